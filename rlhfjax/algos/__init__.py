@@ -1,0 +1,1 @@
+"""The equations: pure jnp functions, arrays in, (loss, metrics) out."""

@@ -1,0 +1,1 @@
+"""Sources, corpora, tokenizers, the chat template, packing, preferences and loaders."""

@@ -1,0 +1,31 @@
+"""Errors meant for people: one line that says what is wrong, where, and what is accepted."""
+
+
+class UserError(Exception):
+    """A failed run (exit code 1): the message is the whole story, no traceback is shown."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A configuration or command line that cannot be meant (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Bad input data; the message names the file and the line or record."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another shape."""
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class Preempted(UserError):
+    """SIGTERM was received and the state was saved: the same command goes on from here (exit code 75)."""
+
+    exit_code = 75  # EX_TEMPFAIL: what a launcher restarts on

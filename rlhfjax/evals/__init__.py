@@ -1,0 +1,1 @@
+"""Held-out loss, preference accuracy and generation quality."""

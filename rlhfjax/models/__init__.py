@@ -1,0 +1,1 @@
+"""The Transformer and its heads: the only place that imports flax.linen."""
