@@ -1,0 +1,164 @@
+"""Devices to a mesh, logical axis names to shardings: everything that knows about placement.
+
+A model names the dimensions of its arrays ("batch", "embed", "heads", …); one table of rules, in the config,
+says which mesh axes each name is laid over. The same program then runs on one CPU or on a pod.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhfjax.errors import ConfigError
+
+AXES = ("replica", "data", "fsdp", "tensor", "sequence")
+
+# FSDP over `fsdp`, Megatron over `tensor`; a batch is split over every data-like axis.
+DEFAULT_RULES = {
+    "batch": ("replica", "data", "fsdp"),
+    "time": ("sequence",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "layers": (),
+    "positions": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis; at most one axis is -1, which takes what is left."""
+
+    replica: int = 1
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of DEFAULT_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that lay logical axis names over it."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(self, names: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+        """Logical names, one a dimension, to a PartitionSpec.
+
+        A mesh axis shards one dimension only: the first that asks for it keeps it, so that an activation
+        ("batch", "time", "embed") has its batch over `fsdp` and its embed whole, while a parameter's embed is split.
+
+        Raises:
+          ConfigError: a name that the rules lack, or a dimension that its mesh axes do not divide.
+        """
+        used: set[str] = set()
+        spec: list[Any] = []
+        for i, name in enumerate(names):
+            if name is not None and name not in self.rules:
+                raise ConfigError(
+                    f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}"
+                )
+            axes = tuple(a for a in self.rules[name] if a not in used) if name is not None else ()
+            size = math.prod(self.mesh.shape[a] for a in axes)
+            if shape is not None and shape[i] % size:
+                raise ConfigError(
+                    f"axis {name!r} of size {shape[i]} is not divisible by the {size} devices of mesh axes {axes}"
+                )
+            used.update(axes)
+            spec.append(None if size == 1 else axes if len(axes) > 1 else axes[0])
+        return PartitionSpec(*spec)
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(names))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_shards(self) -> int:
+        return math.prod(self.mesh.shape[a] for a in self.rules["batch"])
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Host arrays, this process's share of the global batch, to arrays sharded over the batch axes."""
+        sharding = self.sharding("batch")
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def check_batch(self, size: int, what: str = "batch_size") -> None:
+        if size % self.batch_shards:
+            raise ConfigError(
+                f"{what}={size} is not divisible by the {self.batch_shards} devices that share a batch (mesh axes "
+                f"{', '.join(self.rules['batch'])})"
+            )
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator["Layout"]:
+        """Within this context `constrain` applies the rules."""
+        token = _CURRENT.set(self)
+        try:
+            with self.mesh:
+                yield self
+        finally:
+            _CURRENT.reset(token)
+
+
+_CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Layout:  # noqa: B008
+    """The mesh over `devices` (all of them by default) and its rules.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices, or a rule names an unknown mesh axis.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = dict(zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ConfigError(f"mesh {asked}: sizes are positive, and at most one is -1")
+    fixed = math.prod(s for s in sizes if s != -1)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Layout(mesh, _rules(config.rules))
+
+
+def _rules(overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    rules = dict(DEFAULT_RULES)
+    for name, axes in overrides.items():
+        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        if name not in rules:
+            raise ConfigError(f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}")
+        if unknown := set(axes) - set(AXES):
+            raise ConfigError(
+                f"mesh.rules.{name}: unknown mesh axes {sorted(unknown)}; known: {', '.join(AXES)}"
+            )
+        rules[name] = axes
+    return rules
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Lays an activation over the mesh in use; outside of `Layout.use` it does nothing."""
+    layout = _CURRENT.get()
+    if layout is None or layout.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names)))
+
+
+def initialize_distributed() -> None:
+    """Joins the other hosts when a cluster's environment says that there are any; call before any other jax call."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ:
+        jax.distributed.initialize()
