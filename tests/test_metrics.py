@@ -1,0 +1,241 @@
+"""Accumulation is exact, files are reproducible, the progress line tells the truth."""
+
+import io
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from rlhfjax import metrics
+from rlhfjax.errors import ConfigError, DataError
+
+
+def test_finalize_divides_once_and_omits_what_was_not_observed():
+    total = {"loss": (6.0, 4.0), "never": (0.0, 0.0), "zero": (0.0, 2.0)}
+    assert metrics.finalize(total, "sft/") == {"sft/loss": 1.5, "sft/zero": 0.0}
+
+
+def test_finalize_sums_stacked_pairs():
+    # Two scan iterations with 3 and 1 tokens: (6 + 10) / (3 + 1) = 4, not (2 + 10) / 2 = 6.
+    stacked = {"loss": (jnp.array([6.0, 10.0]), jnp.array([3.0, 1.0]))}
+    assert metrics.finalize(stacked) == {"loss": 4.0}
+
+
+def test_add_takes_the_union_of_names():
+    a, b = {"x": (1.0, 2.0)}, {"x": (3.0, 1.0), "y": (5.0, 1.0)}
+    assert metrics.add(a, b) == {"x": (4.0, 3.0), "y": (5.0, 1.0)}
+    assert a == {"x": (1.0, 2.0)}
+    assert metrics.merge(a, b, b) == {"x": (7.0, 4.0), "y": (10.0, 2.0)}
+
+
+def test_add_works_under_jit():
+    out = jax.jit(metrics.add)({"x": (1.0, 2.0)}, {"x": (3.0, 1.0)})
+    assert metrics.finalize(out) == {"x": pytest.approx(4 / 3)}
+
+
+def test_pitfall_28_hosts_with_unequal_weights_average_exactly():
+    # Host 0 saw 9 tokens of nll 1, host 1 one token of nll 11: the mean is 20/10 = 2; the mean of means is 6.
+    hosts = [{"loss": (9.0, 9.0)}, {"loss": (11.0, 1.0)}]
+    assert metrics.finalize(metrics.merge(*hosts)) == {"loss": 2.0}
+
+
+def test_pitfall_11_a_value_of_zero_is_written(tmp_path):
+    with metrics.Writer(tmp_path) as w:
+        w.write(0, metrics.finalize({"score": (0.0, 3.0)}))
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "score": 0.0}]
+
+
+def test_lines_are_sorted_round_trip_and_are_valid_json(tmp_path):
+    values = {"b": 0.1 + 0.2, "a": float(np.float32(1) / np.float32(3)), "n": math.nan, "i": -math.inf}
+    with metrics.Writer(tmp_path) as w:
+        w.write(7, values)
+        w.write(7, {"a/val": 1.0})
+        w.write(8, {})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    first, second = text.splitlines()
+    assert first == '{"step": 7, "a": 0.3333333432674408, "b": 0.30000000000000004, "i": null, "n": null}'
+    assert json.loads(first)["b"] == values["b"]
+    assert json.loads(second) == {"step": 7, "a/val": 1.0}
+
+
+def test_a_line_is_in_the_file_before_flush_so_that_a_kill_loses_none(tmp_path):
+    w = metrics.Writer(tmp_path)
+    w.write(1, {"loss": 1.0})
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    w.close()
+
+
+def test_timing_stays_out_of_the_metrics(tmp_path):
+    with metrics.Writer(tmp_path) as w:
+        w.write(1, {"loss": 1.0})
+        w.timing(1, {"tokens_per_second": 123.0})
+    assert "tokens_per_second" not in (tmp_path / "metrics.jsonl").read_text()
+    assert metrics.read_jsonl(tmp_path / "timing.jsonl") == [{"step": 1, "tokens_per_second": 123.0}]
+
+
+def run(workdir, start, stop, resume_step=None):
+    with metrics.Writer(workdir, resume_step) as w:
+        for step in range(start, stop):
+            w.write(step, {"loss": 1 / (3 + step), "nan": math.nan})
+            if step % 2 == 0:
+                w.write(step, {"val/loss": step / 7})
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 20])
+def test_resume_gives_the_bytes_of_an_uninterrupted_run(tmp_path, cut):
+    run(tmp_path / "whole", 0, 9)
+    run(tmp_path / "cut", 0, 7)  # checkpoint at 4, killed at 6 while writing
+    path = tmp_path / "cut" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    run(tmp_path / "cut", 5, 9, resume_step=4)
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.jsonl", "tb", "timing.jsonl"]
+
+
+def test_a_fresh_start_begins_with_empty_files(tmp_path):
+    run(tmp_path, 0, 3)
+    run(tmp_path, 0, 1)
+    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [0, 0]
+
+
+def test_a_half_written_character_at_the_end_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes('{"step": 1, "x": 1.0}\n{"step": 1, "é'.encode()[:-1])
+    assert metrics.read_jsonl(path) == [{"step": 1, "x": 1.0}]
+
+
+def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
+        metrics.read_jsonl(path)
+    path.write_text('{"step": 1}\n[3]\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: list where a JSON object"):
+        metrics.read_jsonl(path)
+
+
+def test_a_secondary_host_writes_nothing(tmp_path):
+    with metrics.Writer(tmp_path / "w", primary=False) as w:
+        w.write(1, {"loss": 1.0})
+        w.timing(1, {"s": 1.0})
+        w.flush()
+    assert not (tmp_path / "w").exists()
+
+
+def events(folder):
+    """Reads event files: length u64, crc u32, payload, crc u32."""
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            n = int.from_bytes(data[:8], "little")
+            yield Event.FromString(data[12 : 12 + n])
+            data = data[16 + n :]
+
+
+def test_tensorboard_has_metrics_and_timings_and_purges_on_resume(tmp_path):
+    with metrics.Writer(tmp_path) as w:
+        w.write(3, {"sft/loss": 0.5})
+        w.timing(3, {"sft/tokens_per_second": 8.0})
+    scalars = {v.tag: (e.step, v.simple_value) for e in events(tmp_path / "tb") for v in e.summary.value}
+    assert scalars == {"sft/loss": (3, 0.5), "sft/tokens_per_second": (3, 8.0)}
+    for path in (tmp_path / "tb").iterdir():
+        path.unlink()
+    metrics.Writer(tmp_path, resume_step=3).close()
+    starts = [e.step for e in events(tmp_path / "tb") if e.HasField("session_log")]
+    assert starts == [4]  # TensorBoard forgets what it was told of step 4 and after
+
+
+def test_wandb_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[wandb\]'"):
+        metrics.Writer(tmp_path / "w", wandb={})
+    assert not (tmp_path / "w").exists()
+
+
+def test_wandb_gets_one_run_per_workdir_and_every_line(tmp_path, monkeypatch):
+    class Fake:
+        calls: list = []  # noqa: RUF012
+
+        def init(self, **kwargs):
+            self.calls.append(kwargs)
+            return self
+
+        def log(self, values, step):
+            self.calls.append((step, values))
+
+        def finish(self):
+            self.calls.append("finish")
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake())
+    for resume in (None, 1):
+        with metrics.Writer(tmp_path, resume, wandb={"project": "p"}) as w:
+            w.write(2, {"loss": 1.0})
+    first, logged, end, second, *_ = Fake.calls
+    assert (first["project"], first["resume"], first["id"]) == ("p", "allow", second["id"])
+    assert (logged, end) == ((2, {"loss": 1.0}), "finish")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_progress_prints_plain_lines_at_a_bounded_rate():
+    stream, clock = io.StringIO(), Clock()
+    with metrics.Progress(100, "tok", title="sft", stream=stream, interval=10, clock=clock) as p:
+        for step in range(1, 101):
+            clock.now += 1.0
+            p.update(step, {"sft/loss": 2.0, "sft/lr": 1e-3}, count=500)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "sft 1/100  1%  loss 2  ETA -"
+    # Step 11: ten steps of 500 tokens in 10 s after the first, 89 steps to go at 1 s each.
+    assert lines[1] == "sft 11/100  11%  loss 2  500 tok/s  ETA 1m29s"
+    assert lines[-1] == "sft 100/100  100%  loss 2  500 tok/s  took 1m40s"
+    assert len(lines) == 11
+
+
+def test_progress_of_a_resumed_run_does_not_count_the_steps_before():
+    stream, clock = io.StringIO(), Clock()
+    p = metrics.Progress(100, stream=stream, interval=0, start=90, clock=clock)
+    for step in (91, 92):
+        clock.now += 2.0
+        p.update(step)
+    assert stream.getvalue().splitlines()[-1] == "92/100  92%  0 tokens/s  ETA 16s"
+
+
+def test_progress_on_a_terminal_stays_on_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with metrics.Progress(4, title="ppo", stream=stream) as p:
+        for step in range(1, 5):
+            p.update(step, {"ppo/loss": 1.0, "ppo/reward": 0.25}, count=1)
+        p.print("a note [not markup]")
+    text = stream.getvalue()
+    assert "4/4  100%  reward 0.25" in text
+    assert "a note [not markup]" in text
+
+
+@pytest.mark.parametrize(
+    ("metrics_", "text"),
+    [({"a/loss": 1.0, "a/reward": 0.5}, "reward 0.5"), ({"loss": 1.23456}, "loss 1.235"), ({"lr": 1.0}, "")],
+)
+def test_headline_prefers_the_reward(metrics_, text):
+    assert metrics.headline(metrics_) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(9.4, "9s"), (185, "3m05s"), (59.6, "1m00s"), (7620, "2h07m"), (math.inf, "-")]
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
