@@ -1,0 +1,59 @@
+"""Advantages and returns over the tokens of a response."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from rlhfjax.algos.types import Scalar
+
+
+def gae(
+    rewards: Float[Array, "b t"],
+    values: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
+    *,
+    gamma: Scalar,
+    lam: Scalar,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Generalised advantage estimation along the counted tokens of each row.
+
+    With t+1 the *next counted* token of the row:
+      delta_t = r_t + gamma V_{t+1} - V_t
+      A_t     = delta_t + gamma lam A_{t+1}
+      R_t     = A_t + V_t
+    Past the last counted token V and A are 0: a response ends its episode, also at the length limit (no bootstrap).
+
+    Args:
+      rewards: r_t, received for emitting token t.
+      values: V_t, of the state *before* token t was emitted.
+      mask: 1 on response tokens; padding on either side and holes are skipped, whatever stands there.
+      gamma: discount per token (1 in all RLHF papers).
+      lam: 1 is the Monte-Carlo return minus V; 0 the one-step error.
+
+    Returns:
+      advantages and returns, 0 where the mask is 0.
+
+    Source: Schulman et al. 2016, eq. 16; lm-human-preferences, train_policy.py `loss`.
+    """
+
+    def step(carry, inputs):
+        next_value, next_advantage = carry
+        reward, value, counted = inputs
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(counted, value, next_value), jnp.where(counted, advantage, next_advantage)
+        return carry, jnp.where(counted, advantage, 0)
+
+    zeros = jnp.zeros_like(values[:, 0])
+    columns = rewards.T, values.T, mask.T > 0
+    _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1]))
+    advantages = advantages.T
+    return advantages, jnp.where(mask > 0, advantages + values, 0)
+
+
+def rewards_to_go(rewards: Float[Array, "b t"], mask: Float[Array, "b t"], *, gamma: Scalar) -> Float[Array, "b t"]:
+    """G_t = r_t + gamma G_{t+1} along the counted tokens, 0 past the last: the return of REINFORCE.
+
+    Source: Williams 1992; Sutton & Barto (2nd ed.), eq. 3.9.
+    """
+    return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]

@@ -1,0 +1,153 @@
+"""KL to the reference: estimators from samples, losses whose gradient is the KL's, and controllers of its weight.
+
+Throughout, tokens are sampled from the policy pi, `logprobs` are log pi(y_t | x, y_<t), `ref_logprobs` those of the
+reference rho, both at the temperature that was sampled with.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from rlhfjax.algos.masked import divide, masked_sum, token_mean
+from rlhfjax.algos.types import Loss, Scalar
+
+
+def _log_ratio(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """log pi/rho. A difference of bfloat16 logprobs is noise (3 significant digits), hence the refusal."""
+    for x in (logprobs, ref_logprobs):
+        if jnp.finfo(x.dtype).bits < 32:
+            raise TypeError(f"KL needs logprobs in float32 or wider, got {x.dtype}")
+    return logprobs - ref_logprobs
+
+
+def k1(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """k1 = log pi/rho. E_pi[k1] = KL(pi || rho); may be negative; high variance.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return _log_ratio(logprobs, ref_logprobs)
+
+
+def k2(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """k2 = (log pi/rho)^2 / 2. Never negative, biased; its *gradient* is that of the KL, in expectation.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return _log_ratio(logprobs, ref_logprobs) ** 2 / 2
+
+
+def k3(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """k3 = rho/pi - 1 - log rho/pi. E_pi[k3] = KL(pi || rho); never negative; low variance.
+
+    Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024 (GRPO), eq. 4.
+    """
+    log_ratio = _log_ratio(logprobs, ref_logprobs)
+    return jnp.expm1(-log_ratio) + log_ratio
+
+
+def sequence_kl(kl: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b"]:
+    """sum_t kl_t over the response, nats: with k1, log pi(y|x)/rho(y|x). Its mean is what a controller is fed."""
+    return masked_sum(kl, mask, axis=1)
+
+
+def adaptive_kl(
+    beta: Scalar,
+    mean_sequence_kl: Scalar,
+    *,
+    target: float,
+    horizon: float,
+    episodes: int,
+    limit: float = 0.2,
+) -> Float[Array, ""]:
+    """beta <- beta (1 + clip(KL / target - 1, -limit, limit) episodes / horizon).
+
+    Args:
+      beta: the KL coefficient so far.
+      mean_sequence_kl: mean over the batch of `sequence_kl` to the *reference*, nats; not a token mean, and not the
+        approximate KL between two PPO iterates.
+      target: nats per sequence.
+      horizon: episodes over which beta can change by about the factor e^limit; the paper's K_beta is
+        episodes / horizon (0.1), so scale it with the batch: 10 to 20 batches.
+      episodes: in this batch.
+      limit: of the relative error.
+
+    Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `AdaptiveKLController.update`.
+    """
+    error = jnp.clip(jnp.asarray(mean_sequence_kl) / target - 1, -limit, limit)
+    return beta * (1 + error * episodes / horizon)
+
+
+def fixed_kl(beta: Scalar, mean_sequence_kl: Scalar, **_) -> Scalar:
+    """beta <- beta. Takes what `adaptive_kl` takes, so that one may stand for the other."""
+    return beta
+
+
+def kl_loss_k1(
+    logprobs: Float[Array, "b t"],
+    old_logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
+) -> Loss:
+    """mean_t of (pi/pi_old) k1, which has the KL's gradient: E[(k1 + 1) grad log pi] = grad KL.
+
+    Differentiating k1 alone gives E[grad log pi] = 0: no penalty at all. The ratio, 1 in value at pi = pi_old, carries
+    the score-function term, and off-policy the importance weight. The gradient is that of the token-level KL at the
+    states visited; see `kl_loss_sequence` for the effect on later states.
+
+    Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
+    """
+    return _ratio_weighted(k1, logprobs, old_logprobs, ref_logprobs, mask)
+
+
+def kl_loss_k2(logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Loss:
+    """mean_t of k2; on-policy its gradient is that of the KL: E[log(pi/rho) grad log pi] = grad KL.
+
+    The *value* is not the KL; the metric "kl" is (k1).
+
+    Source: Schulman 2020; Tang & Munos 2025.
+    """
+    kept = jnp.where(mask > 0, logprobs, 0), jnp.where(mask > 0, ref_logprobs, 0)
+    total, weight = token_mean(k2(*kept), mask)
+    return divide(total, weight), {"loss": (total, weight), "kl": token_mean(k1(*kept), mask)}
+
+
+def kl_loss_k3(
+    logprobs: Float[Array, "b t"],
+    old_logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
+) -> Loss:
+    """mean_t of (pi/pi_old) k3, which has the KL's gradient, as `kl_loss_k1`, with less variance.
+
+    k3 differentiated alone, as GRPO does, has on-policy the gradient of the *other* KL(rho || pi): see `grpo_loss`.
+
+    Source: DeepSeek-V3.2 (2025), "unbiased KL estimate"; Tang & Munos 2025.
+    """
+    return _ratio_weighted(k3, logprobs, old_logprobs, ref_logprobs, mask)
+
+
+def kl_loss_sequence(
+    logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Loss:
+    """mean over responses of log pi(y|x)/rho(y|x), with the exact on-policy gradient of the sequence KL.
+
+    grad KL = E[sum_t (sum_{s >= t} k1_s) grad log pi_t]: a token is charged for the KL of all that follows it, as it
+    is by a KL in the reward with gamma = 1.
+
+    Source: the policy-gradient theorem with reward -k1 (Sutton & Barto, 2nd ed., section 13.3).
+    """
+    logprobs = jnp.where(mask > 0, logprobs, 0)
+    kl = k1(logprobs, jnp.where(mask > 0, ref_logprobs, 0)) * mask
+    to_go = jnp.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
+    score = (logprobs - lax.stop_gradient(logprobs)) * lax.stop_gradient(to_go)
+    total = masked_sum(lax.stop_gradient(kl) + score, mask)
+    weight = jnp.sum(jnp.any(mask > 0, axis=1).astype(total.dtype))
+    return divide(total, weight), {"loss": (total, weight), "kl": (total, weight)}
+
+
+def _ratio_weighted(estimator, logprobs, old_logprobs, ref_logprobs, mask) -> Loss:
+    logprobs, old_logprobs, ref_logprobs = (jnp.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
+    kl = estimator(logprobs, ref_logprobs)
+    ratio = jnp.exp(logprobs - lax.stop_gradient(old_logprobs))
+    total, weight = token_mean(ratio * kl, mask)
+    return divide(total, weight), {"loss": (total, weight), "kl": token_mean(kl, mask)}

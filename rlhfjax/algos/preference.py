@@ -1,0 +1,61 @@
+"""Losses of a reward model over the K completions of each prompt.
+
+`rewards` [p, k] are the model's, `labels` [p, k] the labeller's (higher is better: pass minus the rank for ranks),
+`valid` [p, k] is 1 on completions that exist, so that K may differ between prompts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from rlhfjax.algos.masked import divide, masked_sum
+from rlhfjax.algos.types import Loss, Metrics
+
+
+def untied_pairs(labels: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Float[Array, "p k k"]:
+    """1 at [p, w, l] where completions w and l of prompt p are both valid and w is labelled strictly better."""
+    labels = jnp.where(valid > 0, labels, 0)
+    both = (valid[:, :, None] > 0) & (valid[:, None, :] > 0)
+    return (both & (labels[:, :, None] > labels[:, None, :])).astype(valid.dtype)
+
+
+def reward_differences(rewards: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Float[Array, "p k k"]:
+    """r_w - r_l at [p, w, l]; what stands at invalid completions has no gradient."""
+    rewards = jnp.where(valid > 0, rewards, 0)
+    return rewards[:, :, None] - rewards[:, None, :]
+
+
+def kwise_loss(rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Loss:
+    """InstructGPT's reward loss: all pairs of a prompt's K completions are one batch element.
+
+    With P_p the pairs (w, l) of prompt p whose labels differ (ties are dropped pair by pair):
+      loss_p = -1/|P_p| sum_{(w,l) in P_p} log sigmoid(r_w - r_l),   loss = mean of loss_p over prompts with |P_p| > 0
+    Without ties |P_p| = C(K, 2), the paper's factor. A prompt without an untied pair has weight 0.
+
+    Args:
+      rewards: r(x, y_i), one forward pass a completion.
+      labels: the labeller's score of each completion, higher is better.
+      valid: 1 on completions that exist.
+
+    Returns:
+      nats per pair, mean over prompts; metrics loss (weight: prompts), accuracy and margin (weight: pairs).
+
+    Source: Ouyang et al. 2022, eq. 1 and section 3.5.
+    """
+    pairs = untied_pairs(labels, valid)
+    differences = reward_differences(rewards, valid)
+    n_pairs = jnp.sum(pairs, axis=(1, 2))
+    nll = jnp.sum(pairs * -jax.nn.log_sigmoid(differences), axis=(1, 2))
+    total, weight = jnp.sum(divide(nll, n_pairs)), jnp.sum((n_pairs > 0).astype(nll.dtype))
+    return divide(total, weight), {"loss": (total, weight), **pair_metrics(differences, pairs)}
+
+
+def pair_metrics(differences: Float[Array, "..."], pairs: Float[Array, "..."]) -> Metrics:
+    """accuracy: share of pairs with r_w > r_l (equal rewards count one half); margin: mean r_w - r_l. Weight: pairs."""
+    correct = (differences > 0) + 0.5 * (differences == 0)
+    weight = jnp.sum(pairs)
+    return {
+        "accuracy": (masked_sum(correct.astype(pairs.dtype), pairs), weight),
+        "margin": (masked_sum(differences, pairs), weight),
+    }

@@ -1,0 +1,83 @@
+"""From the score of a response to rewards on its tokens.
+
+The order is: truncate -> score -> missing-EOS and rejection -> clip -> token_rewards -> whiten. A penalty given after
+whitening would be in other units than the rewards it joins.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from rlhfjax.algos.masked import last_token
+from rlhfjax.algos.types import Scalar
+
+
+def token_rewards(
+    score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar
+) -> Float[Array, "b t"]:
+    """r_t = -beta kl_t + [t is the last response token] score.
+
+    Args:
+      score: of the whole response, in reward units.
+      kl: per-token estimate of KL(policy || reference), nats; normally k1, whose sum is log pi/rho of the response.
+      mask: 1 on response tokens.
+      beta: reward units per nat.
+
+    Returns:
+      rewards, 0 where the mask is 0. A row without response tokens receives nothing.
+
+    Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2.
+    """
+    return jnp.where(mask > 0, score[:, None] * last_token(mask) - beta * kl, 0)
+
+
+def has_token(tokens: Int[Array, "b t"], mask: Float[Array, "b t"], token_id: int) -> Bool[Array, "b"]:
+    """Whether `token_id` occurs among the counted tokens of each row (the EOS: whether the response ended)."""
+    return jnp.any((tokens == token_id) & (mask > 0), axis=1)
+
+
+def replace_missing_eos(score: Float[Array, "b"], ended: Bool[Array, "b"], *, value: Scalar) -> Float[Array, "b"]:
+    """score where the response ended, `value` (-1 in the paper) where it hit the length limit. The "EOS trick".
+
+    Source: Huang et al. 2024 (N+ details), detail 23.
+    """
+    return jnp.where(ended, score, value)
+
+
+def penalise_missing_eos(score: Float[Array, "b"], ended: Bool[Array, "b"], *, penalty: Scalar) -> Float[Array, "b"]:
+    """score where the response ended, score - penalty where it hit the length limit.
+
+    Source: TRL's `missing_eos_penalty`.
+    """
+    return jnp.where(ended, score, score - penalty)
+
+
+def clip_score(score: Float[Array, "b"], *, limit: Scalar) -> Float[Array, "b"]:
+    """min(max(score, -limit), limit)."""
+    return jnp.clip(score, -limit, limit)
+
+
+def truncate_mask(
+    tokens: Int[Array, "b t"], mask: Float[Array, "b t"], *, token_id: int, after: int
+) -> tuple[Float[Array, "b t"], Bool[Array, "b"]]:
+    """Ends each response at the first `token_id` at or after response position `after` (from 0), which is kept.
+
+    What the reward model scores is the truncated text; Ziegler's policy loss still sees every sampled token.
+
+    Returns:
+      the mask of the truncated response, and whether such a token was found.
+
+    Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `postprocess_fn_from_hparams` (token 13, after 16).
+    """
+    position = jnp.cumsum(mask > 0, axis=1) - 1
+    stop = (tokens == token_id) & (mask > 0) & (position >= after)
+    passed = jnp.cumsum(stop, axis=1) - stop
+    return jnp.where(passed > 0, 0, mask), jnp.any(stop, axis=1)
+
+
+def reject(score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scalar) -> Float[Array, "b"]:
+    """score where accepted, the fixed `value` (-1) where not: "no full stop in 16..24" is worth -1, whatever is said.
+
+    Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `penalty_reward_value`.
+    """
+    return jnp.where(accepted, score, value)

@@ -1,0 +1,185 @@
+"""Optimisers and learning-rate schedules, from a config to an optax transformation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, Int
+
+from rlhfjax.errors import ConfigError
+
+NAMES = ("adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """One optimiser. Steps are *updates* of the parameters: not microsteps, not PPO iterations, not examples.
+
+    Attributes:
+      name: adamw, adam; adamw_tf, adam_tf (epsilon outside of the bias correction, as TensorFlow has it); rmsprop
+        (decay b2); sgd (momentum b1, 0 for none). Only the two with a w, rmsprop and sgd take weight decay.
+      learning_rate: the peak.
+      schedule: after the warm-up: constant; linear or cosine from the peak to final_fraction of it.
+      warmup_steps: of a linear warm-up from warmup_start of the peak.
+      warmup_start: fraction of the peak at the first update; 0 makes the first update a no-op. InstructGPT: 0.1.
+      final_fraction: of the peak, reached at decay_steps and kept after it. GPT-3 and InstructGPT: 0.1.
+      decay_steps: the update at which the decay ends; 0 is the end of training.
+      b1, b2, eps: of the moments.
+      weight_decay: decoupled (theta -= lr * weight_decay * theta), on parameters of two or more dimensions only.
+      clip_norm: the gradient is scaled down to this global norm; 0 is off.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+    final_fraction: float = 0.0
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise ConfigError(f"optim.name: {self.name!r} is none of {', '.join(NAMES)}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optim.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        for field in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "eps"):
+            if not getattr(self, field) >= 0:
+                raise ConfigError(f"optim.{field}: {getattr(self, field)} is negative")
+        for field in ("warmup_start", "final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(f"optim.{field}: {getattr(self, field)} is not between 0 and 1")
+        if self.weight_decay and self.name in ("adam", "adam_tf"):
+            raise ConfigError(f"optim.weight_decay: {self.name} has none; use {self.name.replace('m', 'mw', 1)}")
+
+
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
+    """The learning rate of update n = 0, 1, ...: warm-up, then decay to a floor; never negative, however late.
+
+    With w = warmup_steps, e = decay_steps or total_steps, f = final_fraction, u = clip((n - w) / (e - w), 0, 1):
+      n < w:    peak (warmup_start + (1 - warmup_start) n / w)
+      constant: peak
+      linear:   peak (f + (1 - f) (1 - u))
+      cosine:   peak (f + (1 - f) (1 + cos(pi u)) / 2)
+
+    Args:
+      config: see `OptimConfig`.
+      total_steps: updates in the whole run: iterations * epochs * minibatches for PPO.
+
+    Raises:
+      ConfigError: the warm-up is longer than the run (or than decay_steps).
+
+    Source: Brown et al. 2020, appendix B; Ouyang et al. 2022, appendix C.
+    """
+    warmup, end = config.warmup_steps, config.decay_steps or total_steps
+    if warmup > end:
+        raise ConfigError(f"optim.warmup_steps: {warmup} is more than the {end} steps until the end of the decay")
+    peak, start, floor = config.learning_rate, config.warmup_start, config.final_fraction
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        u = jnp.clip((step - warmup) / max(end - warmup, 1), 0, 1)
+        decay = {"constant": 1.0, "linear": floor + (1 - floor) * (1 - u)}
+        decay["cosine"] = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * u))
+        warm = start + (1 - start) * step / max(warmup, 1)
+        return peak * jnp.where(step < warmup, warm, decay[config.schedule])
+
+    return schedule
+
+
+class AdamTFState(NamedTuple):
+    """State of `scale_by_adam_tf`: updates so far, first and second moments."""
+
+    count: Int[Array, ""]
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam as TensorFlow 1 has it: epsilon is added to the *uncorrected* root of the second moment.
+
+      m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+      update = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)
+
+    optax and PyTorch have m_hat / (sqrt(v_hat) + eps), which is this with eps sqrt(1 - b2^t) for eps: with a large
+    epsilon (1e-5) TensorFlow's early updates are the smaller ones.
+
+    Source: Kingma & Ba 2015, end of section 2; "N implementation details", the Adam section.
+    """
+
+    def init(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+        return AdamTFState(jnp.zeros([], jnp.int32), zeros(), zeros())
+
+    def update(grads, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, AdamTFState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """g <- g min(1, limit / ||g||), with the norm over the whole tree.
+
+    One multiplication that XLA fuses into the optimiser's own pass. A norm of 0 is safe; whether it is finite is
+    for the caller to check.
+
+    Source: Pascanu et al. 2013, algorithm 1.
+    """
+
+    def update(grads, state, params=None):
+        del params
+        norm = optax.global_norm(grads)
+        scale = limit / jnp.maximum(norm, limit)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decayed(params):
+    """True where weight decay applies: matrices and up. Biases, norm gains and scalars are left alone."""
+    return jax.tree.map(lambda x: x.ndim >= 2, params)
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """clip -> moments -> decoupled decay -> -learning rate.
+
+    Element-wise but for the norm, so that it runs under jit on parameters sharded in any way; its state is sharded as
+    the parameters are.
+
+    Args:
+      config: see `OptimConfig`.
+      total_steps: updates in the whole run, see `make_schedule`.
+
+    Raises:
+      ConfigError: see `make_schedule`.
+    """
+    moments = {
+        "adam": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
+        "adam_tf": lambda: scale_by_adam_tf(config.b1, config.b2, config.eps),
+        "rmsprop": lambda: optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False),
+        "sgd": lambda: optax.trace(config.b1) if config.b1 else optax.identity(),
+    }
+    chain = [moments[config.name.replace("adamw", "adam")]()]
+    if config.clip_norm:
+        chain.insert(0, clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    return optax.chain(*chain, optax.scale_by_learning_rate(make_schedule(config, total_steps)))
