@@ -67,9 +67,7 @@ class Layout:
         spec: list[Any] = []
         for i, name in enumerate(names):
             if name is not None and name not in self.rules:
-                raise ConfigError(
-                    f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}"
-                )
+                raise ConfigError(f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}")
             axes = tuple(a for a in self.rules[name] if a not in used) if name is not None else ()
             size = math.prod(self.mesh.shape[a] for a in axes)
             if shape is not None and shape[i] % size:
@@ -143,9 +141,7 @@ def _rules(overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         if name not in rules:
             raise ConfigError(f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}")
         if unknown := set(axes) - set(AXES):
-            raise ConfigError(
-                f"mesh.rules.{name}: unknown mesh axes {sorted(unknown)}; known: {', '.join(AXES)}"
-            )
+            raise ConfigError(f"mesh.rules.{name}: unknown mesh axes {sorted(unknown)}; known: {', '.join(AXES)}")
         rules[name] = axes
     return rules
 

@@ -71,9 +71,7 @@ def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     return jax.tree.map_with_path(place, state)
 
 
-def create_sharded(
-    init: Callable[[jax.Array], PyTree], key: jax.Array, axes: PyTree, layout: Layout
-) -> PyTree:
+def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, axes: PyTree, layout: Layout) -> PyTree:
     """Runs `init(key)` so that every array is born in its shards; no device ever holds the whole."""
     out = shardings(jax.eval_shape(init, key), axes, layout)
     return jax.jit(init, out_shardings=out)(key)

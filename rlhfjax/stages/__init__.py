@@ -1,1 +1,75 @@
-"""One file a stage of the recipe."""
+"""One file a stage of the recipe.
+
+A stage's module has a frozen dataclass `Config` and one of two functions:
+  `build(config, layout) -> Stage` for what trains, run by the loop in `train.py`;
+  `run(config, workdir, layout) -> {metric: value}` for a job that writes its output whole (tokenizer, collect, evaluate).
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.state import TrainState
+
+PyTree = Any
+Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}
+
+
+class Batches(Protocol):
+    """An endless stream of batches of numpy arrays whose position can be saved."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the loop needs to know of a stage that trains.
+
+    init: key -> TrainState, pure and jit-able; the arrays' first values when nothing is loaded.
+    axes: logical axis names of every parameter, in the shape of TrainState.params.
+    start: TrainState -> TrainState, run once on a fresh state: loads what `init_from` names.
+    batches: the training data.
+    step: (state, batch, key) -> (state, pairs); it may donate the state.
+    evals: state -> pairs, on held-out data.
+    finish: state -> (models to keep, pairs): {folder: SavedModel} written into the workdir, and last metrics.
+    units: what one step consumes, for the rate, and `unit` its name.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    axes: PyTree
+    start: Callable[[TrainState], TrainState]
+    batches: Batches
+    step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Pairs]]
+    evals: Callable[[TrainState], Pairs]
+    finish: Callable[[TrainState], tuple[dict[str, Any], Pairs]]
+    units: int
+    unit: str = "tokens"
+
+
+def names() -> list[str]:
+    """The stages there are: the modules of this folder that have a Config."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name != "common"]
+
+
+def find(name: str) -> ModuleType:
+    """The module of a stage.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if name not in names():
+        raise ConfigError(f"stage {name!r} is unknown; known: {', '.join(names())}")
+    return importlib.import_module(f"rlhfjax.stages.{name}")
+
+
+def config_class(name: str) -> type:
+    return find(name).Config

@@ -1,0 +1,184 @@
+"""Configs: experiment files (`ml_collections`) at the edge, frozen dataclasses everywhere else.
+
+An experiment file has `get_config(arg=None)` and returns either one stage's config, made by `stage_config`, or a
+recipe: `stages`, a tuple of names, and beside it the config of each name.
+"""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import dacite
+from ml_collections import ConfigDict, config_dict
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved; the last step always is."""
+
+    every: int = 0  # steps; 0: only at the end and on SIGTERM
+    keep_last: int = 1
+    keep_every: int = 0  # steps; 0: none kept beyond keep_last
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between lines in metrics.jsonl
+    tensorboard: bool = True
+    wandb: str = ""  # a project name; empty: off
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What every stage that trains has in common."""
+
+    stage: str
+    steps: int
+    seed: int = 0
+    init_from: str | None = None  # workdir whose parameters training starts from
+    eval_every: int = 0  # steps; 0: only at the end
+    on_nonfinite: Literal["error", "skip"] = "error"
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """`"size=tiny,seed=3"` over typed defaults, as big_vision has it.
+
+    Raises:
+      ConfigError: an unknown name, or a value that is not of the default's type.
+    """
+    parsed = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise ConfigError(f"config argument {name!r} is unknown; known: {', '.join(defaults) or 'none'}")
+        kind = type(defaults[name])
+        try:
+            parsed[name] = text.lower() in ("", "1", "true") if kind is bool else kind(text)
+        except ValueError:
+            raise ConfigError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
+    return ConfigDict(parsed)
+
+
+def stage_config(stage: str, **values: Any) -> ConfigDict:
+    """A stage's config with every option present, so that each can be overridden and config.json is complete.
+
+    Raises:
+      ConfigError: an option that the stage does not have.
+    """
+    from rlhfjax import stages  # the stages' modules import this one
+
+    config = _defaults(stages.config_class(stage), {"stage": stage, **values}, where=stage)
+    return config_dict.create(**config)
+
+
+def _defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a dataclass as a nested dict, `values` laid over the defaults."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{where}.{name}: no such option; {where} has {', '.join(fields)}")
+    config: dict[str, Any] = {}
+    for name, field in fields.items():
+        inner = _dataclass_of(hints[name])
+        value = values.get(name, _default_of(field, hints[name]))
+        if inner and isinstance(value, Mapping | ConfigDict):
+            value = _defaults(inner, dict(value), f"{where}.{name}")
+        elif inner and dataclasses.is_dataclass(value):
+            value = _defaults(inner, {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)}, where)
+        config[name] = value
+    return config
+
+
+def _default_of(field: dataclasses.Field, hint: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        value = None  # `build` will ask for it
+    plain = _plain_type(hint)
+    # a placeholder keeps the type, so that `--config.x=3` on an option that is None by default is still parsed as an int
+    return config_dict.placeholder(plain) if value is None and plain in (int, float, str, bool) else value
+
+
+def _plain_type(hint: Any) -> type:
+    arms = [a for a in typing.get_args(hint) if a is not type(None)] if _is_union(hint) else [hint]
+    if typing.get_origin(arms[0]) is Literal:
+        return str
+    return arms[0] if isinstance(arms[0], type) else object
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    arms = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return next((a for a in arms if dataclasses.is_dataclass(a)), None)
+
+
+def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
+    """A frozen dataclass from a config, strictly.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type, or what the dataclass itself refuses.
+    """
+    values = to_dict(values)
+    _defaults(cls, values, where)  # names every unknown key with its place
+    try:
+        hooks = {float: _as_float, int: _as_int}
+        return dacite.from_dict(cls, values, dacite.Config(strict=True, type_hooks=hooks, cast=[tuple]))
+    except dacite.UnexpectedDataError as e:
+        known = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise ConfigError(f"{where}: unknown option {', '.join(sorted(e.keys))}; known here: {known}") from None
+    except dacite.MissingValueError as e:
+        raise ConfigError(f"{where}.{e.field_path}: a value is required") from None
+    except dacite.WrongTypeError as e:
+        raise ConfigError(f"{where}.{e.field_path}={e.value!r}: expected {_describe(e.field_type)}") from None
+    except dacite.DaciteError as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
+
+
+def _as_float(x: Any) -> Any:
+    return float(x) if isinstance(x, int) and not isinstance(x, bool) else x
+
+
+def _as_int(x: Any) -> Any:
+    """A bool is an int to Python; where a number is meant, `True` is a mistake."""
+    return str(x) if isinstance(x, bool) else x
+
+
+def to_dict(config: Any) -> Any:
+    """ConfigDicts and tuples to plain dicts and lists, as JSON has them."""
+    if isinstance(config, Mapping | ConfigDict):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)

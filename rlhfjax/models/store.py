@@ -1,0 +1,75 @@
+"""A model on disk: `config.json` (shape and head), `params/` (arrays) and the tokenizer it speaks."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhfjax import checkpoint, state
+from rlhfjax.config import build, write_json
+from rlhfjax.errors import CheckpointError
+from rlhfjax.mesh import Layout
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+
+PyTree = Any
+FOLDER = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model with its parameters and the file of its tokenizer."""
+
+    model: Model
+    params: PyTree
+    tokenizer: Path
+
+
+def save(folder: Path, saved: SavedModel) -> None:
+    """Writes a model; `config.json` comes last, so that a folder that has one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    checkpoint.save_tree(folder / "params", saved.params)
+    if jax.process_index() == 0:
+        shutil.copyfile(saved.tokenizer, folder / "tokenizer.model")
+        write_json(
+            folder / "config.json",
+            {"head": saved.model.head, "transformer": dataclasses.asdict(saved.model.config)},
+        )
+
+
+def load(path: str | Path, layout: Layout) -> SavedModel:
+    """Reads a model, given its folder or the workdir of the stage that made it, straight into its shards.
+
+    Raises:
+      CheckpointError: there is no whole model, or its parameters are damaged.
+    """
+    folder = find(path)
+    description = json.loads((folder / "config.json").read_text())
+    config = build(TransformerConfig, description["transformer"], f"{folder}/config.json")
+    model = Model(config, description["head"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        state.shardings(shapes, model.axes(), layout),
+    )
+    params = checkpoint.load_tree(folder / "params", abstract)
+    return SavedModel(model, params, folder / "tokenizer.model")
+
+
+def find(path: str | Path) -> Path:
+    """The folder of a model: the path itself, its `model/`, or that of the last stage of a recipe that has one.
+
+    Raises:
+      CheckpointError: none of them holds a model.
+    """
+    path = Path(path)
+    candidates = [path, path / FOLDER, *sorted(path.glob(f"[0-9][0-9]_*/{FOLDER}"), reverse=True)]
+    for folder in candidates:
+        if (folder / "config.json").exists() and (folder / "params").exists():
+            return folder
+    raise CheckpointError(f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with params/")

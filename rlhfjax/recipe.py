@@ -1,0 +1,147 @@
+"""A recipe: stages one after the other, each in its own folder; it goes on where it stopped.
+
+A recipe's config has `stages`, a tuple of names, and the config of each name beside it. Within them a text of the form
+`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhfjax import stages, train
+from rlhfjax.config import build, to_dict, write_json
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import make_layout
+
+DONE = "done.json"
+CONFIG = "config.json"
+
+
+def run(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
+    """Runs a recipe, or the one stage that the config describes.
+
+    Returns:
+      The last value of every metric of every stage.
+    Raises:
+      ConfigError: before anything is computed, when any stage's config cannot be meant or differs from the workdir's.
+    """
+    workdir = Path(workdir)
+    config = to_dict(config)
+    if "stages" not in config:
+        return run_stage(config, workdir)
+    folders = stage_folders(config, workdir)
+    resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
+    for name, values in resolved.items():
+        check(values, name)
+    claim(workdir, config)
+    final: dict[str, float] = {}
+    for name, values in resolved.items():
+        final |= run_stage(values, folders[name])
+        collect_metrics(workdir, folders)
+    return final
+
+
+def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
+    """Runs one stage; a finished one only answers with its metrics."""
+    module = stages.find(config.get("stage", ""))
+    typed = check(config, config["stage"])
+    claim(workdir, config)
+    if (workdir / DONE).exists():
+        return json.loads((workdir / DONE).read_text())["metrics"]
+    began = time.time()
+    layout = make_layout(typed.mesh)
+    if hasattr(module, "run"):
+        metrics = module.run(typed, workdir, layout)
+    else:
+        with layout.use():
+            stage = module.build(typed, layout)
+        metrics = train.run(stage, typed, workdir, layout)
+    steps = getattr(typed, "steps", 0)
+    record = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
+    write_json(workdir / DONE, record | {"metrics": metrics})
+    return metrics
+
+
+def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
+    """{name: workdir/NN_name}, in order.
+
+    Raises:
+      ConfigError: a stage without a config, a config without a stage, or a name given twice.
+    """
+    names = list(config["stages"])
+    if missing := [n for n in names if not isinstance(config.get(n), Mapping)]:
+        raise ConfigError(f"recipe: stage {missing[0]!r} is in `stages` and has no config of its own")
+    if extra := sorted(set(config) - set(names) - {"stages"}):
+        raise ConfigError(f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"recipe: a name stands twice in `stages`: {', '.join(names)}")
+    return {name: workdir / f"{i:02d}_{name}" for i, name in enumerate(names)}
+
+
+def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
+    """Replaces `stage:NAME[/FILE]` by a path; only stages before this one can be named."""
+    if isinstance(value, Mapping):
+        return {k: resolve(v, folders, name) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [resolve(v, folders, name) for v in value]
+    if not isinstance(value, str) or "stage:" not in value:
+        return value
+    prefix, _, rest = value.partition("stage:")
+    target, slash, file = rest.partition("/")
+    earlier = list(folders)[: list(folders).index(name)]
+    if target not in earlier:
+        raise ConfigError(
+            f"recipe: {name} refers to {value!r}; the stages before it are {', '.join(earlier) or 'none'}"
+        )
+    return f"{prefix}{folders[target]}{slash}{file}"
+
+
+def check(config: Mapping[str, Any], where: str) -> Any:
+    """The stage's typed config; raises ConfigError for what cannot be meant."""
+    return build(stages.config_class(config.get("stage", "")), config, where)
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json, or compares with the one that is there.
+
+    Raises:
+      ConfigError: the workdir belongs to another config; the message names the keys that differ.
+    """
+    path = workdir / CONFIG
+    config = json.loads(json.dumps(config))
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+        return
+    before, now = _flatten(json.loads(path.read_text())), _flatten(config)
+    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
+    if differ:
+        shown = "; ".join(f"{k}: {before.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in differ[:5])
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ConfigError(f"{workdir} was started with another config ({shown}{more}); use a new --workdir")
+
+
+_ABSENT = object()
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for k, v in value.items():
+        out |= _flatten(v, f"{prefix}.{k}" if prefix else k)
+    return out
+
+
+def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:
+    """The recipe's own metrics.jsonl: every line of its stages so far, with the stage's name."""
+    lines = []
+    for name, folder in folders.items():
+        path = folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            lines.append(json.dumps({"stage": name, **json.loads(line)}) + "\n")
+    temporary = workdir / "metrics.jsonl.tmp"
+    temporary.write_text("".join(lines))
+    temporary.replace(workdir / "metrics.jsonl")

@@ -1,0 +1,181 @@
+"""The loop: the only one. It knows no stage by name.
+
+Its order is deliberate. At step n, before the n-th update (counting from 0):
+
+  1. evaluate the state, when it is due;
+  2. save the state and the position of the data. Saving before `next` is what makes a resumed run neither replay nor
+     skip a batch;
+  3. take the next batch;
+  4. dispatch the step;
+  5. read the metrics of the step before, while the device works on this one.
+
+Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a resumed run drops the lines
+after its checkpoint, so that an interrupted run ends with the same bytes as one that was not.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhfjax import metrics as metric
+from rlhfjax import state as states
+from rlhfjax.checkpoint import Checkpoints
+from rlhfjax.config import TrainConfig
+from rlhfjax.errors import CheckpointError, NonFiniteError, Preempted
+from rlhfjax.mesh import Layout
+from rlhfjax.models import store
+from rlhfjax.stages import Stage
+
+
+def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Trains a stage to its last step, from its beginning or from the workdir's latest checkpoint.
+
+    Returns:
+      The last value of every metric.
+    Raises:
+      NonFiniteError: a loss or gradient is NaN or infinite (unless on_nonfinite is "skip").
+      Preempted: SIGTERM came; the state is saved.
+    """
+    key = jax.random.key(config.seed)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    with layout.use(), _stop_on_sigterm() as stopping:
+        state, resumed = _first_state(stage, key, layout, checkpoints)
+        start = 0 if resumed is None else resumed
+        wandb = {"project": config.log.wandb} if config.log.wandb else None
+        with (
+            metric.Writer(workdir, resumed, wandb=wandb, primary=jax.process_index() == 0) as writer,
+            metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
+        ):
+            log = _Log(config, stage, writer, progress, checkpoints, start)
+            for step in range(start, config.steps + 1):
+                stop, last = stopping.is_set(), step == config.steps
+                if step != resumed and _due(step, config.eval_every, last):
+                    log.flush()
+                    log.evaluate(step, stage.evals(state))
+                if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
+                    log.flush()
+                    writer.flush()
+                    checkpoints.save(step, state, stage.batches.get_state())
+                if last:
+                    break
+                if stop:
+                    log.flush()
+                    checkpoints.close()
+                    raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
+                batch = layout.put(next(stage.batches))
+                state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
+                log.later(step + 1, pairs)
+            models, pairs = stage.finish(state)
+            for name, model in models.items():
+                store.save(workdir / name, model)
+            log.evaluate(config.steps, pairs)
+            checkpoints.close()
+        return log.last
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0 and step > 0)
+
+
+def _first_state(
+    stage: Stage, key: jax.Array, layout: Layout, checkpoints: Checkpoints
+) -> tuple[states.TrainState, int | None]:
+    """The state to go on from and the step it was saved at, None where the stage begins."""
+    shapes = jax.eval_shape(stage.init, key)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        states.shardings(shapes, stage.axes, layout),
+    )
+    saved = checkpoints.restore(abstract)
+    if saved is None:
+        return stage.start(states.create_sharded(stage.init, key, stage.axes, layout)), None
+    state, position = saved
+    try:
+        stage.batches.set_state(position)
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{checkpoints.directory}: its data position does not fit this data ({e})") from e
+    return state, int(state.step)
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside of the main thread signals are somebody else's."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Log:
+    """Metrics one step late: `later` hands over a step's device values and reads those of the step before."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        writer: metric.Writer,
+        progress: metric.Progress,
+        checkpoints: Checkpoints,
+        start: int,
+    ):
+        self.config, self.stage, self.writer, self.progress = config, stage, writer, progress
+        self.checkpoints = checkpoints
+        self.last: dict[str, float] = {}
+        self._pending: tuple[int, Any] | None = None
+        self._timed_at, self._timed_step = time.monotonic(), start
+
+    def later(self, step: int, pairs: Any) -> None:
+        self.flush()
+        self._pending = (step, pairs)
+
+    def flush(self) -> None:
+        """Reads the metrics that are still on the device, checks and writes them."""
+        if self._pending is None:
+            return
+        (step, pairs), self._pending = self._pending, None
+        values = metric.finalize(jax.device_get(pairs), f"{self.config.stage}/")
+        self._check_finite(step, values)
+        self.progress.update(step, values, self.stage.units)
+        if step % self.config.log.every == 0 or step == self.config.steps:
+            self._write(step, values)
+            self._time(step)
+
+    def evaluate(self, step: int, pairs: Any) -> None:
+        values = metric.finalize(jax.device_get(pairs), f"{self.config.stage}/")
+        self._check_finite(step, values)
+        self._write(step, values)
+        self._timed_at, self._timed_step = time.monotonic(), step
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.writer.write(step, values)
+        self.last.update(values)
+
+    def _time(self, step: int) -> None:
+        now = time.monotonic()
+        if step > self._timed_step:
+            seconds = (now - self._timed_at) / (step - self._timed_step)
+            rate = {f"{self.stage.unit}_per_second": self.stage.units / seconds, "seconds_per_step": seconds}
+            self.writer.timing(step, {f"{self.config.stage}/{k}": v for k, v in rate.items()})
+        self._timed_at, self._timed_step = now, step
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if bad and self.config.on_nonfinite == "error":
+            good = self.checkpoints.steps()
+            where = (
+                f"the last good checkpoint is {self.checkpoints.directory / str(good[-1])}" if good else "no checkpoint"
+            )
+            raise NonFiniteError(f"{bad[0]} is {values[bad[0]]} at step {step}; {where}")
