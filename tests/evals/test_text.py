@@ -1,0 +1,55 @@
+"""Diversity, repetition and length, counted by hand."""
+
+import pytest
+
+from rlhfjax.evals import text
+
+
+def test_words_keep_apostrophes_and_drop_punctuation():
+    got = text.words("Don't stop_now -- it’s 9, OK?! ' 'quoted'")
+    assert got == [
+        "don't",
+        "stop",
+        "now",
+        "it’s",
+        "9",
+        "ok",
+        "quoted",
+    ]
+
+
+def test_distinct_n_counts_over_the_set():
+    # Bigrams: "a b", "b c" | "a b", "b d" -> 3 different of 4; unigrams a b c a b d -> 4 of 6.
+    answers = ["a b c", "A b, d!"]
+    assert text.distinct_n(answers, 2) == pytest.approx(3 / 4)
+    assert text.distinct_n(answers, 1) == pytest.approx(4 / 6)
+    assert text.distinct_n(answers, 3) == 1.0
+
+
+def test_one_answer_to_every_prompt_is_a_collapse_that_shows():
+    assert text.distinct_n(["i love that so much"] * 10, 2) == pytest.approx(0.1)
+    assert text.distinct_n(["great"] * 10, 2) == 0.0  # too short to have bigrams: not diverse either
+    assert text.distinct_n([], 2) == 0.0
+
+
+def test_no_bigram_spans_two_answers():
+    assert text.distinct_n(["a b", "b c"], 2) == 1.0
+    assert text.ngrams(["a", "b", "c"], 2) == [("a", "b"), ("b", "c")]
+    assert text.ngrams(["a"], 2) == []
+
+
+def test_repeated_n_by_hand():
+    assert text.repeated_n("we go we go", 2) == pytest.approx(1 / 3)
+    assert text.repeated_n("we go we go", 1) == pytest.approx(1 / 2)
+    assert text.repeated_n("we", 2) == 0.0
+
+
+def test_describe():
+    figures = text.describe(["a b a b", "", "c d"])
+    assert figures["words"] == 2.0
+    assert figures["words_p95"] == pytest.approx(3.8)  # sorted 0 2 4; the 95th percentile lies at 1.9 of [0, 2]
+    assert figures["empty"] == pytest.approx(1 / 3)
+    assert figures["repeated_2"] == pytest.approx(1 / 9)
+    assert figures["distinct_2"] == pytest.approx(3 / 4)
+    assert figures["distinct_1"] == pytest.approx(4 / 6)
+    assert text.describe([]) == {}
