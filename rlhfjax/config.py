@@ -48,9 +48,9 @@ class TrainConfig:
     init_from: str | None = None  # workdir whose parameters training starts from
     eval_every: int = 0  # steps; 0: only at the end
     on_nonfinite: Literal["error", "skip"] = "error"
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -111,7 +111,7 @@ def _default_of(field: dataclasses.Field, hint: Any) -> Any:
     else:
         value = None  # `build` will ask for it
     plain = _plain_type(hint)
-    # a placeholder keeps the type, so that `--config.x=3` on an option that is None by default is still parsed as an int
+    # a placeholder keeps the type: `--config.x=3` on an option that is None by default is still parsed as an int
     return config_dict.placeholder(plain) if value is None and plain in (int, float, str, bool) else value
 
 

@@ -115,7 +115,7 @@ class Layout:
 _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
-def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Layout:  # noqa: B008
+def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Layout:
     """The mesh over `devices` (all of them by default) and its rules.
 
     Raises:

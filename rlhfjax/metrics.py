@@ -92,6 +92,14 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def last_values(workdir: str | os.PathLike) -> dict[str, float]:
+    """The last value of every metric in a workdir's metrics.jsonl."""
+    values: dict[str, float] = {}
+    for row in read_jsonl(Path(workdir) / "metrics.jsonl"):
+        values |= {name: value for name, value in row.items() if name != "step"}
+    return values
+
+
 def _keep_until(path: Path, step: int | None) -> None:
     """Rewrites a file of lines, atomically, to those with `step` at most `step` (None: to none)."""
     if not path.exists():

@@ -9,8 +9,8 @@ Its order is deliberate. At step n, before the n-th update (counting from 0):
   4. dispatch the step;
   5. read the metrics of the step before, while the device works on this one.
 
-Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a resumed run drops the lines
-after its checkpoint, so that an interrupted run ends with the same bytes as one that was not.
+Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a resumed run drops the
+lines after its checkpoint, so that an interrupted run ends with the same bytes as one that was not.
 """
 
 import math
@@ -59,6 +59,8 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
                     log.evaluate(step, stage.evals(state))
+                if step != resumed and last:
+                    log.evaluate(step, _finish(stage, state, workdir))
                 if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
                     log.flush()
                     writer.flush()
@@ -72,12 +74,16 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                 batch = layout.put(next(stage.batches))
                 state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
                 log.later(step + 1, pairs)
-            models, pairs = stage.finish(state)
-            for name, model in models.items():
-                store.save(workdir / name, model)
-            log.evaluate(config.steps, pairs)
-            checkpoints.close()
-        return log.last
+        checkpoints.close()
+    return metric.last_values(workdir)
+
+
+def _finish(stage: Stage, state: states.TrainState, workdir: Path) -> Any:
+    """Keeps the stage's models; before the last save, so that a run killed in between does it again."""
+    models, pairs = stage.finish(state)
+    for name, model in models.items():
+        store.save(workdir / name, model)
+    return pairs
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -133,7 +139,6 @@ class _Log:
     ):
         self.config, self.stage, self.writer, self.progress = config, stage, writer, progress
         self.checkpoints = checkpoints
-        self.last: dict[str, float] = {}
         self._pending: tuple[int, Any] | None = None
         self._timed_at, self._timed_step = time.monotonic(), start
 
@@ -150,18 +155,14 @@ class _Log:
         self._check_finite(step, values)
         self.progress.update(step, values, self.stage.units)
         if step % self.config.log.every == 0 or step == self.config.steps:
-            self._write(step, values)
+            self.writer.write(step, values)
             self._time(step)
 
     def evaluate(self, step: int, pairs: Any) -> None:
         values = metric.finalize(jax.device_get(pairs), f"{self.config.stage}/")
         self._check_finite(step, values)
-        self._write(step, values)
-        self._timed_at, self._timed_step = time.monotonic(), step
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
         self.writer.write(step, values)
-        self.last.update(values)
+        self._timed_at, self._timed_step = time.monotonic(), step
 
     def _time(self, step: int) -> None:
         now = time.monotonic()

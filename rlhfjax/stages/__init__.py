@@ -2,7 +2,7 @@
 
 A stage's module has a frozen dataclass `Config` and one of two functions:
   `build(config, layout) -> Stage` for what trains, run by the loop in `train.py`;
-  `run(config, workdir, layout) -> {metric: value}` for a job that writes its output whole (tokenizer, collect, evaluate).
+  `run(config, workdir, layout) -> {metric: value}` for a job that writes its output whole (tokenizer, collect, …).
 """
 
 import dataclasses

@@ -1,0 +1,3 @@
+from rlhfjax.main import main
+
+main()

@@ -1,0 +1,150 @@
+"""`rlhfjax COMMAND`: flags, then one call."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from rlhfjax.errors import ConfigError, UserError
+
+
+def _config_flag(fv: flags.FlagValues, argv: list[str]) -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", None, "experiment file, FILE.py[:args]; --config.a.b=v overrides", flag_values=fv, sys_argv=argv
+    )
+
+
+def _workdir_flag(fv: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run; an unfinished run in it goes on", flag_values=fv)
+
+
+def _need(fv: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        if fv[name].value is None:
+            raise ConfigError(f"--{name} is required")
+    if "config" in names:
+        try:
+            len(fv.config)
+        except OSError as e:
+            raise ConfigError(f"--config cannot be read: {str(e).splitlines()[-1].strip()}") from None
+
+
+def train(fv: flags.FlagValues) -> None:
+    """Trains one stage: rlhfjax train --config=experiments/x/sft.py --workdir=DIR [--config.steps=100]"""
+    from rlhfjax import recipe
+
+    _need(fv, "config", "workdir")
+    if "stages" in fv.config:
+        raise ConfigError("this config is a recipe: rlhfjax run --config=… runs its stages")
+    recipe.run(fv.config, Path(fv.workdir))
+
+
+def run(fv: flags.FlagValues) -> None:
+    """Runs a recipe, stage by stage: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=DIR"""
+    from rlhfjax import recipe
+
+    _need(fv, "config", "workdir")
+    if "stages" not in fv.config:
+        raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
+    recipe.run(fv.config, Path(fv.workdir))
+    report(fv)
+
+
+def evaluate(fv: flags.FlagValues) -> None:
+    """Evaluates a stage's latest checkpoint again on its held-out data: rlhfjax eval --workdir=DIR [--config=FILE]"""
+    from rlhfjax import recipe
+
+    _need(fv, "workdir")
+    print(json.dumps(recipe.evaluate(fv.config, Path(fv.workdir)), indent=2, sort_keys=True))
+
+
+def chat(fv: flags.FlagValues) -> None:
+    """Talks with a workdir's model: rlhfjax chat --workdir=DIR [--temperature=0.7] [--max_new=64]"""
+    from rlhfjax import chat
+
+    _need(fv, "workdir")
+    chat.run(Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed)
+
+
+def report(fv: flags.FlagValues) -> None:
+    """Writes DIR/report.html from a workdir and prints its tables: rlhfjax report --workdir=DIR"""
+    import rich
+
+    from rlhfjax.report import summary_table, write_report
+
+    _need(fv, "workdir")
+    path = write_report(Path(fv.workdir))
+    rich.print(summary_table(Path(fv.workdir)))
+    print(f"report: {path}")
+
+
+COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
+    "train": train,
+    "run": run,
+    "eval": evaluate,
+    "chat": chat,
+    "report": report,
+}
+
+
+def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
+    """The flags of one command."""
+    fv = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
+    _workdir_flag(fv)
+    if command in ("train", "run", "eval"):
+        _config_flag(fv, argv)
+    if command == "chat":
+        flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
+        flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)
+        flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
+    return fv
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {f.__doc__}" for name, f in COMMANDS.items()]
+    return "usage: rlhfjax COMMAND [--help] [flags]\n\n" + "\n".join(lines)
+
+
+def _parse(argv: list[str]) -> tuple[Callable[[flags.FlagValues], None], flags.FlagValues] | None:
+    """The command and its flags; None where help was asked for and given."""
+    if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
+        print(_usage())
+        return None
+    if argv[1] not in COMMANDS:
+        raise ConfigError(f"command {argv[1]!r} is unknown; known: {', '.join(COMMANDS)}")
+    command, fv = COMMANDS[argv[1]], define_flags(argv[1], argv)
+    if {"--help", "-h", "--helpfull"} & set(argv[2:]):
+        print(f"{command.__doc__}\n{fv.get_help()}")
+        return None
+    try:
+        rest = fv([argv[0], *argv[2:]])
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
+        raise ConfigError(" ".join(str(e).split()) or type(e).__name__) from e
+    if rest[1:]:
+        raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
+    return command, fv
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit code 0; 1 for a failed run; 2 for a command line or config that cannot be meant; 75 when preempted."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each of its steps there
+    try:
+        parsed = _parse(sys.argv if argv is None else argv)
+        if parsed is not None:
+            parsed[0](parsed[1])
+    except UserError as e:
+        print(f"rlhfjax: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
