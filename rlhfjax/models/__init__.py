@@ -1,1 +1,5 @@
-"""The Transformer and its heads: the only place that imports flax.linen."""
+"""The Transformer, its heads and its presets; the only place that knows flax.linen."""
+
+from rlhfjax.models.transformer import Model, TransformerConfig, positions_of
+
+__all__ = ["Model", "TransformerConfig", "positions_of"]

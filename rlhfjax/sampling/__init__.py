@@ -1,1 +1,5 @@
-"""Prefill and decode with a KV cache."""
+"""Sampling from a model: prefill and decode with a KV cache, as a jitted batch or token by token."""
+
+from rlhfjax.sampling.generate import Samples, generate, stream
+
+__all__ = ["Samples", "generate", "stream"]

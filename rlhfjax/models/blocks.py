@@ -1,0 +1,183 @@
+"""The linen modules: one Transformer layer, the embedding and the heads, each parameter with its logical axis names.
+
+Nothing outside rlhfjax/models sees them: `rlhfjax.models.transformer.Model` is the face.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlhfjax.mesh import constrain
+from rlhfjax.models.attention import dropout, rotate
+from rlhfjax.models.config import TransformerConfig
+
+RESIDUAL = ("batch", "time", "embed")
+
+
+class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A parameter at birth with the logical names of its axes; linen's own boxes would constrain it to mesh axes."""
+
+    value: Any
+    names: tuple[str | None, ...] = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        raise NotImplementedError("layers are stacked by Model.init")
+
+    remove_axis = add_axis
+
+
+def _parameter(module, name, std, shape, axes):
+    """A float32 normal(std) parameter, or a constant where `std` is an initialiser; `axes` name its dimensions."""
+    make = nn.initializers.normal(std) if isinstance(std, float) else std
+    return module.param(name, lambda *args: Named(make(*args), axes), shape, jnp.float32)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 3), in float32."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        scale = _parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
+        if self.config.norm == "rmsnorm":
+            size = jnp.square(wide).mean(-1, keepdims=True)
+            return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale).astype(x.dtype)
+        bias = _parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],), ("embed",))
+        wide = wide - wide.mean(-1, keepdims=True)
+        size = jnp.square(wide).mean(-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale + bias).astype(x.dtype)
+
+
+class Project(nn.Module):
+    """einsum(equation, x, kernel) + bias, in x's dtype; the bias has the output's axes, [d], [f] or [h, k]."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    bias_axes: int  # how many trailing axes of the kernel the bias has; 0: no bias
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = _parameter(self, "kernel", self.std, self.shape, self.axes).astype(x.dtype)
+        y = jnp.einsum(self.equation, x, kernel)
+        if not self.bias_axes:
+            return y
+        n = self.bias_axes
+        bias = _parameter(self, "bias", nn.initializers.zeros, self.shape[-n:], self.axes[-n:]).astype(x.dtype)
+        return y + (bias[:, None] if n == 2 else bias)  # [h, 1, k] against [b, h, t, k]
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) attention; `attend(q, k, v)` gives the output and may keep a cache."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, rope, attend: Callable):
+        c = self.config
+
+        def project(name, heads, axis):
+            shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
+            y = Project("btd,dhk->bhtk", shape, axes, float(c.init_std), 2 * c.bias, name=name)(x)
+            y = y if rope is None or name == "value" else rotate(y, rope)
+            return constrain(y, ("batch", axis, "time", "head_dim"))
+
+        q = project("query", c.n_heads, "heads")
+        k = project("key", c.kv_heads, "kv_heads")
+        v = project("value", c.kv_heads, "kv_heads")
+        shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
+        out = Project("bhtk,hkd->btd", shape, axes, residual_std(c), 1 * c.bias, name="out")
+        return out(attend(q, k, v))
+
+
+class MLP(nn.Module):
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), or gelu(x W_up) W_down (GPT-2's tanh form)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+
+        def project(name, shape, axes, std):
+            return Project("btx,xy->bty", shape, axes, std, 1 * c.bias, name=name)
+
+        def grow(name):
+            return project(name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std))(x)
+
+        y = nn.silu(grow("gate")) * grow("up") if c.mlp == "swiglu" else nn.gelu(grow("up"), approximate=True)
+        y = constrain(y, ("batch", "time", "mlp"))
+        return project("down", (c.d_ff, c.d_model), ("mlp", "embed"), residual_std(c))(y)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, rope, attend: Callable, key=None):
+        c = self.config
+        keys = (None, None) if key is None else jax.random.split(key)
+        y = Attention(c, name="attention")(Norm(c, name="norm_1")(x), rope, attend)
+        x = constrain(x + dropout(y, c.dropout, keys[0]), RESIDUAL)
+        y = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
+        return constrain(x + dropout(y, c.dropout, keys[1]), RESIDUAL)
+
+
+class Embed(nn.Module):
+    """Token embedding, plus a learned position embedding where the config asks for one."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions):
+        c = self.config
+        std = float(c.init_std)
+        table = _parameter(self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed"))
+        x = jnp.take(table.astype(c.dtype), tokens, axis=0, mode="clip")
+        if c.positions == "learned":
+            places = _parameter(self, "positions", std, (c.max_length, c.d_model), ("positions", "embed"))
+            x = x + jnp.take(places.astype(c.dtype), positions, axis=0, mode="clip")
+        return x
+
+
+class Unembed(nn.Module):
+    """The untied output matrix [d, v]."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        return _parameter(self, "kernel", float(c.init_std), (c.d_model, c.vocab_size), ("embed", "vocab"))
+
+
+class ScalarHead(nn.Module):
+    """hidden . kernel + bias; kernel ~ N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019; Stiennon et al. 2020, App. B.1)."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        kernel = _parameter(self, "kernel", (self.width + 1) ** -0.5, (self.width,), ("embed",))
+        return kernel, _parameter(self, "bias", nn.initializers.zeros, (), ())
+
+
+def residual_std(config: TransformerConfig) -> float:
+    """Init std of the projections that write into the residual stream (GPT-2: / sqrt(number of such layers))."""
+    scale = (2 * config.n_layers) ** -0.5 if config.scale_residual_init else 1.0
+    return float(config.init_std * scale)

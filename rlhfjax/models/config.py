@@ -1,0 +1,100 @@
+"""What a Transformer is: every shape and option of the family, checked when it is made."""
+
+import dataclasses
+
+from rlhfjax.errors import ConfigError
+
+CHOICES = {
+    "positions": ("rope", "learned"),
+    "norm": ("rmsnorm", "layernorm"),
+    "mlp": ("swiglu", "gelu"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "full"),
+}
+SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_length")
+OPTIONAL_SIZES = ("n_kv_heads", "d_head")
+NUMBERS = ("rope_theta", "norm_eps", "dropout", "init_std")
+SWITCHES = ("bias", "tie_embeddings", "scale_residual_init", "scan_layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and options of a decoder-only Transformer (GPT-2/3 and Llama families).
+
+    `n_kv_heads=None` is multi-head attention, `d_head=None` is `d_model / n_heads`. Parameters are always
+    float32; `dtype` is what activations and matrix products are computed in.
+    Raises ConfigError, naming the field, for an impossible combination.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    max_length: int
+    n_kv_heads: int | None = None
+    d_head: int | None = None
+    positions: str = "rope"
+    rope_theta: float = 10000.0
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    mlp: str = "swiglu"
+    bias: bool = False
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # of the embedding, the attention weights and both residual branches
+    init_std: float = 0.02
+    scale_residual_init: bool = False  # GPT-2: residual projections start 1/sqrt(2 n_layers) smaller
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        self._check_types()
+        self._check_shapes()
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    def _check_types(self):
+        for name in SIZES + OPTIONAL_SIZES:
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL_SIZES:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"model.{name} is {value!r}: it must be a positive whole number")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"model.{name} is {value!r}: it must be a number")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}: it must be True or False")
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
+
+    def _check_shapes(self):
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ConfigError(
+                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}: "
+                "choose a divisor, or set model.d_head"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.n_kv_heads = {self.kv_heads} does not divide model.n_heads = {self.n_heads}: choose a divisor"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ConfigError(
+                f"the head width is {self.head_dim}: model.positions = 'rope' rotates pairs, so it must be even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not (self.init_std > 0 and self.norm_eps > 0 and self.rope_theta > 0):
+            raise ConfigError("model.init_std, model.norm_eps and model.rope_theta must be above 0")

@@ -1,0 +1,255 @@
+"""A decoder-only Transformer as functions of a parameter tree: `Model(config, head)` is all that other code sees.
+
+    model = Model(TransformerConfig(...))
+    params = model.init(jax.random.key(0))
+    hidden = model.hidden(params, tokens, segments=segments)
+    logprob, entropy = model.logprobs(params, hidden, targets)
+
+The parameter tree is a plain nested dict of float32 arrays: "backbone" (embedding, layers, final norm) and "head"
+(a scalar head's kernel [d] and bias []; an untied language model's kernel [d, v]; absent where the embedding is tied).
+So a reward model initialised from a language model takes its "backbone" and makes a "head" of its own.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import constrain
+from rlhfjax.models import blocks, logprobs
+from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
+from rlhfjax.models.config import TransformerConfig
+
+__all__ = ["Cache", "Model", "TransformerConfig", "positions_of"]
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the slots written so far: a tuple a layer of [b, kv_heads, slots, head_dim]."""
+
+    k: tuple[Float[Array, "b g s k"], ...]
+    v: tuple[Float[Array, "b g s k"], ...]
+    valid: Bool[Array, "b s"]  # slots that hold a real token
+
+
+def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Position of each token within its segment, counting real tokens from 0; 0 on padding (segment 0)."""
+    slot = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    before = jnp.concatenate([jnp.zeros_like(segments[:, :1]), segments[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(segments != before, slot, 0), axis=1)
+    return jnp.where(segments > 0, slot - start, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Transformer with a language-model head ("lm") or a scalar one ("scalar": reward models, critics)."""
+
+    config: TransformerConfig
+    head: str = "lm"
+
+    def __post_init__(self):
+        if self.head not in ("lm", "scalar"):
+            raise ConfigError(f"model head is {self.head!r}: accepted are lm, scalar")
+
+    # ------------------------------------------------------------------ parameters
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters, a plain nested dict of float32 arrays (layers stacked when config.scan_layers)."""
+        return nn.meta.unbox(self._boxed(key))
+
+    def axes(self) -> Params:
+        """The parameter tree with a tuple of logical axis names in place of each array."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        tree = jax.tree.map(lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named))
+        if self.config.scan_layers:
+            stacked = lambda t: ("layers", *t)
+            layers = jax.tree.map(stacked, tree["backbone"]["layers"], is_leaf=lambda x: isinstance(x, tuple))
+            tree["backbone"]["layers"] = layers
+        return tree
+
+    def _boxed(self, key):
+        c = self.config
+        embed_key, layer_key, head_key = jax.random.split(key, 3)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        x = jnp.zeros((1, 1, c.d_model), c.dtype)
+        rope = self._rope(tokens)
+        attend = lambda q, k, v: q
+        one = lambda k: blocks.Block(c).init(k, x, rope, attend)["params"]
+        keys = jax.random.split(layer_key, c.n_layers)
+        if c.scan_layers:
+            layers = jax.vmap(one)(keys)
+        else:
+            layers = {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
+        backbone = {
+            "embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"],
+            "layers": layers,
+            "norm": blocks.Norm(c).init(key, x)["params"],
+        }
+        if self.head == "scalar":
+            return {"backbone": backbone, "head": blocks.ScalarHead(c.d_model).init(head_key)["params"]}
+        if c.tie_embeddings:
+            return {"backbone": backbone}
+        return {"backbone": backbone, "head": blocks.Unembed(c).init(head_key)["params"]}
+
+    # ------------------------------------------------------------------ forward
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segments: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Hidden states after the final norm, in config.dtype.
+
+        Segments: 0 is padding, >= 1 a document of a packed row; None is plain causal. Positions None: counted within
+        each segment from 0 (without segments: 0, 1, 2, ...). A key turns dropout on; without one there is none.
+        Raises ConfigError when the sequence is longer than the model's context.
+        """
+        c = self.config
+        if tokens.shape[1] > c.max_length:
+            raise ConfigError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than model.max_length = {c.max_length}"
+            )
+        if positions is None:
+            positions = positions_of(jnp.ones_like(tokens) if segments is None else segments)
+        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
+        x = self._embed(params, tokens, positions, embed_key)
+        rope = self._rope(positions)
+
+        def layer(x, p, i):
+            keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(layer_key, i))
+            attend = functools.partial(causal_attention, segments=segments, rate=float(c.dropout), key=keys[0])
+            return blocks.Block(c).apply({"params": p}, x, rope, attend, keys[1])
+
+        x = self._run(self._remat(layer), params, x)
+        return self._norm(params, x)
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Float32 logits of hidden states."""
+        return logprobs.unembed(hidden, self._output(params), self._tied)
+
+    def scalar(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+        """Float32 scalar (a value or a reward) of hidden states."""
+        head = params["head"]
+        return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
+
+    def logprobs(
+        self,
+        params: Params,
+        hidden: Float[Array, "b t d"],
+        targets: Int[Array, "b t"],
+        temperature: float = 1.0,
+    ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+        """log p(target) and entropy (nats) under softmax(logits / temperature); see models.logprobs."""
+        output = self._output(params)
+        return logprobs.logprobs(hidden, output, targets, float(temperature), tied=self._tied)
+
+    def cross_entropy(
+        self,
+        params: Params,
+        hidden: Float[Array, "b t d"],
+        targets: Int[Array, "b t"],
+        mask: Float[Array, "b t"],
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Summed masked negative log-likelihood (nats) and its weight; see models.logprobs."""
+        return logprobs.cross_entropy(hidden, self._output(params), targets, mask, tied=self._tied)
+
+    # ------------------------------------------------------------------ with a cache
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of `length` slots a row."""
+        c = self.config
+        shape = (batch, c.kv_heads, length, c.head_dim)
+        empty = tuple(jnp.zeros(shape, c.dtype) for _ in range(c.n_layers))
+        return Cache(empty, empty, jnp.zeros((batch, length), bool))
+
+    def prefill(
+        self, params: Params, tokens: Int[Array, "b p"], segments: Int[Array, "b p"], cache: Cache
+    ) -> tuple[Float[Array, "b d"], Cache]:
+        """Run left-padded prompts, fill slots 0 .. p-1; returns the hidden state of the last slot and the cache."""
+        positions = positions_of(segments)
+        x = self._embed(params, tokens, positions, None)
+        rope = self._rope(positions)
+        k, v = list(cache.k), list(cache.v)
+        for i in range(self.config.n_layers):
+
+            def attend(q, new_k, new_v, i=i):
+                k[i] = jax.lax.dynamic_update_slice(k[i], new_k, (0, 0, 0, 0))
+                v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, 0, 0))
+                return causal_attention(q, new_k, new_v, segments)
+
+            x = blocks.Block(self.config).apply({"params": self._layer(params, i)}, x, rope, attend)
+        valid = jax.lax.dynamic_update_slice(cache.valid, segments > 0, (0, 0))
+        return self._norm(params, x[:, -1:])[:, 0], Cache(tuple(k), tuple(v), valid)
+
+    def decode(
+        self,
+        params: Params,
+        token: Int[Array, " b"],
+        position: Int[Array, " b"],
+        slot: Int[Array, ""],
+        cache: Cache,
+    ) -> tuple[Float[Array, "b d"], Cache]:
+        """One token a row, all written to the same cache slot; returns its hidden state and the cache."""
+        x = self._embed(params, token[:, None], position[:, None], None)
+        rope = self._rope(position[:, None])
+        valid = jax.lax.dynamic_update_slice(cache.valid, jnp.ones((token.shape[0], 1), bool), (0, slot))
+        k, v = list(cache.k), list(cache.v)
+        for i in range(self.config.n_layers):
+
+            def attend(q, new_k, new_v, i=i):
+                k[i] = jax.lax.dynamic_update_slice(k[i], new_k, (0, 0, slot, 0))
+                v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, slot, 0))
+                return cached_attention(q[:, :, 0], k[i], v[i], valid)[:, :, None]
+
+            x = blocks.Block(self.config).apply({"params": self._layer(params, i)}, x, rope, attend)
+        return self._norm(params, x)[:, 0], Cache(tuple(k), tuple(v), valid)
+
+    # ------------------------------------------------------------------ pieces
+
+    @property
+    def _tied(self):
+        return self.config.tie_embeddings
+
+    def _output(self, params):
+        return params["backbone"]["embed"]["tokens"] if self._tied else params["head"]["kernel"]
+
+    def _rope(self, positions):
+        c = self.config
+        return rope_tables(positions, c.head_dim, float(c.rope_theta)) if c.positions == "rope" else None
+
+    def _embed(self, params, tokens, positions, key):
+        c = self.config
+        x = blocks.Embed(c).apply({"params": params["backbone"]["embed"]}, tokens, positions)
+        return constrain(dropout(x, c.dropout, key), blocks.RESIDUAL)
+
+    def _norm(self, params, x):
+        return blocks.Norm(self.config).apply({"params": params["backbone"]["norm"]}, x)
+
+    def _layer(self, params, i):
+        layers = params["backbone"]["layers"]
+        return jax.tree.map(lambda p: p[i], layers) if self.config.scan_layers else layers[f"layer_{i}"]
+
+    def _remat(self, layer):
+        if self.config.remat == "none":
+            return layer
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(layer, policy=dots if self.config.remat == "dots" else None)
+
+    def _run(self, layer, params, x):
+        """layer(x, parameters, index) over all layers: one compiled body (scan) or one after the other (unrolled)."""
+        n = self.config.n_layers
+        if self.config.scan_layers:
+            layers = params["backbone"]["layers"], jnp.arange(n)
+            return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, layers)[0]
+        for i in range(n):
+            x = layer(x, self._layer(params, i), i)
+        return x

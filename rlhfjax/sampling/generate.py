@@ -1,0 +1,156 @@
+"""Autoregressive sampling with a KV cache: `generate` for batches, under jit; `stream` token by token, for a chat."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.models.transformer import Cache, Model
+from rlhfjax.sampling.choose import check, choose
+
+
+class Samples(NamedTuple):
+    """Responses, right-padded."""
+
+    tokens: Int[Array, "b r"]  # pad_id after the end
+    mask: Float[Array, "b r"]  # 1 on response tokens, the eos included
+    logprobs: Float[Array, "b r"]  # nats, of the distribution sampled from; 0 where the mask is 0
+
+
+class _Loop(NamedTuple):
+    """State of the decoding loop before step `step`."""
+
+    step: Int[Array, ""]
+    hidden: Float[Array, "b d"]  # of the last token so far: it predicts the token of this step
+    done: Bool[Array, " b"]  # rows that have produced their eos
+    cache: Cache
+    samples: Samples
+
+
+def uniforms(keys: Key[Array, " b"], steps: int) -> Float[Array, "r b"]:
+    """u[i, row] = uniform(fold_in(keys[row], i)): a row's draws depend on its own key and the step alone."""
+    draw = lambda i, key: jax.random.uniform(jax.random.fold_in(key, i))
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(steps), keys)
+
+
+def generate(
+    model: Model,
+    params: dict[str, Any],
+    tokens: Int[Array, "b p"],
+    segments: Int[Array, "b p"],
+    keys: Key[Array, " b"],
+    *,
+    max_new: int,
+    eos_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Samples:
+    """Sample a response of at most max_new tokens to each left-padded prompt.
+
+    y_i ~ top_p(top_k(softmax(logits(prompt, y_<i) / temperature))). The eos is part of the response; slots after it
+    hold pad_id with mask 0. A row that reaches max_new simply ends: no eos is forced on it. The loop stops when every
+    row is done. A row depends on its own prompt and key only.
+
+    Args:
+      tokens, segments: prompts, left-padded; segments are 1 on real tokens and 0 on padding.
+      keys: one typed key a row.
+      temperature: 0 is greedy, and logprobs are then those of temperature 1.
+      top_k, top_p: 0 and 1 are off. For evaluation: a training rollout must not truncate.
+    Returns: Samples(tokens, mask, logprobs), each [b, max_new].
+    Raises: ConfigError for impossible settings, or when prompt and response exceed the model's context.
+    """
+    check(temperature, top_k, top_p)
+    b, p = tokens.shape
+    _check_length(model, p, max_new)
+    pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    length = (segments > 0).sum(1, dtype=jnp.int32)
+    u = uniforms(keys, max_new)
+
+    def unfinished(s: _Loop):
+        return (s.step < max_new) & ~s.done.all()
+
+    def advance(s: _Loop) -> _Loop:
+        token, logprob = pick(model.logits(params, s.hidden), u[s.step])
+        live = (~s.done).astype(jnp.float32)
+        token = jnp.where(s.done, pad_id, token)
+        samples = _write(s.samples, s.step, Samples(token, live, logprob * live))
+        hidden, cache = model.decode(params, token, length + s.step, p + s.step, s.cache)
+        return _Loop(s.step + 1, hidden, s.done | (token == eos_id), cache, samples)
+
+    # The last token's own hidden state predicts nothing: its slot is not needed, but the loop body stays one piece.
+    hidden, cache = model.prefill(params, tokens, segments, model.init_cache(b, p + max_new))
+    empty = Samples(jnp.full((b, max_new), pad_id, jnp.int32), jnp.zeros((b, max_new)), jnp.zeros((b, max_new)))
+    start = _Loop(jnp.zeros((), jnp.int32), hidden, jnp.zeros(b, bool), cache, empty)
+    return jax.lax.while_loop(unfinished, advance, start).samples
+
+
+def _write(samples, step, column):
+    put = lambda rows, new: jax.lax.dynamic_update_slice(rows, new[:, None].astype(rows.dtype), (0, step))
+    return jax.tree.map(put, samples, column)
+
+
+def _check_length(model, prompt, new):
+    if new < 1:
+        raise ConfigError(f"max_new is {new}: it must be at least 1")
+    if prompt + new > model.config.max_length:
+        raise ConfigError(
+            f"a prompt of {prompt} and a response of {new} tokens exceed model.max_length = {model.config.max_length}"
+        )
+
+
+def stream(
+    model: Model,
+    params: dict[str, Any],
+    tokens: Int[Array, "1 p"],
+    segments: Int[Array, "1 p"],
+    key: Key[Array, ""],
+    *,
+    max_new: int,
+    eos_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Iterator[int]:
+    """Yield the tokens of one response as they are drawn, the eos (if it comes) last.
+
+    The same tokens as `generate` gives for this prompt and key. Pad prompts (on the left) to a few lengths: each
+    length compiles once. Raises ConfigError as `generate` does.
+    """
+    check(temperature, top_k, top_p)
+    _check_length(model, tokens.shape[1], max_new)
+    return _stream(model, params, tokens, segments, key, max_new, eos_id, (temperature, top_k, top_p))
+
+
+def _stream(model, params, tokens, segments, key, max_new, eos_id, settings):
+    p = tokens.shape[1]
+    length = (segments > 0).sum(1, dtype=jnp.int32)
+    hidden, cache = _first(model, p + max_new, params, tokens, segments)
+    for step in range(max_new):
+        token = _next_token(model, settings, params, hidden, key, step)
+        yield int(token[0])
+        if int(token[0]) == eos_id or step + 1 == max_new:
+            return
+        hidden, cache = _advance(model, params, token, length + step, jnp.int32(p + step), cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first(model, slots, params, tokens, segments):
+    return model.prefill(params, tokens, segments, model.init_cache(tokens.shape[0], slots))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_token(model, settings, params, hidden, key, step):
+    temperature, top_k, top_p = settings
+    u = jax.random.uniform(jax.random.fold_in(key, step))[None]
+    return choose(model.logits(params, hidden), u, temperature=temperature, top_k=top_k, top_p=top_p)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _advance(model, params, token, position, slot, cache):
+    return model.decode(params, token, position, slot, cache)
