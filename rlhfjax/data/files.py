@@ -1,0 +1,130 @@
+"""Records in files, by index: JSON lines and plain text. Only offsets are held in memory."""
+
+import codecs
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from rlhfjax.data.rows import SPLITS, BadRow, split_of
+from rlhfjax.errors import ConfigError, DataError
+
+
+class Records(Protocol):
+    """Raw records. `record[i]` raises BadRow for one that cannot be read; `hint` ends an error about emptiness."""
+
+    hint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+    def where(self, index: int) -> str: ...
+
+
+class Span(NamedTuple):
+    """Where a record stands: file number, first byte, bytes, first line (from 1)."""
+
+    file: int
+    start: int
+    size: int
+    line: int
+
+
+class _Files:
+    """Records that are spans of files, split by a stable hash of their bytes unless the glob names the split."""
+
+    hint = ""
+
+    def __init__(self, spec: str, pattern: str, split: str):
+        named = "{split}" in pattern
+        if not named and split not in (*SPLITS, "all"):
+            raise ConfigError(f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all")
+        pattern = os.path.expanduser(pattern.replace("{split}", split))
+        self.paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not self.paths:
+            raise DataError(f"source {spec!r}: no file matches {pattern}")
+        self._spans = [
+            span
+            for number in range(len(self.paths))
+            for span, content in self._scan(number)
+            if named or split == "all" or split_of(content) == split
+        ]
+        if not named and split != "all":
+            self.hint = "; rows are split 90/5/5 by their hash, put {split} into the glob to name files by split"
+
+    def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def where(self, index: int) -> str:
+        span = self._spans[index]
+        return f"{self.paths[span.file]}:{span.line}"
+
+    def _read(self, index: int) -> str:
+        span = self._spans[index]
+        with open(self.paths[span.file], "rb") as file:
+            file.seek(span.start)
+            content = file.read(span.size)
+        try:
+            return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = span.line + content[: error.start].count(b"\n")
+            raise BadRow(f"invalid UTF-8 on line {line}") from error
+
+
+class JsonLines(_Files):
+    """One JSON object a line; empty lines are passed over."""
+
+    def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
+        start = 0
+        with open(self.paths[number], "rb") as file:
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    yield Span(number, start, len(content), line), content.strip()
+                start += len(content)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        try:
+            record = json.loads(self._read(index))
+        except json.JSONDecodeError as error:
+            raise BadRow(f"bad JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(record, dict):
+            raise BadRow(f"expected a JSON object, got {type(record).__name__}")
+        return record
+
+
+class TextFiles(_Files):
+    """Plain text: a row is a file, a paragraph (parted by empty lines) or a line."""
+
+    def __init__(self, spec: str, pattern: str, split: str, documents: str):
+        if documents not in ("file", "paragraph", "line"):
+            raise ConfigError(f"source {spec!r}: documents must be file, paragraph or line, got {documents!r}")
+        self._documents = documents
+        super().__init__(spec, pattern, split)
+        self.hint += f"; documents={documents!r}"
+
+    def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
+        with open(self.paths[number], "rb") as file:
+            if self._documents == "file":
+                content = file.read()
+                yield Span(number, 0, len(content), 1), content
+                return
+            start, first, block = 0, 1, b""
+            for line, content in enumerate(file, 1):
+                if block and (self._documents == "line" or not content.strip()):
+                    yield Span(number, start - len(block), len(block), first), block
+                    block = b""
+                if content.strip():
+                    first = first if block else line
+                    block += content
+                start += len(content)
+            if block:
+                yield Span(number, start - len(block), len(block), first), block
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        text = self._read(index)
+        return {"text": text if self._documents == "file" else text.rstrip("\r\n")}

@@ -1,0 +1,141 @@
+"""Ranked completions on disk: a TFDS ArrayRecord dataset, and beside it the same rows as JSON lines.
+
+    DIR/preferences-train.array_record-...  features.json  dataset_info.json     tfds.builder_from_directory(DIR)
+    DIR/train.jsonl                                                              jsonl:DIR/train.jsonl
+
+Token ids are stored as they were sampled, so that nothing downstream has to encode text anew.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rlhfjax.data.corpora import locked, write_quietly
+from rlhfjax.data.rows import BadRow, Row, normalise
+from rlhfjax.data.sources import Source, open_source
+from rlhfjax.errors import DataError
+
+
+class RankedCompletions(tfds.core.GeneratorBasedBuilder):
+    """One row a prompt. Tokens of the k completions lie end to end in `tokens`, `token_counts` says where to cut."""
+
+    name = "preferences"
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(__file__).parent
+
+    def __init__(self, rows: Mapping[str, Sequence[Row]], **kwargs: Any):
+        self._rows = rows
+        super().__init__(**kwargs)
+
+    def _info(self):
+        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        features = {
+            "prompt": tfds.features.Text(),
+            "prompt_tokens": ids,
+            "completions": tfds.features.Sequence(tfds.features.Text()),
+            "tokens": ids,
+            "token_counts": ids,
+            "scores": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+            "ranks": ids,
+            "labeller": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            description=self.__doc__,
+            disable_shuffling=True,  # the order of the rows is kept
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(rows) for split, rows in self._rows.items()}
+
+    def _generate_examples(self, rows):
+        for i, row in enumerate(rows):
+            flat = [token for ids in row["completion_tokens"] for token in ids]
+            stored = {name: row[name] for name in ("prompt", "prompt_tokens", "completions", "scores", "ranks")}
+            yield (
+                i,
+                stored
+                | {
+                    "tokens": np.array(flat, np.int32),
+                    "token_counts": np.array([len(ids) for ids in row["completion_tokens"]], np.int32),
+                    "labeller": row["labeller"],
+                },
+            )
+
+
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """Ranks from 1, the best; equal scores share a rank and the next rank follows on."""
+    order = sorted(set(scores), reverse=True)
+    return [order.index(score) + 1 for score in scores]
+
+
+def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeller: str) -> None:
+    """Writes ranked completions, atomically: the folder appears complete or not at all, replacing an older one.
+
+    Args:
+      splits: split name to rows {prompt: str, prompt_tokens: [n], completions: [k] str, completion_tokens: [k][r],
+        scores: [k], ranks: [k] (from the scores if missing)}.
+      labeller: who ranked, for instance "simulated: VADER sentiment".
+
+    Raises:
+      DataError: a row is malformed, or a split is empty.
+    """
+    folder = pathlib.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    rows = {split: [_row(one, labeller, split, i) for i, one in enumerate(some)] for split, some in splits.items()}
+    for split, some in rows.items():
+        if not some:
+            raise DataError(f"preferences: no rows in split {split!r}")
+    with locked(folder.parent / f".{folder.name}.lock"):
+        for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):
+            shutil.rmtree(leftover)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+        builder = RankedCompletions(rows, data_dir=temporary, file_format="array_record")
+        write_quietly(builder)
+        written = pathlib.Path(builder.data_dir)
+        for split, some in rows.items():
+            lines = [json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in some]
+            (written / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, temporary / "older")
+        os.replace(written, folder)
+        shutil.rmtree(temporary)
+
+
+def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
+    """The rows of a split, of kind preferences, in the order written. Raises DataError when there are none."""
+    if not pathlib.Path(folder, "dataset_info.json").is_file():
+        raise DataError(f"preferences: {folder} holds no dataset; the collect stage writes one")
+    return open_source(f"tfds:{os.fspath(folder)}", kind="preferences", split=split)
+
+
+def _row(row: Row, labeller: str, split: str, index: int) -> Row:
+    try:
+        if "completion_tokens" not in row:
+            raise BadRow("no column 'completion_tokens'")
+        row = normalise("preferences", row, {})
+    except BadRow as reason:
+        raise DataError(f"preferences: split {split!r} row {index}: {reason}") from reason
+    scores = [float(np.float32(score)) for score in row["scores"]]  # what ArrayRecord keeps, so that the twin is equal
+    ranks = [int(rank) for rank in row.get("ranks", ranks_of(scores))]
+    return {
+        "prompt": row["prompt"],
+        "completions": row["completions"],
+        "scores": scores,
+        "ranks": ranks,
+        "labeller": labeller,
+        "prompt_tokens": row["prompt_tokens"],
+        "completion_tokens": row["completion_tokens"],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()

@@ -1,0 +1,192 @@
+"""What a row is: four kinds, each checked and brought into one form, whatever its source calls the columns.
+
+text         {"text": str}
+messages     {"messages": [{"role": str, "content": str}, ...]}, one entry a turn
+prompt       {"messages": [...]} ending with a user turn; a plain string is one user turn
+preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2, and the tokens if stored
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from rlhfjax.data import chat
+from rlhfjax.errors import ConfigError
+
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+COLUMNS = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+    "preferences": ("prompt", "completions", "scores"),
+}
+PAIR = ("prompt", "chosen", "rejected")
+_STORED = ("prompt_tokens", "completion_tokens", "tokens", "token_counts", "ranks", "labeller")
+
+
+class BadRow(Exception):
+    """Why a row cannot be used; the source adds where it stands."""
+
+
+def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> str:
+    """The split of a document, from a stable hash of its key: the same on every machine, for ever."""
+    digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def check_kind(kind: str, columns: Mapping[str, str]) -> None:
+    """Raises ConfigError for an unknown kind, or for an empty column name."""
+    if kind not in COLUMNS:
+        raise ConfigError(f"source: kind {kind!r} is none of {', '.join(COLUMNS)}")
+    for ours, theirs in columns.items():
+        if not isinstance(theirs, str) or not theirs:
+            raise ConfigError(f"source: columns[{ours!r}] must be the name of a column, got {theirs!r}")
+
+
+def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
+    """The columns that a source must have, by its own names."""
+    ours = PAIR if kind == "preferences" and "chosen" in columns else COLUMNS[kind]
+    extra = [name for name in columns if name not in ours]
+    return [columns.get(name, name) for name in [*ours, *extra]]
+
+
+def normalise(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """One row in the form of its kind. Columns mapped beyond the kind's own pass through as they are.
+
+    Raises:
+      BadRow: a column is missing, of the wrong type or empty.
+    """
+    for name in required_columns(kind, columns):
+        if name not in raw:
+            raise BadRow(f"no column {name!r}, found {', '.join(map(str, raw)) or 'none'}")
+    take = {ours: _plain(raw[theirs]) for ours, theirs in columns.items()}
+    stored = _STORED if kind == "preferences" else ()
+    take |= {ours: _plain(raw[ours]) for ours in (*COLUMNS[kind], *stored) if ours not in take and ours in raw}
+    return _FORMS[kind](take)
+
+
+def _text(row: Row) -> Row:
+    return row | {"text": _string(row["text"], "text")}
+
+
+def _messages(row: Row) -> Row:
+    return row | {"messages": _turns(row["messages"], "messages")}
+
+
+def _prompt(row: Row) -> Row:
+    value = _plain(row.pop("prompt"))
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [{"role": "user", "content": value}]
+    turns = _turns(value, "prompt")
+    if turns[-1]["role"] != "user":
+        raise BadRow(f"prompt must end with a user turn, ends with {turns[-1]['role']}")
+    return row | {"messages": turns}
+
+
+def _preferences(row: Row) -> Row:
+    if "chosen" in row:
+        row |= {"completions": [row.pop("chosen"), row.pop("rejected")], "scores": [1.0, 0.0]}
+    completions = [_string(text, "completions", empty=True) for text in _list(row["completions"], "completions")]
+    scores = [_number(score) for score in _list(row["scores"], "scores")]
+    if len(completions) < 2:
+        raise BadRow(f"a prompt needs at least 2 completions, got {len(completions)}")
+    if len(scores) != len(completions):
+        raise BadRow(f"{len(completions)} completions but {len(scores)} scores")
+    row |= {"prompt": _string(row["prompt"], "prompt"), "completions": completions, "scores": scores}
+    return row | _stored_tokens(row, len(completions))
+
+
+def _stored_tokens(row: Row, k: int) -> Row:
+    """Native ids: all of them, for the prompt and for each completion, or none."""
+    if "token_counts" in row:  # how ArrayRecord holds lists of unequal length
+        ends = np.cumsum(row.pop("token_counts"))
+        row["completion_tokens"] = np.split(np.asarray(row.pop("tokens")), ends[:-1])
+    if ("prompt_tokens" in row) != ("completion_tokens" in row):
+        raise BadRow("prompt_tokens and completion_tokens go together, found one alone")
+    if "prompt_tokens" not in row:
+        return {}
+    completions = [_ids(ids, "completion_tokens") for ids in _list(row["completion_tokens"], "completion_tokens")]
+    if len(completions) != k:
+        raise BadRow(f"{k} completions but {len(completions)} completion_tokens")
+    return {"prompt_tokens": _ids(row["prompt_tokens"], "prompt_tokens"), "completion_tokens": completions}
+
+
+def _turns(value: Any, column: str) -> list[chat.Message]:
+    value = _plain(value)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"column {column!r} is neither a list of messages nor its JSON ({error.msg})") from error
+    if isinstance(value, Mapping) and {"role", "content"} <= set(value):  # a TFDS Sequence of a dict
+        pairs = zip(_list(value["role"], column), _list(value["content"], column), strict=True)
+        value = [{"role": role, "content": content} for role, content in pairs]
+    turns = [_message(message, column) for message in _list(value, column)]
+    if not turns:
+        raise BadRow(f"column {column!r} has no messages")
+    return chat.merge_turns(turns)
+
+
+def _message(value: Any, column: str) -> chat.Message:
+    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+        raise BadRow(f"column {column!r}: a message needs 'role' and 'content', got {str(value)[:60]!r}")
+    role = _string(value["role"], "role")
+    if role not in chat.ROLES:
+        raise BadRow(f"column {column!r}: role {role!r} is none of {', '.join(chat.ROLES)}")
+    return {"role": role, "content": _string(value["content"], "content")}
+
+
+def _plain(value: Any) -> Any:
+    """TFDS gives bytes for text."""
+    if not isinstance(value, bytes | np.bytes_):
+        return value
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"invalid UTF-8 at byte {error.start}") from error
+
+
+def _string(value: Any, column: str, empty: bool = False) -> str:
+    value = _plain(value)
+    if not isinstance(value, str):
+        raise BadRow(f"column {column!r} must be text, got {type(value).__name__}")
+    if not empty and not value.strip():
+        raise BadRow(f"column {column!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise BadRow(f"column {column!r} has a lone surrogate at character {error.start}") from error
+    return value
+
+
+def _list(value: Any, column: str) -> list:
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        raise BadRow(f"column {column!r} must be a list, got {type(value).__name__}")
+    return list(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise BadRow(f"column 'scores' must hold finite numbers, got {value!r}")
+    return float(value)
+
+
+def _ids(value: Any, column: str) -> np.ndarray:
+    array = np.asarray(value if hasattr(value, "__len__") else None)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0):
+        raise BadRow(f"column {column!r} must hold non-negative integers")
+    return array.astype(np.int32).reshape(-1)
+
+
+_FORMS: dict[str, Callable[[Row], Row]] = {
+    "text": _text,
+    "messages": _messages,
+    "prompt": _prompt,
+    "preferences": _preferences,
+}
