@@ -94,6 +94,10 @@ class Layout:
         sharding = self.sharding("batch")
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
+    def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
+        """One array a row of the batch; what is on the devices already stays there."""
+        return rows if isinstance(rows, jax.Array) else self.put({"rows": np.asarray(rows)})["rows"]
+
     def check_batch(self, size: int, what: str = "batch_size") -> None:
         if size % self.batch_shards:
             raise ConfigError(

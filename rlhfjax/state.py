@@ -14,6 +14,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 
 PyTree = Any
+Pairs = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
 
 
 @functools.partial(
@@ -77,9 +78,44 @@ def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, axes: Py
     return jax.jit(init, out_shardings=out)(key)
 
 
+def gradients(
+    loss: Callable[..., Any], params: PyTree, batch: PyTree, key: jax.Array | None, *, microbatches: int = 1
+) -> tuple[PyTree, Pairs]:
+    """Gradient of a loss over a batch, exactly the same however many microbatches it is taken in.
+
+    With L_i = S_i / W_i the mean of microbatch i (metric "loss" is the pair (S_i, W_i)), the batch's gradient is
+    sum_i W_i grad(L_i) / sum_i W_i: a mean of the L_i would weigh a token by how full its microbatch is.
+
+    Args:
+      loss: (params, batch, key) -> (scalar, pairs), the scalar being sum / weight of the pair "loss".
+      batch: arrays whose first axis the microbatches share equally.
+    Raises:
+      ConfigError: the batch does not divide into the microbatches.
+    """
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if microbatches == 1:
+        (_, pairs), grads = grad(params, batch, key)
+        return grads, pairs
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % microbatches:
+        raise ConfigError(f"a batch of {size} does not divide into {microbatches} microbatches")
+    # every microbatch takes rows from all over the batch, so that each device keeps its share of each
+    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: PyTree, part: tuple) -> tuple[PyTree, Pairs]:
+        i, micro = part
+        (_, pairs), grads = grad(params, micro, None if key is None else jax.random.fold_in(key, i))
+        return jax.tree.map(lambda t, g: t + pairs["loss"][1] * g, total, grads), pairs
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
+    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
+    return jax.tree.map(lambda t: t / jnp.maximum(pairs["loss"][1], 1e-9), total), pairs
+
+
 def apply_gradients(
     state: TrainState, grads: PyTree, tx: optax.GradientTransformation, *, skip_nonfinite: bool = False
-) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
+) -> tuple[TrainState, Pairs]:
     """One optimiser update, with the global norm of the gradients as a metric.
 
     skip_nonfinite leaves parameters and optimiser as they were when the norm is NaN or infinite, and counts it;

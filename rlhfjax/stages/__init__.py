@@ -56,8 +56,8 @@ class Stage:
 
 
 def names() -> list[str]:
-    """The stages there are: the modules of this folder that have a Config."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name != "common"]
+    """The stages there are: the modules of this folder."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
 def find(name: str) -> ModuleType:

@@ -1,0 +1,45 @@
+"""A trained reward model as a scorer of token sequences."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhfjax.models.transformer import Model
+
+PyTree = Any
+
+
+def last_slot(segments: Int[Array, "n t"]) -> Int[Array, " n"]:
+    """The slot of the last real token of each row (slot t - 1 where a row has none)."""
+    return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
+
+
+def sequence_rewards(
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "n t"],
+    segments: Int[Array, "n t"],
+    key: jax.Array | None = None,
+) -> Float[Array, " n"]:
+    """r(x, y): the scalar head on the last real token of prompt and response.
+
+    Source: Ziegler et al. 2019, section 2.1; Ouyang et al. 2022, section 3.5.
+    """
+    hidden = model.hidden(params, tokens, segments=segments, key=key)
+    last = jnp.take_along_axis(hidden, last_slot(segments)[:, None, None], axis=1)[:, 0]
+    return model.scalar(params, last)
+
+
+class ModelReward:
+    """Scores whole sequences with frozen parameters."""
+
+    def __init__(self, model: Model, params: PyTree):
+        self.model, self.params = model, params
+        self._score = jax.jit(functools.partial(sequence_rewards, model))
+
+    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
+        return self._score(self.params, tokens, segments)

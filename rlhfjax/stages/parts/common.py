@@ -1,0 +1,204 @@
+"""What the stages share: their data options, how they come by a model, and the step of every one-loss stage."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhfjax import state as states
+from rlhfjax.config import TrainConfig, build
+from rlhfjax.data.sources import Concatenated, Source, open_source
+from rlhfjax.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
+from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import OptimConfig
+from rlhfjax.stages import Pairs, Stage
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where rows come from; see `data.sources.open_source` for each option."""
+
+    spec: str
+    kind: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    data_dir: str | None = None
+    on_bad_row: str = "error"
+    min_turns: int = 0
+    documents: str = "file"
+    limit: int = 0  # rows; 0: all
+
+    def open(self) -> Source:
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("spec", "limit")}
+        source = open_source(self.spec, **options)
+        return Limited(source, self.limit) if self.limit else source
+
+
+class Limited:
+    """The first rows of a source."""
+
+    def __init__(self, source: Source, limit: int):
+        self.kind, self.skipped, self._source, self._limit = source.kind, source.skipped, source, limit
+
+    def __len__(self) -> int:
+        return min(self._limit, len(self._source))
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[index]
+
+    def where(self, index: int) -> str:
+        return self._source.where(index)
+
+
+def open_sources(configs: Iterable[SourceConfig], what: str) -> Source:
+    """All of a stage's sources as one.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    sources = [config.open() for config in configs]
+    if not sources:
+        raise ConfigError(f"{what}: at least one source is needed")
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelTrainConfig(TrainConfig):
+    """A stage that trains one model with one loss."""
+
+    tokenizer: str | None = None  # file or folder; None: that of `init_from`
+    model: TransformerConfig | None = None  # None: the shape of `init_from`
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`'s: dropout, dtype, remat, …
+    batch_size: int
+    microbatches: int = 1
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    eval_batches: int = 0  # 0: the whole held-out split
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model that a stage begins from, and the parameters that it loads, if any."""
+
+    model: Model
+    tokenizer: SentencePieceTokenizer
+    tokenizer_file: Path
+    params: PyTree | None
+
+
+def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
+    """The model of `init_from`, or a new one of the config's shape.
+
+    Raises:
+      ConfigError: neither or both are given, or tokenizer and model do not fit each other.
+    """
+    if (config.model is None) == (config.init_from is None):
+        raise ConfigError(f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither")
+    if config.init_from is not None:
+        saved = store.load(config.init_from, layout)
+        shape = build(
+            TransformerConfig, dataclasses.asdict(saved.model.config) | config.overrides, f"{config.stage}.overrides"
+        )
+        file, params = saved.tokenizer, saved.params
+    else:
+        if config.overrides:
+            raise ConfigError(f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself")
+        if config.tokenizer is None:
+            raise ConfigError(f"{config.stage}.tokenizer: a new model needs one")
+        shape, params = config.model, None
+        file = Path(config.tokenizer)
+        file = file / MODEL_FILE if file.is_dir() else file
+    tokenizer = load_tokenizer(file)
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{config.stage}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
+        )
+    return Start(Model(shape, head), tokenizer, file, params)
+
+
+def check_length(length: int, model: Model, where: str) -> None:
+    if length > model.config.max_length:
+        raise ConfigError(f"{where}={length} is longer than the model's context, max_length={model.config.max_length}")
+
+
+def place(params: PyTree, like: PyTree) -> PyTree:
+    """Copies loaded parameters over fresh ones, subtree by subtree: what was not loaded stays as it was born."""
+    if isinstance(like, Mapping):
+        return {k: place(params[k], v) if k in params else v for k, v in like.items()}
+    return jnp.array(params, like.dtype, copy=True)
+
+
+def loss_step(
+    loss: Callable[..., tuple[jax.Array, Pairs]],
+    tx: optax.GradientTransformation,
+    config: ModelTrainConfig,
+    schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[..., Any]:
+    """The jitted step of a stage with one loss: gradient, update, metrics."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[states.TrainState, Pairs]:
+        grads, pairs = states.gradients(loss, state.params, batch, key, microbatches=config.microbatches)
+        rate = schedule(state.step)
+        state, more = states.apply_gradients(state, grads, tx, skip_nonfinite=config.on_nonfinite == "skip")
+        return state.replace(step=state.step + 1), merge(pairs, more, {"learning_rate": (rate, jnp.ones(()))})
+
+    return step
+
+
+def sum_over(
+    batches: Iterable[dict[str, np.ndarray]], measure: Callable[[dict[str, jax.Array]], Pairs], layout: Layout, most: int
+) -> Pairs:
+    """Adds the pairs of a pass over held-out batches, at most `most` of them (0: all)."""
+    total: Pairs = {}
+    for i, batch in enumerate(batches):
+        if most and i == most:
+            break
+        total = merge(total, jax.device_get(measure(layout.put(batch))))
+    return total
+
+
+def assemble(
+    config: ModelTrainConfig,
+    start: Start,
+    *,
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    batches: Any,
+    evals: Callable[[states.TrainState], Pairs],
+    finish: Callable[[states.TrainState], tuple[dict[str, store.SavedModel], Pairs]] | None = None,
+    units: int,
+    unit: str = "tokens",
+) -> Stage:
+    """A Stage with one model and one loss."""
+
+    def keep(state: states.TrainState) -> tuple[dict[str, store.SavedModel], Pairs]:
+        return {store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer_file)}, {}
+
+    def load(state: states.TrainState) -> states.TrainState:
+        return state if start.params is None else state.replace(params=place(start.params, state.params))
+
+    return Stage(
+        init=lambda key: states.TrainState.create(start.model.init(key), tx),
+        axes=start.model.axes(),
+        start=load,
+        batches=batches,
+        step=loss_step(loss, tx, config, schedule),
+        evals=evals,
+        finish=finish or keep,
+        units=units,
+        unit=unit,
+    )

@@ -1,0 +1,68 @@
+"""What pretraining and fine-tuning have in common: a language model, the masked next-token loss, held-out loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.data.loader import Batches
+from rlhfjax.mesh import Layout
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages.parts.common import ModelTrainConfig, Start, assemble, sum_over
+from rlhfjax.state import TrainState
+
+
+def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
+    """(params, batch, key) -> mean negative log-likelihood of the masked targets, nats a token."""
+
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+        key = key if model.config.dropout else None
+        hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
+        nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
+        return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
+
+    return loss
+
+
+def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs]:
+    """(params, batch) -> val_loss in nats a token, val_bits_per_byte = nats / ln 2 / bytes of the same targets."""
+    lengths = jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
+
+    @jax.jit
+    def measure(params: Any, batch: dict[str, jax.Array]) -> Pairs:
+        _, pairs = language_loss(model)(params, batch, None)
+        nll, weight = pairs["loss"]
+        size = jnp.sum(lengths[batch["targets"]] * batch["mask"])
+        return {"val_loss": (nll, weight), "val_bits_per_byte": (nll / jnp.log(2.0), size)}
+
+    return measure
+
+
+def language_stage(
+    config: ModelTrainConfig,
+    start: Start,
+    layout: Layout,
+    *,
+    batches: Any,
+    held_out: Batches,
+    tokens: int,
+) -> Stage:
+    measure = held_out_loss(start.model, start.tokenizer.byte_lengths())
+
+    def evals(state: TrainState) -> Pairs:
+        return sum_over(held_out.restart(), lambda batch: measure(state.params, batch), layout, config.eval_batches)
+
+    return assemble(
+        config,
+        start,
+        loss=language_loss(start.model),
+        tx=make_optimizer(config.optim, config.steps),
+        schedule=make_schedule(config.optim, config.steps),
+        batches=batches,
+        evals=evals,
+        units=tokens,
+    )

@@ -1,0 +1,55 @@
+"""The pretraining mix of PPO-ptx: text beside the prompts of every iteration."""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhfjax.data import loader
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import Batches
+from rlhfjax.stages.parts.common import SourceConfig, open_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class PtxConfig:
+    """gamma E[log pi(x)] over pretraining text, its gradient added to PPO's in every minibatch.
+
+    The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence, as `unit` says.
+    """
+
+    coefficient: float = 0.0  # 0: off
+    unit: Literal["token", "sequence"] = "token"
+    ratio: int = 8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
+    length: int = 0  # tokens of a sequence
+    sources: tuple[SourceConfig, ...] = ()
+
+
+class Together:
+    """Several streams of batches as one, `{name}/` before the arrays of each but the first."""
+
+    def __init__(self, first: Batches, **others: Batches):
+        self._streams = {"": first, **{f"{name}/": stream for name, stream in others.items()}}
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {prefix + k: v for prefix, stream in self._streams.items() for k, v in next(stream).items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {prefix: stream.get_state() for prefix, stream in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for prefix, stream in self._streams.items():
+            stream.set_state(state[prefix])
+
+
+def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: Any) -> Batches:
+    """Prompts, and where the mix is on the text of an iteration beside them."""
+    if not config.coefficient:
+        return prompts
+    if config.length < 1:
+        raise ConfigError("ppo.ptx.length: the mix needs the length of its sequences")
+    size = stage.batch_size * config.ratio
+    source = open_sources(config.sources, "ppo.ptx.sources")
+    options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1}
+    return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, train=True, **options))

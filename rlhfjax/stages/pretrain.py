@@ -1,0 +1,37 @@
+"""Pretraining: next-token loss on packed documents.
+
+L(theta) = -1/|T| sum_{t in T} log p_theta(x_t | x_<t), T the tokens that have a predecessor in their own document.
+"""
+
+import dataclasses
+
+from rlhfjax.data import loader
+from rlhfjax.mesh import Layout
+from rlhfjax.stages import Stage
+from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_length, open_sources
+from rlhfjax.stages.parts.language import language_stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ModelTrainConfig):
+    stage: str = "pretrain"
+    sources: tuple[SourceConfig, ...] = ()
+    eval_sources: tuple[SourceConfig, ...] = ()
+    length: int
+    cross_document: bool = False  # GPT-3 (App. B) attends across the documents of a window; we keep them apart
+
+
+def build(config: Config, layout: Layout) -> Stage:
+    layout.check_batch(config.batch_size)
+    start = begin(config, layout)
+    check_length(config.length, start.model, "pretrain.length")
+    options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
+    train, held_out = open_sources(config.sources, "pretrain.sources"), open_sources(config.eval_sources, "eval_sources")
+    return language_stage(
+        config,
+        start,
+        layout,
+        batches=loader.pretrain_batches(train, start.tokenizer, seed=config.seed, train=True, **options),
+        held_out=loader.pretrain_batches(held_out, start.tokenizer, seed=0, train=False, **options),
+        tokens=config.batch_size * config.length,
+    )

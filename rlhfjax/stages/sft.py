@@ -1,0 +1,36 @@
+"""Supervised fine-tuning: next-token loss on what the assistant says, in the chat template, packed.
+
+L(theta) = -1/|A| sum_{t in A} log p_theta(x_t | x_<t), A the assistant's tokens and the eos that ends each of its turns.
+"""
+
+import dataclasses
+
+from rlhfjax.data import loader
+from rlhfjax.mesh import Layout
+from rlhfjax.stages import Stage
+from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_length, open_sources
+from rlhfjax.stages.parts.language import language_stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ModelTrainConfig):
+    stage: str = "sft"
+    sources: tuple[SourceConfig, ...] = ()
+    eval_sources: tuple[SourceConfig, ...] = ()
+    length: int
+
+
+def build(config: Config, layout: Layout) -> Stage:
+    layout.check_batch(config.batch_size)
+    start = begin(config, layout)
+    check_length(config.length, start.model, "sft.length")
+    options = {"batch_size": config.batch_size, "length": config.length}
+    train, held_out = open_sources(config.sources, "sft.sources"), open_sources(config.eval_sources, "sft.eval_sources")
+    return language_stage(
+        config,
+        start,
+        layout,
+        batches=loader.sft_batches(train, start.tokenizer, seed=config.seed, train=True, **options),
+        held_out=loader.sft_batches(held_out, start.tokenizer, seed=0, train=False, **options),
+        tokens=config.batch_size * config.length,
+    )
