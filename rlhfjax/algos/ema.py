@@ -12,6 +12,6 @@ def ema_update(
 ) -> PyTree[Float[Array, "..."], "T"]:
     """a <- decay a + (1 - decay) theta, leaf by leaf; a starts as the initial weights (no bias correction).
 
-    Source: Ouyang et al. 2022, appendix C.4 (decay 0.992, once an iteration).
+    Source: Ouyang et al. 2022, appendix C.4 (decay 0.992).
     """
     return jax.tree.map(lambda a, theta: decay * a + (1 - decay) * theta, average, params)

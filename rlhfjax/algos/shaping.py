@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhfjax.algos.kl import sequence_kl
 from rlhfjax.algos.masked import last_token
 from rlhfjax.algos.types import Scalar
 
@@ -81,3 +82,22 @@ def reject(score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scala
     Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `penalty_reward_value`.
     """
     return jnp.where(accepted, score, value)
+
+
+def sequence_rewards(
+    score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar
+) -> Float[Array, "b"]:
+    """r = score - beta sum_t kl_t: one reward a response, for RLOO and REINFORCE on sequences.
+
+    Source: Ahmadian et al. 2024.
+    """
+    return score - beta * sequence_kl(kl, mask)
+
+
+def overlong_penalty(mask: Float[Array, "b t"], *, limit: int, soft: int) -> Float[Array, "b"]:
+    """0 up to limit - soft tokens, then linearly down to -1 at limit, -1 beyond: added to the score.
+
+    Source: Yu et al. 2025 (DAPO), eq. 13 (limit 20480, soft 4096).
+    """
+    length = jnp.sum(mask > 0, axis=1)
+    return jnp.clip((limit - soft - length) / soft, -1, 0).astype(mask.dtype)

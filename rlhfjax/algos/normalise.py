@@ -1,0 +1,56 @@
+"""Rewards on a known scale: gain and bias, and what an ensemble says."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from rlhfjax.algos.masked import masked_mean, masked_std
+from rlhfjax.algos.types import Scalar
+
+
+def gain_and_bias(
+    rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar, std: Scalar
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """g = std / std_r, b = mean - g mean_r: g r + b has the given mean and (biased) std over these samples.
+
+    Samples are of the *reference* policy, before and after training the reward model. Equal rewards get g = 1.
+
+    Source: Ziegler et al. 2019; "N implementation details", reward detail 3.
+    """
+    spread = masked_std(rewards, mask)
+    gain = jnp.where(spread > 0, std / jnp.where(spread > 0, spread, 1), 1)
+    return gain, mean - gain * masked_mean(rewards, mask)
+
+
+def centring_bias(rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar = 0.0) -> Float[Array, ""]:
+    """b such that r + b has the given mean: on demonstrations (InstructGPT), or on new samples to recentre.
+
+    Source: Ouyang et al. 2022, appendix C.2; Stiennon et al. 2020, section 3.4 (references score 0).
+    """
+    return mean - masked_mean(rewards, mask)
+
+
+def ensemble_mean(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
+    """mean_m r_m."""
+    return jnp.mean(rewards, axis=0)
+
+
+def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
+    """min_m r_m: worst-case optimisation.
+
+    Source: Coste et al. 2023.
+    """
+    return jnp.min(rewards, axis=0)
+
+
+def ensemble_pessimistic(rewards: Float[Array, "m b"], *, coefficient: Scalar) -> Float[Array, "b"]:
+    """mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimisation.
+
+    Source: Coste et al. 2023 (which penalises the variance; the std has the reward's unit).
+    """
+    return jnp.mean(rewards, axis=0) - coefficient * ensemble_disagreement(rewards)
+
+
+def ensemble_disagreement(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
+    """std_m r_m (biased), reward units."""
+    return jnp.std(rewards, axis=0)
