@@ -1,0 +1,142 @@
+"""Writes `report.html`: one self-contained page about a run."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from rlhfjax.metrics import duration
+from rlhfjax.report import figures, tables
+from rlhfjax.report.workdir import Run, Stage, read_run
+
+FEW, MANY = 8, 40  # samples in sight, and behind a click
+REPORT = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One small figure of a stage: a metric, its last values, and the SVG."""
+
+    name: str
+    train: str
+    val: str
+    svg: Markup
+
+
+def write_report(workdir: str | os.PathLike) -> Path:
+    """Writes `workdir/report.html` from what the run has left so far, and returns its path.
+
+    Raises:
+      ConfigError: the workdir does not exist or holds no run.
+      DataError: a file in it is damaged.
+    """
+    workdir = Path(workdir)
+    page = render(read_run(workdir))
+    temporary = workdir / (REPORT + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, workdir / REPORT)
+    return workdir / REPORT
+
+
+def render(run: Run) -> str:
+    """The page as HTML; every text of the run is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rlhfjax.report", "."),
+        autoescape=True,  # generated text may hold anything
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = tables.number
+    environment.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    headlines = tables.headlines(run)
+    seconds = sum(stage.seconds or 0 for stage in run.stages)
+    return environment.get_template("page.html").render(
+        run=run,
+        finished=all(stage.status == "done" for stage in run.stages),
+        total_time=duration(seconds) if seconds else "",
+        headlines=headlines,
+        cards=[row for row in headlines if row.name in tables.CARDS],
+        rows=[tables.stage_row(stage) for stage in run.stages],
+        panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
+        frontiers=frontiers(run),
+        calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],
+        histograms=histograms(run),
+        comparisons=[(stage, stage.samples[:FEW], stage.samples[FEW:MANY]) for stage in run.stages if compares(stage)],
+        examples=[(s, s.samples[:FEW]) for s in run.stages if s.samples and not compares(s)],
+    )
+
+
+def panels(stage: Stage) -> list[Panel]:
+    """One panel a metric, `NAME` and `val_NAME` on one axis; the telling ones first, then by name.
+
+    A metric that was seen only once is no curve, and only in the tables.
+    """
+    curves = {name: curve for name, curve in stage.curves.items() if len(set(curve[0])) > 1}
+    names = dict.fromkeys([*(n for n in tables.TELLING if n in curves), *sorted(curves)])
+    bases = list(dict.fromkeys(name.removeprefix("val_") for name in names))
+    return [_panel(base, curves) for base in bases]
+
+
+def _panel(base: str, curves: dict) -> Panel:
+    train, val = curves.get(base), curves.get(f"val_{base}")
+    last = ["" if curve is None else tables.number(curve[1][-1]) for curve in (train, val)]
+    return Panel(base, *last, Markup(figures.curves(train, val)))
+
+
+def frontiers(run: Run) -> list[Markup]:
+    """The reward-KL figures, proxy and gold, from the validations of PPO and the final evaluation; none without."""
+    ends, out = _ends(run), []
+    for key in ("proxy", "gold"):
+        paths = [path for stage in run.of_kind("ppo") if (path := _path(stage, key))]
+        if paths or key in ends:
+            out.append(Markup(figures.frontier(key, paths, ends.get(key))))
+    return out
+
+
+def _path(stage: Stage, key: str) -> dict[str, list[float]]:
+    """The validations that have both KL and reward, as columns, in order."""
+    kl, reward = (dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in ("val_kl", f"val_{key}"))
+    both = [step for step in kl if step in reward]
+    return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]} if both else {}
+
+
+def _ends(run: Run) -> dict[str, tuple[list[float], list[float]]]:
+    ends = {}
+    last = {name: value for stage in run.of_kind("evaluate") for name, value in stage.last.items()}
+    for key in ("proxy", "gold"):
+        values = last.get("kl"), last.get(f"{key}_baseline"), last.get(f"{key}_policy")
+        if all(value is not None and math.isfinite(value) for value in values):
+            kl, baseline, policy = values
+            ends[key] = ([0.0, kl], [baseline, policy])
+    return ends
+
+
+def calibrated(run: Run) -> list[Stage]:
+    return [stage for stage in run.stages if stage.calibration and stage.calibration.get("count")]
+
+
+def compares(stage: Stage) -> bool:
+    """Whether the stage's samples are answers of two models to the same prompts."""
+    return bool(stage.samples) and all({"prompt", "baseline", "policy"} <= row.keys() for row in stage.samples)
+
+
+def histograms(run: Run) -> list[tuple[str, Markup]]:
+    """Distributions of both models' rewards over the last comparison's samples."""
+    stages = [stage for stage in run.stages if compares(stage)]
+    out = []
+    for key in ("gold", "proxy"):
+        rows = [row for row in (stages[-1].samples if stages else []) if _scored(row, key)]
+        if len(rows) >= 10:
+            columns = ([float(row[f"{key}_{who}"]) for row in rows] for who in ("baseline", "policy"))
+            out.append((f"{key} reward", Markup(figures.distributions(*columns, f"{key} reward of an answer"))))
+    return out
+
+
+def _scored(row: dict, key: str) -> bool:
+    values = row.get(f"{key}_baseline"), row.get(f"{key}_policy")
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)

@@ -1,0 +1,104 @@
+"""The tables of a report, as text: what the page and the terminal both show."""
+
+import dataclasses
+import math
+
+from rlhfjax.metrics import duration
+from rlhfjax.report.workdir import Run, Stage
+
+# What a metric of `evaluate` is called on paper. Others keep their name.
+LABELS = {
+    "gold_win_rate": "Win rate by gold reward",
+    "proxy_win_rate": "Win rate by proxy reward",
+    "gold": "Gold reward",
+    "proxy": "Proxy reward",
+    "kl": "KL to the reference, nats per answer",
+    "distinct_1": "Distinct-1",
+    "distinct_2": "Distinct-2",
+    "repeated_2": "Repeated bigrams within an answer",
+    "words": "Words per answer",
+    "length": "Tokens per answer",
+    "eos_rate": "Answers that end by themselves",
+    "empty": "Empty answers",
+    "prompts": "Prompts",
+}
+PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty"}
+# The metrics that tell how a stage went, most telling first; the table shows the first few that are there.
+TELLING = (
+    "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",
+    "val_gold", "val_proxy", "val_kl", "val_loss", "val_bits_per_byte", "reward", "kl", "loss", "accuracy",
+)  # fmt: skip
+CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")  # the headline rows that stand large at the top
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """A row of the headline table: what, of the baseline (or nothing), of the policy, and a remark."""
+
+    name: str
+    label: str
+    baseline: str
+    policy: str
+    note: str = ""
+
+
+def number(x: float | int, percent: bool = False) -> str:
+    """A number for people: three digits that count, thousands apart, `n/a` for NaN; or per cent with one decimal."""
+    if not math.isfinite(x):
+        return "n/a" if math.isnan(x) else str(x)
+    if percent:
+        return f"{100 * x:.1f} %"
+    if (float(x).is_integer() and abs(x) < 1e9) or 1e3 <= abs(x) < 1e9:
+        return f"{x:,.0f}"
+    if abs(x) >= 1e9 or abs(x) < 1e-3:
+        return f"{x:.1e}"
+    return f"{x:#.3g}" if abs(x) >= 1 else f"{x:.3f}" if abs(x) >= 0.01 else f"{x:#.2g}"
+
+
+def headlines(run: Run) -> list[Headline]:
+    """The headline rows: what `evaluate` measured last; none before it has.
+
+    `NAME_policy` and `NAME_baseline` share a row, `NAME_low` and `NAME_high` are the interval of NAME.
+    """
+    stages = [stage for stage in run.of_kind("evaluate") if stage.last]
+    metrics = stages[-1].last if stages else {}
+    names = list(dict.fromkeys(name.removesuffix("_policy").removesuffix("_baseline") for name in metrics))
+    ends = {f"{name}_{end}" for name in names for end in ("low", "high")}
+    names = [name for name in names if name not in ends]
+    order = {name: i for i, name in enumerate(LABELS)}
+    return [_headline(name, metrics) for name in sorted(names, key=lambda n: order.get(n, len(order)))]
+
+
+def _headline(name: str, metrics: dict[str, float]) -> Headline:
+    percent = name in PERCENT
+    baseline, policy = metrics.get(f"{name}_baseline"), metrics.get(f"{name}_policy", metrics.get(name))
+    note = ""
+    if f"{name}_low" in metrics and f"{name}_high" in metrics:
+        low, high = (number(metrics[f"{name}_{end}"], percent) for end in ("low", "high"))
+        note = f"95 % interval {low} to {high}"
+    elif name.startswith("distinct") and baseline and policy is not None:
+        note = f"{policy / baseline:.0%} of the baseline's"
+    shown = ["" if x is None else number(x, percent) for x in (baseline, policy)]
+    return Headline(name, LABELS.get(name, name), *shown, note)
+
+
+def stage_row(stage: Stage) -> dict[str, str]:
+    """A row of the stage table."""
+    steps = f"{stage.steps:,}" if stage.status == "done" else f"{stage.steps:,} of {stage.total:,}"
+    rates = {name.removesuffix("_per_second"): v for name, v in stage.rates.items() if name.endswith("_per_second")}
+    speed = [f"{number(value)} {unit}/s" for unit, value in rates.items()]
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "status": stage.status,
+        "steps": steps if stage.total else "",
+        "time": "" if stage.seconds is None else duration(stage.seconds),
+        "speed": speed[0] if speed else "",
+        "metrics": ", ".join(f"{name} {number(stage.last[name])}" for name in telling(stage)),
+    }
+
+
+def telling(stage: Stage, most: int = 4) -> list[str]:
+    """The names of the metrics that tell how the stage went, at most so many."""
+    known = [name for name in TELLING if name in stage.last]
+    return known[:most] or sorted(stage.last)[:most]

@@ -1,0 +1,242 @@
+"""The report is whole for any run, finished or not, and nothing that a model said gets out of its box."""
+
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from made_up_run import EVALUATION, NASTY, make_recipe, make_stage
+from rich.console import Console
+
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.report import figures, page, summary_table, tables, write_report
+from rlhfjax.report.workdir import read_run
+
+VOID = {"meta", "br", "img", "hr", "input", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Parses a page, fails on tags that do not match, and collects what a test asks for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.captions, self.text = [], [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "figcaption":
+            self.captions.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if "figcaption" in self.open:
+            self.captions[-1] += data
+
+    def names(self):
+        return [caption.split()[0] for caption in self.captions]
+
+
+def read(workdir):
+    return Page(write_report(workdir).read_text())
+
+
+@pytest.fixture(scope="module")
+def recipe_workdir(tmp_path_factory):
+    return make_recipe(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe_workdir):
+    return read(recipe_workdir)
+
+
+def test_the_page_holds_everything_itself(whole, recipe_workdir):
+    assert all(link.startswith("#") for link in whole.links)
+    assert not {"script", "link", "iframe", "img"} & set(whole.tags)
+    text = (recipe_workdir / "report.html").read_text()
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert sorted(p.name for p in recipe_workdir.iterdir() if p.is_file()) == ["config.json", "report.html"]
+
+
+def test_generated_text_is_shown_as_it_is_and_never_run(whole, recipe_workdir):
+    assert "<script" not in (recipe_workdir / "report.html").read_text()
+    assert whole.text.count(NASTY) >= 4  # as a prompt and as an answer, and in the examples of collect
+
+
+def test_the_headline_has_the_figures_of_evaluate(whole):
+    for shown in ("83.1 %", "95 % interval 79.0 % to 87.2 %", "0.680", "0.210", "8.70", "81% of the baseline's"):
+        assert shown in whole.text
+
+
+def test_every_curve_has_a_panel_and_training_and_held_out_share_one(whole, recipe_workdir):
+    expected = []
+    for stage in read_run(recipe_workdir).stages:
+        curves = [name for name, (steps, _) in stage.curves.items() if len(steps) > 1]
+        expected += {name.removeprefix("val_") for name in curves}
+    names = whole.names()
+    for name in set(expected):
+        assert names.count(name) == expected.count(name), name
+    assert "loss 4.23 4.33" in [caption.strip() for caption in whole.captions]
+
+
+def test_figures_take_their_colours_from_the_page_alone(recipe_workdir):
+    text = write_report(recipe_workdir).read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) > 25
+    for svg in svgs:
+        assert not re.search(r"#[0-9a-f]{6}", svg)
+        used = set(re.findall(r"var\((--\w+)\)", svg))
+        assert {"--muted", "--line"} <= used <= {"--ink", "--muted", "--line", "--card", "--first", "--second"}
+
+
+def test_the_same_run_gives_the_same_bytes(recipe_workdir):
+    first = write_report(recipe_workdir).read_bytes()
+    assert write_report(recipe_workdir).read_bytes() == first
+
+
+def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
+    workdir = make_recipe(tmp_path / "half")
+    for name in ("04_reward", "05_ppo", "06_evaluate"):
+        for file in (workdir / name).glob("*.json*"):
+            file.unlink()
+        for file in (workdir / name / "tb").iterdir():
+            file.unlink()
+        (workdir / name / "tb").rmdir()
+        (workdir / name).rmdir()
+    (workdir / "02_sft" / "done.json").unlink()
+    with (workdir / "02_sft" / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 121, "sft/lo')
+    got = read(workdir)
+    assert "unfinished: this is the state so far" in got.text
+    assert "120 of 120" in got.text
+    assert got.text.count("waiting") == 3
+    assert "Reward and KL" not in got.text
+    assert "Result" not in got.text
+
+
+def test_a_single_stage_is_a_run(tmp_path):
+    lines = [(step, {"loss": 1 / step}) for step in range(1, 4)]
+    make_stage(tmp_path / "w", "sft", 3, lines, samples=[{"prompt": "hi", "text": NASTY}])
+    got = read(tmp_path / "w")
+    assert got.names() == ["loss"]
+    assert NASTY in got.text
+    assert "1 stage " in got.text
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    (tmp_path / "config.json").write_text('{"stage": "sft", "steps": 10}')
+    assert "0 of 10" in read(tmp_path).text
+
+
+def test_values_that_are_not_finite_leave_gaps(tmp_path):
+    lines = [(1, {"loss": 1.0, "bad": np.nan}), (2, {"loss": np.nan, "bad": np.inf}), (3, {"loss": 2.0, "bad": np.nan})]
+    make_stage(tmp_path / "w", "sft", 3, lines, done=False)
+    assert [caption.split() for caption in read(tmp_path / "w").captions] == [["loss", "2"], ["bad", "n/a"]]
+
+
+def test_iterated_ppo_draws_both_stages_on_one_frontier(tmp_path):
+    (tmp_path / "config.json").write_text('{"stages": ["a", "b"], "a": {}, "b": {}}')
+    for i, name in enumerate("ab"):
+        make_stage(tmp_path / f"0{i}_{name}", "ppo", 2, [(s, {"val_kl": s, "val_gold": s}) for s in (1, 2)])
+    run = read_run(tmp_path)
+    assert [page._path(stage, "gold") for stage in run.stages] == [{"kl": [1.0, 2.0], "gold": [1.0, 2.0]}] * 2
+    (gold,) = page.frontiers(run)
+    assert "var(--second)" in gold
+
+
+def test_the_frontier_pairs_reward_and_kl_of_one_step(tmp_path):
+    lines = [(1, {"val_kl": 1.0}), (2, {"val_kl": 2.0, "val_gold": 0.2}), (4, {"val_gold": 9.0})]
+    make_stage(tmp_path / "w", "ppo", 4, [*lines, (4, {"val_kl": 4.0})])
+    (stage,) = read_run(tmp_path / "w").stages
+    assert page._path(stage, "gold") == {"kl": [2.0, 4.0], "gold": [0.2, 9.0]}
+    assert page._path(stage, "proxy") == {}
+
+
+def test_a_missing_or_foreign_folder_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"does not exist$"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"neither config\.json nor metrics\.jsonl"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named_and_the_report_before_it_stays(tmp_path):
+    make_stage(tmp_path / "w", "sft", 1, [(1, {"loss": 1.0})])
+    before = write_report(tmp_path / "w").read_bytes()
+    (tmp_path / "w" / "done.json").write_text("{")
+    with pytest.raises(DataError, match=r"done\.json: not valid JSON"):
+        write_report(tmp_path / "w")
+    assert (tmp_path / "w" / "report.html").read_bytes() == before
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    make_stage(tmp_path / "w", "sft", 1, [(1, {"loss": 1.0})])
+    before = write_report(tmp_path / "w").read_bytes()
+    monkeypatch.setattr(page, "render", lambda run: "half \ud800")  # not encodable: the write itself fails
+    with pytest.raises(UnicodeEncodeError):
+        write_report(tmp_path / "w")
+    assert (tmp_path / "w" / "report.html").read_bytes() == before
+
+
+def test_the_terminal_has_the_same_tables(recipe_workdir):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(summary_table(recipe_workdir))
+    text = console.file.getvalue()
+    for row in tables.headlines(read_run(recipe_workdir)):
+        assert row.label in text
+        assert row.policy in text
+    assert re.search(r"ppo +done +100 +5m01s +41\.3 samples/s +val_gold 0\.700", text)
+
+
+def test_the_terminal_takes_names_for_text_not_markup(tmp_path):
+    make_stage(tmp_path / "w", "[bold]sft", 1, [(1, {"loss": 1.0})])
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(tmp_path / "w"))
+    assert "[bold]sft" in console.file.getvalue()
+
+
+def test_headlines_pair_columns_and_fold_intervals(tmp_path):
+    make_stage(tmp_path / "w", "evaluate", 0, [(0, EVALUATION)])
+    rows = tables.headlines(read_run(tmp_path / "w"))
+    assert [row.name for row in rows] == ["gold_win_rate", "gold", "proxy", "kl", "distinct_2", "words", "prompts"]
+    assert (rows[1].baseline, rows[1].policy) == ("0.210", "0.680")
+    assert (rows[3].baseline, rows[3].policy, rows[3].note) == ("", "8.70", "")
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(0, "0"), (4096.0, "4,096"), (0.5, "0.500"), (4.3264, "4.33"), (-12.345, "-12.3"), (12345.6, "12,346"),
+     (0.0374, "0.037"), (0.0037, "0.0037"), (3e-5, "3.0e-05"), (2e12, "2.0e+12"), (float("nan"), "n/a"),
+     (float("inf"), "inf")],
+)  # fmt: skip
+def test_numbers_for_people(x, text):
+    assert tables.number(x) == text
+    assert tables.number(0.8314, percent=True) == "83.1 %"
+
+
+def test_smoothing_keeps_straight_lines_and_averages_neighbours():
+    line = np.linspace(3, -1, 200)
+    np.testing.assert_allclose(figures.smooth(line), line, atol=1e-12)  # no lag, unlike an exponential average
+    spike = np.zeros(80)  # windows of 80 // 40 = 2 to each side
+    spike[40] = 1.0
+    assert figures.smooth(spike)[37:44].tolist() == pytest.approx([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0])
+
+
+def test_ticks_keep_their_distance_on_the_square_root_axis():
+    # On an axis to 4, KL 1 stands at sqrt(1/4) = 0.5, KL 2 at 0.71, KL 5 is off it.
+    assert figures._apart([1, 2, 5], 4.0, 0.3) == [1]
+    assert figures._apart([1, 2, 5], 4.0, 0.2) == [1, 2]
