@@ -3,6 +3,7 @@
 Nothing outside rlhfjax/models sees them: `rlhfjax.models.transformer.Model` is the face.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import struct
 from rlhfjax.mesh import constrain
 from rlhfjax.models.attention import dropout, rotate
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.linear import linear
 
 RESIDUAL = ("batch", "time", "embed")
 
@@ -61,23 +63,24 @@ class Norm(nn.Module):
 
 
 class Project(nn.Module):
-    """einsum(equation, x, kernel) + bias, in x's dtype; the bias has the output's axes, [d], [f] or [h, k]."""
+    """x . kernel + bias in x's dtype, over the last `contracted` axes of x."""
 
-    equation: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the kernel: input axes, then output axes
     axes: tuple[str, ...]
     std: float
-    bias_axes: int  # how many trailing axes of the kernel the bias has; 0: no bias
+    bias: bool
+    inputs: int = 1  # how many of the kernel's axes are contracted
 
     @nn.compact
     def __call__(self, x):
+        n = self.inputs
+        out_shape, out_axes = self.shape[n:], self.axes[n:]
         kernel = _parameter(self, "kernel", self.std, self.shape, self.axes).astype(x.dtype)
-        y = jnp.einsum(self.equation, x, kernel)
-        if not self.bias_axes:
+        flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
+        y = linear(x.reshape(*x.shape[:2], flat.shape[0]), flat).reshape(*x.shape[:2], *out_shape)
+        if not self.bias:
             return y
-        n = self.bias_axes
-        bias = _parameter(self, "bias", nn.initializers.zeros, self.shape[-n:], self.axes[-n:]).astype(x.dtype)
-        return y + (bias[:, None] if n == 2 else bias)  # [h, 1, k] against [b, h, t, k]
+        return y + _parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -91,7 +94,7 @@ class Attention(nn.Module):
 
         def project(name, heads, axis):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
-            y = Project("btd,dhk->bhtk", shape, axes, float(c.init_std), 2 * c.bias, name=name)(x)
+            y = Project(shape, axes, float(c.init_std), c.bias, name=name)(x).swapaxes(1, 2)
             y = y if rope is None or name == "value" else rotate(y, rope)
             return constrain(y, ("batch", axis, "time", "head_dim"))
 
@@ -99,8 +102,8 @@ class Attention(nn.Module):
         k = project("key", c.kv_heads, "kv_heads")
         v = project("value", c.kv_heads, "kv_heads")
         shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
-        out = Project("bhtk,hkd->btd", shape, axes, residual_std(c), 1 * c.bias, name="out")
-        return out(attend(q, k, v))
+        out = Project(shape, axes, residual_std(c), c.bias, inputs=2, name="out")
+        return out(attend(q, k, v).swapaxes(1, 2))
 
 
 class MLP(nn.Module):
@@ -113,7 +116,7 @@ class MLP(nn.Module):
         c = self.config
 
         def project(name, shape, axes, std):
-            return Project("btx,xy->bty", shape, axes, std, 1 * c.bias, name=name)
+            return Project(shape, axes, std, c.bias, name=name)
 
         def grow(name):
             return project(name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std))(x)

@@ -68,7 +68,10 @@ class Model:
         boxed = jax.eval_shape(self._boxed, jax.random.key(0))
         tree = jax.tree.map(lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named))
         if self.config.scan_layers:
-            stacked = lambda t: ("layers", *t)
+
+            def stacked(t):
+                return ("layers", *t)
+
             layers = jax.tree.map(stacked, tree["backbone"]["layers"], is_leaf=lambda x: isinstance(x, tuple))
             tree["backbone"]["layers"] = layers
         return tree
@@ -79,13 +82,15 @@ class Model:
         tokens = jnp.zeros((1, 1), jnp.int32)
         x = jnp.zeros((1, 1, c.d_model), c.dtype)
         rope = self._rope(tokens)
-        attend = lambda q, k, v: q
-        one = lambda k: blocks.Block(c).init(k, x, rope, attend)["params"]
+
+        def attend(q, k, v):
+            return q
+
+        def one(k):
+            return blocks.Block(c).init(k, x, rope, attend)["params"]
+
         keys = jax.random.split(layer_key, c.n_layers)
-        if c.scan_layers:
-            layers = jax.vmap(one)(keys)
-        else:
-            layers = {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
+        layers = jax.vmap(one)(keys) if c.scan_layers else {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
         backbone = {
             "embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"],
             "layers": layers,

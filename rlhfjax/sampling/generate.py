@@ -33,7 +33,10 @@ class _Loop(NamedTuple):
 
 def uniforms(keys: Key[Array, " b"], steps: int) -> Float[Array, "r b"]:
     """u[i, row] = uniform(fold_in(keys[row], i)): a row's draws depend on its own key and the step alone."""
-    draw = lambda i, key: jax.random.uniform(jax.random.fold_in(key, i))
+
+    def draw(i, key):
+        return jax.random.uniform(jax.random.fold_in(key, i))
+
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(steps), keys)
 
 
@@ -91,7 +94,9 @@ def generate(
 
 
 def _write(samples, step, column):
-    put = lambda rows, new: jax.lax.dynamic_update_slice(rows, new[:, None].astype(rows.dtype), (0, step))
+    def put(rows, new):
+        return jax.lax.dynamic_update_slice(rows, new[:, None].astype(rows.dtype), (0, step))
+
     return jax.tree.map(put, samples, column)
 
 
