@@ -40,7 +40,7 @@ def checksums(tree: PyTree) -> list[int]:
 class Checkpoints:
     """The checkpoints of one workdir: `checkpoints/<step>/`, each with the state and the data iterator's position."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig = CheckpointConfig()):
+    def __init__(self, workdir: Path, config: CheckpointConfig):
         self.directory = Path(workdir).absolute() / "checkpoints"
         self.set_aside = Path(workdir).absolute() / "damaged_checkpoints"
         policies = ocp.training.preservation_policies

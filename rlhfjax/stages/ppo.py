@@ -6,7 +6,6 @@ Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendi
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
@@ -52,7 +51,9 @@ class Config(TrainConfig):
     init_from: str  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
     reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
-    value: Literal["reward", "policy", "shared"] = "reward"  # trunk of the value function: a copy of one, or the policy's
+    value: Literal["reward", "policy", "shared"] = (
+        "reward"  # trunk of the value function: a copy of one, or the policy's
+    )
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
@@ -329,9 +330,7 @@ class Algorithm:
                 episodes=c.batch_size,
             )
         if c.ema:
-            extra["ema"] = {
-                "policy": ema.ema_update(extra["ema"]["policy"], state.params["policy"], decay=c.ema)
-            }
+            extra["ema"] = {"policy": ema.ema_update(extra["ema"]["policy"], state.params["policy"], decay=c.ema)}
         return state.replace(step=state.step + 1, extra=extra)
 
 
@@ -360,7 +359,7 @@ def _held_out(
         for i, batch in enumerate(prompts.restart()):
             real = (batch["index"] >= 0).astype(np.float32)
             placed = layout.put(batch)
-            key = jax.random.fold_in(jax.random.key(config.seed), -1 - i)
+            key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + i)
             rollout = algorithm.rollout(state.params["policy"], placed["prompts"], placed["segments"], key)
             rows = (rollout.tokens, rollout.segments, rollout.mask)
             measured = {

@@ -26,7 +26,10 @@ def build(config: Config, layout: Layout) -> Stage:
     start = begin(config, layout)
     check_length(config.length, start.model, "pretrain.length")
     options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
-    train, held_out = open_sources(config.sources, "pretrain.sources"), open_sources(config.eval_sources, "eval_sources")
+    train, held_out = (
+        open_sources(config.sources, "pretrain.sources"),
+        open_sources(config.eval_sources, "eval_sources"),
+    )
     return language_stage(
         config,
         start,

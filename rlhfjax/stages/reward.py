@@ -16,7 +16,9 @@ from rlhfjax.algos.masked import masked_mean, masked_std
 from rlhfjax.algos.normalise import centring_bias, gain_and_bias
 from rlhfjax.algos.preference import kwise_loss
 from rlhfjax.data import loader
-from rlhfjax.data.preferences import open_preferences
+from rlhfjax.data.preferences import read_preferences
+from rlhfjax.data.sources import Concatenated, Source, open_source
+from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models import store
@@ -42,8 +44,7 @@ def build(config: Config, layout: Layout) -> Stage:
     start = begin(config, layout, head="scalar")
     check_length(config.length, start.model, "reward.length")
     options = {"batch_size": config.batch_size, "length": config.length}
-    train = open_preferences(config.preferences, "train")
-    held_out = open_preferences(config.preferences, "validation")
+    train, held_out = (open_preferences(config.preferences, split) for split in ("train", "validation"))
     batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, train=True, **options)
     judged = _Judged(start.model, loader.preference_batches(held_out, start.tokenizer, train=False, **options), layout)
 
@@ -63,6 +64,21 @@ def build(config: Config, layout: Layout) -> Stage:
         units=config.batch_size,
         unit="prompts",
     )
+
+
+def open_preferences(names: tuple[str, ...], split: str) -> Source:
+    """Rankings of all folders and `jsonl:` globs, as one source.
+
+    Raises:
+      ConfigError: none is named.
+    """
+    if not names:
+        raise ConfigError("reward.preferences: at least one folder or jsonl: glob is needed")
+    parts = [
+        open_source(name, kind="preferences", split=split) if ":" in name else read_preferences(name, split)
+        for name in names
+    ]
+    return parts[0] if len(parts) == 1 else Concatenated(parts)
 
 
 def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
@@ -109,7 +125,7 @@ def held_out_metrics(judged: dict[str, np.ndarray]) -> Pairs:
 
 
 def normalise(params: Any, judged: dict[str, np.ndarray], how: str) -> tuple[Any, Pairs]:
-    """Folds gain and bias into the scalar head, so that r' = gain r + bias has mean 0 (and std 1) on the completions."""
+    """Folds gain and bias into the scalar head: r' = gain r + bias has mean 0 (and std 1) on the completions."""
     rewards, valid = (jnp.asarray(judged[name], jnp.float32).ravel() for name in ("rewards", "valid"))
     pairs = {"reference_mean": (masked_mean(rewards, valid), 1.0), "reference_std": (masked_std(rewards, valid), 1.0)}
     if how == "none":

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: next-token loss on what the assistant says, in the chat template, packed.
 
-L(theta) = -1/|A| sum_{t in A} log p_theta(x_t | x_<t), A the assistant's tokens and the eos that ends each of its turns.
+L(theta) = -1/|A| sum_{t in A} log p_theta(x_t | x_<t), A the assistant's tokens and the eos of its turns.
 """
 
 import dataclasses

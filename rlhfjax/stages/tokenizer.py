@@ -23,9 +23,7 @@ class Config:
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes workdir/tokenizer.model; returns its size and how many bytes a token stands for on the corpus' start."""
     source = open_sources(config.sources, "tokenizer.sources")
-    tokenizer = train_sentencepiece(
-        texts(source), workdir, vocab_size=config.vocab_size, model_type=config.model_type
-    )
+    tokenizer = train_sentencepiece(texts(source), workdir, vocab_size=config.vocab_size, model_type=config.model_type)
     sample = [text for _, text in zip(range(2000), texts(source), strict=False)]
     tokens = sum(len(tokenizer.encode(text)) for text in sample)
     metrics = {

@@ -105,7 +105,9 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
       ConfigError: neither or both are given, or tokenizer and model do not fit each other.
     """
     if (config.model is None) == (config.init_from is None):
-        raise ConfigError(f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither")
+        raise ConfigError(
+            f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
+        )
     if config.init_from is not None:
         saved = store.load(config.init_from, layout)
         shape = build(
@@ -159,7 +161,10 @@ def loss_step(
 
 
 def sum_over(
-    batches: Iterable[dict[str, np.ndarray]], measure: Callable[[dict[str, jax.Array]], Pairs], layout: Layout, most: int
+    batches: Iterable[dict[str, np.ndarray]],
+    measure: Callable[[dict[str, jax.Array]], Pairs],
+    layout: Layout,
+    most: int,
 ) -> Pairs:
     """Adds the pairs of a pass over held-out batches, at most `most` of them (0: all)."""
     total: Pairs = {}

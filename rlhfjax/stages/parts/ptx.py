@@ -16,7 +16,7 @@ from rlhfjax.stages.parts.common import SourceConfig, open_sources
 class PtxConfig:
     """gamma E[log pi(x)] over pretraining text, its gradient added to PPO's in every minibatch.
 
-    The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence, as `unit` says.
+    The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence: see `unit`.
     """
 
     coefficient: float = 0.0  # 0: off

@@ -49,9 +49,7 @@ def sample(
     limits = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
     out = generate(model, params, prompts, segments, keys, temperature=temperature, **limits)
     tokens = jnp.concatenate([prompts, out.tokens], axis=1)
-    return Rollout(
-        tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs
-    )
+    return Rollout(tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs)
 
 
 def response_hidden(

@@ -1,0 +1,152 @@
+"""Evaluation on held-out prompts: a policy against a baseline, by a gold reward that neither was trained on.
+
+Both answer the same prompts. The win rate counts ties as one half; its interval is a bootstrap over prompts.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhfjax.algos import kl
+from rlhfjax.data import loader
+from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.evals import stats
+from rlhfjax.evals.text import distinct_n
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.models import store
+from rlhfjax.rewards.responses import load_reward, texts
+from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+from rlhfjax.stages.parts.rollout import Rollout, response_logprobs, sample
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    stage: str = "evaluate"
+    policy: str
+    baseline: str  # also the reference of the KL
+    gold: str  # a scorer
+    proxy: str | None = None  # the reward that the policy was trained on
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompt_length: int
+    max_new: int
+    temperature: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes metrics.jsonl and samples.jsonl (both answers to every prompt with their scores)."""
+    models = {name: store.load(getattr(config, name), layout) for name in ("policy", "baseline")}
+    for name, saved in models.items():
+        check_length(config.prompt_length + config.max_new, saved.model, f"evaluate ({name}).prompt_length + max_new")
+    tokenizer = load_tokenizer(models["policy"].tokenizer)
+    if models["policy"].tokenizer.read_bytes() != models["baseline"].tokenizer.read_bytes():
+        raise ConfigError("evaluate: policy and baseline have different tokenizers; a KL between them means nothing")
+    rewards = {"gold": load_reward(config.gold, layout, tokenizer)}
+    if config.proxy:
+        rewards["proxy"] = load_reward(config.proxy, layout, tokenizer)
+    with layout.use():
+        answers = {
+            name: _answer(config, saved, models["baseline"], tokenizer, rewards, layout)
+            for name, saved in models.items()
+        }
+    metrics = summarise(answers)
+    _write_samples(workdir / SAMPLES, answers)
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def _answer(
+    config: Config,
+    saved: store.SavedModel,
+    reference: store.SavedModel,
+    tokenizer: SentencePieceTokenizer,
+    rewards: dict[str, Any],
+    layout: Layout,
+) -> dict[str, Any]:
+    """One model's answers to all prompts: texts, scores, KL to the reference, lengths."""
+    source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
+    options = {"batch_size": config.batch_size, "length": config.prompt_length}
+    limits = {"max_new": config.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    parts: dict[str, list] = {}
+    for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
+        placed = layout.put(batch)
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        rollout = sample(
+            saved.model,
+            saved.params,
+            placed["prompts"],
+            placed["segments"],
+            key,
+            temperature=config.temperature,
+            **limits,
+        )
+        rows = (rollout.tokens, rollout.segments, rollout.mask)
+        measured = {name: reward(*rows) for name, reward in rewards.items()}
+        measured |= {"kl": _sequence_kl(reference.model, reference.params, rollout, config.temperature)}
+        rollout, measured = jax.device_get((rollout, measured))
+        prompts, answers = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
+        ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
+        measured |= {"prompt": prompts, "answer": answers, "length": rollout.mask.sum(1), "ended": ended}
+        real = np.flatnonzero(batch["index"] >= 0)
+        for name, values in measured.items():
+            parts.setdefault(name, []).extend(values[i] for i in real)
+    return {k: v if isinstance(v[0], str) else np.array(v, np.float64) for k, v in parts.items()}
+
+
+def _sequence_kl(model: Any, params: Any, rollout: Rollout, temperature: float) -> jax.Array:
+    """log pi(y|x) / pi_ref(y|x) of each answer, nats."""
+    r = rollout.mask.shape[1]
+    ref_logprobs, _ = response_logprobs(model, params, rollout.tokens, rollout.segments, r, temperature)
+    return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
+
+
+def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …"""
+    policy, baseline = answers["policy"], answers["baseline"]
+    wins = stats.win_rate(policy["gold"], baseline["gold"])
+    out = {
+        "gold_win_rate": wins.value,
+        "gold_win_rate_low": wins.low,
+        "gold_win_rate_high": wins.high,
+        "kl": policy["kl"].mean(),
+        "prompts": len(policy["answer"]),
+    }
+    for name, side in (("policy", policy), ("baseline", baseline)):
+        out |= {
+            f"gold_{name}": side["gold"].mean(),
+            f"distinct_1_{name}": distinct_n(side["answer"], 1),
+            f"distinct_2_{name}": distinct_n(side["answer"], 2),
+            f"response_length_{name}": side["length"].mean(),
+            f"eos_rate_{name}": side["ended"].mean(),
+        }
+        if "proxy" in side:
+            out[f"proxy_{name}"] = side["proxy"].mean()
+    if "proxy" in policy:
+        out["proxy_win_rate"] = stats.win_rate(policy["proxy"], baseline["proxy"]).value
+    return {f"evaluate/{name}": float(value) for name, value in out.items()}
+
+
+def _write_samples(path: Path, answers: dict[str, dict[str, Any]]) -> None:
+    policy, baseline = answers["policy"], answers["baseline"]
+    lines = []
+    for i, prompt in enumerate(policy["prompt"]):
+        row = {"prompt": prompt, "policy": policy["answer"][i], "baseline": baseline["answer"][i]}
+        for score in ("gold", "proxy"):
+            if score in policy:
+                row |= {f"{score}_policy": float(policy[score][i]), f"{score}_baseline": float(baseline[score][i])}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
