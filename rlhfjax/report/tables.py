@@ -17,7 +17,7 @@ LABELS = {
     "distinct_2": "Distinct-2",
     "repeated_2": "Repeated bigrams within an answer",
     "words": "Words per answer",
-    "length": "Tokens per answer",
+    "response_length": "Tokens per answer",
     "eos_rate": "Answers that end by themselves",
     "empty": "Empty answers",
     "prompts": "Prompts",
