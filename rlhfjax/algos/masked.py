@@ -30,6 +30,7 @@ def masked_var(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, 
 
     tf.nn.moments, which lm-human-preferences whitens with, is biased too; torch.var is not. One entry has variance 0.
     """
+    x = jnp.where(mask > 0, x, 0)  # before squaring: behind the mask, infinity would have a NaN gradient
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -53,6 +54,7 @@ def whiten(x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8
 
     Source: lm-human-preferences, utils/core.py `whiten(shift_mean=True)`; "N implementation details", policy detail 9.
     """
+    x = jnp.where(mask > 0, x, 0)
     mean = masked_mean(x, mask)
     return jnp.where(mask > 0, (x - mean) * lax.rsqrt(masked_var(x, mask) + eps), 0)
 
