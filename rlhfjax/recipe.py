@@ -64,6 +64,31 @@ def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
     return metrics
 
 
+def evaluate(config: Mapping[str, Any] | None, workdir: Path) -> dict[str, float]:
+    """Runs a stage's held-out evaluations again, on its latest checkpoint; nothing in the workdir changes.
+
+    Args:
+      config: another config for the same model (other held-out data, say); None: the workdir's own.
+    Raises:
+      ConfigError: the workdir holds no stage that trains.
+      CheckpointError: it has no checkpoint.
+    """
+    if config is None:
+        if not (workdir / CONFIG).exists():
+            raise ConfigError(f"{workdir}: no config.json here; expected the workdir of a stage")
+        config = json.loads((workdir / CONFIG).read_text())
+    config = to_dict(config)
+    if "stages" in config:
+        raise ConfigError(f"{workdir} holds a recipe; name one of its stages: {workdir}/NN_name")
+    module = stages.find(config.get("stage", ""))
+    if not hasattr(module, "build"):
+        raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
+    typed = check(config, config["stage"])
+    layout = make_layout(typed.mesh)
+    with layout.use():
+        return train.evaluate(module.build(typed, layout), typed, workdir, layout)
+
+
 def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     """{name: workdir/NN_name}, in order.
 

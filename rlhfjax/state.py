@@ -72,6 +72,13 @@ def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     return jax.tree.map_with_path(place, state)
 
 
+def abstract(shapes: PyTree, axes: PyTree, layout: Layout) -> PyTree:
+    """Shapes and dtypes with the shardings that the arrays will have: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, axes, layout)
+    )
+
+
 def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, axes: PyTree, layout: Layout) -> PyTree:
     """Runs `init(key)` so that every array is born in its shards; no device ever holds the whole."""
     out = shardings(jax.eval_shape(init, key), axes, layout)

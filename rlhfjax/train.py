@@ -78,6 +78,18 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
     return metric.last_values(workdir)
 
 
+def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
+    """The stage's held-out metrics for its latest checkpoint.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    restored = Checkpoints(workdir, config.checkpoint).restore(_abstract_state(stage, jax.random.key(0), layout))
+    if restored is None:
+        raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
+    return metric.finalize(jax.device_get(stage.evals(restored[0])), f"{config.stage}/")
+
+
 def _finish(stage: Stage, state: states.TrainState, workdir: Path) -> Any:
     """Keeps the stage's models; before the last save, so that a run killed in between does it again."""
     models, pairs = stage.finish(state)
@@ -94,13 +106,7 @@ def _first_state(
     stage: Stage, key: jax.Array, layout: Layout, checkpoints: Checkpoints
 ) -> tuple[states.TrainState, int | None]:
     """The state to go on from and the step it was saved at, None where the stage begins."""
-    shapes = jax.eval_shape(stage.init, key)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        states.shardings(shapes, stage.axes, layout),
-    )
-    saved = checkpoints.restore(abstract)
+    saved = checkpoints.restore(_abstract_state(stage, key, layout))
     if saved is None:
         return stage.start(states.create_sharded(stage.init, key, stage.axes, layout)), None
     state, position = saved
@@ -109,6 +115,10 @@ def _first_state(
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{checkpoints.directory}: its data position does not fit this data ({e})") from e
     return state, int(state.step)
+
+
+def _abstract_state(stage: Stage, key: jax.Array, layout: Layout) -> states.TrainState:
+    return states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
 
 
 @contextmanager

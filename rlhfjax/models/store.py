@@ -51,12 +51,7 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     description = json.loads((folder / "config.json").read_text())
     config = build(TransformerConfig, description["transformer"], f"{folder}/config.json")
     model = Model(config, description["head"])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        state.shardings(shapes, model.axes(), layout),
-    )
+    abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
     params = checkpoint.load_tree(folder / "params", abstract)
     return SavedModel(model, params, folder / "tokenizer.model")
 

@@ -1,0 +1,121 @@
+"""A conversation with a model in the terminal: several turns, tokens as they are drawn, `/reset`, `/quit`."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import numpy as np
+
+from rlhfjax.data.chat import Message, render_prompt
+from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import make_layout
+from rlhfjax.models import store
+from rlhfjax.sampling.generate import stream
+
+BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled
+HELP = "/reset forgets the conversation, /quit ends it"
+
+
+class Chat:
+    """One conversation: the messages so far and the model that answers."""
+
+    def __init__(self, saved: store.SavedModel, *, temperature: float, max_new: int, seed: int):
+        if saved.model.head != "lm":
+            raise ConfigError(f"chat: this model has a {saved.model.head} head and cannot speak")
+        if max_new >= saved.model.config.max_length:
+            raise ConfigError(f"--max_new={max_new} leaves no room in a context of {saved.model.config.max_length}")
+        self.model, self.params = saved.model, saved.params
+        self.tokenizer: SentencePieceTokenizer = load_tokenizer(saved.tokenizer)
+        self.temperature, self.max_new = temperature, max_new
+        self._key, self._turns = jax.random.key(seed), 0
+        self.messages: list[Message] = []
+
+    def reset(self) -> None:
+        self.messages = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields the pieces of the answer as they come, and remembers the turn."""
+        self.messages.append({"role": "user", "content": text})
+        tokens, segments = self._prompt()
+        key = jax.random.fold_in(self._key, self._turns)
+        self._turns += 1
+        limits = {"max_new": self.max_new, "eos_id": self.tokenizer.eos_id}
+        drawn = stream(self.model, self.params, tokens, segments, key, temperature=self.temperature, **limits)
+        pieces = []
+        for piece in decode_stream(self.tokenizer, drawn):
+            pieces.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _prompt(self) -> tuple[np.ndarray, np.ndarray]:
+        """The conversation as one left-padded row; its oldest turns go when the context is full."""
+        room = self.model.config.max_length - self.max_new
+        ids = render_prompt(self.tokenizer, self.messages, max_tokens=room)
+        length = min(room, -(-len(ids) // BUCKET) * BUCKET)
+        tokens = np.full((1, length), self.tokenizer.pad_id, np.int32)
+        segments = np.zeros((1, length), np.int32)
+        tokens[0, length - len(ids) :], segments[0, length - len(ids) :] = ids, 1
+        return tokens, segments
+
+
+def decode_stream(tokenizer: SentencePieceTokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text as its tokens arrive; bytes of an unfinished character are held back."""
+    seen, shown = [], 0
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    rest = tokenizer.decode(seen)[shown:]
+    if rest:
+        yield rest
+
+
+def run(
+    workdir: Path,
+    *,
+    temperature: float,
+    max_new: int,
+    seed: int,
+    inputs: TextIO | None = None,
+    out: TextIO | None = None,
+) -> None:
+    """Reads a line, answers it, until the end of the input.
+
+    Raises:
+      CheckpointError: the workdir has no model.
+    """
+    inputs, out = inputs or sys.stdin, out or sys.stdout
+    if inputs is sys.stdin and sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history)
+    layout = make_layout()
+    saved = store.load(workdir, layout)
+    chat = Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
+    print(f"{store.find(workdir)}  ({HELP})", file=out)
+    for line in _lines(inputs, out):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+            print("(a new conversation)", file=out)
+        elif line.startswith("/"):
+            print(f"({line} is unknown: {HELP})", file=out)
+        elif line:
+            for piece in chat.answer(line):
+                print(piece, end="", file=out, flush=True)
+            print(file=out)
+
+
+def _lines(inputs: TextIO, out: TextIO) -> Iterator[str]:
+    if inputs is sys.stdin:
+        try:
+            while True:
+                yield input("> ").strip()
+        except EOFError:
+            print(file=out)
+    else:
+        yield from (line.strip() for line in inputs)
