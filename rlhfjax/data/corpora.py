@@ -127,22 +127,23 @@ BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
 DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
 
 
-def prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes a builder's files unless they are there; safe against a second process and against being killed.
+def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
+    """Writes a builder's files unless they are there, and returns a builder that reads them.
 
-    TFDS writes into a temporary folder and renames it. The lock makes a second process wait instead of doing the
-    same work, and what a killed process left behind is removed by the next that holds it.
+    Safe against a second process and against being killed: TFDS writes into a temporary folder and renames it, the
+    lock makes a second process wait instead of doing the same work, and what a killed one left behind is removed by
+    the next that holds it.
     """
     folder = pathlib.Path(builder.data_dir)
     if folder.exists():
-        return
+        return tfds.builder_from_directory(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent / f".{folder.name}.lock"):
-        if folder.exists():
-            return
-        for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
-            shutil.rmtree(leftover)
-        write_quietly(builder)
+        if not folder.exists():
+            for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                shutil.rmtree(leftover)
+            write_quietly(builder)
+    return tfds.builder_from_directory(folder)  # the one given knows nothing of what another process wrote
 
 
 def write_quietly(builder: tfds.core.DatasetBuilder) -> None:

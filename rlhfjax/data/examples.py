@@ -146,9 +146,9 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
 
 def _native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
     if "prompt_tokens" in row:
-        return list(row["prompt_tokens"]), [list(ids) for ids in row["completion_tokens"]]
+        return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
     prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
-    return list(prompt), [[*tokenizer.encode(text), tokenizer.eos_id] for text in row["completions"]]
+    return prompt.tolist(), [[*tokenizer.encode(text), tokenizer.eos_id] for text in row["completions"]]
 
 
 def _cut(exchange: Turns, room: int) -> Turns:

@@ -5,12 +5,13 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rlhfjax.data.rows import SPLITS, BadRow, split_of
 from rlhfjax.errors import ConfigError, DataError
 
 
+@runtime_checkable
 class Records(Protocol):
     """Raw records. `record[i]` raises BadRow for one that cannot be read; `hint` ends an error about emptiness."""
 
@@ -89,7 +90,7 @@ class JsonLines(_Files):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         try:
-            record = json.loads(self._read(index))
+            record = json.loads(self._read(index).rstrip())
         except json.JSONDecodeError as error:
             raise BadRow(f"bad JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(record, dict):

@@ -232,5 +232,4 @@ def _tfds_builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuild
     except (tfds.core.DatasetNotFoundError, ImportError) as error:
         names = ", ".join(corpora.BUILDERS)
         raise DataError(f"source {spec!r}: no such TFDS dataset or folder (our own: {names})") from error
-    corpora.prepare(builder)
-    return builder
+    return corpora.prepare(builder)

@@ -136,6 +136,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
+            required_chars=_SPACE,  # else a corpus without blanks would give a model that cannot spell one
             user_defined_symbols=list(markers),
             pad_id=0,
             bos_id=1,

@@ -33,26 +33,62 @@ def rotate(
     x: Float[Array, "b h t k"], tables: tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 ) -> Float[Array, "b h t k"]:
     """Rotate each pair (x_i, x_{i + k/2}) by its position's angle: the half-split layout of Hugging Face's Llama."""
-    cos, sin = (table[:, None] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    cos, sin = (table[:, None, :, None] for table in tables)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    # Halves change places by a reversed axis: a concatenation of them costs several times as much on a CPU.
+    sign = jnp.array([-1.0, 1.0])[:, None]
+    return (pairs * cos + pairs[..., ::-1, :] * (sin * sign)).reshape(x.shape).astype(x.dtype)
 
 
-def _attend(q, k, v, allowed, rate, key):
-    """softmax(q k^T / sqrt(d)) v over the allowed keys; q [b,h,t,d], k and v [b,g,s,d], allowed [b|1,t,s]."""
+@jax.custom_vjp
+def _attend(q, k, v, allowed, drop):
+    """softmax(q k^T / sqrt(d)) v over the allowed keys, the weights times `drop` if it is given.
+
+    q [b, h, t, d]; k, v [b, g, s, d]; allowed [b or 1, t, s]; drop [b, h, t, s], 0 or 1 / (1 - rate), or None.
+    """
+    return _attend_forward(q, k, v, allowed, drop)[0]
+
+
+def _attend_forward(q, k, v, allowed, drop):
     b, h, t, d = q.shape
     g, s = k.shape[1:3]
     stacked = (q * d**-0.5).reshape(b, g, h // g * t, d)
     scores = jnp.einsum("bgtd,bgsd->bgts", stacked, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed[:, None, None], scores.reshape(b, g, h // g, t, s), MASKED)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    # Dividing the [t, d] output costs less than dividing the [t, s] weights; dropout acts on the same ratio.
-    total = weights.sum(-1).reshape(b, h, t, 1)
-    weights = dropout(weights, rate, key).reshape(b, g, h // g * t, s).astype(v.dtype)
-    out = jnp.einsum("bgts,bgsd->bgtd", weights, v, preferred_element_type=jnp.float32)
-    return (out.reshape(b, h, t, d) / total).astype(q.dtype)
+    scores = jnp.where(allowed[:, None], scores.reshape(b, h, t, s), MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)  # dividing the [t, d] output costs less than dividing the [t, s] weights
+    weights = weights.astype(v.dtype)
+    kept = _times(weights, drop).reshape(b, g, h // g * t, s)
+    out = jnp.einsum("bgts,bgsd->bgtd", kept, v, preferred_element_type=jnp.float32).reshape(b, h, t, d) / total
+    out = out.astype(q.dtype)
+    return out, (stacked, k, v, drop, weights, total, out)
+
+
+def _attend_backward(saved, d_out):
+    """With w = e / total: dw = d_out v^T, de = (dw - out . d_out) / total, dscores = e de (0 where e is masked).
+
+    The products that sum over queries are made as [d, s] and then transposed: transposing [t, s] costs more.
+    """
+    q, k, v, drop, weights, total, out = saved
+    b, h, t, d = out.shape
+    g, s = k.shape[1:3]
+    d_sum = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True) / total
+    d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(q.shape)
+    kept = _times(weights, drop).reshape(b, g, h // g * t, s)
+    d_v = jnp.einsum("bgtd,bgts->bgds", d_out, kept).swapaxes(2, 3)
+    d_kept = jnp.einsum("bgtd,bgsd->bgts", d_out, v, preferred_element_type=jnp.float32).reshape(b, h, t, s)
+    d_scores = (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
+    d_scores = jax.lax.optimization_barrier(d_scores)
+    d_q = jnp.einsum("bgts,bgsd->bgtd", d_scores, k) * d**-0.5
+    d_k = jnp.einsum("bgtd,bgts->bgds", q, d_scores).swapaxes(2, 3)
+    return d_q.reshape(b, h, t, d), d_k, d_v, None, None
+
+
+def _times(x, drop):
+    return x if drop is None else x * drop.astype(x.dtype)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _allowed(segments, start, stop):
@@ -86,10 +122,11 @@ def causal_attention(
     blocks = []
     for i, start in enumerate(range(0, t, QUERY_BLOCK)):
         stop = min(start + QUERY_BLOCK, t)
-        block_key = None if key is None else jax.random.fold_in(key, i)
         seen = slice(None), slice(None), slice(0, stop)
-        allowed = _allowed(segments, start, stop)
-        blocks.append(_attend(q[:, :, start:stop], k[seen], v[seen], allowed, rate, block_key))
+        drop = None
+        if key is not None and rate > 0:
+            drop = dropout(jnp.ones((*q.shape[:2], stop - start, stop)), rate, jax.random.fold_in(key, i))
+        blocks.append(_attend(q[:, :, start:stop], k[seen], v[seen], _allowed(segments, start, stop), drop))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
@@ -97,4 +134,4 @@ def cached_attention(
     q: Float[Array, "b h k"], k: Float[Array, "b g s k"], v: Float[Array, "b g s k"], valid: Bool[Array, "b s"]
 ) -> Float[Array, "b h k"]:
     """Attention of one query a row over the valid slots of a cache; returns [b, h, k]."""
-    return _attend(q[:, :, None], k, v, valid[:, None], 0.0, None)[:, :, 0]
+    return _attend(q[:, :, None], k, v, valid[:, None], None)[:, :, 0]

@@ -47,8 +47,9 @@ def _cross_entropy(hidden, output, targets, mask, tied):
 def _cross_entropy_forward(hidden, output, targets, mask, tied):
     """The loss and, while each chunk's logits are at hand, its gradient (as Liger Kernel does): no recomputation."""
     total = jnp.zeros((), jnp.float32)
-    d_output = jnp.zeros(output.shape, jnp.float32)
-    d_hidden, nll_mask = [], []
+    wide = output.astype(hidden.dtype)
+    d_output = jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32)
+    d_hidden, losses = [], []
     for part in _slices(hidden, output, tied):
         x, y, m = hidden[:, part], targets[:, part], mask[:, part]
         logits = unembed(x, output, tied)
@@ -57,12 +58,14 @@ def _cross_entropy_forward(hidden, output, targets, mask, tied):
         total += (nll * m).sum()
         hit = jnp.arange(logits.shape[-1]) == y[..., None]
         d_logits = ((jnp.exp(logits - lse[..., None]) - hit) * m[..., None]).astype(hidden.dtype)
-        d_hidden.append(jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, output.astype(hidden.dtype)))
-        d_output += jnp.einsum(
-            "btv,btd->vd" if tied else "btv,btd->dv", d_logits, x, preferred_element_type=jnp.float32
-        )
-        nll_mask.append(nll)
-    return total, (jnp.concatenate(d_hidden, axis=1), d_output, jnp.concatenate(nll_mask, axis=1))
+        # Made once, then multiplied from either side; [d, v] and a transposition at the end, because it is cheaper to
+        # transpose the narrow operand x than d_logits.
+        d_logits = jax.lax.optimization_barrier(d_logits)
+        d_hidden.append(jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, wide))
+        d_output += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        losses.append(nll)
+    d_output = d_output.T if tied else d_output
+    return total, (jnp.concatenate(d_hidden, axis=1), d_output, jnp.concatenate(losses, axis=1))
 
 
 def _cross_entropy_backward(tied, saved, g):

@@ -1,0 +1,195 @@
+"""Sources: what is read, how it is split, and how a malformed row is reported."""
+
+import json
+
+import pytest
+
+from rlhfjax.data.rows import BadRow, normalise
+from rlhfjax.data.sources import Concatenated, Rows, open_source, texts
+from rlhfjax.errors import ConfigError, DataError
+
+GOOD = {
+    "text": {"text": "a cat"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+    "prompt": {"prompt": "who sat?"},
+    "preferences": {"prompt": "who?", "completions": ["a", "b"], "scores": [0.5, -1]},
+}
+
+
+def write_lines(path, *lines):
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(raw) + b"\n")
+    return f"jsonl:{path}"
+
+
+def changed(kind, **columns):
+    return GOOD[kind] | columns
+
+
+BAD = [
+    ("text", b'{"text": "a', "bad JSON: Unterminated string"),
+    ("text", b'["text"]', "expected a JSON object, got list"),
+    ("text", {"body": "a"}, "no column 'text', found body"),
+    ("text", {"text": 3}, "column 'text' must be text, got int"),
+    ("text", {"text": None}, "column 'text' must be text, got NoneType"),
+    ("text", {"text": " \n"}, "column 'text' is empty"),
+    ("text", b'{"text": "\xff\xfe"}', "invalid UTF-8"),
+    ("text", b'{"text": "\\ud800"}', "lone surrogate"),
+    ("messages", {"messages": []}, "has no messages"),
+    ("messages", {"messages": "hello"}, "neither a list of messages nor its JSON"),
+    ("messages", {"messages": [{"role": "user"}]}, "a message needs 'role' and 'content'"),
+    ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of user"),
+    ("messages", {"messages": [{"role": "user", "content": ""}]}, "column 'content' is empty"),
+    ("prompt", {"prompt": [{"role": "assistant", "content": "x"}]}, "must end with a user turn, ends with assistant"),
+    ("preferences", changed("preferences", scores=[1.0]), "2 completions but 1 scores"),
+    ("preferences", changed("preferences", scores=[1.0, float("nan")]), "must hold finite numbers, got nan"),
+    ("preferences", changed("preferences", scores=[1.0, True]), "must hold finite numbers, got True"),
+    ("preferences", changed("preferences", completions=["a"], scores=[1]), "at least 2 completions, got 1"),
+    ("preferences", changed("preferences", completions="ab"), "column 'completions' must be a list, got str"),
+    ("preferences", changed("preferences", prompt_tokens=[1]), "go together"),
+    (
+        "preferences",
+        changed("preferences", prompt_tokens=[1], completion_tokens=[[1], [0.5]]),
+        "non-negative integers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "why"), BAD)
+def test_a_malformed_row_stops_with_file_and_line_or_is_counted(tmp_path, kind, row, why):
+    spec = write_lines(tmp_path / "rows.jsonl", GOOD[kind], b"", row, GOOD[kind])
+    with pytest.raises(DataError) as stopped:
+        open_source(spec, kind=kind, split="all")
+    message = str(stopped.value)
+    assert message.startswith(f"{tmp_path}/rows.jsonl:3: ") and why in message and "\n" not in message
+    source = open_source(spec, kind=kind, split="all", on_bad_row="skip")
+    assert (len(source), source.skipped) == (2, 1)
+    assert source.where(1) == f"{tmp_path}/rows.jsonl:4"
+
+
+def test_without_validation_a_bad_row_is_found_when_it_is_read(tmp_path):
+    spec = write_lines(tmp_path / "rows.jsonl", GOOD["text"], {"text": ""})
+    source = open_source(spec, split="all", validate=False)
+    assert source[0] == {"text": "a cat"}
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: column 'text' is empty"):
+        source[1]
+
+
+def test_columns_are_renamed_and_extra_ones_passed_through(tmp_path):
+    spec = write_lines(tmp_path / "rows.jsonl", {"dialogue": GOOD["messages"]["messages"], "n": 7})
+    source = open_source(spec, kind="messages", split="all", columns={"messages": "dialogue", "number": "n"})
+    assert source[0] == GOOD["messages"] | {"number": 7}
+
+
+def test_chosen_and_rejected_are_two_ranked_completions(tmp_path):
+    spec = write_lines(tmp_path / "rows.jsonl", {"q": "who?", "good": "a cat", "bad": "no"})
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    row = open_source(spec, kind="preferences", split="all", columns=columns)[0]
+    assert row == {"prompt": "who?", "completions": ["a cat", "no"], "scores": [1.0, 0.0]}
+
+
+def test_messages_come_as_lists_as_json_or_as_tfds_sequences():
+    expected = GOOD["messages"]["messages"]
+    sequence = {"role": [b"user", b"assistant"], "content": [b"hi", b"yes"]}
+    for value in (expected, json.dumps(expected), json.dumps(expected).encode(), sequence):
+        assert normalise("messages", {"messages": value}, {})["messages"] == expected
+    with pytest.raises(BadRow, match="invalid UTF-8"):
+        normalise("text", {"text": b"\xff"}, {})
+
+
+def test_rows_split_by_hash_are_disjoint_and_complete_and_named_splits_are_files(tmp_path):
+    spec = write_lines(tmp_path / "rows.jsonl", *[{"text": f"row {i}"} for i in range(600)])
+    found = {
+        split: {row["text"] for row in open_source(spec, split=split)} for split in ("train", "validation", "test")
+    }
+    assert sum(map(len, found.values())) == 600 == len(set.union(*found.values()))
+    assert all(15 <= len(found[split]) <= 50 for split in ("validation", "test"))  # 30 expected
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", {"text": split})
+    assert [row["text"] for row in open_source(f"jsonl:{tmp_path}/{{split}}.jsonl", split="test")] == ["test"]
+
+
+def test_text_files_by_file_paragraph_and_line(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbffour\r\n")
+    spec = f"text:{tmp_path}/*.txt"
+
+    def rows(documents):
+        source = open_source(spec, split="all", documents=documents)
+        return [(source[i]["text"], source.where(i).rsplit("/")[-1]) for i in range(len(source))]
+
+    assert rows("file") == [("one\ntwo\n\n\nthree\n", "a.txt:1"), ("four\r\n", "b.txt:1")]
+    assert rows("paragraph") == [("one\ntwo", "a.txt:1"), ("three", "a.txt:5"), ("four", "b.txt:1")]
+    assert rows("line") == [("one", "a.txt:1"), ("two", "a.txt:2"), ("three", "a.txt:5"), ("four", "b.txt:1")]
+
+
+def test_text_with_invalid_utf8_names_the_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\xff\nthree\n")
+    with pytest.raises(DataError, match=r"a\.txt:1: invalid UTF-8 on line 2"):
+        open_source(f"text:{tmp_path}/a.txt", split="all")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty\.txt:1: column 'text' is empty"):
+        open_source(f"text:{tmp_path}/empty.txt", split="all")
+
+
+def test_our_corpora_by_name(data_dir):
+    options = {"split": "validation", "data_dir": data_dir}
+    every, long = open_source("tfds:chitchat", **options), open_source("tfds:chitchat", min_turns=6, **options)
+    turns = [len(row["messages"]) for row in every]
+    assert every.kind == "messages" and min(turns) == 1
+    assert len(long) == sum(n >= 6 for n in turns) < len(every) and min(len(row["messages"]) for row in long) == 6
+    plain = open_source("tfds:chitchat", kind="text", **options)
+    assert plain[0]["text"].startswith("User: ") and len(plain) == len(every)
+    rated = open_source("tfds:chitchat", columns={"ratings": "ratings", "id": "id"}, **options)
+    assert rated[0]["ratings"].shape == (3,) and isinstance(rated[0]["id"], str)
+    assert open_source("tfds:kjv", **options).kind == "text"
+
+
+def test_tfds_errors_name_what_is_there(data_dir):
+    with pytest.raises(DataError, match=r"no column 'body', found .*text"):
+        open_source("tfds:kjv", data_dir=data_dir, columns={"text": "body"})
+    with pytest.raises(DataError, match=r"no split 'dev', found .*validation"):
+        open_source("tfds:kjv", data_dir=data_dir, split="dev")
+    with pytest.raises(DataError, match=r"no such TFDS dataset or folder \(our own: chitchat, kjv\)"):
+        open_source("tfds:no_such_set", data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "why"),
+    [
+        ("http://x", {}, "expected tfds:"),
+        ("jsonl:", {}, "expected tfds:"),
+        ("text:x", {"on_bad_row": "ignore"}, "on_bad_row must be"),
+        ("text:x", {"kind": "table"}, "kind 'table' is none of text, messages"),
+        ("text:x", {"documents": "page"}, "documents must be"),
+        ("text:x", {"split": "dev"}, "split 'dev' is none of"),
+        ("text:x", {"validate": False, "on_bad_row": "skip"}, "need validate=True"),
+        ("text:x", {"columns": {"text": ""}}, "must be the name of a column"),
+    ],
+)
+def test_a_senseless_spec_is_a_config_error(spec, options, why):
+    with pytest.raises(ConfigError, match=why):
+        open_source(spec, **options)
+
+
+def test_no_file_and_no_rows_are_errors(tmp_path):
+    with pytest.raises(DataError, match="no file matches"):
+        open_source(f"jsonl:{tmp_path}/*.jsonl")
+    (tmp_path / "a.txt").write_text("one document")
+    with pytest.raises(DataError, match=r"no rows are left of 0; rows are split 90/5/5 .* documents='file'"):
+        open_source(f"text:{tmp_path}/a.txt", split="validation" if _is_train(tmp_path / "a.txt") else "train")
+
+
+def _is_train(path):
+    from rlhfjax.data.rows import split_of
+
+    return split_of(path.read_bytes()) == "train"
+
+
+def test_concatenated_sources_keep_their_rows_and_places():
+    both = Concatenated([Rows([{"text": "a"}, {"text": "b"}], "text"), Rows([GOOD["messages"]], "messages")])
+    assert [len(both), both[1]["text"], both[2], both.where(2)] == [3, "b", GOOD["messages"], "row 0"]
+    assert both.kind == "mixed"
+    assert list(texts(both, Rows([GOOD["preferences"]], "preferences"))) == ["a", "b", "hi", "yes", "who?", "a", "b"]
+    with pytest.raises(IndexError):
+        both[3]
