@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import jinja2
@@ -51,6 +52,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["turns"] = turns
     environment.filters["number"] = tables.number
     environment.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
     headlines = tables.headlines(run)
@@ -69,6 +71,13 @@ def render(run: Run) -> str:
         comparisons=[(stage, stage.samples[:FEW], stage.samples[FEW:MANY]) for stage in run.stages if compares(stage)],
         examples=[(s, s.samples[:FEW]) for s in run.stages if s.samples and not compares(s)],
     )
+
+
+def turns(prompt: str) -> list[tuple[str, str]]:
+    """A rendered conversation as (role, text) pairs; what stands before the first marker has no role."""
+    first, *rest = re.split(r"<\|(\w+)\|>", prompt)
+    pairs = [("", first), *zip(rest[::2], rest[1::2], strict=True)]
+    return [(role, text.strip()) for role, text in pairs if text.strip()]
 
 
 def panels(stage: Stage) -> list[Panel]:

@@ -12,7 +12,7 @@ LABELS = {
     "proxy_win_rate": "Win rate by proxy reward",
     "gold": "Gold reward",
     "proxy": "Proxy reward",
-    "kl": "KL to the reference, nats per answer",
+    "kl": "KL to the reference, nats",
     "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2",
     "repeated_2": "Repeated bigrams within an answer",

@@ -228,6 +228,13 @@ def test_numbers_for_people(x, text):
     assert tables.number(0.8314, percent=True) == "83.1 %"
 
 
+def test_a_prompt_is_shown_turn_by_turn():
+    prompt = "<|system|>Be kind.<|user|> hi\n<|assistant|>hello<|end|><|user|>a <| b<|assistant|>"
+    assert page.turns(prompt) == [("system", "Be kind."), ("user", "hi"), ("assistant", "hello"), ("user", "a <| b")]
+    assert page.turns("no markers") == [("", "no markers")]
+    assert page.turns("") == []
+
+
 def test_smoothing_keeps_straight_lines_and_averages_neighbours():
     line = np.linspace(3, -1, 200)
     np.testing.assert_allclose(figures.smooth(line), line, atol=1e-12)  # no lag, unlike an exponential average
