@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -128,21 +129,23 @@ DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
-    """Writes a builder's files unless they are there, and returns a builder that reads them.
+    """Writes a builder's files in ArrayRecord unless they are there, and returns a builder that reads them.
 
     Safe against a second process and against being killed: TFDS writes into a temporary folder and renames it, the
     lock makes a second process wait instead of doing the same work, and what a killed one left behind is removed by
-    the next that holds it.
+    the next that holds it. A bucket (gs://) has no locks: there, two processes may do the same work.
     """
+    if "://" in os.fspath(builder.data_dir):
+        _write(builder)
+        return builder
     folder = pathlib.Path(builder.data_dir)
-    if folder.exists():
-        return tfds.builder_from_directory(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent / f".{folder.name}.lock"):
-        if not folder.exists():
-            for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
-                shutil.rmtree(leftover)
-            write_quietly(builder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent / f".{folder.name}.lock"):
+            if not folder.exists():
+                for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                    shutil.rmtree(leftover)
+                _write(builder)
     return tfds.builder_from_directory(folder)  # the one given knows nothing of what another process wrote
 
 
@@ -150,6 +153,15 @@ def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
     """Prepares a builder in ArrayRecord, without TFDS's bars and announcements."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
+    tfds.enable_progress_bar()
+
+
+def _write(builder: tfds.core.DatasetBuilder) -> None:
+    """Ours take seconds and do it in silence; a download of TFDS's own shows how far it is."""
+    if isinstance(builder, _PackageCorpus):
+        write_quietly(builder)
+    else:
         builder.download_and_prepare(file_format="array_record")
 
 

@@ -10,6 +10,7 @@ All rows are looked at when a source is opened, so that a malformed one stops a 
 
 import os
 import pathlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -98,7 +99,7 @@ class CheckedSource:
 
     def validate(self, *, skip: bool, keep: Callable[[Row], bool]) -> None:
         """Reads every row once; keeps the good ones that `keep` wants."""
-        indices = []
+        indices = array("q")
         for index in self._indices:
             try:
                 if keep(self._row(index)):

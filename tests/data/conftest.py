@@ -47,6 +47,12 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def talk():
+    """talk(rng, turns, longest=12) -> messages."""
+    return conversation
+
+
+@pytest.fixture(scope="session")
 def conversations():
     rng = random.Random(1)
     return Rows([{"messages": conversation(rng, rng.randint(2, 9))} for _ in range(23)], "messages")

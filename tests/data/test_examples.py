@@ -3,7 +3,6 @@
 import random
 
 import pytest
-from conftest import conversation
 
 from rlhfjax.data import chat
 from rlhfjax.data.examples import windows
@@ -23,10 +22,10 @@ def answers(window):
 
 
 @pytest.mark.parametrize("length", [40, 64, 200])
-def test_windows_hold_each_answer_once_after_its_question(tokenizer, length):
+def test_windows_hold_each_answer_once_after_its_question(tokenizer, talk, length):
     rng = random.Random(length)
     for _ in range(20):
-        messages = conversation(rng, rng.randint(1, 14), longest=6)
+        messages = talk(rng, rng.randint(1, 14), longest=6)
         made = windows(tokenizer, messages, length)
         expected = [[*tokenizer.encode(m["content"]), tokenizer.eos_id] for m in messages if m["role"] == "assistant"]
         assert [run for window in made for run in answers(window)] == expected
@@ -36,8 +35,8 @@ def test_windows_hold_each_answer_once_after_its_question(tokenizer, length):
             assert window[1:, 0].tolist() == window[:-1, 1].tolist()
 
 
-def test_a_conversation_that_fits_is_left_whole(tokenizer):
-    messages = conversation(random.Random(0), 8)
+def test_a_conversation_that_fits_is_left_whole(tokenizer, talk):
+    messages = talk(random.Random(0), 8)
     tokens, mask = chat.render(tokenizer, messages)
     (window,) = windows(tokenizer, messages, len(tokens) - 1)
     assert window[:, 0].tolist() == tokens[:-1].tolist() and window[:, 1].tolist() == tokens[1:].tolist()
@@ -45,9 +44,9 @@ def test_a_conversation_that_fits_is_left_whole(tokenizer):
     assert len(windows(tokenizer, messages, len(tokens) - 2)) == 2  # one token less, and it is cut
 
 
-def test_the_system_message_stands_in_every_window(tokenizer):
+def test_the_system_message_stands_in_every_window(tokenizer, talk):
     system = {"role": "system", "content": "we sang."}
-    made = windows(tokenizer, [system, *conversation(random.Random(0), 12)], 60)
+    made = windows(tokenizer, [system, *talk(random.Random(0), 12)], 60)
     head = chat.render(tokenizer, [system])[0].tolist()
     assert len(made) > 1
     assert all(window[: len(head), 0].tolist() == head for window in made)

@@ -1,8 +1,11 @@
 """Sources: what is read, how it is split, and how a malformed row is reported."""
 
 import json
+import pathlib
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from rlhfjax.data.rows import BadRow, normalise
 from rlhfjax.data.sources import Concatenated, Rows, open_source, texts
@@ -143,6 +146,37 @@ def test_our_corpora_by_name(data_dir):
     rated = open_source("tfds:chitchat", columns={"ratings": "ratings", "id": "id"}, **options)
     assert rated[0]["ratings"].shape == (3,) and isinstance(rated[0]["id"], str)
     assert open_source("tfds:kjv", **options).kind == "text"
+
+
+class AnyReviews(tfds.core.GeneratorBasedBuilder):
+    """Somebody's dataset with two configs; defining the class is what makes TFDS know it."""
+
+    pkg_dir_path = pathlib.Path(__file__).parent
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name=name, version=tfds.core.Version("1.0.0")) for name in ("long", "short")
+    ]
+
+    def _info(self):
+        features = {"review": tfds.features.Text(), "stars": np.int32}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(8), "dev": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"review": f"{self.builder_config.name} {i}", "stars": i}
+
+
+def test_any_tfds_dataset_by_name_config_and_folder(tmp_path):
+    options = {"columns": {"text": "review", "stars": "stars"}, "data_dir": tmp_path}
+    short = open_source("tfds:any_reviews/short", split="dev", **options)
+    assert sorted((row["text"], int(row["stars"])) for row in short) == [("short 0", 0), ("short 1", 1)]
+    assert len(open_source("tfds:any_reviews/long", split="train[:50%]", **options)) == 4
+    folder = tmp_path / "any_reviews" / "short" / "1.0.0"
+    assert len(open_source(f"tfds:{folder}", columns={"text": "review"})) == 8
+    with pytest.raises(DataError, match=r"tfds:any_reviews\[dev\] record 0: column 'text' must be text, got int"):
+        open_source(f"tfds:{folder}", columns={"text": "stars"}, split="dev")
 
 
 def test_tfds_errors_name_what_is_there(data_dir):
