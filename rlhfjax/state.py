@@ -30,10 +30,10 @@ class TrainState:
     extra: what else a stage carries from step to step (KL coefficient, EMA of weights, counters).
     """
 
-    step: jax.Array
+    step: Any  # an array, or its shape where the whole state is shapes
     params: PyTree
     opt_state: PyTree
-    extra: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+    extra: PyTree = dataclasses.field(default_factory=dict)
 
     @classmethod
     def create(cls, params: PyTree, tx: optax.GradientTransformation, **extra: PyTree) -> "TrainState":

@@ -33,8 +33,8 @@ def texts(
 ) -> tuple[list[str], list[str]]:
     """The texts of prompts and responses; pads and eos leave nothing."""
     p = tokens.shape[1] - mask.shape[1]
-    prompts = [tokenizer.decode(row[seg > 0]) for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)]
-    responses = [tokenizer.decode(row[keep > 0]) for row, keep in zip(tokens[:, p:], mask, strict=True)]
+    prompts = [tokenizer.decode(row[seg > 0].tolist()) for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)]
+    responses = [tokenizer.decode(row[keep > 0].tolist()) for row, keep in zip(tokens[:, p:], mask, strict=True)]
     return prompts, responses
 
 

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ PyTree = Any
 Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless stream of batches of numpy arrays whose position can be saved."""
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from rlhfjax.models.transformer import Model
@@ -22,7 +23,7 @@ class Rollout(NamedTuple):
     logprobs: Float[Array, "b r"]  # of the distribution sampled from, nats
 
     @property
-    def responses(self) -> Int[Array, "b r"]:
+    def responses(self) -> Int[Array | np.ndarray, "b r"]:
         return self.tokens[:, -self.mask.shape[1] :]
 
 

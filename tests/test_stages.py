@@ -1,0 +1,142 @@
+"""The stages on the tiny recipe: one device against four, and what PPO must be at its first minibatch."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from rlhfjax import recipe, stages, state
+from rlhfjax.config import to_dict
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
+from tests import tiny
+
+TRAINED = ("pretrain", "sft", "reward", "ppo")
+
+
+def stage_values(name, conversations, finished, **changes):
+    """A stage's config with its references resolved to the finished run."""
+    config = to_dict(tiny.get_config(f"data={conversations}"))
+    folders = recipe.stage_folders(config, finished)
+    return recipe.resolve(config[name], folders, name) | changes
+
+
+def run_steps(name, values, layout, steps=2):
+    """The first steps of a stage, without the loop: (metrics of each step, final parameters)."""
+    config = recipe.check(values, name)
+    with layout.use():
+        stage = stages.find(name).build(config, layout)
+        key = jax.random.key(config.seed)
+        current = stage.start(state.create_sharded(stage.init, key, stage.axes, layout))
+        metrics = []
+        for step in range(steps):
+            batch = layout.put(next(stage.batches))
+            current, pairs = stage.step(current, batch, jax.random.fold_in(key, step))
+            metrics.append(finalize(jax.device_get(pairs)))
+    return metrics, jax.device_get(current.params)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
+def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
+    values = stage_values(name, conversations, finished)
+    one, params_one = run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]))
+    four, params_four = run_steps(name, values, make_layout(MeshConfig(**axes)))
+    for a, b in zip(one, four, strict=True):
+        assert a.keys() == b.keys()
+        for metric in a:
+            np.testing.assert_allclose(b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric)
+    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_four), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_and_moments_are_sharded_not_replicated(conversations, finished):
+    layout = make_layout(MeshConfig(data=1, fsdp=4))
+    config = recipe.check(stage_values("pretrain", conversations, finished), "pretrain")
+    with layout.use():
+        stage = stages.find("pretrain").build(config, layout)
+        current = state.create_sharded(stage.init, jax.random.key(0), stage.axes, layout)
+    matrices = [x for x in jax.tree.leaves((current.params, current.opt_state)) if x.ndim >= 2]
+    assert matrices
+    for x in matrices:
+        assert x.addressable_shards[0].data.size == x.size // 4
+
+
+def test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one(conversations, finished):
+    """Policy == reference at step 0: the trainer's and the reference's logprobs are the sampler's, temperature 0.9."""
+    values = stage_values("ppo", conversations, finished, epochs=1, minibatches=1)
+    assert values["temperature"] != 1
+    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
+    assert abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
+    assert metrics[0]["approx_kl"] < 1e-9
+    assert abs(metrics[0]["kl"]) < 1e-4
+    assert metrics[0]["clip_fraction"] == 0
+
+
+def test_first_minibatch_of_every_iteration_has_ratio_one(conversations, finished):
+    """Also when the policy has moved: the behaviour policy is the one at the start of the iteration."""
+    values = stage_values("ppo", conversations, finished, init_from=str(finished / "01_pretrain"))
+    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=3)
+    assert metrics[2]["kl"] > 1e-3  # it has moved
+    for m in metrics:
+        assert abs(m["first_ratio_max"] - 1) < 2e-5
+
+
+def test_pitfall_19_epochs_move_the_policy_between_minibatches(conversations, finished):
+    """With several epochs the ratio leaves 1 within an iteration, so that the clip can act."""
+    values = stage_values("ppo", conversations, finished, epochs=4, minibatches=2)
+    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
+    assert metrics[0]["ratio_max"] > 1.005
+    assert metrics[0]["approx_kl"] > 1e-6
+
+
+@pytest.mark.parametrize("name", ("pretrain", "reward", "ppo"))
+def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations, finished):
+    """Rows have unequal numbers of targets; one, two and four microbatches give the same parameters."""
+    # sgd: Adam would turn rounding of zero gradients into visible steps
+    sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+    changes = {"optim": sgd, "checkpoint": {}, "log": {}}
+    if name == "ppo":
+        changes |= {"value_optim": sgd, "minibatches": 2, "epochs": 1}
+    results = []
+    for microbatches in (1, 2, 4):
+        values = stage_values(name, conversations, finished, microbatches=microbatches, **changes)
+        results.append(run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1))
+    for metrics, params in results[1:]:
+        np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def test_every_stage_learns_and_the_recipe_collects_its_metrics(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    by_stage = {name: [line for line in lines if line["stage"] == name] for name in tiny.STAGES}
+    assert all(by_stage.values())
+    losses = [line["pretrain/val_loss"] for line in by_stage["pretrain"] if "pretrain/val_loss" in line]
+    assert losses[-1] < losses[0]
+    assert 0 <= by_stage["evaluate"][0]["evaluate/gold_win_rate"] <= 1
+    assert by_stage["ppo"][-1]["ppo/val_kl"] != 0
+
+
+def test_pitfall_30_kl_coefficient_average_and_iterator_are_in_the_checkpoint(finished, conversations):
+    """What a resume needs besides parameters: the values after six steps are restored, not those of the start."""
+    from rlhfjax.checkpoint import Checkpoints
+
+    config = recipe.check(stage_values("ppo", conversations, finished), "ppo")
+    layout = make_layout(MeshConfig())
+    with layout.use():
+        stage = stages.find("ppo").build(config, layout)
+        shapes = jax.eval_shape(stage.init, jax.random.key(0))
+        restored, position = Checkpoints(finished / "05_ppo", config.checkpoint).restore(
+            state.abstract(shapes, stage.axes, layout)
+        )
+    logged = [json.loads(line) for line in (finished / "05_ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert int(restored.step) == config.steps
+    assert float(restored.extra["kl_coefficient"]) != pytest.approx(logged[0].get("ppo/kl_coefficient", 0.1), abs=1e-6)
+    moved = jax.tree.map(
+        lambda a, b: float(abs(a - b).max()), restored.extra["ema"]["policy"], restored.params["policy"]
+    )
+    assert max(jax.tree.leaves(moved)) > 0
+    stage.batches.set_state(position)
+    assert stage.batches.get_state() == position
