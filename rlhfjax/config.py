@@ -1,6 +1,6 @@
 """Configs: experiment files (`ml_collections`) at the edge, frozen dataclasses everywhere else.
 
-An experiment file has `get_config(arg=None)` and returns either one stage's config, made by `stage_config`, or a
+An experiment file has `get_config(arg=None)` and returns either one stage's config, made by `stages.stage_config`, or a
 recipe: `stages`, a tuple of names, and beside it the config of each name.
 """
 
@@ -72,20 +72,12 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     return ConfigDict(parsed)
 
 
-def stage_config(stage: str, **values: Any) -> ConfigDict:
-    """A stage's config with every option present, so that each can be overridden and config.json is complete.
+def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a dataclass as a nested dict, `values` laid over the defaults.
 
     Raises:
-      ConfigError: an option that the stage does not have.
+      ConfigError: a value for a field that there is not.
     """
-    from rlhfjax import stages  # the stages' modules import this one
-
-    config = _defaults(stages.config_class(stage), {"stage": stage, **values}, where=stage)
-    return config_dict.create(**config)
-
-
-def _defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a dataclass as a nested dict, `values` laid over the defaults."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in values:
@@ -96,9 +88,9 @@ def _defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any
         inner = _dataclass_of(hints[name])
         value = values.get(name, _default_of(field, hints[name]))
         if inner and isinstance(value, Mapping | ConfigDict):
-            value = _defaults(inner, dict(value), f"{where}.{name}")
+            value = defaults(inner, dict(value), f"{where}.{name}")
         elif inner and dataclasses.is_dataclass(value):
-            value = _defaults(inner, {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)}, where)
+            value = defaults(inner, {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)}, where)
         config[name] = value
     return config
 
@@ -138,7 +130,7 @@ def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "co
       ConfigError: an unknown key, a missing one, a wrong type, or what the dataclass itself refuses.
     """
     values = to_dict(values)
-    _defaults(cls, values, where)  # names every unknown key with its place
+    defaults(cls, values, where)  # names every unknown key with its place
     try:
         hooks = {float: _as_float, int: _as_int}
         return dacite.from_dict(cls, values, dacite.Config(strict=True, type_hooks=hooks, cast=[tuple]))

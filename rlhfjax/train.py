@@ -27,7 +27,7 @@ import jax
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
-from rlhfjax.config import TrainConfig
+from rlhfjax.config import TrainConfig, write_json
 from rlhfjax.errors import CheckpointError, NonFiniteError, Preempted
 from rlhfjax.mesh import Layout
 from rlhfjax.models import store
@@ -92,10 +92,12 @@ def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -
 
 def _finish(stage: Stage, state: states.TrainState, workdir: Path) -> Any:
     """Keeps the stage's models; before the last save, so that a run killed in between does it again."""
-    models, pairs = stage.finish(state)
-    for name, model in models.items():
+    finished = stage.finish(state)
+    for name, model in finished.models.items():
         store.save(workdir / name, model)
-    return pairs
+    for name, content in finished.files.items():
+        write_json(workdir / name, content)
+    return finished.pairs
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -5,7 +5,8 @@
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg, stage_config
+from rlhfjax.config import parse_arg
+from rlhfjax.stages import stage_config
 
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 VOCAB = 320

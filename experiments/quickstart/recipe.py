@@ -9,7 +9,8 @@ Hardware: 2 CPU cores. Time and result: see README.md beside this file.
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg, stage_config
+from rlhfjax.config import parse_arg
+from rlhfjax.stages import stage_config
 
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 

@@ -10,11 +10,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict, config_dict
 
+from rlhfjax.config import defaults
 from rlhfjax.errors import ConfigError
 from rlhfjax.state import TrainState
 
@@ -31,6 +33,14 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+class Finished(NamedTuple):
+    """What a stage leaves behind: models and JSON files by their names in the workdir, and last metrics."""
+
+    models: dict[str, Any]  # {folder: store.SavedModel}
+    pairs: Pairs
+    files: dict[str, Any]  # {file name: what json.dumps takes}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What the loop needs to know of a stage that trains.
@@ -41,7 +51,7 @@ class Stage:
     batches: the training data.
     step: (state, batch, key) -> (state, pairs); it may donate the state.
     evals: state -> pairs, on held-out data.
-    finish: state -> (models to keep, pairs): {folder: SavedModel} written into the workdir, and last metrics.
+    finish: state -> what is written into the workdir at the end.
     units: what one step consumes, for the rate, and `unit` its name.
     """
 
@@ -51,7 +61,7 @@ class Stage:
     batches: Batches
     step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Pairs]]
     evals: Callable[[TrainState], Pairs]
-    finish: Callable[[TrainState], tuple[dict[str, Any], Pairs]]
+    finish: Callable[[TrainState], Finished]
     units: int
     unit: str = "tokens"
 
@@ -74,3 +84,12 @@ def find(name: str) -> ModuleType:
 
 def config_class(name: str) -> type:
     return find(name).Config
+
+
+def stage_config(stage: str, **values: Any) -> ConfigDict:
+    """A stage's config with every option present, so that each can be overridden and config.json is complete.
+
+    Raises:
+      ConfigError: an option that the stage does not have.
+    """
+    return config_dict.create(**defaults(config_class(stage), {"stage": stage, **values}, where=stage))

@@ -25,7 +25,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import Reward, load_reward
-from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages import Finished, Pairs, Stage
 from rlhfjax.stages.parts.common import check_length, place
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.prompts import PromptConfig, held_out_prompts, prompt_batches
@@ -122,12 +122,12 @@ def build(config: Config, layout: Layout) -> Stage:
         state, more = algorithm.update(state, experience, text, pairs["kl"], jax.random.fold_in(key, 1))
         return state, merge(pairs, more)
 
-    def finish(state: states.TrainState) -> tuple[dict[str, store.SavedModel], Pairs]:
+    def finish(state: states.TrainState) -> Finished:
         trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
         models = {store.FOLDER: store.SavedModel(model, trained, start.tokenizer)}
         if config.value != "shared":
             models["value"] = store.SavedModel(critic, state.params["value"], start.tokenizer)
-        return models, {}
+        return Finished(models, {}, {})
 
     return Stage(
         init=init,

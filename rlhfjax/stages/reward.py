@@ -25,7 +25,7 @@ from rlhfjax.models import store
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.rewards.model import sequence_rewards
-from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages import Finished, Pairs, Stage
 from rlhfjax.stages.parts.common import ModelTrainConfig, assemble, begin, check_length
 from rlhfjax.state import TrainState
 
@@ -48,9 +48,12 @@ def build(config: Config, layout: Layout) -> Stage:
     batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, train=True, **options)
     judged = _Judged(start.model, loader.preference_batches(held_out, start.tokenizer, train=False, **options), layout)
 
-    def finish(state: TrainState) -> tuple[dict[str, store.SavedModel], Pairs]:
-        params, pairs = normalise(state.params, judged(state.params), config.normalise)
-        return {store.FOLDER: store.SavedModel(start.model, params, start.tokenizer_file)}, pairs
+    def finish(state: TrainState) -> Finished:
+        answers = judged(state.params)
+        params, pairs = normalise(state.params, answers, config.normalise)
+        margins = stats.margins(answers["rewards"], answers["scores"], answers["valid"])
+        model = store.SavedModel(start.model, params, start.tokenizer_file)
+        return Finished({store.FOLDER: model}, pairs, {"calibration.json": stats.calibration(margins).as_dict()})
 
     return assemble(
         config,

@@ -22,7 +22,7 @@ from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
-from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages import Finished, Pairs, Stage
 
 PyTree = Any
 
@@ -184,14 +184,14 @@ def assemble(
     schedule: Callable[[jax.Array], jax.Array],
     batches: Any,
     evals: Callable[[states.TrainState], Pairs],
-    finish: Callable[[states.TrainState], tuple[dict[str, store.SavedModel], Pairs]] | None = None,
+    finish: Callable[[states.TrainState], Finished] | None = None,
     units: int,
     unit: str = "tokens",
 ) -> Stage:
     """A Stage with one model and one loss."""
 
-    def keep(state: states.TrainState) -> tuple[dict[str, store.SavedModel], Pairs]:
-        return {store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer_file)}, {}
+    def keep(state: states.TrainState) -> Finished:
+        return Finished({store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer_file)}, {}, {})
 
     def load(state: states.TrainState) -> states.TrainState:
         return state if start.params is None else state.replace(params=place(start.params, state.params))
