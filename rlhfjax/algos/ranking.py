@@ -58,7 +58,7 @@ def soft_label_loss(
     difference = jnp.where(weight > 0, a - b, 0)
     loss = -probability * jax.nn.log_sigmoid(difference) - (1 - probability) * jax.nn.log_sigmoid(-difference)
     total, count = masked_sum(loss, weight), jnp.sum(weight)
-    sign = jnp.sign(probability - 0.5)
+    sign = jnp.where(weight > 0, jnp.sign(probability - 0.5), 0)
     return divide(total, count), {"loss": (total, count), **pair_metrics(sign * difference, weight * jnp.abs(sign))}
 
 
@@ -82,7 +82,7 @@ def rao_kupper_loss(
     tie = jnp.log(jnp.expm1(2 * jnp.asarray(eta, difference.dtype))) + a_wins + b_wins
     loss = -jnp.where(outcome > 0.5, a_wins, jnp.where(outcome < 0.5, b_wins, tie))
     total, count = masked_sum(loss, weight), jnp.sum(weight)
-    sign = jnp.sign(outcome - 0.5)
+    sign = jnp.where(weight > 0, jnp.sign(outcome - 0.5), 0)
     return divide(total, count), {"loss": (total, count), **pair_metrics(sign * difference, weight * jnp.abs(sign))}
 
 

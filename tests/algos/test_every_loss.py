@@ -1,0 +1,226 @@
+"""What must hold of every loss: its gradient, and what may not change it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.algos import combine, direct, group, kl, language, policy, preference, ranking, value
+
+B, T = 4, 5
+
+
+def token_mask():
+    """5, 2, 2 and 3 tokens; two rows with holes."""
+    return np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 1, 1, 0]], float)
+
+
+def token_columns(n):
+    return [np.random.default_rng(i).normal(size=(B, T)) * 0.4 - 1 for i in range(n)]
+
+
+def row_columns(n):
+    return [np.random.default_rng(50 + i).normal(size=B) - 2 for i in range(n)]
+
+
+ROW_WEIGHT = np.array([1.0, 1.0, 0.0, 1.0])
+LABELS = np.array([[3.0, 1, 2, 2, 0], [1, 0, 5, 5, 5], [0, 4, 1, 7, 7], [2, 2, 3, 1, 9]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss of arrays whose first axis is the batch; the last of them is the mask, the first is differentiated."""
+
+    loss: Callable
+    columns: Callable[[], list]
+    smooth: bool = True  # False: its gradient is by design not that of its value
+    pads: bool = True  # masked columns may be appended to the [b, t] arrays
+
+    def arrays(self):
+        return [jnp.asarray(x, jnp.result_type(float)) for x in self.columns()]
+
+
+def tokens(n):
+    return lambda: [*token_columns(n), token_mask()]
+
+
+def rows(n):
+    return lambda: [*row_columns(n), ROW_WEIGHT]
+
+
+def grouped(n):
+    return lambda: [*token_columns(n), *row_columns(1), token_mask()]
+
+
+def kwise():
+    return [*token_columns(1), LABELS, token_mask()]
+
+
+def combined(logprobs, values, old, returns, mask):
+    return combine.add_losses(
+        policy=(1.0, policy.ppo_loss(logprobs, old, returns, mask, clip=0.2)),
+        value=(0.1, value.clipped_value_loss(values, old, returns, mask, clip=0.2)),
+    )
+
+
+p = functools.partial
+CASES = {
+    "ppo": Case(p(policy.ppo_loss, clip=0.2), tokens(3)),
+    "reinforce": Case(policy.reinforce_loss, tokens(2)),
+    "entropy": Case(p(policy.entropy_bonus, coefficient=0.3), tokens(1)),
+    "clipped_value": Case(p(value.clipped_value_loss, clip=0.2), tokens(3)),
+    "value": Case(value.value_loss, tokens(2)),
+    "policy_and_value": Case(combined, tokens(4)),
+    "next_token": Case(language.next_token_loss, tokens(1)),
+    "ptx_token": Case(p(language.ptx_loss_token_mean, coefficient=27.8), tokens(1)),
+    "ptx_sequence": Case(p(language.ptx_loss_sequence_sum, coefficient=27.8), tokens(1)),
+    "kl_k1": Case(kl.kl_loss_k1, tokens(3)),
+    "kl_k2": Case(kl.kl_loss_k2, tokens(2)),
+    "kl_k3": Case(kl.kl_loss_k3, tokens(3)),
+    "kl_sequence": Case(kl.kl_loss_sequence, tokens(2), smooth=False),
+    "rloo": Case(group.rloo_loss, grouped(1)),
+    "grpo": Case(p(group.grpo_loss, clip=0.2, beta=0.04), grouped(3)),
+    "dr_grpo": Case(p(group.dr_grpo_loss, clip=0.2, length=16), grouped(2)),
+    "dapo": Case(p(group.dapo_loss, clip_low=0.2, clip_high=0.28), grouped(2)),
+    "kwise": Case(preference.kwise_loss, kwise),
+    "plackett_luce": Case(ranking.plackett_luce_loss, kwise),
+    "best_of_k": Case(
+        lambda r, best, valid: ranking.best_of_k_loss(r, best[:, 0].astype(jnp.int32), valid),
+        lambda: [*token_columns(1), np.array([[0.0] * T, [1] * T, [2] * T, [3] * T]), token_mask()],
+    ),
+    "bradley_terry": Case(ranking.bradley_terry_loss, rows(2), pads=False),
+    "margin": Case(ranking.margin_loss, rows(3), pads=False),
+    "smoothed": Case(p(ranking.smoothed_loss, smoothing=0.1), rows(2), pads=False),
+    "soft_label": Case(
+        ranking.soft_label_loss, lambda: [*row_columns(2), np.array([0.9, 0.5, 0.3, 0.2]), ROW_WEIGHT], pads=False
+    ),
+    "rao_kupper": Case(
+        p(ranking.rao_kupper_loss, eta=0.4),
+        lambda: [*row_columns(2), np.array([1.0, 0.5, 0.5, 0.0]), ROW_WEIGHT],
+        pads=False,
+    ),
+    "dpo": Case(p(direct.dpo_loss, beta=0.3), rows(4), pads=False),
+    "cdpo": Case(p(direct.cdpo_loss, beta=0.3, smoothing=0.1), rows(4), pads=False),
+    "ipo": Case(p(direct.ipo_loss, beta=0.3), rows(4), pads=False),
+    "simpo": Case(p(direct.simpo_loss, beta=2.0, margin=1.0), rows(2), pads=False),
+    "orpo": Case(
+        p(direct.orpo_loss, beta=0.1), lambda: [*(-np.abs(c) for c in row_columns(2)), ROW_WEIGHT], pads=False
+    ),
+    "kto": Case(
+        p(direct.kto_loss, kl=0.7, beta=0.3),
+        lambda: [*row_columns(2), np.array([1.0, 0.0, 1.0, 0.0]), ROW_WEIGHT],
+        pads=False,
+    ),
+}
+every_loss = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def compiled(name):
+    """(loss, metrics), gradient with respect to the first array."""
+    return jax.jit(jax.value_and_grad(CASES[name].loss, has_aux=True))
+
+
+@functools.cache
+def compiled_sum(name):
+    """(sum, metrics), gradient of the sum: what is accumulated over microbatches."""
+
+    def total(*arrays):
+        _, metrics = CASES[name].loss(*arrays)
+        return metrics["loss"][0], metrics
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.smooth])
+def test_gradient_equals_finite_differences_in_float64(name):
+    with jax.enable_x64(True):
+        x, *rest = CASES[name].arrays()
+        assert x.dtype == jnp.float64
+
+        @jax.jit
+        def both(x):
+            loss = lambda x: CASES[name].loss(x, *rest)[0]  # noqa: E731
+            step = 1e-5 * jnp.eye(x.size).reshape(x.size, *x.shape)
+            return jax.grad(loss)(x), (jax.vmap(loss)(x + step) - jax.vmap(loss)(x - step)) / 2e-5
+
+        gradient, differences = both(x)
+        np.testing.assert_allclose(gradient.reshape(-1), differences, rtol=1e-6, atol=1e-9)
+        assert np.any(np.array(gradient) != 0)
+
+
+@every_loss
+def test_the_scalar_is_the_sum_over_the_weight(name):
+    (loss, metrics), _ = compiled(name)(*CASES[name].arrays())
+    total, weight = metrics["loss"]
+    np.testing.assert_allclose(loss, total / weight, rtol=1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_pitfall_17_accumulation_over_microbatches_is_the_whole_batch(name, microbatches):
+    # The rows have 5, 2, 2 and 3 tokens (or weights 1, 1, 0, 1): a mean of means would differ.
+    arrays = CASES[name].arrays()
+    (loss, _), gradient = compiled(name)(*arrays)
+    sums, weights, gradients = 0.0, 0.0, []
+    for rows in np.split(np.arange(B), microbatches):
+        (part, metrics), part_gradient = compiled_sum(name)(*(a[rows] for a in arrays))
+        sums, weights = sums + part, weights + metrics["loss"][1]
+        gradients.append(part_gradient)
+    np.testing.assert_allclose(sums / weights, loss, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(gradients) / weights, gradient, rtol=1e-4, atol=1e-6)
+
+
+@every_loss
+def test_the_order_of_the_batch_does_not_matter(name):
+    arrays, order = CASES[name].arrays(), np.array([2, 0, 3, 1])
+    (loss, metrics), gradient = compiled(name)(*arrays)
+    (loss_2, metrics_2), gradient_2 = compiled(name)(*(a[order] for a in arrays))
+    np.testing.assert_allclose(loss_2, loss, rtol=1e-5)
+    np.testing.assert_allclose(gradient_2, gradient[order], rtol=1e-5, atol=1e-7)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), metrics_2, metrics)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.pads])
+def test_padding_columns_change_nothing(name):
+    *arrays, mask = CASES[name].arrays()
+    (loss, metrics), gradient = compiled(name)(*arrays, mask)
+    pad = lambda x, c: jnp.pad(x, ((0, 0), (0, 2)), constant_values=c) if x.ndim == 2 else x  # noqa: E731
+    (loss_2, metrics_2), gradient_2 = compiled(name)(*(pad(a, 9.0) for a in arrays), pad(mask, 0.0))
+    np.testing.assert_allclose(loss_2, loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient_2[:, :T], gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradient_2[:, T:], 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), metrics_2, metrics)
+
+
+@every_loss
+@pytest.mark.parametrize("garbage", [np.nan, -np.inf])
+def test_pitfall_23_garbage_behind_the_mask_reaches_neither_loss_nor_gradient(name, garbage):
+    *arrays, mask = CASES[name].arrays()
+    (loss, metrics), gradient = compiled(name)(*arrays, mask)
+    spoilt = [jnp.where(mask > 0, a, garbage) if a.shape == mask.shape else a for a in arrays]
+    if name == "best_of_k":
+        spoilt[1] = arrays[1]  # an index, not a value
+    (loss_2, metrics_2), gradient_2 = compiled(name)(*spoilt, mask)
+    np.testing.assert_allclose(loss_2, loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient_2, gradient, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), metrics_2, metrics)
+
+
+@every_loss
+def test_pitfall_23_a_row_or_a_batch_without_tokens_is_no_nan(name):
+    *arrays, mask = CASES[name].arrays()
+    (loss, metrics), gradient = compiled(name)(*arrays, jnp.zeros_like(mask))
+    assert float(loss) == 0 and float(metrics["loss"][1]) == 0
+    np.testing.assert_array_equal(gradient, 0)
+    # One empty row: the loss is that of the other three.
+    emptied = mask.at[1].set(0)
+    (loss, metrics), gradient = compiled(name)(*arrays, emptied)
+    parts = [compiled_sum(name)(*(a[i : i + 1] for a in (*arrays, mask)))[0][1]["loss"] for i in (0, 2, 3)]
+    np.testing.assert_allclose(loss, sum(t for t, _ in parts) / sum(w for _, w in parts), rtol=1e-5)
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
