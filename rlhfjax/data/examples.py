@@ -124,8 +124,9 @@ class Prompts:
 def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences") -> Row:
     """One prompt's completions as arrays: tokens and segments [k, t], scores, valid and lengths [k].
 
-    Stored ids are used as they are, never text encoded anew; without them the prompt is one user turn and every
-    completion ends with eos. A prompt too long for the longest completion loses its beginning, the same for all k.
+    Stored ids are used as they are, never text encoded anew; without them the prompt is its messages or one user turn,
+    and every completion ends with eos. A prompt that leaves too little room for the longest completion loses its
+    beginning, the same for all k.
     """
     prompt, completions = _native(tokenizer, row)
     if len(completions) > k:
@@ -147,7 +148,7 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
 def _native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
     if "prompt_tokens" in row:
         return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
-    prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+    prompt = chat.render_prompt(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
     return prompt.tolist(), [[*tokenizer.encode(text), tokenizer.eos_id] for text in row["completions"]]
 
 

@@ -3,7 +3,8 @@
 text         {"text": str}
 messages     {"messages": [{"role": str, "content": str}, ...]}, one entry a turn
 prompt       {"messages": [...]} ending with a user turn; a plain string is one user turn
-preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2, and the tokens if stored
+preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2; the tokens if stored; the
+             messages too if the prompt was a conversation
 """
 
 import hashlib
@@ -80,13 +81,22 @@ def _messages(row: Row) -> Row:
 
 
 def _prompt(row: Row) -> Row:
-    value = _plain(row.pop("prompt"))
-    if isinstance(value, str) and not value.lstrip().startswith("["):
-        value = [{"role": "user", "content": value}]
-    turns = _turns(value, "prompt")
+    turns = _prompt_turns(row.pop("prompt"))
     if turns[-1]["role"] != "user":
         raise BadRow(f"prompt must end with a user turn, ends with {turns[-1]['role']}")
     return row | {"messages": turns}
+
+
+def _prompt_turns(value: Any) -> list[chat.Message]:
+    """A conversation, its JSON, or text that is one user turn; text may well begin with a bracket."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = None
+        is_chat = isinstance(parsed, list) and parsed and all(isinstance(one, dict) for one in parsed)
+        value = parsed if is_chat else [{"role": "user", "content": _string(value, "prompt")}]
+    return _turns(value, "prompt")
 
 
 def _preferences(row: Row) -> Row:
@@ -98,6 +108,9 @@ def _preferences(row: Row) -> Row:
         raise BadRow(f"a prompt needs at least 2 completions, got {len(completions)}")
     if len(scores) != len(completions):
         raise BadRow(f"{len(completions)} completions but {len(scores)} scores")
+    if not isinstance(row["prompt"], str):
+        row["messages"] = _prompt(dict(row))["messages"]
+        row["prompt"] = chat.to_text(row["messages"])
     row |= {"prompt": _string(row["prompt"], "prompt"), "completions": completions, "scores": scores}
     return row | _stored_tokens(row, len(completions))
 

@@ -189,7 +189,8 @@ def texts(*sources: Source) -> Iterator[str]:
                 yield row["text"]
             else:
                 yield from (message["content"] for message in row.get("messages", ()))
-                yield from (text for text in (row.get("prompt"), *row.get("completions", ())) if text)
+                prompt = () if "messages" in row else (row["prompt"],)
+                yield from (text for text in (*prompt, *row.get("completions", ())) if text)
 
 
 class _TfdsRecords:

@@ -91,6 +91,18 @@ def test_chosen_and_rejected_are_two_ranked_completions(tmp_path):
     assert row == {"prompt": "who?", "completions": ["a cat", "no"], "scores": [1.0, 0.0]}
 
 
+def test_a_prompt_is_text_or_a_conversation():
+    chat = [*GOOD["messages"]["messages"], {"role": "user", "content": "who?"}]
+    for value in (chat, json.dumps(chat), json.dumps(chat).encode()):
+        assert normalise("prompt", {"prompt": value}, {}) == {"messages": chat}
+    for text in ("[1, 2] sort these", "[3, 1, 2]", '{"a": 1}', "12"):
+        assert normalise("prompt", {"prompt": text}, {}) == {"messages": [{"role": "user", "content": text}]}
+    source = Rows([GOOD["preferences"] | {"prompt": chat}], "preferences")
+    row = source[0]
+    assert row["prompt"] == "User: hi\nAssistant: yes\nUser: who?" and row["messages"] == chat
+    assert list(texts(source)) == ["hi", "yes", "who?", "a", "b"]
+
+
 def test_messages_come_as_lists_as_json_or_as_tfds_sequences():
     expected = GOOD["messages"]["messages"]
     sequence = {"role": [b"user", b"assistant"], "content": [b"hi", b"yes"]}
