@@ -1,0 +1,262 @@
+"""How fast the stages are: one workload, one shape, one JSON line.
+
+    python -m benchmarks.run --workload=pretrain --shape=tiny
+
+The stages are built by their own `build` and run by the loop of `rlhfjax train`; only their data are replaced, by
+random full sequences, so that nothing is padded. A step is timed from one request for data to the next.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import resource
+import statistics
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from rlhfjax import recipe, stages, train
+from rlhfjax.data.preferences import write_preferences
+from rlhfjax.data.tokenizer import train_sentencepiece
+from rlhfjax.mesh import make_layout
+from rlhfjax.models import store
+from rlhfjax.models.presets import preset
+from rlhfjax.models.transformer import Model
+from rlhfjax.stages import ppo, stage_config
+from rlhfjax.stages.parts.rollout import sample
+
+SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
+WORKLOAD = flags.DEFINE_enum("workload", None, list(SPEC["workloads"]), "what to time", required=True)
+SHAPE = flags.DEFINE_enum("shape", "tiny", ["tiny", "small"], "model preset")
+STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own number")
+
+
+class Meter:
+    """Wall and CPU time at every step boundary, and the time inside of generation."""
+
+    def __init__(self) -> None:
+        self.ticks: list[tuple[float, float]] = []
+        self.spans: list[tuple[float, float]] = []
+
+    def tick(self) -> None:
+        self.ticks.append((time.perf_counter(), time.process_time()))
+
+    def timed(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            jax.block_until_ready((args, kwargs))  # the step before may still be running
+            start = time.perf_counter()
+            out = jax.block_until_ready(function(*args, **kwargs))
+            self.spans.append((start, time.perf_counter() - start))
+            return out
+
+        return call
+
+
+class Data:
+    """The same kind of batch for ever; a request for one is a step boundary."""
+
+    def __init__(self, make: Any, meter: Meter):
+        self._make, self._meter = make, meter
+        self._rng = np.random.default_rng(0)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._meter.tick()
+        return self._make(self._rng)
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: Any) -> None:
+        pass
+
+
+def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
+    """Random ids that are neither pad, bos, eos nor unk."""
+    return rng.integers(4, vocab, shape, dtype=np.int32)
+
+
+def packed(w: dict[str, Any], vocab: int) -> Any:
+    """Batches of pretraining and fine-tuning; `prompt` leading targets do not count."""
+
+    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        rows = words(rng, vocab, w["batch"], w["seq"] + 1)
+        positions = np.tile(np.arange(w["seq"], dtype=np.int32), (w["batch"], 1))
+        mask = (positions >= w.get("prompt", 0)).astype(np.float32)
+        segments = np.ones_like(positions)
+        return {
+            "tokens": rows[:, :-1],
+            "targets": rows[:, 1:],
+            "mask": mask,
+            "segments": segments,
+            "positions": positions,
+        }
+
+    return make
+
+
+def pairs(w: dict[str, Any], vocab: int) -> Any:
+    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        shape = (w["pairs"], 2, w["seq"])
+        scores = np.tile(np.array([1.0, 0.0], np.float32), (w["pairs"], 1))
+        return {
+            "tokens": words(rng, vocab, *shape),
+            "segments": np.ones(shape, np.int32),
+            "scores": scores,
+            "valid": np.ones_like(scores),
+            "lengths": np.full(scores.shape, w["seq"], np.int32),
+            "index": np.zeros(w["pairs"], np.int32),
+        }
+
+    return make
+
+
+def prompts(w: dict[str, Any], vocab: int) -> Any:
+    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        tokens = words(rng, vocab, w["batch"], w["prompt"])
+        return {"prompts": tokens, "segments": np.ones_like(tokens), "index": np.zeros(w["batch"], np.int32)}
+
+    return make
+
+
+def prepare(folder: Path, shape: Any) -> None:
+    """The files that the stages open when they are built: a tokenizer, a conversation, a ranking, random models."""
+    rng = np.random.default_rng(0)
+    text = [" ".join(map(str, rng.integers(0, 1000, 20))) for _ in range(200)]
+    tokenizer = train_sentencepiece(text, folder, vocab_size=274)
+    turns = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    row = {"prompt": "1", "completions": ["2", "3"], "scores": [1.0, 0.0]}
+    row |= {"prompt_tokens": tokenizer.encode("1"), "completion_tokens": [tokenizer.encode(t) for t in "23"]}
+    write_preferences(folder / "preferences", {"train": [row], "validation": [row]}, labeller="made up")
+    for head in ("lm", "scalar"):
+        model = Model(shape, head)
+        params = jax.jit(model.init)(jax.random.key(0))
+        store.save(folder / head, store.SavedModel(model, params, folder / "tokenizer.model"))
+
+
+def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> dict[str, Any]:
+    chats = {"spec": f"jsonl:{folder}/chats.jsonl", "kind": "messages", "split": "all"}
+    loop = {"steps": steps, "log": {"every": 10**9, "tensorboard": False}, "optim": SPEC["optimizer"]}
+    if workload in ("pretrain", "sft"):
+        data = {"sources": (chats,), "eval_sources": (chats,), "batch_size": w["batch"], "length": w["seq"]}
+        return {"init_from": f"{folder}/lm", **data, **loop}
+    if workload == "rm":
+        data = {"preferences": (f"{folder}/preferences",), "batch_size": w["pairs"], "length": w["seq"]}
+        return {"init_from": f"{folder}/lm", **data, **loop}
+    return {
+        "init_from": f"{folder}/lm",
+        "reward": f"{folder}/scalar",
+        "prompts": {"source": chats},
+        "eval_prompts": {"source": chats},
+        "batch_size": w["batch"],
+        "prompt_length": w["prompt"],
+        "max_new": w["new"],
+        "epochs": w["epochs"],
+        "minibatches": w["minibatches"],
+        "kl": {"coefficient": w["kl"]},
+        "value_optim": SPEC["optimizer"],
+        **loop,
+    }
+
+
+def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
+    """Trains a stage for warmup + steps steps (and one more, whose beginning ends the last)."""
+    name = {"rm": "reward"}.get(workload, workload)
+    make = {"pretrain": packed, "sft": packed, "rm": pairs, "ppo": prompts}[workload](w, shape.vocab_size)
+    layout = make_layout()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, shape)
+        values = stage_config(name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1))
+        config = recipe.check(values, name)
+        ppo.sample = meter.timed(sample)
+        with layout.use():
+            stage = stages.find(name).build(config, layout)
+        stage = dataclasses.replace(stage, batches=Data(make, meter), evals=lambda state: {})
+        train.run(stage, config, folder / "run", layout)
+
+
+def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
+    """The sampler as rollouts, collection and evaluation call it."""
+    model = Model(shape)
+    params = jax.jit(model.init)(jax.random.key(0))
+    data = Data(prompts(w, shape.vocab_size), meter)
+    limits = {"max_new": w["new"], "eos_id": 2, "pad_id": 0, "temperature": 1.0}
+    for step in range(w["warmup"] + w["steps"] + 1):
+        batch = next(data)
+        key = jax.random.key(step)
+        jax.block_until_ready(sample(model, params, batch["prompts"], batch["segments"], key, **limits))
+
+
+def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
+    """Matrix-product FLOPs of a step: 6 N a token trained, 2 N a token forward; attention scores are left out."""
+    d, trunk = (
+        shape.d_model,
+        shape.n_layers * (2 * shape.d_model**2 * (1 + shape.kv_heads / shape.n_heads) + 3 * shape.d_model * shape.d_ff),
+    )
+    output = shape.vocab_size * d
+    if workload in ("pretrain", "sft"):
+        return 6 * (trunk + output) * w["batch"] * w["seq"]
+    if workload == "rm":
+        return 6 * trunk * 2 * w["pairs"] * w["seq"]
+    total, new = w["batch"] * (w["prompt"] + w["new"]), w["batch"] * w["new"]
+    forward = 2 * trunk * total + 2 * output * new
+    if workload == "generate":
+        return forward
+    scores = 2 * trunk * total
+    return 3 * forward + 2 * scores + w["epochs"] * 3 * (forward + scores)
+
+
+def report(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> dict[str, Any]:
+    wall, cpu = (np.diff([t[i] for t in meter.ticks]) for i in (0, 1))
+    measured, used = wall[w["warmup"] :], cpu[w["warmup"] :]
+    median = statistics.median(measured)
+    units = w["pairs"] if workload == "rm" else w["batch"] * w.get("new", w.get("seq", 1))
+    out = {
+        "peer": "rlhfjax",
+        "workload": workload,
+        "shape": SHAPE.value,
+        w["metric"]: round(units / median, 1),
+        "n_steps": len(measured),
+        "median": round(median, 4),
+        "min": round(float(measured.min()), 4),
+        "max": round(float(measured.max()), 4),
+        "first_step_s": round(float(wall[0]), 2),
+        "gflops": round(flops(workload, shape, w) / median / 1e9, 2),
+        "cpu_s_median": round(statistics.median(used), 4),
+        "cpu_per_wall": round(float(used.sum() / measured.sum()), 2),
+    }
+    if workload == "ppo":
+        begin, end = meter.ticks[w["warmup"]][0], meter.ticks[-1][0]
+        spent = sum(seconds for start, seconds in meter.spans if begin <= start < end)
+        out["generation_share"] = round(spent / (end - begin), 3)
+    out["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    out["loadavg_1m"] = round(os.getloadavg()[0], 2)
+    out["versions"] = {p: metadata.version(p) for p in ("rlhfjax", "jax", "flax")}
+    return out
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    w = dict(SPEC["workloads"][WORKLOAD.value])
+    w["steps"] = STEPS.value or w["steps"]
+    shape, meter = preset(SHAPE.value), Meter()
+    if WORKLOAD.value == "generate":
+        run_generate(shape, w, meter)
+    else:
+        run_stage(WORKLOAD.value, shape, w, meter)
+    print(json.dumps(report(WORKLOAD.value, shape, w, meter)), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
