@@ -161,8 +161,8 @@ def decayed(params):
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     """clip -> moments -> decoupled decay -> -learning rate.
 
-    Element-wise but for the norm, so that it runs under jit on parameters sharded in any way; its state is sharded as
-    the parameters are.
+    Element-wise but for the norm, so that it runs under jit on parameters sharded in any way; its moments have the
+    parameters' tree and shapes, and are to be sharded like them.
 
     Args:
       config: see `OptimConfig`.

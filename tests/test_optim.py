@@ -1,0 +1,219 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.optim import OptimConfig, clip_by_global_norm, make_optimizer, make_schedule, scale_by_adam_tf
+
+
+def rates(total_steps, steps, **fields):
+    schedule = make_schedule(OptimConfig(learning_rate=1.0, **fields), total_steps)
+    return [float(schedule(n)) for n in steps]
+
+
+def test_linear_by_hand():
+    # 2 steps of warm-up from 0, then 1 -> 0 over 8 steps: at n = 6, u = 4/8.
+    found = rates(10, [0, 1, 2, 6, 10], schedule="linear", warmup_steps=2)
+    np.testing.assert_allclose(found, [0, 0.5, 1, 0.5, 0], atol=1e-6)
+
+
+def test_cosine_to_ten_percent_by_hand():
+    # 0.1 + 0.9 (1 + cos(pi u)) / 2 at u = 0, 1/4, 1/2, 1.
+    found = rates(8, [0, 2, 4, 8, 100], schedule="cosine", final_fraction=0.1)
+    np.testing.assert_allclose(found, [1, 0.1 + 0.9 * 0.8535534, 0.55, 0.1, 0.1], rtol=1e-5)
+
+
+def test_constant_with_instructgpts_warmup():
+    # From 1/10 of the peak over 10 updates: 0.1 + 0.9 n / 10.
+    found = rates(500, [0, 1, 5, 10, 499], schedule="constant", warmup_steps=10, warmup_start=0.1)
+    np.testing.assert_allclose(found, [0.1, 0.19, 0.55, 1, 1], rtol=1e-6)
+
+
+def test_decay_steps_end_the_decay_before_the_run():
+    # GPT-3: cosine over 260 of 300 billion tokens, then constant at 10 %.
+    found = rates(300, [130, 260, 299], schedule="cosine", final_fraction=0.1, decay_steps=260)
+    np.testing.assert_allclose(found, [0.55, 0.1, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup, total", [(0, 1), (1, 1), (3, 10), (10, 10), (0, 7)])
+def test_pitfall_22_never_negative_and_used_up_exactly_at_the_end(schedule, warmup, total):
+    found = np.array(rates(total, range(total + 50), schedule=schedule, warmup_steps=warmup))
+    assert np.all(found >= 0) and np.all(found <= 1 + 1e-6) and np.all(np.isfinite(found))
+    if schedule != "constant":
+        np.testing.assert_allclose(found[total + 1 :], 0, atol=1e-6)
+        assert warmup == total or found[total - 1] > 0  # the last update still moves
+
+
+def test_pitfall_22_the_optimizer_counts_updates():
+    # sgd without momentum moves by exactly the rate: the updates 0 .. 4 of a linear decay over 5.
+    config = OptimConfig(name="sgd", b1=0.0, learning_rate=1.0, schedule="linear", clip_norm=0.0)
+    tx = make_optimizer(config, total_steps=5)
+    params = jnp.zeros(())
+    state, moves = tx.init(params), []
+    for _ in range(7):
+        updates, state = tx.update(jnp.ones(()), state, params)
+        moves.append(-float(updates))
+    np.testing.assert_allclose(moves, [1, 0.8, 0.6, 0.4, 0.2, 0, 0], atol=1e-6)
+
+
+def loop_adam(gradients, lr, b1, b2, eps, tf, decay=0.0, theta=1.0):
+    """Kingma & Ba 2015, algorithm 1 (and the TensorFlow form), one scalar, in Python's doubles."""
+    m = v = 0.0
+    for t, g in enumerate(gradients, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+        if tf:
+            step = lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (math.sqrt(v) + eps)
+        else:
+            step = lr * m_hat / (math.sqrt(v_hat) + eps)
+        theta -= step + lr * decay * theta
+    return theta
+
+
+@pytest.mark.parametrize(
+    "name, tf, decay", [("adam", False, 0.0), ("adamw", False, 0.1), ("adam_tf", True, 0.0), ("adamw_tf", True, 0.1)]
+)
+def test_adam_equals_the_algorithm(name, tf, decay):
+    config = OptimConfig(
+        name=name, learning_rate=0.01, schedule="constant", b1=0.8, b2=0.95, eps=0.1, weight_decay=decay, clip_norm=0.0
+    )
+    gradients = [0.5, -1.0, 0.25, 2.0]
+    tx, params = make_optimizer(config, 4), jnp.ones((1, 1))
+    state = tx.init(params)
+    for g in gradients:
+        updates, state = tx.update(jnp.full((1, 1), g), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params[0, 0], loop_adam(gradients, 0.01, 0.8, 0.95, 0.1, tf, decay), rtol=1e-6)
+
+
+def test_pitfall_21_tf_epsilon_is_outside_of_the_bias_correction():
+    # First update, gradient g = 1e-5 = eps, b2 = 0.999: sqrt(v) = 1e-5 sqrt(0.001) = 3.162e-7.
+    #   inside:  g / (|g| + eps)                                   = 1/2
+    #   outside: sqrt(0.001) / 0.1 * 0.1 g / (3.162e-7 + 1e-5)     = 3.162e-7 / 1.03162e-5 = 0.030653
+    g = jnp.full((1,), 1e-5)
+    tf, standard = scale_by_adam_tf(0.9, 0.999, 1e-5), optax.scale_by_adam(0.9, 0.999, 1e-5)
+    first_tf, _ = tf.update(g, tf.init(g))
+    first_standard, _ = standard.update(g, standard.init(g))
+    np.testing.assert_allclose([first_tf[0], first_standard[0]], [0.0306534, 0.5], rtol=1e-4)
+
+
+def test_pitfall_21_the_two_agree_without_epsilon():
+    rng = np.random.default_rng(0)
+    tf, standard = scale_by_adam_tf(0.9, 0.95, 0.0), optax.scale_by_adam(0.9, 0.95, 0.0)
+    g = jnp.array(rng.normal(size=5), jnp.float32)
+    state_tf, state_standard = tf.init(g), standard.init(g)
+    for _ in range(3):
+        g = jnp.array(rng.normal(size=5), jnp.float32)
+        a, state_tf = tf.update(g, state_tf)
+        b, state_standard = standard.update(g, state_standard)
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_clip_by_global_norm_by_hand():
+    # sqrt(3^2 + 4^2) = 5 -> scaled by 2/5; below the limit untouched; no gradient no NaN.
+    clip = clip_by_global_norm(2.0)
+    found, _ = clip.update({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}, clip.init({}))
+    np.testing.assert_allclose([found["a"][0], found["b"][0, 0]], [1.2, 1.6], rtol=1e-6)
+    for small in (1.0, 0.0):
+        found, _ = clip.update({"a": jnp.array([small])}, clip.init({}))
+        np.testing.assert_array_equal(found["a"], [small])
+
+
+def test_clipping_is_of_the_gradient_and_not_of_the_update():
+    # Momentum-free sgd with limit 1 and rate 0.1: a gradient of norm 5 moves 0.1; with clip_norm = 0 it moves 0.5.
+    for clip_norm, moved in ((1.0, 0.1), (0.0, 0.5)):
+        config = OptimConfig(name="sgd", b1=0.0, learning_rate=0.1, schedule="constant", clip_norm=clip_norm)
+        tx = make_optimizer(config, 1)
+        updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+        np.testing.assert_allclose(jnp.linalg.norm(updates), moved, rtol=1e-6)
+
+
+def test_decay_is_on_matrices_alone():
+    config = OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "gain": jnp.ones(()), "heads": jnp.ones((2, 1, 2))}
+    tx = make_optimizer(config, 1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for name, moved in (("kernel", -0.05), ("heads", -0.05), ("bias", 0), ("gain", 0)):
+        np.testing.assert_allclose(updates[name], moved, rtol=1e-6)
+
+
+def test_rmsprop_and_sgd_by_hand():
+    # rmsprop, b2 = 0.75, g = 2: v = 0.25 * 4 = 1, update 2 / (1 + eps). sgd with momentum 1/2: g, then g + g/2.
+    rms = make_optimizer(OptimConfig(name="rmsprop", learning_rate=1.0, schedule="constant", b2=0.75, clip_norm=0.0), 1)
+    updates, _ = rms.update(jnp.array([2.0]), rms.init(jnp.zeros(1)), jnp.zeros(1))
+    np.testing.assert_allclose(updates, [-2.0], rtol=1e-6)
+    sgd = make_optimizer(OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", b1=0.5, clip_norm=0.0), 2)
+    state = sgd.init(jnp.zeros(1))
+    first, state = sgd.update(jnp.array([2.0]), state, jnp.zeros(1))
+    second, _ = sgd.update(jnp.array([2.0]), state, jnp.zeros(1))
+    np.testing.assert_allclose([first[0], second[0]], [-2, -3])
+
+
+def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    config = OptimConfig(learning_rate=0.01, weight_decay=0.1, warmup_steps=2, clip_norm=0.5)
+    tx = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.array(rng.normal(size=(8, 4)), jnp.float32), "b": jnp.array(rng.normal(size=4), jnp.float32)}
+
+    @jax.jit
+    def three_steps(params):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.tree.map(lambda x: jnp.sin(3 * x), params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=3)[0]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = {
+        "w": jax.device_put(params["w"], NamedSharding(mesh, P("data", None))),
+        "b": jax.device_put(params["b"], NamedSharding(mesh, P())),
+    }
+    (one, _), (four, state) = three_steps(params), three_steps(sharded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, four)
+    for x in (four["w"], *(x for x in jax.tree.leaves(state) if x.shape == (8, 4))):
+        assert x.sharding.shard_shape((8, 4)) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"name": "adamax"}, "optim.name: 'adamax' is none of adamw"),
+        ({"schedule": "step"}, "optim.schedule: 'step'"),
+        ({"learning_rate": -1.0}, "optim.learning_rate"),
+        ({"learning_rate": math.nan}, "optim.learning_rate"),
+        ({"clip_norm": -1.0}, "optim.clip_norm"),
+        ({"final_fraction": 1.5}, "optim.final_fraction: 1.5"),
+        ({"b2": -0.1}, "optim.b2"),
+        ({"name": "adam", "weight_decay": 0.1}, "use adamw"),
+        ({"name": "adam_tf", "weight_decay": 0.1}, "use adamw_tf"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**fields)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="warmup_steps: 20"):
+        make_schedule(OptimConfig(warmup_steps=20), total_steps=10)
+    with pytest.raises(ConfigError, match="warmup_steps: 20"):
+        make_optimizer(OptimConfig(warmup_steps=20, decay_steps=10), total_steps=100)
+
+
+def test_a_config_is_data():
+    config = OptimConfig(**dataclasses.asdict(OptimConfig(name="adam_tf", eps=1e-5)))
+    assert (config.name, config.eps) == ("adam_tf", 1e-5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.eps = 0.0
