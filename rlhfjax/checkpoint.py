@@ -73,8 +73,15 @@ class Checkpoints:
             self._orbax.wait()
 
     def close(self) -> None:
+        """Waits for the save under way, if any."""
         with _disk_errors(self.directory):
             self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def restore(self, abstract: PyTree) -> tuple[PyTree, Any] | None:
         """The latest sound checkpoint as (state, data iterator's position); None where there is no checkpoint.

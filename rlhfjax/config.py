@@ -7,9 +7,10 @@ recipe: `stages`, a tuple of names, and beside it the config of each name.
 import dataclasses
 import json
 import os
+import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +28,7 @@ class CheckpointConfig:
     """When the state is saved; the last step always is."""
 
     every: int = 0  # steps; 0: only at the end and on SIGTERM
-    keep_last: int = 1
+    keep_last: int = 2  # with two, a damaged one has one before it
     keep_every: int = 0  # steps; 0: none kept beyond keep_last
 
 
@@ -158,6 +159,34 @@ def _as_float(x: Any) -> Any:
 def _as_int(x: Any) -> Any:
     """A bool is an int to Python; where a number is meant, `True` is a mistake."""
     return str(x) if isinstance(x, bool) else x
+
+
+def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str:
+    """Why a config file or its overrides could not be read, in one line; such a file is a program: anything can fail.
+
+    Args:
+      error: what was raised, by the file or by what reads it.
+      path: of the file.
+      options: the names on the command line, `--config.a.b` among them.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        frames = traceback.extract_tb(link.__traceback__)
+        if lines := [f.lineno for f in frames if path and os.path.abspath(f.filename) == os.path.abspath(path)]:
+            return f"{path}:{lines[-1]}: {type(link).__name__}: {_flat(link)}"
+        link = link.__cause__ or link.__context__
+    if isinstance(error, SyntaxError):
+        return f"{path}:{error.lineno}: {error.msg}"
+    if isinstance(error, KeyError | AttributeError):  # ml_collections names the last part only
+        missing = _flat(error).strip("\"'")
+        for option in options:
+            if option.startswith("--config.") and missing in option.split("."):
+                return f"{option}: the config has no option {missing!r}"
+    return _flat(error) or type(error).__name__
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def to_dict(config: Any) -> Any:

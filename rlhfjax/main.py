@@ -3,13 +3,14 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 
-from rlhfjax.errors import ConfigError, UserError
+from rlhfjax.errors import ConfigError, Preempted, UserError
 
 
 def _config_flag(fv: flags.FlagValues, argv: list[str]) -> None:
@@ -28,11 +29,6 @@ def _need(fv: flags.FlagValues, *names: str) -> None:
     for name in names:
         if fv[name].value is None:
             raise ConfigError(f"--{name} is required")
-    if "config" in names:
-        try:
-            len(fv.config)
-        except OSError as e:
-            raise ConfigError(f"--config cannot be read: {str(e).splitlines()[-1].strip()}") from None
 
 
 def train(fv: flags.FlagValues) -> None:
@@ -112,6 +108,23 @@ def _usage() -> str:
     return "usage: rlhfjax COMMAND [--help] [flags]\n\n" + "\n".join(lines)
 
 
+def _read_flags(fv: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses the flags, the config file that one of them names, and its overrides; returns what is left over."""
+    from rlhfjax.config import explain
+
+    parts = [(*arg.partition("="), after) for arg, after in zip(argv, [*argv[1:], ""], strict=True)]
+    named = [value if equals else after for name, equals, value, after in parts if name == "--config"]
+    file = named[-1].partition(":")[0] if named else ""
+    if named and not os.path.isfile(file):
+        raise ConfigError(f"--config={file}: there is no such file")
+    try:
+        return fv([argv[0], *argv[2:]])
+    except UserError:
+        raise
+    except Exception as e:
+        raise ConfigError(explain(e, file, [name for name, *_ in parts])) from e
+
+
 def _parse(argv: list[str]) -> tuple[Callable[[flags.FlagValues], None], flags.FlagValues] | None:
     """The command and its flags; None where help was asked for and given."""
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
@@ -123,15 +136,16 @@ def _parse(argv: list[str]) -> tuple[Callable[[flags.FlagValues], None], flags.F
     if {"--help", "-h", "--helpfull"} & set(argv[2:]):
         print(f"{command.__doc__}\n{fv.get_help()}")
         return None
-    try:
-        rest = fv([argv[0], *argv[2:]])
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
-        raise ConfigError(" ".join(str(e).split()) or type(e).__name__) from e
+    rest = _read_flags(fv, argv)
     if rest[1:]:
         raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
     return command, fv
+
+
+def _on_sigterm(*_: object) -> None:
+    """Outside of the loop, which saves first: what is on the disk is whole at any moment, so it may just leave."""
+    print("rlhfjax: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+    os._exit(Preempted.exit_code)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,7 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         parsed = _parse(sys.argv if argv is None else argv)
         if parsed is not None:
-            parsed[0](parsed[1])
+            command, fv = parsed
+            if command in (train, run):
+                signal.signal(signal.SIGTERM, _on_sigterm)
+            command(fv)
     except UserError as e:
         print(f"rlhfjax: {e}", file=sys.stderr)
         sys.exit(e.exit_code)

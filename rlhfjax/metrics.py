@@ -133,6 +133,7 @@ class Writer:
         workdir: str | os.PathLike,
         resume_step: int | None = None,
         *,
+        tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
         primary: bool = True,
     ):
@@ -142,6 +143,7 @@ class Writer:
           workdir: made if missing.
           resume_step: the step of the checkpoint the run goes on from: lines of later steps are dropped, for
             they will be written again. None starts from empty files.
+          tensorboard: whether to write `tb/` as well.
           wandb: keyword arguments of `wandb.init` ({} for the defaults), or None to leave it alone.
           primary: False on every host but one: nothing is written.
 
@@ -158,10 +160,7 @@ class Writer:
         for name in ("metrics.jsonl", "timing.jsonl"):
             _keep_until(workdir / name, resume_step)
             self._files[name] = (workdir / name).open("a", encoding="utf-8")
-        from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
-
-        first = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=first, flush_secs=10)
+        self._tensorboard = _start_tensorboard(workdir, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
         """Writes one line of metrics; a step may have several lines (training, evaluation)."""
@@ -176,7 +175,7 @@ class Writer:
             return
         self._files[file].write(_line(step, values))
         self._files[file].flush()
-        for name, value in sorted(values.items()):
+        for name, value in sorted(values.items()) if self._tensorboard else ():
             self._tensorboard.add_scalar(name, float(value), int(step))
         if self._wandb:
             self._wandb.log(dict(values), step=int(step))
@@ -205,6 +204,13 @@ class Writer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _start_tensorboard(workdir: Path, resume_step: int | None) -> Any:
+    from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
+
+    first = 0 if resume_step is None else resume_step + 1
+    return SummaryWriter(str(workdir / "tb"), purge_step=first, flush_secs=10)
 
 
 def _start_wandb(workdir: Path, options: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ A recipe's config has `stages`, a tuple of names, and the config of each name be
 `"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from rlhfjax import stages, train
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import make_layout
+from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
 
 DONE = "done.json"
 CONFIG = "config.json"
@@ -33,8 +36,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
         return run_stage(config, workdir)
     folders = stage_folders(config, workdir)
     resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
-    for name, values in resolved.items():
-        check(values, name)
+    check_all(resolved, folders)
     claim(workdir, config)
     final: dict[str, float] = {}
     for name, values in resolved.items():
@@ -46,7 +48,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
 def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
     """Runs one stage; a finished one only answers with its metrics."""
     module = stages.find(config.get("stage", ""))
-    typed = check(config, config["stage"])
+    typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[config["stage"]]
     claim(workdir, config)
     if (workdir / DONE).exists():
         return json.loads((workdir / DONE).read_text())["metrics"]
@@ -128,6 +130,46 @@ def check(config: Mapping[str, Any], where: str) -> Any:
     return build(stages.config_class(config.get("stage", "")), config, where)
 
 
+def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Typed configs of all stages, each checked against the mesh and against the model that it will start from.
+
+    Raises:
+      ConfigError: for the first that cannot be meant.
+      CheckpointError: one starts from a model that is not there and that no stage will make.
+    """
+    typed = {name: check(config, name) for name, config in configs.items()}
+    vocabularies = {str(folders[n]): c.vocab_size for n, c in typed.items() if c.stage == "tokenizer"}
+    shapes: dict[str, TransformerConfig | None] = {}  # of the models that these stages will make, by folder
+    for name, config in typed.items():
+        shape = _shape(config, shapes)
+        tokens = vocabularies.get(getattr(config, "tokenizer", None), 0)
+        if shape is not None and shape.vocab_size < tokens:
+            raise ConfigError(f"{name}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokens}")
+        if refuse := getattr(stages.find(config.stage), "check", None):
+            refuse(config, make_layout(config.mesh), shape)
+        shapes[str(folders[name])] = shape
+    return typed
+
+
+def _shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> TransformerConfig | None:
+    """The shape of the model that a stage starts from; None where there is none, or none yet."""
+    if (own := getattr(config, "model", None)) is not None:
+        return own
+    origin = getattr(config, "init_from", None) or getattr(config, "policy", None)
+    if origin is None:
+        return None
+    if origin in shapes:
+        shape = shapes[origin]
+    elif any(Path(origin).is_relative_to(folder) for folder in shapes):
+        return None  # a file of an earlier stage
+    else:
+        shape = store.describe(store.find(origin)).config
+    overrides = getattr(config, "overrides", None)
+    if shape is None or not overrides:
+        return shape
+    return build(TransformerConfig, dataclasses.asdict(shape) | overrides, f"{config.stage}.overrides")
+
+
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes config.json, or compares with the one that is there.
 
@@ -136,8 +178,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """
     path = workdir / CONFIG
     config = json.loads(json.dumps(config))
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or _nothing_but_configs(workdir):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
         write_json(path, config)
         return
     before, now = _flatten(json.loads(path.read_text())), _flatten(config)
@@ -146,6 +191,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
         shown = "; ".join(f"{k}: {before.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ConfigError(f"{workdir} was started with another config ({shown}{more}); use a new --workdir")
+
+
+def _nothing_but_configs(workdir: Path) -> bool:
+    """A run that stopped before its first result, at a path that is not there, say, may be corrected in place."""
+    return all(path.name == CONFIG for path in workdir.rglob("*") if path.is_file())
 
 
 _ABSENT = object()

@@ -85,6 +85,13 @@ def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, axes: Py
     return jax.jit(init, out_shardings=out)(key)
 
 
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no number in a tree is NaN or infinite, bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 def gradients(
     loss: Callable[..., Any], params: PyTree, batch: PyTree, key: jax.Array | None, *, microbatches: int = 1
 ) -> tuple[PyTree, Pairs]:

@@ -44,13 +44,16 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
       Preempted: SIGTERM came; the state is saved.
     """
     key = jax.random.key(config.seed)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    with layout.use(), _stop_on_sigterm() as stopping:
+    with layout.use(), _stop_on_sigterm() as stopping, Checkpoints(workdir, config.checkpoint) as checkpoints:
         state, resumed = _first_state(stage, key, layout, checkpoints)
         start = 0 if resumed is None else resumed
-        wandb = {"project": config.log.wandb} if config.log.wandb else None
+        outputs = {
+            "tensorboard": config.log.tensorboard,
+            "wandb": {"project": config.log.wandb} if config.log.wandb else None,
+            "primary": jax.process_index() == 0,
+        }
         with (
-            metric.Writer(workdir, resumed, wandb=wandb, primary=jax.process_index() == 0) as writer,
+            metric.Writer(workdir, resumed, **outputs) as writer,
             metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
         ):
             log = _Log(config, stage, writer, progress, checkpoints, start)
@@ -59,22 +62,21 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
                     log.evaluate(step, stage.evals(state))
-                if step != resumed and last:
-                    log.evaluate(step, _finish(stage, state, workdir))
                 if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
                     log.flush()
+                    log.check_state(step, state)
+                    if last:
+                        log.evaluate(step, _finish(stage, state, workdir))
                     writer.flush()
                     checkpoints.save(step, state, stage.batches.get_state())
+                if stop or (last and stopping.is_set()):
+                    checkpoints.wait()
+                    raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
                 if last:
                     break
-                if stop:
-                    log.flush()
-                    checkpoints.close()
-                    raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
                 batch = layout.put(next(stage.batches))
                 state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
                 log.later(step + 1, pairs)
-        checkpoints.close()
     return metric.last_values(workdir)
 
 
@@ -84,7 +86,8 @@ def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -
     Raises:
       CheckpointError: there is none.
     """
-    restored = Checkpoints(workdir, config.checkpoint).restore(_abstract_state(stage, jax.random.key(0), layout))
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        restored = checkpoints.restore(_abstract_state(stage, jax.random.key(0), layout))
     if restored is None:
         raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
     return metric.finalize(jax.device_get(stage.evals(restored[0])), f"{config.stage}/")
@@ -187,8 +190,15 @@ class _Log:
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = sorted(name for name, value in values.items() if not math.isfinite(value))
         if bad and self.config.on_nonfinite == "error":
-            good = self.checkpoints.steps()
-            where = (
-                f"the last good checkpoint is {self.checkpoints.directory / str(good[-1])}" if good else "no checkpoint"
-            )
-            raise NonFiniteError(f"{bad[0]} is {values[bad[0]]} at step {step}; {where}")
+            self._stop(f"{bad[0]} is {values[bad[0]]}", step)
+
+    def check_state(self, step: int, state: states.TrainState) -> None:
+        """Stops before a checkpoint that nobody should go on from, whatever `on_nonfinite` says."""
+        if not states.all_finite(state):
+            self._stop(f"the state of {self.config.stage} is no longer finite", step)
+
+    def _stop(self, what: str, step: int) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.steps()
+        where = f"the last good checkpoint is {self.checkpoints.directory / str(good[-1])}" if good else "no checkpoint"
+        raise NonFiniteError(f"{what} at step {step}; {where}")

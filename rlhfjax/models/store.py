@@ -48,12 +48,16 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
     folder = find(path)
-    description = json.loads((folder / "config.json").read_text())
-    config = build(TransformerConfig, description["transformer"], f"{folder}/config.json")
-    model = Model(config, description["head"])
+    model = describe(folder)
     abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
     params = checkpoint.load_tree(folder / "params", abstract)
     return SavedModel(model, params, folder / "tokenizer.model")
+
+
+def describe(folder: Path) -> Model:
+    """The model in a folder, without its parameters."""
+    description = json.loads((folder / "config.json").read_text())
+    return Model(build(TransformerConfig, description["transformer"], f"{folder}/config.json"), description["head"])
 
 
 def find(path: str | Path) -> Path:

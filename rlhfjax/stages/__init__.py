@@ -3,6 +3,8 @@
 A stage's module has a frozen dataclass `Config` and one of two functions:
   `build(config, layout) -> Stage` for what trains, run by the loop in `train.py`;
   `run(config, workdir, layout) -> {metric: value}` for a job that writes its output whole (tokenizer, collect, …).
+It may have `check(config, layout, shape)`, which raises ConfigError for what cannot be meant before any stage of a
+recipe has begun; `shape` is the TransformerConfig of the model that the stage starts from, None where it is not known.
 """
 
 import dataclasses

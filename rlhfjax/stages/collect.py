@@ -17,6 +17,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
@@ -41,13 +42,18 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Samples, labels and writes; returns how many comparisons there are and how many of the pairs are ties."""
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
     if config.completions < 2:
         raise ConfigError(f"collect.completions={config.completions}: a ranking needs at least 2")
     layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
+    check_length(config.prompt_length + config.max_new, shape, "collect.prompt_length + max_new")
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Samples, labels and writes; returns how many comparisons there are and how many of the pairs are ties."""
     policy = store.load(config.init_from, layout)
-    check_length(config.prompt_length + config.max_new, policy.model, "collect.prompt_length + max_new")
+    check(config, layout, policy.model.config)
     tokenizer = load_tokenizer(policy.tokenizer)
     labeller = load_reward(config.labeller, layout, tokenizer)
     prompts = {"train": config.prompts, "validation": config.eval_prompts}

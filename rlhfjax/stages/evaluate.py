@@ -20,6 +20,7 @@ from rlhfjax.evals.text import distinct_n
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import load_reward, texts
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
@@ -44,11 +45,17 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    layout.check_batch(config.batch_size, "evaluate.batch_size")
+    check_length(config.prompt_length + config.max_new, shape, "evaluate.prompt_length + max_new")
+
+
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes metrics.jsonl and samples.jsonl (both answers to every prompt with their scores)."""
     models = {name: store.load(getattr(config, name), layout) for name in ("policy", "baseline")}
-    for name, saved in models.items():
-        check_length(config.prompt_length + config.max_new, saved.model, f"evaluate ({name}).prompt_length + max_new")
+    for saved in models.values():
+        check(config, layout, saved.model.config)
     tokenizer = load_tokenizer(models["policy"].tokenizer)
     if models["policy"].tokenizer.read_bytes() != models["baseline"].tokenizer.read_bytes():
         raise ConfigError("evaluate: policy and baseline have different tokenizers; a KL between them means nothing")

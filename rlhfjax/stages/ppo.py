@@ -21,6 +21,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer
 from rlhfjax.rewards.model import ModelReward
@@ -83,12 +84,11 @@ class Config(TrainConfig):
 
 
 def build(config: Config, layout: Layout) -> Stage:
-    _check(config, layout)
     start = store.load(config.init_from, layout)
+    check(config, layout, start.model.config)
     model = start.model
     if model.head != "lm":
         raise ConfigError(f"ppo.init_from={config.init_from}: a policy is needed, this model has a {model.head} head")
-    check_length(config.prompt_length + config.max_new, model, "ppo.prompt_length + max_new")
     prompts, tokenizer = prompt_batches(config.prompts, start.tokenizer, config)
     reward = load_reward(config.reward, layout, tokenizer)
     critic, critic_params = _value_start(config, start, reward)
@@ -141,8 +141,12 @@ def build(config: Config, layout: Layout) -> Stage:
     )
 
 
-def _check(config: Config, layout: Layout) -> None:
-    layout.check_batch(config.batch_size)
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    layout.check_batch(config.batch_size, "ppo.batch_size")
+    check_length(config.prompt_length + config.max_new, shape, "ppo.prompt_length + max_new")
+    if min(config.epochs, config.minibatches, config.microbatches) < 1:
+        raise ConfigError("ppo: epochs, minibatches and microbatches are at least 1")
     if config.batch_size % (config.minibatches * config.microbatches):
         raise ConfigError(
             f"ppo.batch_size={config.batch_size} is not divisible by minibatches={config.minibatches} times "

@@ -8,7 +8,7 @@ import dataclasses
 from rlhfjax.data import loader
 from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_length, open_sources
+from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_training, open_sources
 from rlhfjax.stages.parts.language import language_stage
 
 
@@ -21,10 +21,12 @@ class Config(ModelTrainConfig):
     cross_document: bool = False  # GPT-3 (App. B) attends across the documents of a window; we keep them apart
 
 
+check = check_training
+
+
 def build(config: Config, layout: Layout) -> Stage:
-    layout.check_batch(config.batch_size)
     start = begin(config, layout)
-    check_length(config.length, start.model, "pretrain.length")
+    check(config, layout, start.model.config)
     options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
     train, held_out = (
         open_sources(config.sources, "pretrain.sources"),

@@ -26,7 +26,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.stages import Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, assemble, begin, check_length
+from rlhfjax.stages.parts.common import ModelTrainConfig, assemble, begin, check_training
 from rlhfjax.state import TrainState
 
 
@@ -39,10 +39,12 @@ class Config(ModelTrainConfig):
     normalise: Literal["none", "mean", "mean_std"] = "mean"
 
 
+check = check_training
+
+
 def build(config: Config, layout: Layout) -> Stage:
-    layout.check_batch(config.batch_size)
     start = begin(config, layout, head="scalar")
-    check_length(config.length, start.model, "reward.length")
+    check(config, layout, start.model.config)
     options = {"batch_size": config.batch_size, "length": config.length}
     train, held_out = (open_preferences(config.preferences, split) for split in ("train", "validation"))
     batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, train=True, **options)

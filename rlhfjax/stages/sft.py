@@ -8,7 +8,7 @@ import dataclasses
 from rlhfjax.data import loader
 from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_length, open_sources
+from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_training, open_sources
 from rlhfjax.stages.parts.language import language_stage
 
 
@@ -20,10 +20,12 @@ class Config(ModelTrainConfig):
     length: int
 
 
+check = check_training
+
+
 def build(config: Config, layout: Layout) -> Stage:
-    layout.check_batch(config.batch_size)
     start = begin(config, layout)
-    check_length(config.length, start.model, "sft.length")
+    check(config, layout, start.model.config)
     options = {"batch_size": config.batch_size, "length": config.length}
     train, held_out = open_sources(config.sources, "sft.sources"), open_sources(config.eval_sources, "sft.eval_sources")
     return language_stage(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import Finished, Pairs, Stage
 
+log = logging.getLogger("rlhfjax")
 PyTree = Any
 
 
@@ -44,6 +46,8 @@ class SourceConfig:
     def open(self) -> Source:
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("spec", "limit")}
         source = open_source(self.spec, **options)
+        if source.skipped:
+            log.warning("source %r: %d malformed rows are left out", self.spec, source.skipped)
         return Limited(source, self.limit) if self.limit else source
 
 
@@ -104,10 +108,7 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
     Raises:
       ConfigError: neither or both are given, or tokenizer and model do not fit each other.
     """
-    if (config.model is None) == (config.init_from is None):
-        raise ConfigError(
-            f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
-        )
+    check_origin(config)
     if config.init_from is not None:
         saved = store.load(config.init_from, layout)
         shape = build(
@@ -130,9 +131,35 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
     return Start(Model(shape, head), tokenizer, file, params)
 
 
-def check_length(length: int, model: Model, where: str) -> None:
-    if length > model.config.max_length:
-        raise ConfigError(f"{where}={length} is longer than the model's context, max_length={model.config.max_length}")
+def check_training(config: Any, layout: Layout, shape: TransformerConfig | None) -> None:
+    """What a stage with one model and one loss refuses before anything is computed.
+
+    Args:
+      config: a ModelTrainConfig with a `length`.
+      shape: of the model it trains, where it is known yet.
+    Raises:
+      ConfigError: batch, mesh, microbatches and context do not fit each other.
+    """
+    check_origin(config)
+    layout.check_batch(config.batch_size, f"{config.stage}.batch_size")
+    if config.microbatches < 1 or config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"{config.stage}.batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}"
+        )
+    layout.check_batch(config.batch_size // config.microbatches, f"a {config.stage} microbatch")
+    check_length(config.length, shape, f"{config.stage}.length")
+
+
+def check_origin(config: ModelTrainConfig) -> None:
+    if (config.model is None) == (config.init_from is None):
+        raise ConfigError(
+            f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
+        )
+
+
+def check_length(length: int, shape: TransformerConfig | None, where: str) -> None:
+    if shape is not None and length > shape.max_length:
+        raise ConfigError(f"{where}={length} is longer than the model's context, max_length={shape.max_length}")
 
 
 def place(params: PyTree, like: PyTree) -> PyTree:
