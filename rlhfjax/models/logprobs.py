@@ -22,50 +22,64 @@ def unembed(hidden: Float[Array, "... d"], output: Float[Array, "x y"], tied: bo
     )
 
 
-def _chunks(length, elements_per_step):
-    """Split a time axis into equal chunks (the last may be shorter) of at most CHUNK_ELEMENTS logits each."""
-    count = max(1, -(-length * elements_per_step // CHUNK_ELEMENTS))
-    size = -(-length // count)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _scan(step, carry, hidden, output, tied, *rows):
+    """scan `step(carry, (hidden, *rows))` over chunks of time, at most CHUNK_ELEMENTS logits each.
 
-
-def _slices(hidden, output, tied):
+    A real loop, since a scheduler is free to run unrolled chunks side by side, with all their logits alive. Rows end in
+    padding of zeros where the chunks are not equal. Returns the carry and the outputs with their time axis restored.
+    """
+    batch, time = hidden.shape[:2]
     vocab = output.shape[0 if tied else 1]
-    return _chunks(hidden.shape[1], hidden.shape[0] * vocab)
+    count = min(time, -(-time * batch * vocab // CHUNK_ELEMENTS))
+    if count == 1:
+        return step(carry, (hidden, *rows))
+    size = -(-time // count)
+    count = -(-time // size)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * size - time)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, count * size, *x.shape[3:])[:, :time]
+
+    carry, out = jax.lax.scan(step, carry, tuple(split(x) for x in (hidden, *rows)))
+    return carry, jax.tree.map(join, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, output, targets, mask, tied):
-    total = jnp.zeros((), jnp.float32)
-    for part in _slices(hidden, output, tied):
-        logits = unembed(hidden[:, part], output, tied)
-        picked = jnp.take_along_axis(logits, targets[:, part, None], axis=-1)[..., 0]
-        total += ((jax.nn.logsumexp(logits, axis=-1) - picked) * mask[:, part]).sum()
-    return total
+    def step(total, chunk):
+        x, y, m = chunk
+        logits = unembed(x, output, tied)
+        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        return total + ((jax.nn.logsumexp(logits, axis=-1) - picked) * m).sum(), None
+
+    return _scan(step, jnp.zeros((), jnp.float32), hidden, output, tied, targets, mask)[0]
 
 
 def _cross_entropy_forward(hidden, output, targets, mask, tied):
     """The loss and, while each chunk's logits are at hand, its gradient (as Liger Kernel does): no recomputation."""
-    total = jnp.zeros((), jnp.float32)
     wide = output.astype(hidden.dtype)
-    d_output = jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32)
-    d_hidden, losses = [], []
-    for part in _slices(hidden, output, tied):
-        x, y, m = hidden[:, part], targets[:, part], mask[:, part]
+
+    def step(carry, chunk):
+        total, d_output = carry
+        x, y, m = chunk
         logits = unembed(x, output, tied)
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-        total += (nll * m).sum()
         hit = jnp.arange(logits.shape[-1]) == y[..., None]
         d_logits = ((jnp.exp(logits - lse[..., None]) - hit) * m[..., None]).astype(hidden.dtype)
         # Made once, then multiplied from either side; [d, v] and a transposition at the end, because it is cheaper to
         # transpose the narrow operand x than d_logits.
         d_logits = jax.lax.optimization_barrier(d_logits)
-        d_hidden.append(jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, wide))
+        d_x = jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, wide)
         d_output += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
-        losses.append(nll)
-    d_output = d_output.T if tied else d_output
-    return total, (jnp.concatenate(d_hidden, axis=1), d_output, jnp.concatenate(losses, axis=1))
+        return (total + (nll * m).sum(), d_output), (d_x, nll)
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32)
+    (total, d_output), (d_hidden, nll) = _scan(step, zeros, hidden, output, tied, targets, mask)
+    return total, (d_hidden, d_output.T if tied else d_output, nll)
 
 
 def _cross_entropy_backward(tied, saved, g):
@@ -91,14 +105,6 @@ def cross_entropy(
     return _cross_entropy(hidden, output, targets, mask, tied), mask.sum()
 
 
-def _logprobs(hidden, output, targets, temperature, tied):
-    logits = unembed(hidden, output, tied) / temperature
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - lse
-    entropy = lse - (jnp.exp(logits - lse[..., None]) * logits).sum(-1)
-    return logprob, entropy
-
-
 def logprobs(
     hidden: Float[Array, "b t d"],
     output: Float[Array, "x y"],
@@ -107,10 +113,17 @@ def logprobs(
     *,
     tied: bool,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """log p(target) and the entropy -sum p log p (nats, float32) of p = softmax(logits / temperature)."""
-    parts = _slices(hidden, output, tied)
-    one = functools.partial(_logprobs, temperature=temperature, tied=tied)
-    if len(parts) > 1:
-        one = jax.checkpoint(one)  # a chunk's logits are made again in the backward pass, not kept
-    pairs = [one(hidden[:, part], output, targets[:, part]) for part in parts]
-    return tuple(jnp.concatenate(both, axis=1) for both in zip(*pairs, strict=True))
+    """log p(target) and the entropy -sum p log p (nats, float32) of p = softmax(logits / temperature).
+
+    A chunk's logits are not kept for the backward pass but made again, except where one chunk is all there is.
+    """
+
+    def step(_, chunk):
+        x, y = chunk
+        logits = unembed(x, output, tied) / temperature
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        logprob = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - lse
+        return None, (logprob, lse - (jnp.exp(logits - lse[..., None]) * logits).sum(-1))
+
+    whole = hidden.shape[0] * hidden.shape[1] * output.shape[0 if tied else 1] <= CHUNK_ELEMENTS
+    return _scan(step if whole else jax.checkpoint(step), None, hidden, output, tied, targets)[1]

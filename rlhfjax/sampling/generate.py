@@ -22,12 +22,12 @@ class Samples(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """State of the decoding loop before step `step`."""
+    """State of the decoding loop when `step` tokens a row have been drawn."""
 
     step: Int[Array, ""]
-    hidden: Float[Array, "b d"]  # of the last token so far: it predicts the token of this step
-    done: Bool[Array, " b"]  # rows that have produced their eos
-    cache: Cache
+    token: Int[Array, " b"]  # the last one drawn (pad_id in a row that is done)
+    done: Bool[Array, " b"]  # rows that have drawn their eos
+    cache: Cache  # holds the prompt and the tokens before the last
     samples: Samples
 
 
@@ -69,27 +69,34 @@ def generate(
     Raises: ConfigError for impossible settings, or when prompt and response exceed the model's context.
     """
     check(temperature, top_k, top_p)
+    if eos_id == pad_id:
+        raise ConfigError(f"eos_id and pad_id are both {eos_id}: a response's end would be taken for padding")
     b, p = tokens.shape
     _check_length(model, p, max_new)
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
     length = (segments > 0).sum(1, dtype=jnp.int32)
     u = uniforms(keys, max_new)
 
+    def draw(step, hidden, done, samples):
+        token, logprob = pick(model.logits(params, hidden), u[step])
+        live = (~done).astype(jnp.float32)
+        token = jnp.where(done, pad_id, token)
+        samples = _write(samples, step, Samples(token, live, logprob * live))
+        return token, done | (token == eos_id), samples
+
     def unfinished(s: _Loop):
         return (s.step < max_new) & ~s.done.all()
 
     def advance(s: _Loop) -> _Loop:
-        token, logprob = pick(model.logits(params, s.hidden), u[s.step])
-        live = (~s.done).astype(jnp.float32)
-        token = jnp.where(s.done, pad_id, token)
-        samples = _write(s.samples, s.step, Samples(token, live, logprob * live))
-        hidden, cache = model.decode(params, token, length + s.step, p + s.step, s.cache)
-        return _Loop(s.step + 1, hidden, s.done | (token == eos_id), cache, samples)
+        hidden, cache = model.decode(params, s.token, length + s.step - 1, p + s.step - 1, s.cache)
+        token, done, samples = draw(s.step, hidden, s.done, s.samples)
+        return _Loop(s.step + 1, token, done, cache, samples)
 
-    # The last token's own hidden state predicts nothing: its slot is not needed, but the loop body stays one piece.
-    hidden, cache = model.prefill(params, tokens, segments, model.init_cache(b, p + max_new))
     empty = Samples(jnp.full((b, max_new), pad_id, jnp.int32), jnp.zeros((b, max_new)), jnp.zeros((b, max_new)))
-    start = _Loop(jnp.zeros((), jnp.int32), hidden, jnp.zeros(b, bool), cache, empty)
+    # The last token drawn is never run through the model, so it needs no slot.
+    hidden, cache = model.prefill(params, tokens, segments, model.init_cache(b, p + max_new - 1))
+    token, done, samples = draw(0, hidden, jnp.zeros(b, bool), empty)
+    start = _Loop(jnp.ones((), jnp.int32), token, done, cache, samples)
     return jax.lax.while_loop(unfinished, advance, start).samples
 
 
@@ -135,7 +142,7 @@ def stream(
 def _stream(model, params, tokens, segments, key, max_new, eos_id, settings):
     p = tokens.shape[1]
     length = (segments > 0).sum(1, dtype=jnp.int32)
-    hidden, cache = _first(model, p + max_new, params, tokens, segments)
+    hidden, cache = _first(model, p + max_new - 1, params, tokens, segments)
     for step in range(max_new):
         token = _next_token(model, settings, params, hidden, key, step)
         yield int(token[0])
