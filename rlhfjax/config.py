@@ -54,6 +54,9 @@ class TrainConfig:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
+_SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
+
+
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """`"size=tiny,seed=3"` over typed defaults, as big_vision has it.
 
@@ -67,8 +70,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             raise ConfigError(f"config argument {name!r} is unknown; known: {', '.join(defaults) or 'none'}")
         kind = type(defaults[name])
         try:
-            parsed[name] = text.lower() in ("", "1", "true") if kind is bool else kind(text)
-        except ValueError:
+            parsed[name] = _SWITCH[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
             raise ConfigError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
     return ConfigDict(parsed)
 
@@ -153,11 +156,11 @@ def _describe(hint: Any) -> str:
 
 
 def _as_float(x: Any) -> Any:
-    return float(x) if isinstance(x, int) and not isinstance(x, bool) else x
+    return float(x) if isinstance(x, int) and not isinstance(x, bool) else _as_int(x)
 
 
 def _as_int(x: Any) -> Any:
-    """A bool is an int to Python; where a number is meant, `True` is a mistake."""
+    """A bool is an int to Python; where a number is meant, `True` is a mistake: as a text it is refused."""
     return str(x) if isinstance(x, bool) else x
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from rlhfjax import stages, train
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import ConfigError
@@ -22,7 +24,7 @@ DONE = "done.json"
 CONFIG = "config.json"
 
 
-def run(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
+def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
     """Runs a recipe, or the one stage that the config describes.
 
     Returns:
@@ -66,7 +68,7 @@ def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
     return metrics
 
 
-def evaluate(config: Mapping[str, Any] | None, workdir: Path) -> dict[str, float]:
+def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> dict[str, float]:
     """Runs a stage's held-out evaluations again, on its latest checkpoint; nothing in the workdir changes.
 
     Args:

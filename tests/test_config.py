@@ -1,0 +1,157 @@
+"""Configs: every mistake is one clear error, before anything is computed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+from ml_collections import ConfigDict
+
+from rlhfjax.config import TrainConfig, build, explain, parse_arg, to_dict, write_json
+from rlhfjax.errors import ConfigError
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.stages import config_class, names, stage_config
+from rlhfjax.stages.ppo import Config as PPO
+from tests import tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    how: Literal["up", "down"] = "up"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str
+    rate: float = 0.5
+    steps: int = 1
+    on: bool = False
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    many: tuple[Inner, ...] = ()
+    maybe: int | None = None
+
+
+def test_values_arrive_as_their_types():
+    made = build(Outer, {"name": "a", "rate": 2, "inner": {"size": 7}, "many": [{"size": 1}, {"how": "down"}]})
+    assert made == Outer("a", 2.0, 1, False, Inner(7, "up"), (Inner(1, "up"), Inner(3, "down")))
+    assert isinstance(made.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "a", "bogus": 1}, ("c.bogus", "no such option", "name, rate")),
+        ({"name": "a", "inner": {"bogus": 1}}, ("c.inner.bogus", "size, how")),
+        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("bogus",)),
+        ({}, ("c.name", "required")),
+        ({"name": 3}, ("c.name=3", "str")),
+        ({"name": "a", "steps": 1.5}, ("c.steps=1.5", "int")),
+        ({"name": "a", "steps": "1"}, ("c.steps='1'", "int")),
+        ({"name": "a", "steps": True}, ("c.steps", "True", "int")),
+        ({"name": "a", "rate": True}, ("c.rate=", "True", "float")),
+        ({"name": "a", "rate": "0.1"}, ("c.rate='0.1'", "float")),
+        ({"name": "a", "on": 1}, ("c.on=1", "bool")),
+        ({"name": "a", "inner": {"how": "left"}}, ("c.inner.how='left'", "'up', 'down'")),
+        ({"name": "a", "inner": 3}, ("c.inner=3", "Inner")),
+        ({"name": "a", "maybe": "x"}, ("c.maybe='x'", "int")),
+    ],
+)
+def test_what_cannot_be_meant_is_named_with_its_place(values, said):
+    with pytest.raises(ConfigError) as caught:
+        build(Outer, values, "c")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+def test_impossible_models_are_refused_by_their_own_dataclass():
+    shape = {"vocab_size": 9, "d_model": 16, "n_layers": 1, "n_heads": 3, "d_ff": 8, "max_length": 8}
+    with pytest.raises(ConfigError, match=r"n_heads = 3 does not divide model\.d_model = 16"):
+        build(TransformerConfig, shape)
+    with pytest.raises(ConfigError, match="n_kv_heads = 3 does not divide"):
+        build(TransformerConfig, shape | {"n_heads": 4, "n_kv_heads": 3})
+
+
+def test_parse_arg_types_defaults_and_mistakes():
+    parsed = parse_arg("size=tiny,seed=3,fast", size="base", seed=0, fast=False, rate=0.5)
+    assert parsed.to_dict() == {"size": "tiny", "seed": 3, "fast": True, "rate": 0.5}
+    assert parse_arg("fast=false", fast=True).fast is False
+    assert parse_arg(None, seed=1).seed == 1
+    with pytest.raises(ConfigError, match="'bogus' is unknown; known: seed"):
+        parse_arg("bogus=1", seed=0)
+    with pytest.raises(ConfigError, match="seed='x' is not of type int"):
+        parse_arg("seed=x", seed=0)
+    with pytest.raises(ConfigError, match=r"seed='1\.5' is not of type int"):
+        parse_arg("seed=1.5", seed=0)
+
+
+def test_parse_arg_refuses_a_word_that_is_neither_true_nor_false():
+    with pytest.raises(ConfigError, match="fast='maybe' is not of type bool"):
+        parse_arg("fast=maybe", fast=True)
+
+
+def test_stage_config_has_every_option_and_names_unknown_ones():
+    config = stage_config("ppo", init_from="a", reward="b", prompt_length=4, max_new=4, batch_size=2, steps=1)
+    assert set(config) == {f.name for f in dataclasses.fields(PPO)}
+    assert config.kl.horizon == 0 and config.mesh.data == -1
+    with pytest.raises(ConfigError, match=r"ppo\.kl\.bogus: no such option; ppo\.kl has coefficient"):
+        stage_config("ppo", kl={"bogus": 1})
+    with pytest.raises(ConfigError, match="stage 'bogus' is unknown; known: collect"):
+        stage_config("bogus")
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_defaults_build_back_into_the_same_dataclass(stage):
+    """A config written to config.json and read again is the same config."""
+    config = to_dict(tiny.get_config("data=x")[stage])
+    typed = build(config_class(stage), config, stage)
+    again = build(config_class(stage), json.loads(json.dumps(dataclasses.asdict(typed))), stage)
+    assert typed == again
+
+
+def test_every_stage_has_a_typed_config():
+    assert set(tiny.STAGES) <= set(names())
+    for name in names():
+        assert dataclasses.is_dataclass(config_class(name)) and config_class(name).__dataclass_params__.frozen
+    assert issubclass(PPO, TrainConfig)
+
+
+def test_options_that_are_none_by_default_keep_their_type_for_overrides():
+    config = stage_config("pretrain", length=8, batch_size=2, steps=1)
+    assert config.init_from is None and config.get_type("init_from") is str
+    config.init_from = "there"
+    with pytest.raises(TypeError):
+        config.seed = "three"
+
+
+def test_to_dict_is_plain_json():
+    config = ConfigDict({"a": (1, 2), "b": {"c": ({"d": 1},)}})
+    assert to_dict(config) == {"a": [1, 2], "b": {"c": [{"d": 1}]}}
+
+
+def test_write_json_leaves_no_half_file(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_explain_points_into_the_config_file(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def get_config(arg=None):\n    return {}['missing']\n")
+    code = compile(file.read_text(), str(file), "exec")
+    scope: dict = {}
+    exec(code, scope)
+    with pytest.raises(KeyError) as caught:
+        scope["get_config"]()
+    assert explain(caught.value, str(file)) == f"{file}:2: KeyError: 'missing'"
+
+
+def test_config_does_not_start_jax():
+    """Reading a config must not take the accelerator: `--help` and mistakes answer at once."""
+    code = "import rlhfjax.main, rlhfjax.errors, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
