@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import direct
+from tests.jitted import jitted
+
+direct = jitted(direct)
 
 
 def log_sigmoid(x):

@@ -19,6 +19,10 @@ MASK = jnp.ones((9, 2))
 REWARDS = np.random.default_rng(20).normal(size=9)
 
 
+def gradient(function):
+    return jax.jit(jax.grad(function))
+
+
 def logits_of(seed):
     rng = np.random.default_rng(seed)
     return {"first": jnp.array(rng.normal(size=3)), "second": jnp.array(rng.normal(size=(3, 3)))}
@@ -64,7 +68,7 @@ def expected_gradient(loss, world):
         per_sentence = jax.vmap(lambda *row: loss(*(x[None] for x in row)))(logprobs, world.logprobs, world.ref)
         return jnp.sum(world.p * per_sentence)
 
-    return jax.grad(surrogate)(world.theta)
+    return gradient(surrogate)(world.theta)
 
 
 def assert_same(a, b):
@@ -96,20 +100,20 @@ TOKEN_LOSSES = {
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_pitfall_16_kl_in_the_loss_has_the_gradient_of_the_kl(world, name):
     # The losses are means over the 2 tokens.
-    exact = jax.grad(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta) / 2)(world.theta)
+    exact = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta) / 2)(world.theta)
     assert_same(expected_gradient(TOKEN_LOSSES[name], world), exact)
 
 
 def test_pitfall_16_the_sequence_loss_has_the_whole_gradient_and_value(world):
     loss = lambda new, old, ref: kl.kl_loss_sequence(new, ref, jnp.ones_like(new))[0]  # noqa: E731
-    exact = jax.grad(lambda x: sequence_kl(x, world.ref))(world.theta)
+    exact = gradient(lambda x: sequence_kl(x, world.ref))(world.theta)
     assert_same(expected_gradient(loss, world), exact)
     value = jnp.sum(
         world.p * jax.vmap(lambda *r: loss(*(x[None] for x in r)))(world.logprobs, world.logprobs, world.ref)
     )
     np.testing.assert_allclose(value, sequence_kl(world.theta, world.ref), rtol=1e-12)
     # It differs from the token-level one in `first` (which prefixes are visited), as the docstring says.
-    at_states = jax.grad(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta))(world.theta)
+    at_states = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta))(world.theta)
     assert float(jnp.max(jnp.abs(exact["first"] - at_states["first"]))) > 1e-2
 
 
@@ -118,12 +122,12 @@ def test_the_bare_k3_of_grpo_has_the_gradient_of_the_other_kl(world):
         zero = jnp.zeros(1, new.dtype)
         return group.grpo_loss(new, old, ref, zero, jnp.ones_like(new), clip=0.2, beta=1.0)[0]
 
-    flipped = jax.grad(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta, flipped=True) / 2)(world.theta)
+    flipped = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta, flipped=True) / 2)(world.theta)
     assert_same(expected_gradient(loss, world), flipped)
 
 
 def expected_reward_gradient(world):
-    return jax.grad(lambda x: jnp.sum(jnp.exp(token_logprobs(x).sum(1)) * REWARDS))(world.theta)
+    return gradient(lambda x: jnp.sum(jnp.exp(token_logprobs(x).sum(1)) * REWARDS))(world.theta)
 
 
 def expected_group_gradient(world, advantages_of, k):
@@ -137,7 +141,7 @@ def expected_group_gradient(world, advantages_of, k):
         one = lambda g, a: group.rloo_loss(logprobs[g], a, jnp.ones((k, 2)))[0]  # noqa: E731
         return jnp.sum(weight * jax.vmap(one)(groups, values))
 
-    return jax.grad(surrogate)(world.theta)
+    return gradient(surrogate)(world.theta)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -169,7 +173,7 @@ def test_reinforce_with_any_constant_baseline_is_unbiased(world, baseline):
         return jnp.sum(world.p * jax.vmap(one)(logprobs, jnp.array(REWARDS)))
 
     # The loss is a mean over 2 tokens, hence half.
-    assert_same(jax.grad(surrogate)(world.theta), jax.tree.map(lambda g: -g / 2, expected_reward_gradient(world)))
+    assert_same(gradient(surrogate)(world.theta), jax.tree.map(lambda g: -g / 2, expected_reward_gradient(world)))
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
@@ -196,7 +200,7 @@ def test_ppo_with_gae_has_the_gradient_of_reward_minus_kl(world, lam):
         logprobs = token_logprobs(logits)
         return -jnp.sum(jnp.exp(logprobs.sum(1)) * (REWARDS - beta * (logprobs - world.ref).sum(1))) / 2
 
-    assert_same(jax.grad(surrogate)(world.theta), jax.grad(objective)(world.theta))
+    assert_same(gradient(surrogate)(world.theta), gradient(objective)(world.theta))
 
 
 # An enumerable bandit: every method climbs to pi* = rho exp(r / beta) / Z from samples alone.

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import group
+from tests.jitted import jitted
+
+group = jitted(group)
 
 REWARDS = jnp.array([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
 

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algos import language, policy
+from tests.jitted import jitted
+
+language = jitted(language)
 
 LOGPROBS = jnp.array([[-1.0, -2.0, -3.0], [-4.0, -5.0, -jnp.inf]])
 MASK = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])

@@ -2,6 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algos import normalise
+from tests.jitted import jitted
+
+normalise = jitted(normalise)
 
 REWARDS = jnp.array([1.0, 3.0, 5.0, 100.0])
 MASK = jnp.array([1.0, 1.0, 1.0, 0.0])

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import policy
+from tests.jitted import jitted
+
+policy = jitted(policy)
 
 
 def loop_ppo(logprobs, old_logprobs, advantages, mask, clip):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algos import preference
+from tests.jitted import jitted
 
-jit_kwise = jax.jit(preference.kwise_loss)
+preference = jitted(preference)
 
 
 def loop_kwise(rewards, labels, valid):
@@ -54,7 +55,7 @@ def test_equals_the_loop_for_any_ties_and_group_sizes(labels, valid):
     rewards = np.random.default_rng(4).normal(size=(4, 5)).astype(np.float32)
     rewards[0, 1] = rewards[0, 3]
     labels, valid = np.array(labels, np.float32).reshape(4, 5), np.array(valid, np.float32).reshape(4, 5)
-    loss, metrics = jit_kwise(jnp.array(rewards), jnp.array(labels), jnp.array(valid))
+    loss, metrics = preference.kwise_loss(jnp.array(rewards), jnp.array(labels), jnp.array(valid))
     prompts, correct, margin, n_pairs = loop_kwise(rewards, labels, valid)
     np.testing.assert_allclose(loss, sum(prompts) / max(len(prompts), 1), rtol=1e-5)
     assert float(metrics["loss"][1]) == len(prompts)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import preference, ranking
+from tests.jitted import jitted
+
+preference, ranking = map(jitted, (preference, ranking))
 
 
 def log_sigmoid(x):

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from rlhfjax.algos import policy, value
+from tests.jitted import jitted
+
+policy, value = map(jitted, (policy, value))
 
 
 def random_batch(shape=(5, 7)):
