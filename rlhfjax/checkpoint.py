@@ -6,6 +6,7 @@ not depend on how an array is sharded, and a file that was cut short or altered 
 
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PyTree = Any
 
 def _checksum(x: jax.Array) -> jax.Array:
     """Sum over elements of their bits times an odd number that depends on the index, modulo 2**32."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
     weights = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
     return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
@@ -54,7 +56,8 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        return sorted(c.step for c in self._orbax.checkpoints)
+        """Those that are whole on the disk; a save under way is not."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def save(self, step: int, state: PyTree, data: Any) -> None:
         """Starts a save; the checkpoint appears under its name once all of it is on the disk.
@@ -65,7 +68,7 @@ class Checkpoints:
           CheckpointError: the disk refused (full, read-only). The checkpoints before it are untouched.
         """
         note = {"data": data, "checksums": checksums(state)}
-        with _disk_errors(self.directory / str(step)):
+        with _disk_errors(self.directory):  # what fails may also be the save before this one
             self._orbax.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
 
     def wait(self) -> None:
@@ -162,8 +165,9 @@ class _disk_errors:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise CheckpointError(f"saving {self.path} failed: {cause}") from error
-        if isinstance(error, ValueError | RuntimeError) and "space" in str(error):
-            raise CheckpointError(f"saving {self.path} failed: {_one_line(error)}") from error
+        if isinstance(error, ValueError | RuntimeError) and "os_error" in str(error):  # TensorStore's
+            reason = re.search(r": ([^:]*) \[os_error", str(error))
+            raise CheckpointError(f"saving {self.path} failed: {reason[1] if reason else error}") from error
 
 
 def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:

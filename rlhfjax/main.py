@@ -1,5 +1,6 @@
 """`rlhfjax COMMAND`: flags, then one call."""
 
+import errno
 import json
 import logging
 import os
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     """Exit code 0; 1 for a failed run; 2 for a command line or config that cannot be meant; 75 when preempted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each of its steps there
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its steps there, and what it raises anyway
     try:
         parsed = _parse(sys.argv if argv is None else argv)
         if parsed is not None:
@@ -163,5 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         print(f"rlhfjax: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"rlhfjax: {e.strerror}: {e.filename or 'a file of the run'}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
