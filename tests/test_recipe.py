@@ -1,0 +1,132 @@
+"""Recipes: references, what is run again and what is not, changed configs, collected metrics."""
+
+import json
+
+import pytest
+
+from rlhfjax import recipe
+from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
+from tests import tiny
+
+
+def test_a_finished_recipe_only_answers(conversations, finished):
+    """The same command again: no stage runs, nothing of a stage is written, the answer is the same."""
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()}
+    config = to_dict(tiny.get_config(f"data={conversations}"))
+    final = recipe.run(config, finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()} == before
+    for folder in recipe.stage_folders(config, finished).values():
+        done = json.loads((folder / "done.json").read_text())
+        assert done["metrics"].items() <= final.items()
+
+
+def test_the_recipes_metrics_are_those_of_all_stages_in_order(finished):
+    collected = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    expected = []
+    for number, name in enumerate(tiny.STAGES):
+        for line in (finished / f"{number:02d}_{name}" / "metrics.jsonl").read_text().splitlines():
+            expected.append({"stage": name, **json.loads(line)})
+    assert collected == expected
+    assert {row["stage"] for row in collected} == set(tiny.STAGES)
+
+
+def jobs(monkeypatch, ran: list) -> None:
+    """Replaces what a tokenizer stage does by a note that it was done."""
+    from rlhfjax.stages import tokenizer
+
+    def run(config, workdir, layout):
+        ran.append(workdir.name)
+        (workdir / "metrics.jsonl").write_text(json.dumps({"step": 0, "x": config.vocab_size}) + "\n")
+        return {f"{workdir.name}/x": float(config.vocab_size)}
+
+    monkeypatch.setattr(tokenizer, "run", run)
+
+
+def two(**changes) -> dict:
+    one = {"stage": "tokenizer", "vocab_size": 300}
+    return {"stages": ["a", "b"], "a": one, "b": {**one, **changes}}
+
+
+def test_only_what_is_not_finished_runs(tmp_path, monkeypatch):
+    ran = []
+    jobs(monkeypatch, ran)
+    assert recipe.run(two(), tmp_path) == {"00_a/x": 300.0, "01_b/x": 300.0}
+    (tmp_path / "01_b" / "done.json").unlink()
+    assert recipe.run(two(), tmp_path) == {"00_a/x": 300.0, "01_b/x": 300.0}
+    assert ran == ["00_a", "01_b", "01_b"]
+
+
+def test_a_changed_config_names_the_keys_that_differ_with_both_values(tmp_path, monkeypatch):
+    ran = []
+    jobs(monkeypatch, ran)
+    recipe.run(two(mesh={"data": 1, "fsdp": 4}), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        recipe.run(two(mesh={"data": 1, "fsdp": 2, "tensor": 2}, vocab_size=301), tmp_path)
+    message = str(caught.value)
+    assert "b.mesh.fsdp: 4 -> 2" in message and "b.mesh.tensor: absent -> 2" in message
+    assert "b.vocab_size: 300 -> 301" in message and "a." not in message and "\n" not in message
+    assert "use a new --workdir" in message and ran == ["00_a", "01_b"]
+    with pytest.raises(ConfigError, match=r"vocab_size: 300 -> 9"):
+        recipe.run({"stage": "tokenizer", "vocab_size": 9}, tmp_path / "00_a")
+
+
+def test_a_config_that_led_nowhere_may_be_corrected_in_place(tmp_path, monkeypatch):
+    """Nothing was computed: a typing error in a path must not cost the workdir."""
+    with pytest.raises(ConfigError, match="at least one source"):
+        recipe.run(two(), tmp_path)
+    ran = []
+    jobs(monkeypatch, ran)
+    recipe.run(two(vocab_size=301), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == two(vocab_size=301)
+
+
+def test_references_are_paths_of_earlier_stages(tmp_path):
+    config = {"stages": ["a", "b", "c"], "a": {}, "b": {}, "c": {}}
+    folders = recipe.stage_folders(config, tmp_path)
+    value = {"x": ["stage:a", {"y": "stage:b/preferences"}], "z": "jsonl:stage:a/*.jsonl", "n": 3, "t": "stage"}
+    assert recipe.resolve(value, folders, "c") == {
+        "x": [f"{tmp_path}/00_a", {"y": f"{tmp_path}/01_b/preferences"}],
+        "z": f"jsonl:{tmp_path}/00_a/*.jsonl",
+        "n": 3,
+        "t": "stage",
+    }
+    for name, target in (("b", "c"), ("b", "b"), ("a", "b"), ("c", "d")):
+        earlier = {"a": "none", "b": "a", "c": "a, b"}[name]
+        with pytest.raises(ConfigError, match=f"{name} refers to 'stage:{target}'; the stages before it are {earlier}"):
+            recipe.resolve(f"stage:{target}", folders, name)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),
+        ({"stages": ["a"], "a": {}, "b": {}}, "'b' is not in `stages`: a"),
+        ({"stages": ["a", "a"], "a": {}}, "a name stands twice"),
+        ({"stages": ["a"], "a": {"stage": "bogus"}}, "stage 'bogus' is unknown; known: collect"),
+        ({"stages": ["a"], "a": {}}, "stage '' is unknown"),
+        (two(bogus=1), "b.bogus: no such option"),
+        (two(vocab_size="many"), "b.vocab_size='many': expected int"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant(config, said, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        recipe.run(config, tmp_path / "run")
+    assert said in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_says_again_what_the_run_said_last(finished):
+    done = json.loads((finished / "01_pretrain" / "done.json").read_text())["metrics"]
+    again = recipe.evaluate(None, finished / "01_pretrain")
+    assert again == {name: value for name, value in done.items() if "/val_" in name}
+
+
+def test_eval_of_what_has_no_checkpoint(finished, tmp_path):
+    for folder, said in (
+        (finished, "holds a recipe; name one of its stages"),
+        (finished / "00_tokenizer", "a tokenizer has no checkpoint"),
+        (tmp_path, "no config.json here"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            recipe.evaluate(None, folder)

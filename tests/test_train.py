@@ -1,0 +1,250 @@
+"""The loop: its order, what it writes, what it refuses to save, where it goes on."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhfjax import state as states
+from rlhfjax import train
+from rlhfjax.checkpoint import Checkpoints
+from rlhfjax.config import CheckpointConfig, LogConfig, TrainConfig
+from rlhfjax.errors import CheckpointError, NonFiniteError
+from rlhfjax.mesh import make_layout
+from rlhfjax.stages import Finished, Stage
+from rlhfjax.state import TrainState
+
+LAYOUT = make_layout(devices=jax.devices()[:1])
+TX = optax.sgd(0.5)
+
+
+class Numbers:
+    """The stream 1, 2, 3, ...; writes down when it is asked."""
+
+    def __init__(self, events: list):
+        self.events, self.position = events, 0
+
+    def __next__(self):
+        self.position += 1
+        self.events.append(f"next {self.position}")
+        return {"x": np.full((2, 1), self.position, np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def fake_stage(events: list, *, skip: bool = False, poison: int | None = None) -> Stage:
+    """Learns w towards the mean of what it sees; `poison` is the batch whose gradient is NaN."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, x, key):
+        grads = {"w": state.params["w"] - x.mean() + 0.01 * jax.random.normal(key)}
+        loss = jnp.sum(grads["w"] ** 2)
+        if poison is not None:
+            bad = jnp.where(x[0, 0] == poison, jnp.nan, 1.0)
+            grads, loss = {"w": grads["w"] * bad}, loss * bad
+        state, more = states.apply_gradients(state, grads, TX, skip_nonfinite=skip)
+        return state.replace(step=state.step + 1), {"loss": (loss, jnp.ones(())), **more}
+
+    def step(state, batch, key):
+        events.append(f"step {int(state.step)}")
+        return update(state, batch["x"], key)
+
+    def evals(state):
+        events.append(f"evals {int(state.step)}")
+        return {"val": (state.params["w"].sum(), 4.0)}
+
+    def finish(state):
+        events.append(f"finish {int(state.step)}")
+        return Finished({}, {"end": (1.0, 1.0)}, {"left.json": {"step": int(state.step)}})
+
+    return Stage(
+        init=lambda key: TrainState.create({"w": jnp.zeros(4)}, TX),
+        axes={"w": (None,)},
+        start=lambda state: (events.append("start"), state)[1],
+        batches=Numbers(events),
+        step=step,
+        evals=evals,
+        finish=finish,
+        units=2,
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(stage, **config) -> last metrics; saves, reads and writes go into the stage's events."""
+
+    def go(stage, events=None, *, steps=5, every=0, log=1, eval_every=0, keep=100, **more):
+        config = TrainConfig(
+            stage="fake",
+            steps=steps,
+            eval_every=eval_every,
+            checkpoint=CheckpointConfig(every=every, keep_last=keep),
+            log=LogConfig(every=log, tensorboard=False),
+            **more,
+        )
+        with monkeypatch.context() as patch:
+            if events is not None:
+                save, flush = Checkpoints.save, train._Log.flush
+                patch.setattr(
+                    Checkpoints,
+                    "save",
+                    lambda self, step, state, data: (events.append(f"save {step}"), save(self, step, state, data))[1],
+                )
+
+                def reading(self):
+                    if self._pending:
+                        events.append(f"read {self._pending[0]}")
+                    flush(self)
+
+                patch.setattr(train._Log, "flush", reading)
+            return train.run(stage, config, tmp_path, LAYOUT)
+
+    return go
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_order_of_the_loop(run):
+    """evaluate -> save -> next -> dispatch -> read the step before; what is read before a save is on disk with it."""
+    events = []
+    run(fake_stage(events), events, steps=4, every=2, eval_every=2)
+    assert events == [
+        "start",
+        *("next 1", "step 0"),
+        *("next 2", "step 1", "read 1"),
+        *("read 2", "evals 2", "save 2", "next 3", "step 2"),
+        *("next 4", "step 3", "read 3"),
+        *("read 4", "evals 4", "finish 4", "save 4"),
+    ]
+
+
+def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):
+    last = run(fake_stage([]), steps=5, log=2, eval_every=3)
+    assert [(row["step"], "fake/loss" in row) for row in lines(tmp_path)] == [
+        *((2, True), (3, False), (4, True)),
+        *((5, True), (5, False), (5, False)),
+    ]
+    assert last["fake/end"] == 1.0 and {"fake/loss", "fake/val", "fake/grad_norm"} <= set(last)
+    assert json.loads((tmp_path / "left.json").read_text()) == {"step": 5}
+    assert all(set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"} for row in timing(tmp_path))
+    assert not (tmp_path / "tb").exists()  # log.tensorboard=False
+
+
+def timing(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+
+
+def test_a_resume_neither_replays_nor_skips_a_batch(run, tmp_path):
+    whole = run(fake_stage([]), steps=6, every=2)
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in (tmp_path / "checkpoints" / "6", tmp_path / "left.json"):
+        path.rename(tmp_path / f"old_{path.name}")
+    events = []
+    assert run(fake_stage(events), events, steps=6, every=2) == whole
+    assert events[:2] == ["next 5", "step 4"] and "start" not in events  # from the checkpoint of step 4
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_progress_counts_from_where_a_run_resumes(run, tmp_path, capsys):
+    run(fake_stage([]), steps=4, every=2)
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "old")
+    capsys.readouterr()
+    run(fake_stage([]), steps=4, every=2)
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("fake 3/4  75%  loss") and err[-1].startswith("fake 4/4  100%  loss")
+
+
+def test_a_run_that_ended_before_its_marker_does_nothing_again(run):
+    first = run(fake_stage([]), steps=3)
+    events = []
+    assert run(fake_stage(events), events, steps=3) == first
+    assert events == []
+
+
+def test_pitfall_30_the_steps_randomness_depends_on_the_step_alone(run, tmp_path):
+    """Two runs of the same seed are the same, another seed is not, and no step repeats the draw of another."""
+    run(fake_stage([]), steps=3)
+    a = lines(tmp_path)
+    for seed, equal in ((0, True), (1, False)):
+        for path in (tmp_path / "checkpoints").iterdir():
+            path.rename(tmp_path / f"old_{seed}_{path.name}")
+        run(fake_stage([]), steps=3, seed=seed)
+        assert (lines(tmp_path) == a) == equal
+
+
+def test_a_nan_stops_the_run_and_names_step_and_last_good_checkpoint(run, tmp_path):
+    with pytest.raises(NonFiniteError) as caught:
+        run(fake_stage([], poison=4), steps=8, every=1)
+    assert str(caught.value) == (
+        f"fake/grad_norm is nan at step 4; the last good checkpoint is {tmp_path}/checkpoints/3"
+    )
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert max(row["step"] for row in lines(tmp_path)) == 3
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        state, _ = checkpoints.restore(states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT))
+    assert np.isfinite(state.params["w"]).all()
+
+
+def test_a_nan_before_any_checkpoint_says_that_there_is_none(run):
+    with pytest.raises(NonFiniteError, match=r"at step 1; no checkpoint$"):
+        run(fake_stage([], poison=1), steps=3)
+
+
+def test_parameters_that_overflow_are_never_saved(run, tmp_path):
+    """Loss and gradient of the step were finite, the update was not: only looking at the state can tell."""
+    stage = fake_stage([])
+
+    def step(state, batch, key):
+        state, pairs = stage.step(state, batch, key)
+        return state.replace(params={"w": state.params["w"] + (jnp.inf if int(state.step) == 3 else 0.0)}), pairs
+
+    for policy in ("error", "skip"):
+        broken = stage.__class__(**{**stage.__dict__, "step": step, "batches": Numbers([])})
+        with pytest.raises(NonFiniteError, match=r"the state of fake is no longer finite at step 3; .*checkpoints/2$"):
+            run(broken, steps=5, every=1, on_nonfinite=policy)
+        assert not (tmp_path / "checkpoints" / "3").exists()
+
+
+def test_skip_leaves_the_state_as_it_was_and_counts(run, tmp_path):
+    run(fake_stage([], skip=True, poison=3), steps=5, on_nonfinite="skip", every=1)
+    rows = [row for row in lines(tmp_path) if "fake/skipped" in row]
+    assert [row["fake/skipped"] for row in rows] == [0, 0, 1, 0, 0]
+    assert rows[2]["fake/loss"] is None and "fake/grad_norm" not in rows[2]
+    saved = []
+    for n in (5, 3, 2):
+        with Checkpoints(tmp_path, CheckpointConfig(keep_last=100)) as checkpoints:
+            state, _ = checkpoints.restore(states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT))
+        saved.append(np.asarray(state.params["w"]))
+        for later in [s for s in checkpoints.steps() if s > {5: 3, 3: 2, 2: 0}[n]]:
+            (tmp_path / "checkpoints" / str(later)).rename(tmp_path / f"old_{later}")
+    assert np.isfinite(saved[0]).all()
+    np.testing.assert_array_equal(saved[1], saved[2])  # step 3 changed nothing
+
+
+def test_evaluate_needs_a_checkpoint_and_changes_nothing(run, tmp_path):
+    config = TrainConfig(stage="fake", steps=2, log=LogConfig(tensorboard=False))
+    with pytest.raises(CheckpointError, match="no checkpoint to evaluate"):
+        train.evaluate(fake_stage([]), config, tmp_path, LAYOUT)
+    last = run(fake_stage([]), steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train.evaluate(fake_stage([]), config, tmp_path, LAYOUT) == {"fake/val": last["fake/val"]}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_position_of_other_data_is_refused(run):
+    run(fake_stage([]), steps=3)
+    stage = fake_stage([])
+    stage.batches.set_state = lambda state: state["elsewhere"]
+    with pytest.raises(CheckpointError, match="data position does not fit"):
+        run(stage, steps=3)
