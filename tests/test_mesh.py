@@ -1,0 +1,109 @@
+"""Meshes and rules: logical names to shardings, and every way to get them wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import AXES, DEFAULT_RULES, MeshConfig, constrain, make_layout
+
+
+def sizes(layout) -> dict[str, int]:
+    return {axis: n for axis, n in layout.mesh.shape.items() if n > 1}
+
+
+def test_minus_one_takes_what_is_left():
+    assert tuple(make_layout().mesh.axis_names) == AXES
+    assert sizes(make_layout()) == {"data": 4}
+    assert sizes(make_layout(MeshConfig(data=1, fsdp=-1))) == {"fsdp": 4}
+    assert sizes(make_layout(MeshConfig(fsdp=2))) == {"data": 2, "fsdp": 2}
+    assert sizes(make_layout(MeshConfig(data=1, fsdp=2, tensor=-1))) == {"fsdp": 2, "tensor": 2}
+    assert sizes(make_layout(devices=jax.devices()[:1])) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MeshConfig(data=3), "does not fit the 4 devices"),
+        (MeshConfig(data=8), "does not fit the 4 devices"),
+        (MeshConfig(data=2), "does not fit the 4 devices"),  # two would stand idle
+        (MeshConfig(fsdp=3), "does not fit the 4 devices"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one is -1"),
+        (MeshConfig(data=0), "sizes are positive"),
+        (MeshConfig(data=-2), "sizes are positive"),
+        (MeshConfig(rules={"bogus": "data"}), "unknown logical axis 'bogus'; known: batch"),
+        (
+            MeshConfig(rules={"embed": ("data", "bogus")}),
+            "mesh.rules.embed: unknown mesh axes ['bogus']; known: replica",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be(config, said):
+    with pytest.raises(ConfigError) as caught:
+        make_layout(config)
+    assert said in str(caught.value)
+
+
+def test_rules_lay_names_over_axes():
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2))
+    assert layout.spec(("embed", "mlp")) == P("fsdp", "tensor")
+    assert layout.spec(("heads", None, "embed")) == P("tensor", None, "fsdp")
+    assert layout.spec(("layers", "positions")) == P(None, None)
+    assert make_layout(devices=jax.devices()[:1]).spec(("embed", "mlp")) in (P(None, None), P())
+
+
+def test_an_axis_shards_one_dimension_only_the_first_that_asks():
+    """An activation's batch takes fsdp, so that its embed is whole; a parameter's embed is split."""
+    layout = make_layout(MeshConfig(data=2, fsdp=2))
+    assert layout.spec(("batch", "time", "embed")) == P(("replica", "data", "fsdp"), None, None)
+    assert layout.spec(("embed", "embed")) == P("fsdp", None)
+
+
+def test_rules_can_be_overridden_and_switched_off():
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2, rules={"vocab": ("tensor", "fsdp"), "embed": None}))
+    assert layout.spec(("vocab", "embed")) == P(("tensor", "fsdp"), None)
+    assert layout.rules["mlp"] == DEFAULT_RULES["mlp"]
+
+
+def test_wrong_names_and_sizes_are_named():
+    layout = make_layout(MeshConfig(data=1, fsdp=4))
+    with pytest.raises(ConfigError, match="logical axis 'bogus' is not in the mesh rules: batch"):
+        layout.spec(("bogus",))
+    with pytest.raises(ConfigError, match=r"axis 'embed' of size 6 is not divisible by the 4 devices of mesh axes"):
+        layout.spec(("embed", "mlp"), (6, 8))
+    assert layout.spec(("embed", "mlp"), (8, 6)) == P("fsdp", None)  # tensor has one device: 6 may stay whole
+
+
+def test_batches_are_shared_by_the_data_like_axes():
+    layout = make_layout(MeshConfig(data=2, fsdp=2))
+    assert layout.batch_shards == 4
+    layout.check_batch(8)
+    with pytest.raises(ConfigError, match=r"ppo\.batch_size=6 is not divisible by the 4 devices .*replica, data, fsdp"):
+        layout.check_batch(6, "ppo.batch_size")
+    placed = layout.put({"x": np.arange(8.0).reshape(8, 1)})["x"]
+    assert [s.data.ravel().tolist() for s in placed.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    np.testing.assert_array_equal(placed, np.arange(8.0).reshape(8, 1))
+    again = layout.put_rows(placed)
+    assert again is placed
+    assert layout.put_rows(np.arange(8.0)).sharding.spec == layout.sharding("batch").spec
+
+
+def test_tensor_parallel_devices_share_a_batch():
+    assert make_layout(MeshConfig(data=1, fsdp=2, tensor=2)).batch_shards == 2
+
+
+def test_constrain_places_within_a_layout_and_is_nothing_outside_of_one():
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2))
+    x = jnp.ones((4, 8))
+    assert constrain(x, ("batch", "mlp")) is x
+    with layout.use():
+        inside = jax.jit(lambda x: constrain(x * 2, ("batch", "mlp")))(x)
+        with pytest.raises(ConfigError, match="bogus"):
+            constrain(x, ("batch", "bogus"))
+    assert inside.addressable_shards[0].data.shape == (2, 4)
+    assert constrain(x, ("batch", "bogus")) is x
+    one = make_layout(devices=jax.devices()[:1])
+    with one.use():
+        assert constrain(x, ("batch", "mlp")) is x
