@@ -1,11 +1,12 @@
 """A conversation with a model in the terminal: several turns, tokens as they are drawn, `/reset`, `/quit`."""
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data.chat import Message, render_prompt
@@ -43,7 +44,8 @@ class Chat:
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
         limits = {"max_new": self.max_new, "eos_id": self.tokenizer.eos_id}
-        drawn = stream(self.model, self.params, tokens, segments, key, temperature=self.temperature, **limits)
+        rows = (jnp.asarray(tokens), jnp.asarray(segments))
+        drawn = stream(self.model, self.params, *rows, key, temperature=self.temperature, **limits)
         pieces = []
         for piece in decode_stream(self.tokenizer, drawn):
             pieces.append(piece)
@@ -81,8 +83,8 @@ def run(
     temperature: float,
     max_new: int,
     seed: int,
-    inputs: TextIO | None = None,
-    out: TextIO | None = None,
+    inputs: io.TextIOBase | None = None,
+    out: io.TextIOBase | None = None,
 ) -> None:
     """Reads a line, answers it, until the end of the input.
 
@@ -110,7 +112,7 @@ def run(
             print(file=out)
 
 
-def _lines(inputs: TextIO, out: TextIO) -> Iterator[str]:
+def _lines(inputs: io.TextIOBase, out: io.TextIOBase) -> Iterator[str]:
     if inputs is sys.stdin:
         try:
             while True:
