@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlhfjax.models.linear import transposed
+
 MASKED = -1e30  # finite: a row of nothing but masked scores stays free of NaN
 QUERY_BLOCK = 128  # queries a block; a block sees only the keys up to its own end, so about half the work is skipped
 
@@ -75,17 +77,13 @@ def _attend_backward(saved, d_out):
     d_sum = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True) / total
     d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(q.shape)
     kept = _times(weights, drop).reshape(b, g, h // g * t, s)
-    d_v = _transposed(jnp.einsum("bgtd,bgts->bgds", d_out, kept))
+    d_v = transposed(jnp.einsum("bgtd,bgts->bgds", d_out, kept))
     d_kept = jnp.einsum("bgtd,bgsd->bgts", d_out, v, preferred_element_type=jnp.float32).reshape(b, h, t, s)
     d_scores = (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
     d_scores = jax.lax.optimization_barrier(d_scores)
     d_q = jnp.einsum("bgts,bgsd->bgtd", d_scores, k) * d**-0.5
-    d_k = _transposed(jnp.einsum("bgtd,bgts->bgds", q, d_scores))
+    d_k = transposed(jnp.einsum("bgtd,bgts->bgds", q, d_scores))
     return d_q.reshape(b, h, t, d), d_k, d_v, None, None
-
-
-def _transposed(x):
-    return jax.lax.optimization_barrier(x).swapaxes(2, 3)  # without the barrier XLA folds it into a slower product
 
 
 def _times(x, drop):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.linear import transposed
+
 CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
 
 
@@ -79,7 +81,7 @@ def _cross_entropy_forward(hidden, output, targets, mask, tied):
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32)
     (total, d_output), (d_hidden, nll) = _scan(step, zeros, hidden, output, tied, targets, mask)
-    return total, (d_hidden, d_output.T if tied else d_output, nll)
+    return total, (d_hidden, transposed(d_output) if tied else d_output, nll)
 
 
 def _cross_entropy_backward(tied, saved, g):
