@@ -1,0 +1,121 @@
+"""The losses of the reward stage by name, each as a function of a prompt's K completions.
+
+A loss takes `rewards`, `labels` and `valid`, all [p, k]: higher labels are better, `valid` is 0 where a prompt has
+fewer than K completions. Those of pairs see every pair of one prompt once and are means over pairs; `kwise`,
+`plackett_luce` and `best_of_k` are means over prompts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhfjax.algos import ranking
+from rlhfjax.algos.preference import kwise_loss, untied_pairs
+from rlhfjax.algos.types import Loss
+from rlhfjax.errors import ConfigError
+
+RewardLoss = Callable[[jax.Array, jax.Array, jax.Array], Loss]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Which likelihood of the labels a reward model maximises.
+
+    kwise: InstructGPT, eq. 1.  bradley_terry: the mean over pairs (Stiennon 2020).  smoothed: labels are wrong with
+    probability `smoothing`.  margin: Llama 2, eq. 2.  soft: P(i better) = sigmoid(label_scale (l_i - l_j)), as a judge
+    gives it.  half_ties: WebGPT, a tie is a label of 1/2.  rao_kupper: ties are outcomes of their own.
+    plackett_luce: the whole ranking.  best_of_k: Ziegler 2019, eq. 1, the labeller picks one.
+    """
+
+    name: Literal[
+        "kwise", "bradley_terry", "smoothed", "margin", "soft", "half_ties", "rao_kupper", "plackett_luce", "best_of_k"
+    ] = "kwise"
+    smoothing: float = 0.1  # of `smoothed`; cDPO's and Wang et al.'s usual value
+    margin: float = 1.0  # of `margin`: reward units a unit of label difference
+    label_scale: float = 1.0  # of `soft`: 1 where a label is a log-probability, as judges give
+    eta: float = 0.5  # of `rao_kupper`: rewards closer than about this are called equal; ours, the paper fits it
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 0.5:
+            raise ConfigError(f"loss.smoothing={self.smoothing}: a probability of a wrong label below 0.5 is needed")
+        if self.eta <= 0:
+            raise ConfigError(f"loss.eta={self.eta}: it must be above 0, or ties are impossible")
+
+
+def make_loss(config: LossConfig) -> RewardLoss:
+    """The loss that a config names, (rewards, labels, valid) [p, k] -> (scalar, metrics)."""
+    return {
+        "kwise": kwise_loss,
+        "bradley_terry": _bradley_terry,
+        "smoothed": functools.partial(_smoothed, smoothing=config.smoothing),
+        "margin": functools.partial(_margin, margin=config.margin),
+        "soft": functools.partial(_soft, label_scale=config.label_scale),
+        "half_ties": _half_ties,
+        "rao_kupper": functools.partial(_rao_kupper, eta=config.eta),
+        "plackett_luce": ranking.plackett_luce_loss,
+        "best_of_k": _best_of_k,
+    }[config.name]
+
+
+def ordered_pairs(
+    rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"]
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """Reward of the better, of the worse, label difference and weight of every untied pair; n = p k k."""
+    weight = untied_pairs(labels, valid)
+    rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
+    better, worse = (jnp.broadcast_to(x, weight.shape) for x in (rewards[:, :, None], rewards[:, None, :]))
+    gaps = labels[:, :, None] - labels[:, None, :]
+    return better.ravel(), worse.ravel(), gaps.ravel(), weight.ravel()
+
+
+def all_pairs(
+    rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"]
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """Rewards a and b, label_a - label_b and weight of every pair i < j, ties included; n = p k (k - 1) / 2."""
+    i, j = jnp.triu_indices(rewards.shape[1], k=1)
+    rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
+    weight = ((valid[:, i] > 0) & (valid[:, j] > 0)).astype(rewards.dtype)
+    return rewards[:, i].ravel(), rewards[:, j].ravel(), (labels[:, i] - labels[:, j]).ravel(), weight.ravel()
+
+
+def _bradley_terry(rewards: jax.Array, labels: jax.Array, valid: jax.Array) -> Loss:
+    better, worse, _, weight = ordered_pairs(rewards, labels, valid)
+    return ranking.bradley_terry_loss(better, worse, weight)
+
+
+def _smoothed(rewards: jax.Array, labels: jax.Array, valid: jax.Array, *, smoothing: float) -> Loss:
+    better, worse, _, weight = ordered_pairs(rewards, labels, valid)
+    return ranking.smoothed_loss(better, worse, weight, smoothing=smoothing)
+
+
+def _margin(rewards: jax.Array, labels: jax.Array, valid: jax.Array, *, margin: float) -> Loss:
+    better, worse, gaps, weight = ordered_pairs(rewards, labels, valid)
+    return ranking.margin_loss(better, worse, margin * gaps, weight)
+
+
+def _soft(rewards: jax.Array, labels: jax.Array, valid: jax.Array, *, label_scale: float) -> Loss:
+    a, b, gaps, weight = all_pairs(rewards, labels, valid)
+    return ranking.soft_label_loss(a, b, jax.nn.sigmoid(label_scale * gaps), weight)
+
+
+def _half_ties(rewards: jax.Array, labels: jax.Array, valid: jax.Array) -> Loss:
+    a, b, gaps, weight = all_pairs(rewards, labels, valid)
+    return ranking.soft_label_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight)
+
+
+def _rao_kupper(rewards: jax.Array, labels: jax.Array, valid: jax.Array, *, eta: float) -> Loss:
+    a, b, gaps, weight = all_pairs(rewards, labels, valid)
+    return ranking.rao_kupper_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight, eta=eta)
+
+
+def _best_of_k(rewards: jax.Array, labels: jax.Array, valid: jax.Array) -> Loss:
+    """A prompt whose best is tied names no best, and has weight 0."""
+    labels = jnp.where(valid > 0, labels, -jnp.inf)
+    top = jnp.max(labels, axis=1, keepdims=True)
+    single = jnp.sum((labels == top) & (valid > 0), axis=1, keepdims=True) == 1
+    return ranking.best_of_k_loss(rewards, jnp.argmax(labels, axis=1).astype(jnp.int32), valid * single)
