@@ -1,4 +1,4 @@
-"""What scores a finished response: `load_scorer("gold:sentiment")` and the protocol every scorer follows."""
+"""What scores a finished response: `load_scorer("gold:sentiment")`, rules by name, and the protocol they follow."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.rewards import rules
 from rlhfjax.rewards.gold import Sentiment
 
 
@@ -28,12 +29,14 @@ SCORERS: dict[str, Callable[[], Scorer]] = {"gold:sentiment": Sentiment}
 
 
 def load_scorer(name: str) -> Scorer:
-    """Makes the scorer of that name, as a config spells it.
+    """Makes the scorer of that name, as a config spells it: one of SCORERS, or `rule:module:function`.
 
     Raises:
       ConfigError: there is none of that name.
       DataError: it needs a package that is not installed.
     """
+    if name.startswith(rules.PREFIX):
+        return rules.Rule(rules.parse(name))
     if name not in SCORERS:
         raise ConfigError(f"scorer {name!r} is unknown; known are {', '.join(sorted(SCORERS))}")
     return SCORERS[name]()
