@@ -103,7 +103,7 @@ def test_references_are_paths_of_earlier_stages(tmp_path):
         ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),
         ({"stages": ["a"], "a": {}, "b": {}}, "'b' is not in `stages`: a"),
         ({"stages": ["a", "a"], "a": {}}, "a name stands twice"),
-        ({"stages": ["a"], "a": {"stage": "bogus"}}, "stage 'bogus' is unknown; known: collect"),
+        ({"stages": ["a"], "a": {"stage": "bogus"}}, "stage 'bogus' is unknown; known: "),
         ({"stages": ["a"], "a": {}}, "stage '' is unknown"),
         (two(bogus=1), "b.bogus: no such option"),
         (two(vocab_size="many"), "b.vocab_size='many': expected int"),
