@@ -1,0 +1,28 @@
+"""Small configs of each family, and parameters that are not all at their init (biases and scales included)."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhfjax.models import TransformerConfig
+
+SIZE = {"vocab_size": 61, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 40, "max_length": 32, "init_std": 0.3}
+FAMILIES = {
+    "llama": TransformerConfig(**SIZE, tie_embeddings=False),
+    "llama-gqa": TransformerConfig(**SIZE, n_kv_heads=2, rope_theta=500.0, d_head=8),
+    "gpt2": TransformerConfig(
+        **SIZE, positions="learned", norm="layernorm", mlp="gelu", bias=True, scale_residual_init=True
+    ),
+}
+
+
+def shaken(params, seed=7):
+    """Every parameter moved by N(0, 0.1), so that a bias or scale that is left out of a sum shows."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def tokens(batch, length, seed=1, vocab=61):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 2, vocab, dtype=jnp.int32)

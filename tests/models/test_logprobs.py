@@ -1,0 +1,103 @@
+"""Chunked cross-entropy and logprobs against the plain formulas, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.models import logprobs as chunked
+from rlhfjax.models.linear import linear
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def case(request):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (3, 7, 5))
+    output = jax.random.normal(keys[1], (11, 5) if request.param else (5, 11))
+    targets = jax.random.randint(keys[2], (3, 7), 0, 11)
+    mask = (jax.random.uniform(keys[3], (3, 7)) > 0.3).astype(jnp.float32)
+    return hidden, output, targets, mask, request.param
+
+
+@pytest.fixture(params=[1, 3 * 11 * 2, 10**6], ids=["chunks of 1", "chunks of 2", "one chunk"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", request.param)
+
+
+def plain_logprobs(hidden, output, targets, tied, temperature=1.0):
+    logits = hidden @ (output.T if tied else output) / temperature
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], -(jnp.exp(logp) * logp).sum(-1)
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b)
+
+
+def test_cross_entropy_is_plain(case, chunk):
+    hidden, output, targets, mask, tied = case
+
+    def got(hidden, output, mask):
+        return 1.7 * chunked.cross_entropy(hidden, output, targets, mask, tied=tied)[0]
+
+    def expected(hidden, output, mask):
+        return -1.7 * (plain_logprobs(hidden, output, targets, tied)[0] * mask).sum()
+
+    args = hidden, output, mask
+    close(got(*args), expected(*args))
+    close(jax.grad(got, (0, 1, 2))(*args), jax.grad(expected, (0, 1, 2))(*args))
+    assert float(chunked.cross_entropy(hidden, output, targets, mask, tied=tied)[1]) == float(mask.sum())
+
+
+def test_logprobs_are_plain(case, chunk):
+    hidden, output, targets, mask, tied = case
+
+    def weighted(fn):
+        def loss(hidden, output):
+            logprob, entropy = fn(hidden, output, targets, tied=tied, temperature=TEMPERATURE)
+            return (logprob * mask).sum() + 0.3 * (entropy**2).sum()
+
+        return loss
+
+    expected, got = weighted(plain_logprobs), weighted(chunked.logprobs)
+    close(
+        chunked.logprobs(hidden, output, targets, TEMPERATURE, tied=tied),
+        plain_logprobs(hidden, output, targets, tied, TEMPERATURE),
+    )
+    close(jax.grad(got, (0, 1))(hidden, output), jax.grad(expected, (0, 1))(hidden, output))
+
+
+def test_cross_entropy_by_hand():
+    """Logits (0, ln 3): p = (1/4, 3/4); target 1 costs ln(4/3), target 0 costs ln 4, and the masked row nothing."""
+    hidden, output = jnp.ones((1, 3, 1)), jnp.array([[0.0], [np.log(3.0)]])
+    total, weight = chunked.cross_entropy(hidden, output, jnp.array([[1, 0, 0]]), jnp.array([[1.0, 1, 0]]), tied=True)
+    np.testing.assert_allclose(total, np.log(4 / 3) + np.log(4), rtol=1e-6)
+    assert float(weight) == 2.0
+
+
+def test_whole_logits_never_live(monkeypatch, optimised):
+    """No array of b * t * v elements in the compiled loss and gradient, where the plain form has several."""
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)
+    hidden, output = jnp.ones((4, 32, 8)), jnp.ones((1024, 8))
+    targets, mask = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32))
+
+    def temp(fn):
+        return jax.jit(jax.grad(fn, (0, 1))).lower(hidden, output).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 4 * 32 * 1024 * 4
+    assert temp(lambda h, o: chunked.cross_entropy(h, o, targets, mask, tied=True)[0]) < whole / 2
+    assert temp(lambda h, o: plain_logprobs(h, o, targets, True)[0].sum()) > whole
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_linear_gradient_is_autodiffs(shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, 4, shape[0])), jax.random.normal(keys[1], shape)
+    weight = jax.random.normal(keys[2], (2, 4, shape[1]))
+    got, expected = (
+        jax.grad(lambda x, k: (f(x, k) ** 2 * weight).sum(), (0, 1))(x, kernel)  # noqa: B023
+        for f in (linear, lambda x, k: x @ k)
+    )
+    close(got, expected)

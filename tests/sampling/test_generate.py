@@ -1,0 +1,269 @@
+"""Sampling against teacher forcing and against a sampler without a cache; ends, independence, repeatability."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import Model
+from rlhfjax.sampling import Samples, generate, stream
+from rlhfjax.sampling.choose import choose
+from tests.models.families import FAMILIES, shaken, tokens
+
+EOS, PAD, NEW, PROMPT = 1, 0, 10, 7
+LENGTHS = (7, 1, 4, 6)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return Model(FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return shaken(model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    model = Model(FAMILIES["gpt2"])
+    return model, shaken(model.init(jax.random.key(0)))
+
+
+def left_padded(lengths=LENGTHS, width=PROMPT):
+    segments = (jnp.arange(width)[None] >= width - jnp.array(lengths)[:, None]).astype(jnp.int32)
+    return jnp.where(segments > 0, tokens(len(lengths), width), PAD), segments
+
+
+def keys(n, seed=3):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new", "eos_id", "temperature", "top_k", "top_p"))
+def run(model, params, prompts, segments, keys, **settings):
+    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8} | settings
+    return generate(model, params, prompts, segments, keys, **settings)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teacher_forced(model, params, prompts, segments, samples, temperature):
+    rows = jnp.concatenate([prompts, samples.tokens], axis=1)
+    seen = jnp.concatenate([segments, samples.mask.astype(jnp.int32)], axis=1)
+    logits = model.logits(params, model.hidden(params, rows, segments=seen)[:, PROMPT - 1 : -1]) / temperature
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), samples.tokens[..., None], -1)[..., 0] * samples.mask
+
+
+def test_pitfall_05_logprobs_are_teacher_forced(model, params, optimised):
+    """... at a temperature other than 1, for prompts of other lengths: sampler and trainer are one distribution."""
+    prompts, segments = left_padded()
+    samples = run(model, params, prompts, segments, keys(4))
+    expected = teacher_forced(model, params, prompts, segments, samples, 0.8)
+    np.testing.assert_allclose(samples.logprobs, expected, atol=1e-5)
+    assert float(samples.mask.sum()) > 20
+
+
+def test_pitfall_03_logprobs_carry_the_temperature(gpt2):
+    """The same tokens' logprobs at temperature 1 are others: a trainer that forgets it is off by this much."""
+    model, params = gpt2
+    prompts, segments = left_padded()
+    samples = run(model, params, prompts, segments, keys(4), temperature=0.5)
+    right, wrong = (teacher_forced(model, params, prompts, segments, samples, t) for t in (0.5, 1.0))
+    np.testing.assert_allclose(samples.logprobs, right, atol=1e-5)
+    assert float(jnp.abs(samples.logprobs - wrong).max()) > 0.1
+
+
+def uncached(model, params, prompts, segments, keys, temperature):
+    """The sampler again without a cache: the whole row through the model for each token."""
+    rows = np.asarray(prompts)
+    seen = np.asarray(segments)
+    width, done = rows.shape[1], np.zeros(len(rows), bool)
+    logits_at = jax.jit(
+        lambda rows, seen, at: model.logits(
+            params, jnp.take_along_axis(model.hidden(params, rows, segments=seen), at[:, None, None], 1)[:, 0]
+        )
+    )
+    rows, seen = (np.pad(x, ((0, 0), (0, NEW))) for x in (rows, seen))
+    mask, logprobs = np.zeros((len(rows), NEW)), np.zeros((len(rows), NEW))
+    for step in range(NEW):
+        at = jnp.full(len(rows), width + step - 1)
+        u = jnp.array([jax.random.uniform(jax.random.fold_in(key, step)) for key in keys])
+        token, logprob = choose(logits_at(rows, seen, at), u, temperature=temperature, top_k=0, top_p=1.0)
+        live = ~done
+        rows[:, width + step] = np.where(live, token, PAD)
+        seen[:, width + step] = mask[:, step] = live
+        logprobs[:, step] = np.where(live, logprob, 0)
+        done |= np.asarray(token) == EOS
+    return Samples(rows[:, width:], mask, logprobs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_cached_is_uncached(model, params, temperature):
+    prompts, segments = left_padded()
+    got = run(model, params, prompts, segments, keys(4), temperature=temperature)
+    expected = uncached(model, params, prompts, segments, keys(4), temperature)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_row_depends_on_its_own_prompt_and_key_alone(gpt2):
+    """Alone, in another order, among other neighbours, with more padding: the same tokens, and nearly the same logprobs."""
+    model, params = gpt2
+    prompts, segments = left_padded()
+    together = run(model, params, prompts, segments, keys(4))
+    for i in range(4):
+        alone = run(model, params, prompts[i : i + 1], segments[i : i + 1], keys(4)[i : i + 1])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+        np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-5)
+    order = jnp.array([2, 0, 3, 1])
+    moved = run(model, params, prompts[order], segments[order], keys(4)[order])
+    np.testing.assert_array_equal(moved.tokens, together.tokens[order])
+    wider = run(model, params, *(jnp.pad(x, ((0, 0), (3, 0))) for x in (prompts, segments)), keys(4))
+    np.testing.assert_array_equal(wider.tokens, together.tokens)
+
+
+def test_pitfall_07_keys_make_the_draw(gpt2):
+    """Equal keys repeat, other keys differ, and rows with one prompt but own keys differ among themselves."""
+    model, params = gpt2
+    prompts, segments = (jnp.repeat(x[:1], 4, axis=0) for x in left_padded())
+    one, again, other = (run(model, params, prompts, segments, keys(4, seed)).tokens for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, again)
+    assert (np.asarray(one) != np.asarray(other)).any()
+    assert len({tuple(row) for row in np.asarray(one).tolist()}) == 4
+    greedy = [run(model, params, prompts, segments, keys(4, s), temperature=0.0).tokens for s in (3, 4)]
+    np.testing.assert_array_equal(*greedy)
+
+
+def rigged(gpt2, script):
+    """A model whose greedy continuation is `script[position]`: position embeddings alone decide the token."""
+    model, params = gpt2
+    params = jax.tree.map(jnp.zeros_like, params)
+    embed = params["backbone"]["embed"]
+    # Small, so that the choice is clear but not certain and every logprob is below 0.
+    table = 0.2 * jax.random.normal(jax.random.key(0), embed["tokens"].shape)
+    embed["tokens"] = jnp.zeros_like(table).at[jnp.array(script)].set(table[jnp.array(script)])
+    embed["positions"] = embed["positions"].at[: len(script)].set(100 * embed["tokens"][jnp.array(script)])
+    params["backbone"]["norm"]["scale"] = jnp.ones(model.config.d_model)
+    return model, params
+
+
+def test_pitfall_08_the_end(gpt2):
+    """Rows of length 4, 3 and 1 reach the position whose next token is eos (position 5) after 3, 4 and 6 tokens.
+
+    The eos is the response's last token, with mask 1; after it pad, mask 0 and logprob 0. A row at the limit ends
+    without an eos.
+    """
+    model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
+    prompts, segments = left_padded((4, 3, 1))
+    samples = run(model, params, prompts, segments, keys(3), temperature=0.0, max_new=5)
+    assert samples.tokens.tolist() == [[13, 14, EOS, PAD, PAD], [12, 13, 14, EOS, PAD], [10, 11, 12, 13, 14]]
+    assert samples.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(np.asarray(samples.logprobs) == 0, np.asarray(samples.mask) == 0)
+
+
+def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
+    """Decode steps counted as they run: two rows end after 3 and 4 tokens, so 3 decodes, not max_new - 1 = 9."""
+    model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
+    prompts, segments = left_padded((4, 3))
+    calls, decode = [], Model.decode
+
+    def counted(self, params, token, position, slot, cache):
+        jax.debug.callback(lambda s: calls.append(int(s)), slot)
+        return decode(self, params, token, position, slot, cache)
+
+    monkeypatch.setattr(Model, "decode", counted)
+    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0}
+    samples = jax.jit(lambda *x: generate(model, *x, **settings))(params, prompts, segments, keys(2))
+    jax.block_until_ready(samples)
+    jax.effects_barrier()
+    assert calls == [PROMPT, PROMPT + 1, PROMPT + 2]
+    assert samples.mask.sum(1).tolist() == [3, 4]
+
+
+def test_truncated_logprobs_are_those_sampled_from(gpt2):
+    """top-k 3: every token is among the 3 likeliest, and its probability is over their sum."""
+    model, params = gpt2
+    prompts, segments = left_padded()
+    samples = run(model, params, prompts, segments, keys(4), top_k=3, temperature=1.0)
+    rows = jnp.concatenate([prompts, samples.tokens], axis=1)
+    seen = jnp.concatenate([segments, samples.mask.astype(jnp.int32)], axis=1)
+    logits = np.asarray(model.logits(params, model.hidden(params, rows, segments=seen)[:, PROMPT - 1 : -1]), np.float64)
+    for i, step in zip(*np.nonzero(np.asarray(samples.mask)), strict=True):
+        best = np.sort(np.exp(logits[i, step]))[-3:]
+        chosen = np.exp(logits[i, step, samples.tokens[i, step]])
+        np.testing.assert_allclose(samples.logprobs[i, step], np.log(chosen / best.sum()), atol=1e-4)
+        assert chosen >= best[0] * (1 - 1e-5)
+
+
+def test_stream_is_generate(gpt2):
+    model, params = gpt2
+    prompts, segments = left_padded((5,))
+    settings = {"max_new": NEW, "eos_id": EOS, "temperature": 0.8}
+    whole = run(model, params, prompts, segments, keys(1), **settings)
+    got = list(stream(model, params, prompts, segments, keys(1)[0], **settings))
+    assert got == np.asarray(whole.tokens)[np.asarray(whole.mask) > 0].tolist()
+    ended = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16])
+    settings = settings | {"temperature": 0.0}
+    assert list(stream(*ended, prompts, segments, keys(1)[0], **settings)) == [14, EOS]
+
+
+def test_bf16_logprobs_are_near_teacher_forced(gpt2):
+    """bf16 keeps 8 bits: on logits of about 3 the two computations differ by a few hundredths of a nat."""
+    model = Model(dataclasses.replace(gpt2[0].config, dtype="bfloat16"))
+    prompts, segments = left_padded()
+    samples = run(model, gpt2[1], prompts, segments, keys(4))
+    assert samples.logprobs.dtype == jnp.float32
+    expected = teacher_forced(model, gpt2[1], prompts, segments, samples, 0.8)
+    assert float(jnp.abs(samples.logprobs - expected).max()) < 0.15
+
+
+def test_four_devices_sample_what_one_does(gpt2):
+    if jax.device_count() < 4:
+        pytest.skip("one device")
+    model, params = gpt2
+    prompts, segments = left_padded()
+    expected = run(model, params, prompts, segments, keys(4))
+    layout = make_layout(MeshConfig(), jax.devices()[:4])
+
+    def put(x):
+        return jax.device_put(x, layout.sharding("batch"))
+
+    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
+    with layout.use():
+        got = jax.jit(lambda *x: generate(model, *x, **settings))(
+            jax.device_put(params, layout.replicated), put(prompts), put(segments), put(keys(4))
+        )
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_the_cache_is_updated_in_place(gpt2, optimised):
+    """The compiled loop holds no copy of an array as large as one layer's keys."""
+    model, params = gpt2
+    prompts, segments = left_padded()
+    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD}
+    jitted = jax.jit(lambda *x: generate(model, *x, **settings))
+    text = jitted.lower(params, prompts, segments, keys(4)).compile().as_text()
+    shape = f"f32[4,4,{PROMPT + NEW - 1},6]"
+    body = text[text.index("dynamic-update-slice") :]
+    assert shape in body
+    assert not [line for line in text.splitlines() if shape in line.split("=")[-1][:40] and " copy(" in line]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new": 0}, "max_new is 0"),
+        ({"max_new": 26}, "prompt of 7 and a response of 26 tokens exceed model.max_length = 32"),
+        ({"eos_id": PAD}, "eos_id and pad_id are both 0"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_impossible_requests_say_why(gpt2, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        run(*gpt2, *left_padded(), keys(4), **settings)
