@@ -348,7 +348,7 @@ def test_four_devices_are_one(family, mesh, scan):
     ],
 )
 def test_impossible_configs_say_why(change, words):
-    with pytest.raises(ConfigError, match="model|width") as caught:
+    with pytest.raises(ConfigError, match=r"model|width") as caught:
         TransformerConfig(**{**SIZE, **change})
     assert words in str(caught.value) and "\n" not in str(caught.value)
 

@@ -112,7 +112,7 @@ def test_cached_is_uncached(model, params, temperature):
 
 
 def test_a_row_depends_on_its_own_prompt_and_key_alone(gpt2):
-    """Alone, in another order, among other neighbours, with more padding: the same tokens, and nearly the same logprobs."""
+    """Alone, in another order, among other neighbours, with more padding: the same tokens."""
     model, params = gpt2
     prompts, segments = left_padded()
     together = run(model, params, prompts, segments, keys(4))
@@ -260,10 +260,14 @@ def test_the_cache_is_updated_in_place(gpt2, optimised):
     [
         ({"max_new": 0}, "max_new is 0"),
         ({"max_new": 26}, "prompt of 7 and a response of 26 tokens exceed model.max_length = 32"),
-        ({"eos_id": PAD}, "eos_id and pad_id are both 0"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
 def test_impossible_requests_say_why(gpt2, settings, words):
     with pytest.raises(ConfigError, match=words):
         run(*gpt2, *left_padded(), keys(4), **settings)
+
+
+def test_pitfall_02_the_end_is_not_padding(gpt2):
+    with pytest.raises(ConfigError, match="eos_id and pad_id are both 0"):
+        run(*gpt2, *left_padded(), keys(4), eos_id=PAD)
