@@ -82,7 +82,7 @@ def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[R
 
     Args:
       splits: split name to rows {prompt: str, prompt_tokens: [n], completions: [k] str, completion_tokens: [k][r],
-        scores: [k], ranks: [k] (from the scores if missing)}.
+        scores: [k], ranks: [k] (from the scores if missing), labeller: str (`labeller` if missing)}.
       labeller: who ranked, for instance "simulated: VADER sentiment".
 
     Raises:
@@ -131,7 +131,7 @@ def _row(row: Row, labeller: str, split: str, index: int) -> Row:
         "completions": row["completions"],
         "scores": scores,
         "ranks": ranks,
-        "labeller": labeller,
+        "labeller": row.get("labeller") or labeller,
         "prompt_tokens": row["prompt_tokens"],
         "completion_tokens": row["completion_tokens"],
     }

@@ -1,6 +1,10 @@
 """Any reward by its name, as a function of sampled sequences: a reward model's workdir or a scorer of text."""
 
+import importlib
+import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +14,13 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.models import store
-from rlhfjax.rewards import SCORERS, Scorer, load_scorer
+from rlhfjax.rewards import SCORERS, Scorer, load_scorer, rules
 from rlhfjax.rewards.model import ModelReward
 
 Reward = Callable[[Any, Any, Any], Any]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
+Pairs = dict[str, tuple[Any, Any]]
+FILE = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}, see `described`
+KINDS = ("compose", "rubric", "dense")  # modules of this folder with load(values, folder, layout, tokenizer) -> Reward
 
 
 class TextReward:
@@ -23,9 +30,23 @@ class TextReward:
         self.scorer, self.tokenizer = scorer, tokenizer
 
     def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
-        tokens, segments, mask = (np.asarray(x) for x in jax.device_get((tokens, segments, mask)))
-        prompts, responses = texts(self.tokenizer, tokens, segments, mask)
-        return self.scorer(prompts, responses)
+        return self.scorer(*self._texts(tokens, segments, mask))
+
+    def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
+        """Scores, and what the scorer says of them where it says anything."""
+        if not hasattr(self.scorer, "with_metrics"):
+            return self(tokens, segments, mask), {}
+        return self.scorer.with_metrics(*self._texts(tokens, segments, mask))
+
+    def _texts(self, *arrays: jax.Array) -> tuple[list[str], list[str]]:
+        return texts(self.tokenizer, *(np.asarray(x) for x in jax.device_get(arrays)))
+
+
+def score(reward: Reward, tokens: Any, segments: Any, mask: Any) -> tuple[Any, Pairs]:
+    """Scores [n] and the reward's own metrics (disagreement, components, failures), empty where it has none."""
+    if hasattr(reward, "with_metrics"):
+        return reward.with_metrics(tokens, segments, mask)
+    return reward(tokens, segments, mask), {}
 
 
 def texts(
@@ -39,17 +60,43 @@ def texts(
 
 
 def load_reward(name: str, layout: Layout, tokenizer: Tokenizer) -> Reward:
-    """A reward by name: one of the scorers of text, or the workdir of a reward stage.
+    """A reward by name: a scorer of text (gold:…, rule:…), or the workdir of a stage that made or described a reward.
 
     Raises:
       ConfigError: the model there has no scalar head, or another vocabulary.
       CheckpointError: there is no model.
     """
-    if name in SCORERS:
+    if name in SCORERS or name.startswith(rules.PREFIX):
         return TextReward(load_scorer(name), tokenizer)
+    if (Path(name) / FILE).is_file():
+        return described(Path(name), layout, tokenizer)
     saved = store.load(name, layout)
     check_scalar(saved, tokenizer, name)
     return ModelReward(saved.model, saved.params)
+
+
+def described(folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
+    """The reward that a folder's reward.json describes: several rewards as one, a rubric put to a judge, or rules.
+
+    Raises:
+      ConfigError: a kind that there is not.
+    """
+    values: dict[str, Any] = json.loads((folder / FILE).read_text())
+    kind = values.pop("kind", None)
+    if kind not in KINDS:
+        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {', '.join(KINDS)}")
+    module = importlib.import_module(f"rlhfjax.rewards.{kind}")  # they import this module
+    return module.load(values, folder, layout, tokenizer)
+
+
+def beside(name: str, folder: Path) -> str:
+    """A name as reward.json keeps it: a path is relative to its folder, so that a recipe's workdir can be moved."""
+    return os.path.relpath(name, folder) if Path(name).exists() else name
+
+
+def found(name: str, folder: Path) -> str:
+    """What `beside` kept, as it is reached from here."""
+    return str(folder / name) if (folder / name).exists() else name
 
 
 def check_scalar(saved: store.SavedModel, tokenizer: Tokenizer, name: str) -> None:

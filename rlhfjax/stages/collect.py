@@ -1,6 +1,8 @@
 """Collection: K answers of a policy to each prompt, scored and ranked by a labeller, written as a dataset.
 
 workdir/preferences/    ArrayRecord for the reward stage, and train.jsonl, validation.jsonl for people
+
+With more than one labeller, how far they agree is reported: pairwise, with ties, and as Fleiss' kappa.
 """
 
 import dataclasses
@@ -10,18 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhfjax.data import loader
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.rewards.responses import Reward, load_reward, texts
+from rlhfjax.rewards.agreement import agreement
+from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
+from rlhfjax.stages.parts.answers import Sampling, answers
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
-from rlhfjax.stages.parts.rollout import sample
 
 FOLDER = "preferences"
 
@@ -30,7 +32,8 @@ FOLDER = "preferences"
 class Config:
     stage: str = "collect"
     init_from: str  # the policy that answers
-    labeller: str  # a scorer such as gold:sentiment, or a reward stage's workdir
+    labeller: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
+    others: tuple[str, ...] = ()  # label the same answers, for inter-labeller agreement alone
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)  # become the validation split
     completions: int = 4  # K; InstructGPT: 4 to 9
@@ -55,15 +58,18 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     policy = store.load(config.init_from, layout)
     check(config, layout, policy.model.config)
     tokenizer = load_tokenizer(policy.tokenizer)
-    labeller = load_reward(config.labeller, layout, tokenizer)
+    labellers = [load_labeller(name, layout, tokenizer) for name in (config.labeller, *config.others)]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}
     with layout.use():
         splits = {
-            split: _answers(config, number, one, policy, tokenizer, labeller, layout)
+            split: _answers(config, number, one, policy, tokenizer, labellers, layout)
             for number, (split, one) in enumerate(prompts.items())
         }
     write_preferences(workdir / FOLDER, splits, labeller=config.labeller)
     metrics = _describe(splits)
+    if config.others:
+        labels = [np.array([row["labels"][i] for row in splits["train"]]) for i in range(len(labellers))]
+        metrics |= {f"collect/{name}": value for name, value in agreement(labels).items()}
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -75,51 +81,41 @@ def _answers(
     prompts: PromptConfig,
     policy: store.SavedModel,
     tokenizer: SentencePieceTokenizer,
-    labeller: Reward,
+    labellers: list[Labeller],
     layout: Layout,
 ) -> list[dict[str, Any]]:
     source = open_prompts(prompts, "collect.prompts", seed=config.seed)
-    batches = loader.prompt_batches(
-        source, tokenizer, train=False, batch_size=config.batch_size, length=config.prompt_length
-    )
-    limits = {"max_new": config.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    lengths = (config.prompt_length, config.max_new)
+    sampling = Sampling(*lengths, config.temperature, config.batch_size, each=config.completions)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []
     with Progress(len(source), "prompts", title="collect") as progress:
-        for i, batch in enumerate(batches):
-            repeated = {k: np.repeat(batch[k], config.completions, axis=0) for k in ("prompts", "segments")}
-            placed = layout.put(repeated)
-            rollout = sample(
-                policy.model,
-                policy.params,
-                placed["prompts"],
-                placed["segments"],
-                jax.random.fold_in(key, i),
-                temperature=config.temperature,
-                **limits,
-            )
-            scores = np.asarray(labeller(rollout.tokens, rollout.segments, rollout.mask), np.float64)
-            rows += _rows(jax.device_get(rollout), scores, batch["index"], config, tokenizer)
-            progress.update(len(rows), count=int((batch["index"] >= 0).sum()))
+        for rollout, index in answers(source, policy, tokenizer, sampling, key, layout):
+            some = make_answers(rollout.tokens, rollout.segments, rollout.mask, config.completions, tokenizer)
+            labels = np.stack([labeller(some) for labeller in labellers])
+            if np.isnan(labels[0]).any():
+                raise DataError(f"collect.labeller={config.labeller}: it has no opinion about some of the answers")
+            rows += _rows(jax.device_get(rollout), some, labels, index)
+            progress.update(len(rows), count=int((index >= 0).sum()))
     return rows
 
 
-def _rows(
-    rollout: Any, scores: np.ndarray, index: np.ndarray, config: Config, tokenizer: SentencePieceTokenizer
-) -> list[dict[str, Any]]:
+def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray) -> list[dict[str, Any]]:
     """One row a prompt; prompts that only fill the batch are left out."""
-    k, p = config.completions, config.prompt_length
-    prompts, answers = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
+    k, p = some.k, rollout.tokens.shape[1] - rollout.mask.shape[1]
     rows = []
-    for first in (i * k for i, original in enumerate(index) if original >= 0):
-        some = range(first, first + k)
+    for i in (i for i, original in enumerate(index) if original >= 0):
+        first = i * k
         rows.append(
             {
-                "prompt": prompts[first],
+                "prompt": some.prompts[i],
                 "prompt_tokens": rollout.tokens[first, :p][rollout.segments[first, :p] > 0].tolist(),
-                "completions": [answers[i] for i in some],
-                "completion_tokens": [rollout.responses[i][rollout.mask[i] > 0].tolist() for i in some],
-                "scores": [float(scores[i]) for i in some],
+                "completions": some.completions[i],
+                "completion_tokens": [
+                    rollout.responses[j][rollout.mask[j] > 0].tolist() for j in range(first, first + k)
+                ],
+                "scores": labels[0, i].tolist(),
+                "labels": labels[:, i],
             }
         )
     return rows

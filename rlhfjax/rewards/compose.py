@@ -1,0 +1,114 @@
+"""Several rewards as one: an ensemble of reward models, or a weighted sum of whatever scores a response."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rlhfjax.config import build, write_json
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.rewards import ensemble
+from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, load_reward
+from rlhfjax.rewards.responses import score as score_one
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberConfig:
+    """One reward of several."""
+
+    reward: str  # a name that `load_reward` knows
+    name: str = ""  # in the metrics: score_NAME; empty: its number
+    weight: float = 1.0  # of combine="sum"
+    where: str = ""  # a scorer that gives 1 on prompts where this member counts and 0 elsewhere; empty: everywhere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComposeConfig:
+    """How members make one reward: sum_i weight_i where_i r_i, or an ensemble's mean, worst, or mean - c std."""
+
+    members: tuple[MemberConfig, ...] = ()
+    combine: Literal["sum", "mean", "worst", "pessimistic"] = "sum"
+    coefficient: float = 1.0  # c of pessimistic
+
+    def __post_init__(self):
+        if len(self.members) < (1 if self.combine == "sum" else 2):
+            raise ConfigError(f'compose.members: combine="{self.combine}" needs more than {len(self.members)}')
+        if self.combine != "sum" and any(m.weight != 1.0 or m.where for m in self.members):
+            raise ConfigError(f'compose.members: weight and where are of combine="sum", not of "{self.combine}"')
+        labels = [member_name(i, m) for i, m in enumerate(self.members)]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"compose.members: a name stands twice: {', '.join(labels)}")
+
+
+def member_name(i: int, member: MemberConfig) -> str:
+    return member.name or str(i)
+
+
+def save(folder: Path, config: ComposeConfig) -> None:
+    """Writes reward.json."""
+    values = dataclasses.asdict(config)
+    for member in values["members"]:
+        member["reward"] = beside(member["reward"], folder)
+    write_json(folder / FILE, {"kind": "compose", **values})
+
+
+def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
+    config = build(ComposeConfig, values, str(folder / FILE))
+    members = [load_reward(found(m.reward, folder), layout, tokenizer) for m in config.members]
+    return make(config, members, [load_reward(m.where, layout, tokenizer) if m.where else None for m in config.members])
+
+
+def make(config: ComposeConfig, members: list[Reward], where: list[Reward | None]) -> Reward:
+    """One reward out of loaded ones.
+
+    Raises:
+      ConfigError: an ensemble's member is no reward model, or has another shape.
+    """
+    if config.combine == "sum":
+        return WeightedSum(config, members, where)
+    for i, member in enumerate(members):
+        if type(member) is not ModelReward or member.model != members[0].model:
+            raise ConfigError(
+                f"compose.members: an ensemble is of reward models of one shape, {config.members[i].reward} is not"
+            )
+    params = [member.params for member in members]
+    return ensemble.EnsembleReward(members[0].model, params, how=config.combine, coefficient=config.coefficient)
+
+
+class WeightedSum:
+    """r = sum_i weight_i where_i r_i, with every component as a metric of its own.
+
+    Metrics: score_NAME, the mean of r_i over the responses where it counts, before its weight; applied_NAME, how often
+    that is, where it is not everywhere; and the members' own metrics, as METRIC_NAME.
+    """
+
+    def __init__(self, config: ComposeConfig, members: list[Reward], where: list[Reward | None]):
+        self._config, self._members, self._where = config, members, where
+
+    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
+        return self.with_metrics(tokens, segments, mask)[0]
+
+    def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
+        n = float(mask.shape[0])
+        total, pairs = np.zeros(mask.shape[0], np.float32), {}
+        for i, (member, reward, where) in enumerate(zip(self._config.members, self._members, self._where, strict=True)):
+            scores, own = score_one(reward, tokens, segments, mask)
+            counts = np.ones_like(total) if where is None else _host(where(tokens, segments, mask))
+            scores = np.where(counts > 0, _host(scores) * counts, 0)
+            total = total + np.float32(member.weight) * scores
+            name = member_name(i, member)
+            pairs |= {f"{key}_{name}": pair for key, pair in own.items()}
+            pairs[f"score_{name}"] = (np.float32(scores.sum()), np.float32(counts.sum()))
+            if where is not None:
+                pairs[f"applied_{name}"] = (np.float32(counts.sum()), np.float32(n))
+        return total, pairs
+
+
+def _host(x: Any) -> np.ndarray:
+    return np.asarray(jax.device_get(x), np.float32)

@@ -1,0 +1,49 @@
+"""A reward a token: what TAMER learns, H(s_t, a_t) on every token of a response."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.mesh import Layout
+from rlhfjax.models import store
+from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.responses import check_scalar
+
+PyTree = Any
+
+
+def token_rewards(
+    model: Model, params: PyTree, tokens: Int[Array, "n t"], segments: Int[Array, "n t"]
+) -> Float[Array, "n t"]:
+    """H at every slot: the scalar head on a token's own hidden state, which has seen the token (the action)."""
+    return model.scalar(params, model.hidden(params, tokens, segments=segments))
+
+
+class DenseReward(ModelReward):
+    """Per-token rewards; as a score of the whole response, their sum: sum_t H(s_t, a_t)."""
+
+    def __init__(self, model: Model, params: PyTree):
+        super().__init__(model, params)
+        self._dense = jax.jit(functools.partial(token_rewards, model))
+        self._sum = jax.jit(lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1))
+
+    def per_token(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+        """H [n, r] at the response's tokens."""
+        return self._dense(self.params, tokens, segments)[:, -mask.shape[1] :] * mask
+
+    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
+        return self._sum(self.per_token(tokens, segments, mask), mask)
+
+
+def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> DenseReward:
+    saved = store.load(folder, layout)
+    check_scalar(saved, tokenizer, str(folder))
+    return DenseReward(saved.model, saved.params)

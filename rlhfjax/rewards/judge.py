@@ -1,0 +1,149 @@
+"""A language model as a judge: log-probabilities of options after a question, and answers to requests.
+
+Any model that the sampler runs can judge. A question is a conversation; an option is what the assistant's turn would
+begin with.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlhfjax.data import chat
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.models import store
+from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.responses import found
+from rlhfjax.sampling.generate import generate
+
+Conversation = list[chat.Message]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Which model judges, and how much of it is run at once."""
+
+    model: str  # the workdir of a stage that made a language model
+    length: int  # question and option, tokens; a longer question loses its beginning
+    batch_size: int = 32  # rows of a forward pass
+
+
+def load_judge(config: JudgeConfig, folder: Path, layout: Layout) -> "Judge":
+    """The judge that a folder's reward.json names."""
+    return Judge(dataclasses.replace(config, model=found(config.model, folder)), layout)
+
+
+class Judge:
+    """Scores options and answers requests, in batches of one shape.
+
+    Raises:
+      ConfigError: the model has no language-model head, or too short a context.
+    """
+
+    def __init__(self, config: JudgeConfig, layout: Layout):
+        saved = store.load(config.model, layout)
+        if saved.model.head != "lm":
+            raise ConfigError(f"judge.model={config.model}: a language model is needed, this one has another head")
+        if config.length > saved.model.config.max_length:
+            raise ConfigError(f"judge.length={config.length} is more than the model's {saved.model.config.max_length}")
+        layout.check_batch(config.batch_size, "judge.batch_size")
+        self.tokenizer: Tokenizer = load_tokenizer(saved.tokenizer)
+        self._config, self._layout = config, layout
+        self._model, self._params = saved.model, saved.params
+        self._score = jax.jit(functools.partial(span_logprobs, saved.model))
+
+    def logprobs(
+        self, questions: Sequence[Conversation], options: Sequence[str], openings: Sequence[Sequence[int]] = ()
+    ) -> Float[np.ndarray, "n o"]:
+        """log p(option_o | question_n): the sum over the option's tokens, nats.
+
+        Args:
+          openings: ids with which the assistant's turn begins, before the option; none by default.
+        """
+        ends = [self.tokenizer.encode(option) for option in options]
+        room = self._config.length - max(map(len, ends))
+        rows = []
+        for i, question in enumerate(questions):
+            opening = list(openings[i]) if openings else []
+            prompt = chat.render_prompt(self.tokenizer, question, max_tokens=max(8, room - len(opening))).tolist()
+            rows += [((prompt + opening)[-room:], end) for end in ends]
+        return np.concatenate(list(self._batches(rows))).reshape(len(questions), len(ends))
+
+    def _batches(self, rows):
+        size, length, pad = self._config.batch_size, self._config.length, self.tokenizer.pad_id
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            tokens, segments = np.full((size, length), pad, np.int32), np.zeros((size, length), np.int32)
+            mask = np.zeros((size, length), np.float32)
+            for i, (prompt, end) in enumerate(some):
+                ids = [*prompt, *end]
+                tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+                mask[i, len(prompt) : len(ids)] = 1
+            placed = self._layout.put({"tokens": tokens, "segments": segments, "mask": mask})
+            with self._layout.use():
+                out = self._score(self._params, placed["tokens"], placed["segments"], placed["mask"])
+            yield np.asarray(jax.device_get(out), np.float64)[: len(some)]
+
+    def answer(
+        self, questions: Sequence[Conversation], *, max_new: int, temperature: float, seed: int
+    ) -> list[list[int]]:
+        """What the model says to each conversation: ids, without the eos. Row i is drawn with fold_in(key(seed), i)."""
+        size, room = self._config.batch_size, self._config.length - max_new
+        limits = {"max_new": max_new, "eos_id": self.tokenizer.eos_id, "pad_id": self.tokenizer.pad_id}
+        out: list[list[int]] = []
+        for start in range(0, len(questions), size):
+            some = questions[start : start + size]
+            prompts, segments = np.full((size, room), limits["pad_id"], np.int32), np.zeros((size, room), np.int32)
+            for i in range(size):
+                ids = chat.render_prompt(self.tokenizer, some[min(i, len(some) - 1)], max_tokens=room)
+                prompts[i, room - len(ids) :], segments[i, room - len(ids) :] = ids, 1
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(start, start + size))
+            placed = self._layout.put({"prompts": prompts, "segments": segments})
+            with self._layout.use():
+                samples = _generate(
+                    self._model, self._params, placed["prompts"], placed["segments"], keys, temperature, **limits
+                )
+            tokens, mask = jax.device_get((samples.tokens, samples.mask))
+            rows = [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
+            out += [[token for token in row if token != limits["eos_id"]] for row in rows[: len(some)]]
+        return out
+
+
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "max_new", "eos_id", "pad_id"))
+def _generate(model, params, prompts, segments, keys, temperature, **limits):
+    return generate(model, params, prompts, segments, keys, temperature=temperature, **limits)
+
+
+def span_logprobs(
+    model: Model, params: dict, tokens: Int[Array, "n t"], segments: Int[Array, "n t"], mask: Float[Array, "n t"]
+) -> Float[Array, " n"]:
+    """sum over the tokens where mask is 1 of log p(token | what is before it), nats."""
+    hidden = model.hidden(params, tokens, segments=segments)
+    logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
+    return jnp.sum(jnp.where(mask[:, 1:] > 0, logprobs, 0), axis=1)
+
+
+def class_probabilities(logprobs: Float[np.ndarray, "n o"]) -> Float[np.ndarray, "n o"]:
+    """p_o = e^{l_o} / sum e^{l}: the judge's choice among the options, whatever else it might have said."""
+    weights = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def readable(prompt: str) -> str:
+    """A prompt in the chat template as people read it: `User: …`, a line a turn, without the last, empty one."""
+    first, *rest = re.split(r"<\|(user|assistant|system)\|>", prompt)
+    turns = [(role.capitalize(), text) for role, text in zip(rest[::2], rest[1::2], strict=True) if text.strip()]
+    return "\n".join([*([first] if first.strip() else []), *(f"{role}: {text}" for role, text in turns)])
+
+
+def fill(template: str, **values: str) -> str:
+    """Puts values into `{name}` of a template, all at once, so that a value with braces stays as it is."""
+    return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda m: values[m.group()[1:-1]], template)

@@ -1,0 +1,104 @@
+"""Who labels answers: gold scorers, reward models, judges and people's rankings behind one protocol.
+
+labeller = load_labeller("gold:sentiment", layout, tokenizer)      # or a reward's folder, rule:…, rankings:GLOB
+scores = labeller(answers)                                         # [p, k], higher is better, equal is a tie
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
+from rlhfjax.rewards.responses import FILE, Reward, load_reward, texts
+
+RANKINGS = "rankings:"
+
+
+class Answers(NamedTuple):
+    """k answers to each of p prompts: row i k + j is the j-th answer to prompt i."""
+
+    tokens: Any  # [p k, prompt + response]
+    segments: Any  # [p k, prompt + response]
+    mask: Any  # [p k, response]
+    prompts: list[str]  # p texts, chat markers included
+    completions: list[list[str]]  # p times k texts
+
+    @property
+    def k(self) -> int:
+        return len(self.completions[0])
+
+
+def make_answers(tokens: Any, segments: Any, mask: Any, k: int, tokenizer: Tokenizer) -> Answers:
+    """Answers out of a rollout whose rows are k to a prompt."""
+    host = (np.asarray(x) for x in jax.device_get((tokens, segments, mask)))
+    prompts, completions = texts(tokenizer, *host)
+    grouped = [completions[i : i + k] for i in range(0, len(completions), k)]
+    return Answers(tokens, segments, mask, prompts[::k], grouped)
+
+
+@runtime_checkable
+class Labeller(Protocol):
+    """Labels answers.
+
+    Returns:
+      float [p, k]: higher is better, equal is a tie, NaN is no opinion. What a number means beyond its order is the
+      labeller's own: a reward, minus a rank, or log-probabilities whose differences are log-odds (judges).
+    """
+
+    def __call__(self, answers: Answers) -> np.ndarray: ...
+
+
+class RewardLabeller:
+    """A reward as a labeller: a gold scorer, a reward model, rules."""
+
+    def __init__(self, reward: Reward):
+        self._reward = reward
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        scores = jax.device_get(self._reward(answers.tokens, answers.segments, answers.mask))
+        return np.asarray(scores, np.float64).reshape(-1, answers.k)
+
+
+class RankingsLabeller:
+    """What people said of the same answers, found by prompt and text; NaN where they did not rank one.
+
+    Ranks of one ranking only are compared with each other: of several of one prompt, the one with most of the answers.
+    """
+
+    def __init__(self, rankings: list[Ranking]):
+        self._ranks: dict[str, list[dict[str, int]]] = {}
+        for one in rankings:
+            self._ranks.setdefault(one.key, []).append(dict(zip(one.completions, one.ranks, strict=True)))
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        return np.array([self._label(*row) for row in zip(answers.prompts, answers.completions, strict=True)])
+
+    def _label(self, prompt: str, texts: list[str]) -> list[float]:
+        known = max(self._ranks.get(prompt, [{}]), key=lambda ranks: sum(text in ranks for text in texts))
+        return [-float(known.get(text, float("nan"))) for text in texts]
+
+
+def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer) -> Labeller:
+    """A labeller by name: `rankings:GLOB[@LABELLER]`, or any name of a reward (see `load_reward`).
+
+    Raises:
+      ConfigError: the file holds several labellers' rankings and none is named, or the named one is not there.
+    """
+    if not name.startswith(RANKINGS):
+        described = Path(name) / FILE
+        values = json.loads(described.read_text()) if described.is_file() else {}
+        if values.pop("kind", None) == "feedback":
+            return importlib.import_module("rlhfjax.rewards.feedback").load(values, Path(name), layout)  # it imports us
+        return RewardLabeller(load_reward(name, layout, tokenizer))
+    pattern, _, who = name.removeprefix(RANKINGS).partition("@")
+    people = by_labeller(read_rankings(pattern))
+    if who not in people and (who or len(people) > 1):
+        raise ConfigError(f"labeller {name!r}: name one of {', '.join(people)} as rankings:GLOB@LABELLER")
+    return RankingsLabeller(people[who or next(iter(people))])

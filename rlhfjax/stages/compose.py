@@ -1,0 +1,29 @@
+"""A reward made of others, by name in one file: an ensemble of reward models, or a weighted sum with rules and judges.
+
+workdir/reward.json    what `reward="stage:…"` of a policy stage then loads
+
+An ensemble's members are reward stages that differ in their seed, each its own stage of the recipe.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.rewards.compose import ComposeConfig, save
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ComposeConfig):
+    stage: str = "compose"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes reward.json; returns how many members there are."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)}
+    save(workdir, ComposeConfig(**own))
+    metrics = {"compose/members": float(len(config.members))}
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics

@@ -1,0 +1,133 @@
+"""Critique and revision: a policy's answers, criticised and rewritten by a model, as fine-tuning data (SL-CAI).
+
+workdir/{train,validation}.jsonl    {"messages": [..., the revised answer]}, rows of kind messages
+workdir/revisions.jsonl             every draft with its critiques, for people
+
+Every round draws a principle for each prompt, by seed, round and prompt: a line of `principles` is JSON,
+{"critique": "Identify …", "revision": "Please rewrite …"}.
+
+Source: Bai et al. 2022, "Constitutional AI", section 3.1 and appendix C (four revisions, principles drawn at random).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.data import chat
+from rlhfjax.data.rows import split_of
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.rewards.feedback import choose, read_lines
+from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
+from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    stage: str = "critique"
+    init_from: str  # the policy that answers
+    critic: str | None = None  # criticises and revises; None: the policy itself, as in the paper
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    principles: str  # a file of JSON lines
+    rounds: int = 1  # revisions; the paper: 4
+    length: int  # conversation and answer, tokens; a longer conversation loses its beginning
+    max_new: int  # tokens of an answer, a critique, a revision
+    temperature: float = 1.0
+    validation: float = 0.1  # share of the prompts, by a stable hash
+    batch_size: int = 32
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    layout.check_batch(config.batch_size, "critique.batch_size")
+    check_length(config.length, shape, "critique.length")
+    if config.rounds < 1 or not 0 < config.max_new < config.length:
+        raise ConfigError("critique: rounds is at least 1, and max_new lies between 0 and length")
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes both files; returns how many rows there are and how many answers a revision changed."""
+    principles = [read_principle(line, config.principles) for line in read_lines(config.principles)]
+    options = {"length": config.length, "batch_size": config.batch_size}
+    policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
+    critic = policy if config.critic is None else Judge(JudgeConfig(model=config.critic, **options), layout)
+    source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
+    prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
+    drafts = [_say(config, policy, prompts, 0)]
+    critiques: list[list[str]] = []
+    for number in range(config.rounds):
+        chosen = [principles[int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))] for p in prompts]
+        asked = [
+            [*prompt, _turn("assistant", draft), _turn("user", principle["critique"])]
+            for prompt, draft, principle in zip(prompts, drafts[-1], chosen, strict=True)
+        ]
+        critiques.append(_say(config, critic, asked, 2 * number + 1))
+        asked = [
+            [*before, _turn("assistant", critique), _turn("user", principle["revision"])]
+            for before, critique, principle in zip(asked, critiques[-1], chosen, strict=True)
+        ]
+        drafts.append(_say(config, critic, asked, 2 * number + 2))
+    metrics = _write(config, workdir, prompts, drafts, critiques)
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def read_principle(line: str, where: str) -> dict[str, str]:
+    """{"critique": request, "revision": request}. Raises DataError for anything else."""
+    try:
+        principle = json.loads(line)
+        good = all(isinstance(principle[name], str) and principle[name] for name in ("critique", "revision"))
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise DataError(f'{where}: expected JSON lines {{"critique": …, "revision": …}}, got {line[:60]!r}')
+    return principle
+
+
+def _numbers(principles: list[Any]) -> list[str]:
+    return [str(i) for i in range(len(principles))]
+
+
+def _turn(role: str, content: str) -> chat.Message:
+    return {"role": role, "content": content}
+
+
+def _say(config: Config, speaker: Judge, questions: list[Conversation], draw: int) -> list[str]:
+    """The speaker's answers as text; the draw numbers what is asked, so that no two share their randomness."""
+    seed = (config.seed * 1_000_003 + draw) % 2**31
+    ids = speaker.answer(questions, max_new=config.max_new, temperature=config.temperature, seed=seed)
+    return [speaker.tokenizer.decode(one).strip() for one in ids]
+
+
+def _write(
+    config: Config, workdir: Path, prompts: list[Conversation], drafts: list[list[str]], critiques: list[list[str]]
+) -> dict[str, float]:
+    """An empty last draft is no example and is left out, and counted."""
+    kept: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    everything = []
+    for i, prompt in enumerate(prompts):
+        everything.append(
+            {"messages": prompt, "drafts": [d[i] for d in drafts], "critiques": [c[i] for c in critiques]}
+        )
+        if drafts[-1][i]:
+            held_out = split_of(chat.to_text(prompt), validation=config.validation, test=0.0) == "validation"
+            kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
+    for split, rows in {**kept, "revisions": everything}.items():
+        temporary = workdir / f"{split}.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(workdir / f"{split}.jsonl")
+    changed = sum(first != last for first, last in zip(drafts[0], drafts[-1], strict=True))
+    return {
+        "critique/prompts": float(len(prompts)),
+        "critique/empty": float(len(prompts) - sum(map(len, kept.values()))),
+        "critique/revised": changed / len(prompts),
+    }

@@ -1,0 +1,37 @@
+"""A preference dataset as JSON lines of rankings, for people to look at, to rank anew, or for another program.
+
+workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeller", "time"}, see `rewards/rankings.py`
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.rewards.rankings import from_row, write_rankings
+from rlhfjax.stages.reward import open_preferences
+
+FILE = "rankings.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    stage: str = "export_rankings"
+    preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
+    splits: tuple[str, ...] = ("train", "validation")
+    time: str = ""  # ISO 8601, when they were ranked; a dataset does not know
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes rankings.jsonl; returns how many there are."""
+    if not config.splits:
+        raise ConfigError("export_rankings.splits: at least one is needed")
+    sources = [open_preferences(config.preferences, split) for split in config.splits]
+    rankings = [from_row(source[i])._replace(time=config.time) for source in sources for i in range(len(source))]
+    write_rankings(workdir / FILE, rankings)
+    metrics = {"export_rankings/rankings": float(len(rankings))}
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics

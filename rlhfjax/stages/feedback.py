@@ -1,0 +1,31 @@
+"""AI feedback: a judge with principles, as a labeller by name. See `rewards/feedback.py`.
+
+workdir/reward.json    what `labeller="stage:…"` of `collect` loads; the reward stage then takes `loss={"name": "soft"}`
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rlhfjax.config import write_json
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.rewards.feedback import FeedbackConfig, read_lines
+from rlhfjax.rewards.responses import FILE, beside
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(FeedbackConfig):
+    stage: str = "feedback"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes reward.json; returns how many principles there are."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(FeedbackConfig)}
+    values = dataclasses.asdict(FeedbackConfig(**own)) | {"principles": beside(config.principles, workdir)}
+    values["judge"]["model"] = beside(config.judge.model, workdir)
+    write_json(workdir / FILE, {"kind": "feedback", **values})
+    metrics = {"feedback/principles": float(len(read_lines(config.principles)))}
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics

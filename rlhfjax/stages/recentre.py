@@ -1,0 +1,103 @@
+"""Recentring: a reward model whose bias is set anew, and nothing else, so that some samples have mean reward 0.
+
+r'(x, y) = r(x, y) - mean r over the samples; which of two answers is better does not change.
+
+The samples are answers of a policy to prompts, completions of preference folders, or demonstrations.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhfjax.data import loader
+from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer, finalize
+from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.responses import check_scalar
+from rlhfjax.stages.parts import centre
+from rlhfjax.stages.parts.answers import Sampling, answers
+from rlhfjax.stages.parts.common import SourceConfig, check_length, open_sources
+from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+from rlhfjax.stages.reward import make_judge, open_preferences
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    stage: str = "recentre"
+    init_from: str  # the reward model
+    policy: str | None = None  # answers `prompts`; or else:
+    preferences: tuple[str, ...] = ()  # completions of the train split
+    demonstrations: tuple[SourceConfig, ...] = ()
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompt_length: int = 0  # of `policy`
+    max_new: int = 0  # of `policy`
+    temperature: float = 1.0
+    length: int = 0  # prompt and response, of `preferences` and `demonstrations`
+    batch_size: int
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    if sum(map(bool, (config.policy, config.preferences, config.demonstrations))) != 1:
+        raise ConfigError("recentre: give the samples by one of policy, preferences and demonstrations")
+    needed = ("prompt_length", "max_new") if config.policy else ("length",)
+    if missing := [name for name in needed if getattr(config, name) < 1]:
+        raise ConfigError(f"recentre.{missing[0]}: a value is required")
+    layout.check_batch(config.batch_size, "recentre.batch_size")
+    check_length(sum(getattr(config, name) for name in needed), shape, f"recentre.{' + '.join(needed)}")
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes model/; returns mean and spread of the samples' rewards before."""
+    saved = store.load(config.init_from, layout)
+    check(config, layout, saved.model.config)
+    check_scalar(saved, load_tokenizer(saved.tokenizer), config.init_from)
+    with layout.use():
+        params, pairs = centre.normalise(saved.params, _samples(config, saved, layout), "mean")
+    store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
+    metrics = finalize(jax.device_get(pairs), "recentre/")
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
+    """Rewards of the samples, and which of them exist."""
+    tokenizer = load_tokenizer(saved.tokenizer)
+    if config.policy:
+        return _sampled(config, saved, layout)
+    options = {"batch_size": config.batch_size, "length": config.length}
+    if config.preferences:
+        batches = loader.preference_batches(
+            open_preferences(config.preferences, "train"), tokenizer, train=False, **options
+        )
+    else:
+        source = open_sources(config.demonstrations, "recentre.demonstrations")
+        batches = centre.demonstrations(source, tokenizer, **options)
+    return make_judge(saved.model, layout)(saved.params, batches)
+
+
+def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
+    policy = store.load(config.policy, layout)
+    tokenizer = load_tokenizer(policy.tokenizer)
+    if policy.tokenizer.read_bytes() != saved.tokenizer.read_bytes():
+        raise ConfigError("recentre: policy and reward model have different tokenizers")
+    source = open_prompts(config.prompts, "recentre.prompts", seed=config.seed)
+    sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)
+    reward = ModelReward(saved.model, saved.params)
+    parts = [
+        (jax.device_get(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32))
+        for one, index in answers(source, policy, tokenizer, sampling, jax.random.key(config.seed), layout)
+    ]
+    return {
+        name: np.concatenate(values)
+        for name, values in zip(("rewards", "valid"), zip(*parts, strict=True), strict=True)
+    }

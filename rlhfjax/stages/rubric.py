@@ -1,0 +1,31 @@
+"""A rule-based reward model: a rubric that a judge answers, as a reward by name. See `rewards/rubric.py`.
+
+workdir/reward.json    what `reward="stage:…"` loads; `compose` adds it to a reward model, on some prompts
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rlhfjax.config import write_json
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.rewards.responses import FILE, beside
+from rlhfjax.rewards.rubric import RubricConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RubricConfig):
+    stage: str = "rubric"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes reward.json; returns how many classes there are."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(RubricConfig)}
+    values = dataclasses.asdict(RubricConfig(**own))
+    values["judge"]["model"] = beside(config.judge.model, workdir)
+    write_json(workdir / FILE, {"kind": "rubric", **values})
+    metrics = {"rubric/classes": float(len(config.classes))}
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics

@@ -1,0 +1,334 @@
+"""Judges: option log-probabilities against a plain loop, rubrics, AI feedback, critique and revision."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax import recipe
+from rlhfjax.data import chat
+from rlhfjax.data.preferences import read_preferences
+from rlhfjax.data.sources import open_source
+from rlhfjax.data.tokenizer import train_sentencepiece
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.feedback import OPTIONS, Feedback, FeedbackConfig, choose
+from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
+from rlhfjax.rewards.labellers import Answers, load_labeller
+from rlhfjax.rewards.responses import load_reward, score
+from rlhfjax.stages import stage_config
+
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
+SENTENCES = [f"the cat {i} likes tea and (A) or (B) but no rain {i * 7}" for i in range(200)]
+LENGTH = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random language model that has opinions: its embedding is large."""
+    path = tmp_path_factory.mktemp("judge")
+    tokenizer = train_sentencepiece(SENTENCES, path, vocab_size=300)
+    shape = TransformerConfig(
+        vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_length=128, init_std=0.3
+    )
+    model = Model(shape)
+    store.save(path / "model", store.SavedModel(model, model.init(jax.random.key(1)), path / "tokenizer.model"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(folder):
+    return Judge(JudgeConfig(model=str(folder), length=LENGTH, batch_size=4), ONE)
+
+
+def loop_logprob(folder, question, option, opening=()):
+    """sum_t log softmax(logits)[token], one token after the other, unpadded, float64 from the logits on."""
+    saved = store.load(folder, ONE)
+    tokenizer = Judge(JudgeConfig(model=str(folder), length=LENGTH), ONE).tokenizer
+    ids = [*chat.render_prompt(tokenizer, question).tolist(), *opening]
+    total = 0.0
+    for token in tokenizer.encode(option):
+        hidden = saved.model.hidden(saved.params, jnp.asarray([ids], jnp.int32))
+        logits = np.asarray(saved.model.logits(saved.params, hidden[:, -1])[0], np.float64)
+        total += logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        ids.append(token)
+    return total
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_option_logprobs_are_what_a_loop_over_tokens_gives(folder, judge):
+    questions = [ask("cat"), ask("the cat likes tea"), ask("no"), ask("rain and tea"), ask("(A) or (B)")]
+    options = ("A", " (B)", "no rain")  # of different lengths
+    got = judge.logprobs(questions, options)
+    expected = [[loop_logprob(folder, question, option) for option in options] for question in questions]
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    opened = judge.logprobs(questions[:1], options, [judge.tokenizer.encode("the tea")])
+    again = [loop_logprob(folder, questions[0], o, judge.tokenizer.encode("the tea")) for o in options]
+    np.testing.assert_allclose(opened[0], again, rtol=2e-5)
+
+
+def test_a_long_question_loses_its_beginning_and_keeps_its_end(judge):
+    long = judge.logprobs([ask("tea " * 300 + "no rain")], ("A", "B"))
+    assert np.all(np.isfinite(long))
+
+
+TEMPLATE = "User said {prompt}; it said {response}. (A) fine (B) bad"
+CLASSES = ({"option": " (A)", "reward": 1.0, "name": "fine"}, {"option": " (B)", "reward": -2.0})
+
+
+def rubric(folder, workdir):
+    config = stage_config(
+        "rubric", judge={"model": str(folder), "length": LENGTH, "batch_size": 4}, template=TEMPLATE, classes=CLASSES
+    )
+    recipe.run(config, workdir)
+    return str(workdir)
+
+
+def rollout(tokenizer, prompts, responses):
+    """Left-padded prompts with right-padded responses, as the sampler leaves them."""
+    left = [chat.render_prompt(tokenizer, ask(text)).tolist() for text in prompts]
+    right = [[*tokenizer.encode(text), tokenizer.eos_id] for text in responses]
+    p, r = max(map(len, left)), max(map(len, right))
+    tokens, segments = np.full((len(left), p + r), tokenizer.pad_id), np.zeros((len(left), p + r))
+    mask = np.zeros((len(left), r))
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        tokens[i, p - len(a) : p + len(b)], segments[i, p - len(a) : p + len(b)] = [*a, *b], 1
+        mask[i, : len(b)] = 1
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32), jnp.asarray(mask, jnp.float32)
+
+
+PROMPTS, RESPONSES = ["cat", "tea or rain", "no"], ["the cat {prompt}", "likes", "rain 7"]
+
+
+def expected_rubric(folder):
+    scores = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        question = ask(f"User said User: {prompt}; it said {response}. (A) fine (B) bad")
+        a, b = (loop_logprob(folder, question, option) for option in (" (A)", " (B)"))
+        p = np.exp(a) / (np.exp(a) + np.exp(b))
+        scores.append((p, p * 1.0 + (1 - p) * -2.0))
+    return np.array(scores).T
+
+
+def test_a_rubrics_reward_is_the_expected_reward_of_its_classes(folder, judge, tmp_path):
+    reward = load_reward(rubric(folder, tmp_path), ONE, judge.tokenizer)
+    scores, pairs = score(reward, *rollout(judge.tokenizer, PROMPTS, RESPONSES))
+    chance, expected = expected_rubric(folder)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    np.testing.assert_allclose(pairs["class_fine"], (chance.sum(), 3), rtol=1e-4)
+    assert np.ptp(chance) > 0.01  # it does tell them apart
+
+
+def test_a_rubric_is_added_to_a_reward_on_chosen_prompts_alone(folder, judge, tmp_path):
+    words = "rule:tests.rewards.some_rules:words?workers=1"
+    members = (
+        {"reward": words, "name": "words", "weight": 0.5},
+        {
+            "reward": rubric(folder, tmp_path / "rubric"),
+            "name": "rubric",
+            "weight": 3.0,
+            "where": "rule:tests.rewards.some_rules:where_tea?workers=1",
+        },
+    )
+    recipe.run(stage_config("compose", members=members), tmp_path / "both")
+    reward = load_reward(str(tmp_path / "both"), ONE, judge.tokenizer)
+    scores, pairs = score(reward, *rollout(judge.tokenizer, PROMPTS, RESPONSES))
+    _, alone = expected_rubric(folder)
+    lengths = np.array([len(text.split()) for text in RESPONSES])
+    np.testing.assert_allclose(scores, 0.5 * lengths + 3.0 * alone * np.array([0, 1, 0]), rtol=1e-4)
+    assert pairs["applied_rubric"] == (1.0, 3.0)
+    np.testing.assert_allclose(pairs["score_rubric"], (alone[1], 1.0), rtol=1e-4)
+    assert pairs["score_words"] == (float(lengths.sum()), 3.0)
+    assert pairs["class_fine_rubric"][1] == 3.0
+
+
+# ------------------------------------------------------------------ AI feedback
+
+PRINCIPLES = ["Which is better?", "Which is worse? (no)", "Choose the cat."]
+
+
+@pytest.fixture
+def principles(tmp_path):
+    path = tmp_path / "principles.txt"
+    path.write_text("\n".join(PRINCIPLES) + "\n\n")
+    return str(path)
+
+
+def answers(*rows):
+    empty = np.zeros((0, 0))
+    return Answers(empty, empty, empty, [f"<|user|>{p}<|assistant|>" for p, _ in rows], [list(c) for _, c in rows])
+
+
+SOME = answers(("cat", ("the cat", "rain 3 {a}")), ("tea", ("no", "likes tea and rain")))
+THREE = answers(("cat", ("the cat", "rain 3", "no tea")))
+SHORT = "{prompt} {principle} (A) {a} (B) {b}"
+
+
+def make(folder, principles, **options):
+    config = FeedbackConfig(
+        judge=JudgeConfig(model=str(folder), length=LENGTH, batch_size=4),
+        principles=principles,
+        template=SHORT,
+        **options,
+    )
+    return Feedback(config, Judge(config.judge, ONE))
+
+
+def loop_preference(folder, prompt, a, b, seed=0):
+    """Both orders averaged, the principle by hash of the item."""
+    principle = choose(PRINCIPLES, seed, f"<|user|>{prompt}<|assistant|>", *sorted((a, b)))
+    total = 0.0
+    for first, second, mine in ((a, b, 0), (b, a, 1)):
+        question = ask(f"User: {prompt} {principle} (A) {first} (B) {second}")
+        weights = [np.exp(loop_logprob(folder, question, option)) for option in OPTIONS]
+        total += weights[mine] / sum(weights) / 2
+    return total
+
+
+def test_feedback_averages_both_orders_and_soft_labels_hold_it_exactly(folder, principles):
+    labels = make(folder, principles)(SOME)
+    for i, (prompt, texts) in enumerate((("cat", SOME.completions[0]), ("tea", SOME.completions[1]))):
+        p = loop_preference(folder, prompt, *texts)
+        np.testing.assert_allclose(1 / (1 + np.exp(labels[i, 1] - labels[i, 0])), p, rtol=1e-4)
+        assert abs(p - 0.5) > 1e-3
+
+
+def test_a_judge_that_likes_a_letter_has_no_opinion_about_equal_answers(folder, principles):
+    labels = make(folder, principles)(answers(("cat", ("the same", "the same"))))
+    np.testing.assert_allclose(labels, 0, atol=1e-6)
+
+
+def test_labels_of_three_answers_fit_the_log_odds_in_least_squares(folder, principles):
+    labels = make(folder, principles)(THREE)[0]
+    rows, odds = [], []
+    for i, j in itertools.combinations(range(3), 2):
+        p = loop_preference(folder, "cat", THREE.completions[0][i], THREE.completions[0][j])
+        rows.append([(n == i) - (n == j) for n in range(3)])
+        odds.append(np.log(p / (1 - p)))
+    fit = np.linalg.lstsq(np.array([*rows, [1, 1, 1]], float), np.array([*odds, 0.0]), rcond=None)[0]
+    np.testing.assert_allclose(labels, fit, rtol=1e-3, atol=1e-5)
+
+
+def test_a_chain_of_thought_comes_before_the_choice_and_is_clamped(folder, principles):
+    places, plain = make(folder, principles)(SOME), make(folder, principles).comparisons(SOME)[1]
+    _, thought = make(folder, principles, thought=5).comparisons(SOME)
+    assert np.max(np.abs(thought - plain)) > 1e-4
+    _, clamped = make(folder, principles, clamp=(0.499, 0.501)).comparisons(SOME)
+    np.testing.assert_allclose(clamped, np.clip(plain, 0.499, 0.501))
+    assert places.shape == (2, 2)
+
+
+def test_principles_are_drawn_by_item_and_seed(folder, principles):
+    drawn = [choose(PRINCIPLES, 0, f"prompt {i}", "a", "b") for i in range(300)]
+    assert min(drawn.count(line) for line in PRINCIPLES) > 70
+    assert drawn == [choose(PRINCIPLES, 0, f"prompt {i}", "a", "b") for i in range(300)]
+    assert drawn != [choose(PRINCIPLES, 1, f"prompt {i}", "a", "b") for i in range(300)]
+    with pytest.raises(ConfigError, match="clamp"):
+        make(folder, principles, clamp=(0.4, 0.7))
+    with pytest.raises(DataError, match="cannot be read"):
+        make(folder, principles + ".missing")
+
+
+def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"cat {i}"}) + "\n" for i in range(8)))
+    prompts = {"source": {"spec": f"jsonl:{tmp_path}/p.jsonl", "kind": "prompt", "split": "all"}}
+    judge = {"model": str(folder), "length": LENGTH, "batch_size": 8}
+    recipe.run(stage_config("feedback", judge=judge, principles=principles, template=SHORT), tmp_path / "judge")
+    config = stage_config(
+        "collect",
+        init_from=str(folder),
+        labeller=str(tmp_path / "judge"),
+        prompts=prompts,
+        eval_prompts=prompts,
+        completions=2,
+        prompt_length=16,
+        max_new=4,
+        batch_size=4,
+    )
+    recipe.run(config, tmp_path / "collect")
+    source = read_preferences(tmp_path / "collect" / "preferences")
+    tokenizer = Judge(JudgeConfig(model=str(folder), length=LENGTH), ONE).tokenizer
+    labeller = load_labeller(str(tmp_path / "judge"), ONE, tokenizer)
+    for row in (source[i] for i in range(3)):
+        again = labeller(answers(("x", row["completions"]))._replace(prompts=[row["prompt"]]))
+        np.testing.assert_allclose(row["scores"], again[0], rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------ critique and revision
+
+
+def critique(folder, tmp_path, name, **options):
+    (tmp_path / "c.jsonl").write_text(
+        "".join(json.dumps({"critique": f"say {i}", "revision": f"rewrite {i}"}) + "\n" for i in range(2))
+    )
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"cat {i}"}) + "\n" for i in range(12)))
+    config = stage_config(
+        "critique",
+        init_from=str(folder),
+        prompts={"source": {"spec": f"jsonl:{tmp_path}/p.jsonl", "kind": "prompt", "split": "all"}},
+        principles=str(tmp_path / "c.jsonl"),
+        length=64,
+        max_new=4,
+        validation=0.3,
+        **{"batch_size": 8, **options},
+    )
+    return recipe.run(config, tmp_path / name), tmp_path / name
+
+
+def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path):
+    metrics, workdir = critique(folder, tmp_path, "a", temperature=0.0, rounds=2)
+    rows = [json.loads(line) for line in (workdir / "revisions.jsonl").open()]
+    speaker = Judge(JudgeConfig(model=str(folder), length=64, batch_size=4), ONE)
+
+    def say(conversation):
+        ids = speaker.answer([conversation], max_new=4, temperature=0.0, seed=0)[0]
+        return speaker.tokenizer.decode(ids).strip()
+
+    row = rows[0]
+    talk = row["messages"]
+    assert row["drafts"][0] == say(talk)
+    for number in range(2):
+        found = []
+        for i in range(2):  # one of the principles explains it
+            asked = [
+                *talk,
+                {"role": "assistant", "content": row["drafts"][number]},
+                {"role": "user", "content": f"say {i}"},
+            ]
+            then = [*asked, {"role": "assistant", "content": row["critiques"][number]},
+                    {"role": "user", "content": f"rewrite {i}"}]  # fmt: skip
+            found.append((say(asked), say(then)) == (row["critiques"][number], row["drafts"][number + 1]))
+        assert any(found)
+    assert metrics["critique/prompts"] == 12
+    sft = open_source(f"jsonl:{workdir}/{{split}}.jsonl", kind="messages", split="train")
+    last = {row["messages"][0]["content"]: row["drafts"][-1] for row in rows}
+    for i in range(len(sft)):
+        question, answer = sft[i]["messages"]
+        assert answer["content"] == last[question["content"]]
+    kept = sum(len((workdir / f"{s}.jsonl").read_text().splitlines()) for s in ("train", "validation"))
+    assert kept == 12 - metrics["critique/empty"]
+
+
+def test_revisions_do_not_depend_on_the_batch_size(folder, tmp_path):
+    files = [
+        (critique(folder, tmp_path, f"b{size}", batch_size=size, seed=3)[1] / "revisions.jsonl").read_text()
+        for size in (4, 8)
+    ]
+    assert files[0] == files[1]
+
+
+def test_texts_for_judges():
+    assert readable("<|system|>be nice<|user|>hi\nyou<|assistant|>yes<|user|>so?<|assistant|>") == (
+        "System: be nice\nUser: hi\nyou\nAssistant: yes\nUser: so?"
+    )
+    assert readable("plain") == "plain"
+    assert fill("{a} {b} {c}", a="{b}", b="x") == "{b} x {c}"
