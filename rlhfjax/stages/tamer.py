@@ -1,0 +1,191 @@
+"""TAMER: a reward a token, by regression on a person's scalar feedback given a moment late while the answer appears.
+
+min_H mean_f (h_f - sum_t c_{f,t} H(s_t, a_t))^2,  c_{f,t} the chance that feedback f is about token t
+
+Feedback is JSON lines: {"prompt": text or messages, "response": text, "feedback": [[seconds, value], …]}; token t of
+the response is on the screen from t to t + 1 times `seconds_per_token`. The result is a reward by name: H summed over
+a response, which `compose` adds to another reward (TAMER+RL's reward addition).
+
+Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every credited token is worth the signal).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.algos import tamer
+from rlhfjax.algos.masked import divide
+from rlhfjax.data import chat
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.mesh import Layout
+from rlhfjax.models import store
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.rewards.dense import token_rewards
+from rlhfjax.rewards.responses import FILE
+from rlhfjax.stages import Finished, Pairs, Stage
+from rlhfjax.stages.parts.common import ModelTrainConfig, assemble, begin, check_training, sum_over
+from rlhfjax.state import TrainState
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ModelTrainConfig):
+    stage: str = "tamer"
+    feedback: str  # a file of JSON lines
+    held_out: str  # another
+    length: int  # prompt and response, tokens
+    loss: Literal["tamer", "deep_tamer"] = "tamer"
+    seconds_per_token: float = 0.25  # how fast the answer appeared
+    delay: tuple[float, float] = (0.2, 0.8)  # seconds; Knox & Stone 2009
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    check_training(config, layout, shape)
+    if not 0 <= config.delay[0] < config.delay[1] or config.seconds_per_token <= 0:
+        raise ConfigError("tamer: delay is (low, high) with 0 <= low < high, and seconds_per_token is above 0")
+
+
+def build(config: Config, layout: Layout) -> Stage:
+    start = begin(config, layout, head="scalar")
+    check(config, layout, start.model.config)
+    rows, held_out = (
+        read_feedback(path, start.tokenizer, config.length) for path in (config.feedback, config.held_out)
+    )
+    loss = feedback_loss(start.model, config)
+    measure = jax.jit(lambda params, batch: {f"val_{k}": v for k, v in loss(params, batch, None)[1].items()})
+
+    def evals(state: TrainState) -> Pairs:
+        return sum_over(passes(held_out, config.batch_size), lambda b: measure(state.params, b), layout, 0)
+
+    def finish(state: TrainState) -> Finished:
+        model = store.SavedModel(start.model, state.params, start.tokenizer_file)
+        return Finished({store.FOLDER: model}, {}, {FILE: {"kind": "dense"}})
+
+    return assemble(
+        config,
+        start,
+        loss=loss,
+        tx=make_optimizer(config.optim, config.steps),
+        schedule=make_schedule(config.optim, config.steps),
+        batches=Shuffled(rows, config.batch_size, config.seed),
+        evals=evals,
+        finish=finish,
+        units=config.batch_size,
+        unit="answers",
+    )
+
+
+def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array, Pairs]]:
+    """(params, batch, key) -> mean over all feedback of the batch, whichever answer it was given to."""
+    one = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}[config.loss]
+    low, high = config.delay
+
+    def of_answer(rewards, first, count, times, values, weight):
+        slot = jnp.arange(rewards.shape[0])
+        token = (slot - first).astype(jnp.float32)
+        shown = (slot >= first) & (slot < first + count)
+        starts = config.seconds_per_token * token
+        credit = tamer.uniform_credit(starts, starts + config.seconds_per_token, times, low=low, high=high)
+        return one(jnp.where(shown, rewards, 0), credit * shown, values, weight)[1]
+
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+        rewards = token_rewards(model, params, batch["tokens"], batch["segments"])
+        names = ("first", "count", "times", "values", "weight")
+        metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))
+        pairs = {name: (total.sum(), weight.sum()) for name, (total, weight) in metrics.items()}
+        return divide(*pairs["loss"]), pairs
+
+    return loss
+
+
+def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
+    """Every answer with its feedback as arrays; as many places for feedback as the answer with most of it has.
+
+    Raises:
+      DataError: the file cannot be read, or a line is malformed.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"tamer: {path} cannot be read ({error})") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                given = np.array(row["feedback"], np.float32).reshape(-1, 2)
+                prompt, response = row["prompt"], row["response"]
+                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                answer = [*tokenizer.encode(response), tokenizer.eos_id][: length // 2]
+                start = chat.render_prompt(tokenizer, messages, max_tokens=length - len(answer))
+            except (ValueError, KeyError, TypeError, AttributeError) as why:
+                shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
+                raise DataError(f"{path}:{number}: expected {shape} ({why})") from None
+            if not len(given) or not np.all(np.isfinite(given)):
+                raise DataError(f"{path}:{number}: 'feedback' must hold at least one pair of finite numbers")
+            found.append((start, answer, given))
+    if not found:
+        raise DataError(f"tamer: {path} holds no feedback")
+    most = max(len(given) for _, _, given in found)
+    return [_arrays(*one, most, tokenizer.pad_id, length) for one in found]
+
+
+def _arrays(prompt: np.ndarray, answer: list[int], given: np.ndarray, most: int, pad_id: int, length: int) -> Batch:
+    tokens, segments = np.full(length, pad_id, np.int32), np.zeros(length, np.int32)
+    ids = [*prompt.tolist(), *answer]
+    tokens[: len(ids)], segments[: len(ids)] = ids, 1
+    padded = np.zeros((most, 2), np.float32)
+    padded[: len(given)] = given
+    weight = (np.arange(most) < len(given)).astype(np.float32)
+    where = {"first": np.int32(len(prompt)), "count": np.int32(len(answer))}
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "times": padded[:, 0],
+        "values": padded[:, 1],
+        "weight": weight,
+    } | where
+
+
+def passes(rows: list[Batch], size: int) -> list[Batch]:
+    """One pass in order; the last batch is filled with rows whose feedback weighs nothing."""
+    blank = rows[0] | {"weight": np.zeros_like(rows[0]["weight"])}
+    some = rows + [blank] * (-len(rows) % size)
+    return [_stack(some[i : i + size]) for i in range(0, len(some), size)]
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Shuffled:
+    """Endless batches, every epoch in an order of its own; the position is the number of rows taken."""
+
+    def __init__(self, rows: list[Batch], size: int, seed: int):
+        self._rows, self._size, self._seed, self._taken = rows, size, seed, 0
+
+    def __next__(self) -> Batch:
+        n = len(self._rows)
+        places = range(self._taken, self._taken + self._size)
+        orders = {e: np.random.default_rng([self._seed, e]).permutation(n) for e in {place // n for place in places}}
+        self._taken += self._size
+        return _stack([self._rows[orders[place // n][place % n]] for place in places])
+
+    def get_state(self) -> dict[str, int]:
+        return {"taken": self._taken, "rows": len(self._rows), "seed": self._seed}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        if (state["rows"], state["seed"]) != (len(self._rows), self._seed):
+            raise ValueError(f"saved with {state['rows']} rows and seed {state['seed']}")
+        self._taken = state["taken"]

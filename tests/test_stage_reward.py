@@ -1,0 +1,279 @@
+"""The reward stage beyond its default: losses by name, normalisation, recentring, ensembles."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax import recipe, stages, state
+from rlhfjax.data import chat
+from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import store
+from rlhfjax.rewards.model import ModelReward, sequence_rewards
+from rlhfjax.rewards.responses import load_reward, score
+from rlhfjax.stages import stage_config
+from tests import tiny
+from tests.test_stages import run_steps, stage_values
+
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
+LOSSES = ("margin", "soft", "rao_kupper", "plackett_luce")
+
+
+@pytest.fixture(scope="module")
+def saved(finished):
+    return store.load(finished / "04_reward", ONE)
+
+
+def chats(conversations, split):
+    return {"spec": f"jsonl:{conversations}/{split}.jsonl", "kind": "messages", "split": "all"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(name, conversations, finished):
+    sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+    results = [
+        run_steps(
+            "reward",
+            stage_values(
+                "reward", conversations, finished, loss={"name": name}, optim=sgd, microbatches=n, checkpoint={}, log={}
+            ),
+            ONE,
+            steps=1,
+        )
+        for n in (1, 4)
+    ]
+    np.testing.assert_allclose(results[1][0][0]["loss"], results[0][0][0]["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def started(values):
+    """The stage and the state before its first step."""
+    config = recipe.check(values, "reward")
+    stage = stages.find("reward").build(config, ONE)
+    return stage, stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+
+
+def rewards_of_rows(model, params, tokenizer, rows, length):
+    """r(x, y) of (prompt ids, answer ids), one unpadded row at a time."""
+    out = []
+    for prompt, answer in rows:
+        ids = np.array([[*prompt, *answer][:length]], np.int32)
+        out.append(float(sequence_rewards(model, params, jnp.asarray(ids), jnp.ones_like(ids))[0]))
+    return np.array(out)
+
+
+def validation_rows(finished):
+    lines = (finished / "03_collect" / "preferences" / "validation.jsonl").read_text().splitlines()
+    return [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
+
+
+@pytest.mark.parametrize("how", ["none", "mean", "mean_std"])
+def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(how, conversations, finished):
+    stage, first = started(stage_values("reward", conversations, finished, normalise_before=how))
+    tokenizer = load_tokenizer(finished / "02_sft" / "model")
+    model = store.describe(store.find(finished / "04_reward"))
+    values = rewards_of_rows(model, first.params, tokenizer, validation_rows(finished), 32)
+    if how == "none":
+        assert abs(values.mean()) > 1e-3
+        assert abs(values.std() - 1) > 1e-3
+        return
+    np.testing.assert_allclose(values.mean(), 0, atol=2e-5)
+    if how == "mean_std":
+        np.testing.assert_allclose(values.std(), 1, rtol=1e-4)
+    stage.step(first, ONE.put(next(stage.batches)), jax.random.key(0))
+
+
+def demonstration_rows(conversations, split, tokenizer):
+    """The last assistant turn of each conversation and what comes before it."""
+    rows = []
+    for line in (conversations / f"{split}.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        answer = [*tokenizer.encode(messages[-1]["content"]), tokenizer.eos_id]
+        prompt = chat.render_prompt(tokenizer, messages[:-1], max_tokens=max(16, 32 - len(answer)))
+        rows.append((prompt, answer))
+    return rows
+
+
+def test_demonstrations_score_0_when_normalised_on_them(conversations, finished):
+    demonstrations = (chats(conversations, "test"),)
+    values = stage_values("reward", conversations, finished, normalise="demonstrations", demonstrations=demonstrations)
+    stage, first = started(values)
+    model, params, tokenizer_file = (lambda m: (m.model, m.params, m.tokenizer))(stage.finish(first).models["model"])
+    tokenizer = load_tokenizer(tokenizer_file)
+    rows = demonstration_rows(conversations, "test", tokenizer)
+    np.testing.assert_allclose(rewards_of_rows(model, params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+    before = rewards_of_rows(model, first.params, tokenizer, rows, 32)
+    assert abs(before.mean()) > 1e-3
+    np.testing.assert_array_equal(params["head"]["kernel"], first.params["head"]["kernel"])
+
+
+def test_demonstrations_without_their_sources_are_refused(conversations, finished):
+    with pytest.raises(ConfigError, match="demonstrations"):
+        started(stage_values("reward", conversations, finished, normalise="demonstrations"))
+
+
+def recentre(finished, tmp_path, **values):
+    config = stage_config("recentre", init_from=str(finished / "04_reward"), batch_size=8, **values)
+    recipe.run(config, tmp_path / "recentred")
+    return store.load(tmp_path / "recentred", ONE)
+
+
+def test_recentring_moves_the_bias_alone(conversations, finished, saved, tmp_path):
+    new = recentre(finished, tmp_path, demonstrations=(chats(conversations, "validation"),), length=32)
+    before, after = (jax.tree.map(np.asarray, one.params) for one in (saved, new))
+    assert before["head"].pop("bias") != after["head"].pop("bias")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    tokenizer = load_tokenizer(new.tokenizer)
+    rows = demonstration_rows(conversations, "validation", tokenizer)
+    np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+
+
+def test_recentring_on_a_policys_answers_and_on_completions(conversations, finished, saved, tmp_path):
+    sampling = {k: tiny.SAMPLING[k] for k in ("prompt_length", "max_new", "temperature")}
+    prompts = {"source": chats(conversations, "test"), "limit": 6}  # fewer than a batch: fillers must not count
+    new = recentre(finished, tmp_path / "a", policy=str(finished / "02_sft"), prompts=prompts, **sampling)
+    again = stage_config(
+        "recentre", init_from=str(tmp_path / "a" / "recentred"), batch_size=8, policy=str(finished / "02_sft"),
+        prompts=prompts, **sampling,
+    )  # fmt: skip
+    assert abs(recipe.run(again, tmp_path / "again")["recentre/reference_mean"]) < 2e-5
+    assert float(new.params["head"]["bias"]) != float(saved.params["head"]["bias"])
+    folder = str(finished / "03_collect" / "preferences")
+    new = recentre(finished, tmp_path / "b", preferences=(folder,), length=32)
+    lines = (finished / "03_collect" / "preferences" / "train.jsonl").read_text().splitlines()
+    rows = [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
+    tokenizer = load_tokenizer(new.tokenizer)
+    np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+
+
+def test_recentring_needs_exactly_one_kind_of_samples(finished, tmp_path):
+    with pytest.raises(ConfigError, match="one of policy, preferences and demonstrations"):
+        recentre(finished, tmp_path, length=32)
+
+
+# ------------------------------------------------------------------ ensembles
+
+
+@pytest.fixture(scope="module")
+def members(finished, saved, tmp_path_factory):
+    """Three reward models of one shape: the trained one and two with other heads."""
+    folder = tmp_path_factory.mktemp("members")
+    for i in range(3):
+        params = {**saved.params, "head": saved.model.init(jax.random.key(i))["head"]} if i else saved.params
+        store.save(folder / f"m{i}" / "model", store.SavedModel(saved.model, params, saved.tokenizer))
+    return [str(folder / f"m{i}") for i in range(3)]
+
+
+def rows_to_score(n=8):
+    tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, size=(n, 32)).astype(np.int32)
+    segments = np.ones((n, 32), np.int32)
+    segments[::2, 28:] = 0
+    return tokens, segments, np.ones((n, 8), np.float32)
+
+
+def composed(members, tmp_path, **options):
+    config = stage_config("compose", members=tuple({"reward": m} for m in members), **options)
+    recipe.run(config, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one", "four"])
+@pytest.mark.parametrize("how", ["mean", "worst", "pessimistic"])
+def test_an_ensembles_score_is_what_its_members_give_one_by_one(how, axes, members, tmp_path):
+    layout = ONE if axes == {"data": 1} else make_layout(MeshConfig(**axes))
+    tokenizer = load_tokenizer(store.find(members[0]))
+    folder = composed(members, tmp_path, combine=how, coefficient=0.7)
+    tokens, segments, mask = rows_to_score()
+    placed = layout.put({"tokens": tokens, "segments": segments, "mask": mask})
+    with layout.use():
+        reward = load_reward(str(folder), layout, tokenizer)
+        scores, pairs = score(reward, placed["tokens"], placed["segments"], placed["mask"])
+        plain = reward(placed["tokens"], placed["segments"], placed["mask"])
+    each = []
+    for name in members:
+        one = store.load(name, ONE)
+        rows = tuple(map(jnp.asarray, (tokens, segments, mask)))
+        each.append(np.asarray(ModelReward(one.model, one.params)(*rows)))
+    each = np.array(each, np.float64)
+    std = np.sqrt(((each - each.mean(0)) ** 2).mean(0))
+    expected = {"mean": each.mean(0), "worst": each.min(0), "pessimistic": each.mean(0) - 0.7 * std}[how]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(plain, scores)
+    total, weight = pairs["reward_disagreement"]
+    np.testing.assert_allclose(float(total) / float(weight), std.mean(), rtol=1e-4)
+
+
+def test_an_ensemble_costs_one_forward_whatever_its_size(members, tmp_path):
+    """The number of matrix products in the program does not grow with the members: they are one batched product."""
+    tokenizer = load_tokenizer(store.find(members[0]))
+    products = []
+    for some in (members[:2], members):
+        reward = load_reward(str(composed(some, tmp_path / str(len(some)), combine="mean")), ONE, tokenizer)
+        tokens, segments, _ = map(jnp.asarray, rows_to_score())
+        products.append(str(jax.make_jaxpr(reward._rewards)(reward.stacked, tokens, segments)).count("dot_general"))
+    assert products[0] == products[1] > 0
+
+
+def test_the_workdir_of_an_ensemble_can_be_moved(members, tmp_path, saved):
+    (tmp_path / "run").mkdir()
+    for i in range(2):
+        store.save(tmp_path / "run" / f"m{i}" / "model", saved)
+    names = [str(tmp_path / "run" / f"m{i}") for i in range(2)]
+    composed(names, tmp_path / "run" / "ensemble", combine="worst")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    reward = load_reward(str(tmp_path / "moved" / "ensemble"), ONE, load_tokenizer(saved.tokenizer))
+    rows = tuple(map(jnp.asarray, rows_to_score()))
+    np.testing.assert_allclose(reward(*rows), ModelReward(saved.model, saved.params)(*rows), rtol=1e-5)
+
+
+def test_a_policy_trains_on_an_ensemble_and_its_value_starts_from_the_first_member(
+    members, conversations, finished, tmp_path
+):
+    folder = composed(members, tmp_path, combine="pessimistic")
+    values = stage_values("ppo", conversations, finished, reward=str(folder))
+    config = recipe.check(values, "ppo")
+    stage = stages.find("ppo").build(config, ONE)
+    first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+    expected = store.load(members[0], ONE).params
+    jax.tree.map(np.testing.assert_array_equal, first.params["value"], expected)
+    metrics, _ = run_steps("ppo", values, ONE, steps=1)
+    assert np.isfinite(metrics[0]["score"])
+
+
+def test_what_is_no_ensemble_is_refused(members, finished, tmp_path):
+    with pytest.raises(ConfigError, match="needs more than 1"):
+        composed(members[:1], tmp_path, combine="mean")
+    folder = composed([members[0], "gold:sentiment"], tmp_path / "b", combine="worst")
+    with pytest.raises(ConfigError, match="gold:sentiment is not"):
+        load_reward(str(folder), ONE, load_tokenizer(store.find(members[0])))
+    with pytest.raises(ConfigError, match="weight and where"):
+        config = {"reward": members[0], "weight": 2.0}, {"reward": members[1]}
+        recipe.run(stage_config("compose", members=config, combine="mean"), tmp_path / "c")
+
+
+def test_a_weighted_sum_adds_its_members_and_reports_each(members, tmp_path):
+    from rlhfjax.rewards.gold import Sentiment
+
+    tokenizer = load_tokenizer(store.find(members[0]))
+    config = stage_config(
+        "compose",
+        members=(
+            {"reward": members[1], "name": "rm", "weight": 0.5},
+            {"reward": "gold:sentiment", "name": "gold", "weight": 2.0},
+        ),
+    )
+    recipe.run(config, tmp_path)
+    rows = tuple(map(jnp.asarray, rows_to_score()))
+    scores, pairs = score(load_reward(str(tmp_path), ONE, tokenizer), *rows)
+    one = store.load(members[1], ONE)
+    rm = np.asarray(ModelReward(one.model, one.params)(*rows))
+    answers = [tokenizer.decode(row[-8:].tolist()) for row in np.asarray(rows[0])]
+    gold = np.array([Sentiment().score(answer) for answer in answers], np.float32)
+    np.testing.assert_allclose(scores, 0.5 * rm + 2 * gold, rtol=1e-5)
+    np.testing.assert_allclose(pairs["score_rm"], (rm.sum(), 8), rtol=1e-5)
+    np.testing.assert_allclose(pairs["score_gold"], (gold.sum(), 8), rtol=1e-5)

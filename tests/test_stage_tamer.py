@@ -1,0 +1,120 @@
+"""The TAMER stage: its loss by a loop, its batches, and the reward it leaves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax import recipe, stages, state
+from rlhfjax.data import chat
+from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.errors import DataError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
+from rlhfjax.models import store
+from rlhfjax.rewards.dense import DenseReward
+from rlhfjax.rewards.responses import load_reward
+from rlhfjax.stages import stage_config
+from tests import tiny
+from tests.test_stages import run_steps
+
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
+ROWS = [
+    {"prompt": "I like", "response": "tea and rain", "feedback": [[0.7, 1.0], [1.3, -1.0], [9.0, 5.0]]},
+    {"prompt": "you hate", "response": "music", "feedback": [[0.5, 0.5]]},
+    {"prompt": "dogs", "response": "sad bad awful rain", "feedback": [[0.9, -1.0], [1.1, -1.0]]},
+] * 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("feedback") / "f.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def values(finished, data, **changes):
+    options = {"steps": 8, "batch_size": 4, "length": 32, "optim": tiny.OPTIM, "eval_every": 0} | changes
+    return stage_config("tamer", init_from=str(finished / "02_sft"), feedback=data, held_out=data, **options).to_dict()
+
+
+def loop_loss(finished, params, model, how):
+    """(sum, weight) over all feedback: tokens, delays and overlaps one by one, in float64."""
+    tokenizer = load_tokenizer(finished / "02_sft" / "model")
+    total = weight = 0.0
+    for row in ROWS:
+        prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]).tolist()
+        answer = [*tokenizer.encode(row["response"]), tokenizer.eos_id][:16]
+        ids = jnp.asarray([prompt + answer], jnp.int32)
+        h = np.asarray(model.scalar(params, model.hidden(params, ids))[0], np.float64)[len(prompt) :]
+        for time, value in row["feedback"]:
+            credit = [
+                max(0.0, min(0.25 * (i + 1), time - 0.2) - max(0.25 * i, time - 0.8)) / 0.6 for i in range(len(answer))
+            ]
+            if how == "tamer":
+                total, weight = total + (value - np.dot(credit, h)) ** 2, weight + 1
+            else:
+                total, weight = total + np.dot(credit, (h - value) ** 2), weight + sum(credit)
+    return total, weight
+
+
+@pytest.mark.parametrize("how", ["tamer", "deep_tamer"])
+def test_the_held_out_loss_is_what_a_loop_over_tokens_and_feedback_gives(how, finished, data):
+    config = recipe.check(values(finished, data, loss=how), "tamer")
+    stage = stages.find("tamer").build(config, ONE)
+    first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+    model = store.describe(store.find(finished / "04_reward"))
+    total, weight = loop_loss(finished, first.params, model, how)
+    np.testing.assert_allclose(finalize(stage.evals(first))["val_loss"], total / weight, rtol=1e-4)
+
+
+def test_pitfall_17_answers_with_unequal_feedback_accumulate_exactly(finished, data):
+    sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+    runs = [run_steps("tamer", values(finished, data, optim=sgd, microbatches=n), ONE, steps=1) for n in (1, 4)]
+    np.testing.assert_allclose(runs[1][0][0]["loss"], runs[0][0][0]["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(runs[0][1]), jax.tree.leaves(runs[1][1]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, data, tmp_path):
+    metrics = recipe.run(values(finished, data, steps=30, eval_every=30), tmp_path)
+    config = recipe.check(values(finished, data), "tamer")
+    stage = stages.find("tamer").build(config, ONE)
+    first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+    assert metrics["tamer/val_loss"] < 0.9 * finalize(stage.evals(first))["val_loss"]
+    saved = store.load(tmp_path, ONE)
+    reward = load_reward(str(tmp_path), ONE, load_tokenizer(saved.tokenizer))
+    assert isinstance(reward, DenseReward)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(4, tiny.VOCAB, (3, 20)), jnp.int32)
+    mask = np.ones((3, 8), np.float32)
+    mask[1, 5:] = 0
+    segments = np.ones((3, 20), np.int32)
+    segments[1, 17:] = 0
+    got = reward(tokens, jnp.asarray(segments), jnp.asarray(mask))
+    for i, n in enumerate((20, 17, 20)):
+        h = saved.model.scalar(saved.params, saved.model.hidden(saved.params, tokens[i : i + 1, :n]))[0, 12:]
+        np.testing.assert_allclose(got[i], h.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_go_on_where_they_were(finished, data):
+    build = stages.find("tamer").build
+    one, two = (build(recipe.check(values(finished, data), "tamer"), ONE).batches for _ in range(2))
+    for _ in range(5):
+        next(one)
+    two.set_state(json.loads(json.dumps(one.get_state())))
+    for _ in range(4):
+        for a, b in zip(next(one).values(), next(two).values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    seen = [tuple(row) for _ in range(9) for row in next(one)["tokens"].tolist()]
+    assert {seen.count(row) for row in set(seen)} == {12}  # 36 rows are four epochs; each text stands there 3 times
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a", "response": "b"}', '{"prompt": "a", "response": "b", "feedback": []}']
+)
+def test_malformed_feedback_is_named_by_line(line, finished, data, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
+        stages.find("tamer").build(recipe.check(values(finished, str(tmp_path / "bad.jsonl")), "tamer"), ONE)
