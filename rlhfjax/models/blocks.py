@@ -62,6 +62,11 @@ class Norm(nn.Module):
         return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale + bias).astype(x.dtype)
 
 
+def everything(x):
+    """All slots of [b, t, ...]."""
+    return x
+
+
 class Project(nn.Module):
     """x . kernel + bias in x's dtype, over the last `contracted` axes of x."""
 
@@ -84,23 +89,26 @@ class Project(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head (or grouped-query) attention; `attend(q, k, v)` gives the output and may keep a cache."""
+    """Multi-head (or grouped-query) attention; `attend(q, k, v)` gives the output and may keep a cache.
+
+    `pick` chooses the slots that ask (all of them by default); every slot can be asked.
+    """
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, rope, attend: Callable):
+    def __call__(self, x, rope, attend: Callable, pick: Callable = everything):
         c = self.config
 
-        def project(name, heads, axis):
+        def project(name, x, heads, axis, rope):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
             y = Project(shape, axes, float(c.init_std), c.bias, name=name)(x).swapaxes(1, 2)
-            y = y if rope is None or name == "value" else rotate(y, rope)
+            y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, "time", "head_dim"))
 
-        q = project("query", c.n_heads, "heads")
-        k = project("key", c.kv_heads, "kv_heads")
-        v = project("value", c.kv_heads, "kv_heads")
+        q = project("query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope))
+        k = project("key", x, c.kv_heads, "kv_heads", rope)
+        v = project("value", x, c.kv_heads, "kv_heads", None)
         shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
         out = Project(shape, axes, residual_std(c), c.bias, inputs=2, name="out")
         return out(attend(q, k, v).swapaxes(1, 2))
@@ -127,16 +135,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)), at the slots that `pick` chooses."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, rope, attend: Callable, key=None):
+    def __call__(self, x, rope, attend: Callable, key=None, pick: Callable = everything):
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
-        y = Attention(c, name="attention")(Norm(c, name="norm_1")(x), rope, attend)
-        x = constrain(x + dropout(y, c.dropout, keys[0]), RESIDUAL)
+        y = Attention(c, name="attention")(Norm(c, name="norm_1")(x), rope, attend, pick)
+        x = constrain(pick(x) + dropout(y, c.dropout, keys[0]), RESIDUAL)
         y = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
         return constrain(x + dropout(y, c.dropout, keys[1]), RESIDUAL)
 

@@ -25,7 +25,7 @@ from rlhfjax.models import blocks, logprobs
 from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
 from rlhfjax.models.config import TransformerConfig
 
-__all__ = ["Cache", "Model", "TransformerConfig", "positions_of"]
+__all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of"]
 
 Params = dict[str, Any]
 
@@ -44,6 +44,11 @@ def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     before = jnp.concatenate([jnp.zeros_like(segments[:, :1]), segments[:, :-1]], axis=1)
     start = jax.lax.cummax(jnp.where(segments != before, slot, 0), axis=1)
     return jnp.where(segments > 0, slot - start, 0)
+
+
+def last_slot(segments: Int[Array, "b t"]) -> Int[Array, " b"]:
+    """The slot of the last real token of each row (slot t - 1 where a row has none)."""
+    return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +123,41 @@ class Model:
         each segment from 0 (without segments: 0, 1, 2, ...). A key turns dropout on; without one there is none.
         Raises ConfigError when the sequence is longer than the model's context.
         """
-        c = self.config
-        if tokens.shape[1] > c.max_length:
-            raise ConfigError(
-                f"a sequence of {tokens.shape[1]} tokens is longer than model.max_length = {c.max_length}"
-            )
         if positions is None:
             positions = positions_of(jnp.ones_like(tokens) if segments is None else segments)
-        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        x = self._embed(params, tokens, positions, embed_key)
-        rope = self._rope(positions)
-
-        def layer(x, p, i):
-            keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(layer_key, i))
-            attend = functools.partial(causal_attention, segments=segments, rate=float(c.dropout), key=keys[0])
-            return blocks.Block(c).apply({"params": p}, x, rope, attend, keys[1])
-
-        x = self._run(self._remat(layer), params, x)
+        x, _, layer = self._begin(params, tokens, positions, segments, key)
+        x = self._run(self._remat(layer), params, x, self.config.n_layers)
         return self._norm(params, x)
+
+    def last_hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b d"]:
+        """`hidden` at the last real token of each row: what a scalar head looks at.
+
+        Rows are one document each (segment 1), padded on either side. The last layer asks for that slot alone, which
+        spares its queries and its MLP everywhere else; not so with dropout, or with scanned layers, which cannot be
+        taken apart without a copy of the parameters: there all slots are made and one is taken.
+        """
+        c = self.config
+        slots = last_slot(segments)[:, None, None]
+
+        def pick(x):
+            return jnp.take_along_axis(x, slots, axis=1)
+
+        if c.scan_layers or (key is not None and c.dropout):
+            return pick(self.hidden(params, tokens, segments=segments, key=key))[:, 0]
+        x, rope, layer = self._begin(params, tokens, positions_of(segments), segments, None)
+        x = self._run(self._remat(layer), params, x, c.n_layers - 1)
+
+        def attend(q, k, v):
+            return cached_attention(q[:, :, 0], k, v, segments > 0)[:, :, None]
+
+        x = blocks.Block(c).apply({"params": self._layer(params, c.n_layers - 1)}, x, rope, attend, pick=pick)
+        return self._norm(params, x)[:, 0]
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits of hidden states."""
@@ -231,6 +253,23 @@ class Model:
         c = self.config
         return rope_tables(positions, c.head_dim, float(c.rope_theta)) if c.positions == "rope" else None
 
+    def _begin(self, params, tokens, positions, segments, key):
+        """The embedded tokens, the tables of their positions, and layer(x, parameters, index)."""
+        c = self.config
+        if tokens.shape[1] > c.max_length:
+            raise ConfigError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than model.max_length = {c.max_length}"
+            )
+        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
+        rope = self._rope(positions)
+
+        def layer(x, p, i):
+            keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(layer_key, i))
+            attend = functools.partial(causal_attention, segments=segments, rate=float(c.dropout), key=keys[0])
+            return blocks.Block(c).apply({"params": p}, x, rope, attend, keys[1])
+
+        return self._embed(params, tokens, positions, embed_key), rope, layer
+
     def _embed(self, params, tokens, positions, key):
         c = self.config
         x = blocks.Embed(c).apply({"params": params["backbone"]["embed"]}, tokens, positions)
@@ -249,9 +288,8 @@ class Model:
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return jax.checkpoint(layer, policy=dots if self.config.remat == "dots" else None)
 
-    def _run(self, layer, params, x):
-        """layer(x, parameters, index) over all layers: one compiled body (scan) or one after the other (unrolled)."""
-        n = self.config.n_layers
+    def _run(self, layer, params, x, n):
+        """layer(x, parameters, index) over the first n layers: one compiled body (scan, all of them) or unrolled."""
         if self.config.scan_layers:
             layers = params["backbone"]["layers"], jnp.arange(n)
             return jax.lax.scan(lambda x, p: (layer(x, *p), None), x, layers)[0]

@@ -4,17 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.transformer import Model
 
 PyTree = Any
-
-
-def last_slot(segments: Int[Array, "n t"]) -> Int[Array, " n"]:
-    """The slot of the last real token of each row (slot t - 1 where a row has none)."""
-    return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
 
 
 def sequence_rewards(
@@ -28,9 +22,7 @@ def sequence_rewards(
 
     Source: Ziegler et al. 2019, section 2.1; Ouyang et al. 2022, section 3.5.
     """
-    hidden = model.hidden(params, tokens, segments=segments, key=key)
-    last = jnp.take_along_axis(hidden, last_slot(segments)[:, None, None], axis=1)[:, 0]
-    return model.scalar(params, last)
+    return model.scalar(params, model.last_hidden(params, tokens, segments, key))
 
 
 class ModelReward:
