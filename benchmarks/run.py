@@ -31,7 +31,8 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.models import store
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages import ppo, stage_config
+from rlhfjax.stages import stage_config
+from rlhfjax.stages.parts import policy
 from rlhfjax.stages.parts.rollout import sample
 
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
@@ -178,7 +179,7 @@ def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> Non
         prepare(folder, shape)
         values = stage_config(name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1))
         config = recipe.check(values, name)
-        ppo.sample = meter.timed(sample)
+        policy.sample = meter.timed(sample)
         with layout.use():
             stage = stages.find(name).build(config, layout)
         stage = dataclasses.replace(stage, batches=Data(make, meter), evals=lambda state: {})

@@ -10,153 +10,90 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rlhfjax import state as states
-from rlhfjax.algos import advantages, ema, kl, masked, policy, shaping, value
+from rlhfjax.algos import advantages, kl, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
-from rlhfjax.config import TrainConfig
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import merge
 from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import Reward, load_reward
-from rlhfjax.stages import Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import check_length, place
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.prompts import PromptConfig, held_out_prompts, prompt_batches
-from rlhfjax.stages.parts.ptx import PtxConfig, with_ptx
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden, response_logprobs, sample
+from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
+from rlhfjax.stages.parts.policy import PolicyAlgorithm, Task, Tokens, open_task, policy_stage
+from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
+from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class KLConfig:
-    """The penalty on log pi / pi_ref. With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
-
-    coefficient: float = 0.05  # reward units per nat; the first one where it adapts
-    target: float = 0.0  # nats per sequence; 0: the coefficient is fixed
-    horizon: int = 0  # episodes; 10 to 20 batches
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PolicyConfig):
+    """See PolicyConfig for the options that are not PPO's own; batch_size counts episodes of an iteration."""
+
     stage: str = "ppo"
-    init_from: str  # the policy at the start, and the reference
-    reference: str | None = None  # None: init_from
-    reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
-    value: Literal["reward", "policy", "shared"] = (
-        "reward"  # trunk of the value function: a copy of one, or the policy's
-    )
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
-    prompt_length: int
-    max_new: int
-    temperature: float = 1.0
-    batch_size: int  # episodes of an iteration
+    # trunk of the value function: a copy of the reward model's or of the policy's, or the policy's own
+    value: Literal["reward", "policy", "shared"] = "reward"
+    # loaded: the reward model's (a policy's trunk has none, it is 0); normal: of std 1 / sqrt(d + 1)
+    value_head: Literal["loaded", "zero", "normal"] = "loaded"
     epochs: int = 4
-    minibatches: int = 4  # of an epoch
-    microbatches: int = 1  # of a minibatch
+    minibatches: int = 4
     clip: float = 0.2
     value_clip: float = 0.2  # 0: none
     value_coefficient: float = 0.1
-    entropy_coefficient: float = 0.0
     gamma: float = 1.0
     lam: float = 0.95
-    whiten_rewards: bool = False
+    whiten_rewards: Literal["none", "batch", "minibatch"] = "none"  # in a minibatch: lm-human-preferences
     whiten_advantages: Literal["none", "batch", "minibatch"] = "minibatch"
-    missing_eos: Literal["none", "penalty", "replace"] = "none"
-    missing_eos_value: float = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
-    score_clip: float = 0.0  # 0: none
-    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    ptx: PtxConfig = dataclasses.field(default_factory=PtxConfig)
-    ema: float = 0.0  # decay an iteration of averaged weights, which then are the stage's model; 0: none
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     value_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-
-
-def build(config: Config, layout: Layout) -> Stage:
-    start = store.load(config.init_from, layout)
-    check(config, layout, start.model.config)
-    model = start.model
-    if model.head != "lm":
-        raise ConfigError(f"ppo.init_from={config.init_from}: a policy is needed, this model has a {model.head} head")
-    prompts, tokenizer = prompt_batches(config.prompts, start.tokenizer, config)
-    reward = load_reward(config.reward, layout, tokenizer)
-    critic, critic_params = _value_start(config, start, reward)
-    reference = start.params if config.reference is None else store.load(config.reference, layout).params
-    algorithm = Algorithm(config, model, critic, tokenizer.eos_id, tokenizer.pad_id)
-    batches = with_ptx(config.ptx, prompts, tokenizer, config)
-    measure = _held_out(config, algorithm, reward, reference, tokenizer, layout)
-
-    def init(key: jax.Array) -> states.TrainState:
-        params = {"policy": model.init(key), "value": _value_tree(config, critic.init(jax.random.fold_in(key, 1)))}
-        extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
-        if config.ema:
-            extra["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
-        return states.TrainState.create(params, algorithm.tx, **extra)
-
-    def load(state: states.TrainState) -> states.TrainState:
-        params = {
-            "policy": place(start.params, state.params["policy"]),
-            "value": place(critic_params, state.params["value"]),
-        }
-        extra = dict(state.extra)
-        if config.ema:
-            extra["ema"] = {"policy": place(start.params, state.params["policy"])}
-        return state.replace(params=params, extra=extra)
-
-    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
-        rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
-        scores = layout.put_rows(reward(rollout.tokens, rollout.segments, rollout.mask))
-        experience, pairs = algorithm.prepare(state, reference, rollout, scores)
-        text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
-        state, more = algorithm.update(state, experience, text, pairs["kl"], jax.random.fold_in(key, 1))
-        return state, merge(pairs, more)
-
-    def finish(state: states.TrainState) -> Finished:
-        trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
-        models = {store.FOLDER: store.SavedModel(model, trained, start.tokenizer)}
-        if config.value != "shared":
-            models["value"] = store.SavedModel(critic, state.params["value"], start.tokenizer)
-        return Finished(models, {}, {})
-
-    return Stage(
-        init=init,
-        axes={"policy": model.axes(), "value": _value_tree(config, critic.axes())},
-        start=load,
-        batches=batches,
-        step=step,
-        evals=measure,
-        finish=finish,
-        units=config.batch_size * config.max_new,
-    )
 
 
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
-    layout.check_batch(config.batch_size, "ppo.batch_size")
-    check_length(config.prompt_length + config.max_new, shape, "ppo.prompt_length + max_new")
-    if min(config.epochs, config.minibatches, config.microbatches) < 1:
-        raise ConfigError("ppo: epochs, minibatches and microbatches are at least 1")
-    if config.batch_size % (config.minibatches * config.microbatches):
+    check_policy(config, layout, shape)
+    if not (0 <= config.gamma <= 1 and 0 <= config.lam <= 1):
+        raise ConfigError(f"ppo.gamma={config.gamma}, lam={config.lam}: they are between 0 and 1")
+    if config.clip <= 0 or config.value_clip < 0:
         raise ConfigError(
-            f"ppo.batch_size={config.batch_size} is not divisible by minibatches={config.minibatches} times "
-            f"microbatches={config.microbatches}"
+            f"ppo.clip={config.clip} must be above 0, and value_clip={config.value_clip} at least 0 (none)"
         )
-    layout.check_batch(config.batch_size // config.minibatches // config.microbatches, "a ppo microbatch")
-    if config.temperature <= 0:
-        raise ConfigError(f"ppo.temperature={config.temperature}: a rollout is sampled, it must be above 0")
-    if config.kl.target and not config.kl.horizon:
-        raise ConfigError("ppo.kl.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size")
+    if config.whiten_rewards == "minibatch" and config.whiten_advantages == "batch":
+        raise ConfigError(
+            "ppo.whiten_advantages: where rewards are whitened in a minibatch, advantages exist only there"
+        )
+    if config.kl.place == "loss" and config.kl.estimator == "grpo":
+        raise ConfigError("ppo.kl.estimator=\"grpo\" is the group stage's; in PPO's loss: k1, k2, k3, sequence")
+
+
+def build(config: Config, layout: Layout) -> Stage:
+    task = open_task(config, layout)
+    model = task.start.model
+    check(config, layout, model.config)
+    critic, critic_params = _value_start(config, task)
+    algorithm = Algorithm(config, model, critic, Tokens.of(config, task.tokenizer))
+
+    def born(key: jax.Array) -> dict[str, PyTree]:
+        return {"policy": model.init(key), "value": _value_tree(config, critic.init(jax.random.fold_in(key, 1)))}
+
+    def keep(state: states.TrainState) -> dict[str, Any]:
+        if config.value == "shared":
+            return {}
+        return {"value": store.SavedModel(critic, state.params["value"], task.start.tokenizer)}
+
+    return policy_stage(
+        config,
+        layout,
+        task,
+        algorithm,
+        born=born,
+        axes={"policy": model.axes(), "value": _value_tree(config, critic.axes())},
+        loaded={"policy": task.start.params, "value": critic_params},
+        also=keep,
+    )
 
 
 def _value_tree(config: Config, tree: PyTree) -> PyTree:
@@ -164,15 +101,20 @@ def _value_tree(config: Config, tree: PyTree) -> PyTree:
     return {"head": tree["head"]} if config.value == "shared" else tree
 
 
-def _value_start(config: Config, start: store.SavedModel, reward: Reward) -> tuple[Model, PyTree]:
-    """The value function and what of its parameters is loaded; a head that is not loaded starts at 0."""
+def _value_start(config: Config, task: Task) -> tuple[Model, PyTree]:
+    """The value function and what of its parameters is loaded; what is not stays as it was born."""
     if config.value == "reward":
-        if not isinstance(reward, ModelReward):
+        if not isinstance(task.reward, ModelReward):
             raise ConfigError(f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"')
-        return reward.model, reward.params
-    model = Model(start.model.config, "scalar")
-    head = {"kernel": jnp.zeros(model.config.d_model), "bias": jnp.zeros(())}
-    return model, {"head": head} if config.value == "shared" else {"backbone": start.params["backbone"], "head": head}
+        model, loaded = task.reward.model, dict(task.reward.params)
+    else:
+        model = Model(task.start.model.config, "scalar")
+        loaded = {} if config.value == "shared" else {"backbone": task.start.params["backbone"]}
+    if config.value_head == "zero" or (config.value_head == "loaded" and "head" not in loaded):
+        loaded["head"] = {"kernel": jnp.zeros(model.config.d_model), "bias": jnp.zeros(())}
+    elif config.value_head == "normal":
+        loaded.pop("head", None)
+    return model, loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,31 +128,28 @@ class Experience:
     values: jax.Array  # [b, r]
     advantages: jax.Array  # [b, r]
     returns: jax.Array  # [b, r]
+    rewards: jax.Array | None = None  # [b, r], where advantages are made from them in every minibatch
+    ref_logprobs: jax.Array | None = None  # [b, r], where the KL is in the loss
 
 
 jax.tree_util.register_dataclass(Experience)
 
 
-class Algorithm:
+class Algorithm(PolicyAlgorithm):
     """PPO's jitted pieces for one policy and one value function."""
 
-    def __init__(self, config: Config, model: Model, critic: Model, eos_id: int, pad_id: int):
-        self.config, self.model, self.critic = config, model, critic
-        self.eos_id, self.pad_id = eos_id, pad_id
-        updates = config.steps * config.epochs * config.minibatches
+    def __init__(self, config: Config, model: Model, critic: Model, tokens: Tokens):
+        super().__init__(config, model, tokens)
+        self.critic = critic
         self.tx = optax.partition(
             {
-                "policy": make_optimizer(config.optim, updates),
-                "value": make_optimizer(config.value_optim, updates),
+                "policy": make_optimizer(config.optim, config.updates),
+                "value": make_optimizer(config.value_optim, config.updates),
             },
             lambda params: {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in params.items()},
         )
         self.prepare = jax.jit(self._prepare)
         self.update = jax.jit(self._update, donate_argnums=0)
-
-    def rollout(self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array) -> Rollout:
-        limits = {"max_new": self.config.max_new, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        return sample(self.model, params, prompts, segments, key, temperature=self.config.temperature, **limits)
 
     # ------------------------------------------------------------------ score -> advantages
 
@@ -218,23 +157,21 @@ class Algorithm:
         self, state: states.TrainState, reference: PyTree, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Pairs]:
         """Rewards, values and advantages of a rollout; nothing here has a gradient."""
-        c, mask, r = self.config, rollout.mask, rollout.mask.shape[1]
-        rows = (rollout.tokens, rollout.segments)
-        ref_logprobs, _ = response_logprobs(self.model, reference, *rows, r, c.temperature)
-        values = self._values(state.params, *rows, r) * mask
-        per_token = getattr(kl, c.kl.estimator)(rollout.logprobs, ref_logprobs) * mask
-        ended = shaping.has_token(rollout.responses, mask, self.eos_id)
-        shaped = self._shape(scores, ended)
+        c, mask = self.config, rollout.mask
+        ref_logprobs = self.logprobs(reference, rollout)
+        values = self._values(state.params, rollout.tokens, rollout.segments, mask.shape[1]) * mask
+        old_logprobs = self.behaviour(state.params["policy"], rollout)
+        shaped, ended, pairs = self.shape(scores, rollout)
+        penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
-        rewards = shaping.token_rewards(shaped, per_token, mask, beta=beta)
-        if c.whiten_rewards:
+        rewards = shaping.token_rewards(shaped, penalty, mask, beta=beta)
+        if c.whiten_rewards == "batch":
             rewards = masked.whiten_keep_mean(rewards, mask)
         advantage, returns = advantages.gae(rewards, values, mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages == "batch":
             advantage = masked.whiten(advantage, mask)
         n = jnp.float32(mask.shape[0])
-        sequence_kl = kl.sequence_kl(per_token, mask)
-        pairs = {
+        pairs |= {
             "score": (scores.sum(), n),
             "reward": ((shaped - beta * sequence_kl).sum(), n),
             "kl": (sequence_kl.sum(), n),
@@ -243,15 +180,18 @@ class Algorithm:
             "value_explained_variance": value.explained_variance(values, returns, mask),
             "kl_coefficient": (beta, jnp.ones(())),
         }
-        return Experience(*rows, mask, rollout.logprobs, values, advantage, returns), pairs
-
-    def _shape(self, scores: jax.Array, ended: jax.Array) -> jax.Array:
-        c = self.config
-        if c.missing_eos == "penalty":
-            scores = shaping.penalise_missing_eos(scores, ended, penalty=c.missing_eos_value)
-        elif c.missing_eos == "replace":
-            scores = shaping.replace_missing_eos(scores, ended, value=c.missing_eos_value)
-        return shaping.clip_score(scores, limit=c.score_clip) if c.score_clip else scores
+        experience = Experience(
+            rollout.tokens,
+            rollout.segments,
+            mask,
+            old_logprobs,
+            values,
+            advantage,
+            returns,
+            rewards=rewards if c.whiten_rewards == "minibatch" else None,
+            ref_logprobs=ref_logprobs if c.kl.place == "loss" else None,
+        )
+        return experience, pairs
 
     def _values(self, params: PyTree, tokens: jax.Array, segments: jax.Array, r: int) -> jax.Array:
         if self.config.value == "shared":
@@ -262,8 +202,13 @@ class Algorithm:
 
     # ------------------------------------------------------------------ minibatch epochs
 
-    def loss(self, params: PyTree, batch: Experience, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-        """Clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy, mean over tokens."""
+    def loss(
+        self, params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, Pairs]:
+        """Clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy, mean over tokens.
+
+        beta weighs the KL to the reference where that is in the loss.
+        """
         c, mask, r = self.config, batch.mask, batch.mask.shape[1]
         hidden = response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)
         logprobs, entropy = self.model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
@@ -277,6 +222,8 @@ class Algorithm:
         }
         if c.entropy_coefficient:
             terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
+        if c.kl.place == "loss":
+            terms["kl"] = (beta, self._kl_loss(logprobs, batch))
         total, pairs = add_losses(**terms)
         return total, pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
 
@@ -287,95 +234,41 @@ class Algorithm:
             )
         return value.value_loss(values, batch.returns, batch.mask)
 
+    def _kl_loss(self, logprobs: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
+        """KL to the reference, summed over a minibatch's tokens: weighted by tokens, as the terms it joins.
+
+        Of `sequence`, too, only the sum is used: divided by tokens it is what a KL in the reward comes to.
+        """
+        ref, mask = batch.ref_logprobs, batch.mask
+        losses = {
+            "k1": lambda: kl.kl_loss_k1(logprobs, batch.logprobs, ref, mask),
+            "k2": lambda: kl.kl_loss_k2(logprobs, ref, mask),
+            "k3": lambda: kl.kl_loss_k3(logprobs, batch.logprobs, ref, mask),
+            "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
+        }
+        scalar, pairs = losses[self.config.kl.estimator]()
+        return scalar, {"loss": (pairs["loss"][0], mask.sum())}
+
     def _update(
-        self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], kls: Any, key: jax.Array
+        self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
     ) -> tuple[states.TrainState, Pairs]:
-        """Every epoch visits every episode once, in minibatches of a fresh order; then KL coefficient and averages."""
-        c = self.config
-        b = experience.mask.shape[0]
-        orders = jax.vmap(lambda k: jax.random.permutation(k, b))(jax.random.split(key, c.epochs))
-        orders = orders.reshape(c.epochs * c.minibatches, b // c.minibatches)
-        texts = jax.tree.map(lambda x: _cycle(x, c.minibatches, c.epochs), text)
+        """The epochs of an iteration, then its KL coefficient and averages."""
+        beta = state.extra["kl_coefficient"]
 
-        def minibatch(state: states.TrainState, inputs: Any) -> tuple[states.TrainState, Pairs]:
-            rows, some_text = inputs
-            batch = jax.tree.map(lambda x: x[rows], experience)
-            if c.whiten_advantages == "minibatch":
-                batch = dataclasses.replace(batch, advantages=masked.whiten(batch.advantages, batch.mask))
-            grads, pairs = states.gradients(self.loss, state.params, batch, None, microbatches=c.microbatches)
-            if c.ptx.coefficient:
-                grads, pairs = self._add_ptx(state.params, grads, pairs, some_text)
-            skip = c.on_nonfinite == "skip"
-            norms = {f"{k}_grad_norm": (optax.global_norm(g), jnp.ones(())) for k, g in grads.items()}
-            state, more = states.apply_gradients(state, grads, self.tx, skip_nonfinite=skip)
-            return state, merge(pairs, more, norms)
+        def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+            return self.loss(params, batch, key, beta)
 
-        state, stacked = jax.lax.scan(minibatch, state, (orders, texts))
-        pairs = jax.tree.map(lambda x: x.sum(0), stacked)
-        pairs["first_ratio_max"] = jax.tree.map(lambda x: x[0], stacked["ratio_max"])
-        return self._advance(state, kls), pairs
-
-    def _add_ptx(self, params: PyTree, grads: PyTree, pairs: Pairs, text: dict[str, jax.Array]) -> tuple[PyTree, Pairs]:
-        """Adds coefficient x the gradient of the pretraining loss; the two are accumulated, not averaged."""
-        c = self.config.ptx
-        more, parts = states.gradients(language_loss(self.model), params["policy"], text, None)
-        scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0)
-        policy_grads = jax.tree.map(lambda g, m: g + scale * m, grads["policy"], more)
-        return {**grads, "policy": policy_grads}, {**pairs, "ptx_loss": parts["loss"]}
-
-    def _advance(self, state: states.TrainState, kls: Any) -> states.TrainState:
-        c, extra = self.config, dict(state.extra)
-        if c.kl.target:
-            extra["kl_coefficient"] = kl.adaptive_kl(
-                extra["kl_coefficient"],
-                kls[0] / kls[1],
-                target=c.kl.target,
-                horizon=float(c.kl.horizon),
-                episodes=c.batch_size,
-            )
-        if c.ema:
-            extra["ema"] = {"policy": ema.ema_update(extra["ema"]["policy"], state.params["policy"], decay=c.ema)}
-        return state.replace(step=state.step + 1, extra=extra)
-
-
-def _cycle(x: jax.Array, minibatches: int, epochs: int) -> jax.Array:
-    """Rows of pretraining text [n, ...] to [epochs * minibatches, n / minibatches, ...], the same text every epoch."""
-    return jnp.tile(x.reshape(minibatches, -1, *x.shape[1:]), (epochs,) + (1,) * x.ndim)
-
-
-def _held_out(
-    config: Config, algorithm: Algorithm, reward: Reward, reference: PyTree, tokenizer: Any, layout: Layout
-) -> Any:
-    """state -> reward, KL to the reference and length of answers to held-out prompts; the draws are always the same."""
-    prompts = held_out_prompts(config.eval_prompts, tokenizer, config)
-    gold = load_reward(config.gold, layout, tokenizer) if config.gold else None
-
-    @jax.jit
-    def sequence_kl(rollout: Rollout) -> jax.Array:
-        r = rollout.mask.shape[1]
-        ref_logprobs, _ = response_logprobs(
-            algorithm.model, reference, rollout.tokens, rollout.segments, r, config.temperature
+        state, more = minibatch_epochs(
+            self.config, self.tx, self.model, loss, state, experience, text, key, self._whitened
         )
-        return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
+        return end_iteration(self.config, state, pairs), more
 
-    def evals(state: states.TrainState) -> Pairs:
-        total: Pairs = {}
-        for i, batch in enumerate(prompts.restart()):
-            real = (batch["index"] >= 0).astype(np.float32)
-            placed = layout.put(batch)
-            key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + i)
-            rollout = algorithm.rollout(state.params["policy"], placed["prompts"], placed["segments"], key)
-            rows = (rollout.tokens, rollout.segments, rollout.mask)
-            measured = {
-                "val_kl": sequence_kl(rollout),
-                "val_proxy": reward(*rows),
-                "val_response_length": rollout.mask.sum(1),
-                "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, tokenizer.eos_id),
-            }
-            if gold is not None:
-                measured["val_gold"] = gold(*rows)
-            measured = {name: np.asarray(jax.device_get(x), np.float32) for name, x in measured.items()}
-            total = merge(total, {name: (float((x * real).sum()), float(real.sum())) for name, x in measured.items()})
-        return total
-
-    return evals
+    def _whitened(self, batch: Experience) -> Experience:
+        c = self.config
+        if c.whiten_rewards == "minibatch":
+            rewards = masked.whiten_keep_mean(batch.rewards, batch.mask)
+            advantage, returns = advantages.gae(rewards, batch.values, batch.mask, gamma=c.gamma, lam=c.lam)
+            batch = dataclasses.replace(batch, advantages=advantage, returns=returns)
+        if c.whiten_advantages == "minibatch":
+            batch = dataclasses.replace(batch, advantages=masked.whiten(batch.advantages, batch.mask))
+        return batch

@@ -1,14 +1,16 @@
 """Prompts for the stages that sample answers."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rlhfjax.data import loader
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import SentencePieceTokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.stages import Batches
 from rlhfjax.stages.parts.common import Limited, SourceConfig
 
 
@@ -30,18 +32,33 @@ def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
     return Limited(source, config.limit) if config.limit else source
 
 
-def prompt_batches(
-    config: PromptConfig, tokenizer_file: Path, stage: Any
-) -> tuple[loader.Batches, SentencePieceTokenizer]:
+def prompt_batches(config: PromptConfig, tokenizer: SentencePieceTokenizer, stage: Any) -> loader.Batches:
     """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
-    tokenizer = load_tokenizer(tokenizer_file)
     source = open_prompts(config, f"{stage.stage}.prompts")
     options = {"batch_size": stage.batch_size, "length": stage.prompt_length, "seed": stage.seed}
-    return loader.prompt_batches(source, tokenizer, train=True, **options), tokenizer
+    return loader.prompt_batches(source, tokenizer, train=True, **options)
+
+
+class Repeated:
+    """Every row of a stream of batches `times` times, one after the other: a group of answers to each prompt."""
+
+    def __init__(self, batches: Batches, times: int):
+        self._batches, self._times = batches, times
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {name: np.repeat(rows, self._times, axis=0) for name, rows in next(self._batches).items()}
+
+    def get_state(self) -> Any:
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._batches.set_state(state)
 
 
 def held_out_prompts(config: PromptConfig, tokenizer: SentencePieceTokenizer, stage: Any) -> loader.Batches:
     """One pass over held-out prompts, in order."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
-    size = min(stage.batch_size, -(-len(source) // 8) * 8) if len(source) < stage.batch_size else stage.batch_size
+    size = stage.episodes
+    if len(source) < size:
+        size = min(size, -(-len(source) // 8) * 8)
     return loader.prompt_batches(source, tokenizer, train=False, batch_size=size, length=stage.prompt_length)

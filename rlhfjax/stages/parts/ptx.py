@@ -35,6 +35,15 @@ class Together:
     def __next__(self) -> dict[str, np.ndarray]:
         return {prefix + k: v for prefix, stream in self._streams.items() for k, v in next(stream).items()}
 
+    def __iter__(self) -> "Together":
+        return self
+
+    def restart(self) -> "Together":
+        """Back to the first batch of each; see `loader.Batches.restart`."""
+        for stream in self._streams.values():
+            stream.restart()
+        return self
+
     def get_state(self) -> dict[str, Any]:
         return {prefix: stream.get_state() for prefix, stream in self._streams.items()}
 
@@ -48,8 +57,8 @@ def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: A
     if not config.coefficient:
         return prompts
     if config.length < 1:
-        raise ConfigError("ppo.ptx.length: the mix needs the length of its sequences")
-    size = stage.batch_size * config.ratio
-    source = open_sources(config.sources, "ppo.ptx.sources")
+        raise ConfigError(f"{stage.stage}.ptx.length: the mix needs the length of its sequences")
+    size = stage.episodes * config.ratio
+    source = open_sources(config.sources, f"{stage.stage}.ptx.sources")
     options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1}
     return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, train=True, **options))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rlhfjax.algos.shaping import truncate_mask
 from rlhfjax.models.transformer import Model
 from rlhfjax.sampling.generate import generate
 
@@ -51,6 +52,17 @@ def sample(
     out = generate(model, params, prompts, segments, keys, temperature=temperature, **limits)
     tokens = jnp.concatenate([prompts, out.tokens], axis=1)
     return Rollout(tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs)
+
+
+@functools.partial(jax.jit, static_argnames=("token_id", "after", "pad_id"))
+def cut(rollout: Rollout, token_id: int, after: int, pad_id: int) -> Rollout:
+    """Responses up to the first `token_id` at or after response position `after`; what follows it becomes padding."""
+    mask, _ = truncate_mask(rollout.responses, rollout.mask, token_id=token_id, after=after)
+    p = rollout.tokens.shape[1] - mask.shape[1]
+    responses = jnp.where(mask > 0, rollout.responses, pad_id)
+    tokens = jnp.concatenate([rollout.tokens[:, :p], responses], axis=1)
+    segments = jnp.concatenate([rollout.segments[:, :p], mask.astype(rollout.segments.dtype)], axis=1)
+    return Rollout(tokens, segments, mask, rollout.logprobs * mask)
 
 
 def response_hidden(

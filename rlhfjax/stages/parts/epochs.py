@@ -1,0 +1,121 @@
+"""Minibatch epochs over an iteration's experience: what PPO and the group estimators share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhfjax import state as states
+from rlhfjax.algos import ema, kl
+from rlhfjax.metrics import merge
+from rlhfjax.models.transformer import Model
+from rlhfjax.stages import Pairs
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.policy_config import PolicyConfig
+
+PyTree = Any
+Loss = Callable[..., tuple[jax.Array, Pairs]]
+
+
+def minibatch_epochs(
+    config: PolicyConfig,
+    tx: optax.GradientTransformation,
+    model: Model,
+    loss: Loss,
+    state: states.TrainState,
+    experience: PyTree,
+    text: dict[str, jax.Array],
+    key: jax.Array,
+    prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
+) -> tuple[states.TrainState, Pairs]:
+    """Every epoch visits every episode once, in minibatches of a fresh order, with one update each.
+
+    Args:
+      loss: (params, batch, key) -> (scalar, pairs), with approx_kl and ratio_max among the pairs.
+      experience: arrays [episodes, ...] that do not change over the epochs.
+      text: pretraining text [episodes * ptx.ratio, ...]; a minibatch gets its share of it.
+      prepare: minibatch -> minibatch, before the gradient (whitening).
+
+    With target_kl, the first minibatch whose mean approx_kl (nats a token from the policy that sampled) exceeds it is
+    not applied, and neither are those after it: schedules do not count them either. `updated` is the share applied.
+    """
+    b = jax.tree.leaves(experience)[0].shape[0]
+    orders = jax.vmap(lambda k: jax.random.permutation(k, b))(jax.random.split(key, config.epochs))
+    orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)
+    texts = jax.tree.map(lambda x: _cycle(x, config.minibatches, config.epochs), text)
+
+    def measure(state: states.TrainState, inputs: Any) -> tuple[PyTree, Pairs]:
+        rows, some_text = inputs
+        batch = prepare(jax.tree.map(lambda x: x[rows], experience))
+        grads, pairs = states.gradients(loss, state.params, batch, None, microbatches=config.microbatches)
+        if config.ptx.coefficient:
+            grads, pairs = _add_ptx(config, model, state.params, grads, pairs, some_text)
+        return grads, pairs
+
+    def apply(state: states.TrainState, grads: PyTree, pairs: Pairs) -> tuple[states.TrainState, Pairs]:
+        norms = {f"{k}_grad_norm": (optax.global_norm(g), jnp.ones(())) for k, g in grads.items()}
+        state, more = states.apply_gradients(state, grads, tx, skip_nonfinite=config.on_nonfinite == "skip")
+        return state, merge(pairs, more, norms)
+
+    def minibatch(state: states.TrainState, inputs: Any) -> tuple[states.TrainState, Pairs]:
+        return apply(state, *measure(state, inputs))
+
+    def unless_too_far(carry: tuple[states.TrainState, jax.Array], inputs: Any) -> tuple[Any, Pairs]:
+        state, stopped = carry
+
+        def idle(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
+            shapes = jax.eval_shape(lambda s: minibatch(s, inputs)[1], state)
+            return state, jnp.array(True), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def go_on(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
+            grads, pairs = measure(state, inputs)
+            total, weight = pairs["approx_kl"]
+            too_far = total > config.target_kl * weight
+            moved, pairs = apply(state, grads, pairs)
+            return jax.tree.map(lambda a, b: jnp.where(too_far, a, b), state, moved), too_far, pairs
+
+        state, stopped, pairs = jax.lax.cond(stopped, idle, go_on, state)
+        return (state, stopped), {**pairs, "updated": (1.0 - stopped, jnp.ones(()))}
+
+    if config.target_kl:
+        start = (state, jnp.array(False))
+        (state, _), stacked = jax.lax.scan(unless_too_far, start, (orders, texts))
+    else:
+        state, stacked = jax.lax.scan(minibatch, state, (orders, texts))
+    pairs = jax.tree.map(lambda x: x.sum(0), stacked)
+    pairs["first_ratio_max"] = jax.tree.map(lambda x: x[0], stacked["ratio_max"])
+    return state, pairs
+
+
+def _add_ptx(
+    config: PolicyConfig, model: Model, params: PyTree, grads: PyTree, pairs: Pairs, text: dict[str, jax.Array]
+) -> tuple[PyTree, Pairs]:
+    """Adds coefficient x the gradient of the pretraining loss; the two are accumulated, not averaged."""
+    c = config.ptx
+    more, parts = states.gradients(language_loss(model), params["policy"], text, None, microbatches=config.microbatches)
+    scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0)
+    policy_grads = jax.tree.map(lambda g, m: g + scale * m, grads["policy"], more)
+    return {**grads, "policy": policy_grads}, {**pairs, "ptx_loss": parts["loss"]}
+
+
+def _cycle(x: jax.Array, minibatches: int, epochs: int) -> jax.Array:
+    """Rows of pretraining text [n, ...] to [epochs * minibatches, n / minibatches, ...], the same text every epoch."""
+    return jnp.tile(x.reshape(minibatches, -1, *x.shape[1:]), (epochs,) + (1,) * x.ndim)
+
+
+def end_iteration(config: PolicyConfig, state: states.TrainState, pairs: Pairs) -> states.TrainState:
+    """Counts the step; the KL coefficient by the iteration's mean sequence KL; the average of the weights."""
+    extra, kls = dict(state.extra), pairs["kl"]
+    if config.kl.target:
+        extra["kl_coefficient"] = kl.adaptive_kl(
+            extra["kl_coefficient"],
+            kls[0] / kls[1],
+            target=config.kl.target,
+            horizon=float(config.kl.horizon),
+            episodes=config.episodes,
+        )
+    if config.ema:
+        extra["ema"] = {"policy": ema.ema_update(extra["ema"]["policy"], state.params["policy"], decay=config.ema)}
+    return state.replace(step=state.step + 1, extra=extra)

@@ -1,0 +1,186 @@
+"""What stages that improve a policy against a reward share: sampling, scoring, and the Stage around an algorithm."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rlhfjax import state as states
+from rlhfjax.algos import kl, shaping
+from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
+from rlhfjax.models import store
+from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.responses import Reward, load_reward, score
+from rlhfjax.stages import Batches, Finished, Pairs, Stage
+from rlhfjax.stages.parts.common import place
+from rlhfjax.stages.parts.held_out import held_out
+from rlhfjax.stages.parts.policy_config import PolicyConfig
+from rlhfjax.stages.parts.prompts import Repeated, prompt_batches
+from rlhfjax.stages.parts.ptx import with_ptx
+from rlhfjax.stages.parts.rollout import Rollout, cut, response_logprobs, sample
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A policy to improve and what it is improved against."""
+
+    start: store.SavedModel
+    tokenizer: SentencePieceTokenizer
+    reward: Reward
+    reference: PyTree
+
+
+def open_task(config: PolicyConfig, layout: Layout) -> Task:
+    """Loads the policy, its reference and the reward.
+
+    Raises:
+      ConfigError: `init_from` is not a language model.
+    """
+    start = store.load(config.init_from, layout)
+    if start.model.head != "lm":
+        raise ConfigError(
+            f"{config.stage}.init_from={config.init_from}: a policy is needed, this model has a {start.model.head} head"
+        )
+    tokenizer = load_tokenizer(start.tokenizer)
+    reference = start.params if config.reference is None else store.load(config.reference, layout).params
+    return Task(start, tokenizer, load_reward(config.reward, layout, tokenizer), reference)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The token ids that sampling and scoring know by name."""
+
+    eos: int
+    pad: int
+    stop: int | None = None  # where truncate is on: its token
+
+    @classmethod
+    def of(cls, config: PolicyConfig, tokenizer: SentencePieceTokenizer) -> "Tokens":
+        stop = tokenizer.token_id(config.truncate.token) if config.truncate.token else None
+        return cls(tokenizer.eos_id, tokenizer.pad_id, stop)
+
+
+class PolicyAlgorithm:
+    """How every algorithm samples and scores; its own are `prepare` (advantages) and `update` (epochs)."""
+
+    def __init__(self, config: PolicyConfig, model: Model, tokens: Tokens):
+        self.config, self.model, self.tokens = config, model, tokens
+
+    def rollout(self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array) -> Rollout:
+        eos = self.tokens.eos if self.config.stop_at_eos else -1
+        limits = {"max_new": self.config.max_new, "eos_id": eos, "pad_id": self.tokens.pad}
+        return sample(self.model, params, prompts, segments, key, temperature=self.config.temperature, **limits)
+
+    def seen(self, rollout: Rollout) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the reward scores, (tokens, segments, mask): the responses up to the stop token where truncate is on."""
+        if self.tokens.stop is not None:
+            rollout = cut(rollout, self.tokens.stop, self.config.truncate.after, self.tokens.pad)
+        return rollout.tokens, rollout.segments, rollout.mask
+
+    def behaviour(self, params: PyTree, rollout: Rollout) -> Float[Array, "b r"]:
+        """log pi_old of the response tokens, 0 elsewhere."""
+        if self.config.behaviour_logprobs == "sampler":
+            return rollout.logprobs
+        return self.logprobs(params, rollout) * rollout.mask
+
+    def logprobs(self, params: PyTree, rollout: Rollout) -> Float[Array, "b r"]:
+        r = rollout.mask.shape[1]
+        return response_logprobs(self.model, params, rollout.tokens, rollout.segments, r, self.config.temperature)[0]
+
+    def shape(self, scores: Float[Array, "b"], rollout: Rollout) -> tuple[Float[Array, "b"], Bool[Array, "b"], Pairs]:
+        """Scores after missing-EOS, rejection and clipping, in this order; whether each response ended; metrics."""
+        c, mask, pairs = self.config, rollout.mask, {}
+        ended = shaping.has_token(rollout.responses, mask, self.tokens.eos)
+        if c.missing_eos == "penalty":
+            scores = shaping.penalise_missing_eos(scores, ended, penalty=c.missing_eos_value)
+        elif c.missing_eos == "replace":
+            scores = shaping.replace_missing_eos(scores, ended, value=c.missing_eos_value)
+        if self.tokens.stop is not None:
+            _, found = shaping.truncate_mask(rollout.responses, mask, token_id=self.tokens.stop, after=c.truncate.after)
+            scores = shaping.reject(scores, found, value=c.truncate.value)
+            pairs["accepted"] = (found.astype(jnp.float32).sum(), jnp.float32(found.shape[0]))
+        return (shaping.clip_score(scores, limit=c.score_clip) if c.score_clip else scores), ended, pairs
+
+    def kl_to_reference(
+        self, logprobs: Float[Array, "b r"], ref_logprobs: Float[Array, "b r"], mask: Float[Array, "b r"]
+    ) -> tuple[Float[Array, "b r"], Float[Array, "b"]]:
+        """The penalty on each token (0 where it is in the loss), and log pi(y|x) / pi_ref(y|x) of each response.
+
+        The second is what is logged and what a controller is fed, whichever estimator the penalty has.
+        """
+        log_ratio = kl.k1(logprobs, ref_logprobs) * mask
+        if self.config.kl.place == "loss":
+            return jnp.zeros_like(log_ratio), kl.sequence_kl(log_ratio, mask)
+        per_token = getattr(kl, self.config.kl.estimator)(logprobs, ref_logprobs) * mask
+        return per_token, kl.sequence_kl(log_ratio, mask)
+
+
+def policy_stage(
+    config: PolicyConfig,
+    layout: Layout,
+    task: Task,
+    algorithm: Any,
+    *,
+    born: Callable[[jax.Array], dict[str, PyTree]],
+    axes: dict[str, PyTree],
+    loaded: Mapping[str, PyTree],
+    extra: Mapping[str, Any] | None = None,
+    also: Callable[[states.TrainState], dict[str, Any]] = lambda state: {},
+    repeats: int = 1,
+) -> Stage:
+    """The Stage of an algorithm with a `tx`, `prepare` and `update`.
+
+    Args:
+      born: key -> fresh parameters, "policy" among them; `loaded` is laid over them, what it lacks stays as born.
+      extra: what the state carries besides the KL coefficient and the average.
+      also: state -> further models to keep, by folder.
+      repeats: consecutive rows for every prompt.
+    """
+    prompts = prompt_batches(config.prompts, task.tokenizer, config)
+    batches: Batches = Repeated(prompts, repeats) if repeats > 1 else prompts
+
+    def init(key: jax.Array) -> states.TrainState:
+        params = born(key)
+        more = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
+        if config.ema:
+            more["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
+        return states.TrainState.create(params, algorithm.tx, **more)
+
+    def load(state: states.TrainState) -> states.TrainState:
+        params = {name: place(loaded[name], tree) for name, tree in state.params.items()}
+        more = dict(state.extra)
+        if config.ema:
+            more["ema"] = {"policy": place(loaded["policy"], state.params["policy"])}
+        return state.replace(params=params, extra=more)
+
+    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
+        rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
+        scores, said = score(task.reward, *algorithm.seen(rollout))
+        experience, pairs = algorithm.prepare(state, task.reference, rollout, layout.put_rows(scores))
+        text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
+        state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))
+        return state, merge(said, pairs, more)
+
+    def finish(state: states.TrainState) -> Finished:
+        trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
+        models = {store.FOLDER: store.SavedModel(task.start.model, trained, task.start.tokenizer)}
+        return Finished(models | also(state), {}, {})
+
+    return Stage(
+        init=init,
+        axes=axes,
+        start=load,
+        batches=with_ptx(config.ptx, batches, task.tokenizer, config),
+        step=step,
+        evals=held_out(config, algorithm, task.reward, task.reference, task.tokenizer, layout),
+        finish=finish,
+        units=config.episodes * config.max_new,
+    )

@@ -1,0 +1,132 @@
+"""The options that every stage which improves a policy against a reward has in common, and what of them is refused."""
+
+import dataclasses
+from typing import Literal
+
+from rlhfjax.config import TrainConfig
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.optim import OptimConfig
+from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.prompts import PromptConfig
+from rlhfjax.stages.parts.ptx import PtxConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """The penalty on log pi / pi_ref. With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
+
+    coefficient: float = 0.05  # reward units per nat; the first one where it adapts
+    target: float = 0.0  # nats per sequence; 0: the coefficient is fixed
+    horizon: int = 0  # episodes; 10 to 20 batches
+    place: Literal["reward", "loss"] = "reward"
+    # in the loss, k1, k2, k3 and sequence have the gradient of KL(pi || pi_ref); grpo is k3 differentiated as it stands
+    estimator: Literal["k1", "k2", "k3", "sequence", "grpo"] = "k1"
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncateConfig:
+    """The reward sees a response up to a token, and one without it is worth a fixed score.
+
+    The policy is trained on all that it sampled: it is to learn to stop, not to be cut.
+
+    Source: Ziegler et al. 2019, section 2.2.
+    """
+
+    token: str = ""  # a piece of the tokenizer, such as a full stop; empty: off
+    after: int = 0  # the first response position that may be it (Ziegler: 16 of 24)
+    value: float = -1.0  # the score where there is none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(TrainConfig):
+    init_from: str  # the policy at the start, and the reference
+    reference: str | None = None  # None: init_from
+    reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
+    prompt_length: int
+    max_new: int
+    temperature: float = 1.0
+    stop_at_eos: bool = True  # False: every response has max_new tokens, an eos among them is one as any (Ziegler)
+    # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
+    behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
+    batch_size: int
+    epochs: int
+    minibatches: int  # of an epoch
+    microbatches: int = 1  # of a minibatch
+    target_kl: float = 0.0  # nats a token from pi_old, beyond which the rest of an iteration's updates is left; 0: off
+    entropy_coefficient: float = 0.0
+    truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
+    missing_eos: Literal["none", "penalty", "replace"] = "none"
+    missing_eos_value: float = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
+    score_clip: float = 0.0  # 0: none
+    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
+    ptx: PtxConfig = dataclasses.field(default_factory=PtxConfig)
+    ema: float = 0.0  # decay an iteration of averaged weights, which then are the stage's model; 0: none
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+    @property
+    def episodes(self) -> int:
+        """Responses of an iteration."""
+        return self.batch_size
+
+    @property
+    def updates(self) -> int:
+        """Of the parameters, over the whole run: what learning-rate schedules count."""
+        return self.steps * self.epochs * self.minibatches
+
+
+def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed.
+
+    Raises:
+      ConfigError: for the first such thing.
+    """
+    name = config.stage
+    layout.check_batch(config.episodes, f"{name}.batch_size")
+    check_length(config.prompt_length + config.max_new, shape, f"{name}.prompt_length + max_new")
+    if min(config.epochs, config.minibatches, config.microbatches) < 1:
+        raise ConfigError(f"{name}: epochs, minibatches and microbatches are at least 1")
+    if config.episodes % (config.minibatches * config.microbatches):
+        what = "batch_size" if config.episodes == config.batch_size else "batch_size times completions"
+        raise ConfigError(
+            f"{name}.{what}={config.episodes} is not divisible by minibatches={config.minibatches} times "
+            f"microbatches={config.microbatches}"
+        )
+    layout.check_batch(config.episodes // config.minibatches // config.microbatches, f"a {name} microbatch")
+    if config.temperature <= 0:
+        raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
+    _check_kl(config.kl, f"{name}.kl")
+    _check_score(config)
+    if config.target_kl < 0 or (config.target_kl and config.epochs * config.minibatches == 1):
+        raise ConfigError(f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one")
+    if not 0 <= config.ema < 1:
+        raise ConfigError(f"{name}.ema={config.ema} is not a decay: at least 0 and below 1")
+    if config.ptx.coefficient and config.ptx.ratio < 1:
+        raise ConfigError(f"{name}.ptx.ratio={config.ptx.ratio}: at least one sequence of text for every episode")
+
+
+def _check_kl(config: KLConfig, where: str) -> None:
+    if config.target and not config.horizon:
+        raise ConfigError(f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size")
+    if config.target and not config.coefficient:
+        raise ConfigError(f"{where}.coefficient=0 stays 0 whatever the target: it is multiplied")
+    if min(config.target, config.horizon, config.coefficient) < 0:
+        raise ConfigError(f"{where}: coefficient, target and horizon are not negative")
+    if config.place == "reward" and config.estimator not in ("k1", "k2", "k3"):
+        raise ConfigError(f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3")
+
+
+def _check_score(config: PolicyConfig) -> None:
+    name = config.stage
+    if config.missing_eos != "none" and not config.stop_at_eos:
+        raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
+    if config.truncate.token and not 0 <= config.truncate.after < config.max_new:
+        raise ConfigError(
+            f"{name}.truncate.after={config.truncate.after}: a response has max_new={config.max_new} tokens"
+        )
+    if config.score_clip < 0:
+        raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
