@@ -38,6 +38,7 @@ from rlhfjax.stages.parts.rollout import sample
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
 WORKLOAD = flags.DEFINE_enum("workload", None, list(SPEC["workloads"]), "what to time", required=True)
 SHAPE = flags.DEFINE_enum("shape", "tiny", ["tiny", "small"], "model preset")
+MICROBATCHES = flags.DEFINE_integer("microbatches", 0, "0: the workload's own number")
 STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own number")
 
 
@@ -146,7 +147,13 @@ def prepare(folder: Path, shape: Any) -> None:
 
 def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> dict[str, Any]:
     chats = {"spec": f"jsonl:{folder}/chats.jsonl", "kind": "messages", "split": "all"}
-    loop = {"steps": steps, "log": {"every": 10**9, "tensorboard": False}, "optim": SPEC["optimizer"]}
+    micro = MICROBATCHES.value or w["microbatches"]
+    loop = {
+        "steps": steps,
+        "microbatches": micro,
+        "log": {"every": 10**9, "tensorboard": False},
+        "optim": SPEC["optimizer"],
+    }
     if workload in ("pretrain", "sft"):
         data = {"sources": (chats,), "eval_sources": (chats,), "batch_size": w["batch"], "length": w["seq"]}
         return {"init_from": f"{folder}/lm", **data, **loop}
