@@ -16,7 +16,10 @@ from rlhfjax import recipe
 from rlhfjax.config import to_dict
 from tests import tiny
 
-WORDS = "I you we they like love hate see want good bad happy sad great awful tea music rain dogs books today".split()
+WORDS = (
+    *("I", "you", "we", "they", "like", "love", "hate", "see", "want", "good", "bad"),
+    *("happy", "sad", "great", "awful", "tea", "music", "rain", "dogs", "books", "today"),
+)
 
 
 def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Path:
