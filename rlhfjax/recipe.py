@@ -42,16 +42,21 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     claim(workdir, config)
     final: dict[str, float] = {}
     for name, values in resolved.items():
-        final |= run_stage(values, folders[name])
+        final |= run_stage(values, folders[name], record=config[name])
         collect_metrics(workdir, folders)
     return final
 
 
-def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
-    """Runs one stage; a finished one only answers with its metrics."""
+def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None) -> dict[str, float]:
+    """Runs one stage; a finished one only answers with its metrics.
+
+    Args:
+      record: what is written as the workdir's config.json: in a recipe the config with its `stage:` references, so that
+        a recipe's folder may be moved.
+    """
     module = stages.find(config.get("stage", ""))
     typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[config["stage"]]
-    claim(workdir, config)
+    claim(workdir, config if record is None else record)
     if (workdir / DONE).exists():
         return json.loads((workdir / DONE).read_text())["metrics"]
     began = time.time()
@@ -63,8 +68,8 @@ def run_stage(config: dict[str, Any], workdir: Path) -> dict[str, float]:
             stage = module.build(typed, layout)
         metrics = train.run(stage, typed, workdir, layout)
     steps = getattr(typed, "steps", 0)
-    record = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
-    write_json(workdir / DONE, record | {"metrics": metrics})
+    done = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
+    write_json(workdir / DONE, done | {"metrics": metrics})
     return metrics
 
 
@@ -87,7 +92,8 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
     module = stages.find(config.get("stage", ""))
     if not hasattr(module, "build"):
         raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
-    typed = check(config, config["stage"])
+    siblings = {folder.name[3:]: folder for folder in sorted(workdir.parent.glob("[0-9][0-9]_*"))}
+    typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
     layout = make_layout(typed.mesh)
     with layout.use():
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
@@ -119,7 +125,7 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
         return value
     prefix, _, rest = value.partition("stage:")
     target, slash, file = rest.partition("/")
-    earlier = list(folders)[: list(folders).index(name)]
+    earlier = list(folders)[: list(folders).index(name)] if name in folders else []
     if target not in earlier:
         raise ConfigError(
             f"recipe: {name} refers to {value!r}; the stages before it are {', '.join(earlier) or 'none'}"

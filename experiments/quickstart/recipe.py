@@ -98,7 +98,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=64,
         epochs=2,
         minibatches=4,
-        kl={"coefficient": 0.1, "target": 8.0, "horizon": 1280},
+        kl={"coefficient": 0.15, "target": 6.0, "horizon": 640},
         missing_eos="penalty",
         missing_eos_value=1.0,
         steps=6 if smoke else 40,
@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         checkpoint={"every": 3 if smoke else 8},
         log={"every": 1},
         seed=arg.seed,
-        optim={"learning_rate": 3e-4, "schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1},
+        optim={"learning_rate": 2e-4, "schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1},
         value_optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1},
         **sampling,
     )
