@@ -1,0 +1,251 @@
+"""Policy gradients without a value function: K answers to a prompt are each other's baseline.
+
+One stage for RLOO, GRPO, Dr. GRPO, DAPO and REINFORCE with a moving baseline: K samples a prompt -> score -> advantages
+within each group -> minibatch epochs. `estimator` names the pair of functions in `algos/group.py`.
+
+Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025 (DAPO); Williams 1992.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from rlhfjax import state as states
+from rlhfjax.algos import group, kl, masked, policy, shaping
+from rlhfjax.algos.combine import add_losses
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import make_optimizer
+from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
+from rlhfjax.stages.parts.policy import PolicyAlgorithm, Tokens, open_task, policy_stage
+from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
+from rlhfjax.stages.parts.rollout import Rollout, response_hidden
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PolicyConfig):
+    """See PolicyConfig for the options of every policy stage; batch_size counts *prompts* of an iteration."""
+
+    stage: str = "group"
+    estimator: Literal["rloo", "grpo", "dr_grpo", "dapo", "reinforce"] = "rloo"
+    completions: int = 4  # K, answers to a prompt; an iteration has batch_size times K episodes
+    epochs: int = 1
+    minibatches: int = 1
+    clip: float = 0.2
+    clip_high: float = 0.28  # of dapo; DAPO, section 4.1
+    baseline_decay: float = 0.9  # of reinforce, an iteration
+    overlong: Literal["keep", "leave_out"] = "keep"  # what hit the length limit in the loss; DAPO leaves it out
+    overlong_soft: int = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
+    only_informative: bool = False  # groups of equal rewards, with no gradient, do not count in the mean either
+
+    @property
+    def episodes(self) -> int:
+        return self.batch_size * self.completions
+
+
+class Estimator(NamedTuple):
+    """How advantages come from rewards [p, k], the loss from advantages [b], and which KL may join that loss."""
+
+    advantages: Callable[[jax.Array], jax.Array] | None  # None: rewards minus the moving baseline
+    loss: Callable[["Config", jax.Array, "Experience", Any], tuple[jax.Array, Pairs]]
+    kl_losses: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """An iteration's answers with everything that is constant over its epochs."""
+
+    tokens: jax.Array  # [b, p + r]
+    segments: jax.Array  # [b, p + r]
+    mask: jax.Array  # [b, r], 0 also in answers that are left out of the loss
+    logprobs: jax.Array  # [b, r] of the policy that sampled
+    advantages: jax.Array  # [b], made within whole groups
+    ref_logprobs: jax.Array  # [b, r]
+
+
+jax.tree_util.register_dataclass(Experience)
+
+
+def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+    return group.rloo_loss(logprobs, batch.advantages, batch.mask)
+
+
+def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+    """With the KL in the reward there is none here."""
+    rows = (logprobs, batch.logprobs, batch.ref_logprobs, batch.advantages, batch.mask)
+    scalar, pairs = group.grpo_loss(*rows, clip=c.clip, beta=beta if c.kl.place == "loss" else 0.0)
+    return scalar, {name: pair for name, pair in pairs.items() if name != "kl"}
+
+
+def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+    rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
+    return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new)
+
+
+def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+    rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
+    return group.dapo_loss(*rows, clip_low=c.clip, clip_high=c.clip_high)
+
+
+ESTIMATORS = {
+    "rloo": Estimator(group.rloo_advantages, _reinforce, ("sequence",)),
+    "grpo": Estimator(group.grpo_advantages, _grpo, ("grpo",)),
+    "dr_grpo": Estimator(group.dr_grpo_advantages, _dr_grpo),
+    "dapo": Estimator(group.grpo_advantages, _dapo, ("k1", "k2", "k3")),
+    "reinforce": Estimator(None, _reinforce, ("sequence",)),
+}
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    check_policy(config, layout, shape)
+    name, estimator = config.estimator, ESTIMATORS[config.estimator]
+    if config.completions < (1 if estimator.advantages is None else 2):
+        raise ConfigError(f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt")
+    if config.kl.place == "loss" and config.kl.estimator not in estimator.kl_losses:
+        known = ", ".join(estimator.kl_losses) or "none (put it in the reward)"
+        raise ConfigError(f"group.kl.estimator={config.kl.estimator!r}: in the loss of {name} there can be {known}")
+    if config.entropy_coefficient and name != "dapo":
+        raise ConfigError(
+            f"group.entropy_coefficient: a bonus per token joins a mean over tokens, dapo's, not {name}'s"
+        )
+    if not 0 <= config.overlong_soft <= config.max_new:
+        raise ConfigError(f"group.overlong_soft={config.overlong_soft}: it lies within max_new={config.max_new} tokens")
+    if config.overlong == "leave_out" and not config.stop_at_eos:
+        raise ConfigError('group.overlong="leave_out": with stop_at_eos=False every answer hits the length limit')
+    if config.clip <= 0 or config.clip_high <= 0:
+        raise ConfigError(f"group.clip={config.clip} and clip_high={config.clip_high} must be above 0")
+    if not 0 <= config.baseline_decay < 1:
+        raise ConfigError(f"group.baseline_decay={config.baseline_decay}: at least 0 and below 1")
+    if config.only_informative and estimator.advantages is None:
+        raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
+
+
+def build(config: Config, layout: Layout) -> Stage:
+    task = open_task(config, layout)
+    model = task.start.model
+    check(config, layout, model.config)
+    return policy_stage(
+        config,
+        layout,
+        task,
+        Algorithm(config, model, Tokens.of(config, task.tokenizer)),
+        born=lambda key: {"policy": model.init(key)},
+        axes={"policy": model.axes()},
+        loaded={"policy": task.start.params},
+        extra={"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {},
+        repeats=config.completions,
+    )
+
+
+class Algorithm(PolicyAlgorithm):
+    """The jitted pieces of a group estimator."""
+
+    def __init__(self, config: Config, model: Model, tokens: Tokens):
+        super().__init__(config, model, tokens)
+        self.estimator = ESTIMATORS[config.estimator]
+        self.tx: optax.GradientTransformation = make_optimizer(config.optim, config.updates)
+        self.prepare = jax.jit(self._prepare)
+        self.update = jax.jit(self._update, donate_argnums=0)
+
+    # ------------------------------------------------------------------ score -> advantages
+
+    def _prepare(
+        self, state: states.TrainState, reference: PyTree, rollout: Rollout, scores: jax.Array
+    ) -> tuple[Experience, Pairs]:
+        """One advantage an answer, from the rewards of its whole group; nothing here has a gradient."""
+        c, mask = self.config, rollout.mask
+        ref_logprobs = self.logprobs(reference, rollout)
+        old_logprobs = self.behaviour(state.params["policy"], rollout)
+        shaped, ended, pairs = self.shape(scores, rollout)
+        if c.overlong_soft:
+            shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)
+        penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
+        beta = state.extra["kl_coefficient"]
+        rewards = shaping.sequence_rewards(shaped, penalty, mask, beta=beta)
+        groups = rewards.reshape(-1, c.completions)
+        informative = jnp.repeat(group.informative(groups), c.completions)
+        n = jnp.float32(mask.shape[0])
+        pairs |= {
+            "score": (scores.sum(), n),
+            "reward": ((shaped - beta * sequence_kl).sum(), n),
+            "kl": (sequence_kl.sum(), n),
+            "response_length": (mask.sum(), n),
+            "eos_rate": (ended.astype(jnp.float32).sum(), n),
+            "kl_coefficient": (beta, jnp.ones(())),
+            "informative": (informative.astype(jnp.float32).sum(), n),
+            "group_std": (jnp.std(groups, axis=1).sum(), jnp.float32(groups.shape[0])),
+            "advantage_reward": (rewards.sum(), n),
+        }
+        counted = mask
+        if c.overlong == "leave_out":
+            counted = counted * ended[:, None]
+        if c.only_informative:
+            counted = counted * informative[:, None]
+        rows = (rollout.tokens, rollout.segments, counted, old_logprobs)
+        return Experience(*rows, self._advantages(groups, state), ref_logprobs), pairs
+
+    def _advantages(self, groups: Float[Array, "p k"], state: states.TrainState) -> Float[Array, "b"]:
+        if self.estimator.advantages is not None:
+            return self.estimator.advantages(groups).reshape(-1)
+        # the average of the iterations before this one, free of the zero that it began with
+        weight = 1 - self.config.baseline_decay ** state.step.astype(jnp.float32)
+        return groups.reshape(-1) - masked.divide(state.extra["baseline"], weight)
+
+    # ------------------------------------------------------------------ minibatch epochs
+
+    def loss(
+        self, params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, Pairs]:
+        """The estimator's surrogate, and what joins it: KL in the loss, entropy bonus."""
+        c, mask, r = self.config, batch.mask, batch.mask.shape[1]
+        hidden = response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)
+        logprobs, entropy = self.model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
+        terms = {"policy": (1.0, self.estimator.loss(c, logprobs, batch, beta))}
+        if c.entropy_coefficient:
+            terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
+        if c.kl.place == "loss" and c.kl.estimator != "grpo":
+            terms["kl"] = (beta, self._kl_loss(logprobs, batch))
+        total, pairs = add_losses(**terms)
+        ratios = policy.ratio_metrics(policy.log_ratio(logprobs, batch.logprobs, mask), mask)
+        return total, ratios | pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+
+    def _kl_loss(self, logprobs: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
+        """With the weight of the loss that it joins: responses for `sequence`, tokens for the others."""
+        old, ref, mask = batch.logprobs, batch.ref_logprobs, batch.mask
+        losses = {
+            "k1": lambda: kl.kl_loss_k1(logprobs, old, ref, mask),
+            "k2": lambda: kl.kl_loss_k2(logprobs, ref, mask),
+            "k3": lambda: kl.kl_loss_k3(logprobs, old, ref, mask),
+            "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
+        }
+        scalar, pairs = losses[self.config.kl.estimator]()
+        return scalar, {"loss": pairs["loss"]}
+
+    def _update(
+        self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
+    ) -> tuple[states.TrainState, Pairs]:
+        """The epochs of an iteration, then its KL coefficient, averages and baseline."""
+        beta = state.extra["kl_coefficient"]
+
+        def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+            return self.loss(params, batch, key, beta)
+
+        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, state, experience, text, key)
+        if "baseline" in state.extra:
+            total, n = pairs["advantage_reward"]
+            decayed = group.moving_baseline(
+                state.extra["baseline"], (total / n)[None], decay=self.config.baseline_decay
+            )
+            state = state.replace(extra={**state.extra, "baseline": decayed})
+        return end_iteration(self.config, state, pairs), more

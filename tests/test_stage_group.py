@@ -1,0 +1,287 @@
+"""The group stage: its estimators on their own classes in the world of `benchmarks.optimum`, and the whole stage."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import optimum
+from benchmarks.optimum import EOS, PAD, TEMPERATURE
+from rlhfjax import recipe, stages
+from rlhfjax.algos import group as estimators
+from rlhfjax.algos import kl
+from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
+from rlhfjax.optim import OptimConfig
+from rlhfjax.stages import group
+from rlhfjax.stages.parts.prompts import Repeated
+from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
+from tests.test_resume import _Crash, assert_same_stage, interrupt
+from tests.test_stages import run_steps, stage_values
+
+KEY = jax.random.key(5)
+SGD = OptimConfig(name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0)
+ALL = tuple(group.ESTIMATORS)
+
+
+def begin(estimator, **changes):
+    return optimum.start(optimum.group_config(4, estimator=estimator, **{"optim": SGD, "batch_size": 8, **changes}))
+
+
+def iterate(algorithm, state, reference, key=KEY):
+    """(state, experience, metrics) after one iteration."""
+    _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
+    state, more = algorithm.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
+    return state, episodes, finalize(jax.device_get({**pairs, **more}))
+
+
+def assert_close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def penalised(algorithm, reference, rollout, beta):
+    """score - beta log pi/rho of each answer, in numpy."""
+    rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
+    ref = response_logprobs(algorithm.model, reference, *rows)[0]
+    spent = ((np.asarray(rollout.logprobs, np.float64) - np.asarray(ref)) * np.asarray(rollout.mask)).sum(1)
+    return np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)) - beta * spent
+
+
+# ------------------------------------------------------------------ advantages
+
+
+def test_advantages_are_made_within_groups_of_consecutive_answers():
+    """Against plain loops, at a policy that has left the reference, so that the KL in the reward counts."""
+    for name in ("rloo", "grpo", "dr_grpo", "dapo"):
+        algorithm, state, reference = begin(name, optim=dataclasses.replace(SGD, learning_rate=2.0))
+        state, _, _ = iterate(algorithm, state, reference)
+        rollout, episodes, pairs = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, 1))
+        rewards = penalised(algorithm, reference, rollout, optimum.BETA)
+        assert abs(float(pairs["kl"][0])) > 0.05
+        for first in range(0, 64, 8):
+            for i in range(first, first + 8):
+                others = [rewards[j] for j in range(first, first + 8)]
+                advantage = rewards[i] - np.mean(others)
+                if name == "rloo":
+                    advantage = rewards[i] - np.mean([rewards[j] for j in range(first, first + 8) if j != i])
+                if name in ("grpo", "dapo"):
+                    advantage = advantage / (np.std(others, ddof=1) + 1e-4)
+                assert float(episodes.advantages[i]) == pytest.approx(advantage, rel=2e-3, abs=2e-4)
+
+
+def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
+    """The gradient is that of -sum_t A log pi, A a number: nothing of beta is left in the loss."""
+    algorithm, state, reference = begin("rloo", kl=optimum.KLConfig(2.0))
+    _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+
+    def by_hand(params):
+        logprobs = response_logprobs(algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE)[0]
+        return -jnp.mean(jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1))
+
+    for beta in (0.0, 2.0):
+        ours = jax.grad(lambda p, b=beta: algorithm.loss({"policy": p}, episodes, None, b)[0])(reference)
+        assert_close(ours, jax.grad(by_hand)(reference), rtol=1e-4, atol=1e-6)
+
+
+def test_the_kl_of_grpo_is_k3_in_the_loss():
+    """mean over answers of 1/|o| sum_t (-A + beta k3) at ratio 1; the scores are not touched by it."""
+    algorithm, state, reference = begin("grpo", kl=optimum.in_loss("grpo"))
+    state, _, _ = iterate(algorithm, state, reference)
+    rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    groups = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)).reshape(-1, 8)
+    expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True, ddof=1) + 1e-4)
+    np.testing.assert_allclose(episodes.advantages, expected.ravel(), rtol=1e-4, atol=1e-5)
+    k3 = kl.k3(episodes.logprobs, episodes.ref_logprobs)
+    length = episodes.mask.sum(1)
+    loss = jnp.mean(-episodes.advantages + 0.4 * (k3 * episodes.mask).sum(1) / length)
+    assert float(algorithm.loss(state.params, episodes, None, 0.4)[0]) == pytest.approx(float(loss), abs=2e-5)
+
+
+def test_the_moving_baseline_is_the_average_of_the_iterations_before():
+    """After rewards m1, m2 with decay d: baseline (d m1 + m2) / (d + 1), without the zero that it began with."""
+    algorithm, state, reference = begin("reinforce", baseline_decay=0.8, kl=optimum.KLConfig(0.0))
+    means = []
+    for step in range(3):
+        rollout, episodes, pairs = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, step))
+        scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
+        weights = 0.8 ** np.arange(len(means))[::-1]
+        baseline = np.dot(weights, means) / weights.sum() if means else 0.0
+        np.testing.assert_allclose(episodes.advantages, scores - baseline, atol=1e-5)
+        means.append(scores.mean())
+        state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+
+
+def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
+    """Two halves with a vanishing step: the sum of their gradients is that of the whole batch."""
+    small = dataclasses.replace(SGD, learning_rate=1e-4)
+    after = []
+    for minibatches in (1, 2):
+        rate = dataclasses.replace(small, learning_rate=small.learning_rate / minibatches)
+        algorithm, state, reference = begin("rloo", minibatches=minibatches, optim=rate)
+        start = jax.device_get(reference)
+        state, _, _ = iterate(algorithm, state, reference)
+        after.append(
+            jax.tree.map(lambda a, b: (np.asarray(a) - b) / 1e-4, jax.device_get(state.params["policy"]), start)
+        )
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(after[0])) > 0.1
+    assert_close(after[1], after[0], atol=0.01)
+
+
+# ------------------------------------------------------------------ what counts
+
+
+def crafted(estimator, **changes):
+    """Two groups of 4: equal rewards in the first; in the second one answer ends and three hit the limit."""
+    algorithm, state, reference = begin(estimator, batch_size=2, completions=4, kl=optimum.KLConfig(0.0), **changes)
+    tokens = jnp.array([[1, 3, EOS, PAD]] * 4 + [[1, 4, 4, 4]] * 3 + [[1, 4, 5, EOS]])
+    mask = (tokens[:, 2:] != PAD).astype(jnp.float32)
+    segments = (tokens != PAD).astype(jnp.int32)
+    logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
+    scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
+    return algorithm.prepare(state, reference, Rollout(tokens, segments, mask, logprobs), scores)
+
+
+def test_informative_share_is_logged_and_may_be_all_that_counts():
+    episodes, pairs = crafted("dapo")
+    assert finalize(jax.device_get(pairs))["informative"] == 0.5
+    np.testing.assert_array_equal(episodes.advantages[:4], 0)
+    assert float(episodes.mask.sum()) == 12
+    episodes, _ = crafted("dapo", only_informative=True)
+    np.testing.assert_array_equal(episodes.mask.sum(1), [0, 0, 0, 0, 2, 2, 2, 2])
+
+
+def test_overlong_answers_are_left_out_or_penalised():
+    episodes, pairs = crafted("dapo", overlong="leave_out")
+    np.testing.assert_array_equal(episodes.mask.sum(1), [1, 1, 1, 1, 0, 0, 0, 2])
+    assert finalize(jax.device_get(pairs))["response_length"] == 12 / 8  # what was sampled, not what counts
+    _, pairs = crafted("dapo", overlong_soft=1)  # two tokens of two: -1
+    assert finalize(jax.device_get(pairs))["reward"] == pytest.approx((4 * 0.5 + 1.0 - 4) / 8)
+    assert finalize(jax.device_get(pairs))["score"] == pytest.approx((4 * 0.5 + 1.0) / 8)
+
+
+def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
+    """Pitfall 23: a mean over no tokens is 0, not NaN."""
+    algorithm, state, reference = begin("grpo", batch_size=2, completions=4, only_informative=True)
+    episodes, pairs = crafted("grpo", only_informative=True)
+    nothing = dataclasses.replace(episodes, mask=jnp.zeros_like(episodes.mask))
+    before = jax.device_get(reference)
+    state, more = algorithm.update(state, nothing, {}, pairs, KEY)
+    assert_close(state.params["policy"], before, atol=0)
+    assert all(np.isfinite(v) for v in finalize(jax.device_get(more)).values())
+
+
+def test_repeated_prompts_are_consecutive_and_resumable():
+    class Counting:
+        n = 0
+
+        def __next__(self):
+            self.n += 1
+            return {"prompts": np.arange(6).reshape(3, 2) + self.n}
+
+        def get_state(self):
+            return self.n
+
+        def set_state(self, state):
+            self.n = state
+
+    stream = Repeated(Counting(), 2)
+    np.testing.assert_array_equal(next(stream)["prompts"], [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]])
+    position, second = stream.get_state(), next(stream)["prompts"]
+    stream.set_state(position)
+    np.testing.assert_array_equal(next(stream)["prompts"], second)
+
+
+# ------------------------------------------------------------------ the whole stage
+
+
+def group_values(conversations, finished, estimator, **changes):
+    """The tiny recipe's PPO as a group stage."""
+    known = {f.name for f in dataclasses.fields(group.Config)}
+    values = {k: v for k, v in stage_values("ppo", conversations, finished).items() if k in known}
+    own = {"stage": "group", "estimator": estimator, "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2}
+    if estimator == "grpo":
+        own["kl"] = {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}
+    return values | own | changes
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, conversations, finished):
+    """Temperature 0.9, policy == reference. Pitfall 7: the answers of one group are not copies of each other."""
+    values = group_values(conversations, finished, estimator, minibatches=1, ptx={}, log={})
+    assert values["temperature"] == 0.9
+    metrics, _ = run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
+    assert abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
+    assert metrics[0]["approx_kl"] < 1e-9
+    assert abs(metrics[0]["kl"]) < 1e-4
+    assert metrics[0]["group_std"] > 1e-3
+
+
+def test_four_devices_give_what_one_gives(conversations, finished):
+    for estimator in ("rloo", "grpo"):
+        values = group_values(conversations, finished, estimator, epochs=2)
+        one, params = run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]))
+        four, others = run_steps("group", values, make_layout(MeshConfig(data=2, fsdp=2)))
+        for a, b in zip(one, four, strict=True):
+            assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+        assert_close(params, others, rtol=1e-3, atol=1e-4)
+
+
+def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finished):
+    sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+    results = []
+    for microbatches in (1, 2, 4):
+        values = group_values(conversations, finished, "grpo", optim=sgd, microbatches=microbatches)
+        results.append(run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)[1])
+    for params in results[1:]:
+        assert_close(params, results[0], rtol=1e-5, atol=1e-7)
+
+
+def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(conversations, finished, tmp_path, monkeypatch):
+    """REINFORCE carries the most: moving baseline, KL coefficient, average of weights, two data positions."""
+    values = group_values(conversations, finished, "reinforce", steps=4)
+    recipe.run_stage(values, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "group", 3, "exception")
+        with pytest.raises(_Crash):
+            recipe.run_stage(values, tmp_path / "run")
+    recipe.run_stage(values, tmp_path / "run")
+    assert_same_stage(tmp_path / "whole", tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "group/val_kl" in lines and "group/val_gold" in lines
+
+
+REFUSED = {
+    "compares at least 2": {"completions": 1, "batch_size": 8},
+    "there can be grpo": {"estimator": "grpo", "kl": {"place": "loss", "estimator": "k3"}},
+    "put it in the reward": {"estimator": "dr_grpo", "kl": {"place": "loss", "estimator": "k3"}},
+    "there can be sequence": {"kl": {"place": "loss", "estimator": "k1"}},
+    "a mean over tokens, dapo's": {"entropy_coefficient": 0.1},
+    "it lies within": {"overlong_soft": 9},
+    "every answer hits": {"overlong": "leave_out", "stop_at_eos": False},
+    "above 0": {"clip": 0.0},
+    "baseline_decay": {"estimator": "reinforce", "baseline_decay": 1.0},
+    "has no groups": {"estimator": "reinforce", "only_informative": True},
+    "batch_size times completions=16": {"minibatches": 3},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_meant_is_refused(message):
+    options = {"init_from": "x", "reward": "y", "prompt_length": 24, "max_new": 8, "batch_size": 4, "steps": 2}
+    values = stages.stage_config("group", **options | REFUSED[message])
+    with pytest.raises(ConfigError, match=message) as refused:
+        group.check(recipe.check(to_dict(values), "group"), make_layout(MeshConfig(), jax.devices()[:1]), None)
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("group.")
+
+
+def test_the_estimators_are_those_of_algos():
+    assert group.ESTIMATORS["rloo"].advantages is estimators.rloo_advantages
+    options = {"init_from": "x", "reward": "y", "prompt_length": 8, "max_new": 8, "batch_size": 4, "steps": 1}
+    with pytest.raises(ConfigError, match="expected one of 'rloo'"):
+        recipe.check({**to_dict(stages.stage_config("group", **options)), "estimator": "ppo"}, "group")

@@ -1,0 +1,470 @@
+"""PPO's options on its own classes, in the world of `benchmarks.optimum`: six tokens, two prompts, few responses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import optimum
+from benchmarks.optimum import EOS, PAD, PROMPTS, TEMPERATURE
+from rlhfjax import recipe, stages
+from rlhfjax import state as states
+from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
+from rlhfjax.models import store
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import OptimConfig
+from rlhfjax.stages import ppo
+from rlhfjax.stages.parts import epochs
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
+from rlhfjax.stages.parts.ptx import PtxConfig
+from rlhfjax.stages.parts.rollout import Rollout, response_hidden, response_logprobs
+from tests.test_stages import run_steps, stage_values
+
+KEY = jax.random.key(7)
+SGD = OptimConfig(name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0)
+PLAIN = {"optim": SGD, "value_optim": SGD, "batch_size": 32, "epochs": 1, "minibatches": 1, "whiten_advantages": "none"}
+
+
+def begin(shape=optimum.SHAPE, steps=4, **changes):
+    return optimum.start(optimum.ppo_config(steps, **{**PLAIN, **changes}), shape)
+
+
+def iterate(algorithm, state, reference, key=KEY, text=None):
+    """(state, experience, metrics) after one iteration."""
+    _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
+    state, more = algorithm.update(state, episodes, text or {}, pairs, jax.random.fold_in(key, 1))
+    return state, episodes, finalize(jax.device_get({**pairs, **more}))
+
+
+def copy(tree):
+    return jax.tree.map(lambda x: np.array(x), jax.device_get(tree))
+
+
+def moved(params, size=0.3):
+    """Parameters some way from others."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(11), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def assert_close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def apart(a, b):
+    return max(
+        float(np.abs(np.asarray(x) - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+# ------------------------------------------------------------------ whose logprobs
+
+
+def test_forward_logprobs_are_the_samplers_in_float32():
+    sampler = optimum.experience(*begin(), KEY)[1]
+    forward = optimum.experience(*begin(behaviour_logprobs="forward"), KEY)[1]
+    np.testing.assert_array_equal(sampler.tokens, forward.tokens)
+    # what the first ratio may differ from 1 by
+    np.testing.assert_allclose(forward.logprobs, sampler.logprobs, atol=2e-5)
+
+
+def test_forward_logprobs_make_the_first_ratio_one_in_bfloat16():
+    shape = dataclasses.replace(optimum.SHAPE, dtype="bfloat16")
+    _, episodes, metrics = iterate(*begin(shape, behaviour_logprobs="forward"))
+    assert metrics["first_ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert episodes.logprobs.dtype == jnp.float32  # pitfall 16: a KL of bfloat16 numbers is noise
+    rollout, sampled, _ = optimum.experience(*begin(shape), KEY)
+    np.testing.assert_array_equal(sampled.logprobs, rollout.logprobs)
+
+
+def test_pitfall_20_dropout_is_off_in_ppo():
+    """A model that was fine-tuned with dropout: the ratio is 1, and a loss computed twice is the same."""
+    shape = dataclasses.replace(optimum.SHAPE, dropout=0.5)
+    algorithm, state, reference = begin(shape)
+    _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    loss, pairs = algorithm.loss(state.params, episodes, jax.random.key(0))
+    assert float(pairs["ratio_max"][0]) == pytest.approx(1, abs=1e-5)
+    assert float(loss) == float(algorithm.loss(state.params, episodes, jax.random.key(1))[0])
+
+
+def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
+    algorithm, state, reference = begin(optim=dataclasses.replace(SGD, learning_rate=3.0))
+    state, _, _ = iterate(algorithm, state, reference)
+    rollout, _, _ = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, 2))
+    rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
+    now, before = (response_logprobs(algorithm.model, p, *rows)[0] for p in (state.params["policy"], reference))
+    np.testing.assert_allclose(rollout.logprobs, now * rollout.mask, atol=1e-5)
+    assert apart(rollout.logprobs, before * rollout.mask) > 1e-2
+
+
+def test_pitfall_07_every_iteration_draws_anew():
+    """Two steps differ, and so do the many answers to one prompt within a step; one step is always the same."""
+    algorithm, state, reference = begin()
+    keys = (jax.random.fold_in(KEY, 0), jax.random.fold_in(KEY, 1), jax.random.fold_in(KEY, 0))
+    first, second, again = (optimum.experience(algorithm, state, reference, k)[0].responses for k in keys)
+    np.testing.assert_array_equal(first, again)
+    assert np.mean(np.asarray(first != second)) > 0.3
+    assert len(np.unique(np.asarray(first)[:16], axis=0)) > 5
+
+
+# ------------------------------------------------------------------ score -> advantages
+
+
+def by_hand(**changes):
+    """An algorithm with V = 0, gamma = lam = 1 and three responses that it did not sample."""
+    algorithm, state, reference = begin(batch_size=3, lam=1.0, **changes)
+    tokens = jnp.array([[1, 3, 4, EOS], [1, 3, EOS, PAD], [1, 4, 5, 5]])
+    mask = jnp.array([[1.0, 1], [1, 0], [1, 1]])
+    segments = jnp.concatenate([jnp.ones((3, 2), jnp.int32), mask.astype(jnp.int32)], axis=1)
+    logprobs = response_logprobs(algorithm.model, moved(reference), tokens, segments, 2, TEMPERATURE)[0] * mask
+    rollout = Rollout(tokens, segments, mask, logprobs)
+    ref = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
+    scores = jnp.array([0.7, -1.6, 0.25])
+    episodes, pairs = algorithm.prepare(state, reference, rollout, scores)
+    return episodes, finalize(jax.device_get(pairs)), np.asarray(scores), np.asarray(logprobs - ref, np.float64)
+
+
+def to_go(rewards):
+    return np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+
+
+def test_pitfall_10_the_score_is_on_the_last_response_token():
+    """With lam = 0 and V = 0 the advantage of a token is its reward; pitfall 9: fractions stay fractions."""
+    algorithm, state, reference = begin(batch_size=32, lam=0.0, kl=KLConfig(0.0))
+    rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
+    ended = np.asarray(rollout.mask)[:, 1] == 0
+    assert ended.any() and not ended.all()
+    expected = np.where(ended[:, None], np.stack([scores, 0 * scores], 1), np.stack([0 * scores, scores], 1))
+    np.testing.assert_allclose(episodes.advantages, expected, atol=1e-6)
+
+
+def test_the_penalty_is_beta_times_the_estimate_at_every_token():
+    for estimator, value in {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(-d) - 1 + d}.items():
+        episodes, metrics, scores, d = by_hand(kl=KLConfig(0.3, estimator=estimator))
+        rewards = -0.3 * value(d)
+        rewards[[0, 1, 2], [1, 0, 1]] += scores
+        np.testing.assert_allclose(episodes.returns, to_go(rewards) * np.array([[1, 1], [1, 0], [1, 1]]), atol=1e-5)
+        assert metrics["kl"] == pytest.approx(d.sum(1).mean(), abs=1e-5)  # pitfall 15: of sequences, and k1
+
+
+def test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening():
+    """Only the third response did not end; rewards are whitened with their mean kept, over real tokens."""
+    episodes, metrics, scores, d = by_hand(whiten_rewards="batch", missing_eos="penalty", missing_eos_value=2.0)
+    rewards = -optimum.BETA * d
+    rewards[[0, 1, 2], [1, 0, 1]] += scores - np.array([0, 0, 2.0])
+    real = np.array([[1, 1], [1, 0], [1, 1]], bool)
+    mean, std = rewards[real].mean(), rewards[real].std()
+    whitened = np.where(real, (rewards - mean) / np.sqrt(std**2 + 1e-8) + mean, 0)
+    np.testing.assert_allclose(episodes.returns, to_go(whitened) * real, atol=1e-5)
+    assert metrics["eos_rate"] == pytest.approx(2 / 3)
+
+
+def test_replaced_and_clipped_scores():
+    episodes, _, _, _ = by_hand(kl=KLConfig(0.0), missing_eos="replace", missing_eos_value=-3.0, score_clip=1.0)
+    np.testing.assert_allclose(episodes.returns[:, 0], [0.7, -1.0, -1.0], atol=1e-6)
+
+
+def test_whitening_in_a_minibatch_is_that_of_the_batch_where_it_is_all():
+    def after(**changes):
+        algorithm, state, reference = begin(**changes)
+        return copy(iterate(algorithm, state, reference)[0].params)
+
+    batch = after(whiten_rewards="batch", whiten_advantages="none")
+    assert_close(after(whiten_rewards="minibatch"), batch, rtol=1e-5, atol=1e-6)
+    assert apart(after(), batch) > 1e-4
+    both = after(whiten_advantages="batch")
+    assert_close(after(whiten_advantages="minibatch"), both, rtol=1e-5, atol=1e-6)
+    assert apart(after(), both) > 1e-4
+    halves = {"minibatches": 2, "epochs": 1}
+    assert apart(after(whiten_rewards="minibatch", **halves), after(whiten_rewards="batch", **halves)) > 1e-5
+
+
+def test_truncation_and_rejection():
+    """A full stop (3) at position 1 or later ends what the reward sees; without one the score is -1."""
+    config = optimum.ppo_config(4, **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)})
+    model = Model(dataclasses.replace(optimum.SHAPE, max_length=6))
+    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD, stop=3))
+    tokens = jnp.array([[1, 3, 4, 3, 5, 5], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
+    seen, segments, mask = algorithm.seen(rollout)
+    np.testing.assert_array_equal(seen, [[1, 3, 4, 3, PAD, PAD], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(segments[:, 2:], mask)
+    shaped, _, pairs = algorithm.shape(jnp.array([0.5, 0.6, 0.7]), rollout)
+    np.testing.assert_allclose(shaped, [0.5, -1.0, 0.7])
+    assert finalize(jax.device_get(pairs))["accepted"] == pytest.approx(2 / 3)
+    np.testing.assert_array_equal(rollout.mask, 1)  # the policy is trained on all that it sampled
+
+
+def test_without_a_stop_at_eos_every_response_is_as_long():
+    algorithm, state, reference = begin(stop_at_eos=False, batch_size=64)
+    rollout, _, _ = optimum.experience(algorithm, state, reference, KEY)
+    assert (np.asarray(rollout.responses)[:, 0] == EOS).any()
+    np.testing.assert_array_equal(rollout.mask, 1)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def every_response(algorithm, policy, reference):
+    """All responses to both prompts as one Experience; a row's mask is its probability, a weight. And log pi - log rho
+    of every token of the vocabulary at every slot, [n, r, v].
+    """
+    tokens, mask = optimum.responses()
+    n = len(tokens)
+    whole = jnp.concatenate([jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (2, 1))], axis=1)
+    counted = jnp.tile(mask, (2, 1))
+    segments = jnp.concatenate([jnp.ones_like(counted), counted], axis=1).astype(jnp.int32)
+    logprobs, ref = (
+        response_logprobs(algorithm.model, p, whole, segments, 2, TEMPERATURE)[0] for p in (policy, reference)
+    )
+    weights = counted * jnp.exp((logprobs * counted).sum(1, keepdims=True))
+    zeros = jnp.zeros_like(counted)
+    return ppo.Experience(whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
+    """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
+    algorithm, _, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
+    policy = moved(reference)
+    batch = every_response(algorithm, policy, reference)
+    value = algorithm.critic.init(jax.random.key(3))
+
+    def loss(params):
+        return algorithm.loss({"policy": params, "value": value}, batch, None, 0.5)[0]
+
+    def exact(params):
+        hidden = [response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2) for p in (params, reference)]
+        logits = [algorithm.model.logits(p, h) for p, h in zip((params, reference), hidden, strict=True)]
+        log_pi, log_rho = (jax.nn.log_softmax(x / TEMPERATURE) for x in logits)
+        kl = jnp.sum(jnp.exp(log_pi) * (log_pi - log_rho), axis=-1)
+        return 0.5 * jnp.sum(batch.mask * kl) / batch.mask.sum()
+
+    ours, true = jax.grad(loss)(policy), jax.grad(exact)(policy)
+    assert float(optax.global_norm(true)) > 0.05
+    assert_close(ours, true, rtol=1e-3, atol=2e-5)
+
+
+def test_pitfall_18_value_and_policy_losses_share_one_weight():
+    algorithm, state, reference = begin(value_coefficient=0.3)
+    _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    loss, pairs = algorithm.loss(state.params, episodes, None)
+    tokens = float(episodes.mask.sum())
+    assert tokens < episodes.mask.size
+    assert {float(pairs[name][1]) for name in ("loss", "policy_loss", "value_loss")} == {tokens}
+    error = np.asarray((episodes.values - episodes.returns) * episodes.mask)
+    assert float(pairs["value_loss"][0]) == pytest.approx(0.5 * (error**2).sum(), rel=1e-5)
+    both = float(pairs["policy_loss"][0]) + 0.3 * float(pairs["value_loss"][0])
+    assert float(loss) == pytest.approx(both / tokens, rel=1e-5)
+
+
+def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
+    """The last token's advantage is score - V: nothing is added for a state after it, whatever the pads hold."""
+    algorithm, state, reference = begin(kl=KLConfig(0.0))
+    head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
+    state = state.replace(params={**state.params, "value": {**state.params["value"], "head": head}})
+    rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    scores = optimum.reward(*algorithm.seen(rollout))
+    last = np.asarray(rollout.mask).sum(1).astype(int) - 1
+    assert set(last) == {0, 1}
+    at_end = [np.take_along_axis(np.asarray(x), last[:, None], 1)[:, 0] for x in (episodes.advantages, episodes.values)]
+    assert np.abs(at_end[1]).min() > 1e-3
+    np.testing.assert_allclose(at_end[0], np.asarray(scores) - at_end[1], atol=1e-5)
+    other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
+    changed, _ = algorithm.prepare(state, reference, other, scores)
+    for name in ("advantages", "returns", "values"):
+        np.testing.assert_array_equal(np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0)
+        np.testing.assert_allclose(getattr(changed, name), getattr(episodes, name), atol=1e-6)
+    grads = [jax.grad(lambda p, e=e: algorithm.loss(p, e, None)[0])(state.params) for e in (episodes, changed)]
+    assert_close(*grads, atol=1e-6)
+
+
+def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
+    """The head alone is separate; its loss reaches the trunk; its values come to explain the returns."""
+    algorithm, state, reference = begin(
+        value="shared",
+        batch_size=128,
+        epochs=4,
+        optim=OptimConfig(learning_rate=1e-3),
+        value_optim=OptimConfig(learning_rate=0.05, schedule="constant"),
+        steps=12,
+    )
+    assert set(state.params["value"]) == {"head"}
+    _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
+    assert float(jnp.abs(episodes.values).max()) == 0  # the head begins at 0
+
+    def trunk(coefficient):
+        config = dataclasses.replace(algorithm.config, value_coefficient=coefficient)
+        other = ppo.Algorithm(config, algorithm.model, algorithm.critic, algorithm.tokens)
+        params = {**state.params, "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}}}
+        return jax.grad(lambda p: other.loss(p, episodes, None)[0])(params)["policy"]
+
+    assert apart(trunk(0.0), trunk(1.0)) > 1e-3
+    explained = []
+    for step in range(12):
+        state, _, metrics = iterate(algorithm, state, reference, jax.random.fold_in(KEY, step))
+        explained.append(metrics["value_explained_variance"])
+    assert explained[0] < 0.05 < 0.2 < explained[-1]
+
+
+# ------------------------------------------------------------------ epochs
+
+
+def test_early_stop_leaves_the_rest_of_an_iteration():
+    """One minibatch an epoch: the first is at ratio 1 and applied; the second is past the target."""
+    once, *rest = begin(epochs=1)
+    first = iterate(once, *rest)[0]
+    algorithm, state, reference = begin(epochs=4, target_kl=1e-9)
+    state, _, metrics = iterate(algorithm, state, reference)
+    assert_close(state.params, copy(first.params), atol=1e-6)
+    assert metrics["updated"] == 1 / 4
+    assert metrics["approx_kl"] > 1e-9
+    assert int(state.step) == 1
+
+
+def test_early_stop_that_is_not_reached_changes_nothing():
+    metrics = []
+    for target in (0.0, 100.0):
+        algorithm, state, reference = begin(epochs=3, minibatches=2, target_kl=target)
+        state, _, m = iterate(algorithm, state, reference)
+        metrics.append((copy(state.params), m))
+    assert metrics[1][1].pop("updated") == 1
+    assert_close(metrics[0][0], metrics[1][0], rtol=1e-6, atol=1e-7)
+    assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-6)
+
+
+def test_early_stop_is_of_one_iteration():
+    algorithm, state, reference = begin(epochs=4, target_kl=1e-9)
+    shares = []
+    for step in range(2):
+        state, _, metrics = iterate(algorithm, state, reference, jax.random.fold_in(KEY, step))
+        shares.append(metrics["updated"])
+    assert shares == [1 / 4, 1 / 4]
+
+
+def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
+    """The parameter [i, j] counts how often episodes i and j were in one minibatch."""
+    n, config = 8, optimum.ppo_config(1, **PLAIN | {"batch_size": 8, "epochs": 3, "minibatches": 4})
+
+    def loss(params, ids, key):
+        row = jax.nn.one_hot(ids, n).sum(0)
+        one = (jnp.ones(()), jnp.ones(()))
+        return -jnp.sum(params["policy"] * row[:, None] * row), {"loss": one, "approx_kl": one, "ratio_max": one}
+
+    tx = optax.sgd(1.0)
+    state = states.TrainState.create({"policy": jnp.zeros((n, n))}, tx)
+    state, _ = epochs.minibatch_epochs(config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), {}, KEY)
+    together = np.asarray(state.params["policy"])
+    np.testing.assert_array_equal(np.diag(together), 3)
+    np.testing.assert_array_equal(together.sum(1), 6)  # itself and one other, three times
+    assert (together == 1).any()  # not the same companion in every epoch
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
+    """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
+    gamma = 1.5
+    tokens = jax.random.randint(jax.random.key(1), (64, 4), 1, 6)
+    mask = (jnp.arange(4) < jnp.where(jnp.arange(64) % 2, 4, 2)[:, None]).astype(jnp.float32)
+    segments = jnp.ones_like(tokens)
+    text = {"tokens": tokens, "targets": tokens[:, ::-1], "mask": mask, "segments": segments}
+    text["positions"] = jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32)
+    algorithm, state, reference = begin()
+    grads = jax.grad(lambda p: language_loss(algorithm.model)(p, text, None)[0])(reference)
+    scale = gamma * (3.0 if unit == "sequence" else 1.0)  # 3 tokens a sequence on average
+    plain = copy(iterate(algorithm, state, reference)[0].params["policy"])
+    expected = jax.tree.map(lambda p, g: p - 0.1 * scale * g, plain, grads)
+    for microbatches in (1, 2):
+        mixed = begin(ptx=PtxConfig(coefficient=gamma, unit=unit, ratio=2), microbatches=microbatches)
+        state, _, metrics = iterate(*mixed, text=text)
+        assert_close(state.params["policy"], expected, rtol=1e-4, atol=2e-6)
+        assert metrics["ptx_loss"] > 0
+
+
+def test_ptx_gives_every_minibatch_of_an_epoch_text_of_its_own():
+    rows = np.asarray(epochs._cycle(jnp.arange(24), 4, 2))
+    assert rows.shape == (8, 6)
+    np.testing.assert_array_equal(np.sort(rows[:4].ravel()), np.arange(24))
+    np.testing.assert_array_equal(rows[:4], rows[4:])
+
+
+# ------------------------------------------------------------------ the whole stage
+
+
+@pytest.mark.parametrize("head", ["loaded", "zero", "normal"])
+def test_where_the_value_function_begins(head, conversations, finished):
+    values = stage_values("ppo", conversations, finished, value_head=head)
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    with layout.use():
+        stage = stages.find("ppo").build(recipe.check(values, "ppo"), layout)
+        value = stage.start(states.create_sharded(stage.init, KEY, stage.axes, layout)).params["value"]
+    reward = store.load(finished / "04_reward", layout).params
+    assert_close(value["backbone"], reward["backbone"])
+    kernel = np.asarray(value["head"]["kernel"])
+    if head == "loaded":
+        assert_close(value["head"], reward["head"])
+    elif head == "zero":
+        np.testing.assert_array_equal(kernel, 0)
+    else:
+        assert apart(kernel, reward["head"]["kernel"]) > 1e-3
+        assert 0.5 < kernel.std() * np.sqrt(17) < 1.7
+
+
+def test_four_devices_give_what_one_gives_with_every_option(conversations, finished):
+    options = {
+        "kl": {"coefficient": 0.1, "place": "loss", "estimator": "k3"},
+        "behaviour_logprobs": "forward",
+        "whiten_rewards": "minibatch",
+        "target_kl": 1.0,
+        "truncate": {"token": "e", "after": 1},
+        "value": "shared",
+    }
+    values = stage_values("ppo", conversations, finished, **options)
+    one, params = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]))
+    four, others = run_steps("ppo", values, make_layout(MeshConfig(data=4)))
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+        assert a["updated"] == 1 and 0 <= a["accepted"] <= 1
+    assert_close(params, others, rtol=1e-3, atol=1e-4)
+
+
+REFUSED = {
+    "in the reward: k1, k2, k3": {"kl": {"estimator": "sequence"}},
+    "stays 0 whatever the target": {"kl": {"coefficient": 0.0, "target": 2.0, "horizon": 100}},
+    "needs one; 10 to 20": {"kl": {"target": 2.0}},
+    "is the group stage's": {"kl": {"place": "loss", "estimator": "grpo"}},
+    "no response has an end": {"missing_eos": "penalty", "stop_at_eos": False},
+    "a response has max_new": {"truncate": {"token": ".", "after": 8}},
+    "it stops later updates": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
+    "advantages exist only there": {"whiten_rewards": "minibatch", "whiten_advantages": "batch"},
+    "is not a decay": {"ema": 1.0},
+    "between 0 and 1": {"lam": 1.5},
+    "clip=0": {"clip": 0.0},
+    "at least one sequence of text": {"ptx": {"coefficient": 1.0, "ratio": 0, "length": 32}},
+    "above 0": {"temperature": 0.0},
+    "at least 1": {"epochs": 0},
+    "not divisible": {"minibatches": 3},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_meant_is_refused(message):
+    values = stages.stage_config(
+        "ppo", init_from="x", reward="y", prompt_length=24, max_new=8, batch_size=16, steps=2, **REFUSED[message]
+    )
+    with pytest.raises(ConfigError, match=message) as refused:
+        ppo.check(recipe.check(to_dict(values), "ppo"), make_layout(MeshConfig(), jax.devices()[:1]), None)
+    assert "\n" not in str(refused.value) and "ppo" in str(refused.value)
