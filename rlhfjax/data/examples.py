@@ -89,6 +89,24 @@ def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int)
     ]
 
 
+def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft") -> list[np.ndarray]:
+    """Training examples of a conversation: its `windows`, or the one answer that was stored with its own ids.
+
+    Stored ids are learnt as they are, the answer alone: nothing is encoded anew, and no eos is added to an answer that
+    was cut off. Where the two do not fit the prompt loses its beginning, and then the answer its end.
+    """
+    if "response_tokens" not in row:
+        return windows(tokenizer, row["messages"], length)
+    prompt, response = row["prompt_tokens"].tolist(), row["response_tokens"].tolist()
+    top = max([*prompt, *response], default=0)
+    if top >= tokenizer.vocab_size:
+        raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
+    prompt = prompt[-max(1, length + 1 - len(response)) :]
+    tokens = np.array([*prompt, *response][: length + 1], np.int32)
+    mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
+    return [shifted(tokens, mask)] if mask.any() else []
+
+
 class Prompts:
     """Prompts out of conversations: prefixes that end with a user turn.
 
@@ -128,7 +146,7 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
     and every completion ends with eos. A prompt that leaves too little room for the longest completion loses its
     beginning, the same for all k.
     """
-    prompt, completions = _native(tokenizer, row)
+    prompt, completions = native(tokenizer, row)
     if len(completions) > k:
         raise DataError(f"{where}: {len(completions)} completions, more than k={k}")
     top = max([*prompt, *(token for ids in completions for token in ids)], default=0)
@@ -145,7 +163,8 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
     return {"tokens": tokens, "segments": segments, "scores": scores, "valid": valid, "lengths": lengths}
 
 
-def _native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
+def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
+    """Ids of a preference row's prompt and of each completion: those stored, or its text encoded and ended with eos."""
     if "prompt_tokens" in row:
         return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
     prompt = chat.render_prompt(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])

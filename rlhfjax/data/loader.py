@@ -132,13 +132,14 @@ def sft_batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> Batches:
-    """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone."""
+    """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone.
+
+    A row that has stored ids (`rows.py`) is learnt by them, its last turn alone.
+    """
     sources = _check(source, ("messages",), length)
     if not any(turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)):
         raise DataError("sft: no conversation has an assistant turn to learn")
-    encoded = [
-        (Encoded(one, lambda _, row: examples.windows(tokenizer, row["messages"], length)), w) for one, w in sources
-    ]
+    encoded = [(Encoded(one, lambda _, row: examples.fine_tuning(tokenizer, row, length)), w) for one, w in sources]
     rows = packing.flatten(_mixed(encoded, seed, train).to_iter_dataset(_INLINE))
     bins = max(4 * batch_size, 64)  # more open rows leave less padding
     rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)

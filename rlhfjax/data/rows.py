@@ -1,7 +1,8 @@
 """What a row is: four kinds, each checked and brought into one form, whatever its source calls the columns.
 
 text         {"text": str}
-messages     {"messages": [{"role": str, "content": str}, ...]}, one entry a turn
+messages     {"messages": [{"role": str, "content": str}, ...]}, one entry a turn; prompt_tokens, response_tokens if the
+             last turn was sampled: the ids that it is to be learnt by
 prompt       {"messages": [...]} ending with a user turn; a plain string is one user turn
 preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2; the tokens if stored; the
              messages too if the prompt was a conversation
@@ -27,7 +28,10 @@ COLUMNS = {
     "preferences": ("prompt", "completions", "scores"),
 }
 PAIR = ("prompt", "chosen", "rejected")
-_STORED = ("prompt_tokens", "completion_tokens", "tokens", "token_counts", "ranks", "labeller")
+_STORED = {
+    "preferences": ("prompt_tokens", "completion_tokens", "tokens", "token_counts", "ranks", "labeller"),
+    "messages": ("prompt_tokens", "response_tokens"),
+}
 
 
 class BadRow(Exception):
@@ -67,8 +71,8 @@ def normalise(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> 
         if name not in raw:
             raise BadRow(f"no column {name!r}, found {', '.join(map(str, raw)) or 'none'}")
     take = {ours: _plain(raw[theirs]) for ours, theirs in columns.items()}
-    stored = _STORED if kind == "preferences" else ()
-    take |= {ours: _plain(raw[ours]) for ours in (*COLUMNS[kind], *stored) if ours not in take and ours in raw}
+    stored = (*COLUMNS[kind], *_STORED.get(kind, ()))
+    take |= {ours: _plain(raw[ours]) for ours in stored if ours not in take and ours in raw}
     return _FORMS[kind](take)
 
 
@@ -77,7 +81,10 @@ def _text(row: Row) -> Row:
 
 
 def _messages(row: Row) -> Row:
-    return row | {"messages": _turns(row["messages"], "messages")}
+    row = row | {"messages": _turns(row["messages"], "messages")}
+    if ("prompt_tokens" in row) != ("response_tokens" in row):
+        raise BadRow("prompt_tokens and response_tokens go together, found one alone")
+    return row | {name: _ids(row[name], name) for name in _STORED["messages"] if name in row}
 
 
 def _prompt(row: Row) -> Row:

@@ -10,7 +10,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.rewards.rankings import from_row, write_rankings
-from rlhfjax.stages.reward import open_preferences
+from rlhfjax.stages.parts.preferences import open_preferences
 
 FILE = "rankings.jsonl"
 

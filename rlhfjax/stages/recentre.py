@@ -23,8 +23,9 @@ from rlhfjax.rewards.responses import check_scalar
 from rlhfjax.stages.parts import centre
 from rlhfjax.stages.parts.answers import Sampling, answers
 from rlhfjax.stages.parts.common import SourceConfig, check_length, open_sources
+from rlhfjax.stages.parts.preferences import open_preferences
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
-from rlhfjax.stages.reward import make_judge, open_preferences
+from rlhfjax.stages.reward import make_judge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data import loader
-from rlhfjax.data.preferences import read_preferences
-from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
@@ -36,6 +34,7 @@ from rlhfjax.stages.parts.common import (
     check_training,
     open_sources,
 )
+from rlhfjax.stages.parts.preferences import open_preferences
 from rlhfjax.state import TrainState
 
 
@@ -109,21 +108,6 @@ def _normalised(
     params, pairs = centre.normalise(params, shown, "mean")
     _, reference = centre.normalise(params, answers, "none")
     return params, {**reference, "demonstration_mean": pairs["reference_mean"]}
-
-
-def open_preferences(names: tuple[str, ...], split: str) -> Source:
-    """Rankings of all folders and `jsonl:` globs, as one source.
-
-    Raises:
-      ConfigError: none is named.
-    """
-    if not names:
-        raise ConfigError("reward.preferences: at least one folder or jsonl: glob is needed")
-    parts = [
-        open_source(name, kind="preferences", split=split) if ":" in name else read_preferences(name, split)
-        for name in names
-    ]
-    return parts[0] if len(parts) == 1 else Concatenated(parts)
 
 
 def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:

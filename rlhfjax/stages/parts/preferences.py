@@ -1,0 +1,86 @@
+"""Ranked answers for the stages that learn from them: where they come from, and what a policy thinks of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlhfjax.data import examples
+from rlhfjax.data.preferences import read_preferences
+from rlhfjax.data.rows import Row
+from rlhfjax.data.sources import Concatenated, Source, open_source
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.models.transformer import Model
+
+PyTree = Any
+
+
+def open_preferences(names: tuple[str, ...], split: str, stage: str = "reward") -> Source:
+    """Rankings of all folders and `jsonl:` globs, as one source.
+
+    Raises:
+      ConfigError: none is named.
+    """
+    if not names:
+        raise ConfigError(f"{stage}.preferences: at least one folder or jsonl: glob is needed")
+    parts = [
+        open_source(name, kind="preferences", split=split) if ":" in name else read_preferences(name, split)
+        for name in names
+    ]
+    return parts[0] if len(parts) == 1 else Concatenated(parts)
+
+
+def response_slots(segments: Int[Array, "n t"], lengths: Int[Array, " n"]) -> Float[Array, "n s"]:
+    """1 at slots 0 .. t - 2 whose *next* token is the response's, its eos included: the last `lengths` real tokens."""
+    end = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
+    slot = jnp.arange(1, segments.shape[1])
+    return ((slot >= end - lengths[:, None]) & (slot < end)).astype(jnp.float32)
+
+
+def completion_logprobs(
+    model: Model, params: PyTree, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
+    """log pi(y_t | x, y_<t) of every completion, and the mask of its tokens; n = b k rows, s = t - 1.
+
+    Args:
+      batch: of `loader.preference_batches`: tokens, segments [b, k, t], lengths [b, k].
+      key: turns dropout on.
+    """
+    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments"))
+    hidden = model.hidden(params, tokens, segments=segments, key=key)
+    logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
+    return logprobs, response_slots(segments, batch["lengths"].reshape(-1))
+
+
+class Mismatched:
+    """Every prompt with the answers to another one, half of the data away: what KTO estimates its KL with.
+
+    The partner is a matter of the data and not of the batch, so that an estimate over a batch does not depend on how
+    it is cut, and reference log-probabilities can be precomputed. Half of the data away, because neighbours are often
+    prefixes of one conversation.
+    """
+
+    kind = "preferences"
+
+    def __init__(self, source: Source, tokenizer: Tokenizer):
+        if len(source) < 2:
+            raise DataError("kto: an answer to another prompt is needed, and there is only one prompt")
+        self.skipped, self._source, self._tokenizer = source.skipped, source, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Row:
+        donor = self._source[(index + len(self) // 2) % len(self)]
+        prompt, _ = examples.native(self._tokenizer, self._source[index])
+        _, completions = examples.native(self._tokenizer, donor)
+        return donor | {
+            "prompt_tokens": np.array(prompt, np.int32),
+            "completion_tokens": [np.array(ids, np.int32) for ids in completions],
+        }
+
+    def where(self, index: int) -> str:
+        return f"{self._source.where(index)} with another prompt's answers"

@@ -1,0 +1,120 @@
+"""Selection: the best answers to each prompt as conversations to fine-tune on (rejection sampling, expert iteration).
+
+workdir/train.jsonl, validation.jsonl    {"messages", "prompt_tokens", "response_tokens", "score"}, an answer a row
+
+`sft` on these files learns the sampled ids themselves, eos included where it was sampled, and nothing of the prompt.
+collect -> select -> sft -> collect ... is expert iteration (Anthony et al. 2017; ReST, Gulcehre et al. 2023); with one
+round it is Llama 2's rejection sampling (Touvron et al. 2023, section 3.2.3).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhfjax.data import chat, examples
+from rlhfjax.data.rows import Row
+from rlhfjax.data.tokenizer import ASSISTANT, SentencePieceTokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.mesh import Layout, MeshConfig
+from rlhfjax.metrics import Writer
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.stages.parts.preferences import open_preferences
+
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    stage: str = "select"
+    preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
+    tokenizer: str  # file or folder: the one that the answers were sampled with
+    keep: int = 1  # answers to a prompt, the best ones
+    min_score: float | None = None  # answers below it are left out, however few remain
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    if config.keep < 1:
+        raise ConfigError(f"select.keep={config.keep}: at least one answer to a prompt is needed")
+
+
+def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
+    """Writes the selected answers; returns how many there are and what selection did to their scores."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    metrics: dict[str, float] = {}
+    for split in SPLITS:
+        source = open_preferences(config.preferences, split, "select")
+        rows = [source[i] for i in range(len(source))]
+        chosen = [best(row, keep=config.keep, min_score=config.min_score) for row in rows]
+        if not any(chosen):
+            raise DataError(f"select: no answer of split {split!r} scores {config.min_score} or more")
+        selected = [selected_row(tokenizer, row, i) for row, some in zip(rows, chosen, strict=True) for i in some]
+        _write(workdir / f"{split}.jsonl", selected)
+        if split == "train":
+            metrics = _describe(rows, chosen, selected)
+    with Writer(workdir) as writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
+    """Which answers of a prompt to keep: the best `keep` distinct ones, best first; of equal scores the first.
+
+    An answer without text (no more than an eos) is never kept: there is nothing in it to learn.
+    """
+    chosen: list[int] = []
+    for i in np.argsort(-np.asarray(row["scores"]), kind="stable").tolist():
+        enough = min_score is None or row["scores"][i] >= min_score
+        repeated = any(row["completions"][i] == row["completions"][j] for j in chosen)
+        if enough and not repeated and row["completions"][i].strip() and len(chosen) < keep:
+            chosen.append(i)
+    return chosen
+
+
+def selected_row(tokenizer: SentencePieceTokenizer, row: Row, index: int) -> dict[str, Any]:
+    """One answer as a conversation for people, with the ids that it is for the model."""
+    prompt, completions = examples.native(tokenizer, row)
+    answer = {"role": "assistant", "content": row["completions"][index]}
+    return {
+        "messages": [*messages_of(tokenizer, prompt), answer],
+        "prompt_tokens": prompt,
+        "response_tokens": completions[index],
+        "score": float(row["scores"][index]),
+    }
+
+
+def messages_of(tokenizer: SentencePieceTokenizer, prompt: list[int]) -> list[chat.Message]:
+    """The turns of a rendered prompt, by its markers' ids; ids without any marker are one user turn."""
+    roles = {tokenizer.token_id(marker): role for role, marker in chat.ROLES.items()}
+    turns: list[tuple[str, list[int]]] = []
+    for token in prompt:
+        if token in roles:
+            turns.append((roles[token], []))
+        elif token != tokenizer.bos_id:
+            turns = turns or [("user", [])]
+            turns[-1][1].append(token)
+    if turns and prompt[-1] == tokenizer.token_id(ASSISTANT):
+        turns = turns[:-1]
+    messages = [{"role": role, "content": tokenizer.decode(ids)} for role, ids in turns]
+    return [message for message in messages if message["content"].strip()]
+
+
+def _describe(rows: list[Row], chosen: list[list[int]], selected: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        "select/rows": float(len(selected)),
+        "select/prompts": float(sum(map(bool, chosen))),
+        "select/kept": len(selected) / sum(len(row["scores"]) for row in rows),
+        "select/score": float(np.mean([row["score"] for row in selected])),
+        "select/score_before": float(np.mean([score for row in rows for score in row["scores"]])),
+        "select/response_length": float(np.mean([len(row["response_tokens"]) for row in selected])),
+    }
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

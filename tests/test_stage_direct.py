@@ -1,0 +1,326 @@
+"""The direct stage: every loss learns, and does not depend on how a batch is cut, placed or interrupted."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax import recipe, stages, state
+from rlhfjax.config import to_dict
+from rlhfjax.data import examples, loader
+from rlhfjax.data.preferences import write_preferences
+from rlhfjax.data.sources import Rows
+from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
+from rlhfjax.models import store
+from rlhfjax.stages import direct, stage_config
+from rlhfjax.stages.parts.direct import Answers, LossConfig, make_loss
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
+from tests.test_resume import _Crash, assert_same_stage, interrupt
+
+LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
+SGD = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+ADAM = {"learning_rate": 1e-2, "schedule": "constant"}
+GOOD, BAD = ("love happy", "good great tea", "love"), ("hate", "sad awful rain", "bad hate")
+MIDDLE = ("books", "dogs we")
+
+
+@pytest.fixture(scope="session")
+def separable(finished, tmp_path_factory):
+    """Rankings that words alone decide, of two to four answers of unequal length, some tied."""
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    rng = np.random.default_rng(0)
+
+    def row(i):
+        prompt = [{"role": "user", "content": ("you", "I see dogs", "what do they want today")[i % 3]}]
+        texts = [(GOOD[i % 3], 1.0), (BAD[(i // 3) % 3], -1.0), (MIDDLE[i % 2], 0.0), (GOOD[(i + 1) % 3], 1.0)]
+        chosen = [texts[j] for j in rng.permutation(2 + i % 3)]
+        return {
+            "prompt": prompt[0]["content"],
+            "prompt_tokens": np.array(examples.chat.render_prompt(tokenizer, prompt)),
+            "completions": [text for text, _ in chosen],
+            "completion_tokens": [np.array([*tokenizer.encode(text), tokenizer.eos_id]) for text, _ in chosen],
+            "scores": [score for _, score in chosen],
+        }
+
+    folder = tmp_path_factory.mktemp("separable") / "preferences"
+    splits = {"train": [row(i) for i in range(40)], "validation": [row(i) for i in range(40, 54)]}
+    write_preferences(folder, splits, labeller="words")
+    return folder
+
+
+def values(finished, folder, name="dpo", **changes):
+    loss = {"name": name} | changes.pop("loss", {})
+    defaults = {
+        "init_from": str(finished / "02_sft"),
+        "preferences": (str(folder),),
+        "length": 32,
+        "batch_size": 8,
+        "steps": 6,
+        "optim": ADAM,
+        "log": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every": 2},
+    }
+    return to_dict(stage_config("direct", loss=loss, **(defaults | changes)))
+
+
+def run_steps(config, layout=None, steps=2, held_out=True):
+    """(metrics of each step, final parameters, held-out metrics before, after)."""
+    layout = layout or make_layout(MeshConfig(), jax.devices()[:1])
+    config = recipe.check(config, "direct")
+    direct.check(config, layout, None)
+    with layout.use():
+        stage = direct.build(config, layout)
+        key = jax.random.key(config.seed)
+        current = stage.start(state.create_sharded(stage.init, key, stage.axes, layout))
+        before = finalize(stage.evals(current)) if held_out else {}
+        metrics = []
+        for step in range(steps):
+            current, pairs = stage.step(current, layout.put(next(stage.batches)), jax.random.fold_in(key, step))
+            metrics.append(finalize(jax.device_get(pairs)))
+        after = finalize(stage.evals(current)) if held_out else {}
+    return metrics, jax.device_get(current.params), before, after
+
+
+def assert_close(ours, theirs, *, rtol, atol):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_learns_what_is_preferred(name, finished, separable):
+    _, _, before, after = run_steps(values(finished, separable, name), steps=20)
+    assert after["val_loss"] < before["val_loss"]
+    # KTO sees labels and no pairs: an answer in the middle is half desirable, and where it ends up is open
+    assert after["val_accuracy"] > (0.8 if name == "kto" else 0.95)
+    assert after["val_margin"] > max(before["val_margin"], 0)
+    if name in ("dpo", "cdpo", "ipo", "kto"):  # policy == reference: every implicit reward is 0
+        assert before["val_accuracy"] == pytest.approx(0.5, abs=0.05)
+        expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 25.0, "kto": 0.5}
+        assert before["val_loss"] == pytest.approx(expected[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_pitfall_17_accumulation_does_not_change_a_direct_update(name, finished, separable):
+    """Prompts have one to five pairs, or none; one, two and four microbatches give the same update."""
+    other = {} if name in ("orpo", "simpo") else {"reference": str(finished / "01_pretrain")}
+    results = [
+        run_steps(
+            values(finished, separable, name, microbatches=n, optim=SGD, **other), steps=1, held_out=name == "kto"
+        )
+        for n in (1, 2, 4)
+    ]
+    for metrics, params, _, after in results[1:]:
+        assert metrics[0].keys() == results[0][0][0].keys()
+        for metric, value in results[0][0][0].items():
+            np.testing.assert_allclose(metrics[0][metric], value, rtol=2e-5, atol=1e-6, err_msg=metric)
+        assert_close(params, results[0][1], rtol=1e-5, atol=1e-7)
+        for metric, value in results[0][3].items():
+            np.testing.assert_allclose(after[metric], value, rtol=2e-5, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", ("dpo", "kto", "orpo"))
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
+def test_four_devices_give_a_direct_stage_what_one_gives(name, axes, finished, separable):
+    config = values(finished, separable, name, optim=SGD)
+    one = run_steps(config)
+    four = run_steps(config | {"mesh": axes}, make_layout(MeshConfig(**axes)))
+    for a, b in zip((*one[0], one[3]), (*four[0], four[3]), strict=True):
+        assert a.keys() == b.keys()
+        for metric in a:
+            np.testing.assert_allclose(b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric)
+    assert_close(four[1], one[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ("dpo", "ipo", "kto"))
+def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separable):
+    """Over more than an epoch (40 prompts, 7 batches of 8), with a reference that is not the start."""
+    other = {"reference": str(finished / "01_pretrain"), "optim": SGD}
+    live = run_steps(values(finished, separable, name, **other), steps=7, held_out=False)
+    ahead = run_steps(
+        values(finished, separable, name, reference_logprobs="precomputed", **other), steps=7, held_out=False
+    )
+    for a, b in zip(live[0], ahead[0], strict=True):
+        for metric in a:
+            np.testing.assert_allclose(b[metric], a[metric], rtol=1e-5, atol=2e-5, err_msg=metric)
+    assert_close(ahead[1], live[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, mode", [("dpo", "live"), ("kto", "precomputed")])
+def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(name, mode, finished, separable, tmp_path, monkeypatch):
+    config = values(finished, separable, name, reference_logprobs=mode, mesh={"data": 4})
+    recipe.run_stage(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "direct", 3, "exception")
+        with pytest.raises(_Crash):
+            recipe.run_stage(config, tmp_path / "cut")
+    recipe.run_stage(config, tmp_path / "cut")
+    assert_same_stage(tmp_path / "whole", tmp_path / "cut")
+    assert store.load(tmp_path / "cut", make_layout()).model.head == "lm"
+    steps = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert "direct/val_accuracy" in steps[-2] | steps[-1]
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def plain_logprob(logits, tokens, first):
+    """sum_{t >= first} log p(x_t | x_<t) of one sequence; what stands after it cannot matter. float64 softmax."""
+    rows = np.asarray(logits(jnp.array([tokens + [0] * (32 - len(tokens))])), np.float64)[0]
+    total = 0.0
+    for t in range(first, len(tokens)):
+        row = rows[t - 1]
+        total += row[tokens[t]] - row.max() - math.log(np.exp(row - row.max()).sum())
+    return total
+
+
+def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, separable):
+    """Each prompt of the batch with the answers to the prompt half of the data away, one sequence at a time."""
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    source = direct.open_preferences((str(separable),), "train")
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    logits = {}
+    for folder in ("02_sft", "01_pretrain"):
+        saved = store.load(finished / folder, layout)
+        logits[folder] = jax.jit(lambda x, s=saved: s.model.logits(s.params, s.model.hidden(s.params, x)))
+    batch = next(loader.preference_batches(source, tokenizer, batch_size=8, length=32))
+    ratios = []
+    for i in batch["index"]:
+        prompt = source[int(i)]["prompt_tokens"].tolist()
+        for answer in source[(int(i) + 20) % 40]["completion_tokens"]:
+            one, other = (plain_logprob(f, prompt + answer.tolist(), len(prompt)) for f in logits.values())
+            ratios.append(one - other)
+    z = np.mean(ratios)
+    assert abs(z) > 1e-2
+    for policy, reference, expected in (("02_sft", "01_pretrain", z), ("01_pretrain", "02_sft", -z)):
+        origin = {"init_from": str(finished / policy), "reference": str(finished / reference)}
+        config = values(finished, separable, "kto", optim=SGD, microbatches=2, **origin)
+        metrics, *_ = run_steps(config, steps=1, held_out=False)
+        assert metrics[0]["kl"] == pytest.approx(max(0.0, expected), rel=1e-4)
+
+
+def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
+    rows = [{"prompt": f"p{i}", "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, 10 + i],
+             "completion_tokens": [[20 + i, 2], [30 + i, 2]]} for i in range(5)]  # fmt: skip
+    mixed = Mismatched(Rows(rows, "preferences"), load_tokenizer(finished / "00_tokenizer"))
+    assert [mixed[i]["prompt_tokens"].tolist() for i in range(5)] == [[1, 10 + i] for i in range(5)]
+    assert [mixed[i]["completion_tokens"][1].tolist() for i in range(5)] == [[30 + (i + 2) % 5, 2] for i in range(5)]
+
+
+def plain_pair_loss(name, c, w, l, ref_w, ref_l):
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    if name == "simpo":
+        return -math.log(sigmoid(c.strength * (w - l) - c.margin))
+    if name == "orpo":
+        odds = math.log(math.exp(w) / (1 - math.exp(w))) - math.log(math.exp(l) / (1 - math.exp(l)))
+        return -w - c.strength * math.log(sigmoid(odds))
+    h = (w - ref_w) - (l - ref_l)
+    if name == "ipo":
+        return (h - 1 / (2 * c.strength)) ** 2
+    eps = c.smoothing if name == "cdpo" else 0
+    return -(1 - eps) * math.log(sigmoid(c.strength * h)) - eps * math.log(sigmoid(-c.strength * h))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_prompt_counts_once_however_many_pairs_it_has(name):
+    """Mean over prompts with a pair of the mean over their pairs, by loops in doubles; ties and gaps are left out."""
+    rng = np.random.default_rng(3)
+    config = LossConfig(name=name, beta=0.3)
+    total, reference = -rng.uniform(5, 20, (5, 4)), -rng.uniform(5, 20, (5, 4))
+    mean = total / 8
+    scores = np.array([[0, 1, 2, 3], [1, 1, 0, 9], [2, 2, 2, 2], [0, 5, 5, 1], [3, 1, 0, 0]], np.float32)
+    valid = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], np.float32)
+    z, by_prompt = 0.7, []
+    for p in range(5):
+        pairs = [
+            (i, j) for i in range(4) for j in range(4) if valid[p, i] and valid[p, j] and scores[p, i] > scores[p, j]
+        ]
+        if name == "kto":
+            reward = lambda i, p=p: config.strength * (total[p, i] - reference[p, i] - z)  # noqa: E731
+            losses = [x for w, l in pairs for x in (1 / (1 + math.exp(reward(w))), 1 / (1 + math.exp(-reward(l))))]
+        else:
+            source = mean if name in ("orpo", "simpo") else total
+            losses = [
+                plain_pair_loss(name, config, source[p, w], source[p, l], reference[p, w], reference[p, l])
+                for w, l in pairs
+            ]
+        by_prompt += [np.mean(losses)] if losses else []
+    assert len(by_prompt) == 3
+    arrays = [jnp.asarray(x, jnp.float32) for x in (total, mean, reference, scores, valid, z)]
+    loss, pairs = make_loss(config)(Answers(*arrays))
+    np.testing.assert_allclose(loss, np.mean(by_prompt), rtol=1e-5)
+    assert {"loss", "accuracy", "margin"} <= pairs.keys()
+
+
+def test_kto_by_a_threshold_takes_every_answer_once():
+    config = LossConfig(name="kto", beta=0.5, desirable_above=0.0, desirable_weight=2.0)
+    one = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
+    answers = Answers(one(-3, -4, -9), one(-1, -1, -1), one(-4, -4, -4), one(2, 0, 1), one(1, 1, 0), jnp.zeros(()))
+    loss, _ = make_loss(config)(answers)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    np.testing.assert_allclose(loss, (2 * (1 - sigmoid(0.5)) + (1 - sigmoid(0.0))) / 2, rtol=1e-6)
+
+
+def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
+    """log pi(y | x) is minus the summed loss of sft on the same exchange: the answer and its eos, nothing else."""
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    saved = store.load(finished / "02_sft", make_layout(MeshConfig(), jax.devices()[:1]))
+    rows = [("you see", "love tea"), ("what", "hate")]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
+    pairs = [{"prompt": q, "completions": [a, "rain " + a], "scores": [1, 0]} for q, a in rows]
+    batch = next(loader.preference_batches(Rows(pairs, "preferences"), tokenizer, batch_size=2, length=32, train=False))
+    total, mean = direct.answer_logprobs(saved.model, saved.params, jax.tree.map(jnp.asarray, batch))
+    for i, messages in enumerate(chats):
+        source = Rows([{"messages": messages}], "messages")
+        packed = next(loader.sft_batches(source, tokenizer, batch_size=1, length=32, train=False))
+        nll, weight = language_loss(saved.model)(saved.params, jax.tree.map(jnp.asarray, packed), None)[1]["loss"]
+        np.testing.assert_allclose(total[i, 0], -nll, rtol=1e-5)
+        np.testing.assert_allclose(mean[i, 0], -nll / weight, rtol=1e-5)
+        assert batch["lengths"][i, 0] == weight == len(tokenizer.encode(rows[i][1])) + 1
+
+
+def test_padding_of_answers_changes_nothing(finished, separable):
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    saved = store.load(finished / "02_sft", make_layout(MeshConfig(), jax.devices()[:1]))
+    source = direct.open_preferences((str(separable),), "validation")
+    sums = []
+    for length in (26, 32):
+        batch = next(loader.preference_batches(source, tokenizer, batch_size=4, length=length, train=False))
+        logprobs, mask = completion_logprobs(saved.model, saved.params, jax.tree.map(jnp.asarray, batch))
+        np.testing.assert_array_equal(mask.sum(1), batch["lengths"].ravel())
+        sums.append((logprobs * mask).sum(1))
+    np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)
+
+
+def test_dropout_is_of_the_trained_policy_alone(finished, separable):
+    """With dropout the first loss is not log 2; evaluated without it, policy and reference agree."""
+    metrics, _, before, _ = run_steps(values(finished, separable, overrides={"dropout": 0.5}), steps=1)
+    assert abs(metrics[0]["loss"] - math.log(2)) > 1e-3
+    assert before["val_loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"init_from": None, "tokenizer": "x", "model": {"vocab_size": 320, "d_model": 16, "n_layers": 1, "n_heads": 2,
+          "d_ff": 32, "max_length": 32}}, "needs one"),
+        ({"loss": {"name": "orpo"}, "reference": "somewhere"}, "has no reference"),
+        ({"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"}, "has no reference"),
+        ({"loss": {"beta": 0.0}}, "above 0"),
+        ({"loss": {"name": "cdpo", "smoothing": 0.5}}, "below 0.5"),
+        ({"preferences": ()}, "at least one folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(changes, message, finished, separable):
+    with pytest.raises(ConfigError, match=message):
+        run_steps(values(finished, separable, **changes))
+
+
+def test_the_stage_is_found_by_name():
+    assert "direct" in stages.names()
