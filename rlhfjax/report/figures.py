@@ -81,18 +81,26 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
 
 
-def frontier(key: str, paths: Sequence[dict[str, list[float]]], end: Curve | None) -> str:
+def frontier(
+    key: str,
+    paths: Sequence[dict[str, list[float]]],
+    end: Curve | None,
+    pools: Sequence[dict[str, list[float]]] = (),
+) -> str:
     """Reward against KL: what each step away from the reference bought.
 
     Args:
       key: the reward, "proxy" or "gold".
       paths: for each PPO stage the columns `kl` and `key`, a row a validation.
       end: of the final evaluation, ([0, KL], [the baseline's reward, the policy's]).
+      pools: for each best-of-n stage the columns `kl` and `key`, a row an n.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(3.9, 2.6)
         for i, path in enumerate(paths):
             axes.plot(path["kl"], path[key], color=(FIRST, SECOND)[i % 2], lw=1.3, marker="o", ms=3, mew=0)
+        for path in pools:
+            axes.plot(path["kl"], path[key], color=MUTED, lw=1, ls=(0, (4, 2)), marker="s", ms=2.6, mew=0)
         if end is not None:
             kl, reward = end
             axes.plot(kl[:1], reward[:1], "o", ms=6, mfc=CARD, mec=INK, mew=1.2, zorder=3)

@@ -98,18 +98,20 @@ def _panel(base: str, curves: dict) -> Panel:
 
 
 def frontiers(run: Run) -> list[Markup]:
-    """The reward-KL figures, proxy and gold, from the validations of PPO and the final evaluation; none without."""
+    """The reward-KL figures, proxy and gold: PPO's validations, best-of-n and the final evaluation; none without."""
     ends, out = _ends(run), []
     for key in ("proxy", "gold"):
         paths = [path for stage in run.of_kind("ppo") if (path := _path(stage, key))]
-        if paths or key in ends:
-            out.append(Markup(figures.frontier(key, paths, ends.get(key))))
+        pools = [path for stage in run.of_kind("best_of_n") if (path := _path(stage, key, ""))]
+        if paths or pools or key in ends:
+            out.append(Markup(figures.frontier(key, paths, ends.get(key), pools)))
     return out
 
 
-def _path(stage: Stage, key: str) -> dict[str, list[float]]:
-    """The validations that have both KL and reward, as columns, in order."""
-    kl, reward = (dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in ("val_kl", f"val_{key}"))
+def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]]:
+    """The lines of metrics that have both KL and reward, as columns, in order."""
+    names = (f"{prefix}kl", f"{prefix}{key}")
+    kl, reward = (dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in names)
     both = [step for step in kl if step in reward]
     return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]} if both else {}
 
@@ -136,7 +138,7 @@ def compares(stage: Stage) -> bool:
 
 def histograms(run: Run) -> list[tuple[str, Markup]]:
     """Distributions of both models' rewards over the last comparison's samples."""
-    stages = [stage for stage in run.stages if compares(stage)]
+    stages = [stage for stage in run.of_kind("evaluate") if compares(stage)]
     out = []
     for key in ("gold", "proxy"):
         rows = [row for row in (stages[-1].samples if stages else []) if _scored(row, key)]
