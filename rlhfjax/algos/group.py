@@ -38,6 +38,7 @@ def grpo_advantages(rewards: Float[Array, "p k"], *, eps: float = 1e-4) -> Float
     Source: Shao et al. 2024, section 4.1.2.
     """
     _group_size(rewards)
+    rewards = rewards - rewards[:, :1]  # equal rewards become 0 exactly: their mean, rounded, would leave r 1e-7 / eps
     std = jnp.std(rewards, axis=1, keepdims=True, ddof=1)
     return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) / (std + eps)
 
