@@ -8,12 +8,11 @@ import pytest
 from rlhfjax import recipe
 from rlhfjax.config import to_dict
 from rlhfjax.data import loader
-from rlhfjax.data.preferences import read_preferences, write_preferences
+from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.sources import Rows, open_source
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import DataError
 from rlhfjax.stages import select, stage_config
-from tests.test_stages import stage_values
 
 
 def select_values(finished, *folders, **changes):
@@ -121,35 +120,6 @@ def test_stored_ids_that_do_not_fit_lose_the_beginning_of_the_prompt(finished):
     assert example.tolist() == [[16, 17, 0], [17, 18, 0], [18, 19, 0], [19, 30, 1], [30, 31, 1], [31, 2, 1]]
     with pytest.raises(DataError, match="outside the tokenizer's vocabulary"):
         select.examples.fine_tuning(tokenizer, row | {"response_tokens": np.array([999])}, 6)
-
-
-def test_expert_iteration_raises_the_score_of_what_is_sampled(conversations, finished, tmp_path):
-    """collect -> select -> sft -> collect: fine-tuning on the answers about one word makes them likelier."""
-    tokenizer = load_tokenizer(finished / "00_tokenizer")
-    source = read_preferences(finished / "03_collect" / "preferences", "train")
-    word = tokenizer.encode("love")
-
-    def scored(split):
-        rows = read_preferences(finished / "03_collect" / "preferences", split)
-        for row in (rows[i] for i in range(len(rows))):
-            ids = [*row["completion_tokens"][:3], np.array([*word, tokenizer.eos_id])]
-            yield row | {"completions": ["x", "y", "z", "love"], "completion_tokens": ids, "scores": [0, 0, 0, 1.0]}
-
-    write_preferences(tmp_path / "preferences", {s: list(scored(s)) for s in ("train", "validation")}, labeller="word")
-    recipe.run_stage(select_values(finished, tmp_path / "preferences"), tmp_path / "select")
-    tuned = stage_values("sft", conversations, finished, init_from=str(finished / "02_sft"), steps=40, eval_every=0)
-    for name, split in (("sources", "train"), ("eval_sources", "validation")):
-        tuned[name] = [tuned[name][0] | {"spec": f"jsonl:{tmp_path}/select/{split}.jsonl"}]
-    recipe.run_stage(tuned, tmp_path / "sft")
-    before = stage_values("collect", conversations, finished)
-    recipe.run_stage(before | {"init_from": str(tmp_path / "sft")}, tmp_path / "collect")
-    after = read_preferences(tmp_path / "collect" / "preferences", "train")
-
-    def share(rows):
-        texts = [text for i in range(len(rows)) for text in rows[i]["completions"]]
-        return np.mean(["love" in text for text in texts])
-
-    assert share(after) > share(source) + 0.3
 
 
 def test_stored_ids_of_prompt_and_answer_go_together():
