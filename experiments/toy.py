@@ -1,10 +1,10 @@
-"""What the papers' toy recipes are made of: the quickstart at its smallest, with a paper's stages after some of its own.
+"""What the papers' toy recipes are made of: the quickstart at its smallest, a paper's stages after some of its own.
 
 Experiment files are no package; one takes this file, or another file of its folder, by its path:
   TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
   config = TOY["quickstart"](seed, until="collect")
   TOY["add"](config, reward=stage_config("reward", …), evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
-`VARIANTS` of an experiment file names the arguments, "" and :size=toy among them, that tests/test_experiments.py expands.
+`VARIANTS` of an experiment file names the arguments, "" and "size=toy" among them, that the tests expand.
 """
 
 import runpy
