@@ -1,0 +1,109 @@
+"""GRPO: advantages from groups of answers, the KL in the loss, on questions of mathematics; at toy size on dialogue.
+
+Paper: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Expected there for 7B: GSM8K 88.2%, MATH 51.7%
+  (table 5). Not the quantity that the toy measures.
+Command: rlhfjax train --config=experiments/grpo2024/grpo.py --workdir=runs/grpo2024/grpo
+  rlhfjax run --config=experiments/grpo2024/grpo.py:size=toy --workdir=runs/grpo2024/toy
+Variants: :estimator=dr_grpo (Liu et al. 2025) or dapo (Yu et al. 2025), without a KL term as those papers; :seed=1.
+Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+QUICKSTART = Path(__file__).parent.parent / "quickstart" / "recipe.py"
+GROUP, BATCH = 64, 1024  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
+QUESTIONS = 144_000  # section 4.2: "around 144K questions"
+VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="paper", estimator="grpo", seed=0)
+    if arg.size not in ("paper", "toy") or arg.estimator not in ("grpo", "dr_grpo", "dapo"):
+        raise ConfigError(
+            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators grpo, dr_grpo, dapo"
+        )
+    return toy(arg) if arg.size == "toy" else paper(arg)
+
+
+def loss(arg: ConfigDict) -> dict:
+    """What the three papers have of their own."""
+    own = {
+        # eq. 3 and 4: k3 in the loss, differentiated as it stands; section 4.2: coefficient 0.04
+        "grpo": {"kl": {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}},
+        "dr_grpo": {"kl": {"coefficient": 0.0}},
+        # clip-higher, overlong answers left out, groups without a difference not counted: sections 3.1, 3.2, 3.4
+        "dapo": {"kl": {"coefficient": 0.0}, "clip_high": 0.28, "overlong": "leave_out", "only_informative": True},
+    }
+    # epsilon is not stated by DeepSeekMath; 0.2 is TRL's default, and DAPO's lower one
+    return {"estimator": arg.estimator, "clip": 0.2, **own[arg.estimator]}
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    return stage_config(
+        "group",
+        init_from="runs/grpo2024/instruct",  # DeepSeekMath-Instruct 7B
+        reward="runs/grpo2024/reward",  # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
+        prompts={"source": {"spec": "jsonl:data/math/prompts*.jsonl", "kind": "prompt", "split": "all"}},
+        eval_prompts={"source": {"spec": "jsonl:data/math/validation*.jsonl", "kind": "prompt", "split": "all"}},
+        completions=GROUP,
+        batch_size=BATCH // GROUP,
+        epochs=1,  # section 4.2: a single update after each exploration
+        minibatches=1,
+        prompt_length=512,  # unpublished; 1024 is the limit of the whole, halved here
+        max_new=512,  # section 4.2: maximal length 1024
+        temperature=1.0,  # unpublished; our choice
+        steps=QUESTIONS // (BATCH // GROUP),  # unpublished; one pass over the questions, our choice
+        eval_every=100,
+        checkpoint={"every": 100},
+        log={"every": 1},
+        seed=arg.seed,
+        optim={
+            "learning_rate": 1e-6,  # section 4.2
+            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "b2": 0.999,
+            "clip_norm": 1.0,
+        },
+        **loss(arg),
+    )
+
+
+def toy(arg: ConfigDict) -> ConfigDict:
+    """The quickstart at its smallest up to its reward model, then groups of 8 in the place of PPO."""
+    quickstart = runpy.run_path(str(QUICKSTART))["get_config"](f"size=smoke,seed={arg.seed}")
+    names = quickstart.stages[: quickstart.stages.index("ppo")]
+    config = ConfigDict({"stages": (*names, "policy", "evaluate")})
+    for name in names:
+        config[name] = quickstart[name]
+    ppo = quickstart.ppo
+    config.policy = stage_config(
+        "group",
+        init_from="stage:sft",
+        reward="stage:reward",
+        gold="gold:sentiment",
+        prompts=ppo.prompts,
+        eval_prompts=ppo.eval_prompts,
+        completions=8,
+        batch_size=8,
+        prompt_length=ppo.prompt_length,
+        max_new=ppo.max_new,
+        temperature=ppo.temperature,
+        missing_eos="penalty",  # as the quickstart: a small model has to learn to end
+        steps=24,
+        eval_every=8,
+        checkpoint={"every": 8},
+        log={"every": 1},
+        seed=arg.seed,
+        # A model of 200 thousand parameters needs larger steps than one of billions.
+        optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 4, "warmup_start": 0.1},
+        **loss(arg),
+    )
+    config.evaluate = quickstart.evaluate
+    config.evaluate.policy = "stage:policy"
+    return config

@@ -1,0 +1,98 @@
+"""RLOO: REINFORCE with the other samples of a prompt as the baseline, on TL;DR; at toy size on embedded dialogue.
+
+Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and are not what the toy
+  measures.
+Command: rlhfjax train --config=experiments/rloo2024/rloo.py --workdir=runs/rloo2024/rloo
+  rlhfjax run --config=experiments/rloo2024/rloo.py:size=toy --workdir=runs/rloo2024/toy
+Variants: :k=2 or 4, samples a prompt; :estimator=reinforce, the paper's moving-average baseline; :seed=1.
+Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+QUICKSTART = Path(__file__).parent.parent / "quickstart" / "recipe.py"
+EPISODES = 512  # TRL's index of papers
+PROMPTS = 116_722  # of TL;DR's supervised split, Huang et al. 2024
+VARIANTS = ("", "k=2", "estimator=reinforce", "size=toy")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="paper", k=4, estimator="rloo", seed=0)
+    if arg.size not in ("paper", "toy") or arg.estimator not in ("rloo", "reinforce"):
+        raise ConfigError(
+            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators rloo, reinforce"
+        )
+    return toy(arg) if arg.size == "toy" else paper(arg)
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    return stage_config(
+        "group",
+        init_from="runs/rloo2024/sft",
+        reward="runs/rloo2024/reward",
+        prompts={"source": {"spec": "jsonl:data/tldr/prompts*.jsonl", "kind": "prompt", "split": "all"}},
+        eval_prompts={"source": {"spec": "jsonl:data/tldr/validation*.jsonl", "kind": "prompt", "split": "all"}},
+        estimator=arg.estimator,
+        completions=arg.k,  # 2 and 4 in the paper
+        batch_size=EPISODES // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
+        minibatches=2,  # two optimiser steps a generation, TRL's index of papers
+        kl={"coefficient": 0.03},  # TRL's index of papers; in the reward of the whole sequence
+        prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
+        max_new=53,  # unpublished; Huang et al. 2024 for the same data
+        temperature=1.0,  # unpublished; TRL's default
+        steps=PROMPTS * arg.k // EPISODES,  # unpublished; one pass over the prompts, our choice
+        eval_every=50,
+        checkpoint={"every": 50},
+        log={"every": 1},
+        seed=arg.seed,
+        optim={
+            "learning_rate": 1e-6,  # TRL's index of papers
+            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "b2": 0.999,
+            "clip_norm": 1.0,
+        },
+    )
+
+
+def toy(arg: ConfigDict) -> ConfigDict:
+    """The quickstart at its smallest up to its reward model, then this estimator in the place of PPO."""
+    quickstart = runpy.run_path(str(QUICKSTART))["get_config"](f"size=smoke,seed={arg.seed}")
+    names = quickstart.stages[: quickstart.stages.index("ppo")]
+    config = ConfigDict({"stages": (*names, "policy", "evaluate")})
+    for name in names:
+        config[name] = quickstart[name]
+    ppo = quickstart.ppo
+    config.policy = stage_config(
+        "group",
+        init_from="stage:sft",
+        reward="stage:reward",
+        gold="gold:sentiment",
+        prompts=ppo.prompts,
+        eval_prompts=ppo.eval_prompts,
+        estimator=arg.estimator,
+        completions=arg.k,
+        batch_size=64 // arg.k,
+        minibatches=2,
+        kl={"coefficient": 0.03},
+        prompt_length=ppo.prompt_length,
+        max_new=ppo.max_new,
+        temperature=ppo.temperature,
+        missing_eos="penalty",  # as the quickstart: a small model has to learn to end
+        steps=24,
+        eval_every=8,
+        checkpoint={"every": 8},
+        log={"every": 1},
+        seed=arg.seed,
+        # A model of 200 thousand parameters needs larger steps than one of billions.
+        optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 4, "warmup_start": 0.1},
+    )
+    config.evaluate = quickstart.evaluate
+    config.evaluate.policy = "stage:policy"
+    return config
