@@ -1,0 +1,76 @@
+"""What the policies of Ziegler et al. start from: GPT-2 fine-tuned on books, for style; and the supervised baselines,
+fine-tuned on reference summaries. At toy size on embedded dialogue.
+
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first; summaries start from
+  GPT-2 as it is, or from the second.
+Command: rlhfjax train --config=experiments/ziegler2019/sft.py --workdir=runs/ziegler2019/774m/books
+  rlhfjax run --config=experiments/ziegler2019/sft.py:size=toy --workdir=runs/ziegler2019/toy
+Variants: :task=sentiment or descriptiveness (the same books), cnndm, tldr; :seed=1.
+Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
+VARIANTS = ("", "task=cnndm", "task=tldr", "size=toy", "task=tldr,size=toy")
+KIND = {"sentiment": "style", "descriptiveness": "style", "cnndm": "summary", "tldr": "summary"}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, task="sentiment", size="paper", seed=0)
+    if arg.task not in KIND or arg.size not in ("paper", "toy"):
+        raise ConfigError(f"task={arg.task},size={arg.size}: tasks are {', '.join(KIND)}; sizes are paper, toy")
+    return toy(arg) if arg.size == "toy" else paper(arg)
+
+
+def data(arg: ConfigDict) -> dict:
+    """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by the sft stage."""
+    kind, folder = ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
+
+    def split(name):
+        return ({"spec": f"jsonl:data/{folder}/{{split}}*.jsonl", "kind": kind, "split": name},)
+
+    return {"sources": split("train"), "eval_sources": split("validation")}
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    return stage_config(
+        "pretrain" if KIND[arg.task] == "style" else "sft",
+        init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
+        # Of this stage no number is known to us: batch and optimiser are those with which GPT-1 was fine-tuned
+        # (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are our choice.
+        length=1024,
+        batch_size=32,
+        steps=10_000,
+        overrides={"dropout": 0.1},  # GPT-1
+        eval_every=1000,
+        eval_batches=32,
+        checkpoint={"every": 1000},
+        seed=arg.seed,
+        optim={
+            "name": "adam",
+            "learning_rate": 6.25e-5,
+            "schedule": "linear",
+            "warmup_steps": 20,  # 0.2% of the updates
+            "b2": 0.999,
+            "clip_norm": 1.0,
+        },
+        **data(arg),
+    )
+
+
+def toy(arg: ConfigDict) -> ConfigDict:
+    """The quickstart's dialogues in the place of books, all of their tokens, or its own fine-tuning for summaries."""
+    config = TOY["quickstart"](arg.seed, until="sft")
+    sft = TOY["quickstart"](arg.seed).sft
+    if KIND[arg.task] == "style":
+        sft.stage = "pretrain"
+        sft.cross_document = False
+    return TOY["add"](config, sft=sft)
