@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 
+VARIANTS = ("", "rounds=2,size=toy", "size=smoke")
 START = ("tokenizer", "pretrain", "sft")
 ROUND = ("collect", "reward", "ppo", "evaluate")
 
@@ -57,6 +58,7 @@ def shrink(base: ConfigDict) -> None:
     base.sft.update(steps=20, eval_every=20)
     base.collect.prompts.limit, base.collect.eval_prompts.limit = 64, 32
     base.reward.update(steps=8, eval_every=8)
+    base.reward.optim.warmup_steps = 2
     base.ppo.update(steps=3, eval_every=3)
     base.ppo.eval_prompts.limit = 32
     base.evaluate.prompts.limit = 32

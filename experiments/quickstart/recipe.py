@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
+VARIANTS = ("", "size=smoke")
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 
 
