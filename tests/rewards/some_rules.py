@@ -25,5 +25,9 @@ def misbehave(prompt, response, metadata):
 NOT_A_FUNCTION = 3
 
 
+def letters(prompt, response, metadata):
+    return float(response.count("o"))
+
+
 def where_tea(prompt, response, metadata):
     return float("tea" in prompt)
