@@ -1,0 +1,140 @@
+"""Every stage there is, for a few steps, on what a finished quickstart has left: a check that all of them run.
+
+Paper: none; the numbers mean nothing.
+Command: rlhfjax run --config=experiments/quickstart/stages.py:run=runs/quickstart --workdir=runs/stages
+  rlhfjax train --config=experiments/quickstart/stages.py:stage=direct,run=runs/quickstart --workdir=runs/direct
+Variants: :stage=NAME is one stage, by itself; without it all of them are a recipe, in which some stand on others: what
+  `select` keeps is fine-tuned on, a judge labels for `collect`, and `group` climbs a reward composed of four.
+Hardware: 2 CPU cores, under two minutes after :size=smoke.
+
+Data, lengths and models are those of the run. `data/` beside this file holds what people would write: principles,
+rankings by two labellers, feedback in time.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhfjax import recipe, stages
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+VARIANTS = ()  # it needs a finished run
+DATA = Path(__file__).parent / "data"
+STEPS, ROWS = 2, 16
+CLASSES = ({"option": "A", "reward": 1.0, "name": "kind"}, {"option": "B", "reward": -1.0, "name": "unkind"})
+RUBRIC = "Is this answer kind?\n{response}\n(A) yes (B) no"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, stage="all", run="runs/quickstart")
+    configs = smoke(Path(arg.run))
+    if arg.stage == "all":
+        together(configs)
+        return ConfigDict({"stages": tuple(configs)} | {name: stage_config(**one) for name, one in configs.items()})
+    if arg.stage not in configs:
+        known = ", ".join(stages.names())
+        raise ConfigError(f"stage={arg.stage}: it has no smoke config here, or is no stage; stages are {known}")
+    return stage_config(**configs[arg.stage])
+
+
+def together(configs: dict[str, dict[str, Any]]) -> None:
+    """As a recipe, some stages take what others have just made."""
+    rewards = {name: {"reward": f"stage:{name}", "name": name} for name in ("recentre", "rubric", "tamer")}
+    gold = {"reward": "gold:sentiment", "name": "gold", "weight": 0.5}
+    configs["compose"]["members"] = (*rewards.values(), gold)
+    configs["group"]["reward"] = "stage:compose"
+    configs["collect"]["labeller"] = "stage:feedback"
+    configs["import_rankings"]["rankings"] = "stage:export_rankings/rankings.jsonl"
+    selected = {"spec": "jsonl:stage:select/train.jsonl", "kind": "messages", "split": "all"}
+    configs["sft"]["sources"] = (selected,)
+
+
+def smoke(run: Path) -> dict[str, dict[str, Any]]:
+    """{stage: the options of its smoke config}, in an order in which each may stand on the ones before it."""
+    base = finished(run)
+    at = {name: str(folder) for name, folder in recipe.stage_folders(base, run).items()}
+    preferences = (f"{at['collect']}/preferences",)
+    collect = base["collect"]
+    sampling = {name: collect[name] for name in ("prompt_length", "max_new", "temperature")}
+    prompts, held_out = ({**collect[name], "limit": ROWS} for name in ("prompts", "eval_prompts"))
+    length = base["reward"]["length"]
+    judge = {"model": at["sft"], "length": base["pretrain"]["model"]["max_length"], "batch_size": ROWS}
+    loop = {"steps": STEPS, "eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensorboard": False}}
+    optim = {"learning_rate": 1e-4}
+    ranked = {"preferences": preferences, "length": length, "batch_size": ROWS, "optim": optim, **loop}
+    text = {"batch_size": ROWS, "eval_batches": 1, "optim": optim, **loop}
+    sampled = {"prompts": prompts, "eval_prompts": held_out, "optim": optim, **loop, **sampling}
+    chosen = {
+        "tokenizer": {},
+        "tasks": {"tasks": ("chain_sum", "spell_backward"), "size": 20},
+        "pretrain": text,
+        "select": {"preferences": preferences, "tokenizer": at["tokenizer"]},
+        "sft": text,
+        "reward": {**ranked, "eval_batches": 1},
+        "recentre": {
+            "init_from": at["reward"],
+            "policy": at["sft"],
+            "prompts": held_out,
+            "batch_size": ROWS,
+            **sampling,
+        },
+        "tamer": {
+            "init_from": at["sft"],
+            "feedback": str(DATA / "feedback.jsonl"),
+            "held_out": str(DATA / "feedback.jsonl"),
+            "length": length,
+            "batch_size": 4,
+            "optim": optim,
+            **loop,
+        },
+        "rubric": {"judge": judge, "template": RUBRIC, "classes": CLASSES},
+        "feedback": {"judge": judge, "principles": str(DATA / "principles.txt")},
+        "compose": {
+            "members": ({"reward": at["reward"], "name": "model"}, {"reward": "gold:sentiment", "weight": 0.5})
+        },
+        "collect": {"prompts": prompts, "eval_prompts": {**held_out, "limit": 4}, "batch_size": 4},
+        "export_rankings": {"preferences": preferences},
+        "import_rankings": {
+            "rankings": str(DATA / "rankings.jsonl"),
+            "tokenizer": at["tokenizer"],
+            "validation": 0.3,
+        },
+        "critique": {
+            "init_from": at["sft"],
+            "principles": str(DATA / "critiques.jsonl"),
+            "prompts": prompts,
+            "rounds": 2,
+            "validation": 0.3,
+            "length": judge["length"],
+            "max_new": sampling["max_new"] // 2,
+            "batch_size": ROWS,
+        },
+        "direct": {"init_from": at["sft"], "reference_logprobs": "precomputed", **ranked},
+        "group": {"init_from": at["sft"], "reward": at["reward"], "batch_size": 4, "completions": 4, **sampled},
+        "ppo": {"batch_size": ROWS, "minibatches": 2, "epochs": 1, "value_optim": optim, **sampled},
+        "best_of_n": {
+            "init_from": at["sft"],
+            "proxy": at["reward"],
+            "gold": "gold:sentiment",
+            "prompts": {**held_out, "limit": 8},
+            "pool": 4,
+            "batch_size": ROWS,
+            **sampling,
+        },
+        "evaluate": {"prompts": held_out, "batch_size": ROWS},
+    }
+    return {name: {"stage": name} | base.get(name, {}) | options for name, options in chosen.items()}
+
+
+def finished(run: Path) -> dict[str, Any]:
+    """The config of a finished quickstart, its `stage:` references resolved."""
+    config = json.loads((run / recipe.CONFIG).read_text()) if (run / recipe.CONFIG).is_file() else {}
+    folders = recipe.stage_folders(config, run) if "stages" in config else {}
+    if not folders or not all((folder / recipe.DONE).is_file() for folder in folders.values()):
+        raise ConfigError(f"run={run}: expected the workdir of a quickstart that has run to its end")
+    stages_of = {name: recipe.resolve(config[name], folders, name) for name in folders}
+    return {"stages": config["stages"], **stages_of}
