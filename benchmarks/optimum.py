@@ -1,6 +1,6 @@
 """Do the algorithms find the policy that they are meant to find? A world small enough to list every response.
 
-    python -m benchmarks.optimum            the table of docs/algorithms.md
+    python -m benchmarks.optimum            the table of docs/optimum.md
     python -m benchmarks.optimum --controller   the adaptive KL coefficient against its target
 
 Responses are at most two tokens of six, to two prompts; every one of them has a fixed random reward. What maximises
