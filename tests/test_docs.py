@@ -1,0 +1,107 @@
+"""docs/algorithms.md against the code: what it names exists, its defaults are in force, and no loss is missing."""
+
+import ast
+import functools
+import importlib
+import itertools
+import pkgutil
+import re
+import runpy
+from pathlib import Path
+
+from rlhfjax import algos, recipe
+from rlhfjax.algos.types import Loss
+from rlhfjax.config import to_dict
+from rlhfjax.stages import stage_config
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "algorithms.md"
+COLUMNS = ("algorithm", "equation", "paper", "function", "config", "test", "defaults and their source")
+
+
+def rows() -> list[dict[str, str]]:
+    tables = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert all(len(cells) == len(COLUMNS) for cells in tables)
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in tables if tuple(cells) != COLUMNS]
+
+
+ROWS = rows()
+
+
+def named(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_every_cell_says_something():
+    for row in ROWS:
+        assert all(row.values()), row
+        assert all(named(row[column]) for column in ("function", "config", "test")), row
+
+
+def test_every_function_exists():
+    for name in (name for row in ROWS for name in named(row["function"])):
+        assert callable(find(name)), name
+
+
+def find(name: str):
+    """rlhfjax.MODULE.NAME of its dotted name without the package's."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"rlhfjax.{module}"), attribute)
+
+
+def test_every_test_exists():
+    for name in (name for row in ROWS for name in named(row["test"])):
+        file, _, function = name.partition("::")
+        assert function in functions_in(file), name
+
+
+@functools.cache
+def functions_in(file: str) -> set[str]:
+    return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_config_can_be_meant(finished):
+    for command in {command for row in ROWS for command in named(row["config"])}:
+        file, *overrides = command.split()
+        path, _, arg = file.partition(":")
+        if path.endswith("quickstart/stages.py"):
+            arg += f",run={finished}"
+        config = runpy.run_path(str(ROOT / path))["get_config"](arg)
+        options = dict(one.removeprefix("--config.").split("=") for one in overrides)
+        config.update_from_flattened_dict({name: literal(value) for name, value in options.items()})
+        config = to_dict(config)
+        for name in config.get("stages", [config.get("stage")]):
+            recipe.check(config[name] if "stages" in config else config, name)
+
+
+def literal(text: str):
+    """A number where it is one, as the command line has it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_every_default_is_in_force():
+    """`stage.option=value` is what the stage's config has when nothing is said."""
+    said = [re.findall(r"`([\w.]+)=([^`]+)`", row["defaults and their source"]) for row in ROWS]
+    assert sum(map(len, said)) > 40
+    for name, value in itertools.chain(*said):
+        stage, _, option = name.partition(".")
+        now = to_dict(stage_config(stage))
+        for part in option.split("."):
+            now = now[part]
+        assert (tuple(now) if isinstance(now, list) else now) == literal(value), name
+
+
+def test_no_loss_is_missing():
+    """Every function of algos/ that returns a loss stands in some row; `add_losses` only adds them."""
+    losses = set()
+    for module in pkgutil.iter_modules(algos.__path__):
+        loaded = importlib.import_module(f"rlhfjax.algos.{module.name}")
+        for name, value in vars(loaded).items():
+            own = getattr(value, "__module__", "") == loaded.__name__ and not name.startswith("_")
+            if own and getattr(value, "__annotations__", {}).get("return") is Loss:
+                losses.add(f"algos.{module.name}.{name}")
+    assert len(losses) > 25
+    assert losses - {"algos.combine.add_losses"} <= {name for row in ROWS for name in named(row["function"])}
