@@ -3,12 +3,22 @@
 import json
 import os
 import random
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax starts: four devices on one CPU, so that sharding is tested wherever the tests run.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+FLAGS = ["--xla_force_host_platform_device_count=4"]
+if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they no longer know
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # halves the time of compiling, which is most of these tests
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# And what several tests, workers or commands compile is compiled once.
+_CACHE = tempfile.TemporaryDirectory(prefix="rlhfjax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # workers inherit the first one
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+import filelock
 import jax
 import pytest
 
@@ -36,24 +46,37 @@ def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Pa
     return folder
 
 
-@pytest.fixture(scope="session")
-def conversations(tmp_path_factory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("conversations"))
+@pytest.fixture
+def optimised():
+    """Asked for by a test that looks at the compiled program."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(tmp_path_factory):
-    """Runs that a test repeats, in this process and in others, compile once."""
-    folder = tmp_path_factory.mktemp("compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+@pytest.fixture(autouse=True)
+def _compile_quickly(request):
+    """Small programs are compiled by the hundred and run once or twice: LLVM's optimisations cost more than they give."""
+    asked = "optimised" in request.fixturenames or request.node.get_closest_marker("slow")
+    jax.config.update("jax_disable_most_optimizations", not asked)
 
 
 @pytest.fixture(scope="session")
-def finished(conversations, tmp_path_factory) -> Path:
-    """The workdir of the tiny recipe, run to its end in this process."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    recipe.run(to_dict(tiny.get_config(f"data={conversations}")), workdir)
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A folder that all workers of this run see."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def conversations(shared) -> Path:
+    with filelock.FileLock(shared / "conversations.lock"):
+        folder = shared / "conversations"
+        return folder if folder.exists() else write_conversations(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(conversations, shared) -> Path:
+    """The workdir of the tiny recipe, run to its end once, by whichever worker needs it first."""
+    workdir = shared / "finished"
+    with filelock.FileLock(shared / "finished.lock"):
+        if not (workdir / "report.html").exists():
+            recipe.run(to_dict(tiny.get_config(f"data={conversations}")), workdir)
     return workdir

@@ -118,8 +118,13 @@ def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], k
 
 
 def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array, Pairs]]:
+    """Every such loss is one of differences of rewards: the head's bias has gradient 0, exactly 0 and not rounding's
+    (which Adam would scale up to whole steps). Normalisation alone sets it."""
+
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
         key = key if model.config.dropout else None
+        head = params["head"]
+        params = {**params, "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])}}
         return loss(completion_rewards(model, params, batch, key), batch["scores"], batch["valid"])
 
     return of_batch

@@ -102,7 +102,7 @@ def uncached(model, params, prompts, segments, keys, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_cached_is_uncached(model, params, temperature):
+def test_pitfall_05_cached_is_uncached(model, params, temperature):
     prompts, segments = left_padded()
     got = run(model, params, prompts, segments, keys(4), temperature=temperature)
     expected = uncached(model, params, prompts, segments, keys(4), temperature)
@@ -185,7 +185,7 @@ def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
     assert samples.mask.sum(1).tolist() == [3, 4]
 
 
-def test_truncated_logprobs_are_those_sampled_from(gpt2):
+def test_pitfall_04_truncated_logprobs_are_those_sampled_from(gpt2):
     """top-k 3: every token is among the 3 likeliest, and its probability is over their sum."""
     model, params = gpt2
     prompts, segments = left_padded()
