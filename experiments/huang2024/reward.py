@@ -1,0 +1,81 @@
+"""The N+ details, step 2: a reward model from TL;DR's comparisons; at toy size on embedded dialogue.
+
+Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there, accuracy on TL;DR's
+  validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +- 0.004. The toy's labeller is a program.
+Command: rlhfjax train --config=experiments/huang2024/reward.py:size=1b --workdir=runs/huang2024/1b/reward
+  rlhfjax run --config=experiments/huang2024/reward.py:size=toy --workdir=runs/huang2024/toy_reward
+Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
+Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+HERE = Path(__file__).parent
+TOY = runpy.run_path(str(HERE.parent / "toy.py"))
+SFT = runpy.run_path(str(HERE / "sft.py"))
+VARIANTS = ("", "size=2.8b", "size=6.9b", "size=toy")
+
+SIZES = ("1b", "2.8b", "6.9b")
+COMPARISONS = 92_858  # TL;DR's; the code counts 92,832
+LENGTH = 638  # detail 5: post and summary, summaries of up to 169 tokens (detail 4)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="1b", seed=44413)
+    if arg.size not in (*SIZES, "toy"):
+        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    return toy(arg.seed) if arg.size == "toy" else paper(arg)
+
+
+def algorithm(**changes) -> dict:
+    """What does not depend on the size. The scalar head starts at N(0, 1 / sqrt(d + 1)) and looks at the eos."""
+    return {
+        "loss": {"name": "bradley_terry"},
+        "normalise": "demonstrations",  # detail 15: a bias so that the reference summaries score 0 on average
+        "optim": SFT["optim"](**changes),
+    }
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    batch = 64
+    return stage_config(
+        "reward",
+        init_from=f"runs/huang2024/{arg.size}/sft",
+        preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),
+        demonstrations=({"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"},),  # code: the whole split
+        length=LENGTH,
+        batch_size=batch,
+        steps=COMPARISONS // batch,  # one epoch
+        eval_every=100,
+        checkpoint={"every": 100},
+        seed=arg.seed,
+        **algorithm(),
+    )
+
+
+def toy(seed: int) -> ConfigDict:
+    """The toy SFT, 1,024 pairs ranked by the quickstart's labeller, one epoch on them."""
+    config = SFT["toy"](seed)
+    collect = TOY["quickstart"](seed).collect
+    collect.completions = 2
+    collect.prompts.limit, collect.eval_prompts.limit, batch = 1024, 192, 16
+    reward = stage_config(
+        "reward",
+        init_from="stage:sft",
+        preferences=("stage:collect/preferences",),
+        demonstrations=({**collect.eval_prompts.source, "split": "validation"},),
+        length=collect.prompt_length + collect.max_new,
+        batch_size=batch,
+        seed=seed,
+        **TOY["loop"](collect.prompts.limit // batch),
+        # A model of 200 thousand parameters needs larger steps than one of billions.
+        **algorithm(learning_rate=1e-3),
+    )
+    return TOY["add"](config, collect=collect, reward=reward)

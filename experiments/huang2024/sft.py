@@ -1,0 +1,96 @@
+"""The N+ details, step 1: Pythia fine-tuned on the reference summaries of TL;DR; at toy size on embedded dialogue.
+
+Paper: Huang et al. 2024 (arXiv 2403.17031), "The N+ implementation details of RLHF with PPO", and its released code
+  (vwxyzjn/summarize_from_feedback_details; "code" below). Expected there, win rate against the reference summaries by
+  gpt-3.5-turbo-0125, read off a figure: 1B about 33 %, 2.8B 41 %, 6.9B 43 %. The toy measures nothing of the kind.
+Command: rlhfjax train --config=experiments/huang2024/sft.py:size=1b --workdir=runs/huang2024/1b/sft
+  rlhfjax run --config=experiments/huang2024/sft.py:size=toy --workdir=runs/huang2024/toy_sft
+Variants: :size=1b, 2.8b or 6.9b; :init=random, the shape with random parameters, to see memory and speed before there
+  are weights; :seed=44413 (and 55513, 66613, 77713: the paper's four).
+Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
+VARIANTS = ("", "size=2.8b", "size=6.9b", "init=random", "size=2.8b,init=random", "size=6.9b,init=random", "size=toy")
+
+EPISODES = 116_722  # TL;DR's training split
+PROMPT, RESPONSE = 512, 53  # details 2 and 4
+# Shapes of Pythia (Biderman et al. 2023, table 1; vocabularies as padded in the releases; parameters without embeddings
+# 805,736,448, 2,517,652,480 and 6,444,163,072). Two things of GPT-NeoX our Transformer does not have: attention and MLP
+# side by side in a layer, and rotary positions on a quarter of each head (here: one after the other, and on all of it).
+SHAPES = {
+    "1b": {"n_layers": 16, "d_model": 2048, "n_heads": 8, "d_ff": 8192, "vocab_size": 50304},
+    "2.8b": {"n_layers": 32, "d_model": 2560, "n_heads": 32, "d_ff": 10240, "vocab_size": 50304},
+    "6.9b": {"n_layers": 32, "d_model": 4096, "n_heads": 32, "d_ff": 16384, "vocab_size": 50432},
+}
+PYTHIA = {"max_length": 2048, "norm": "layernorm", "mlp": "gelu", "bias": True, "tie_embeddings": False}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="1b", init="pythia", seed=44413)
+    if arg.size not in (*SHAPES, "toy") or arg.init not in ("pythia", "random"):
+        raise ConfigError(f"size={arg.size},init={arg.init}: sizes are {', '.join(SHAPES)}, toy; init pythia, random")
+    return toy(arg.seed) if arg.size == "toy" else paper(arg)
+
+
+def optim(**changes) -> dict:
+    """3e-6 for every stage; torch.optim.AdamW(lr, eps) in the code, so that PyTorch's defaults are the rest."""
+    return {
+        "name": "adamw",
+        "learning_rate": 3e-6,  # the paper's table of hyper-parameters, and the sbatch files
+        "schedule": "cosine",  # the table: SFT and reward model; to 0
+        "warmup_steps": 0,  # code
+        "b1": 0.9,  # code: PyTorch's default
+        "b2": 0.999,  # code: PyTorch's default
+        "eps": 1e-5,  # the table
+        "weight_decay": 0.01,  # code: PyTorch's default; there on vectors too, here on matrices alone
+        "clip_norm": 0.0,  # nothing clips in the code; what its DeepSpeed file says was not read
+        **changes,
+    }
+
+
+def origin(arg: ConfigDict) -> dict:
+    """Where the first parameters come from."""
+    if arg.init == "pythia":
+        return {"init_from": f"runs/huang2024/pythia-{arg.size}-deduped"}  # a folder of a model, see README.md
+    shape = {**PYTHIA, **SHAPES[arg.size], "dtype": "bfloat16", "scan_layers": True, "remat": "full"}
+    return {"model": shape, "tokenizer": "data/pythia/tokenizer.model"}
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    summaries = {"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"}
+    batch = 128
+    return stage_config(
+        "sft",
+        **origin(arg),
+        # A post in the form of detail 2 ("SUBREDDIT: ... TL;DR:") is the user's turn, the summary the assistant's. The
+        # code learns the tokens of both; this stage the summary's alone.
+        sources=(summaries,),
+        eval_sources=({**summaries, "split": "validation"},),
+        length=PROMPT + RESPONSE,  # detail 5: at most 562 without our template's markers
+        batch_size=batch,  # rows; short posts share one
+        steps=EPISODES // batch,  # one epoch
+        eval_every=100,
+        checkpoint={"every": 100},
+        seed=arg.seed,
+        optim=optim(),
+    )
+
+
+def toy(seed: int) -> ConfigDict:
+    """The quickstart's SFT with this optimiser."""
+    config = TOY["quickstart"](seed, until="collect")
+    config.pretrain.update(TOY["loop"](300))  # five times the smoke size, for answers that a labeller can tell apart
+    config.sft.update(TOY["loop"](150))
+    # A model of 200 thousand parameters needs larger steps than one of billions.
+    config.sft.optim.update(optim(learning_rate=1e-3))
+    return config
