@@ -1,0 +1,73 @@
+"""Over-optimisation, step 5: best-of-n by a proxy, measured by the gold model; at toy size on embedded dialogue.
+
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL), nats:
+  R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy peaks near 0.50 at
+  KL 4 to 5, the 85M one near 0.87 at 8, the 3B one still rises at 10. The coefficients are not printed as numbers.
+Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m --workdir=runs/gao2022/1.2b/best_of_n_85m
+  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy --workdir=runs/gao2022/toy_best_of_n
+  then python experiments/gao2022/curve.py runs/gao2022/toy_best_of_n
+Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :pool=60000; :pairs=2000; :seed=1.
+Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+HERE = Path(__file__).parent
+TOY = runpy.run_path(str(HERE.parent / "toy.py"))
+PROXY = runpy.run_path(str(HERE / "proxy.py"))
+COLLECT = runpy.run_path(str(HERE / "collect.py"))
+VARIANTS = ("", "proxy=3m", "proxy=3b", "pool=60000", "size=toy")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, pool=1000, seed=0)
+    if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b") or arg.proxy not in PROXY["SIZES"]:
+        raise ConfigError(
+            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
+            f"proxies are {', '.join(PROXY['SIZES'])}"
+        )
+    return toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]) if arg.size == "toy" else paper(arg)
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    pairs = arg.pairs or COLLECT["PAIRS"]
+    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt", "split": "validation"}
+    return stage_config(
+        "best_of_n",
+        init_from=f"runs/gao2022/{arg.policy}/sft",
+        proxy=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
+        gold="runs/gao2022/gold",
+        prompts={"source": prompts, "limit": 256},  # our choice
+        pool=arg.pool,  # section 3: the form was found up to n = 1,000 and held up to 60,000
+        prompt_length=COLLECT["PROMPT"],
+        max_new=COLLECT["ANSWER"],
+        temperature=1.0,  # unpublished; InstructGPT
+        batch_size=256,
+        seed=arg.seed,
+    )
+
+
+def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
+    """Pools of 512 answers to 64 held-out prompts."""
+    config = PROXY["toy"](seed, pairs)
+    prompts = TOY["quickstart"](seed).evaluate.prompts
+    prompts.limit = 64
+    best_of_n = stage_config(
+        "best_of_n",
+        init_from="stage:sft",
+        proxy="stage:proxy",
+        gold="stage:gold",
+        prompts=prompts,
+        pool=512,
+        batch_size=512,
+        seed=seed + 2000,
+        **TOY["sampling"](seed),
+    )
+    return TOY["add"](config, best_of_n=best_of_n)

@@ -1,0 +1,63 @@
+"""Over-optimisation, step 3: comparisons by the gold model of the policy's answers; at toy size on embedded dialogue.
+
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 2. Expected there: below about 2,000 comparisons proxies of every
+  size are near chance.
+Command: rlhfjax train --config=experiments/gao2022/collect.py --workdir=runs/gao2022/1.2b/comparisons_90000
+  rlhfjax run --config=experiments/gao2022/collect.py:size=toy --workdir=runs/gao2022/toy_collect
+Variants: :policy=1.2b or 6b; :pairs=90000 or fewer, comparisons for training; :seed=1.
+Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+HERE = Path(__file__).parent
+TOY = runpy.run_path(str(HERE.parent / "toy.py"))
+VARIANTS = ("", "pairs=2000", "size=toy")
+
+PAIRS, HELD_OUT = 90_000, 10_000  # section 2: 100,000 comparisons, 10 % of them held out
+PROMPT, ANSWER = 1024, 256  # InstructGPT's "1k" prompts; table 1 (appendix C): 256 timesteps a rollout, tokens here
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="paper", policy="1.2b", pairs=0, seed=0)
+    if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b"):
+        raise ConfigError(f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are 1.2b, 6b")
+    return toy(arg.seed, arg.pairs or TOY_PAIRS) if arg.size == "toy" else paper(arg)
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt"}
+    return stage_config(
+        "collect",
+        init_from=f"runs/gao2022/{arg.policy}/sft",
+        labeller="runs/gao2022/gold",  # section 2: the better one by gold, always; sampling the label was noisier
+        # One pair a prompt. InstructGPT has fewer prompts than this (31,144 in its table 6); whether the paper repeats
+        # prompts or has others is unpublished, and a file with fewer gives fewer pairs.
+        prompts={"source": prompts, "limit": arg.pairs or PAIRS},
+        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": HELD_OUT},
+        completions=2,
+        prompt_length=PROMPT,
+        max_new=ANSWER,
+        temperature=1.0,  # unpublished; PPO's in InstructGPT
+        batch_size=64,
+        seed=arg.seed,
+    )
+
+
+TOY_PAIRS = 512
+
+
+def toy(seed: int, pairs: int = TOY_PAIRS) -> ConfigDict:
+    """Pairs of the toy policy's answers, ordered by the toy's gold model."""
+    config = runpy.run_path(str(HERE / "gold.py"))["toy"](seed)
+    collect = TOY["quickstart"](seed).collect
+    collect.update(labeller="stage:gold", completions=2, seed=seed + 1)  # other answers than the gold model's
+    collect.prompts.limit, collect.eval_prompts.limit = pairs, 192
+    return TOY["add"](config, collect=collect)

@@ -1,0 +1,76 @@
+"""Gold and proxy score over d = sqrt(KL): `python experiments/gao2022/curve.py WORKDIR`, of a toy run of ppo.py.
+
+Prints a row a point of PPO and of best-of-n, and for each the coefficients that fit the gain of its gold score:
+  best-of-n  R(d) = d (alpha - beta d)        peak at alpha / 2 beta
+  RL         R(d) = d (alpha - beta log d)    peak at exp(alpha / beta - 1)
+Source: Gao et al. 2022, section 3. KL of PPO is measured on the held-out answers, of best-of-n log n - (n - 1) / n.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Point = dict[str, float]  # d, proxy, gold
+FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"best_of_n": lambda d: d, "ppo": np.log}
+
+
+def points(workdir: Path, stage: str) -> list[Point]:
+    """Points of a stage in their order; of best-of-n the first one, n = 1, is the start."""
+    prefix = "val_" if stage == "ppo" else ""
+    names = {name: f"{stage}/{prefix}{name}" for name in ("kl", "proxy", "gold")}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [{name: row[key] for name, key in names.items()} for row in rows if names["gold"] in row]
+    return [{"d": math.sqrt(max(row["kl"], 0.0)), "proxy": row["proxy"], "gold": row["gold"]} for row in found]
+
+
+def start(workdir: Path) -> Point | None:
+    """The policy before PPO, as the evaluation measured it."""
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row: dict[str, Any] = json.loads(line)
+        if "evaluate/gold_baseline" in row:
+            return {"d": 0.0, "proxy": row["evaluate/proxy_baseline"], "gold": row["evaluate/gold_baseline"]}
+    return None
+
+
+def fit(d: np.ndarray, gain: np.ndarray, stage: str) -> tuple[float, float, float]:
+    """Least squares of gain = d (alpha - beta f(d)), f the identity or the logarithm; alpha, beta and R^2."""
+    columns = np.stack([d, -d * FORMS[stage](d)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
+    left = gain - columns @ np.array([alpha, beta])
+    return float(alpha), float(beta), float(1 - left @ left / np.sum((gain - gain.mean()) ** 2))
+
+
+def peak(alpha: float, beta: float, stage: str) -> float:
+    """Where the fitted curve is highest; infinite where it only rises."""
+    if beta <= 0:
+        return math.inf
+    return alpha / (2 * beta) if stage == "best_of_n" else math.exp(alpha / beta - 1)
+
+
+def main() -> None:
+    workdir = Path(sys.argv[1])
+    for stage in FORMS:
+        curve = points(workdir, stage)
+        first = curve[0] if stage == "best_of_n" else start(workdir)
+        if not curve or first is None:
+            continue
+        later = [point for point in curve if point["d"] > 0]
+        print(f"{stage}\n  sqrt(KL)     KL   proxy    gold")
+        for point in [first, *later]:
+            print(f"  {point['d']:8.3f} {point['d'] ** 2:6.2f} {point['proxy']:7.3f} {point['gold']:7.3f}")
+        d, gold = (np.array([point[name] for point in later]) for name in ("d", "gold"))
+        print(f"  highest gold score: {gold.max():.3f}, at sqrt(KL) {d[gold.argmax()]:.2f}")
+        if len(later) > 2:
+            alpha, beta, r2 = fit(d, gold - first["gold"], stage)
+            print(
+                f"  alpha {alpha:.3f}, beta {beta:.3f}, R^2 {r2:.3f}, peak at sqrt(KL) {peak(alpha, beta, stage):.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

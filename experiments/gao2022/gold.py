@@ -1,0 +1,63 @@
+"""Over-optimisation, step 2: the gold reward model, which stands in for people from here on; at toy size on dialogue.
+
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 2: the 6B reward model of InstructGPT.
+Command: rlhfjax train --config=experiments/gao2022/gold.py --workdir=runs/gao2022/gold
+  rlhfjax run --config=experiments/gao2022/gold.py:size=toy --workdir=runs/gao2022/toy_gold
+Variants: :seed=1.
+Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+HERE = Path(__file__).parent
+TOY = runpy.run_path(str(HERE.parent / "toy.py"))
+VARIANTS = ("", "size=toy")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="paper", seed=0)
+    if arg.size not in ("paper", "toy"):
+        raise ConfigError(f"size={arg.size}: sizes are paper, toy")
+    return toy(arg.seed) if arg.size == "toy" else paper(arg)
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    """InstructGPT's reward model, on another scale."""
+    other = runpy.run_path(str(HERE.parent / "instructgpt" / "reward.py"))
+    config = other["get_config"](f"size=6.7b,seed={arg.seed}")
+    # Section 2: mean 0 over answers of the initial policy and unit variance. Ours are over the held-out comparisons,
+    # which for InstructGPT are answers of several policies; the `recentre` stage sets the mean on answers of one.
+    config.update(normalise="mean_std", demonstrations=())
+    return config
+
+
+def toy(seed: int) -> ConfigDict:
+    """A reward model of the policy's size, from 8,192 answers ranked by the quickstart's labeller.
+
+    The labeller, a program, is the toy's human; what the paper calls gold is this model, and from here on the program
+    is not asked again.
+    """
+    config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
+    collect = TOY["quickstart"](seed).collect
+    collect.completions = 4
+    collect.prompts.limit, collect.eval_prompts.limit, batch = 2048, 192, 16
+    gold = stage_config(
+        "reward",
+        init_from="stage:sft",
+        preferences=("stage:human/preferences",),
+        length=collect.prompt_length + collect.max_new,
+        batch_size=batch,
+        normalise="mean_std",
+        seed=seed,
+        **TOY["loop"](collect.prompts.limit // batch),
+        # A model of 200 thousand parameters needs larger steps than one of billions.
+        optim={"learning_rate": 1e-3, "warmup_steps": 10, "final_fraction": 0.1},
+    )
+    return TOY["add"](config, human=collect, gold=gold)
