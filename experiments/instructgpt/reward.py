@@ -1,0 +1,98 @@
+"""InstructGPT, step 2: a reward model from rankings of K answers; at toy size on embedded dialogue.
+
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4 +- 0.4 % on
+  comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section 4.1; appendix E.2 prints the two
+  the other way round). The toy's labeller is a program.
+Command: rlhfjax train --config=experiments/instructgpt/reward.py --workdir=runs/instructgpt/6.7b/reward
+  rlhfjax run --config=experiments/instructgpt/reward.py:size=toy --workdir=runs/instructgpt/toy_reward
+Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one 6B reward model for
+  all of them (a 175B one was less stable); :seed=1.
+Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages import stage_config
+
+HERE = Path(__file__).parent
+TOY = runpy.run_path(str(HERE.parent / "toy.py"))
+VARIANTS = ("", "size=toy")
+
+SIZES = ("1.3b", "6.7b", "175b")
+PROMPTS = 6_623 + 26_584  # table 6: by labelers and by customers
+BATCH = 64  # C.2: prompts, up to 64 C(9, 2) = 2,304 comparisons
+LENGTH = 2048  # appendix C
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="6.7b", seed=0)
+    if arg.size not in (*SIZES, "toy"):
+        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    return toy(arg.seed) if arg.size == "toy" else paper(arg)
+
+
+def algorithm(**changes) -> dict:
+    """What does not depend on the size."""
+    return {
+        "loss": {"name": "kwise"},  # eq. 1: all pairs of a prompt are one element; ties are dropped
+        "normalise": "demonstrations",  # section 3.5: a bias so that the labelers' demonstrations score 0 on average
+        "optim": {
+            "name": "adam",
+            "learning_rate": 9e-6,  # C.2; insensitive to 50 % more or less
+            "schedule": "cosine",  # C.2
+            "final_fraction": 0.1,  # C.2
+            "warmup_steps": 0,  # unpublished; none, as C.1
+            "b1": 0.9,  # appendix C
+            "b2": 0.95,  # appendix C
+            "eps": 1e-8,  # unpublished; GPT-3's
+            "clip_norm": 1.0,  # unpublished; GPT-3's
+            **changes,
+        },
+    }
+
+
+def paper(arg: ConfigDict) -> ConfigDict:
+    steps = PROMPTS // BATCH  # C.2: one epoch; a second one over-fits
+    return stage_config(
+        "reward",
+        # Section 3.5 says "from the SFT model"; C.2 says GPT-3 6B fine-tuned on ARC, BoolQ, CoQA, DROP, MultiNLI,
+        # OpenBookQA, QuAC, RACE and Winogrande, and that SFT gives similar results: SFT, for its data are at hand.
+        init_from="runs/instructgpt/6.7b/sft",
+        overrides={"dropout": 0.0},  # unpublished; SFT's 0.2 would come along
+        preferences=("jsonl:data/instructgpt/comparisons_{split}*.jsonl",),  # K of 4 to 9 answers (section 3.5)
+        demonstrations=({"spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl", "kind": "messages"},),
+        length=LENGTH,
+        batch_size=BATCH,
+        steps=steps,
+        eval_every=steps // 4,
+        checkpoint={"every": steps // 4},
+        seed=arg.seed,
+        **algorithm(),
+    )
+
+
+def toy(seed: int) -> ConfigDict:
+    """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeller, one epoch on them."""
+    config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
+    collect = TOY["quickstart"](seed).collect
+    collect.completions = 6  # between section 3.5's 4 and 9
+    collect.prompts.limit, collect.eval_prompts.limit, batch = 1024, 192, 16
+    reward = stage_config(
+        "reward",
+        init_from="stage:sft",
+        overrides={"dropout": 0.0},
+        preferences=("stage:collect/preferences",),
+        demonstrations=({**collect.eval_prompts.source, "split": "validation"},),
+        length=collect.prompt_length + collect.max_new,
+        batch_size=batch,
+        seed=seed,
+        **TOY["loop"](collect.prompts.limit // batch),
+        # A model of 200 thousand parameters needs larger steps than one of billions.
+        **algorithm(learning_rate=1e-3),
+    )
+    return TOY["add"](config, collect=collect, reward=reward)
