@@ -74,7 +74,7 @@ def test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one(conver
     assert metrics[0]["clip_fraction"] == 0
 
 
-def test_first_minibatch_of_every_iteration_has_ratio_one(conversations, finished):
+def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(conversations, finished):
     """Also when the policy has moved: the behaviour policy is the one at the start of the iteration."""
     values = stage_values("ppo", conversations, finished, init_from=str(finished / "01_pretrain"))
     metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=3)

@@ -48,7 +48,7 @@ def test_samples_run_side_by_side(misbehaving):
     assert time.monotonic() - began < 0.4 * 6 * 0.75  # one after the other: 2.4 s
 
 
-def test_pitfall_fractional_rewards_and_zero_are_kept(misbehaving):
+def test_pitfall_09_fractional_rewards_and_zero_are_kept(misbehaving):
     """An integer array would make 0.5 a 0; `score or default` would make 0.0 a failure."""
     scores, pairs = misbehaving.with_metrics(["p", "p"], ["half", "zero"])
     assert scores.dtype == np.float32
