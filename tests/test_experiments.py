@@ -20,8 +20,8 @@ import pytest
 
 from rlhfjax import recipe, stages
 from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
-from rlhfjax.optim import OptimConfig, make_schedule
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,15 +108,23 @@ def test_expands_to_its_golden_text(path, variant):
 
 
 @pytest.mark.parametrize(("path", "variant"), CASES, ids=NAMES)
-def test_warm_up_and_batches_fit_the_run(path, variant):
-    """What shows only when a stage is built or runs: a warm-up longer than the run, a validation that never comes."""
+def test_validation_and_checkpoints_come_within_the_run(path, variant):
     for name, typed in typed_configs(expand(path, variant)).items():
-        updates = getattr(typed, "updates", getattr(typed, "steps", 0))
-        for value in vars(typed).values():
-            if isinstance(value, OptimConfig):
-                make_schedule(value, updates)  # raises ConfigError
         if steps := getattr(typed, "steps", 0):
-            assert typed.eval_every <= steps and typed.checkpoint.every <= steps, name
+            assert typed.eval_every <= steps, name
+            assert typed.checkpoint.every <= steps, name
+
+
+@pytest.mark.parametrize("optim", ["sft.optim", "reward.optim", "ppo.optim", "ppo.value_optim"])
+def test_a_warm_up_longer_than_the_run_is_refused_before_it(optim):
+    config = expand(ROOT / "experiments" / "quickstart" / "recipe.py", "size=smoke")
+    stage, name = optim.split(".")
+    updates = config[stage]["steps"] * config[stage].get("epochs", 1) * config[stage].get("minibatches", 1)
+    config[stage][name]["warmup_steps"] = updates
+    typed_configs(config)
+    config[stage][name]["warmup_steps"] = updates + 1
+    with pytest.raises(ConfigError, match=f"warmup_steps: {updates + 1} is more than the {updates} steps"):
+        typed_configs(config)
 
 
 def test_every_golden_text_is_of_a_config():

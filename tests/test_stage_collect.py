@@ -1,10 +1,12 @@
 """Labellers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
 
 import json
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from rlhfjax import recipe
 from rlhfjax.data.preferences import read_preferences
@@ -60,6 +62,25 @@ def test_other_labellers_change_no_data_and_their_agreement_is_reported(conversa
 def test_a_reward_model_labels(conversations, finished, tmp_path):
     _, rows = collected(conversations, finished, tmp_path, labeller=str(finished / "04_reward"))
     assert len({score for row in rows for score in row["scores"]}) > 30
+
+
+def test_answers_of_a_fixed_length_cut_at_a_token(conversations, finished, tmp_path):
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    whole = [ids(row)[1:] for row in collected(conversations, finished, tmp_path / "a", stop_at_eos=False)[1]]
+    assert {len(answer) for row in whole for answer in row} == {tiny.SAMPLING["max_new"]}
+    assert any(tokenizer.eos_id in answer[:-1] for row in whole for answer in row)
+    often = Counter(token for row in whole for answer in row for token in answer[3:-1] if token != tokenizer.eos_id)
+    stop = often.most_common(1)[0][0]
+    truncate = {"token": piece(finished, stop), "after": 3}
+    options = {"stop_at_eos": False, "truncate": truncate}
+    short = [ids(row)[1:] for row in collected(conversations, finished, tmp_path / "b", **options)[1]]
+    cut = [[answer[: answer.index(stop, 3) + 1] if stop in answer[3:] else answer for answer in row] for row in whole]
+    assert short == cut != whole
+
+
+def piece(finished, token):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(finished / "00_tokenizer" / "tokenizer.model"))
+    return model.id_to_piece(token)
 
 
 def exported(folder, workdir):

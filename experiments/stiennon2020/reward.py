@@ -62,7 +62,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
     config = SFT["toy"](arg)
     collect = TOY["quickstart"](arg.seed).collect
     collect.update(completions=2, **SFT["sampling"](arg))
-    collect.prompts.update(limit=1024)
+    collect.prompts.update(limit=2048)
     collect.eval_prompts.update(limit=96)
     reward = stage_config(
         "reward",
@@ -72,7 +72,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
         batch_size=32,
         seed=arg.seed,
         optim=SFT["adam"](1e-3, "cosine"),
-        **TOY["loop"](32, evals=4),  # one epoch
+        **TOY["loop"](64, evals=4),  # one epoch
         **algorithm(({**config.sft.eval_sources[0], "limit": 96},)),
     )
     return TOY["add"](config, collect=collect, reward=reward)

@@ -58,7 +58,6 @@ def algorithm(arg: ConfigDict, batch_size: int) -> dict:
     return {
         "value": "shared",  # the code: a scalar head on the policy's own trunk
         "value_head": "zero",  # the code
-        "stop_at_eos": False,  # the code: every sample has its full length
         "batch_size": batch_size,
         "kl": kl(arg, batch_size),
         "epochs": 4,  # section 2.2
@@ -93,6 +92,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompt_length=REWARD["QUERY"][kind],
         max_new=REWARD["RESPONSE"][kind],
         temperature=REWARD["TEMPERATURE"][arg.task],
+        stop_at_eos=False,  # the code: every sample has its full length
         # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code, a line break after
         # 55 of 75 tokens. The pieces are those of our tokenizer: GPT-2's 13 and 198.
         truncate={"token": ".", "after": 16, "value": -1.0}
@@ -123,7 +123,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
         gold="gold:sentiment",
         prompts=quickstart.ppo.prompts,
         eval_prompts=quickstart.ppo.eval_prompts,
-        truncate={"token": ".", "after": sampling["max_new"] - 8, "value": -1.0},  # style: 16 of 24, as in the paper
         seed=arg.seed,
         optim=optim,
         value_optim=optim,
@@ -131,5 +130,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
         **sampling,
         **TOY["loop"](24),
     )
-    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **sampling)
+    kept = {name: sampling[name] for name in TOY["SAMPLING"]}
+    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **kept)  # there an answer ends by itself
     return TOY["add"](config, ppo=ppo, evaluate=evaluate)

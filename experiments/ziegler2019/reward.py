@@ -107,7 +107,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
     config = SFT["toy"](arg)
     collect = TOY["quickstart"](arg.seed).collect
     collect.update(completions=4, **sampling(arg))
-    collect.prompts.update(limit=512)
+    collect.prompts.update(limit=1024)
     collect.eval_prompts.update(limit=96)
     reward = stage_config(
         "reward",
@@ -118,13 +118,19 @@ def toy(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         # A model of 200 thousand parameters needs larger steps than one of 774 million.
         optim=optim(5e-4),
-        **TOY["loop"](64, evals=4),  # one epoch
+        **TOY["loop"](128, evals=4),  # one epoch
         **loss(),
     )
     return TOY["add"](config, collect=collect, reward=reward)
 
 
 def sampling(arg: ConfigDict) -> dict:
-    """Of the toy: style as in the paper, summaries of 32 tokens; the temperatures are the paper's."""
+    """Of the toy: style as in the paper, summaries shorter and cut at a full stop as well; the paper's temperatures."""
     length = RESPONSE["style"] if KIND[arg.task] == "style" else 32
-    return {**TOY["sampling"](arg.seed), "max_new": length, "temperature": TEMPERATURE[arg.task]}
+    return {
+        **TOY["sampling"](arg.seed),
+        "max_new": length,
+        "temperature": TEMPERATURE[arg.task],
+        "stop_at_eos": False,
+        "truncate": {"token": ".", "after": length - 8, "value": -1.0},
+    }

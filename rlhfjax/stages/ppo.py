@@ -20,7 +20,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import OptimConfig, make_optimizer
+from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.stages import Pairs, Stage
 from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
@@ -55,6 +55,7 @@ class Config(PolicyConfig):
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
     check_policy(config, layout, shape)
+    make_schedule(config.value_optim, config.updates)
     if not (0 <= config.gamma <= 1 and 0 <= config.lam <= 1):
         raise ConfigError(f"ppo.gamma={config.gamma}, lam={config.lam}: they are between 0 and 1")
     if config.clip <= 0 or config.value_clip < 0:

@@ -11,7 +11,8 @@ from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import SentencePieceTokenizer
 from rlhfjax.mesh import Layout
 from rlhfjax.models import store
-from rlhfjax.stages.parts.rollout import Rollout, sample
+from rlhfjax.stages.parts.policy_config import TruncateConfig
+from rlhfjax.stages.parts.rollout import Rollout, cut, sample
 
 
 class Sampling(NamedTuple):
@@ -22,6 +23,8 @@ class Sampling(NamedTuple):
     temperature: float
     batch_size: int  # prompts at a time
     each: int = 1  # answers a prompt, in rows that follow each other
+    stop_at_eos: bool = True
+    truncate: TruncateConfig = TruncateConfig()
 
 
 def answers(
@@ -36,10 +39,14 @@ def answers(
 
     Batch i is drawn with fold_in(key, i), so that the same key gives the same answers.
     """
+    stop = tokenizer.token_id(sampling.truncate.token) if sampling.truncate.token else None
+    eos = tokenizer.eos_id if sampling.stop_at_eos else -1
     options = {"batch_size": sampling.batch_size, "length": sampling.prompt_length}
-    limits = {"max_new": sampling.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    limits = {"max_new": sampling.max_new, "eos_id": eos, "pad_id": tokenizer.pad_id}
     for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
         placed = layout.put({k: np.repeat(batch[k], sampling.each, axis=0) for k in ("prompts", "segments")})
         rows: tuple[Any, ...] = (placed["prompts"], placed["segments"], jax.random.fold_in(key, i))
         rollout = sample(policy.model, policy.params, *rows, temperature=sampling.temperature, **limits)
+        if stop is not None:
+            rollout = cut(rollout, stop, sampling.truncate.after, tokenizer.pad_id)
         yield rollout, batch["index"]

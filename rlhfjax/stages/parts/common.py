@@ -22,7 +22,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import OptimConfig
+from rlhfjax.optim import OptimConfig, make_schedule
 from rlhfjax.stages import Finished, Pairs, Stage
 
 log = logging.getLogger("rlhfjax")
@@ -148,6 +148,7 @@ def check_training(config: Any, layout: Layout, shape: TransformerConfig | None)
         )
     layout.check_batch(config.batch_size // config.microbatches, f"a {config.stage} microbatch")
     check_length(config.length, shape, f"{config.stage}.length")
+    make_schedule(config.optim, config.steps)  # refuses a warm-up longer than the run
 
 
 def check_origin(config: ModelTrainConfig) -> None:

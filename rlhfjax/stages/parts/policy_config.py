@@ -7,7 +7,7 @@ from rlhfjax.config import TrainConfig
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.optim import OptimConfig
+from rlhfjax.optim import OptimConfig, make_schedule
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.prompts import PromptConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
@@ -99,6 +99,7 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     layout.check_batch(config.episodes // config.minibatches // config.microbatches, f"a {name} microbatch")
     if config.temperature <= 0:
         raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
+    make_schedule(config.optim, config.updates)  # refuses a warm-up longer than the run
     _check_kl(config.kl, f"{name}.kl")
     _check_score(config)
     if config.target_kl < 0 or (config.target_kl and config.epochs * config.minibatches == 1):
@@ -124,9 +125,11 @@ def _check_score(config: PolicyConfig) -> None:
     name = config.stage
     if config.missing_eos != "none" and not config.stop_at_eos:
         raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
-    if config.truncate.token and not 0 <= config.truncate.after < config.max_new:
-        raise ConfigError(
-            f"{name}.truncate.after={config.truncate.after}: a response has max_new={config.max_new} tokens"
-        )
+    check_truncate(config.truncate, config.max_new, name)
     if config.score_clip < 0:
         raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
+
+
+def check_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
+    if config.token and not 0 <= config.after < max_new:
+        raise ConfigError(f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens")
