@@ -34,7 +34,7 @@ VARIANTS = (
 EPISODES = 256_000  # C.4: "256k"; whether that is 256,000 or 262,144 is unpublished
 BATCH, MINIBATCH = 512, 64  # C.4
 ITERATIONS = EPISODES // BATCH
-GAMMA = {"paper": 27.8, "toy": 1.0}  # C.4, for all sizes, see `ptx`; the toy learns no reward at 27.8
+GAMMA = {"paper": 27.8, "toy": 1.0}  # C.4, for all sizes, see `ptx`; too much for the toy, see README.md
 # C.4 gives no learning rate of the policy. E.9 sweeps 2.55e-6 to 2.55e-5 for 1.3B and 6B, in log-linear steps, and
 # says that without the mix everything above 8.05e-6 diverged: that middle of the sweep is our choice. For 175B it tried
 # 2.55e-6 and 3.74e-6; which one was chosen (by labelers' ratings) is unpublished: the lower one.
