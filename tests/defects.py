@@ -1,0 +1,945 @@
+"""Known defects put back, one at a time: the regression tests of `test_pitfall_NN_*` must notice each.
+
+    python -m tests.defects                all of them
+    python -m tests.defects 03 17          those of some lines of the list of pitfalls
+    python -m tests.defects --control 03   their tests with nothing put back
+
+Every defect is one replacement of text in a copy of the package; nothing here touches the working tree. A line a defect
+says whether each test that should notice it has a case that fails; the exit code is 1 where one does not.
+`tests/test_defects.py` holds that every such test is in this table and that every text is still there to be replaced.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("rlhfjax", "tests", "benchmarks", "experiments", "pyproject.toml")
+CONTROL = "--control"
+JOBS = 2  # defects at a time
+LIMIT = 600.0  # seconds a defect; one that makes a test hang is not noticed in the way that was meant
+# What every test imports, imported once: each defect runs in a fork of a process that has them, and no line of ours.
+PRELOADED = ["pytest", "jax.numpy", "flax.linen", "optax", "grain", "orbax.checkpoint", "hypothesis", "beartype"]
+
+
+@dataclass(frozen=True)
+class Defect:
+    pitfall: int  # the line of the list
+    file: str  # under rlhfjax/
+    old: str  # stands there once
+    new: str
+    tests: tuple[str, ...]  # under tests/; of each, some case must fail
+
+
+NOT_YET = {
+    31: "there is no import of GGUF weights, and so no permutation of Q and K to forget",
+}
+
+
+def d(pitfall: int, file: str, old: str, new: str, *tests: str) -> Defect:
+    return Defect(pitfall, file, old, new, tests)
+
+
+DEFECTS = [
+    # ------------------------------------------------------------------ sampling and log-probabilities
+    # 1: positions count slots of padding
+    d(
+        1,
+        "models/transformer.py",
+        "return jnp.where(segments > 0, slot - start, 0)",
+        "return jnp.broadcast_to(slot, segments.shape)",
+        "models/test_transformer.py::test_pitfall_01_left_padding_changes_nothing",
+        "models/test_transformer.py::test_pitfall_01_positions_count_real_tokens",
+    ),
+    # 1: ... in the decoding loop alone
+    d(
+        1,
+        "sampling/generate.py",
+        "length + s.step - 1, p + s.step - 1",
+        "jnp.full_like(length, p) + s.step - 1, p + s.step - 1",
+        "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
+        "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
+    ),
+    # 1: prompts padded on the right
+    d(
+        1,
+        "data/loader.py",
+        "prompts[length - len(tokens) :], segments[length - len(tokens) :] = tokens, 1",
+        "prompts[: len(tokens)], segments[: len(tokens)] = tokens, 1",
+        "data/test_loader.py::test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell",
+    ),
+    # 1: the response is read one slot off
+    d(
+        1,
+        "stages/parts/rollout.py",
+        "[:, -r - 1 : -1]",
+        "[:, -r:]",
+        "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
+    ),
+    # 2: a tokenizer without a pad is taken, for pad = eos later
+    d(
+        2,
+        "data/tokenizer.py",
+        "if min(specials) < 0 or len(set(specials)) < 4:",
+        "if min(specials[1:]) < 0:",
+        "data/test_tokenizer.py::test_pitfall_02_pad_bos_eos_and_unk_are_four_ids",
+    ),
+    d(
+        2,
+        "sampling/generate.py",
+        "if eos_id == pad_id:",
+        "if False:",
+        "sampling/test_generate.py::test_pitfall_02_the_end_is_not_padding",
+    ),
+    # 2: the eos is masked out of the loss
+    d(
+        2,
+        "data/loader.py",
+        "examples.shifted(tokens, np.ones(len(tokens), np.float32))",
+        "examples.shifted(tokens, (tokens != tokenizer.eos_id).astype(np.float32))",
+        "data/test_loader.py::test_pitfall_02_eos_is_a_target_that_counts",
+    ),
+    # 3: the reference (and whoever scores with it) forgets the temperature
+    d(
+        3,
+        "stages/parts/policy.py",
+        "rollout.tokens, rollout.segments, r, self.config.temperature)[0]",
+        "rollout.tokens, rollout.segments, r, 1.0)[0]",
+        "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
+        "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
+    ),
+    # 3: the trainer forgets it
+    d(
+        3,
+        "stages/ppo.py",
+        "batch.tokens[:, -r:], c.temperature)",
+        "batch.tokens[:, -r:], 1.0)",
+        "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
+    ),
+    # 3: the sampler draws with it and reports without
+    d(
+        3,
+        "sampling/choose.py",
+        "logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)\n        token = inverse_cdf(logits, u)",
+        "token = inverse_cdf(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), u)",
+        "sampling/test_generate.py::test_pitfall_03_logprobs_carry_the_temperature",
+    ),
+    # 4: drawn from the truncated softmax, scored by the whole one
+    d(
+        4,
+        "sampling/choose.py",
+        "logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)\n        token = inverse_cdf(logits, u)",
+        "logits = logits / temperature\n        token = inverse_cdf(keep_top_p(keep_top_k(logits, top_k), top_p), u)",
+        "sampling/test_generate.py::test_pitfall_04_truncated_logprobs_are_those_sampled_from",
+    ),
+    d(
+        4,
+        "stages/parts/rollout.py",
+        "keys, temperature=temperature, **limits)",
+        "keys, temperature=temperature, top_p=0.95, **limits)",
+        "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
+    ),
+    d(
+        4,
+        "stages/parts/policy_config.py",
+        "    stop_at_eos: bool = True",
+        "    top_k: int = 0\n    top_p: float = 1.0\n    stop_at_eos: bool = True",
+        "test_pitfalls.py::test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate",
+    ),
+    # 5: the sampler computes in another dtype
+    d(
+        5,
+        "sampling/generate.py",
+        "pick(model.logits(params, hidden), u[step])",
+        "pick(model.logits(params, hidden.astype(jnp.bfloat16)), u[step])",
+        "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
+        "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
+    ),
+    # 6: text encoded anew: by the loader, by collection, before the reward
+    d(
+        6,
+        "data/examples.py",
+        'if "prompt_tokens" in row:',
+        "if False:",
+        "data/test_loader.py::test_pitfall_06_stored_ids_are_used_as_they_were_sampled",
+    ),
+    d(
+        6,
+        "stages/collect.py",
+        "rows += _rows(jax.device_get(rollout), some, labels, index)",
+        """rows += _rows(jax.device_get(rollout), some, labels, index)
+            for row in rows:
+                row["completion_tokens"] = [[*tokenizer.encode(x), tokenizer.eos_id] for x in row["completions"]]""",
+        "test_pitfalls.py::test_pitfall_06_collected_answers_keep_their_ids",
+    ),
+    d(
+        6,
+        "stages/parts/policy.py",
+        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)',
+        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
+        import numpy as np
+
+        tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
+        for row, keep in zip(tokens[:, -mask.shape[1] :], mask, strict=True):
+            ids = task.tokenizer.encode(task.tokenizer.decode(row[keep > 0].tolist()))[: len(row)]
+            row[:] = [*ids, *[task.tokenizer.pad_id] * (len(row) - len(ids))]
+        rollout = rollout._replace(tokens=layout.put({"anew": tokens})["anew"])""",
+        "test_pitfalls.py::test_pitfall_06_the_reward_scores_the_ids_that_were_sampled",
+    ),
+    # 7: one constant for every generation; greedy
+    d(
+        7,
+        "sampling/generate.py",
+        "return jax.random.uniform(jax.random.fold_in(key, i))",
+        "return jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))",
+        "sampling/test_generate.py::test_pitfall_07_keys_make_the_draw",
+        "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
+    ),
+    d(
+        7,
+        "stages/parts/rollout.py",
+        "keys, temperature=temperature, **limits)",
+        "keys, temperature=0.0, **limits)",
+        "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
+    ),
+    # 8: an eos forced onto what was cut off; one token short of the limit; an eos in the padding taken for an end
+    d(
+        8,
+        "sampling/generate.py",
+        "return jax.lax.while_loop(unfinished, advance, start).samples",
+        """samples = jax.lax.while_loop(unfinished, advance, start).samples
+    return samples._replace(tokens=samples.tokens.at[:, -1].set(eos_id))""",
+        "sampling/test_generate.py::test_pitfall_08_the_end",
+    ),
+    d(
+        8,
+        "sampling/generate.py",
+        "return (s.step < max_new) &",
+        "return (s.step < max_new - 1) &",
+        "sampling/test_generate.py::test_pitfall_08_the_end",
+    ),
+    d(
+        8,
+        "algos/shaping.py",
+        "return jnp.any((tokens == token_id) & (mask > 0), axis=1)",
+        "return jnp.any(tokens == token_id, axis=1)",
+        "algos/test_shaping.py::test_pitfall_08_an_eos_in_the_padding_is_no_end",
+    ),
+    # 8: what follows the eos is in the entropy, or in the KL
+    d(
+        8,
+        "stages/ppo.py",
+        "policy.entropy_bonus(entropy, mask, coefficient",
+        "policy.entropy_bonus(entropy, jnp.ones_like(mask), coefficient",
+        "test_pitfalls.py::test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss",
+    ),
+    d(
+        8,
+        "stages/group.py",
+        "kl.kl_loss_k3(logprobs, old, ref, mask)",
+        "kl.kl_loss_k3(logprobs, old, ref, jnp.ones_like(mask))",
+        "test_pitfalls.py::test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss",
+    ),
+    # ------------------------------------------------------------------ rewards and advantages
+    # 9: 0.7 -> 0, -1.6 -> -1
+    d(
+        9,
+        "algos/shaping.py",
+        "score[:, None] * last_token(mask) - beta * kl",
+        "score.astype(jnp.int32)[:, None] * last_token(mask) - beta * kl",
+        "algos/test_shaping.py::test_pitfall_09_fractional_rewards_stay_fractional",
+        "test_stage_ppo.py::test_pitfall_10_the_score_is_on_the_last_response_token",
+    ),
+    d(
+        9,
+        "algos/shaping.py",
+        'score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar\n'
+        ') -> Float[Array, "b t"]:',
+        'score: Array, kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar\n) -> Float[Array, "b t"]:',
+        "algos/test_shaping.py::test_pitfall_09_an_integer_score_is_refused",
+    ),
+    d(
+        9,
+        "rewards/gold.py",
+        "for response in responses], dtype=np.float32)",
+        "for response in responses], dtype=np.int32)",
+        "rewards/test_gold.py::test_pitfall_09_fractional_scores_stay_fractional",
+    ),
+    d(
+        9,
+        "rewards/rules.py",
+        "return np.array(scores, np.float32), {",
+        "return np.array(scores, np.int32).astype(np.float32), {",
+        "rewards/test_rules.py::test_pitfall_09_fractional_rewards_and_zero_are_kept",
+    ),
+    # 10: on every token; one slot further
+    d(
+        10,
+        "algos/shaping.py",
+        "score[:, None] * last_token(mask) - beta * kl",
+        "score[:, None] * mask - beta * kl",
+        "algos/test_shaping.py::test_pitfall_10_the_score_is_on_the_last_response_token_alone",
+        "test_stage_ppo.py::test_pitfall_10_the_score_is_on_the_last_response_token",
+    ),
+    d(
+        10,
+        "algos/shaping.py",
+        "return jnp.where(mask > 0, score[:, None] * last_token(mask) - beta * kl, 0)",
+        "return score[:, None] * jnp.roll(last_token(mask), 1, axis=1) - beta * kl * mask",
+        "algos/test_shaping.py::test_pitfall_10_the_score_is_on_the_last_response_token_alone",
+        "test_stage_ppo.py::test_pitfall_10_the_score_is_on_the_last_response_token",
+    ),
+    # 11: 0.0 is falsy
+    d(
+        11,
+        "algos/shaping.py",
+        "return jnp.where(ended, score, value)",
+        "return jnp.where(ended & (score != 0), score, value)",
+        "algos/test_shaping.py::test_pitfall_11_a_score_of_zero_is_a_score",
+    ),
+    d(
+        11,
+        "metrics.py",
+        "for name, (value, weight) in sums.items() if weight != 0}",
+        "for name, (value, weight) in sums.items() if value and weight}",
+        "test_metrics.py::test_pitfall_11_a_value_of_zero_is_written",
+    ),
+    d(
+        11,
+        "rewards/rules.py",
+        "[self._config.failed if outcome.value is None else outcome.value for outcome in outcomes]",
+        "[outcome.value or self._config.failed for outcome in outcomes]",
+        "rewards/test_rules.py::test_pitfall_09_fractional_rewards_and_zero_are_kept",
+    ),
+    # 12: the unbiased variance; the mean of rewards taken off; padding in the mean; a mean a row; no epsilon
+    d(
+        12,
+        "algos/masked.py",
+        "return masked_mean((x - masked_mean(x, mask)) ** 2, mask)",
+        "return masked_sum((x - masked_mean(x, mask)) ** 2, mask) / (jnp.sum(mask) - 1)",
+        "algos/test_masked.py::test_pitfall_12_variance_is_biased",
+        "algos/test_masked.py::test_pitfall_12_one_token_has_no_variance_to_divide_by",
+    ),
+    d(
+        12,
+        "algos/masked.py",
+        "whiten(x, mask, eps=eps) + masked_mean(x, mask), 0)",
+        "whiten(x, mask, eps=eps), 0)",
+        "algos/test_masked.py::test_pitfall_12_rewards_keep_their_mean_and_advantages_lose_it",
+    ),
+    d(
+        12,
+        "algos/masked.py",
+        "    mean = masked_mean(x, mask)\n",
+        "    mean = jnp.mean(x)\n",
+        "algos/test_masked.py::test_pitfall_12_whitening_is_over_the_whole_batch_without_padding",
+        "algos/test_masked.py::test_pitfall_12_rewards_keep_their_mean_and_advantages_lose_it",
+    ),
+    d(
+        12,
+        "algos/masked.py",
+        "    mean = masked_mean(x, mask)\n",
+        "    mean = masked_mean(x, mask, 1)[:, None]\n",
+        "algos/test_masked.py::test_pitfall_12_whitening_is_over_the_whole_batch_without_padding",
+    ),
+    d(
+        12,
+        "algos/masked.py",
+        "lax.rsqrt(masked_var(x, mask) + eps)",
+        "lax.rsqrt(masked_var(x, mask))",
+        "algos/test_masked.py::test_pitfall_12_one_token_has_no_variance_to_divide_by",
+    ),
+    d(
+        12,
+        "algos/group.py",
+        "eps: float = 1e-4",
+        "eps: float = 0.0",
+        "algos/test_group.py::test_pitfall_12_equal_rewards_of_a_group_give_no_advantage_and_no_nan",
+    ),
+    d(
+        12,
+        "algos/normalise.py",
+        "gain = jnp.where(spread > 0, std / jnp.where(spread > 0, spread, 1), 1)",
+        "gain = std / spread",
+        "algos/test_normalise.py::test_pitfall_12_equal_rewards_are_shifted_and_not_divided",
+    ),
+    # 13: through padding and holes; past the end of a full row
+    d(
+        13,
+        "algos/advantages.py",
+        "carry = jnp.where(counted, value, next_value), jnp.where(counted, advantage, next_advantage)",
+        "carry = value, advantage",
+        "algos/test_advantages.py::test_pitfall_13_what_stands_in_padding_and_holes_does_not_matter",
+        "algos/test_advantages.py::test_pitfall_13_a_hole_is_no_step",
+        "algos/test_advantages.py::test_pitfall_13_no_bootstrap_past_the_end",
+    ),
+    d(
+        13,
+        "algos/advantages.py",
+        "jax.lax.scan(step, (zeros, zeros), columns",
+        "jax.lax.scan(step, (values[:, -1], zeros), columns",
+        "algos/test_advantages.py::test_pitfall_13_no_bootstrap_past_the_end",
+        "test_stage_ppo.py::test_pitfall_13_what_stands_after_the_eos_changes_nothing",
+    ),
+    # 14: declared and not applied; applied to what is whitened already
+    d(
+        14,
+        "stages/parts/policy.py",
+        'if c.missing_eos == "penalty":',
+        'if c.missing_eos == "never":',
+        "test_stage_ppo.py::test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening",
+    ),
+    d(
+        14,
+        "stages/ppo.py",
+        "rewards = masked.whiten_keep_mean(rewards, mask)",
+        """late = masked.last_token(mask) * (shaped - scores)[:, None]
+            rewards = masked.whiten_keep_mean(rewards - late, mask) + late""",
+        "test_stage_ppo.py::test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening",
+    ),
+    d(
+        14,
+        "algos/shaping.py",
+        "return jnp.where(ended, score, value)",
+        "return score",
+        "algos/test_shaping.py::test_pitfall_14_missing_eos_is_penalised_before_whitening",
+    ),
+    # 15: a token mean; a horizon in batches; no clip; a batch of prompts for one of episodes
+    d(
+        15,
+        "algos/kl.py",
+        "return masked_sum(kl, mask, axis=1)",
+        "return divide(masked_sum(kl, mask, axis=1), jnp.sum(mask, axis=1))",
+        "algos/test_kl.py::test_pitfall_15_the_controller_is_fed_the_sum_over_the_sequence",
+        "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
+    ),
+    d(
+        15,
+        "algos/kl.py",
+        "return beta * (1 + error * episodes / horizon)",
+        "return beta * (1 + error / horizon)",
+        "algos/test_kl.py::test_pitfall_15_horizon_counts_episodes",
+        "algos/test_kl.py::test_pitfall_15_adaptive_controller_by_hand",
+    ),
+    d(
+        15,
+        "algos/kl.py",
+        "error = jnp.clip(jnp.asarray(mean_sequence_kl) / target - 1, -limit, limit)",
+        "error = jnp.asarray(mean_sequence_kl) / target - 1",
+        "algos/test_kl.py::test_pitfall_15_adaptive_controller_by_hand",
+    ),
+    d(
+        15,
+        "stages/parts/epochs.py",
+        "episodes=config.episodes,",
+        "episodes=config.batch_size,",
+        "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
+    ),
+    # 15: the approximate KL between iterates
+    d(
+        15,
+        "stages/ppo.py",
+        "return end_iteration(self.config, state, pairs), more",
+        'return end_iteration(self.config, state, {**pairs, "kl": more["approx_kl"]}), more',
+        "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
+    ),
+    # 16: the ratio inverted; a clamp; low precision; no score-function gradient
+    d(
+        16,
+        "algos/kl.py",
+        "return jnp.expm1(-log_ratio) + log_ratio",
+        "return jnp.expm1(log_ratio) - log_ratio",
+        "algos/test_kl.py::test_pitfall_16_the_expectation_is_the_kl_to_the_reference_and_not_its_inverse",
+        "algos/test_enumeration.py::test_pitfall_16_k1_and_k3_are_unbiased",
+        "algos/test_enumeration.py::test_pitfall_16_kl_in_the_loss_has_the_gradient_of_the_kl",
+        "test_stage_ppo.py::test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl",
+    ),
+    d(
+        16,
+        "algos/kl.py",
+        "return jnp.expm1(-log_ratio) + log_ratio",
+        "return jnp.expm1(-jnp.clip(log_ratio, -10, 10)) + jnp.clip(log_ratio, -10, 10)",
+        "algos/test_kl.py::test_pitfall_16_no_clamp_kills_the_gradient",
+    ),
+    d(
+        16,
+        "algos/kl.py",
+        "if jnp.finfo(x.dtype).bits < 32:",
+        "if False:",
+        "algos/test_kl.py::test_pitfall_16_low_precision_is_refused",
+    ),
+    d(
+        16,
+        "algos/kl.py",
+        "total, weight = token_mean(ratio * kl, mask)",
+        "total, weight = token_mean(kl, mask)",
+        "algos/test_enumeration.py::test_pitfall_16_kl_in_the_loss_has_the_gradient_of_the_kl",
+        "test_stage_ppo.py::test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl",
+    ),
+    d(
+        16,
+        "algos/kl.py",
+        "total = masked_sum(lax.stop_gradient(kl) + score, mask)",
+        "total = masked_sum(kl, mask)",
+        "algos/test_enumeration.py::test_pitfall_16_the_sequence_loss_has_the_whole_gradient_and_value",
+    ),
+    # ------------------------------------------------------------------ losses and optimisation
+    # 17: the mean of the microbatches' means
+    d(
+        17,
+        "state.py",
+        """t + pairs["loss"][1] * g, total, grads), pairs
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
+    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
+    return jax.tree.map(lambda t: t / jnp.maximum(pairs["loss"][1], 1e-9), total), pairs""",
+        """t + g, total, grads), pairs
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
+    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
+    return jax.tree.map(lambda t: t / microbatches, total), pairs""",
+        "test_state.py::test_pitfall_17_gradients_do_not_depend_on_the_microbatches",
+        "test_stages.py::test_pitfall_17_accumulation_does_not_change_the_update",
+        "test_stage_group.py::test_pitfall_17_accumulation_does_not_change_the_update",
+        "test_stage_reward.py::test_pitfall_17_every_loss_accumulates_exactly_in_the_stage",
+        "test_stage_direct.py::test_pitfall_17_accumulation_does_not_change_a_direct_update",
+        "test_stage_tamer.py::test_pitfall_17_answers_with_unequal_feedback_accumulate_exactly",
+        "rewards/test_reward_losses.py::test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch",
+    ),
+    # 17: a loss that hands over its mean, not its sum
+    d(
+        17,
+        "algos/masked.py",
+        "return masked_sum(x, mask), jnp.sum(mask)",
+        "return masked_mean(x, mask), jnp.ones(())",
+        "algos/test_every_loss.py::test_pitfall_17_accumulation_over_microbatches_is_the_whole_batch",
+    ),
+    # 18: the value loss over rows where the policy's is over tokens
+    d(
+        18,
+        "algos/value.py",
+        "total, weight = token_mean(0.5 * error, mask)",
+        "total, weight = token_mean(0.5 * error, mask)[0], jnp.float32(mask.shape[0])",
+        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalised_alike",
+        "test_stage_ppo.py::test_pitfall_18_value_and_policy_losses_share_one_weight",
+    ),
+    d(
+        18,
+        "algos/value.py",
+        "total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error), mask)",
+        "total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error) / mask.shape[0], mask)",
+        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalised_alike",
+    ),
+    # 19: the ratio is always 1; the clip does nothing; no new order; several updates on one minibatch; one epoch only
+    d(
+        19,
+        "stages/ppo.py",
+        "policy.ppo_loss(logprobs, batch.logprobs,",
+        "policy.ppo_loss(logprobs, jax.lax.stop_gradient(logprobs),",
+        "test_stages.py::test_pitfall_19_epochs_move_the_policy_between_minibatches",
+    ),
+    d(
+        19,
+        "algos/policy.py",
+        "token_mean(jnp.maximum(plain, clipped), mask)",
+        "token_mean(plain, mask)",
+        "algos/test_policy.py::test_pitfall_19_a_clipped_token_has_no_gradient",
+    ),
+    d(
+        19,
+        "stages/parts/epochs.py",
+        "(jax.random.split(key, config.epochs))",
+        "(jax.random.split(key, 1)[jnp.zeros(config.epochs, int)])",
+        "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
+    ),
+    d(
+        19,
+        "stages/parts/epochs.py",
+        "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
+        "orders = jnp.repeat(orders[0].reshape(config.minibatches, -1), config.epochs, axis=0)",
+        "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
+    ),
+    d(
+        19,
+        "stages/parts/epochs.py",
+        "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
+        "orders = orders[0].reshape(config.minibatches, b // config.minibatches)",
+        "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
+    ),
+    # 20: dropout in PPO's epochs; wherever logprobs are computed
+    d(
+        20,
+        "stages/ppo.py",
+        'response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)',
+        'response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r, key)',
+        "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
+    ),
+    d(
+        20,
+        "models/transformer.py",
+        "embed_key, layer_key = (None, None) if key is None else jax.random.split(key)",
+        "key = jax.random.key(0) if key is None else key\n        embed_key, layer_key = jax.random.split(key)",
+        "models/test_transformer.py::test_pitfall_20_no_dropout_without_a_key",
+    ),
+    # 21: epsilon inside; no bias correction
+    d(
+        21,
+        "optim.py",
+        "scale * m / (jnp.sqrt(v) + eps)",
+        "scale * m / (jnp.sqrt(v) + eps * jnp.sqrt(1 - b2**count))",
+        "test_optim.py::test_pitfall_21_tf_epsilon_is_outside_of_the_bias_correction",
+    ),
+    d(
+        21,
+        "optim.py",
+        "scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)",
+        "scale = 1.0",
+        "test_optim.py::test_pitfall_21_the_two_agree_without_epsilon",
+    ),
+    # 22: negative at the end; other things than updates counted
+    d(
+        22,
+        "optim.py",
+        "u = jnp.clip((step - warmup) / max(end - warmup, 1), 0, 1)",
+        "u = (step - warmup) / max(end - warmup, 1)",
+        "test_optim.py::test_pitfall_22_never_negative_and_used_up_exactly_at_the_end",
+    ),
+    d(
+        22,
+        "optim.py",
+        "optax.scale_by_learning_rate(make_schedule(config, total_steps))",
+        "optax.scale_by_learning_rate(lambda n: make_schedule(config, total_steps)(2 * n))",
+        "test_optim.py::test_pitfall_22_the_optimizer_counts_updates",
+    ),
+    d(
+        22,
+        "stages/parts/policy_config.py",
+        "return self.steps * self.epochs * self.minibatches",
+        "return self.steps",
+        "test_pitfalls.py::test_pitfall_22_a_policys_schedule_ends_with_its_last_update",
+    ),
+    d(
+        22,
+        "stages/parts/policy_config.py",
+        "return self.steps * self.epochs * self.minibatches",
+        "return self.steps * self.epochs * self.minibatches * self.microbatches",
+        "test_pitfalls.py::test_pitfall_22_a_policys_schedule_ends_with_its_last_update",
+    ),
+    # 23: 0 / 0; 0 times NaN
+    d(
+        23,
+        "algos/masked.py",
+        "return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)",
+        "return total / weight",
+        "algos/test_masked.py::test_pitfall_23_an_all_zero_mask_gives_zero_and_a_zero_gradient",
+        "algos/test_every_loss.py::test_pitfall_23_a_row_or_a_batch_without_tokens_is_no_nan",
+    ),
+    d(
+        23,
+        "algos/masked.py",
+        "return jnp.sum(jnp.where(mask > 0, x, 0) * mask, axis=axis)",
+        "return jnp.sum(x * mask, axis=axis)",
+        "algos/test_masked.py::test_pitfall_23_an_all_zero_mask_gives_zero_and_a_zero_gradient",
+        "algos/test_every_loss.py::test_pitfall_23_garbage_behind_the_mask_reaches_neither_loss_nor_gradient",
+    ),
+    # 24: the user's words learnt; the mask dropped; an eos at the end of what was cut off; an eos too many
+    d(
+        24,
+        "data/chat.py",
+        'return [0.0, *[float(message["role"] == "assistant")] * (len(tokens) - 1)]',
+        "return [0.0, *[1.0] * (len(tokens) - 1)]",
+        "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
+        "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
+    ),
+    d(
+        24,
+        "algos/language.py",
+        "total, weight = token_mean(-logprobs, mask)",
+        "total, weight = token_mean(-logprobs, jnp.ones_like(mask))",
+        "algos/test_language.py::test_pitfall_24_a_token_outside_the_mask_has_no_gradient",
+    ),
+    d(
+        24,
+        "data/examples.py",
+        "return [tokens[i] for i in keep], [mask[i] for i in keep]",
+        "return [*(tokens[i] for i in keep[:-1]), tokens[-1]], [mask[i] for i in keep]",
+        "data/test_examples.py::test_pitfall_24_a_truncated_answer_gets_no_eos",
+    ),
+    d(
+        24,
+        "data/chat.py",
+        '*tokenizer.encode(message["content"]), tokenizer.eos_id]',
+        '*tokenizer.encode(message["content"]), tokenizer.eos_id, tokenizer.eos_id]',
+        "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
+        "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
+    ),
+    # 25: another std; a head, or all that is fresh, born whatever the seed
+    d(
+        25,
+        "models/blocks.py",
+        "(self.width + 1) ** -0.5",
+        "0.02",
+        "models/test_transformer.py::test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one",
+    ),
+    d(
+        25,
+        "models/transformer.py",
+        "blocks.ScalarHead(c.d_model).init(head_key)",
+        "blocks.ScalarHead(c.d_model).init(jax.random.key(0))",
+        "models/test_transformer.py::test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one",
+    ),
+    d(
+        25,
+        "train.py",
+        "_first_state(stage, key, layout, checkpoints)\n        start",
+        "_first_state(stage, jax.random.key(0), layout, checkpoints)\n        start",
+        "test_pitfalls.py::test_pitfall_25_fresh_parameters_are_drawn_from_the_seed",
+    ),
+    # 26: another unit than the name says; averaged
+    d(
+        26,
+        "algos/language.py",
+        "return _ptx(sequence_mean(-logprobs, mask), token_mean",
+        "return _ptx(token_mean(-logprobs, mask), token_mean",
+        "algos/test_language.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_the_name",
+    ),
+    d(
+        26,
+        "algos/language.py",
+        "total, weight = coefficient * term[0], term[1]",
+        "total, weight = coefficient * term[0], term[1] + 2",
+        "algos/test_language.py::test_pitfall_26_the_two_gradients_add_whatever_the_numbers_of_examples",
+    ),
+    d(
+        26,
+        "stages/parts/epochs.py",
+        'lambda g, m: g + scale * m, grads["policy"], more)',
+        'lambda g, m: (g + scale * config.ptx.ratio * m) / (1 + config.ptx.ratio), grads["policy"], more)',
+        "test_stage_ppo.py::test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named",
+    ),
+    # ------------------------------------------------------------------ systems
+    # 27: the weights of the first iteration for ever; the stage's step samples from what was loaded
+    d(
+        27,
+        "stages/parts/policy.py",
+        "return sample(self.model, params, prompts",
+        """if not hasattr(self, "_engine"):
+            self._engine = jax.tree.map(jnp.copy, params)
+        return sample(self.model, self._engine, prompts""",
+        "test_stage_ppo.py::test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration",
+    ),
+    d(
+        27,
+        "stages/parts/policy.py",
+        'algorithm.rollout(state.params["policy"], batch',
+        "algorithm.rollout(task.start.params, batch",
+        "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
+    ),
+    # 28: the mean of two hosts' means
+    d(
+        28,
+        "metrics.py",
+        "(out[name][0] + value, out[name][1] + weight) if name in out",
+        "(out[name][0] / out[name][1] + value / weight, 2.0) if name in out",
+        "test_metrics.py::test_pitfall_28_hosts_with_unequal_weights_average_exactly",
+    ),
+    # 29: rows numbered on each of two hosts anew
+    d(
+        29,
+        "stages/parts/rollout.py",
+        "(jnp.arange(n))",
+        "(jnp.arange(n) % (n // 2))",
+        "test_chat.py::test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key",
+        "test_chat.py::test_pitfall_29_equal_prompts_get_different_answers_on_every_device",
+    ),
+    # 30: the data from their beginning; the optimiser anew; the step of the RNG; the KL coefficient and the average
+    d(
+        30,
+        "train.py",
+        "stage.batches.set_state(position)",
+        "pass",
+        "test_resume.py::test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits",
+        "test_stage_group.py::test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits",
+        "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
+    ),
+    d(
+        30,
+        "train.py",
+        "return state, int(state.step)",
+        "return state.replace(opt_state=jax.tree.map(lambda x: 0 * x, state.opt_state)), int(state.step)",
+        "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
+    ),
+    d(
+        30,
+        "train.py",
+        "jax.random.fold_in(key, step)",
+        "jax.random.fold_in(key, step - start)",
+        "test_train.py::test_pitfall_30_a_steps_randomness_depends_on_seed_and_step_alone",
+    ),
+    d(
+        30,
+        "stages/parts/epochs.py",
+        "return state.replace(step=state.step + 1, extra=extra)",
+        "return state.replace(step=state.step + 1)",
+        "test_stages.py::test_pitfall_30_kl_coefficient_average_and_iterator_are_in_the_checkpoint",
+    ),
+    d(
+        30,
+        "data/loader.py",
+        '        self._iterator.set_state(_tuples(state["rows"]))\n',
+        "",
+        "data/test_loader.py::test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch",
+    ),
+    # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that is simply killed
+    d(
+        32,
+        "train.py",
+        "if stop or (last and stopping.is_set()):",
+        "if last and stopping.is_set():",
+        "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
+    ),
+    d(
+        32,
+        "train.py",
+        "if step != resumed and (stop or _due(step, config.checkpoint.every, last)):",
+        "if step != resumed and _due(step, config.checkpoint.every, last):",
+        "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
+    ),
+    d(
+        32,
+        "errors.py",
+        "exit_code = 75",
+        "exit_code = 1",
+        "test_pitfalls.py::test_pitfall_32_a_preempted_run_tells_its_launcher_to_start_it_again",
+    ),
+    d(
+        32,
+        "main.py",
+        "signal.signal(signal.SIGTERM, _on_sigterm)",
+        "pass",
+        "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",
+    ),
+]
+
+
+# ------------------------------------------------------------------ putting them back
+
+
+def replaced(defect: Defect, root: Path) -> str:
+    """The file's text with the defect in it.
+
+    Raises:
+      ValueError: `old` does not stand there exactly once, or is what it is to be replaced by.
+    """
+    text = (root / "rlhfjax" / defect.file).read_text()
+    if text.count(defect.old) != 1 or defect.old == defect.new:
+        raise ValueError(
+            f"pitfall {defect.pitfall}: rlhfjax/{defect.file} has {text.count(defect.old)} x {defect.old!r}"
+        )
+    return text.replace(defect.old, defect.new)
+
+
+def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
+    """In a process of its own: which of the tests fail in the copy, each until its first case that does."""
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = copy  # for the processes that tests start
+    sys.path.insert(0, copy)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("rlhfjax", "tests", "benchmarks")]:
+        del sys.modules[name]
+    import pytest
+
+    failed: set[str] = set()
+
+    class Watch:
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_setup(self, item):
+            if item.nodeid.partition("[")[0] in failed:
+                pytest.skip("has failed")
+
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call" and report.failed:  # a fixture or an import that breaks is no test that fails
+                failed.add(report.nodeid.partition("[")[0])
+
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *tests], plugins=[Watch()])
+    import rlhfjax
+
+    assert Path(rlhfjax.__file__).is_relative_to(copy), rlhfjax.__file__
+    out.send(failed)
+    out.close()
+
+
+def failures(tests: Sequence[str], root: Path = ROOT, **changed: str) -> set[str]:
+    """Those of the tests that fail in a copy of the tree where rlhfjax/<file> has the text of `changed`."""
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory(prefix="rlhfjax-defect-") as folder:
+        copy = Path(folder).resolve()
+        for name in COPIED:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(root / name, copy / name)
+        for file, text in changed.items():
+            (copy / "rlhfjax" / file).write_text(text)
+        here, there = context.Pipe()
+        process = context.Process(target=_run_tests, args=(str(copy), [f"tests/{name}" for name in tests], there))
+        process.start()
+        there.close()
+        try:
+            failed = here.recv() if here.poll(LIMIT) else set()
+        except EOFError:  # it died
+            failed = set()
+        process.kill()
+        process.join()
+    return {name.removeprefix("tests/") for name in failed}
+
+
+def _tried(defect: Defect) -> tuple[bool, str]:
+    """Whether a defect is noticed, and the line that says so."""
+    began = time.monotonic()
+    failed = failures(defect.tests, **{defect.file: replaced(defect, ROOT)})
+    left = [name for name in defect.tests if name not in failed]
+    what = re.sub(r"\s+", " ", defect.new or "(nothing)")[:60]
+    verdict = f"NOT NOTICED by {', '.join(left)}" if left else "seen to fail"
+    return not left, f"{defect.pitfall:02d} {defect.file}: {what} — {verdict} ({time.monotonic() - began:.0f} s)"
+
+
+def _control(defects: Sequence[Defect]) -> int:
+    """The same tests in the same way, with nothing put back: none may fail."""
+    tests = sorted({name for defect in defects for name in defect.tests})
+    failed = failures(tests)
+    print(f"{len(tests)} tests, {len(failed)} fail without a defect: {', '.join(sorted(failed))}")
+    return 1 if failed else 0
+
+
+def main(argv: list[str]) -> int:
+    wanted = {int(number) for number in argv if number != CONTROL}
+    chosen = [defect for defect in DEFECTS if not wanted or defect.pitfall in wanted]
+    noticed, began = 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="rlhfjax-defects-") as cache, ThreadPoolExecutor(JOBS) as jobs:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # what a defect does not change is compiled once
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        if CONTROL in argv:
+            return _control(chosen)
+        for seen, line in jobs.map(_tried, chosen):
+            noticed += seen
+            print(line, flush=True)
+    print(f"{len(chosen)} defects, {noticed} noticed, {time.monotonic() - began:.0f} s")
+    return 0 if noticed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
