@@ -1,5 +1,6 @@
 """The reward stage beyond its default: losses by name, normalisation, recentring, ensembles."""
 
+import functools
 import json
 
 import jax
@@ -13,11 +14,14 @@ from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import store
-from rlhfjax.rewards.model import ModelReward, sequence_rewards
+from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import load_reward, score
 from rlhfjax.stages import stage_config
 from tests import tiny
+from tests.test_stage_direct import lopsided, separable
 from tests.test_stages import run_steps, stage_values
+
+__all__ = ["lopsided", "separable"]
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
 LOSSES = ("margin", "soft", "rao_kupper", "plackett_luce")
@@ -33,14 +37,14 @@ def chats(conversations, split):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(name, conversations, finished):
+def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(name, conversations, finished, lopsided):
+    """Prompts have two to four answers, some of them tied."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
+    changes = {"preferences": (str(lopsided),), "optim": sgd, "checkpoint": {}, "log": {}}
     results = [
         run_steps(
             "reward",
-            stage_values(
-                "reward", conversations, finished, loss={"name": name}, optim=sgd, microbatches=n, checkpoint={}, log={}
-            ),
+            stage_values("reward", conversations, finished, loss={"name": name}, microbatches=n, **changes),
             ONE,
             steps=1,
         )
@@ -58,12 +62,20 @@ def started(values):
     return stage, stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def reward_at(model, params, tokens, last):
+    """The scalar head on slot `last` of one row; what stands behind it is not seen: attention is causal."""
+    return model.scalar(params, model.hidden(params, tokens)[0, last])
+
+
 def rewards_of_rows(model, params, tokenizer, rows, length):
-    """r(x, y) of (prompt ids, answer ids), one unpadded row at a time."""
+    """r(x, y) of (prompt ids, answer ids), one row at a time."""
     out = []
     for prompt, answer in rows:
-        ids = np.array([[*prompt, *answer][:length]], np.int32)
-        out.append(float(sequence_rewards(model, params, jnp.asarray(ids), jnp.ones_like(ids))[0]))
+        ids = [*prompt, *answer][:length]
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        out.append(float(reward_at(model, params, padded, len(ids) - 1)))
     return np.array(out)
 
 
