@@ -138,7 +138,8 @@ def experience(algorithm: Any, state: states.TrainState, reference: Any, key: ja
     each = algorithm.config.episodes // len(PROMPTS)
     prompts = jnp.repeat(jnp.asarray(PROMPTS), each, axis=0)
     rollout = algorithm.rollout(state.params["policy"], prompts, jnp.ones_like(prompts), key)
-    return rollout, *algorithm.prepare(state, reference, rollout, reward(*algorithm.seen(rollout)))
+    known = algorithm.know(state.params, reference, rollout)
+    return rollout, *algorithm.prepare(state, known, rollout, reward(*algorithm.seen(rollout)))
 
 
 def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:

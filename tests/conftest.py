@@ -1,5 +1,7 @@
 """Fixtures of the system tests: conversations to train on, and a recipe that has been run once."""
 
+# ruff: noqa: E402 -- jax reads its environment when it is imported
+
 import json
 import os
 import random
@@ -13,7 +15,9 @@ if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # halves the time of compiling, which is most of these tests
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# And what several tests, workers or commands compile is compiled once.
+# Small programs are compiled by the hundred and run once or twice: optimising them costs more than it gives.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# What several tests, workers or commands compile is compiled once.
 _CACHE = tempfile.TemporaryDirectory(prefix="rlhfjax-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # workers inherit the first one
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -48,14 +52,10 @@ def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Pa
 
 @pytest.fixture
 def optimised():
-    """Asked for by a test that looks at the compiled program."""
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly(request):
-    """Small programs are compiled by the hundred and run once or twice: LLVM's optimisations cost more than they give."""
-    asked = "optimised" in request.fixturenames or request.node.get_closest_marker("slow")
-    jax.config.update("jax_disable_most_optimizations", not asked)
+    """Asked for by a test that looks at the compiled program, or computes for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

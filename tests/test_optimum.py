@@ -43,6 +43,7 @@ def reach(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", [name for name in optimum.algorithms(1) if name not in ELSEWHERE])
 def test_reaches_the_optimum(name):
     """To 0.005 nats (0.05 for GRPO and DAPO), with reward and KL within 3 % of the analytic ones."""
@@ -53,6 +54,7 @@ def test_reaches_the_optimum(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_goes_elsewhere(name):
     """k3's expectation is the KL, the gradient of a reward of it is not; as GRPO prints it, it is of another KL."""
@@ -62,6 +64,7 @@ def test_goes_elsewhere(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("target", [0.5, 1.0, 1.5])
 def test_the_adaptive_coefficient_reaches_its_target(target):
     """Ziegler et al. 2019, section 2.2; over the last quarter of 400 iterations."""

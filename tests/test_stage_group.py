@@ -18,6 +18,7 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import group
+from rlhfjax.stages.parts import policy
 from rlhfjax.stages.parts.prompts import Repeated
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
 from tests.test_resume import _Crash, assert_same_stage, interrupt
@@ -143,7 +144,8 @@ def crafted(estimator, **changes):
     segments = (tokens != PAD).astype(jnp.int32)
     logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
     scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
-    return algorithm.prepare(state, reference, Rollout(tokens, segments, mask, logprobs), scores)
+    rollout = Rollout(tokens, segments, mask, logprobs)
+    return algorithm.prepare(state, algorithm.know(state.params, reference, rollout), rollout, scores)
 
 
 def test_informative_share_is_logged_and_may_be_all_that_counts():
@@ -221,6 +223,17 @@ def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, c
     assert metrics[0]["group_std"] > 1e-3
 
 
+def test_the_device_has_its_work_before_a_rule_scores(conversations, finished, monkeypatch):
+    """Dispatch is asynchronous: what needs no score is asked for first, and computed while the host scores."""
+    order = []
+    for owner, name in ((policy, "score"), (group.Algorithm, "_know")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, n=name, f=plain: order.append(n) or f(*args))
+    values = group_values(conversations, finished, "rloo", reward="gold:sentiment", ptx={})
+    run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
+    assert order == ["_know", "score"]
+
+
 def test_four_devices_give_what_one_gives(conversations, finished):
     for estimator in ("rloo", "grpo"):
         values = group_values(conversations, finished, estimator, epochs=2)
@@ -232,10 +245,11 @@ def test_four_devices_give_what_one_gives(conversations, finished):
 
 
 def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finished):
+    """DAPO's mean is over tokens, of which microbatches have unequal numbers."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
     results = []
     for microbatches in (1, 2, 4):
-        values = group_values(conversations, finished, "grpo", optim=sgd, microbatches=microbatches)
+        values = group_values(conversations, finished, "dapo", optim=sgd, microbatches=microbatches)
         results.append(run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)[1])
     for params in results[1:]:
         assert_close(params, results[0], rtol=1e-5, atol=1e-7)

@@ -131,7 +131,7 @@ def by_hand(**changes):
     rollout = Rollout(tokens, segments, mask, logprobs)
     ref = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
     scores = jnp.array([0.7, -1.6, 0.25])
-    episodes, pairs = algorithm.prepare(state, reference, rollout, scores)
+    episodes, pairs = algorithm.prepare(state, algorithm.know(state.params, reference, rollout), rollout, scores)
     return episodes, finalize(jax.device_get(pairs)), np.asarray(scores), np.asarray(logprobs - ref, np.float64)
 
 
@@ -284,7 +284,7 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     assert np.abs(at_end[1]).min() > 1e-3
     np.testing.assert_allclose(at_end[0], np.asarray(scores) - at_end[1], atol=1e-5)
     other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
-    changed, _ = algorithm.prepare(state, reference, other, scores)
+    changed, _ = algorithm.prepare(state, algorithm.know(state.params, reference, other), other, scores)
     for name in ("advantages", "returns", "values"):
         np.testing.assert_array_equal(np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0)
         np.testing.assert_allclose(getattr(changed, name), getattr(episodes, name), atol=1e-6)

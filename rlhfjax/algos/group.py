@@ -19,6 +19,12 @@ def _group_size(rewards: Float[Array, "p k"]) -> int:
     return rewards.shape[1]
 
 
+def _deviations(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
+    """r_i - mean_j r_j, exactly 0 for equal rewards: a rounded mean would leave 1e-7 r, which GRPO divides by eps."""
+    rewards = rewards - rewards[:, :1]
+    return rewards - jnp.mean(rewards, axis=1, keepdims=True)
+
+
 def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     """A_i = r_i - mean_{j != i} r_j = k / (k - 1) (r_i - mean_j r_j): REINFORCE, leave-one-out.
 
@@ -27,7 +33,7 @@ def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     Source: Kool et al. 2019; Ahmadian et al. 2024 (whose r_i includes -beta times the sequence KL).
     """
     k = _group_size(rewards)
-    return k / (k - 1) * (rewards - jnp.mean(rewards, axis=1, keepdims=True))
+    return k / (k - 1) * _deviations(rewards)
 
 
 def grpo_advantages(rewards: Float[Array, "p k"], *, eps: float = 1e-4) -> Float[Array, "p k"]:
@@ -38,9 +44,8 @@ def grpo_advantages(rewards: Float[Array, "p k"], *, eps: float = 1e-4) -> Float
     Source: Shao et al. 2024, section 4.1.2.
     """
     _group_size(rewards)
-    rewards = rewards - rewards[:, :1]  # equal rewards become 0 exactly: their mean, rounded, would leave r 1e-7 / eps
-    std = jnp.std(rewards, axis=1, keepdims=True, ddof=1)
-    return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) / (std + eps)
+    deviations = _deviations(rewards)
+    return deviations / (jnp.std(deviations, axis=1, keepdims=True, ddof=1) + eps)
 
 
 def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
@@ -49,7 +54,7 @@ def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     Source: Liu et al. 2025, "Understanding R1-Zero-like training".
     """
     _group_size(rewards)
-    return rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    return _deviations(rewards)
 
 
 def moving_baseline(baseline: Scalar, rewards: Float[Array, "b"], *, decay: Scalar) -> Float[Array, ""]:

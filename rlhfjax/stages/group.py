@@ -25,7 +25,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.stages import Pairs, Stage
 from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
-from rlhfjax.stages.parts.policy import PolicyAlgorithm, Tokens, open_task, policy_stage
+from rlhfjax.stages.parts.policy import Known, PolicyAlgorithm, Tokens, open_task, policy_stage
 from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
 from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 
@@ -161,12 +161,11 @@ class Algorithm(PolicyAlgorithm):
     # ------------------------------------------------------------------ score -> advantages
 
     def _prepare(
-        self, state: states.TrainState, reference: PyTree, rollout: Rollout, scores: jax.Array
+        self, state: states.TrainState, known: Known, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Pairs]:
         """One advantage an answer, from the rewards of its whole group; nothing here has a gradient."""
         c, mask = self.config, rollout.mask
-        ref_logprobs = self.logprobs(reference, rollout)
-        old_logprobs = self.behaviour(state.params["policy"], rollout)
+        old_logprobs, ref_logprobs, _ = known
         shaped, ended, pairs = self.shape(scores, rollout)
         if c.overlong_soft:
             shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)

@@ -24,7 +24,7 @@ from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.stages import Pairs, Stage
 from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
-from rlhfjax.stages.parts.policy import PolicyAlgorithm, Task, Tokens, open_task, policy_stage
+from rlhfjax.stages.parts.policy import Known, PolicyAlgorithm, Task, Tokens, open_task, policy_stage
 from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
 from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 
@@ -154,14 +154,16 @@ class Algorithm(PolicyAlgorithm):
 
     # ------------------------------------------------------------------ score -> advantages
 
+    def _know(self, params: PyTree, reference: PyTree, rollout: Rollout) -> Known:
+        values = self._values(params, rollout.tokens, rollout.segments, rollout.mask.shape[1]) * rollout.mask
+        return super()._know(params, reference, rollout)._replace(values=values)
+
     def _prepare(
-        self, state: states.TrainState, reference: PyTree, rollout: Rollout, scores: jax.Array
+        self, state: states.TrainState, known: Known, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Pairs]:
-        """Rewards, values and advantages of a rollout; nothing here has a gradient."""
+        """Rewards and advantages of a rollout; nothing here has a gradient."""
         c, mask = self.config, rollout.mask
-        ref_logprobs = self.logprobs(reference, rollout)
-        values = self._values(state.params, rollout.tokens, rollout.segments, mask.shape[1]) * mask
-        old_logprobs = self.behaviour(state.params["policy"], rollout)
+        old_logprobs, ref_logprobs, values = known
         shaped, ended, pairs = self.shape(scores, rollout)
         penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]

@@ -17,7 +17,7 @@ HERE = "tests.rewards.some_rules"
 
 @pytest.fixture(scope="module")
 def misbehaving():
-    rule = load_scorer(f"rule:{HERE}:misbehave?timeout=1.5&failed=-1&workers=3")
+    rule = load_scorer(f"rule:{HERE}:misbehave?timeout=4&failed=-1&workers=3")
     yield rule
     rule.close()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +68,24 @@ class Tokens:
         return cls(tokenizer.eos_id, tokenizer.pad_id, stop)
 
 
+class Known(NamedTuple):
+    """What forward passes say of a rollout before it has a score, all [b, r]."""
+
+    logprobs: jax.Array  # log pi_old, 0 outside the response
+    ref_logprobs: jax.Array
+    values: jax.Array | None = None  # where there is a value function
+
+
 class PolicyAlgorithm:
     """How every algorithm samples and scores; its own are `prepare` (advantages) and `update` (epochs)."""
 
     def __init__(self, config: PolicyConfig, model: Model, tokens: Tokens):
         self.config, self.model, self.tokens = config, model, tokens
+        self.know = jax.jit(self._know)
+
+    def _know(self, params: PyTree, reference: PyTree, rollout: Rollout) -> Known:
+        """Everything that needs no score: dispatched before scoring, it runs while rules score on the host."""
+        return Known(self.behaviour(params["policy"], rollout), self.logprobs(reference, rollout))
 
     def rollout(self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array) -> Rollout:
         eos = self.tokens.eos if self.config.stop_at_eos else -1
@@ -163,8 +176,10 @@ def policy_stage(
 
     def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
         rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
-        scores, said = score(task.reward, *algorithm.seen(rollout))
-        experience, pairs = algorithm.prepare(state, task.reference, rollout, layout.put_rows(scores))
+        seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
+        known = algorithm.know(state.params, task.reference, rollout)
+        scores, said = score(task.reward, *seen)
+        experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
         text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
         state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))
         return state, merge(said, pairs, more)
