@@ -234,6 +234,22 @@ def test_the_device_has_its_work_before_a_rule_scores(conversations, finished, m
     assert order == ["_know", "score"]
 
 
+def test_a_human_reward_is_added_less_and_less(conversations, finished):
+    """R + w H with H = R: the score is (1 + w) times what it is without; the policy stands still."""
+    still = {"name": "sgd", "learning_rate": 1e-30, "b1": 0.0, "schedule": "constant"}
+    rule = "rule:tests.rewards.some_rules:letters?workers=1"
+    human = {"reward": rule, "weight": 0.5, "factor": 0.25}
+    metrics = []
+    for changes in ({}, {"human": human}):
+        values = group_values(conversations, finished, "rloo", reward=rule, optim=still, ptx={}, **changes)
+        metrics.append(run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]))[0])
+    for step, (alone, added) in enumerate(zip(*metrics, strict=True)):
+        weight = 0.5 * 0.25**step
+        assert added["human_weight"] == weight
+        assert added["human"] == pytest.approx(alone["score"], abs=1e-6) and alone["score"] > 0
+        assert added["score"] == pytest.approx((1 + weight) * alone["score"], abs=1e-6)
+
+
 def test_four_devices_give_what_one_gives(conversations, finished):
     for estimator in ("rloo", "grpo"):
         values = group_values(conversations, finished, estimator, epochs=2)

@@ -46,7 +46,7 @@ def together(configs: dict[str, dict[str, Any]]) -> None:
     rewards = {name: {"reward": f"stage:{name}", "name": name} for name in ("recentre", "rubric", "tamer")}
     gold = {"reward": "gold:sentiment", "name": "gold", "weight": 0.5}
     configs["compose"]["members"] = (*rewards.values(), gold)
-    configs["group"]["reward"] = "stage:compose"
+    configs["group"] |= {"reward": "stage:compose", "human": {"reward": "stage:tamer"}}
     configs["collect"]["labeller"] = "stage:feedback"
     configs["import_rankings"]["rankings"] = "stage:export_rankings/rankings.jsonl"
     selected = {"spec": "jsonl:stage:select/train.jsonl", "kind": "messages", "split": "all"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhfjax import state as states
-from rlhfjax.algos import kl, shaping
+from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -20,7 +20,7 @@ from rlhfjax.rewards.responses import Reward, load_reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
 from rlhfjax.stages.parts.common import place
 from rlhfjax.stages.parts.held_out import held_out
-from rlhfjax.stages.parts.policy_config import PolicyConfig
+from rlhfjax.stages.parts.policy_config import HumanConfig, PolicyConfig
 from rlhfjax.stages.parts.prompts import Repeated, prompt_batches
 from rlhfjax.stages.parts.ptx import with_ptx
 from rlhfjax.stages.parts.rollout import Rollout, cut, response_logprobs, sample
@@ -36,6 +36,7 @@ class Task:
     tokenizer: SentencePieceTokenizer
     reward: Reward
     reference: PyTree
+    human: Reward | None = None  # added to the reward, with a weight that is annealed
 
 
 def open_task(config: PolicyConfig, layout: Layout) -> Task:
@@ -51,7 +52,9 @@ def open_task(config: PolicyConfig, layout: Layout) -> Task:
         )
     tokenizer = load_tokenizer(start.tokenizer)
     reference = start.params if config.reference is None else store.load(config.reference, layout).params
-    return Task(start, tokenizer, load_reward(config.reward, layout, tokenizer), reference)
+    reward = load_reward(config.reward, layout, tokenizer)
+    human = load_reward(config.human.reward, layout, tokenizer) if config.human.reward else None
+    return Task(start, tokenizer, reward, reference, human)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,14 @@ class PolicyAlgorithm:
         return per_token, kl.sequence_kl(log_ratio, mask)
 
 
+def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) -> tuple[jax.Array, Pairs]:
+    """R + w H of every response, w annealed by the iteration; the mean of H and w as metrics."""
+    weight = jnp.float32(config.weight) * jnp.float32(config.factor) ** step
+    human = jnp.asarray(human, jnp.float32)
+    pairs = {"human": (human.sum(), jnp.float32(human.size)), "human_weight": (weight, jnp.ones(()))}
+    return tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight), pairs
+
+
 def policy_stage(
     config: PolicyConfig,
     layout: Layout,
@@ -179,6 +190,9 @@ def policy_stage(
         seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
         known = algorithm.know(state.params, task.reference, rollout)
         scores, said = score(task.reward, *seen)
+        if task.human is not None:
+            scores, more = with_human(config.human, scores, task.human(*seen), state.step)
+            said = {**said, **more}
         experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
         text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
         state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))

@@ -39,11 +39,24 @@ class TruncateConfig:
     value: float = -1.0  # the score where there is none
 
 
+@dataclasses.dataclass(frozen=True)
+class HumanConfig:
+    """A learned human reward H added to the score R, less and less: R + weight factor^i H in iteration i.
+
+    Source: Knox & Stone 2010 (TAMER+RL, reward addition).
+    """
+
+    reward: str = ""  # a tamer stage's workdir, or any reward; empty: none
+    weight: float = 1.0  # reward units a unit of H, in the first iteration
+    factor: float = 0.98  # "and the like", Knox & Stone 2010, who anneal an episode
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig(TrainConfig):
     init_from: str  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
     reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
+    human: HumanConfig = dataclasses.field(default_factory=HumanConfig)
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
@@ -126,6 +139,8 @@ def _check_score(config: PolicyConfig) -> None:
     if config.missing_eos != "none" and not config.stop_at_eos:
         raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
     check_truncate(config.truncate, config.max_new, name)
+    if not 0 < config.human.factor <= 1:
+        raise ConfigError(f"{name}.human.factor={config.human.factor}: above 0 and at most 1, which anneals nothing")
     if config.score_clip < 0:
         raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
 
