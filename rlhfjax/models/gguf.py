@@ -1,0 +1,222 @@
+"""Weights from a GGUF file, llama.cpp's format: `config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`.
+
+The architecture "llama" alone, in every type that the `gguf` package dequantises. What the file says and our
+Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Its tokenizer is not read.
+"""
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.models.config import TransformerConfig
+
+Params = dict[str, Any]
+
+# What makes up the config: keys llama.*, each with its type.
+KEYS = {
+    "block_count": int,
+    "context_length": int,
+    "embedding_length": int,
+    "feed_forward_length": int,
+    "attention.head_count": int,
+    "attention.head_count_kv": int,
+    "attention.key_length": int,
+    "attention.value_length": int,
+    "attention.layer_norm_rms_epsilon": float,
+    "rope.dimension_count": int,
+    "rope.freq_base": float,
+    "vocab_size": int,
+}
+# Other keys llama.* change nothing at these values; any other key or value is refused.
+NEUTRAL = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "tensor_data_layout": "Meta AI original pth",  # a name for the order of rows that `half_split` undoes
+}
+
+
+def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
+    """The shape and the language model's parameters in a GGUF file: float32 arrays in the host's memory.
+
+    Tensors are read and dequantised one at a time: beside the parameters, memory holds a few copies of one tensor and
+    the file's metadata. Without `output.weight` the output is tied to the embedding, as in llama.cpp.
+
+    Raises:
+      CheckpointError: not a whole GGUF file of a model that our Transformer can be, or a tensor is missing, unexpected,
+        of a wrong shape or of a type that cannot be dequantised; one line with the file and the key or tensor.
+      ConfigError: the gguf package is not installed.
+    """
+    gguf = _package(path)
+    reader, metadata = _open(gguf, path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(path, metadata, tied="output.weight" not in tensors)
+    _check(path, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, _shapes(config))
+
+    def read(name):
+        tensor = tensors[f"{name}.weight"]
+        try:  # a copy: float32 tensors come as views of the file
+            return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise CheckpointError(f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantise") from None
+
+    backbone = {
+        "embed": {"tokens": read("token_embd")},
+        "layers": {
+            f"layer_{i}": _layer(config, lambda name, i=i: read(f"blk.{i}.{name}")) for i in range(config.n_layers)
+        },
+        "norm": {"scale": read("output_norm")},
+    }
+    if config.tie_embeddings:
+        return config, {"backbone": backbone}
+    return config, {"backbone": backbone, "head": {"kernel": _kernel(read("output"))}}
+
+
+def half_split(weight: Float[np.ndarray, "rows d"], heads: int) -> Float[np.ndarray, "rows d"]:
+    """A query or key matrix [out, in] with its rows put back from llama.cpp's order into ours.
+
+    llama.cpp rotates neighbours, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}). So its converter
+    (`LlamaModel.permute` in convert_hf_to_gguf.py) moves row i of half j of each head to 2 i + j, by
+    w.reshape(heads, 2, k/2, d).swapaxes(1, 2); keys with the number of key heads. This is the way back.
+    """
+    rows, d = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
+
+
+def _layer(c: TransformerConfig, read: Callable[[str], np.ndarray]) -> Params:
+    """One layer of our tree; `read` takes the name of a tensor within the layer."""
+    by_head = (c.d_model, -1, c.head_dim)
+    return {
+        "norm_1": {"scale": read("attn_norm")},
+        "attention": {
+            "query": {"kernel": _kernel(half_split(read("attn_q"), c.n_heads)).reshape(by_head)},
+            "key": {"kernel": _kernel(half_split(read("attn_k"), c.kv_heads)).reshape(by_head)},
+            "value": {"kernel": _kernel(read("attn_v")).reshape(by_head)},
+            "out": {"kernel": _kernel(read("attn_output")).reshape(c.n_heads, c.head_dim, c.d_model)},
+        },
+        "norm_2": {"scale": read("ffn_norm")},
+        "mlp": {
+            "gate": {"kernel": _kernel(read("ffn_gate"))},
+            "up": {"kernel": _kernel(read("ffn_up"))},
+            "down": {"kernel": _kernel(read("ffn_down"))},
+        },
+    }
+
+
+def _kernel(weight: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "in out"]:
+    """GGUF's matrices are [out, in], ours [in, out]."""
+    return np.ascontiguousarray(weight.T)
+
+
+def _shapes(c: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of such a model, [out, in]."""
+    d, query, key = c.d_model, c.n_heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = {
+        "attn_norm": (d,),
+        "attn_q": (query, d),
+        "attn_k": (key, d),
+        "attn_v": (key, d),
+        "attn_output": (d, query),
+        "ffn_norm": (d,),
+        "ffn_gate": (c.d_ff, d),
+        "ffn_up": (c.d_ff, d),
+        "ffn_down": (d, c.d_ff),
+    }
+    shapes = {"token_embd.weight": (c.vocab_size, d), "output_norm.weight": (d,)}
+    if not c.tie_embeddings:
+        shapes["output.weight"] = (c.vocab_size, d)
+    return shapes | {f"blk.{i}.{name}.weight": shape for i in range(c.n_layers) for name, shape in layer.items()}
+
+
+def _check(path, found, expected):
+    """Exactly the expected tensors, each in its shape; before any of them is read."""
+    for name in expected:
+        if name not in found:
+            raise CheckpointError(f"{path}: there is no tensor {name}")
+    for name, shape in found.items():
+        if name not in expected:
+            why = ": it scales the frequencies of RoPE" if name == "rope_freqs.weight" else ""
+            raise CheckpointError(f"{path}: our Transformer has no place for the tensor {name}{why}")
+        if shape != expected[name]:
+            raise CheckpointError(f"{path}: {name} is {list(shape)}, and by the metadata {list(expected[name])}")
+
+
+def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> TransformerConfig:
+    """The config that the metadata describe; refuses what they say beyond it.
+
+    Only llama.* bears on the model: general.* and the rest tell where a file came from, tokenizer.* is the tokenizer's.
+    """
+    if (architecture := metadata.get("general.architecture")) != "llama":
+        raise CheckpointError(f"{path}: general.architecture is {architecture!r}: accepted is 'llama'")
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise CheckpointError(f"{path}: general.type is {kind!r}: accepted is 'model'")
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise CheckpointError(f"{path}: split.count is {parts}: merge the parts first (llama-gguf-split --merge)")
+    for key, value in metadata.items():
+        name = key.removeprefix("llama.")
+        if key != name and name not in KEYS and (name not in NEUTRAL or value != NEUTRAL[name]):
+            raise CheckpointError(f"{path}: our Transformer cannot do what {key} = {value!r} says")
+
+    def value(name, default=None):
+        found = metadata.get(f"llama.{name}", default)
+        if found is None:
+            raise CheckpointError(f"{path}: there is no llama.{name}")
+        if type(found) is not KEYS[name]:  # lists of one number a layer, for one
+            raise CheckpointError(f"{path}: llama.{name} is {found!r}: expected one {KEYS[name].__name__}")
+        # Stored as float32: the decimal that was meant, 1e-05 and not 9.999999747378752e-06.
+        return float(str(np.float32(found))) if KEYS[name] is float else found
+
+    d_model, n_heads = value("embedding_length"), value("attention.head_count")
+    head_dim = value("attention.key_length", d_model // max(n_heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if value(name, head_dim) != head_dim:
+            raise CheckpointError(f"{path}: llama.{name} is {value(name)}, and the width of a head is {head_dim}")
+    try:
+        return TransformerConfig(
+            vocab_size=value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
+            d_model=d_model,
+            n_layers=value("block_count"),
+            n_heads=n_heads,
+            d_ff=value("feed_forward_length"),
+            max_length=value("context_length"),
+            n_kv_heads=value("attention.head_count_kv", n_heads),
+            d_head=None if head_dim * n_heads == d_model else head_dim,
+            rope_theta=value("rope.freq_base", 10000.0),
+            norm_eps=value("attention.layer_norm_rms_epsilon"),
+            tie_embeddings=tied,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _open(gguf: types.ModuleType, path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The reader of a file and its metadata; of an array of the tokenizer its length alone."""
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {
+            key: len(field.data) if key.startswith("tokenizer.") else field.contents()
+            for key, field in reader.fields.items()
+        }
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, LookupError, OverflowError) as error:  # the reader has no errors of its own
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not a whole GGUF file: {reason}") from None
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path}: its bytes are in the other order than this machine's")
+    return reader, metadata
+
+
+def _package(path):
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError(f"{path}: the gguf package is not installed; pip install 'rlhfjax[gguf]'") from None
+    return gguf
