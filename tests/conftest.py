@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 -- jax reads its environment when it is imported
 
+import gc
 import json
 import os
 import random
@@ -25,6 +26,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import filelock
 import jax
 import pytest
+
+gc.set_threshold(100_000, 50, 100)  # the heap is millions of objects of jax that stay: looking through it is slow
 
 from rlhfjax import recipe
 from rlhfjax.config import to_dict

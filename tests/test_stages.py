@@ -1,5 +1,6 @@
 """The stages on the tiny recipe: one device against four, and what PPO must be at its first minibatch."""
 
+import functools
 import json
 
 import jax
@@ -37,11 +38,16 @@ def run_steps(name, values, layout, steps=2):
     return metrics, jax.device_get(current.params)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@functools.cache
+def on_one_device(name, conversations, finished):
+    return run_steps(name, stage_values(name, conversations, finished), make_layout(MeshConfig(), jax.devices()[:1]))
+
+
 @pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
     values = stage_values(name, conversations, finished)
-    one, params_one = run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]))
+    one, params_one = on_one_device(name, conversations, finished)
     four, params_four = run_steps(name, values, make_layout(MeshConfig(**axes)))
     for a, b in zip(one, four, strict=True):
         assert a.keys() == b.keys()
