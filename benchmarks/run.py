@@ -123,10 +123,17 @@ def pairs(w: dict[str, Any], vocab: int) -> Any:
 
 def prompts(w: dict[str, Any], vocab: int) -> Any:
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        tokens = words(rng, vocab, w["batch"], w["prompt"])
+        tokens = np.repeat(words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]), w.get("group", 1), axis=0)
         return {"prompts": tokens, "segments": np.ones_like(tokens), "index": np.zeros(w["batch"], np.int32)}
 
     return make
+
+
+def even_share(tokens: Any, segments: Any, mask: Any) -> np.ndarray:
+    """The cheap reward of grpo, a Python function on the host: the share of even ids in a response."""
+    del segments
+    responses, mask = np.asarray(tokens)[:, -mask.shape[1] :], np.asarray(mask)
+    return ((responses % 2 == 0) * mask).sum(1) / mask.sum(1)
 
 
 def prepare(folder: Path, shape: Any) -> None:
@@ -160,26 +167,30 @@ def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> 
     if workload == "rm":
         data = {"preferences": (f"{folder}/preferences",), "batch_size": w["pairs"], "length": w["seq"]}
         return {"init_from": f"{folder}/lm", **data, **loop}
-    return {
+    policy_options = {
         "init_from": f"{folder}/lm",
         "reward": f"{folder}/scalar",
         "prompts": {"source": chats},
         "eval_prompts": {"source": chats},
-        "batch_size": w["batch"],
         "prompt_length": w["prompt"],
         "max_new": w["new"],
+        "stop_at_eos": False,  # as the peers: no response ends early
         "epochs": w["epochs"],
         "minibatches": w["minibatches"],
-        "kl": {"coefficient": w["kl"]},
-        "value_optim": SPEC["optimizer"],
         **loop,
     }
+    if workload == "grpo":
+        groups = {"estimator": "grpo", "batch_size": w["prompts"], "completions": w["group"]}
+        return policy_options | groups | {"kl": {"coefficient": w["kl"], "place": "loss", "estimator": "grpo"}}
+    kl = {"coefficient": w["kl"]}
+    return policy_options | {"batch_size": w["batch"], "kl": kl, "value_optim": SPEC["optimizer"]}
 
 
 def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
     """Trains a stage for warmup + steps steps (and one more, whose beginning ends the last)."""
-    name = {"rm": "reward"}.get(workload, workload)
-    make = {"pretrain": packed, "sft": packed, "rm": pairs, "ppo": prompts}[workload](w, shape.vocab_size)
+    name = {"rm": "reward", "grpo": "group"}.get(workload, workload)
+    makers = {"pretrain": packed, "sft": packed, "rm": pairs, "ppo": prompts, "grpo": prompts}
+    make = makers[workload](w, shape.vocab_size)
     layout = make_layout()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -187,6 +198,8 @@ def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> Non
         values = stage_config(name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1))
         config = recipe.check(values, name)
         policy.sample = meter.timed(sample)
+        if workload == "grpo":
+            policy.load_reward = lambda *_: even_share
         with layout.use():
             stage = stages.find(name).build(config, layout)
         stage = dataclasses.replace(stage, batches=Data(make, meter), evals=lambda state: {})
@@ -220,6 +233,8 @@ def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
     forward = 2 * trunk * total + 2 * output * new
     if workload == "generate":
         return forward
+    if workload == "grpo":
+        return 2 * forward + 3 * forward
     scores = 2 * trunk * total
     return 3 * forward + 2 * scores + w["epochs"] * 3 * (forward + scores)
 
@@ -243,7 +258,7 @@ def report(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> dict[s
         "cpu_s_median": round(statistics.median(used), 4),
         "cpu_per_wall": round(float(used.sum() / measured.sum()), 2),
     }
-    if workload == "ppo":
+    if workload in ("ppo", "grpo"):
         begin, end = meter.ticks[w["warmup"]][0], meter.ticks[-1][0]
         spent = sum(seconds for start, seconds in meter.spans if begin <= start < end)
         out["generation_share"] = round(spent / (end - begin), 3)
