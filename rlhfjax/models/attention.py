@@ -23,10 +23,10 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
 
 
 def rope_tables(
-    positions: Int[Array, "*b"], head_dim: int, theta: float
+    positions: Int[Array, "*b"], dim: int, theta: float
 ) -> tuple[Float[Array, "*b half"], Float[Array, "*b half"]]:
-    """cos and sin of position * theta^(-2i / head_dim), i = 0 .. head_dim/2 - 1, float32 (Su et al. 2021, eq. 15)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    """cos and sin of position * theta^(-2i / dim), i = 0 .. dim/2 - 1, float32 (Su et al. 2021, eq. 15)."""
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -34,7 +34,12 @@ def rope_tables(
 def rotate(
     x: Float[Array, "b h t k"], tables: tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 ) -> Float[Array, "b h t k"]:
-    """Rotate each pair (x_i, x_{i + k/2}) by its position's angle: the half-split layout of Hugging Face's Llama."""
+    """Rotate each pair (x_i, x_{i + half}) by its position's angle: the half-split layout of Hugging Face's Llama.
+
+    Tables for fewer than k dimensions rotate the first 2 half of them and leave the rest (GPT-NeoX).
+    """
+    if (dim := 2 * tables[0].shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :dim], tables), x[..., dim:]], axis=-1)
     cos, sin = (table[:, None, :, None] for table in tables)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     # Halves change places by a reversed axis: a concatenation of them costs several times as much on a CPU.

@@ -3,6 +3,7 @@
 Nothing outside rlhfjax/models sees them: `rlhfjax.models.transformer.Model` is the face.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,10 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
 
 RESIDUAL = ("batch", "time", "embed")
+GELU = {
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+}
 
 
 class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -102,7 +107,7 @@ class Attention(nn.Module):
 
         def project(name, x, heads, axis, rope):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
-            y = Project(shape, axes, float(c.init_std), c.bias, name=name)(x).swapaxes(1, 2)
+            y = Project(shape, axes, float(c.init_std), c.bias or c.qkv_bias, name=name)(x).swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, "time", "head_dim"))
 
@@ -115,7 +120,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), or gelu(x W_up) W_down (GPT-2's tanh form)."""
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), or gelu(x W_up) W_down.
+
+    gelu(x) = x Phi(x), or its tanh form (Hendrycks & Gimpel 2016, section 2).
+    """
 
     config: TransformerConfig
 
@@ -129,13 +137,13 @@ class MLP(nn.Module):
         def grow(name):
             return project(name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std))(x)
 
-        y = nn.silu(grow("gate")) * grow("up") if c.mlp == "swiglu" else nn.gelu(grow("up"), approximate=True)
+        y = nn.silu(grow("gate")) * grow("up") if c.mlp == "swiglu" else GELU[c.mlp](grow("up"))
         y = constrain(y, ("batch", "time", "mlp"))
         return project("down", (c.d_ff, c.d_model), ("mlp", "embed"), residual_std(c))(y)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)), at the slots that `pick` chooses."""
+    """One layer at the slots that `pick` chooses; TransformerConfig has the equations of its three forms."""
 
     config: TransformerConfig
 
@@ -143,10 +151,21 @@ class Block(nn.Module):
     def __call__(self, x, rope, attend: Callable, key=None, pick: Callable = everything):
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
-        y = Attention(c, name="attention")(Norm(c, name="norm_1")(x), rope, attend, pick)
-        x = constrain(pick(x) + dropout(y, c.dropout, keys[0]), RESIDUAL)
-        y = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
-        return constrain(x + dropout(y, c.dropout, keys[1]), RESIDUAL)
+        norm_1, norm_2 = Norm(c, name="norm_1"), Norm(c, name="norm_2")
+
+        def attention(x):
+            return dropout(Attention(c, name="attention")(x, rope, attend, pick), c.dropout, keys[0])
+
+        def mlp(x):
+            return dropout(MLP(c, name="mlp")(x), c.dropout, keys[1])
+
+        if c.residual == "parallel":
+            return constrain(pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x))), RESIDUAL)
+        if c.residual == "post_norm":
+            x = constrain(norm_1(pick(x) + attention(x)), RESIDUAL)
+            return constrain(norm_2(x + mlp(x)), RESIDUAL)
+        x = constrain(pick(x) + attention(norm_1(x)), RESIDUAL)
+        return constrain(x + mlp(norm_2(x)), RESIDUAL)
 
 
 class Embed(nn.Module):

@@ -7,7 +7,8 @@ from rlhfjax.errors import ConfigError
 CHOICES = {
     "positions": ("rope", "learned"),
     "norm": ("rmsnorm", "layernorm"),
-    "mlp": ("swiglu", "gelu"),
+    "mlp": ("swiglu", "gelu", "gelu_exact"),
+    "residual": ("pre_norm", "post_norm", "parallel"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
 }
@@ -16,10 +17,14 @@ SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_length", "
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and options of a decoder-only Transformer (GPT-2/3 and Llama families).
+    """Shape and options of a decoder-only Transformer (GPT-1, 2 and 3, Llama, Qwen2 and GPT-NeoX families).
 
     `n_kv_heads=None` is multi-head attention, `d_head=None` is `d_model / n_heads`. Parameters are always
-    float32; `dtype` is what activations and matrix products are computed in.
+    float32; `dtype` is what activations and matrix products are computed in. With A attention, M the MLP and N_1,
+    N_2 two norms, a layer of `residual` makes of x
+      "pre_norm"  y + M(N_2(y)), y = x + A(N_1(x)); a final norm after the last layer (GPT-2, Llama),
+      "post_norm" N_2(y + M(y)), y = N_1(x + A(x)); no final norm (Vaswani et al. 2017, section 3.1; GPT-1),
+      "parallel"  x + A(N_1(x)) + M(N_2(x)); a final norm (GPT-NeoX; Black et al. 2022, section 2.1).
     Raises ConfigError, naming the field, for an impossible combination.
     """
 
@@ -33,10 +38,13 @@ class TransformerConfig:
     d_head: int | None = None
     positions: str = "rope"
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # of each head, its first dimensions: what is rotated; the rest has no positions
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-    mlp: str = "swiglu"
-    bias: bool = False
+    mlp: str = "swiglu"  # "gelu" is its tanh form, "gelu_exact" x Phi(x)
+    residual: str = "pre_norm"
+    bias: bool = False  # of every projection
+    qkv_bias: bool = False  # of query, key and value, where `bias` is off
     tie_embeddings: bool = True
     dropout: float = 0.0  # of the embedding, the attention weights and both residual branches
     init_std: float = 0.02
@@ -59,6 +67,16 @@ class TransformerConfig:
         """Width of one head."""
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
 
+    @property
+    def rope_dim(self) -> int:
+        """How many dimensions of a head are rotated: the whole part of head_dim * rope_fraction."""
+        return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm follows the last layer; a post-norm layer ends with its own."""
+        return self.residual != "post_norm"
+
     def _check_values(self):
         for name in SIZES:
             value = getattr(self, name)
@@ -78,9 +96,12 @@ class TransformerConfig:
             raise ConfigError(
                 f"model.n_kv_heads = {self.kv_heads} does not divide model.n_heads = {self.n_heads}: choose a divisor"
             )
-        if self.positions == "rope" and self.head_dim % 2:
+        if not 0 < self.rope_fraction <= 1:
+            raise ConfigError(f"model.rope_fraction is {self.rope_fraction}: it must be above 0 and at most 1")
+        if self.positions == "rope" and (self.rope_dim % 2 or not self.rope_dim):
             raise ConfigError(
-                f"the head width is {self.head_dim}: model.positions = 'rope' rotates pairs, so it must be even"
+                f"model.rope_fraction = {self.rope_fraction} of a head of {self.head_dim} is {self.rope_dim}: "
+                "model.positions = 'rope' rotates pairs, so it must be even and at least 2"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must be at least 0 and below 1")

@@ -5,8 +5,9 @@
     hidden = model.hidden(params, tokens, segments=segments)
     logprob, entropy = model.logprobs(params, hidden, targets)
 
-The parameter tree is a plain nested dict of float32 arrays: "backbone" (embedding, layers, final norm) and "head"
-(a scalar head's kernel [d] and bias []; an untied language model's kernel [d, v]; absent where the embedding is tied).
+The parameter tree is a plain nested dict of float32 arrays: "backbone" (embedding, layers, a final norm if the layers
+are not post-norm) and "head" (a scalar head's kernel [d] and bias []; an untied language model's kernel [d, v]; absent
+where the embedding is tied).
 So a reward model initialised from a language model takes its "backbone" and makes a "head" of its own.
 """
 
@@ -96,11 +97,9 @@ class Model:
 
         keys = jax.random.split(layer_key, c.n_layers)
         layers = jax.vmap(one)(keys) if c.scan_layers else {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
-        backbone = {
-            "embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"],
-            "layers": layers,
-            "norm": blocks.Norm(c).init(key, x)["params"],
-        }
+        backbone = {"embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"], "layers": layers}
+        if c.final_norm:
+            backbone["norm"] = blocks.Norm(c).init(key, x)["params"]
         if self.head == "scalar":
             return {"backbone": backbone, "head": blocks.ScalarHead(c.d_model).init(head_key)["params"]}
         if c.tie_embeddings:
@@ -117,7 +116,7 @@ class Model:
         segments: Int[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Hidden states after the final norm, in config.dtype.
+        """Hidden states after the final norm, if any, in config.dtype.
 
         Segments: 0 is padding, >= 1 a document of a packed row; None is plain causal. Positions None: counted within
         each segment from 0 (without segments: 0, 1, 2, ...). A key turns dropout on; without one there is none.
@@ -251,7 +250,7 @@ class Model:
 
     def _rope(self, positions):
         c = self.config
-        return rope_tables(positions, c.head_dim, float(c.rope_theta)) if c.positions == "rope" else None
+        return rope_tables(positions, c.rope_dim, float(c.rope_theta)) if c.positions == "rope" else None
 
     def _begin(self, params, tokens, positions, segments, key):
         """The embedded tokens, the tables of their positions, and layer(x, parameters, index)."""
@@ -276,7 +275,8 @@ class Model:
         return constrain(dropout(x, c.dropout, key), blocks.RESIDUAL)
 
     def _norm(self, params, x):
-        return blocks.Norm(self.config).apply({"params": params["backbone"]["norm"]}, x)
+        c = self.config
+        return blocks.Norm(c).apply({"params": params["backbone"]["norm"]}, x) if c.final_norm else x
 
     def _layer(self, params, i):
         layers = params["backbone"]["layers"]

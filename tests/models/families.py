@@ -12,6 +12,20 @@ FAMILIES = {
     "gpt2": TransformerConfig(
         **SIZE, positions="learned", norm="layernorm", mlp="gelu", bias=True, scale_residual_init=True
     ),
+    "gpt1": TransformerConfig(
+        **SIZE, positions="learned", norm="layernorm", mlp="gelu", bias=True, residual="post_norm"
+    ),
+    "neox": TransformerConfig(
+        **SIZE,
+        norm="layernorm",
+        mlp="gelu_exact",
+        bias=True,
+        residual="parallel",
+        rope_fraction=0.25,
+        d_head=16,
+        tie_embeddings=False,
+    ),
+    "qwen2": TransformerConfig(**SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6),
 }
 
 

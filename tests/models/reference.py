@@ -1,5 +1,7 @@
 """The Transformer again, in plain numpy float64, one token at a time: slow, short and written from the papers alone."""
 
+import math
+
 import numpy as np
 
 
@@ -16,13 +18,31 @@ def forward(params, config, row, segments=None, positions=None):
         x = [x[i] + embed["positions"][positions[i]] for i in range(t)]
     for i in range(config.n_layers):
         layer = p["backbone"]["layers"][f"layer_{i}"]
-        mixed = attention(
-            layer["attention"], config, [norm(layer["norm_1"], config, y) for y in x], segments, positions
-        )
-        x = [x[j] + mixed[j] for j in range(t)]
-        x = [y + mlp(layer["mlp"], config, norm(layer["norm_2"], config, y)) for y in x]
-    hidden = np.stack([norm(p["backbone"]["norm"], config, y) for y in x])
+        x = LAYER[config.residual](layer, config, x, segments, positions)
+    if config.residual != "post_norm":
+        x = [norm(p["backbone"]["norm"], config, y) for y in x]
+    hidden = np.stack(x)
     return hidden @ (embed["tokens"].T if config.tie_embeddings else p["head"]["kernel"])
+
+
+def pre_norm(p, config, x, segments, positions):
+    mixed = attention(p["attention"], config, [norm(p["norm_1"], config, y) for y in x], segments, positions)
+    x = [y + z for y, z in zip(x, mixed, strict=True)]
+    return [y + mlp(p["mlp"], config, norm(p["norm_2"], config, y)) for y in x]
+
+
+def post_norm(p, config, x, segments, positions):
+    mixed = attention(p["attention"], config, x, segments, positions)
+    x = [norm(p["norm_1"], config, y + z) for y, z in zip(x, mixed, strict=True)]
+    return [norm(p["norm_2"], config, y + mlp(p["mlp"], config, y)) for y in x]
+
+
+def parallel(p, config, x, segments, positions):
+    mixed = attention(p["attention"], config, [norm(p["norm_1"], config, y) for y in x], segments, positions)
+    return [y + z + mlp(p["mlp"], config, norm(p["norm_2"], config, y)) for y, z in zip(x, mixed, strict=True)]
+
+
+LAYER = {"pre_norm": pre_norm, "post_norm": post_norm, "parallel": parallel}
 
 
 def norm(p, config, x):
@@ -41,16 +61,20 @@ def mlp(p, config, x):
     if config.mlp == "gelu":  # the tanh form of GPT-2
         up = affine(p["up"], x)
         return affine(p["down"], 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))))
+    if config.mlp == "gelu_exact":
+        up = affine(p["up"], x)
+        return affine(p["down"], np.array([u * (1 + math.erf(u / math.sqrt(2))) / 2 for u in up]))
     gate = affine(p["gate"], x)
     return affine(p["down"], gate / (1 + np.exp(-gate)) * affine(p["up"], x))
 
 
-def rope(x, position, theta):
-    """Each pair (x_i, x_{i + k/2}) as a complex number, times exp(i position theta^(-2i/k))."""
-    half = len(x) // 2
+def rope(x, position, config):
+    """Each pair (x_i, x_{i + n/2}) of the first n dimensions, a complex number, times exp(i position theta^(-2i/n))."""
+    n = int(len(x) * config.rope_fraction)
+    half = n // 2
     turned = x.copy()
     for i in range(half):
-        z = complex(x[i], x[i + half]) * np.exp(1j * position * theta ** (-2 * i / len(x)))
+        z = complex(x[i], x[i + half]) * np.exp(1j * position * config.rope_theta ** (-2 * i / n))
         turned[i], turned[i + half] = z.real, z.imag
     return turned
 
@@ -65,8 +89,8 @@ def attention(p, config, x, segments, positions):
             q = project(p["query"], query_input, h)
             keys = [project(p["key"], x[j], h // per) for j in seen]
             if config.positions == "rope":
-                q = rope(q, positions[i], config.rope_theta)
-                keys = [rope(k, positions[j], config.rope_theta) for k, j in zip(keys, seen, strict=True)]
+                q = rope(q, positions[i], config)
+                keys = [rope(k, positions[j], config) for k, j in zip(keys, seen, strict=True)]
             scores = np.array([q @ k / np.sqrt(config.head_dim) for k in keys])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()

@@ -272,7 +272,9 @@ def test_scalar_is_hidden_times_kernel_plus_bias(model):
     got = scalar.scalar(params, hidden)
     assert got.shape == (2, 5) and got.dtype == jnp.float32
     kernel, bias = np.asarray(params["head"]["kernel"], np.float64), float(params["head"]["bias"])
-    np.testing.assert_allclose(got, np.asarray(hidden, np.float64) @ kernel + bias, rtol=1e-5)
+    hidden = np.asarray(hidden, np.float64)
+    size = np.abs(hidden) @ np.abs(kernel) + abs(bias)  # of what is summed: float32 rounds each term of it
+    assert (np.abs(got - (hidden @ kernel + bias)) < 1e-6 * size).all()
 
 
 def test_a_language_models_backbone_fits_a_scalar_model(model):
@@ -339,7 +341,11 @@ def test_four_devices_are_one(family, mesh, scan):
     [
         ({"n_heads": 5}, "n_heads = 5 does not divide model.d_model = 24"),
         ({"n_kv_heads": 3}, "n_kv_heads = 3 does not divide"),
-        ({"d_head": 7}, "must be even"),
+        ({"d_head": 7}, "of a head of 7 is 7: model.positions = 'rope' rotates pairs, so it must be even"),
+        ({"rope_fraction": 0.25}, "model.rope_fraction = 0.25 of a head of 6 is 1"),
+        ({"rope_fraction": 0.1}, "at least 2"),
+        ({"rope_fraction": 0.0}, "model.rope_fraction is 0.0: it must be above 0 and at most 1"),
+        ({"rope_fraction": 1.5}, "model.rope_fraction is 1.5: it must be above 0 and at most 1"),
         ({"dropout": 1.0}, "below 1"),
         ({"n_layers": 0}, "n_layers is 0: it must be at least 1"),
         ({"d_head": -2}, "d_head is -2: it must be at least 1"),
