@@ -27,8 +27,8 @@ from absl import app, flags
 from rlhfjax import recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import train_sentencepiece
+from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import store
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages import stage_config
@@ -149,7 +149,7 @@ def prepare(folder: Path, shape: Any) -> None:
     for head in ("lm", "scalar"):
         model = Model(shape, head)
         params = jax.jit(model.init)(jax.random.key(0))
-        store.save(folder / head, store.SavedModel(model, params, folder / "tokenizer.model"))
+        store.save(folder / head, store.SavedModel(model, params, tokenizer))
 
 
 def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> dict[str, Any]:

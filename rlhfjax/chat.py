@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data.chat import Message, render_prompt
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import store
 from rlhfjax.sampling.generate import stream
 
 BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled
@@ -29,7 +29,7 @@ class Chat:
         if max_new >= saved.model.config.max_length:
             raise ConfigError(f"--max_new={max_new} leaves no room in a context of {saved.model.config.max_length}")
         self.model, self.params = saved.model, saved.params
-        self.tokenizer: SentencePieceTokenizer = load_tokenizer(saved.tokenizer)
+        self.tokenizer = saved.tokenizer
         self.temperature, self.max_new = temperature, max_new
         self._key, self._turns = jax.random.key(seed), 0
         self.messages: list[Message] = []
@@ -63,7 +63,7 @@ class Chat:
         return tokens, segments
 
 
-def decode_stream(tokenizer: SentencePieceTokenizer, ids: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text as its tokens arrive; bytes of an unfinished character are held back."""
     seen, shown = [], 0
     for token in ids:

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from rlhfjax import stages, train
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 
 DONE = "done.json"

@@ -29,8 +29,8 @@ from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.config import TrainConfig, write_json
 from rlhfjax.errors import CheckpointError, NonFiniteError, Preempted
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.stages import Stage
 
 

@@ -803,18 +803,18 @@ DEFECTS = [
     # 31: the rows of Q and K as llama.cpp has them; those of K put back as if there were a key head a query head
     d(
         31,
-        "models/gguf.py",
+        "interop/gguf.py",
         ".reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2)",
         "",
-        "models/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
-        "models/test_gguf.py::test_half_split_by_hand",
+        "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
+        "interop/test_gguf.py::test_half_split_by_hand",
     ),
     d(
         31,
-        "models/gguf.py",
+        "interop/gguf.py",
         'half_split(read("attn_k"), c.kv_heads)',
         'half_split(read("attn_k"), c.n_heads)',
-        "models/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
+        "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
     ),
     # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that is simply killed
     d(

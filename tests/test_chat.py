@@ -12,8 +12,8 @@ from rlhfjax import chat
 from rlhfjax.chat import Chat, decode_stream
 from rlhfjax.data.chat import render_prompt
 from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import store
 from rlhfjax.sampling.generate import generate
 from rlhfjax.stages.parts.rollout import row_keys, sample
 

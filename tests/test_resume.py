@@ -18,8 +18,8 @@ import pytest
 
 from rlhfjax import recipe, stages
 from rlhfjax.errors import Preempted
+from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import store
 from tests import tiny
 from tests.test_stages import stage_values
 

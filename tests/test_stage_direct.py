@@ -15,9 +15,9 @@ from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Rows
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
-from rlhfjax.models import store
 from rlhfjax.stages import direct, stage_config
 from rlhfjax.stages.parts.direct import Answers, LossConfig, make_loss
 from rlhfjax.stages.parts.language import language_loss

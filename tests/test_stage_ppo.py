@@ -14,9 +14,9 @@ from rlhfjax import recipe, stages
 from rlhfjax import state as states
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
-from rlhfjax.models import store
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import ppo

@@ -12,8 +12,8 @@ from rlhfjax import recipe, stages, state
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.models import store
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import load_reward, score
 from rlhfjax.stages import stage_config
@@ -115,8 +115,7 @@ def test_demonstrations_score_0_when_normalised_on_them(conversations, finished)
     demonstrations = (chats(conversations, "test"),)
     values = stage_values("reward", conversations, finished, normalise="demonstrations", demonstrations=demonstrations)
     stage, first = started(values)
-    model, params, tokenizer_file = (lambda m: (m.model, m.params, m.tokenizer))(stage.finish(first).models["model"])
-    tokenizer = load_tokenizer(tokenizer_file)
+    model, params, tokenizer = (lambda m: (m.model, m.params, m.tokenizer))(stage.finish(first).models["model"])
     rows = demonstration_rows(conversations, "test", tokenizer)
     np.testing.assert_allclose(rewards_of_rows(model, params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
     before = rewards_of_rows(model, first.params, tokenizer, rows, 32)
@@ -140,7 +139,7 @@ def test_recentring_moves_the_bias_alone(conversations, finished, saved, tmp_pat
     before, after = (jax.tree.map(np.asarray, one.params) for one in (saved, new))
     assert before["head"].pop("bias") != after["head"].pop("bias")
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    tokenizer = load_tokenizer(new.tokenizer)
+    tokenizer = new.tokenizer
     rows = demonstration_rows(conversations, "validation", tokenizer)
     np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
 
@@ -159,7 +158,7 @@ def test_recentring_on_a_policys_answers_and_on_completions(conversations, finis
     new = recentre(finished, tmp_path / "b", preferences=(folder,), length=32)
     lines = (finished / "03_collect" / "preferences" / "train.jsonl").read_text().splitlines()
     rows = [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
-    tokenizer = load_tokenizer(new.tokenizer)
+    tokenizer = new.tokenizer
     np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
 
 
@@ -238,7 +237,7 @@ def test_the_workdir_of_an_ensemble_can_be_moved(members, tmp_path, saved):
     names = [str(tmp_path / "run" / f"m{i}") for i in range(2)]
     composed(names, tmp_path / "run" / "ensemble", combine="worst")
     (tmp_path / "run").rename(tmp_path / "moved")
-    reward = load_reward(str(tmp_path / "moved" / "ensemble"), ONE, load_tokenizer(saved.tokenizer))
+    reward = load_reward(str(tmp_path / "moved" / "ensemble"), ONE, saved.tokenizer)
     rows = tuple(map(jnp.asarray, rows_to_score()))
     np.testing.assert_allclose(reward(*rows), ModelReward(saved.model, saved.params)(*rows), rtol=1e-5)
 

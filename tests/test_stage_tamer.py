@@ -11,9 +11,9 @@ from rlhfjax import recipe, stages, state
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import DataError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
-from rlhfjax.models import store
 from rlhfjax.rewards.dense import DenseReward
 from rlhfjax.rewards.responses import load_reward
 from rlhfjax.stages import stage_config
@@ -85,7 +85,7 @@ def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, dat
     first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
     assert metrics["tamer/val_loss"] < 0.9 * finalize(stage.evals(first))["val_loss"]
     saved = store.load(tmp_path, ONE)
-    reward = load_reward(str(tmp_path), ONE, load_tokenizer(saved.tokenizer))
+    reward = load_reward(str(tmp_path), ONE, saved.tokenizer)
     assert isinstance(reward, DenseReward)
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, tiny.VOCAB, (3, 20)), jnp.int32)
     mask = np.ones((3, 8), np.float32)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
@@ -22,7 +22,7 @@ _SENTENCE_BYTES = 4000  # SentencePiece silently drops longer lines (its limit i
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no specials and never yields a chat marker's id."""
+    """Text to ids and back. `encode` adds no specials and never yields a chat marker's id. Equal ones speak alike."""
 
     vocab_size: int
     pad_id: int
@@ -38,6 +38,8 @@ class Tokenizer(Protocol):
 
     def byte_lengths(self) -> np.ndarray: ...
 
+    def save(self, folder: Path) -> None: ...
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback: `decode(encode(text)) == text` for every valid text.
@@ -48,7 +50,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            self._model = Path(path).read_bytes()
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({_first_line(error)})") from error
         sp = self._sp
@@ -61,6 +64,16 @@ class SentencePieceTokenizer:
         markers = [piece for piece in self._ids if re.fullmatch(r"<\|[^|]+\|>", piece)]
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
         self._space_ids = [self._ids.get(f"<0x{byte:02X}>", self.unk_id) for byte in _SPACE.encode()]
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, SentencePieceTokenizer) and self._model == other._model
+
+    def __hash__(self) -> int:
+        return hash(self._model)
+
+    def save(self, folder: Path) -> None:
+        """Writes the model file into a folder."""
+        (Path(folder) / MODEL_FILE).write_bytes(self._model)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials; what looks like a chat marker is encoded as ordinary characters."""
@@ -152,7 +165,7 @@ def train_sentencepiece(
     return _publish(model.getvalue(), path, sample)
 
 
-def load_tokenizer(path: str | os.PathLike) -> SentencePieceTokenizer:
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """A tokenizer from its model file or from the folder that holds it."""
     path = Path(path)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar

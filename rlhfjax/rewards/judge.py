@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.data import chat
-from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import found
 from rlhfjax.sampling.generate import generate
@@ -55,7 +55,7 @@ class Judge:
         if config.length > saved.model.config.max_length:
             raise ConfigError(f"judge.length={config.length} is more than the model's {saved.model.config.max_length}")
         layout.check_batch(config.batch_size, "judge.batch_size")
-        self.tokenizer: Tokenizer = load_tokenizer(saved.tokenizer)
+        self.tokenizer: Tokenizer = saved.tokenizer
         self._config, self._layout = config, layout
         self._model, self._params = saved.model, saved.params
         self._score = jax.jit(functools.partial(span_logprobs, saved.model))

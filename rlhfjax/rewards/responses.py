@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.rewards import SCORERS, Scorer, load_scorer, rules
 from rlhfjax.rewards.model import ModelReward
 

@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 
 from rlhfjax.algos.best_of_n import best_of_n_distribution, best_of_n_kl, best_of_n_reward
 from rlhfjax.data import loader
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
@@ -65,7 +65,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Samples and scores the pools; returns the metrics of the largest n."""
     policy = store.load(config.init_from, layout)
     check(config, layout, policy.model.config)
-    tokenizer = load_tokenizer(policy.tokenizer)
+    tokenizer = policy.tokenizer
     rewards = {"proxy": load_reward(config.proxy, layout, tokenizer)}
     if config.gold:
         rewards["gold"] = load_reward(config.gold, layout, tokenizer)
@@ -122,7 +122,7 @@ def pool_kl(answers: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *,
 def _pools(
     config: Config,
     policy: store.SavedModel,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     rewards: dict[str, Reward],
     layout: Layout,
 ) -> tuple[list[str], list[list[str]], Pool]:

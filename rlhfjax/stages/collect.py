@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from rlhfjax.data.preferences import write_preferences
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
@@ -62,7 +62,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Samples, labels and writes; returns how many comparisons there are and how many of the pairs are ties."""
     policy = store.load(config.init_from, layout)
     check(config, layout, policy.model.config)
-    tokenizer = load_tokenizer(policy.tokenizer)
+    tokenizer = policy.tokenizer
     labellers = [load_labeller(name, layout, tokenizer) for name in (config.labeller, *config.others)]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}
     with layout.use():
@@ -85,7 +85,7 @@ def _answers(
     number: int,
     prompts: PromptConfig,
     policy: store.SavedModel,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     labellers: list[Labeller],
     layout: Layout,
 ) -> list[dict[str, Any]]:

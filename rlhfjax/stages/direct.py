@@ -18,8 +18,8 @@ from rlhfjax.data import loader
 from rlhfjax.data.sources import Source
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
@@ -159,7 +159,7 @@ class _Reference:
         if config.reference is not None:
             saved = store.load(config.reference, layout)
             model, self._params = saved.model, saved.params
-            if model.head != "lm" or saved.tokenizer.read_bytes() != start.tokenizer_file.read_bytes():
+            if model.head != "lm" or saved.tokenizer != start.tokenizer:
                 raise ConfigError(
                     f"direct.reference={config.reference}: a language model with the policy's tokenizer is needed"
                 )

@@ -13,13 +13,13 @@ import numpy as np
 
 from rlhfjax.algos import kl
 from rlhfjax.data import loader
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.text import distinct_n
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import load_reward, texts
 from rlhfjax.stages.parts.common import check_length
@@ -56,8 +56,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     models = {name: store.load(getattr(config, name), layout) for name in ("policy", "baseline")}
     for saved in models.values():
         check(config, layout, saved.model.config)
-    tokenizer = load_tokenizer(models["policy"].tokenizer)
-    if models["policy"].tokenizer.read_bytes() != models["baseline"].tokenizer.read_bytes():
+    tokenizer = models["policy"].tokenizer
+    if models["policy"].tokenizer != models["baseline"].tokenizer:
         raise ConfigError("evaluate: policy and baseline have different tokenizers; a KL between them means nothing")
     rewards = {"gold": load_reward(config.gold, layout, tokenizer)}
     if config.proxy:
@@ -78,7 +78,7 @@ def _answer(
     config: Config,
     saved: store.SavedModel,
     reference: store.SavedModel,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     rewards: dict[str, Any],
     layout: Layout,
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from rlhfjax.data import chat
 from rlhfjax.data.preferences import read_preferences, write_preferences
 from rlhfjax.data.rows import split_of
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -100,7 +100,7 @@ def _native(folders: tuple[str, ...]) -> dict[str, tuple[list[int], dict[str, li
     return found
 
 
-def _row(one: Ranking, tokenizer: SentencePieceTokenizer, native: dict[str, Any]) -> dict[str, Any]:
+def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str, Any]:
     if native:
         if one.key not in native or any(text not in native[one.key][1] for text in one.completions):
             raise DataError(f"import_rankings.answers: they lack a ranked answer to {one.key[:60]!r}")

@@ -16,8 +16,8 @@ from rlhfjax import state as states
 from rlhfjax.algos import advantages, kl, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule

@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from rlhfjax.data import loader
-from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
@@ -60,7 +59,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns mean and spread of the samples' rewards before."""
     saved = store.load(config.init_from, layout)
     check(config, layout, saved.model.config)
-    check_scalar(saved, load_tokenizer(saved.tokenizer), config.init_from)
+    check_scalar(saved, saved.tokenizer, config.init_from)
     with layout.use():
         params, pairs = centre.normalise(saved.params, _samples(config, saved, layout), "mean")
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
@@ -72,7 +71,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
     """Rewards of the samples, and which of them exist."""
-    tokenizer = load_tokenizer(saved.tokenizer)
+    tokenizer = saved.tokenizer
     if config.policy:
         return _sampled(config, saved, layout)
     options = {"batch_size": config.batch_size, "length": config.length}
@@ -88,8 +87,8 @@ def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
 
 def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
     policy = store.load(config.policy, layout)
-    tokenizer = load_tokenizer(policy.tokenizer)
-    if policy.tokenizer.read_bytes() != saved.tokenizer.read_bytes():
+    tokenizer = policy.tokenizer
+    if policy.tokenizer != saved.tokenizer:
         raise ConfigError("recentre: policy and reward model have different tokenizers")
     source = open_prompts(config.prompts, "recentre.prompts", seed=config.seed)
     sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)

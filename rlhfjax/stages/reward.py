@@ -16,8 +16,8 @@ import numpy as np
 from rlhfjax.data import loader
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
@@ -71,7 +71,7 @@ def build(config: Config, layout: Layout) -> Stage:
         answers = judge(state.params, held_out_batches.restart())
         params, pairs = _normalised(config, start, state.params, answers, judge)
         margins = stats.margins(answers["rewards"], answers["scores"], answers["valid"])
-        model = store.SavedModel(start.model, params, start.tokenizer_file)
+        model = store.SavedModel(start.model, params, start.tokenizer)
         return Finished({store.FOLDER: model}, pairs, {"calibration.json": stats.calibration(margins).as_dict()})
 
     stage = assemble(

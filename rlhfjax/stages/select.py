@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhfjax.data import chat, examples
 from rlhfjax.data.rows import Row
-from rlhfjax.data.tokenizer import ASSISTANT, SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import ASSISTANT, Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -75,7 +75,7 @@ def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
     return chosen
 
 
-def selected_row(tokenizer: SentencePieceTokenizer, row: Row, index: int) -> dict[str, Any]:
+def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
     """One answer as a conversation for people, with the ids that it is for the model."""
     prompt, completions = examples.native(tokenizer, row)
     answer = {"role": "assistant", "content": row["completions"][index]}
@@ -87,7 +87,7 @@ def selected_row(tokenizer: SentencePieceTokenizer, row: Row, index: int) -> dic
     }
 
 
-def messages_of(tokenizer: SentencePieceTokenizer, prompt: list[int]) -> list[chat.Message]:
+def messages_of(tokenizer: Tokenizer, prompt: list[int]) -> list[chat.Message]:
     """The turns of a rendered prompt, by its markers' ids; ids without any marker are one user turn."""
     roles = {tokenizer.token_id(marker): role for role, marker in chat.ROLES.items()}
     turns: list[tuple[str, list[int]]] = []

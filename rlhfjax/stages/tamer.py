@@ -24,8 +24,8 @@ from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
@@ -69,7 +69,7 @@ def build(config: Config, layout: Layout) -> Stage:
         return sum_over(passes(held_out, config.batch_size), lambda b: measure(state.params, b), layout, 0)
 
     def finish(state: TrainState) -> Finished:
-        model = store.SavedModel(start.model, state.params, start.tokenizer_file)
+        model = store.SavedModel(start.model, state.params, start.tokenizer)
         return Finished({store.FOLDER: model}, {}, {FILE: {"kind": "dense"}})
 
     return assemble(

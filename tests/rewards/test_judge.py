@@ -15,8 +15,8 @@ from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.sources import open_source
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.feedback import OPTIONS, Feedback, FeedbackConfig, choose
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_length=128, init_std=0.3
     )
     model = Model(shape)
-    store.save(path / "model", store.SavedModel(model, model.init(jax.random.key(1)), path / "tokenizer.model"))
+    store.save(path / "model", store.SavedModel(model, model.init(jax.random.key(1)), tokenizer))
     return path
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from rlhfjax.data import loader
 from rlhfjax.data.sources import Source
-from rlhfjax.data.tokenizer import SentencePieceTokenizer
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.models import store
 from rlhfjax.stages.parts.policy_config import TruncateConfig
 from rlhfjax.stages.parts.rollout import Rollout, cut, sample
 
@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 def answers(
     source: Source,
     policy: store.SavedModel,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     sampling: Sampling,
     key: jax.Array,
     layout: Layout,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +14,11 @@ import optax
 from rlhfjax import state as states
 from rlhfjax.config import TrainConfig, build
 from rlhfjax.data.sources import Concatenated, Source, open_source
-from rlhfjax.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
-from rlhfjax.models import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_schedule
@@ -97,8 +96,7 @@ class Start:
     """The model that a stage begins from, and the parameters that it loads, if any."""
 
     model: Model
-    tokenizer: SentencePieceTokenizer
-    tokenizer_file: Path
+    tokenizer: Tokenizer
     params: PyTree | None
 
 
@@ -114,21 +112,19 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
         shape = build(
             TransformerConfig, dataclasses.asdict(saved.model.config) | config.overrides, f"{config.stage}.overrides"
         )
-        file, params = saved.tokenizer, saved.params
+        tokenizer, params = saved.tokenizer, saved.params
     else:
         if config.overrides:
             raise ConfigError(f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself")
         if config.tokenizer is None:
             raise ConfigError(f"{config.stage}.tokenizer: a new model needs one")
         shape, params = config.model, None
-        file = Path(config.tokenizer)
-        file = file / MODEL_FILE if file.is_dir() else file
-    tokenizer = load_tokenizer(file)
+        tokenizer = load_tokenizer(config.tokenizer)
     if shape.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"{config.stage}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    return Start(Model(shape, head), tokenizer, file, params)
+    return Start(Model(shape, head), tokenizer, params)
 
 
 def check_training(config: Any, layout: Layout, shape: TransformerConfig | None) -> None:
@@ -219,7 +215,7 @@ def assemble(
     """A Stage with one model and one loss."""
 
     def keep(state: states.TrainState) -> Finished:
-        return Finished({store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer_file)}, {}, {})
+        return Finished({store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer)}, {}, {})
 
     def load(state: states.TrainState) -> states.TrainState:
         return state if start.params is None else state.replace(params=place(start.params, state.params))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rlhfjax.algos import kl, shaping
-from rlhfjax.data.tokenizer import SentencePieceTokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.rewards.responses import Reward, load_reward
@@ -20,7 +20,7 @@ PyTree = Any
 
 
 def held_out(
-    config: Any, algorithm: Any, reward: Reward, reference: PyTree, tokenizer: SentencePieceTokenizer, layout: Layout
+    config: Any, algorithm: Any, reward: Reward, reference: PyTree, tokenizer: Tokenizer, layout: Layout
 ) -> Callable[[TrainState], Pairs]:
     """state -> reward, KL to the reference and length of answers to held-out prompts; the draws are always the same.
 

@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from rlhfjax import state as states
 from rlhfjax.algos import kl, shaping, tamer
-from rlhfjax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
-from rlhfjax.models import store
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
@@ -33,7 +33,7 @@ class Task:
     """A policy to improve and what it is improved against."""
 
     start: store.SavedModel
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
     reward: Reward
     reference: PyTree
     human: Reward | None = None  # added to the reward, with a weight that is annealed
@@ -50,7 +50,7 @@ def open_task(config: PolicyConfig, layout: Layout) -> Task:
         raise ConfigError(
             f"{config.stage}.init_from={config.init_from}: a policy is needed, this model has a {start.model.head} head"
         )
-    tokenizer = load_tokenizer(start.tokenizer)
+    tokenizer = start.tokenizer
     reference = start.params if config.reference is None else store.load(config.reference, layout).params
     reward = load_reward(config.reward, layout, tokenizer)
     human = load_reward(config.human.reward, layout, tokenizer) if config.human.reward else None
@@ -66,7 +66,7 @@ class Tokens:
     stop: int | None = None  # where truncate is on: its token
 
     @classmethod
-    def of(cls, config: PolicyConfig, tokenizer: SentencePieceTokenizer) -> "Tokens":
+    def of(cls, config: PolicyConfig, tokenizer: Tokenizer) -> "Tokens":
         stop = tokenizer.token_id(config.truncate.token) if config.truncate.token else None
         return cls(tokenizer.eos_id, tokenizer.pad_id, stop)
 

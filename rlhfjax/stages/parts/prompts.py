@@ -8,7 +8,7 @@ import numpy as np
 from rlhfjax.data import loader
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
-from rlhfjax.data.tokenizer import SentencePieceTokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import Batches
 from rlhfjax.stages.parts.common import Limited, SourceConfig
@@ -32,7 +32,7 @@ def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
     return Limited(source, config.limit) if config.limit else source
 
 
-def prompt_batches(config: PromptConfig, tokenizer: SentencePieceTokenizer, stage: Any) -> loader.Batches:
+def prompt_batches(config: PromptConfig, tokenizer: Tokenizer, stage: Any) -> loader.Batches:
     """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
     options = {"batch_size": stage.batch_size, "length": stage.prompt_length, "seed": stage.seed}
@@ -55,7 +55,7 @@ class Repeated:
         self._batches.set_state(state)
 
 
-def held_out_prompts(config: PromptConfig, tokenizer: SentencePieceTokenizer, stage: Any) -> loader.Batches:
+def held_out_prompts(config: PromptConfig, tokenizer: Tokenizer, stage: Any) -> loader.Batches:
     """One pass over held-out prompts, in order."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
     size = stage.episodes

@@ -1,8 +1,7 @@
-"""A model on disk: `config.json` (shape and head), `params/` (arrays) and the tokenizer it speaks."""
+"""Our own models on disk: `config.json` (shape and head), `params/` (arrays) and the tokenizer's files."""
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 
 from rlhfjax import checkpoint, state
 from rlhfjax.config import build, write_json
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
@@ -21,11 +21,11 @@ FOLDER = "model"
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model with its parameters and the file of its tokenizer."""
+    """A model with its parameters and the tokenizer that it speaks."""
 
     model: Model
     params: PyTree
-    tokenizer: Path
+    tokenizer: Tokenizer
 
 
 def save(folder: Path, saved: SavedModel) -> None:
@@ -34,7 +34,7 @@ def save(folder: Path, saved: SavedModel) -> None:
     (folder / "config.json").unlink(missing_ok=True)
     checkpoint.save_tree(folder / "params", saved.params)
     if jax.process_index() == 0:
-        shutil.copyfile(saved.tokenizer, folder / "tokenizer.model")
+        saved.tokenizer.save(folder)
         write_json(
             folder / "config.json",
             {"head": saved.model.head, "transformer": dataclasses.asdict(saved.model.config)},
@@ -51,7 +51,7 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     model = describe(folder)
     abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
     params = checkpoint.load_tree(folder / "params", abstract)
-    return SavedModel(model, params, folder / "tokenizer.model")
+    return SavedModel(model, params, load_tokenizer(folder))
 
 
 def describe(folder: Path) -> Model:

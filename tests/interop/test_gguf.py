@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.interop.gguf import half_split, load_gguf
 from rlhfjax.models import Model, TransformerConfig
-from rlhfjax.models.gguf import half_split, load_gguf
 
 D, FF, LAYERS, HEADS, EPS = 32, 64, 2, 4, 0.01
 LLAMA = {
