@@ -7,6 +7,7 @@ Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -235,11 +236,7 @@ class Algorithm(PolicyAlgorithm):
         self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
     ) -> tuple[states.TrainState, Pairs]:
         """The epochs of an iteration, then its KL coefficient, averages and baseline."""
-        beta = state.extra["kl_coefficient"]
-
-        def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-            return self.loss(params, batch, key, beta)
-
+        loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
         state, more = minibatch_epochs(self.config, self.tx, self.model, loss, state, experience, text, key)
         if "baseline" in state.extra:
             total, n = pairs["advantage_reward"]

@@ -6,6 +6,7 @@ Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendi
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -256,11 +257,7 @@ class Algorithm(PolicyAlgorithm):
         self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
     ) -> tuple[states.TrainState, Pairs]:
         """The epochs of an iteration, then its KL coefficient and averages."""
-        beta = state.extra["kl_coefficient"]
-
-        def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-            return self.loss(params, batch, key, beta)
-
+        loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
         state, more = minibatch_epochs(
             self.config, self.tx, self.model, loss, state, experience, text, key, self._whitened
         )

@@ -62,31 +62,37 @@ def minibatch_epochs(
     def minibatch(state: states.TrainState, inputs: Any) -> tuple[states.TrainState, Pairs]:
         return apply(state, *measure(state, inputs))
 
-    def unless_too_far(carry: tuple[states.TrainState, jax.Array], inputs: Any) -> tuple[Any, Pairs]:
+    if config.target_kl:
+        body = _unless_too_far(measure, apply, config.target_kl)
+        (state, _), stacked = jax.lax.scan(body, (state, jnp.array(False)), (orders, texts))
+    else:
+        state, stacked = jax.lax.scan(minibatch, state, (orders, texts))
+    pairs = jax.tree.map(lambda x: x.sum(0), stacked)
+    pairs["first_ratio_max"] = jax.tree.map(lambda x: x[0], stacked["ratio_max"])
+    return state, pairs
+
+
+def _unless_too_far(measure: Callable[..., Any], apply: Callable[..., Any], target_kl: float) -> Callable[..., Any]:
+    """A minibatch with early stopping, as a scan has it: ((state, stopped), inputs) -> the same two, pairs."""
+
+    def minibatch(carry: tuple[states.TrainState, jax.Array], inputs: Any) -> tuple[Any, Pairs]:
         state, stopped = carry
 
         def idle(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
-            shapes = jax.eval_shape(lambda s: minibatch(s, inputs)[1], state)
+            shapes = jax.eval_shape(lambda s: apply(s, *measure(s, inputs))[1], state)
             return state, jnp.array(True), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def go_on(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
             grads, pairs = measure(state, inputs)
             total, weight = pairs["approx_kl"]
-            too_far = total > config.target_kl * weight
+            too_far = total > target_kl * weight
             moved, pairs = apply(state, grads, pairs)
             return jax.tree.map(lambda a, b: jnp.where(too_far, a, b), state, moved), too_far, pairs
 
         state, stopped, pairs = jax.lax.cond(stopped, idle, go_on, state)
         return (state, stopped), {**pairs, "updated": (1.0 - stopped, jnp.ones(()))}
 
-    if config.target_kl:
-        start = (state, jnp.array(False))
-        (state, _), stacked = jax.lax.scan(unless_too_far, start, (orders, texts))
-    else:
-        state, stacked = jax.lax.scan(minibatch, state, (orders, texts))
-    pairs = jax.tree.map(lambda x: x.sum(0), stacked)
-    pairs["first_ratio_max"] = jax.tree.map(lambda x: x[0], stacked["ratio_max"])
-    return state, pairs
+    return minibatch
 
 
 def _add_ptx(

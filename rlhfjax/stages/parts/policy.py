@@ -147,6 +147,25 @@ def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) ->
     return tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight), pairs
 
 
+def policy_step(config: PolicyConfig, layout: Layout, task: Task, algorithm: Any) -> Callable[..., tuple[Any, Pairs]]:
+    """(state, batch, key) -> (state, metrics): rollout, scores, advantages, epochs."""
+
+    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
+        rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
+        seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
+        known = algorithm.know(state.params, task.reference, rollout)
+        scores, said = score(task.reward, *seen)
+        if task.human is not None:
+            scores, more = with_human(config.human, scores, task.human(*seen), state.step)
+            said = {**said, **more}
+        experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
+        text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
+        state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))
+        return state, merge(said, pairs, more)
+
+    return step
+
+
 def policy_stage(
     config: PolicyConfig,
     layout: Layout,
@@ -185,19 +204,6 @@ def policy_stage(
             more["ema"] = {"policy": place(loaded["policy"], state.params["policy"])}
         return state.replace(params=params, extra=more)
 
-    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
-        rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
-        seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
-        known = algorithm.know(state.params, task.reference, rollout)
-        scores, said = score(task.reward, *seen)
-        if task.human is not None:
-            scores, more = with_human(config.human, scores, task.human(*seen), state.step)
-            said = {**said, **more}
-        experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
-        text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
-        state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))
-        return state, merge(said, pairs, more)
-
     def finish(state: states.TrainState) -> Finished:
         trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
         models = {store.FOLDER: store.SavedModel(task.start.model, trained, task.start.tokenizer)}
@@ -208,7 +214,7 @@ def policy_stage(
         axes=axes,
         start=load,
         batches=with_ptx(config.ptx, batches, task.tokenizer, config),
-        step=step,
+        step=policy_step(config, layout, task, algorithm),
         evals=held_out(config, algorithm, task.reward, task.reference, task.tokenizer, layout),
         finish=finish,
         units=config.episodes * config.max_new,
