@@ -243,7 +243,7 @@ DEFECTS = [
     ),
     d(
         8,
-        "stages/group.py",
+        "stages/parts/policy.py",
         "kl.kl_loss_k3(logprobs, old, ref, mask)",
         "kl.kl_loss_k3(logprobs, old, ref, jnp.ones_like(mask))",
         "test_pitfalls.py::test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss",

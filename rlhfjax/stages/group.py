@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rlhfjax import state as states
-from rlhfjax.algos import group, kl, masked, policy, shaping
+from rlhfjax.algos import group, masked, policy, shaping
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -219,18 +219,6 @@ class Algorithm(PolicyAlgorithm):
         total, pairs = add_losses(**terms)
         ratios = policy.ratio_metrics(policy.log_ratio(logprobs, batch.logprobs, mask), mask)
         return total, ratios | pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
-
-    def _kl_loss(self, logprobs: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
-        """With the weight of the loss that it joins: responses for `sequence`, tokens for the others."""
-        old, ref, mask = batch.logprobs, batch.ref_logprobs, batch.mask
-        losses = {
-            "k1": lambda: kl.kl_loss_k1(logprobs, old, ref, mask),
-            "k2": lambda: kl.kl_loss_k2(logprobs, ref, mask),
-            "k3": lambda: kl.kl_loss_k3(logprobs, old, ref, mask),
-            "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
-        }
-        scalar, pairs = losses[self.config.kl.estimator]()
-        return scalar, {"loss": pairs["loss"]}
 
     def _update(
         self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhfjax import state as states
-from rlhfjax.algos import advantages, kl, masked, policy, shaping, value
+from rlhfjax.algos import advantages, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -239,19 +239,12 @@ class Algorithm(PolicyAlgorithm):
         return value.value_loss(values, batch.returns, batch.mask)
 
     def _kl_loss(self, logprobs: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
-        """KL to the reference, summed over a minibatch's tokens: weighted by tokens, as the terms it joins.
+        """Summed over a minibatch's tokens and weighted by tokens, as the terms it joins.
 
         Of `sequence`, too, only the sum is used: divided by tokens it is what a KL in the reward comes to.
         """
-        ref, mask = batch.ref_logprobs, batch.mask
-        losses = {
-            "k1": lambda: kl.kl_loss_k1(logprobs, batch.logprobs, ref, mask),
-            "k2": lambda: kl.kl_loss_k2(logprobs, ref, mask),
-            "k3": lambda: kl.kl_loss_k3(logprobs, batch.logprobs, ref, mask),
-            "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
-        }
-        scalar, pairs = losses[self.config.kl.estimator]()
-        return scalar, {"loss": (pairs["loss"][0], mask.sum())}
+        scalar, pairs = super()._kl_loss(logprobs, batch)
+        return scalar, {"loss": (pairs["loss"][0], batch.mask.sum())}
 
     def _update(
         self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array

@@ -138,6 +138,18 @@ class PolicyAlgorithm:
         per_token = getattr(kl, self.config.kl.estimator)(logprobs, ref_logprobs) * mask
         return per_token, kl.sequence_kl(log_ratio, mask)
 
+    def _kl_loss(self, logprobs: Float[Array, "b r"], batch: Any) -> tuple[jax.Array, Pairs]:
+        """KL to the reference as a loss; its weight is the number of responses for `sequence`, of tokens for others."""
+        old, ref, mask = batch.logprobs, batch.ref_logprobs, batch.mask
+        losses = {
+            "k1": lambda: kl.kl_loss_k1(logprobs, old, ref, mask),
+            "k2": lambda: kl.kl_loss_k2(logprobs, ref, mask),
+            "k3": lambda: kl.kl_loss_k3(logprobs, old, ref, mask),
+            "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
+        }
+        scalar, pairs = losses[self.config.kl.estimator]()
+        return scalar, {"loss": pairs["loss"]}
+
 
 def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) -> tuple[jax.Array, Pairs]:
     """R + w H of every response, w annealed by the iteration; the mean of H and w as metrics."""
