@@ -43,6 +43,18 @@ class TrainState:
         return dataclasses.replace(self, **changes)
 
 
+def attach(frozen: PyTree, trained: PyTree) -> PyTree:
+    """Two nested dicts as one: the arrays of both as they are, no copy; where both have one, the trained one.
+
+    What a stage trains may be a part of a model, such as adapters or a head; this makes the model of it again, inside
+    of jit and outside.
+    """
+    if not (isinstance(frozen, dict) and isinstance(trained, dict)):
+        return trained
+    both = {k: attach(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()}
+    return {**frozen, **trained, **both}
+
+
 def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     """Shardings of a whole state from the logical axes of its parameters.
 
@@ -93,7 +105,13 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def gradients(
-    loss: Callable[..., Any], params: PyTree, batch: PyTree, key: jax.Array | None, *, microbatches: int = 1
+    loss: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    key: jax.Array | None,
+    *,
+    microbatches: int = 1,
+    frozen: PyTree | None = None,
 ) -> tuple[PyTree, Pairs]:
     """Gradient of a loss over a batch, exactly the same however many microbatches it is taken in.
 
@@ -102,11 +120,12 @@ def gradients(
 
     Args:
       loss: (params, batch, key) -> (scalar, pairs), the scalar being sum / weight of the pair "loss".
+      params: what the gradient is of; `frozen` is what the loss needs beside it.
       batch: arrays whose first axis the microbatches share equally.
     Raises:
       ConfigError: the batch does not divide into the microbatches.
     """
-    grad = jax.value_and_grad(loss, has_aux=True)
+    grad = jax.value_and_grad(lambda p, *rest: loss(attach(frozen or {}, p), *rest), has_aux=True)
     if microbatches == 1:
         (_, pairs), grads = grad(params, batch, key)
         return grads, pairs

@@ -17,6 +17,7 @@ from rlhfjax.mesh import constrain
 from rlhfjax.models.attention import dropout, rotate
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
+from rlhfjax.models.lora import NAMES, LoraConfig
 
 RESIDUAL = ("batch", "time", "embed")
 GELU = {
@@ -73,13 +74,14 @@ def everything(x):
 
 
 class Project(nn.Module):
-    """x . kernel + bias in x's dtype, over the last `contracted` axes of x."""
+    """x . kernel + bias in x's dtype, over the last `inputs` axes of x; plus its adapters' part where it has them."""
 
     shape: tuple[int, ...]  # of the kernel: input axes, then output axes
     axes: tuple[str, ...]
     std: float
     bias: bool
     inputs: int = 1  # how many of the kernel's axes are contracted
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x):
@@ -87,10 +89,25 @@ class Project(nn.Module):
         out_shape, out_axes = self.shape[n:], self.axes[n:]
         kernel = _parameter(self, "kernel", self.std, self.shape, self.axes).astype(x.dtype)
         flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
-        y = linear(x.reshape(*x.shape[:2], flat.shape[0]), flat).reshape(*x.shape[:2], *out_shape)
+        x = x.reshape(*x.shape[:2], flat.shape[0])
+        y = linear(x, flat)
+        if self.lora.rank and (self.is_initializing() or self.has_variable("params", NAMES[0])):
+            y = y + self._low_rank(x)
+        y = y.reshape(*x.shape[:2], *out_shape)
         if not self.bias:
             return y
         return y + _parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes).astype(x.dtype)
+
+    def _low_rank(self, x):
+        """(alpha / r) (x A) B, x first dropped out; A ~ U(-1/sqrt(in), 1/sqrt(in)) as in loralib, and B = 0."""
+        c, n = self.lora, self.inputs
+        width = x.shape[-1]
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=range(n), out_axis=n)
+        a = _parameter(self, NAMES[0], uniform, (*self.shape[:n], c.rank), (*self.axes[:n], None))
+        b = _parameter(self, NAMES[1], nn.initializers.zeros, (c.rank, *self.shape[n:]), (None, *self.axes[n:]))
+        x = dropout(x, c.dropout, self.make_rng("lora") if self.has_rng("lora") else None)
+        inner = linear(x, a.astype(x.dtype).reshape(width, c.rank)) * c.scale
+        return linear(inner, b.astype(x.dtype).reshape(c.rank, -1))
 
 
 class Attention(nn.Module):
@@ -100,6 +117,7 @@ class Attention(nn.Module):
     """
 
     config: TransformerConfig
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x, rope, attend: Callable, pick: Callable = everything):
@@ -107,7 +125,8 @@ class Attention(nn.Module):
 
         def project(name, x, heads, axis, rope):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
-            y = Project(shape, axes, float(c.init_std), c.bias or c.qkv_bias, name=name)(x).swapaxes(1, 2)
+            bias = c.bias or c.qkv_bias
+            y = Project(shape, axes, float(c.init_std), bias, lora=self.lora, name=name)(x).swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, "time", "head_dim"))
 
@@ -115,7 +134,7 @@ class Attention(nn.Module):
         k = project("key", x, c.kv_heads, "kv_heads", rope)
         v = project("value", x, c.kv_heads, "kv_heads", None)
         shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
-        out = Project(shape, axes, residual_std(c), c.bias, inputs=2, name="out")
+        out = Project(shape, axes, residual_std(c), c.bias, inputs=2, lora=self.lora, name="out")
         return out(attend(q, k, v).swapaxes(1, 2))
 
 
@@ -126,13 +145,14 @@ class MLP(nn.Module):
     """
 
     config: TransformerConfig
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x):
         c = self.config
 
         def project(name, shape, axes, std):
-            return Project(shape, axes, std, c.bias, name=name)
+            return Project(shape, axes, std, c.bias, lora=self.lora, name=name)
 
         def grow(name):
             return project(name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std))(x)
@@ -146,6 +166,7 @@ class Block(nn.Module):
     """One layer at the slots that `pick` chooses; TransformerConfig has the equations of its three forms."""
 
     config: TransformerConfig
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x, rope, attend: Callable, key=None, pick: Callable = everything):
@@ -154,10 +175,10 @@ class Block(nn.Module):
         norm_1, norm_2 = Norm(c, name="norm_1"), Norm(c, name="norm_2")
 
         def attention(x):
-            return dropout(Attention(c, name="attention")(x, rope, attend, pick), c.dropout, keys[0])
+            return dropout(Attention(c, self.lora, name="attention")(x, rope, attend, pick), c.dropout, keys[0])
 
         def mlp(x):
-            return dropout(MLP(c, name="mlp")(x), c.dropout, keys[1])
+            return dropout(MLP(c, self.lora, name="mlp")(x), c.dropout, keys[1])
 
         if c.residual == "parallel":
             return constrain(pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x))), RESIDUAL)

@@ -22,9 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import constrain
-from rlhfjax.models import blocks, logprobs
+from rlhfjax.models import blocks, logprobs, lora
 from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.lora import LoraConfig
 
 __all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of"]
 
@@ -54,10 +55,15 @@ def last_slot(segments: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A Transformer with a language-model head ("lm") or a scalar one ("scalar": reward models, critics)."""
+    """A Transformer with a language-model head ("lm") or a scalar one ("scalar": reward models, critics).
+
+    With `lora` on, what is trained are adapters and a scalar head; every function takes parameters with adapters
+    attached and without them.
+    """
 
     config: TransformerConfig
     head: str = "lm"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         if self.head not in ("lm", "scalar"):
@@ -67,10 +73,31 @@ class Model:
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters, a plain nested dict of float32 arrays (layers stacked when config.scan_layers)."""
-        return nn.meta.unbox(self._boxed(key))
+        return lora.base(nn.meta.unbox(self._boxed(key)))
 
     def axes(self) -> Params:
         """The parameter tree with a tuple of logical axis names in place of each array."""
+        return lora.base(self._axes())
+
+    def init_trained(self, key: Key[Array, ""]) -> Params:
+        """Fresh values of what is trained: all of `init`, or with `lora` on adapters and a scalar head.
+
+        Raises:
+          ConfigError: `lora.targets` is found in no projection's path.
+        """
+        return self._trained(nn.meta.unbox(self._boxed(key)))
+
+    def trained_axes(self) -> Params:
+        """Logical axis names in the shape of `init_trained`."""
+        return self._trained(self._axes())
+
+    def _trained(self, tree):
+        if not self.lora.rank:
+            return tree
+        head = {"head": tree["head"]} if self.head == "scalar" else {}
+        return lora.adapters(self.lora, tree) | head
+
+    def _axes(self):
         boxed = jax.eval_shape(self._boxed, jax.random.key(0))
         tree = jax.tree.map(lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named))
         if self.config.scan_layers:
@@ -93,7 +120,7 @@ class Model:
             return q
 
         def one(k):
-            return blocks.Block(c).init(k, x, rope, attend)["params"]
+            return self._block.init(k, x, rope, attend)["params"]
 
         keys = jax.random.split(layer_key, c.n_layers)
         layers = jax.vmap(one)(keys) if c.scan_layers else {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
@@ -147,7 +174,7 @@ class Model:
         def pick(x):
             return jnp.take_along_axis(x, slots, axis=1)
 
-        if c.scan_layers or (key is not None and c.dropout):
+        if c.scan_layers or (key is not None and self.drops):
             return pick(self.hidden(params, tokens, segments=segments, key=key))[:, 0]
         x, rope, layer = self._begin(params, tokens, positions_of(segments), segments, None)
         x = self._run(self._remat(layer), params, x, c.n_layers - 1)
@@ -155,7 +182,7 @@ class Model:
         def attend(q, k, v):
             return cached_attention(q[:, :, 0], k, v, segments > 0)[:, :, None]
 
-        x = blocks.Block(c).apply({"params": self._layer(params, c.n_layers - 1)}, x, rope, attend, pick=pick)
+        x = self._block.apply({"params": self._layer(params, c.n_layers - 1)}, x, rope, attend, pick=pick)
         return self._norm(params, x)[:, 0]
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -212,7 +239,7 @@ class Model:
                 v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, 0, 0))
                 return causal_attention(q, new_k, new_v, segments)
 
-            x = blocks.Block(self.config).apply({"params": self._layer(params, i)}, x, rope, attend)
+            x = self._block.apply({"params": self._layer(params, i)}, x, rope, attend)
         valid = jax.lax.dynamic_update_slice(cache.valid, segments > 0, (0, 0))
         return self._norm(params, x[:, -1:])[:, 0], Cache(tuple(k), tuple(v), valid)
 
@@ -236,10 +263,19 @@ class Model:
                 v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, slot, 0))
                 return cached_attention(q[:, :, 0], k[i], v[i], valid)[:, :, None]
 
-            x = blocks.Block(self.config).apply({"params": self._layer(params, i)}, x, rope, attend)
+            x = self._block.apply({"params": self._layer(params, i)}, x, rope, attend)
         return self._norm(params, x)[:, 0], Cache(tuple(k), tuple(v), valid)
 
     # ------------------------------------------------------------------ pieces
+
+    @property
+    def drops(self) -> bool:
+        """Whether a key makes a difference to the forward pass: there is dropout."""
+        return bool(self.config.dropout or self.lora.dropout)
+
+    @property
+    def _block(self):
+        return blocks.Block(self.config, self.lora)
 
     @property
     def _tied(self):
@@ -263,9 +299,11 @@ class Model:
         rope = self._rope(positions)
 
         def layer(x, p, i):
-            keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(layer_key, i))
+            own = None if key is None else jax.random.fold_in(layer_key, i)
+            keys = (None, None) if own is None else jax.random.split(own)
+            rngs = None if own is None else {"lora": jax.random.fold_in(own, 2)}
             attend = functools.partial(causal_attention, segments=segments, rate=float(c.dropout), key=keys[0])
-            return blocks.Block(c).apply({"params": p}, x, rope, attend, keys[1])
+            return self._block.apply({"params": p}, x, rope, attend, keys[1], rngs=rngs)
 
         return self._embed(params, tokens, positions, embed_key), rope, layer
 
