@@ -10,6 +10,7 @@ Variants: :size=1b, 2.8b or 6.9b; :init=random, the shape with random parameters
 Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
+from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -24,21 +26,13 @@ VARIANTS = ("", "size=2.8b", "size=6.9b", "init=random", "size=2.8b,init=random"
 
 EPISODES = 116_722  # TL;DR's training split
 PROMPT, RESPONSE = 512, 53  # details 2 and 4
-# Shapes of Pythia (Biderman et al. 2023, table 1; vocabularies as padded in the releases; parameters without embeddings
-# 805,736,448, 2,517,652,480 and 6,444,163,072). Two things of GPT-NeoX our Transformer does not have: attention and MLP
-# side by side in a layer, and rotary positions on a quarter of each head (here: one after the other, and on all of it).
-SHAPES = {
-    "1b": {"n_layers": 16, "d_model": 2048, "n_heads": 8, "d_ff": 8192, "vocab_size": 50304},
-    "2.8b": {"n_layers": 32, "d_model": 2560, "n_heads": 32, "d_ff": 10240, "vocab_size": 50304},
-    "6.9b": {"n_layers": 32, "d_model": 4096, "n_heads": 32, "d_ff": 16384, "vocab_size": 50432},
-}
-PYTHIA = {"max_length": 2048, "norm": "layernorm", "mlp": "gelu", "bias": True, "tie_embeddings": False}
+SIZES = ("1b", "2.8b", "6.9b")  # of Pythia
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="1b", init="pythia", seed=44413)
-    if arg.size not in (*SHAPES, "toy") or arg.init not in ("pythia", "random"):
-        raise ConfigError(f"size={arg.size},init={arg.init}: sizes are {', '.join(SHAPES)}, toy; init pythia, random")
+    if arg.size not in (*SIZES, "toy") or arg.init not in ("pythia", "random"):
+        raise ConfigError(f"size={arg.size},init={arg.init}: sizes are {', '.join(SIZES)}, toy; init pythia, random")
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
@@ -62,8 +56,8 @@ def origin(arg: ConfigDict) -> dict:
     """Where the first parameters come from."""
     if arg.init == "pythia":
         return {"init_from": f"runs/huang2024/pythia-{arg.size}-deduped"}  # a folder of a model, see README.md
-    shape = {**PYTHIA, **SHAPES[arg.size], "dtype": "bfloat16", "scan_layers": True, "remat": "full"}
-    return {"model": shape, "tokenizer": "data/pythia/tokenizer.model"}
+    shape = preset(f"pythia-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full")
+    return {"model": dataclasses.asdict(shape), "tokenizer": "data/pythia/tokenizer.model"}
 
 
 def paper(arg: ConfigDict) -> ConfigDict:

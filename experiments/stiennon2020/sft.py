@@ -59,7 +59,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
     return stage_config(
         "sft",
-        init_from=f"runs/stiennon2020/{arg.size}/pretrain",  # table 3: shapes are the presets gpt3-1.3b, gpt3-6.7b
+        init_from=f"runs/stiennon2020/{arg.size}/pretrain",  # table 3: the presets stiennon-1.3b, stiennon-6.7b
         sources=posts("train"),
         eval_sources=posts("validation"),
         length=POST + SUMMARY,

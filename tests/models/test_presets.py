@@ -1,6 +1,7 @@
 """Parameter counts of the presets, from shapes alone (175B parameters are counted, not made)."""
 
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -114,6 +115,12 @@ def test_every_option_of_the_architecture_is_some_presets():
         assert {getattr(c, name) for c in configs} == set(CHOICES[name])
     for name in ("n_kv_heads", "rope_theta", "rope_fraction", "norm_eps", "bias", "qkv_bias", "tie_embeddings"):
         assert len({getattr(c, name) for c in configs}) > 1, name
+
+
+def test_the_family_table_names_every_preset():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    cells = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [name for cell in cells for name in cell.replace("`", "").split()] == [*list(PRESETS)[2:], "tiny", "small"]
 
 
 def test_changes_and_their_errors():
