@@ -3,7 +3,8 @@
 Experiment files are no package; one takes this file, or another file of its folder, by its path:
   TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
   config = TOY["quickstart"](seed, until="collect")
-  TOY["add"](config, reward=stage_config("reward", …), evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
+  TOY["add"](config, ppo=TOY["policy"]("ppo", seed, …), evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
+A model of 200 thousand parameters needs larger steps than one of billions: learning rates are not the papers'.
 `VARIANTS` of an experiment file names the arguments, "" and "size=toy" among them, that the tests expand.
 """
 
@@ -13,13 +14,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhfjax.stages import stage_config
+
 QUICKSTART = Path(__file__).parent / "quickstart" / "recipe.py"
 SAMPLING = ("prompt_length", "max_new", "temperature")
 
 
-def quickstart(seed: int = 0, until: str | None = None) -> ConfigDict:
-    """The recipe of the quickstart at size=smoke: the stages that come before `until`, or all of them."""
-    whole = runpy.run_path(str(QUICKSTART))["get_config"](f"size=smoke,seed={seed}")
+def quickstart(seed: int = 0, until: str | None = None, size: str = "smoke") -> ConfigDict:
+    """The recipe of the quickstart: the stages that come before `until`, or all of them."""
+    whole = runpy.run_path(str(QUICKSTART))["get_config"](f"size={size},seed={seed}")
     names = whole.stages if until is None else whole.stages[: whole.stages.index(until)]
     return ConfigDict({"stages": tuple(names), **{name: whole[name] for name in names}})
 
@@ -41,6 +44,64 @@ def loop(steps: int, evals: int = 3) -> dict[str, Any]:
     """Options of a stage that trains for so many steps, validated and saved `evals` times, every step in the log."""
     every = max(1, steps // evals)
     return {"steps": steps, "eval_every": every, "checkpoint": {"every": every}, "log": {"every": 1}}
+
+
+def tuned(seed: int = 0) -> ConfigDict:
+    """The quickstart up to SFT, trained for several times as long: a labeller is to tell its answers apart."""
+    config = quickstart(seed, until="collect")
+    config.pretrain.update(loop(300))
+    config.sft.update(loop(150))
+    return config
+
+
+def collect(seed: int, completions: int, prompts: int, held_out: int, **changes: Any) -> ConfigDict:
+    """The quickstart's `collect`: so many answers to each of so many prompts."""
+    config = quickstart(seed).collect
+    config.update({"completions": completions, **changes})
+    config.prompts.limit, config.eval_prompts.limit = prompts, held_out
+    return config
+
+
+def ranked(stage: str, collect: ConfigDict, batch_size: int, evals: int = 3, **changes: Any) -> ConfigDict:
+    """A stage that learns, from SFT and for one epoch, from the answers that `collect` has ranked."""
+    options = {
+        "init_from": "stage:sft",
+        "preferences": ("stage:collect/preferences",),
+        "length": collect.prompt_length + collect.max_new,
+        "batch_size": batch_size,
+        "seed": collect.seed,
+        **loop(collect.prompts.limit // batch_size, evals),
+    }
+    return stage_config(stage, **options | changes)
+
+
+def policy(stage: str, seed: int, **changes: Any) -> ConfigDict:
+    """A stage that improves SFT against the recipe's reward model, on the prompts of the quickstart's PPO."""
+    ppo = quickstart(seed).ppo
+    options = {
+        "init_from": "stage:sft",
+        "reward": "stage:reward",
+        "gold": "gold:sentiment",
+        "prompts": ppo.prompts,
+        "eval_prompts": ppo.eval_prompts,
+        "seed": seed,
+        **sampling(seed),
+    }
+    return stage_config(stage, **options | changes)
+
+
+def best_of_n(seed: int, **changes: Any) -> ConfigDict:
+    """Pools of SFT's answers to the prompts of `evaluate`, by `proxy`."""
+    options = {
+        "init_from": "stage:sft",
+        "gold": "gold:sentiment",
+        "prompts": quickstart(seed).evaluate.prompts,
+        "pool": 32,
+        "batch_size": 256,
+        "seed": seed + 2000,
+        **sampling(seed),
+    }
+    return stage_config("best_of_n", **options | changes)
 
 
 def evaluate(seed: int = 0, **changes: Any) -> ConfigDict:

@@ -17,7 +17,7 @@ from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
-QUICKSTART = Path(__file__).parent.parent / "quickstart" / "recipe.py"
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 BETA = {"tldr": 0.5, "sentiment": 0.1}  # appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
 WITHOUT_REFERENCE = ("orpo", "simpo")
 VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
@@ -76,52 +76,20 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(arg: ConfigDict) -> ConfigDict:
     """The quickstart up to its collected answers; DPO on them; best-of-n beside it, and both against the start."""
-    quickstart = runpy.run_path(str(QUICKSTART))["get_config"](f"size=smoke,seed={arg.seed}")
-    names = quickstart.stages[: quickstart.stages.index("collect") + 1]
-    config = ConfigDict({"stages": (*names, "dpo", "best_of_n", "evaluate")})
-    for name in names:
-        config[name] = quickstart[name]
-    config.collect.prompts.limit = 1024
-    config.collect.eval_prompts.limit = 96
-    sampling = {name: config.collect[name] for name in ("prompt_length", "max_new", "temperature")}
-    config.dpo = stage_config(
+    config = TOY["quickstart"](arg.seed, until="collect")
+    collect = TOY["collect"](arg.seed, completions=4, prompts=1024, held_out=96)
+    dpo = TOY["ranked"](
         "direct",
-        init_from="stage:sft",
-        preferences=("stage:collect/preferences",),
-        loss=loss(arg),
-        length=sampling["prompt_length"] + sampling["max_new"],
+        collect,
         batch_size=16,  # prompts, six pairs each where no answers tie
-        steps=64,  # one epoch
-        eval_every=16,
-        checkpoint={"every": 16},
+        evals=4,
         log={"every": 4},
-        seed=arg.seed,
-        # A model of 200 thousand parameters needs larger steps than one of billions.
+        loss=loss(arg),
         optim=optim(learning_rate=2e-4, warmup_steps=8),
     )
-    prompts = quickstart.evaluate.prompts
-    config.best_of_n = stage_config(
-        "best_of_n",
-        init_from="stage:sft",
-        proxy="gold:sentiment",  # the labeller itself: the most that picking can buy
-        gold="gold:sentiment",
-        prompts=prompts,
-        pool=32,
-        batch_size=256,
-        seed=arg.seed + 2000,
-        **sampling,
-    )
-    config.evaluate = stage_config(
-        "evaluate",
-        policy="stage:dpo",
-        baseline="stage:sft",
-        gold="gold:sentiment",
-        prompts=prompts,
-        batch_size=64,
-        seed=arg.seed + 1000,
-        **sampling,
-    )
-    return config
+    best_of_n = TOY["best_of_n"](arg.seed, proxy="gold:sentiment")  # the labeller itself: the most picking can buy
+    evaluate = TOY["evaluate"](arg.seed, policy="stage:dpo", proxy=None)
+    return TOY["add"](config, collect=collect, dpo=dpo, best_of_n=best_of_n, evaluate=evaluate)
 
 
 def sweep(add) -> None:

@@ -18,55 +18,44 @@ from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
-QUICKSTART = Path(__file__).parent.parent / "quickstart" / "recipe.py"
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
+SIZES = {"full": "full", "toy": "smoke"}
 VARIANTS = ("", "rounds=3", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="full", rounds=2, completions=8, keep=1, seed=0)
-    if arg.size not in ("full", "toy") or arg.rounds < 1:
+    if arg.size not in SIZES or arg.rounds < 1:
         raise ConfigError(f"size={arg.size},rounds={arg.rounds}: sizes are full, toy; at least 1 round")
-    quickstart = base(arg)
-    names = quickstart.stages[: quickstart.stages.index("sft") + 1]
-    config = ConfigDict({"stages": names})
-    for name in names:
-        config[name] = quickstart[name]
+    config = base(arg, until="collect")
     policy = "sft"
     for i in range(1, arg.rounds + 1):
         policy = add_round(config, arg, policy, i)
-    config.evaluate = ConfigDict(quickstart.evaluate.to_dict())
-    config.evaluate.update({"policy": f"stage:{policy}", "baseline": "stage:sft", "proxy": None})
-    config.stages = (*config.stages, "evaluate")
-    return config
+    evaluate = base(arg).evaluate
+    evaluate.update({"policy": f"stage:{policy}", "proxy": None})
+    return TOY["add"](config, evaluate=evaluate)
 
 
-def base(arg: ConfigDict) -> ConfigDict:
+def base(arg: ConfigDict, until: str | None = None) -> ConfigDict:
     """The quickstart's config, anew each time: what is taken from it is changed."""
-    size = "smoke" if arg.size == "toy" else "full"
-    return runpy.run_path(str(QUICKSTART))["get_config"](f"size={size},seed={arg.seed}")
+    return TOY["quickstart"](arg.seed, until, SIZES[arg.size])
 
 
 def add_round(config: ConfigDict, arg: ConfigDict, policy: str, i: int) -> str:
     """collect_i from a policy, select_i, sft_i from that policy; the name of what comes out."""
-    collect, select, tuned = (f"{stage}_{i}" for stage in ("collect", "select", "sft"))
-    quickstart = base(arg)
-    config[collect] = quickstart.collect
-    config[collect].update({"init_from": f"stage:{policy}", "completions": arg.completions, "seed": arg.seed + i})
+    quickstart, changes = base(arg), {"init_from": f"stage:{policy}", "seed": arg.seed + i}
+    collect, tuned = quickstart.collect, quickstart.sft
+    collect.update(completions=arg.completions, **changes)
     if arg.size == "toy":
-        config[collect].prompts.limit = 384
-    config[collect].prompts.per_conversation = 3
-    config[select] = stage_config(
-        "select", preferences=(f"stage:{collect}/preferences",), tokenizer="stage:tokenizer", keep=arg.keep
-    )
+        collect.prompts.limit = 384
+    collect.prompts.per_conversation = 3
+    preferences = (f"stage:collect_{i}/preferences",)
+    select = stage_config("select", preferences=preferences, tokenizer="stage:tokenizer", keep=arg.keep)
     rows = {"kind": "messages", "split": "all"}
-    config[tuned] = ConfigDict(quickstart.sft.to_dict())
-    config[tuned].update(
-        {
-            "init_from": f"stage:{policy}",
-            "sources": ({"spec": f"jsonl:stage:{select}/train.jsonl", **rows},),
-            "eval_sources": ({"spec": f"jsonl:stage:{select}/validation.jsonl", **rows},),
-            "seed": arg.seed + i,
-        }
+    tuned.update(
+        sources=({"spec": f"jsonl:stage:select_{i}/train.jsonl", **rows},),
+        eval_sources=({"spec": f"jsonl:stage:select_{i}/validation.jsonl", **rows},),
+        **changes,
     )
-    config.stages = (*config.stages, collect, select, tuned)
-    return tuned
+    TOY["add"](config, **{f"collect_{i}": collect, f"select_{i}": select, f"sft_{i}": tuned})
+    return f"sft_{i}"

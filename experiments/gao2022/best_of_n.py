@@ -56,18 +56,5 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
     """Pools of 512 answers to 64 held-out prompts."""
-    config = PROXY["toy"](seed, pairs)
-    prompts = TOY["quickstart"](seed).evaluate.prompts
-    prompts.limit = 64
-    best_of_n = stage_config(
-        "best_of_n",
-        init_from="stage:sft",
-        proxy="stage:proxy",
-        gold="stage:gold",
-        prompts=prompts,
-        pool=512,
-        batch_size=512,
-        seed=seed + 2000,
-        **TOY["sampling"](seed),
-    )
-    return TOY["add"](config, best_of_n=best_of_n)
+    best_of_n = TOY["best_of_n"](seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512)
+    return TOY["add"](PROXY["toy"](seed, pairs), best_of_n=best_of_n)

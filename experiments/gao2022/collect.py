@@ -57,7 +57,6 @@ TOY_PAIRS = 512
 def toy(seed: int, pairs: int = TOY_PAIRS) -> ConfigDict:
     """Pairs of the toy policy's answers, ordered by the toy's gold model."""
     config = runpy.run_path(str(HERE / "gold.py"))["toy"](seed)
-    collect = TOY["quickstart"](seed).collect
-    collect.update(labeller="stage:gold", completions=2, seed=seed + 1)  # other answers than the gold model's
-    collect.prompts.limit, collect.eval_prompts.limit = pairs, 192
+    # seed + 1: other answers than the gold model's
+    collect = TOY["collect"](seed + 1, completions=2, prompts=pairs, held_out=192, labeller="stage:gold")
     return TOY["add"](config, collect=collect)

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
-from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
@@ -45,19 +44,13 @@ def toy(seed: int) -> ConfigDict:
     is not asked again.
     """
     config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
-    collect = TOY["quickstart"](seed).collect
-    collect.completions = 4
-    collect.prompts.limit, collect.eval_prompts.limit, batch = 2048, 192, 16
-    gold = stage_config(
+    collect = TOY["collect"](seed, completions=4, prompts=2048, held_out=192)
+    gold = TOY["ranked"](
         "reward",
-        init_from="stage:sft",
+        collect,
+        batch_size=16,
         preferences=("stage:human/preferences",),
-        length=collect.prompt_length + collect.max_new,
-        batch_size=batch,
         normalise="mean_std",
-        seed=seed,
-        **TOY["loop"](collect.prompts.limit // batch),
-        # A model of 200 thousand parameters needs larger steps than one of billions.
         optim={"learning_rate": 1e-3, "warmup_steps": 10, "final_fraction": 0.1},
     )
     return TOY["add"](config, human=collect, gold=gold)

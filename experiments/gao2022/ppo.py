@@ -94,21 +94,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The toy's proxy, PPO without a penalty until it is over-optimised, best-of-n beside it."""
     config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
-    ppo = TOY["quickstart"](arg.seed).ppo
-    # A model of 200 thousand parameters needs larger steps than one of billions.
     optim = {"learning_rate": 5e-4, "schedule": "constant"}
-    policy = stage_config(
+    policy = TOY["policy"](
         "ppo",
-        init_from="stage:sft",
+        arg.seed,
         reward="stage:proxy",
         gold="stage:gold",
-        prompts=ppo.prompts,
         eval_prompts={"source": config.best_of_n.prompts.source, "limit": 64},
-        prompt_length=ppo.prompt_length,
-        max_new=ppo.max_new,
         batch_size=64,
         minibatches=4,
-        seed=arg.seed,
         optim=optim,
         value_optim=optim,
         **TOY["loop"](60, evals=20),

@@ -90,17 +90,14 @@ def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
     small = ConfigDict(config.pretrain.to_dict())
     small.update(TOY["loop"](150))
     small.model.update(d_model=16, n_layers=1, n_heads=1, d_ff=44)
-    collect, batch = config.collect, 16
-    proxy = stage_config(
+    proxy = TOY["ranked"](
         "reward",
+        config.collect,
+        batch_size=16,
         init_from="stage:small",
-        preferences=("stage:collect/preferences",),
-        length=collect.prompt_length + collect.max_new,
-        batch_size=batch,
         loss={"name": "bradley_terry"},
         normalise="mean_std",
         seed=seed,
-        **TOY["loop"](pairs // batch),
         optim={"learning_rate": 3e-3, "warmup_steps": 4, "final_fraction": 0.1},
     )
     return TOY["add"](config, small=small, proxy=proxy)

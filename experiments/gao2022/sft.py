@@ -41,7 +41,4 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int) -> ConfigDict:
     """The quickstart up to its SFT, trained for longer than its smoke size."""
-    config = TOY["quickstart"](seed, until="collect")
-    config.pretrain.update(TOY["loop"](300))
-    config.sft.update(TOY["loop"](150))
-    return config
+    return TOY["tuned"](seed)

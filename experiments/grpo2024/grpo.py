@@ -17,7 +17,7 @@ from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
-QUICKSTART = Path(__file__).parent.parent / "quickstart" / "recipe.py"
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 GROUP, BATCH = 64, 1024  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
 QUESTIONS = 144_000  # section 4.2: "around 144K questions"
 VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
@@ -76,34 +76,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(arg: ConfigDict) -> ConfigDict:
     """The quickstart at its smallest up to its reward model, then groups of 8 in the place of PPO."""
-    quickstart = runpy.run_path(str(QUICKSTART))["get_config"](f"size=smoke,seed={arg.seed}")
-    names = quickstart.stages[: quickstart.stages.index("ppo")]
-    config = ConfigDict({"stages": (*names, "policy", "evaluate")})
-    for name in names:
-        config[name] = quickstart[name]
-    ppo = quickstart.ppo
-    config.policy = stage_config(
+    config = TOY["quickstart"](arg.seed, until="ppo")
+    policy = TOY["policy"](
         "group",
-        init_from="stage:sft",
-        reward="stage:reward",
-        gold="gold:sentiment",
-        prompts=ppo.prompts,
-        eval_prompts=ppo.eval_prompts,
+        arg.seed,
         completions=8,
         batch_size=8,
-        prompt_length=ppo.prompt_length,
-        max_new=ppo.max_new,
-        temperature=ppo.temperature,
         missing_eos="penalty",  # as the quickstart: a small model has to learn to end
-        steps=24,
-        eval_every=8,
-        checkpoint={"every": 8},
-        log={"every": 1},
-        seed=arg.seed,
-        # A model of 200 thousand parameters needs larger steps than one of billions.
         optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 4, "warmup_start": 0.1},
+        **TOY["loop"](24),
         **loss(arg),
     )
-    config.evaluate = quickstart.evaluate
-    config.evaluate.policy = "stage:policy"
-    return config
+    return TOY["add"](config, policy=policy, evaluate=TOY["evaluate"](arg.seed, policy="stage:policy"))

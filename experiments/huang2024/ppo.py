@@ -85,22 +85,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(seed: int) -> ConfigDict:
     """The toy's reward model, then PPO, and the policy against its start."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](seed)
-    ppo = TOY["quickstart"](seed).ppo
-    policy = stage_config(
-        "ppo",
-        init_from="stage:sft",
-        reward="stage:reward",
-        gold="gold:sentiment",
-        prompts=ppo.prompts,
-        eval_prompts=ppo.eval_prompts,
-        prompt_length=ppo.prompt_length,
-        max_new=ppo.max_new,
-        batch_size=64,
-        seed=seed,
-        **TOY["loop"](40, evals=8),
-        # A model of 200 thousand parameters needs larger steps than one of billions.
-        **algorithm(learning_rate=5e-4),
-    )
+    own = {**TOY["loop"](40, evals=8), **algorithm(learning_rate=5e-4)}
+    policy = TOY["policy"]("ppo", seed, batch_size=64, **own)
     evaluate = TOY["evaluate"](seed, policy="stage:ppo", temperature=policy.temperature)
     return TOY["add"](config, ppo=policy, evaluate=evaluate)
 

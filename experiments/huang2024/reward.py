@@ -62,20 +62,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int) -> ConfigDict:
     """The toy SFT, 1,024 pairs ranked by the quickstart's labeller, one epoch on them."""
-    config = SFT["toy"](seed)
-    collect = TOY["quickstart"](seed).collect
-    collect.completions = 2
-    collect.prompts.limit, collect.eval_prompts.limit, batch = 1024, 192, 16
-    reward = stage_config(
-        "reward",
-        init_from="stage:sft",
-        preferences=("stage:collect/preferences",),
-        demonstrations=({**collect.eval_prompts.source, "split": "validation"},),
-        length=collect.prompt_length + collect.max_new,
-        batch_size=batch,
-        seed=seed,
-        **TOY["loop"](collect.prompts.limit // batch),
-        # A model of 200 thousand parameters needs larger steps than one of billions.
-        **algorithm(learning_rate=1e-3),
-    )
-    return TOY["add"](config, collect=collect, reward=reward)
+    collect = TOY["collect"](seed, completions=2, prompts=1024, held_out=192)
+    demonstrations = ({**collect.eval_prompts.source, "split": "validation"},)
+    own = {"demonstrations": demonstrations, **algorithm(learning_rate=1e-3)}
+    return TOY["add"](SFT["toy"](seed), collect=collect, reward=TOY["ranked"]("reward", collect, batch_size=16, **own))

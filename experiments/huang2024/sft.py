@@ -82,9 +82,6 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int) -> ConfigDict:
     """The quickstart's SFT with this optimiser."""
-    config = TOY["quickstart"](seed, until="collect")
-    config.pretrain.update(TOY["loop"](300))  # five times the smoke size, for answers that a labeller can tell apart
-    config.sft.update(TOY["loop"](150))
-    # A model of 200 thousand parameters needs larger steps than one of billions.
+    config = TOY["tuned"](seed)
     config.sft.optim.update(optim(learning_rate=1e-3))
     return config

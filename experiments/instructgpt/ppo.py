@@ -126,24 +126,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The toy's reward model, then PPO-ptx with the quickstart's text, and both against the start."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](arg.seed)
-    ppo = TOY["quickstart"](arg.seed).ppo
     steps = 32
     warmup = BATCH // MINIBATCH  # one iteration; the paper's share of the run is less than that
-    policy = stage_config(
+    policy = TOY["policy"](
         "ppo",
-        init_from="stage:sft",
-        reward="stage:reward",
-        gold="gold:sentiment",
-        prompts=ppo.prompts,
-        eval_prompts=ppo.eval_prompts,
-        prompt_length=ppo.prompt_length,
-        max_new=ppo.max_new,
+        arg.seed,
         batch_size=64,
         missing_eos="penalty",  # the paper names nothing of the kind; a small model has to learn to end
-        seed=arg.seed,
         ema=1 - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
         ptx=ptx(arg, length=config.pretrain.length, sources=config.pretrain.sources),
-        # A model of 200 thousand parameters needs larger steps than one of billions.
         optim=optim(warmup, learning_rate=5e-4),
         value_optim=optim(warmup, learning_rate=5e-4),
         **TOY["loop"](steps, evals=8),

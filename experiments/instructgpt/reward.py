@@ -79,20 +79,11 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(seed: int) -> ConfigDict:
     """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeller, one epoch on them."""
     config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
-    collect = TOY["quickstart"](seed).collect
-    collect.completions = 6  # between section 3.5's 4 and 9
-    collect.prompts.limit, collect.eval_prompts.limit, batch = 1024, 192, 16
-    reward = stage_config(
-        "reward",
-        init_from="stage:sft",
-        overrides={"dropout": 0.0},
-        preferences=("stage:collect/preferences",),
-        demonstrations=({**collect.eval_prompts.source, "split": "validation"},),
-        length=collect.prompt_length + collect.max_new,
-        batch_size=batch,
-        seed=seed,
-        **TOY["loop"](collect.prompts.limit // batch),
-        # A model of 200 thousand parameters needs larger steps than one of billions.
+    # between section 3.5's 4 and 9 answers
+    collect = TOY["collect"](seed, completions=6, prompts=1024, held_out=192)
+    own = {
+        "overrides": {"dropout": 0.0},
+        "demonstrations": ({**collect.eval_prompts.source, "split": "validation"},),
         **algorithm(learning_rate=1e-3),
-    )
-    return TOY["add"](config, collect=collect, reward=reward)
+    }
+    return TOY["add"](config, collect=collect, reward=TOY["ranked"]("reward", collect, batch_size=16, **own))

@@ -97,10 +97,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int) -> ConfigDict:
     """The quickstart's SFT with C.1's dropout and schedule."""
-    config = TOY["quickstart"](seed, until="collect")
-    config.pretrain.update(TOY["loop"](300))  # five times the smoke size, for answers that a labeller can tell apart
-    config.sft.update(TOY["loop"](150))
+    config = TOY["tuned"](seed)
     config.sft.overrides = {"dropout": 0.2}
-    # A model of 200 thousand parameters needs larger steps than one of billions.
     config.sft.optim.update(optim(learning_rate=1e-3))
     return config

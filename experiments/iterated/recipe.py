@@ -12,7 +12,7 @@ What to look at: the gold score of `evaluate_K` over rounds. Beside it stands on
   quickstart with `--config.collect.prompts.limit` K times as large.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -21,6 +21,7 @@ from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 
 VARIANTS = ("", "rounds=2,size=toy", "size=smoke")
+TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 START = ("tokenizer", "pretrain", "sft")
 ROUND = ("collect", "reward", "ppo", "evaluate")
 
@@ -30,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.rounds < 1:
         raise ConfigError(f"config argument rounds={arg.rounds}: at least 1")
     toy = arg.size == "toy"
-    base = quickstart().get_config(f"size={'smoke' if toy else arg.size},seed={arg.seed}")
+    base = TOY["quickstart"](arg.seed, size="smoke" if toy else arg.size)
     if toy:
         shrink(base)
     names = [f"{stage}_{k}" for k in range(1, arg.rounds + 1) for stage in ROUND]
@@ -65,12 +66,3 @@ def shrink(base: ConfigDict) -> None:
     base.evaluate.batch_size = 32
     for name in ("pretrain", "sft", "reward", "ppo"):
         base[name].checkpoint.every = 0
-
-
-def quickstart():
-    """The module of the quickstart's config; experiment files are no package."""
-    path = Path(__file__).resolve().parents[1] / "quickstart" / "recipe.py"
-    spec = importlib.util.spec_from_file_location("quickstart_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -85,35 +85,11 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The small reward model's recipe, then PPO and best-of-n against it and an evaluation."""
     config = REWARD["toy"](arg)
-    quickstart, sampling = TOY["quickstart"](arg.seed), SFT["sampling"](arg)
-    # A model of 200 thousand parameters needs larger steps than one of 1.3 billion.
+    sampling = SFT["sampling"](arg)
     optim = SFT["adam"](1e-3, "linear")
-    ppo = stage_config(
-        "ppo",
-        init_from="stage:sft",
-        reward="stage:reward",
-        gold="gold:sentiment",
-        prompts=quickstart.ppo.prompts,
-        eval_prompts=quickstart.ppo.eval_prompts,
-        batch_size=64,
-        seed=arg.seed,
-        optim=optim,
-        value_optim=optim,
-        **algorithm(arg),
-        **sampling,
-        **TOY["loop"](24),
-    )
-    best_of_n = stage_config(
-        "best_of_n",  # table 10
-        init_from="stage:sft",
-        proxy="stage:reward",
-        gold="gold:sentiment",
-        prompts=quickstart.evaluate.prompts,
-        pool=32,
-        batch_size=256,
-        seed=arg.seed + 2000,
-        **sampling,
-    )
+    own = {"optim": optim, "value_optim": optim, **algorithm(arg), **sampling, **TOY["loop"](24)}
+    ppo = TOY["policy"]("ppo", arg.seed, batch_size=64, **own)
+    best_of_n = TOY["best_of_n"](arg.seed, proxy="stage:reward", **sampling)  # table 10
     return TOY["add"](config, ppo=ppo, best_of_n=best_of_n, evaluate=TOY["evaluate"](arg.seed, **sampling))
 
 

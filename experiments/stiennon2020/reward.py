@@ -60,19 +60,13 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The small model's answers in pairs, compared by the quickstart's labeller; people's own answers score 0."""
     config = SFT["toy"](arg)
-    collect = TOY["quickstart"](arg.seed).collect
-    collect.update(completions=2, **SFT["sampling"](arg))
-    collect.prompts.update(limit=2048)
-    collect.eval_prompts.update(limit=96)
-    reward = stage_config(
+    collect = TOY["collect"](arg.seed, completions=2, prompts=2048, held_out=96, **SFT["sampling"](arg))
+    reward = TOY["ranked"](
         "reward",
-        init_from="stage:sft",
-        preferences=("stage:collect/preferences",),
-        length=collect.prompt_length + collect.max_new,
+        collect,
         batch_size=32,
-        seed=arg.seed,
+        evals=4,
         optim=SFT["adam"](1e-3, "cosine"),
-        **TOY["loop"](64, evals=4),  # one epoch
         **algorithm(({**config.sft.eval_sources[0], "limit": 96},)),
     )
     return TOY["add"](config, collect=collect, reward=reward)

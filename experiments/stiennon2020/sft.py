@@ -81,6 +81,5 @@ def sampling(arg: ConfigDict) -> dict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The quickstart up to its fine-tuning, with this stage's optimiser."""
     config = TOY["quickstart"](arg.seed, until="collect")
-    # A model of 200 thousand parameters needs larger steps than one of 1.3 billion.
     config.sft.optim.update({**adam(1e-3, "cosine"), "weight_decay": 0.0})
     return config

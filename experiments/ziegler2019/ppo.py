@@ -112,24 +112,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The small reward model's recipe, then PPO against it and an evaluation."""
     config = REWARD["toy"](arg)
-    quickstart = TOY["quickstart"](arg.seed)
-    # A model of 200 thousand parameters needs larger steps than one of 774 million.
-    optim = REWARD["optim"](5e-4)
-    sampling = REWARD["sampling"](arg)
-    ppo = stage_config(
-        "ppo",
-        init_from="stage:sft",
-        reward="stage:reward",
-        gold="gold:sentiment",
-        prompts=quickstart.ppo.prompts,
-        eval_prompts=quickstart.ppo.eval_prompts,
-        seed=arg.seed,
-        optim=optim,
-        value_optim=optim,
-        **algorithm(arg, batch_size=64),
-        **sampling,
-        **TOY["loop"](24),
-    )
+    optim, sampling = REWARD["optim"](5e-4), REWARD["sampling"](arg)
+    own = {"optim": optim, "value_optim": optim, **algorithm(arg, batch_size=64), **sampling, **TOY["loop"](24)}
+    ppo = TOY["policy"]("ppo", arg.seed, **own)
     kept = {name: sampling[name] for name in TOY["SAMPLING"]}
     evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **kept)  # there an answer ends by itself
     return TOY["add"](config, ppo=ppo, evaluate=evaluate)

@@ -105,22 +105,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """A small language model's answers, four to a prompt, the best picked by the quickstart's labeller."""
     config = SFT["toy"](arg)
-    collect = TOY["quickstart"](arg.seed).collect
-    collect.update(completions=4, **sampling(arg))
-    collect.prompts.update(limit=1024)
-    collect.eval_prompts.update(limit=96)
-    reward = stage_config(
-        "reward",
-        init_from="stage:sft",
-        preferences=("stage:collect/preferences",),
-        length=collect.prompt_length + collect.max_new,
-        batch_size=8,  # section 2.2, for style
-        seed=arg.seed,
-        # A model of 200 thousand parameters needs larger steps than one of 774 million.
-        optim=optim(5e-4),
-        **TOY["loop"](128, evals=4),  # one epoch
-        **loss(),
-    )
+    collect = TOY["collect"](arg.seed, completions=4, prompts=1024, held_out=96, **sampling(arg))
+    # section 2.2, for style: 8
+    reward = TOY["ranked"]("reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss())
     return TOY["add"](config, collect=collect, reward=reward)
 
 
