@@ -1,13 +1,16 @@
 """docs/algorithms.md against the code: what it names exists, its defaults are in force, and no loss is missing."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import itertools
 import pkgutil
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhfjax import algos, recipe
 from rlhfjax.algos.types import Loss
@@ -60,18 +63,30 @@ def functions_in(file: str) -> set[str]:
     return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_config_can_be_meant(finished):
+def test_every_config_is_of_what_it_is_named_for(finished):
+    """Stages, estimator, loss and overrides of the command are in force in what the stages are given."""
     for command in {command for row in ROWS for command in named(row["config"])}:
         file, *overrides = command.split()
         path, _, arg = file.partition(":")
+        asked = dict(one.split("=") for one in filter(None, arg.split(",")))
         if path.endswith("quickstart/stages.py"):
             arg += f",run={finished}"
         config = runpy.run_path(str(ROOT / path))["get_config"](arg)
         options = dict(one.removeprefix("--config.").split("=") for one in overrides)
         config.update_from_flattened_dict({name: literal(value) for name, value in options.items()})
         config = to_dict(config)
-        for name in config.get("stages", [config.get("stage")]):
-            recipe.check(config[name] if "stages" in config else config, name)
+        stages = {name: config[name] for name in config["stages"]} if "stages" in config else {"": config}
+        typed = {name: dataclasses.asdict(recipe.check(one, name or one["stage"])) for name, one in stages.items()}
+        in_force = {f"{name}.{key}".removeprefix("."): value for name, one in typed.items() for key, value in flat(one)}
+        assert {name: in_force[name] for name in options} == {name: literal(value) for name, value in options.items()}
+        named_for = {asked[name] for name in ("stage", "estimator", "loss") if name in asked}
+        assert named_for <= set(filter(lambda value: isinstance(value, str), in_force.values())), command
+
+
+def flat(tree: dict, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(`a.b.c`, value) of a nested dict."""
+    for name, value in tree.items():
+        yield from flat(value, f"{at}{name}.") if isinstance(value, dict) else [(f"{at}{name}", value)]
 
 
 def literal(text: str):
