@@ -167,8 +167,8 @@ DEFECTS = [
     d(
         5,
         "sampling/continuous.py",
-        "position = lengths.at[s.row].get(mode=\"clip\") + s.step - 1",
-        "position = lengths.at[s.row].get(mode=\"clip\") + s.time",
+        'position = lengths.at[s.row].get(mode="clip") + s.step - 1',
+        'position = lengths.at[s.row].get(mode="clip") + s.time',
         "sampling/test_continuous.py::test_pitfall_05_continuous_logprobs_are_teacher_forced",
     ),
     # 6: text encoded anew: by the loader, by collection, before the reward
@@ -191,8 +191,8 @@ DEFECTS = [
     d(
         6,
         "stages/parts/policy.py",
-        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)',
-        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
+        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key, config.each)',
+        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key, config.each)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)

@@ -118,5 +118,7 @@ def _put(cache: Cache, fresh: Cache, slots: Int[Array, " m"], shift: Int[Array, 
     def put(old, new, axis):
         return old.at[slots].set(jnp.roll(new, shift, axis), unique_indices=True)
 
-    k, v = (tuple(put(o, n, 2) for o, n in zip(*pair, strict=True)) for pair in ((cache.k, fresh.k), (cache.v, fresh.v)))
+    k, v = (
+        tuple(put(o, n, 2) for o, n in zip(*pair, strict=True)) for pair in ((cache.k, fresh.k), (cache.v, fresh.v))
+    )
     return Cache(k, v, put(cache.valid, fresh.valid, 1))

@@ -81,7 +81,9 @@ def check_rows(prompts: int, rows: int, each: int, slots: int, where: str = "") 
     if each < 1 or rows != prompts * each:
         raise ConfigError(f"{where}each is {each}: {prompts} prompts and {rows} keys are given")
     if slots < 0 or 0 < slots < each:
-        raise ConfigError(f"{where}slots is {slots}: it must be 0 (off) or hold at least the {each} responses to a prompt")
+        raise ConfigError(
+            f"{where}slots is {slots}: it must be 0 (off) or hold at least the {each} responses to a prompt"
+        )
 
 
 def _static(model, params, tokens, segments, u, pick, *, each, eos_id, pad_id):

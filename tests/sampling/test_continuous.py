@@ -99,7 +99,7 @@ def test_every_number_of_slots_gives_the_same(gpt2, slots, max_new):
 
 
 def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
-    """Decode steps counted as they run. A row of length L is rigged to draw 7 - L tokens, the last the eos: 6 - L steps.
+    """Decode steps counted as they run. A row of length L is rigged to end with its token number 7 - L: 6 - L steps.
 
     Two slots: the row of length 1 takes 5 steps, meanwhile five of length 5 take 1 each beside it. 5 steps are all;
     static batches of two would take 5 + 1 + 1. Nothing is decoded once the last row has ended.
@@ -123,5 +123,7 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
 
 def test_a_group_needs_slots_for_all_of_it(gpt2):
-    with pytest.raises(ConfigError, match="slots is 2: it must be 0 .off. or hold at least the 3 responses to a prompt"):
+    with pytest.raises(
+        ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"
+    ):
         run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)

@@ -44,7 +44,9 @@ def keys(n, seed=3):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new", "eos_id", "temperature", "top_k", "top_p", "each", "slots"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("max_new", "eos_id", "temperature", "top_k", "top_p", "each", "slots")
+)
 def run(model, params, prompts, segments, keys, **settings):
     settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8} | settings
     return generate(model, params, prompts, segments, keys, **settings)
@@ -261,3 +263,13 @@ def test_impossible_requests_say_why(gpt2, settings, words):
 def test_pitfall_02_the_end_is_not_padding(gpt2):
     with pytest.raises(ConfigError, match="eos_id and pad_id are both 0"):
         run(*gpt2, *left_padded(), keys(4), eos_id=PAD)
+
+
+def test_every_shape_is_compiled_once_and_logged(gpt2, caplog):
+    """Batches of one length of prompt are one program, whatever stands in them; another length says so."""
+    caplog.set_level("INFO", logger="rlhfjax")
+    jitted = jax.jit(lambda *x: generate(gpt2[0], *x, max_new=3, eos_id=EOS, pad_id=PAD))
+    for lengths, width in (((7, 1, 4, 6), 7), ((2, 2, 3, 1), 7), ((9, 1, 4, 6), 9), ((1, 1, 1, 1), 7)):
+        jitted(gpt2[1], *left_padded(lengths, width), keys(4))
+    said = [r.getMessage() for r in caplog.records if "sampler" in r.getMessage()]
+    assert said == [f"the sampler is compiled for 4 prompts of {p} tokens, 4 responses of 3" for p in (7, 9)]
