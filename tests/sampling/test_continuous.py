@@ -123,7 +123,5 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
 
 def test_a_group_needs_slots_for_all_of_it(gpt2):
-    with pytest.raises(
-        ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"
-    ):
+    with pytest.raises(ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"):
         run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
