@@ -27,6 +27,8 @@ FAMILIES = {
     ),
     "qwen2": TransformerConfig(**SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6),
 }
+# Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied output).
+DISTINCT = tuple(name for name in FAMILIES if name != "llama")
 
 
 def shaken(params, seed=7):

@@ -85,3 +85,13 @@ def test_rope_by_hand():
     x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
     got = rotate(x, rope_tables(jnp.array([[2]]), 4, 100.0)).ravel()
     np.testing.assert_allclose(got, [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], rtol=1e-6)
+
+
+def test_a_part_of_a_head_is_rotated():
+    """Tables for 4 of 6 dimensions: the first 4 turn as a head of 4 would, the last 2 stay."""
+    x = jax.random.normal(jax.random.key(0), (1, 2, 1, 6))
+    tables = rope_tables(jnp.array([[3]]), 4, 100.0)
+    got = rotate(x, tables)
+    np.testing.assert_array_equal(got[..., :4], rotate(x[..., :4], tables))
+    np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+    assert float(jnp.abs(got - x)[..., :4].min()) > 1e-3

@@ -8,23 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig, positions_of
 from rlhfjax.models.config import CHOICES
-from tests.models.families import FAMILIES, SIZE, shaken, tokens
+from tests.models.families import DISTINCT, FAMILIES, SIZE, shaken, tokens
 from tests.models.reference import forward
 
 PACKED = [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]
 LEFT_PADDED = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def model(request):
     return Model(FAMILIES[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params(model):
     return shaken(model.init(jax.random.key(0)))
 
@@ -127,7 +128,7 @@ def stack(params):
     return params | {"backbone": params["backbone"] | {"layers": stacked}}
 
 
-@pytest.mark.parametrize(("family", "dropout"), [("llama-gqa", 0.0), ("gpt2", 0.2)])
+@pytest.mark.parametrize(("family", "dropout"), [("llama-gqa", 0.0), ("gpt1", 0.0), ("neox", 0.2)])
 def test_scanned_is_unrolled(family, dropout):
     """Same seed, same parameters, same loss and gradients, with dropout too: only the compiled shape differs."""
     unrolled = Model(dataclasses.replace(FAMILIES[family], dropout=dropout))
@@ -145,9 +146,11 @@ def test_scanned_is_unrolled(family, dropout):
     jax.tree.map(close, stack(grad), scanned_grad)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("dots", False), ("full", False), ("full", True)])
-def test_remat_changes_only_what_is_kept(remat, scan):
-    config = dataclasses.replace(FAMILIES["llama-gqa"], scan_layers=scan, dropout=0.1)
+@pytest.mark.parametrize(
+    ("family", "remat", "scan"), [("llama-gqa", "dots", False), ("neox", "full", False), ("gpt1", "full", True)]
+)
+def test_remat_changes_only_what_is_kept(family, remat, scan):
+    config = dataclasses.replace(FAMILIES[family], scan_layers=scan, dropout=0.1)
     plain, again = Model(config), Model(dataclasses.replace(config, remat=remat))
     params, key = plain.init(jax.random.key(0)), jax.random.key(2)
 
@@ -220,6 +223,17 @@ def test_dropout_with_a_key(model, params):
     np.testing.assert_array_equal(hidden_of(model, params, row, key=jax.random.key(0)), hidden_of(model, params, row))
 
 
+def test_dropout_differs_between_the_branches_of_a_parallel_layer():
+    """Attention and MLP both give 1: an entry keeps none, one or both, where one mask would leave none or both."""
+    model = Model(dataclasses.replace(FAMILIES["neox"], dropout=0.5, d_model=256, n_layers=1, norm_eps=1.0))
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+    layer = params["backbone"]["layers"]["layer_0"]
+    layer["attention"]["out"]["bias"] = layer["mlp"]["down"]["bias"] = jnp.ones(256)
+    params["backbone"]["norm"]["scale"] = jnp.ones(256)
+    hidden = hidden_of(model, params, tokens(1, 8), key=jax.random.key(0))
+    assert [len(np.unique(np.round(row, 4))) for row in np.asarray(hidden[0])] == [3] * 8
+
+
 def test_dropout_differs_between_layers():
     """Two layers with the same weights, whose MLPs give a constant: with one mask for both, both would drop alike."""
     config = dataclasses.replace(FAMILIES["gpt2"], dropout=0.5, d_model=256)
@@ -268,7 +282,7 @@ def test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one():
 def test_scalar_is_hidden_times_kernel_plus_bias(model):
     scalar = Model(model.config, "scalar")
     params = shaken(scalar.init(jax.random.key(0)))
-    hidden = scalar.hidden(params, tokens(2, 5))
+    hidden = hidden_of(scalar, params, tokens(2, 5))
     got = scalar.scalar(params, hidden)
     assert got.shape == (2, 5) and got.dtype == jnp.float32
     kernel, bias = np.asarray(params["head"]["kernel"], np.float64), float(params["head"]["bias"])
@@ -301,8 +315,8 @@ def test_every_parameter_has_axis_names(model, head, scan):
     [
         ("llama", {"data": 4}, False),
         ("gpt2", {"data": 1, "fsdp": 4}, False),
-        ("llama-gqa", {"data": 1, "tensor": 2, "fsdp": 2}, False),
-        ("llama-gqa", {"data": 2, "tensor": 2}, True),
+        ("qwen2", {"data": 1, "tensor": 2, "fsdp": 2}, False),
+        ("neox", {"data": 2, "tensor": 2}, True),
     ],
 )
 def test_four_devices_are_one(family, mesh, scan):
@@ -357,6 +371,14 @@ def test_impossible_configs_say_why(change, words):
     with pytest.raises(ConfigError, match=r"model|width") as caught:
         TransformerConfig(**{**SIZE, **change})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_from_before_an_option_is_that_model_still():
+    """A saved model's config.json names the options of its day; later ones stand at what was then the only way."""
+    later = {"rope_fraction": 1.0, "residual": "pre_norm", "qkv_bias": False}
+    saved = {name: value for name, value in dataclasses.asdict(FAMILIES["gpt2"]).items() if name not in later}
+    assert build(TransformerConfig, saved) == FAMILIES["gpt2"]
+    assert {name: getattr(FAMILIES["gpt2"], name) for name in later} == later
 
 
 def test_too_long_a_sequence_says_so(model, params):

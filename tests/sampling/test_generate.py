@@ -13,13 +13,13 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model
 from rlhfjax.sampling import Samples, generate, stream
 from rlhfjax.sampling.choose import choose
-from tests.models.families import FAMILIES, shaken, tokens
+from tests.models.families import DISTINCT, FAMILIES, shaken, tokens
 
 EOS, PAD, NEW, PROMPT = 1, 0, 10, 7
 LENGTHS = (7, 1, 4, 6)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def model(request):
     return Model(FAMILIES[request.param])
 
