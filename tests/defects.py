@@ -163,14 +163,6 @@ DEFECTS = [
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
-    # 5: ... with continuous batching: a slot's position runs on from the row that it answered before
-    d(
-        5,
-        "sampling/continuous.py",
-        'position = lengths.at[s.row].get(mode="clip") + s.step - 1',
-        'position = lengths.at[s.row].get(mode="clip") + s.time',
-        "sampling/test_continuous.py::test_pitfall_05_continuous_logprobs_are_teacher_forced",
-    ),
     # 6: text encoded anew: by the loader, by collection, before the reward
     d(
         6,
@@ -191,8 +183,8 @@ DEFECTS = [
     d(
         6,
         "stages/parts/policy.py",
-        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key, config.each)',
-        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key, config.each)
+        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)',
+        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -205,7 +197,7 @@ DEFECTS = [
     # 7: one constant for every generation; greedy
     d(
         7,
-        "sampling/samples.py",
+        "sampling/generate.py",
         "return jax.random.uniform(jax.random.fold_in(key, i))",
         "return jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))",
         "sampling/test_generate.py::test_pitfall_07_keys_make_the_draw",

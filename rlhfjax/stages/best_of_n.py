@@ -10,7 +10,6 @@ samples.jsonl   a line a prompt: the best of its pool, and a plain sample
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.policy_config import check_slots
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
 from rlhfjax.stages.parts.rollout import Rollout, sample
 
@@ -49,7 +47,6 @@ class Config:
     max_new: int
     temperature: float = 1.0
     batch_size: int = 64  # answers at a time
-    slots: int = 0  # of them decoded together, the next prompt as soon as one ends; 0: all of them, to the longest
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -61,7 +58,6 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
     if config.temperature <= 0:
         raise ConfigError(f"best_of_n.temperature={config.temperature}: a pool is sampled, it must be above 0")
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
-    check_slots(config.slots, _same_prompt(config), layout, "best_of_n")
     check_length(config.prompt_length + config.max_new, shape, "best_of_n.prompt_length + max_new")
 
 
@@ -180,14 +176,7 @@ def _sample(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         temperature=config.temperature,
-        each=_same_prompt(config),
-        slots=config.slots,
     )
-
-
-def _same_prompt(config: Config) -> int:
-    """Rows of a batch that are sure to have one prompt: pools and batches both begin and end between such groups."""
-    return math.gcd(config.pool, config.batch_size)
 
 
 def _score_rows(prompts: list[str], pool: Pool) -> list[dict[str, Any]]:

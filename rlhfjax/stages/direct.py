@@ -71,7 +71,7 @@ def build(config: Config, layout: Layout) -> Stage:
         tx=make_optimizer(config.optim, config.steps),
         schedule=make_schedule(config.optim, config.steps),
         batches=batches,
-        evals=_held_out(config, start.model, reference, _batches(config, held_out, start, train=False), layout),
+        evals=_held_out(config, start, reference, _batches(config, held_out, start, train=False), layout),
         units=config.batch_size,
         unit="prompts",
     )
@@ -82,7 +82,7 @@ def build(config: Config, layout: Layout) -> Stage:
             batch = batch | reference(batch)
         batch, others = _split(batch)
         if others:  # KTO's z has no gradient, and is one number for all microbatches
-            kl = _kl(measure(state.params, others), others)
+            kl = _kl(measure(start.whole(state.params), others), others)
             batch = batch | {"kl": jnp.broadcast_to(kl, batch["valid"].shape[:1])}
         return stage.step(state, batch, key)
 
@@ -94,7 +94,7 @@ def direct_loss(model: Model, config: LossConfig) -> Callable[..., tuple[jax.Arr
     loss = make_loss(config)
 
     def of_batch(params: PyTree, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-        key = key if model.config.dropout else None
+        key = key if model.drops else None
         total, mean = answer_logprobs(model, params, batch, key)
         return loss(_answers(batch, total, mean))
 
@@ -205,10 +205,10 @@ class _Precomputed:
 
 
 def _held_out(
-    config: Config, model: Model, reference: _Reference | None, batches: Any, layout: Layout
+    config: Config, start: Start, reference: _Reference | None, batches: Any, layout: Layout
 ) -> Callable[[TrainState], Pairs]:
     """state -> the loss and the implicit reward's accuracy on held-out answers; the reference is asked once."""
-    measure = jax.jit(lambda params, batch: _in_parts(model, params, batch, config.microbatches))
+    measure = jax.jit(lambda params, batch: _in_parts(start.model, params, batch, config.microbatches))
     known: list[Arrays] = []  # by batch: the reference's log-probabilities
 
     def evals(state: TrainState) -> Pairs:
@@ -220,10 +220,11 @@ def _held_out(
             if i == len(known):
                 known.append(jax.device_get(reference(placed)) if reference is not None else {})
             own, others = _split(placed)
-            total, mean = jax.device_get(measure(state.params, own))
+            params = start.whole(state.params)
+            total, mean = jax.device_get(measure(params, own))
             part = batch | known[i] | {"total": total, "mean": mean}
             if others:
-                part[f"{OTHERS}total"] = jax.device_get(measure(state.params, others)[0])
+                part[f"{OTHERS}total"] = jax.device_get(measure(params, others)[0])
             parts.append({name: x for name, x in part.items() if name.split("/")[-1] not in ("tokens", "segments")})
         return held_out_metrics(config.loss, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 

@@ -141,8 +141,8 @@ def build(config: Config, layout: Layout) -> Stage:
         layout,
         task,
         Algorithm(config, model, Tokens.of(config, task.tokenizer)),
-        born=lambda key: {"policy": model.init(key)},
-        axes={"policy": model.axes()},
+        born=lambda key: {"policy": model.init_trained(key)},
+        axes={"policy": model.trained_axes()},
         loaded={"policy": task.start.params},
         extra={"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {},
         repeats=config.completions,
@@ -221,11 +221,18 @@ class Algorithm(PolicyAlgorithm):
         return total, ratios | pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
 
     def _update(
-        self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
+        self,
+        state: states.TrainState,
+        experience: Experience,
+        text: dict[str, jax.Array],
+        pairs: Pairs,
+        key: jax.Array,
+        frozen: PyTree | None = None,
     ) -> tuple[states.TrainState, Pairs]:
         """The epochs of an iteration, then its KL coefficient, averages and baseline."""
         loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
-        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, state, experience, text, key)
+        rows = (state, experience, text, key)
+        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, *rows, frozen=frozen)
         if "baseline" in state.extra:
             total, n = pairs["advantage_reward"]
             decayed = group.moving_baseline(

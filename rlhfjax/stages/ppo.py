@@ -17,13 +17,13 @@ from rlhfjax import state as states
 from rlhfjax.algos import advantages, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.stages import Pairs, Stage
+from rlhfjax.stages.parts.common import frozen_part, to_save
 from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
 from rlhfjax.stages.parts.policy import Known, PolicyAlgorithm, Task, Tokens, open_task, policy_stage
 from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
@@ -37,7 +37,8 @@ class Config(PolicyConfig):
     """See PolicyConfig for the options that are not PPO's own; batch_size counts episodes of an iteration."""
 
     stage: str = "ppo"
-    # trunk of the value function: a copy of the reward model's or of the policy's, or the policy's own
+    # trunk of the value function: a copy of the reward model's or of the policy's (with adapters: the very same, under
+    # adapters of its own), or the policy's own
     value: Literal["reward", "policy", "shared"] = "reward"
     # loaded: the reward model's (a policy's trunk has none, it is 0); normal: of std 1 / sqrt(d + 1)
     value_head: Literal["loaded", "zero", "normal"] = "loaded"
@@ -76,15 +77,18 @@ def build(config: Config, layout: Layout) -> Stage:
     model = task.start.model
     check(config, layout, model.config)
     critic, critic_params = _value_start(config, task)
+    critic_base = {} if config.value == "shared" else frozen_part(critic, critic_params)
     algorithm = Algorithm(config, model, critic, Tokens.of(config, task.tokenizer))
 
     def born(key: jax.Array) -> dict[str, PyTree]:
-        return {"policy": model.init(key), "value": _value_tree(config, critic.init(jax.random.fold_in(key, 1)))}
+        value = critic.init_trained(jax.random.fold_in(key, 1))
+        return {"policy": model.init_trained(key), "value": _value_tree(config, value)}
 
     def keep(state: states.TrainState) -> dict[str, Any]:
         if config.value == "shared":
             return {}
-        return {"value": store.SavedModel(critic, state.params["value"], task.start.tokenizer)}
+        whole = states.attach(critic_base, state.params["value"])
+        return {"value": to_save(critic, whole, task.start.tokenizer)}
 
     return policy_stage(
         config,
@@ -92,8 +96,9 @@ def build(config: Config, layout: Layout) -> Stage:
         task,
         algorithm,
         born=born,
-        axes={"policy": model.axes(), "value": _value_tree(config, critic.axes())},
+        axes={"policy": model.trained_axes(), "value": _value_tree(config, critic.trained_axes())},
         loaded={"policy": task.start.params, "value": critic_params},
+        frozen={"value": critic_base},
         also=keep,
     )
 
@@ -116,7 +121,7 @@ def _value_start(config: Config, task: Task) -> tuple[Model, PyTree]:
         loaded["head"] = {"kernel": jnp.zeros(model.config.d_model), "bias": jnp.zeros(())}
     elif config.value_head == "normal":
         loaded.pop("head", None)
-    return model, loaded
+    return dataclasses.replace(model, lora=config.lora), loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +252,18 @@ class Algorithm(PolicyAlgorithm):
         return scalar, {"loss": (pairs["loss"][0], batch.mask.sum())}
 
     def _update(
-        self, state: states.TrainState, experience: Experience, text: dict[str, jax.Array], pairs: Pairs, key: jax.Array
+        self,
+        state: states.TrainState,
+        experience: Experience,
+        text: dict[str, jax.Array],
+        pairs: Pairs,
+        key: jax.Array,
+        frozen: PyTree | None = None,
     ) -> tuple[states.TrainState, Pairs]:
         """The epochs of an iteration, then its KL coefficient and averages."""
         loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
-        state, more = minibatch_epochs(
-            self.config, self.tx, self.model, loss, state, experience, text, key, self._whitened
-        )
+        rows = (state, experience, text, key)
+        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, *rows, self._whitened, frozen)
         return end_iteration(self.config, state, pairs), more
 
     def _whitened(self, batch: Experience) -> Experience:

@@ -64,15 +64,19 @@ def build(config: Config, layout: Layout) -> Stage:
     train, held_out = (open_preferences(config.preferences, split) for split in ("train", "validation"))
     batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, train=True, **options)
     held_out_batches = loader.preference_batches(held_out, start.tokenizer, train=False, **options)
-    judge = make_judge(start.model, layout)
+    rewards_of = make_judge(start.model, layout)
     loss = make_loss(config.loss)
+
+    def judge(trained: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return rewards_of(start.whole(trained), batches)
 
     def finish(state: TrainState) -> Finished:
         answers = judge(state.params, held_out_batches.restart())
         params, pairs = _normalised(config, start, state.params, answers, judge)
         margins = stats.margins(answers["rewards"], answers["scores"], answers["valid"])
-        model = store.SavedModel(start.model, params, start.tokenizer)
-        return Finished({store.FOLDER: model}, pairs, {"calibration.json": stats.calibration(margins).as_dict()})
+        return Finished(
+            {store.FOLDER: start.saved(params)}, pairs, {"calibration.json": stats.calibration(margins).as_dict()}
+        )
 
     stage = assemble(
         config,
@@ -122,7 +126,7 @@ def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array
     (which Adam would scale up to whole steps). Normalisation alone sets it."""
 
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-        key = key if model.config.dropout else None
+        key = key if model.drops else None
         head = params["head"]
         params = {**params, "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])}}
         return loss(completion_rewards(model, params, batch, key), batch["scores"], batch["valid"])

@@ -52,6 +52,8 @@ class Config(ModelTrainConfig):
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
     check_training(config, layout, shape)
+    if config.lora.dropout:
+        raise ConfigError(f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout")
     if not 0 <= config.delay[0] < config.delay[1] or config.seconds_per_token <= 0:
         raise ConfigError("tamer: delay is (low, high) with 0 <= low < high, and seconds_per_token is above 0")
 
@@ -66,11 +68,10 @@ def build(config: Config, layout: Layout) -> Stage:
     measure = jax.jit(lambda params, batch: {f"val_{k}": v for k, v in loss(params, batch, None)[1].items()})
 
     def evals(state: TrainState) -> Pairs:
-        return sum_over(passes(held_out, config.batch_size), lambda b: measure(state.params, b), layout, 0)
+        return sum_over(passes(held_out, config.batch_size), lambda b: measure(start.whole(state.params), b), layout, 0)
 
     def finish(state: TrainState) -> Finished:
-        model = store.SavedModel(start.model, state.params, start.tokenizer)
-        return Finished({store.FOLDER: model}, {}, {FILE: {"kind": "dense"}})
+        return Finished({store.FOLDER: start.saved(state.params)}, {}, {FILE: {"kind": "dense"}})
 
     return assemble(
         config,

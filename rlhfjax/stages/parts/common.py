@@ -19,7 +19,9 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
+from rlhfjax.models import lora
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_schedule
 from rlhfjax.stages import Finished, Pairs, Stage
@@ -85,6 +87,7 @@ class ModelTrainConfig(TrainConfig):
     tokenizer: str | None = None  # file or folder; None: that of `init_from`
     model: TransformerConfig | None = None  # None: the shape of `init_from`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`'s: dropout, dtype, remat, …
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # rank 0: all of the model is trained
     batch_size: int
     microbatches: int = 1
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -93,11 +96,39 @@ class ModelTrainConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The model that a stage begins from, and the parameters that it loads, if any."""
+    """The model that a stage begins from, and the parameters that it loads, if any.
+
+    With adapters these parameters are the base: the same arrays from beginning to end, trained and saved by nobody.
+    """
 
     model: Model
     tokenizer: Tokenizer
     params: PyTree | None
+
+    @property
+    def frozen(self) -> PyTree:
+        return frozen_part(self.model, self.params)
+
+    def whole(self, trained: PyTree) -> PyTree:
+        """All parameters, of those that are trained."""
+        return states.attach(self.frozen, trained)
+
+    def saved(self, trained: PyTree) -> store.SavedModel:
+        return to_save(self.model, self.whole(trained), self.tokenizer)
+
+
+def frozen_part(model: Model, params: PyTree) -> PyTree:
+    """What is not trained of a model that begins with `params`: nothing, or with adapters all but a scalar head."""
+    if not model.lora.rank:
+        return {}
+    return params if model.head == "lm" else {"backbone": params["backbone"]}
+
+
+def to_save(model: Model, params: PyTree, tokenizer: Tokenizer) -> store.SavedModel:
+    """What a stage leaves for others: plain parameters, adapters merged into them."""
+    if not model.lora.rank:
+        return store.SavedModel(model, params, tokenizer)
+    return store.SavedModel(Model(model.config, model.head), lora.merge(model.lora, params), tokenizer)
 
 
 def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
@@ -112,7 +143,13 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
         shape = build(
             TransformerConfig, dataclasses.asdict(saved.model.config) | config.overrides, f"{config.stage}.overrides"
         )
-        tokenizer, params = saved.tokenizer, saved.params
+        tokenizer, params = saved.tokenizer, dict(saved.params)
+        if saved.model.head != head:
+            params.pop("head", None)
+            if config.lora.rank and head == "lm" and not shape.tie_embeddings:
+                raise ConfigError(
+                    f"{config.stage}.init_from={config.init_from}: adapters need its head, and it has none"
+                )
     else:
         if config.overrides:
             raise ConfigError(f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself")
@@ -124,7 +161,7 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
         raise ConfigError(
             f"{config.stage}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    return Start(Model(shape, head), tokenizer, params)
+    return Start(Model(shape, head, config.lora), tokenizer, params)
 
 
 def check_training(config: Any, layout: Layout, shape: TransformerConfig | None) -> None:
@@ -145,6 +182,13 @@ def check_training(config: Any, layout: Layout, shape: TransformerConfig | None)
     layout.check_batch(config.batch_size // config.microbatches, f"a {config.stage} microbatch")
     check_length(config.length, shape, f"{config.stage}.length")
     make_schedule(config.optim, config.steps)  # refuses a warm-up longer than the run
+    check_lora(config.lora, shape)
+
+
+def check_lora(config: LoraConfig, shape: TransformerConfig | None) -> None:
+    """Refuses targets that are nowhere in a model."""
+    if config.rank and shape is not None:
+        Model(shape, lora=config).trained_axes()
 
 
 def check_origin(config: ModelTrainConfig) -> None:
@@ -152,6 +196,8 @@ def check_origin(config: ModelTrainConfig) -> None:
         raise ConfigError(
             f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
         )
+    if config.lora.rank and config.init_from is None:
+        raise ConfigError(f"{config.stage}.lora.rank={config.lora.rank}: adapters are of a trained model, `init_from`")
 
 
 def check_length(length: int, shape: TransformerConfig | None, where: str) -> None:
@@ -171,17 +217,24 @@ def loss_step(
     tx: optax.GradientTransformation,
     config: ModelTrainConfig,
     schedule: Callable[[jax.Array], jax.Array],
+    frozen: PyTree,
 ) -> Callable[..., Any]:
-    """The jitted step of a stage with one loss: gradient, update, metrics."""
+    """The jitted step of a stage with one loss: gradient, update, metrics.
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[states.TrainState, Pairs]:
-        grads, pairs = states.gradients(loss, state.params, batch, key, microbatches=config.microbatches)
+    Frozen parameters are an argument: what a jitted function closes over becomes a part of its program.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(
+        frozen: PyTree, state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[states.TrainState, Pairs]:
+        options = {"microbatches": config.microbatches, "frozen": frozen}
+        grads, pairs = states.gradients(loss, state.params, batch, key, **options)
         rate = schedule(state.step)
         state, more = states.apply_gradients(state, grads, tx, skip_nonfinite=config.on_nonfinite == "skip")
         return state.replace(step=state.step + 1), merge(pairs, more, {"learning_rate": (rate, jnp.ones(()))})
 
-    return step
+    return functools.partial(step, frozen)
 
 
 def sum_over(
@@ -215,17 +268,17 @@ def assemble(
     """A Stage with one model and one loss."""
 
     def keep(state: states.TrainState) -> Finished:
-        return Finished({store.FOLDER: store.SavedModel(start.model, state.params, start.tokenizer)}, {}, {})
+        return Finished({store.FOLDER: start.saved(state.params)}, {}, {})
 
     def load(state: states.TrainState) -> states.TrainState:
         return state if start.params is None else state.replace(params=place(start.params, state.params))
 
     return Stage(
-        init=lambda key: states.TrainState.create(start.model.init(key), tx),
-        axes=start.model.axes(),
+        init=lambda key: states.TrainState.create(start.model.init_trained(key), tx),
+        axes=start.model.trained_axes(),
         start=load,
         batches=batches,
-        step=loss_step(loss, tx, config, schedule),
+        step=loss_step(loss, tx, config, schedule, start.frozen),
         evals=evals,
         finish=finish or keep,
         units=units,

@@ -29,6 +29,7 @@ def minibatch_epochs(
     text: dict[str, jax.Array],
     key: jax.Array,
     prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
+    frozen: PyTree | None = None,
 ) -> tuple[states.TrainState, Pairs]:
     """Every epoch visits every episode once, in minibatches of a fresh order, with one update each.
 
@@ -37,6 +38,7 @@ def minibatch_epochs(
       experience: arrays [episodes, ...] that do not change over the epochs.
       text: pretraining text [episodes * ptx.ratio, ...]; a minibatch gets its share of it.
       prepare: minibatch -> minibatch, before the gradient (whitening).
+      frozen: what the loss's params have besides the state's, "policy" among it; None: nothing.
 
     With target_kl, the first minibatch whose mean approx_kl (nats a token from the policy that sampled) exceeds it is
     not applied, and neither are those after it: schedules do not count them either. `updated` is the share applied.
@@ -49,9 +51,11 @@ def minibatch_epochs(
     def measure(state: states.TrainState, inputs: Any) -> tuple[PyTree, Pairs]:
         rows, some_text = inputs
         batch = prepare(jax.tree.map(lambda x: x[rows], experience))
-        grads, pairs = states.gradients(loss, state.params, batch, None, microbatches=config.microbatches)
+        options = {"microbatches": config.microbatches, "frozen": frozen}
+        grads, pairs = states.gradients(loss, state.params, batch, None, **options)
         if config.ptx.coefficient:
-            grads, pairs = _add_ptx(config, model, state.params, grads, pairs, some_text)
+            base = (frozen or {}).get("policy")
+            grads, pairs = _add_ptx(config, model, state.params["policy"], base, grads, pairs, some_text)
         return grads, pairs
 
     def apply(state: states.TrainState, grads: PyTree, pairs: Pairs) -> tuple[states.TrainState, Pairs]:
@@ -96,11 +100,17 @@ def _unless_too_far(measure: Callable[..., Any], apply: Callable[..., Any], targ
 
 
 def _add_ptx(
-    config: PolicyConfig, model: Model, params: PyTree, grads: PyTree, pairs: Pairs, text: dict[str, jax.Array]
+    config: PolicyConfig,
+    model: Model,
+    params: PyTree,
+    frozen: PyTree | None,
+    grads: PyTree,
+    pairs: Pairs,
+    text: dict[str, jax.Array],
 ) -> tuple[PyTree, Pairs]:
     """Adds coefficient x the gradient of the pretraining loss; the two are accumulated, not averaged."""
-    c = config.ptx
-    more, parts = states.gradients(language_loss(model), params["policy"], text, None, microbatches=config.microbatches)
+    c, options = config.ptx, {"microbatches": config.microbatches, "frozen": frozen}
+    more, parts = states.gradients(language_loss(model), params, text, None, **options)
     scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0)
     policy_grads = jax.tree.map(lambda g, m: g + scale * m, grads["policy"], more)
     return {**grads, "policy": policy_grads}, {**pairs, "ptx_loss": parts["loss"]}

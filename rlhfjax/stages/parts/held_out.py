@@ -14,25 +14,32 @@ from rlhfjax.rewards.responses import Reward, load_reward
 from rlhfjax.stages import Pairs
 from rlhfjax.stages.parts.prompts import held_out_prompts
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
-from rlhfjax.state import TrainState
+from rlhfjax.state import TrainState, attach
 
 PyTree = Any
 
 
 def held_out(
-    config: Any, algorithm: Any, reward: Reward, reference: PyTree, tokenizer: Tokenizer, layout: Layout
+    config: Any,
+    algorithm: Any,
+    reward: Reward,
+    reference: PyTree,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    frozen: PyTree,
 ) -> Callable[[TrainState], Pairs]:
     """state -> reward, KL to the reference and length of answers to held-out prompts; the draws are always the same.
 
     Args:
       config: a PolicyConfig.
       algorithm: a PolicyAlgorithm.
+      frozen: of the policy, what the state does not hold.
     """
     prompts = held_out_prompts(config.eval_prompts, tokenizer, config)
     gold = load_reward(config.gold, layout, tokenizer) if config.gold else None
 
     @jax.jit
-    def sequence_kl(rollout: Rollout) -> jax.Array:
+    def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
         r = rollout.mask.shape[1]
         ref_logprobs, _ = response_logprobs(
             algorithm.model, reference, rollout.tokens, rollout.segments, r, config.temperature
@@ -40,15 +47,15 @@ def held_out(
         return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
     def evals(state: TrainState) -> Pairs:
-        total: Pairs = {}
+        params, total = attach(frozen, state.params["policy"]), {}
         for i, batch in enumerate(prompts.restart()):
             real = (batch["index"] >= 0).astype(np.float32)
             placed = layout.put(batch)
             key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + i)
-            rollout = algorithm.rollout(state.params["policy"], placed["prompts"], placed["segments"], key)
+            rollout = algorithm.rollout(params, placed["prompts"], placed["segments"], key)
             seen = algorithm.seen(rollout)
             measured = {
-                "val_kl": sequence_kl(rollout),
+                "val_kl": sequence_kl(reference, rollout),
                 "val_proxy": reward(*seen),
                 "val_response_length": rollout.mask.sum(1),
                 "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, tokenizer.eos_id),

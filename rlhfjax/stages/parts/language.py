@@ -20,7 +20,7 @@ def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
     """(params, batch, key) -> mean negative log-likelihood of the masked targets, nats a token."""
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
-        key = key if model.config.dropout else None
+        key = key if model.drops else None
         hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
         nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
         return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
@@ -54,7 +54,8 @@ def language_stage(
     measure = held_out_loss(start.model, start.tokenizer.byte_lengths())
 
     def evals(state: TrainState) -> Pairs:
-        return sum_over(held_out.restart(), lambda batch: measure(state.params, batch), layout, config.eval_batches)
+        params = start.whole(state.params)
+        return sum_over(held_out.restart(), lambda batch: measure(params, batch), layout, config.eval_batches)
 
     return assemble(
         config,

@@ -18,7 +18,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import place
+from rlhfjax.stages.parts.common import frozen_part, place, to_save
 from rlhfjax.stages.parts.held_out import held_out
 from rlhfjax.stages.parts.policy_config import HumanConfig, PolicyConfig
 from rlhfjax.stages.parts.prompts import Repeated, prompt_batches
@@ -30,7 +30,10 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A policy to improve and what it is improved against."""
+    """A policy to improve and what it is improved against.
+
+    With adapters the parameters it starts from are their base; unless there is another, they are the reference too.
+    """
 
     start: store.SavedModel
     tokenizer: Tokenizer
@@ -51,6 +54,7 @@ def open_task(config: PolicyConfig, layout: Layout) -> Task:
             f"{config.stage}.init_from={config.init_from}: a policy is needed, this model has a {start.model.head} head"
         )
     tokenizer = start.tokenizer
+    start = dataclasses.replace(start, model=dataclasses.replace(start.model, lora=config.lora))
     reference = start.params if config.reference is None else store.load(config.reference, layout).params
     reward = load_reward(config.reward, layout, tokenizer)
     human = load_reward(config.human.reward, layout, tokenizer) if config.human.reward else None
@@ -90,13 +94,9 @@ class PolicyAlgorithm:
         """Everything that needs no score: dispatched before scoring, it runs while rules score on the host."""
         return Known(self.behaviour(params["policy"], rollout), self.logprobs(reference, rollout))
 
-    def rollout(
-        self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array, each: int = 1
-    ) -> Rollout:
-        """A response to every row; `each` rows that follow each other have one prompt."""
+    def rollout(self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array) -> Rollout:
         eos = self.tokens.eos if self.config.stop_at_eos else -1
         limits = {"max_new": self.config.max_new, "eos_id": eos, "pad_id": self.tokens.pad}
-        limits |= {"each": each, "slots": self.config.slots}
         return sample(self.model, params, prompts, segments, key, temperature=self.config.temperature, **limits)
 
     def seen(self, rollout: Rollout) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -163,20 +163,23 @@ def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) ->
     return tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight), pairs
 
 
-def policy_step(config: PolicyConfig, layout: Layout, task: Task, algorithm: Any) -> Callable[..., tuple[Any, Pairs]]:
+def policy_step(
+    config: PolicyConfig, layout: Layout, task: Task, algorithm: Any, frozen: PyTree
+) -> Callable[..., tuple[Any, Pairs]]:
     """(state, batch, key) -> (state, metrics): rollout, scores, advantages, epochs."""
 
     def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
-        rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key, config.each)
+        params = states.attach(frozen, state.params)
+        rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)
         seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
-        known = algorithm.know(state.params, task.reference, rollout)
+        known = algorithm.know(params, task.reference, rollout)
         scores, said = score(task.reward, *seen)
         if task.human is not None:
             scores, more = with_human(config.human, scores, task.human(*seen), state.step)
             said = {**said, **more}
         experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
         text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
-        state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1))
+        state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1), frozen)
         return state, merge(said, pairs, more)
 
     return step
@@ -191,6 +194,7 @@ def policy_stage(
     born: Callable[[jax.Array], dict[str, PyTree]],
     axes: dict[str, PyTree],
     loaded: Mapping[str, PyTree],
+    frozen: Mapping[str, PyTree] | None = None,
     extra: Mapping[str, Any] | None = None,
     also: Callable[[states.TrainState], dict[str, Any]] = lambda state: {},
     repeats: int = 1,
@@ -198,13 +202,16 @@ def policy_stage(
     """The Stage of an algorithm with a `tx`, `prepare` and `update`.
 
     Args:
-      born: key -> fresh parameters, "policy" among them; `loaded` is laid over them, what it lacks stays as born.
+      born: key -> what is trained, fresh, "policy" among it; `loaded` is laid over it, what it lacks stays as born.
+      frozen: what is not trained besides the policy's base.
       extra: what the state carries besides the KL coefficient and the average.
       also: state -> further models to keep, by folder.
       repeats: consecutive rows for every prompt.
     """
     prompts = prompt_batches(config.prompts, task.tokenizer, config)
     batches: Batches = Repeated(prompts, repeats) if repeats > 1 else prompts
+    base = frozen_part(task.start.model, task.start.params)
+    frozen = {"policy": base, **(frozen or {})}
 
     def init(key: jax.Array) -> states.TrainState:
         params = born(key)
@@ -217,12 +224,13 @@ def policy_stage(
         params = {name: place(loaded[name], tree) for name, tree in state.params.items()}
         more = dict(state.extra)
         if config.ema:
-            more["ema"] = {"policy": place(loaded["policy"], state.params["policy"])}
+            more["ema"] = {"policy": place(loaded["policy"], more["ema"]["policy"])}
         return state.replace(params=params, extra=more)
 
     def finish(state: states.TrainState) -> Finished:
         trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
-        models = {store.FOLDER: store.SavedModel(task.start.model, trained, task.start.tokenizer)}
+        model = to_save(task.start.model, states.attach(base, trained), task.start.tokenizer)
+        models = {store.FOLDER: model}
         return Finished(models | also(state), {}, {})
 
     return Stage(
@@ -230,8 +238,8 @@ def policy_stage(
         axes=axes,
         start=load,
         batches=with_ptx(config.ptx, batches, task.tokenizer, config),
-        step=policy_step(config, layout, task, algorithm),
-        evals=held_out(config, algorithm, task.reward, task.reference, task.tokenizer, layout),
+        step=policy_step(config, layout, task, algorithm, frozen),
+        evals=held_out(config, algorithm, task.reward, task.reference, task.tokenizer, layout, base),
         finish=finish,
         units=config.episodes * config.max_new,
     )

@@ -7,8 +7,9 @@ from rlhfjax.config import TrainConfig
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
-from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.common import check_length, check_lora
 from rlhfjax.stages.parts.prompts import PromptConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
 
@@ -55,6 +56,7 @@ class HumanConfig:
 class PolicyConfig(TrainConfig):
     init_from: str  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # rank 0: all of the policy is trained
     reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
     human: HumanConfig = dataclasses.field(default_factory=HumanConfig)
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
@@ -67,7 +69,6 @@ class PolicyConfig(TrainConfig):
     # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
     behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
     batch_size: int
-    slots: int = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     epochs: int
     minibatches: int  # of an epoch
     microbatches: int = 1  # of a minibatch
@@ -79,18 +80,13 @@ class PolicyConfig(TrainConfig):
     score_clip: float = 0.0  # 0: none
     kl: KLConfig = dataclasses.field(default_factory=KLConfig)
     ptx: PtxConfig = dataclasses.field(default_factory=PtxConfig)
-    ema: float = 0.0  # decay an iteration of averaged weights, which then are the stage's model; 0: none
+    ema: float = 0.0  # decay an iteration of averaged weights (or adapters), then the stage's model; 0: none
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
     @property
     def episodes(self) -> int:
         """Responses of an iteration."""
         return self.batch_size
-
-    @property
-    def each(self) -> int:
-        """Responses to a prompt."""
-        return self.episodes // max(1, self.batch_size)
 
     @property
     def updates(self) -> int:
@@ -106,7 +102,6 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     """
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
-    check_slots(config.slots, config.each, layout, name)
     check_length(config.prompt_length + config.max_new, shape, f"{name}.prompt_length + max_new")
     if min(config.epochs, config.minibatches, config.microbatches) < 1:
         raise ConfigError(f"{name}: epochs, minibatches and microbatches are at least 1")
@@ -120,6 +115,11 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     if config.temperature <= 0:
         raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
     make_schedule(config.optim, config.updates)  # refuses a warm-up longer than the run
+    check_lora(config.lora, shape)
+    if config.lora.dropout:
+        raise ConfigError(
+            f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
+        )
     _check_kl(config.kl, f"{name}.kl")
     _check_score(config)
     if config.target_kl < 0 or (config.target_kl and config.epochs * config.minibatches == 1):
@@ -150,13 +150,6 @@ def _check_score(config: PolicyConfig) -> None:
         raise ConfigError(f"{name}.human.factor={config.human.factor}: above 0 and at most 1, which anneals nothing")
     if config.score_clip < 0:
         raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
-
-
-def check_slots(slots: int, each: int, layout: Layout, name: str) -> None:
-    """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
-    if slots < 0 or 0 < slots < each:
-        raise ConfigError(f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt")
-    layout.check_batch(slots, f"{name}.slots")
 
 
 def check_truncate(config: TruncateConfig, max_new: int, name: str) -> None:

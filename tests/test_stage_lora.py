@@ -1,0 +1,218 @@
+"""Stages that train adapters: what they train, keep and share, beside what the tests of the model say of adapters."""
+
+import dataclasses
+import inspect
+import json
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from rlhfjax import recipe, stages, state
+from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import lora
+from rlhfjax.models.transformer import Model
+from rlhfjax.stages.parts.common import begin
+from tests.test_resume import _Crash, assert_same_stage, interrupt
+from tests.test_stages import run_steps, stage_values
+
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
+LORA = {"rank": 2, "alpha": 8.0, "targets": "attention/(query|value)|mlp/down"}
+ADAPTED = {"attention/query", "attention/value", "mlp/down"}
+
+
+def values(name, conversations, finished, **changes):
+    return stage_values(name, conversations, finished, lora=LORA | changes.pop("lora", {}), **changes)
+
+
+def started(name, values):
+    """The stage and the state before its first step."""
+    config = recipe.check(values, name)
+    stage = stages.find(name).build(config, ONE)
+    return stage, stage.start(state.create_sharded(stage.init, jax.random.key(config.seed), stage.axes, ONE))
+
+
+def names(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def closed_over(function):
+    return inspect.getclosurevars(inspect.unwrap(function)).nonlocals
+
+
+@pytest.fixture(scope="module")
+def ppo_run(conversations, finished, tmp_path_factory):
+    """The workdir of PPO with adapters for policy and value function, uninterrupted."""
+    folder = tmp_path_factory.mktemp("lora") / "ppo"
+    recipe.run_stage(values("ppo", conversations, finished, steps=4), folder)
+    return folder
+
+
+# ------------------------------------------------------------------ what is trained and kept
+
+
+def test_checkpoints_hold_adapters_and_a_value_head_alone(ppo_run):
+    """Parameters, two moments and the average: of a policy's 14 matrices 6 are adapted, with two factors each."""
+    saved = names(ocp.metadata(ppo_run / "checkpoints" / "4", checkpointable_name="state").metadata)
+    adapters = {f"layers/layer_{i}/{path}/{x}" for i in (0, 1) for path in ADAPTED for x in lora.NAMES}
+    trained = {f"policy/backbone/{a}" for a in adapters} | {f"value/backbone/{a}" for a in adapters}
+    trained |= {"value/head/kernel", "value/head/bias"}
+    assert {path.removeprefix("params/") for path in saved if path.startswith("params/")} == trained
+    others = [path for path in saved if not path.startswith("params/")]
+    assert sum(path.startswith("extra/ema/") for path in others) == 12
+    parts = {"lora_a", "lora_b", "kernel", "bias", "count", "step", "kl_coefficient"}
+    assert {path.split("/")[-1] for path in others} <= parts
+    assert not any("kernel" in path and "head" not in path for path in others)
+
+
+def test_the_model_that_is_left_differs_from_its_base_in_the_adapted_kernels_alone(ppo_run, finished):
+    for left, base in ((ppo_run, finished / "02_sft"), (ppo_run / "value", finished / "04_reward")):
+        saved, before = (store.load(folder, ONE) for folder in (left, base))
+        assert saved.model == before.model
+        before = names(before.params)
+        changed = {path for path, x in names(saved.params).items() if not np.array_equal(x, before[path])}
+        kernels = {f"backbone/layers/layer_{i}/{path}/kernel" for i in (0, 1) for path in ADAPTED}
+        assert changed == kernels | ({"head/kernel", "head/bias"} if left.name == "value" else set())
+
+
+def test_a_stage_that_crashed_goes_on_to_the_same_bits(ppo_run, conversations, finished, tmp_path, monkeypatch):
+    config = values("ppo", conversations, finished, steps=4)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "ppo", 3, "exception")
+        with pytest.raises(_Crash):
+            recipe.run_stage(config, tmp_path / "run")
+    recipe.run_stage(config, tmp_path / "run")
+    assert_same_stage(ppo_run, tmp_path / "run")
+
+
+def test_the_policy_begins_as_its_reference_and_leaves_it(ppo_run):
+    lines = [json.loads(line) for line in (ppo_run / "metrics.jsonl").read_text().splitlines()]
+    kls = [line["ppo/kl"] for line in lines if "ppo/kl" in line]
+    assert abs(kls[0]) < 1e-4 and max(map(abs, kls[1:])) > 1e-4
+
+
+# ------------------------------------------------------------------ one copy of the weights
+
+
+def test_policy_reference_value_function_and_reward_are_the_same_arrays(conversations, finished):
+    """Of a PPO stage with adapters nothing is in memory but two bases and what is trained."""
+    before = {id(x) for x in jax.live_arrays()}
+    stage, first = started("ppo", values("ppo", conversations, finished, ema=0.0))
+    known = closed_over(stage.step)
+    frozen, task = known["frozen"], known["task"]
+    assert names(frozen["policy"]).keys() == names(task.reference).keys()
+    assert all(x is names(task.reference)[path] for path, x in names(frozen["policy"]).items())
+    assert all(x is names(task.reward.params)[path] for path, x in names(frozen["value"]).items())
+    size = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before and x.ndim)
+    bases = sum(x.nbytes for x in jax.tree.leaves((task.reference, task.reward.params)))
+    trained = sum(x.nbytes for x in jax.tree.leaves(first.params))
+    assert size <= bases + 3 * trained + 2**12  # parameters and two moments; the rest are keys and counters
+    assert trained < bases / 4
+
+
+def test_a_step_changes_and_donates_what_is_trained_alone(conversations, finished):
+    for name in ("sft", "ppo"):
+        stage, first = started(name, values(name, conversations, finished))
+        frozen = closed_over(stage.step)["frozen"] if name == "ppo" else stage.step.args[0]
+        before = jax.tree.map(np.array, frozen)
+        trained = jax.tree.map(np.array, first.params)
+        after, _ = stage.step(first, ONE.put(next(stage.batches)), jax.random.key(0))
+        assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
+        after, _ = stage.step(after, ONE.put(next(stage.batches)), jax.random.key(1))  # the first has learning rate 0
+        jax.tree.map(np.testing.assert_array_equal, frozen, before)  # neither deleted nor written to
+        moved = names(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, trained))
+        assert all(size > 0 for path, size in moved.items() if path.endswith("lora_b"))
+
+
+def test_no_program_holds_a_frozen_array_as_a_constant(conversations, finished):
+    stage, first = started("sft", values("sft", conversations, finished))
+    program = jax.make_jaxpr(stage.step)(first, ONE.put(next(stage.batches)), jax.random.key(0))
+    (step,) = (eqn for eqn in program.eqns if eqn.params.get("name") == "step")
+    assert max((x.size for x in step.params["jaxpr"].consts), default=0) <= 2
+    ppo_stage, _ = started("ppo", values("ppo", conversations, finished))
+    algorithm = closed_over(ppo_stage.step)["algorithm"]  # all that its jitted methods close over
+    assert not [x for x in jax.tree.leaves(vars(algorithm)) if isinstance(x, jax.Array)]
+    assert closed_over(closed_over(ppo_stage.evals)["sequence_kl"]).keys() == {"algorithm", "config"}
+
+
+# ------------------------------------------------------------------ every stage that trains
+
+
+@pytest.mark.parametrize("name", ("reward", "ppo"))
+def test_four_devices_give_what_one_gives(name, conversations, finished):
+    config = values(name, conversations, finished)
+    one, params_one = run_steps(name, config, ONE)
+    four, params_four = run_steps(name, config, make_layout(MeshConfig(data=1, fsdp=2, tensor=2)))
+    for a, b in zip(one, four, strict=True):
+        assert a.keys() == b.keys()
+        for metric in a:
+            np.testing.assert_allclose(b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric)
+    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_four), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reward_model_with_adapters_is_normalised_by_its_head(conversations, finished, tmp_path):
+    """The merged model gives answers of the held-out split mean 0, as one that was trained whole; with dropout."""
+    metrics = recipe.run_stage(values("reward", conversations, finished, lora={"dropout": 0.1}), tmp_path / "reward")
+    assert metrics["reward/grad_norm"] > 0
+    saved = store.load(tmp_path / "reward", ONE)
+    assert saved.model.head == "scalar" and not saved.model.lora.rank
+    normal = dict(values("reward", conversations, finished), init_from=str(tmp_path / "reward"), lora={"rank": 0})
+    again = recipe.check(normal, "reward")
+    stage = stages.find("reward").build(again, ONE)
+    judged = stage.finish(stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE)))
+    assert abs(float(judged.pairs["reference_mean"][0] / judged.pairs["reference_mean"][1])) < 1e-5
+
+
+def test_direct_preference_optimisation_begins_at_its_reference(conversations, finished):
+    """With the base as the reference every log ratio is 0 at first: the loss is log 2."""
+    common = stage_values("reward", conversations, finished)
+    kept = ("preferences", "length", "batch_size", "optim", "steps", "log", "checkpoint")
+    config = {name: common[name] for name in kept} | {"init_from": str(finished / "02_sft"), "lora": LORA}
+    metrics, params = run_steps("direct", stages.stage_config("direct", **config).to_dict(), ONE, steps=3)
+    losses = [line["loss"] for line in metrics]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[2] != losses[0]
+    assert {path.split("/")[-1] for path in names(params)} == set(lora.NAMES)
+
+
+def test_a_group_estimator_and_a_value_head_on_the_policys_trunk(conversations, finished):
+    shared = values("ppo", conversations, finished, value="shared", ptx={"coefficient": 0.0})
+    metrics, params = run_steps("ppo", shared, ONE, steps=1)
+    assert params["value"].keys() == {"head"} and abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
+    common = stage_values("ppo", conversations, finished)
+    kept = ("init_from", "reward", "prompts", "eval_prompts", "prompt_length", "max_new", "temperature", "steps")
+    config = {name: common[name] for name in kept} | {"batch_size": 4, "lora": LORA}
+    metrics, params = run_steps("group", stages.stage_config("group", **config).to_dict(), ONE, steps=1)
+    assert {path.split("/")[-1] for path in names(params)} == set(lora.NAMES)
+    assert metrics[0]["policy_grad_norm"] > 0
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_what_cannot_be_meant_is_one_line(conversations, finished):
+    new = values("pretrain", conversations, finished)
+    with pytest.raises(ConfigError, match=r"pretrain.lora.rank=2: adapters are of a trained model, `init_from`"):
+        started("pretrain", new)
+    with pytest.raises(ConfigError, match=r"ppo.lora.dropout=0.1: a policy stage has none"):
+        started("ppo", values("ppo", conversations, finished, lora={"dropout": 0.1}))
+    with pytest.raises(ConfigError, match=r"lora.targets='q_proj' is found in none of backbone/layers/layer_0"):
+        started("sft", values("sft", conversations, finished, lora={"targets": "q_proj"}))
+
+
+def test_another_head_than_the_loaded_one_is_born(finished, tmp_path, conversations):
+    """A reward model of an untied language model: the output matrix [d, v] is no scalar head; adapters need theirs."""
+    saved = store.load(finished / "02_sft", ONE)
+    model = Model(dataclasses.replace(saved.model.config, tie_embeddings=False))
+    store.save(tmp_path / "untied", store.SavedModel(model, model.init(jax.random.key(0)), saved.tokenizer))
+    config = recipe.check(stage_values("reward", conversations, finished, init_from=str(tmp_path / "untied")), "reward")
+    start = begin(config, ONE, head="scalar")
+    assert "head" not in start.params and start.model.init_trained(jax.random.key(0))["head"]["kernel"].ndim == 1
+    scalar = Model(model.config, "scalar")
+    store.save(tmp_path / "scalar", store.SavedModel(scalar, scalar.init(jax.random.key(0)), saved.tokenizer))
+    config = values("sft", conversations, finished, init_from=str(tmp_path / "scalar"))
+    with pytest.raises(ConfigError, match="adapters need its head, and it has none"):
+        begin(recipe.check(config, "sft"), ONE)
