@@ -61,31 +61,27 @@ def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int)
     Where one exchange alone is too long, the question loses its beginning, down to half of the window, and then the
     answer its end: no eos is put where the text goes on. Windows without a target are dropped.
     """
-    head: Turns = ([tokenizer.bos_id], [0.0])
-    exchanges: list[Turns] = []
-    for message in messages:
-        tokens = chat.turn_tokens(tokenizer, message)
-        mask = chat.turn_mask(message, tokens)
-        if message["role"] == "system" and not exchanges:
-            head = (head[0] + tokens, head[1] + mask)
-        elif message["role"] == "assistant" and exchanges:
-            exchanges[-1] = (exchanges[-1][0] + tokens, exchanges[-1][1] + mask)
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    if head:
+        _edges(tokenizer, [*head, {"role": "user", "content": "?"}], 1, length + 1)
+    exchanges: list[list[chat.Message]] = []
+    for message in messages[len(head) :]:
+        if message["role"] == "assistant" and exchanges:
+            exchanges[-1].append(message)
         else:
-            exchanges.append((tokens, mask))
-    room = length + 1 - len(head[0])
-    if room < 4:
-        raise DataError(f"sft: a system message of {len(head[0])} tokens leaves no room in length {length}")
-    groups: list[Turns] = []
+            exchanges.append([message])
+    groups: list[tuple[list[chat.Message], Turns]] = []
     for exchange in exchanges:
-        exchange = _cut(exchange, room)
-        if groups and len(groups[-1][0]) + len(exchange[0]) <= room:
-            groups[-1] = (groups[-1][0] + exchange[0], groups[-1][1] + exchange[1])
+        joined = [*(groups[-1][0] if groups else head), *exchange]
+        turns = tokenizer.template.render(joined)
+        if groups and len(turns[0]) <= length + 1:
+            groups[-1] = (joined, turns)
         else:
-            groups.append(exchange)
+            groups.append(([*head, *exchange], tokenizer.template.render([*head, *exchange])))
     return [
-        shifted(np.array(head[0] + tokens, np.int32), np.array(head[1] + mask, np.float32))
-        for tokens, mask in groups
-        if any(mask)
+        shifted(*map(np.array, _cut(tokenizer, group, turns, length + 1, len(head))))
+        for group, turns in groups
+        if any(turns[1])
     ]
 
 
@@ -168,15 +164,26 @@ def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
     if "prompt_tokens" in row:
         return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
     prompt = chat.render_prompt(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
-    return prompt.tolist(), [[*tokenizer.encode(text), tokenizer.eos_id] for text in row["completions"]]
+    return prompt.tolist(), [chat.answer_tokens(tokenizer, text) for text in row["completions"]]
 
 
-def _cut(exchange: Turns, room: int) -> Turns:
-    tokens, mask = exchange
-    if len(tokens) <= room:
-        return exchange
-    question = next((i for i, m in enumerate(mask) if m), len(mask)) - 1  # the tokens before the assistant's marker
+def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, room: int, first: int) -> Turns:
+    """The one exchange that starts with message `first`, in at most `room` tokens; see `windows`."""
+    tokens, mask = turns
     over = len(tokens) - room
-    drop = max(0, min(over, question - room // 2))
-    keep = [*range(min(1, question)), *range(drop + min(1, question), len(tokens))][:room]
+    if over <= 0:
+        return turns
+    before, after = _edges(tokenizer, messages, first, room)
+    question = mask.index(1.0) - before  # with what follows it up to the answer
+    drop = max(0, min(over, question - after, question - (room - before + 1) // 2))
+    keep = [*range(before), *range(before + drop, len(tokens))][:room]
     return [tokens[i] for i in keep], [mask[i] for i in keep]
+
+
+def _edges(tokenizer: Tokenizer, messages: Sequence[chat.Message], first: int, room: int) -> tuple[int, int]:
+    if messages[first]["role"] == "assistant":  # there is no question to cut
+        return 0, 0
+    before, after = tokenizer.template.edges(messages, first)
+    if room <= before + after:
+        raise DataError(f"sft: a system message of {before} tokens leaves no room in length {room - 1}")
+    return before, after

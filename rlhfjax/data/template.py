@@ -9,19 +9,12 @@ it, or whose assistant's turn neither starts after the generation prompt nor end
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
+from rlhfjax.data.sandbox import compile_template
 from rlhfjax.errors import DataError
 
 Message = Mapping[str, str]
@@ -110,7 +103,7 @@ class Template:
     ):
         self.source, self.where = source, where
         self._specials, self._names, self._encode, self._decode = dict(specials), dict(names), encode, decode
-        self._jinja = _compile(source, where)
+        self._jinja = compile_template(source, where)
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._splitter = re.compile("|".join([f"({_ANSWER}|{_SAID}", *map(re.escape, longest_first)]) + ")")
         self._known: dict[tuple[tuple[str, ...], bool], tuple[Piece, ...]] = {}
@@ -268,8 +261,8 @@ class Template:
 
     def _error(self, why: str) -> DataError:
         return DataError(
-            f"{self.where}: the chat template cannot be used: {why}; accepted: {', '.join(BUILT_IN)} or Jinja source that "
-            "writes turns"
+            f"{self.where}: the chat template cannot be used: {why}; accepted: {', '.join(BUILT_IN)} "
+            "or Jinja source that writes turns"
         )
 
 
@@ -279,66 +272,3 @@ def _sequences(longest: int) -> Iterable[tuple[str, ...]]:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, transformers' mark of the assistant's words: we find those ourselves."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
-
-    def _inside(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without its way out of the sandbox: no name starts with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any):  # so that `namespace(self=...)` works, as in Jinja
-        names = dict(*args[1:], **kwargs)
-        for name in names:
-            _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(args[0], names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
-        super().__setitem__(name, value)
-
-    @staticmethod
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
-
-
-def _compile(source: str, where: str) -> jinja2.Template:
-    """The source in the environment that transformers gives it; its date is today's for as long as we live."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    now = datetime.datetime.now()
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": now.strftime,
-        "namespace": _Namespace,
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-    }
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise DataError(f"{where}: the chat template is not Jinja: {error.message}{line}") from None
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

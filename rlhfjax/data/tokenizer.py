@@ -1,4 +1,7 @@
-"""Tokenizers: a small protocol, and SentencePiece behind it, lossless and safe against injected markers."""
+"""Tokenizers: a small protocol, and SentencePiece behind it, lossless and safe against injected markers.
+
+What comes from Hugging Face stands in hf_tokenizer.py, behind the same protocol.
+"""
 
 import io
 import itertools
@@ -11,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import sentencepiece
 
+from rlhfjax.data import hf_tokenizer
+from rlhfjax.data.template import OURS, Template
 from rlhfjax.errors import ConfigError, DataError
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -22,13 +27,17 @@ _SENTENCE_BYTES = 4000  # SentencePiece silently drops longer lines (its limit i
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no specials and never yields a chat marker's id. Equal ones speak alike."""
+    """Text to ids and back. `encode` adds no specials and never yields a chat marker's id. Equal ones speak alike.
+
+    `eos_id` ends the assistant's turn, and the sampler stops on it; `pad_id` is another id.
+    """
 
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
     unk_id: int
+    template: Template
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -63,7 +72,13 @@ class SentencePieceTokenizer:
         self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         markers = [piece for piece in self._ids if re.fullmatch(r"<\|[^|]+\|>", piece)]
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
+        self.template = self._template([*markers, *map(sp.id_to_piece, specials[1:3])], str(path))
         self._space_ids = [self._ids.get(f"<0x{byte:02X}>", self.unk_id) for byte in _SPACE.encode()]
+
+    def _template(self, specials: list[str], where: str) -> Template:
+        bos, eos = specials[-2:]
+        ids, names = {piece: self._ids[piece] for piece in specials}, {"bos_token": bos, "eos_token": eos}
+        return Template(OURS, specials=ids, names=names, encode=self.encode, decode=self.decode, where=where)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, SentencePieceTokenizer) and self._model == other._model
@@ -166,8 +181,14 @@ def train_sentencepiece(
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """A tokenizer from its model file or from the folder that holds it."""
+    """A tokenizer from its file or from the folder that holds it: tokenizer.json, else a SentencePiece model.
+
+    Raises:
+      DataError: there is neither, or it is damaged.
+    """
     path = Path(path)
+    if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
+        return hf_tokenizer.read_folder(path if path.is_dir() else path.parent)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
 
 
