@@ -652,12 +652,12 @@ DEFECTS = [
         "algos/test_masked.py::test_pitfall_23_an_all_zero_mask_gives_zero_and_a_zero_gradient",
         "algos/test_every_loss.py::test_pitfall_23_garbage_behind_the_mask_reaches_neither_loss_nor_gradient",
     ),
-    # 24: the user's words learnt; the mask dropped; an eos at the end of what was cut off; an eos too many
+    # 24: the user's words learnt; the mask dropped; an eos at the end of what was cut off; the eos not learnt
     d(
         24,
-        "data/chat.py",
-        'return [0.0, *[float(message["role"] == "assistant")] * (len(tokens) - 1)]',
-        "return [0.0, *[1.0] * (len(tokens) - 1)]",
+        "data/template.py",
+        "mask += [float(answer)] * len(ids)",
+        "mask += [1.0] * len(ids)",
         "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
         "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
     ),
@@ -677,9 +677,9 @@ DEFECTS = [
     ),
     d(
         24,
-        "data/chat.py",
-        '*tokenizer.encode(message["content"]), tokenizer.eos_id]',
-        '*tokenizer.encode(message["content"]), tokenizer.eos_id, tokenizer.eos_id]',
+        "data/template.py",
+        "pieces.append(Piece(part, self._specials[part], answer=answering))",
+        "pieces.append(Piece(part, self._specials[part]))",
         "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
         "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
     ),

@@ -171,8 +171,8 @@ def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, r
     """The one exchange that starts with message `first`, in at most `room` tokens; see `windows`."""
     tokens, mask = turns
     over = len(tokens) - room
-    if over <= 0:
-        return turns
+    if over <= 0 or messages[first]["role"] == "assistant":  # there is no question to cut
+        return tokens[:room], mask[:room]
     before, after = _edges(tokenizer, messages, first, room)
     question = mask.index(1.0) - before  # with what follows it up to the answer
     drop = max(0, min(over, question - after, question - (room - before + 1) // 2))
@@ -181,8 +181,6 @@ def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, r
 
 
 def _edges(tokenizer: Tokenizer, messages: Sequence[chat.Message], first: int, room: int) -> tuple[int, int]:
-    if messages[first]["role"] == "assistant":  # there is no question to cut
-        return 0, 0
     before, after = tokenizer.template.edges(messages, first)
     if room <= before + after:
         raise DataError(f"sft: a system message of {before} tokens leaves no room in length {room - 1}")

@@ -1,10 +1,9 @@
 """Weights from a GGUF file, llama.cpp's format: `config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`.
 
 The architecture "llama" alone, in every type that the `gguf` package dequantises. What the file says and our
-Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Its tokenizer is not read.
+Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. For its tokenizer: gguf_tokenizer.py.
 """
 
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
       ConfigError: the gguf package is not installed.
     """
     gguf = _package(path)
-    reader, metadata = _open(gguf, path)
+    reader, metadata = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(path, metadata, tied="output.weight" not in tensors)
     _check(path, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, _shapes(config))
@@ -196,12 +195,18 @@ def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> Transform
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _open(gguf: types.ModuleType, path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """The reader of a file and its metadata; of an array of the tokenizer its length alone."""
+def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The reader of a file and its metadata; of the tokenizer's keys the length alone, or with `tokenizer` these whole.
+
+    Raises:
+      CheckpointError: not a whole GGUF file in this machine's byte order.
+      ConfigError: the gguf package is not installed.
+    """
+    gguf = _package(path)
     try:
         reader = gguf.GGUFReader(path)
         metadata = {
-            key: len(field.data) if key.startswith("tokenizer.") else field.contents()
+            key: field.contents() if tokenizer or not key.startswith("tokenizer.") else len(field.data)
             for key, field in reader.fields.items()
         }
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -52,9 +53,12 @@ def score(reward: Reward, tokens: Any, segments: Any, mask: Any) -> tuple[Any, P
 def texts(
     tokenizer: Tokenizer, tokens: np.ndarray, segments: np.ndarray, mask: np.ndarray
 ) -> tuple[list[str], list[str]]:
-    """The texts of prompts and responses; pads and eos leave nothing."""
+    """The texts of prompts, in our markers (`chat.prompt_text`), and of responses; pads and eos leave nothing."""
     p = tokens.shape[1] - mask.shape[1]
-    prompts = [tokenizer.decode(row[seg > 0].tolist()) for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)]
+    prompts = [
+        chat.prompt_text(tokenizer, row[seg > 0].tolist())
+        for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)
+    ]
     responses = [tokenizer.decode(row[keep > 0].tolist()) for row, keep in zip(tokens[:, p:], mask, strict=True)]
     return prompts, responses
 

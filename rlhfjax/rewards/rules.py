@@ -2,6 +2,7 @@
 
     rule:package.module:function?timeout=2&failed=-1&workers=4&metadata=runs/x/00_tasks/*.jsonl
 
+The prompt is text in our markers (`<|user|>…<|assistant|>`), whatever the model's chat template is.
 The function runs in processes beside the accelerator. What fails gets the score `failed` and is counted: a metric and
 a warning say how often and why. `metadata` names JSON lines whose column `prompt` is the question and whose other
 columns the function gets; without it, metadata is empty.

@@ -109,7 +109,7 @@ def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str
     else:
         messages = one.prompt if isinstance(one.prompt, list) else [{"role": "user", "content": one.prompt}]
         prompt = chat.render_prompt(tokenizer, messages).tolist()
-        completions = [[*tokenizer.encode(text), tokenizer.eos_id] for text in one.completions]
+        completions = [chat.answer_tokens(tokenizer, text) for text in one.completions]
     return {
         "prompt": one.key,
         "prompt_tokens": prompt,

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhfjax.data import chat, examples
 from rlhfjax.data.rows import Row
-from rlhfjax.data.tokenizer import ASSISTANT, Tokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -88,18 +88,8 @@ def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
 
 
 def messages_of(tokenizer: Tokenizer, prompt: list[int]) -> list[chat.Message]:
-    """The turns of a rendered prompt, by its markers' ids; ids without any marker are one user turn."""
-    roles = {tokenizer.token_id(marker): role for role, marker in chat.ROLES.items()}
-    turns: list[tuple[str, list[int]]] = []
-    for token in prompt:
-        if token in roles:
-            turns.append((roles[token], []))
-        elif token != tokenizer.bos_id:
-            turns = turns or [("user", [])]
-            turns[-1][1].append(token)
-    if turns and prompt[-1] == tokenizer.token_id(ASSISTANT):
-        turns = turns[:-1]
-    messages = [{"role": role, "content": tokenizer.decode(ids)} for role, ids in turns]
+    """The turns of a rendered prompt that say anything; ids without any marker are one user turn."""
+    messages = tokenizer.template.messages(prompt)
     return [message for message in messages if message["content"].strip()]
 
 

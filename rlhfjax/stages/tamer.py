@@ -128,7 +128,7 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
                 given = np.array(row["feedback"], np.float32).reshape(-1, 2)
                 prompt, response = row["prompt"], row["response"]
                 messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                answer = [*tokenizer.encode(response), tokenizer.eos_id][: length // 2]
+                answer = chat.answer_tokens(tokenizer, response)[: length // 2]
                 start = chat.render_prompt(tokenizer, messages, max_tokens=length - len(answer))
             except (ValueError, KeyError, TypeError, AttributeError) as why:
                 shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'

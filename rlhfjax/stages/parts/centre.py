@@ -63,7 +63,7 @@ def _demonstration(messages: list[chat.Message], tokenizer: Tokenizer, length: i
     ends = [j for j in range(1, len(roles)) if roles[j - 1 : j + 1] == ["user", "assistant"]]
     if not ends:
         return None
-    answer = [*tokenizer.encode(messages[ends[-1]]["content"]), tokenizer.eos_id]
+    answer = chat.answer_tokens(tokenizer, messages[ends[-1]]["content"])
     room = max(length // 2, length - len(answer))
     prompt = chat.render_prompt(tokenizer, messages[: ends[-1]], max_tokens=room)
     native = {"prompt_tokens": prompt, "completion_tokens": [np.array(answer[: length - len(prompt)], np.int32)]}
