@@ -1,7 +1,7 @@
 """Weights from a GGUF file, llama.cpp's format: `config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`.
 
 The architecture "llama" alone, in every type that the `gguf` package dequantises. What the file says and our
-Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. For its tokenizer: gguf_tokenizer.py.
+Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Tokenizer: gguf_tokenizer.py.
 """
 
 from collections.abc import Callable
