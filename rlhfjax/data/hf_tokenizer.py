@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from rlhfjax.data.template import BUILT_IN, Template
+from rlhfjax.data.template import BUILT_IN, MARKERS, Template
 from rlhfjax.errors import DataError
 
 FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = (
@@ -85,10 +85,8 @@ class HuggingFaceTokenizer:
         if not source and "eos_token" not in given:
             raise DataError(f"{self._where}: neither an eos_token nor a chat template says what ends a turn")
         for text, token in self._added.items():
-            if token["special"] and text in source and (token["lstrip"] or token["rstrip"] or token["single_word"]):
-                raise DataError(
-                    f"{self._where}: {text!r}, in its chat template, takes the blanks beside it: not supported"
-                )
+            if token["id"] in self.template.written and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+                raise DataError(f"{self._where}: {text!r} of its chat template swallows the blanks beside it")
         self.eos_id = self.template.end_id if source else given["eos_token"]
         self.bos_id = given.get("bos_token", given.get("eos_token", self.eos_id))
         self.pad_id = self._pad(given)
@@ -98,9 +96,9 @@ class HuggingFaceTokenizer:
     def _pad(self, given: Mapping[str, int]) -> int:
         if given.get("pad_token", self.eos_id) != self.eos_id:
             return given["pad_token"]
-        source, busy = self.template.source, {self.bos_id, *given.values()}
+        busy = {self.bos_id, *given.values()}
         spare = {text for text, i in self._specials.items() if i != self.eos_id and (i not in busy or text in _PADS)}
-        free = [text for text in spare if text not in source]
+        free = [text for text in spare if self._specials[text] not in self.template.written]
         free.sort(key=lambda text: ("pad" not in text.lower(), text not in _PADS, self._specials[text]))
         free += [_NEVER] if self._bytes and _NEVER in self._ids else []
         if not free:
@@ -240,7 +238,7 @@ def _prepared(backend: tokenizers.Tokenizer, names: set[str], source: str) -> di
 
 
 def _markup(text: str, source: str) -> bool:
-    return text in source and bool(re.search(r"[^\w\s]", text))
+    return text in MARKERS.get(source, ()) or (text in source and bool(re.search(r"[^\w\s]", text)))
 
 
 def _backend(data: Mapping[str, Any]) -> tokenizers.Tokenizer:

@@ -37,7 +37,7 @@ LLAMA2 = (  # Touvron et al. 2023 (Llama 2), appendix A.3.3 and the release's `c
     "{{ raise_exception('the roles must alternate user/assistant/user/assistant') }}{% endif %}"
     "{% set content = (system if loop.first else '') + message['content'] %}"
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA3 = (  # the model card of Llama 3 ("Prompt format")
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -45,7 +45,7 @@ LLAMA3 = (  # the model card of Llama 3 ("Prompt format")
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 BUILT_IN = {"ours": OURS, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3}
-_MARKERS = {  # what must be tokens of their own, else a message could write them
+MARKERS = {  # what must be tokens of their own, else a message could write them
     OURS: ("<|user|>", "<|assistant|>", "<|system|>"),
     CHATML: ("<|im_start|>", "<|im_end|>"),
     LLAMA3: ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -113,6 +113,11 @@ class Template:
         """The special token that ends the assistant's turn."""
         return next(p.token for p in reversed(self.pieces(("user", "assistant"))) if p.answer and p.token is not None)
 
+    @functools.cached_property
+    def written(self) -> frozenset[int]:
+        """The special tokens that it writes."""
+        return frozenset(self._joints[0])
+
     def text(self, messages: Sequence[Message], *, cue: bool = False) -> str:
         """What the source renders; with `cue` up to the assistant's next word. DataError where it refuses."""
         if not self.source:
@@ -140,8 +145,8 @@ class Template:
             if message["role"] not in ROLES:
                 raise DataError(f"chat: role {message['role']!r} is none of {', '.join(ROLES)}")
         pieces = self.pieces(tuple(message["role"] for message in messages), cue)
-        foreign = self.source not in BUILT_IN.values()  # of our own it is known that they trim and do no more
-        if foreign and "".join(piece.fill(messages) for piece in pieces) != self.text(messages, cue=cue):
+        plain = self.source == OURS  # of which it is known, and which every conversation of our own models goes through
+        if not plain and "".join(piece.fill(messages) for piece in pieces) != self.text(messages, cue=cue):
             raise self._error("it changes what a message says, more than trimming it")
         return self._tokens(pieces, messages)
 
@@ -206,7 +211,7 @@ class Template:
         return tuple(pieces)
 
     def _with_answers_marked(self, roles: tuple[str, ...], cue: bool) -> str:
-        missing = [marker for marker in _MARKERS.get(self.source, ()) if marker not in self._specials]
+        missing = [marker for marker in MARKERS.get(self.source, ()) if marker not in self._specials]
         if missing:
             raise DataError(f"{self.where}: this chat template needs a token of its own for {missing[0]!r}")
         whole = self._probe(roles, cue)
@@ -246,9 +251,9 @@ class Template:
                     if piece.said is None:
                         joint += (piece,)
                         continue
-                    speaks[joint] = roles[piece.said]
+                    speaks[joint] = speaks.get(joint) or roles[piece.said]
                     joint = ()
-                speaks.setdefault(joint, "assistant" if cue else None)
+                speaks[joint] = speaks.get(joint) or ("assistant" if cue else None)
         used = sorted({piece.token for joint in speaks for piece in joint if piece.token is not None})
         codes = {token: chr(_FIRST_SPECIAL + i) for i, token in enumerate(used)}
         spelled = {"".join(codes.get(p.token, p.text) for p in joint): role for joint, role in speaks.items()}
