@@ -61,7 +61,10 @@ class HuggingFaceTokenizer:
         data = _prepared(backend, {*names.values()}, source)
         self._json = json.dumps(data, ensure_ascii=False)
         self._backend = _backend(data)
-        self._following = _backend(_never_at_the_start(data)) if _at_the_start(data) else self._backend
+        after_special, after_text = _without_prefix(data), _without_prefix(data, anywhere=True)
+        following = self._backend if after_special == data else _backend(after_special)
+        joined = following if after_text == after_special else _backend(after_text)
+        self._backends = {"nothing": self._backend, "special": following, "text": joined}
         self._bytes = _over_bytes(data, where)
         self._ids = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(self._ids.values())
@@ -69,7 +72,7 @@ class HuggingFaceTokenizer:
         self._specials = {text: t["id"] for text, t in self._added.items() if t["special"]}
         self._guard(data["model"].get("unk_token"))
         self.template = Template(
-            source, specials=self._specials, names=names, encode=self._encode_following, decode=self.decode, where=where
+            source, specials=self._specials, names=names, encode=self._encode_run, decode=self.decode, where=where
         )
         self._set_ids({name: self._ids[text] for name, text in names.items() if text in self._ids})
 
@@ -133,9 +136,9 @@ class HuggingFaceTokenizer:
         """Ids of a text, without specials; what looks like a special is encoded as ordinary characters."""
         return self._encode(self._backend, text)
 
-    def _encode_following(self, text: str) -> list[int]:
-        """Ids of a text that other tokens stand before: without the blank that some put before the first word."""
-        return self._encode(self._following, text)
+    def _encode_run(self, text: str, before: str) -> list[int]:
+        """Ids of a text in a conversation: a blank may belong before the first word of all, or of a run."""
+        return self._encode(self._backends[before], text)
 
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         ids = backend.encode(text, add_special_tokens=False).ids
@@ -144,7 +147,7 @@ class HuggingFaceTokenizer:
         # Rare: a vocabulary whose ordinary rules also arrive at a special. Cut within it, so that neither half is one.
         cuts = [match.start() + 1 for match in self._marker.finditer(text)]
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        backends = [backend, *[self._following] * len(cuts)]
+        backends = [backend, *[self._backends["text"]] * len(cuts)]
         ids = [i for b, part in zip(backends, parts, strict=True) for i in b.encode(part, add_special_tokens=False).ids]
         if not self._forbidden.isdisjoint(ids):
             raise DataError(f"{self._where}: {text[:60]!r} cannot be encoded without a special token")
@@ -247,21 +250,22 @@ def _backend(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
+def _without_prefix(data: Mapping[str, Any], anywhere: bool = False) -> dict[str, Any]:
+    """tokenizer.json for what is not a text's beginning, or follows text: no blank is put before it."""
+    text = json.dumps({name: data[name] for name in ("normalizer", "pre_tokenizer")})
+    text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    if anywhere:
+        text = text.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
+        text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
+        text = re.sub(r'"prepend": "[^"]*"', '"prepend": ""', text)  # the normalizer of older Llama 2 files
+    return {**data, **json.loads(text)}
+
+
 def _parts(component: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as a list: the members of a sequence, or itself."""
+    """A decoder as a list: the members of a sequence, or itself."""
     if not component:
         return []
-    members = next((component[key] for key in ("pretokenizers", "decoders", "normalizers") if key in component), None)
-    return [part for member in members for part in _parts(member)] if members is not None else [dict(component)]
-
-
-def _at_the_start(data: Mapping[str, Any]) -> bool:
-    return any(part.get("prepend_scheme") == "first" for part in _parts(data["pre_tokenizer"]))
-
-
-def _never_at_the_start(data: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps(data["pre_tokenizer"])
-    return data | {"pre_tokenizer": json.loads(text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))}
+    return [p for part in component["decoders"] for p in _parts(part)] if "decoders" in component else [dict(component)]
 
 
 def _over_bytes(data: Mapping[str, Any], where: str) -> bool:

@@ -83,7 +83,7 @@ class Template:
       source: Jinja source; "" for none, which raises as soon as a conversation is to be rendered.
       specials: text of each special token -> id.
       names: what the source may call by name, such as bos_token and eos_token.
-      encode: text to ids, never a special's.
+      encode: text to ids, never a special's, given what stands right before it: "text", "special" or "nothing".
       decode: ids to text.
       where: the tokenizer's file, for errors.
 
@@ -97,7 +97,7 @@ class Template:
         *,
         specials: Mapping[str, int],
         names: Mapping[str, str],
-        encode: Callable[[str], list[int]],
+        encode: Callable[[str, str], list[int]],
         decode: Callable[[list[int]], str],
         where: str = "tokenizer",
     ):
@@ -229,10 +229,12 @@ class Template:
     def _tokens(self, pieces: Iterable[Piece], messages: Sequence[Message]) -> tuple[list[int], list[float]]:
         tokens: list[int] = []
         mask: list[float] = []
+        before = "nothing"
         for (token, answer), group in itertools.groupby(pieces, key=lambda piece: (piece.token, piece.answer)):
             run = list(group)  # text between two special tokens is encoded as one
             text = "".join(piece.fill(messages) for piece in run)
-            ids = [token] * len(run) if token is not None else self._encode(text)
+            ids = [token] * len(run) if token is not None else self._encode(text, before)
+            before = "text" if token is None else "special"
             tokens += ids
             mask += [float(answer)] * len(ids)
         return tokens, mask

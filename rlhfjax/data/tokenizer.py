@@ -78,7 +78,10 @@ class SentencePieceTokenizer:
     def _template(self, specials: list[str], where: str) -> Template:
         bos, eos = specials[-2:]
         ids, names = {piece: self._ids[piece] for piece in specials}, {"bos_token": bos, "eos_token": eos}
-        return Template(OURS, specials=ids, names=names, encode=self.encode, decode=self.decode, where=where)
+        return Template(OURS, specials=ids, names=names, encode=self._encode_run, decode=self.decode, where=where)
+
+    def _encode_run(self, text: str, before: str) -> list[int]:
+        return self.encode(text)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, SentencePieceTokenizer) and self._model == other._model

@@ -1,5 +1,6 @@
 """Tokenizers of the `tokenizers` library: they lose nothing, invent no special, and their pad is never their eos."""
 
+import itertools
 import json
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rlhfjax.chat import decode_stream
 from rlhfjax.data import chat, hf_tokenizer
@@ -33,6 +34,12 @@ def byte_bpe(specials=SMOLLM, **options) -> tokenizers.Tokenizer:
     return backend
 
 
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
 def llama2(scheme: str) -> tokenizers.Tokenizer:
     """BPE over characters with a fallback to bytes, in Llama 2's layout: specials, bytes, characters, merges."""
     characters = sorted(set("".join(TEXTS)) - {" ", "é", "🙂"} | {"▁"})
@@ -41,7 +48,10 @@ def llama2(scheme: str) -> tokenizers.Tokenizer:
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     bpe = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    if scheme == "legacy":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -147,16 +157,16 @@ def test_the_template_is_found_where_hugging_face_puts_it(smollm, tmp_path):
     assert load_tokenizer(tmp_path).template.source.endswith("{# newer #}")
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "legacy"])
 def test_llama_2s_blanks(scheme):
     """BPE over characters: the blank before the first word stands there alone, and not after what opens a turn."""
     tokenizer = HuggingFaceTokenizer(llama2(scheme), LLAMA2, template="llama2")
-    alone = {"first": ["▁the"], "always": ["▁the"], "never": ["t", "h", "e"]}[scheme]
+    alone = ["t", "h", "e"] if scheme == "never" else ["▁the"]
     assert [tokenizer._backend.id_to_token(i) for i in tokenizer.encode("the")] == alone
     assert tokenizer.pad_id == tokenizer.token_id("<unk>") and tokenizer.eos_id == tokenizer.token_id("</s>")
     tokens, _ = chat.render(tokenizer, [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cé"}])
     shown = [tokenizer._backend.id_to_token(int(i)) for i in tokens]
-    opening = {"first": ["<s>", "<0x5B>"], "always": ["<s>", "▁", "<0x5B>"], "never": ["<s>", "<0x5B>"]}[scheme]
+    opening = ["<s>", "▁", "<0x5B>"] if scheme in ("always", "legacy") else ["<s>", "<0x5B>"]
     assert shown[: len(opening)] == opening and "▁the" in shown
     assert shown[-5:] == ["▁c", "<0xC3>", "<0xA9>", "▁", "</s>"]
     text = "the é🙂 </s>"
@@ -208,6 +218,13 @@ def test_transformers_reads_what_is_saved_and_encodes_the_same(smollm, tmp_path)
     smollm.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    for name, (template, scheme) in enumerate(itertools.product(("llama2", ZEPHYR), ("first", "always", "legacy"))):
+        tokenizer = HuggingFaceTokenizer(llama2(scheme), LLAMA2, template=template)
+        (tmp_path / str(name)).mkdir()
+        tokenizer.save(tmp_path / str(name))
+        messages = [{"role": r, "content": c} for r, c in [("user", "the cat"), ("assistant", "the é"), ("user", "on")]]
+        ids = AutoTokenizer.from_pretrained(tmp_path / str(name)).apply_chat_template(messages, return_dict=False)
+        assert chat.render(tokenizer, messages)[0].tolist() == ids
     for text in [*TEXTS, "a  b\n\n c<|im_start|>", " é\r\n🙂"]:
         ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ids == smollm.encode(text)
