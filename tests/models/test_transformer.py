@@ -269,6 +269,21 @@ def test_init_standard_deviations():
     assert np.abs(np.asarray(layer["mlp"]["up"]["kernel"] - other["mlp"]["up"]["kernel"])).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("family", "biased"),
+    [
+        ("llama", set()),
+        ("qwen2", {"query", "key", "value"}),
+        *[(family, {"query", "key", "value", "out", "up", "down"}) for family in ("gpt1", "gpt2", "neox")],
+    ],
+)
+def test_which_projections_have_a_bias(family, biased):
+    params = jax.eval_shape(Model(FAMILIES[family]).init, jax.random.key(0))
+    for layer in params["backbone"]["layers"].values():
+        projections = layer["attention"] | layer["mlp"]
+        assert {name for name, leaves in projections.items() if "bias" in leaves} == biased
+
+
 def test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one():
     config = dataclasses.replace(FAMILIES["llama"], d_model=4096, n_layers=1, d_ff=4)
     head = jax.jit(lambda k: Model(config, "scalar").init(k)["head"])
