@@ -1,5 +1,6 @@
 """Our TFDS builders: real text that comes with packages, read without importing them and without TensorFlow."""
 
+import abc
 import contextlib
 import fcntl
 import importlib.util
@@ -42,9 +43,9 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
     def __init__(self, **kwargs: Any):
         super().__init__(**({"file_format": "array_record"} | kwargs))
 
+    @abc.abstractmethod
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """All (key, example) pairs, before the split."""
-        raise NotImplementedError
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in SPLITS}

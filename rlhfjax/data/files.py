@@ -1,5 +1,6 @@
 """Records in files, by index: JSON lines and plain text. Only offsets are held in memory."""
 
+import abc
 import codecs
 import glob
 import json
@@ -34,7 +35,7 @@ class Span(NamedTuple):
     line: int
 
 
-class _Files:
+class _Files(abc.ABC):
     """Records that are spans of files, split by a stable hash of their bytes unless the glob names the split."""
 
     hint = ""
@@ -55,8 +56,9 @@ class _Files:
         if not named and split != "all":
             self.hint = "; rows are split 90/5/5 by their hash, put {split} into the glob to name files by split"
 
+    @abc.abstractmethod
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
-        raise NotImplementedError
+        """The records of file `number`: where they are, and their bytes."""
 
     def __len__(self) -> int:
         return len(self._spans) // 4
