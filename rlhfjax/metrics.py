@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,16 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSON object a line, the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
     """The last value of every metric in a workdir's metrics.jsonl."""
     values: dict[str, float] = {}
@@ -102,15 +112,8 @@ def last_values(workdir: str | os.PathLike) -> dict[str, float]:
 
 def _keep_until(path: Path, step: int | None) -> None:
     """Rewrites a file of lines, atomically, to those with `step` at most `step` (None: to none)."""
-    if not path.exists():
-        return
-    rows = [] if step is None else [row for row in read_jsonl(path) if row["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    if path.exists():
+        write_jsonl(path, [] if step is None else [row for row in read_jsonl(path) if row["step"] <= step])
 
 
 def _line(step: int, values: Mapping[str, Real]) -> str:

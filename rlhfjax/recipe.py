@@ -18,6 +18,7 @@ from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
+from rlhfjax.metrics import read_jsonl, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 
 DONE = "done.json"
@@ -220,11 +221,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:
     """The recipe's own metrics.jsonl: every line of its stages so far, with the stage's name."""
-    lines = []
+    rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
-        path = folder / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else []:
-            lines.append(json.dumps({"stage": name, **json.loads(line)}) + "\n")
-    temporary = workdir / "metrics.jsonl.tmp"
-    temporary.write_text("".join(lines))
-    temporary.replace(workdir / "metrics.jsonl")
+        rows += [{"stage": name, **row} for row in read_jsonl(folder / "metrics.jsonl")]
+    write_jsonl(workdir / "metrics.jsonl", rows)

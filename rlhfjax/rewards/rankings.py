@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rlhfjax.data import chat
 from rlhfjax.data.preferences import ranks_of
 from rlhfjax.errors import DataError
+from rlhfjax.metrics import write_jsonl
 
 Prompt = str | list[chat.Message]
 
@@ -65,14 +66,12 @@ def read_rankings(pattern: str) -> list[Ranking]:
 
 def write_rankings(path: Path, rankings: Iterable[Ranking]) -> None:
     """Writes rankings as JSON lines, whole or not at all."""
-    lines = []
+    rows = []
     for one in rankings:
         row = {"prompt": one.prompt, "completions": list(one.completions), "ranking": list(one.ranks)}
         row |= {name: value for name in ("labeller", "time") if (value := getattr(one, name))}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+        rows.append(row)
+    write_jsonl(path, rows)
 
 
 def from_row(row: Mapping[str, Any], labeller: str = "") -> Ranking:

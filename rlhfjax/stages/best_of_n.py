@@ -9,7 +9,6 @@ samples.jsonl   a line a prompt: the best of its pool, and a plain sample
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer
+from rlhfjax.metrics import Progress, Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
@@ -71,8 +70,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         rewards["gold"] = load_reward(config.gold, layout, tokenizer)
     with layout.use():
         prompts, answers, pool = _pools(config, policy, tokenizer, rewards, layout)
-    _write_lines(workdir / SCORES, _score_rows(prompts, pool))
-    _write_lines(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
+    write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
+    write_jsonl(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
@@ -194,9 +193,3 @@ def _sample_rows(prompts: list[str], answers: list[list[str]], pool: Pool) -> li
                 row |= {f"{name}_policy": pool[name][i, best], f"{name}_baseline": pool[name][i, 0]}
         rows.append(row)
     return rows
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)

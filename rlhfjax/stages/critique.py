@@ -18,7 +18,7 @@ from rlhfjax.data import chat
 from rlhfjax.data.rows import split_of
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer
+from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.feedback import choose, read_lines
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
@@ -122,9 +122,7 @@ def _write(
             held_out = split_of(chat.to_text(prompt), validation=config.validation, test=0.0) == "validation"
             kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
     for split, rows in {**kept, "revisions": everything}.items():
-        temporary = workdir / f"{split}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(workdir / f"{split}.jsonl")
+        write_jsonl(workdir / f"{split}.jsonl", rows)
     changed = sum(first != last for first, last in zip(drafts[0], drafts[-1], strict=True))
     return {
         "critique/prompts": float(len(prompts)),

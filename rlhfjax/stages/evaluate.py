@@ -4,7 +4,6 @@ Both answer the same prompts. The win rate counts ties as one half; its interval
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rlhfjax.evals import stats
 from rlhfjax.evals.text import distinct_n
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer
+from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import load_reward, texts
 from rlhfjax.stages.parts.common import check_length
@@ -147,13 +146,11 @@ def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _write_samples(path: Path, answers: dict[str, dict[str, Any]]) -> None:
     policy, baseline = answers["policy"], answers["baseline"]
-    lines = []
+    rows = []
     for i, prompt in enumerate(policy["prompt"]):
         row = {"prompt": prompt, "policy": policy["answer"][i], "baseline": baseline["answer"][i]}
         for score in ("gold", "proxy"):
             if score in policy:
                 row |= {f"{score}_policy": float(policy[score][i]), f"{score}_baseline": float(baseline[score][i])}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+        rows.append(row)
+    write_jsonl(path, rows)

@@ -8,7 +8,6 @@ round it is Llama 2's rejection sampling (Touvron et al. 2023, section 3.2.3).
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer
+from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.stages.parts.preferences import open_preferences
 
@@ -53,7 +52,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         if not any(chosen):
             raise DataError(f"select: no answer of split {split!r} scores {config.min_score} or more")
         selected = [selected_row(tokenizer, row, i) for row, some in zip(rows, chosen, strict=True) for i in some]
-        _write(workdir / f"{split}.jsonl", selected)
+        write_jsonl(workdir / f"{split}.jsonl", selected)
         if split == "train":
             metrics = _describe(rows, chosen, selected)
     with Writer(workdir) as writer:
@@ -102,9 +101,3 @@ def _describe(rows: list[Row], chosen: list[list[int]], selected: list[dict[str,
         "select/score_before": float(np.mean([score for row in rows for score in row["scores"]])),
         "select/response_length": float(np.mean([len(row["response_tokens"]) for row in selected])),
     }
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)

@@ -7,14 +7,13 @@ workdir/prompts/{train,validation,test}.jsonl    {"prompt", "answer", and what t
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.data.rows import SPLITS
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer
+from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.rewards.tasks import rows
 
 FOLDER = "prompts"
@@ -50,10 +49,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for split, some in splits.items():
         if not some:
             raise DataError(f"tasks: {', '.join(config.tasks)} repeat themselves; nothing is left for {split}")
-        temporary = workdir / FOLDER / f"{split}.jsonl.tmp"
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
-        temporary.replace(temporary.with_suffix(""))
+        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_jsonl(workdir / FOLDER / f"{split}.jsonl", some)
     metrics = {f"tasks/{split}": float(len(some)) for split, some in splits.items()}
     with Writer(workdir) as writer:
         writer.write(0, metrics)
