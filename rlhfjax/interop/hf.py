@@ -72,7 +72,7 @@ def save_hf(
     params: Params,
     dtype: str = "float32",
     *,
-    special_ids: Mapping[str, int] | None = None,
+    special_ids: Mapping[str, int | None] | None = None,
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -87,7 +87,7 @@ def save_hf(
     Args:
       params: on this process's devices or in its memory; layers stacked (config.scan_layers) or not.
       dtype: float32, bfloat16 or float16.
-      special_ids: ids of "pad", "bos", "eos"; what is not given is null there.
+      special_ids: ids of "pad", "bos", "eos"; what is not given, or None, is null there.
       shard_bytes: files are at most so large, unless one tensor is larger.
     Raises:
       ConfigError: no architecture there is such a model; ids that cannot be; a reward's constant that has no place.

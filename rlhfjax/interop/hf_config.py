@@ -42,11 +42,11 @@ def read(path: Path) -> tuple[str, Model, float]:
     return name, Model(_config(name, said), head), constant
 
 
-def write(model: Model, dtype: str, ids: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
+def write(model: Model, dtype: str, ids: Mapping[str, int | None]) -> tuple[str, dict[str, Any]]:
     """The family of a model and its config.json; the inverse of `read`, but for what only training knows.
 
     Args: ids of "pad", "bos" and "eos"; null for the others, so that `transformers` does not assume its own.
-    Raises: ConfigError for a model that is of no family, or an id that is not in the vocabulary.
+    Raises: ConfigError for a model that is of no family, or ids that cannot be.
     """
     for name, family in FAMILIES.items():
         described = _describe(family, model.config)
@@ -114,13 +114,16 @@ def _meaning(c: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(c, **rope, **trained, **same, dtype="float32", scan_layers=False)
 
 
-def _ids(model: Model, ids: Mapping[str, int]) -> dict[str, int | None]:
+def _ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
     names = ("pad", "bos", "eos")
     for name, value in ids.items():
         if name not in names:
             raise ConfigError(f"special_ids[{name!r}]: accepted are {', '.join(names)}")
-        if not 0 <= value < model.config.vocab_size:
+        if value is not None and not 0 <= value < model.config.vocab_size:
             raise ConfigError(f"special_ids[{name!r}] is {value}: the vocabulary has {model.config.vocab_size} ids")
-    if model.head == "scalar" and "pad" not in ids:
+    pad = ids.get("pad")
+    if model.head == "scalar" and pad is None:
         raise ConfigError("special_ids['pad'] is missing: transformers scores the last token that is not padding")
+    if model.head == "scalar" and pad in (ids.get("bos"), ids.get("eos")):
+        raise ConfigError(f"special_ids['pad'] is {pad}, bos or eos too: transformers would take that for padding")
     return {f"{name}_token_id": ids.get(name) for name in names}

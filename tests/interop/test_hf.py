@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from rlhfjax import state
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop.hf import load_hf, save_hf
-from rlhfjax.interop.hf_config import read
+from rlhfjax.interop.hf_config import read, write
 from rlhfjax.interop.hf_names import Row
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig
-from rlhfjax.models.presets import preset
+from rlhfjax.models.presets import PRESETS, preset
 from tests.models import families
 
 FAMILIES = families.FAMILIES | {
@@ -255,12 +255,19 @@ def test_rows_by_hand():
 
 
 def test_configs_of_releases(tmp_path):
-    assert described(tmp_path, SMOLLM2) == Model(preset("smollm2-135m", init_std=0.041666666666666664))
-    assert described(tmp_path, GPT2) == Model(preset("gpt2-124m"))
-    pythia = described(tmp_path, PYTHIA).config
-    assert (pythia.residual, pythia.rope_fraction, pythia.mlp, pythia.bias) == ("parallel", 0.25, "gelu_exact", True)
-    qwen = described(tmp_path, QWEN).config
-    assert (qwen.qkv_bias, qwen.bias, qwen.kv_heads, qwen.rope_theta, qwen.norm_eps) == (True, False, 2, 1e6, 1e-6)
+    releases = {"smollm2-135m": SMOLLM2, "gpt2-124m": GPT2, "pythia-1b": PYTHIA, "qwen2.5-0.5b": QWEN}
+    for name, values in releases.items():
+        config = described(tmp_path, values).config
+        began = {"init_std": config.init_std, "scale_residual_init": config.scale_residual_init}
+        assert config == preset(name, **began), name
+
+
+def test_every_preset_is_of_a_family(tmp_path):
+    for name in PRESETS:
+        config = preset(name, dropout=0.0)
+        values = write(Model(config), "float32", {})[1]
+        began = {"init_std": config.init_std, "scale_residual_init": config.scale_residual_init}
+        assert dataclasses.replace(described(tmp_path, values).config, **began) == config, name
 
 
 def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
@@ -439,7 +446,7 @@ def test_what_cannot_be_written_leaves_nothing(small, tmp_path):
 
 def test_ids_are_those_given_and_no_others(small, tmp_path):
     _, model, params = small
-    save_hf(tmp_path / "x", model, params, special_ids={"pad": 0, "eos": 2})
+    save_hf(tmp_path / "x", model, params, special_ids={"pad": 0, "bos": None, "eos": 2})
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert {k: v for k, v in config.items() if k.endswith("token_id")} == {
         "pad_token_id": 0,
@@ -460,6 +467,8 @@ def test_a_rewards_constant_is_dropped_by_name_only_and_comes_back(tmp_path):
         save_hf(tmp_path / "x", model, params, special_ids=ids)
     with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is missing"):
         save_hf(tmp_path / "x", model, params, drop_bias=True)
+    with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is 2, bos or eos too"):
+        save_hf(tmp_path / "x", model, params, special_ids={"pad": 2, "eos": 2}, drop_bias=True)
     save_hf(tmp_path / "x", model, params, special_ids=ids, drop_bias=True)
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
