@@ -30,6 +30,7 @@ NEUTRAL: dict[str, tuple] = {
     "is_decoder": (False, True),  # all of ours are
     "is_encoder_decoder": (False,),
     "pruned_heads": ({},),
+    **{f"rope_{outer}.{key}": ("default",) for outer in ("parameters", "scaling") for key in ("rope_type", "type")},
     "tie_encoder_decoder": (False,),
     "use_bfloat16": (False,),
 }
@@ -77,24 +78,32 @@ class Said:
         raise self.refuse(key, name, " or ".join(map(repr, sum(accepted.values(), ()))))
 
     def rope(self, theta: str = "rope_theta", fraction: str = "partial_rotary_factor", default: float = 1.0) -> dict:
-        """RoPE's base and the share of each head that it turns, of the plain kind alone.
+        """RoPE's base and the share of each head that it turns; any kind but the plain one stays to be refused.
 
-        transformers 5 has them in `rope_parameters`; 4 in the keys that are named here, with `rope_scaling` beside.
+        transformers 5 has them in `rope_parameters`; 4 in keys of their own (GPT-NeoX under two names, of which one is
+        given here), with `rope_scaling` beside.
         """
-        found = {"rope_theta": self.take(theta, float, None), "rope_fraction": self.take(fraction, float, None)}
-        for outer in ("rope_scaling", "rope_parameters"):
-            inner = Said(self.path, {f"{outer}.{key}": x for key, x in self.take(outer, dict, {}).items()})
-            for kind in (f"{outer}.rope_type", f"{outer}.type"):
-                if (value := inner.take(kind, str, "default")) != "default":
-                    raise self.refuse(kind, value, "'default'")
-            for field, key in (("rope_theta", "rope_theta"), ("rope_fraction", "partial_rotary_factor")):
-                value = inner.take(f"{outer}.{key}", float, found[field])
-                if found[field] not in (None, value):
-                    raise self.refuse(f"{outer}.{key}", value, f"what it says elsewhere, {found[field]}")
-                found[field] = value
-            inner.finish({})
-        plain = {"rope_theta": 10000.0, "rope_fraction": default}
-        return {field: plain[field] if value is None else value for field, value in found.items()}
+        outer = ("rope_parameters", "rope_scaling")
+        for name in outer:
+            inner = self.take(name, dict, {})
+            self.left |= {f"{name}.{key}": value for key, value in inner.items() if value is not None}
+
+        def places(key):
+            return (key, *(f"{name}.{key}" for name in outer))
+
+        return {
+            "rope_theta": self._agreed(10000.0, theta, *places("rope_theta")),
+            "rope_fraction": self._agreed(default, fraction, *places("partial_rotary_factor")),
+        }
+
+    def _agreed(self, default, *keys):
+        """The one number that several keys say, of which some or all may be absent."""
+        found = {key: self.take(key, float) for key in keys if key in self.left}
+        first = next(iter(found.values()), default)
+        for key, value in found.items():
+            if value != first:
+                raise self.refuse(key, value, f"what it says elsewhere, {first}")
+        return first
 
     def finish(self, neutral: Mapping[str, tuple]) -> None:
         for key, value in self.left.items():

@@ -276,6 +276,8 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
     config = described(tmp_path, new).config
     assert (config.rope_theta, config.rope_fraction) == (500.0, 0.5)
     assert config == described(tmp_path, PYTHIA | {"rotary_emb_base": 500, "rotary_pct": 0.5}).config
+    both = {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rope_theta": 500.0, "rotary_emb_base": 500}  # 4.57
+    assert config == described(tmp_path, PYTHIA | both).config
     silent = described(tmp_path, {k: v for k, v in PYTHIA.items() if not k.startswith("rotary")}).config
     assert (silent.rope_theta, silent.rope_fraction) == (10000.0, 0.25)
 
@@ -309,6 +311,7 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention = True"),
         (PYTHIA, {"attention_bias": False}, "attention_bias = False"),
+        (PYTHIA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 .* elsewhere, 0.25"),
         (PYTHIA, {"rotary_pct": 0.012}, "model.rope_fraction = 0.012 of a head of 256 is 3"),
     ],
 )
