@@ -53,7 +53,9 @@ def _backend(path: str | Path, metadata: dict[str, Any], pre: str) -> tokenizers
     except Exception as error:  # the library raises nothing more special
         raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
     if len(vocabulary) < len(tokens) or len(kinds) != len(tokens):
-        raise CheckpointError(f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct")
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct, and {len(kinds)} types"
+        )
     backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer, backend.decoder = _pre_tokenizer(pre), tokenizers.decoders.ByteLevel()
     if pre == "qwen2":

