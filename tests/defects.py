@@ -190,8 +190,8 @@ DEFECTS = [
     d(
         6,
         "stages/parts/policy.py",
-        'rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)',
-        """rollout = algorithm.rollout(state.params["policy"], batch["prompts"], batch["segments"], key)
+        'rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)',
+        """rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -748,7 +748,7 @@ DEFECTS = [
     d(
         27,
         "stages/parts/policy.py",
-        'algorithm.rollout(state.params["policy"], batch',
+        'algorithm.rollout(params["policy"], batch',
         "algorithm.rollout(task.start.params, batch",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
     ),
