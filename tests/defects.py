@@ -819,8 +819,8 @@ DEFECTS = [
     d(
         31,
         "interop/gguf.py",
-        'half_split(read("attn_k"), c.kv_heads)',
-        'half_split(read("attn_k"), c.n_heads)',
+        '"attn_k.weight": "kv_heads"',
+        '"attn_k.weight": "n_heads"',
         "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
     ),
     # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that is simply killed

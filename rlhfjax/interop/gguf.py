@@ -4,7 +4,6 @@ The architecture "llama" alone, in every type that the `gguf` package dequantise
 Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Tokenizer: gguf_tokenizer.py.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.models.config import TransformerConfig
+from rlhfjax.interop import names
+from rlhfjax.models import Model, TransformerConfig
 
 Params = dict[str, Any]
 
@@ -40,6 +40,9 @@ NEUTRAL = {
     "tensor_data_layout": "Meta AI original pth",  # a name for the order of rows that `half_split` undoes
 }
 
+# Whose rows `half_split` puts back, and the number of their heads.
+HALF_SPLIT = {"attn_q.weight": "n_heads", "attn_k.weight": "kv_heads"}
+
 
 def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     """The shape and the language model's parameters in a GGUF file: float32 arrays in the host's memory.
@@ -59,23 +62,22 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     _check(path, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, _shapes(config))
 
     def read(name):
-        tensor = tensors[f"{name}.weight"]
+        tensor = tensors[name]
         try:  # a copy: float32 tensors come as views of the file
             return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise CheckpointError(f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantise") from None
 
-    backbone = {
-        "embed": {"tokens": read("token_embd")},
-        "layers": {
-            f"layer_{i}": _layer(config, lambda name, i=i: read(f"blk.{i}.{name}")) for i in range(config.n_layers)
-        },
-        "norm": {"scale": read("output_norm")},
-    }
-    if config.tie_embeddings:
-        return config, {"backbone": backbone}
-    return config, {"backbone": backbone, "head": {"kernel": _kernel(read("output"))}}
+    shapes, rows = _rows(config)
+    found = {}
+    for row in rows:
+        tensor = read(row.theirs)
+        for ending, heads in HALF_SPLIT.items():
+            if row.theirs.endswith(ending):
+                tensor = half_split(tensor, getattr(config, heads))
+        found[row.ours[0]] = np.ascontiguousarray(row.split(tensor, [shapes[row.ours[0]]])[0])
+    return config, names.nested(found)
 
 
 def half_split(weight: Float[np.ndarray, "rows d"], heads: int) -> Float[np.ndarray, "rows d"]:
@@ -89,49 +91,16 @@ def half_split(weight: Float[np.ndarray, "rows d"], heads: int) -> Float[np.ndar
     return weight.reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
 
 
-def _layer(c: TransformerConfig, read: Callable[[str], np.ndarray]) -> Params:
-    """One layer of our tree; `read` takes the name of a tensor within the layer."""
-    by_head = (c.d_model, -1, c.head_dim)
-    return {
-        "norm_1": {"scale": read("attn_norm")},
-        "attention": {
-            "query": {"kernel": _kernel(half_split(read("attn_q"), c.n_heads)).reshape(by_head)},
-            "key": {"kernel": _kernel(half_split(read("attn_k"), c.kv_heads)).reshape(by_head)},
-            "value": {"kernel": _kernel(read("attn_v")).reshape(by_head)},
-            "out": {"kernel": _kernel(read("attn_output")).reshape(c.n_heads, c.head_dim, c.d_model)},
-        },
-        "norm_2": {"scale": read("ffn_norm")},
-        "mlp": {
-            "gate": {"kernel": _kernel(read("ffn_gate"))},
-            "up": {"kernel": _kernel(read("ffn_up"))},
-            "down": {"kernel": _kernel(read("ffn_down"))},
-        },
-    }
+def _rows(c: TransformerConfig) -> tuple[dict[str, names.Shape], list[names.Row]]:
+    """The shapes of our arrays by path, and which tensor holds each."""
+    shapes = names.shapes_of(Model(c))
+    return shapes, names.rows(names.GGUF, "lm", shapes)
 
 
-def _kernel(weight: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "in out"]:
-    """GGUF's matrices are [out, in], ours [in, out]."""
-    return np.ascontiguousarray(weight.T)
-
-
-def _shapes(c: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(c: TransformerConfig) -> dict[str, names.Shape]:
     """Every tensor of such a model, [out, in]."""
-    d, query, key = c.d_model, c.n_heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = {
-        "attn_norm": (d,),
-        "attn_q": (query, d),
-        "attn_k": (key, d),
-        "attn_v": (key, d),
-        "attn_output": (d, query),
-        "ffn_norm": (d,),
-        "ffn_gate": (c.d_ff, d),
-        "ffn_up": (c.d_ff, d),
-        "ffn_down": (d, c.d_ff),
-    }
-    shapes = {"token_embd.weight": (c.vocab_size, d), "output_norm.weight": (d,)}
-    if not c.tie_embeddings:
-        shapes["output.weight"] = (c.vocab_size, d)
-    return shapes | {f"blk.{i}.{name}.weight": shape for i in range(c.n_layers) for name, shape in layer.items()}
+    shapes, rows = _rows(c)
+    return {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
 
 
 def _check(path, found, expected):

@@ -3,7 +3,7 @@
     model, params = load_hf("SmolLM2-135M", layout)
     save_hf("exported", model, params)                      # what `transformers` loads
 
-GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX, language models and rewards; `hf_config` has their configs and `hf_names` their
+GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX, language models and rewards; `hf_config` has their configs and `names` their
 tensors. The tokenizer's files are not touched. Tensors are read one at a time, and each goes straight into its shards.
 """
 
@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 from rlhfjax import state
 from rlhfjax.config import write_json
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.interop import hf_config, hf_names
-from rlhfjax.interop.hf_names import Row, Shape
+from rlhfjax.interop import hf_config, names
+from rlhfjax.interop.names import Row, Shape
 from rlhfjax.mesh import Layout
 from rlhfjax.models import Model
 
@@ -51,11 +51,10 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
     """
     folder = Path(folder)
     family, model, constant = hf_config.read(folder / "config.json")
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in _leaves(abstract).items()}
+    shapes = names.shapes_of(model)
     files = _Files(folder)
-    rows = _check(files, hf_names.TABLES[family], model, shapes)
-    put = _placing(abstract, model, layout)
+    rows = _check(files, names.TABLES[family], model, shapes)
+    put = _placing(model, layout)
     found = {}
     for row in rows:
         tensor = files.read(row.theirs)
@@ -63,7 +62,7 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
             found[path] = put(path, array)
     if model.head == "scalar":
         found["head/bias"] = put("head/bias", np.array(constant))
-    return model, jax.tree.map_with_path(lambda path, _: found[_name(path)], abstract)
+    return model, names.nested(found)
 
 
 def save_hf(
@@ -104,7 +103,7 @@ def save_hf(
         params, constant = _without_bias(params, drop_bias)
         description |= {hf_config.REWARD_BIAS: constant} if constant else {}
     shapes, read = _reading(model, params)
-    rows = hf_names.rows(hf_names.TABLES[family], model.head, shapes)
+    rows = names.rows(names.TABLES[family], model.head, shapes)
     parts = _parts(rows, shapes, np.dtype(dtype).itemsize, shard_bytes)
     with _renamed(folder) as temporary:
         for file, part in parts.items():
@@ -174,11 +173,11 @@ def _read_index(path):
     raise CheckpointError(f"{path}: expected a JSON object with weight_map: file names by tensor")
 
 
-def _check(files: _Files, table: hf_names.Table, model: Model, shapes: Mapping[str, Shape]) -> list[Row]:
+def _check(files: _Files, table: names.Table, model: Model, shapes: Mapping[str, Shape]) -> list[Row]:
     """The rows of a model, when the files hold exactly their tensors; before any of them is read."""
     bare = not any(name.startswith(table.prefix) for name in files.file)
     prefix = "" if bare else table.prefix
-    rows = hf_names.rows(table, model.head, shapes, prefix)
+    rows = names.rows(table, model.head, shapes, prefix)
     expected = {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
     for name in expected.keys() - files.file.keys():
         raise CheckpointError(f"{files.folder}: there is no tensor {name}")
@@ -210,11 +209,12 @@ def _needless(files, table, name, prefix, model):
     return True
 
 
-def _placing(abstract, model: Model, layout: Layout | None) -> Callable[[str, np.ndarray], Any]:
+def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray], Any]:
     """put(path, array): one array in its shards, each made float32 for itself, or in the host's memory."""
     if layout is None:
         return lambda _, array: np.ascontiguousarray(array, np.float32).reshape(array.shape)
-    shardings = _leaves(state.shardings(abstract, model.axes(), layout))
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = names.leaves(state.shardings(abstract, model.axes(), layout))
 
     def put(path, array):
         def shard(index):
@@ -226,21 +226,13 @@ def _placing(abstract, model: Model, layout: Layout | None) -> Callable[[str, np
     return put
 
 
-def _leaves(tree) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 # ------------------------------------------------------------------ writing
 
 
 def _reading(model: Model, params: Params) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
     """The shapes of the arrays by path, layers taken apart, and what reads one into the host's memory."""
-    leaves = _leaves(params)
-    _check_params(leaves, _leaves(jax.eval_shape(model.init, jax.random.key(0))))
+    leaves = names.leaves(params)
+    _check_params(leaves, names.shapes_of(model))
     where = {}  # path -> (path of the leaf, layer within it)
     for path, leaf in leaves.items():
         if model.config.scan_layers and path.startswith("backbone/layers/"):
@@ -262,7 +254,8 @@ def _reading(model: Model, params: Params) -> tuple[dict[str, Shape], Callable[[
 
 def _check_params(leaves, expected):
     for path in leaves.keys() | expected.keys():
-        found, wanted = (list(x[path].shape) if path in x else "absent" for x in (leaves, expected))
+        found = list(leaves[path].shape) if path in leaves else "absent"
+        wanted = list(expected[path]) if path in expected else "absent"
         if found != wanted:
             raise CheckpointError(f"the parameters are not this model's: {path} is {found}, and in the model {wanted}")
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):

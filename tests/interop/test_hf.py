@@ -15,7 +15,7 @@ from rlhfjax import state
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.interop.hf_config import read, write
-from rlhfjax.interop.hf_names import Row
+from rlhfjax.interop.names import Row
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.models.presets import PRESETS, preset

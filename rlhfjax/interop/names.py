@@ -1,14 +1,19 @@
-"""Which of our arrays each Hugging Face tensor holds: one table a family, read in both directions.
+"""Which of our arrays each tensor of a Hugging Face or GGUF file holds: one table a family, read in both directions.
 
 A row names a tensor of theirs and the arrays of ours in it, and says how they lie there; `split` and `join` are the two
 ways across. Rows of arrays that a model does not have (biases, mostly) are left out, so Llama's table is Qwen2's too.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
+
+from rlhfjax.models import Model
 
 Shape = tuple[int, ...]
 
@@ -155,6 +160,25 @@ TABLES: dict[str, Table] = {
     ),
 }
 
+# A Llama's tensors by llama.cpp's names (gguf-py/gguf/constants.py); the rows of Q and K lie in another order there.
+GGUF = Table(
+    prefix="",
+    layers="blk.{i}.",
+    trunk=(_embedding("token_embd", "tokens"), *_norm("output_norm", "norm")),
+    layer=(
+        *_norm("attn_norm", "norm_1"),
+        *_dense("attn_q", "attention/query"),
+        *_dense("attn_k", "attention/key"),
+        *_dense("attn_v", "attention/value"),
+        *_dense("attn_output", "attention/out", inputs=2),
+        *_norm("ffn_norm", "norm_2"),
+        *_dense("ffn_gate", "mlp/gate"),
+        *_dense("ffn_up", "mlp/up"),
+        *_dense("ffn_down", "mlp/down"),
+    ),
+    output="output.weight",
+)
+
 
 def rows(table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | None = None) -> list[Row]:
     """The rows of a whole model, layers unstacked, in the order of its parts.
@@ -174,3 +198,24 @@ def rows(table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | Non
 
 def _within(row, theirs, ours):
     return dataclasses.replace(row, theirs=theirs + row.theirs, ours=tuple(ours + path for path in row.ours))
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a parameter tree by path, keys joined by "/"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def nested(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameter tree of leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in found.items():
+        *folders, name = path.split("/")
+        functools.reduce(lambda level, folder: level.setdefault(folder, {}), folders, tree)[name] = leaf
+    return tree
+
+
+def shapes_of(model: Model) -> dict[str, Shape]:
+    """The shapes of a model's parameters by path."""
+    return {path: leaf.shape for path, leaf in leaves(jax.eval_shape(model.init, jax.random.key(0))).items()}
