@@ -170,6 +170,14 @@ DEFECTS = [
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
+    # 5: ... with continuous batching: a slot's position runs on from the row that it answered before
+    d(
+        5,
+        "sampling/continuous.py",
+        'position = lengths.at[s.row].get(mode="clip") + s.step - 1',
+        'position = lengths.at[s.row].get(mode="clip") + s.time',
+        "sampling/test_continuous.py::test_pitfall_05_continuous_logprobs_are_teacher_forced",
+    ),
     # 6: text encoded anew: by the loader, by collection, before the reward
     d(
         6,
@@ -190,8 +198,8 @@ DEFECTS = [
     d(
         6,
         "stages/parts/policy.py",
-        'rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)',
-        """rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)
+        'rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)',
+        """rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -204,7 +212,7 @@ DEFECTS = [
     # 7: one constant for every generation; greedy
     d(
         7,
-        "sampling/generate.py",
+        "sampling/samples.py",
         "return jax.random.uniform(jax.random.fold_in(key, i))",
         "return jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))",
         "sampling/test_generate.py::test_pitfall_07_keys_make_the_draw",

@@ -1,24 +1,21 @@
 """Autoregressive sampling with a KV cache: `generate` for batches, under jit; `stream` token by token, for a chat."""
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.transformer import Cache, Model
 from rlhfjax.sampling.choose import check, choose
+from rlhfjax.sampling.continuous import continuous, repeat
+from rlhfjax.sampling.samples import Samples, uniforms
 
-
-class Samples(NamedTuple):
-    """Responses, right-padded."""
-
-    tokens: Int[Array, "b r"]  # pad_id after the end
-    mask: Float[Array, "b r"]  # 1 on response tokens, the eos included
-    logprobs: Float[Array, "b r"]  # nats, of the distribution sampled from; 0 where the mask is 0
+log = logging.getLogger("rlhfjax")
 
 
 class _Loop(NamedTuple):
@@ -31,21 +28,12 @@ class _Loop(NamedTuple):
     samples: Samples
 
 
-def uniforms(keys: Key[Array, " b"], steps: int) -> Float[Array, "r b"]:
-    """u[i, row] = uniform(fold_in(keys[row], i)): a row's draws depend on its own key and the step alone."""
-
-    def draw(i, key):
-        return jax.random.uniform(jax.random.fold_in(key, i))
-
-    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(steps), keys)
-
-
 def generate(
     model: Model,
     params: dict[str, Any],
     tokens: Int[Array, "b p"],
     segments: Int[Array, "b p"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " n"],
     *,
     max_new: int,
     eos_id: int,
@@ -53,8 +41,10 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    each: int = 1,
+    slots: int = 0,
 ) -> Samples:
-    """Sample a response of at most max_new tokens to each left-padded prompt.
+    """Sample `each` responses of at most max_new tokens to each left-padded prompt.
 
     y_i ~ top_p(top_k(softmax(logits(prompt, y_<i) / temperature))). The eos is part of the response; slots after it
     hold pad_id with mask 0. A row that reaches max_new simply ends: no eos is forced on it. The loop stops when every
@@ -62,20 +52,44 @@ def generate(
 
     Args:
       tokens, segments: prompts, left-padded; segments are 1 on real tokens and 0 on padding.
-      keys: one typed key a row.
+      keys: one typed key a row; rows i * each .. (i + 1) * each - 1 answer prompt i, which is prefilled once.
       temperature: 0 is greedy, and logprobs are then those of temperature 1.
       top_k, top_p: 0 and 1 are off. For evaluation: a training rollout must not truncate.
-    Returns: Samples(tokens, mask, logprobs), each [b, max_new].
+      slots: so many rows are decoded at a time, and one that ends makes room for the next (continuous batching): the
+        same responses, sooner where lengths differ much. 0, or no fewer than there are rows: all of them at once.
+    Returns: Samples(tokens, mask, logprobs), each [n, max_new] with n = b * each.
     Raises: ConfigError for impossible settings, or when prompt and response exceed the model's context.
     """
     check(temperature, top_k, top_p)
     if eos_id == pad_id:
         raise ConfigError(f"eos_id and pad_id are both {eos_id}: a response's end would be taken for padding")
-    b, p = tokens.shape
+    (b, p), n = tokens.shape, keys.shape[0]
     _check_length(model, p, max_new)
+    check_rows(b, n, each, slots)
+    if isinstance(tokens, jax.core.Tracer):  # that is, once a shape
+        log.info("the sampler is compiled for %d prompts of %d tokens, %d responses of %d", b, p, n, max_new)
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
-    length = (segments > 0).sum(1, dtype=jnp.int32)
     u = uniforms(keys, max_new)
+    ends = {"eos_id": eos_id, "pad_id": pad_id}
+    if 0 < slots < n:
+        return continuous(model, params, tokens, segments, u, pick, slots=slots, each=each, **ends)
+    return _static(model, params, tokens, segments, u, pick, each=each, **ends)
+
+
+def check_rows(prompts: int, rows: int, each: int, slots: int, where: str = "") -> None:
+    """Raises ConfigError unless every prompt has `each` >= 1 rows, and the slots (0: off) hold those of one prompt."""
+    if each < 1 or rows != prompts * each:
+        raise ConfigError(f"{where}each is {each}: {prompts} prompts and {rows} keys are given")
+    if slots < 0 or 0 < slots < each:
+        raise ConfigError(
+            f"{where}slots is {slots}: it must be 0 (off) or hold at least the {each} responses to a prompt"
+        )
+
+
+def _static(model, params, tokens, segments, u, pick, *, each, eos_id, pad_id):
+    """All rows at once, until the last one ends."""
+    (b, p), (max_new, n) = tokens.shape, u.shape
+    length = repeat((segments > 0).sum(1, dtype=jnp.int32), each)
 
     def draw(step, hidden, done, samples):
         token, logprob = pick(model.logits(params, hidden), u[step])
@@ -92,10 +106,9 @@ def generate(
         token, done, samples = draw(s.step, hidden, s.done, s.samples)
         return _Loop(s.step + 1, token, done, cache, samples)
 
-    empty = Samples(jnp.full((b, max_new), pad_id, jnp.int32), jnp.zeros((b, max_new)), jnp.zeros((b, max_new)))
     # The last token drawn is never run through the model, so it needs no slot.
-    hidden, cache = model.prefill(params, tokens, segments, model.init_cache(b, p + max_new - 1))
-    token, done, samples = draw(0, hidden, jnp.zeros(b, bool), empty)
+    hidden, cache = repeat(model.prefill(params, tokens, segments, model.init_cache(b, p + max_new - 1)), each)
+    token, done, samples = draw(0, hidden, jnp.zeros(n, bool), Samples.empty(n, max_new, pad_id))
     start = _Loop(jnp.ones((), jnp.int32), token, done, cache, samples)
     return jax.lax.while_loop(unfinished, advance, start).samples
 

@@ -9,6 +9,7 @@ samples.jsonl   a line a prompt: the best of its pool, and a plain sample
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhfjax.metrics import Progress, Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.policy_config import check_slots
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
 from rlhfjax.stages.parts.rollout import Rollout, sample
 
@@ -46,6 +48,7 @@ class Config:
     max_new: int
     temperature: float = 1.0
     batch_size: int = 64  # answers at a time
+    slots: int = 0  # of them decoded together, the next prompt as soon as one ends; 0: all of them, to the longest
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -57,6 +60,7 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
     if config.temperature <= 0:
         raise ConfigError(f"best_of_n.temperature={config.temperature}: a pool is sampled, it must be above 0")
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
+    check_slots(config.slots, _same_prompt(config), layout, "best_of_n")
     check_length(config.prompt_length + config.max_new, shape, "best_of_n.prompt_length + max_new")
 
 
@@ -175,7 +179,14 @@ def _sample(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         temperature=config.temperature,
+        each=_same_prompt(config),
+        slots=config.slots,
     )
+
+
+def _same_prompt(config: Config) -> int:
+    """Rows of a batch that are sure to have one prompt: pools and batches both begin and end between such groups."""
+    return math.gcd(config.pool, config.batch_size)
 
 
 def _score_rows(prompts: list[str], pool: Pool) -> list[dict[str, Any]]:

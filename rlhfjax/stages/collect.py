@@ -23,7 +23,7 @@ from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
 from rlhfjax.stages.parts.answers import Sampling, answers
 from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.policy_config import TruncateConfig, check_truncate
+from rlhfjax.stages.parts.policy_config import TruncateConfig, check_slots, check_truncate
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
 
 FOLDER = "preferences"
@@ -45,6 +45,7 @@ class Config:
     stop_at_eos: bool = True
     truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
     batch_size: int = 32  # prompts at a time
+    slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -54,6 +55,7 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
     if config.completions < 2:
         raise ConfigError(f"collect.completions={config.completions}: a ranking needs at least 2")
     layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
+    check_slots(config.slots, config.completions, layout, "collect")
     check_length(config.prompt_length + config.max_new, shape, "collect.prompt_length + max_new")
     check_truncate(config.truncate, config.max_new, "collect")
 
@@ -91,8 +93,8 @@ def _answers(
 ) -> list[dict[str, Any]]:
     source = open_prompts(prompts, "collect.prompts", seed=config.seed)
     lengths = (config.prompt_length, config.max_new)
-    ends = {"stop_at_eos": config.stop_at_eos, "truncate": config.truncate}
-    sampling = Sampling(*lengths, config.temperature, config.batch_size, each=config.completions, **ends)
+    more = {"slots": config.slots, "stop_at_eos": config.stop_at_eos, "truncate": config.truncate}
+    sampling = Sampling(*lengths, config.temperature, config.batch_size, each=config.completions, **more)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []
     with Progress(len(source), "prompts", title="collect") as progress:

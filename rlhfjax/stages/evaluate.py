@@ -22,6 +22,7 @@ from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import load_reward, texts
 from rlhfjax.stages.parts.common import check_length
+from rlhfjax.stages.parts.policy_config import check_slots
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs, sample
 
@@ -40,6 +41,7 @@ class Config:
     max_new: int
     temperature: float = 1.0
     batch_size: int = 64
+    slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -47,6 +49,7 @@ class Config:
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
+    check_slots(config.slots, 1, layout, "evaluate")
     check_length(config.prompt_length + config.max_new, shape, "evaluate.prompt_length + max_new")
 
 
@@ -84,7 +87,7 @@ def _answer(
     """One model's answers to all prompts: texts, scores, KL to the reference, lengths."""
     source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
     options = {"batch_size": config.batch_size, "length": config.prompt_length}
-    limits = {"max_new": config.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    limits = {"max_new": config.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "slots": config.slots}
     parts: dict[str, list] = {}
     for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
         placed = layout.put(batch)

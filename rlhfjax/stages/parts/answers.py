@@ -23,6 +23,7 @@ class Sampling(NamedTuple):
     temperature: float
     batch_size: int  # prompts at a time
     each: int = 1  # answers a prompt, in rows that follow each other
+    slots: int = 0  # answers decoded at a time, 0: all of a batch
     stop_at_eos: bool = True
     truncate: TruncateConfig = TruncateConfig()
 
@@ -43,6 +44,7 @@ def answers(
     eos = tokenizer.eos_id if sampling.stop_at_eos else -1
     options = {"batch_size": sampling.batch_size, "length": sampling.prompt_length}
     limits = {"max_new": sampling.max_new, "eos_id": eos, "pad_id": tokenizer.pad_id}
+    limits |= {"each": sampling.each, "slots": sampling.slots}
     for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
         placed = layout.put({k: np.repeat(batch[k], sampling.each, axis=0) for k in ("prompts", "segments")})
         rows: tuple[Any, ...] = (placed["prompts"], placed["segments"], jax.random.fold_in(key, i))

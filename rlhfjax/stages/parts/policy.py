@@ -94,9 +94,13 @@ class PolicyAlgorithm:
         """Everything that needs no score: dispatched before scoring, it runs while rules score on the host."""
         return Known(self.behaviour(params["policy"], rollout), self.logprobs(reference, rollout))
 
-    def rollout(self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array) -> Rollout:
+    def rollout(
+        self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array, each: int = 1
+    ) -> Rollout:
+        """A response to every row; `each` rows that follow each other have one prompt."""
         eos = self.tokens.eos if self.config.stop_at_eos else -1
         limits = {"max_new": self.config.max_new, "eos_id": eos, "pad_id": self.tokens.pad}
+        limits |= {"each": each, "slots": self.config.slots}
         return sample(self.model, params, prompts, segments, key, temperature=self.config.temperature, **limits)
 
     def seen(self, rollout: Rollout) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -170,7 +174,7 @@ def policy_step(
 
     def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
         params = states.attach(frozen, state.params)
-        rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key)
+        rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)
         seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
         known = algorithm.know(params, task.reference, rollout)
         scores, said = score(task.reward, *seen)

@@ -69,6 +69,7 @@ class PolicyConfig(TrainConfig):
     # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
     behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
     batch_size: int
+    slots: int = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     epochs: int
     minibatches: int  # of an epoch
     microbatches: int = 1  # of a minibatch
@@ -89,6 +90,11 @@ class PolicyConfig(TrainConfig):
         return self.batch_size
 
     @property
+    def each(self) -> int:
+        """Responses to a prompt."""
+        return self.episodes // max(1, self.batch_size)
+
+    @property
     def updates(self) -> int:
         """Of the parameters, over the whole run: what learning-rate schedules count."""
         return self.steps * self.epochs * self.minibatches
@@ -102,6 +108,7 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     """
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
+    check_slots(config.slots, config.each, layout, name)
     check_length(config.prompt_length + config.max_new, shape, f"{name}.prompt_length + max_new")
     if min(config.epochs, config.minibatches, config.microbatches) < 1:
         raise ConfigError(f"{name}: epochs, minibatches and microbatches are at least 1")
@@ -150,6 +157,13 @@ def _check_score(config: PolicyConfig) -> None:
         raise ConfigError(f"{name}.human.factor={config.human.factor}: above 0 and at most 1, which anneals nothing")
     if config.score_clip < 0:
         raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
+
+
+def check_slots(slots: int, each: int, layout: Layout, name: str) -> None:
+    """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
+    if slots < 0 or 0 < slots < each:
+        raise ConfigError(f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt")
+    layout.check_batch(slots, f"{name}.slots")
 
 
 def check_truncate(config: TruncateConfig, max_new: int, name: str) -> None:

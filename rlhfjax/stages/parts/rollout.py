@@ -33,7 +33,7 @@ def row_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature"))
+@functools.partial(jax.jit, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature", "each", "slots"))
 def sample(
     model: Model,
     params: PyTree,
@@ -45,11 +45,19 @@ def sample(
     eos_id: int,
     pad_id: int,
     temperature: float,
+    each: int = 1,
+    slots: int = 0,
 ) -> Rollout:
-    """Samples a response to each prompt from softmax(logits / temperature), without top-k or top-p."""
+    """Samples a response to each row from softmax(logits / temperature), without top-k or top-p.
+
+    Args:
+      each: so many rows that follow each other have one prompt, which is then run through the model once.
+      slots: so many rows are decoded at a time, 0: all of them; see `generate`. It changes no response.
+    """
     keys = row_keys(key, prompts.shape[0])
     limits = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
-    out = generate(model, params, prompts, segments, keys, temperature=temperature, **limits)
+    limits |= {"each": each, "slots": slots}
+    out = generate(model, params, prompts[::each], segments[::each], keys, temperature=temperature, **limits)
     tokens = jnp.concatenate([prompts, out.tokens], axis=1)
     return Rollout(tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs)
 

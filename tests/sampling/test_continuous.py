@@ -1,0 +1,127 @@
+"""Continuous batching and shared prefixes against static batches of repeated prompts: the same responses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.models import Model
+from rlhfjax.sampling import generate
+from rlhfjax.sampling.continuous import refill_size
+from tests.models.families import FAMILIES, shaken
+from tests.sampling.test_generate import EOS, NEW, PAD, keys, left_padded, rigged, run, teacher_forced
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request):
+    model = Model(FAMILIES[request.param])
+    return model, shaken(model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    model = Model(FAMILIES["gpt2"])
+    return model, shaken(model.init(jax.random.key(0)))
+
+
+def repeated(rows, n):
+    return tuple(jnp.repeat(x, n, axis=0) for x in rows)
+
+
+def assert_same(got, expected, atol=1e-5):
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=atol)
+
+
+def eos_that_ends(model, params, rows, drawn):
+    """The token that ends the most responses at different places: lengths with a spread, whatever the parameters."""
+    tokens = np.asarray(run(model, params, *rows, drawn, eos_id=-1).tokens)
+    lengths = {t: [list(row).index(t) if t in row else NEW for row in tokens] for t in range(2, 61)}
+    return max(lengths, key=lambda t: len(set(lengths[t])) + 0.01 * sum(x < NEW for x in lengths[t]))
+
+
+LENGTHS = (7, 1, 4, 6, 2, 5, 3, 7, 1, 1, 6)
+
+
+def test_continuous_is_static(made):
+    """11 prompts of every length through 3 slots: with responses of different lengths, the same tokens."""
+    model, params = made
+    rows, drawn = left_padded(LENGTHS), keys(len(LENGTHS))
+    eos = eos_that_ends(model, params, rows, drawn)
+    expected = run(model, params, *rows, drawn, eos_id=eos)
+    assert len(set(np.asarray(expected.mask).sum(1))) >= 4  # lengths do differ
+    assert_same(run(model, params, *rows, drawn, eos_id=eos, slots=3), expected)
+
+
+def test_pitfall_05_continuous_logprobs_are_teacher_forced(made):
+    model, params = made
+    prompts, segments = left_padded(LENGTHS)
+    samples = run(model, params, prompts, segments, keys(len(LENGTHS)), slots=4)
+    expected = teacher_forced(model, params, prompts, segments, samples, 0.8)
+    np.testing.assert_allclose(samples.logprobs, expected, atol=1e-5)
+
+
+def test_a_shared_prefix_is_a_repeated_prompt(made):
+    model, params = made
+    rows, drawn = left_padded((7, 1, 4)), keys(9)
+    expected = run(model, params, *repeated(rows, 3), drawn)
+    assert_same(run(model, params, *rows, drawn, each=3), expected)
+    assert_same(run(model, params, *rows, drawn, each=3, slots=4), expected)
+    assert len({tuple(row) for row in np.asarray(expected.tokens)[:3].tolist()}) == 3
+
+
+def test_random_lengths_are_the_static_ones(gpt2):
+    """A property, ten times: prompts and responses of random lengths, refilled by pairs; a group of two has one prompt.
+
+    Prompts are in the order they came, whatever the order in which they end.
+    """
+    model, params = gpt2
+    ended = set()
+    for seed in range(10):
+        lengths = np.random.default_rng(seed).integers(1, 8, 12)
+        rows, drawn = left_padded(tuple(lengths)), keys(24, seed)
+        expected = run(model, params, *rows, drawn, eos_id=7, each=2, temperature=2.0)
+        assert_same(run(model, params, *rows, drawn, eos_id=7, each=2, slots=16, temperature=2.0), expected)
+        ended |= set(np.asarray(expected.mask).sum(1).tolist())
+    assert ended == set(range(1, NEW + 1))
+    assert refill_size(16, 2) == 2
+
+
+@pytest.mark.parametrize(("slots", "max_new"), [(7, NEW), (2, 1), (4, 2), (8, NEW), (100, NEW)])
+def test_every_number_of_slots_gives_the_same(gpt2, slots, max_new):
+    """Rows not divisible by slots, responses of one token, slots for all rows (a static batch), more than that."""
+    model, params = gpt2
+    rows, drawn = left_padded((7, 1, 4, 6, 2, 5, 3, 7)), keys(8)
+    expected = run(model, params, *rows, drawn, max_new=max_new)
+    assert_same(run(model, params, *rows, drawn, max_new=max_new, slots=slots), expected)
+
+
+def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
+    """Decode steps counted as they run. A row of length L is rigged to end with its token number 7 - L: 6 - L steps.
+
+    Two slots: the row of length 1 takes 5 steps, meanwhile five of length 5 take 1 each beside it. 5 steps are all;
+    static batches of two would take 5 + 1 + 1. Nothing is decoded once the last row has ended.
+    """
+    model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
+    rows = left_padded((1, 5, 5, 5, 5, 5))
+    calls, decode = [], Model.decode
+
+    def counted(self, params, token, position, slot, cache):
+        jax.debug.callback(lambda s: calls.append(int(s)), slot)
+        return decode(self, params, token, position, slot, cache)
+
+    monkeypatch.setattr(Model, "decode", counted)
+    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0, "slots": 2}
+    samples = jax.jit(lambda *x: generate(model, *x, **settings))(params, *rows, keys(6))
+    jax.block_until_ready(samples)
+    jax.effects_barrier()
+    assert len(calls) == 5
+    assert samples.mask.sum(1).tolist() == [6, 2, 2, 2, 2, 2]
+    assert samples.tokens[:, :2].tolist() == [[10, 11], *[[14, EOS]] * 5]
+
+
+def test_a_group_needs_slots_for_all_of_it(gpt2):
+    with pytest.raises(ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"):
+        run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
