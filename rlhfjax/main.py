@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +54,18 @@ def run(fv: flags.FlagValues) -> None:
     report(fv)
 
 
+def sweep(fv: flags.FlagValues) -> None:
+    """Runs what a file's sweep(add) asks for: rlhfjax sweep --config=experiments/x.py --workdir=DIR [--parallel=2]"""
+    from ml_collections import config_flags
+
+    from rlhfjax.sweep import command
+
+    _need(fv, "config", "workdir")
+    options = command.Options(fv.parallel, tuple(shlex.split(fv.launcher)), fv.dry_run, tuple(fv.metrics))
+    given = config_flags.get_override_values(fv["config"])
+    command.sweep(config_flags.get_config_filename(fv["config"]), Path(fv.workdir), given, options)
+
+
 def evaluate(fv: flags.FlagValues) -> None:
     """Evaluates a stage's latest checkpoint again on its held-out data: rlhfjax eval --workdir=DIR [--config=FILE]"""
     from rlhfjax import recipe
@@ -84,6 +97,7 @@ def report(fv: flags.FlagValues) -> None:
 COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
     "train": train,
     "run": run,
+    "sweep": sweep,
     "eval": evaluate,
     "chat": chat,
     "report": report,
@@ -95,8 +109,15 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
     fv = flags.FlagValues()
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
     _workdir_flag(fv)
-    if command in ("train", "run", "eval"):
+    if command in ("train", "run", "sweep", "eval"):
         _config_flag(fv, argv)
+    if command == "sweep":
+        flags.DEFINE_integer("parallel", 1, "runs at a time; an accelerator has room for one", 1, flag_values=fv)
+        flags.DEFINE_string(
+            "launcher", "local", "local, or the command that starts a run elsewhere and waits for it", flag_values=fv
+        )
+        flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)
+        flags.DEFINE_list("metrics", [], "what the page shows; default: the telling ones", flag_values=fv)
     if command == "chat":
         flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
         flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)

@@ -116,6 +116,12 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     return {name: workdir / f"{i:02d}_{name}" for i, name in enumerate(names)}
 
 
+def finished(config: Mapping[str, Any], workdir: Path) -> bool:
+    """Whether the recipe, or the one stage, has run to its end in this workdir."""
+    folders = stage_folders(config, workdir).values() if "stages" in config else [workdir]
+    return all((folder / DONE).exists() for folder in folders)
+
+
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
     """Replaces `stage:NAME[/FILE]` by a path; only stages before this one can be named."""
     if isinstance(value, Mapping):
@@ -185,16 +191,26 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: the workdir belongs to another config; the message names the keys that differ.
     """
-    path = workdir / CONFIG
-    config = json.loads(json.dumps(config))
-    if not path.exists() or _nothing_but_configs(workdir):
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
-        write_json(path, config)
+    compare(workdir, config)
+    if (workdir / CONFIG).exists() and not _nothing_but_configs(workdir):
         return
-    before, now = _flatten(json.loads(path.read_text())), _flatten(config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
+    write_json(workdir / CONFIG, json.loads(json.dumps(config)))
+
+
+def compare(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Nothing where the workdir is free or was started with this config.
+
+    Raises:
+      ConfigError: it belongs to another config; the message names the keys that differ.
+    """
+    path = workdir / CONFIG
+    if not path.exists() or _nothing_but_configs(workdir):
+        return
+    before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(config)))
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
     if differ:
         shown = "; ".join(f"{k}: {before.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in differ[:5])

@@ -81,10 +81,13 @@ def configs(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("bogus",), "command 'bogus' is unknown; known: train, run, eval, chat, report"),
+        (("bogus",), "command 'bogus' is unknown; known: train, run, sweep, eval, chat, report"),
         (("run",), "--config is required"),
         (("train",), "--config is required"),
         (("run", TINY), "--workdir is required"),
+        (("sweep",), "--config is required"),
+        (("sweep", TINY, "--workdir=W"), "it has no sweep(add)"),
+        (("sweep", TINY, "--workdir=W", "--parallel=0"), "--parallel=0"),
         (("eval",), "--workdir is required"),
         (("chat",), "--workdir is required"),
         (("report",), "--workdir is required"),

@@ -3,7 +3,8 @@
 Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeller is *simulated* by a
   gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
 Command: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
-Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed.
+Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed. `rlhfjax sweep` with the
+  same flags varies the KL coefficient, three seeds each.
 Hardware: 2 CPU cores. Time and result: see README.md beside this file.
 """
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
+from rlhfjax.sweep import grid, product, seeds
 
 VARIANTS = ("", "size=smoke")
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
@@ -123,3 +125,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         **sampling,
     )
     return config
+
+
+def sweep(add):
+    for overrides in product(grid("ppo.kl.coefficient", 0.05, 0.15, 0.45), seeds(3)):
+        add(overrides)

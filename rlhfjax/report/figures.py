@@ -3,7 +3,8 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -167,6 +168,42 @@ def distributions(baseline: Sequence[float], policy: Sequence[float], label: str
         axes.hist(baseline, bins, histtype="step", color=INK, lw=1)
         axes.set(xlabel=label, ylabel="answers")
         return _svg(figure)
+
+
+def spread(groups: Mapping[str, Sequence[float]], places: Sequence[float] | None = None) -> str:
+    """A metric over the seeds of each group: a dot a run, the mean as a ring, a bar of one sample std to each side.
+
+    Args:
+      places: where the groups stand on a number line, along the bottom; None: their names are a list, downwards.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.9, 2.6 if places else 0.7 + 0.3 * len(groups))
+        at = list(places) if places else [float(i) for i in range(len(groups))]
+        for place, values in zip(at, groups.values(), strict=True):
+            _group(axes, place, np.asarray([x for x in values if math.isfinite(x)]), across=places is None)
+        if places is None:
+            axes.set_yticks(at, [textwrap.shorten(name, 40, placeholder=" …") for name in groups])
+            axes.set_ylim(len(groups) - 0.5, -0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        else:
+            if min(at) > 0 and max(at) >= 8 * min(at):
+                axes.set_xscale("log")
+                axes.minorticks_off()
+            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.set_xlabel(next(iter(groups)).partition(" = ")[0])
+        return _svg(figure)
+
+
+def _group(axes: Axes, place: float, values: np.ndarray, across: bool) -> None:
+    if not len(values):
+        return
+    mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+    dot = {"marker": "o", "ms": 3.5, "mew": 0, "ls": "", "color": FIRST, "alpha": 0.6}
+    ring = {"marker": "o", "ms": 6, "mfc": "none", "mec": INK, "mew": 1.2}
+    marks = ((list(values), dot), ([mean - std, mean + std], {"color": INK, "lw": 1.2}), ([mean], ring))
+    for measured, style in marks:
+        places = [place] * len(measured)
+        axes.plot(*((measured, places) if across else (places, measured)), **style)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

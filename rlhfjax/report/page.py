@@ -36,40 +36,55 @@ def write_report(workdir: str | os.PathLike) -> Path:
       DataError: a file in it is damaged.
     """
     workdir = Path(workdir)
-    page = render(read_run(workdir))
-    temporary = workdir / (REPORT + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, workdir / REPORT)
-    return workdir / REPORT
+    return write_whole(workdir / REPORT, render(read_run(workdir)))
 
 
-def render(run: Run) -> str:
-    """The page as HTML; every text of the run is escaped."""
-    environment = jinja2.Environment(
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file whole or not at all; returns its path."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def environment() -> jinja2.Environment:
+    """What renders the templates of this folder."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhfjax.report", "."),
         autoescape=True,  # generated text may hold anything
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["turns"] = turns
-    environment.filters["number"] = tables.number
-    environment.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    made.filters["turns"] = turns
+    made.filters["number"] = tables.number
+    made.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return made
+
+
+def render(run: Run) -> str:
+    """The page as HTML; every text of the run is escaped."""
     headlines = tables.headlines(run)
     seconds = sum(stage.seconds or 0 for stage in run.stages)
-    return environment.get_template("page.html").render(
-        run=run,
-        finished=all(stage.status == "done" for stage in run.stages),
-        total_time=duration(seconds) if seconds else "",
-        headlines=headlines,
-        cards=[row for row in headlines if row.name in tables.CARDS],
-        rows=[tables.stage_row(stage) for stage in run.stages],
-        panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
-        frontiers=frontiers(run),
-        calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],
-        histograms=histograms(run),
-        comparisons=[(stage, stage.samples[:FEW], stage.samples[FEW:MANY]) for stage in run.stages if compares(stage)],
-        examples=[(s, s.samples[:FEW]) for s in run.stages if s.samples and not compares(s)],
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            run=run,
+            finished=all(stage.status == "done" for stage in run.stages),
+            total_time=duration(seconds) if seconds else "",
+            headlines=headlines,
+            cards=[row for row in headlines if row.name in tables.CARDS],
+            rows=[tables.stage_row(stage) for stage in run.stages],
+            panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
+            frontiers=frontiers(run),
+            calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],
+            histograms=histograms(run),
+            comparisons=[
+                (stage, stage.samples[:FEW], stage.samples[FEW:MANY]) for stage in run.stages if compares(stage)
+            ],
+            examples=[(s, s.samples[:FEW]) for s in run.stages if s.samples and not compares(s)],
+        )
     )
 
 

@@ -1,0 +1,196 @@
+"""Running commands: shown before they run, only shown in a dry run, and never with a secret in what is shown."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import flags
+
+PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
+LOST = 255  # what ssh exits with when the connection, not the command, failed
+_WORDS = r"(?<![A-Za-z])(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)(?![A-Za-z])"
+SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
+SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
+HIDDEN = "***"
+_ASSIGNED = re.compile(rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE)  # $: a reference
+SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+
+
+class LaunchError(Exception):
+    """One line that says what is wrong, where, and what is accepted."""
+
+
+def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of a secret."""
+    environ = os.environ if environ is None else environ
+    values = [value for name, value in environ.items() if SECRET.search(name) and len(value) >= SHORTEST]
+    for value in sorted(values, key=len, reverse=True):  # one may hold another
+        text = text.replace(value, HIDDEN)
+    return _ASSIGNED.sub(rf"\1{HIDDEN}", text)
+
+
+class Shell:
+    """Runs commands one at a time, and shows each.
+
+    Args:
+      dry_run: show what would be run, and run nothing.
+      out: takes what is shown, a line at a time.
+    """
+
+    def __init__(self, dry_run: bool = False, out: Callable[[str], None] | None = None):
+        self.dry_run = dry_run
+        self._out = out or (lambda line: print(line, flush=True))
+
+    def say(self, line: str) -> None:
+        self._out(redact(line))
+
+    def show(self, words: Sequence[str]) -> None:
+        self.say(("" if self.dry_run else "+ ") + shlex.join(words))
+
+    def run(self, words: Sequence[str], stdin: str | None = None) -> int:
+        """Runs a command, its output shown as it comes; returns its exit code, in a dry run 0."""
+        self.show(words)
+        if self.dry_run:
+            return 0
+        source = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+        with _started(words, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            if stdin is not None:
+                process.stdin.write(stdin)
+                process.stdin.close()
+            for line in process.stdout:
+                self.say(line.rstrip("\n"))
+        return process.returncode
+
+    def must(self, words: Sequence[str], stdin: str | None = None) -> None:
+        """As `run`; a failure is a LaunchError."""
+        if code := self.run(words, stdin):
+            raise LaunchError(f"{shlex.join(words[:5])} … failed with exit code {code}; its output is above")
+
+    def ask(self, words: Sequence[str], missing: str, pause: float) -> str | None:
+        """The output of a command that changes nothing; None where its error says `missing`. It is not shown.
+
+        Raises:
+          LaunchError: it fails three times, for another reason: that is not the same as "there is no such thing".
+        """
+        for attempt in range(3):
+            time.sleep(pause if attempt else 0)
+            with _started(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                out, error = process.communicate()
+            if process.returncode == 0:
+                return out.strip()
+            if missing in error:
+                return None
+        last = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
+
+
+def _started(words: Sequence[str], **streams: int) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(words, text=True, errors="replace", **streams)
+    except FileNotFoundError:
+        raise LaunchError(f"{words[0]} is not installed on this machine, or not in PATH") from None
+
+
+def environment(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` texts as a dict.
+
+    Raises:
+      LaunchError: one is not of that form, or holds a secret: that would stand in a manifest, a log or a process list.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise LaunchError(f"--env={redact(pair)}: expected NAME=VALUE")
+        if SECRET.search(name) or redact(value) != value:
+            raise LaunchError(
+                f"--env={name}=…: this looks like a secret; use --secret, or the machine's own environment"
+            )
+        found[name] = value
+    return found
+
+
+def secrets(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=REFERENCE` texts as a dict: where the machine that runs finds the value, never the value."""
+    found = {}
+    for pair in pairs:
+        name, equals, reference = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", reference):
+            raise LaunchError(f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its value")
+        if redact(reference) != reference:
+            raise LaunchError(f"--secret={name}=…: this is a secret's value; expected the name it is stored under")
+        found[name] = reference
+    return found
+
+
+def slug(name: str) -> str:
+    """A name as clouds take it: small letters, digits and hyphens; `kl=0.1,seed=1` gives `kl-0-1-seed-1`."""
+    made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+    if not SLUG.fullmatch(made):
+        raise LaunchError(
+            f"--name={name}: expected a name that begins with a letter and has letters, digits and hyphens"
+        )
+    return made
+
+
+def exports(env: Mapping[str, str]) -> str:
+    """`NAME=VALUE ` of each, quoted for a shell."""
+    return "".join(f"{name}={shlex.quote(value)} " for name, value in env.items())
+
+
+def archive(file: str) -> list[str]:
+    """The command that packs what git tracks, as it is in the working tree: nothing that was kept out of git."""
+    return ["bash", "-c", f"git ls-files -z | tar --null --files-from=- -czf {shlex.quote(file)}"]
+
+
+def common_flags(fv: flags.FlagValues) -> None:
+    """The flags of every launcher."""
+    flags.DEFINE_string("name", None, "of the job; what is no letter or digit becomes a hyphen", flag_values=fv)
+    flags.DEFINE_multi_string("env", [], "NAME=VALUE for the command; may be repeated; no secrets", flag_values=fv)
+    flags.DEFINE_bool("dry_run", False, "print what would be run, run nothing", flag_values=fv)
+    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
+
+
+def launch(doc: str, define: Callable[[flags.FlagValues], None], act: Callable, argv: Sequence[str]) -> None:
+    """The main function of a launcher: flags, `--`, the command; then `act(fv, words before, command)` and its code.
+
+    What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a failed launch.
+    """
+    argv = list(argv)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # one way to stop
+    cut = argv.index("--") if "--" in argv else len(argv)
+    fv = flags.FlagValues()
+    common_flags(fv)
+    define(fv)
+    try:
+        words = fv(argv[:cut])[1:]
+        if fv.help:
+            print(f"{doc}\n{fv.get_help()}")
+            return
+        code = act(fv, words, argv[cut + 1 :])
+    except (LaunchError, flags.Error) as e:
+        print(f"launch: {redact(str(e))}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, flags.Error) else 1)
+    except KeyboardInterrupt:
+        print("launch: interrupted; what runs elsewhere goes on running", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code)
+
+
+def required(fv: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        if fv[name].value is None:
+            raise flags.IllegalFlagValueError(f"--{name} is required")
+
+
+def given(command: Sequence[str]) -> list[str]:
+    if not command:
+        raise flags.IllegalFlagValueError("what to run is missing: expected it after --")
+    if redact(text := shlex.join(command)) != text:
+        raise LaunchError(f"a secret stands in the command: {redact(text)}; it would be in logs and process lists")
+    return list(command)

@@ -1,0 +1,134 @@
+"""Runs a command on plain hosts over ssh, one process each; starts it again when it was preempted.
+
+    python -m launch.ssh run --name=a --hosts=h0,h1 --setup='…' -- rlhfjax run --config=… --workdir=/shared/runs/a
+    python -m launch.ssh stop --name=a --hosts=h0,h1
+
+The hosts share the workdir's file system and take a login without a password. The first coordinates JAX's processes.
+When one fails, the others get SIGTERM. Ctrl-C stops them all; secrets are in the hosts' own environment.
+"""
+
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from absl import flags
+
+from launch.shell import (
+    LOST,
+    PREEMPTED,
+    LaunchError,
+    Shell,
+    archive,
+    environment,
+    exports,
+    given,
+    launch,
+    required,
+    slug,
+)
+
+SSH = ("ssh", "-oBatchMode=yes", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
+PORT = 12345
+
+
+def on(host: str, script: str) -> list[str]:
+    return [*SSH, host, script]
+
+
+def copy(host: str, file: str, to: str) -> list[str]:
+    return ["scp", "-q", "-oBatchMode=yes", file, f"{host}:{to}"]
+
+
+def run_script(name: str, command: str, hosts: Sequence[str], index: int) -> str:
+    """The command in ~/NAME, as the index-th of JAX's processes; its process number stands in ~/NAME.pid."""
+    jax = {"JAX_COORDINATOR_ADDRESS": f"{hosts[0].rpartition('@')[2]}:{PORT}"}
+    jax |= {"JAX_NUM_PROCESSES": str(len(hosts)), "JAX_PROCESS_ID": str(index)}
+    own = exports(jax) if len(hosts) > 1 else ""
+    return f"cd ~/{name} && echo $$ > ~/{name}.pid && exec env {own}{command}"
+
+
+def stop_script(name: str) -> str:
+    return f"kill -TERM $(cat ~/{name}.pid)"
+
+
+def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
+    """Copies what git tracks to ~/NAME on every host, and runs `setup` there."""
+    file = f"/tmp/rlhfjax-{name}.tar.gz"
+    shell.must(archive(file))
+    for host in hosts:
+        shell.must(copy(host, file, f"{name}.tar.gz"))
+        shell.must(on(host, f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && {setup}"))
+
+
+def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
+    """Runs the command on all hosts at once; the first exit code that is not 0, after the others were stopped."""
+    scripts = {host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)}
+    for host, script in scripts.items():
+        shell.show(on(host, script))
+    if shell.dry_run:
+        return 0
+    codes: list[int] = []
+    ended = threading.Condition()
+
+    def follow(host: str) -> None:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(on(host, scripts[host]), text=True, errors="replace", **streams) as process:
+            for line in process.stdout:
+                shell.say(f"[{host}] {line.rstrip()}")
+        with ended:
+            codes.append(process.returncode)
+            ended.notify()
+
+    threads = [threading.Thread(target=follow, args=[host], daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    try:
+        with ended:
+            ended.wait_for(lambda: len(codes) == len(hosts) or any(codes))
+    finally:
+        if len(codes) < len(hosts):
+            for host in hosts:
+                shell.run(on(host, stop_script(name)))
+        for thread in threads:
+            thread.join()
+    return worst(codes)
+
+
+def worst(codes: Sequence[int]) -> int:
+    """One code for all hosts, in the order that they ended: the first failure that is not 75 or a lost connection."""
+    failed = [code for code in codes if code]
+    real = [code for code in failed if code not in (PREEMPTED, LOST)]
+    return next(iter(real or failed), 0)
+
+
+def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
+    if list(words) not in (["run"], ["stop"]):
+        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of run, stop")
+    required(fv, "name", "hosts")
+    name, shell = slug(fv.name), Shell(fv.dry_run)
+    if words[0] == "stop":
+        return max(shell.run(on(host, stop_script(name))) for host in fv.hosts)
+    text = exports(environment(fv.env)) + shlex.join(given(command))
+    install(shell, name, fv.hosts, fv.setup)
+    for _ in range(fv.max_restarts + 1):
+        code = once(shell, name, fv.hosts, text)
+        if code != PREEMPTED:
+            return code
+        shell.say(f"{name}: preempted, its state is saved; it starts again")
+    raise LaunchError(f"{name}: preempted more than --max_restarts={fv.max_restarts} times; its state is saved")
+
+
+def _flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_list("hosts", None, "[user@]host, separated by commas; the first coordinates", flag_values=fv)
+    flags.DEFINE_string("setup", "python3 -m pip install -q -e .", "run in the copy on each host", flag_values=fv)
+    flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
+
+
+def main() -> None:
+    launch(__doc__, _flags, act, sys.argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Runs commands, each as its own process, a few at a time; one that fails does not stop the others.
+
+A command that exits with `Preempted.exit_code` has saved its state and is started again. SIGINT and SIGTERM are passed
+on as SIGTERM, on which a run saves; a second one kills. Processes are not in the terminal's foreground group, so that
+Ctrl-C reaches them through here alone.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from rlhfjax.errors import ConfigError, Preempted
+from rlhfjax.metrics import duration
+
+LOCK = "sweep.lock"
+POLL = 0.2  # seconds
+GRACE = 600.0  # seconds that a run has to save
+
+
+def run_all(
+    commands: Mapping[str, Sequence[str]], folder: Path, parallel: int = 1, say: Callable[[str], None] = print
+) -> dict[str, int]:
+    """Runs every command, at most `parallel` at a time, its output appended to `folder/logs/NAME.txt`.
+
+    Returns:
+      {name: exit code}.
+    Raises:
+      ConfigError: processes of an earlier call still run in this folder.
+      Preempted: SIGTERM came; KeyboardInterrupt: Ctrl-C. All processes have ended.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    waiting, running, codes = deque(commands), {}, {}
+    with _locked(folder) as lock, _signals() as received:
+        try:
+            while (waiting or running) and not received.came.wait(POLL if running else 0):
+                for name, code, seconds in _ended(running):
+                    if code == Preempted.exit_code:
+                        say(f"{name}: preempted after {duration(seconds)}; it starts again")
+                        waiting.append(name)
+                        continue
+                    codes[name] = code
+                    how = "done" if code == 0 else f"failed with {describe(code)}, see {log_of(folder, name)};"
+                    say(f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}")
+                while waiting and len(running) < parallel:
+                    name = waiting.popleft()
+                    running[name] = (_start(commands[name], log_of(folder, name), lock), time.monotonic())
+        finally:
+            if running:
+                say(f"stopping {len(running)} of {len(commands)} runs; once more to kill them")
+            _stop([process for process, _ in running.values()], received)
+    if received.all:
+        if received.all[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Preempted("the sweep stopped; the same command goes on from here")
+    return codes
+
+
+def log_of(folder: Path, name: str) -> Path:
+    return folder / "logs" / f"{name}.txt"
+
+
+def describe(code: int) -> str:
+    """An exit code for people; negative ones are signals."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _start(command: Sequence[str], log: Path, lock: IO) -> subprocess.Popen:
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],  # held until the last process has ended, also where this one is killed
+        )
+
+
+def _ended(running: dict[str, tuple[subprocess.Popen, float]]) -> Iterator[tuple[str, int, float]]:
+    for name, (process, began) in list(running.items()):
+        if (code := process.poll()) is not None:
+            del running[name]
+            yield name, code, time.monotonic() - began
+
+
+def _stop(processes: Sequence[subprocess.Popen], received: "_Received") -> None:
+    """SIGTERM to all; SIGKILL to what is still there after GRACE, or when a further signal comes."""
+    before = len(received.all)
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or len(received.all) > before:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(POLL / 4)
+
+
+class _Received:
+    """The signals that came; `came` is set by the first."""
+
+    def __init__(self) -> None:
+        self.all: list[int] = []
+        self.came = threading.Event()
+
+    def __call__(self, number: int, _frame: object) -> None:
+        self.all.append(number)
+        self.came.set()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Received]:
+    """Notes SIGINT and SIGTERM instead of what they do; outside of the main thread they are somebody else's."""
+    received = _Received()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, received) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[IO]:
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: a sweep is running here; wait for it, or stop its processes") from None
+        yield file

@@ -1,0 +1,187 @@
+"""launch.slurm and launch.ssh: their scripts really run, with stand-ins for what a cluster has."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import shell, slurm, ssh
+
+TOOLS = {
+    # Runs the step with the arguments after the flags; a step is known by its process.
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; echo $$ > $STANDIN/step; exec "$@"',
+    "scontrol": 'echo "scontrol $*" >> $STANDIN/calls; [ "$1" = show ] && printf "n0\\nn1\\n"; exit 0',
+    "scancel": 'echo "scancel $*" >> $STANDIN/calls; kill -TERM $(cat $STANDIN/step)',
+    "sbatch": 'echo "sbatch $*" >> $STANDIN/calls; cat > $STANDIN/script; echo 7',
+    # ssh HOST SCRIPT: the host is a folder.
+    "ssh": 'shift 3; mkdir -p $STANDIN/$1; cd $STANDIN/$1; HOME=$PWD exec sh -c "$2"',
+    "scp": 'while [ "${1#-}" != "$1" ]; do shift; done; mkdir -p $STANDIN/${2%%:*}; cp $1 $STANDIN/${2%%:*}/${2#*:}',
+}
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """The stand-ins' folder."""
+    (tmp_path / "bin").mkdir()
+    for name, text in TOOLS.items():
+        tool = tmp_path / "bin" / name
+        tool.write_text(f"#!/bin/sh\n{text}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN", str(tmp_path))
+    checkout = tmp_path / "checkout"
+    subprocess.run(["git", "init", "-q", checkout], check=True)
+    (checkout / "tracked.py").touch()
+    subprocess.run(["git", "add", "tracked.py"], cwd=checkout, check=True)
+    monkeypatch.chdir(checkout)
+    return tmp_path
+
+
+def call(capsys, module, *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        shell.launch("", module._flags, module.act, ["launch", *args])
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+def batch(tools: Path, *command: str, **options) -> subprocess.Popen:
+    """The batch script of a command, started as Slurm would."""
+    (tools / "job.sh").write_text(slurm.script(slurm.Job("a", command, **options)))
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]"}
+    return subprocess.Popen(["bash", tools / "job.sh"], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def made(tools: Path) -> list[str]:
+    return (tools / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (75, True)])
+def test_a_slurm_job_is_requeued_where_it_was_preempted(code, requeued, tools):
+    job = batch(tools, "sh", "-c", f"echo $JAX_COORDINATOR_ADDRESS $X; exit {code}", env={"X": "a  b"})
+    assert job.communicate()[0] == "n0:12345 a b\n" and job.returncode == code
+    assert ("scontrol requeue 7" in made(tools)) == requeued
+
+
+def test_a_slurm_job_is_not_requeued_for_ever(tools, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert batch(tools, "sh", "-c", "exit 75", max_restarts=2).wait() == 75
+    assert "scontrol requeue 7" not in made(tools)
+
+
+def test_sigterm_before_the_time_is_up_reaches_the_run(tools):
+    """Slurm sends it to the batch script alone (`B:`); the run saves, and its 75 has the job requeued."""
+    saves = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.2), sys.exit(75)))\n"
+    job = batch(tools, sys.executable, "-S", "-c", f"{saves}print('ready', flush=True); time.sleep(60)", grace=60)
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert made(tools)[-2:] == ["scancel --signal=TERM 7.0", "scontrol requeue 7"]
+
+
+def test_the_slurm_script_asks_for_what_was_asked(tools, capsys):
+    args = [
+        "--name=a",
+        "--nodes=4",
+        "--gpus_per_node=8",
+        "--partition=p",
+        "--grace=60",
+        "--wait",
+        "--",
+        "rlhfjax",
+        "run",
+    ]
+    assert call(capsys, slurm, "submit", *args)[0] == 0
+    script = (tools / "script").read_text()
+    for line in (
+        "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=p", "--time=24:00:00", "--requeue",
+        "--signal=B:TERM@60", "--export=NONE", "--job-name=a", "--open-mode=append",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script
+    assert "cpus-per-task" not in script and "account" not in script
+    assert made(tools) == ["sbatch --parsable --wait"]
+    _, printed, _ = call(capsys, slurm, "script", *args)
+    _, dry, _ = call(capsys, slurm, "submit", "--dry_run", *args)
+    assert printed.rstrip("\n") == script.rstrip("\n") and dry == printed + "sbatch --parsable --wait\n"
+
+
+HOSTS = ["run", "--name=a", "--hosts=u@h0,h1", "--setup=true"]
+
+
+def test_ssh_runs_a_process_a_host(tools, capsys):
+    script = 'echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID"; ls'
+    code, out, err = call(capsys, ssh, *HOSTS, "--", "sh", "-c", script)
+    assert (code, err) == (0, "")
+    assert {line for line in out.splitlines() if line.startswith("[")} == {
+        "[u@h0] h0:12345 2 0", "[u@h0] tracked.py", "[h1] h0:12345 2 1", "[h1] tracked.py",
+    }  # fmt: skip
+
+
+def test_when_one_host_fails_the_others_are_stopped(tools, capsys):
+    """The second fails at once; the first would go on for a minute, and is let to save."""
+    wait = "trap 'echo saved; exit 75' TERM; while :; do sleep 0.05; done"
+    began = time.monotonic()
+    script = f"if [ $JAX_PROCESS_ID = 1 ]; then sleep 0.3; exit 3; fi; {wait}"
+    code, out, _ = call(capsys, ssh, *HOSTS, "--", "sh", "-c", script)
+    assert code == 3 and "[u@h0] saved" in out and time.monotonic() - began < 30
+
+
+def test_ssh_starts_again_after_a_pre_emption(tools, capsys):
+    script = "echo x >> ~/runs; [ $(wc -l < ~/runs) -ge 2 ] || exit 75"
+    code, out, _ = call(capsys, ssh, *HOSTS, "--", "sh", "-c", script)
+    assert code == 0 and out.count("it starts again") == 1
+    assert (tools / "h1" / "runs").read_text() == "x\nx\n"
+
+
+def test_one_code_for_many_hosts():
+    assert ssh.worst([0, 0]) == 0
+    assert ssh.worst([75, 0]) == ssh.worst([75, 255]) == 75
+    assert ssh.worst([75, 255, 3, 4]) == 3
+
+
+def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):
+    code, out, _ = call(capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b")
+    assert code == 0 and not (tools / "h1").exists()
+    assert out.count("\nssh ") == 4 and out.count("\nscp ") == 2 and out.startswith("bash -c 'git ls-files")
+
+
+SECRETS = {
+    "HF_TOKEN": "hf-secret-value",
+    "SHORT_KEY": "x",
+    "A_PASSWORD": "hf-secret-value-and-more",
+    "HOME": "/home/me",
+}
+
+
+def test_secrets_are_hidden_and_other_words_are_not():
+    text = "got hf-secret-value-and-more, then hf-secret-value. x /home/me"
+    assert shell.redact(text, SECRETS) == "got ***, then ***. x /home/me"
+    for said in (
+        "HF_TOKEN=abcdefgh",
+        "x --config.wandb_api_key=abcdefgh",
+        "password: abcdefgh",
+        "MY_SECRET_2=abcdefgh",
+    ):
+        assert "abcdefgh" not in shell.redact(said, {}) and "***" in shell.redact(said, {})
+    for said in ("tokenizer=stage:tokenizer", "tokens: 1234567", "--config.ppo.tokenizer=runs/tokenizer", "key=value"):
+        assert shell.redact(said, {}) == said
+
+
+def test_what_a_command_prints_is_redacted_too(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf-secret-value")
+    lines = []
+    code = shell.Shell(out=lines.append).run(["sh", "-c", 'echo "using $HF_TOKEN"; exit 4'])
+    assert code == 4 and lines[-1] == "using ***"
+    with pytest.raises(shell.LaunchError, match="there-is-no-such-program is not installed"):
+        shell.Shell(out=lines.append).run(["there-is-no-such-program"])
+
+
+def test_names_are_those_that_clouds_take():
+    assert shell.slug("ppo.kl.coefficient=0.05,seed=1") == "ppo-kl-coefficient-0-05-seed-1"
+    assert len(shell.slug("a" * 99)) == 40
+    for bad in ("1a", "=", ""):
+        with pytest.raises(shell.LaunchError, match="begins with a letter"):
+            shell.slug(bad)
