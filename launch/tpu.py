@@ -23,6 +23,13 @@ SETUP = (
     "python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing --python 3.11 ~/venv && "
     "~/.local/bin/uv pip install -q --python ~/venv/bin/python 'jax[tpu]' -e ~/rlhfjax"
 )
+_REPOSITORY = "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-jammy main"
+MOUNT = (  # {bucket} as the folder /bucket, as https://cloud.google.com/storage/docs/cloud-storage-fuse/install has it
+    "curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc "
+    f"> /dev/null && echo '{_REPOSITORY}' | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null && "
+    "sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse && sudo mkdir -p /bucket && "
+    "sudo chown $(id -u) /bucket && gcsfuse --implicit-dirs {bucket} /bucket"
+)
 GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")  # of a queued resource whose machines were taken away
 ALIVE = (
     "--ssh-flag=-oServerAliveInterval=15",
@@ -213,6 +220,7 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("network", None, "default: the project's", flag_values=fv)
     flags.DEFINE_string("service_account", None, "default: Compute Engine's", flag_values=fv)
     flags.DEFINE_string("setup", SETUP, "run on each worker after the copy", flag_values=fv)
+    flags.DEFINE_string("bucket", None, "a bucket's name; the workers see it as /bucket", flag_values=fv)
     flags.DEFINE_multi_string("secret", [], "NAME=SECRET: read on the workers from Secret Manager", flag_values=fv)
     flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
@@ -233,7 +241,8 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
         return shell.run(delete(tpu))
     sh.required(fv, "accelerator")
     text = remote_command(sh.given(command), sh.environment(fv.env), sh.secrets(fv.secret), tpu.project)
-    code = Runner(shell, tpu, fv.poll, fv.setup).finish(text, fv.max_restarts)
+    mount = [MOUNT.format(bucket=shlex.quote(fv.bucket))] if fv.bucket else []
+    code = Runner(shell, tpu, fv.poll, " && ".join([*mount, fv.setup])).finish(text, fv.max_restarts)
     if not fv.keep:
         shell.must(delete(tpu))
     return code

@@ -219,7 +219,7 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
         command_line.main(args)
     err = capsys.readouterr().err
     assert caught.value.code == 1 and err.startswith(
-        "rlhfjax: 1 of 3 runs failed: vocab_size=9999 (exit code 1: rlhfjax:"
+        "rlhfjax: 1 of 3 runs failed: vocab_size=9999 (exit code 2: rlhfjax:"
     )
     assert err.count("\n") == 1
     with (workdir / "sweep.csv").open() as f:

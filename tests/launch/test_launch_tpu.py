@@ -152,6 +152,20 @@ def test_a_dry_run_prints_what_a_run_calls(cloud, capsys):
     assert "queued-resources describe a --zone=z" in out
 
 
+def test_a_bucket_is_mounted_before_the_set_up(cloud, capsys):
+    """As root of the worker, with stand-ins for what would change this machine."""
+    for name, text in {
+        "sudo": 'echo "sudo $*" >> $STANDIN/did',
+        "gcsfuse": 'echo "gcsfuse $*" >> $STANDIN/did',
+    }.items():
+        (cloud / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (cloud / "bin" / name).chmod(0o755)
+    (cloud / "bin" / "curl").symlink_to("/bin/true")
+    assert call(capsys, *TPU, "--setup=echo set up >> $STANDIN/did", "--bucket=b", "--", "true")[0] == 0
+    did = (cloud / "did").read_text().splitlines()
+    assert did[-2:] == ["gcsfuse --implicit-dirs b /bucket", "set up"] and "sudo apt-get -qq install -y gcsfuse" in did
+
+
 def test_a_secret_is_read_on_the_worker_and_stands_nowhere_else(cloud, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "local-secret-value")
     args = [*TPU, "--secret=WANDB_API_KEY=stored", "--", *sh('[ "$WANDB_API_KEY" = the-stored-value ] && echo right')]
