@@ -87,13 +87,14 @@ def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
     try:
         with ended:
             ended.wait_for(lambda: len(codes) == len(hosts) or any(codes))
+            own = tuple(codes)  # those that are stopped now end as they can, which says nothing
     finally:
         if len(codes) < len(hosts):
             for host in hosts:
                 shell.run(on(host, stop_script(name)))
         for thread in threads:
             thread.join()
-    return worst(codes)
+    return worst(own)
 
 
 def worst(codes: Sequence[int]) -> int:
