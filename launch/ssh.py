@@ -49,8 +49,14 @@ def run_script(name: str, command: str, hosts: Sequence[str], index: int) -> str
     return f"cd ~/{name} && echo $$ > ~/{name}.pid && exec env {own}{command}"
 
 
+def clean_script(name: str) -> str:
+    """Forgets the process of the start before, whose number may be another's by now."""
+    return f"rm -f ~/{name}.pid"
+
+
 def stop_script(name: str) -> str:
-    return f"kill -TERM $(cat ~/{name}.pid)"
+    """SIGTERM to the command, which may be about to start."""
+    return f"for i in $(seq 50); do [ -s ~/{name}.pid ] && break; sleep 0.2; done; kill -TERM $(cat ~/{name}.pid)"
 
 
 def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
@@ -65,6 +71,8 @@ def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
 def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
     """Runs the command on all hosts at once; the first exit code that is not 0, after the others were stopped."""
     scripts = {host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)}
+    for host in hosts:
+        shell.must(on(host, clean_script(name)))
     for host, script in scripts.items():
         shell.show(on(host, script))
     if shell.dry_run:

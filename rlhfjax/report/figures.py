@@ -177,18 +177,19 @@ def spread(groups: Mapping[str, Sequence[float]], places: Sequence[float] | None
       places: where the groups stand on a number line, along the bottom; None: their names are a list, downwards.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(3.9, 2.6 if places else 0.7 + 0.3 * len(groups))
+        figure, axes = _axes(3.9, 2.6 if places else 0.7 + 0.4 * len(groups))
         at = list(places) if places else [float(i) for i in range(len(groups))]
         for place, values in zip(at, groups.values(), strict=True):
             _group(axes, place, np.asarray([x for x in values if math.isfinite(x)]), across=places is None)
         if places is None:
-            axes.set_yticks(at, [textwrap.shorten(name, 40, placeholder=" …") for name in groups])
+            axes.set_yticks(at, [textwrap.fill(name, 30, max_lines=3, placeholder=" …") for name in groups])
             axes.set_ylim(len(groups) - 0.5, -0.5)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         else:
             if min(at) > 0 and max(at) >= 8 * min(at):
                 axes.set_xscale("log")
                 axes.minorticks_off()
+            axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.set_xticks(at, [f"{x:g}" for x in at])
             axes.set_xlabel(next(iter(groups)).partition(" = ")[0])
         return _svg(figure)
@@ -198,8 +199,8 @@ def _group(axes: Axes, place: float, values: np.ndarray, across: bool) -> None:
     if not len(values):
         return
     mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
-    dot = {"marker": "o", "ms": 3.5, "mew": 0, "ls": "", "color": FIRST, "alpha": 0.6}
-    ring = {"marker": "o", "ms": 6, "mfc": "none", "mec": INK, "mew": 1.2}
+    dot = {"marker": "o", "ms": 4.5, "mew": 0, "ls": "", "color": FIRST, "zorder": 3}
+    ring = {"marker": "o", "ms": 7, "mfc": "none", "mec": INK, "mew": 1.2}
     marks = ((list(values), dot), ([mean - std, mean + std], {"color": INK, "lw": 1.2}), ([mean], ring))
     for measured, style in marks:
         places = [place] * len(measured)

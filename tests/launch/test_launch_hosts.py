@@ -130,7 +130,7 @@ def test_when_one_host_fails_the_others_are_stopped(tools, capsys):
 
 
 def test_ssh_starts_again_after_a_pre_emption(tools, capsys):
-    script = "echo x >> ~/runs; [ $(wc -l < ~/runs) -ge 2 ] || exit 75"
+    script = "echo x >> ~/runs; sleep 0.5; [ $(wc -l < ~/runs) -ge 2 ] || exit 75"
     code, out, _ = call(capsys, ssh, *HOSTS, "--", "sh", "-c", script)
     assert code == 0 and out.count("it starts again") == 1
     assert (tools / "h1" / "runs").read_text() == "x\nx\n"
@@ -145,7 +145,7 @@ def test_one_code_for_many_hosts():
 def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):
     code, out, _ = call(capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b")
     assert code == 0 and not (tools / "h1").exists()
-    assert out.count("\nssh ") == 4 and out.count("\nscp ") == 2 and out.startswith("bash -c 'git ls-files")
+    assert out.count("\nssh ") == 6 and out.count("\nscp ") == 2 and out.startswith("bash -c 'git ls-files")
 
 
 SECRETS = {
