@@ -102,7 +102,8 @@ class Template:
         where: str = "tokenizer",
     ):
         self.source, self.where = source, where
-        self._specials, self._names, self._encode, self._decode = dict(specials), dict(names), encode, decode
+        self._specials, self._names, self._decode = dict(specials), dict(names), decode
+        self._encode = functools.lru_cache(1024)(encode)  # a conversation that is cut is rendered several times
         self._jinja = compile_template(source, where)
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._splitter = re.compile("|".join([f"({_ANSWER}|{_SAID}", *map(re.escape, longest_first)]) + ")")
