@@ -78,7 +78,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def run(
-    workdir: Path,
+    path: str | Path,
     *,
     temperature: float,
     max_new: int,
@@ -88,16 +88,18 @@ def run(
 ) -> None:
     """Reads a line, answers it, until the end of the input.
 
+    Args:
+      path: a model's folder or workdir, or a foreign name (see `interop.foreign`).
     Raises:
-      CheckpointError: the workdir has no model.
+      CheckpointError: there is no model.
     """
     inputs, out = inputs or sys.stdin, out or sys.stdout
     if inputs is sys.stdin and sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history)
     layout = make_layout()
-    saved = store.load(workdir, layout)
+    saved = store.load(path, layout)
     chat = Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
-    print(f"{store.find(workdir)}  ({HELP})", file=out)
+    print(f"{store.found(path)}  ({HELP})", file=out)
     for line in _lines(inputs, out):
         if line == "/quit":
             return

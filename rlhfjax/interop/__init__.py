@@ -1,1 +1,1 @@
-"""Models in and out: our own folders, GGUF files; the one place that knows how a model lies on a disk."""
+"""Models in and out: our own folders, Hugging Face's, GGUF files; what knows how a model lies on a disk."""

@@ -44,6 +44,11 @@ NEUTRAL = {
 HALF_SPLIT = {"attn_q.weight": "n_heads", "attn_k.weight": "kv_heads"}
 
 
+def describe_gguf(path: str | Path) -> TransformerConfig:
+    """The shape of the model in a GGUF file. Raises CheckpointError and ConfigError as `load_gguf` does."""
+    return _described(path, *open_gguf(path))
+
+
 def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     """The shape and the language model's parameters in a GGUF file: float32 arrays in the host's memory.
 
@@ -58,7 +63,7 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     gguf = _package(path)
     reader, metadata = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(path, metadata, tied="output.weight" not in tensors)
+    config = _described(path, reader, metadata)
     _check(path, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, _shapes(config))
 
     def read(name):
@@ -162,6 +167,10 @@ def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> Transform
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _described(path: str | Path, reader: Any, metadata: dict[str, Any]) -> TransformerConfig:
+    return _config(path, metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
 
 
 def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax
 from rlhfjax import checkpoint, state
 from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhfjax.errors import CheckpointError
+from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.interop import foreign
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.models.transformer import Model
+from rlhfjax.models.transformer import Model, stacked, unstacked
 
 PyTree = Any
 FOLDER = "model"
@@ -42,11 +44,13 @@ def save(folder: Path, saved: SavedModel) -> None:
 
 
 def load(path: str | Path, layout: Layout) -> SavedModel:
-    """Reads a model, given its folder or the workdir of the stage that made it, straight into its shards.
+    """Reads a model straight into its shards: its folder, the workdir of the stage that made it, or a foreign name.
 
     Raises:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
+    if there := foreign.find(path):
+        return SavedModel(there.model, there.params(layout), there.tokenizer())
     folder = find(path)
     model = describe(folder)
     abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
@@ -54,10 +58,39 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     return SavedModel(model, params, load_tokenizer(folder))
 
 
-def describe(folder: Path) -> Model:
-    """The model in a folder, without its parameters."""
+def override(saved: SavedModel, changes: Mapping[str, Any], where: str) -> SavedModel:
+    """The same parameters in a model with other options; layers are stacked or taken apart as `scan_layers` says.
+
+    Raises:
+      ConfigError: an option that there is not, or one that makes another model of it.
+    """
+    if not changes:
+        return saved
+    config = build(TransformerConfig, dataclasses.asdict(saved.model.config) | dict(changes), where)
+    model = dataclasses.replace(saved.model, config=config)
+    params = saved.params
+    if config.scan_layers != saved.model.config.scan_layers:
+        params = (stacked if config.scan_layers else unstacked)(params)
+    wanted, given = (
+        jax.tree.map(lambda x: x.shape, tree) for tree in (jax.eval_shape(model.init, jax.random.key(0)), params)
+    )
+    if wanted != given:
+        raise ConfigError(f"{where}: {', '.join(sorted(changes))} would make another model of it, of other parameters")
+    return SavedModel(model, params, saved.tokenizer)
+
+
+def describe(path: str | Path) -> Model:
+    """What `load` would read, without its parameters. Raises CheckpointError as it does."""
+    if there := foreign.find(path):
+        return there.model
+    folder = find(path)
     description = json.loads((folder / "config.json").read_text())
     return Model(build(TransformerConfig, description["transformer"], f"{folder}/config.json"), description["head"])
+
+
+def found(path: str | Path) -> str:
+    """Which model `load` would read, for people. Raises CheckpointError as it does."""
+    return str(path) if foreign.find(path) else str(find(path))
 
 
 def find(path: str | Path) -> Path:

@@ -27,7 +27,7 @@ from rlhfjax.models.attention import cached_attention, causal_attention, dropout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 
-__all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of"]
+__all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of", "stacked", "unstacked"]
 
 Params = dict[str, Any]
 
@@ -51,6 +51,21 @@ def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
 def last_slot(segments: Int[Array, "b t"]) -> Int[Array, " b"]:
     """The slot of the last real token of each row (slot t - 1 where a row has none)."""
     return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
+
+
+def stacked(params: Params) -> Params:
+    """The parameters of a model whose layers are scanned, from those of one whose layers stand one by one."""
+    layers = params["backbone"]["layers"]
+    one_by_one = [layers[f"layer_{i}"] for i in range(len(layers))]
+    return params | {"backbone": params["backbone"] | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)}}
+
+
+def unstacked(params: Params) -> Params:
+    """The way back of `stacked`."""
+    layers = params["backbone"]["layers"]
+    n = jax.tree.leaves(layers)[0].shape[0]
+    one_by_one = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)}
+    return params | {"backbone": params["backbone"] | {"layers": one_by_one}}
 
 
 @dataclasses.dataclass(frozen=True)

