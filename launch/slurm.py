@@ -50,6 +50,7 @@ def script(job: Job) -> str:
         "output": job.output,
         "open-mode": "append",  # a requeued job goes on in the same file
         "export": "NONE",
+        "dependency": "singleton",  # what is submitted twice does not run twice at once
         "signal": f"B:TERM@{job.grace}",  # to this script, so many seconds before the time is up
     }
     head = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]

@@ -242,7 +242,12 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
     sh.required(fv, "accelerator")
     text = remote_command(sh.given(command), sh.environment(fv.env), sh.secrets(fv.secret), tpu.project)
     mount = [MOUNT.format(bucket=shlex.quote(fv.bucket))] if fv.bucket else []
-    code = Runner(shell, tpu, fv.poll, " && ".join([*mount, fv.setup])).finish(text, fv.max_restarts)
+    try:
+        code = Runner(shell, tpu, fv.poll, " && ".join([*mount, fv.setup])).finish(text, fv.max_restarts)
+    except LaunchError as e:  # not deleted: the run may be well, and only gcloud not answer
+        raise LaunchError(
+            f"{e}; what is there costs: python -m launch.tpu down --name={tpu.name} --zone={tpu.zone}"
+        ) from e
     if not fv.keep:
         shell.must(delete(tpu))
     return code

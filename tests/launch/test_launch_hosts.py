@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch import shell, slurm, ssh
+from rlhfjax.errors import Preempted
+
+ROOT = Path(__file__).parents[2]
 
 TOOLS = {
     # Runs the step with the arguments after the flags; a step is known by its process.
@@ -98,7 +101,7 @@ def test_the_slurm_script_asks_for_what_was_asked(tools, capsys):
     script = (tools / "script").read_text()
     for line in (
         "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=p", "--time=24:00:00", "--requeue",
-        "--signal=B:TERM@60", "--export=NONE", "--job-name=a", "--open-mode=append",
+        "--dependency=singleton", "--signal=B:TERM@60", "--export=NONE", "--job-name=a", "--open-mode=append",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in script
     assert "cpus-per-task" not in script and "account" not in script
@@ -146,6 +149,13 @@ def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):
     code, out, _ = call(capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b")
     assert code == 0 and not (tools / "h1").exists()
     assert out.count("\nssh ") == 6 and out.count("\nscp ") == 2 and out.startswith("bash -c 'git ls-files")
+
+
+def test_launchers_agree_with_rlhfjax_and_need_nothing_of_it():
+    assert Preempted.exit_code == shell.PREEMPTED
+    code = "import sys, launch.gke, launch.slurm, launch.ssh, launch.tpu; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"jax", "rlhfjax", "numpy"} & {name.partition(".")[0] for name in done.stdout.split()}
 
 
 SECRETS = {

@@ -103,7 +103,7 @@ def test_machines_that_were_taken_away_are_replaced(cloud, capsys):
 def test_pre_emptions_have_an_end(cloud, capsys):
     (cloud / "scenario.json").write_text('{"follow": ["preempt", "preempt"]}')
     code, _, err = call(capsys, *TPU, "--max_restarts=1", "--", *sh("sleep 0.1"))
-    assert code == 1 and err == "launch: a: preempted more than --max_restarts=1 times; its state is saved\n"
+    assert code == 1 and err.startswith("launch: a: preempted more than --max_restarts=1 times; its state is saved;")
 
 
 def test_a_lost_connection_finds_the_run_again(cloud, capsys):
@@ -140,6 +140,12 @@ def test_gcloud_that_fails_is_not_a_machine_that_is_gone(cloud, capsys):
     code, _, err = call(capsys, *TPU, "--", "true")
     assert code == 1 and err.count("\n") == 1 and "failed three times: ERROR: (gcloud) PERMISSION_DENIED" in err
     assert verbs(cloud) == []
+
+
+def test_an_installation_that_fails_says_what_is_left(cloud, capsys):
+    code, _, err = call(capsys, *TPU, "--setup=false", "--", "true")
+    assert code == 1 and err.count("\n") == 1
+    assert err.endswith("what is there costs: python -m launch.tpu down --name=a --zone=z\n")
 
 
 def test_a_dry_run_prints_what_a_run_calls(cloud, capsys):
