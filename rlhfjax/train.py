@@ -13,6 +13,7 @@ Every line of metrics.jsonl up to step n is on the disk before the checkpoint of
 lines after its checkpoint, so that an interrupted run ends with the same bytes as one that was not.
 """
 
+import logging
 import math
 import signal
 import threading
@@ -28,8 +29,8 @@ from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.config import TrainConfig, write_json
-from rlhfjax.errors import CheckpointError, NonFiniteError, Preempted
-from rlhfjax.interop import store
+from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
 
@@ -66,7 +67,7 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                     log.flush()
                     log.check_state(step, state)
                     if last:
-                        log.evaluate(step, _finish(stage, state, workdir))
+                        log.evaluate(step, _finish(stage, state, workdir, layout))
                     writer.flush()
                     checkpoints.save(step, state, stage.batches.get_state())
                 if stop or (last and stopping.is_set()):
@@ -93,14 +94,26 @@ def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -
     return metric.finalize(jax.device_get(stage.evals(restored[0])), f"{config.stage}/")
 
 
-def _finish(stage: Stage, state: states.TrainState, workdir: Path) -> Any:
+def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layout) -> Any:
     """Keeps the stage's models; before the last save, so that a run killed in between does it again."""
     finished = stage.finish(state)
     for name, model in finished.models.items():
         store.save(workdir / name, model)
     for name, content in finished.files.items():
         write_json(workdir / name, content)
+    for name, (model, adapters) in finished.adapters.items():
+        _save_adapters(workdir / name, model, adapters, layout)
     return finished.pairs
+
+
+def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:
+    """Adapters as PEFT has them, by one process, which gathers them all; a model that PEFT does not know has none."""
+    whole = jax.device_get(jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters))
+    if jax.process_index() == 0:
+        try:
+            peft.save_peft(folder, model, whole)
+        except ConfigError as e:
+            logging.getLogger("rlhfjax").warning("%s is left out, the merged model is there: %s", folder, e)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

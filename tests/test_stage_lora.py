@@ -5,6 +5,7 @@ import inspect
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -12,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from rlhfjax import recipe, stages, state
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
+from rlhfjax.interop.peft import load_peft
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import lora
 from rlhfjax.models.transformer import Model
@@ -76,6 +78,15 @@ def test_the_model_that_is_left_differs_from_its_base_in_the_adapted_kernels_alo
         changed = {path for path, x in names(saved.params).items() if not np.array_equal(x, before[path])}
         kernels = {f"backbone/layers/layer_{i}/{path}/kernel" for i in (0, 1) for path in ADAPTED}
         assert changed == kernels | ({"head/kernel", "head/bias"} if left.name == "value" else set())
+
+
+def test_the_adapters_are_left_too_and_are_those_of_the_model(ppo_run, finished):
+    """In PEFT's layout; merged into the base they are the model that is left, to the bit."""
+    base = store.load(finished / "02_sft", ONE)
+    model, adapters = load_peft(ppo_run / "adapter", base.model)
+    assert (model.lora.rank, model.lora.alpha) == (2, 8.0)
+    merged = lora.merge(model.lora, jax.tree.map(jnp.asarray, state.attach(base.params, adapters)))
+    jax.tree.map(np.testing.assert_array_equal, merged, store.load(ppo_run, ONE).params)
 
 
 def test_a_stage_that_crashed_goes_on_to_the_same_bits(ppo_run, conversations, finished, tmp_path, monkeypatch):

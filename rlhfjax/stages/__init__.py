@@ -10,6 +10,7 @@ recipe has begun; `shape` is the TransformerConfig of the model that the stage s
 import dataclasses
 import importlib
 import pkgutil
+import types
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -41,6 +42,7 @@ class Finished(NamedTuple):
     models: dict[str, Any]  # {folder: store.SavedModel}
     pairs: Pairs
     files: dict[str, Any]  # {file name: what json.dumps takes}
+    adapters: Mapping[str, Any] = types.MappingProxyType({})  # {folder: (model, adapters)}
 
 
 @dataclasses.dataclass(frozen=True)

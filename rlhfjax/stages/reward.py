@@ -29,6 +29,7 @@ from rlhfjax.stages.parts.common import (
     ModelTrainConfig,
     SourceConfig,
     Start,
+    adapters_of,
     assemble,
     begin,
     check_training,
@@ -74,9 +75,8 @@ def build(config: Config, layout: Layout) -> Stage:
         answers = judge(state.params, held_out_batches.restart())
         params, pairs = _normalised(config, start, state.params, answers, judge)
         margins = stats.margins(answers["rewards"], answers["scores"], answers["valid"])
-        return Finished(
-            {store.FOLDER: start.saved(params)}, pairs, {"calibration.json": stats.calibration(margins).as_dict()}
-        )
+        files = {"calibration.json": stats.calibration(margins).as_dict()}
+        return Finished({store.FOLDER: start.saved(params)}, pairs, files, adapters_of(start.model, params))
 
     stage = assemble(
         config,

@@ -32,7 +32,7 @@ from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
 from rlhfjax.stages import Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, assemble, begin, check_training, sum_over
+from rlhfjax.stages.parts.common import ModelTrainConfig, adapters_of, assemble, begin, check_training, sum_over
 from rlhfjax.state import TrainState
 
 Batch = dict[str, np.ndarray]
@@ -71,7 +71,8 @@ def build(config: Config, layout: Layout) -> Stage:
         return sum_over(passes(held_out, config.batch_size), lambda b: measure(start.whole(state.params), b), layout, 0)
 
     def finish(state: TrainState) -> Finished:
-        return Finished({store.FOLDER: start.saved(state.params)}, {}, {FILE: {"kind": "dense"}})
+        kept = {store.FOLDER: start.saved(state.params)}
+        return Finished(kept, {}, {FILE: {"kind": "dense"}}, adapters_of(start.model, state.params))
 
     return assemble(
         config,

@@ -124,6 +124,11 @@ def frozen_part(model: Model, params: PyTree) -> PyTree:
     return params if model.head == "lm" else {"backbone": params["backbone"]}
 
 
+def adapters_of(model: Model, trained: PyTree) -> dict[str, Any]:
+    """What `Finished.adapters` is of a model: its adapters, where it has them."""
+    return {"adapter": (model, trained)} if model.lora.rank else {}
+
+
 def to_save(model: Model, params: PyTree, tokenizer: Tokenizer) -> store.SavedModel:
     """What a stage leaves for others: plain parameters, adapters merged into them."""
     if not model.lora.rank:
@@ -266,7 +271,7 @@ def assemble(
     """A Stage with one model and one loss."""
 
     def keep(state: states.TrainState) -> Finished:
-        return Finished({store.FOLDER: start.saved(state.params)}, {}, {})
+        return Finished({store.FOLDER: start.saved(state.params)}, {}, {}, adapters_of(start.model, state.params))
 
     def load(state: states.TrainState) -> states.TrainState:
         return state if start.params is None else state.replace(params=place(start.params, state.params))

@@ -18,7 +18,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import frozen_part, place, to_save
+from rlhfjax.stages.parts.common import adapters_of, frozen_part, place, to_save
 from rlhfjax.stages.parts.held_out import held_out
 from rlhfjax.stages.parts.policy_config import HumanConfig, PolicyConfig
 from rlhfjax.stages.parts.prompts import Repeated, prompt_batches
@@ -235,7 +235,7 @@ def policy_stage(
         trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
         model = to_save(task.start.model, states.attach(base, trained), task.start.tokenizer)
         models = {store.FOLDER: model}
-        return Finished(models | also(state), {}, {})
+        return Finished(models | also(state), {}, {}, adapters_of(task.start.model, trained))
 
     return Stage(
         init=init,
