@@ -57,9 +57,7 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
     put = _placing(model, layout)
     found = {}
     for row in rows:
-        tensor = files.read(row.theirs)
-        for path, array in zip(row.ours, row.split(tensor, [shapes[path] for path in row.ours]), strict=True):
-            found[path] = put(path, array)
+        found |= _put_row(row, files, shapes, put)
     if model.head == "scalar":
         found["head/bias"] = put("head/bias", np.array(constant))
     return model, names.nested(found)
@@ -99,21 +97,23 @@ def save_hf(
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: choose another, or remove it")
     family, description = hf_config.write(model, dtype, special_ids or {})
+    _check_params(names.leaves(params), names.shapes_of(model))
     if model.head == "scalar":
         params, constant = _without_bias(params, drop_bias)
         description |= {hf_config.REWARD_BIAS: constant} if constant else {}
-    shapes, read = _reading(model, params)
+    shapes, read = _reading(model.config.scan_layers, params)
     rows = names.rows(names.TABLES[family], model.head, shapes)
-    parts = _parts(rows, shapes, np.dtype(dtype).itemsize, shard_bytes)
+    sizes = {row.theirs: _bytes(row, shapes, dtype) for row in rows}
+    parts = _parts(rows, sizes, shard_bytes)
     with _renamed(folder) as temporary:
         for file, part in parts.items():
             tensors = {row.theirs: _cast(row, [read(path) for path in row.ours], dtype) for row in part}
             save_file(tensors, temporary / file, metadata={"format": "pt"})
             del tensors  # before the next are made
         if len(parts) > 1:
-            size = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values()))
+            total = sum(sizes.values())
             files = {row.theirs: file for file, part in parts.items() for row in part}
-            write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         write_json(temporary / "config.json", description)
 
 
@@ -179,8 +179,9 @@ def _check(files: _Files, table: names.Table, model: Model, shapes: Mapping[str,
     prefix = "" if bare else table.prefix
     rows = names.rows(table, model.head, shapes, prefix)
     expected = {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
-    for name in expected.keys() - files.file.keys():
-        raise CheckpointError(f"{files.folder}: there is no tensor {name}")
+    for name in expected:
+        if name not in files.file:
+            raise CheckpointError(f"{files.folder}: there is no tensor {name}")
     for name, file in files.file.items():
         if name in expected:
             _check_tensor(file, name, files.slice(name), expected[name])
@@ -209,6 +210,12 @@ def _needless(files, table, name, prefix, model):
     return True
 
 
+def _put_row(row, files, shapes, put):
+    """One tensor's arrays, put; the tensor is gone when they are."""
+    arrays = row.split(files.read(row.theirs), [shapes[path] for path in row.ours])
+    return {path: put(path, array) for path, array in zip(row.ours, arrays, strict=True)}
+
+
 def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray], Any]:
     """put(path, array): one array in its shards, each made float32 for itself, or in the host's memory."""
     if layout is None:
@@ -229,13 +236,12 @@ def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray],
 # ------------------------------------------------------------------ writing
 
 
-def _reading(model: Model, params: Params) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+def _reading(stacked: bool, params: Params) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
     """The shapes of the arrays by path, layers taken apart, and what reads one into the host's memory."""
     leaves = names.leaves(params)
-    _check_params(leaves, names.shapes_of(model))
     where = {}  # path -> (path of the leaf, layer within it)
     for path, leaf in leaves.items():
-        if model.config.scan_layers and path.startswith("backbone/layers/"):
+        if stacked and path.startswith("backbone/layers/"):
             rest = path.removeprefix("backbone/layers/")
             where |= {f"backbone/layers/layer_{i}/{rest}": (path, i) for i in range(leaf.shape[0])}
         else:
@@ -278,16 +284,19 @@ def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
     return params, bias
 
 
-def _parts(rows: list[Row], shapes: Mapping[str, Shape], itemsize: int, limit: int) -> dict[str, list[Row]]:
-    """Rows by file, in order, each file as full as its limit lets it be."""
+def _bytes(row: Row, shapes: Mapping[str, Shape], dtype: str) -> int:
+    return np.dtype(dtype).itemsize * sum(math.prod(shapes[path]) for path in row.ours)
+
+
+def _parts(rows: list[Row], sizes: Mapping[str, int], limit: int) -> dict[str, list[Row]]:
+    """Rows by file, in order, each file as full as its limit of bytes lets it be."""
     parts, size = [[]], 0
     for row in rows:
-        grown = itemsize * sum(math.prod(shapes[path]) for path in row.ours)
-        if parts[-1] and size + grown > limit:
+        if parts[-1] and size + sizes[row.theirs] > limit:
             parts.append([])
             size = 0
         parts[-1].append(row)
-        size += grown
+        size += sizes[row.theirs]
     if len(parts) == 1:
         return {WEIGHTS: parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
