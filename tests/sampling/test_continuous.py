@@ -1,5 +1,10 @@
 """Continuous batching and shared prefixes against static batches of repeated prompts: the same responses."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,16 +60,16 @@ def test_continuous_is_static(made):
     assert_same(run(model, params, *rows, drawn, eos_id=eos, slots=3), expected)
 
 
-def test_pitfall_05_continuous_logprobs_are_teacher_forced(made):
-    model, params = made
+def test_pitfall_05_continuous_logprobs_are_teacher_forced(gpt2):
+    model, params = gpt2
     prompts, segments = left_padded(LENGTHS)
     samples = run(model, params, prompts, segments, keys(len(LENGTHS)), slots=4)
     expected = teacher_forced(model, params, prompts, segments, samples, 0.8)
     np.testing.assert_allclose(samples.logprobs, expected, atol=1e-5)
 
 
-def test_a_shared_prefix_is_a_repeated_prompt(made):
-    model, params = made
+def test_a_shared_prefix_is_a_repeated_prompt(gpt2):
+    model, params = gpt2
     rows, drawn = left_padded((7, 1, 4)), keys(9)
     expected = run(model, params, *repeated(rows, 3), drawn)
     assert_same(run(model, params, *rows, drawn, each=3), expected)
@@ -125,3 +130,18 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 def test_a_group_needs_slots_for_all_of_it(gpt2):
     with pytest.raises(ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"):
         run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
+
+
+def test_eight_devices_sample_what_one_does():
+    """Rows split over 8 devices, and heads over 4 of them; static and continuous. The cache stays split."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "tests.sampling.eight_devices"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert line["tokens"]
+        assert line["logprobs"] < 1e-5
+        assert line["lengths"] > 3
+        assert not line["whole"]
