@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhfjax.models.linear import transposed
+from rlhfjax.models.quantised import Quantised
 
 MASKED = -1e30  # finite: a row of nothing but masked scores stays free of NaN
 QUERY_BLOCK = 128  # queries a block; a block sees only the keys up to its own end, so about half the work is skipped
@@ -138,7 +139,27 @@ def causal_attention(
 
 
 def cached_attention(
-    q: Float[Array, "b h k"], k: Float[Array, "b g s k"], v: Float[Array, "b g s k"], valid: Bool[Array, "b s"]
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b g s k"] | Quantised,
+    v: Float[Array, "b g s k"] | Quantised,
+    valid: Bool[Array, "b s"],
 ) -> Float[Array, "b h k"]:
-    """Attention of one query a row over the valid slots of a cache; returns [b, h, k]."""
+    """Attention of one query a row over the valid slots of a cache; returns [b, h, k].
+
+    Of a quantised cache the scales, one a slot and head, multiply scores and weights: no key or value is made wide
+    but in the products themselves.
+    """
+    if isinstance(k, Quantised):
+        return _cached_int8(q, k, v, valid)
     return _attend(q[:, :, None], k, v, valid[:, None], None)[:, :, 0]
+
+
+def _cached_int8(q, k, v, valid):
+    b, h, d = q.shape
+    g = k.values.shape[1]
+    grouped = (q * d**-0.5).reshape(b, g, h // g, d)
+    scores = jnp.einsum("bghd,bgsd->bghs", grouped, k.values.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(valid[:, None, None], scores * k.scale[:, :, None], MASKED)
+    weights = (jax.nn.softmax(scores, axis=-1) * v.scale[:, :, None]).astype(q.dtype)
+    out = jnp.einsum("bghs,bgsd->bghd", weights, v.values.astype(q.dtype), preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(b, h, d)

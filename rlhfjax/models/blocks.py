@@ -18,6 +18,7 @@ from rlhfjax.models.attention import dropout, rotate
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
 from rlhfjax.models.lora import NAMES, LoraConfig
+from rlhfjax.models.quantised import SCALE, linear_int8
 
 RESIDUAL = ("batch", "time", "embed")
 GELU = {
@@ -87,10 +88,14 @@ class Project(nn.Module):
     def __call__(self, x):
         n = self.inputs
         out_shape, out_axes = self.shape[n:], self.axes[n:]
-        kernel = _parameter(self, "kernel", self.std, self.shape, self.axes).astype(x.dtype)
+        kernel = _parameter(self, "kernel", self.std, self.shape, self.axes)
         flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
         x = x.reshape(*x.shape[:2], flat.shape[0])
-        y = linear(x, flat)
+        if kernel.dtype == jnp.int8:
+            scale = _parameter(self, "kernel" + SCALE, nn.initializers.ones, out_shape, out_axes)
+            y = linear_int8(x, flat, scale.reshape(-1))
+        else:
+            y = linear(x, flat.astype(x.dtype))
         if self.lora.rank and (self.is_initializing() or self.has_variable("params", NAMES[0])):
             y = y + self._low_rank(x)
         y = y.reshape(*x.shape[:2], *out_shape)
@@ -199,7 +204,12 @@ class Embed(nn.Module):
         c = self.config
         std = float(c.init_std)
         table = _parameter(self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed"))
-        x = jnp.take(table.astype(c.dtype), tokens, axis=0, mode="clip")
+        if table.dtype == jnp.int8:
+            scale = _parameter(self, "tokens" + SCALE, nn.initializers.ones, (c.vocab_size,), ("vocab",))
+            rows = [jnp.take(x, tokens, axis=0, mode="clip") for x in (table, scale[:, None])]
+            x = (rows[0].astype(jnp.float32) * rows[1]).astype(c.dtype)
+        else:
+            x = jnp.take(table.astype(c.dtype), tokens, axis=0, mode="clip")
         if c.positions == "learned":
             places = _parameter(self, "positions", std, (c.max_length, c.d_model), ("positions", "embed"))
             x = x + jnp.take(places.astype(c.dtype), positions, axis=0, mode="clip")

@@ -7,14 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from rlhfjax.models.linear import transposed
 
 CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
 
 
-def unembed(hidden: Float[Array, "... d"], output: Float[Array, "x y"], tied: bool) -> Float[Array, "... v"]:
+def unembed(hidden: Float[Array, "... d"], output: Num[Array, "x y"], tied: bool) -> Float[Array, "... v"]:
     """Logits in float32: hidden . output^T (tied, output [v, d]) or hidden . output ([d, v])."""
     return jnp.einsum(
         "...d,vd->...v" if tied else "...d,dv->...v",

@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import constrain
-from rlhfjax.models import blocks, logprobs, lora
+from rlhfjax.models import blocks, logprobs, lora, quantised
 from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
+from rlhfjax.models.quantised import SCALE, Quantised
 
 __all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of", "stacked", "unstacked"]
 
@@ -33,10 +34,10 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the slots written so far: a tuple a layer of [b, kv_heads, slots, head_dim]."""
+    """Keys and values of the slots written so far: a layer each of [b, kv_heads, slots, head_dim], or quantised."""
 
-    k: tuple[Float[Array, "b g s k"], ...]
-    v: tuple[Float[Array, "b g s k"], ...]
+    k: tuple[Float[Array, "b g s k"] | Quantised, ...]
+    v: tuple[Float[Array, "b g s k"] | Quantised, ...]
     valid: Bool[Array, "b s"]  # slots that hold a real token
 
 
@@ -68,6 +69,14 @@ def unstacked(params: Params) -> Params:
     return params | {"backbone": params["backbone"] | {"layers": one_by_one}}
 
 
+def _write(cached: Any, new: jax.Array, slot: Any) -> Any:
+    """A layer's keys or values [b, g, t, k] into the slots from `slot` on."""
+    if isinstance(cached, Quantised):
+        new = quantised.absmax(new, (3,))
+        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot, 2), cached, new)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A Transformer with a language-model head ("lm") or a scalar one ("scalar": reward models, critics).
@@ -79,6 +88,7 @@ class Model:
     config: TransformerConfig
     head: str = "lm"
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    int8_cache: bool = False  # keys and values of sampling in int8; weights are by their own dtype (models.quantised)
 
     def __post_init__(self):
         if self.head not in ("lm", "scalar"):
@@ -202,7 +212,9 @@ class Model:
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits of hidden states."""
-        return logprobs.unembed(hidden, self._output(params), self._tied)
+        output, scale = self._output_and_scale(params)
+        logits = logprobs.unembed(hidden, output, self._tied)
+        return logits if scale is None else logits * scale
 
     def scalar(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b"]:
         """Float32 scalar (a value or a reward) of hidden states."""
@@ -236,8 +248,14 @@ class Model:
         """An empty cache of `length` slots a row."""
         c = self.config
         shape = (batch, c.kv_heads, length, c.head_dim)
-        empty = tuple(jnp.zeros(shape, c.dtype) for _ in range(c.n_layers))
-        return Cache(empty, empty, jnp.zeros((batch, length), bool))
+
+        def empty() -> Any:
+            if self.int8_cache:
+                return Quantised(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32))
+            return jnp.zeros(shape, c.dtype)
+
+        k, v = (tuple(empty() for _ in range(c.n_layers)) for _ in range(2))
+        return Cache(k, v, jnp.zeros((batch, length), bool))
 
     def prefill(
         self, params: Params, tokens: Int[Array, "b p"], segments: Int[Array, "b p"], cache: Cache
@@ -250,8 +268,7 @@ class Model:
         for i in range(self.config.n_layers):
 
             def attend(q, new_k, new_v, i=i):
-                k[i] = jax.lax.dynamic_update_slice(k[i], new_k, (0, 0, 0, 0))
-                v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, 0, 0))
+                k[i], v[i] = _write(k[i], new_k, 0), _write(v[i], new_v, 0)
                 return causal_attention(q, new_k, new_v, segments)
 
             x = self._block.apply({"params": self._layer(params, i)}, x, rope, attend)
@@ -274,8 +291,7 @@ class Model:
         for i in range(self.config.n_layers):
 
             def attend(q, new_k, new_v, i=i):
-                k[i] = jax.lax.dynamic_update_slice(k[i], new_k, (0, 0, slot, 0))
-                v[i] = jax.lax.dynamic_update_slice(v[i], new_v, (0, 0, slot, 0))
+                k[i], v[i] = _write(k[i], new_k, slot), _write(v[i], new_v, slot)
                 return cached_attention(q[:, :, 0], k[i], v[i], valid)[:, :, None]
 
             x = self._block.apply({"params": self._layer(params, i)}, x, rope, attend)
@@ -297,7 +313,13 @@ class Model:
         return self.config.tie_embeddings
 
     def _output(self, params):
-        return params["backbone"]["embed"]["tokens"] if self._tied else params["head"]["kernel"]
+        """The matrix that makes logits, in float32 where it is int8."""
+        output, scale = self._output_and_scale(params)
+        return output if scale is None else output * (scale[:, None] if self._tied else scale)
+
+    def _output_and_scale(self, params):
+        tree, name = (params["backbone"]["embed"], "tokens") if self._tied else (params["head"], "kernel")
+        return tree[name], tree.get(name + SCALE)
 
     def _rope(self, positions):
         c = self.config

@@ -9,6 +9,7 @@ response fills the others, and no more, before the ring comes round. Positions a
 attention asks only which places are valid, not in what order they stand.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,10 +116,8 @@ def repeat(tree: Any, each: int) -> Any:
 def _put(cache: Cache, fresh: Cache, slots: Int[Array, " m"], shift: Int[Array, ""]) -> Cache:
     """`fresh`, turned by `shift` places, in the place of some slots' rings."""
 
-    def put(old, new, axis):
+    def put(axis, old, new):
         return old.at[slots].set(jnp.roll(new, shift, axis), unique_indices=True)
 
-    k, v = (
-        tuple(put(o, n, 2) for o, n in zip(*pair, strict=True)) for pair in ((cache.k, fresh.k), (cache.v, fresh.v))
-    )
-    return Cache(k, v, put(cache.valid, fresh.valid, 1))
+    k, v = jax.tree.map(functools.partial(put, 2), (cache.k, cache.v), (fresh.k, fresh.v))
+    return Cache(k, v, put(1, cache.valid, fresh.valid))
