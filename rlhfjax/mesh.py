@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.errors import ConfigError
@@ -134,8 +135,19 @@ def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device]
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    return Layout(mesh, _rules(config.rules))
+    return Layout(_mesh(sizes, devices), _rules(config.rules))
+
+
+def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+    """Neighbours along the axes within a slice; between slices, which only DCN connects, along `replica` alone."""
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ConfigError(f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them")
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
 def _rules(overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
