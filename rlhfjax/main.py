@@ -114,6 +114,26 @@ def export(fv: flags.FlagValues) -> None:
     export(fv.workdir, Path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias)
 
 
+def plan(fv: flags.FlagValues) -> None:
+    """Says what a stage will need, before it runs: rlhfjax plan --config=FILE --topology=v5e:16x16 [--stage=NAME]"""
+    import rich
+
+    from rlhfjax.plan import predict, tables
+    from rlhfjax.plan.shapes import parse_model, subject
+    from rlhfjax.plan.topology import target
+
+    if fv.config is None and fv.model:
+        rich.print(tables.arithmetic(parse_model(fv.model)))
+        return
+    _need(fv, "config", "topology")
+    workdir = Path(fv.workdir) if fv.workdir else None
+    chosen = subject(fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model)
+    made = predict.make(chosen, target(fv.topology, fv.slices), fv.completions)
+    rich.print(tables.everything(made))
+    if fv.json:
+        predict.write(made, Path(fv.json))
+
+
 COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
     "train": train,
     "run": run,
@@ -123,6 +143,7 @@ COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
     "report": report,
     "import": import_model,
     "export": export,
+    "plan": plan,
 }
 
 
@@ -131,7 +152,7 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
     fv = flags.FlagValues()
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
     _workdir_flag(fv)
-    if command in ("train", "run", "sweep", "eval"):
+    if command in ("train", "run", "sweep", "eval", "plan"):
         _config_flag(fv, argv)
     if command == "sweep":
         flags.DEFINE_integer("parallel", 1, "runs at a time; an accelerator has room for one", 1, flag_values=fv)
@@ -150,7 +171,24 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
         flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)
         flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
+    if command == "plan":
+        _plan_flags(fv)
     return fv
+
+
+def _plan_flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:16x16, or here", flag_values=fv)
+    flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", 1, flag_values=fv)
+    flags.DEFINE_string("stage", None, "of a recipe; its last one that trains", flag_values=fv)
+    flags.DEFINE_string(
+        "model",
+        "",
+        "shape of an init_from that is not there: PRESET[:field=value,...]; alone: its arithmetic",
+        flag_values=fv,
+    )
+    flags.DEFINE_string("reward_model", "", "shape of a reward that is not there", flag_values=fv)
+    flags.DEFINE_integer("completions", 2, "of a prompt, where the data decides that", 2, flag_values=fv)
+    flags.DEFINE_string("json", None, "file to write the plan to as well", flag_values=fv)
 
 
 def _usage() -> str:

@@ -39,7 +39,7 @@ class Array:
         """Bytes."""
         bits = re.search(r"\d+", self.dtype)
         one = SIZES.get(self.dtype, int(bits[0]) / 8 if bits else 0)
-        return one * math.prod(self.shape)
+        return float(one * math.prod(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Instruction:
 
     @property
     def size(self) -> float:
-        return sum(a.size for a in self.result)
+        return float(sum(a.size for a in self.result))
 
     @property
     def hbm(self) -> float:
         """Bytes of the result that are not on the chip."""
-        return sum(a.size for a in self.result if not a.on_chip)
+        return float(sum(a.size for a in self.result if not a.on_chip))
 
     def find(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
@@ -75,7 +75,7 @@ class Cost:
     sent: Counter = dataclasses.field(default_factory=Counter)
     unknown_loops: int = 0
 
-    def plus(self, other: "Cost", times: float = 1) -> "Cost":
+    def plus(self, other: "Cost", times: int = 1) -> "Cost":
         sent = Counter(self.sent)
         for key, n in other.sent.items():
             sent[key] += n * times
@@ -84,7 +84,7 @@ class Cost:
 
     def link(self, link: str) -> float:
         """Bytes sent over "ici" or "dcn"."""
-        return sum(n for (_, over), n in self.sent.items() if over == link)
+        return float(sum(n for (_, over), n in self.sent.items() if over == link))
 
 
 class Program:
@@ -100,7 +100,9 @@ class Program:
                 self.entry = head[2] if head[1] else self.entry
             elif body := _LINE.match(line):
                 lines[body[2]] = _instruction(body[2], body[3])
-        self._channels: set[tuple[str | None, float]] = set()  # an asynchronous collective is cut into several fusions of one channel
+        self._channels: set[tuple[str | None, float]] = (
+            set()
+        )  # an asynchronous collective is cut into several fusions of one channel
 
     def cost(self) -> Cost:
         """Of one run of the program, on one device."""
@@ -182,7 +184,7 @@ class Program:
 
         For a loop that may end before its bound (sampling), the bound: every response as long as it may be.
         """
-        if known := loop.find(r'known_trip_count[^\d]*(\d+)'):
+        if known := loop.find(r"known_trip_count[^\d]*(\d+)"):
             return int(known)
         condition = loop.find(r"condition=%?([\w.\-]+)") or ""
         seen, bounds = [condition], []
@@ -207,7 +209,7 @@ class Program:
         for u in updates:
             if written and u.size <= i.size:
                 written += inner[u.operands[1]].size - u.size if u.operands[1] in inner else 0
-        return read + max(written, 0)
+        return float(read + max(written, 0))
 
     def _read(self, computation: str, name: str) -> float:
         """Bytes that a computation reads of one of its values."""
@@ -222,9 +224,7 @@ class Program:
                     total += self._read(computation, user.name)
                 elif user.op == "fusion":
                     inner = self.computations[_called(user)[0]]
-                    own = next(
-                        p.name for p in inner.values() if p.op == "parameter" and p.operands[0] == str(position)
-                    )
+                    own = next(p.name for p in inner.values() if p.op == "parameter" and p.operands[0] == str(position))
                     total += self._read(_called(user)[0], own)
                 elif not (user.op == "dynamic-update-slice" and position == 0):
                     total += lines[name].size
@@ -237,8 +237,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     op, rest = rest.strip().split("(", 1)
     inside, attributes = _balanced("(" + rest)
     arrays = tuple(
-        Array(m[1], tuple(map(int, filter(None, m[2].split(",")))), "S(" in (m[3] or ""))
-        for m in _ARRAY.finditer(kind)
+        Array(m[1], tuple(map(int, filter(None, m[2].split(",")))), "S(" in (m[3] or "")) for m in _ARRAY.finditer(kind)
     )
     parts = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", inside[1:-1]).split(",")
     operands = tuple(p.split()[-1].lstrip("%") for p in parts if p.strip())
@@ -297,7 +296,9 @@ def _convolution(i: Instruction, lines: dict[str, Instruction]) -> float:
     spec = i.find(r"dim_labels=([\w]+_[\w]+->[\w]+)") or ""
     inputs, kernel, output = re.split(r"_|->", spec)
     shapes = [lines[name].result[0].shape for name in i.operands[:2]] + [i.result[0].shape]
-    sizes = [dict(zip(labels, shape, strict=True)) for labels, shape in zip((inputs, kernel, output), shapes, strict=True)]
+    sizes = [
+        dict(zip(labels, shape, strict=True)) for labels, shape in zip((inputs, kernel, output), shapes, strict=True)
+    ]
     window = {k: v.split("x") for k, v in re.findall(r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or "")}
     pairs = 1
     for n, d in enumerate(sorted(label for label in output if label.isdigit())):
@@ -315,12 +316,17 @@ def _pairs(size: int, out: int, window: dict[str, str]) -> int:
     return sum(0 <= p <= (size - 1) * holes and p % holes == 0 for p in places)
 
 
-def sent_bytes(kind: str, given: float, n: int) -> float:
+def sent_bytes(kind: str, given: int | float, n: int) -> float:
     """Bytes that each of n devices sends, on a ring, of `given` bytes that it puts in."""
     if n <= 1 and kind != "collective-permute":
         return 0.0
-    factor = {"all-gather": n - 1, "reduce-scatter": (n - 1) / n, "all-to-all": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}
-    return given * factor.get(kind, 1)
+    factor = {
+        "all-gather": n - 1,
+        "reduce-scatter": (n - 1) / n,
+        "all-to-all": (n - 1) / n,
+        "all-reduce": 2 * (n - 1) / n,
+    }
+    return float(given * factor.get(kind, 1))
 
 
 def group_size(attributes: str) -> int:

@@ -7,7 +7,8 @@ Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendi
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,32 +75,43 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 def build(config: Config, layout: Layout) -> Stage:
     task = open_task(config, layout)
+    check(config, layout, task.start.model.config)
+    made = parts(config, task)
+
+    def keep(state: states.TrainState) -> dict[str, Any]:
+        if config.value == "shared":
+            return {}
+        whole = states.attach(made.frozen["value"], state.params["value"])
+        return {"value": to_save(made.algorithm.critic, whole, task.start.tokenizer)}
+
+    return policy_stage(config, layout, task, also=keep, **made._asdict())
+
+
+class Parts(NamedTuple):
+    """What PPO makes of a task, arrays or shapes: see `policy_stage`."""
+
+    algorithm: "Algorithm"
+    born: Callable[[jax.Array], dict[str, PyTree]]
+    axes: dict[str, PyTree]
+    loaded: dict[str, PyTree]
+    frozen: dict[str, PyTree]
+
+
+def parts(config: Config, task: Task) -> Parts:
+    """The algorithm with the value function that the config names, and the parameters that it trains."""
     model = task.start.model
-    check(config, layout, model.config)
     critic, critic_params = _value_start(config, task)
-    critic_base = {} if config.value == "shared" else frozen_part(critic, critic_params)
-    algorithm = Algorithm(config, model, critic, Tokens.of(config, task.tokenizer))
 
     def born(key: jax.Array) -> dict[str, PyTree]:
         value = critic.init_trained(jax.random.fold_in(key, 1))
         return {"policy": model.init_trained(key), "value": _value_tree(config, value)}
 
-    def keep(state: states.TrainState) -> dict[str, Any]:
-        if config.value == "shared":
-            return {}
-        whole = states.attach(critic_base, state.params["value"])
-        return {"value": to_save(critic, whole, task.start.tokenizer)}
-
-    return policy_stage(
-        config,
-        layout,
-        task,
-        algorithm,
-        born=born,
+    return Parts(
+        Algorithm(config, model, critic, Tokens.of(config, task.tokenizer)),
+        born,
         axes={"policy": model.trained_axes(), "value": _value_tree(config, critic.trained_axes())},
         loaded={"policy": task.start.params, "value": critic_params},
-        frozen={"value": critic_base},
-        also=keep,
+        frozen={"value": {} if config.value == "shared" else frozen_part(critic, critic_params)},
     )
 
 

@@ -189,6 +189,24 @@ def policy_step(
     return step
 
 
+def fresh_state(
+    config: PolicyConfig,
+    algorithm: Any,
+    born: Callable[[jax.Array], dict[str, PyTree]],
+    extra: Mapping[str, Any] | None = None,
+) -> Callable[[jax.Array], states.TrainState]:
+    """key -> the state before anything is loaded; see `policy_stage` for `born` and `extra`."""
+
+    def init(key: jax.Array) -> states.TrainState:
+        params = born(key)
+        more = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
+        if config.ema:
+            more["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
+        return states.TrainState.create(params, algorithm.tx, **more)
+
+    return init
+
+
 def policy_stage(
     config: PolicyConfig,
     layout: Layout,
@@ -217,13 +235,6 @@ def policy_stage(
     base = frozen_part(task.start.model, task.start.params)
     frozen = {"policy": base, **(frozen or {})}
 
-    def init(key: jax.Array) -> states.TrainState:
-        params = born(key)
-        more = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
-        if config.ema:
-            more["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
-        return states.TrainState.create(params, algorithm.tx, **more)
-
     def load(state: states.TrainState) -> states.TrainState:
         params = {name: place(loaded[name], tree) for name, tree in state.params.items()}
         more = dict(state.extra)
@@ -238,7 +249,7 @@ def policy_stage(
         return Finished(models | also(state), {}, {}, adapters_of(task.start.model, trained))
 
     return Stage(
-        init=init,
+        init=fresh_state(config, algorithm, born, extra),
         axes=axes,
         start=load,
         batches=with_ptx(config.ptx, batches, task.tokenizer, config),

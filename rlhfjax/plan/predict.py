@@ -1,0 +1,128 @@
+"""From programs to a plan: does it fit, how long does a step take at least, and what does the whole run cost."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.config import write_json
+from rlhfjax.mesh import make_layout
+from rlhfjax.plan import chips, memory
+from rlhfjax.plan.compiled import Measured, measure
+from rlhfjax.plan.programs import Sketch, sketch
+from rlhfjax.plan.shapes import Subject
+from rlhfjax.plan.topology import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that `rlhfjax plan` prints and writes."""
+
+    subject: Subject
+    target: Target
+    mesh: dict[str, int]
+    sketch: Sketch
+    programs: list[Measured]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every program does; None where the capacity of the devices is unknown."""
+        return None if any(p.fits is None for p in self.programs) else all(p.fits for p in self.programs)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """At least: the programs of a step one after the other, each at its roofline."""
+        if any(p.roofline is None for p in self.programs):
+            return None
+        return sum(p.roofline.seconds for p in self.programs if p.roofline)
+
+    @property
+    def mfu(self) -> float | None:
+        seconds, chip = self.step_seconds, self.target.chip
+        if seconds is None or chip is None:
+            return None
+        return chips.mfu(sum(p.model_flops for p in self.programs), seconds, self.target.chips, chip)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON; bytes and seconds are a device's, FLOPs named model_flops those of the whole mesh."""
+        seconds, s = self.step_seconds, self.sketch
+        out: dict[str, Any] = {
+            "stage": self.subject.name,
+            "kind": self.subject.config.stage,
+            "target": self.target.name,
+            "devices": len(self.target.devices),
+            "chips": self.target.chips,
+            "mesh": self.mesh,
+            "parameters": memory.parameters(self.subject.model),
+            "fits": self.fits,
+            "advice": advice(self),
+            "steps": s.steps,
+            "tokens_per_step": s.tokens,
+            "six_n_d": chips.training_flops(memory.parameters(self.subject.model), s.tokens),
+            "programs": [_program(p) for p in self.programs],
+        }
+        if seconds is not None:
+            hours = seconds * s.steps / 3600
+            out |= {
+                "step_seconds": seconds,
+                "mfu": self.mfu,
+                "tokens_per_second": s.tokens / seconds,
+                "hours": hours,
+                "chip_hours": hours * self.target.chips,
+            }
+        return out
+
+
+def make(subject: Subject, target: Target, completions: int = 2) -> Plan:
+    """Compiles every program of a stage; nothing runs."""
+    layout = make_layout(subject.config.mesh, target.devices)
+    drawn = sketch(subject, layout, completions)
+    measured = [measure(program, target) for program in drawn.programs]
+    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured)
+
+
+def advice(plan: Plan) -> list[str]:
+    """What would make it fit, the cheapest first; empty where it fits."""
+    if plan.fits is not False:
+        return []
+    c, model, out = plan.subject.config, plan.subject.model, []
+    worst = max((p for p in plan.programs if not p.fits), key=lambda p: p.memory.peak)
+    if worst.memory.arguments > 0.8 * (worst.capacity or 0):
+        fsdp, tensor = plan.mesh["fsdp"], plan.mesh["tensor"]
+        out.append(
+            f"{worst.name}: its arguments alone are {worst.memory.arguments / memory.GIB:.1f} GiB a device: shard them "
+            f"over more (mesh.fsdp, now {fsdp}; mesh.tensor, now {tensor}), or take more chips"
+        )
+    if model.dtype == "float32":
+        out.append("compute in bfloat16: model dtype=bfloat16 halves activations")
+    if model.remat != "full" and worst.name in ("step", "update"):
+        out.append(f"keep fewer activations: model remat=full (now {model.remat}) and scan_layers=true")
+    if worst.name in ("step", "update"):
+        out.append(f"smaller microbatches: --config.microbatches={2 * c.microbatches} (now {c.microbatches})")
+    out.append(f"a smaller --config.batch_size (now {c.batch_size})")
+    return out
+
+
+def _program(p: Measured) -> dict[str, Any]:
+    out = {
+        "name": p.name,
+        "memory": dataclasses.asdict(p.memory),
+        "capacity": p.capacity,
+        "fits": p.fits,
+        "largest_buffers": [{"what": what, "bytes": size} for what, size in p.buffers],
+        "model_flops": p.model_flops,
+        "compile_seconds": round(p.compile_seconds, 1),
+    }
+    if p.refused:
+        out["compiler"] = p.refused
+    if p.cost is not None:
+        sent = [{"kind": kind, "link": link, "bytes": n} for (kind, link), n in sorted(p.cost.sent.items())]
+        out |= {"flops": p.cost.flops, "hbm_bytes": p.cost.hbm, "collectives": sent}
+        out["loops_of_unknown_length"] = p.cost.unknown_loops
+    if p.roofline is not None:
+        out |= {"roofline_seconds": p.roofline._asdict(), "bound": p.roofline.bound}
+    return out
+
+
+def write(plan: Plan, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan.as_dict())

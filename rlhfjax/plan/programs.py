@@ -1,0 +1,240 @@
+"""The jitted functions of a stage, and the shapes they are called with: no data, no checkpoint, no array.
+
+The functions are the stage's own: made by the same `assemble`, `parts` and algorithms that `build` calls, given shapes
+in the place of parameters. tests/plan/test_programs.py holds them against what a stage that was really built lowers to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax import state as states
+from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
+from rlhfjax.mesh import Layout
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.plan import chips
+from rlhfjax.plan.memory import parameters
+from rlhfjax.plan.shapes import Subject
+from rlhfjax.rewards.losses import make_loss
+from rlhfjax.rewards.model import ModelReward, sequence_rewards
+from rlhfjax.stages import find, group, ppo, reward
+from rlhfjax.stages.parts.common import Start, assemble, frozen_part
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.policy import Task, Tokens, fresh_state
+
+PyTree = Any
+LANGUAGE = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "positions": np.int32, "mask": np.float32}
+
+
+class Program(NamedTuple):
+    """One jitted function of a stage's step."""
+
+    name: str
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    inputs: PyTree  # ShapeDtypeStructs with shardings
+    model_flops: float  # of the whole mesh, what the mathematics needs: see `chips.token_flops`
+
+
+class Sketch(NamedTuple):
+    """A stage as its programs; a step runs each of them once, in this order."""
+
+    programs: list[Program]
+    tokens: int  # a step: of batches, or of responses
+    steps: int
+    batch: int  # sequences of the largest forward-backward pass, for the table by hand
+    time: int
+
+
+def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
+    """All programs of a stage.
+
+    Args:
+      completions: answers to a prompt, where the data decides that: reward and direct stages.
+    Raises:
+      ConfigError: batch and mesh do not fit each other, or the stage is none of those known here.
+    """
+    makers = {"pretrain": _language, "sft": _language, "reward": _ranked, "ppo": _policy, "group": _policy}
+    kind = subject.config.stage
+    if kind not in makers:
+        raise ConfigError(f"plan: stage {kind!r} is not among those that can be planned: {', '.join(makers)}")
+    if check := getattr(find(kind), "check", None):
+        check(subject.config, layout, subject.model)
+    with layout.use():
+        return makers[kind](subject, layout, completions)
+
+
+def placed(tree: PyTree, axes: PyTree, layout: Layout) -> PyTree:
+    return states.abstract(tree, axes, layout)
+
+
+def parameters_of(model: Model, layout: Layout) -> PyTree:
+    """A model's parameters as shapes."""
+    return placed(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
+
+
+def rows(layout: Layout, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array whose first axis is the batch."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding("batch"))
+
+
+def a_key(layout: Layout) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
+
+
+# ---------------------------------------------------------------------- stages with one loss
+
+
+def _language(subject: Subject, layout: Layout, _: int) -> Sketch:
+    c = subject.config
+    batch = {name: rows(layout, (c.batch_size, c.length), dtype) for name, dtype in LANGUAGE.items()}
+    model = Model(subject.model, "lm", c.lora)
+    return _one_loss(subject, layout, model, language_loss(model), batch, c.batch_size * c.length)
+
+
+def _ranked(subject: Subject, layout: Layout, k: int) -> Sketch:
+    c = subject.config
+    tokens = {name: rows(layout, (c.batch_size, k, c.length), np.int32) for name in ("tokens", "segments")}
+    scores = {name: rows(layout, (c.batch_size, k), np.float32) for name in ("scores", "valid")}
+    rest = {"lengths": rows(layout, (c.batch_size, k), np.int32), "index": rows(layout, (c.batch_size,), np.int32)}
+    model = Model(subject.model, "scalar", c.lora)
+    loss = reward.reward_loss(model, make_loss(c.loss))
+    return _one_loss(subject, layout, model, loss, {**tokens, **scores, **rest}, c.batch_size * k * c.length)
+
+
+def _one_loss(
+    subject: Subject, layout: Layout, model: Model, loss: Callable[..., Any], batch: PyTree, tokens: int
+) -> Sketch:
+    c = subject.config
+    start = Start(model, None, parameters_of(model, layout) if c.lora.rank else None)
+    options = {"tx": make_optimizer(c.optim, c.steps), "schedule": make_schedule(c.optim, c.steps)}
+    stage = assemble(c, start, loss=loss, batches=None, evals=lambda state: {}, units=tokens, **options)
+    state = placed(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
+    inputs = (*stage.step.args, state, batch, a_key(layout))
+    flops = float(tokens * chips.token_flops(parameters(subject.model, model.head), subject.model, c.length))
+    step = Program("step", _lower(stage.step.func, layout, *inputs), inputs, flops)
+    return Sketch([step], tokens, c.steps, tokens // c.length // c.microbatches, c.length)
+
+
+def _lower(function: Any, layout: Layout, *inputs: PyTree) -> Callable[[], Any]:
+    def lower() -> Any:
+        with layout.use():
+            return function.lower(*inputs)
+
+    return lower
+
+
+# ---------------------------------------------------------------------- policy stages
+
+
+class _Ids:
+    """A tokenizer as far as the jitted functions know one: three numbers that are not equal."""
+
+    pad_id, eos_id = 0, 1
+
+    def token_id(self, piece: str) -> int:
+        return 2
+
+
+def _policy(subject: Subject, layout: Layout, _: int) -> Sketch:
+    c, task = subject.config, _task(subject, layout)
+    if c.stage == "ppo":
+        made = ppo.parts(c, task)
+        algorithm, born, axes, frozen, extra = made.algorithm, made.born, made.axes, made.frozen, {}
+    else:
+        model = task.start.model
+        algorithm = group.Algorithm(c, model, Tokens.of(c, task.tokenizer))
+        born, axes, frozen = lambda key: {"policy": model.init_trained(key)}, {"policy": model.trained_axes()}, {}
+        extra = {"baseline": jnp.zeros(())} if c.estimator == "reinforce" else {}
+    frozen = {"policy": frozen_part(task.start.model, task.start.params), **frozen}
+    init = fresh_state(c, algorithm, born, extra)
+    state = placed(jax.eval_shape(init, jax.random.key(0)), axes, layout)
+    programs = _policy_programs(subject, layout, task, algorithm, state, frozen)
+    batch = c.episodes // c.minibatches // c.microbatches
+    return Sketch(programs, c.episodes * c.max_new, c.steps, batch, c.prompt_length + c.max_new)
+
+
+def _task(subject: Subject, layout: Layout) -> Task:
+    """The models of a policy stage, all of them shapes."""
+    c, ids = subject.config, _Ids()
+    model = Model(subject.model, "lm", c.lora)
+    params = parameters_of(Model(subject.model), layout)
+    scorer: Any = None
+    if subject.reward is not None:
+        judge = Model(subject.reward, "scalar")
+        scorer = ModelReward(judge, parameters_of(judge, layout))
+    return Task(store.SavedModel(model, params, ids), ids, scorer, params)
+
+
+def _policy_programs(
+    subject: Subject, layout: Layout, task: Task, algorithm: Any, state: states.TrainState, frozen: PyTree
+) -> list[Program]:
+    """rollout -> know -> score -> prepare -> update, each called with the shapes that the one before it returns."""
+    c = subject.config
+    params = states.attach(frozen, state.params)
+    prompts = [rows(layout, (c.episodes, c.prompt_length), np.int32) for _ in range(2)]
+    sizes = _flops(subject)
+    programs: list[Program] = []
+
+    def program(name: str, function: Any, *inputs: PyTree) -> PyTree:
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        programs.append(Program(name, _lower(jitted, layout, *inputs), inputs, float(sizes.get(name, 0.0))))
+        return _as_rows(jax.eval_shape(jitted, *inputs), layout, c.episodes)
+
+    rollout = program("rollout", algorithm.rollout, params["policy"], *prompts, a_key(layout))
+    known = program("know", algorithm.know, params, task.reference, rollout)
+    if task.reward is not None:
+        judge = functools.partial(sequence_rewards, task.reward.model)
+        program("score", judge, task.reward.params, rollout.tokens, rollout.segments)
+    scores = rows(layout, (c.episodes,), np.float32)
+    experience, pairs = program("prepare", algorithm.prepare, state, known, rollout, scores)
+    text = {}
+    if c.ptx.coefficient:
+        shape = (c.episodes * c.ptx.ratio, c.ptx.length)
+        text = {name: rows(layout, shape, dtype) for name, dtype in LANGUAGE.items()}
+    program("update", algorithm.update, state, experience, text, pairs, a_key(layout), frozen)
+    return programs
+
+
+def _as_rows(tree: PyTree, layout: Layout, n: int) -> PyTree:
+    """What a program returns as the next one takes it: rows over the batch axes, scalars everywhere."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = layout.sharding("batch") if x.shape[:1] == (n,) else layout.replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)
+
+
+def _flops(subject: Subject) -> dict[str, float]:
+    """Of each program, as PaLM counts: a forward pass is a third of a training step."""
+    c, time = subject.config, subject.config.prompt_length + subject.config.max_new
+    tokens = c.episodes * time
+
+    def a_token(shape: TransformerConfig, head: str, length: int) -> float:
+        return float(chips.token_flops(parameters(shape, head), shape, length))
+
+    policy = a_token(subject.model, "lm", time)
+    value = 0.0
+    if c.stage == "ppo" and c.value != "shared":
+        trunk = subject.reward if c.value == "reward" and subject.reward is not None else subject.model
+        value = a_token(trunk, "scalar", time)
+    passes = 1 + (c.behaviour_logprobs == "forward")
+    update = c.epochs * tokens * (policy + value)
+    if c.ptx.coefficient:
+        text = c.episodes * c.ptx.ratio * c.ptx.length
+        update += c.epochs * text * a_token(subject.model, "lm", c.ptx.length)
+    judged = a_token(subject.reward, "scalar", time) if subject.reward is not None else 0.0
+    return {
+        "rollout": tokens * policy / 3,
+        "know": tokens * (passes * policy + value) / 3,
+        "score": tokens * judged / 3,
+        "update": update,
+    }

@@ -1,0 +1,122 @@
+"""A plan as tables in the terminal."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.plan import chips, memory
+from rlhfjax.plan.memory import GB, GIB, Number
+from rlhfjax.plan.predict import Plan, advice
+
+
+def gib(n: Number) -> str:
+    return f"{n / GIB:.2f}"
+
+
+def everything(plan: Plan) -> RenderableType:
+    """All tables of a plan, the verdict last."""
+    s, model = plan.sketch, plan.subject.model
+    by_compiler = hbm(plan), buffers(plan), work(plan)
+    return Group(by_precision(model), by_hand(model, s.batch, s.time), *by_compiler, verdict(plan))
+
+
+def arithmetic(c: TransformerConfig) -> RenderableType:
+    """The arithmetic alone, for one sequence as long as the context, and as the textbook has it."""
+    return Group(by_precision(c), by_hand(c, 1, c.max_length), textbook(c))
+
+
+def gb(n: Number) -> str:
+    return f"{n / GB:,.4g}" if n < 1e11 else f"{n / GB:,.0f}"
+
+
+def by_precision(c: TransformerConfig) -> Table:
+    """Weights alone; and weights, gradients and optimiser state."""
+    table = Table(title=f"By hand: {memory.parameters(c):,} parameters, GB (10^9 bytes)", title_justify="left")
+    for name in ("all at", "weights", *(f"train: {o}" for o in memory.OPTIMIZERS)):
+        table.add_column(name, justify="left" if name == "all at" else "right")
+    for row in memory.by_precision(c):
+        table.add_row(row["precision"], *(gb(row[k]) for k in ("weights", *memory.OPTIMIZERS)))
+    return table
+
+
+def by_hand(c: TransformerConfig, batch: int, time: int) -> Table:
+    """What grows with the batch, on one device if there were no other: the arithmetic of `memory.py`."""
+    size = 2.0 if c.dtype == "bfloat16" else 4.0
+    table = Table(title=f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}", title_justify="left")
+    for name in ("what", "arithmetic", "GB"):
+        table.add_column(name, justify="right" if name == "GB" else "left")
+    kept = f"what the backward pass reads, remat={c.remat}"
+    published = memory.korthikanti(c, batch, time)
+    table.add_row("activations", kept, gb(memory.activations(c, batch, time, size)))
+    table.add_row("  Korthikanti et al., eq. 1", "L s b h (34 + 5 a s / h): GPT, 2 bytes", gb(published))
+    table.add_row("logits", "b t v float32, if they were whole", gb(memory.logits_bytes(c, batch, time)))
+    table.add_row("KV cache", "2 L kv_heads head_dim t b", gb(memory.kv_cache_bytes(c, batch, time, size)))
+    return table
+
+
+def textbook(c: TransformerConfig) -> Table:
+    """The textbook's figures beside what is needed."""
+    table = Table(title="As the textbook has it for Llama-2-7B (7e9 parameters)", title_justify="left")
+    for name in ("what", "textbook", "arithmetic", "needed, GB", "of"):
+        table.add_column(name)
+    for line in memory.textbook(c):
+        table.add_row(line.what, f"{line.textbook:.2f} {line.unit}", line.how, gb(line.needed), line.why)
+    return table
+
+
+def hbm(plan: Plan) -> Table:
+    axes = ", ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
+    table = Table(title=f"Memory of a device, GiB: {plan.target.name} ({axes})", title_justify="left")
+    for name in ("program", "arguments", "temporaries", "outputs", "peak", "capacity", "fits"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    for p in plan.programs:
+        m, capacity = p.memory, "unknown" if p.capacity is None else gib(p.capacity)
+        fits = {True: "yes", False: "[red]no[/red]", None: "?"}[p.fits]
+        table.add_row(p.name, *(gib(x) for x in (m.arguments, m.temporaries, m.outputs, m.peak)), capacity, fits)
+    return table
+
+
+def buffers(plan: Plan) -> Table:
+    """Of the program with the highest peak."""
+    worst = max(plan.programs, key=lambda p: p.memory.peak)
+    table = Table(title=f"Largest buffers of {worst.name}, GiB a device", title_justify="left")
+    table.add_column("what", overflow="fold")
+    table.add_column("GiB", justify="right")
+    for what, size in worst.buffers[:6]:
+        table.add_row(what.replace("[", "\\["), f"{size / GIB:.3f}")
+    return table
+
+
+def work(plan: Plan) -> Table:
+    table = Table(title="Work of a device in a step, and its roofline", title_justify="left")
+    for name in ("program", "TFLOP", "HBM GB", "ICI GB", "DCN GB", "collectives", "ms", "bound"):
+        table.add_column(name, justify="left" if name in ("program", "collectives", "bound") else "right")
+    for p in plan.programs:
+        if p.cost is None:
+            table.add_row(p.name, *(["-"] * 7))
+            continue
+        kinds = ", ".join(f"{kind} {n / GB:.2f}" for (kind, _), n in sorted(p.cost.sent.items()) if n > 1e7) or "none"
+        roof = ("?", "?") if p.roofline is None else (f"{1e3 * p.roofline.seconds:.1f}", p.roofline.bound)
+        links = (f"{p.cost.link(link) / GB:.2f}" for link in ("ici", "dcn"))
+        table.add_row(p.name, f"{p.cost.flops / 1e12:.2f}", f"{p.cost.hbm / GB:.2f}", *links, kinds, *roof)
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    """Lines for the end: fits or not and what would help; time, utilisation and cost."""
+    words = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is unknown: no capacity is."}
+    lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
+    lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
+    s, n = plan.sketch, memory.parameters(plan.subject.model)
+    lines.append(f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens.")
+    if plan.step_seconds is not None and plan.mfu is not None:
+        seconds = plan.step_seconds
+        hours = seconds * s.steps / 3600
+        lines.append(
+            f"At the roofline: {seconds:.3f} s a step, {s.tokens / seconds:,.0f} tokens/s, MFU {100 * plan.mfu:.0f} %; "
+            f"{hours:,.1f} h and {hours * plan.target.chips:,.0f} chip-hours to the end, {s.steps} steps. "
+            "A lower bound of the time: everything that can overlap does."
+        )
+    if any(p.cost and p.cost.unknown_loops for p in plan.programs):
+        lines.append("Some loops end when the data says so: they are counted once.")
+    return "\n".join(line.replace("[", "\\[") for line in lines)

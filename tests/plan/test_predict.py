@@ -1,0 +1,128 @@
+"""The command from end to end: on the devices at hand always, for a TPU where its compiler is installed."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from rlhfjax import main
+from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import make_layout
+from rlhfjax.plan import compiled, predict, shapes, tables, topology
+from rlhfjax.plan.chips import CHIPS
+from rlhfjax.plan.compiled import sharded_bytes
+from tests import tiny
+
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu, TPU's compiler, is not installed: the plan extra")
+
+
+def tiny_sft(**changes):
+    return {**to_dict(tiny.get_config("data=nowhere")), **changes}
+
+
+def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
+    argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=here", f"--json={tmp_path}/plan.json"]
+    main.main(["rlhfjax", "plan", *argv])
+    said = capsys.readouterr().out
+    assert "By hand: 10,256 parameters" in said and "Memory of a device" in said
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (10_256, 8 * 32, 6)
+    assert plan["six_n_d"] == 6 * 10_256 * 256
+    (step,) = plan["programs"]
+    # parameters and two moments in float32, the batch's five arrays, three counters and the key
+    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 10_256 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
+    assert step["fits"] is None and step["flops"] > 0 and step["largest_buffers"]
+
+
+def test_the_arithmetic_alone(capsys):
+    main.main(["rlhfjax", "plan", "--model=llama2-7b"])
+    said = capsys.readouterr().out
+    assert "6,738,415,616" in said and "26.08 GiB" in said and "77.49 GB" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v9:2x2", "expected CHIP:SHAPE such as v5e:4x4.*chips are v4, v5e"),
+        ("v5e", "expected CHIP:SHAPE"),
+        pytest.param("v5e:3x5", "--topology=v5e:3x5: .*divisible", marks=needs_libtpu),
+    ],
+)
+def test_topologies_that_there_are_not(name, said):
+    with pytest.raises(ConfigError, match=said):
+        topology.target(name)
+
+
+@pytest.mark.skipif(LIBTPU, reason="libtpu is installed")
+def test_without_the_compiler_it_says_how_to_get_it():
+    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[plan\]'"):
+        topology.target("v5e:2x2")
+
+
+class _Refuses:
+    """A program that libtpu finds too large, in its words."""
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+            "HLO temporaries (29.85G) exceeds available HBM (15.75G). HLO module: jit_f."
+        )
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
+    chosen = shapes.subject(tiny_sft(), "sft")
+    target = topology.Target("v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm)
+    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh, target.devices))
+    refused = drawn._replace(programs=[p._replace(lower=_Refuses) for p in drawn.programs])
+    monkeypatch.setattr(predict, "sketch", lambda *_: refused)
+    plan = predict.make(chosen, target)
+    (step,) = plan.programs
+    assert plan.fits is False and step.cost is None and plan.step_seconds is None
+    assert step.memory.temporaries == pytest.approx(29.85 * 2**30)
+    assert step.memory.arguments == sharded_bytes(drawn.programs[0].inputs)
+    assert step.capacity == pytest.approx(15.75 * 2**30)
+    assert any("bfloat16" in line for line in predict.advice(plan)) and any("remat" in a for a in predict.advice(plan))
+    assert "It does not fit." in tables.verdict(plan) and "CompileTimeHbmOom" in tables.verdict(plan)
+    assert plan.as_dict()["programs"][0]["compiler"].startswith("E1000")
+
+
+def test_time_and_cost_from_a_roofline():
+    """100 steps of 2 s on 16 chips: 200 s, 16 x 200 / 3600 chip-hours; MFU is FLOPs over 2 s of 16 peaks."""
+    chosen, chip = shapes.subject(tiny_sft(), "sft"), CHIPS["v5e"]
+    target = topology.Target("v5e:4x4", [None] * 16, chip, chip.hbm)
+    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh))._replace(steps=100, tokens=1000)
+    roof = compiled.Roofline(compute=2.0, hbm=1.0, ici=0.5, dcn=0.0)
+    memory = compiled.Memory(1.0, 1.0, 1.0, 1.0, 2.0)
+    step = compiled.Measured("step", memory, chip.hbm, True, compiled.Cost(), [], roof, 0.4 * 32 * chip.flops, 0.0)
+    out = predict.Plan(chosen, target, {}, drawn, [step]).as_dict()
+    assert out["step_seconds"] == 2.0 and out["tokens_per_second"] == 500 and out["mfu"] == pytest.approx(0.4)
+    assert out["hours"] == pytest.approx(200 / 3600) and out["chip_hours"] == pytest.approx(16 * 200 / 3600)
+    assert out["fits"] is True and out["advice"] == [] and out["programs"][0]["bound"] == "compute"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_across_two_slices():
+    """Data parallel over DCN, FSDP within: what crosses is the gradients' shards, in float32."""
+    config = tiny_sft()
+    config["pretrain"]["mesh"] |= {"replica": 2, "fsdp": 4, "data": 1}
+    config["pretrain"]["model"] |= {"scan_layers": True}
+    plan = predict.make(shapes.subject(config, "pretrain"), topology.target("v5e:2x2", 2))
+    (step,) = plan.programs
+    assert plan.fits and len(plan.target.devices) == 8 and plan.target.chips == 8
+    assert {link for _, link in step.cost.sent} == {"ici", "dcn"}
+    # every parameter's gradient crosses once, as a quarter on each device; and a few scalars
+    assert step.cost.link("dcn") == pytest.approx(4 * 10_256 / 4, rel=0.2)
+    assert plan.step_seconds > 0 and 0 < plan.mfu < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_chip_answers(name):
+    target = topology.target(name)
+    assert target.chips == 4 and len(target.devices) == (8 if name.startswith("tpu7x") else 4)
+    assert target.capacity == CHIPS[name.split(":")[0]].hbm / (2 if name.startswith("tpu7x") else 1)

@@ -1,0 +1,120 @@
+"""What is planned is what runs: the programs of shapes alone against those of stages that were really built."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlhfjax import recipe
+from rlhfjax import stages as stage_modules
+from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.plan import programs, shapes
+from rlhfjax.stages import ppo
+from rlhfjax.stages.parts.policy import open_task
+from tests import tiny
+from tests.test_stages import stage_values
+
+NOWHERE = to_dict(tiny.get_config("data=nowhere"))
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward"])
+def test_the_step_is_that_of_the_stage(name, conversations, finished):
+    """The same text of the whole program, its arguments' shapes included; the plan has read no file."""
+    values = stage_values(name, conversations, finished)
+    config = recipe.check(values, name)
+    layout = make_layout(config.mesh)
+    with layout.use():
+        stage = stage_modules.find(name).build(config, layout)
+        state = jax.eval_shape(stage.init, jax.random.key(0))
+        batch = layout.put(next(stage.batches))
+        real = stage.step.func.lower(*stage.step.args, state, batch, jax.random.key(0)).as_text()
+    k = batch["tokens"].shape[1]
+    planned = programs.sketch(shapes.subject(NOWHERE, name), layout, completions=k).programs
+    assert [p.name for p in planned] == ["step"]
+    assert planned[0].lower().as_text() == real
+
+
+def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finished):
+    values = stage_values("ppo", conversations, finished)
+    config = recipe.check(values, "ppo")
+    layout = make_layout(config.mesh)
+    with layout.use():
+        stage = ppo.build(config, layout)
+        real = jax.eval_shape(stage.init, jax.random.key(0))
+        frozen = ppo.parts(config, open_task(config, layout)).frozen
+        batch = layout.put(next(stage.batches))
+    sketch = programs.sketch(shapes.subject(NOWHERE, "ppo"), layout)
+    planned = {p.name: p for p in sketch.programs}
+    assert list(planned) == ["rollout", "know", "score", "prepare", "update"]
+    state, experience, text, _, _, all_frozen = planned["update"].inputs
+    assert described(state) == described(real)
+    assert all_frozen["value"] == frozen["value"] == {}
+    assert described(planned["rollout"].inputs[1:3]) == described([batch["prompts"], batch["segments"]])
+    assert described(text) == described({k[4:]: x for k, x in batch.items() if k.startswith("ptx/")})
+    assert experience.mask.shape == (16, 8) and experience.tokens.shape == (16, 32)
+    assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
+    for program in sketch.programs:
+        program.lower()
+
+
+def test_flops_of_ppos_programs_by_hand():
+    """PaLM's 6 N + 12 L H Q T a token, a forward pass a third; N by hand, LM 10,000 or so and a scalar head of 17."""
+    layout = make_layout(MeshConfig())
+    sketch = programs.sketch(shapes.subject(NOWHERE, "ppo"), layout)
+    flops = {p.name: p.model_flops for p in sketch.programs}
+    trunk = 320 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+    attention = 12 * 2 * 2 * 8 * 32
+    policy, value = 6 * trunk + attention, 6 * (trunk + 17) + attention
+    tokens = 16 * 32
+    assert flops["rollout"] == pytest.approx(tokens * policy / 3)
+    assert flops["score"] == pytest.approx(tokens * value / 3)
+    # 2 epochs; and as much text (ptx.ratio 1, length 32) in each
+    assert flops["update"] == pytest.approx(2 * tokens * (policy + value) + 2 * tokens * policy)
+    assert flops["prepare"] == 0
+
+
+def test_arrays_are_laid_over_the_mesh():
+    config = to_dict(tiny.get_config("data=nowhere"))
+    config["sft"]["mesh"] |= {"fsdp": 2, "tensor": 2}
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    state, batch, _ = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
+    kernel = state.params["backbone"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
+    assert batch["tokens"].sharding.shard_shape(batch["tokens"].shape) == (4, 32)
+    assert all(np.prod(x.shape) for x in jax.tree.leaves(batch))
+
+
+def test_the_model_of_an_earlier_stage_with_overrides():
+    config = to_dict(tiny.get_config("data=nowhere"))
+    config["sft"]["overrides"] = {"dtype": "bfloat16"}
+    assert shapes.subject(config, "pretrain").model.dtype == "float32"
+    assert shapes.subject(config, "reward").model.dtype == "bfloat16"  # from sft
+    last = shapes.subject(config)
+    assert last.name == "ppo" and last.reward.d_model == 16
+
+
+def test_a_model_that_is_nowhere_is_asked_for():
+    config = {**NOWHERE["ppo"], "init_from": "runs/start", "reward": "gold:sentiment", "value": "policy"}
+    with pytest.raises(ConfigError, match=r"ppo.init_from=runs/start: no model there; say its shape with --model"):
+        shapes.subject(config)
+    got = shapes.subject(config, model="gpt3-1.3b:dtype=bfloat16,scan_layers=true")
+    assert (got.model.n_layers, got.model.dtype, got.model.scan_layers, got.reward) == (24, "bfloat16", True, None)
+    with pytest.raises(ConfigError, match="--reward_model=PRESET"):
+        shapes.subject({**config, "reward": "runs/reward"}, model="tiny")
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(ConfigError, match="the stages that train are pretrain, sft, reward, ppo"):
+        shapes.subject(NOWHERE, "tokenizer")
+    with pytest.raises(ConfigError, match="config argument 'depth' is unknown"):
+        shapes.parse_model("tiny:depth=3")
+    config = to_dict(tiny.get_config("data=nowhere"))
+    config["sft"]["batch_size"] = 6
+    layout = make_layout(MeshConfig(data=4), jax.devices()[:4])
+    with pytest.raises(ConfigError, match=r"sft.batch_size=6 is not divisible by the 4 devices"):
+        programs.sketch(shapes.subject(config, "sft"), layout)
