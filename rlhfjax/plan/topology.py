@@ -69,4 +69,5 @@ def _quietly() -> None:
     """libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: without one it warns; the topology decides
     jax.config.update("jax_platforms", "cpu")
