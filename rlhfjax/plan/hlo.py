@@ -138,7 +138,7 @@ class Program:
     def _one(self, i: Instruction, lines: dict[str, Instruction]) -> Cost:
         called = _called(i)
         if i.op == "while":
-            rounds = self._rounds(i)
+            rounds = self._rounds(i, lines)
             body = self._cost(i.find(r"body=%?([\w.\-]+)") or "")
             return Cost(unknown_loops=int(rounds is None)).plus(body, rounds or 1)
         if i.op == "conditional":
@@ -179,7 +179,7 @@ class Program:
         kind = "reduce-scatter" if scatter and kind == "all-reduce" else kind
         return Cost(sent=Counter({(kind, "ici"): sent_bytes(kind, given, group_size(i.attributes))}))
 
-    def _rounds(self, loop: Instruction) -> int | None:
+    def _rounds(self, loop: Instruction, lines: dict[str, Instruction]) -> int | None:
         """How often a loop runs: as XLA knows it, or the bound that its condition compares a counter with.
 
         For a loop that may end before its bound (sampling), the bound: every response as long as it may be.
@@ -192,6 +192,8 @@ class Program:
             for i in self.computations.get(name, {}).values():
                 if i.op == "constant" and i.result[0].dtype == "s32" and not i.result[0].shape:
                     bounds.append(int(i.operands[0]))
+                if i.op == "get-tuple-element":
+                    bounds += _given(lines, loop.operands[0], int(i.find(r"index=(\d+)") or 0))
                 seen += [c for c in _called(i) if c not in seen]
         return max(bounds, default=None)
 
@@ -263,6 +265,18 @@ def _called(i: Instruction) -> list[str]:
         inside = rest[1 : rest.index("}")] if rest.startswith("{") else re.split(r"[,\s]", rest, maxsplit=1)[0]
         names += [n.strip().lstrip("%") for n in inside.split(",")]
     return names
+
+
+def _given(lines: dict[str, Instruction], name: str, index: int) -> list[int]:
+    """The number that stands at this place of a tuple, if it is a constant: where a loop is given its bound."""
+    made = lines.get(name)
+    if made is None or made.op != "tuple":
+        return []
+    part = lines.get(made.operands[index])
+    while part is not None and part.op in ("copy", "bitcast"):
+        part = lines.get(part.operands[0])
+    whole = part is not None and part.op == "constant" and part.result[0].dtype == "s32" and not part.result[0].shape
+    return [int(part.operands[0])] if part is not None and whole and int(part.operands[0]) > 0 else []
 
 
 def _where(i: Instruction) -> str:

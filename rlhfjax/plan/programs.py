@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import state as states
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
@@ -24,7 +25,7 @@ from rlhfjax.plan.memory import parameters
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.rewards.losses import make_loss
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
-from rlhfjax.stages import find, group, ppo, reward
+from rlhfjax.stages import Batches, find, group, ppo, reward
 from rlhfjax.stages.parts.common import Start, assemble, frozen_part
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.policy import Task, Tokens, fresh_state
@@ -113,9 +114,9 @@ def _one_loss(
     subject: Subject, layout: Layout, model: Model, loss: Callable[..., Any], batch: PyTree, tokens: int
 ) -> Sketch:
     c = subject.config
-    start = Start(model, None, parameters_of(model, layout) if c.lora.rank else None)
+    start = Start(model, _Ids(), parameters_of(model, layout) if c.lora.rank else None)
     options = {"tx": make_optimizer(c.optim, c.steps), "schedule": make_schedule(c.optim, c.steps)}
-    stage = assemble(c, start, loss=loss, batches=None, evals=lambda state: {}, units=tokens, **options)
+    stage = assemble(c, start, loss=loss, batches=_NoData(), evals=lambda state: {}, units=tokens, **options)
     state = placed(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
     inputs = (*stage.step.args, state, batch, a_key(layout))
     flops = float(tokens * chips.token_flops(parameters(subject.model, model.head), subject.model, c.length))
@@ -131,16 +132,21 @@ def _lower(function: Any, layout: Layout, *inputs: PyTree) -> Callable[[], Any]:
     return lower
 
 
-# ---------------------------------------------------------------------- policy stages
+class _NoData(Batches):
+    """A plan takes no batch."""
 
 
-class _Ids:
+class _Ids(Tokenizer):
     """A tokenizer as far as the jitted functions know one: three numbers that are not equal."""
 
     pad_id, eos_id = 0, 1
 
     def token_id(self, piece: str) -> int:
+        """Any piece's."""
         return 2
+
+
+# ---------------------------------------------------------------------- policy stages
 
 
 def _policy(subject: Subject, layout: Layout, _: int) -> Sketch:

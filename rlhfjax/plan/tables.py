@@ -117,6 +117,6 @@ def verdict(plan: Plan) -> str:
             f"{hours:,.1f} h and {hours * plan.target.chips:,.0f} chip-hours to the end, {s.steps} steps. "
             "A lower bound of the time: everything that can overlap does."
         )
-    if any(p.cost and p.cost.unknown_loops for p in plan.programs):
-        lines.append("Some loops end when the data says so: they are counted once.")
+    if unknown := sum(p.cost.unknown_loops for p in plan.programs if p.cost):
+        lines.append(f"Loops whose number of rounds the program does not say, counted once: {unknown}.")
     return "\n".join(line.replace("[", "\\[") for line in lines)

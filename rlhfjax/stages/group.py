@@ -64,14 +64,14 @@ class Estimator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """An iteration's answers with everything that is constant over its epochs."""
+    """An iteration's answers with all that is constant over its epochs: arrays, or shapes where a run is planned."""
 
-    tokens: jax.Array  # [b, p + r]
-    segments: jax.Array  # [b, p + r]
-    mask: jax.Array  # [b, r], 0 also in answers that are left out of the loss
-    logprobs: jax.Array  # [b, r] of the policy that sampled
-    advantages: jax.Array  # [b], made within whole groups
-    ref_logprobs: jax.Array  # [b, r]
+    tokens: Any  # [b, p + r]
+    segments: Any  # [b, p + r]
+    mask: Any  # [b, r], 0 also in answers that are left out of the loss
+    logprobs: Any  # [b, r] of the policy that sampled
+    advantages: Any  # [b], made within whole groups
+    ref_logprobs: Any  # [b, r]
 
 
 jax.tree_util.register_dataclass(Experience)

@@ -138,17 +138,17 @@ def _value_start(config: Config, task: Task) -> tuple[Model, PyTree]:
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """An iteration's rollouts with everything that is constant over its epochs."""
+    """An iteration's rollouts with all that is constant over its epochs: arrays, or shapes where a run is planned."""
 
-    tokens: jax.Array  # [b, p + r]
-    segments: jax.Array  # [b, p + r]
-    mask: jax.Array  # [b, r]
-    logprobs: jax.Array  # [b, r] of the policy that sampled
-    values: jax.Array  # [b, r]
-    advantages: jax.Array  # [b, r]
-    returns: jax.Array  # [b, r]
-    rewards: jax.Array | None = None  # [b, r], where advantages are made from them in every minibatch
-    ref_logprobs: jax.Array | None = None  # [b, r], where the KL is in the loss
+    tokens: Any  # [b, p + r]
+    segments: Any  # [b, p + r]
+    mask: Any  # [b, r]
+    logprobs: Any  # [b, r] of the policy that sampled
+    values: Any  # [b, r]
+    advantages: Any  # [b, r]
+    returns: Any  # [b, r]
+    rewards: Any = None  # [b, r], where advantages are made from them in every minibatch
+    ref_logprobs: Any = None  # [b, r], where the KL is in the loss
 
 
 jax.tree_util.register_dataclass(Experience)

@@ -27,13 +27,13 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
     argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=here", f"--json={tmp_path}/plan.json"]
     main.main(["rlhfjax", "plan", *argv])
     said = capsys.readouterr().out
-    assert "By hand: 10,256 parameters" in said and "Memory of a device" in said
+    assert "By hand: 10,320 parameters" in said and "Memory of a device" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (10_256, 8 * 32, 6)
-    assert plan["six_n_d"] == 6 * 10_256 * 256
+    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (10_320, 8 * 32, 6)
+    assert plan["six_n_d"] == 6 * 10_320 * 256
     (step,) = plan["programs"]
     # parameters and two moments in float32, the batch's five arrays, three counters and the key
-    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 10_256 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
+    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 10_320 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
     assert step["fits"] is None and step["flops"] > 0 and step["largest_buffers"]
 
 
@@ -115,7 +115,7 @@ def test_a_tpu_across_two_slices():
     assert plan.fits and len(plan.target.devices) == 8 and plan.target.chips == 8
     assert {link for _, link in step.cost.sent} == {"ici", "dcn"}
     # every parameter's gradient crosses once, as a quarter on each device; and a few scalars
-    assert step.cost.link("dcn") == pytest.approx(4 * 10_256 / 4, rel=0.2)
+    assert step.cost.link("dcn") == pytest.approx(4 * 10_320 / 4, rel=0.2)
     assert plan.step_seconds > 0 and 0 < plan.mfu < 1
 
 

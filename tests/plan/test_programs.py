@@ -82,7 +82,7 @@ def test_arrays_are_laid_over_the_mesh():
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["mesh"] |= {"fsdp": 2, "tensor": 2}
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
-    state, batch, _ = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
+    _, state, batch, _ = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
     kernel = state.params["backbone"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
     assert batch["tokens"].sharding.shard_shape(batch["tokens"].shape) == (4, 32)
