@@ -6,6 +6,7 @@ import pytest
 
 from rlhfjax import recipe
 from rlhfjax import stages as stage_modules
+from rlhfjax import state as states
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
@@ -30,9 +31,10 @@ def test_the_step_is_that_of_the_stage(name, conversations, finished):
     layout = make_layout(config.mesh)
     with layout.use():
         stage = stage_modules.find(name).build(config, layout)
-        state = jax.eval_shape(stage.init, jax.random.key(0))
+        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
         batch = layout.put(next(stage.batches))
-        real = stage.step.func.lower(*stage.step.args, state, batch, jax.random.key(0)).as_text()
+        key = jax.device_put(jax.random.key(0), layout.replicated)
+        real = stage.step.func.lower(*stage.step.args, state, batch, key).as_text()
     k = batch["tokens"].shape[1]
     planned = programs.sketch(shapes.subject(NOWHERE, name), layout, completions=k).programs
     assert [p.name for p in planned] == ["step"]
