@@ -56,7 +56,7 @@ def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finishe
     state, experience, text, _, _, all_frozen = planned["update"].inputs
     assert described(state) == described(real)
     assert all_frozen["value"] == frozen["value"] == {}
-    assert described(planned["rollout"].inputs[1:3]) == described([batch["prompts"], batch["segments"]])
+    assert described(list(planned["rollout"].inputs[1:3])) == described([batch["prompts"], batch["segments"]])
     assert described(text) == described({k[4:]: x for k, x in batch.items() if k.startswith("ptx/")})
     assert experience.mask.shape == (16, 8) and experience.tokens.shape == (16, 32)
     assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
