@@ -83,6 +83,7 @@ def run(
     temperature: float,
     max_new: int,
     seed: int,
+    int8: bool = False,
     inputs: io.TextIOBase | None = None,
     out: io.TextIOBase | None = None,
 ) -> None:
@@ -90,6 +91,7 @@ def run(
 
     Args:
       path: a model's folder or workdir, or a foreign name (see `interop.foreign`).
+      int8: whether its weights and its cache are int8.
     Raises:
       CheckpointError: there is no model.
     """
@@ -98,6 +100,7 @@ def run(
         import readline  # noqa: F401  (line editing and history)
     layout = make_layout()
     saved = store.load(path, layout)
+    saved = store.int8(saved) if int8 else saved
     chat = Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
     print(f"{store.found(path)}  ({HELP})", file=out)
     for line in _lines(inputs, out):

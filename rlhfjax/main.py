@@ -82,7 +82,7 @@ def chat(fv: flags.FlagValues) -> None:
 
     if (fv.workdir is None) == (fv.model is None):
         raise ConfigError("chat: give --workdir (a run's) or --model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)")
-    chat.run(fv.model or Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed)
+    chat.run(fv.model or Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed, int8=fv.int8)
 
 
 def report(fv: flags.FlagValues) -> None:
@@ -171,6 +171,7 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
         flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)
         flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
+        flags.DEFINE_bool("int8", False, "weights and cache in int8", flag_values=fv)
     if command == "plan":
         _plan_flags(fv)
     return fv

@@ -14,6 +14,7 @@ from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign
 from rlhfjax.mesh import Layout
+from rlhfjax.models import quantised
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model, stacked, unstacked
 
@@ -77,6 +78,12 @@ def override(saved: SavedModel, changes: Mapping[str, Any], where: str) -> Saved
     if wanted != given:
         raise ConfigError(f"{where}: {', '.join(sorted(changes))} would make another model of it, of other parameters")
     return SavedModel(model, params, saved.tokenizer)
+
+
+def int8(saved: SavedModel) -> SavedModel:
+    """The model to sample from with int8 weights and an int8 cache; see `models.quantised`, which has the error."""
+    params = jax.jit(lambda params: quantised.weights(params, saved.model.axes()))(saved.params)
+    return SavedModel(dataclasses.replace(saved.model, int8_cache=True), params, saved.tokenizer)
 
 
 def describe(path: str | Path) -> Model:

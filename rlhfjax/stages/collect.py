@@ -46,6 +46,7 @@ class Config:
     truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
     batch_size: int = 32  # prompts at a time
     slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
+    int8: bool = False  # weights and cache of the policy while it answers: half of bfloat16's bytes, nearly its answers
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -64,6 +65,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Samples, labels and writes; returns how many comparisons there are and how many of the pairs are ties."""
     policy = store.load(config.init_from, layout)
     check(config, layout, policy.model.config)
+    policy = store.int8(policy) if config.int8 else policy
     tokenizer = policy.tokenizer
     labellers = [load_labeller(name, layout, tokenizer) for name in (config.labeller, *config.others)]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}

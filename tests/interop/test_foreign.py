@@ -139,6 +139,25 @@ def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
         store.override(saved, {"layers_n": 1}, "x")
 
 
+def test_int8_for_sampling(hf, finished, conversations, tmp_path):
+    """The layers' own arithmetic is tested in tests/models/test_quantised.py; this is that the option turns it on."""
+    saved = store.load(finished / "02_sft", make_layout(devices=jax.devices()[:1]))
+    small = store.int8(saved)
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(small.params) if leaf.ndim > 1}
+    assert "int8" in kinds and small.model.int8_cache and small.model.config == saved.model.config
+    tokens = jax.numpy.arange(4, 16)[None]
+    exact, near = (
+        np.asarray(one.model.logits(one.params, one.model.hidden(one.params, tokens))) for one in (saved, small)
+    )
+    assert 0 < np.abs(near - exact).max() < 0.1 * exact.std()
+    chats = {"source": {"spec": f"jsonl:{conversations}/train.jsonl", "kind": "messages", "split": "all"}, "limit": 8}
+    collect = stage_config(
+        "collect", init_from=str(finished / "02_sft"), labeller="gold:sentiment", prompts=chats, eval_prompts=chats,
+        batch_size=8, prompt_length=24, max_new=8, int8=True,
+    )  # fmt: skip
+    assert recipe.run(collect, tmp_path / "collect")["collect/prompts"] == 8
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
