@@ -152,7 +152,7 @@ def test_no_program_holds_a_frozen_array_as_a_constant(conversations, finished):
 # ------------------------------------------------------------------ every stage that trains
 
 
-@pytest.mark.parametrize("name", ("reward", "ppo"))
+@pytest.mark.parametrize("name", ("reward", pytest.param("ppo", marks=pytest.mark.slow)))
 def test_four_devices_give_what_one_gives(name, conversations, finished):
     config = values(name, conversations, finished)
     one, params_one = run_steps(name, config, ONE)

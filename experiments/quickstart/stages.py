@@ -72,6 +72,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         "tokenizer": {},
         "tasks": {"tasks": ("chain_sum", "spell_backward"), "size": 20},
         "pretrain": text,
+        "import_model": {"init_from": at["sft"], "overrides": {"scan_layers": True}},
         "select": {"preferences": preferences, "tokenizer": at["tokenizer"]},
         "sft": text,
         "reward": {**ranked, "eval_batches": 1},

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from rlhfjax.models import TransformerConfig
 
@@ -29,6 +30,9 @@ FAMILIES = {
 }
 # Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied output).
 DISTINCT = tuple(name for name in FAMILIES if name != "llama")
+# For what compiles much: two families that differ in positions, norms, heads and biases at once, the others among the
+# slow proofs.
+MOSTLY_SLOW = [pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow) for name in FAMILIES]
 
 
 def shaken(params, seed=7):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import Model
-from tests.models.families import FAMILIES, shaken, tokens
+from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken, tokens
 
 PROMPT, NEW = 7, 6
 LENGTHS = (7, 1, 4, 2)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MOSTLY_SLOW)
 def model(request):
     return Model(FAMILIES[request.param])
 

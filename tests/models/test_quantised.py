@@ -14,7 +14,7 @@ from rlhfjax.models import Model, TransformerConfig, lora, quantised
 from rlhfjax.models.attention import cached_attention
 from rlhfjax.models.quantised import absmax, linear_int8
 from rlhfjax.sampling import generate
-from tests.models.families import FAMILIES, shaken, tokens
+from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken, tokens
 from tests.sampling.test_generate import EOS, PAD, keys, left_padded, teacher_forced
 
 WIDE = TransformerConfig(vocab_size=512, d_model=256, n_layers=2, n_heads=4, d_ff=512, max_length=64, n_kv_heads=2)
@@ -58,7 +58,7 @@ def logits_of(model, params, rows):
     return model.logits(params, model.hidden(params, rows))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOSTLY_SLOW)
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     """Every projection, the embedding and the output matrix; no kernel is left in floats."""
     model = Model(FAMILIES[family])

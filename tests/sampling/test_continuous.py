@@ -14,11 +14,11 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model
 from rlhfjax.sampling import generate
 from rlhfjax.sampling.continuous import refill_size
-from tests.models.families import FAMILIES, shaken
+from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken
 from tests.sampling.test_generate import EOS, NEW, PAD, keys, left_padded, rigged, run, teacher_forced
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MOSTLY_SLOW)
 def made(request):
     model = Model(FAMILIES[request.param])
     return model, shaken(model.init(jax.random.key(0)))
@@ -132,6 +132,7 @@ def test_a_group_needs_slots_for_all_of_it(gpt2):
         run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
 
 
+@pytest.mark.slow
 def test_eight_devices_sample_what_one_does():
     """Rows split over 8 devices, and heads over 4 of them; static and continuous. The cache stays split."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
