@@ -98,12 +98,12 @@ def report(fv: flags.FlagValues) -> None:
 
 
 def import_model(fv: flags.FlagValues) -> None:
-    """Makes a model one of ours: rlhfjax import --model=hf:FOLDER | gguf:FILE | pip:PACKAGE --workdir=DIR"""
+    """Makes a model one of ours: rlhfjax import --model=hf:FOLDER --workdir=DIR [--chat_template=chatml]"""
     from rlhfjax import recipe
     from rlhfjax.stages import stage_config
 
     _need(fv, "model", "workdir")
-    recipe.run(stage_config("import_model", init_from=fv.model), Path(fv.workdir))
+    recipe.run(stage_config("import_model", init_from=fv.model, chat_template=fv.chat_template), Path(fv.workdir))
 
 
 def export(fv: flags.FlagValues) -> None:
@@ -163,6 +163,9 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_list("metrics", [], "what the page shows; default: the telling ones", flag_values=fv)
     if command in ("chat", "import"):
         flags.DEFINE_string("model", None, "a model's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE", flag_values=fv)
+    if command == "import":
+        known = "ours, chatml, llama2, llama3 or a .jinja file; default: the model's own"
+        flags.DEFINE_string("chat_template", "", known, flag_values=fv)
     if command == "export":
         flags.DEFINE_string("to", None, "folder to write; there must be none yet", flag_values=fv)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the tensors", flag_values=fv)

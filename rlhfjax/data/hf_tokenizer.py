@@ -117,6 +117,10 @@ class HuggingFaceTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:  # a pickled backend would forget to take specials in a text for text
         return _restored, (self._json, self._config, self.template.source, self._where)
 
+    def with_template(self, template: str) -> "HuggingFaceTokenizer":
+        """The same tokenizer with another chat template: a name in BUILT_IN or Jinja source. Raises DataError."""
+        return _restored(self._json, self._config, template, self._where)
+
     def _state(self) -> tuple[Any, ...]:
         return self._json, self.template.source, self.pad_id, self.bos_id, self.eos_id, self.unk_id
 

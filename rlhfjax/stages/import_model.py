@@ -10,9 +10,14 @@ from typing import Any
 
 import jax
 
+from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
+from rlhfjax.data.template import BUILT_IN
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.models.config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +25,35 @@ class Config:
     stage: str = "import_model"
     init_from: str  # hf:FOLDER, gguf:FILE, pip:PACKAGE, or one of our folders
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype, remat, scan_layers, dropout, …
+    chat_template: str = ""  # ours, chatml, llama2, llama3 or a .jinja file; empty: the model's own
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
+    """Refuses what cannot be meant, before anything is computed."""
+    name = config.chat_template
+    if name and name not in BUILT_IN and not (name.endswith(".jinja") and Path(name).is_file()):
+        accepted = ", ".join(BUILT_IN)
+        raise ConfigError(
+            f"import_model.chat_template={name!r}: accepted are {accepted}, or a .jinja file that is there"
+        )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns its size."""
     saved = store.override(store.load(config.init_from, layout), config.overrides, f"{config.stage}.overrides")
+    check(config, layout, saved.model.config)
+    if config.chat_template:
+        saved = dataclasses.replace(saved, tokenizer=_in_template(saved.tokenizer, config.chat_template))
     store.save(workdir / store.FOLDER, saved)
     size = sum(leaf.size for leaf in jax.tree.leaves(saved.params))
     metrics = {f"{config.stage}/parameters": float(size)}
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
+
+
+def _in_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError("import_model.chat_template: a SentencePiece tokenizer has the markers it was trained with")
+    return tokenizer.with_template(name if name in BUILT_IN else Path(name).read_text())

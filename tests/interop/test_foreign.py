@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from rlhfjax import recipe
+from rlhfjax.data.chat import render
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign, store
 from rlhfjax.interop.gguf import load_gguf
@@ -122,6 +123,25 @@ def test_import_and_export_bring_back_the_same_model(hf, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["rlhfjax", "export", f"--workdir={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"])
     assert "it exists" in capsys.readouterr().err
+
+
+def test_another_chat_template(hf, tmp_path, capsys):
+    command = ["rlhfjax", "import", f"--model=hf:{hf}"]
+    mine = CHATML.replace("'\n' + m['content']", "': ' + m['content']").replace("assistant\n", "assistant: ")
+    (tmp_path / "mine.jinja").write_text(mine)
+    for template, name in ((str(tmp_path / "mine.jinja"), "mine"), ("chatml", "chatml")):
+        main([*command, f"--workdir={tmp_path / name}", f"--chat_template={template}"])
+    texts = {}
+    for name in ("mine", "chatml"):
+        tokenizer = store.load(tmp_path / name, make_layout(devices=jax.devices()[:1])).tokenizer
+        ids = render(tokenizer, [{"role": "user", "content": "a"}])[0].tolist()
+        texts[name] = tokenizer.template.text([{"role": "user", "content": "a"}])
+        assert ids.count(2) == 1
+    assert texts["chatml"].startswith("<|im_start|>user\na<|im_end|>")
+    assert texts["mine"].startswith("<|im_start|>user: a<|im_end|>")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, f"--workdir={tmp_path / 'x'}", "--chat_template=vicuna"])
+    assert "accepted are ours, chatml, llama2, llama3" in capsys.readouterr().err
 
 
 def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
