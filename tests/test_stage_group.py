@@ -250,6 +250,7 @@ def test_a_human_reward_is_added_less_and_less(conversations, finished):
         assert added["score"] == pytest.approx((1 + weight) * alone["score"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives(conversations, finished):
     for estimator in ("rloo", "grpo"):
         values = group_values(conversations, finished, estimator, epochs=2)

@@ -89,6 +89,7 @@ def test_the_adapters_are_left_too_and_are_those_of_the_model(ppo_run, finished)
     jax.tree.map(np.testing.assert_array_equal, merged, store.load(ppo_run, ONE).params)
 
 
+@pytest.mark.slow
 def test_a_stage_that_crashed_goes_on_to_the_same_bits(ppo_run, conversations, finished, tmp_path, monkeypatch):
     config = values("ppo", conversations, finished, steps=4)
     with monkeypatch.context() as patch:
@@ -189,6 +190,7 @@ def test_direct_preference_optimisation_begins_at_its_reference(conversations, f
     assert {path.split("/")[-1] for path in names(params)} == set(lora.NAMES)
 
 
+@pytest.mark.slow
 def test_a_group_estimator_and_a_value_head_on_the_policys_trunk(conversations, finished):
     shared = values("ppo", conversations, finished, value="shared", ptx={"coefficient": 0.0})
     metrics, params = run_steps("ppo", shared, ONE, steps=1)

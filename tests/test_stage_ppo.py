@@ -423,6 +423,7 @@ def test_where_the_value_function_begins(head, conversations, finished):
         assert 0.5 < kernel.std() * np.sqrt(17) < 1.7
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives_with_every_option(conversations, finished):
     options = {
         "kl": {"coefficient": 0.1, "place": "loss", "estimator": "k3"},

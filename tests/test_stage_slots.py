@@ -32,6 +32,7 @@ def test_collect_draws_the_same_answers(conversations, finished, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_evaluate_draws_the_same_answers(conversations, finished, tmp_path):
     recipe.run(stage_values("evaluate", conversations, finished, slots=4), tmp_path)
     for name in ("policy", "baseline"):

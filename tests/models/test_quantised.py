@@ -58,6 +58,7 @@ def logits_of(model, params, rows):
     return model.logits(params, model.hidden(params, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MOSTLY_SLOW)
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     """Every projection, the embedding and the output matrix; no kernel is left in floats."""
@@ -72,6 +73,7 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_layers_have_a_scale_each():
     model = Model(dataclasses.replace(FAMILIES["llama-gqa"], scan_layers=True))
     params = model.init(jax.random.key(0))
