@@ -22,6 +22,7 @@ from rlhfjax.stages import direct, stage_config
 from rlhfjax.stages.parts.direct import Answers, LossConfig, make_loss
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
+from tests.meshes import MESHES
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
 LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
@@ -138,7 +139,7 @@ def test_pitfall_17_accumulation_does_not_change_a_direct_update(name, finished,
 
 
 @pytest.mark.parametrize("name", ("dpo", "kto", "orpo"))
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
+@pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
 def test_four_devices_give_a_direct_stage_what_one_gives(name, axes, finished, separable):
     config = values(finished, separable, name, optim=SGD)
     one = run_steps(config)
@@ -164,7 +165,7 @@ def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separa
     assert_close(ahead[1], live[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, mode", [("dpo", "live"), ("kto", "precomputed")])
+@pytest.mark.parametrize("name, mode", [("dpo", "live"), pytest.param("kto", "precomputed", marks=pytest.mark.slow)])
 def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(name, mode, finished, separable, tmp_path, monkeypatch):
     config = values(finished, separable, name, reference_logprobs=mode, mesh={"data": 4})
     recipe.run_stage(config, tmp_path / "whole")

@@ -166,6 +166,7 @@ def test_four_devices_give_what_one_gives(name, conversations, finished):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_adapters_is_normalised_by_its_head(conversations, finished, tmp_path):
     """The merged model gives answers of the held-out split mean 0, as one that was trained whole; with dropout."""
     metrics = recipe.run_stage(values("reward", conversations, finished, lora={"dropout": 0.1}), tmp_path / "reward")

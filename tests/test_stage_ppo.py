@@ -176,6 +176,7 @@ def test_replaced_and_clipped_scores():
     np.testing.assert_allclose(episodes.returns[:, 0], [0.7, -1.0, -1.0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_whitening_in_a_minibatch_is_that_of_the_batch_where_it_is_all():
     def after(**changes):
         algorithm, state, reference = begin(**changes)

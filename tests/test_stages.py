@@ -12,6 +12,7 @@ from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from tests import tiny
+from tests.meshes import MESHES
 
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 
@@ -43,7 +44,7 @@ def on_one_device(name, conversations, finished):
     return run_steps(name, stage_values(name, conversations, finished), make_layout(MeshConfig(), jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
+@pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
     values = stage_values(name, conversations, finished)
