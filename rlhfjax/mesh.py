@@ -170,6 +170,12 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names)))
 
 
+def shards(name: str) -> int:
+    """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
+    layout = _CURRENT.get()
+    return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
+
+
 def initialize_distributed() -> None:
     """Joins the other hosts when a cluster's environment says that there are any; call before any other jax call."""
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ:

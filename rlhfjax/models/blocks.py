@@ -204,15 +204,18 @@ class Embed(nn.Module):
         c = self.config
         std = float(c.init_std)
         table = _parameter(self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed"))
+        # Rows are looked up in a table whose width is whole: left to itself the partitioner makes every device look up
+        # its columns of the whole batch.
+        rows = ("vocab", None)
         if table.dtype == jnp.int8:
             scale = _parameter(self, "tokens" + SCALE, nn.initializers.ones, (c.vocab_size,), ("vocab",))
             rows = [jnp.take(x, tokens, axis=0, mode="clip") for x in (table, scale[:, None])]
             x = (rows[0].astype(jnp.float32) * rows[1]).astype(c.dtype)
         else:
-            x = jnp.take(table.astype(c.dtype), tokens, axis=0, mode="clip")
+            x = jnp.take(constrain(table.astype(c.dtype), rows), tokens, axis=0, mode="clip")
         if c.positions == "learned":
             places = _parameter(self, "positions", std, (c.max_length, c.d_model), ("positions", "embed"))
-            x = x + jnp.take(places.astype(c.dtype), positions, axis=0, mode="clip")
+            x = x + jnp.take(constrain(places.astype(c.dtype), (None, None)), positions, axis=0, mode="clip")
         return x
 
 

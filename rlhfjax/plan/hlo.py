@@ -344,12 +344,15 @@ def sent_bytes(kind: str, given: int | float, n: int) -> float:
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part in one collective: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'} is 2."""
+    """Devices that take part in one collective: {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'} is 2.
+
+    A mesh whose devices are not in order says theirs before its axes: mesh['a'=4,'b'=2], device_ids=(...) {'a'} is 4.
+    """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{}]*)?\s*\{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or axes[axis]) for axis, part in parts)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import logprobs as chunked
 from rlhfjax.models.linear import linear
+from tests.collectives import collectives
 
 TEMPERATURE = 0.7
 
@@ -101,3 +103,46 @@ def test_linear_gradient_is_autodiffs(shape):
         for f in (linear, lambda x, k: x @ k)
     )
     close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "tied"),
+    [
+        ({"data": 1, "fsdp": 4}, True),
+        ({"data": 1, "fsdp": 2, "tensor": 2}, True),
+        ({"data": 1, "fsdp": 2, "tensor": 2}, False),
+        ({"data": 1, "fsdp": 2, "sequence": 2}, False),
+    ],
+)
+def test_devices_add_their_gradients_once_not_in_every_chunk(axes, tied, monkeypatch, optimised):
+    """Loss and gradients are one device's; of the loop's collectives none is as large as the output matrix's gradient.
+
+    Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 slots are no multiple of two devices'.
+    """
+    b, t, d, v = 8, 13, 16, 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, targets = jax.random.normal(keys[0], (b, t, d)), jax.random.randint(keys[1], (b, t), 0, v)
+    output = jax.random.normal(keys[2], (v, d) if tied else (d, v))
+    mask = (jax.random.uniform(keys[3], (b, t)) > 0.3).astype(jnp.float32)
+
+    def loss(hidden, output, targets, mask):
+        nll, weight = chunked.cross_entropy(hidden, output, targets, mask, tied=tied)
+        logprob, entropy = chunked.logprobs(hidden, output, targets, TEMPERATURE, tied=tied)
+        return nll / weight + ((logprob + 0.1 * entropy**2) * mask).mean()
+
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, output, targets, mask)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # every slot a chunk
+    layout = make_layout(MeshConfig(**axes))
+    names = ("vocab", "embed") if tied else ("embed", "vocab")
+    args = [jax.device_put(x, layout.sharding("batch")) for x in (hidden, targets, mask)]
+    args.insert(1, jax.device_put(output, layout.sharding(*names)))
+    out = layout.replicated, (layout.sharding("batch"), layout.sharding(*names))
+    with layout.use():
+        program = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=out).lower(*args).compile()
+    close(program(*args), expected)
+    found = collectives(program.as_text())
+    assert max(x.times for x in found) == (13 if "tensor" in axes else 1)  # a softmax and rows' gradients are shared by tensor's
+    assert all(x.elements <= 2 * b * d for x in found if x.times > 1)
+    matrix = d * v // axes.get("tensor", 1)
+    sums = [x for x in found if x.kind == "all-reduce" for shape in x.shapes if np.prod(shape) == matrix]
+    assert len(sums) == 2  # one of each function's

@@ -83,6 +83,7 @@ def test_buffers_by_size_with_what_they_are():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", 2),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", 4),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}", 4),
         ("channel_id=3", 1),
     ],
 )
