@@ -163,10 +163,15 @@ def _rules(overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Lays an activation over the mesh in use; outside of `Layout.use` it does nothing."""
+    """Lays an activation over the mesh in use; outside of `Layout.use` it does nothing.
+
+    An axis of size 1 stays whole: the one slot of a decode step is not for several devices of `sequence`.
+    """
     layout = _CURRENT.get()
     if layout is None or layout.mesh.size == 1:
         return x
+    layout.spec(names)  # a wrong name is wrong at every size
+    names = [name if size > 1 else None for name, size in zip(names, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names)))
 
 

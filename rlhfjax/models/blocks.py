@@ -128,14 +128,15 @@ class Attention(nn.Module):
     def __call__(self, x, rope, attend: Callable, pick: Callable = everything):
         c = self.config
 
-        def project(name, x, heads, axis, rope):
+        def project(name, x, heads, axis, rope, time=None):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
             bias = c.bias or c.qkv_bias
             y = Project(shape, axes, float(c.init_std), bias, lora=self.lora, name=name)(x).swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
-            return constrain(y, ("batch", axis, "time", "head_dim"))
+            return constrain(y, ("batch", axis, time, "head_dim"))
 
-        q = project("query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope))
+        # Devices that share a sequence have their own queries and all keys and values: gathered once, here.
+        q = project("query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope), time="time")
         k = project("key", x, c.kv_heads, "kv_heads", rope)
         v = project("value", x, c.kv_heads, "kv_heads", None)
         shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")

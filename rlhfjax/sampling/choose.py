@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import constrain, shards
 
 REMOVED = -jnp.inf
 BLOCK = 64  # tokens a block of the two-level inverse CDF
@@ -50,9 +51,11 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     serve for a draw. A token of probability 0 is never drawn, whatever the rounding.
     """
     b, v = logits.shape
-    blocks = -(-v // BLOCK)
+    n = shards("vocab")
+    blocks = -(-v // (n * BLOCK)) * n  # as many on each device: logits that are split stay so
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v))).reshape(b, blocks, BLOCK)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v)))
+    weights = constrain(weights, ("batch", "vocab")).reshape(b, blocks, BLOCK)
     ends = jnp.cumsum(weights.sum(-1), axis=-1)
     rest = u * ends[:, -1]
     block = _first_above(ends, rest)
