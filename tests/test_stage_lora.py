@@ -15,7 +15,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.interop.peft import load_peft
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.models import lora
+from rlhfjax.models import lora, quantised
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages.parts.common import begin
 from tests.test_resume import _Crash, assert_same_stage, interrupt
@@ -204,6 +204,40 @@ def test_a_group_estimator_and_a_value_head_on_the_policys_trunk(conversations, 
     assert metrics[0]["policy_grad_norm"] > 0
 
 
+# ------------------------------------------------------------------ a quantised base
+
+
+def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conversations, finished):
+    """QLoRA: every kernel of the layers has 4 bits, whoever uses it; what is trained is as ever."""
+    config = values("ppo", conversations, finished, value="policy", lora={"base": "nf4"})
+    stage, first = started("ppo", config)
+    known = closed_over(stage.step)
+    policy, value, reference = (names(x) for x in (*known["frozen"].values(), known["task"].reference))
+    kernels = [path for path in reference if path.endswith("/kernel")]
+    assert len(kernels) == 14 and all(reference[path].dtype == jnp.uint4 for path in kernels)
+    assert all(policy[path] is reference[path] for path in reference)
+    assert all(value[path] is reference[path] for path in value)
+    assert {path.split("/")[-1] for path in names(first.params)} == {*lora.NAMES, "kernel", "bias"}
+
+
+@pytest.mark.parametrize("kind", ("nf4", pytest.param("int8", marks=pytest.mark.slow)))
+def test_the_model_that_is_left_is_the_quantised_base_in_floats_and_its_adapters(
+    kind, conversations, finished, tmp_path
+):
+    config = values("sft", conversations, finished, steps=2, lora={"base": kind})
+    metrics = recipe.run_stage(config, tmp_path / "sft")
+    assert metrics["sft/grad_norm"] > 0
+    before, left = store.load(config["init_from"], ONE), store.load(tmp_path / "sft", ONE)
+    rounded = quantised.wide(quantised.base(before.params, before.model.axes(), kind), before.model.axes())
+    model, adapters = load_peft(tmp_path / "sft" / "adapter", before.model)
+    merged = names(lora.merge(model.lora, jax.tree.map(jnp.asarray, state.attach(rounded, adapters))))
+    for path, x in names(left.params).items():
+        np.testing.assert_allclose(x, merged[path], atol=1e-7, err_msg=path)
+        assert x.dtype == jnp.float32
+    moved = {path for path, x in names(before.params).items() if not np.array_equal(x, merged[path])}
+    assert moved == {path for path in merged if "/layers/" in path and path.endswith("/kernel")}
+
+
 # ------------------------------------------------------------------ what is refused
 
 
@@ -211,6 +245,8 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
     new = values("pretrain", conversations, finished)
     with pytest.raises(ConfigError, match=r"pretrain.lora.rank=2: adapters are of a trained model, `init_from`"):
         started("pretrain", new)
+    with pytest.raises(ConfigError, match=r"lora.base='nf4': a base is quantised under adapters, and lora.rank=0"):
+        started("sft", values("sft", conversations, finished, lora={"rank": 0, "base": "nf4"}))
     with pytest.raises(ConfigError, match=r"ppo.lora.dropout=0.1: a policy stage has none"):
         started("ppo", values("ppo", conversations, finished, lora={"dropout": 0.1}))
     with pytest.raises(ConfigError, match=r"lora.targets='q_proj' is found in none of backbone/layers/layer_0"):

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhfjax.mesh import constrain
+from rlhfjax.models import quantised
 from rlhfjax.models.attention import dropout, rotate
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
 from rlhfjax.models.lora import NAMES, LoraConfig
-from rlhfjax.models.quantised import SCALE, linear_int8
 
 RESIDUAL = ("batch", "time", "embed")
 GELU = {
@@ -91,9 +91,9 @@ class Project(nn.Module):
         kernel = _parameter(self, "kernel", self.std, self.shape, self.axes)
         flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
         x = x.reshape(*x.shape[:2], flat.shape[0])
-        if kernel.dtype == jnp.int8:
-            scale = _parameter(self, "kernel" + SCALE, nn.initializers.ones, out_shape, out_axes)
-            y = linear_int8(x, flat, scale.reshape(-1))
+        if jnp.issubdtype(kernel.dtype, jnp.integer):
+            scale = self.get_variable("params", "kernel" + quantised.SCALE)
+            y = quantised.linear(x, flat, scale.reshape(*scale.shape[: scale.ndim - len(out_shape)], flat.shape[1]))
         else:
             y = linear(x, flat.astype(x.dtype))
         if self.lora.rank and (self.is_initializing() or self.has_variable("params", NAMES[0])):
@@ -209,7 +209,7 @@ class Embed(nn.Module):
         # its columns of the whole batch.
         rows = ("vocab", None)
         if table.dtype == jnp.int8:
-            scale = _parameter(self, "tokens" + SCALE, nn.initializers.ones, (c.vocab_size,), ("vocab",))
+            scale = _parameter(self, "tokens" + quantised.SCALE, nn.initializers.ones, (c.vocab_size,), ("vocab",))
             rows = [jnp.take(x, tokens, axis=0, mode="clip") for x in (table, scale[:, None])]
             x = (rows[0].astype(jnp.float32) * rows[1]).astype(c.dtype)
         else:

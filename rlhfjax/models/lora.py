@@ -9,7 +9,7 @@ Source: Hu et al. 2021, eq. 3 and section 4.1.
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,11 @@ class LoraConfig:
     # query and value (section 4.2), QLoRA all of them: "attention|mlp"
     targets: str = "attention/(query|value)"
     dropout: float = 0.0  # of the adapters' input
+    base: Literal["float32", "int8", "nf4"] = "float32"  # the frozen kernels of the layers (models.quantised)
 
     def __post_init__(self):
+        if self.base != "float32" and not self.rank:
+            raise ConfigError(f"lora.base={self.base!r}: a base is quantised under adapters, and lora.rank=0 has none")
         if self.rank < 0 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"lora: rank={self.rank} is at least 0 (off), alpha={self.alpha} above 0, "

@@ -16,6 +16,7 @@ from rlhfjax.data import chat
 from rlhfjax.interop import store
 from rlhfjax.interop.export import export
 from rlhfjax.mesh import make_layout
+from rlhfjax.models import quantised
 from rlhfjax.models.presets import preset
 
 pytestmark = pytest.mark.smollm2
@@ -58,6 +59,14 @@ def test_perplexity_of_a_passage(smollm2):
     each = np.asarray(nats(smollm2, PASSAGE))
     print(f"{len(each)} tokens, {each.mean():.4f} nats a token, perplexity {np.exp(each.mean()):.2f}")
     assert abs(each.mean() - 4.6406) < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("int8", 4.6620), ("nf4", 4.7063)])
+def test_perplexity_of_a_quantised_base(smollm2, kind, expected):
+    """The numbers in docs/models.md: what adapters would be trained on."""
+    base = quantised.base(smollm2.params, smollm2.model.axes(), kind)
+    each = np.asarray(nats(dataclasses.replace(smollm2, params=base), PASSAGE))
+    assert abs(each.mean() - expected) < 1e-3
 
 
 @pytest.mark.transformers

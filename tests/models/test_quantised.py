@@ -1,4 +1,4 @@
-"""int8 weights and cache against the same products in floats, and how far logits move."""
+"""Quantised weights and cache against the same products in floats, and how far logits move."""
 
 import dataclasses
 import functools
@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlhfjax import state
 from rlhfjax.errors import ConfigError
-from rlhfjax.models import Model, TransformerConfig, lora, quantised
-from rlhfjax.models.attention import cached_attention
-from rlhfjax.models.quantised import absmax, linear_int8
+from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantised
+from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
+from rlhfjax.models.quantised import absmax, linear_int8, linear_nf4
 from rlhfjax.sampling import generate
 from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken, tokens
 from tests.sampling.test_generate import EOS, PAD, keys, left_padded, teacher_forced
@@ -39,18 +40,66 @@ def test_a_product_is_that_of_the_dequantised_kernel_and_so_is_its_gradient():
     np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(jnp.sin(x @ wide)))(x), rtol=1e-4, atol=1e-5)
 
 
-def widened(tree, inputs=1):
-    """The same parameters as floats again; `inputs` axes come before the outputs that have a scale each."""
-    out = {}
-    for name, x in tree.items():
-        if isinstance(x, dict):
-            out[name] = widened(x, 2 if name == "out" else 1)
-        elif x.dtype == jnp.int8:
-            scale = tree[name + quantised.SCALE]
-            out[name] = x * jnp.expand_dims(scale, 1 if name == "tokens" else tuple(range(inputs)))
-        elif not name.endswith(quantised.SCALE):
-            out[name] = x
-    return out
+def nf4_by_loops(x, block):
+    """The nearest of the 16 values in every block of inputs, element by element."""
+    codes, scales = np.zeros(x.shape, int), np.zeros((x.shape[0] // block, x.shape[1]))
+    for n, j in np.ndindex(scales.shape):
+        own = x[n * block : (n + 1) * block, j]
+        scales[n, j] = np.abs(own).max()
+        for i, value in enumerate(own):
+            codes[n * block + i, j] = np.argmin(np.abs(value / scales[n, j] - np.array(quantised.NF4)))
+    return codes, scales
+
+
+def test_nf4_is_the_nearest_value_of_its_block():
+    for width, block in ((128, 64), (96, 32)):  # blocks of 64, or of what 64 and the width have in common
+        x = np.asarray(jax.random.normal(jax.random.key(width), (width, 3)))
+        codes, scales = nf4_by_loops(x, block)
+        got = quantised.nf4(jnp.asarray(x))
+        assert got.values.dtype == jnp.uint4 and got.scale.shape == (width // block, 3)
+        np.testing.assert_array_equal(got.values, codes)
+        np.testing.assert_allclose(got.scale, scales, rtol=1e-6)
+    assert quantised.nf4(jnp.zeros((64, 1))).values.astype(int).tolist() == [[7]] * 64  # zeros stay zeros
+    assert quantised.NF4[7] == 0.0
+
+
+def test_the_nf4_values_are_the_quantiles_that_the_paper_takes():
+    """QLoRA, section 3, eq. 4 and its data type: 8 quantiles of N(0, 1) below 0 and 9 above, an offset from the tails."""
+    outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    above, below = (stats.norm.ppf(np.linspace(outermost, 0.5, n)[:-1]) for n in (9, 8))
+    values = np.sort(np.concatenate([above, -below, [0.0]]))
+    np.testing.assert_allclose(quantised.NF4, values / values.max(), atol=1e-6)
+
+
+def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 128))
+    kernel = jax.random.normal(jax.random.key(1), (128, 10))
+    q = quantised.nf4(kernel)
+    wide = np.array(quantised.NF4)[np.asarray(q.values, int)] * np.repeat(q.scale, 64, axis=0)
+    assert 0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12  # of a standard deviation of 1
+    np.testing.assert_allclose(linear_nf4(x, *q), x @ wide, rtol=1e-5, atol=1e-5)
+    got = jax.grad(lambda x: jnp.sum(jnp.sin(linear_nf4(x, *q))))(x)
+    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(jnp.sin(x @ wide)))(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_backward_pass_keeps_no_wide_kernel(kind):
+    """What is saved for the gradient of a model on a quantised base: no float array of a kernel's size."""
+    model = Model(FAMILIES["llama-gqa"])
+    params = quantised.base(model.init(jax.random.key(0)), model.axes(), kind)
+    kernels = [x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
+    assert len(kernels) == 7 * model.config.n_layers and all(jnp.issubdtype(x.dtype, jnp.integer) for x in kernels)
+    embedded = jax.random.normal(jax.random.key(1), (1, 2, model.config.d_model))
+    layer = params["backbone"]["layers"]["layer_0"]
+
+    def run(x):
+        rope = rope_tables(jnp.arange(2)[None], model.config.rope_dim, 1e4)
+        return blocks.Block(model.config).apply({"params": layer}, x, rope, causal_attention)
+
+    saved = jax.tree.leaves(jax.vjp(run, embedded)[1])
+    smallest = min(x.size for x in kernels)
+    assert [x for x in saved if x.dtype == kernels[0].dtype]
+    assert not [x.shape for x in saved if x.dtype == jnp.float32 and x.size >= smallest]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,9 +116,9 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     floats = {p[-1].key for p, x in jax.tree.leaves_with_path(params) if x.dtype != jnp.int8}
     assert floats <= {"bias", "scale", "positions", "kernel_scale", "tokens_scale"}
     rows = tokens(2, 9)
-    np.testing.assert_allclose(logits_of(model, params, rows), logits_of(model, widened(params), rows), atol=2e-4)
+    np.testing.assert_allclose(logits_of(model, params, rows), logits_of(model, quantised.wide(params, model.axes()), rows), atol=2e-4)
     hidden = model.hidden(params, rows)
-    got, expected = (model.logprobs(p, hidden, rows)[0] for p in (params, widened(params)))
+    got, expected = (model.logprobs(p, hidden, rows)[0] for p in (params, quantised.wide(params, model.axes())))
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -82,11 +131,20 @@ def test_scanned_layers_have_a_scale_each():
     np.testing.assert_allclose(out["kernel_scale"], np.abs(kernel).max((1, 2)) / 127, rtol=1e-6)
 
 
-def test_adapters_learn_on_an_int8_base():
-    """QLoRA's split: the adapters' gradient on an int8 base is that on the same base in floats."""
-    model = Model(FAMILIES["llama-gqa"], lora=lora.LoraConfig(rank=2, targets="attention|mlp"))
+def test_wide_by_hand():
+    """q = (64, -127) of scale 2 / 127 is (1.0079, -2); what stands beside it stays."""
+    tree = {"kernel": jnp.array([[64], [-127]], jnp.int8), "kernel_scale": jnp.array([2 / 127]), "bias": jnp.ones(1)}
+    got = quantised.wide(tree, {"kernel": ("embed", "mlp"), "bias": ("mlp",)})
+    np.testing.assert_allclose(got["kernel"], [[128 / 127], [-2]], rtol=1e-6)
+    assert got.keys() == {"kernel", "bias"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_adapters_learn_on_a_quantised_base(kind):
+    """QLoRA's split: the adapters' gradient on a quantised base is that on the same base in floats."""
+    model = Model(FAMILIES["llama-gqa"], lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind))
     own = shaken(model.init_trained(jax.random.key(1)))
-    base = quantised.weights(model.init(jax.random.key(0)), model.axes())
+    base = quantised.base(model.init(jax.random.key(0)), model.axes(), kind)
     rows = tokens(2, 8)
 
     @jax.jit
@@ -95,7 +153,7 @@ def test_adapters_learn_on_an_int8_base():
         params = state.attach(base, own)
         return model.cross_entropy(params, model.hidden(params, rows), rows, jnp.ones((2, 8)))[0]
 
-    got, expected = gradient(own, base), gradient(own, widened(base))
+    got, expected = gradient(own, base), gradient(own, quantised.wide(base, model.axes()))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(got)) > 0.1
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -104,7 +162,7 @@ def test_adapters_learn_on_an_int8_base():
 def test_what_is_int8_already_is_refused():
     model = Model(FAMILIES["gpt2"])
     once = quantised.weights(model.init(jax.random.key(0)), model.axes())
-    with pytest.raises(ConfigError, match="tokens is int8 already"):
+    with pytest.raises(ConfigError, match="(tokens|kernel) is int8 already"):
         quantised.weights(once, model.axes())
 
 

@@ -19,7 +19,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
-from rlhfjax.models import lora
+from rlhfjax.models import lora, quantised
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
@@ -129,11 +129,18 @@ def adapters_of(model: Model, trained: PyTree) -> dict[str, Any]:
     return {"adapter": (model, trained)} if model.lora.rank else {}
 
 
+def base_of(model: Model, params: PyTree) -> PyTree:
+    """Loaded parameters as the base of the model's adapters: with `lora.base` its kernels quantised."""
+    kind = model.lora.base
+    return params if kind == "float32" else quantised.base(params, model.axes(), kind)
+
+
 def to_save(model: Model, params: PyTree, tokenizer: Tokenizer) -> store.SavedModel:
-    """What a stage leaves for others: plain parameters, adapters merged into them."""
+    """What a stage leaves for others: plain float32 parameters, adapters merged into the base they were trained on."""
     if not model.lora.rank:
         return store.SavedModel(model, params, tokenizer)
-    return store.SavedModel(Model(model.config, model.head), lora.merge(model.lora, params), tokenizer)
+    plain = lora.merge(model.lora, quantised.wide(params, model.axes()))
+    return store.SavedModel(Model(model.config, model.head), plain, tokenizer)
 
 
 def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
@@ -164,7 +171,8 @@ def begin(config: ModelTrainConfig, layout: Layout, head: str = "lm") -> Start:
         raise ConfigError(
             f"{config.stage}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    return Start(Model(shape, head, config.lora), tokenizer, params)
+    model = Model(shape, head, config.lora)
+    return Start(model, tokenizer, params if params is None else base_of(model, params))
 
 
 def check_training(config: Any, layout: Layout, shape: TransformerConfig | None) -> None:

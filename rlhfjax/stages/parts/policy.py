@@ -18,7 +18,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import adapters_of, frozen_part, place, to_save
+from rlhfjax.stages.parts.common import adapters_of, base_of, frozen_part, place, to_save
 from rlhfjax.stages.parts.held_out import held_out
 from rlhfjax.stages.parts.policy_config import HumanConfig, PolicyConfig
 from rlhfjax.stages.parts.prompts import Repeated, prompt_batches
@@ -54,7 +54,8 @@ def open_task(config: PolicyConfig, layout: Layout) -> Task:
             f"{config.stage}.init_from={config.init_from}: a policy is needed, this model has a {start.model.head} head"
         )
     tokenizer = start.tokenizer
-    start = dataclasses.replace(start, model=dataclasses.replace(start.model, lora=config.lora))
+    model = dataclasses.replace(start.model, lora=config.lora)
+    start = dataclasses.replace(start, model=model, params=base_of(model, start.params))
     reference = start.params if config.reference is None else store.load(config.reference, layout).params
     reward = load_reward(config.reward, layout, tokenizer)
     human = load_reward(config.human.reward, layout, tokenizer) if config.human.reward else None
