@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     """Exit code 0; 1 for a failed run; 2 for a command line or config that cannot be meant; 75 when preempted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("rlhfjax").setLevel(logging.INFO)  # what is compiled, and when
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its steps there, and what it raises anyway
     try:
         parsed = _parse(sys.argv if argv is None else argv)

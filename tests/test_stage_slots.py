@@ -9,9 +9,11 @@ import pytest
 from rlhfjax import recipe
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.stages import best_of_n, group
 from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.answers import Sampling, answers, bucket, check_buckets
 from tests import test_stage_best_of_n as pools
 from tests.test_stage_group import group_values
 from tests.test_stages import run_steps, stage_values
@@ -23,8 +25,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_collect_draws_the_same_answers(conversations, finished, tmp_path):
-    recipe.run(stage_values("collect", conversations, finished, slots=8), tmp_path)
+@pytest.mark.parametrize("options", [{"slots": 8}, {"prompt_buckets": 4}], ids=["slots", "buckets"])
+def test_collect_draws_the_same_answers(options, conversations, finished, tmp_path):
+    recipe.run(stage_values("collect", conversations, finished, **options), tmp_path)
     one, other = (read_preferences(folder / "preferences", "train") for folder in (tmp_path, finished / "03_collect"))
     assert len(one) == len(other) == 24
     for i in range(len(one)):
@@ -32,9 +35,54 @@ def test_collect_draws_the_same_answers(conversations, finished, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_buckets_by_hand():
+    """Of 10 slots in 4 parts of 3: a longest prompt of 1 to 3 takes 3, of 4 takes 6, of 10 what there is."""
+    for longest, width in ((0, 3), (1, 3), (3, 3), (4, 6), (7, 9), (9, 9), (10, 10)):
+        segments = np.arange(10)[None] >= 10 - np.array([[0], [longest]])
+        assert bucket(segments.astype(np.int32), 4) == width
+    assert bucket(np.ones((1, 10), np.int32), 1) == 10
+    with pytest.raises(ConfigError, match=r"collect.prompt_buckets=0: 1 \(one width\) to prompt_length=10"):
+        check_buckets(0, 10, "collect")
+
+
+class Questions:
+    """Prompts of so many words."""
+
+    kind, skipped = "prompt", 0
+
+    def __init__(self, words):
+        self._words = words
+
+    def __len__(self):
+        return len(self._words)
+
+    def __getitem__(self, index):
+        return {"messages": [{"role": "user", "content": "why " * self._words[index]}]}
+
+    def where(self, index):
+        return f"question {index}"
+
+
+def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
+    """Prompts one at a time, short and long ones in turn: two programs, and rollouts of one width."""
+    saved = store.load(finished / "02_sft", ONE)
+    jax.clear_caches()
+    sampling = Sampling(24, 3, 1.0, 1, buckets=2)
+    with caplog.at_level("INFO", "rlhfjax"), ONE.use():
+        found = answers(Questions((1, 2, 9, 1, 9, 2)), saved, saved.tokenizer, sampling, jax.random.key(0), ONE)
+        rollouts = [rollout for rollout, _ in found]
+    lengths = [int(rollout.segments[:, :24].sum()) for rollout in rollouts]
+    assert [length > 12 for length in lengths] == [False, False, True, False, True, False]
+    said = [line for line in caplog.messages if "the sampler is compiled" in line]
+    assert [line.split("prompts of ")[1].split(" tokens")[0] for line in said] == ["12", "24"]
+    assert {rollout.tokens.shape for rollout in rollouts} == {(1, 27)}
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        np.testing.assert_array_equal(rollout.segments[0, :24], np.arange(24) >= 24 - length)
+
+
 @pytest.mark.slow
 def test_evaluate_draws_the_same_answers(conversations, finished, tmp_path):
-    recipe.run(stage_values("evaluate", conversations, finished, slots=4), tmp_path)
+    recipe.run(stage_values("evaluate", conversations, finished, slots=4, prompt_buckets=3), tmp_path)
     for name in ("policy", "baseline"):
         one, other = (lines(folder / "samples.jsonl") for folder in (tmp_path, finished / "06_evaluate"))
         assert [row[name] for row in one] == [row[name] for row in other]

@@ -21,7 +21,7 @@ from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
-from rlhfjax.stages.parts.answers import Sampling, answers
+from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import TruncateConfig, check_slots, check_truncate
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
@@ -46,6 +46,7 @@ class Config:
     truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
     batch_size: int = 32  # prompts at a time
     slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
+    prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     int8: bool = False  # weights and cache of the policy while it answers: half of bfloat16's bytes, nearly its answers
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -57,6 +58,7 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError(f"collect.completions={config.completions}: a ranking needs at least 2")
     layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
     check_slots(config.slots, config.completions, layout, "collect")
+    check_buckets(config.prompt_buckets, config.prompt_length, "collect")
     check_length(config.prompt_length + config.max_new, shape, "collect.prompt_length + max_new")
     check_truncate(config.truncate, config.max_new, "collect")
 
@@ -96,6 +98,7 @@ def _answers(
     source = open_prompts(prompts, "collect.prompts", seed=config.seed)
     lengths = (config.prompt_length, config.max_new)
     more = {"slots": config.slots, "stop_at_eos": config.stop_at_eos, "truncate": config.truncate}
+    more |= {"buckets": config.prompt_buckets}
     sampling = Sampling(*lengths, config.temperature, config.batch_size, each=config.completions, **more)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from rlhfjax.algos import kl
-from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
@@ -21,10 +20,11 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.rewards.responses import load_reward, texts
+from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import check_slots
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
-from rlhfjax.stages.parts.rollout import Rollout, response_logprobs, sample
+from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
 
 SAMPLES = "samples.jsonl"
 
@@ -42,6 +42,7 @@ class Config:
     temperature: float = 1.0
     batch_size: int = 64
     slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
+    prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -50,6 +51,7 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
     """Refuses what cannot be meant, before anything is computed."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
     check_slots(config.slots, 1, layout, "evaluate")
+    check_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
     check_length(config.prompt_length + config.max_new, shape, "evaluate.prompt_length + max_new")
 
 
@@ -65,12 +67,12 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     if config.proxy:
         rewards["proxy"] = load_reward(config.proxy, layout, tokenizer)
     with layout.use():
-        answers = {
+        answered = {
             name: _answer(config, saved, models["baseline"], tokenizer, rewards, layout)
             for name, saved in models.items()
         }
-    metrics = summarise(answers)
-    _write_samples(workdir / SAMPLES, answers)
+    metrics = summarise(answered)
+    _write_samples(workdir / SAMPLES, answered)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -86,29 +88,19 @@ def _answer(
 ) -> dict[str, Any]:
     """One model's answers to all prompts: texts, scores, KL to the reference, lengths."""
     source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
-    options = {"batch_size": config.batch_size, "length": config.prompt_length}
-    limits = {"max_new": config.max_new, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "slots": config.slots}
+    lengths = (config.prompt_length, config.max_new)
+    more = {"slots": config.slots, "buckets": config.prompt_buckets}
+    sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
     parts: dict[str, list] = {}
-    for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
-        placed = layout.put(batch)
-        key = jax.random.fold_in(jax.random.key(config.seed), i)
-        rollout = sample(
-            saved.model,
-            saved.params,
-            placed["prompts"],
-            placed["segments"],
-            key,
-            temperature=config.temperature,
-            **limits,
-        )
+    for rollout, index in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         measured |= {"kl": _sequence_kl(reference.model, reference.params, rollout, config.temperature)}
         rollout, measured = jax.device_get((rollout, measured))
-        prompts, answers = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
+        prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
         ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
-        measured |= {"prompt": prompts, "answer": answers, "length": rollout.mask.sum(1), "ended": ended}
-        real = np.flatnonzero(batch["index"] >= 0)
+        measured |= {"prompt": prompts, "answer": answered, "length": rollout.mask.sum(1), "ended": ended}
+        real = np.flatnonzero(index >= 0)
         for name, values in measured.items():
             parts.setdefault(name, []).extend(values[i] for i in real)
     return {k: v if isinstance(v[0], str) else np.array(v, np.float64) for k, v in parts.items()}

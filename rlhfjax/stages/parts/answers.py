@@ -1,14 +1,17 @@
-"""Every prompt of a source answered by a policy, batch by batch: what collection and recentring have in common."""
+"""Every prompt of a source answered by a policy, batch by batch: for collection, evaluation and recentring."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data import loader
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.stages.parts.policy_config import TruncateConfig
@@ -26,6 +29,29 @@ class Sampling(NamedTuple):
     slots: int = 0  # answers decoded at a time, 0: all of a batch
     stop_at_eos: bool = True
     truncate: TruncateConfig = TruncateConfig()
+    buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
+
+
+def check_buckets(buckets: int, length: int, stage: str) -> None:
+    """Raises ConfigError unless the prompts' width can be cut into so many parts."""
+    if not 1 <= buckets <= length:
+        raise ConfigError(f"{stage}.prompt_buckets={buckets}: 1 (one width) to prompt_length={length}")
+
+
+def bucket(segments: np.ndarray, buckets: int) -> int:
+    """The width that left-padded prompts [b, p] need, rounded up to one of `buckets` even parts of p."""
+    length = segments.shape[1]
+    part = -(-length // buckets)
+    longest = max(1, int((segments > 0).sum(1).max()))
+    return min(length, -(-longest // part) * part)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def widened(rollout: Rollout, more: int, pad_id: int) -> Rollout:
+    """The same rollout with `more` slots of padding before its prompts."""
+    left = ((0, 0), (more, 0))
+    tokens = jnp.pad(rollout.tokens, left, constant_values=pad_id)
+    return rollout._replace(tokens=tokens, segments=jnp.pad(rollout.segments, left))
 
 
 def answers(
@@ -46,9 +72,13 @@ def answers(
     limits = {"max_new": sampling.max_new, "eos_id": eos, "pad_id": tokenizer.pad_id}
     limits |= {"each": sampling.each, "slots": sampling.slots}
     for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
-        placed = layout.put({k: np.repeat(batch[k], sampling.each, axis=0) for k in ("prompts", "segments")})
+        width = bucket(batch["segments"], sampling.buckets)
+        placed = layout.put(
+            {k: np.repeat(batch[k][:, -width:], sampling.each, axis=0) for k in ("prompts", "segments")}
+        )
         rows: tuple[Any, ...] = (placed["prompts"], placed["segments"], jax.random.fold_in(key, i))
         rollout = sample(policy.model, policy.params, *rows, temperature=sampling.temperature, **limits)
+        rollout = widened(rollout, sampling.prompt_length - width, tokenizer.pad_id)
         if stop is not None:
             rollout = cut(rollout, stop, sampling.truncate.after, tokenizer.pad_id)
         yield rollout, batch["index"]
