@@ -66,8 +66,15 @@ def _here() -> Target:
 
 
 def _quietly() -> None:
-    """libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU."""
+    """libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU.
+
+    libtpu reads XLA_FLAGS too, when it first compiles, and ends the process at a flag of another backend: once the CPU's
+    has read them they are taken away.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: without one it warns; the topology decides
     jax.config.update("jax_platforms", "cpu")
+    jax.devices()
+    known = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(("--xla_cpu", "--xla_gpu"))]
+    os.environ["XLA_FLAGS"] = " ".join(known)
