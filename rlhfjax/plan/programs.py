@@ -194,7 +194,8 @@ def _policy_programs(
         programs.append(Program(name, _lower(jitted, layout, *inputs), inputs, float(sizes.get(name, 0.0))))
         return _as_rows(jax.eval_shape(jitted, *inputs), layout, c.episodes)
 
-    rollout = program("rollout", algorithm.rollout, params["policy"], *prompts, a_key(layout))
+    answers = functools.partial(algorithm.rollout, each=c.each)
+    rollout = program("rollout", answers, params["policy"], *prompts, a_key(layout))
     known = program("know", algorithm.know, params, task.reference, rollout)
     if task.reward is not None:
         judge = functools.partial(sequence_rewards, task.reward.model)
@@ -220,9 +221,9 @@ def _as_rows(tree: PyTree, layout: Layout, n: int) -> PyTree:
 
 
 def _flops(subject: Subject) -> dict[str, float]:
-    """Of each program, as PaLM counts: a forward pass is a third of a training step."""
+    """Of each program, as PaLM counts: a forward pass is a third of a training step. Answers share their prompt's."""
     c, time = subject.config, subject.config.prompt_length + subject.config.max_new
-    tokens = c.episodes * time
+    tokens, sampled = c.episodes * time, c.batch_size * c.prompt_length + c.episodes * c.max_new
 
     def a_token(shape: TransformerConfig, head: str, length: int) -> float:
         return float(chips.token_flops(parameters(shape, head), shape, length))
@@ -239,7 +240,7 @@ def _flops(subject: Subject) -> dict[str, float]:
         update += c.epochs * text * a_token(subject.model, "lm", c.ptx.length)
     judged = a_token(subject.reward, "scalar", time) if subject.reward is not None else 0.0
     return {
-        "rollout": tokens * policy / 3,
+        "rollout": sampled * policy / 3,
         "know": tokens * (passes * policy + value) / 3,
         "score": tokens * judged / 3,
         "update": update,

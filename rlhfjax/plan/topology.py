@@ -76,5 +76,7 @@ def _quietly() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: without one it warns; the topology decides
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
-    known = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(("--xla_cpu", "--xla_gpu"))]
+    known = [
+        flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(("--xla_cpu", "--xla_gpu"))
+    ]
     os.environ["XLA_FLAGS"] = " ".join(known)

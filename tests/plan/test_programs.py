@@ -1,5 +1,8 @@
 """What is planned is what runs: the programs of shapes alone against those of stages that were really built."""
 
+import dataclasses
+import inspect
+
 import jax
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.plan import programs, shapes
-from rlhfjax.stages import ppo
+from rlhfjax.stages import group, ppo
 from rlhfjax.stages.parts.policy import open_task
 from tests import tiny
 from tests.test_stages import stage_values
 
 NOWHERE = to_dict(tiny.get_config("data=nowhere"))
+LORA = {"rank": 2, "targets": "attention/(query|value)"}
 
 
 def described(tree):
@@ -25,8 +29,9 @@ def described(tree):
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "reward"])
 def test_the_step_is_that_of_the_stage(name, conversations, finished):
-    """The same text of the whole program, its arguments' shapes included; the plan has read no file."""
-    values = stage_values(name, conversations, finished)
+    """The same text of the whole program, its arguments' shapes included; the plan has read no file. SFT: of adapters."""
+    changes = {"lora": LORA} if name == "sft" else {}
+    values = stage_values(name, conversations, finished, **changes)
     config = recipe.check(values, name)
     layout = make_layout(config.mesh)
     with layout.use():
@@ -36,7 +41,8 @@ def test_the_step_is_that_of_the_stage(name, conversations, finished):
         key = jax.device_put(jax.random.key(0), layout.replicated)
         real = stage.step.func.lower(*stage.step.args, state, batch, key).as_text()
     k = batch["tokens"].shape[1]
-    planned = programs.sketch(shapes.subject(NOWHERE, name), layout, completions=k).programs
+    subject = shapes.subject({**NOWHERE, name: NOWHERE[name] | changes}, name)
+    planned = programs.sketch(subject, layout, completions=k).programs
     assert [p.name for p in planned] == ["step"]
     assert planned[0].lower().as_text() == real
 
@@ -62,6 +68,65 @@ def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finishe
     assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
     for program in sketch.programs:
         program.lower()
+
+
+def as_group(ppo_values, estimator):
+    """PPO's values as those of a group stage: 4 prompts with 4 answers each."""
+    known = {f.name for f in dataclasses.fields(group.Config)}
+    own = {"stage": "group", "estimator": estimator, "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2}
+    return {k: v for k, v in ppo_values.items() if k in known} | own
+
+
+def planned_as(name, values):
+    """The tiny recipe with these values for a stage, sketched: programs by name."""
+    recipe_values = {**NOWHERE, "stages": tuple(dict.fromkeys((*NOWHERE["stages"], name))), name: values}
+    subject = shapes.subject(recipe_values, name)
+    return {p.name: p for p in programs.sketch(subject, make_layout(subject.config.mesh)).programs}
+
+
+def really_built(name, values):
+    """A policy stage: its state as it is placed, its step's parts by name, and a batch."""
+    config = recipe.check(values, name)
+    layout = make_layout(config.mesh)
+    with layout.use():
+        stage = stage_modules.find(name).build(config, layout)
+        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
+        return (
+            state,
+            inspect.getclosurevars(inspect.unwrap(stage.step)).nonlocals,
+            layout.put(next(stage.batches)),
+            layout,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("group", {"estimator": "reinforce"}), ("group", {"estimator": "grpo", "lora": LORA}), ("ppo", {"lora": LORA})],
+    ids=["group", "group-lora", "ppo-lora"],
+)
+def test_the_update_is_that_of_the_stage(name, changes, conversations, finished):
+    """The same text of the whole program, of what it is called with as well: groups, and adapters on a frozen base."""
+
+    def values(of):
+        return (as_group(of, changes["estimator"]) if name == "group" else of) | changes
+
+    state, made, batch, layout = really_built(name, values(stage_values("ppo", conversations, finished)))
+    planned = planned_as(name, values(NOWHERE["ppo"]))
+    assert list(planned) == ["rollout", "know", "score", "prepare", "update"]
+    _, experience, text, pairs, key, _ = planned["update"].inputs
+    with layout.use():
+        real = made["algorithm"].update.lower(state, experience, text, pairs, key, made["frozen"])
+    assert planned["update"].lower().as_text() == real.as_text()
+    assert described(list(planned["rollout"].inputs[1:3])) == described([batch["prompts"], batch["segments"]])
+
+
+def test_a_group_runs_its_prompt_once():
+    """16 answers to 4 prompts of 24 tokens: what is prefilled, and by hand what it costs."""
+    planned = planned_as("group", as_group(NOWHERE["ppo"], "rloo"))
+    text = planned["rollout"].lower().as_text()
+    assert "tensor<4x24x16xf32>" in text and "tensor<16x24x16xf32>" not in text
+    ratio = planned["rollout"].model_flops / planned["know"].model_flops
+    assert ratio == pytest.approx((4 * 24 + 16 * 8) / (16 * 32))
 
 
 def test_flops_of_ppos_programs_by_hand():
