@@ -118,7 +118,7 @@ def plan(fv: flags.FlagValues) -> None:
     """Says what a stage will need, before it runs: rlhfjax plan --config=FILE --topology=v5e:16x16 [--stage=NAME]"""
     import rich
 
-    from rlhfjax.plan import predict, tables
+    from rlhfjax.plan import predict, search, tables
     from rlhfjax.plan.shapes import parse_model, subject
     from rlhfjax.plan.topology import target
 
@@ -128,6 +128,12 @@ def plan(fv: flags.FlagValues) -> None:
     _need(fv, "config", "topology")
     workdir = Path(fv.workdir) if fv.workdir else None
     chosen = subject(fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model)
+    if fv.topology == "search":
+        found = search.on_tpus(chosen, fv.chips, fv.compiles, fv.completions)
+        rich.print(tables.searched(found))
+        if fv.json:
+            search.write(found, Path(fv.json))
+        return
     made = predict.make(chosen, target(fv.topology, fv.slices), fv.completions)
     rich.print(tables.everything(made))
     if fv.json:
@@ -181,8 +187,10 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
 
 
 def _plan_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:16x16, or here", flag_values=fv)
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:16x16, here, or search", flag_values=fv)
     flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", 1, flag_values=fv)
+    flags.DEFINE_list("chips", ["v5e", "v5p", "v6e"], "what --topology=search looks through", flag_values=fv)
+    flags.DEFINE_integer("compiles", 8, "how many slices --topology=search may compile", 1, flag_values=fv)
     flags.DEFINE_string("stage", None, "of a recipe; its last one that trains", flag_values=fv)
     flags.DEFINE_string(
         "model",

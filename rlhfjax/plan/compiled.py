@@ -46,10 +46,17 @@ class Measured:
     model_flops: float
     compile_seconds: float
     refused: str = ""  # what the compiler said where it refused
+    elsewhere: float = 0.0  # bytes a device that other programs of the step hold meanwhile: frozen models, state
+    unread: str = ""  # why nothing is known of its work, where it was compiled and cannot be read
 
 
-def measure(program: Program, target: Target) -> Measured:
-    """Lowers and compiles one program."""
+def measure(program: Program, target: Target, held: Any = ()) -> Measured:
+    """Lowers and compiles one program.
+
+    Args:
+      held: shapes of what is on the devices all the time. What of it is no argument of this program takes room beside
+        it, which the compiler of one program cannot know.
+    """
     began = time.monotonic()
     lowered = program.lower()
     try:
@@ -58,22 +65,47 @@ def measure(program: Program, target: Target) -> Measured:
         found = _OUT_OF_MEMORY.search(str(e))
         if found is None:
             raise
-        return _refused(program, target, str(e).splitlines()[0], found, time.monotonic() - began)
-    memory = _memory(compiled.memory_analysis())
-    module = Module(compiled.as_text())
-    cost = module.cost()
-    work = Work(cost.flops, cost.hbm, cost.link("ici"), cost.link("dcn"))
+        return _refused(program, str(e).splitlines()[0], found, time.monotonic() - began, beside(program, held))
+    memory, elsewhere = _memory(compiled.memory_analysis()), beside(program, held)
+    module, unread = _read(compiled)
+    cost = module.cost() if module else None
+    work = Work(cost.flops, cost.hbm, cost.link("ici"), cost.link("dcn")) if cost else None
     return Measured(
         program.name,
         memory,
         target.capacity,
-        None if target.capacity is None else memory.peak <= target.capacity,
+        None if target.capacity is None else memory.peak + elsewhere <= target.capacity,
         cost,
-        module.buffers(),
-        chips.roofline(work, target.chip) if target.chip else None,
+        module.buffers() if module else largest(program),
+        chips.roofline(work, target.chip) if work and target.chip else None,
         program.model_flops,
         time.monotonic() - began,
+        elsewhere=elsewhere,
+        unread=unread,
     )
+
+
+def _read(compiled: Any) -> tuple[Module | None, str]:
+    """The program's text, parsed; or why there is none.
+
+    libtpu may be newer than jaxlib, and then some of its asynchronous operations (seen: v5p) have no text in jaxlib.
+    """
+    try:
+        return Module(compiled.as_text()), ""
+    except jax.errors.JaxRuntimeError as e:
+        return None, str(e).splitlines()[0]
+
+
+def beside(program: Program, held: Any) -> float:
+    """Bytes a device of what is held and is no argument of the program."""
+    own = {id(x) for x in jax.tree.leaves(program.inputs)}
+    return sharded_bytes({id(x): x for x in jax.tree.leaves(held) if id(x) not in own})
+
+
+def largest(program: Program, most: int = 8) -> list[tuple[str, float]]:
+    """The largest arguments, where nothing else is known."""
+    sizes = ((_label(x), sharded_bytes(x)) for x in jax.tree.leaves(program.inputs))
+    return sorted(sizes, key=lambda b: -b[1])[:most]
 
 
 def _memory(stats: Any) -> Memory:
@@ -83,14 +115,14 @@ def _memory(stats: Any) -> Memory:
     return Memory(*map(float, (arguments, temporaries, outputs, aliased, peak)))
 
 
-def _refused(program: Program, target: Target, said: str, found: re.Match, seconds: float) -> Measured:
+def _refused(program: Program, said: str, found: re.Match, seconds: float, elsewhere: float) -> Measured:
     """What does not fit is no program, but the compiler says how much it would have taken."""
     temporaries, available = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
     arguments = sharded_bytes(program.inputs)
     memory = Memory(arguments, temporaries, 0.0, 0.0, arguments + temporaries)
-    largest = sorted(((_label(x), sharded_bytes(x)) for x in jax.tree.leaves(program.inputs)), key=lambda b: -b[1])
+    rest = (available, False, None, largest(program), None, program.model_flops, seconds)
     said = re.sub(r"^RESOURCE_EXHAUSTED: ", "", said)
-    return Measured(program.name, memory, available, False, None, largest[:8], None, program.model_flops, seconds, said)
+    return Measured(program.name, memory, *rest, refused=said, elsewhere=elsewhere)
 
 
 def sharded_bytes(tree: Any) -> float:

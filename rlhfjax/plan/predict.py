@@ -7,7 +7,8 @@ from typing import Any
 from rlhfjax.config import write_json
 from rlhfjax.mesh import make_layout
 from rlhfjax.plan import chips, memory
-from rlhfjax.plan.compiled import Measured, measure
+from rlhfjax.plan.advice import advise
+from rlhfjax.plan.compiled import Measured, measure, sharded_bytes
 from rlhfjax.plan.programs import Sketch, sketch
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import Target
@@ -22,6 +23,7 @@ class Plan:
     mesh: dict[str, int]
     sketch: Sketch
     programs: list[Measured]
+    completions: int = 2
 
     @property
     def fits(self) -> bool | None:
@@ -72,48 +74,44 @@ class Plan:
         return out
 
 
-def make(subject: Subject, target: Target, completions: int = 2) -> Plan:
-    """Compiles every program of a stage; nothing runs."""
+def make(subject: Subject, target: Target, completions: int = 2, stop: bool = False) -> Plan:
+    """Compiles every program of a stage; nothing runs.
+
+    Args:
+      stop: at the first program that does not fit, the one with the largest arguments being asked first.
+    """
     layout = make_layout(subject.config.mesh, target.devices)
     drawn = sketch(subject, layout, completions)
-    measured = [measure(program, target) for program in drawn.programs]
-    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured)
+    if stop:
+        drawn.programs.sort(key=lambda program: -sharded_bytes(program.inputs))
+    measured: list[Measured] = []
+    for program in drawn.programs:
+        measured.append(measure(program, target, drawn.held))
+        if stop and measured[-1].fits is False:
+            break
+    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured, completions)
 
 
 def advice(plan: Plan) -> list[str]:
-    """What would make it fit, the cheapest first; empty where it fits."""
+    """What would make it fit, with numbers; empty where it fits. See `advise`."""
     if plan.fits is not False:
         return []
-    c, model, out = plan.subject.config, plan.subject.model, []
-    worst = max((p for p in plan.programs if not p.fits), key=lambda p: p.memory.peak)
-    if worst.memory.arguments > 0.8 * (worst.capacity or 0):
-        fsdp, tensor = plan.mesh["fsdp"], plan.mesh["tensor"]
-        out.append(
-            f"{worst.name}: its arguments alone are {worst.memory.arguments / memory.GIB:.1f} GiB a device: shard them "
-            f"over more (mesh.fsdp, now {fsdp}; mesh.tensor, now {tensor}), or take more chips"
-        )
-    if model.dtype == "float32":
-        out.append("compute in bfloat16: model dtype=bfloat16 halves activations")
-    if model.remat != "full" and worst.name in ("step", "update"):
-        out.append(f"keep fewer activations: model remat=full (now {model.remat}) and scan_layers=true")
-    if worst.name in ("step", "update"):
-        out.append(f"smaller microbatches: --config.microbatches={2 * c.microbatches} (now {c.microbatches})")
-    out.append(f"a smaller --config.batch_size (now {c.batch_size})")
-    return out
+    worst = max((p for p in plan.programs if not p.fits), key=lambda p: p.memory.peak + p.elsewhere)
+    return advise(plan.subject, plan.mesh, worst, plan.completions)
 
 
 def _program(p: Measured) -> dict[str, Any]:
     out = {
         "name": p.name,
-        "memory": dataclasses.asdict(p.memory),
+        "memory": dataclasses.asdict(p.memory) | {"elsewhere": p.elsewhere},
         "capacity": p.capacity,
         "fits": p.fits,
         "largest_buffers": [{"what": what, "bytes": size} for what, size in p.buffers],
         "model_flops": p.model_flops,
         "compile_seconds": round(p.compile_seconds, 1),
     }
-    if p.refused:
-        out["compiler"] = p.refused
+    if said := p.refused or p.unread:
+        out["compiler"] = said
     if p.cost is not None:
         sent = [{"kind": kind, "link": link, "bytes": n} for (kind, link), n in sorted(p.cost.sent.items())]
         out |= {"flops": p.cost.flops, "hbm_bytes": p.cost.hbm, "collectives": sent}

@@ -51,6 +51,7 @@ class Sketch(NamedTuple):
     steps: int
     batch: int  # sequences of the largest forward-backward pass, for the table by hand
     time: int
+    held: PyTree = ()  # what is on the devices all the time, whichever program runs: state and frozen models
 
 
 def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
@@ -119,9 +120,22 @@ def _one_loss(
     stage = assemble(c, start, loss=loss, batches=_NoData(), evals=lambda state: {}, units=tokens, **options)
     state = placed(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
     inputs = (*stage.step.args, state, batch, a_key(layout))
-    flops = float(tokens * chips.token_flops(parameters(subject.model, model.head), subject.model, c.length))
-    step = Program("step", _lower(stage.step.func, layout, *inputs), inputs, flops)
+    step = Program("step", _lower(stage.step.func, layout, *inputs), inputs, _loss_flops(subject, tokens, model.head))
     return Sketch([step], tokens, c.steps, tokens // c.length // c.microbatches, c.length)
+
+
+def _loss_flops(subject: Subject, tokens: int, head: str) -> float:
+    return float(tokens * chips.token_flops(parameters(subject.model, head), subject.model, subject.config.length))
+
+
+def step_flops(subject: Subject, completions: int = 2) -> dict[str, float]:
+    """What the mathematics of a step needs, of the whole mesh, by program; what trains is under "update"."""
+    c = subject.config
+    if c.stage in ("ppo", "group"):
+        return _flops(subject)
+    ranked = c.stage == "reward"
+    tokens = c.batch_size * c.length * (completions if ranked else 1)
+    return {"update": _loss_flops(subject, tokens, "scalar" if ranked else "lm")}
 
 
 def _lower(function: Any, layout: Layout, *inputs: PyTree) -> Callable[[], Any]:
@@ -164,7 +178,8 @@ def _policy(subject: Subject, layout: Layout, _: int) -> Sketch:
     state = placed(jax.eval_shape(init, jax.random.key(0)), axes, layout)
     programs = _policy_programs(subject, layout, task, algorithm, state, frozen)
     batch = c.episodes // c.minibatches // c.microbatches
-    return Sketch(programs, c.episodes * c.max_new, c.steps, batch, c.prompt_length + c.max_new)
+    held = (state, frozen, task.reference, task.reward.params if task.reward is not None else ())
+    return Sketch(programs, c.episodes * c.max_new, c.steps, batch, c.prompt_length + c.max_new, held)
 
 
 def _task(subject: Subject, layout: Layout) -> Task:

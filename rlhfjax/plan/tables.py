@@ -3,10 +3,12 @@
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from rlhfjax.mesh import AXES, MeshConfig
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.memory import GB, GIB, Number
 from rlhfjax.plan.predict import Plan, advice
+from rlhfjax.plan.search import Search
 
 
 def gib(n: Number) -> str:
@@ -67,12 +69,13 @@ def textbook(c: TransformerConfig) -> Table:
 def hbm(plan: Plan) -> Table:
     axes = ", ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
     table = Table(title=f"Memory of a device, GiB: {plan.target.name} ({axes})", title_justify="left")
-    for name in ("program", "arguments", "temporaries", "outputs", "peak", "capacity", "fits"):
+    for name in ("program", "arguments", "temporaries", "outputs", "peak", "elsewhere", "capacity", "fits"):
         table.add_column(name, justify="left" if name == "program" else "right")
     for p in plan.programs:
         m, capacity = p.memory, "unknown" if p.capacity is None else gib(p.capacity)
         fits = {True: "yes", False: "[red]no[/red]", None: "?"}[p.fits]
-        table.add_row(p.name, *(gib(x) for x in (m.arguments, m.temporaries, m.outputs, m.peak)), capacity, fits)
+        sizes = (m.arguments, m.temporaries, m.outputs, m.peak, p.elsewhere)
+        table.add_row(p.name, *map(gib, sizes), capacity, fits)
     return table
 
 
@@ -102,11 +105,51 @@ def work(plan: Plan) -> Table:
     return table
 
 
+def searched(found: Search) -> RenderableType:
+    """Every slice that was considered, by arithmetic and by the compiler; the answers last."""
+    table = Table(title="Slices", title_justify="left")
+    names = ("slice", "chips", "mesh", "GiB, arithmetic", "GiB, compiled", "capacity", "fits", "tokens/chip-s: arith.")
+    for name in (*names, "compiled"):
+        table.add_column(name, justify="left" if name in ("slice", "mesh") else "right")
+    for c in found.candidates:
+        plan = found.plans.get(c.topology)
+        need = "-" if plan is None else gib(max(p.memory.peak + p.elsewhere for p in plan.programs))
+        fits = "-" if plan is None else {True: "yes", False: "no", None: "?"}[plan.fits]
+        rate = f"{found.rate(c):,.1f}" if found.fits(c) else "-"
+        row = (gib(c.expected.bytes), need, gib(c.capacity), fits, f"{c.expected_rate:,.1f}", rate)
+        table.add_row(c.topology, str(c.chips), mesh_flags(c.mesh), *row)
+    return Group(table, answers(found))
+
+
+def answers(found: Search) -> str:
+    """Smallest, best, and what the search took."""
+    lines = []
+    if found.fewest is not None and found.best is not None:
+        each = ", ".join(found.smallest.values())
+        lines.append(f"Smallest that fits: {found.fewest.topology}. By chip: {each}.")
+        best = found.best
+        lines.append(
+            f"Most tokens per chip-second: {best.topology}, {found.rate(best):,.1f}; mesh {mesh_flags(best.mesh)}"
+        )
+    else:
+        lines.append("None of those compiled fits.")
+    lines.append(f"Compiled {len(found.plans)} of {len(found.candidates)} slices.")
+    if found.exhausted:
+        lines.append("--compiles was reached: what is not compiled may be smaller or better.")
+    return "\n".join(lines)
+
+
+def mesh_flags(mesh: MeshConfig) -> str:
+    axes = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
+    return ", ".join([*axes, *(f"{name} whole" for name, over in mesh.rules.items() if not over)]) or "one device"
+
+
 def verdict(plan: Plan) -> str:
     """Lines for the end: fits or not and what would help; time, utilisation and cost."""
     words = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is unknown: no capacity is."}
     lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
     lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
+    lines += [f"Work and time of {p.name} are not known: {p.unread}" for p in plan.programs if p.unread]
     s, n = plan.sketch, memory.parameters(plan.subject.model)
     lines.append(f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens.")
     if plan.step_seconds is not None and plan.mfu is not None:

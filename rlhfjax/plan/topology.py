@@ -68,12 +68,13 @@ def _here() -> Target:
 def _quietly() -> None:
     """libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU.
 
-    libtpu reads XLA_FLAGS too, when it first compiles, and ends the process at a flag of another backend: once the CPU's
-    has read them they are taken away.
+    libtpu reads XLA_FLAGS too, when it first compiles, and ends the process at a flag of another backend: once the
+    CPU's has read them they are taken away.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: without one it warns; the topology decides
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for the chips of a host: none is used here
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
     known = [

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import pytest
@@ -84,7 +85,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     assert step.memory.temporaries == pytest.approx(29.85 * 2**30)
     assert step.memory.arguments == sharded_bytes(drawn.programs[0].inputs)
     assert step.capacity == pytest.approx(15.75 * 2**30)
-    assert any("bfloat16" in line for line in predict.advice(plan)) and any("remat" in a for a in predict.advice(plan))
+    assert re.search(r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0])
     assert "It does not fit." in tables.verdict(plan) and "CompileTimeHbmOom" in tables.verdict(plan)
     assert plan.as_dict()["programs"][0]["compiler"].startswith("E1000")
 

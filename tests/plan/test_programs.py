@@ -29,7 +29,10 @@ def described(tree):
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "reward"])
 def test_the_step_is_that_of_the_stage(name, conversations, finished):
-    """The same text of the whole program, its arguments' shapes included; the plan has read no file. SFT: of adapters."""
+    """The same text of the whole program, its arguments' shapes included; the plan has read no file.
+
+    SFT is that of adapters.
+    """
     changes = {"lora": LORA} if name == "sft" else {}
     values = stage_values(name, conversations, finished, **changes)
     config = recipe.check(values, name)

@@ -1,0 +1,108 @@
+"""The arithmetic that a search and an advice begin with: by hand, and that advice followed is advice kept."""
+
+import dataclasses
+
+import pytest
+
+from rlhfjax.config import to_dict
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models.lora import LoraConfig
+from rlhfjax.models.presets import preset
+from rlhfjax.plan import advice, estimate, memory, programs, shapes
+from rlhfjax.plan.chips import CHIPS, GIB
+from rlhfjax.plan.compiled import Measured, Memory, beside
+from rlhfjax.stages import ppo, sft
+from tests import tiny
+
+ONE = {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+SHAPE = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
+N = memory.parameters(SHAPE)
+
+
+def an_sft(model=SHAPE, **changes):
+    config = sft.Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes)
+    return shapes.Subject("sft", config, model)
+
+
+def a_ppo(**changes):
+    options = {"batch_size": 64, "prompt_length": 1024, "max_new": 1024, "steps": 10, "minibatches": 8} | changes
+    judge = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
+    return shapes.Subject("ppo", ppo.Config(init_from="x", reward="r", **options), SHAPE, judge)
+
+
+def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
+    parts = estimate.estimate(an_sft(), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
+    assert parts["parameters"] == 4 * N / 16 and parts["optimiser and average"] == 8 * N / 16
+    assert parts["gradients"] == 4 * N / 16
+    # 64 rows over 16 devices: of each the inputs of 24 layers, and all of one layer
+    a_layer = sum(memory.layer_activations(SHAPE, 4, 2048).values())
+    assert parts["activations"] == 24 * 2 * 4 * 2048 * 2048 + a_layer
+    again = estimate.estimate(an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
+    assert again["activations"] == parts["activations"] / 4 and again["gradients"] == 2 * parts["gradients"]
+
+
+def test_ppo_has_four_models_and_an_average():
+    judge = memory.parameters(a_ppo().reward, "scalar")
+    nets = estimate.networks(a_ppo(ema=0.9))
+    assert sum(net.numbers for net in nets) == 2 * N + 2 * judge
+    parts = estimate.estimate(a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"]).parts
+    assert parts["optimiser and average"] == 4 * (3 * N + 2 * judge) / 8
+    # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers are more than training
+    assert parts["KV cache"] == memory.kv_cache_bytes(SHAPE, 8, 2048)
+
+
+def test_adapters_share_their_base_with_the_reference():
+    nets = estimate.networks(a_ppo(lora=LoraConfig(rank=8)))
+    assert sum(net.numbers for net in nets) == N + 2 * memory.parameters(a_ppo().reward, "scalar")
+    # rank 8 x (d_in + d_out) of four projections of d x d and two of d x 4 d
+    assert sum(net.trained for net in nets) == 8 * (24 * 18 * 2048 + 32 * 18 * 4096)
+
+
+def test_time_of_a_step_on_one_chip_is_that_of_its_products():
+    """6 N + 12 L H Q T a token, a third more for what is computed again; nothing is sent."""
+    got = estimate.estimate(an_sft(), ONE, CHIPS["v5p"])
+    flops = 64 * 2048 * (6 * N + 12 * 24 * 16 * 128 * 2048)
+    assert got.seconds == pytest.approx(flops * 4 / 3 / CHIPS["v5p"].flops)
+    assert got.tokens == 64 * 2048
+
+
+def refused(gib, room=16.0):
+    memory_ = Memory(gib * GIB, 0.0, 0.0, 0.0, gib * GIB)
+    return Measured("step", memory_, room * GIB, False, None, [], None, 1.0, 0.0)
+
+
+def test_advice_names_what_fits_and_by_how_much():
+    """As it is, 40 GiB on 16 devices that share nothing: every line is the arithmetic of the changed config, scaled."""
+    wide = dataclasses.replace(SHAPE, dtype="float32", remat="none")
+    subject, axes = an_sft(wide), {**ONE, "data": 16}
+    now = estimate.estimate(subject, axes, CHIPS["v5e"]).bytes
+    lines = advice.advise(subject, axes, refused(2 * now / GIB))
+    said = "\n".join(lines)
+    assert f"step needs {2 * now / GIB:.1f} GiB a device of 16.0" in lines[0]
+    full = estimate.estimate(an_sft(dataclasses.replace(wide, remat="full")), axes, CHIPS["v5e"]).bytes
+    assert f"remat=full of the model (now none): {2 * full / GIB:.1f} GiB, not enough alone" in said
+    assert "--config.microbatches=4 (now 1)" in said and "--config.mesh.fsdp=16 (now data 16, fsdp 1)" in said
+    together = an_sft(SHAPE, microbatches=4)
+    best = estimate.estimate(together, {**ONE, "fsdp": 16}, CHIPS["v5e"]).bytes
+    assert f"all of this together: {2 * best / GIB:.1f} GiB, fits" in said
+
+
+def test_what_the_mesh_forbids_is_not_advised():
+    """One row a device: neither smaller microbatches nor a smaller batch; more devices go along tensor."""
+    said = "\n".join(advice.advise(an_sft(), {**ONE, "fsdp": 64}, refused(40.0)))
+    assert "microbatches" not in said and "--config.batch_size" not in said
+    assert "--config.mesh.fsdp=64 --config.mesh.tensor=" in said
+
+
+def test_frozen_models_are_beside_an_update():
+    """Reference and reward model stay on the devices while the policy is updated, whose average is in its arguments."""
+    subject = shapes.subject(to_dict(tiny.get_config("data=nowhere")), "ppo")
+    drawn = programs.sketch(subject, make_layout(MeshConfig()))
+    left = {p.name: beside(p, drawn.held) for p in drawn.programs}
+    one, judge = 4 * memory.parameters(subject.model), 4 * memory.parameters(subject.reward, "scalar")
+    assert left["update"] == one + judge
+    # policy and value function with two moments each, the policy's average; counters
+    state = 4 * one + 3 * judge
+    assert left["score"] == pytest.approx(one + state, rel=0.01)
+    assert left["rollout"] == pytest.approx(one + judge + state - one, rel=0.01)
+    assert left["know"] == pytest.approx(judge + state - one - judge, rel=0.01)

@@ -1,0 +1,150 @@
+"""The search with a compiler made of numbers: what it finds, and how often it asks."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import AXES, MeshConfig
+from rlhfjax.models.presets import preset
+from rlhfjax.plan import chips, predict, search, shapes, topology
+from rlhfjax.plan.chips import CHIPS, GIB
+from rlhfjax.plan.compiled import Measured, Memory
+from rlhfjax.plan.estimate import Estimate
+from rlhfjax.plan.programs import Sketch
+from rlhfjax.stages.sft import Config
+
+SHAPE = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
+
+
+def sft(model=SHAPE, **changes):
+    return shapes.Subject("sft", Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes), model)
+
+
+def plan(fits, seconds=1.0):
+    """What the compiler would say, of one program that takes so long a step of 1000 tokens."""
+    memory, roof = (
+        Memory(0.0, 0.0, 0.0, 0.0, GIB * (10 if fits else 20)),
+        chips.Roofline(seconds, 0.0, 0.0, 0.0) if fits else None,
+    )
+    step = Measured("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
+    target = topology.Target("stub", jax.devices()[:1], CHIPS["v5e"], 16 * GIB)
+    return predict.Plan(sft(), target, dict.fromkeys(AXES, 1), Sketch([], 1000, 10, 1, 1), [step])
+
+
+def candidate(chips, gib, seconds=1.0, chip="v5e"):
+    expected = Estimate({"all": gib * GIB}, seconds, 1000)
+    return search.Candidate(f"{chip}:{chips}", chips, MeshConfig(), expected, 16 * GIB)
+
+
+@pytest.mark.parametrize("first_that_fits", [1, 2, 4, 8, 16, 32, 64, None])
+def test_the_smallest_is_found_wherever_arithmetic_begins(first_that_fits):
+    """Against every slice asked; about as many questions as steps between the guess and the answer."""
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    for guess in sizes:
+        ordered, asked = [candidate(n, 16 if n >= guess else 17) for n in sizes], []
+
+        def fits(c, asked=asked):
+            asked.append(c.chips)
+            return first_that_fits is not None and c.chips >= first_that_fits
+
+        found = search.smallest(ordered, fits)
+        assert (found and found.chips) == first_that_fits
+        away = abs(sizes.index(guess) - (sizes.index(first_that_fits) if first_that_fits else len(sizes)))
+        assert len(asked) == len(set(asked)) <= away + 2
+
+
+def stub(monkeypatch, table):
+    """Candidates from {chip: [(chips, expected GiB, expected seconds)]}."""
+    rows = {chip: [candidate(*row, chip=chip) for row in of] for chip, of in table.items()}
+    monkeypatch.setattr(search, "candidates", lambda subject, chip, completions: iter(rows[chip]))
+
+
+def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
+    """Rates a chip fall with the slice, 1000 / (1.5^i x 2^i): nothing larger is worth a compilation."""
+    stub(monkeypatch, {"v5e": [(2**i, 60 / 2**i, 1.5**i) for i in range(6)]})
+    asked = []
+
+    def compiled(c):
+        asked.append(c.chips)
+        return plan(c.chips >= 4, seconds=c.expected.seconds)
+
+    found = search.search(sft(), ["v5e"], compiled)
+    assert asked == [4, 2]
+    assert found.fewest.chips == found.best.chips == 4
+    assert found.smallest == {"v5e": "v5e:4"} and not found.exhausted
+
+
+def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
+    """8 chips take a fifth of 4 chips' time, by arithmetic and, twice as slow, by the compiler; not so 16."""
+    stub(monkeypatch, {"v5e": [(4, 10, 10.0), (8, 5, 2.0), (16, 3, 1.5), (32, 2, 1.4)]})
+    asked = []
+
+    def compiled(c):
+        asked.append(c.chips)
+        return plan(True, seconds=2 * c.expected.seconds)
+
+    found = search.search(sft(), ["v5e"], compiled)
+    assert asked == [4, 8]
+    assert found.fewest.chips == 4 and found.best.chips == 8
+    assert found.rate(found.best) == pytest.approx(1000 / 4 / 8)
+
+
+def test_chips_are_compared_and_each_has_its_smallest(monkeypatch):
+    """v5p fits on fewer chips; v5e makes more of each."""
+    stub(monkeypatch, {"v5e": [(8, 17, 1.0), (16, 10, 0.1)], "v5p": [(2, 10, 10.0), (4, 5, 6.0)]})
+    found = search.search(sft(), ["v5e", "v5p"], lambda c: plan(c.chips != 8, seconds=c.expected.seconds))
+    assert found.smallest == {"v5e": "v5e:16", "v5p": "v5p:2"}
+    assert (found.fewest.topology, found.best.topology) == ("v5p:2", "v5e:16")
+    assert set(found.plans) == {"v5p:2", "v5e:16", "v5e:8"}  # neither v5p:4, slower by arithmetic
+    out = json.loads(json.dumps(found.as_dict()))
+    assert (out["compiled"], out["considered"], out["smallest"], out["best"]) == (3, 4, "v5p:2", "v5e:16")
+    assert [row.get("fits") for row in out["candidates"]] == [False, True, True, None]
+
+
+def test_no_more_is_compiled_than_allowed(monkeypatch):
+    stub(monkeypatch, {"v5e": [(2**i, 1, 1.0) for i in range(6)]})
+    asked = []
+    found = search.search(sft(), ["v5e"], lambda c: [asked.append(c.chips), plan(False)][1], most=3)
+    assert asked == [1, 2, 4] and found.exhausted
+    assert found.fewest is None and found.best is None and found.smallest == {}
+
+
+def axes(mesh):
+    return mesh and (mesh.data, mesh.fsdp, mesh.tensor, dict(mesh.rules))
+
+
+def test_meshes_of_slices():
+    """64 rows: FSDP over up to 64 devices, tensor beyond; 50257 = 29 x 1733 is not divided by it."""
+    assert axes(search.mesh_for(sft(), 16)) == (1, 16, 1, {})
+    assert axes(search.mesh_for(sft(), 128)) == (1, 64, 2, {"vocab": ()})
+    assert axes(search.mesh_for(sft(dataclasses.replace(SHAPE, vocab_size=50304)), 128)) == (1, 64, 2, {})
+    assert axes(search.mesh_for(sft(microbatches=4), 64)) == (1, 16, 4, {"vocab": ()})
+    assert search.mesh_for(sft(batch_size=2), 64) is None  # 32 devices for 16 heads
+
+
+def test_meshes_that_the_config_gives():
+    mesh = MeshConfig(data=1, fsdp=-1, tensor=2)
+    assert axes(search.mesh_for(sft(mesh=mesh), 16)) == (1, 8, 2, {"vocab": ()})
+    assert search.mesh_for(sft(mesh=mesh), 1) is None
+    fixed = MeshConfig(data=1, fsdp=8)
+    assert [n for n in (4, 8, 16) if search.mesh_for(sft(mesh=fixed), n)] == [8]
+
+
+def test_candidates_of_a_chip():
+    """1.3B with two moments and a gradient, 21 GB, fits no single v5e; sizes, meshes and a device's share of tpu7x."""
+    found = {c.topology: c for c in search.candidates(sft(), "v5e")}
+    assert list(found) == [f"v5e:{s}" for s in search.FLAT]
+    assert not found["v5e:1x1"].expected_to_fit and found["v5e:4x4"].expected_to_fit
+    assert found["v5e:4x4"].chips == found["v5e:4x4"].mesh.fsdp == 16
+    half = next(c for c in search.candidates(sft(), "tpu7x"))
+    assert half.mesh.fsdp == 2 and half.capacity == CHIPS["tpu7x"].hbm / 2
+    with pytest.raises(ConfigError, match="--chips=v9: chips are v4, v5e"):
+        list(search.candidates(sft(), "v9"))
+
+
+def test_nothing_to_choose_from():
+    with pytest.raises(ConfigError, match="no slice of v5e divides batch and model of sft"):
+        search.search(sft(mesh=MeshConfig(data=1, fsdp=3)), ["v5e"], lambda c: plan(True))
