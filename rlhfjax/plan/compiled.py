@@ -69,7 +69,7 @@ def measure(program: Program, target: Target, held: Any = ()) -> Measured:
     memory, elsewhere = _memory(compiled.memory_analysis()), beside(program, held)
     module, unread = _read(compiled)
     cost = module.cost() if module else None
-    work = Work(cost.flops, cost.hbm, cost.link("ici"), cost.link("dcn")) if cost else None
+    work = _work(cost, program.model_flops / len(target.devices)) if cost else None
     return Measured(
         program.name,
         memory,
@@ -83,6 +83,11 @@ def measure(program: Program, target: Target, held: Any = ()) -> Measured:
         elsewhere=elsewhere,
         unread=unread,
     )
+
+
+def _work(cost: Cost, least: float) -> Work:
+    """What the program says, of products at least what the mathematics needs: loops of unknown length count once."""
+    return Work(max(cost.flops, least), cost.hbm, cost.link("ici"), cost.link("dcn"))
 
 
 def _read(compiled: Any) -> tuple[Module | None, str]:

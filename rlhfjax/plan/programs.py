@@ -66,6 +66,8 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
     kind = subject.config.stage
     if kind not in makers:
         raise ConfigError(f"plan: stage {kind!r} is not among those that can be planned: {', '.join(makers)}")
+    if (base := subject.config.lora.base) != "float32":
+        raise ConfigError(f"plan: lora.base={base!r} cannot be planned; with lora.base=float32 it is an upper bound")
     if check := getattr(find(kind), "check", None):
         check(subject.config, layout, subject.model)
     with layout.use():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import types
 
 import jax
 import pytest
@@ -88,6 +89,39 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     assert re.search(r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0])
     assert "It does not fit." in tables.verdict(plan) and "CompileTimeHbmOom" in tables.verdict(plan)
     assert plan.as_dict()["programs"][0]["compiler"].startswith("E1000")
+
+
+class _Unread:
+    """A program that compiles and whose text jaxlib does not know, as on v5p: its memory is known."""
+
+    def compile(self):
+        return self
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(
+            argument_size_in_bytes=3, output_size_in_bytes=2, temp_size_in_bytes=4, alias_size_in_bytes=1
+        )
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)\nmore")
+
+
+def test_what_cannot_be_read_still_has_its_memory(monkeypatch):
+    chosen = shapes.subject(tiny_sft(), "sft")
+    target = topology.Target("v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm)
+    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh, target.devices))
+    unread = drawn._replace(programs=[p._replace(lower=_Unread) for p in drawn.programs])
+    monkeypatch.setattr(predict, "sketch", lambda *_: unread)
+    plan = predict.make(chosen, target)
+    assert plan.fits and plan.programs[0].memory.peak == 3 + 4 + 2 - 1
+    assert plan.step_seconds is None and plan.mfu is None
+    assert "Work and time of step are not known: INTERNAL" in tables.verdict(plan)
+
+
+def test_products_take_at_least_what_the_mathematics_needs():
+    """Loops of unknown length are counted once: of 5 FLOPs in the text and 12 in the equations, 12."""
+    cost = compiled.Cost(flops=5.0, hbm=7.0)
+    assert compiled._work(cost, 12.0) == (12.0, 7.0, 0.0, 0.0) and compiled._work(cost, 2.0).flops == 5.0
 
 
 def test_time_and_cost_from_a_roofline():

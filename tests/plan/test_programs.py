@@ -183,6 +183,9 @@ def test_what_cannot_be_planned():
         shapes.subject(NOWHERE, "tokenizer")
     with pytest.raises(ConfigError, match="config argument 'depth' is unknown"):
         shapes.parse_model("tiny:depth=3")
+    quantised = {**NOWHERE, "sft": {**NOWHERE["sft"], "lora": {**LORA, "base": "nf4"}}}
+    with pytest.raises(ConfigError, match=r"plan: lora\.base='nf4' cannot be planned"):
+        programs.sketch(shapes.subject(quantised, "sft"), make_layout(MeshConfig()))
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["batch_size"] = 6
     layout = make_layout(MeshConfig(data=4), jax.devices()[:4])
