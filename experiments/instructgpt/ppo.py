@@ -111,6 +111,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         max_new=1024,  # appendix C: "1k"
         batch_size=BATCH,
         steps=ITERATIONS,
+        # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
+        mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}} if arg.size == "175b" else {},
         eval_every=25,
         checkpoint={"every": 25},
         log={"every": 1},

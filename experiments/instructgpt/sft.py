@@ -80,8 +80,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         overrides={"dropout": 0.2},
         # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it is left out.
         sources=(source,),
-        # A batch of two rows: the devices share the tensors.
-        mesh={"data": 1, "tensor": -1} if arg.size == "175b" else {},
+        # A batch of two rows: more devices share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
+        mesh={"data": 1, "fsdp": 2, "tensor": -1, "rules": {"vocab": ()}} if arg.size == "175b" else {},
         eval_sources=({**source, "split": "validation"},),  # table 6: 1,550 + 103
         length=LENGTH,
         batch_size=BATCH[arg.size] // A_ROW,

@@ -23,9 +23,11 @@ class Chip:
     devices: int = 1
 
 
-# Capacity, peak, HBM and bidirectional ICI bandwidth: the "system architecture" section of each page. `ici` is half of
-# what the page calls bidirectional. DCN of v5p, v6e and TPU7x is in TPU7x's table; of v5e, 6.4 Tbps a pod of 256 chips.
-# v4's page has neither link: 6 links of 50 GB/s (Jouppi et al. 2023, Table 4), and its DCN is taken as v5e's.
+# Capacity, peak, HBM and bidirectional ICI bandwidth: the "system architecture" section of each page; `ici` is half of
+# what the page calls bidirectional. DCN of v5p: its page (50 Gbps); of v5e: 6.4 Tbps a pod of 256 chips. Later versions
+# of the pages state HBM bandwidth in GiB/s (v5e: 800, v5p: 2575).
+# Assumed, and not confirmed by a page: v4's links, 6 of 50 GB/s (Jouppi et al. 2023, Table 4; secondary sources have
+# 400 Gb/s a link and direction); v4's DCN, taken as v5e's; the DCN of v6e; HBM bandwidth, ICI and DCN of TPU7x.
 DOCS = "https://cloud.google.com/tpu/docs"
 CHIPS = {
     chip.name: chip

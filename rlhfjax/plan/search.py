@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import AXES, MeshConfig
+from rlhfjax.mesh import AXES, DEFAULT_RULES, MeshConfig
 from rlhfjax.plan import predict
 from rlhfjax.plan.chips import CHIPS
 from rlhfjax.plan.estimate import Estimate, estimate, smallest_batch
@@ -22,7 +22,8 @@ from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import target
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# What Cloud TPU calls these slices; v4, v5p and TPU7x come in hosts of four chips.
+CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
 
 
@@ -232,6 +233,7 @@ def _possible(subject: Subject, mesh: MeshConfig) -> MeshConfig | None:
     for m in shapes:
         if m.d_model % mesh.fsdp or any(n % mesh.tensor for n in (m.n_heads, m.kv_heads, m.d_ff)):
             return None
-    if any(m.vocab_size % mesh.tensor for m in shapes):
+    split = "tensor" in mesh.rules.get("vocab", DEFAULT_RULES["vocab"])
+    if split and any(m.vocab_size % mesh.tensor for m in shapes):
         return dataclasses.replace(mesh, rules={**mesh.rules, "vocab": ()})
     return mesh

@@ -139,8 +139,14 @@ def test_candidates_of_a_chip():
     assert list(found) == [f"v5e:{s}" for s in search.FLAT]
     assert not found["v5e:1x1"].expected_to_fit and found["v5e:4x4"].expected_to_fit
     assert found["v5e:4x4"].chips == found["v5e:4x4"].mesh.fsdp == 16
+    # two devices a chip
     half = next(c for c in search.candidates(sft(), "tpu7x"))
-    assert half.mesh.fsdp == 2 and half.capacity == CHIPS["tpu7x"].hbm / 2
+    assert (
+        half.topology == "tpu7x:2x2x1"
+        and half.chips == 4
+        and half.mesh.fsdp == 8
+        and half.capacity == CHIPS["tpu7x"].hbm / 2
+    )
     with pytest.raises(ConfigError, match="--chips=v9: chips are v4, v5e"):
         list(search.candidates(sft(), "v9"))
 
