@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from rlhfjax import hosts
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError
 
@@ -57,7 +58,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Those that are whole on the disk; a save under way is not."""
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return hosts.share(lambda: sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit()))
 
     def save(self, step: int, state: PyTree, data: Any) -> None:
         """Starts a save; the checkpoint appears under its name once all of it is on the disk.
@@ -72,8 +73,10 @@ class Checkpoints:
             self._orbax.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
 
     def wait(self) -> None:
+        """Until the save under way, if any, is whole, on every host."""
         with _disk_errors(self.directory):
             self._orbax.wait()
+        hosts.barrier()
 
     def close(self) -> None:
         """Waits for the save under way, if any."""
@@ -112,11 +115,14 @@ class Checkpoints:
         return None
 
     def _move_aside(self, step: int) -> None:
-        self.set_aside.mkdir(exist_ok=True)
-        target = self.set_aside / str(step)
-        while target.exists():
-            target = target.with_name(target.name + "_")
-        os.replace(self.directory / str(step), target)
+        def move() -> None:
+            self.set_aside.mkdir(exist_ok=True)
+            target = self.set_aside / str(step)
+            while target.exists():
+                target = target.with_name(target.name + "_")
+            os.replace(self.directory / str(step), target)
+
+        hosts.share(move)
         self._orbax.reload()
 
 
@@ -124,11 +130,15 @@ def save_tree(path: Path, tree: PyTree) -> None:
     """Writes one tree of arrays, whole or not at all, replacing what was there."""
     path = Path(path).absolute()
     temporary = path.with_name(path.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with _disk_errors(path):
-        ocp.save_checkpointables(temporary, {"state": tree}, custom_metadata={"checksums": checksums(tree)})
+
+    def put_in_place() -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
+
+    hosts.share(lambda: shutil.rmtree(temporary, ignore_errors=True))
+    with _disk_errors(path):
+        ocp.save_checkpointables(temporary, {"state": tree}, custom_metadata={"checksums": checksums(tree)})
+        hosts.share(put_in_place)
 
 
 def load_tree(path: Path, abstract: PyTree) -> PyTree:
@@ -180,10 +190,13 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
     if saved is None or not note:
         raise _Damaged("its metadata cannot be read")
     _check_shapes(path, saved, abstract)
+    why = ""
     try:
         state = ocp.load_checkpointables(path, {"state": abstract})["state"]
     except Exception as e:
-        raise _Damaged(_one_line(e)) from e
+        why = _one_line(e)
+    if hosts.anywhere(bool(why)):
+        raise _Damaged(why or "another host cannot read it")
     if checksums(state) != note["checksums"]:
         raise _Damaged("checksums differ")
     return state, note

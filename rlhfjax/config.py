@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import dacite
 from ml_collections import ConfigDict, config_dict
 
+from rlhfjax import hosts
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 
@@ -202,7 +203,9 @@ def to_dict(config: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all."""
+    """Writes whole or not at all, on the first host."""
+    if not hosts.first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)

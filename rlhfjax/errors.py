@@ -29,3 +29,10 @@ class Preempted(UserError):
     """SIGTERM was received and the state was saved: the same command goes on from here (exit code 75)."""
 
     exit_code = 75  # EX_TEMPFAIL: what a launcher restarts on
+
+
+class HostLost(UserError):
+    """Another host is gone; what this one had since the last checkpoint is lost (exit code 75: start all again)."""
+
+    exit_code = 75
+    message = "another host is gone; the same command on all hosts goes on from the last checkpoint"

@@ -7,8 +7,10 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -51,9 +53,10 @@ def run(fv: flags.FlagValues) -> None:
     if "stages" not in fv.config:
         raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
     recipe.run(fv.config, Path(fv.workdir))
-    report(fv)
-    if recipe.can_talk(Path(fv.workdir)):
-        print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
+    if _hosts().first():
+        report(fv)
+        if recipe.can_talk(Path(fv.workdir)):
+            print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
 
 
 def sweep(fv: flags.FlagValues) -> None:
@@ -160,6 +163,8 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
     _workdir_flag(fv)
     if command in ("train", "run", "sweep", "eval", "plan"):
         _config_flag(fv, argv)
+    if command in _TOGETHER:
+        _start_flags(fv)
     if command == "sweep":
         flags.DEFINE_integer("parallel", 1, "runs at a time; an accelerator has room for one", 1, flag_values=fv)
         flags.DEFINE_string(
@@ -184,6 +189,18 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
     if command == "plan":
         _plan_flags(fv)
     return fv
+
+
+_TOGETHER = ("train", "run", "eval", "import")  # what several hosts run as one
+
+
+def _start_flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "compilation_cache", None, "folder in which compiled programs are kept for the next start", flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "host_timeout", 100, "seconds without a sign of life after which another host counts as lost", 1, flag_values=fv
+    )
 
 
 def _plan_flags(fv: flags.FlagValues) -> None:
@@ -244,8 +261,54 @@ def _parse(argv: list[str]) -> tuple[Callable[[flags.FlagValues], None], flags.F
 
 def _on_sigterm(*_: object) -> None:
     """Outside of the loop, which saves first: what is on the disk is whole at any moment, so it may just leave."""
-    print("rlhfjax: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+    message = "stopped; the same command goes on from here"
+    if _many():
+        _hosts().fail(message, Preempted.exit_code)
+    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
     os._exit(Preempted.exit_code)
+
+
+def _start(command: str, fv: flags.FlagValues) -> None:
+    """What comes before a command's first call of jax."""
+    if command in ("train", "run"):
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    if command in _TOGETHER:
+        if fv.compilation_cache:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", fv.compilation_cache)
+        _hosts().join(fv.host_timeout)
+
+
+def _hosts() -> Any:
+    from rlhfjax import hosts  # here: `--help` need not import jax
+
+    return hosts
+
+
+def _many() -> bool:
+    """Whether this is one host of several, that have to learn of its end."""
+    return "rlhfjax.hosts" in sys.modules and _hosts().count() > 1
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    """Ends with one line; other hosts are told, unless all of them end alike."""
+    if _many() and code != Preempted.exit_code:
+        _hosts().fail(message, code)
+    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
+    if _many():
+        _hosts().leave()
+    sys.exit(code)
+
+
+def _unexpected(error: BaseException) -> NoReturn:
+    """Raises what nobody expected; one of several hosts ends the others too, and says in one line that one is lost."""
+    if not _many():
+        raise error
+    if _hosts().lost(error):
+        _hosts().fail_for_another()
+    traceback.print_exception(error)
+    _hosts().fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,16 +321,19 @@ def main(argv: list[str] | None = None) -> None:
         parsed = _parse(sys.argv if argv is None else argv)
         if parsed is not None:
             command, fv = parsed
-            if command in (train, run):
-                signal.signal(signal.SIGTERM, _on_sigterm)
+            _start(next(name for name, one in COMMANDS.items() if one is command), fv)
             command(fv)
+            if _many():
+                _hosts().leave()
     except UserError as e:
-        print(f"rlhfjax: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        _exit(str(e), e.exit_code)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        print(f"rlhfjax: {e.strerror}: {e.filename or 'a file of the run'}", file=sys.stderr)
-        sys.exit(1)
+            _unexpected(e)
+        _exit(f"{e.strerror}: {e.filename or 'a file of the run'}", 1)
     except KeyboardInterrupt:
+        if _many():
+            _exit("interrupted", 130)
         sys.exit(130)
+    except Exception as e:
+        _unexpected(e)

@@ -8,7 +8,6 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -91,9 +90,10 @@ class Layout:
         return math.prod(self.mesh.shape[a] for a in self.rules["batch"])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays, this process's share of the global batch, to arrays sharded over the batch axes."""
+        """Host arrays, the whole batch on every host, to arrays sharded over the batch axes: each row on the devices
+        that it belongs to, whichever host has them."""
         sharding = self.sharding("batch")
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
 
     def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
         """One array a row of the batch; what is on the devices already stays there."""
@@ -179,9 +179,3 @@ def shards(name: str) -> int:
     """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
     return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
-
-
-def initialize_distributed() -> None:
-    """Joins the other hosts when a cluster's environment says that there are any; call before any other jax call."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ:
-        jax.distributed.initialize()

@@ -20,6 +20,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from rlhfjax import hosts
 from rlhfjax.errors import ConfigError, DataError
 
 Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
@@ -93,7 +94,9 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line, the file whole or not at all."""
+    """Writes a JSON object a line, the file whole or not at all, on the first host."""
+    if not hosts.first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -138,7 +141,7 @@ class Writer:
         *,
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
-        primary: bool = True,
+        primary: bool | None = None,
     ):
         """Opens the files of a workdir.
 
@@ -148,14 +151,14 @@ class Writer:
             they will be written again. None starts from empty files.
           tensorboard: whether to write `tb/` as well.
           wandb: keyword arguments of `wandb.init` ({} for the defaults), or None to leave it alone.
-          primary: False on every host but one: nothing is written.
+          primary: False where nothing is written; None: on every host but the first.
 
         Raises:
           ConfigError: wandb is asked for and is not installed.
         """
         self._files: dict[str, io.TextIOBase] = {}
         self._tensorboard = self._wandb = None
-        if not primary:
+        if not (hosts.first() if primary is None else primary):
             return
         workdir = Path(workdir)
         self._wandb = _start_wandb(workdir, wandb) if wandb is not None else None
@@ -248,6 +251,13 @@ def headline(metrics: Mapping[str, Real]) -> str:
     return ""
 
 
+class _Nowhere(io.TextIOBase):
+    """What hosts other than the first print into."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class Progress:
     """One line of progress: title, step/total, percent, loss or reward, units a second, ETA.
 
@@ -284,7 +294,7 @@ class Progress:
             interval,
             clock,
         )
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = (sys.stderr if hosts.first() else _Nowhere()) if stream is None else stream
         self._began, self._printed = clock(), -math.inf
         self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
         self._count, self._text, self._bar = 0.0, "", None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import stages, train
+from rlhfjax import hosts, stages, train
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
@@ -40,11 +40,11 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     folders = stage_folders(config, workdir)
     resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
     check_all(resolved, folders)
-    claim(workdir, config)
+    hosts.share(lambda: claim(workdir, config))
     final: dict[str, float] = {}
     for name, values in resolved.items():
         final |= run_stage(values, folders[name], record=config[name])
-        collect_metrics(workdir, folders)
+        hosts.share(lambda: collect_metrics(workdir, folders))
     return final
 
 
@@ -57,12 +57,14 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
     """
     module = stages.find(config.get("stage", ""))
     typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[config["stage"]]
-    claim(workdir, config if record is None else record)
-    if (workdir / DONE).exists():
-        return json.loads((workdir / DONE).read_text())["metrics"]
+    hosts.share(lambda: claim(workdir, config if record is None else record))
+    if done := hosts.share(lambda: read_done(workdir)):
+        return done["metrics"]
     began = time.time()
     layout = make_layout(typed.mesh)
-    if hasattr(module, "run"):
+    if getattr(module, "ON_ONE_HOST", False):
+        metrics = hosts.share(lambda: module.run(typed, workdir, layout))
+    elif hasattr(module, "run"):
         metrics = module.run(typed, workdir, layout)
     else:
         with layout.use():
@@ -70,8 +72,13 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
         metrics = train.run(stage, typed, workdir, layout)
     steps = getattr(typed, "steps", 0)
     done = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
-    write_json(workdir / DONE, done | {"metrics": metrics})
+    hosts.share(lambda: write_json(workdir / DONE, done | {"metrics": metrics}))
     return metrics
+
+
+def read_done(workdir: Path) -> dict[str, Any] | None:
+    """What a finished stage left; None where it is not finished."""
+    return json.loads((workdir / DONE).read_text()) if (workdir / DONE).exists() else None
 
 
 def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> dict[str, float]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from rlhfjax import hosts
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
@@ -51,15 +52,15 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
         outputs = {
             "tensorboard": config.log.tensorboard,
             "wandb": {"project": config.log.wandb} if config.log.wandb else None,
-            "primary": jax.process_index() == 0,
         }
         with (
             metric.Writer(workdir, resumed, **outputs) as writer,
             metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
         ):
             log = _Log(config, stage, writer, progress, checkpoints, start)
+            vote = hosts.Vote()  # of all hosts, so that they stop at the same step
             for step in range(start, config.steps + 1):
-                stop, last = stopping.is_set(), step == config.steps
+                stop, last = vote(stopping.is_set()), step == config.steps
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
                     log.evaluate(step, stage.evals(state))
@@ -70,7 +71,7 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                         log.evaluate(step, _finish(stage, state, workdir, layout))
                     writer.flush()
                     checkpoints.save(step, state, stage.batches.get_state())
-                if stop or (last and stopping.is_set()):
+                if stop or (last and hosts.anywhere(stopping.is_set())):
                     checkpoints.wait()
                     raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
                 if last:
@@ -78,7 +79,7 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
                 batch = layout.put(next(stage.batches))
                 state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
                 log.later(step + 1, pairs)
-    return metric.last_values(workdir)
+    return hosts.share(lambda: metric.last_values(workdir))
 
 
 def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -91,7 +92,7 @@ def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -
         restored = checkpoints.restore(_abstract_state(stage, jax.random.key(0), layout))
     if restored is None:
         raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
-    return metric.finalize(jax.device_get(stage.evals(restored[0])), f"{config.stage}/")
+    return metric.finalize(hosts.whole(stage.evals(restored[0])), f"{config.stage}/")
 
 
 def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layout) -> Any:
@@ -109,7 +110,7 @@ def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layou
 def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:
     """Adapters as PEFT has them, by one process, which gathers them all; a model that PEFT does not know has none."""
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters))
-    if jax.process_index() == 0:
+    if hosts.first():
         try:
             peft.save_peft(folder, model, whole)
         except ConfigError as e:
@@ -179,7 +180,7 @@ class _Log:
         if self._pending is None:
             return
         (step, pairs), self._pending = self._pending, None
-        values = metric.finalize(jax.device_get(pairs), f"{self.config.stage}/")
+        values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
         self._check_finite(step, values)
         self.progress.update(step, values, self.stage.units)
         if step % self.config.log.every == 0 or step == self.config.steps:
@@ -187,7 +188,7 @@ class _Log:
             self._time(step)
 
     def evaluate(self, step: int, pairs: Any) -> None:
-        values = metric.finalize(jax.device_get(pairs), f"{self.config.stage}/")
+        values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
         self._check_finite(step, values)
         self.writer.write(step, values)
         self._timed_at, self._timed_step = time.monotonic(), step

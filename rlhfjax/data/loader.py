@@ -27,9 +27,10 @@ Weighted = Source | Sequence[Source] | Sequence[tuple[Source, float]]
 
 
 class Batches(Iterator[Batch]):
-    """Rows of a grain dataset in batches; each of `host_count` hosts sees its share of the same global batch.
+    """Rows of a grain dataset in batches.
 
-    Every host makes all rows and keeps its own, so that the data do not depend on how many hosts there are.
+    Every host makes all rows, so that the data do not depend on how many hosts there are; `mesh.Layout.put` gives each
+    device its own.
     """
 
     def __init__(
@@ -38,17 +39,13 @@ class Batches(Iterator[Batch]):
         filler: Callable[[Batch], Batch],
         *,
         batch_size: int,
-        host_index: int = 0,
-        host_count: int = 1,
         skipped: int = 0,
         **identity: Any,
     ):
-        if batch_size < 1 or batch_size % host_count or not 0 <= host_index < host_count:
-            raise ConfigError(f"loader: batch_size={batch_size} cannot be shared by {host_count} hosts")
-        share = batch_size // host_count
+        if batch_size < 1:
+            raise ConfigError(f"loader: batch_size={batch_size} is below 1")
         self.skipped = skipped
         self._rows, self._filler, self._size = rows, filler, batch_size
-        self._mine = slice(host_index * share, (host_index + 1) * share)
         self._identity = {"batch_size": batch_size, **identity}
         self._iterator = iter(rows)
 
@@ -61,7 +58,7 @@ class Batches(Iterator[Batch]):
         if not rows:
             raise StopIteration
         rows += [self._filler(rows[0])] * (self._size - len(rows))
-        return {name: np.stack([row[name] for row in rows[self._mine]]) for name in rows[0]}
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def restart(self) -> "Batches":
         """Back to the first batch; returns itself, so that `for batch in batches.restart()` is one whole pass."""
@@ -92,8 +89,6 @@ def pretrain_batches(
     seed: int = 0,
     train: bool = True,
     cross_document: bool = False,
-    host_index: int = 0,
-    host_count: int = 1,
 ) -> Batches:
     """Packed documents: tokens, targets, segments, positions int32 [b, t] and mask float32 [b, t].
 
@@ -118,7 +113,7 @@ def pretrain_batches(
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=16 * batch_size, seed=seed)
     rows = rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id, cross_document=cross_document))
     identity = _identity("pretrain", sources, length, seed, train) | {"cross_document": cross_document}
-    return _batches(rows, _blank(tokenizer), sources, identity, batch_size, host_index, host_count)
+    return _batches(rows, _blank(tokenizer), sources, identity, batch_size)
 
 
 def sft_batches(
@@ -129,8 +124,6 @@ def sft_batches(
     length: int,
     seed: int = 0,
     train: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
 ) -> Batches:
     """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone.
 
@@ -145,7 +138,7 @@ def sft_batches(
     rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)
     rows = rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id))
     identity = _identity("sft", sources, length, seed, train)
-    return _batches(rows, _blank(tokenizer), sources, identity, batch_size, host_index, host_count)
+    return _batches(rows, _blank(tokenizer), sources, identity, batch_size)
 
 
 def prompt_batches(
@@ -156,8 +149,6 @@ def prompt_batches(
     length: int,
     seed: int = 0,
     train: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
 ) -> Batches:
     """Left-padded prompts [b, p], their segments [b, p] (0 on padding) and index [b] into `source`, all int32.
 
@@ -175,7 +166,7 @@ def prompt_batches(
     rows = _mixed([(Encoded(source, encode), 1.0)], seed, train).to_iter_dataset(_INLINE)
     identity = _identity("prompts", sources, length, seed, train)
     filler = lambda row: row | {"index": np.int32(-1)}  # noqa: E731
-    return _batches(rows, filler, sources, identity, batch_size, host_index, host_count)
+    return _batches(rows, filler, sources, identity, batch_size)
 
 
 def preference_batches(
@@ -187,8 +178,6 @@ def preference_batches(
     k: int | None = None,
     seed: int = 0,
     train: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
 ) -> Batches:
     """All completions of a prompt in one element: tokens, segments int32 [b, k, t], right-padded; scores, valid
     float32 [b, k]; lengths int32 [b, k], the tokens of each response; index int32 [b], -1 in rows that only fill.
@@ -208,7 +197,7 @@ def preference_batches(
 
     rows = _mixed([(Encoded(source, encode), 1.0)], seed, train).to_iter_dataset(_INLINE)
     identity = _identity("preferences", sources, length, seed, train) | {"k": k}
-    return _batches(rows, filler, sources, identity, batch_size, host_index, host_count)
+    return _batches(rows, filler, sources, identity, batch_size)
 
 
 # Rows are read on the caller's thread: they come out of memory, and a CPU's cores are for the model.
@@ -256,12 +245,9 @@ def _batches(
     sources: list[tuple[Source, float]],
     identity: dict[str, Any],
     batch_size: int,
-    host_index: int,
-    host_count: int,
 ) -> Batches:
     skipped = sum(one.skipped for one, _ in sources)
-    hosts = {"host_index": host_index, "host_count": host_count}
-    return Batches(rows, filler, batch_size=batch_size, skipped=skipped, **hosts, **identity)
+    return Batches(rows, filler, batch_size=batch_size, skipped=skipped, **identity)
 
 
 def _blank(tokenizer: Tokenizer) -> Callable[[Batch], Batch]:

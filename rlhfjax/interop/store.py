@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rlhfjax import checkpoint, state
+from rlhfjax import checkpoint, hosts, state
 from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -33,15 +33,19 @@ class SavedModel:
 
 def save(folder: Path, saved: SavedModel) -> None:
     """Writes a model; `config.json` comes last, so that a folder that has one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    checkpoint.save_tree(folder / "params", saved.params)
-    if jax.process_index() == 0:
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+
+    def end() -> None:
         saved.tokenizer.save(folder)
-        write_json(
-            folder / "config.json",
-            {"head": saved.model.head, "transformer": dataclasses.asdict(saved.model.config)},
-        )
+        description = {"head": saved.model.head, "transformer": dataclasses.asdict(saved.model.config)}
+        write_json(folder / "config.json", description)
+
+    hosts.share(begin)
+    checkpoint.save_tree(folder / "params", saved.params)
+    hosts.share(end)
 
 
 def load(path: str | Path, layout: Layout) -> SavedModel:

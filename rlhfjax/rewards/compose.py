@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -111,4 +112,4 @@ class WeightedSum:
 
 
 def _host(x: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(x), np.float32)
+    return np.asarray(hosts.whole(x), np.float32)

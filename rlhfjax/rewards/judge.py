@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rlhfjax import hosts
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -90,7 +91,7 @@ class Judge:
             placed = self._layout.put({"tokens": tokens, "segments": segments, "mask": mask})
             with self._layout.use():
                 out = self._score(self._params, placed["tokens"], placed["segments"], placed["mask"])
-            yield np.asarray(jax.device_get(out), np.float64)[: len(some)]
+            yield np.asarray(hosts.whole(out), np.float64)[: len(some)]
 
     def answer(
         self, questions: Sequence[Conversation], *, max_new: int, temperature: float, seed: int
@@ -111,7 +112,7 @@ class Judge:
                 samples = _generate(
                     self._model, self._params, placed["prompts"], placed["segments"], keys, temperature, **limits
                 )
-            tokens, mask = jax.device_get((samples.tokens, samples.mask))
+            tokens, mask = hosts.whole((samples.tokens, samples.mask))
             rows = [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
             out += [[token for token in row if token != limits["eos_id"]] for row in rows[: len(some)]]
         return out

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -37,7 +37,7 @@ class Answers(NamedTuple):
 
 def make_answers(tokens: Any, segments: Any, mask: Any, k: int, tokenizer: Tokenizer) -> Answers:
     """Answers out of a rollout whose rows are k to a prompt."""
-    host = (np.asarray(x) for x in jax.device_get((tokens, segments, mask)))
+    host = (np.asarray(x) for x in hosts.whole((tokens, segments, mask)))
     prompts, completions = texts(tokenizer, *host)
     grouped = [completions[i : i + k] for i in range(0, len(completions), k)]
     return Answers(tokens, segments, mask, prompts[::k], grouped)
@@ -62,7 +62,7 @@ class RewardLabeller:
         self._reward = reward
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        scores = jax.device_get(self._reward(answers.tokens, answers.segments, answers.mask))
+        scores = hosts.whole(self._reward(answers.tokens, answers.segments, answers.mask))
         return np.asarray(scores, np.float64).reshape(-1, answers.k)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -25,22 +26,24 @@ KINDS = ("compose", "rubric", "dense")  # modules of this folder with load(value
 
 
 class TextReward:
-    """Scores the text of each response on the host."""
+    """Scores the text of each response on the first host, which tells the others."""
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
         self.scorer, self.tokenizer = scorer, tokenizer
 
     def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
-        return self.scorer(*self._texts(tokens, segments, mask))
+        rows = self._texts(tokens, segments, mask)
+        return hosts.share(lambda: self.scorer(*rows))
 
     def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
         """Scores, and what the scorer says of them where it says anything."""
         if not hasattr(self.scorer, "with_metrics"):
             return self(tokens, segments, mask), {}
-        return self.scorer.with_metrics(*self._texts(tokens, segments, mask))
+        rows = self._texts(tokens, segments, mask)
+        return hosts.share(lambda: self.scorer.with_metrics(*rows))
 
     def _texts(self, *arrays: jax.Array) -> tuple[list[str], list[str]]:
-        return texts(self.tokenizer, *(np.asarray(x) for x in jax.device_get(arrays)))
+        return texts(self.tokenizer, *(np.asarray(x) for x in hosts.whole(arrays)))
 
 
 def score(reward: Reward, tokens: Any, segments: Any, mask: Any) -> tuple[Any, Pairs]:

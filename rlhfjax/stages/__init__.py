@@ -3,6 +3,7 @@
 A stage's module has a frozen dataclass `Config` and one of two functions:
   `build(config, layout) -> Stage` for what trains, run by the loop in `train.py`;
   `run(config, workdir, layout) -> {metric: value}` for a job that writes its output whole (tokenizer, collect, …).
+One with `ON_ONE_HOST = True` computes on no device: its `run` is called on the first host alone.
 It may have `check(config, layout, shape)`, which raises ConfigError for what cannot be meant before any stage of a
 recipe has begun; `shape` is the TransformerConfig of the model that the stage starts from, None where it is not known.
 """

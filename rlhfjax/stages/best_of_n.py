@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from rlhfjax import hosts
 from rlhfjax.algos.best_of_n import best_of_n_distribution, best_of_n_kl, best_of_n_reward
 from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
@@ -145,8 +146,8 @@ def _pools(
                 config, policy, tokenizer, {k: encoded[k][rows] for k in ("prompts", "segments")}, i, layout
             )
             for name, reward in rewards.items():
-                parts[name] += np.asarray(reward(rollout.tokens, rollout.segments, rollout.mask))[:count].tolist()
-            host = jax.device_get(rollout)
+                parts[name] += hosts.whole(reward(rollout.tokens, rollout.segments, rollout.mask))[:count].tolist()
+            host = hosts.whole(rollout)
             asked, said = texts(tokenizer, host.tokens, host.segments, host.mask)
             prompts += [
                 text for text, row in zip(asked, range(first, first + count), strict=False) if not row % config.pool

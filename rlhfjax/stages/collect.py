@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
@@ -76,7 +77,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             split: _answers(config, number, one, policy, tokenizer, labellers, layout)
             for number, (split, one) in enumerate(prompts.items())
         }
-    write_preferences(workdir / FOLDER, splits, labeller=config.labeller)
+    hosts.share(lambda: write_preferences(workdir / FOLDER, splits, labeller=config.labeller))
     metrics = _describe(splits)
     if config.others:
         labels = [np.array([row["labels"][i] for row in splits["train"]]) for i in range(len(labellers))]
@@ -108,7 +109,7 @@ def _answers(
             labels = np.stack([labeller(some) for labeller in labellers])
             if np.isnan(labels[0]).any():
                 raise DataError(f"collect.labeller={config.labeller}: it has no opinion about some of the answers")
-            rows += _rows(jax.device_get(rollout), some, labels, index)
+            rows += _rows(hosts.whole(rollout), some, labels, index)
             progress.update(len(rows), count=int((index >= 0).sum()))
     return rows
 

@@ -12,6 +12,8 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.rewards.compose import ComposeConfig, save
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ComposeConfig):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.algos.direct import kto_kl, mean_logprobs, sequence_logprobs
 from rlhfjax.data import loader
 from rlhfjax.data.sources import Source
@@ -176,7 +177,7 @@ class _Reference:
         """{name: [rows, k]} for every row of the data, in one pass over them in order."""
         parts: dict[str, list[np.ndarray]] = {}
         for batch in batches.restart():
-            for name, values in jax.device_get(self(self._layout.put(batch))).items():
+            for name, values in hosts.whole(self(self._layout.put(batch))).items():
                 parts.setdefault(name, []).append(values[batch["index"] >= 0])
         return {name: np.concatenate(some) for name, some in parts.items()}
 
@@ -218,13 +219,13 @@ def _held_out(
                 break
             placed = layout.put(batch)
             if i == len(known):
-                known.append(jax.device_get(reference(placed)) if reference is not None else {})
+                known.append(hosts.whole(reference(placed)) if reference is not None else {})
             own, others = _split(placed)
             params = start.whole(state.params)
-            total, mean = jax.device_get(measure(params, own))
+            total, mean = hosts.whole(measure(params, own))
             part = batch | known[i] | {"total": total, "mean": mean}
             if others:
-                part[f"{OTHERS}total"] = jax.device_get(measure(params, others)[0])
+                part[f"{OTHERS}total"] = hosts.whole(measure(params, others)[0])
             parts.append({name: x for name, x in part.items() if name.split("/")[-1] not in ("tokens", "segments")})
         return held_out_metrics(config.loss, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 

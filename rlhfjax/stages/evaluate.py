@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.algos import kl
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -96,7 +97,7 @@ def _answer(
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         measured |= {"kl": _sequence_kl(reference.model, reference.params, rollout, config.temperature)}
-        rollout, measured = jax.device_get((rollout, measured))
+        rollout, measured = hosts.whole((rollout, measured))
         prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
         ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
         measured |= {"prompt": prompts, "answer": answered, "length": rollout.mask.sum(1), "ended": ended}

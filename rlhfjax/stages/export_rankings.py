@@ -14,6 +14,8 @@ from rlhfjax.stages.parts.preferences import open_preferences
 
 FILE = "rankings.jsonl"
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

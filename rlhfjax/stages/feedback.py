@@ -12,6 +12,8 @@ from rlhfjax.metrics import Writer
 from rlhfjax.rewards.feedback import FeedbackConfig, read_lines
 from rlhfjax.rewards.responses import FILE, beside
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(FeedbackConfig):

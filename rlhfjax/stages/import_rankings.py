@@ -24,6 +24,8 @@ from rlhfjax.rewards.agreement import agreement_of
 from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
 from rlhfjax.stages.collect import FOLDER
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data import loader
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -63,7 +64,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     with layout.use():
         params, pairs = centre.normalise(saved.params, _samples(config, saved, layout), "mean")
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
-    metrics = finalize(jax.device_get(pairs), "recentre/")
+    metrics = finalize(hosts.whole(pairs), "recentre/")
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -94,7 +95,7 @@ def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
     sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)
     reward = ModelReward(saved.model, saved.params)
     parts = [
-        (jax.device_get(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32))
+        (hosts.whole(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32))
         for one, index in answers(source, policy, tokenizer, sampling, jax.random.key(config.seed), layout)
     ]
     return {

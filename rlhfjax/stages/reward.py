@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data import loader
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
@@ -141,7 +142,7 @@ def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarr
     def judge(params: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         parts = []
         for batch in batches:
-            rewards = jax.device_get(rewards_of(params, layout.put(batch)))
+            rewards = hosts.whole(rewards_of(params, layout.put(batch)))
             parts.append({"rewards": rewards} | {k: batch[k] for k in ("scores", "valid", "lengths")})
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 

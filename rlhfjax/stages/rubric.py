@@ -12,6 +12,8 @@ from rlhfjax.metrics import Writer
 from rlhfjax.rewards.responses import FILE, beside
 from rlhfjax.rewards.rubric import RubricConfig
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RubricConfig):

@@ -24,6 +24,8 @@ from rlhfjax.stages.parts.preferences import open_preferences
 
 SPLITS = ("train", "validation")
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

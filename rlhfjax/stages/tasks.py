@@ -18,6 +18,8 @@ from rlhfjax.rewards.tasks import rows
 
 FOLDER = "prompts"
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

@@ -10,6 +10,8 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.stages.parts.common import SourceConfig, open_sources
 
+ON_ONE_HOST = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhfjax import hosts
 from rlhfjax import state as states
 from rlhfjax.config import TrainConfig
 from rlhfjax.data.sources import Concatenated, Source, open_source
@@ -259,7 +260,7 @@ def sum_over(
     for i, batch in enumerate(batches):
         if most and i == most:
             break
-        total = merge(total, jax.device_get(measure(layout.put(batch))))
+        total = merge(total, hosts.whole(measure(layout.put(batch))))
     return total
 
 

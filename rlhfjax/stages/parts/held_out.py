@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout
@@ -62,7 +63,7 @@ def held_out(
             }
             if gold is not None:
                 measured["val_gold"] = gold(*seen)
-            measured = {name: np.asarray(jax.device_get(x), np.float32) for name, x in measured.items()}
+            measured = {name: np.asarray(hosts.whole(x), np.float32) for name, x in measured.items()}
             total = merge(total, {name: (float((x * real).sum()), float(real.sum())) for name, x in measured.items()})
         return total
 

@@ -1,0 +1,210 @@
+"""Several hosts as one: joining them, what one of them knows, and the end of all where one of them ends.
+
+Every host runs the same program on the same mesh (JAX's multi-controller runtime). What is computed on the host is the
+same everywhere, or it is the first host's word (`share`); files are written by the first host alone (`first`). Where
+this process is the only one, nothing here does anything.
+"""
+
+import ctypes
+import itertools
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed  # its client is the only way to the coordination service
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhfjax.errors import ConfigError, HostLost
+
+T = TypeVar("T")
+_COORDINATED = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+_FAILED = "rlhfjax/failed"  # the key under which a host that fails says why
+_GRACE = 2.0  # seconds that a host has to say itself what all of them found wrong
+_WAIT_MS = 7 * 24 * 3600 * 1000  # of a host for the first one, which may work for long; a lost one ends the wait
+_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Socket closed", "CoordinationService", "heartbeat")
+_calls = itertools.count()
+_ending = threading.Lock()  # taken by whatever ends this process, and never given back
+
+
+# ------------------------------------------------------------------ joining
+
+
+def join(timeout: int = 100) -> None:
+    """Joins the other hosts when the environment says that there are any; before any other jax call.
+
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what JAX itself knows of a cluster: Cloud TPU,
+    Slurm, Kubernetes, Open MPI.
+
+    Args:
+      timeout: seconds without a sign of life after which a host counts as lost.
+    Raises:
+      ConfigError: the variables do not go together, or the others did not come.
+    """
+    if not any(name in os.environ for name in _COORDINATED):
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's
+    try:
+        known = {
+            name: int(os.environ[variable])
+            for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+            if variable in os.environ
+        }
+        jax.distributed.initialize(**known, heartbeat_timeout_seconds=timeout)
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"joining the other hosts: {str(e).splitlines()[0]}") from e
+    if count() > 1:
+        _on_abort()
+        threading.Thread(target=_listen, name="hosts", daemon=True).start()
+
+
+def index() -> int:
+    """Which host this is, from 0."""
+    return distributed.global_state.process_id or 0
+
+
+def count() -> int:
+    """How many hosts there are."""
+    return distributed.global_state.num_processes or 1
+
+
+def first() -> bool:
+    """Whether this is the host that writes files."""
+    return index() == 0
+
+
+# ------------------------------------------------------------------ what every host has
+
+
+def share(make: Callable[[], T]) -> T:
+    """What the first host makes of it, on every host; nobody goes on before all have it.
+
+    Every host calls it at the same place. `make` runs on the first host alone, and for as long as it likes: the others
+    wait on the coordination service, not on a device. What it returns is pickled.
+    """
+    if count() == 1:
+        return make()
+    client, key = distributed.global_state.client, f"rlhfjax/share/{next(_calls)}"
+    if first():
+        client.key_value_set_bytes(key, pickle.dumps(make()))
+    value = pickle.loads(client.blocking_key_value_get_bytes(key, _WAIT_MS))
+    client.wait_at_barrier(key, _WAIT_MS)
+    if first():
+        client.key_value_delete(key)
+    return value
+
+
+def barrier() -> None:
+    """Waits until every host is here."""
+    share(lambda: None)
+
+
+def whole(tree: Any) -> Any:
+    """Every array of a tree, all of it, as numpy on every host."""
+    return jax.device_get(tree) if count() == 1 else jax.tree.map(_gathered, tree)
+
+
+def _gathered(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any host; waits for all."""
+    return bool(flag) if count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+class Vote:
+    """`anywhere`, asked at every step and answered one step later, so that no host waits for it."""
+
+    def __init__(self):
+        if count() > 1:
+            mesh = Mesh(np.array(jax.devices()), ("devices",))
+            self._each = NamedSharding(mesh, PartitionSpec("devices"))
+            self._max = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._asked: Any = False
+
+    def __call__(self, flag: bool) -> bool:
+        """Whether any host said yes a step ago (with one host: now)."""
+        if count() == 1:
+            return flag
+        answer = bool(self._asked)
+        flags = np.full(jax.local_device_count(), flag, np.int32)
+        self._asked = self._max(jax.make_array_from_process_local_data(self._each, flags))
+        return answer
+
+
+# ------------------------------------------------------------------ the end
+
+
+def leave() -> None:
+    """At the end of a run that went well: waits for the others, so that nobody takes it for a loss."""
+    if count() > 1:
+        _ending.acquire(blocking=False)
+        jax.distributed.shutdown()
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends this process, and the others with the same code: they are told why."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # another thread is ending this process already
+    _say(message)
+    try:
+        told = pickle.dumps((index(), message, code))
+        distributed.global_state.client.key_value_set_bytes(_FAILED, told)
+    except Exception as e:  # another host was faster, or the first one is gone: they know
+        del e
+    if first():
+        time.sleep(2 * _GRACE)  # it holds what the others still have to read
+    os._exit(code)
+
+
+def fail_for_another() -> NoReturn:
+    """Ends this process because another one is gone; where that one said why, `_listen` ends it with its reason."""
+    time.sleep(2 * _GRACE)
+    fail(HostLost.message, HostLost.exit_code)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is what the loss of another host looks like from here."""
+    return count() > 1 and any(sign in str(error) for sign in _LOST)
+
+
+def _say(message: str) -> None:
+    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
+
+
+def _listen() -> None:
+    """Waits until a host says that it fails, then ends this one too, unless it is about to end by itself."""
+    try:
+        told = distributed.global_state.client.blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
+    except Exception as e:  # the run is over, or the first host is gone, which `_on_abort` reports
+        del e
+        return
+    who, message, code = pickle.loads(told)
+    time.sleep(_GRACE)
+    if _ending.acquire(blocking=False):
+        _say(f"host {who} ended: {message}")
+        os._exit(code)
+
+
+def _on_abort() -> None:
+    """Makes one line and an exit code of JAX's abort where a host is lost.
+
+    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for.
+    """
+
+    def end(_: int) -> None:
+        os.write(2, f"rlhfjax: {HostLost.message}\n".encode())
+        os._exit(HostLost.exit_code)
+
+    _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)

@@ -1,0 +1,44 @@
+"""Every kind of stage that trains or samples, as short as can be: what several processes run as one.
+
+`tests/tiny_hosts.py:data=DIR,steps=2,slow=0` with DIR as for `tests/tiny.py`; `slow` is the steps of pretraining, for
+tests that stop it on the way.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhfjax.config import parse_arg
+from rlhfjax.stages import stage_config
+from tests import tiny
+
+STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "group", "direct")
+LOOP = {"eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensorboard": False}}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, data="", steps=2, only="")
+    config = tiny.get_config(f"data={arg.data},steps={arg.steps}")
+    del config.evaluate
+    loop = {"steps": arg.steps, "optim": tiny.OPTIM, **LOOP}
+    for name in ("pretrain", "sft", "reward", "ppo"):
+        config[name].update(LOOP)
+    prompts = {"prompts": config.ppo.prompts, "eval_prompts": config.ppo.eval_prompts}
+    config.group = stage_config(
+        "group",
+        init_from="stage:sft",
+        reward="gold:sentiment",
+        batch_size=8,
+        completions=2,
+        **prompts,
+        **loop,
+        **tiny.SAMPLING,
+    )
+    config.direct = stage_config(
+        "direct",
+        init_from="stage:sft",
+        preferences=("stage:collect/preferences",),
+        length=32,
+        batch_size=8,
+        **loop,
+    )
+    config.stages = STAGES
+    return config
