@@ -1,7 +1,6 @@
 """Every kind of stage that trains or samples, as short as can be: what several processes run as one.
 
-`tests/tiny_hosts.py:data=DIR,steps=2,slow=0` with DIR as for `tests/tiny.py`; `slow` is the steps of pretraining, for
-tests that stop it on the way.
+`tests/tiny_hosts.py:data=DIR` with DIR as for `tests/tiny.py`; with `only=pretrain,tokenizer=FOLDER` that stage alone.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ LOOP = {"eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensor
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, data="", steps=2, only="")
+    arg = parse_arg(arg, data="", steps=2, only="", tokenizer="")
     config = tiny.get_config(f"data={arg.data},steps={arg.steps}")
     del config.evaluate
     loop = {"steps": arg.steps, "optim": tiny.OPTIM, **LOOP}
@@ -41,4 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         **loop,
     )
     config.stages = STAGES
+    if arg.only:
+        config[arg.only].tokenizer = arg.tokenizer
+        return config[arg.only]
     return config

@@ -1,0 +1,183 @@
+"""Real processes on this machine as the hosts of one job: the same losses, one end for all, and exact restarts."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhfjax import hosts
+from rlhfjax.mesh import MeshConfig, make_layout
+from tests.test_resume import assert_same_stage
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 240  # seconds that any of these jobs may take on a busy machine
+
+
+class Job:
+    """`python -m rlhfjax COMMAND` as several processes that are told of each other as a launcher tells hosts."""
+
+    def __init__(self, count: int, workdir: Path, data: Path, *flags: str, command: str = "run", arg: str = ""):
+        self.workdir, self.count = workdir, count
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        flags = (f"--config=tests/tiny_hosts.py:data={data}{arg}", f"--workdir={workdir}", "--host_timeout=10", *flags)
+        self.logs = [workdir.with_name(f"{workdir.name}.{port}.{i}") for i in range(count)]
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+        env["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
+        env["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # what one compiles the others need not
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            with log.open("w") as out:
+                words = [sys.executable, "-m", "rlhfjax", command, *flags]
+                own = {**env, "JAX_PROCESS_ID": str(i)}
+                self.processes.append(subprocess.Popen(words, cwd=ROOT, env=own, stdout=out, stderr=out))
+
+    def codes(self, within: float = LIMIT) -> list[int]:
+        """The exit codes; processes that are still there then are killed, and the test fails."""
+        deadline = time.monotonic() + within
+        try:
+            return [one.wait(timeout=max(0.1, deadline - time.monotonic())) for one in self.processes]
+        finally:
+            for one in self.processes:
+                one.kill()
+
+    def said(self, i: int) -> list[str]:
+        return [line for line in self.logs[i].read_text().splitlines() if line.startswith("rlhfjax:")]
+
+    def finish(self) -> Path:
+        codes = self.codes()
+        assert codes == [0] * self.count, "\n".join(log.read_text()[-2000:] for log in self.logs)
+        return self.workdir
+
+    def wait_for(self, lines: int, file: Path) -> None:
+        """Until a file of metrics has so many lines."""
+        deadline = time.monotonic() + LIMIT
+        while not file.exists() or file.read_bytes().count(b"\n") < lines:
+            assert all(one.poll() is None for one in self.processes), "\n".join(log.read_text() for log in self.logs)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+# ------------------------------------------------------------------ one process
+
+
+def test_one_process_is_first_and_alone_and_needs_no_coordinator():
+    hosts.join()
+    assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
+    assert hosts.share(lambda: "made") == "made"
+    assert hosts.anywhere(True) and not hosts.anywhere(False)
+    vote = hosts.Vote()
+    assert [vote(False), vote(True)] == [False, True]  # at once, where nobody has to be asked
+
+
+def test_rows_lie_on_devices_once_each_in_order():
+    """Disjoint and exhaustive: device i of the batch's axes holds the i-th share of the rows, and nothing else."""
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    placed = make_layout(MeshConfig(data=2, fsdp=2)).put({"tokens": rows})["tokens"]
+    held = [np.asarray(shard.data) for shard in sorted(placed.addressable_shards, key=lambda one: one.index[0].start)]
+    assert [x.shape for x in held] == [(2, 3)] * 4
+    np.testing.assert_array_equal(np.concatenate(held), rows)
+
+
+def test_what_the_loss_of_a_host_looks_like(monkeypatch):
+    gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert not hosts.lost(gloo)  # one process loses nobody
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    assert hosts.lost(gloo) and not hosts.lost(ValueError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+# ------------------------------------------------------------------ several
+
+
+@pytest.fixture(scope="module")
+def alone(conversations, tmp_path_factory) -> Path:
+    """The job as one process on one device."""
+    return Job(1, tmp_path_factory.mktemp("alone") / "run", conversations).finish()
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_numbers(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        # how many groups have unequal rewards: of equal scores, it is rounding that decides
+        for name in one.keys() - {"stage", "group/informative"}:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", (2, 4))
+def test_every_stage_on_several_processes_gives_what_one_gives(count, alone, conversations, tmp_path):
+    many = Job(count, tmp_path / "run", conversations).finish()
+    assert_same_numbers(read(alone / "metrics.jsonl"), read(many / "metrics.jsonl"))
+    answers = "03_collect/preferences/train.jsonl"
+    assert (many / answers).read_bytes() == (alone / answers).read_bytes()
+    assert (many / "report.html").exists()
+
+
+def pretraining(count: int, workdir: Path, alone: Path, data: Path, *more: str) -> Job:
+    """24 steps of pretraining, a checkpoint every fourth, with the tokenizer that `alone` has."""
+    flags = ("--config.steps=24", "--config.checkpoint.every=4", *more)
+    return Job(count, workdir, data, *flags, command="train", arg=f",only=pretrain,tokenizer={alone}/00_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(alone, conversations, tmp_path_factory) -> Path:
+    return pretraining(2, tmp_path_factory.mktemp("uninterrupted") / "run", alone, conversations).finish()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
+    victim, alone, uninterrupted, conversations, tmp_path
+):
+    job = pretraining(2, tmp_path / "run", alone, conversations)
+    job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
+    job.processes[victim].send_signal(signal.SIGKILL)
+    struck = time.monotonic()
+    codes = job.codes(within=40)
+    assert time.monotonic() - struck < 40
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
+    said = job.said(1 - victim)
+    assert said == ["rlhfjax: another host is gone; the same command on all hosts goes on from the last checkpoint"]
+    pretraining(2, tmp_path / "run", alone, conversations).finish()
+    assert_same_stage(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(alone, uninterrupted, conversations, tmp_path):
+    """Stopped on two hosts; a checkpoint of two is gone on from by one, on a mesh of one device, to float tolerance."""
+    job = pretraining(2, tmp_path / "run", alone, conversations)
+    job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.codes() == [75, 75]
+    (first,), (second,) = job.said(0), job.said(1)
+    step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
+    assert second == first
+    assert (tmp_path / "run" / "checkpoints" / step).is_dir()
+    pretraining(1, tmp_path / "run", alone, conversations).finish()
+    assert_same_numbers(read(uninterrupted / "metrics.jsonl"), read(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_what_only_one_host_finds_wrong_ends_all_with_its_reason(conversations, tmp_path):
+    """The first host alone looks at the workdir; it is a file."""
+    (tmp_path / "run").write_text("")
+    job = Job(2, tmp_path / "run", conversations)
+    assert job.codes(within=60) == [2, 2]
+    assert len(job.said(0)) == len(job.said(1)) == 1
+    assert "rlhfjax: host 0 ended: " in job.said(1)[0]
