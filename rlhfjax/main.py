@@ -306,7 +306,7 @@ def _unexpected(error: BaseException) -> NoReturn:
     if not _many():
         raise error
     if _hosts().lost(error):
-        _hosts().fail_for_another()
+        _hosts().fail_for_another(error)
     traceback.print_exception(error)
     _hosts().fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
 
