@@ -54,7 +54,7 @@ def script(job: Job) -> str:
         "signal": f"B:TERM@{job.grace}",  # to this script, so many seconds before the time is up
     }
     head = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    command = exports(job.env) + shlex.join(job.command)
+    command = f"{_PROCESS}{exports(job.env)}{shlex.join(job.command)}"
     return "\n".join(
         ["#!/bin/bash -l", *head, "#SBATCH --requeue", _BODY.format(command=shlex.quote(command), **_numbers(job))]
     )
@@ -63,6 +63,8 @@ def script(job: Job) -> str:
 def _numbers(job: Job) -> dict[str, int]:
     return {"preempted": PREEMPTED, "most": job.max_restarts}
 
+
+_PROCESS = "JAX_NUM_PROCESSES=$SLURM_NTASKS JAX_PROCESS_ID=$SLURM_PROCID "  # a process has all GPUs of its node
 
 # The script passes SIGTERM on, since srun alone would kill; `wait` returns when the trap has run, so it waits again.
 _BODY = """\

@@ -240,7 +240,8 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
     if words[0] == "down":
         return shell.run(delete(tpu))
     sh.required(fv, "accelerator")
-    text = remote_command(sh.given(command), sh.environment(fv.env), sh.secrets(fv.secret), tpu.project)
+    env = {"RLHFJAX_JOIN": "1"} | sh.environment(fv.env)  # the machine's metadata say who the others are
+    text = remote_command(sh.given(command), env, sh.secrets(fv.secret), tpu.project)
     mount = [MOUNT.format(bucket=shlex.quote(fv.bucket))] if fv.bucket else []
     try:
         code = Runner(shell, tpu, fv.poll, " && ".join([*mount, fv.setup])).finish(text, fv.max_restarts)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhfjax.errors import ConfigError, HostLost
 
 T = TypeVar("T")
-_COORDINATED = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+_COORDINATED = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "RLHFJAX_JOIN")
 _FAILED = "rlhfjax/failed"  # the key under which a host that fails says why
 _GRACE = 2.0  # seconds that a host has to say itself what all of them found wrong
 _WAIT_MS = 7 * 24 * 3600 * 1000  # of a host for the first one, which may work for long; a lost one ends the wait
@@ -40,8 +40,8 @@ _ending = threading.Lock()  # taken by whatever ends this process, and never giv
 def join(timeout: int = 100) -> None:
     """Joins the other hosts when the environment says that there are any; before any other jax call.
 
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what JAX itself knows of a cluster: Cloud TPU,
-    Slurm, Kubernetes, Open MPI.
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID says it all, and each process has all devices of
+    its host. With RLHFJAX_JOIN, or where a TPU's own variables are set, JAX asks the cluster that it finds itself in.
 
     Args:
       timeout: seconds without a sign of life after which a host counts as lost.
@@ -57,7 +57,8 @@ def join(timeout: int = 100) -> None:
             for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
             if variable in os.environ
         }
-        jax.distributed.initialize(**known, heartbeat_timeout_seconds=timeout)
+        how = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
+        jax.distributed.initialize(**known, **how, heartbeat_timeout_seconds=timeout)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"joining the other hosts: {str(e).splitlines()[0]}") from e
     if count() > 1:

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhfjax import hosts, stages, train
+from rlhfjax.clock import Clock
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
@@ -67,9 +68,10 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
     elif hasattr(module, "run"):
         metrics = module.run(typed, workdir, layout)
     else:
+        clock = Clock(workdir)
         with layout.use():
             stage = module.build(typed, layout)
-        metrics = train.run(stage, typed, workdir, layout)
+        metrics = train.run(stage, typed, workdir, layout, clock)
     steps = getattr(typed, "steps", 0)
     done = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
     hosts.share(lambda: write_json(workdir / DONE, done | {"metrics": metrics}))

@@ -29,6 +29,7 @@ from rlhfjax import hosts
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
+from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, write_json
 from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from rlhfjax.interop import peft, store
@@ -36,7 +37,9 @@ from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
 
 
-def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
+def run(
+    stage: Stage, config: TrainConfig, workdir: Path, layout: Layout, clock: Clock | None = None
+) -> dict[str, float]:
     """Trains a stage to its last step, from its beginning or from the workdir's latest checkpoint.
 
     Returns:
@@ -45,9 +48,10 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
       NonFiniteError: a loss or gradient is NaN or infinite (unless on_nonfinite is "skip").
       Preempted: SIGTERM came; the state is saved.
     """
-    key = jax.random.key(config.seed)
+    key, clock = jax.random.key(config.seed), clock or Clock(workdir)
     with layout.use(), _stop_on_sigterm() as stopping, Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state, resumed = _first_state(stage, key, layout, checkpoints)
+        with clock.part("restore"):
+            state, resumed = _first_state(stage, key, layout, checkpoints)
         start = 0 if resumed is None else resumed
         outputs = {
             "tensorboard": config.log.tensorboard,
@@ -57,27 +61,34 @@ def run(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dic
             metric.Writer(workdir, resumed, **outputs) as writer,
             metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
         ):
-            log = _Log(config, stage, writer, progress, checkpoints, start)
+            log = _Log(config, stage, writer, progress, checkpoints, start, clock)
+            clock.go_on()
+            clock.save()
             vote = hosts.Vote()  # of all hosts, so that they stop at the same step
             for step in range(start, config.steps + 1):
                 stop, last = vote(stopping.is_set()), step == config.steps
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
-                    log.evaluate(step, stage.evals(state))
+                    with clock.part("eval"):
+                        log.evaluate(step, stage.evals(state))
                 if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
                     log.flush()
-                    log.check_state(step, state)
-                    if last:
-                        log.evaluate(step, _finish(stage, state, workdir, layout))
-                    writer.flush()
-                    checkpoints.save(step, state, stage.batches.get_state())
+                    with clock.part("checkpoint"):
+                        log.check_state(step, state)
+                        if last:
+                            log.evaluate(step, _finish(stage, state, workdir, layout))
+                        writer.flush()
+                        checkpoints.save(step, state, stage.batches.get_state())
+                    log.clock(step)
                 if stop or (last and hosts.anywhere(stopping.is_set())):
                     checkpoints.wait()
                     raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
                 if last:
                     break
-                batch = layout.put(next(stage.batches))
-                state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
+                with clock.part("data"):
+                    batch = layout.put(next(stage.batches))
+                with clock.part("step"):
+                    state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
                 log.later(step + 1, pairs)
     return hosts.share(lambda: metric.last_values(workdir))
 
@@ -165,9 +176,10 @@ class _Log:
         progress: metric.Progress,
         checkpoints: Checkpoints,
         start: int,
+        clock: Clock,
     ):
         self.config, self.stage, self.writer, self.progress = config, stage, writer, progress
-        self.checkpoints = checkpoints
+        self.checkpoints, self._clock, self._start = checkpoints, clock, start
         self._pending: tuple[int, Any] | None = None
         self._timed_at, self._timed_step = time.monotonic(), start
 
@@ -180,8 +192,11 @@ class _Log:
         if self._pending is None:
             return
         (step, pairs), self._pending = self._pending, None
-        values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
+        with self._clock.part("step"):  # waiting for the devices
+            values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
         self._check_finite(step, values)
+        if step == self._start + 1:
+            self.progress.print(f"{self.config.stage} {self._clock.started()}")
         self.progress.update(step, values, self.stage.units)
         if step % self.config.log.every == 0 or step == self.config.steps:
             self.writer.write(step, values)
@@ -192,6 +207,11 @@ class _Log:
         self._check_finite(step, values)
         self.writer.write(step, values)
         self._timed_at, self._timed_step = time.monotonic(), step
+
+    def clock(self, step: int) -> None:
+        """What the clock says at a checkpoint, for the metrics and for the next start."""
+        self.writer.timing(step, {f"{self.config.stage}/{k}": v for k, v in self._clock.summary().items()})
+        self._clock.save()
 
     def _time(self, step: int) -> None:
         now = time.monotonic()

@@ -139,7 +139,9 @@ def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):
     ]
     assert last["fake/end"] == 1.0 and {"fake/loss", "fake/val", "fake/grad_norm"} <= set(last)
     assert json.loads((tmp_path / "left.json").read_text()) == {"step": 5}
-    assert all(set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"} for row in timing(tmp_path))
+    *rates, goodput = timing(tmp_path)
+    assert all(set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"} for row in rates)
+    assert goodput["step"] == 5 and 0 < goodput["fake/goodput"] < 1
     assert not (tmp_path / "tb").exists()  # log.tensorboard=False
 
 

@@ -76,6 +76,7 @@ def render(run: Run) -> str:
             headlines=headlines,
             cards=[row for row in headlines if row.name in tables.CARDS],
             rows=[tables.stage_row(stage) for stage in run.stages],
+            times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
             panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
             frontiers=frontiers(run),
             calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],

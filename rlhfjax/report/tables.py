@@ -98,6 +98,15 @@ def stage_row(stage: Stage) -> dict[str, str]:
     }
 
 
+def goodput_row(stage: Stage) -> dict[str, str]:
+    """A row of the table of where the time went; the start is all that comes before the first step but compiling."""
+    seconds = dict(stage.goodput["seconds"])
+    seconds["start"] = sum(seconds.pop(name) for name in ("imports", "build", "restore"))
+    times = {name: duration(value) for name, value in seconds.items()}
+    share, starts = number(stage.goodput["goodput"], percent=True), str(stage.goodput["starts"])
+    return {"name": stage.name, "goodput": share, "starts": starts, **times}
+
+
 def telling(stage: Stage, most: int = 4) -> list[str]:
     """The names of the metrics that tell how the stage went, at most so many."""
     known = [name for name in TELLING if name in stage.last]

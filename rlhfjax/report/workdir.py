@@ -29,6 +29,7 @@ class Stage:
     samples: list[dict]
     calibration: dict | None  # `Calibration.as_dict()`
     config: dict
+    goodput: dict  # what `clock.Clock.save` wrote; empty where nothing is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
         samples=read_jsonl(folder / "samples.jsonl"),
         calibration=_read_json(folder / "calibration.json") or done.get("calibration"),
         config=config,
+        goodput=_read_json(folder / "goodput.json"),
     )
 
 

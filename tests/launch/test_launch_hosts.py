@@ -54,7 +54,7 @@ def call(capsys, module, *args: str) -> tuple[int, str, str]:
 def batch(tools: Path, *command: str, **options) -> subprocess.Popen:
     """The batch script of a command, started as Slurm would."""
     (tools / "job.sh").write_text(slurm.script(slurm.Job("a", command, **options)))
-    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]"}
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
     return subprocess.Popen(["bash", tools / "job.sh"], env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -64,8 +64,14 @@ def made(tools: Path) -> list[str]:
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (75, True)])
 def test_a_slurm_job_is_requeued_where_it_was_preempted(code, requeued, tools):
-    job = batch(tools, "sh", "-c", f"echo $JAX_COORDINATOR_ADDRESS $X; exit {code}", env={"X": "a  b"})
-    assert job.communicate()[0] == "n0:12345 a b\n" and job.returncode == code
+    job = batch(
+        tools,
+        "sh",
+        "-c",
+        f"echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID $X; exit {code}",
+        env={"X": "a  b"},
+    )
+    assert job.communicate()[0] == "n0:12345 2 1 a b\n" and job.returncode == code
     assert ("scontrol requeue 7" in made(tools)) == requeued
 
 

@@ -247,3 +247,13 @@ def test_ticks_keep_their_distance_on_the_square_root_axis():
     # On an axis to 4, KL 1 stands at sqrt(1/4) = 0.5, KL 2 at 0.71, KL 5 is off it.
     assert figures._apart([1, 2, 5], 4.0, 0.3) == [1]
     assert figures._apart([1, 2, 5], 4.0, 0.2) == [1, 2]
+
+
+def test_where_the_time_went(recipe_workdir):
+    """Goodput, and the start as the sum of imports, building and restoring; stages without a clock have no row."""
+    text = read(recipe_workdir).text
+    assert "Where the time went" in text
+    times = {stage.name: tables.goodput_row(stage) for stage in read_run(recipe_workdir).stages if stage.goodput}
+    assert set(times) == {"pretrain", "sft", "reward", "ppo"}
+    row = times["pretrain"]
+    assert (row["goodput"], row["step"], row["start"], row["starts"]) == ("75.0 %", "27s", "3s", "2")
