@@ -76,7 +76,9 @@ def evaluate(fv: flags.FlagValues) -> None:
     from rlhfjax import recipe
 
     _need(fv, "workdir")
-    print(json.dumps(recipe.evaluate(fv.config, Path(fv.workdir)), indent=2, sort_keys=True))
+    metrics = recipe.evaluate(fv.config, Path(fv.workdir))
+    if _hosts().first():
+        print(json.dumps(metrics, indent=2, sort_keys=True))
 
 
 def chat(fv: flags.FlagValues) -> None:

@@ -166,7 +166,8 @@ def test_progress_counts_from_where_a_run_resumes(run, tmp_path, capsys):
     capsys.readouterr()
     run(fake_stage([]), steps=4, every=2)
     err = capsys.readouterr().err.splitlines()
-    assert err[0].startswith("fake 3/4  75%  loss") and err[-1].startswith("fake 4/4  100%  loss")
+    assert err[0].startswith("fake started in ")
+    assert err[1].startswith("fake 3/4  75%  loss") and err[-1].startswith("fake 4/4  100%  loss")
 
 
 def test_a_run_that_ended_before_its_marker_does_nothing_again(run):
