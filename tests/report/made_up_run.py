@@ -25,8 +25,8 @@ def make_stage(folder, kind, steps, lines, *, timing=None, samples=(), done=True
         for step in range(0, steps, max(steps // 4, 1)) if timing else ():
             w.timing(step, {f"{kind}/{name}": value for name, value in timing.items()})
     if timing:
-        seconds = dict.fromkeys(PARTS, 1.0) | {"step": 27.0}
-        kept = {"at": 0.0, "starts": 2, "goodput": 0.75, "seconds": seconds}
+        parts = dict.fromkeys(PARTS, 1.0) | {"step": 27.0}
+        kept = {"at": 0.0, "starts": 2, "goodput": 0.75, "seconds": parts}
         (folder / "goodput.json").write_text(json.dumps(kept))
     if samples:
         (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
