@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhfjax import hosts
+from rlhfjax import hosts, recipe
+from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from tests.test_resume import assert_same_stage
 
@@ -128,23 +129,30 @@ def test_every_stage_on_several_processes_gives_what_one_gives(count, alone, con
     assert (many / "report.html").exists()
 
 
-def pretraining(count: int, workdir: Path, alone: Path, data: Path, *more: str) -> Job:
-    """24 steps of pretraining, a checkpoint every fourth, with the tokenizer that `alone` has."""
-    flags = ("--config.steps=24", "--config.checkpoint.every=4", *more)
-    return Job(count, workdir, data, *flags, command="train", arg=f",only=pretrain,tokenizer={alone}/00_tokenizer")
+@pytest.fixture(scope="module")
+def tokenizer(conversations, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    recipe.run_stage(to_dict(tiny_hosts.get_config(f"data={conversations}").tokenizer), folder)
+    return folder
+
+
+def pretraining(count: int, workdir: Path, tokenizer: Path, data: Path) -> Job:
+    """24 steps of pretraining, a checkpoint every fourth."""
+    flags = ("--config.steps=24", "--config.checkpoint.every=4")
+    return Job(count, workdir, data, *flags, command="train", arg=f",only=pretrain,tokenizer={tokenizer}")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(alone, conversations, tmp_path_factory) -> Path:
-    return pretraining(2, tmp_path_factory.mktemp("uninterrupted") / "run", alone, conversations).finish()
+def uninterrupted(tokenizer, conversations, tmp_path_factory) -> Path:
+    return pretraining(2, tmp_path_factory.mktemp("uninterrupted") / "run", tokenizer, conversations).finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", (0, 1))
 def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
-    victim, alone, uninterrupted, conversations, tmp_path
+    victim, tokenizer, uninterrupted, conversations, tmp_path
 ):
-    job = pretraining(2, tmp_path / "run", alone, conversations)
+    job = pretraining(2, tmp_path / "run", tokenizer, conversations)
     job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
     job.processes[victim].send_signal(signal.SIGKILL)
     struck = time.monotonic()
@@ -153,14 +161,14 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
     (said,) = job.said(1 - victim)
     assert said.startswith("rlhfjax: another host is gone; the same command on all hosts goes on from the last check")
-    pretraining(2, tmp_path / "run", alone, conversations).finish()
+    pretraining(2, tmp_path / "run", tokenizer, conversations).finish()
     assert_same_stage(uninterrupted, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(alone, uninterrupted, conversations, tmp_path):
+def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(tokenizer, uninterrupted, conversations, tmp_path):
     """Stopped on two hosts; a checkpoint of two is gone on from by one, on a mesh of one device, to float tolerance."""
-    job = pretraining(2, tmp_path / "run", alone, conversations)
+    job = pretraining(2, tmp_path / "run", tokenizer, conversations)
     job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.codes() == [75, 75]
@@ -168,7 +176,7 @@ def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(alone, uninterru
     step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
     assert second == first
     assert (tmp_path / "run" / "checkpoints" / step).is_dir()
-    pretraining(1, tmp_path / "run", alone, conversations).finish()
+    pretraining(1, tmp_path / "run", tokenizer, conversations).finish()
     assert_same_numbers(read(uninterrupted / "metrics.jsonl"), read(tmp_path / "run" / "metrics.jsonl"))
 
 
