@@ -17,6 +17,7 @@ import pytest
 from rlhfjax import hosts, recipe
 from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
+from tests import tiny_hosts
 from tests.test_resume import assert_same_stage
 
 ROOT = Path(__file__).parent.parent
