@@ -34,5 +34,5 @@ class Preempted(UserError):
 class HostLost(UserError):
     """Another host is gone; what this one had since the last checkpoint is lost (exit code 75: start all again)."""
 
-    exit_code = 75
+    exit_code = Preempted.exit_code
     message = "another host is gone; the same command on all hosts goes on from the last checkpoint"

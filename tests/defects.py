@@ -189,8 +189,8 @@ DEFECTS = [
     d(
         6,
         "stages/collect.py",
-        "rows += _rows(jax.device_get(rollout), some, labels, index)",
-        """rows += _rows(jax.device_get(rollout), some, labels, index)
+        "rows += _rows(hosts.whole(rollout), some, labels, index)",
+        """rows += _rows(hosts.whole(rollout), some, labels, index)
             for row in rows:
                 row["completion_tokens"] = [[*tokenizer.encode(x), tokenizer.eos_id] for x in row["completions"]]""",
         "test_pitfalls.py::test_pitfall_06_collected_answers_keep_their_ids",
@@ -835,8 +835,8 @@ DEFECTS = [
     d(
         32,
         "train.py",
-        "if stop or (last and stopping.is_set()):",
-        "if last and stopping.is_set():",
+        "if stop or (last and hosts.anywhere(stopping.is_set())):",
+        "if last and hosts.anywhere(stopping.is_set()):",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
