@@ -1,5 +1,6 @@
 """The command from end to end: on the devices at hand always, for a TPU where its compiler is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.plan import compiled, memory, predict, shapes, tables, topology
 from rlhfjax.plan.chips import CHIPS
 from rlhfjax.plan.compiled import sharded_bytes
+from rlhfjax.stages import group
 from tests import tiny
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -167,3 +169,32 @@ def test_every_chip_answers(name):
     target = topology.target(name)
     assert target.chips == 4 and len(target.devices) == (8 if name.startswith("tpu7x") else 4)
     assert target.capacity == CHIPS[name.split(":")[0]].hbm / (2 if name.startswith("tpu7x") else 1)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_group_with_adapters_on_a_tpu(optimised):
+    """Every program compiles, and the base is no part of what is sent to be summed."""
+    config = to_dict(tiny.get_config("data=nowhere"))
+    own = {"stage": "group", "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2, "lora": {"rank": 2}}
+    known = {f.name for f in dataclasses.fields(group.Config)}
+    config |= {"stages": (*config["stages"], "group"), "group": {k: v for k, v in config["ppo"].items() if k in known}}
+    config["group"] |= own
+    config["group"]["mesh"] |= {"data": 2, "fsdp": 2}
+    plan = predict.make(shapes.subject(config, "group"), topology.target("v5e:2x2"))
+    assert [p.name for p in plan.programs] == ["rollout", "know", "score", "prepare", "update"]
+    assert plan.fits and plan.step_seconds > 0 and 0 < plan.mfu < 1
+    # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
+    reduced = sum(n for (kind, _), n in plan.programs[-1].cost.sent.items() if kind in ("all-reduce", "reduce-scatter"))
+    assert 0 < reduced < 4 * 10_320
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_search_with_the_compiler(tmp_path, capsys, optimised):
+    """A model of 40 KB fits one chip: one compilation, of the smallest slice; more chips send and do not help."""
+    argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=search", "--chips=v5e,v6e"]
+    main.main(["rlhfjax", "plan", *argv, f"--json={tmp_path}/search.json"])
+    said = json.loads((tmp_path / "search.json").read_text())
+    assert said["smallest_by_chip"] == {"v5e": "v5e:1x1", "v6e": "v6e:1x1"} and said["best"] in ("v5e:1x1", "v6e:1x1")
+    assert said["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out
