@@ -139,7 +139,7 @@ def plan(fv: flags.FlagValues) -> None:
         if fv.json:
             search.write(found, Path(fv.json))
         return
-    made = predict.make(chosen, target(fv.topology, fv.slices), fv.completions)
+    made = predict.make(chosen, target(fv.topology, fv.slices), fv.completions, only=fv.programs)
     rich.print(tables.everything(made))
     if fv.json:
         predict.write(made, Path(fv.json))
@@ -219,6 +219,7 @@ def _plan_flags(fv: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("reward_model", "", "shape of a reward that is not there", flag_values=fv)
     flags.DEFINE_integer("completions", 2, "of a prompt, where the data decides that", 2, flag_values=fv)
+    flags.DEFINE_list("programs", [], "compile these alone, such as update; default: all of a step", flag_values=fv)
     flags.DEFINE_string("json", None, "file to write the plan to as well", flag_values=fv)
 
 

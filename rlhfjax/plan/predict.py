@@ -1,10 +1,12 @@
 """From programs to a plan: does it fit, how long does a step take at least, and what does the whole run cost."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import write_json
+from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import make_layout
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.advice import advise
@@ -24,6 +26,7 @@ class Plan:
     sketch: Sketch
     programs: list[Measured]
     completions: int = 2
+    left_out: list[str] = dataclasses.field(default_factory=list)  # programs that were not asked for
 
     @property
     def fits(self) -> bool | None:
@@ -33,7 +36,7 @@ class Plan:
     @property
     def step_seconds(self) -> float | None:
         """At least: the programs of a step one after the other, each at its roofline."""
-        if any(p.roofline is None for p in self.programs):
+        if self.left_out or any(p.roofline is None for p in self.programs):
             return None
         return sum(p.roofline.seconds for p in self.programs if p.roofline)
 
@@ -61,6 +64,7 @@ class Plan:
             "tokens_per_step": s.tokens,
             "six_n_d": chips.training_flops(memory.parameters(self.subject.model), s.tokens),
             "programs": [_program(p) for p in self.programs],
+            "left_out": self.left_out,
         }
         if seconds is not None:
             hours = seconds * s.steps / 3600
@@ -74,14 +78,19 @@ class Plan:
         return out
 
 
-def make(subject: Subject, target: Target, completions: int = 2, stop: bool = False) -> Plan:
+def make(subject: Subject, target: Target, completions: int = 2, stop: bool = False, only: Sequence[str] = ()) -> Plan:
     """Compiles every program of a stage; nothing runs.
 
     Args:
+      only: the programs of these names; the plan is then of a part of a step, and has no time of the whole.
       stop: at the first program that does not fit, the one with the largest arguments being asked first.
     """
     layout = make_layout(subject.config.mesh, target.devices)
     drawn = sketch(subject, layout, completions)
+    names = [program.name for program in drawn.programs]
+    if unknown := [name for name in only if name not in names]:
+        raise ConfigError(f"--programs={unknown[0]}: the programs of {subject.name} are {', '.join(names)}")
+    drawn = drawn._replace(programs=[p for p in drawn.programs if not only or p.name in only])
     if stop:
         drawn.programs.sort(key=lambda program: -sharded_bytes(program.inputs))
     measured: list[Measured] = []
@@ -89,7 +98,8 @@ def make(subject: Subject, target: Target, completions: int = 2, stop: bool = Fa
         measured.append(measure(program, target, drawn.held))
         if stop and measured[-1].fits is False:
             break
-    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured, completions)
+    left_out = [name for name in names if name not in {p.name for p in drawn.programs}]
+    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured, completions, left_out)
 
 
 def advice(plan: Plan) -> list[str]:

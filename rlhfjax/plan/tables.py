@@ -150,6 +150,8 @@ def verdict(plan: Plan) -> str:
     lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
     lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
     lines += [f"Work and time of {p.name} are not known: {p.unread}" for p in plan.programs if p.unread]
+    if plan.left_out:
+        lines.append(f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}.")
     s, n = plan.sketch, memory.parameters(plan.subject.model)
     lines.append(f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens.")
     if plan.step_seconds is not None and plan.mfu is not None:

@@ -41,6 +41,21 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
     assert step["fits"] is None and step["flops"] > 0 and step["largest_buffers"]
 
 
+def test_a_part_of_a_step(monkeypatch):
+    """Two of PPO's five programs: what is left out is named, and no time is made of a part."""
+    chosen = shapes.subject(tiny_sft(), "ppo")
+    target = topology.Target("v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm)
+    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh, target.devices))
+    unread = drawn._replace(programs=[p._replace(lower=_Unread) for p in drawn.programs])
+    monkeypatch.setattr(predict, "sketch", lambda *_: unread)
+    plan = predict.make(chosen, target, only=["know", "update"])
+    assert [p.name for p in plan.programs] == ["know", "update"]
+    assert plan.left_out == plan.as_dict()["left_out"] == ["rollout", "score", "prepare"]
+    assert plan.step_seconds is None and "in none of these numbers: rollout, score, prepare" in tables.verdict(plan)
+    with pytest.raises(ConfigError, match="--programs=step: the programs of ppo are rollout, know, score"):
+        predict.make(chosen, target, only=["step"])
+
+
 def test_the_arithmetic_alone(capsys):
     main.main(["rlhfjax", "plan", "--model=llama2-7b"])
     said = capsys.readouterr().out
