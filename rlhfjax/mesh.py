@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +84,11 @@ class Layout:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
 
     @property
     def batch_shards(self) -> int:
@@ -179,3 +184,17 @@ def shards(name: str) -> int:
     """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
     return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
+
+
+def per_device(
+    f: Callable[..., Any], arguments: Sequence[Sequence[str | None]], result: Sequence[str | None]
+) -> Callable[..., Any]:
+    """f run by every device on its own part of the arguments, laid over the mesh in use by the names of their axes.
+
+    For kernels, which the compiler cannot cut. Without a mesh, or on one device, it is f itself.
+    """
+    layout = _CURRENT.get()
+    if layout is None or layout.mesh.size == 1:
+        return f
+    specs = tuple(layout.spec(names) for names in arguments)
+    return jax.shard_map(f, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec(result), check_vma=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from rlhfjax.errors import ConfigError
 
 NAMES = ("adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd")
+MOMENTS = ("float32", "bfloat16")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -31,6 +32,8 @@ class OptimConfig:
       decay_steps: the update at which the decay ends; 0 is the end of training.
       b1, b2, eps: of the moments.
       weight_decay: decoupled (theta -= lr * weight_decay * theta), on parameters of two or more dimensions only.
+      moments: float32 or bfloat16, of the first moment (or momentum); the second stays float32, for near b2 = 0.999
+        an update changes it by less than bfloat16 can tell apart.
       clip_norm: the gradient is scaled down to this global norm; 0 is off.
     """
 
@@ -46,12 +49,17 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    moments: str = "float32"
 
     def __post_init__(self):
         if self.name not in NAMES:
             raise ConfigError(f"optim.name: {self.name!r} is none of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"optim.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        if self.moments not in MOMENTS:
+            raise ConfigError(f"optim.moments: {self.moments!r} is none of {', '.join(MOMENTS)}")
+        if self.moments != "float32" and (self.name == "rmsprop" or (self.name == "sgd" and not self.b1)):
+            raise ConfigError(f"optim.moments: {self.name} with b1={self.b1} has no first moment")
         for field in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "eps"):
             if not getattr(self, field) >= 0:
                 raise ConfigError(f"optim.{field}: {getattr(self, field)} is negative")
@@ -153,6 +161,20 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def first_moment_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimiser, its first moment (or momentum) rounded to `dtype` between updates; they are in float32."""
+
+    def kept(state: Any, dtype: Any) -> Any:
+        names = {"mu", "trace"} & set(state._fields)
+        return state._replace(**{name: optax.tree.cast(getattr(state, name), dtype) for name in names})
+
+    def update(grads, state, params=None):
+        updates, state = tx.update(grads, kept(state, jnp.float32), params)
+        return updates, kept(state, dtype)
+
+    return optax.GradientTransformation(lambda params: kept(tx.init(params), dtype), update)
+
+
 def decayed(params):
     """True where weight decay applies: matrices and up. Biases, norm gains and scalars are left alone."""
     return jax.tree.map(lambda x: x.ndim >= 2, params)
@@ -178,6 +200,8 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         "sgd": lambda: optax.trace(config.b1) if config.b1 else optax.identity(),
     }
     chain = [moments[config.name.replace("adamw", "adam")]()]
+    if config.moments != "float32":
+        chain = [first_moment_in(config.moments, chain[0])]
     if config.clip_norm:
         chain.insert(0, clip_by_global_norm(config.clip_norm))
     if config.weight_decay:

@@ -64,11 +64,14 @@ def test_pitfall_22_the_optimizer_counts_updates():
     np.testing.assert_allclose(moves, [1, 0.8, 0.6, 0.4, 0.2, 0, 0], atol=1e-6)
 
 
-def loop_adam(gradients, lr, b1, b2, eps, tf, decay=0.0, theta=1.0):
-    """Kingma & Ba 2015, algorithm 1 (and the TensorFlow form), one scalar, in Python's doubles."""
+def loop_adam(gradients, lr, b1, b2, eps, tf, decay=0.0, theta=1.0, first=lambda b1, m: b1 * m):
+    """Kingma & Ba 2015, algorithm 1 (and the TensorFlow form), one scalar, in Python's doubles.
+
+    `first` is how the first moment decays, b1 m, from one step to the next.
+    """
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        m, v = first(b1, m) + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
         if tf:
             step = lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (math.sqrt(v) + eps)
@@ -78,20 +81,29 @@ def loop_adam(gradients, lr, b1, b2, eps, tf, decay=0.0, theta=1.0):
     return theta
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "name, tf, decay", [("adam", False, 0.0), ("adamw", False, 0.1), ("adam_tf", True, 0.0), ("adamw_tf", True, 0.1)]
 )
-def test_adam_equals_the_algorithm(name, tf, decay):
-    config = OptimConfig(
-        name=name, learning_rate=0.01, schedule="constant", b1=0.8, b2=0.95, eps=0.1, weight_decay=decay, clip_norm=0.0
-    )
+def test_adam_equals_the_algorithm(name, tf, decay, moments):
+    """Moments in bfloat16: the first one is rounded to it between steps, the second is not."""
+    how = {"b1": 0.8, "b2": 0.95, "eps": 0.1, "weight_decay": decay, "clip_norm": 0.0, "moments": moments}
+    config = OptimConfig(name=name, learning_rate=0.01, schedule="constant", **how)
     gradients = [0.5, -1.0, 0.25, 2.0]
     tx, params = make_optimizer(config, 4), jnp.ones((1, 1))
     state = tx.init(params)
     for g in gradients:
         updates, state = tx.update(jnp.full((1, 1), g), state, params)
         params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(params[0, 0], loop_adam(gradients, 0.01, 0.8, 0.95, 0.1, tf, decay), rtol=1e-6)
+    kept = float if moments == "float32" else jnp.bfloat16
+    expected = loop_adam(gradients, 0.01, 0.8, 0.95, 0.1, tf, decay, first=lambda b1, m: b1 * float(kept(m)))
+    np.testing.assert_allclose(params[0, 0], expected, rtol=1e-6)
+    assert state[0].mu.dtype == moments and state[0].nu.dtype == jnp.float32
+
+
+def test_momentum_in_bfloat16():
+    tx = make_optimizer(OptimConfig(name="sgd", b1=0.9, clip_norm=0.0, moments="bfloat16"), 2)
+    assert [x.dtype for x in jax.tree.leaves(tx.init(jnp.ones((1, 1)))) if x.ndim == 2] == [jnp.bfloat16]
 
 
 def test_pitfall_21_tf_epsilon_is_outside_of_the_bias_correction():
@@ -196,6 +208,8 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
         ({"clip_norm": -1.0}, "optim.clip_norm"),
         ({"final_fraction": 1.5}, "optim.final_fraction: 1.5"),
         ({"b2": -0.1}, "optim.b2"),
+        ({"moments": "int8"}, "optim.moments: 'int8' is none of float32, bfloat16"),
+        ({"name": "rmsprop", "moments": "bfloat16"}, "rmsprop with b1=0.9 has no first moment"),
         ({"name": "adam", "weight_decay": 0.1}, "use adamw"),
         ({"name": "adam_tf", "weight_decay": 0.1}, "use adamw_tf"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from rlhfjax.interop import foreign
 from rlhfjax.mesh import Layout
 from rlhfjax.models import quantised
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.transformer import Model, stacked, unstacked
 
+log = logging.getLogger("rlhfjax")
 PyTree = Any
 FOLDER = "model"
 
@@ -51,16 +54,28 @@ def save(folder: Path, saved: SavedModel) -> None:
 def load(path: str | Path, layout: Layout) -> SavedModel:
     """Reads a model straight into its shards: its folder, the workdir of the stage that made it, or a foreign name.
 
+    A model that was trained with a kernel which these devices lack is read as one with our own attention.
+
     Raises:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
     if there := foreign.find(path):
         return SavedModel(there.model, there.params(layout), there.tokenizer())
     folder = find(path)
-    model = describe(folder)
+    model = _here(describe(folder), layout, folder)
     abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
     params = checkpoint.load_tree(folder / "params", abstract)
     return SavedModel(model, params, load_tokenizer(folder))
+
+
+def _here(model: Model, layout: Layout, folder: Path) -> Model:
+    kernel, platform = model.config.attention, layout.platform
+    if platform in PLATFORMS[kernel]:
+        return model
+    log.warning(
+        "%s: these %s devices have no %r attention; read as 'einsum', the same function", folder, platform, kernel
+    )
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, attention="einsum"))
 
 
 def override(saved: SavedModel, changes: Mapping[str, Any], where: str) -> SavedModel:

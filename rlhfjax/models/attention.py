@@ -99,7 +99,7 @@ def _times(x, drop):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _allowed(segments, start, stop):
+def allowed(segments, start, stop):
     """Which keys 0 .. stop the queries start .. stop may see: causal, same segment; padding sees only itself."""
     query = jnp.arange(start, stop)[:, None]
     slot = jnp.arange(stop)[None, :]
@@ -134,7 +134,7 @@ def causal_attention(
         drop = None
         if key is not None and rate > 0:
             drop = dropout(jnp.ones((*q.shape[:2], stop - start, stop)), rate, jax.random.fold_in(key, i))
-        blocks.append(_attend(q[:, :, start:stop], k[seen], v[seen], _allowed(segments, start, stop), drop))
+        blocks.append(_attend(q[:, :, start:stop], k[seen], v[seen], allowed(segments, start, stop), drop))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 

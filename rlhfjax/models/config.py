@@ -10,7 +10,8 @@ CHOICES = {
     "mlp": ("swiglu", "gelu", "gelu_exact"),
     "residual": ("pre_norm", "post_norm", "parallel"),
     "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "full", "offload"),
+    "attention": ("einsum", "cudnn", "splash"),
 }
 SIZES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_length", "n_kv_heads", "d_head")
 
@@ -51,7 +52,11 @@ class TransformerConfig:
     scale_residual_init: bool = False  # GPT-2: residual projections start 1/sqrt(2 n_layers) smaller
     dtype: str = "float32"
     scan_layers: bool = False
+    # what of a layer is made again in the backward pass: nothing; all but products with weights; all; "offload" is
+    # "dots" with those products kept in the host's memory
     remat: str = "none"
+    # without a cache: ours, anywhere; GPUs' or TPUs' kernels (models.kernels)
+    attention: str = "einsum"
 
     def __post_init__(self):
         self._check_values()
@@ -105,5 +110,9 @@ class TransformerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must be at least 0 and below 1")
+        if self.attention != "einsum" and self.dropout:
+            raise ConfigError(f"model.attention = {self.attention!r} has no dropout: model.dropout is {self.dropout}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ConfigError(f"model.attention = 'cudnn' is for model.dtype = 'bfloat16', not {self.dtype!r}")
         if not (self.init_std > 0 and self.norm_eps > 0 and self.rope_theta > 0):
             raise ConfigError("model.init_std, model.norm_eps and model.rope_theta must be above 0")

@@ -25,6 +25,7 @@ from rlhfjax.mesh import constrain
 from rlhfjax.models import blocks, logprobs, lora, quantised
 from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.quantised import SCALE, Quantised
 
@@ -75,6 +76,14 @@ def _write(cached: Any, new: jax.Array, slot: Any) -> Any:
         new = quantised.absmax(new, (3,))
         return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot, 2), cached, new)
     return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, 2)
+
+
+ATTENTION = {"cudnn": cudnn_attention, "splash": splash_attention}
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +348,10 @@ class Model:
             own = None if key is None else jax.random.fold_in(layer_key, i)
             keys = (None, None) if own is None else jax.random.split(own)
             rngs = None if own is None else {"lora": jax.random.fold_in(own, 2)}
-            attend = functools.partial(causal_attention, segments=segments, rate=float(c.dropout), key=keys[0])
+            attend = ATTENTION.get(c.attention) or functools.partial(
+                causal_attention, rate=float(c.dropout), key=keys[0]
+            )
+            attend = functools.partial(attend, segments=segments)
             return self._block.apply({"params": p}, x, rope, attend, keys[1], rngs=rngs)
 
         return self._embed(params, tokens, positions, embed_key), rope, layer
@@ -360,8 +372,7 @@ class Model:
     def _remat(self, layer):
         if self.config.remat == "none":
             return layer
-        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(layer, policy=dots if self.config.remat == "dots" else None)
+        return jax.checkpoint(layer, policy=REMAT[self.config.remat])
 
     def _run(self, layer, params, x, n):
         """layer(x, parameters, index) over the first n layers: one compiled body (scan, all of them) or unrolled."""

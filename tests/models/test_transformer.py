@@ -147,7 +147,8 @@ def test_scanned_is_unrolled(family, dropout):
 
 
 @pytest.mark.parametrize(
-    ("family", "remat", "scan"), [("llama-gqa", "dots", False), ("neox", "full", False), ("gpt1", "full", True)]
+    ("family", "remat", "scan"),
+    [("llama-gqa", "dots", False), ("neox", "full", False), ("gpt1", "full", True), ("gpt2", "offload", False)],
 )
 def test_remat_changes_only_what_is_kept(family, remat, scan):
     config = dataclasses.replace(FAMILIES[family], scan_layers=scan, dropout=0.1)

@@ -22,6 +22,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models import lora, quantised
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_schedule
@@ -195,6 +196,19 @@ def check_training(config: Any, layout: Layout, shape: TransformerConfig | None)
     check_length(config.length, shape, f"{config.stage}.length")
     make_schedule(config.optim, config.steps)  # refuses a warm-up longer than the run
     check_lora(config.lora, shape)
+    check_kernel(shape, layout, config.stage)
+
+
+def check_kernel(shape: TransformerConfig | None, layout: Layout, stage: str) -> None:
+    """Refuses an attention that these devices have no kernel for, or that the mesh would cut along time."""
+    kernel = "einsum" if shape is None else shape.attention
+    if layout.platform not in PLATFORMS[kernel]:
+        raise ConfigError(
+            f"{stage}: model.attention={kernel!r} is a kernel of {'TPUs' if kernel == 'splash' else 'GPUs'}, and these "
+            f"devices are {layout.platform}; 'einsum' runs anywhere"
+        )
+    if kernel == "splash" and layout.mesh.shape["sequence"] > 1:
+        raise ConfigError(f"{stage}: model.attention='splash' needs whole sequences: mesh.sequence=1")
 
 
 def check_lora(config: LoraConfig, shape: TransformerConfig | None) -> None:

@@ -9,7 +9,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
-from rlhfjax.stages.parts.common import check_length, check_lora
+from rlhfjax.stages.parts.common import check_kernel, check_length, check_lora
 from rlhfjax.stages.parts.prompts import PromptConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
 
@@ -123,6 +123,7 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
         raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
     make_schedule(config.optim, config.updates)  # refuses a warm-up longer than the run
     check_lora(config.lora, shape)
+    check_kernel(shape, layout, name)
     if config.lora.dropout:
         raise ConfigError(
             f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"

@@ -1,0 +1,86 @@
+"""Kernels for attention that others keep, against ours: equal at every slot that is not padding, gradients too."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.data.tokenizer import train_sentencepiece
+from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import Model, TransformerConfig, transformer
+from rlhfjax.models.attention import causal_attention
+from rlhfjax.models.kernels import cudnn_attention, splash_attention
+from rlhfjax.stages.parts.common import check_kernel
+
+KERNELS = {
+    "cudnn": functools.partial(cudnn_attention, implementation="xla"),  # the same call, by XLA in the place of cuDNN
+    "splash": functools.partial(splash_attention, interpret=True),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "causal"])
+def test_a_kernel_is_our_attention_and_so_is_its_gradient(kernel, packed):
+    """140 slots: two blocks of splash, the second one padded; two documents and padding; two queries a key head."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, weight = (jax.random.normal(key, (2, 4, 140, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, 2, 140, 16)) for key in keys[2:])
+    segments = jnp.array([[1] * 50 + [2] * 85 + [0] * 5, [0] * 3 + [1] * 137]) if packed else None
+    real = (segments > 0)[:, None, :, None] if packed else True
+
+    def out(attend, *qkv):
+        return jnp.where(real, attend(*qkv, segments), 0.0)
+
+    with jax.default_matmul_precision("highest"):
+        got, pull = jax.vjp(functools.partial(out, KERNELS[kernel]), q, k, v)
+        expected, pull_ours = jax.vjp(functools.partial(out, causal_attention), q, k, v)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(pull(weight), pull_ours(weight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_by_splash_is_the_model_by_einsum(monkeypatch):
+    """Batch and heads over four devices: every device runs the kernel on its own part."""
+    monkeypatch.setitem(transformer.ATTENTION, "splash", KERNELS["splash"])
+    config = TransformerConfig(vocab_size=50, d_model=32, n_layers=1, n_heads=4, d_ff=64, max_length=64, n_kv_heads=2)
+    params = Model(config).init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 50)
+    expected = jax.jit(Model(config).hidden)(params, tokens)
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    splash = Model(dataclasses.replace(config, attention="splash"))
+    with layout.use():
+        got = jax.jit(splash.hidden)(params, tokens)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_kernel_cannot_do_is_one_line():
+    plain = TransformerConfig(vocab_size=50, d_model=32, n_layers=1, n_heads=4, d_ff=64, max_length=64)
+    splash, one = dataclasses.replace(plain, attention="splash"), make_layout(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(
+        ConfigError, match=r"sft: model.attention='splash' is a kernel of TPUs, and these devices are cpu"
+    ):
+        check_kernel(splash, one, "sft")
+    check_kernel(plain, one, "sft")
+    with pytest.raises(ConfigError, match=r"model.attention = 'splash' has no dropout: model.dropout is 0.1"):
+        dataclasses.replace(plain, attention="splash", dropout=0.1)
+    with pytest.raises(ConfigError, match=r"model.attention = 'cudnn' is for model.dtype = 'bfloat16', not 'float32'"):
+        dataclasses.replace(plain, attention="cudnn")
+
+
+def test_a_model_trained_with_a_kernel_is_read_where_there_is_none(tmp_path, caplog):
+    """As one with our own attention, and not in silence."""
+    tokenizer = train_sentencepiece(["a b c d e f g"] * 9, tmp_path / "tokenizer", vocab_size=280)
+    config = TransformerConfig(280, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8, attention="splash")
+    model = Model(config)
+    params = model.init(jax.random.key(0))
+    store.save(tmp_path / "model", store.SavedModel(model, params, tokenizer))
+    saved = store.load(tmp_path / "model", make_layout(MeshConfig(), jax.devices()[:1]))
+    assert saved.model.config == dataclasses.replace(config, attention="einsum")
+    jax.tree.map(np.testing.assert_array_equal, saved.params, params)
+    assert "these cpu devices have no 'splash' attention; read as 'einsum'" in caplog.text
