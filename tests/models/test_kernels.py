@@ -75,8 +75,8 @@ def test_what_a_kernel_cannot_do_is_one_line():
 
 def test_a_model_trained_with_a_kernel_is_read_where_there_is_none(tmp_path, caplog):
     """As one with our own attention, and not in silence."""
-    tokenizer = train_sentencepiece(["a b c d e f g"] * 9, tmp_path / "tokenizer", vocab_size=280)
-    config = TransformerConfig(280, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8, attention="splash")
+    tokenizer = train_sentencepiece(["who knows which words a model knows"] * 9, tmp_path / "words", vocab_size=290)
+    config = TransformerConfig(290, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8, attention="splash")
     model = Model(config)
     params = model.init(jax.random.key(0))
     store.save(tmp_path / "model", store.SavedModel(model, params, tokenizer))
