@@ -53,21 +53,22 @@ def changes(subject: Subject, axes: Mapping[str, int], room: float, completions:
         best = _model(best, remat="full")
         now = subject.model.remat
         yield Change(f"remat=full of the model (now {now})", _model(subject, remat="full"), axes)
+    whole, steps = best, best is not subject
     if smaller := _until(_microbatches, subject, axes, room, completions):
         now, m = subject.config.microbatches, smaller.config.microbatches
-        best = _config(best, microbatches=m)
+        best, steps = _config(best, microbatches=m), steps + 1
         yield Change(f"smaller microbatches: --config.microbatches={m} (now {now})", smaller, axes)
     spread = dict(axes)
     if axes["data"] > 1:
         spread |= {"data": 1, "fsdp": axes["data"] * axes["fsdp"]}
         what = f"parameters and optimiser split: --config.mesh.data=1 --config.mesh.fsdp={spread['fsdp']}"
         yield Change(f"{what} (now data {axes['data']}, fsdp {axes['fsdp']})", subject, spread)
-    if best is not subject or spread != axes:
+    if steps + (spread != axes) > 1:
         yield Change("all of this together", best, spread)
     if halved := _until(_half_batch, subject, axes, room, completions):
         now, b = subject.config.batch_size, halved.config.batch_size
         yield Change(f"a smaller batch: --config.batch_size={b} (now {now})", halved, axes)
-    yield _more_chips(best, spread, room, completions)
+    yield _more_chips(whole, spread, room, completions)
 
 
 def _more_chips(subject: Subject, axes: Mapping[str, int], room: float, completions: int) -> Change:
@@ -80,7 +81,7 @@ def _more_chips(subject: Subject, axes: Mapping[str, int], room: float, completi
             break
     n = axes["replica"] * axes["data"] * axes["fsdp"] * axes["tensor"] * axes["sequence"]
     flags = f"--config.mesh.fsdp={axes['fsdp']} --config.mesh.tensor={axes['tensor']}"
-    return Change(f"all of the above but the batch, and {n} devices: {flags}", subject, axes)
+    return Change(f"{n} devices, the batch and its microbatches as they are: {flags}", subject, axes)
 
 
 def _until(change, subject: Subject, axes: Mapping[str, int], room: float, completions: int) -> Subject | None:

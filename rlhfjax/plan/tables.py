@@ -107,17 +107,16 @@ def work(plan: Plan) -> Table:
 
 def searched(found: Search) -> RenderableType:
     """Every slice that was considered, by arithmetic and by the compiler; the answers last."""
-    table = Table(title="Slices", title_justify="left")
-    names = ("slice", "chips", "mesh", "GiB, arithmetic", "GiB, compiled", "capacity", "fits", "tokens/chip-s: arith.")
-    for name in (*names, "compiled"):
-        table.add_column(name, justify="left" if name in ("slice", "mesh") else "right")
+    table = Table(title="Slices: GiB a device, and tokens per chip-second", title_justify="left")
+    for name in ("slice", "mesh", "GiB, by hand", "compiled", "of", "fits", "tokens, by hand", "compiled"):
+        table.add_column(name, justify="left" if name in ("slice", "mesh") else "right", no_wrap=name == "slice")
     for c in found.candidates:
         plan = found.plans.get(c.topology)
         need = "-" if plan is None else gib(max(p.memory.peak + p.elsewhere for p in plan.programs))
         fits = "-" if plan is None else {True: "yes", False: "no", None: "?"}[plan.fits]
-        rate = f"{found.rate(c):,.1f}" if found.fits(c) else "-"
-        row = (gib(c.expected.bytes), need, gib(c.capacity), fits, f"{c.expected_rate:,.1f}", rate)
-        table.add_row(c.topology, str(c.chips), mesh_flags(c.mesh), *row)
+        rate = f"{found.rate(c):,.0f}" if found.fits(c) else "-"
+        row = (gib(c.expected.bytes), need, gib(c.capacity), fits, f"{c.expected_rate:,.0f}", rate)
+        table.add_row(c.topology, mesh_flags(c.mesh), *row)
     return Group(table, answers(found))
 
 

@@ -90,7 +90,7 @@ def test_advice_names_what_fits_and_by_how_much():
 def test_what_the_mesh_forbids_is_not_advised():
     """One row a device: neither smaller microbatches nor a smaller batch; more devices go along tensor."""
     said = "\n".join(advice.advise(an_sft(), {**ONE, "fsdp": 64}, refused(40.0)))
-    assert "microbatches" not in said and "--config.batch_size" not in said
+    assert "smaller microbatches" not in said and "--config.batch_size" not in said
     assert "--config.mesh.fsdp=64 --config.mesh.tensor=" in said
 
 
