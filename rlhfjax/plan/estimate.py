@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.chips import Chip, Work
 from rlhfjax.plan.programs import step_flops
 from rlhfjax.plan.shapes import Subject
 
-MOMENTS = {"adamw": 2, "adam": 2, "adamw_tf": 2, "adam_tf": 2, "rmsprop": 1, "sgd": 1}
+MOMENTS = {"adamw": 2.0, "adam": 2.0, "adamw_tf": 2.0, "adam_tf": 2.0, "rmsprop": 1.0, "sgd": 1.0}
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
 
 
@@ -24,7 +25,7 @@ class Net(NamedTuple):
     shape: TransformerConfig
     head: str
     trained: float  # numbers that have a gradient: all of them, or the adapters
-    moments: int
+    moments: float  # float32 numbers of the optimiser a trained number; one in bfloat16 is half of one
     averaged: bool = False
 
     @property
@@ -73,20 +74,24 @@ def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions:
 def networks(subject: Subject) -> list[Net]:
     """The models that are on the devices."""
     c, model = subject.config, subject.model
-    moments = MOMENTS[c.optim.name]
+    moments = _moments(c.optim)
     if c.stage not in ("ppo", "group"):
         head = "scalar" if c.stage == "reward" else "lm"
         return [Net(model, head, _trained(model, head, c.lora.rank), moments)]
     policy = Net(model, "lm", _trained(model, "lm", c.lora.rank), moments, bool(c.ema))
     nets = [policy]
     if not c.lora.rank:  # with adapters the base is the reference
-        nets.append(Net(model, "lm", 0.0, 0))
+        nets.append(Net(model, "lm", 0.0, 0.0))
     if subject.reward is not None:
-        nets.append(Net(subject.reward, "scalar", 0.0, 0))
+        nets.append(Net(subject.reward, "scalar", 0.0, 0.0))
     if c.stage == "ppo" and c.value != "shared":
         trunk = subject.reward if c.value == "reward" and subject.reward is not None else model
-        nets.append(Net(trunk, "scalar", _trained(trunk, "scalar", c.lora.rank), MOMENTS[c.value_optim.name]))
+        nets.append(Net(trunk, "scalar", _trained(trunk, "scalar", c.lora.rank), _moments(c.value_optim)))
     return nets
+
+
+def _moments(c: OptimConfig) -> float:
+    return MOMENTS[c.name] - 0.5 * (c.moments == "bfloat16")
 
 
 def smallest_batch(subject: Subject) -> int:

@@ -8,6 +8,7 @@ from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.presets import preset
+from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import advice, estimate, memory, programs, shapes
 from rlhfjax.plan.chips import CHIPS, GIB
 from rlhfjax.plan.compiled import Measured, Memory, beside
@@ -38,6 +39,8 @@ def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
     a_layer = sum(memory.layer_activations(SHAPE, 4, 2048).values())
     assert parts["activations"] == 24 * 2 * 4 * 2048 * 2048 + a_layer
     again = estimate.estimate(an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
+    half = an_sft(optim=OptimConfig(moments="bfloat16"))
+    assert estimate.estimate(half, {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts["optimiser and average"] == 6 * N / 16
     assert again["activations"] == parts["activations"] / 4 and again["gradients"] == 2 * parts["gradients"]
 
 
