@@ -62,13 +62,12 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
     began = time.time()
-    layout = make_layout(typed.mesh)
+    layout, clock = make_layout(typed.mesh), Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(typed, workdir, layout))
     elif hasattr(module, "run"):
         metrics = module.run(typed, workdir, layout)
     else:
-        clock = Clock(workdir)
         with layout.use():
             stage = module.build(typed, layout)
         metrics = train.run(stage, typed, workdir, layout, clock)
