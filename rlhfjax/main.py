@@ -281,6 +281,8 @@ def _start(command: str, fv: flags.FlagValues) -> None:
 
             jax.config.update("jax_compilation_cache_dir", fv.compilation_cache)
         _hosts().join(fv.host_timeout)
+        if not _hosts().first():
+            logging.getLogger("rlhfjax").setLevel(logging.WARNING)  # what else there is to say the first one says
 
 
 def _hosts() -> Any:
