@@ -13,7 +13,7 @@ from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import Layout
+from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
@@ -168,14 +168,40 @@ def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) ->
     return tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight), pairs
 
 
+def sampler(config: PolicyConfig, layout: Layout, algorithm: Any) -> Callable[..., Rollout]:
+    """`algorithm.rollout`, where the config says so on another mesh of the same devices.
+
+    The policy's weights are laid out anew, from devices to devices, before every rollout, and the responses come back
+    in the layout of training.
+
+    Raises:
+      ConfigError: the rollout's batch does not go over that mesh.
+    """
+    if config.rollout_mesh is None:
+        return algorithm.rollout
+    there = make_layout(config.rollout_mesh, list(layout.mesh.devices.flat))
+    there.check_batch(config.episodes, f"{config.stage}.batch_size, over rollout_mesh,")
+    axes = algorithm.model.axes()
+
+    def rollout(params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array, each: int = 1) -> Rollout:
+        rows = jax.device_put((prompts, segments), there.sharding("batch"))
+        params = jax.device_put(params, states.shardings(params, axes, there))
+        with there.use():
+            sampled = algorithm.rollout(params, *rows, key, each)
+        return jax.device_put(sampled, layout.sharding("batch"))
+
+    return rollout
+
+
 def policy_step(
     config: PolicyConfig, layout: Layout, task: Task, algorithm: Any, frozen: PyTree
 ) -> Callable[..., tuple[Any, Pairs]]:
     """(state, batch, key) -> (state, metrics): rollout, scores, advantages, epochs."""
+    sample_responses = sampler(config, layout, algorithm)
 
     def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
         params = states.attach(frozen, state.params)
-        rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)
+        rollout = sample_responses(params["policy"], batch["prompts"], batch["segments"], key, config.each)
         seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
         known = algorithm.know(params, task.reference, rollout)
         scores, said = score(task.reward, *seen)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from rlhfjax.config import TrainConfig
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import Layout
+from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
@@ -70,6 +70,7 @@ class PolicyConfig(TrainConfig):
     behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
     batch_size: int
     slots: int = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
+    rollout_mesh: MeshConfig | None = None  # of the same devices, for sampling; None: the mesh of training
     epochs: int
     minibatches: int  # of an epoch
     microbatches: int = 1  # of a minibatch
@@ -127,6 +128,10 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     if config.lora.dropout:
         raise ConfigError(
             f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
+        )
+    if config.rollout_mesh is not None and config.lora.rank:
+        raise ConfigError(
+            f"{name}.rollout_mesh: adapters have no other mesh to sample on, their base would be moved too"
         )
     _check_kl(config.kl, f"{name}.kl")
     _check_score(config)
