@@ -7,6 +7,7 @@ says which mesh axes each name is laid over. The same program then runs on one C
 import contextlib
 import contextvars
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,35 +17,30 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhfjax import strategy
 from rlhfjax.errors import ConfigError
+from rlhfjax.strategy import AXES, Need
 
-AXES = ("replica", "data", "fsdp", "tensor", "sequence")
-
+log = logging.getLogger("rlhfjax")
 # FSDP over `fsdp`, Megatron over `tensor`; a batch is split over every data-like axis.
-DEFAULT_RULES = {
-    "batch": ("replica", "data", "fsdp"),
-    "time": ("sequence",),
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "layers": (),
-    "positions": (),
-}
+DEFAULT_RULES = strategy.GENERAL
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices lie along each axis; at most one axis is -1, which takes what is left."""
+    """How many devices lie along each axis; at most one axis is -1, which takes what is left.
+
+    strategy: "given", these sizes under the general rules; "auto", sizes and rules by what the stage needs and the
+    devices have; or one of strategy.STRATEGIES, its rules, and sizes that it completes.
+    """
 
     replica: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
-    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of DEFAULT_RULES
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of the strategy's table
+    strategy: str = "given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +121,72 @@ class Layout:
 _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
-def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Layout:
+def make_layout(
+    config: MeshConfig = MeshConfig(),
+    devices: Sequence[jax.Device] | None = None,
+    need: Need | None = None,
+    memory: float | None = None,
+) -> Layout:
     """The mesh over `devices` (all of them by default) and its rules.
 
+    Args:
+      need: what the stage asks, for strategy "auto"; None: no model, which is Need().
+      memory: bytes of one device, where the devices themselves do not know it.
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or a rule names an unknown mesh axis.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    asked = dict(zip(AXES, sizes, strict=True))
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    name = config.strategy
+    if name == "auto":
+        name, asked = _choose(asked, devices, need, memory)
+    elif name != "given":
+        asked = strategy.sizes(name, asked, _slices(devices))
+    sizes = list(asked.values())
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ConfigError(f"mesh {asked}: sizes are positive, and at most one is -1")
     fixed = math.prod(s for s in sizes if s != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    return Layout(_mesh(sizes, devices), _rules(config.rules))
+    table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
+    return Layout(_mesh(sizes, devices), _rules(table, config.rules))
+
+
+def _choose(
+    given: Mapping[str, int], devices: Sequence[jax.Device], need: Need | None, memory: float | None
+) -> tuple[str, dict[str, int]]:
+    """What `auto` picks, said in the log."""
+    if any(size not in (1, -1) for size in given.values()):
+        raise ConfigError(f"mesh.strategy='auto' picks the sizes itself, and {dict(given)} gives some")
+    if need is None:  # nothing is split but rows, if there are any
+        return "data", dict(given) | {"data": -1}
+    picked = strategy.choose(need, len(devices), memory or device_memory(devices), _slices(devices))
+    log.log(logging.INFO if picked.fits else logging.WARNING, picked.why)
+    return picked.strategy, picked.sizes
+
+
+def device_memory(devices: Sequence[jax.Device]) -> float:
+    """Bytes of one device: what its runtime says, or an equal share of the host's memory, where CPUs are devices.
+
+    Raises:
+      ConfigError: it is known neither way.
+    """
+    if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
+        return float(limit)
+    if devices[0].platform != "cpu":
+        raise ConfigError(f"mesh.strategy='auto': the memory of a {devices[0].device_kind} is not known; give the sizes")
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / jax.local_device_count()
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     """Neighbours along the axes within a slice; between slices, which only DCN connects, along `replica` alone."""
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    slices = _slices(devices)
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     if sizes[0] % slices:
@@ -155,8 +195,8 @@ def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
-def _rules(overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    rules = dict(DEFAULT_RULES)
+def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    rules = dict(table)
     for name, axes in overrides.items():
         axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
         if name not in rules:

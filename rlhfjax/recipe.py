@@ -18,9 +18,10 @@ from rlhfjax.clock import Clock
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import make_layout
+from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.metrics import read_jsonl, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.stages.parts.placing import need_of
 
 DONE = "done.json"
 CONFIG = "config.json"
@@ -62,7 +63,7 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
     began = time.time()
-    layout, clock = make_layout(typed.mesh), Clock(workdir)
+    layout, clock = layout_of(typed, {}), Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(typed, workdir, layout))
     elif hasattr(module, "run"):
@@ -103,7 +104,7 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
         raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
     siblings = {folder.name[3:]: folder for folder in sorted(workdir.parent.glob("[0-9][0-9]_*"))}
     typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
-    layout = make_layout(typed.mesh)
+    layout = layout_of(typed, {})
     with layout.use():
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
 
@@ -176,10 +177,31 @@ def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pa
         tokens = vocabularies.get(getattr(config, "tokenizer", None), 0)
         if shape is not None and shape.vocab_size < tokens:
             raise ConfigError(f"{name}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokens}")
-        if refuse := getattr(stages.find(config.stage), "check", None):
-            refuse(config, make_layout(config.mesh), shape)
+        known = shape is not None or config.mesh.strategy != "auto"  # what is not is checked when the stage begins
+        if known and (refuse := getattr(stages.find(config.stage), "check", None)):
+            refuse(config, layout_of(config, shapes), shape)
         shapes[str(folders[name])] = shape
     return typed
+
+
+def layout_of(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> Layout:
+    """The mesh that a stage's config asks for; "auto" is told of its models, `shapes` those not on disk yet."""
+    shape = _shape(config, shapes) if config.mesh.strategy == "auto" else None
+    if shape is None:
+        return make_layout(config.mesh)
+    return make_layout(config.mesh, need=need_of(config, shape, _reward_shape(config, shapes)))
+
+
+def _reward_shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> TransformerConfig | None:
+    """Of the model that scores; None where rules do, or where it is no single model."""
+    if (origin := getattr(config, "reward", None)) is None:
+        return None
+    if origin in shapes:
+        return shapes[origin]
+    try:
+        return store.describe(origin).config
+    except CheckpointError:
+        return None
 
 
 def _shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> TransformerConfig | None:

@@ -1,0 +1,149 @@
+"""The collectives of each strategy, and no others, in the compiled programs of sft and PPO; nothing of theirs is twice.
+
+With more devices than the tests have: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+
+On CPUs a reduce-scatter is an all-reduce and a slice: the pass that joins them (ReduceScatterCreator) is of the TPU and
+GPU compilers alone, so gradients of split parameters are looked for among the all-reduces.
+"""
+
+import itertools
+import math
+
+import jax
+import pytest
+
+from rlhfjax.config import to_dict
+from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import Model, logprobs
+from rlhfjax.plan import programs, shapes
+from rlhfjax.plan.hlo import Program
+from tests import tiny
+from tests.collectives import Collective, collectives
+
+# Sizes that make an array known by its shape.
+MODEL = {"vocab_size": 192, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 40, "max_length": 32}
+BATCH, TIME, CHUNKS = 16, 32, 4
+DEVICES = jax.device_count()
+STRATEGIES = {
+    "data": {"strategy": "data"},
+    "fsdp": {"strategy": "fsdp"},
+    "hsdp": {"strategy": "hsdp", "replica": 2},
+    "fsdp_tensor": {"strategy": "fsdp_tensor", "tensor": 2},
+    "context": {"strategy": "context", "sequence": 2, "tensor": max(1, DEVICES // 4)},
+}
+GRADIENTS = {("all-reduce", "parameter"), ("all-reduce", "scalar")}
+FSDP = GRADIENTS | {("all-gather", "parameter")}
+TENSOR = FSDP | {("all-reduce", "activation"), ("all-reduce", "softmax"), ("all-reduce", "rows")}
+KEYS = {("all-gather", "keys"), ("all-reduce", "keys")}  # and of their gradients
+EXPECTED = {
+    "data": GRADIENTS,
+    "fsdp": FSDP,
+    "hsdp": FSDP,
+    "fsdp_tensor": TENSOR,
+    "context": (TENSOR if DEVICES >= 8 else FSDP) | KEYS,
+}
+
+
+def sketched(stage, mesh, devices=None, **changes):
+    """The programs of a stage of tests/tiny.py on a mesh."""
+    config = to_dict(tiny.get_config("data=nowhere"))
+    config["pretrain"]["model"] |= MODEL
+    config[stage] |= {"batch_size": BATCH, **changes}
+    config[stage]["mesh"] |= mesh
+    layout = make_layout(MeshConfig(**mesh), devices)
+    subject = shapes.subject(config, stage)
+    return subject.model, dict(layout.mesh.shape), programs.sketch(subject, layout).programs
+
+
+def parameter_shapes(model, mesh):
+    """Every matrix and vector of the model, whole, or split by fsdp, tensor or both; heads together with their size."""
+    found = set()
+    for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))):
+        flat = x.shape if x.ndim < 3 else (math.prod(x.shape[:-1]), x.shape[-1])
+        other = x.shape if x.ndim < 3 else (x.shape[0], math.prod(x.shape[1:]))
+        for shape in (flat, other):
+            for cut in itertools.product((1, mesh["fsdp"], mesh["tensor"]), repeat=len(shape)):
+                found.add(tuple(sorted(n // c for n, c in zip(shape, cut, strict=True))))
+    return found
+
+
+def kind_of_array(shape, model, mesh):
+    """What an array of a collective is, by its shape alone."""
+    core = tuple(sorted(n for n in shape if n > 1))
+    rows = BATCH // (mesh["replica"] * mesh["data"] * mesh["fsdp"]) * TIME  # of one device, if sequences are whole
+    mine = rows // mesh["sequence"]
+    sizes = {
+        mine * model.d_model: "activation",
+        rows * model.kv_heads * model.head_dim // mesh["tensor"]: "keys",
+        mine // CHUNKS: "softmax",
+        mine // CHUNKS * model.d_model: "rows",
+    }
+    if not core:
+        return "scalar"
+    if core in parameter_shapes(model, mesh):
+        return "parameter"
+    return sizes.get(math.prod(core), f"other {shape}")
+
+
+def said(found: list[Collective], model, mesh):
+    return {(x.kind, kind_of_array(shape, model, mesh)) for x in found for shape in x.shapes}
+
+
+def small_chunks(monkeypatch, mesh):
+    layout = make_layout(MeshConfig(**mesh))
+    rows = BATCH // layout.batch_shards * TIME // layout.mesh.shape["sequence"]
+    vocab = MODEL["vocab_size"] // layout.mesh.shape["tensor"]
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows // CHUNKS * vocab)
+
+
+def assert_state_stays_split(program, compiled, mesh):
+    """Every matrix of parameters and moments is 1 / (fsdp x tensor) of itself, before the step and after it."""
+    state = program.inputs[1] if program.name == "step" else program.inputs[0]
+    share = mesh["fsdp"] * mesh["tensor"]
+    for x, after in zip(jax.tree.leaves(state), jax.tree.leaves(compiled.output_shardings[0]), strict=True):
+        assert after.is_equivalent_to(x.sharding, len(x.shape))
+        if len(x.shape) >= 2:
+            assert math.prod(x.sharding.shard_shape(x.shape)) * share == math.prod(x.shape)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised):
+    small_chunks(monkeypatch, STRATEGIES[name])
+    model, mesh, (step,) = sketched("sft", STRATEGIES[name])
+    compiled = step.lower().compile()
+    found = collectives(compiled.as_text())
+    assert said(found, model, mesh) == EXPECTED[name]
+    assert_state_stays_split(step, compiled, mesh)
+    summed = sum(math.prod(s) for x in found for s in x.shapes if x.kind == "all-reduce" and len(s) == 2)
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))) if x.ndim > 1)
+    if name in ("data", "fsdp"):  # the tied matrix's two gradients, as embedding and as output, are summed apart
+        assert summed == size + model.vocab_size * model.d_model
+        assert {x.times for x in found} == {1}
+    gathered = [x for x in found if x.kind == "all-gather"]
+    if name == "hsdp":  # parameters never cross from replica to replica; their gradients' parts do
+        assert {x.devices for x in gathered} == {mesh["fsdp"]}
+
+
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("context", marks=pytest.mark.slow)])
+def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised):
+    """All five programs, four models: no array with a vocabulary axis in a collective but matrices of parameters.
+
+    Products of all devices together are those of one, but for what a decode step's one slot cannot share.
+    """
+    small_chunks(monkeypatch, STRATEGIES[name])
+    changes = {"batch_size": 2 * BATCH}
+    alone = sketched("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
+    model, mesh, many = sketched("ppo", STRATEGIES[name], **changes)
+    vocab = {model.vocab_size, model.vocab_size // mesh["tensor"]}
+    known = parameter_shapes(model, mesh)
+    for one, program in zip(alone, many, strict=True):
+        compiled = program.lower().compile()
+        text = compiled.as_text()
+        for x in collectives(text):
+            for shape in x.shapes:
+                assert not vocab & set(shape) or tuple(sorted(n for n in shape if n > 1)) in known, (program.name, x)
+        if program.name == "update":
+            assert_state_stays_split(program, compiled, mesh)
+        expected = Program(one.lower().compile().as_text()).cost().flops
+        if mesh["sequence"] == 1 or program.name in ("know", "update"):
+            assert Program(text).cost().flops * DEVICES == pytest.approx(expected, rel=0.01), program.name
