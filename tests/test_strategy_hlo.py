@@ -6,6 +6,7 @@ On CPUs a reduce-scatter is an all-reduce and a slice: the pass that joins them 
 GPU compilers alone, so gradients of split parameters are looked for among the all-reduces.
 """
 
+import functools
 import itertools
 import math
 
@@ -23,6 +24,7 @@ from tests.collectives import Collective, collectives
 # Sizes that make an array known by its shape.
 MODEL = {"vocab_size": 192, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 40, "max_length": 32}
 BATCH, TIME, CHUNKS = 16, 32, 4
+SLOW = pytest.mark.slow
 DEVICES = jax.device_count()
 STRATEGIES = {
     "data": {"strategy": "data"},
@@ -55,14 +57,15 @@ def sketched(stage, mesh, devices=None, **changes):
     return subject.model, dict(layout.mesh.shape), programs.sketch(subject, layout).programs
 
 
-def parameter_shapes(model, mesh):
+@functools.cache
+def parameter_shapes(model, fsdp, tensor):
     """Every matrix and vector of the model, whole, or split by fsdp, tensor or both; heads together with their size."""
     found = set()
     for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))):
         flat = x.shape if x.ndim < 3 else (math.prod(x.shape[:-1]), x.shape[-1])
         other = x.shape if x.ndim < 3 else (x.shape[0], math.prod(x.shape[1:]))
         for shape in (flat, other):
-            for cut in itertools.product((1, mesh["fsdp"], mesh["tensor"]), repeat=len(shape)):
+            for cut in itertools.product((1, fsdp, tensor), repeat=len(shape)):
                 found.add(tuple(sorted(n // c for n, c in zip(shape, cut, strict=True))))
     return found
 
@@ -80,7 +83,7 @@ def kind_of_array(shape, model, mesh):
     }
     if not core:
         return "scalar"
-    if core in parameter_shapes(model, mesh):
+    if core in parameter_shapes(model, mesh["fsdp"], mesh["tensor"]):
         return "parameter"
     return sizes.get(math.prod(core), f"other {shape}")
 
@@ -106,7 +109,7 @@ def assert_state_stays_split(program, compiled, mesh):
             assert math.prod(x.sharding.shard_shape(x.shape)) * share == math.prod(x.shape)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [n if n in ("fsdp", "context") else pytest.param(n, marks=SLOW) for n in STRATEGIES])
 def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised):
     small_chunks(monkeypatch, STRATEGIES[name])
     model, mesh, (step,) = sketched("sft", STRATEGIES[name])
@@ -124,7 +127,8 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised
         assert {x.devices for x in gathered} == {mesh["fsdp"]}
 
 
-@pytest.mark.parametrize("name", ["fsdp", pytest.param("context", marks=pytest.mark.slow)])
+@SLOW
+@pytest.mark.parametrize("name", ["context"])
 def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised):
     """All five programs, four models: no array with a vocabulary axis in a collective but matrices of parameters.
 
@@ -135,7 +139,7 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised)
     alone = sketched("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
     model, mesh, many = sketched("ppo", STRATEGIES[name], **changes)
     vocab = {model.vocab_size, model.vocab_size // mesh["tensor"]}
-    known = parameter_shapes(model, mesh)
+    known = parameter_shapes(model, mesh["fsdp"], mesh["tensor"])
     for one, program in zip(alone, many, strict=True):
         compiled = program.lower().compile()
         text = compiled.as_text()

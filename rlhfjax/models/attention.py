@@ -1,7 +1,8 @@
 """Scaled dot-product attention: causal over a whole sequence, and one query against a cache.
 
 Layout is [b, h, t, k] (heads before time), so that every product is a plain batch of matrix products. With grouped
-keys (GQA) the queries that share a key head are stacked along time: no key is ever repeated.
+keys (GQA) the queries that share a key head are an axis of their own, [b, g, h / g, t, k]: no key is ever repeated, and
+the time axis can be split over devices, which it could not be where heads and time are stacked into one.
 """
 
 import jax
@@ -60,16 +61,16 @@ def _attend(q, k, v, allowed, drop):
 def _attend_forward(q, k, v, allowed, drop):
     b, h, t, d = q.shape
     g, s = k.shape[1:3]
-    stacked = (q * d**-0.5).reshape(b, g, h // g * t, d)
-    scores = jnp.einsum("bgtd,bgsd->bgts", stacked, k, preferred_element_type=jnp.float32)
+    grouped = (q * d**-0.5).reshape(b, g, h // g, t, d)
+    scores = jnp.einsum("bgrtd,bgsd->bgrts", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(allowed[:, None], scores.reshape(b, h, t, s), MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)  # dividing the [t, d] output costs less than dividing the [t, s] weights
     weights = weights.astype(v.dtype)
-    kept = _times(weights, drop).reshape(b, g, h // g * t, s)
-    out = jnp.einsum("bgts,bgsd->bgtd", kept, v, preferred_element_type=jnp.float32).reshape(b, h, t, d) / total
+    kept = _times(weights, drop).reshape(b, g, h // g, t, s)
+    out = jnp.einsum("bgrts,bgsd->bgrtd", kept, v, preferred_element_type=jnp.float32).reshape(b, h, t, d) / total
     out = out.astype(q.dtype)
-    return out, (stacked, k, v, drop, weights, total, out)
+    return out, (grouped, k, v, drop, weights, total, out)
 
 
 def _attend_backward(saved, d_out):
@@ -82,13 +83,13 @@ def _attend_backward(saved, d_out):
     g, s = k.shape[1:3]
     d_sum = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True) / total
     d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(q.shape)
-    kept = _times(weights, drop).reshape(b, g, h // g * t, s)
-    d_v = transposed(jnp.einsum("bgtd,bgts->bgds", d_out, kept))
-    d_kept = jnp.einsum("bgtd,bgsd->bgts", d_out, v, preferred_element_type=jnp.float32).reshape(b, h, t, s)
+    kept = _times(weights, drop).reshape(b, g, h // g, t, s)
+    d_v = transposed(jnp.einsum("bgrtd,bgrts->bgds", d_out, kept))
+    d_kept = jnp.einsum("bgrtd,bgsd->bgrts", d_out, v, preferred_element_type=jnp.float32).reshape(b, h, t, s)
     d_scores = (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
     d_scores = jax.lax.optimization_barrier(d_scores)
-    d_q = jnp.einsum("bgts,bgsd->bgtd", d_scores, k) * d**-0.5
-    d_k = transposed(jnp.einsum("bgtd,bgts->bgds", q, d_scores))
+    d_q = jnp.einsum("bgrts,bgsd->bgrtd", d_scores, k) * d**-0.5
+    d_k = transposed(jnp.einsum("bgrtd,bgrts->bgds", q, d_scores))
     return d_q.reshape(b, h, t, d), d_k, d_v, None, None
 
 
