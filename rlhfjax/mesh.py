@@ -175,7 +175,9 @@ def device_memory(devices: Sequence[jax.Device]) -> float:
     if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
         return float(limit)
     if devices[0].platform != "cpu":
-        raise ConfigError(f"mesh.strategy='auto': the memory of a {devices[0].device_kind} is not known; give the sizes")
+        raise ConfigError(
+            f"mesh.strategy='auto': the memory of a {devices[0].device_kind} is not known; give the sizes"
+        )
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / jax.local_device_count()
 
 
