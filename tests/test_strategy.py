@@ -1,6 +1,11 @@
 """Strategies: their sizes and rules, what `auto` picks by arithmetic done by hand, and what it counts of a stage."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -127,3 +132,31 @@ def test_auto_in_a_recipe_knows_the_models_of_stages_before(tmp_path, caplog):
         recipe.check_all(resolved, folders)
     assert "10,320 trained and 0 frozen parameters, 8 rows of 32" in caplog.text
     assert "20,657 trained and 20,657 frozen parameters, 8 rows of 32" in caplog.text  # critic and reward: 17 more
+
+
+SHARES = {"data": 1.0, "fsdp": 1 / 8, "fsdp_tensor": 1 / 8, "context": 1 / 4, "hsdp": 1 / 4}
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(tmp_path):
+    """Two steps of every stage that trains (pretrain is sft's step), on the two strategies that have all axes together.
+
+    docs/scaling.md has the whole table. Matrices of the state are split as the strategy says, moments with them.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    chosen = ["--stages=sft,reward,direct,ppo,group", "--strategies=context,hsdp", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.strategies", *chosen],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cells) == 10
+    for cell in cells:
+        assert cell["metrics"] < 1e-4 and cell["params"] < 1e-6 < 1e-2 * cell["moved"], cell
+        assert cell["share"] == SHARES[cell["strategy"]], cell
