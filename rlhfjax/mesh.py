@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

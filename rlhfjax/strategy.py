@@ -130,7 +130,7 @@ GIB = 2.0**30
 
 
 def state_bytes(need: Need) -> float:
-    """4 bytes x (trained x (1 weight + 1 gradient + moments) + frozen): all devices' together, where nothing is twice."""
+    """4 bytes x (trained x (1 weight + 1 gradient + moments) + frozen): of all devices, where nothing is held twice."""
     return 4.0 * (need.trained * (2 + need.moments) + need.frozen)
 
 

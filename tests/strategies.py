@@ -1,4 +1,4 @@
-"""Every stage that trains on every strategy, 8 devices that XLA makes of one CPU against one: `python -m tests.strategies`.
+"""Every stage that trains on every strategy: 8 devices that XLA makes of one CPU against one.
 
   python -m tests.strategies [--stages=sft,ppo] [--strategies=data,fsdp]
 

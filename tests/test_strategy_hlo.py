@@ -1,6 +1,6 @@
 """The collectives of each strategy, and no others, in the compiled programs of sft and PPO; nothing of theirs is twice.
 
-With more devices than the tests have: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+With 8 devices, not the tests' 4: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
 
 On CPUs a reduce-scatter is an all-reduce and a slice: the pass that joins them (ReduceScatterCreator) is of the TPU and
 GPU compilers alone, so gradients of split parameters are looked for among the all-reduces.

@@ -14,6 +14,7 @@ from rlhfjax.plan.compiled import Measured, measure, sharded_bytes
 from rlhfjax.plan.programs import Sketch, sketch
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import Target
+from rlhfjax.stages.parts.placing import need_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,9 @@ def make(subject: Subject, target: Target, completions: int = 2, stop: bool = Fa
       only: the programs of these names; the plan is then of a part of a step, and has no time of the whole.
       stop: at the first program that does not fit, the one with the largest arguments being asked first.
     """
-    layout = make_layout(subject.config.mesh, target.devices)
+    config = subject.config
+    need = need_of(config, subject.model, subject.reward) if config.mesh.strategy == "auto" else None
+    layout = make_layout(config.mesh, target.devices, need, target.capacity)
     drawn = sketch(subject, layout, completions)
     names = [program.name for program in drawn.programs]
     if unknown := [name for name in only if name not in names]:
