@@ -22,7 +22,16 @@ from tests import tiny
 from tests.collectives import Collective, collectives
 
 # Sizes that make an array known by its shape.
-MODEL = {"vocab_size": 192, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 40, "max_length": 32}
+MODEL = {
+    "vocab_size": 192,
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_head": 6,
+    "d_ff": 40,
+    "max_length": 32,
+}
 BATCH, TIME, CHUNKS = 16, 32, 4
 SLOW = pytest.mark.slow
 DEVICES = jax.device_count()
