@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rlhfjax import strategy
+from rlhfjax import hosts, strategy
 from rlhfjax.errors import ConfigError
 from rlhfjax.strategy import AXES, Need
 
@@ -42,6 +43,7 @@ class MeshConfig:
     sequence: int = 1
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of the strategy's table
     strategy: str = "given"
+    devices: str = ""  # FIRST:END of all devices, such as "0:6" or "6:"; empty: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def make_layout(
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or a rule names an unknown mesh axis.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _some(jax.devices() if devices is None else devices, config.devices)
     asked = {axis: getattr(config, axis) for axis in AXES}
     name = config.strategy
     if name == "auto":
@@ -152,6 +154,19 @@ def make_layout(
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
     return Layout(_mesh(sizes, devices), _rules(table, config.rules))
+
+
+def _some(devices: Sequence[jax.Device], which: str) -> Sequence[jax.Device]:
+    """The devices that `MeshConfig.devices` names."""
+    if not which:
+        return devices
+    if hosts.count() > 1:
+        raise ConfigError(f"mesh.devices={which!r}: with several hosts a mesh has all devices, a part of each host's")
+    if re.fullmatch(r"\d*:\d*", which):
+        first, end = (int(x) if x else None for x in which.split(":"))
+        if chosen := devices[first:end]:
+            return chosen
+    raise ConfigError(f"mesh.devices={which!r}: FIRST:END of the {len(devices)} devices at hand, such as '0:1' or '1:'")
 
 
 def _choose(
@@ -227,6 +242,23 @@ def shards(name: str) -> int:
     """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
     return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
+
+
+def apart(there: Layout | None, here: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, whose parameters are on another mesh: rows of a batch go there, rows (and scalars) of a result come back.
+
+    Nothing waits: what is dispatched on either mesh goes on meanwhile. None is no other mesh: f itself.
+    """
+    if there is None:
+        return f
+
+    def run(*rows: Any) -> Any:
+        moved = jax.device_put(rows, there.sharding("batch"))
+        with there.use():
+            out = f(*moved)
+        return jax.tree.map(lambda x: jax.device_put(x, here.sharding("batch") if np.ndim(x) else here.replicated), out)
+
+    return run
 
 
 def per_device(

@@ -198,8 +198,8 @@ DEFECTS = [
     d(
         6,
         "stages/parts/policy.py",
-        'rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)',
-        """rollout = algorithm.rollout(params["policy"], batch["prompts"], batch["segments"], key, config.each)
+        "rollout, ahead, behind = drawn(state, params, batch, key)",
+        """rollout, ahead, behind = drawn(state, params, batch, key)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -756,8 +756,8 @@ DEFECTS = [
     d(
         27,
         "stages/parts/policy.py",
-        'algorithm.rollout(params["policy"], batch',
-        "algorithm.rollout(task.start.params, batch",
+        'rows = (params["policy"], batch',
+        "rows = (task.start.params, batch",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
     ),
     # 28: the mean of two hosts' means

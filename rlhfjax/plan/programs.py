@@ -60,7 +60,7 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
     Args:
       completions: answers to a prompt, where the data decides that: reward and direct stages.
     Raises:
-      ConfigError: batch and mesh do not fit each other, or the stage is none of those known here.
+      ConfigError: batch and mesh do not fit each other, or the stage or an option of it is none of those known here.
     """
     makers = {"pretrain": _language, "sft": _language, "reward": _ranked, "ppo": _policy, "group": _policy}
     kind = subject.config.stage
@@ -68,6 +68,9 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
         raise ConfigError(f"plan: stage {kind!r} is not among those that can be planned: {', '.join(makers)}")
     if (base := subject.config.lora.base) != "float32":
         raise ConfigError(f"plan: lora.base={base!r} cannot be planned; with lora.base=float32 it is an upper bound")
+    for option in ("rollout_mesh", "judge_mesh", "one_step_off"):
+        if getattr(subject.config, option, None):
+            raise ConfigError(f"plan: {kind}.{option} cannot be planned; plan without it, on one mesh and step by step")
     if check := getattr(find(kind), "check", None):
         check(subject.config, layout, subject.model)
     with layout.use():

@@ -128,6 +128,8 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError(f"group.clip={config.clip} and clip_high={config.clip_high} must be above 0")
     if not 0 <= config.baseline_decay < 1:
         raise ConfigError(f"group.baseline_decay={config.baseline_decay}: at least 0 and below 1")
+    if config.one_step_off and estimator.loss is _reinforce:
+        raise ConfigError(f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have")
     if config.only_informative and estimator.advantages is None:
         raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
 

@@ -232,10 +232,13 @@ def check_length(length: int, shape: TransformerConfig | None, where: str) -> No
 
 
 def place(params: PyTree, like: PyTree) -> PyTree:
-    """Copies loaded parameters over fresh ones, subtree by subtree: what was not loaded stays as it was born."""
+    """Copies loaded parameters over fresh ones, subtree by subtree: what was not loaded stays as it was born.
+
+    They may have been loaded onto another mesh.
+    """
     if isinstance(like, Mapping):
         return {k: place(params[k], v) if k in params else v for k, v in like.items()}
-    return jnp.array(params, like.dtype, copy=True)
+    return jax.device_put(jnp.array(params, like.dtype, copy=True), like.sharding)
 
 
 def loss_step(

@@ -1,5 +1,6 @@
 """Held-out answers of a policy in training: their reward, their KL to the reference, their length."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,9 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
-from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.mesh import Layout
+from rlhfjax.mesh import Layout, apart
 from rlhfjax.metrics import merge
-from rlhfjax.rewards.responses import Reward, load_reward
+from rlhfjax.rewards.responses import load_reward
 from rlhfjax.stages import Pairs
 from rlhfjax.stages.parts.prompts import held_out_prompts
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
@@ -23,9 +23,7 @@ PyTree = Any
 def held_out(
     config: Any,
     algorithm: Any,
-    reward: Reward,
-    reference: PyTree,
-    tokenizer: Tokenizer,
+    task: Any,
     layout: Layout,
     frozen: PyTree,
 ) -> Callable[[TrainState], Pairs]:
@@ -34,10 +32,12 @@ def held_out(
     Args:
       config: a PolicyConfig.
       algorithm: a PolicyAlgorithm.
+      task: a Task: reward, reference and where they are.
       frozen: of the policy, what the state does not hold.
     """
-    prompts = held_out_prompts(config.eval_prompts, tokenizer, config)
-    gold = load_reward(config.gold, layout, tokenizer) if config.gold else None
+    prompts = held_out_prompts(config.eval_prompts, task.tokenizer, config)
+    gold = load_reward(config.gold, layout, task.tokenizer) if config.gold else None
+    reward = apart(task.there, layout, task.reward)
 
     @jax.jit
     def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
@@ -56,10 +56,10 @@ def held_out(
             rollout = algorithm.rollout(params, placed["prompts"], placed["segments"], key)
             seen = algorithm.seen(rollout)
             measured = {
-                "val_kl": sequence_kl(reference, rollout),
+                "val_kl": apart(task.there, layout, functools.partial(sequence_kl, task.reference))(rollout),
                 "val_proxy": reward(*seen),
                 "val_response_length": rollout.mask.sum(1),
-                "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, tokenizer.eos_id),
+                "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, task.tokenizer.eos_id),
             }
             if gold is not None:
                 measured["val_gold"] = gold(*seen)

@@ -1,6 +1,7 @@
 """What stages that improve a policy against a reward share: sampling, scoring, and the Stage around an algorithm."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import Layout, make_layout
+from rlhfjax.mesh import Layout, apart, make_layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
@@ -26,6 +27,7 @@ from rlhfjax.stages.parts.ptx import with_ptx
 from rlhfjax.stages.parts.rollout import Rollout, cut, response_logprobs, sample
 
 PyTree = Any
+AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Task:
     reward: Reward
     reference: PyTree
     human: Reward | None = None  # added to the reward, with a weight that is annealed
+    there: Layout | None = None  # where rewards and reference are, if not where the policy is
 
 
 def open_task(config: PolicyConfig, layout: Layout) -> Task:
@@ -56,10 +59,16 @@ def open_task(config: PolicyConfig, layout: Layout) -> Task:
     tokenizer = start.tokenizer
     model = dataclasses.replace(start.model, lora=config.lora)
     start = dataclasses.replace(start, model=model, params=base_of(model, start.params))
-    reference = start.params if config.reference is None else store.load(config.reference, layout).params
-    reward = load_reward(config.reward, layout, tokenizer)
-    human = load_reward(config.human.reward, layout, tokenizer) if config.human.reward else None
-    return Task(start, tokenizer, reward, reference, human)
+    there = None if config.judge_mesh is None else make_layout(config.judge_mesh)
+    if there is not None:
+        there.check_batch(config.episodes, f"{config.stage}: the responses of an iteration, over judge_mesh,")
+    if config.reference is None and there is None:
+        reference = start.params
+    else:
+        reference = store.load(config.reference or config.init_from, there or layout).params
+    reward = load_reward(config.reward, there or layout, tokenizer)
+    human = load_reward(config.human.reward, there or layout, tokenizer) if config.human.reward else None
+    return Task(start, tokenizer, reward, reference, human, there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Known(NamedTuple):
     """What forward passes say of a rollout before it has a score, all [b, r]."""
 
     logprobs: jax.Array  # log pi_old, 0 outside the response
-    ref_logprobs: jax.Array
+    ref_logprobs: jax.Array | None  # None until it comes from another mesh
     values: jax.Array | None = None  # where there is a value function
 
 
@@ -90,10 +99,15 @@ class PolicyAlgorithm:
     def __init__(self, config: PolicyConfig, model: Model, tokens: Tokens):
         self.config, self.model, self.tokens = config, model, tokens
         self.know = jax.jit(self._know)
+        self.ref_logprobs = jax.jit(self.logprobs)
 
-    def _know(self, params: PyTree, reference: PyTree, rollout: Rollout) -> Known:
-        """Everything that needs no score: dispatched before scoring, it runs while rules score on the host."""
-        return Known(self.behaviour(params["policy"], rollout), self.logprobs(reference, rollout))
+    def _know(self, params: PyTree, reference: PyTree | None, rollout: Rollout) -> Known:
+        """Everything that needs no score: dispatched before scoring, it runs while rules score on the host.
+
+        Of a reference on another mesh, None here, `ref_logprobs` says what it thinks.
+        """
+        ref_logprobs = None if reference is None else self.logprobs(reference, rollout)
+        return Known(self.behaviour(params["policy"], rollout), ref_logprobs)
 
     def rollout(
         self, params: PyTree, prompts: jax.Array, segments: jax.Array, key: jax.Array, each: int = 1
@@ -198,22 +212,53 @@ def policy_step(
 ) -> Callable[..., tuple[Any, Pairs]]:
     """(state, batch, key) -> (state, metrics): rollout, scores, advantages, epochs."""
     sample_responses = sampler(config, layout, algorithm)
+    scored = apart(task.there, layout, functools.partial(score, task.reward))
+    human = None if task.human is None else apart(task.there, layout, task.human)
+    ref_logprobs = apart(task.there, layout, functools.partial(algorithm.ref_logprobs, task.reference))
+
+    def know(params: PyTree, rollout: Rollout) -> Known:
+        if task.there is None:
+            return algorithm.know(params, task.reference, rollout)
+        return algorithm.know(params, None, rollout)._replace(ref_logprobs=ref_logprobs(rollout))
+
+    def drawn(
+        state: states.TrainState, params: PyTree, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[Rollout, Rollout | None, int]:
+        """What to learn from, what the next iteration learns from, and by how many iterations the first is behind."""
+        rows = (params["policy"], batch["prompts"], batch["segments"])
+        new = sample_responses(*rows, key, config.each)
+        if not config.one_step_off:
+            return new, None, 0
+        if int(state.step) == 0:
+            return sample_responses(*rows, jax.random.fold_in(key, 2), config.each), new, 0
+        return Rollout(**state.extra[AHEAD]), new, 1
 
     def step(state: states.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Pairs]:
         params = states.attach(frozen, state.params)
-        rollout = sample_responses(params["policy"], batch["prompts"], batch["segments"], key, config.each)
+        rollout, ahead, behind = drawn(state, params, batch, key)
+        state = state.replace(extra={name: x for name, x in state.extra.items() if name != AHEAD})
         seen = algorithm.seen(rollout)  # before `know`: reading it then does not wait for `know`
-        known = algorithm.know(params, task.reference, rollout)
-        scores, said = score(task.reward, *seen)
-        if task.human is not None:
-            scores, more = with_human(config.human, scores, task.human(*seen), state.step)
+        known = know(params, rollout)
+        scores, said = scored(*seen)
+        if human is not None:
+            scores, more = with_human(config.human, scores, human(*seen), state.step)
             said = {**said, **more}
         experience, pairs = algorithm.prepare(state, known, rollout, layout.put_rows(scores))
         text = {name[4:]: rows for name, rows in batch.items() if name.startswith("ptx/")}
         state, more = algorithm.update(state, experience, text, pairs, jax.random.fold_in(key, 1), frozen)
+        if ahead is not None:
+            state = state.replace(extra={**state.extra, AHEAD: ahead._asdict()})
+            more = {**more, "staleness": (jnp.float32(behind), jnp.ones(()))}
         return state, merge(said, pairs, more)
 
     return step
+
+
+def _no_rollout(config: PolicyConfig) -> dict[str, jax.Array]:
+    """The shape of an iteration's rollout, before there is one."""
+    b, t = config.episodes, config.prompt_length + config.max_new
+    ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new))
+    return Rollout(ids, jnp.zeros_like(ids), row, jnp.zeros_like(row))._asdict()
 
 
 def fresh_state(
@@ -229,6 +274,8 @@ def fresh_state(
         more = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
         if config.ema:
             more["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
+        if config.one_step_off:
+            more[AHEAD] = _no_rollout(config)
         return states.TrainState.create(params, algorithm.tx, **more)
 
     return init
@@ -261,6 +308,7 @@ def policy_stage(
     batches: Batches = Repeated(prompts, repeats) if repeats > 1 else prompts
     base = frozen_part(task.start.model, task.start.params)
     frozen = {"policy": base, **(frozen or {})}
+    rows = {AHEAD: dict.fromkeys(Rollout._fields, ("batch", None))} if config.one_step_off else {}
 
     def load(state: states.TrainState) -> states.TrainState:
         params = {name: place(loaded[name], tree) for name, tree in state.params.items()}
@@ -277,11 +325,11 @@ def policy_stage(
 
     return Stage(
         init=fresh_state(config, algorithm, born, extra),
-        axes=axes,
+        axes=axes | rows,
         start=load,
         batches=with_ptx(config.ptx, batches, task.tokenizer, config),
         step=policy_step(config, layout, task, algorithm, frozen),
-        evals=held_out(config, algorithm, task.reward, task.reference, task.tokenizer, layout, base),
+        evals=held_out(config, algorithm, task, layout, base),
         finish=finish,
         units=config.episodes * config.max_new,
     )

@@ -71,6 +71,10 @@ class PolicyConfig(TrainConfig):
     batch_size: int
     slots: int = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     rollout_mesh: MeshConfig | None = None  # of the same devices, for sampling; None: the mesh of training
+    # of reward and reference, on devices of their own: mesh.devices="0:6", judge_mesh.devices="6:8"; None: the policy's
+    judge_mesh: MeshConfig | None = None
+    # learn from the responses of the iteration before, while new ones are sampled and the host makes rewards
+    one_step_off: bool = False
     epochs: int
     minibatches: int  # of an epoch
     microbatches: int = 1  # of a minibatch
@@ -129,9 +133,12 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
         raise ConfigError(
             f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
         )
-    if config.rollout_mesh is not None and config.lora.rank:
+    for other in ("rollout_mesh", "judge_mesh"):
+        if getattr(config, other) is not None and config.lora.rank:
+            raise ConfigError(f"{name}.{other}: with adapters all share one base, on one mesh")
+    if config.one_step_off and config.behaviour_logprobs != "sampler":
         raise ConfigError(
-            f"{name}.rollout_mesh: adapters have no other mesh to sample on, their base would be moved too"
+            f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behaviour_logprobs='sampler'"
         )
     _check_kl(config.kl, f"{name}.kl")
     _check_score(config)
