@@ -93,7 +93,7 @@ def interrupt(monkeypatch, name: str, at: int, how: str) -> None:
     monkeypatch.setattr(module, "build", build)
 
 
-@pytest.mark.parametrize("name", ("pretrain", "ppo"))
+@pytest.mark.parametrize("name", ("pretrain", pytest.param("ppo", marks=pytest.mark.slow)))
 def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(name, conversations, finished, tmp_path, monkeypatch):
     """The fourth step (after the checkpoint of step 2) fails: step 3 is done again, from the same state and data."""
     values, reference = stage_values(name, conversations, finished), recipe_folder(finished, name)

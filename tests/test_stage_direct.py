@@ -121,7 +121,9 @@ def test_every_loss_learns_what_is_preferred(name, finished, separable):
         assert before["val_loss"] == pytest.approx(expected[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [x if x in ("dpo", "orpo") else pytest.param(x, marks=pytest.mark.slow) for x in LOSSES]
+)
 def test_pitfall_17_accumulation_does_not_change_a_direct_update(name, finished, lopsided):
     """Prompts have one to five pairs, or none; one, two and four microbatches give the same update."""
     other = {} if name in ("orpo", "simpo") else {"reference": str(finished / "01_pretrain")}
@@ -138,7 +140,7 @@ def test_pitfall_17_accumulation_does_not_change_a_direct_update(name, finished,
             np.testing.assert_allclose(after[metric], value, rtol=2e-5, atol=1e-6, err_msg=metric)
 
 
-@pytest.mark.parametrize("name", ("dpo", "kto", "orpo"))
+@pytest.mark.parametrize("name", (*(pytest.param(x, marks=pytest.mark.slow) for x in ("dpo", "kto")), "orpo"))
 @pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
 def test_four_devices_give_a_direct_stage_what_one_gives(name, axes, finished, separable):
     config = values(finished, separable, name, optim=SGD)
@@ -165,7 +167,8 @@ def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separa
     assert_close(ahead[1], live[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, mode", [("dpo", "live"), pytest.param("kto", "precomputed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, mode", [("dpo", "live"), ("kto", "precomputed")])
 def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(name, mode, finished, separable, tmp_path, monkeypatch):
     config = values(finished, separable, name, reference_logprobs=mode, mesh={"data": 4})
     recipe.run_stage(config, tmp_path / "whole")
@@ -298,6 +301,7 @@ def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
         assert batch["lengths"][i, 0] == weight == len(tokenizer.encode(rows[i][1])) + 1
 
 
+@pytest.mark.slow
 def test_padding_of_answers_changes_nothing(finished, separable):
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     saved = store.load(finished / "02_sft", make_layout(MeshConfig(), jax.devices()[:1]))

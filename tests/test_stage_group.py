@@ -261,6 +261,7 @@ def test_four_devices_give_what_one_gives(conversations, finished):
         assert_close(params, others, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finished):
     """DAPO's mean is over tokens, of which microbatches have unequal numbers."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
@@ -272,6 +273,7 @@ def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finis
         assert_close(params, results[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(conversations, finished, tmp_path, monkeypatch):
     """REINFORCE carries the most: moving baseline, KL coefficient, average of weights, two data positions."""
     values = group_values(conversations, finished, "reinforce", steps=4)

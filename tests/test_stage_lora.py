@@ -45,6 +45,11 @@ def closed_over(function):
     return inspect.getclosurevars(inspect.unwrap(function)).nonlocals
 
 
+def task_of(stage):
+    """What a policy stage's step scores and compares with."""
+    return closed_over(closed_over(stage.step)["know"])["task"]
+
+
 @pytest.fixture(scope="module")
 def ppo_run(conversations, finished, tmp_path_factory):
     """The workdir of PPO with adapters for policy and value function, uninterrupted."""
@@ -113,8 +118,7 @@ def test_policy_reference_value_function_and_reward_are_the_same_arrays(conversa
     """Of a PPO stage with adapters nothing is in memory but two bases and what is trained."""
     before = {id(x) for x in jax.live_arrays()}
     stage, first = started("ppo", values("ppo", conversations, finished, ema=0.0))
-    known = closed_over(stage.step)
-    frozen, task = known["frozen"], known["task"]
+    frozen, task = closed_over(stage.step)["frozen"], task_of(stage)
     assert names(frozen["policy"]).keys() == names(task.reference).keys()
     assert all(x is names(task.reference)[path] for path, x in names(frozen["policy"]).items())
     assert all(x is names(task.reward.params)[path] for path, x in names(frozen["value"]).items())
@@ -211,8 +215,8 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conv
     """QLoRA: every kernel of the layers has 4 bits, whoever uses it; what is trained is as ever."""
     config = values("ppo", conversations, finished, value="policy", lora={"base": "nf4"})
     stage, first = started("ppo", config)
-    known = closed_over(stage.step)
-    policy, value, reference = (names(x) for x in (*known["frozen"].values(), known["task"].reference))
+    frozen = closed_over(stage.step)["frozen"]
+    policy, value, reference = (names(x) for x in (*frozen.values(), task_of(stage).reference))
     kernels = [path for path in reference if path.endswith("/kernel")]
     assert len(kernels) == 14 and all(reference[path].dtype == jnp.uint4 for path in kernels)
     assert all(policy[path] is reference[path] for path in reference)
@@ -220,7 +224,8 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conv
     assert {path.split("/")[-1] for path in names(first.params)} == {*lora.NAMES, "kernel", "bias"}
 
 
-@pytest.mark.parametrize("kind", ("nf4", pytest.param("int8", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("nf4", "int8"))
 def test_the_model_that_is_left_is_the_quantised_base_in_floats_and_its_adapters(
     kind, conversations, finished, tmp_path
 ):

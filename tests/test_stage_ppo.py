@@ -236,7 +236,7 @@ def every_response(algorithm, policy, reference):
     return ppo.Experience(whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", [pytest.param("k1", marks=pytest.mark.slow), "k2", "k3"])
 def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
     """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
     algorithm, _, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
@@ -293,6 +293,7 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     assert_close(*grads, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
     """The head alone is separate; its loss reaches the trunk; its values come to explain the returns."""
     algorithm, state, reference = begin(
@@ -374,7 +375,7 @@ def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
     assert (together == 1).any()  # not the same companion in every epoch
 
 
-@pytest.mark.parametrize("unit", ["token", "sequence"])
+@pytest.mark.parametrize("unit", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
     """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
     gamma = 1.5

@@ -242,6 +242,7 @@ def test_the_workdir_of_an_ensemble_can_be_moved(members, tmp_path, saved):
     np.testing.assert_allclose(reward(*rows), ModelReward(saved.model, saved.params)(*rows), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_an_ensemble_and_its_value_starts_from_the_first_member(
     members, conversations, finished, tmp_path
 ):

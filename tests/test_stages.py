@@ -45,7 +45,7 @@ def on_one_device(name, conversations, finished):
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", (*TRAINED[:-1], pytest.param("ppo", marks=pytest.mark.slow)))
 def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
     values = stage_values(name, conversations, finished)
     one, params_one = on_one_device(name, conversations, finished)
@@ -98,7 +98,7 @@ def test_pitfall_19_epochs_move_the_policy_between_minibatches(conversations, fi
     assert metrics[0]["approx_kl"] > 1e-6
 
 
-@pytest.mark.parametrize("name", ("pretrain", "reward", "ppo"))
+@pytest.mark.parametrize("name", ("pretrain", "reward", pytest.param("ppo", marks=pytest.mark.slow)))
 def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations, finished):
     """Rows have unequal numbers of targets; one, two and four microbatches give the same parameters."""
     # sgd: Adam would turn rounding of zero gradients into visible steps

@@ -140,12 +140,12 @@ SHARES = {"data": 1.0, "fsdp": 1 / 8, "fsdp_tensor": 1 / 8, "context": 1 / 4, "h
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path):
-    """Two steps of every stage that trains (pretrain is sft's step), on the two strategies that have all axes together.
+    """Two steps of one model and of four, on the two strategies that have all axes together.
 
     docs/scaling.md has the whole table. Matrices of the state are split as the strategy says, moments with them.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    chosen = ["--stages=sft,reward,direct,ppo,group", "--strategies=context,hsdp", f"--workdir={tmp_path}"]
+    chosen = ["--stages=sft,ppo", "--strategies=context,hsdp", f"--workdir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.strategies", *chosen],
         cwd=Path(__file__).parents[1],
@@ -157,7 +157,7 @@ def test_eight_devices_train_as_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     cells = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cells) == 10
+    assert len(cells) == 4
     for cell in cells:
         assert cell["metrics"] < 1e-4 and cell["params"] < 1e-6 < 1e-2 * cell["moved"], cell
         assert cell["share"] == SHARES[cell["strategy"]], cell

@@ -24,7 +24,9 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "causal"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(True, id="packed"), pytest.param(False, id="causal", marks=pytest.mark.slow)]
+)
 def test_a_kernel_is_our_attention_and_so_is_its_gradient(kernel, packed):
     """140 slots: two blocks of splash, the second one padded; two documents and padding; two queries a key head."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -199,6 +199,7 @@ def test_int8_attention_is_that_of_the_dequantised_cache():
     np.testing.assert_allclose(cached_attention(q, k, v, valid), cached_attention(q, *wide, valid), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "limit"), [("weights", 0.025), ("cache", 0.005)])
 def test_how_far_logits_move(what, limit):
     """The error beside the spread of the logits, both as root mean squares, in a wider model at random.
