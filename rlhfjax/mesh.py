@@ -244,7 +244,7 @@ def shards(name: str) -> int:
     return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
 
 
-def apart(there: Layout | None, here: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
+def elsewhere(there: Layout | None, here: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
     """f, whose parameters are on another mesh: rows of a batch go there, rows (and scalars) of a result come back.
 
     Nothing waits: what is dispatched on either mesh goes on meanwhile. None is no other mesh: f itself.

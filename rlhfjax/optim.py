@@ -70,6 +70,13 @@ class OptimConfig:
             raise ConfigError(f"optim.weight_decay: {self.name} has none; use {self.name.replace('m', 'mw', 1)}")
 
 
+def kept(config: OptimConfig) -> float:
+    """Float32 numbers that the optimiser keeps of a parameter; a moment in bfloat16 is half of one."""
+    first = config.name != "rmsprop" and not (config.name == "sgd" and config.b1 == 0)
+    second = config.name != "sgd"
+    return first * (0.5 if config.moments == "bfloat16" else 1.0) + second
+
+
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 

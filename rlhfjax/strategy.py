@@ -107,7 +107,7 @@ class Need:
 
     trained: int = 0  # parameters: float32, with gradients and moments
     frozen: int = 0  # parameters that are only read: float32
-    moments: int = 2  # numbers that the optimiser keeps of a trained parameter
+    moments: int | float = 2  # float32 numbers that the optimiser keeps of a trained parameter
     rows: int = 1  # sequences of the smallest batch that is split over the mesh, a microbatch
     time: int = 1
     a_row: float = 0.0  # bytes of activations that the backward pass reads of one sequence

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.optim import OptimConfig, clip_by_global_norm, make_optimizer, make_schedule, scale_by_adam_tf
+from rlhfjax.optim import OptimConfig, clip_by_global_norm, kept, make_optimizer, make_schedule, scale_by_adam_tf
 
 
 def rates(total_steps, steps, **fields):
@@ -99,6 +99,23 @@ def test_adam_equals_the_algorithm(name, tf, decay, moments):
     expected = loop_adam(gradients, 0.01, 0.8, 0.95, 0.1, tf, decay, first=lambda b1, m: b1 * float(kept(m)))
     np.testing.assert_allclose(params[0, 0], expected, rtol=1e-6)
     assert state[0].mu.dtype == moments and state[0].nu.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "name, b1, moments, numbers",
+    [
+        ("adamw", 0.9, "float32", 2.0),
+        ("adam_tf", 0.9, "bfloat16", 1.5),
+        ("rmsprop", 0.9, "float32", 1.0),
+        ("sgd", 0.9, "bfloat16", 0.5),
+        ("sgd", 0.0, "float32", 0.0),
+    ],
+)
+def test_what_is_kept_is_what_the_state_has(name, b1, moments, numbers):
+    config = OptimConfig(name=name, b1=b1, moments=moments)
+    state = make_optimizer(config, 2).init(jnp.ones((8, 8)))
+    assert kept(config) == numbers
+    assert sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim == 2) == 4 * 64 * numbers
 
 
 def test_momentum_in_bfloat16():

@@ -121,6 +121,8 @@ def test_what_a_stage_needs_is_counted():
     assert (need.trained, need.frozen, need.moments) == (2 * trunk + 17, 2 * trunk + 17, 2)
     assert (need.rows, need.time, need.width) == (8, 32, 16)
     assert need.a_row == 4 * 2 * 32 * (8 * 16 + 4 * 32 + 2 * 32)
+    elsewhere = need_of(recipe.check(values | {"judge_mesh": {"devices": "0:1"}}, "ppo"), shape, shape)
+    assert (elsewhere.trained, elsewhere.frozen) == (need.trained, 0)
 
 
 def test_auto_in_a_recipe_knows_the_models_of_stages_before(tmp_path, caplog):

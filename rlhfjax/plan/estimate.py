@@ -8,14 +8,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.chips import Chip, Work
 from rlhfjax.plan.programs import step_flops
 from rlhfjax.plan.shapes import Subject
 
-MOMENTS = {"adamw": 2.0, "adam": 2.0, "adamw_tf": 2.0, "adam_tf": 2.0, "rmsprop": 1.0, "sgd": 1.0}
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
 
 
@@ -74,7 +73,7 @@ def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions:
 def networks(subject: Subject) -> list[Net]:
     """The models that are on the devices."""
     c, model = subject.config, subject.model
-    moments = _moments(c.optim)
+    moments = optim.kept(c.optim)
     if c.stage not in ("ppo", "group"):
         head = "scalar" if c.stage == "reward" else "lm"
         return [Net(model, head, _trained(model, head, c.lora.rank), moments)]
@@ -86,12 +85,8 @@ def networks(subject: Subject) -> list[Net]:
         nets.append(Net(subject.reward, "scalar", 0.0, 0.0))
     if c.stage == "ppo" and c.value != "shared":
         trunk = subject.reward if c.value == "reward" and subject.reward is not None else model
-        nets.append(Net(trunk, "scalar", _trained(trunk, "scalar", c.lora.rank), _moments(c.value_optim)))
+        nets.append(Net(trunk, "scalar", _trained(trunk, "scalar", c.lora.rank), optim.kept(c.value_optim)))
     return nets
-
-
-def _moments(c: OptimConfig) -> float:
-    return MOMENTS[c.name] - 0.5 * (c.moments == "bfloat16")
 
 
 def smallest_batch(subject: Subject) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
-from rlhfjax.mesh import Layout, apart
+from rlhfjax.mesh import Layout, elsewhere
 from rlhfjax.metrics import merge
 from rlhfjax.rewards.responses import load_reward
 from rlhfjax.stages import Pairs
@@ -37,7 +37,7 @@ def held_out(
     """
     prompts = held_out_prompts(config.eval_prompts, task.tokenizer, config)
     gold = load_reward(config.gold, layout, task.tokenizer) if config.gold else None
-    reward = apart(task.there, layout, task.reward)
+    reward = elsewhere(task.there, layout, task.reward)
 
     @jax.jit
     def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
@@ -56,7 +56,7 @@ def held_out(
             rollout = algorithm.rollout(params, placed["prompts"], placed["segments"], key)
             seen = algorithm.seen(rollout)
             measured = {
-                "val_kl": apart(task.there, layout, functools.partial(sequence_kl, task.reference))(rollout),
+                "val_kl": elsewhere(task.there, layout, functools.partial(sequence_kl, task.reference))(rollout),
                 "val_proxy": reward(*seen),
                 "val_response_length": rollout.mask.sum(1),
                 "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, task.tokenizer.eos_id),

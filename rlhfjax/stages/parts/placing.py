@@ -5,19 +5,19 @@ from typing import Any
 
 import jax
 
+from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.strategy import Need
-
-MOMENTS = {"rmsprop": 1, "sgd": 1}  # numbers of optimiser state a parameter; Adam's two elsewhere
 
 
 def need_of(config: Any, shape: TransformerConfig, reward: TransformerConfig | None = None) -> Need:
     """Counts the models of a stage: trained ones with gradients and moments, the others by their weights alone.
 
     A policy stage has a reference (with adapters the very base of the policy), a reward if it is a model, and PPO a
-    value function with a trunk of its own unless `value="shared"`. A job without an optimiser trains nothing.
+    value function with a trunk of its own unless `value="shared"`. A job without an optimiser trains nothing. What
+    `judge_mesh` has elsewhere is not counted.
 
     Args:
       reward: the shape of the model that scores, None where none does.
@@ -26,9 +26,10 @@ def need_of(config: Any, shape: TransformerConfig, reward: TransformerConfig | N
     whole = count(Model(shape))
     trained = count(Model(shape, lora=lora), trained=True) if trains else 0
     frozen = whole if lora.rank or not trains else 0
-    if hasattr(config, "reference") and not lora.rank:
+    here = getattr(config, "judge_mesh", None) is None
+    if hasattr(config, "reference") and not lora.rank and here:
         frozen += whole
-    if reward is not None:
+    if reward is not None and here:
         frozen += count(Model(reward, "scalar"))
     if getattr(config, "value", "shared") != "shared":
         trained += count(Model(reward or shape, "scalar", lora), trained=True)
@@ -39,7 +40,7 @@ def need_of(config: Any, shape: TransformerConfig, reward: TransformerConfig | N
     return Need(
         trained,
         frozen,
-        MOMENTS.get(config.optim.name, 2) if trains else 0,
+        optim.kept(config.optim) if trains else 0.0,
         max(rows, 1),
         max(time, 1),
         row_bytes(shape, max(time, 1)) if trains else 0.0,

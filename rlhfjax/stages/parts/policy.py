@@ -14,7 +14,7 @@ from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import Layout, apart, make_layout
+from rlhfjax.mesh import Layout, elsewhere, make_layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.responses import Reward, load_reward, score
@@ -212,9 +212,9 @@ def policy_step(
 ) -> Callable[..., tuple[Any, Pairs]]:
     """(state, batch, key) -> (state, metrics): rollout, scores, advantages, epochs."""
     sample_responses = sampler(config, layout, algorithm)
-    scored = apart(task.there, layout, functools.partial(score, task.reward))
-    human = None if task.human is None else apart(task.there, layout, task.human)
-    ref_logprobs = apart(task.there, layout, functools.partial(algorithm.ref_logprobs, task.reference))
+    scored = elsewhere(task.there, layout, functools.partial(score, task.reward))
+    human = None if task.human is None else elsewhere(task.there, layout, task.human)
+    ref_logprobs = elsewhere(task.there, layout, functools.partial(algorithm.ref_logprobs, task.reference))
 
     def know(params: PyTree, rollout: Rollout) -> Known:
         if task.there is None:
