@@ -32,6 +32,7 @@ _WAIT_MS = 7 * 24 * 3600 * 1000  # of a host for the first one, which may work f
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Socket closed", "CoordinationService", "heartbeat")
 _calls = itertools.count()
 _ending = threading.Lock()  # taken by whatever ends this process, and never given back
+_codes: list[int] = []  # the exit code of the end that has been said: one line a process, whatever happens meanwhile
 
 
 # ------------------------------------------------------------------ joining
@@ -158,6 +159,7 @@ def fail(message: str, code: int) -> NoReturn:
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is ending this process already
     _say(message)
+    _codes.append(code)
     try:
         told = pickle.dumps((index(), message, code))
         distributed.global_state.client.key_value_set_bytes(_FAILED, told)
@@ -200,12 +202,14 @@ def _listen() -> None:
 def _on_abort() -> None:
     """Makes one line and an exit code of JAX's abort where a host is lost.
 
-    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for.
+    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for. Where `fail` has
+    said its line already and only waits for the others to read it, that line and that code stand.
     """
 
     def end(_: int) -> None:
-        os.write(2, f"rlhfjax: {HostLost.message}\n".encode())
-        os._exit(HostLost.exit_code)
+        if not _codes:
+            os.write(2, f"rlhfjax: {HostLost.message}\n".encode())
+        os._exit(_codes[0] if _codes else HostLost.exit_code)
 
     _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)
