@@ -202,8 +202,8 @@ def _listen() -> None:
 def _on_abort() -> None:
     """Makes one line and an exit code of JAX's abort where a host is lost.
 
-    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for. Where `fail` has
-    said its line already and only waits for the others to read it, that line and that code stand.
+    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for. Where `fail`
+    has said its line already and only waits for the others to read it, that line and that code stand.
     """
 
     def end(_: int) -> None:

@@ -12,7 +12,7 @@ from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.chips import Chip, Work
-from rlhfjax.plan.programs import step_flops
+from rlhfjax.plan.programs import RANKED, step_flops
 from rlhfjax.plan.shapes import Subject
 
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
@@ -54,7 +54,7 @@ def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions:
     scatters gradients once a microbatch, whole layers at a time.
 
     Args:
-      completions: answers to a prompt, where the data decides that: reward stages.
+      completions: answers to a prompt, where the data decides that: reward and direct stages.
     """
     nets, split = networks(subject), axes["fsdp"] * axes["tensor"]
     rows, length = _rows(subject, axes, completions)
@@ -76,7 +76,9 @@ def networks(subject: Subject) -> list[Net]:
     moments = optim.kept(c.optim)
     if c.stage not in ("ppo", "group"):
         head = "scalar" if c.stage == "reward" else "lm"
-        return [Net(model, head, _trained(model, head, c.lora.rank), moments)]
+        referred = c.stage == "direct" and c.loss.needs_reference and not c.lora.rank
+        reference = [Net(model, head, 0.0, 0.0)] if referred else []
+        return [Net(model, head, _trained(model, head, c.lora.rank), moments), *reference]
     policy = Net(model, "lm", _trained(model, "lm", c.lora.rank), moments, bool(c.ema))
     nets = [policy]
     if not c.lora.rank:  # with adapters the base is the reference
@@ -109,7 +111,7 @@ def _rows(subject: Subject, axes: Mapping[str, int], completions: int) -> tuple[
     if c.stage in ("ppo", "group"):
         text = c.ptx.ratio if c.ptx.coefficient else 1
         return math.ceil(c.episodes * text / (c.minibatches * c.microbatches * devices)), c.prompt_length + c.max_new
-    sequences = c.batch_size * (completions if c.stage == "reward" else 1)
+    sequences = c.batch_size * (completions if c.stage in RANKED else 1)
     return math.ceil(sequences / (c.microbatches * devices)), c.length
 
 
@@ -147,7 +149,7 @@ def _tokens(subject: Subject, completions: int) -> int:
     c = subject.config
     if c.stage in ("ppo", "group"):
         return c.episodes * c.max_new
-    return c.batch_size * c.length * (completions if c.stage == "reward" else 1)
+    return c.batch_size * c.length * (completions if c.stage in RANKED else 1)
 
 
 def _seconds(subject: Subject, nets: list[Net], axes: Mapping[str, int], chip: Chip, completions: int) -> float:

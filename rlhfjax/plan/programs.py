@@ -25,12 +25,13 @@ from rlhfjax.plan.memory import parameters
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.rewards.losses import make_loss
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
-from rlhfjax.stages import Batches, find, group, ppo, reward
+from rlhfjax.stages import Batches, direct, find, group, ppo, reward
 from rlhfjax.stages.parts.common import Start, assemble, frozen_part
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.policy import Task, Tokens, fresh_state
 
 PyTree = Any
+RANKED = ("reward", "direct")  # stages that learn from several answers to a prompt
 LANGUAGE = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "positions": np.int32, "mask": np.float32}
 
 
@@ -62,7 +63,8 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
     Raises:
       ConfigError: batch and mesh do not fit each other, or the stage or an option of it is none of those known here.
     """
-    makers = {"pretrain": _language, "sft": _language, "reward": _ranked, "ppo": _policy, "group": _policy}
+    makers = {"pretrain": _language, "sft": _language, "reward": _ranked, "direct": _direct}
+    makers |= {"ppo": _policy, "group": _policy}
     kind = subject.config.stage
     if kind not in makers:
         raise ConfigError(f"plan: stage {kind!r} is not among those that can be planned: {', '.join(makers)}")
@@ -106,21 +108,62 @@ def _language(subject: Subject, layout: Layout, _: int) -> Sketch:
     return _one_loss(subject, layout, model, language_loss(model), batch, c.batch_size * c.length)
 
 
-def _ranked(subject: Subject, layout: Layout, k: int) -> Sketch:
-    c = subject.config
+def _answers(c: Any, layout: Layout, k: int) -> PyTree:
+    """A batch of `loader.preference_batches`."""
     tokens = {name: rows(layout, (c.batch_size, k, c.length), np.int32) for name in ("tokens", "segments")}
     scores = {name: rows(layout, (c.batch_size, k), np.float32) for name in ("scores", "valid")}
     rest = {"lengths": rows(layout, (c.batch_size, k), np.int32), "index": rows(layout, (c.batch_size,), np.int32)}
+    return {**tokens, **scores, **rest}
+
+
+def _ranked(subject: Subject, layout: Layout, k: int) -> Sketch:
+    c = subject.config
     model = Model(subject.model, "scalar", c.lora)
     loss = reward.reward_loss(model, make_loss(c.loss))
-    return _one_loss(subject, layout, model, loss, {**tokens, **scores, **rest}, c.batch_size * k * c.length)
+    return _one_loss(subject, layout, model, loss, _answers(c, layout, k), c.batch_size * k * c.length)
+
+
+def _direct(subject: Subject, layout: Layout, k: int) -> Sketch:
+    """The passes that know log-probabilities without a gradient, then the step.
+
+    The reference is taken to be of the policy's shape, and is on the devices all the time, also where its
+    log-probabilities were computed before training.
+    """
+    c, model = subject.config, Model(subject.model, "lm", subject.config.lora)
+    batch, base = _answers(c, layout, k), parameters_of(Model(subject.model), layout)
+    known = {direct.REFERENCE: rows(layout, (c.batch_size, k), np.float32)} if c.loss.needs_reference else {}
+    if c.loss.name == "kto":
+        known["kl"] = rows(layout, (c.batch_size,), np.float32)
+    loss, tokens = direct.direct_loss(model, c.loss), c.batch_size * k * c.length
+    sketch = _one_loss(subject, layout, model, loss, batch | known, tokens, base)
+    (step,) = sketch.programs
+    frozen, state = step.inputs[:2]
+    models = {"reference": base, "mismatched_reference": base, "mismatched": states.attach(frozen, state.params)}
+    total = direct.total_logprobs(model, c.microbatches)
+    before = [
+        Program(name, _lower(total, layout, models[name], batch), (models[name], batch), flops)
+        for name, flops in step_flops(subject, k).items()
+        if name in models
+    ]
+    held = (state, base) if c.loss.needs_reference else ()
+    return sketch._replace(programs=[*before, step], held=held)
 
 
 def _one_loss(
-    subject: Subject, layout: Layout, model: Model, loss: Callable[..., Any], batch: PyTree, tokens: int
+    subject: Subject,
+    layout: Layout,
+    model: Model,
+    loss: Callable[..., Any],
+    batch: PyTree,
+    tokens: int,
+    base: PyTree = None,
 ) -> Sketch:
+    """Args:
+    base: what adapters are of, where it is used elsewhere too.
+    """
     c = subject.config
-    start = Start(model, _Ids(), parameters_of(model, layout) if c.lora.rank else None)
+    params = (base or parameters_of(model, layout)) if c.lora.rank else None
+    start = Start(model, _Ids(), params)
     options = {"tx": make_optimizer(c.optim, c.steps), "schedule": make_schedule(c.optim, c.steps)}
     stage = assemble(c, start, loss=loss, batches=_NoData(), evals=lambda state: {}, units=tokens, **options)
     state = placed(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
@@ -138,9 +181,19 @@ def step_flops(subject: Subject, completions: int = 2) -> dict[str, float]:
     c = subject.config
     if c.stage in ("ppo", "group"):
         return _flops(subject)
-    ranked = c.stage == "reward"
-    tokens = c.batch_size * c.length * (completions if ranked else 1)
-    return {"update": _loss_flops(subject, tokens, "scalar" if ranked else "lm")}
+    tokens = c.batch_size * c.length * (completions if c.stage in RANKED else 1)
+    update = _loss_flops(subject, tokens, "scalar" if c.stage == "reward" else "lm")
+    return dict.fromkeys(_before(c), update / 3) | {"update": update}
+
+
+def _before(c: Any) -> list[str]:
+    """The passes of a direct stage's step that have no gradient: of a reference, and KTO's of mismatched answers."""
+    if c.stage != "direct" or not c.loss.needs_reference:
+        return []
+    names = ["reference"] if c.reference_logprobs == "live" else []
+    if c.loss.name == "kto":
+        names += [f"mismatched_{name}" for name in names] + ["mismatched"]
+    return names
 
 
 def _lower(function: Any, layout: Layout, *inputs: PyTree) -> Callable[[], Any]:

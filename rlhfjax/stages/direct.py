@@ -76,7 +76,7 @@ def build(config: Config, layout: Layout) -> Stage:
         units=config.batch_size,
         unit="prompts",
     )
-    measure = jax.jit(lambda params, batch: _in_parts(start.model, params, batch, config.microbatches)[0])
+    measure = total_logprobs(start.model, config.microbatches)
 
     def step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Pairs]:
         if reference is not None and REFERENCE not in batch:
@@ -139,6 +139,11 @@ def _kl(total: jax.Array, others: Arrays) -> jax.Array:
     return kto_kl(total.ravel(), others[REFERENCE].ravel(), others["valid"].ravel())
 
 
+def total_logprobs(model: Model, parts: int) -> Callable[[PyTree, Arrays], jax.Array]:
+    """(params, batch) -> log pi(y | x) of its answers, [b, k], in so many microbatches; jitted, without gradient."""
+    return jax.jit(lambda params, batch: _in_parts(model, params, batch, parts)[0])
+
+
 def _in_parts(model: Model, params: PyTree, batch: Arrays, parts: int) -> tuple[jax.Array, jax.Array]:
     """`answer_logprobs` without gradient or dropout, a microbatch at a time."""
     rows = {name: batch[name] for name in ("tokens", "segments", "lengths")}
@@ -165,7 +170,7 @@ class _Reference:
                     f"direct.reference={config.reference}: a language model with the policy's tokenizer is needed"
                 )
         self._layout = layout
-        self._total = jax.jit(lambda params, batch: _in_parts(model, params, batch, config.microbatches)[0])
+        self._total = total_logprobs(model, config.microbatches)
 
     def __call__(self, batch: Arrays) -> Arrays:
         """{"reference": [b, k]} of a batch on the devices, and the same of what is mismatched."""

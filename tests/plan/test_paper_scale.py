@@ -19,10 +19,10 @@ from rlhfjax.plan import estimate, search, shapes
 from rlhfjax.plan.chips import CHIPS, GIB
 from tests.test_experiments import ROOT, experiment_files
 
-# Nothing to plan: stages that do not train, toys, and what `plan` does not know (`direct`).
+# Nothing to plan: stages that do not train, and toys.
 UNPLANNED = {
-    *("dpo2023/dpo.py", "expert_iteration/recipe.py", "gao2022/best_of_n.py", "gao2022/collect.py"),
-    *("iterated/recipe.py", "quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
+    *("expert_iteration/recipe.py", "gao2022/best_of_n.py", "gao2022/collect.py", "iterated/recipe.py"),
+    *("quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
 }
 
 

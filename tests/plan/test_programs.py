@@ -13,8 +13,8 @@ from rlhfjax import state as states
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.plan import programs, shapes
-from rlhfjax.stages import group, ppo
+from rlhfjax.plan import compiled, memory, programs, shapes
+from rlhfjax.stages import direct, group, ppo
 from rlhfjax.stages.parts.policy import open_task
 from tests import tiny
 from tests.test_stages import stage_values
@@ -50,6 +50,58 @@ def test_the_step_is_that_of_the_stage(name, conversations, finished):
     assert planned[0].lower().as_text() == real
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_the_passes_of_a_direct_step_are_those_of_the_stage(loss, conversations, finished):
+    """The reference's and the step's programs word for word; KTO asks both models about mismatched answers too."""
+    ppo_values = stage_values("ppo", conversations, finished)
+    answers = {"preferences": (str(finished / "03_collect/preferences"),), "length": 32, "batch_size": 8}
+    values = {"stage": "direct", "loss": {"name": loss}, "init_from": ppo_values["init_from"], **answers}
+    values |= {"steps": 2, "optim": tiny.OPTIM, "microbatches": 2}
+    config = recipe.check(values, "direct")
+    layout = make_layout(config.mesh)
+    with layout.use():
+        stage = direct.build(config, layout)
+        made = inspect.getclosurevars(inspect.unwrap(stage.step)).nonlocals
+        batch = layout.put({k: v for k, v in next(stage.batches).items() if not k.startswith(direct.OTHERS)})
+        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
+        reference = made["reference"]
+        known = {"reference": layout.put_rows(np.zeros(batch["valid"].shape, np.float32))}
+        known |= {"kl": layout.put_rows(np.zeros(8, np.float32))} if loss == "kto" else {}
+        key = jax.device_put(jax.random.key(0), layout.replicated)
+        real = {
+            "reference": reference._total.lower(reference._params, batch),
+            "mismatched_reference": reference._total.lower(reference._params, batch),
+            "mismatched": made["measure"].lower(state.params, batch),
+            "step": made["stage"].step.func.lower(*made["stage"].step.args, state, batch | known, key),
+        }
+    planned = planned_as("direct", values | {"init_from": NOWHERE["ppo"]["init_from"]}, batch["tokens"].shape[1])
+    names = {"dpo": ["reference", "step"], "kto": ["reference", "mismatched_reference", "mismatched", "step"]}
+    assert list(planned) == names[loss]
+    for name, program in planned.items():
+        assert program.lower().as_text() == real[name].as_text(), name
+    ratio = planned["reference"].model_flops / planned["step"].model_flops
+    assert ratio == pytest.approx(1 / 3)
+
+
+def test_a_reference_takes_memory_where_a_loss_has_one():
+    """All of the model's parameters beside the policy's state; a precomputed one too, and no adapters' base twice."""
+    layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
+
+    def beside(**changes):
+        config = {"stage": "direct", "init_from": "stage:sft", "preferences": ("stage:collect/preferences",)}
+        config |= {"length": 32, "batch_size": 8, "steps": 2, **changes}
+        values = {**NOWHERE, "stages": (*NOWHERE["stages"], "direct"), "direct": config}
+        sketch = programs.sketch(shapes.subject(values, "direct"), layout)
+        (step,) = (p for p in sketch.programs if p.name == "step")
+        return len(sketch.programs), compiled.beside(step, sketch.held)
+
+    size = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model)
+    assert beside(loss={"name": "dpo"}) == (2, size)
+    assert beside(loss={"name": "dpo"}, reference_logprobs="precomputed") == (1, size)
+    assert beside(loss={"name": "simpo"}) == (1, 0.0)
+    assert beside(loss={"name": "dpo"}, lora=LORA) == (2, 0.0)
+
+
 def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finished):
     values = stage_values("ppo", conversations, finished)
     config = recipe.check(values, "ppo")
@@ -80,11 +132,11 @@ def as_group(ppo_values, estimator):
     return {k: v for k, v in ppo_values.items() if k in known} | own
 
 
-def planned_as(name, values):
+def planned_as(name, values, completions=2):
     """The tiny recipe with these values for a stage, sketched: programs by name."""
     recipe_values = {**NOWHERE, "stages": tuple(dict.fromkeys((*NOWHERE["stages"], name))), name: values}
     subject = shapes.subject(recipe_values, name)
-    return {p.name: p for p in programs.sketch(subject, make_layout(subject.config.mesh)).programs}
+    return {p.name: p for p in programs.sketch(subject, make_layout(subject.config.mesh), completions).programs}
 
 
 def really_built(name, values):

@@ -53,11 +53,32 @@ def run(model, params, prompts, segments, keys, **settings):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def teacher_forced(model, params, prompts, segments, samples, temperature):
+def forced_logits(model, params, prompts, segments, samples, temperature):
+    """[n, r, v]: what each response's tokens were drawn from, by one pass over the whole rows."""
     rows = jnp.concatenate([prompts, samples.tokens], axis=1)
     seen = jnp.concatenate([segments, samples.mask.astype(jnp.int32)], axis=1)
-    logits = model.logits(params, model.hidden(params, rows, segments=seen)[:, PROMPT - 1 : -1]) / temperature
+    width = prompts.shape[1]
+    return model.logits(params, model.hidden(params, rows, segments=seen)[:, width - 1 : -1]) / temperature
+
+
+def teacher_forced(model, params, prompts, segments, samples, temperature):
+    logits = forced_logits(model, params, prompts, segments, samples, temperature)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), samples.tokens[..., None], -1)[..., 0] * samples.mask
+
+
+def decided(model, params, prompts, segments, drawn, samples, temperature=0.8):
+    """[n] which responses are for the sampler to decide, and not for rounding: every draw is 1e-5 from the next token.
+
+    Where u lies on the edge between two tokens of the CDF, another order of summation may draw the other one.
+    """
+    logits = forced_logits(model, params, prompts, segments, samples, temperature)
+    edges = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64), axis=-1)
+    draw = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)), (None, 0))
+    u = np.asarray(jax.vmap(draw, (0, None))(drawn, jnp.arange(samples.tokens.shape[1])))
+    far = np.abs(edges - u[..., None]).min(-1) > 1e-5
+    sure = (far | (np.asarray(samples.mask) == 0)).all(1)
+    assert sure.mean() > 0.8
+    return sure
 
 
 def test_pitfall_05_logprobs_are_teacher_forced(model, params, optimised):
