@@ -1,8 +1,9 @@
-"""Compiles the programs of a stage for a target and reads from the compiler what they need and do."""
+"""What the programs of a stage need and do on a target, read from what its compiler says of them."""
 
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,26 +11,15 @@ import numpy as np
 
 from rlhfjax.plan import chips
 from rlhfjax.plan.chips import Roofline, Work
+from rlhfjax.plan.compiler import Answer, Memory
 from rlhfjax.plan.hlo import Cost
 from rlhfjax.plan.hlo import Program as Module
 from rlhfjax.plan.programs import Program
 from rlhfjax.plan.topology import Target
 
 # "...memory required for HLO temporaries (29.85G) exceeds available HBM (15.75G)", of libtpu; G is GiB
-_OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes a device. `peak` is all of them, what is aliased once, or the compiler's own where that is more: on TPUs it
-    counts the program and what the runtime reserves, on CPUs it leaves temporaries out."""
-
-    arguments: float
-    temporaries: float
-    outputs: float
-    aliased: float  # of the outputs, what takes the place of a donated argument
-    peak: float
+_AVAILABLE = re.compile(r"exceeds available HBM \(([\d.]+)G\)")
+Compile = Callable[[Program], Answer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,49 +30,54 @@ class Measured:
     memory: Memory
     capacity: float | None
     fits: bool | None
-    cost: Cost | None  # None where it does not fit: then there is no program
+    cost: Cost | None  # None where it does not fit: then there is nothing to run
     buffers: list[tuple[str, float]]
     roofline: Roofline | None
     model_flops: float
     compile_seconds: float
     refused: str = ""  # what the compiler said where it refused
     elsewhere: float = 0.0  # bytes a device that other programs of the step hold meanwhile: frozen models, state
-    unread: str = ""  # why nothing is known of its work, where it was compiled and cannot be read
 
 
-def measure(program: Program, target: Target, held: Any = ()) -> Measured:
-    """Lowers and compiles one program.
+def measure(program: Program, target: Target, ask: Compile, held: Any = ()) -> Measured:
+    """Has one program compiled, and reads the answer.
 
     Args:
       held: shapes of what is on the devices all the time. What of it is no argument of this program takes room beside
         it, which the compiler of one program cannot know.
     """
     began = time.monotonic()
-    lowered = program.lower()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        found = _OUT_OF_MEMORY.search(str(e))
-        if found is None:
-            raise
-        return _refused(program, str(e).splitlines()[0], found, time.monotonic() - began, beside(program, held))
-    memory, elsewhere = _memory(compiled.memory_analysis()), beside(program, held)
-    module, unread = _read(compiled)
-    cost = module.cost() if module else None
+    answer = ask(program)
+    module, elsewhere = Module(answer.text), beside(program, held)
+    room = target.capacity
+    if answer.refused and (said := _AVAILABLE.search(answer.refused)):
+        room = float(said[1]) * 2**30
+    enough = None if room is None else answer.memory.peak + elsewhere <= room
+    cost = None if answer.refused else module.cost()
     work = _work(cost, program.model_flops / len(target.devices)) if cost else None
     return Measured(
         program.name,
-        memory,
-        target.capacity,
-        None if target.capacity is None else memory.peak + elsewhere <= target.capacity,
+        answer.memory,
+        room,
+        False if answer.refused else enough,
         cost,
-        module.buffers() if module else largest(program),
+        module.buffers(),
         chips.roofline(work, target.chip) if work and target.chip else None,
         program.model_flops,
         time.monotonic() - began,
-        elsewhere=elsewhere,
-        unread=unread,
+        answer.refused,
+        elsewhere,
     )
+
+
+def here(program: Program) -> Answer:
+    """Compiles for the devices at hand, to the end."""
+    compiled = program.lower().compile()
+    stats = compiled.memory_analysis()
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    temporaries, aliased = stats.temp_size_in_bytes, stats.alias_size_in_bytes
+    peak = max(arguments + temporaries + outputs - aliased, getattr(stats, "peak_memory_in_bytes", 0))
+    return Answer(Memory(*map(float, (arguments, temporaries, outputs, aliased, peak))), compiled.as_text())
 
 
 def _work(cost: Cost, least: float) -> Work:
@@ -90,44 +85,10 @@ def _work(cost: Cost, least: float) -> Work:
     return Work(max(cost.flops, least), cost.hbm, cost.link("ici"), cost.link("dcn"))
 
 
-def _read(compiled: Any) -> tuple[Module | None, str]:
-    """The program's text, parsed; or why there is none.
-
-    libtpu may be newer than jaxlib, and then some of its asynchronous operations (seen: v5p) have no text in jaxlib.
-    """
-    try:
-        return Module(compiled.as_text()), ""
-    except jax.errors.JaxRuntimeError as e:
-        return None, str(e).splitlines()[0]
-
-
 def beside(program: Program, held: Any) -> float:
     """Bytes a device of what is held and is no argument of the program."""
     own = {id(x) for x in jax.tree.leaves(program.inputs)}
     return sharded_bytes({id(x): x for x in jax.tree.leaves(held) if id(x) not in own})
-
-
-def largest(program: Program, most: int = 8) -> list[tuple[str, float]]:
-    """The largest arguments, where nothing else is known."""
-    sizes = ((_label(x), sharded_bytes(x)) for x in jax.tree.leaves(program.inputs))
-    return sorted(sizes, key=lambda b: -b[1])[:most]
-
-
-def _memory(stats: Any) -> Memory:
-    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
-    temporaries, aliased = stats.temp_size_in_bytes, stats.alias_size_in_bytes
-    peak = max(arguments + temporaries + outputs - aliased, getattr(stats, "peak_memory_in_bytes", 0))
-    return Memory(*map(float, (arguments, temporaries, outputs, aliased, peak)))
-
-
-def _refused(program: Program, said: str, found: re.Match, seconds: float, elsewhere: float) -> Measured:
-    """What does not fit is no program, but the compiler says how much it would have taken."""
-    temporaries, available = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-    arguments = sharded_bytes(program.inputs)
-    memory = Memory(arguments, temporaries, 0.0, 0.0, arguments + temporaries)
-    rest = (available, False, None, largest(program), None, program.model_flops, seconds)
-    said = re.sub(r"^RESOURCE_EXHAUSTED: ", "", said)
-    return Measured(program.name, memory, *rest, refused=said, elsewhere=elsewhere)
 
 
 def sharded_bytes(tree: Any) -> float:
@@ -139,7 +100,3 @@ def sharded_bytes(tree: Any) -> float:
             if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         )
     )
-
-
-def _label(x: Any) -> str:
-    return f"{x.dtype}{list(x.sharding.shard_shape(x.shape))} argument"

@@ -7,14 +7,13 @@ from typing import Any
 
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import make_layout
-from rlhfjax.plan import chips, memory
+from rlhfjax.plan import chips, compiler, memory
 from rlhfjax.plan.advice import advise
-from rlhfjax.plan.compiled import Measured, measure, sharded_bytes
-from rlhfjax.plan.programs import Sketch, sketch
+from rlhfjax.plan.compiled import Measured, here, measure, sharded_bytes
+from rlhfjax.plan.compiler import Answer, Job
+from rlhfjax.plan.programs import Program, Sketch, layout_for, sketch
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import Target
-from rlhfjax.stages.parts.placing import need_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +85,23 @@ def make(subject: Subject, target: Target, completions: int = 2, stop: bool = Fa
       only: the programs of these names; the plan is then of a part of a step, and has no time of the whole.
       stop: at the first program that does not fit, the one with the largest arguments being asked first.
     """
-    config = subject.config
-    need = need_of(config, subject.model, subject.reward) if config.mesh.strategy == "auto" else None
-    layout = make_layout(config.mesh, target.devices, need, target.capacity)
+    layout = layout_for(subject, target)
     drawn = sketch(subject, layout, completions)
     names = [program.name for program in drawn.programs]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError(f"--programs={unknown[0]}: the programs of {subject.name} are {', '.join(names)}")
     drawn = drawn._replace(programs=[p for p in drawn.programs if not only or p.name in only])
+
+    def ask(program: Program) -> Answer:
+        if not target.topology:
+            return here(program)
+        return compiler.ask(Job(subject, target.topology, target.slices, completions, program.name))
+
     if stop:
         drawn.programs.sort(key=lambda program: -sharded_bytes(program.inputs))
     measured: list[Measured] = []
     for program in drawn.programs:
-        measured.append(measure(program, target, drawn.held))
+        measured.append(measure(program, target, ask, drawn.held))
         if stop and measured[-1].fits is False:
             break
     left_out = [name for name in names if name not in {p.name for p in drawn.programs}]
@@ -116,15 +119,15 @@ def advice(plan: Plan) -> list[str]:
 def _program(p: Measured) -> dict[str, Any]:
     out = {
         "name": p.name,
-        "memory": dataclasses.asdict(p.memory) | {"elsewhere": p.elsewhere},
+        "memory": p.memory._asdict() | {"elsewhere": p.elsewhere},
         "capacity": p.capacity,
         "fits": p.fits,
         "largest_buffers": [{"what": what, "bytes": size} for what, size in p.buffers],
         "model_flops": p.model_flops,
         "compile_seconds": round(p.compile_seconds, 1),
     }
-    if said := p.refused or p.unread:
-        out["compiler"] = said
+    if p.refused:
+        out["compiler"] = p.refused
     if p.cost is not None:
         sent = [{"kind": kind, "link": link, "bytes": n} for (kind, link), n in sorted(p.cost.sent.items())]
         out |= {"flops": p.cost.flops, "hbm_bytes": p.cost.hbm, "collectives": sent}

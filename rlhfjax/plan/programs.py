@@ -16,18 +16,20 @@ from rlhfjax import state as states
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import Layout
+from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.plan import chips
 from rlhfjax.plan.memory import parameters
 from rlhfjax.plan.shapes import Subject
+from rlhfjax.plan.topology import Target
 from rlhfjax.rewards.losses import make_loss
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
 from rlhfjax.stages import Batches, direct, find, group, ppo, reward
 from rlhfjax.stages.parts.common import Start, assemble, frozen_part
 from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.placing import need_of
 from rlhfjax.stages.parts.policy import Task, Tokens, fresh_state
 
 PyTree = Any
@@ -53,6 +55,13 @@ class Sketch(NamedTuple):
     batch: int  # sequences of the largest forward-backward pass, for the table by hand
     time: int
     held: PyTree = ()  # what is on the devices all the time, whichever program runs: state and frozen models
+
+
+def layout_for(subject: Subject, target: Target) -> Layout:
+    """The mesh over a target's devices that the stage's config asks for."""
+    config = subject.config
+    need = need_of(config, subject.model, subject.reward) if config.mesh.strategy == "auto" else None
+    return make_layout(config.mesh, target.devices, need, target.capacity)
 
 
 def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:

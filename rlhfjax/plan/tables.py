@@ -148,7 +148,6 @@ def verdict(plan: Plan) -> str:
     words = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is unknown: no capacity is."}
     lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
     lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
-    lines += [f"Work and time of {p.name} are not known: {p.unread}" for p in plan.programs if p.unread]
     if plan.left_out:
         lines.append(f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}.")
     s, n = plan.sketch, memory.parameters(plan.subject.model)

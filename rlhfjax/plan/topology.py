@@ -1,9 +1,10 @@
 """Devices to compile for: a TPU topology by name, which needs no TPU, or the devices at hand."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,12 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.plan.chips import CHIPS, Chip
 
 HERE = "here"
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: without one it warns; the topology decides
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips of a host: none is used here
+}
 
 
 class Target(NamedTuple):
@@ -22,6 +29,8 @@ class Target(NamedTuple):
     devices: Sequence[jax.Device]
     chip: Chip | None  # None where nothing is known of the speed: a CPU, an unlisted GPU
     capacity: float | None  # bytes a device, None where unknown
+    topology: str = ""  # of a TPU that need not be here; empty: the devices at hand
+    slices: int = 1
 
     @property
     def chips(self) -> float:
@@ -44,19 +53,19 @@ def target(topology: str, slices: int = 1) -> Target:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("plan: compiling for a TPU needs its compiler: pip install 'rlhfjax[plan]'")
-    _quietly()
     options = {"num_slices": slices} if slices > 1 else {}
     if family == "v4":  # JAX's own choice on v4: both cores of a chip as one device
         options["chip_config_name"] = "megacore"
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        with quiet():
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as e:  # libtpu answers with several types
         reason = str(e).splitlines()[0]
         raise ConfigError(f"--topology={topology}: {reason}") from None
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
     chip = dataclasses.replace(CHIPS[family], devices=len(devices) // len(places))
     name = topology if slices == 1 else f"{slices} x {topology}"
-    return Target(name, devices, chip, chip.hbm / chip.devices)
+    return Target(name, devices, chip, chip.hbm / chip.devices, topology, slices)
 
 
 def _here() -> Target:
@@ -65,19 +74,20 @@ def _here() -> Target:
     return Target(f"{len(devices)} x {devices[0].device_kind}", devices, None, float(limit) if limit else None)
 
 
-def _quietly() -> None:
-    """libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU.
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """An environment in which libtpu says nothing and looks for no chip; afterwards it is as it was.
 
-    libtpu reads XLA_FLAGS too, when it first compiles, and ends the process at a flag of another backend: once the
-    CPU's has read them they are taken away.
+    libtpu would otherwise ask Google's metadata server which TPU this machine has; JAX computes on the CPU. It reads
+    XLA_FLAGS too, and ends the process at a flag of another backend: the CPU's has read them before.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: without one it warns; the topology decides
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for the chips of a host: none is used here
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
-    known = [
-        flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(("--xla_cpu", "--xla_gpu"))
-    ]
-    os.environ["XLA_FLAGS"] = " ".join(known)
+    before = dict(os.environ)
+    flags = [f for f in before.get("XLA_FLAGS", "").split() if not f.startswith(("--xla_cpu", "--xla_gpu"))]
+    os.environ.update(_QUIET | before | {"XLA_FLAGS": " ".join(flags)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
