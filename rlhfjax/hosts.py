@@ -7,6 +7,7 @@ this process is the only one, nothing here does anything.
 
 import ctypes
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -117,6 +118,17 @@ def _gathered(x: Any) -> Any:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
     return jax.device_get(x)
+
+
+def gather(value: T) -> list[T]:
+    """What each host says, the hosts in their order, on every host; of JSON types."""
+    if count() == 1:
+        return [value]
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(said.size))
+    room = 1 << int(sizes.max()).bit_length()  # few sizes, each of which is compiled once
+    padded = multihost_utils.process_allgather(np.pad(said, (0, room - said.size)))
+    return [json.loads(one[:size].tobytes()) for one, size in zip(padded, sizes, strict=True)]
 
 
 def anywhere(flag: bool) -> bool:

@@ -94,10 +94,17 @@ class Layout:
         return math.prod(self.mesh.shape[a] for a in self.rules["batch"])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays, the whole batch on every host, to arrays sharded over the batch axes: each row on the devices
-        that it belongs to, whichever host has them."""
+        """Host arrays, of a whole batch's shape on every host, to arrays sharded over the batch axes: each row on the
+        devices that it belongs to. Of its array a host reads only the rows of its own devices."""
         sharding = self.sharding("batch")
         return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+
+    def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
+        """Which of the `parts` equal parts of a batch have rows that `put` reads on this host."""
+        held = self.sharding("batch").addressable_devices_indices_map((size,))
+        spans = {rows.indices(size)[:2] for (rows,) in held.values()}
+        edges = [(size * j // parts, size * (j + 1) // parts) for j in range(parts)]
+        return tuple(j for j, (a, b) in enumerate(edges) if any(start < b and a < end for start, end in spans))
 
     def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
         """One array a row of the batch; what is on the devices already stays there."""

@@ -7,15 +7,21 @@
 
 With train=True rows are shuffled anew each epoch, for ever. With train=False there is one pass in order, and the last
 batch is padded with rows that count for nothing; `restart()` begins it again.
+
+Training may have S independent streams in the place of one (`Shards`). Of the one shuffled order stream j has examples
+j, j + S, j + 2 S, ..., which it packs by itself, and it fills rows j B/S to (j + 1) B/S of every batch of B. A batch is
+then a matter of seed, step and S, and a host needs to run only the streams whose rows its devices hold.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
 
+from rlhfjax import hosts
 from rlhfjax.data import chat, examples, packing
 from rlhfjax.data.examples import Encoded
 from rlhfjax.data.sources import Concatenated, Source
@@ -24,13 +30,36 @@ from rlhfjax.errors import CheckpointError, ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 Weighted = Source | Sequence[Source] | Sequence[tuple[Source, float]]
+Encode = Callable[[int, dict[str, Any]], Any]
+Pack = Callable[[grain.IterDataset, int, int], grain.IterDataset]  # (examples, rows of a batch, seed) -> rows
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many streams make a batch of training, and which of them this process runs."""
+
+    count: int = 1
+    own: tuple[int, ...] = (0,)
+
+
+def rows_a_stream(batch_size: int, count: int, where: str = "loader") -> int:
+    """The rows of a batch that each of `count` streams fills. Raises ConfigError where they cannot be equally many."""
+    if batch_size < 1:
+        raise ConfigError(f"{where}: batch_size={batch_size} is below 1")
+    if count < 1 or batch_size % count:
+        raise ConfigError(f"{where}.data_shards={count}: as many streams cannot share {batch_size} rows equally")
+    return batch_size // count
 
 
 class Batches(Iterator[Batch]):
-    """Rows of a grain dataset in batches.
+    """Rows of a grain dataset in batches of `size`.
 
-    Every host makes all rows, so that the data do not depend on how many hosts there are; `mesh.Layout.put` gives each
-    device its own.
+    Every process makes all rows, so that the data do not depend on how many hosts there are; `mesh.Layout.put` gives
+    each device its own.
+
+    Args:
+      filler: a row -> one that only fills the last batch.
+      identity: what a saved state has to agree with.
     """
 
     def __init__(
@@ -38,15 +67,12 @@ class Batches(Iterator[Batch]):
         rows: grain.IterDataset,
         filler: Callable[[Batch], Batch],
         *,
-        batch_size: int,
+        size: int,
+        identity: Mapping[str, Any],
         skipped: int = 0,
-        **identity: Any,
     ):
-        if batch_size < 1:
-            raise ConfigError(f"loader: batch_size={batch_size} is below 1")
         self.skipped = skipped
-        self._rows, self._filler, self._size = rows, filler, batch_size
-        self._identity = {"batch_size": batch_size, **identity}
+        self._rows, self._filler, self._size, self._identity = rows, filler, size, identity
         self._iterator = iter(rows)
 
     def __next__(self) -> Batch:
@@ -71,13 +97,48 @@ class Batches(Iterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where a state was taken. Raises CheckpointError when it was taken on other data or settings."""
-        ours = json.loads(json.dumps(self._identity))
-        for name in ours:
-            if state["loader"].get(name) != ours[name]:
-                saved = state["loader"].get(name)
-                raise CheckpointError(f"data iterator: saved with {name}={saved}, now {name}={ours[name]}")
+        _check_same(state["loader"], self._identity)
         self._iterator = iter(self._rows)
         self._iterator.set_state(_tuples(state["rows"]))
+
+
+class ShardedBatches(Iterator[Batch]):
+    """Batches whose equal shares of rows come from a stream each.
+
+    The rows of streams that this process does not run are zeros, for `mesh.Layout.put` to leave alone.
+
+    Args:
+      streams: {j: the share of stream j}, of those that this process runs.
+      count: of all streams.
+      identity: what a saved state has to agree with.
+    """
+
+    def __init__(self, streams: Mapping[int, Batches], count: int, identity: Mapping[str, Any]):
+        if not streams:
+            raise ConfigError("loader: a process has to run one stream at least")
+        self.skipped = next(iter(streams.values())).skipped
+        self._streams, self._count, self._identity = streams, count, identity
+
+    def __next__(self) -> Batch:
+        shares = {j: next(stream) for j, stream in self._streams.items()}
+        like = next(iter(shares.values()))
+        batch = {name: np.zeros((self._count, *share.shape), share.dtype) for name, share in like.items()}
+        for j, share in shares.items():
+            for name, rows in share.items():
+                batch[name][j] = rows
+        return {name: rows.reshape(-1, *rows.shape[2:]) for name, rows in batch.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where all streams stand, of those elsewhere by the word of who runs them: all hosts call it at one place."""
+        stand = {str(j): stream.get_state()["rows"] for j, stream in self._streams.items()}
+        stand = {j: rows for one in hosts.gather(stand) for j, rows in one.items()}
+        return {"loader": dict(self._identity), "rows": [stand[str(j)] for j in range(self._count)]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where a state was taken, however its streams were shared out; raises as `Batches` does."""
+        _check_same(state["loader"], self._identity)
+        for j, stream in self._streams.items():
+            stream.set_state({"loader": state["loader"], "rows": state["rows"][j]})
 
 
 def pretrain_batches(
@@ -89,7 +150,8 @@ def pretrain_batches(
     seed: int = 0,
     train: bool = True,
     cross_document: bool = False,
-) -> Batches:
+    shards: Shards = Shards(),
+) -> Batches | ShardedBatches:
     """Packed documents: tokens, targets, segments, positions int32 [b, t] and mask float32 [b, t].
 
     Targets are the next tokens of the same document, from the first after bos to eos. With `cross_document` (GPT-3,
@@ -106,14 +168,16 @@ def pretrain_batches(
             tokens = np.append(tokens, np.int32(tokenizer.bos_id))
         return examples.shifted(tokens, np.ones(len(tokens), np.float32))
 
+    def pack(documents: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
+        rows = packing.concatenate_and_split(documents, length=length)
+        if train:  # neighbours out of one long document should not make a batch
+            rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=16 * size, seed=seed)
+        return rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id, cross_document=cross_document))
+
     sources = _check(source, ("text", "messages", "mixed"), length)
-    encoded = [(Encoded(one, encode), weight) for one, weight in sources]
-    rows = packing.concatenate_and_split(_mixed(encoded, seed, train).to_iter_dataset(_INLINE), length=length)
-    if train:  # neighbours out of one long document should not make a batch
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=16 * batch_size, seed=seed)
-    rows = rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id, cross_document=cross_document))
-    identity = _identity("pretrain", sources, length, seed, train) | {"cross_document": cross_document}
-    return _batches(rows, _blank(tokenizer), sources, identity, batch_size)
+    order = _Order(batch_size, seed, train, shards)
+    identity = _identity("pretrain", sources, length, order) | {"cross_document": cross_document}
+    return _batches(sources, encode, pack, _blank(tokenizer), order, identity)
 
 
 def sft_batches(
@@ -124,7 +188,8 @@ def sft_batches(
     length: int,
     seed: int = 0,
     train: bool = True,
-) -> Batches:
+    shards: Shards = Shards(),
+) -> Batches | ShardedBatches:
     """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone.
 
     A row that has stored ids (`rows.py`) is learnt by them, its last turn alone.
@@ -132,13 +197,18 @@ def sft_batches(
     sources = _check(source, ("messages",), length)
     if not any(turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)):
         raise DataError("sft: no conversation has an assistant turn to learn")
-    encoded = [(Encoded(one, lambda _, row: examples.fine_tuning(tokenizer, row, length)), w) for one, w in sources]
-    rows = packing.flatten(_mixed(encoded, seed, train).to_iter_dataset(_INLINE))
-    bins = max(4 * batch_size, 64)  # more open rows leave less padding
-    rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)
-    rows = rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id))
-    identity = _identity("sft", sources, length, seed, train)
-    return _batches(rows, _blank(tokenizer), sources, identity, batch_size)
+
+    def encode(_: int, row: dict[str, Any]) -> list[np.ndarray]:
+        return examples.fine_tuning(tokenizer, row, length)
+
+    def pack(conversations: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
+        bins = max(4 * size, 64)  # more open rows leave less padding
+        rows = packing.flatten(conversations)
+        rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)
+        return rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id))
+
+    order = _Order(batch_size, seed, train, shards)
+    return _batches(sources, encode, pack, _blank(tokenizer), order, _identity("sft", sources, length, order))
 
 
 def prompt_batches(
@@ -163,10 +233,9 @@ def prompt_batches(
         return {"prompts": prompts, "segments": segments, "index": np.int32(index)}
 
     sources = _check(source, ("prompt",), length)
-    rows = _mixed([(Encoded(source, encode), 1.0)], seed, train).to_iter_dataset(_INLINE)
-    identity = _identity("prompts", sources, length, seed, train)
+    order = _Order(batch_size, seed, train)
     filler = lambda row: row | {"index": np.int32(-1)}  # noqa: E731
-    return _batches(rows, filler, sources, identity, batch_size)
+    return _batches(sources, encode, _unpacked, filler, order, _identity("prompts", sources, length, order))
 
 
 def preference_batches(
@@ -178,7 +247,8 @@ def preference_batches(
     k: int | None = None,
     seed: int = 0,
     train: bool = True,
-) -> Batches:
+    shards: Shards = Shards(),
+) -> Batches | ShardedBatches:
     """All completions of a prompt in one element: tokens, segments int32 [b, k, t], right-padded; scores, valid
     float32 [b, k]; lengths int32 [b, k], the tokens of each response; index int32 [b], -1 in rows that only fill.
 
@@ -195,21 +265,66 @@ def preference_batches(
         empty = {name: np.zeros_like(value) for name, value in row.items()}
         return empty | {"tokens": np.full_like(row["tokens"], tokenizer.pad_id), "index": np.int32(-1)}
 
-    rows = _mixed([(Encoded(source, encode), 1.0)], seed, train).to_iter_dataset(_INLINE)
-    identity = _identity("preferences", sources, length, seed, train) | {"k": k}
-    return _batches(rows, filler, sources, identity, batch_size)
+    order = _Order(batch_size, seed, train, shards)
+    identity = _identity("preferences", sources, length, order) | {"k": k}
+    return _batches(sources, encode, _unpacked, filler, order, identity)
 
 
 # Rows are read on the caller's thread: they come out of memory, and a CPU's cores are for the model.
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def _mixed(encoded: list[tuple[Encoded, float]], seed: int, train: bool) -> grain.MapDataset:
-    """One stream of examples: shuffled, for ever and mixed by weight, or everything once in order."""
-    if not train:
+@dataclass(frozen=True)
+class _Order:
+    """What decides which examples are in which batch. A single pass is one stream, whatever `shards` says."""
+
+    batch_size: int
+    seed: int
+    train: bool
+    shards: Shards = Shards()
+
+    @property
+    def streams(self) -> Shards:
+        return self.shards if self.train else Shards()
+
+
+def _batches(
+    sources: list[tuple[Source, float]],
+    encode: Encode,
+    pack: Pack,
+    filler: Callable[[Batch], Batch],
+    order: _Order,
+    identity: dict[str, Any],
+) -> Batches | ShardedBatches:
+    """Batches of the one stream, or of each that this process runs, all of which keep what any of them has encoded."""
+    shards = order.streams
+    size = rows_a_stream(order.batch_size, shards.count)
+    encoded = [(Encoded(one, encode), weight) for one, weight in sources]
+    skipped = sum(one.skipped for one, _ in sources)
+
+    def stream(j: int) -> Batches:
+        rows = pack(_mixed(encoded, order, j).to_iter_dataset(_INLINE), size, order.seed + 104729 * j)
+        return Batches(rows, filler, size=size, identity=identity, skipped=skipped)
+
+    if shards.count == 1:
+        return stream(0)
+    return ShardedBatches({j: stream(j) for j in shards.own}, shards.count, identity)
+
+
+def _unpacked(examples: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
+    """An example is a row."""
+    return examples
+
+
+def _mixed(encoded: list[tuple[Encoded, float]], order: _Order, j: int) -> grain.MapDataset:
+    """Stream j's examples: shuffled, for ever and mixed by weight, or everything once in order.
+
+    Each source is shared out by itself, so that every stream is mixed by the same weights.
+    """
+    if not order.train:
         return grain.MapDataset.concatenate([grain.MapDataset.source(one) for one, _ in encoded])
     parts = [
-        grain.MapDataset.source(one).shuffle(seed=(seed + 7919 * i) % 2**31).repeat()
+        grain.MapDataset.source(one).shuffle(seed=(order.seed + 7919 * i) % 2**31).repeat()[j :: order.streams.count]
         for i, (one, _) in enumerate(encoded)
     ]
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=[weight for _, weight in encoded])
@@ -233,21 +348,20 @@ def _check(source: Weighted, kinds: Sequence[str], length: int) -> list[tuple[So
     return pairs
 
 
-def _identity(kind: str, sources: list[tuple[Source, float]], length: int, seed: int, train: bool) -> dict[str, Any]:
-    """What a saved state has to agree with."""
+def _identity(kind: str, sources: list[tuple[Source, float]], length: int, order: _Order) -> dict[str, Any]:
+    """What a saved state has to agree with. One stream has no name in it, as before there were several."""
     sizes = [[len(one), weight] for one, weight in sources]
-    return {"kind": kind, "source_rows": sizes, "length": length, "seed": seed, "train": train}
+    identity = {"batch_size": order.batch_size, "kind": kind, "source_rows": sizes, "length": length}
+    identity |= {"seed": order.seed, "train": order.train}
+    return identity | ({"data_shards": order.streams.count} if order.streams.count > 1 else {})
 
 
-def _batches(
-    rows: grain.IterDataset,
-    filler: Callable[[Batch], Batch],
-    sources: list[tuple[Source, float]],
-    identity: dict[str, Any],
-    batch_size: int,
-) -> Batches:
-    skipped = sum(one.skipped for one, _ in sources)
-    return Batches(rows, filler, batch_size=batch_size, skipped=skipped, **identity)
+def _check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a state was saved with other data or settings than these."""
+    saved, ours = ({"data_shards": 1} | one for one in (saved, json.loads(json.dumps(identity))))
+    for name in ours:
+        if saved.get(name) != ours[name]:
+            raise CheckpointError(f"data iterator: saved with {name}={saved.get(name)}, now {name}={ours[name]}")
 
 
 def _blank(tokenizer: Tokenizer) -> Callable[[Batch], Batch]:

@@ -30,7 +30,10 @@ Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}
 
 @runtime_checkable
 class Batches(Protocol):
-    """An endless stream of batches of numpy arrays whose position can be saved."""
+    """An endless stream of batches of numpy arrays whose position can be saved.
+
+    All hosts ask for the position at one place, and it is the same for all: `set_state` takes it on any number of them.
+    """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> Any: ...

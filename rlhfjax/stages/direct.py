@@ -25,7 +25,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.stages import Pairs, Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, Start, assemble, begin, check_training
+from rlhfjax.stages.parts.common import Start, StreamConfig, assemble, begin, check_streams, own_shards
 from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
 from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs, open_preferences
 from rlhfjax.stages.parts.ptx import Together
@@ -37,7 +37,7 @@ REFERENCE, OTHERS = "reference", "mismatched/"  # the name, and the prefix, of w
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ModelTrainConfig):
+class Config(StreamConfig):
     stage: str = "direct"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     length: int  # prompt and response, tokens
@@ -49,7 +49,7 @@ class Config(ModelTrainConfig):
 
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
-    check_training(config, layout, shape)
+    check_streams(config, layout, shape)
     name = config.loss.name
     if config.loss.needs_reference and config.init_from is None and config.reference is None:
         raise ConfigError(f"direct.reference: {name} needs one, and there is no init_from to take its place")
@@ -62,7 +62,8 @@ def build(config: Config, layout: Layout) -> Stage:
     check(config, layout, start.model.config)
     reference = _Reference(config, start, layout) if config.loss.needs_reference else None
     train, held_out = (open_preferences(config.preferences, split, "direct") for split in ("train", "validation"))
-    batches = _batches(config, train, start, train=True)
+    own = own_shards(config.data_shards, config.batch_size, layout)
+    batches = _batches(config, train, start, train=True, shards=own)
     if reference is not None and config.reference_logprobs == "precomputed":
         batches = _Precomputed(batches, lambda: reference.table(_batches(config, train, start, train=False)))
     stage = assemble(
@@ -118,9 +119,9 @@ def _answers(batch: Arrays, total: Any, mean: Any) -> Answers:
     return Answers(total, mean, reference, batch["scores"], valid, kl)
 
 
-def _batches(config: Config, source: Source, start: Start, *, train: bool) -> Any:
+def _batches(config: Config, source: Source, start: Start, **options: Any) -> Any:
     """Ranked answers; for KTO, beside them, the same prompts with the answers to others."""
-    options = {"batch_size": config.batch_size, "length": config.length, "seed": config.seed, "train": train}
+    options |= {"batch_size": config.batch_size, "length": config.length, "seed": config.seed}
     batches = loader.preference_batches(source, start.tokenizer, **options)
     if config.loss.name != "kto":
         return batches

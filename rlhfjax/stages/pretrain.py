@@ -8,12 +8,12 @@ import dataclasses
 from rlhfjax.data import loader
 from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_training, open_sources
+from rlhfjax.stages.parts.common import SourceConfig, StreamConfig, begin, check_streams, open_sources, own_shards
 from rlhfjax.stages.parts.language import language_stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ModelTrainConfig):
+class Config(StreamConfig):
     stage: str = "pretrain"
     sources: tuple[SourceConfig, ...] = ()
     eval_sources: tuple[SourceConfig, ...] = ()
@@ -21,7 +21,7 @@ class Config(ModelTrainConfig):
     cross_document: bool = False  # GPT-3 (App. B) attends across the documents of a window; we keep them apart
 
 
-check = check_training
+check = check_streams
 
 
 def build(config: Config, layout: Layout) -> Stage:
@@ -32,11 +32,12 @@ def build(config: Config, layout: Layout) -> Stage:
         open_sources(config.sources, "pretrain.sources"),
         open_sources(config.eval_sources, "eval_sources"),
     )
+    own = own_shards(config.data_shards, config.batch_size, layout)
     return language_stage(
         config,
         start,
         layout,
-        batches=loader.pretrain_batches(train, start.tokenizer, seed=config.seed, train=True, **options),
+        batches=loader.pretrain_batches(train, start.tokenizer, seed=config.seed, shards=own, **options),
         held_out=loader.pretrain_batches(held_out, start.tokenizer, seed=0, train=False, **options),
         tokens=config.batch_size * config.length,
     )

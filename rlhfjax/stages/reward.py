@@ -27,21 +27,22 @@ from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.stages import Finished, Pairs, Stage
 from rlhfjax.stages.parts import centre
 from rlhfjax.stages.parts.common import (
-    ModelTrainConfig,
     SourceConfig,
     Start,
+    StreamConfig,
     adapters_of,
     assemble,
     begin,
-    check_training,
+    check_streams,
     open_sources,
+    own_shards,
 )
 from rlhfjax.stages.parts.preferences import open_preferences
 from rlhfjax.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ModelTrainConfig):
+class Config(StreamConfig):
     stage: str = "reward"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     length: int  # prompt and response, tokens
@@ -54,7 +55,7 @@ class Config(ModelTrainConfig):
 
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
-    check_training(config, layout, shape)
+    check_streams(config, layout, shape)
     if (config.normalise == "demonstrations") != bool(config.demonstrations):
         raise ConfigError('reward.demonstrations: sources go together with reward.normalise="demonstrations"')
 
@@ -64,7 +65,8 @@ def build(config: Config, layout: Layout) -> Stage:
     check(config, layout, start.model.config)
     options = {"batch_size": config.batch_size, "length": config.length}
     train, held_out = (open_preferences(config.preferences, split) for split in ("train", "validation"))
-    batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, train=True, **options)
+    own = own_shards(config.data_shards, config.batch_size, layout)
+    batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, shards=own, **options)
     held_out_batches = loader.preference_batches(held_out, start.tokenizer, train=False, **options)
     rewards_of = make_judge(start.model, layout)
     loss = make_loss(config.loss)

@@ -8,19 +8,19 @@ import dataclasses
 from rlhfjax.data import loader
 from rlhfjax.mesh import Layout
 from rlhfjax.stages import Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, SourceConfig, begin, check_training, open_sources
+from rlhfjax.stages.parts.common import SourceConfig, StreamConfig, begin, check_streams, open_sources, own_shards
 from rlhfjax.stages.parts.language import language_stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ModelTrainConfig):
+class Config(StreamConfig):
     stage: str = "sft"
     sources: tuple[SourceConfig, ...] = ()
     eval_sources: tuple[SourceConfig, ...] = ()
     length: int
 
 
-check = check_training
+check = check_streams
 
 
 def build(config: Config, layout: Layout) -> Stage:
@@ -28,11 +28,12 @@ def build(config: Config, layout: Layout) -> Stage:
     check(config, layout, start.model.config)
     options = {"batch_size": config.batch_size, "length": config.length}
     train, held_out = open_sources(config.sources, "sft.sources"), open_sources(config.eval_sources, "sft.eval_sources")
+    own = own_shards(config.data_shards, config.batch_size, layout)
     return language_stage(
         config,
         start,
         layout,
-        batches=loader.sft_batches(train, start.tokenizer, seed=config.seed, train=True, **options),
+        batches=loader.sft_batches(train, start.tokenizer, seed=config.seed, shards=own, **options),
         held_out=loader.sft_batches(held_out, start.tokenizer, seed=0, train=False, **options),
         tokens=config.batch_size * config.length,
     )

@@ -14,6 +14,7 @@ import optax
 from rlhfjax import hosts
 from rlhfjax import state as states
 from rlhfjax.config import TrainConfig
+from rlhfjax.data.loader import Shards, rows_a_stream
 from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError
@@ -94,6 +95,14 @@ class ModelTrainConfig(TrainConfig):
     microbatches: int = 1
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     eval_batches: int = 0  # 0: the whole held-out split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig(ModelTrainConfig):
+    """One that trains on a stream of documents or examples."""
+
+    # independent streams that a batch is made of, each host running its own; the order of the data depends on how many
+    data_shards: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +206,17 @@ def check_training(config: Any, layout: Layout, shape: TransformerConfig | None)
     make_schedule(config.optim, config.steps)  # refuses a warm-up longer than the run
     check_lora(config.lora, shape)
     check_kernel(shape, layout, config.stage)
+
+
+def check_streams(config: Any, layout: Layout, shape: TransformerConfig | None) -> None:
+    """`check_training` of a StreamConfig, and that its streams can share a batch."""
+    check_training(config, layout, shape)
+    rows_a_stream(config.batch_size, config.data_shards, config.stage)
+
+
+def own_shards(count: int, batch_size: int, layout: Layout) -> Shards:
+    """Of `count` streams those that this host runs, whose rows lie on its devices."""
+    return Shards(count, layout.own_parts(batch_size, count))
 
 
 def check_kernel(shape: TransformerConfig | None, layout: Layout, stage: str) -> None:

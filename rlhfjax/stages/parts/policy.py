@@ -327,7 +327,7 @@ def policy_stage(
         init=fresh_state(config, algorithm, born, extra),
         axes=axes | rows,
         start=load,
-        batches=with_ptx(config.ptx, batches, task.tokenizer, config),
+        batches=with_ptx(config.ptx, batches, task.tokenizer, config, layout),
         step=policy_step(config, layout, task, algorithm, frozen),
         evals=held_out(config, algorithm, task, layout, base),
         finish=finish,

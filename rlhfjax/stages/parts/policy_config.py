@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from rlhfjax.config import TrainConfig
+from rlhfjax.data.loader import rows_a_stream
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
@@ -148,6 +149,8 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
         raise ConfigError(f"{name}.ema={config.ema} is not a decay: at least 0 and below 1")
     if config.ptx.coefficient and config.ptx.ratio < 1:
         raise ConfigError(f"{name}.ptx.ratio={config.ptx.ratio}: at least one sequence of text for every episode")
+    if config.ptx.coefficient:
+        rows_a_stream(config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx")
 
 
 def _check_kl(config: KLConfig, where: str) -> None:

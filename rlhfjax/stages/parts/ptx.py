@@ -8,8 +8,9 @@ import numpy as np
 from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout
 from rlhfjax.stages import Batches
-from rlhfjax.stages.parts.common import SourceConfig, open_sources
+from rlhfjax.stages.parts.common import SourceConfig, open_sources, own_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PtxConfig:
     unit: Literal["token", "sequence"] = "token"
     ratio: int = 8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
     length: int = 0  # tokens of a sequence
+    data_shards: int = 1  # streams that the text comes in, as of a StreamConfig
     sources: tuple[SourceConfig, ...] = ()
 
 
@@ -52,7 +54,7 @@ class Together:
             stream.set_state(state[prefix])
 
 
-def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: Any) -> Batches:
+def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: Any, layout: Layout) -> Batches:
     """Prompts, and where the mix is on the text of an iteration beside them."""
     if not config.coefficient:
         return prompts
@@ -60,5 +62,6 @@ def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: A
         raise ConfigError(f"{stage.stage}.ptx.length: the mix needs the length of its sequences")
     size = stage.episodes * config.ratio
     source = open_sources(config.sources, f"{stage.stage}.ptx.sources")
-    options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1}
-    return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, train=True, **options))
+    own = own_shards(config.data_shards, size, layout)
+    options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1, "shards": own}
+    return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))
