@@ -815,6 +815,14 @@ DEFECTS = [
         "",
         "data/test_loader.py::test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch",
     ),
+    # 30: all streams go on from where the first one stood
+    d(
+        30,
+        "data/loader.py",
+        'state["rows"][j]',
+        'state["rows"][0]',
+        "data/test_shards.py::test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four",
+    ),
     # 31: the rows of Q and K as llama.cpp has them; those of K put back as if there were a key head a query head
     d(
         31,

@@ -18,7 +18,7 @@ from rlhfjax import hosts, recipe
 from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from tests import tiny_hosts
-from tests.test_resume import assert_same_stage
+from tests.test_resume import assert_same_stage, checkpoint_note
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 400  # seconds that any of these jobs may take on a busy machine
@@ -32,7 +32,8 @@ class Job:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        flags = (f"--config=tests/tiny_hosts.py:data={data}{arg}", f"--workdir={workdir}", "--host_timeout=10", *flags)
+        config = f"--config=tests/tiny_hosts.py:data={data},shards=4{arg}"
+        flags = (config, f"--workdir={workdir}", "--host_timeout=10", *flags)
         self.logs = [workdir.with_name(f"{workdir.name}.{port}.{i}") for i in range(count)]
         workdir.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
@@ -78,6 +79,7 @@ def test_one_process_is_first_and_alone_and_needs_no_coordinator():
     assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
     assert hosts.share(lambda: "made") == "made"
     assert hosts.anywhere(True) and not hosts.anywhere(False)
+    assert hosts.gather({"a": [1]}) == [{"a": [1]}]
     vote = hosts.Vote()
     assert [vote(False), vote(True)] == [False, True]  # at once, where nobody has to be asked
 
@@ -141,7 +143,7 @@ def tokenizer(conversations, tmp_path_factory) -> Path:
 
 
 def pretraining(count: int, workdir: Path, tokenizer: Path, data: Path) -> Job:
-    """24 steps of pretraining, a checkpoint every fourth."""
+    """24 steps of pretraining on 4 streams, a checkpoint every fourth."""
     flags = ("--config.steps=24", "--config.checkpoint.every=4")
     return Job(count, workdir, data, *flags, command="train", arg=f",only=pretrain,tokenizer={tokenizer}")
 
@@ -179,6 +181,7 @@ def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(tokenizer, unint
     (first,), (second,) = job.said(0), job.said(1)
     step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
     assert second == first
+    assert len(checkpoint_note(tmp_path / "run")["data"]["rows"]) == 4  # of the streams of both hosts
     assert (tmp_path / "run" / "checkpoints" / step).is_dir()
     pretraining(1, tmp_path / "run", tokenizer, conversations).finish()
     assert_same_numbers(read(uninterrupted / "metrics.jsonl"), read(tmp_path / "run" / "metrics.jsonl"))

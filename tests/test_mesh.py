@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhfjax.errors import ConfigError
@@ -88,6 +89,37 @@ def test_batches_are_shared_by_the_data_like_axes():
     again = layout.put_rows(placed)
     assert again is placed
     assert layout.put_rows(np.arange(8.0)).sharding.spec == layout.sharding("batch").spec
+
+
+@pytest.mark.parametrize(
+    ("axes", "first", "last"),
+    [
+        ({"data": 4}, [0], [2, 3]),
+        ({"data": 2, "fsdp": 2}, [0], [2, 3]),
+        ({"data": 2, "tensor": 2}, [0, 1], [2, 3]),  # two devices with the same rows
+        ({"data": 1, "tensor": 4}, [0, 1, 2, 3], [0, 1, 2, 3]),  # `tensor` spans the hosts: all have all rows
+    ],
+)
+def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(axes, first, last, monkeypatch):
+    """A host with the first device, with the last two, and with two that are no neighbours, as on a TPU slice."""
+    layout = make_layout(MeshConfig(**axes))
+    assert layout.own_parts(8, 4) == (0, 1, 2, 3)
+
+    def of_host(devices, parts):
+        def held(sharding, shape):
+            return {d: index for d, index in sharding.devices_indices_map(shape).items() if d in devices}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NamedSharding, "addressable_devices_indices_map", held)
+            return list(layout.own_parts(8, parts))
+
+    devices = layout.mesh.devices.ravel().tolist()
+    assert of_host(devices[:1], 4) == first and of_host(devices[-2:], 4) == last
+    assert of_host(devices[:1], 1) == [0]
+    if axes == {"data": 4}:
+        assert of_host([devices[0], devices[3]], 4) == [0, 3]
+        assert of_host([devices[0], devices[3]], 8) == [0, 1, 6, 7]
+        assert of_host([devices[1]], 2) == [0]  # a part that two devices share
 
 
 def test_tensor_parallel_devices_share_a_batch():

@@ -168,9 +168,12 @@ def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, mode", [("dpo", "live"), ("kto", "precomputed")])
-def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(name, mode, finished, separable, tmp_path, monkeypatch):
-    config = values(finished, separable, name, reference_logprobs=mode, mesh={"data": 4})
+@pytest.mark.parametrize("name, mode, streams", [("dpo", "live", 1), ("kto", "precomputed", 4)])
+def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(
+    name, mode, streams, finished, separable, tmp_path, monkeypatch
+):
+    options = {"reference_logprobs": mode, "data_shards": streams}
+    config = values(finished, separable, name, mesh={"data": 4}, **options)
     recipe.run_stage(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt(patch, "direct", 3, "exception")

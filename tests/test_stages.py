@@ -9,7 +9,8 @@ import pytest
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.config import to_dict
-from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.errors import ConfigError
+from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from tests import tiny
 from tests.meshes import MESHES
@@ -114,6 +115,43 @@ def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations,
         np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5)
         for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(params), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
+def streamed(name, values, count):
+    """A stage's values with `count` streams of data; of PPO's those of its text."""
+    return values | ({"ptx": values["ptx"] | {"data_shards": count}} if name == "ppo" else {"data_shards": count})
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_host_makes_the_rows_of_its_own_devices_alone(name, conversations, finished, monkeypatch):
+    """Streams 1 and 3 of 4 are what one process makes of them, the rows of the others are left out."""
+    values = streamed(name, stage_values(name, conversations, finished), 4)
+
+    def batch(own):
+        with monkeypatch.context() as patch:
+            patch.setattr(Layout, "own_parts", lambda layout, size, parts: own)
+            return next(stages.find(name).build(recipe.check(values, name), make_layout()).batches)
+
+    whole, some = batch((0, 1, 2, 3)), batch((1, 3))
+    assert whole.keys() == some.keys()
+    for array in whole:
+        ours, theirs = (x.reshape(4, -1) for x in (some[array], whole[array]))
+        np.testing.assert_array_equal(ours[[1, 3]], theirs[[1, 3]])
+        prompts = name == "ppo" and not array.startswith("ptx/")  # of which every host makes all
+        assert (ours[[0, 2]] == (theirs[[0, 2]] if prompts else 0)).all()
+
+
+@pytest.mark.parametrize("name", (*TRAINED, "direct"))
+def test_streams_that_cannot_share_a_batch_are_refused_before_anything_runs(name, conversations, finished):
+    if name == "direct":
+        values = to_dict(stages.stage_config("direct", init_from="x", length=32, batch_size=8, steps=1))
+    else:
+        values = stage_values(name, conversations, finished)
+    check = stages.find(name).check
+    check(recipe.check(streamed(name, values, 2), name), make_layout(), None)
+    where = "ppo.ptx" if name == "ppo" else name
+    with pytest.raises(ConfigError, match=rf"{where}\.data_shards=3: as many streams cannot share (8|16) rows"):
+        check(recipe.check(streamed(name, values, 3), name), make_layout(), None)
 
 
 def test_every_stage_learns_and_the_recipe_collects_its_metrics(finished):

@@ -1,6 +1,7 @@
 """Every kind of stage that trains or samples, as short as can be: what several processes run as one.
 
-`tests/tiny_hosts.py:data=DIR` with DIR as for `tests/tiny.py`; with `only=pretrain,tokenizer=FOLDER` that stage alone.
+`tests/tiny_hosts.py:data=DIR` with DIR as for `tests/tiny.py`; with `only=pretrain,tokenizer=FOLDER` that stage alone;
+with `shards=S` streams for the data of some stages, so that a host makes its own rows alone.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ LOOP = {"eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensor
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, data="", steps=2, only="", tokenizer="")
+    arg = parse_arg(arg, data="", steps=2, only="", tokenizer="", shards=1)
     config = tiny.get_config(f"data={arg.data},steps={arg.steps}")
     del config.evaluate
     loop = {"steps": arg.steps, "optim": tiny.OPTIM, **LOOP}
@@ -41,6 +42,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=8,
         **loop,
     )
+    for name in ("pretrain", "reward", "direct"):  # sft has one stream, of which every host makes all
+        config[name].data_shards = arg.shards
     config.stages = STAGES
     if arg.only:
         config[arg.only].tokenizer = arg.tokenizer

@@ -167,7 +167,7 @@ def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(make, k
 
 
 @pytest.mark.parametrize("kind", ("pretrain", "mixed", "sft", "preferences"))
-@pytest.mark.parametrize("done", (0, 9))
+@pytest.mark.parametrize("done", (0, 20))
 def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(make, kind, done, monkeypatch):
     whole = take(make(kind, shards=Shards(4, SPLITS[1][0])), done + 4)
 
@@ -188,6 +188,8 @@ def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(m
     assert states == [alone, alone]  # each host knows all of it: whichever writes it down
     state = json.loads(json.dumps(alone))
     assert len(state["rows"]) == 4
+    if done and kind in ("pretrain", "mixed"):  # beyond a window of shuffling, documents of unequal length behind them
+        assert all(one != other for one, other in itertools.pairwise(state["rows"]))
     ends = []
     for splits in (SPLITS[1], SPLITS[4], [(0, 3), (1, 2)]):
         results = on_hosts(monkeypatch, [host(own, state) for own in splits])
