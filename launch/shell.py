@@ -143,6 +143,13 @@ def exports(env: Mapping[str, str]) -> str:
     return "".join(f"{name}={shlex.quote(value)} " for name, value in env.items())
 
 
+def worst(codes: Sequence[int]) -> int:
+    """One code for all hosts: the first failure that is not 75 or a lost connection."""
+    failed = [code for code in codes if code]
+    real = [code for code in failed if code not in (PREEMPTED, LOST)]
+    return next(iter(real or failed), 0)
+
+
 def archive(file: str) -> list[str]:
     """The command that packs what git tracks, as it is in the working tree: nothing that was kept out of git."""
     return ["bash", "-c", f"git ls-files -z | tar --null --files-from=- -czf {shlex.quote(file)}"]

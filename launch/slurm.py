@@ -4,23 +4,32 @@
     python -m launch.slurm script … -- …      prints what `sbatch` would get
     python -m launch.slurm down --name=a
 
-`submit --wait` waits for the end and has the command's exit code. This is a batch script and not submitit, which would
-submit a pickled function: here a dry run shows exactly what would run, and a login node needs no package.
+`submit --wait` waits for the end and has the command's exit code. It is submitit that submits, requeues and brings the
+results back: this Python, this folder and --folder must be the nodes' too, on a shared file system.
 """
 
+import contextlib
 import dataclasses
+import io
+import math
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
-from launch.shell import PREEMPTED, Shell, environment, exports, given, launch, required, slug
+from launch.shell import PREEMPTED, LaunchError, Shell, environment, exports, given, launch, required, slug, worst
+from launch.slurm_task import Task
+
+TAIL = 10  # lines of a log that are shown where the command failed
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What runs where; `time` as Slurm has it, D-HH:MM:SS."""
+    """What runs where."""
 
     name: str
     command: tuple[str, ...]
@@ -32,57 +41,111 @@ class Job:
     account: str | None = None
     grace: int = 300
     max_restarts: int = 20
-    output: str = "slurm-%x-%j.txt"
+    folder: str | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def script(job: Job) -> str:
-    """The batch script. Its environment is the cluster's own: nothing of the submitting shell's goes along."""
-    options = {
-        "job-name": job.name,
+def minutes(time: str) -> int:
+    """`[D-]HH:MM:SS`, as Slurm has it, in whole minutes."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", time)
+    if not found:
+        raise flags.IllegalFlagValueError(f"--time={time}: expected HH:MM:SS or D-HH:MM:SS")
+    days, hours, mins, seconds = (int(x or 0) for x in found.groups())
+    return (24 * days + hours) * 60 + mins + math.ceil(seconds / 60)
+
+
+def parameters(job: Job) -> dict[str, Any]:
+    """What submitit makes the batch script of. Nothing of the submitting shell's environment goes along."""
+    cpus = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []  # which srun takes from no script
+    return {
+        "job_name": job.name,
         "nodes": job.nodes,
-        "ntasks-per-node": 1,
-        "gpus-per-node": job.gpus_per_node or None,
-        "cpus-per-task": job.cpus_per_task or None,
-        "time": job.time,
+        "ntasks_per_node": 1,
+        "gpus_per_node": job.gpus_per_node or None,
+        "cpus_per_task": job.cpus_per_task or None,
+        "time": minutes(job.time),
         "partition": job.partition,
         "account": job.account,
-        "output": job.output,
-        "open-mode": "append",  # a requeued job goes on in the same file
-        "export": "NONE",
         "dependency": "singleton",  # what is submitted twice does not run twice at once
-        "signal": f"B:TERM@{job.grace}",  # to this script, so many seconds before the time is up
+        "signal_delay_s": job.grace,  # before the time is up; to the processes, which pass it on
+        "stderr_to_stdout": True,
+        "setup": ["export SUBMITIT_LOG_LEVEL=ERROR"],  # the log is the command's
+        "srun_args": ["--export=ALL", "--kill-on-bad-exit=0", *cpus],
+        "wckey": None,
+        "additional_parameters": {"requeue": True, "export": "NONE"},
     }
-    head = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    command = f"{_PROCESS}{exports(job.env)}{shlex.join(job.command)}"
-    return "\n".join(
-        ["#!/bin/bash -l", *head, "#SBATCH --requeue", _BODY.format(command=shlex.quote(command), **_numbers(job))]
-    )
 
 
-def _numbers(job: Job) -> dict[str, int]:
-    return {"preempted": PREEMPTED, "most": job.max_restarts}
+def submitit() -> Any:
+    """The library, which is needed here alone."""
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # it would close all other handlers, and say things twice
+    try:
+        import submitit
+    except ImportError:
+        raise LaunchError("submitit is not installed in this Python: python3 -m pip install 'submitit>=1.5'") from None
+    return submitit
 
 
-_PROCESS = "JAX_NUM_PROCESSES=$SLURM_NTASKS JAX_PROCESS_ID=$SLURM_PROCID "  # a process has all GPUs of its node
+def executor(job: Job) -> Any:
+    """submitit's, with the job's parameters."""
 
-# The script passes SIGTERM on, since srun alone would kill; `wait` returns when the trap has run, so it waits again.
-_BODY = """\
-export JAX_COORDINATOR_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):12345
-srun --export=ALL --kill-on-bad-exit=0 bash -c {command} &
-trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
-wait $!; code=$?
-while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
-if [ $code -eq {preempted} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
-"""
+    class Executor(submitit().SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
+
+    made = Executor(job.folder or f"runs/slurm/{job.name}", max_num_timeout=job.max_restarts)
+    made.update_parameters(**parameters(job))
+    return made
 
 
-def submit(name: str, wait: bool) -> list[str]:
-    """The command that takes the script on its standard input, and prints the job's number."""
-    return ["sbatch", "--parsable", *(["--wait"] if wait else [])]
+def script(job: Job) -> str:
+    """The batch script, and below it what is not in it: the command, which submitit pickles."""
+    made = executor(job)
+    text = made._make_submission_file_text(made._submitit_command_str, "")
+    return f"{text}\n# which runs on every node: {exports(job.env)}{shlex.join(job.command)}"
+
+
+def submit(job: Job) -> Any:
+    """Submits the job; returns submitit's record of it."""
+    errors = submitit().core.utils
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # on which submitit repeats what the error says
+            return executor(job).submit(Task(job.command, job.env, job.max_restarts))
+    except FileNotFoundError:
+        raise LaunchError("sbatch is not installed on this machine, or not in PATH") from None
+    except (errors.FailedJobError, errors.FailedSubmissionError) as e:
+        raise LaunchError(str(e).strip().splitlines()[-1]) from None
+
+
+def finish(shell: Shell, job: Job, submitted: Any) -> int:
+    """Waits for the job's end, through requeues; one exit code for all nodes."""
+    submitted.wait()
+    tasks = [submitted.task(i) for i in range(submitted.num_tasks)]
+    lost = [task for task in tasks if not task.paths.result_pickle.exists()]
+    codes = [result(shell, task) for task in tasks if task not in lost[1:]]  # one is enough: submitit waits for it
+    if worst(codes) == PREEMPTED:
+        raise LaunchError(
+            f"{job.name}: preempted more than --max_restarts={job.max_restarts} times; its state is saved"
+        )
+    return worst(codes)
+
+
+def result(shell: Shell, task: Any) -> int:
+    """A node's exit code, 1 where it left none; the end of its log is shown where it is not 0."""
+    errors = submitit().core.utils
+    try:
+        code = task.result()
+        how = f"ended with exit code {code}"
+    except errors.FailedJobError:  # the command could not be started
+        code, how = 1, "failed"
+    except errors.UncompletedJobError:
+        code, how = 1, f"is {task.state}"
+    if code:
+        shell.say(f"job {task.job_id} {how}; {task.paths.stdout} ends with")
+        for line in (task.stdout() or "").splitlines()[-TAIL:]:
+            shell.say(line)
+    return code
 
 
 def down(name: str) -> list[str]:
@@ -98,7 +161,7 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("account", None, "default: the user's", flag_values=fv)
     flags.DEFINE_integer("grace", 300, "seconds that a run has to save before the time is up", 1, flag_values=fv)
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
-    flags.DEFINE_string("output", "slurm-%x-%j.txt", "the log", flag_values=fv)
+    flags.DEFINE_string("folder", None, "of scripts, logs and results; default: runs/slurm/NAME", flag_values=fv)
     flags.DEFINE_bool("wait", False, "until the job has ended", flag_values=fv)
 
 
@@ -113,7 +176,10 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
     job = Job(**{field.name: fv[field.name].value for field in dataclasses.fields(Job) if field.name not in own}, **own)
     if words[0] == "script" or fv.dry_run:
         shell.say(script(job))
-    return 0 if words[0] == "script" else shell.run(submit(name, fv.wait), stdin=script(job))
+        return 0
+    submitted = submit(job)
+    shell.say(f"{name}: job {submitted.job_id}; its log: {submitted.task(0).paths.stdout}")
+    return finish(shell, job, submitted) if fv.wait else 0
 
 
 def main() -> None:

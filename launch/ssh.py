@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch.shell import (
-    LOST,
     PREEMPTED,
     LaunchError,
     Shell,
@@ -27,6 +26,7 @@ from launch.shell import (
     launch,
     required,
     slug,
+    worst,
 )
 
 SSH = ("ssh", "-oBatchMode=yes", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
@@ -103,13 +103,6 @@ def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
         for thread in threads:
             thread.join()
     return worst(own)
-
-
-def worst(codes: Sequence[int]) -> int:
-    """One code for all hosts, in the order that they ended: the first failure that is not 75 or a lost connection."""
-    failed = [code for code in codes if code]
-    real = [code for code in failed if code not in (PREEMPTED, LOST)]
-    return next(iter(real or failed), 0)
 
 
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:

@@ -1,7 +1,6 @@
-"""launch.slurm and launch.ssh: their scripts really run, with stand-ins for what a cluster has."""
+"""launch.ssh, whose scripts really run, with a stand-in for ssh; and what all launchers share."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,17 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import shell, slurm, ssh
+from launch import shell, ssh
 from rlhfjax.errors import Preempted
 
 ROOT = Path(__file__).parents[2]
 
 TOOLS = {
-    # Runs the step with the arguments after the flags; a step is known by its process.
-    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; echo $$ > $STANDIN/step; exec "$@"',
-    "scontrol": 'echo "scontrol $*" >> $STANDIN/calls; [ "$1" = show ] && printf "n0\\nn1\\n"; exit 0',
-    "scancel": 'echo "scancel $*" >> $STANDIN/calls; kill -TERM $(cat $STANDIN/step)',
-    "sbatch": 'echo "sbatch $*" >> $STANDIN/calls; cat > $STANDIN/script; echo 7',
     # ssh HOST SCRIPT: the host is a folder.
     "ssh": 'shift 3; mkdir -p $STANDIN/$1; cd $STANDIN/$1; HOME=$PWD exec sh -c "$2"',
     "scp": 'while [ "${1#-}" != "$1" ]; do shift; done; mkdir -p $STANDIN/${2%%:*}; cp $1 $STANDIN/${2%%:*}/${2#*:}',
@@ -51,72 +45,6 @@ def call(capsys, module, *args: str) -> tuple[int, str, str]:
     return caught.value.code, out, err
 
 
-def batch(tools: Path, *command: str, **options) -> subprocess.Popen:
-    """The batch script of a command, started as Slurm would."""
-    (tools / "job.sh").write_text(slurm.script(slurm.Job("a", command, **options)))
-    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    return subprocess.Popen(["bash", tools / "job.sh"], env=env, stdout=subprocess.PIPE, text=True)
-
-
-def made(tools: Path) -> list[str]:
-    return (tools / "calls").read_text().splitlines()
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (75, True)])
-def test_a_slurm_job_is_requeued_where_it_was_preempted(code, requeued, tools):
-    job = batch(
-        tools,
-        "sh",
-        "-c",
-        f"echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID $X; exit {code}",
-        env={"X": "a  b"},
-    )
-    assert job.communicate()[0] == "n0:12345 2 1 a b\n" and job.returncode == code
-    assert ("scontrol requeue 7" in made(tools)) == requeued
-
-
-def test_a_slurm_job_is_not_requeued_for_ever(tools, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert batch(tools, "sh", "-c", "exit 75", max_restarts=2).wait() == 75
-    assert "scontrol requeue 7" not in made(tools)
-
-
-def test_sigterm_before_the_time_is_up_reaches_the_run(tools):
-    """Slurm sends it to the batch script alone (`B:`); the run saves, and its 75 has the job requeued."""
-    saves = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.2), sys.exit(75)))\n"
-    job = batch(tools, sys.executable, "-S", "-c", f"{saves}print('ready', flush=True); time.sleep(60)", grace=60)
-    assert job.stdout.readline() == "ready\n"
-    job.send_signal(signal.SIGTERM)
-    assert job.wait() == 75
-    assert made(tools)[-2:] == ["scancel --signal=TERM 7.0", "scontrol requeue 7"]
-
-
-def test_the_slurm_script_asks_for_what_was_asked(tools, capsys):
-    args = [
-        "--name=a",
-        "--nodes=4",
-        "--gpus_per_node=8",
-        "--partition=p",
-        "--grace=60",
-        "--wait",
-        "--",
-        "rlhfjax",
-        "run",
-    ]
-    assert call(capsys, slurm, "submit", *args)[0] == 0
-    script = (tools / "script").read_text()
-    for line in (
-        "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=p", "--time=24:00:00", "--requeue",
-        "--dependency=singleton", "--signal=B:TERM@60", "--export=NONE", "--job-name=a", "--open-mode=append",
-    ):  # fmt: skip
-        assert f"#SBATCH {line}\n" in script
-    assert "cpus-per-task" not in script and "account" not in script
-    assert made(tools) == ["sbatch --parsable --wait"]
-    _, printed, _ = call(capsys, slurm, "script", *args)
-    _, dry, _ = call(capsys, slurm, "submit", "--dry_run", *args)
-    assert printed.rstrip("\n") == script.rstrip("\n") and dry == printed + "sbatch --parsable --wait\n"
-
-
 HOSTS = ["run", "--name=a", "--hosts=u@h0,h1", "--setup=true"]
 
 
@@ -146,9 +74,9 @@ def test_ssh_starts_again_after_a_pre_emption(tools, capsys):
 
 
 def test_one_code_for_many_hosts():
-    assert ssh.worst([0, 0]) == 0
-    assert ssh.worst([75, 0]) == ssh.worst([75, 255]) == 75
-    assert ssh.worst([75, 255, 3, 4]) == 3
+    assert shell.worst([0, 0]) == 0
+    assert shell.worst([75, 0]) == shell.worst([75, 255]) == 75
+    assert shell.worst([75, 255, 3, 4]) == 3
 
 
 def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):

@@ -109,7 +109,7 @@ def test_pre_emptions_have_an_end(cloud, capsys):
 def test_a_lost_connection_finds_the_run_again(cloud, capsys):
     """The run goes on without the connection: it is followed again, and not started twice."""
     (cloud / "scenario.json").write_text('{"follow": ["lost", ""]}')
-    code, out, _ = call(capsys, *TPU, "--", *sh("echo start >> ~/starts; sleep 0.5; echo done"))
+    code, out, _ = call(capsys, *TPU, "--", *sh("echo start >> ~/starts; sleep 2; echo done"))
     assert code == 0 and "connection lost" in out and "\ndone\n" in out
     assert (cloud / "deleted-0" / "starts").read_text() == "start\n"
 
