@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(os.environ["STANDIN"])
@@ -87,7 +88,8 @@ def srun(words: list[str]) -> None:
         with Path(asked["output"].replace("%j", job.name).replace("%t", str(i))).open("a") as out:
             node = subprocess.Popen(words[cut:], env=own, stdout=out, stderr=out, start_new_session=True)
         nodes.append(node)
-    (job / "nodes").write_text(" ".join(str(node.pid) for node in nodes))
+    (job / "pids").write_text(" ".join(str(node.pid) for node in nodes))
+    (job / "pids").rename(job / "nodes")  # whole from the first moment
     sys.exit(max(node.wait() % 256 for node in nodes))
 
 
@@ -120,6 +122,8 @@ def scancel(words: list[str]) -> None:
 
 
 def _send(job: Path, number: int) -> None:
+    while not (job / "nodes").exists():
+        time.sleep(0.01)
     for pid in map(int, (job / "nodes").read_text().split()):
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if number == signal.SIGUSR2 else os.kill)(pid, number)
