@@ -1,5 +1,6 @@
 """Running commands: shown before they run, only shown in a dry run, and never with a secret in what is shown."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
 SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
 HIDDEN = "***"
 _ASSIGNED = re.compile(rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE)  # $: a reference
+LONGEST = 40  # characters of a name: clouds take 63, with what they append
 SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
@@ -129,8 +131,15 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def slug(name: str) -> str:
-    """A name as clouds take it: small letters, digits and hyphens; `kl=0.1,seed=1` gives `kl-0-1-seed-1`."""
-    made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+    """A name as clouds take it: small letters, digits and hyphens, at most LONGEST of them.
+
+    One that is changed for it has a hash at its end, `kl-0-1-seed-1-698fae` of `kl=0.1,seed=1`: two runs of a sweep
+    never have one name, by which one would take the other's machines for its own.
+    """
+    made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if made != name or len(made) > LONGEST:
+        digits = hashlib.sha256(name.encode()).hexdigest()[:6]
+        made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
             f"--name={name}: expected a name that begins with a letter and has letters, digits and hyphens"
@@ -157,7 +166,7 @@ def archive(file: str) -> list[str]:
 
 def common_flags(fv: flags.FlagValues) -> None:
     """The flags of every launcher."""
-    flags.DEFINE_string("name", None, "of the job; what is no letter or digit becomes a hyphen", flag_values=fv)
+    flags.DEFINE_string("name", None, "of the job; made of small letters, digits and hyphens", flag_values=fv)
     flags.DEFINE_multi_string("env", [], "NAME=VALUE for the command; may be repeated; no secrets", flag_values=fv)
     flags.DEFINE_bool("dry_run", False, "print what would be run, run nothing", flag_values=fv)
     flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)

@@ -123,9 +123,14 @@ def test_what_a_command_prints_is_redacted_too(monkeypatch):
         shell.Shell(out=lines.append).run(["there-is-no-such-program"])
 
 
-def test_names_are_those_that_clouds_take():
-    assert shell.slug("ppo.kl.coefficient=0.05,seed=1") == "ppo-kl-coefficient-0-05-seed-1"
-    assert len(shell.slug("a" * 99)) == 40
+def test_names_are_those_that_clouds_take_and_no_two_become_one():
+    """By hand: printf 'kl=0.1,seed=1' | sha256sum."""
+    assert shell.slug("kl-5") == "kl-5" and shell.slug("a" * 40) == "a" * 40
+    assert shell.slug("kl=0.1,seed=1") == "kl-0-1-seed-1-698fae"
+    alike = ["kl=0.1", "kl=-0.1", "KL=0.1", "kl-0-1", *(f"{'model.' * 10}n_layers=2,seed={seed}" for seed in (0, 1))]
+    made = [shell.slug(name) for name in alike]
+    assert len(set(made)) == len(alike) and max(map(len, made)) == 40
+    assert all(shell.SLUG.fullmatch(name) for name in made)
     for bad in ("1a", "=", ""):
         with pytest.raises(shell.LaunchError, match="begins with a letter"):
             shell.slug(bad)
