@@ -175,10 +175,16 @@ def down(name: str) -> list[str]:
 
 
 def run(shell: Shell, job: Job, poll: float) -> int:
-    """Applies the manifest and follows the job to its end: 0 where it completed, 1 where it failed."""
+    """Applies the manifest and follows the job to its end: 0 where it completed, 1 where it failed.
+
+    One that goes on is followed; one that has ended is deleted first, since it would only be told again how.
+    """
     text = json.dumps(manifest(job), indent=2)
     if shell.dry_run:
         shell.say(text)
+        shell.say(f"# where one of the name has ended: {shlex.join(down(job.name))}")
+    elif shell.ask(state(job.name), "NotFound", poll):
+        shell.must(down(job.name))
     shell.must(["kubectl", "apply", "--filename=-"], stdin=text)
     if shell.dry_run:
         shell.show(logs(job.name))

@@ -122,8 +122,11 @@ echo "$*" >> $STANDIN/calls
 case "$1" in
   apply) cat > $STANDIN/applied.json ;;
   logs) echo training; echo "$HF_TOKEN" ;;
-  get) n=$(grep -c '^get' $STANDIN/calls); [ -e $STANDIN/gone ] && { echo 'Error (NotFound)' >&2; exit 1; }
-       [ $n -ge 3 ] && cat $STANDIN/end ;;
+  delete) rm $STANDIN/ended ;;
+  get) n=$(grep -c '^get' $STANDIN/calls)
+       [ $n = 1 ] && [ -e $STANDIN/ended ] && { cat $STANDIN/ended; exit; }
+       [ $n = 1 ] || [ -e $STANDIN/gone ] && { echo 'Error (NotFound)' >&2; exit 1; }
+       [ $n -ge 4 ] && cat $STANDIN/end ;;
 esac
 exit 0
 """
@@ -131,7 +134,7 @@ exit 0
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """The folder of a stand-in for kubectl, whose JobSet ends at the third look at it."""
+    """The folder of a stand-in for kubectl, whose JobSet is not there at the first look and ends at the fourth."""
     (tmp_path / "bin").mkdir()
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.write_text(KUBECTL)
@@ -159,11 +162,19 @@ def test_a_job_is_followed_to_its_end_through_restarts(end, code, cluster, capsy
     got, out, _ = call(capsys, "run", *RUN)
     assert got == code and out.endswith(f"a: {end}\n")
     assert [line.split()[0] for line in (cluster / "calls").read_text().splitlines()] == [
-        "apply", "get", "logs", "get", "logs", "get",
+        "get", "apply", "get", "logs", "get", "logs", "get",
     ]  # fmt: skip
     applied = json.loads((cluster / "applied.json").read_text())
     validate(applied)
     assert "local-secret-value" not in out + json.dumps(applied) and "training\n***\n" in out
+
+
+def test_a_job_that_has_ended_is_replaced(cluster, capsys):
+    """A sweep starts its failed runs again: the end of the one before is not theirs."""
+    (cluster / "ended").write_text("Failed")
+    code, out, _ = call(capsys, "run", *RUN)
+    assert code == 0 and out.startswith("+ kubectl delete jobset a --ignore-not-found\n")
+    assert [line.split()[0] for line in (cluster / "calls").read_text().splitlines()][:3] == ["get", "delete", "apply"]
 
 
 def test_a_deleted_job_is_not_waited_for(cluster, capsys):
