@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -66,7 +65,7 @@ def sweep(fv: flags.FlagValues) -> None:
     from rlhfjax.sweep import command
 
     _need(fv, "config", "workdir")
-    options = command.Options(fv.parallel, tuple(shlex.split(fv.launcher)), fv.dry_run, tuple(fv.metrics))
+    options = command.Options(fv.parallel, command.launcher(fv.launcher), fv.dry_run, tuple(fv.metrics))
     given = config_flags.get_override_values(fv["config"])
     command.sweep(config_flags.get_config_filename(fv["config"]), Path(fv.workdir), given, options)
 
@@ -170,7 +169,11 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
     if command == "sweep":
         flags.DEFINE_integer("parallel", 1, "runs at a time; an accelerator has room for one", 1, flag_values=fv)
         flags.DEFINE_string(
-            "launcher", "local", "local, or the command that starts a run elsewhere and waits for it", flag_values=fv
+            "launcher",
+            "local",
+            "local; tpu, gke, slurm or ssh (in the repository's folder) with flags of launch/'s, such as "
+            "'slurm --gpus_per_node=8'; or a command that starts a run elsewhere and waits for it, {name} its name",
+            flag_values=fv,
         )
         flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)
         flags.DEFINE_list("metrics", [], "what the page shows; default: the telling ones", flag_values=fv)

@@ -237,14 +237,57 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
     assert (workdir / "vocab_size=300,seed=0" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_launcher_takes_the_runs_command_after_its_own(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ("local", f"{sys.executable} -m"),
+        ("slurm --gpus_per_node=8", f"{sys.executable} -m launch.slurm submit --wait --name={{}} --gpus_per_node=8 --"),
+        ("tpu --zone=z --", f"{sys.executable} -m launch.tpu run --name={{}} --zone=z --"),
+        ("gke --name=x-{name}", f"{sys.executable} -m launch.gke run --name={{}} --name=x-{{}} --"),
+        ("ssh --hosts='a b'", f"{sys.executable} -m launch.ssh run --name={{}} '--hosts=a b' --"),
+        ("env A=1 {name}", "env A=1 {}"),
+    ],
+)
+def test_a_launcher_takes_the_runs_command_after_its_own(launcher, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     file = write(tmp_path, "add({'vocab_size': 280})")
     args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={tmp_path}", "--dry_run"]
-    command_line.main([*args, "--launcher=python -m launch.slurm --name={name} --"])
+    command_line.main([*args, f"--launcher={launcher}"])
     assert capsys.readouterr().out == (
-        "python -m launch.slurm --name=vocab_size=280 -- "
-        f"rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 --config.vocab_size=280\n"
+        words.replace("{}", "vocab_size=280")
+        + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 --config.vocab_size=280\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ("slrum --nodes=2", "expected local, tpu, gke, slurm, ssh, or a command that is installed"),
+        ("", "expected local, tpu, gke, slurm, ssh, or a command that is installed"),
+        ("env 'a", "no closing quotation"),
+        ("tpu --zone=z", "launch/tpu.py is not in this folder; expected to run in the repository's"),
+    ],
+)
+def test_a_launcher_that_is_none_is_one_line(launcher, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, "add({'vocab_size': 280})")
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(
+            ["rlhfjax", "sweep", f"--config={file}", "--workdir=a", f"--launcher={launcher}", "--dry_run"]
+        )
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_every_launcher_is_one_that_waits():
+    """launch/ takes the words, and asks for what is missing; a folder's file that is no launcher has no `act`."""
+    for name, words in command.WAITING.items():
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{name}", *words, "--", "true"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stderr == "launch: --name is required\n"
+    files = {file.stem for file in (ROOT / "launch").glob("*.py") if "def act(" in file.read_text()}
+    assert files == set(command.WAITING)
 
 
 def made_up(seed: int, kl: float, value: float | None, status: str = "done") -> results.Result:

@@ -2,25 +2,28 @@
 
 import dataclasses
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.errors import UserError
+from rlhfjax.errors import ConfigError, UserError
 from rlhfjax.report.sweep import read_result, write_sweep
 from rlhfjax.sweep import is_seed, pool
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
+# What is in launch/, each with its words that wait for a run's end.
+WAITING = {"tpu": ("run",), "gke": ("run",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a sweep runs.
 
-    launcher: the words of a command that takes a run's command after its own, waits, and exits with its code;
-      "local" is this machine. `{name}` in it stands for the run's name.
+    launcher: the words of a command that takes a run's command after its own, waits, and exits with its code, as
+      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine.
     metrics: what the page shows; none: the telling ones of the last stage.
     """
 
@@ -28,6 +31,28 @@ class Options:
     launcher: tuple[str, ...] = LOCAL
     dry_run: bool = False
     metrics: tuple[str, ...] = ()
+
+
+def launcher(text: str) -> tuple[str, ...]:
+    """The words of a launcher: `local`; `tpu`, `gke`, `slurm` or `ssh` with flags of launch/'s; or those of a command.
+
+    Raises:
+      ConfigError: there is no such launcher or program, or launch/ is not here.
+    """
+    try:
+        first, *flags = shlex.split(text) or [""]
+    except ValueError as e:
+        raise ConfigError(f"--launcher={text}: {str(e).lower()}") from None
+    if first == "local" and not flags:
+        return LOCAL
+    if first in WAITING:
+        if not (file := Path("launch", f"{first}.py")).is_file():
+            raise ConfigError(f"--launcher={first}: {file} is not in this folder; expected to run in the repository's")
+        flags = flags[:-1] if flags[-1:] == ["--"] else flags
+        return (sys.executable, "-m", f"launch.{first}", *WAITING[first], "--name={name}", *flags, "--")
+    if not shutil.which(first):
+        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WAITING)}, or a command that is installed")
+    return (first, *flags)
 
 
 def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options) -> None:
