@@ -17,6 +17,7 @@ import pytest
 from rlhfjax import main as command_line
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, Preempted
+from rlhfjax.report import figures
 from rlhfjax.report import sweep as results
 from rlhfjax.sweep import chain, command, grid, pool, product, seeds, zipped
 from rlhfjax.sweep.expand import expand, name_of
@@ -345,6 +346,14 @@ def test_one_number_is_an_axis_and_anything_else_a_list():
     assert results.points(named, "m") == ({"loss = a": [1.0], "loss = b": [1.0]}, None)
     base = [results.Result("base", {}, {}, "done", {"m": 1.0}), *RESULTS]
     assert results.points(base, "ppo/gold")[1] is None
+
+
+def test_groups_that_differ_at_their_end_are_told_apart_in_a_figure():
+    """An option a line; of `sft.init_from = a/long/…/model` the last 29 characters of 30."""
+    names = [f"sft.init_from = {'long/' * 9}model, kl = 0.{i}" for i in range(2)]
+    svg = figures.spread({name: [1.0, 2.0] for name in names})
+    label = "…" + ("long/" * 9 + "model")[-29:]
+    assert svg.count(f">{label}<") == 2 and svg.count(">kl = 0.0<") == svg.count(">kl = 0.1<") == 1
 
 
 def test_a_recipes_results_are_those_of_its_stages(finished):

@@ -3,7 +3,6 @@
 import io
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -43,6 +42,7 @@ _STYLE = {
     "axes.formatter.limits": (-3, 5),
 }
 MOST_POINTS = 400
+LONGEST = 30  # characters of a label beside a figure
 
 
 def curves(train: Curve | None, val: Curve | None) -> str:
@@ -177,12 +177,14 @@ def spread(groups: Mapping[str, Sequence[float]], places: Sequence[float] | None
       places: where the groups stand on a number line, along the bottom; None: their names are a list, downwards.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(3.9, 2.6 if places else 0.7 + 0.4 * len(groups))
+        labels = [_label(name) for name in groups]
+        lines = max((label.count("\n") + 1 for label in labels), default=1)
+        figure, axes = _axes(3.9, 2.6 if places else 0.7 + max(0.4, 0.14 * lines) * len(groups))
         at = list(places) if places else [float(i) for i in range(len(groups))]
         for place, values in zip(at, groups.values(), strict=True):
             _group(axes, place, np.asarray([x for x in values if math.isfinite(x)]), across=places is None)
         if places is None:
-            axes.set_yticks(at, [textwrap.fill(name, 30, max_lines=3, placeholder=" …") for name in groups])
+            axes.set_yticks(at, labels)
             axes.set_ylim(len(groups) - 0.5, -0.5)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         else:
@@ -193,6 +195,11 @@ def spread(groups: Mapping[str, Sequence[float]], places: Sequence[float] | None
             axes.set_xticks(at, [f"{x:g}" for x in at])
             axes.set_xlabel(next(iter(groups)).partition(" = ")[0])
         return _svg(figure)
+
+
+def _label(group: str) -> str:
+    """A group's name, an option a line; of a long one the end, which is what tells groups apart."""
+    return "\n".join(one if len(one) <= LONGEST else f"…{one[1 - LONGEST :]}" for one in group.split(", "))
 
 
 def _group(axes: Axes, place: float, values: np.ndarray, across: bool) -> None:

@@ -48,7 +48,7 @@ def number(x: float | int, percent: bool = False) -> str:
         return "n/a" if math.isnan(x) else str(x)
     if percent:
         return f"{100 * x:.1f} %"
-    if (float(x).is_integer() and abs(x) < 1e9) or 1e3 <= abs(x) < 1e9:
+    if (float(x).is_integer() and abs(x) < 1e9) or 99.95 <= abs(x) < 1e9:
         return f"{x:,.0f}"
     if abs(x) >= 1e9 or abs(x) < 1e-3:
         return f"{x:.1e}"
