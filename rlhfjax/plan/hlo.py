@@ -143,7 +143,9 @@ class Program:
             return Cost(unknown_loops=int(rounds is None)).plus(body, rounds or 1)
         if i.op == "conditional":
             return max((self._cost(c) for c in called), key=lambda c: (c.flops, c.hbm), default=Cost())
-        if i.op == "call" or i.op.startswith("async-start"):
+        if i.op in ("async-update", "async-done"):
+            return Cost()  # what began with async-start, and was counted there
+        if i.op in ("call", "async-start"):
             return functools.reduce(Cost.plus, (self._cost(c) for c in called), Cost())
         if i.op == "fusion":
             inner = functools.reduce(Cost.plus, (self._inside(c) for c in called), Cost())

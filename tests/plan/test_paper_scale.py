@@ -97,7 +97,7 @@ def test_a_config_that_does_not_fit_is_named():
 @pytest.mark.plan_scale
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: the plan extra")
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
-def test_a_paper_scale_config_fits_by_the_compiler(row, tmp_path, optimised):
+def test_a_paper_scale_config_fits_by_the_compiler(row, tmp_path):
     flags = [f"--{name}={value}" for name, value in row.flags.items()]
     out: Path = tmp_path / "plan.json"
     try:

@@ -70,6 +70,23 @@ def test_a_program_by_hand():
     assert (cost.link("ici"), cost.link("dcn"), cost.unknown_loops) == (10 * 192 + 384, 128, 0)
 
 
+def test_what_is_asynchronous_is_counted_where_it_begins():
+    """A slice of 1024 bytes out of 4096, started and waited for: read once, whatever the two halves are called."""
+    text = """
+%sliced (p: f32[4,256]) -> f32[1,256] {
+  %p = f32[4,256]{1,0} parameter(0)
+  ROOT %cut = f32[1,256]{1,0:T(1,128)S(1)} slice(%p), slice={[0:1], [0:256]}
+}
+
+ENTRY %main (a: f32[4,256]) -> f32[1,256] {
+  %a = f32[4,256]{1,0} parameter(0)
+  %began = ((f32[4,256]{1,0}), f32[1,256]{1,0:S(1)}, u32[]) async-start(%a), calls=%sliced
+  ROOT %done = f32[1,256]{1,0:T(1,128)S(1)} async-done(%began), calls=%sliced
+}
+"""
+    assert Program(text).cost().hbm == 1024
+
+
 def test_buffers_by_size_with_what_they_are():
     largest = Program(TEXT).buffers(2)
     assert largest == [("f32[10,8,8] a", 2560), ("f32[16,8] jit(f)/wide", 512)]

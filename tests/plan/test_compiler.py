@@ -1,0 +1,102 @@
+"""What the TPU compiler decided, read before it has written machine code."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from rlhfjax.config import to_dict
+from rlhfjax.errors import UserError
+from rlhfjax.plan import compiled, compiler, programs, shapes, topology
+from rlhfjax.plan.hlo import Program
+from tests import tiny
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, TPU's compiler, is not installed: the plan extra"
+)
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 1024, page 0, thread-local:
+allocation 1: size 4096, page 0, parameter 3, shape |f32[8,128]| at ShapeIndex {}, maybe-live-out:
+ value: <1 p3 @0> (size=4096,offset=0): f32[8,128]{1,0:T(8,128)}
+allocation 2: size 512, page 0, parameter 0, shape |f32[4]| at ShapeIndex {}:
+allocation 3: size 2048, page 0, output shape is |(f32[8,128], f32[4,128])|, maybe-live-out:
+allocation 4: size 512, page 0, constant:
+allocation 5: size 8192, page 0, preallocated-temp:
+ value: <2 x @0> (size=8192,offset=0): f32[16,128]{1,0:T(8,128)}
+allocation 6: size 67108864, color 1, page 0, preallocated-temp:
+allocation 7: size 4, color 2, page 0, preallocated-temp:
+"""
+
+
+def job(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
+    config = to_dict(tiny.get_config("data=nowhere"))
+    config[stage]["mesh"] |= mesh or {}
+    config["pretrain"]["model"] |= changes
+    return compiler.Job(shapes.subject(config, stage), where, slices, 2, program)
+
+
+def test_memory_is_what_is_allocated_in_hbm():
+    """By hand: parameters 4096 + 512; outputs 2048 and the donated 4096; the rest 1024 + 512 + 8192. VMEM is none."""
+    found = compiler._memory(ASSIGNMENT)
+    assert found == (4608.0, 9728.0, 6144.0, 4096.0, 4608 + 9728 + 2048)
+
+
+def test_an_answer_is_read_when_all_of_it_is_written(tmp_path: Path):
+    def write(part, text):
+        (tmp_path / f"module_0000.jit_f.after_optimizations{part}.txt").write_text(text)
+
+    assert compiler._whole(tmp_path) is None
+    write("-buffer-assignment", ASSIGNMENT)
+    write("", "HloModule jit_f\n")
+    write("_before_buffer_assignment", "HloModule jit_f\n")
+    assert compiler._whole(tmp_path) is None
+    write("_after_buffer_assignment", "HloMod")
+    assert compiler._whole(tmp_path) is None
+    write("_after_buffer_assignment", "HloModule jit_f\n")
+    assert compiler._whole(tmp_path) == (compiler._memory(ASSIGNMENT), "HloModule jit_f\n", "")
+
+
+def test_what_fails_otherwise_is_one_line():
+    with pytest.raises(UserError, match=r"plan: the TPU compiler on sample of sft: 'sample'|pip install"):
+        compiler.ask(job("sft", "sample"))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "program"), [("sft", "step"), ("ppo", "update")])
+def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimised):
+    """The same arguments, work and temporaries: what comes after memory is assigned changes none of them.
+
+    Of temporaries libtpu's statistics leave out what belongs to one operation alone: scalars, each padded to 512 bytes.
+    """
+    wide = {"d_model": 512, "d_ff": 1024, "n_heads": 4}
+    asked = job(stage, program, {"data": 1, "fsdp": 4}, scan_layers=True, **wide)
+    answer = compiler.ask(asked)
+    target = topology.target("v5e:2x2")
+    layout = programs.layout_for(asked.subject, target)
+    (whole,) = (p for p in programs.sketch(asked.subject, layout).programs if p.name == program)
+    with topology.quiet():
+        done = whole.lower().compile()
+    stats = done.memory_analysis()
+    assert answer.memory.arguments == stats.argument_size_in_bytes
+    assert answer.memory.temporaries == pytest.approx(stats.temp_size_in_bytes, rel=0.02)
+    ours, theirs = Program(answer.text).cost(), Program(done.as_text()).cost()
+    assert (ours.flops, ours.sent) == (theirs.flops, theirs.sent) and ours.flops > 0
+    assert ours.hbm == pytest.approx(theirs.hbm, rel=1e-6)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_known_to_the_byte():
+    """A layer of 2^32 numbers and its moments on one chip: refused, and the sum of the buffers is what libtpu says."""
+    asked = job("pretrain", "step", {"data": 1}, "v5e:1x1", d_model=8192, d_ff=65536, n_heads=64, scan_layers=True)
+    answer = compiler.ask(asked)
+    said = float(answer.refused.partition("temporaries (")[2].partition("G)")[0])
+    assert "exceeds available HBM (15.75G)" in answer.refused
+    assert answer.memory.peak / 2**30 == pytest.approx(said, abs=0.01)
+    measured = compiled.measure(
+        programs.sketch(asked.subject, programs.layout_for(asked.subject, topology.target("v5e:1x1"))).programs[0],
+        topology.target("v5e:1x1"),
+        lambda _: answer,
+    )
+    assert measured.fits is False and max(size for _, size in measured.buffers) >= 4 * 8192 * 65536
