@@ -7,6 +7,7 @@ import json
 import os
 import random
 import tempfile
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,9 +30,9 @@ import pytest
 
 gc.set_threshold(100_000, 50, 100)  # the heap is millions of objects of jax that stay: looking through it is slow
 
-from rlhfjax import recipe
+from rlhfjax import paths, recipe
 from rlhfjax.config import to_dict
-from tests import tiny
+from tests import gcs, tiny
 
 WORDS = (
     *("I", "you", "we", "they", "like", "love", "hate", "see", "want", "good", "bad"),
@@ -59,6 +60,21 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """Buckets, for this process and those that it starts; the URL of what serves them."""
+    with pytest.MonkeyPatch.context() as patch, gcs.serve() as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment["STORAGE_EMULATOR_HOST"]
+
+
+@pytest.fixture
+def bucket(cloud):
+    """A new folder in a bucket."""
+    return paths.path(f"gs://{gcs.BUCKET}/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")
