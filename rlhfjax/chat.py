@@ -3,7 +3,6 @@
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
+from rlhfjax.paths import Path
 from rlhfjax.sampling.generate import stream
 
 BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled

@@ -5,22 +5,21 @@ not depend on how an array is sharded, and a file that was cut short or altered 
 """
 
 import logging
-import os
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError
+from rlhfjax.paths import Path
 
 log = logging.getLogger("rlhfjax")
 PyTree = Any
+COMMITTED = "commit_success.txt"  # what Orbax writes last into a bucket, where it cannot rename what is whole
 
 
 def _checksum(x: jax.Array) -> jax.Array:
@@ -44,8 +43,8 @@ class Checkpoints:
     """The checkpoints of one workdir: `checkpoints/<step>/`, each with the state and the data iterator's position."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
-        self.directory = Path(workdir).absolute() / "checkpoints"
-        self.set_aside = Path(workdir).absolute() / "damaged_checkpoints"
+        self.directory = paths.absolute(workdir) / "checkpoints"
+        self.set_aside = paths.absolute(workdir) / "damaged_checkpoints"
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
@@ -58,7 +57,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Those that are whole on the disk; a save under way is not."""
-        return hosts.share(lambda: sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit()))
+
+        def whole() -> list[int]:
+            found = [path for path in paths.children(self.directory) if path.name.isdigit()]
+            return sorted(int(path.name) for path in found if _committed(path))
+
+        return hosts.share(whole)
 
     def save(self, step: int, state: PyTree, data: Any) -> None:
         """Starts a save; the checkpoint appears under its name once all of it is on the disk.
@@ -116,29 +120,20 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> None:
         def move() -> None:
-            self.set_aside.mkdir(exist_ok=True)
             target = self.set_aside / str(step)
             while target.exists():
                 target = target.with_name(target.name + "_")
-            os.replace(self.directory / str(step), target)
+            paths.move(self.directory / str(step), target)
 
         hosts.share(move)
         self._orbax.reload()
 
 
 def save_tree(path: Path, tree: PyTree) -> None:
-    """Writes one tree of arrays, whole or not at all, replacing what was there."""
-    path = Path(path).absolute()
-    temporary = path.with_name(path.name + ".new")
-
-    def put_in_place() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-
-    hosts.share(lambda: shutil.rmtree(temporary, ignore_errors=True))
+    """Writes one tree of arrays, whole or not at all, in place of what was there, which goes first."""
+    path, note = paths.absolute(path), {"checksums": checksums(tree)}
     with _disk_errors(path):
-        ocp.save_checkpointables(temporary, {"state": tree}, custom_metadata={"checksums": checksums(tree)})
-        hosts.share(put_in_place)
+        ocp.save_checkpointables(path, {"state": tree}, overwrite=True, custom_metadata=note)
 
 
 def load_tree(path: Path, abstract: PyTree) -> PyTree:
@@ -147,13 +142,18 @@ def load_tree(path: Path, abstract: PyTree) -> PyTree:
     Raises:
       CheckpointError: nothing there, damaged, or of other shapes.
     """
-    path = Path(path).absolute()
-    if not path.exists():
+    path = paths.absolute(path)
+    if not path.exists() or not _committed(path):
         raise CheckpointError(f"{path}: no parameters here; a finished stage has them")
     try:
         return _load(path, abstract)[0]
     except _Damaged as e:
         raise CheckpointError(f"{path}: damaged ({e})") from None
+
+
+def _committed(path: Path) -> bool:
+    """Whether a checkpoint is whole; on a disk it has its name only then."""
+    return not paths.remote(path) or (path / COMMITTED).exists()
 
 
 class _Damaged(Exception):
@@ -175,9 +175,9 @@ class _disk_errors:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise CheckpointError(f"saving {self.path} failed: {cause}") from error
-        if isinstance(error, ValueError | RuntimeError) and "os_error" in str(error):  # TensorStore's
-            reason = re.search(r": ([^:]*) \[os_error", str(error))
-            raise CheckpointError(f"saving {self.path} failed: {reason[1] if reason else error}") from error
+        if isinstance(error, ValueError | RuntimeError) and (paths.remote(self.path) or "os_error" in str(error)):
+            reason = re.search(r": ([^:]*) \[os_error", str(error))  # TensorStore's
+            raise CheckpointError(f"saving {self.path} failed: {reason[1] if reason else _one_line(error)}") from error
 
 
 def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:

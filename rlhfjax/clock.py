@@ -13,13 +13,13 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 
 import rlhfjax
 from rlhfjax import hosts
 from rlhfjax.config import write_json
+from rlhfjax.paths import Path
 
 FILE = "goodput.json"
 PARTS = ("step", "compile", "data", "eval", "checkpoint", "imports", "build", "restore", "restart", "other")

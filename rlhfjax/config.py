@@ -11,15 +11,15 @@ import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dacite
 from ml_collections import ConfigDict, config_dict
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
+from rlhfjax.paths import Path
 
 T = TypeVar("T")
 
@@ -204,8 +204,5 @@ def to_dict(config: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes whole or not at all, on the first host."""
-    if not hosts.first():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    if hosts.first():
+        paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -8,7 +8,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -25,13 +24,21 @@ def _config_flag(fv: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _workdir_flag(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "folder of the run; an unfinished run in it goes on", flag_values=fv)
+    flags.DEFINE_string(
+        "workdir", None, "folder of the run, here or gs://…; an unfinished run in it goes on", flag_values=fv
+    )
 
 
 def _need(fv: flags.FlagValues, *names: str) -> None:
     for name in names:
         if fv[name].value is None:
             raise ConfigError(f"--{name} is required")
+
+
+def _path(name: str) -> Any:
+    from rlhfjax import paths
+
+    return paths.path(name)
 
 
 def train(fv: flags.FlagValues) -> None:
@@ -41,7 +48,7 @@ def train(fv: flags.FlagValues) -> None:
     _need(fv, "config", "workdir")
     if "stages" in fv.config:
         raise ConfigError("this config is a recipe: rlhfjax run --config=… runs its stages")
-    recipe.run(fv.config, Path(fv.workdir))
+    recipe.run(fv.config, _path(fv.workdir))
 
 
 def run(fv: flags.FlagValues) -> None:
@@ -51,10 +58,10 @@ def run(fv: flags.FlagValues) -> None:
     _need(fv, "config", "workdir")
     if "stages" not in fv.config:
         raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
-    recipe.run(fv.config, Path(fv.workdir))
+    recipe.run(fv.config, _path(fv.workdir))
     if _hosts().first():
         report(fv)
-        if recipe.can_talk(Path(fv.workdir)):
+        if recipe.can_talk(_path(fv.workdir)):
             print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
 
 
@@ -67,7 +74,7 @@ def sweep(fv: flags.FlagValues) -> None:
     _need(fv, "config", "workdir")
     options = command.Options(fv.parallel, command.launcher(fv.launcher), fv.dry_run, tuple(fv.metrics))
     given = config_flags.get_override_values(fv["config"])
-    command.sweep(config_flags.get_config_filename(fv["config"]), Path(fv.workdir), given, options)
+    command.sweep(config_flags.get_config_filename(fv["config"]), _path(fv.workdir), given, options)
 
 
 def evaluate(fv: flags.FlagValues) -> None:
@@ -75,7 +82,7 @@ def evaluate(fv: flags.FlagValues) -> None:
     from rlhfjax import recipe
 
     _need(fv, "workdir")
-    metrics = recipe.evaluate(fv.config, Path(fv.workdir))
+    metrics = recipe.evaluate(fv.config, _path(fv.workdir))
     if _hosts().first():
         print(json.dumps(metrics, indent=2, sort_keys=True))
 
@@ -86,7 +93,7 @@ def chat(fv: flags.FlagValues) -> None:
 
     if (fv.workdir is None) == (fv.model is None):
         raise ConfigError("chat: give --workdir (a run's) or --model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)")
-    chat.run(fv.model or Path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed, int8=fv.int8)
+    chat.run(fv.model or _path(fv.workdir), temperature=fv.temperature, max_new=fv.max_new, seed=fv.seed, int8=fv.int8)
 
 
 def report(fv: flags.FlagValues) -> None:
@@ -96,8 +103,8 @@ def report(fv: flags.FlagValues) -> None:
     from rlhfjax.report import summary_table, write_report
 
     _need(fv, "workdir")
-    path = write_report(Path(fv.workdir))
-    rich.print(summary_table(Path(fv.workdir)))
+    path = write_report(_path(fv.workdir))
+    rich.print(summary_table(_path(fv.workdir)))
     print(f"report: {path}")
 
 
@@ -107,7 +114,7 @@ def import_model(fv: flags.FlagValues) -> None:
     from rlhfjax.stages import stage_config
 
     _need(fv, "model", "workdir")
-    recipe.run(stage_config("import_model", init_from=fv.model, chat_template=fv.chat_template), Path(fv.workdir))
+    recipe.run(stage_config("import_model", init_from=fv.model, chat_template=fv.chat_template), _path(fv.workdir))
 
 
 def export(fv: flags.FlagValues) -> None:
@@ -115,7 +122,7 @@ def export(fv: flags.FlagValues) -> None:
     from rlhfjax.interop.export import export
 
     _need(fv, "workdir", "to")
-    export(fv.workdir, Path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias)
+    export(fv.workdir, _path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias)
 
 
 def plan(fv: flags.FlagValues) -> None:
@@ -130,18 +137,18 @@ def plan(fv: flags.FlagValues) -> None:
         rich.print(tables.arithmetic(parse_model(fv.model)))
         return
     _need(fv, "config", "topology")
-    workdir = Path(fv.workdir) if fv.workdir else None
+    workdir = _path(fv.workdir) if fv.workdir else None
     chosen = subject(fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model)
     if fv.topology == "search":
         found = search.on_tpus(chosen, fv.chips, fv.compiles, fv.completions)
         rich.print(tables.searched(found))
         if fv.json:
-            search.write(found, Path(fv.json))
+            search.write(found, _path(fv.json))
         return
     made = predict.make(chosen, target(fv.topology, fv.slices), fv.completions, only=fv.programs)
     rich.print(tables.everything(made))
     if fv.json:
-        predict.write(made, Path(fv.json))
+        predict.write(made, _path(fv.json))
 
 
 COMMANDS: dict[str, Callable[[flags.FlagValues], None]] = {
@@ -183,7 +190,7 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
         known = "ours, chatml, llama2, llama3 or a .jinja file; default: the model's own"
         flags.DEFINE_string("chat_template", "", known, flag_values=fv)
     if command == "export":
-        flags.DEFINE_string("to", None, "folder to write; there must be none yet", flag_values=fv)
+        flags.DEFINE_string("to", None, "folder to write, here or gs://…; there must be none yet", flag_values=fv)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the tensors", flag_values=fv)
         flags.DEFINE_bool("drop_bias", False, "a reward model: leave out its constant offset", flag_values=fv)
     if command == "chat":
@@ -282,7 +289,7 @@ def _start(command: str, fv: flags.FlagValues) -> None:
         if fv.compilation_cache:
             import jax
 
-            jax.config.update("jax_compilation_cache_dir", fv.compilation_cache)
+            jax.config.update("jax_compilation_cache_dir", str(_path(fv.compilation_cache)))
         _hosts().join(fv.host_timeout)
         if not _hosts().first():
             logging.getLogger("rlhfjax").setLevel(logging.WARNING)  # what else there is to say the first one says
@@ -311,6 +318,8 @@ def _exit(message: str, code: int) -> NoReturn:
 
 def _unexpected(error: BaseException) -> NoReturn:
     """Raises what nobody expected; one of several hosts ends the others too, and says in one line that one is lost."""
+    if "rlhfjax.paths" in sys.modules and (said := sys.modules["rlhfjax.paths"].refusal(error)):
+        _exit(said, 1)
     if not _many():
         raise error
     if _hosts().lost(error):
@@ -325,6 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("rlhfjax").setLevel(logging.INFO)  # what is compiled, and when
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its steps there, and what it raises anyway
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tries, and what it raises anyway
     try:
         parsed = _parse(sys.argv if argv is None else argv)
         if parsed is not None:

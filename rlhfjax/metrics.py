@@ -13,18 +13,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.console
 import rich.progress
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.paths import Path
 
 Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
 Real = float | int
+UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, where no checkpoint asks for one
 
 
 # ------------------------------------------------------------------ accumulation
@@ -77,7 +78,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     Raises:
       DataError: another line is not a JSON object; names the file and the line.
     """
-    path = Path(path)
+    path = paths.path(path)
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -95,20 +96,14 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSON object a line, the file whole or not at all, on the first host."""
-    if not hosts.first():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    if hosts.first():
+        paths.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
     """The last value of every metric in a workdir's metrics.jsonl."""
     values: dict[str, float] = {}
-    for row in read_jsonl(Path(workdir) / "metrics.jsonl"):
+    for row in read_jsonl(paths.path(workdir) / "metrics.jsonl"):
         values |= {name: value for name, value in row.items() if name != "step"}
     return values
 
@@ -130,8 +125,9 @@ class Writer:
     """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, and both to TensorBoard (`tb/`).
 
     `metrics.jsonl` holds only what the run determines, so that a run killed and resumed ends with the same
-    bytes; clocks go to `timing.jsonl`. A line reaches the operating system as soon as it is written; `flush` puts
-    it on the disk, and belongs before every checkpoint, so that no checkpoint is newer than its metrics.
+    bytes; clocks go to `timing.jsonl`. A line reaches the operating system as soon as it is written, a bucket within
+    UPLOAD_EVERY seconds; `flush` puts it on the disk or into the bucket, and belongs before every checkpoint, so that
+    no checkpoint is newer than its metrics.
     """
 
     def __init__(
@@ -157,16 +153,18 @@ class Writer:
           ConfigError: wandb is asked for and is not installed.
         """
         self._files: dict[str, io.TextIOBase] = {}
-        self._tensorboard = self._wandb = None
+        self._tensorboard = self._wandb = self._mirror = None
         if not (hosts.first() if primary is None else primary):
             return
-        workdir = Path(workdir)
-        self._wandb = _start_wandb(workdir, wandb) if wandb is not None else None
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            _keep_until(workdir / name, resume_step)
-            self._files[name] = (workdir / name).open("a", encoding="utf-8")
-        self._tensorboard = _start_tensorboard(workdir, resume_step) if tensorboard else None
+        names = ("metrics.jsonl", "timing.jsonl")
+        self._mirror = paths.Mirror(paths.path(workdir), names)
+        folder = self._mirror.folder
+        self._wandb = _start_wandb(folder, paths.path(workdir), wandb) if wandb is not None else None
+        paths.make_folder(folder)
+        for name in names:
+            _keep_until(folder / name, resume_step)
+            self._files[name] = (folder / name).open("a", encoding="utf-8")
+        self._tensorboard = _start_tensorboard(folder, resume_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
         """Writes one line of metrics; a step may have several lines (training, evaluation)."""
@@ -185,14 +183,17 @@ class Writer:
             self._tensorboard.add_scalar(name, float(value), int(step))
         if self._wandb:
             self._wandb.log(dict(values), step=int(step))
+        self._mirror.sync(UPLOAD_EVERY)
 
     def flush(self) -> None:
-        """Puts every line so far on the disk."""
+        """Puts every line so far where it is to stay."""
         for f in self._files.values():
             f.flush()
             os.fsync(f.fileno())
         if self._tensorboard:
             self._tensorboard.flush()
+        if self._mirror:
+            self._mirror.sync()
 
     def close(self) -> None:
         """Flushes and closes; a second call does nothing."""
@@ -203,7 +204,9 @@ class Writer:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-        self._files, self._tensorboard, self._wandb = {}, None, None
+        if self._mirror:
+            self._mirror.close()
+        self._files, self._tensorboard, self._wandb, self._mirror = {}, None, None, None
 
     def __enter__(self) -> "Writer":
         return self
@@ -219,7 +222,7 @@ def _start_tensorboard(workdir: Path, resume_step: int | None) -> Any:
     return SummaryWriter(str(workdir / "tb"), purge_step=first, flush_secs=10)
 
 
-def _start_wandb(workdir: Path, options: Mapping[str, Any]) -> Any:
+def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
@@ -227,8 +230,8 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any]) -> Any:
             "config.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it unset"
         ) from None
     # One workdir is one wandb run, however often it is resumed.
-    name = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(**{"dir": str(workdir), "id": name, "resume": "allow", **options})
+    name = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()[:16]
+    return wandb.init(**{"dir": str(folder), "id": name, "resume": "allow", **options})
 
 
 # ------------------------------------------------------------------ progress

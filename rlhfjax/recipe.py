@@ -8,12 +8,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, stages, train
+from rlhfjax import hosts, paths, stages, train
 from rlhfjax.clock import Clock
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -21,6 +20,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.metrics import read_jsonl, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.stages.parts.placing import need_of
 
 DONE = "done.json"
@@ -35,7 +35,6 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     Raises:
       ConfigError: before anything is computed, when any stage's config cannot be meant or differs from the workdir's.
     """
-    workdir = Path(workdir)
     config = to_dict(config)
     if "stages" not in config:
         return run_stage(config, workdir)
@@ -102,7 +101,7 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
     module = stages.find(config.get("stage", ""))
     if not hasattr(module, "build"):
         raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
-    siblings = {folder.name[3:]: folder for folder in sorted(workdir.parent.glob("[0-9][0-9]_*"))}
+    siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
     typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
     layout = layout_of(typed, {})
     with layout.use():
@@ -213,7 +212,7 @@ def _shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> Trans
         return None
     if origin in shapes:
         shape = shapes[origin]
-    elif any(Path(origin).is_relative_to(folder) for folder in shapes):
+    elif any(paths.path(origin).is_relative_to(folder) for folder in shapes):
         return None  # a file of an earlier stage
     else:
         shape = store.describe(origin).config
@@ -233,7 +232,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     if (workdir / CONFIG).exists() and not _nothing_but_configs(workdir):
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(workdir)
     except OSError as e:
         raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
     write_json(workdir / CONFIG, json.loads(json.dumps(config)))
@@ -258,7 +257,7 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def _nothing_but_configs(workdir: Path) -> bool:
     """A run that stopped before its first result, at a path that is not there, say, may be corrected in place."""
-    return all(path.name == CONFIG for path in workdir.rglob("*") if path.is_file())
+    return all(file.name == CONFIG for file in paths.files(workdir))
 
 
 _ABSENT = object()

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from rlhfjax.config import TrainConfig, write_json
 from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
+from rlhfjax.paths import Path
 from rlhfjax.stages import Stage
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from rlhfjax import checkpoint, hosts, state
+from rlhfjax import checkpoint, hosts, paths, state
 from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -19,6 +19,7 @@ from rlhfjax.models import quantised
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.transformer import Model, stacked, unstacked
+from rlhfjax.paths import Path
 
 log = logging.getLogger("rlhfjax")
 PyTree = Any
@@ -38,7 +39,7 @@ def save(folder: Path, saved: SavedModel) -> None:
     """Writes a model; `config.json` comes last, so that a folder that has one is whole."""
 
     def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder)
         (folder / "config.json").unlink(missing_ok=True)
 
     def end() -> None:
@@ -119,14 +120,19 @@ def found(path: str | Path) -> str:
     return str(path) if foreign.find(path) else str(find(path))
 
 
+def numbered(workdir: Path) -> list[Path]:
+    """The folders NN_name of a recipe's stages, in order."""
+    return [folder for folder in paths.children(workdir) if re.match(r"\d\d_", folder.name)]
+
+
 def find(path: str | Path) -> Path:
     """The folder of a model: the path itself, its `model/`, or that of the last stage of a recipe that has one.
 
     Raises:
       CheckpointError: none of them holds a model.
     """
-    path = Path(path)
-    candidates = [path, path / FOLDER, *sorted(path.glob(f"[0-9][0-9]_*/{FOLDER}"), reverse=True)]
+    path = paths.path(path)
+    candidates = [path, path / FOLDER, *(stage / FOLDER for stage in reversed(numbered(path)))]
     for folder in candidates:
         if (folder / "config.json").exists() and (folder / "params").exists():
             return folder

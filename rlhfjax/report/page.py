@@ -5,12 +5,13 @@ import json
 import math
 import os
 import re
-from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
+from rlhfjax import paths
 from rlhfjax.metrics import duration
+from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
 from rlhfjax.report.workdir import Run, Stage, read_run
 
@@ -35,16 +36,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
       ConfigError: the workdir does not exist or holds no run.
       DataError: a file in it is damaged.
     """
-    workdir = Path(workdir)
-    return write_whole(workdir / REPORT, render(read_run(workdir)))
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a file whole or not at all; returns its path."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    workdir = paths.path(workdir)
+    return paths.write(workdir / REPORT, render(read_run(workdir)))
 
 
 def environment() -> jinja2.Environment:

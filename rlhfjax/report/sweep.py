@@ -5,15 +5,16 @@ import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from rlhfjax import paths
 from rlhfjax.errors import ConfigError
+from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
-from rlhfjax.report.page import REPORT, environment, write_whole
+from rlhfjax.report.page import REPORT, environment
 from rlhfjax.report.workdir import read_run
 
 RUNS, GROUPS, PAGE = "sweep.csv", "sweep_groups.csv", "sweep.html"
@@ -113,9 +114,9 @@ def write_sweep(folder: Path, results: Sequence[Result], metrics: Sequence[str] 
     Raises: as `shown`.
     """
     names = shown(results, metrics)
-    write_whole(folder / RUNS, _csv(run_rows(results)))
-    write_whole(folder / GROUPS, _csv(group_rows(results)))
-    return write_whole(folder / PAGE, render(folder.resolve().name, results, names))
+    paths.write(folder / RUNS, _csv(run_rows(results)))
+    paths.write(folder / GROUPS, _csv(group_rows(results)))
+    return paths.write(folder / PAGE, render(paths.absolute(folder).name, results, names))
 
 
 def run_rows(results: Sequence[Result]) -> list[dict[str, Any]]:

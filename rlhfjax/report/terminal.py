@@ -1,12 +1,12 @@
 """The report's tables for the terminal."""
 
 import os
-from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from rlhfjax import paths
 from rlhfjax.report import tables
 from rlhfjax.report.workdir import read_run
 
@@ -18,7 +18,7 @@ def summary_table(workdir: str | os.PathLike) -> Group:
 
     Raises: as `write_report`.
     """
-    run = read_run(Path(workdir))
+    run = read_run(paths.path(workdir))
     stages = Table(title="stages", title_justify="left", box=None, pad_edge=False, header_style="dim")
     for column in STAGE_COLUMNS:
         stages.add_column(column, justify="right" if column in ("steps", "time", "speed") else "left")

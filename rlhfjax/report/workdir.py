@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.metrics import read_jsonl
+from rlhfjax.paths import Path
 
 Curve = tuple[list[float | int], list[float]]  # steps (or KLs), values; NaN where a value was not finite
 
@@ -50,7 +51,7 @@ def read_run(workdir: Path) -> Run:
       ConfigError: it does not exist, or holds no run.
       DataError: a file in it is damaged; the message names the file and line.
     """
-    if not workdir.is_dir():
+    if not workdir.exists():
         raise ConfigError(f"workdir {workdir} does not exist")
     config = _read_json(workdir / "config.json")
     if "stages" in config:
@@ -60,7 +61,7 @@ def read_run(workdir: Path) -> Run:
         stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
     else:
         raise ConfigError(f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl")
-    return Run(workdir.resolve().name, stages)
+    return Run(paths.absolute(workdir).name, stages)
 
 
 def read_stage(name: str, folder: Path, config: dict) -> Stage:
