@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rlhfjax import paths
 from rlhfjax.data import chat
 from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.errors import DataError
+from rlhfjax.paths import Path
 
 
 def package_file(package: str, name: str) -> pathlib.Path:
@@ -125,8 +127,25 @@ class KingJamesBible(_PackageCorpus):
             yield key, {"id": key, "text": re.sub(r"[\[\]]", "", scripture[start:end]).strip()}
 
 
+INFO = "dataset_info.json"  # a folder with this file is a whole dataset
 BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
 DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
+
+
+def writable(data_dir: Path) -> pathlib.Path:
+    """Where datasets of a folder can be written: ArrayRecord knows only this machine's disks."""
+    return paths.scratch() / "datasets" if paths.remote(data_dir) else data_dir
+
+
+def prepare_for(data_dir: Path, builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
+    """`prepare` for a builder in `writable(data_dir)`; a bucket keeps what was written, for the next who asks."""
+    if not paths.remote(data_dir):
+        return prepare(builder)
+    kept = data_dir / os.path.relpath(builder.data_dir, writable(data_dir))
+    if not (kept / INFO).exists():
+        with paths.replacing(kept, INFO) as new:
+            shutil.copytree(prepare(builder).data_dir, new, dirs_exist_ok=True)
+    return tfds.builder_from_directory(paths.local(kept))
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -134,11 +153,8 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
 
     Safe against a second process and against being killed: TFDS writes into a temporary folder and renames it, the
     lock makes a second process wait instead of doing the same work, and what a killed one left behind is removed by
-    the next that holds it. A bucket (gs://) has no locks: there, two processes may do the same work.
+    the next that holds it.
     """
-    if "://" in os.fspath(builder.data_dir):
-        _write(builder)
-        return builder
     folder = pathlib.Path(builder.data_dir)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

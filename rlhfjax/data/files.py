@@ -2,13 +2,13 @@
 
 import abc
 import codecs
-import glob
 import json
-import os
 from array import array
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS, BadRow, split_of
 from rlhfjax.errors import ConfigError, DataError
 
@@ -44,10 +44,12 @@ class _Files(abc.ABC):
         named = "{split}" in pattern
         if not named and split not in (*SPLITS, "all"):
             raise ConfigError(f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all")
-        pattern = os.path.expanduser(pattern.replace("{split}", split))
-        self.paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        pattern = pattern.replace("{split}", split)
+        self.paths = paths.glob(pattern)
         if not self.paths:
             raise DataError(f"source {spec!r}: no file matches {pattern}")
+        with ThreadPoolExecutor(16) as pool:  # downloads, of files in a bucket
+            self._local = list(pool.map(paths.local, self.paths))
         self._spans = array("q")  # four numbers a record, end to end: 32 bytes, where a tuple takes 200
         for number in range(len(self.paths)):
             for span, content in self._scan(number):
@@ -72,7 +74,7 @@ class _Files(abc.ABC):
 
     def _read(self, index: int) -> str:
         span = self._span(index)
-        with open(self.paths[span.file], "rb") as file:
+        with open(self._local[span.file], "rb") as file:
             file.seek(span.start)
             content = file.read(span.size)
         try:
@@ -87,7 +89,7 @@ class JsonLines(_Files):
 
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
         start = 0
-        with open(self.paths[number], "rb") as file:
+        with open(self._local[number], "rb") as file:
             for line, content in enumerate(file, 1):
                 if content.strip():
                     yield Span(number, start, len(content), line), content.strip()
@@ -114,7 +116,7 @@ class TextFiles(_Files):
         self.hint += f"; documents={documents!r}"
 
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
-        with open(self.paths[number], "rb") as file:
+        with open(self._local[number], "rb") as file:
             if self._documents == "file":
                 content = file.read()
                 yield Span(number, 0, len(content), 1), content

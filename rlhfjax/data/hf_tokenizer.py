@@ -4,14 +4,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from rlhfjax import paths
 from rlhfjax.data.template import BUILT_IN, MARKERS, Template
 from rlhfjax.errors import DataError
+from rlhfjax.paths import Path
 
 FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
@@ -133,8 +134,8 @@ class HuggingFaceTokenizer:
         config |= {"chat_template": self.template.source} if self.template.source else {}
         pads = [text for text, i in self._specials.items() if i == self.pad_id]
         config |= {"pad_token": pads[0]} if pads else {}
-        _write(Path(folder) / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-        _write(Path(folder) / FILE, self._json)
+        paths.write(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        paths.write(folder / FILE, self._json)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials; what looks like a special is encoded as ordinary characters."""
@@ -192,7 +193,7 @@ def read_folder(folder: str | os.PathLike, template: str = "") -> HuggingFaceTok
     Raises:
       DataError: a file is missing or damaged, or see HuggingFaceTokenizer.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     path = folder / FILE
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -281,9 +282,3 @@ def _over_bytes(data: Mapping[str, Any], where: str) -> bool:
         return False
     name = f"{data['model']['type']} with decoder {'/'.join(sorted(kinds)) or 'none'}"
     raise DataError(f"{where}: {name}; accepted: BPE with a ByteLevel or a ByteFallback decoder")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -10,14 +10,14 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.corpora import locked, write_quietly
+from rlhfjax import paths
+from rlhfjax.data.corpora import INFO, locked, write_quietly
 from rlhfjax.data.rows import BadRow, Row, normalise
 from rlhfjax.data.sources import Source, open_source
 from rlhfjax.errors import DataError
@@ -88,31 +88,27 @@ def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[R
     Raises:
       DataError: a row is malformed, or a split is empty.
     """
-    folder = pathlib.Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = paths.path(folder)
+    paths.make_folder(folder.parent)
     rows = {split: [_row(one, labeller, split, i) for i, one in enumerate(some)] for split, some in splits.items()}
     for split, some in rows.items():
         if not some:
             raise DataError(f"preferences: no rows in split {split!r}")
-    with locked(folder.parent / f".{folder.name}.lock"):
-        for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-        builder = RankedCompletions(rows, data_dir=temporary, file_format="array_record")
+    lock = paths.lock_file(folder.with_name(f".{folder.name}.lock"))
+    with locked(lock), paths.replacing(folder, INFO) as new:
+        builder = RankedCompletions(rows, data_dir=new, file_format="array_record")
         write_quietly(builder)
-        written = pathlib.Path(builder.data_dir)
+        for file in pathlib.Path(builder.data_dir).iterdir():
+            os.replace(file, new / file.name)
+        shutil.rmtree(new / builder.name)
         for split, some in rows.items():
             lines = [json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in some]
-            (written / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, temporary / "older")
-        os.replace(written, folder)
-        shutil.rmtree(temporary)
+            (new / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
     """The rows of a split, of kind preferences, in the order written. Raises DataError when there are none."""
-    if not pathlib.Path(folder, "dataset_info.json").is_file():
+    if not (paths.path(folder) / INFO).is_file():
         raise DataError(f"preferences: {folder} holds no dataset; the collect stage writes one")
     return open_source(f"tfds:{os.fspath(folder)}", kind="preferences", split=split)
 

@@ -8,8 +8,8 @@
 All rows are looked at when a source is opened, so that a malformed one stops a run before it trains.
 """
 
+import functools
 import os
-import pathlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
 
+from rlhfjax import paths
 from rlhfjax.data import corpora, files
 from rlhfjax.data.rows import BadRow, Row, check_kind, normalise, required_columns
 from rlhfjax.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ def open_source(
     documents: str = "file",
     validate: bool = True,
 ) -> Source:
-    """Opens `tfds:NAME[/CONFIG]`, `tfds:FOLDER`, `jsonl:GLOB` or `text:GLOB`.
+    """Opens `tfds:NAME[/CONFIG]`, `tfds:FOLDER`, `jsonl:GLOB` or `text:GLOB`; what is in a bucket is downloaded.
 
     Args:
       kind: text, messages, prompt or preferences; text where neither the caller nor our own corpus says otherwise.
@@ -225,13 +226,13 @@ def _open_tfds(spec: str, name: str, split: str, data_dir: Any, needed: Sequence
 
 
 def _tfds_builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
-    if pathlib.Path(name, "dataset_info.json").is_file():
-        return tfds.builder_from_directory(name)
-    options = {"data_dir": os.fspath(data_dir)} if data_dir is not None else {}
+    if (paths.path(name) / corpora.INFO).is_file():
+        return tfds.builder_from_directory(paths.local(paths.path(name)))
+    data_dir = paths.path(data_dir or tfds.core.constants.DATA_DIR)
+    make = corpora.BUILDERS.get(name) or functools.partial(tfds.builder, name)
     try:
-        ours = corpora.BUILDERS.get(name)
-        builder = ours(**options) if ours else tfds.builder(name, **options)
+        builder = make(data_dir=os.fspath(corpora.writable(data_dir)))
     except (tfds.core.DatasetNotFoundError, ImportError) as error:
         names = ", ".join(corpora.BUILDERS)
         raise DataError(f"source {spec!r}: no such TFDS dataset or folder (our own: {names})") from error
-    return corpora.prepare(builder)
+    return corpora.prepare_for(data_dir, builder)

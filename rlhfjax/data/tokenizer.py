@@ -8,15 +8,16 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 
+from rlhfjax import paths
 from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import OURS, Template
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.paths import Path
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 MARKERS = (USER, ASSISTANT, SYSTEM)
@@ -57,9 +58,10 @@ class SentencePieceTokenizer:
       DataError: the file is missing, is not a model, or lets pad, bos, eos and unk share an id.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, model: bytes | None = None):
+        """Reads the file, or has its content in `model`."""
         try:
-            self._model = Path(path).read_bytes()
+            self._model = paths.path(path).read_bytes() if model is None else model
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({_first_line(error)})") from error
@@ -91,7 +93,7 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes the model file into a folder."""
-        (Path(folder) / MODEL_FILE).write_bytes(self._model)
+        paths.write(folder / MODEL_FILE, self._model)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials; what looks like a chat marker is encoded as ordinary characters."""
@@ -189,24 +191,20 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       DataError: there is neither, or it is damaged.
     """
-    path = Path(path)
+    path = paths.path(path)
     if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
         return hf_tokenizer.read_folder(path if path.is_dir() else path.parent)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
 
 
 def _publish(model: bytes, path: str | os.PathLike, sample: list[str]) -> SentencePieceTokenizer:
-    path = Path(path)
+    path = paths.path(path)
     path = path if path.suffix == ".model" else path / MODEL_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(model)
-        _check_round_trip(SentencePieceTokenizer(temporary), [*sample, " a\t b\n\n", "<|user|>\u2581é🙂"])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return SentencePieceTokenizer(path)
+    tokenizer = SentencePieceTokenizer(path, model)
+    _check_round_trip(tokenizer, [*sample, " a\t b\n\n", "<|user|>\u2581é🙂"])
+    paths.make_folder(path.parent)
+    paths.write(path, model)
+    return tokenizer
 
 
 def _check_round_trip(tokenizer: SentencePieceTokenizer, texts: Iterable[str]) -> None:

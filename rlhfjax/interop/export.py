@@ -1,13 +1,10 @@
 """Our models as Hugging Face folders."""
 
-import os
-import shutil
-from pathlib import Path
-
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.interop.hf import save_hf
 from rlhfjax.mesh import make_layout
+from rlhfjax.paths import Path
 
 
 def export(name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias: bool = False) -> None:
@@ -22,10 +19,5 @@ def export(name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias:
     if folder.exists():
         raise ConfigError(f"--to={folder}: it exists; name a new folder")
     saved = store.load(name, make_layout())
-    tokenizer = saved.tokenizer
-    ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_hf(temporary, saved.model, saved.params, dtype, special_ids=ids, drop_bias=drop_bias)
-    tokenizer.save(temporary)
-    os.replace(temporary, folder)
+    ids = {name: getattr(saved.tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    save_hf(folder, saved.model, saved.params, dtype, special_ids=ids, tokenizer=saved.tokenizer, drop_bias=drop_bias)

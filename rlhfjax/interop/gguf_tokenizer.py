@@ -4,7 +4,6 @@ A file names its pre-tokenizer and does not describe it. Those here are the ones
 which llama.cpp's agree with but for one thing: Qwen2's normalizes text to NFC first, and llama.cpp does not.
 """
 
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.errors import CheckpointError
 from rlhfjax.interop.gguf import open_gguf
+from rlhfjax.paths import Path
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type: a special token; a token found whole in a text
 _WORDS = (  # Llama 3 and Qwen2, with the numbers between the two halves

@@ -4,7 +4,7 @@
     save_hf("exported", model, params)                      # what `transformers` loads
 
 GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX, language models and rewards; `hf_config` has their configs and `names` their
-tensors. The tokenizer's files are not touched. Tensors are read one at a time, and each goes straight into its shards.
+tensors. Reading leaves the tokenizer's files alone. Tensors are read one at a time, each straight into its shards.
 """
 
 import contextlib
@@ -12,9 +12,7 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,13 +20,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlhfjax import state
+from rlhfjax import paths, state
 from rlhfjax.config import write_json
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import hf_config, names
 from rlhfjax.interop.names import Row, Shape
 from rlhfjax.mesh import Layout
 from rlhfjax.models import Model
+from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 
@@ -49,7 +49,7 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
       CheckpointError: something that config.json says and our Transformer cannot do; a file that is missing or damaged;
         a tensor that is missing, unexpected, or of another shape or type; one line with the file and the key or tensor.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     family, model, constant = hf_config.read(folder / "config.json")
     shapes = names.shapes_of(model)
     files = _Files(folder)
@@ -70,6 +70,7 @@ def save_hf(
     dtype: str = "float32",
     *,
     special_ids: Mapping[str, int | None] | None = None,
+    tokenizer: Tokenizer | None = None,
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -85,13 +86,14 @@ def save_hf(
       params: on this process's devices or in its memory; layers stacked (config.scan_layers) or not.
       dtype: float32, bfloat16 or float16.
       special_ids: ids of "pad", "bos", "eos"; what is not given, or None, is null there.
+      tokenizer: its files are written too.
       shard_bytes: files are at most so large, unless one tensor is larger.
     Raises:
       ConfigError: no architecture there is such a model; ids that cannot be; a reward's constant that has no place.
       CheckpointError: the folder exists or cannot be written, the parameters are not the model's, or one of their
         numbers is not finite in `dtype`.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
     if folder.exists():
@@ -105,7 +107,7 @@ def save_hf(
     rows = names.rows(names.TABLES[family], model.head, shapes)
     sizes = {row.theirs: _bytes(row, shapes, dtype) for row in rows}
     parts = _parts(rows, sizes, shard_bytes)
-    with _renamed(folder) as temporary:
+    with _errors(folder), paths.replacing(folder, "config.json") as temporary:
         for file, part in parts.items():
             tensors = {row.theirs: _cast(row, [read(path) for path in row.ours], dtype) for row in part}
             save_file(tensors, temporary / file, metadata={"format": "pt"})
@@ -115,6 +117,8 @@ def save_hf(
             files = {row.theirs: file for file, part in parts.items() for row in part}
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         write_json(temporary / "config.json", description)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
 
 
 # ------------------------------------------------------------------ reading
@@ -142,7 +146,7 @@ class _Files:
 
     def _open(self, path):
         try:
-            self.open[path] = safe_open(path, framework="numpy")
+            self.open[path] = safe_open(paths.local(path), framework="numpy")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
         self.file |= dict.fromkeys(self.open[path].keys(), path)
@@ -166,7 +170,7 @@ class _Files:
 def _read_index(path):
     try:
         found = json.loads(path.read_text())["weight_map"]
-        if all(Path(file).name == file for file in found.values()):
+        if all(os.path.basename(file) == file for file in found.values()):
             return found
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -311,14 +315,8 @@ def _cast(row: Row, arrays: list[np.ndarray], dtype: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _renamed(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which takes its own when everything in it is written."""
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
+def _errors(folder: Path) -> Iterator[None]:
     try:
-        yield temporary
-        os.replace(temporary, folder)
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,12 +7,13 @@ exporting: a model is of the first family whose config.json, read back, means th
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop.hf_families import FAMILIES, REQUIRED, Family, Said
 from rlhfjax.models import Model, TransformerConfig
+from rlhfjax.paths import Path
 
 REWARD_BIAS = "rlhfjax_reward_bias"  # our key: the constant of a reward that was dropped from its weights
 
@@ -26,7 +27,7 @@ def read(path: Path) -> tuple[str, Model, float]:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {error.strerror or 'there is no such file'}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -51,7 +52,7 @@ def write(model: Model, dtype: str, ids: Mapping[str, int | None]) -> tuple[str,
     for name, family in FAMILIES.items():
         described = _describe(family, model.config)
         try:
-            again = _config(name, Said(Path("config.json"), described))
+            again = _config(name, Said(paths.path("config.json"), described))
         except CheckpointError:  # an activation that the family does not have, say
             continue
         if _meaning(again) == _meaning(model.config):

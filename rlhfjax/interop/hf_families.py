@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rlhfjax.errors import CheckpointError
 from rlhfjax.models import TransformerConfig
+from rlhfjax.paths import Path
 
 REQUIRED = object()
 

@@ -10,21 +10,21 @@ several of ours side by side (GPT-2's c_attn, GPT-NeoX's query_key_value), n ada
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from rlhfjax import paths
 from rlhfjax.config import write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import hf_config
 from rlhfjax.interop.names import TABLES, Row, nested, shapes_of
 from rlhfjax.models import Model, lora
 from rlhfjax.models.lora import LoraConfig
+from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 Place = tuple[int, str]  # a layer, and a projection such as attention/query
@@ -104,9 +104,8 @@ def save_peft(folder: Path, model: Model, adapters: Params, base: str | None = N
     if model.head == "scalar":
         tensors[SCORE] = np.asarray(adapters["head"]["kernel"], np.float32)[None]
         metadata[BIAS] = repr(float(adapters["head"]["bias"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata=metadata)
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
+    paths.make_folder(folder)
+    paths.write(folder / WEIGHTS, save(tensors, metadata))
     write_json(folder / CONFIG, _describe(model, family, ranks, base))
 
 
@@ -118,7 +117,7 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
         the model has no place for. One line with the file and the name.
       ConfigError: no architecture that PEFT knows is such a model.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     said, tensors, bias = _read(folder)
     for key, value in PLAIN.items():
         if said.get(key, value) != value:
@@ -146,8 +145,8 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
     try:
         said = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        metadata = _metadata(folder / WEIGHTS)
+        weights = paths.local(folder / WEIGHTS)
+        tensors, metadata = load_file(weights), _metadata(weights)
         return {"r": said["r"], "lora_alpha": said["lora_alpha"], **said}, tensors, float(metadata.get(BIAS, 0.0))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise CheckpointError(f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({e})") from None
