@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
+from rlhfjax.paths import Path
 from rlhfjax.plan import chips, compiler, memory
 from rlhfjax.plan.advice import advise
 from rlhfjax.plan.compiled import Measured, here, measure, sharded_bytes
@@ -138,5 +139,5 @@ def _program(p: Measured) -> dict[str, Any]:
 
 
 def write(plan: Plan, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(path.parent)
     write_json(path, plan.as_dict())

@@ -8,12 +8,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhfjax import paths
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import AXES, DEFAULT_RULES, MeshConfig
+from rlhfjax.paths import Path
 from rlhfjax.plan import predict
 from rlhfjax.plan.chips import CHIPS
 from rlhfjax.plan.estimate import Estimate, estimate, smallest_batch
@@ -145,7 +146,7 @@ def on_tpus(subject: Subject, chips: Sequence[str], most: int = 8, completions: 
 
 
 def write(found: Search, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(path.parent)
     write_json(path, found.as_dict())
 
 

@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhfjax import recipe, stages
+from rlhfjax import paths, recipe, stages
 from rlhfjax.config import build, parse_arg, to_dict
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.presets import preset
+from rlhfjax.paths import Path
 from rlhfjax.rewards import SCORERS, rules
 
 
@@ -43,7 +43,7 @@ def subject(
       ConfigError: there is no such stage, it does not train, or the shape of a model is known nowhere.
     """
     values = to_dict(config)
-    folder = workdir or Path("workdir")
+    folder = workdir or paths.path("workdir")
     if "stages" not in values:
         values = {"stages": [values.get("stage", "")], values.get("stage", ""): values}
     folders = recipe.stage_folders(values, folder)

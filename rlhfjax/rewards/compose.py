@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,6 +12,7 @@ from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.paths import Path
 from rlhfjax.rewards import ensemble
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, load_reward

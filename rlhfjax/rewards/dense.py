@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.paths import Path
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
 

@@ -15,14 +15,15 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhfjax import paths
 from rlhfjax.config import build
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
+from rlhfjax.paths import Path
 from rlhfjax.rewards.judge import Judge, JudgeConfig, class_probabilities, fill, load_judge, readable
 from rlhfjax.rewards.labellers import Answers
 from rlhfjax.rewards.responses import found
@@ -106,7 +107,7 @@ def choose(lines: list[str], *key: Any) -> str:
 
 def read_lines(path: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line.strip() for line in paths.path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"principles: {path} cannot be read ({error})") from None
     if not lines:

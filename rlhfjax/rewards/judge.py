@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.paths import Path
 from rlhfjax.rewards.responses import found
 from rlhfjax.sampling.generate import generate
 

@@ -6,12 +6,11 @@ scores = labeller(answers)                                         # [p, k], hig
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -92,10 +91,12 @@ def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer) -> Labeller:
       ConfigError: the file holds several labellers' rankings and none is named, or the named one is not there.
     """
     if not name.startswith(RANKINGS):
-        described = Path(name) / FILE
+        described = paths.path(name) / FILE
         values = json.loads(described.read_text()) if described.is_file() else {}
         if values.pop("kind", None) == "feedback":
-            return importlib.import_module("rlhfjax.rewards.feedback").load(values, Path(name), layout)  # it imports us
+            return importlib.import_module("rlhfjax.rewards.feedback").load(
+                values, paths.path(name), layout
+            )  # it imports us
         return RewardLabeller(load_reward(name, layout, tokenizer))
     pattern, _, who = name.removeprefix(RANKINGS).partition("@")
     people = by_labeller(read_rankings(pattern))

@@ -7,17 +7,16 @@ turn) or a list of messages. `labeller` and `time` (ISO 8601) may be left out.
 """
 
 import datetime
-import glob
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhfjax import paths
 from rlhfjax.data import chat
 from rlhfjax.data.preferences import ranks_of
 from rlhfjax.errors import DataError
 from rlhfjax.metrics import write_jsonl
+from rlhfjax.paths import Path
 
 Prompt = str | list[chat.Message]
 
@@ -48,12 +47,12 @@ def read_rankings(pattern: str) -> list[Ranking]:
     Raises:
       DataError: no file matches, or a line is malformed: `file:line: why`.
     """
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    if not paths:
+    found = paths.glob(pattern)
+    if not found:
         raise DataError(f"rankings: no file matches {pattern}")
     rankings = []
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for path in found:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 try:
                     rankings.append(_parse(json.loads(line)))

@@ -2,20 +2,19 @@
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlhfjax import hosts
+from rlhfjax import hosts, paths
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
+from rlhfjax.paths import Path
 from rlhfjax.rewards import SCORERS, Scorer, load_scorer, rules
 from rlhfjax.rewards.model import ModelReward
 
@@ -75,8 +74,8 @@ def load_reward(name: str, layout: Layout, tokenizer: Tokenizer) -> Reward:
     """
     if name in SCORERS or name.startswith(rules.PREFIX):
         return TextReward(load_scorer(name), tokenizer)
-    if (Path(name) / FILE).is_file():
-        return described(Path(name), layout, tokenizer)
+    if (paths.path(name) / FILE).is_file():
+        return described(paths.path(name), layout, tokenizer)
     saved = store.load(name, layout)
     check_scalar(saved, tokenizer, name)
     return ModelReward(saved.model, saved.params)
@@ -98,12 +97,13 @@ def described(folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
 
 def beside(name: str, folder: Path) -> str:
     """A name as reward.json keeps it: a path is relative to its folder, so that a recipe's workdir can be moved."""
-    return os.path.relpath(name, folder) if Path(name).exists() else name
+    return paths.relative(name, folder)
 
 
 def found(name: str, folder: Path) -> str:
     """What `beside` kept, as it is reached from here."""
-    return str(folder / name) if (folder / name).exists() else name
+    there = paths.within(folder, name)
+    return str(there) if there.exists() else name
 
 
 def check_scalar(saved: store.SavedModel, tokenizer: Tokenizer, name: str) -> None:

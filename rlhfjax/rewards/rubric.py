@@ -7,7 +7,6 @@ Source: OpenAI 2023, GPT-4 technical report, section 6 (RBRMs: prompt, output an
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from rlhfjax.config import build
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.paths import Path
 from rlhfjax.rewards.judge import Judge, JudgeConfig, class_probabilities, fill, load_judge, readable
 from rlhfjax.rewards.responses import Pairs, Reward, TextReward
 

@@ -9,17 +9,16 @@ columns the function gets; without it, metadata is empty.
 """
 
 import dataclasses
-import glob
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
+from rlhfjax import paths
 from rlhfjax.config import build
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
@@ -123,12 +122,12 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
     Raises:
       DataError: no file, a malformed line, or a question that stands twice with different columns.
     """
-    paths = sorted(glob.glob(os.path.expanduser(pattern)))
-    if not paths:
+    files = paths.glob(pattern)
+    if not files:
         raise DataError(f"rule metadata: no file matches {pattern}")
     found: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for path in files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

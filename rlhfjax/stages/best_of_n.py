@@ -10,7 +10,6 @@ samples.jsonl   a line a prompt: the best of its pool, and a plain sample
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.rewards.responses import Reward, load_reward, texts
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import check_slots

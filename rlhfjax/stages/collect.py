@@ -6,7 +6,6 @@ With more than one labeller, how far they agree is reported: pairwise, with ties
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
 from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets

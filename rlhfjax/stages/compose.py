@@ -6,10 +6,10 @@ An ensemble's members are reward stages that differ in their seed, each its own 
 """
 
 import dataclasses
-from pathlib import Path
 
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.rewards.compose import ComposeConfig, save
 
 ON_ONE_HOST = True

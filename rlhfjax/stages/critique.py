@@ -11,7 +11,6 @@ Source: Bai et al. 2022, "Constitutional AI", section 3.1 and appendix C (four r
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from rlhfjax.data import chat
@@ -20,6 +19,7 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.rewards.feedback import choose, read_lines
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
 from rlhfjax.stages.parts.common import check_length

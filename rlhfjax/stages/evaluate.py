@@ -4,7 +4,6 @@ Both answer the same prompts. The win rate counts ties as one half; its interval
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.rewards.responses import load_reward, texts
 from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
 from rlhfjax.stages.parts.common import check_length

@@ -4,11 +4,11 @@ workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeller", "time
 """
 
 import dataclasses
-from pathlib import Path
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.rewards.rankings import from_row, write_rankings
 from rlhfjax.stages.parts.preferences import open_preferences
 

@@ -4,11 +4,11 @@ workdir/reward.json    what `labeller="stage:…"` of `collect` loads; the rewar
 """
 
 import dataclasses
-from pathlib import Path
 
 from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.rewards.feedback import FeedbackConfig, read_lines
 from rlhfjax.rewards.responses import FILE, beside
 

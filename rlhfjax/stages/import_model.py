@@ -5,11 +5,11 @@ it read once, in another dtype, with scanned layers, or with another chat templa
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhfjax import paths
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.data.template import BUILT_IN
 from rlhfjax.data.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Config:
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
     """Refuses what cannot be meant, before anything is computed."""
     name = config.chat_template
-    if name and name not in BUILT_IN and not (name.endswith(".jinja") and Path(name).is_file()):
+    if name and name not in BUILT_IN and not (name.endswith(".jinja") and paths.path(name).is_file()):
         accepted = ", ".join(BUILT_IN)
         raise ConfigError(
             f"import_model.chat_template={name!r}: accepted are {accepted}, or a .jinja file that is there"
@@ -56,4 +57,4 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 def _in_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError("import_model.chat_template: a SentencePiece tokenizer has the markers it was trained with")
-    return tokenizer.with_template(name if name in BUILT_IN else Path(name).read_text())
+    return tokenizer.with_template(name if name in BUILT_IN else paths.path(name).read_text())

@@ -8,7 +8,6 @@ names its folders, and the ids that were sampled are kept; other answers are enc
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.rewards.agreement import agreement_of
 from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
 from rlhfjax.stages.collect import FOLDER

@@ -6,7 +6,6 @@ The samples are answers of a policy to prompts, completions of preference folder
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
 from rlhfjax.stages.parts import centre

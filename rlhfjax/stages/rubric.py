@@ -4,11 +4,11 @@ workdir/reward.json    what `reward="stage:…"` loads; `compose` adds it to a r
 """
 
 import dataclasses
-from pathlib import Path
 
 from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.rewards.responses import FILE, beside
 from rlhfjax.rewards.rubric import RubricConfig
 

@@ -8,7 +8,6 @@ round it is Llama 2's rejection sampling (Touvron et al. 2023, section 3.2.3).
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.paths import Path
 from rlhfjax.stages.parts.preferences import open_preferences
 
 SPLITS = ("train", "validation")

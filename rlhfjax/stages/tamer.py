@@ -12,13 +12,13 @@ Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every cre
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat
@@ -118,7 +118,7 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
       DataError: the file cannot be read, or a line is malformed.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = paths.path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"tamer: {path} cannot be read ({error})") from None
     found = []

@@ -7,13 +7,14 @@ workdir/prompts/{train,validation,test}.jsonl    {"prompt", "answer", and what t
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
+from rlhfjax.paths import Path
 from rlhfjax.rewards.tasks import rows
 
 FOLDER = "prompts"
@@ -51,7 +52,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for split, some in splits.items():
         if not some:
             raise DataError(f"tasks: {', '.join(config.tasks)} repeat themselves; nothing is left for {split}")
-        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+        paths.make_folder(workdir / FOLDER)
         write_jsonl(workdir / FOLDER / f"{split}.jsonl", some)
     metrics = {f"tasks/{split}": float(len(some)) for split, some in splits.items()}
     with Writer(workdir) as writer:

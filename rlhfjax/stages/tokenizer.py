@@ -1,13 +1,13 @@
 """The tokenizer: SentencePiece trained on the corpus, with the chat markers as symbols of their own."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from rlhfjax.data.sources import texts
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
+from rlhfjax.paths import Path
 from rlhfjax.stages.parts.common import SourceConfig, open_sources
 
 ON_ONE_HOST = True

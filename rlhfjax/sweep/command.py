@@ -5,10 +5,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.errors import ConfigError, UserError
+from rlhfjax.paths import Path
 from rlhfjax.report.sweep import read_result, write_sweep
 from rlhfjax.sweep import is_seed, pool
 from rlhfjax.sweep.expand import Run, expand
@@ -46,7 +47,7 @@ def launcher(text: str) -> tuple[str, ...]:
     if first == "local" and not flags:
         return LOCAL
     if first in WAITING:
-        if not (file := Path("launch", f"{first}.py")).is_file():
+        if not (file := paths.path("launch") / f"{first}.py").is_file():
             raise ConfigError(f"--launcher={first}: {file} is not in this folder; expected to run in the repository's")
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
         return (sys.executable, "-m", f"launch.{first}", *WAITING[first], "--name={name}", *flags, "--")
@@ -100,7 +101,7 @@ def why(codes: Mapping[str, int], workdir: Path, failed: Sequence[str]) -> list[
     said = []
     for name in failed:
         log = pool.log_of(workdir, name)
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+        lines = log.read_bytes().decode(errors="replace").split("\n") if log.exists() else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         said.append(f"{name} ({pool.describe(codes[name])}: {last})")
     return said

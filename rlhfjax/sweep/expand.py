@@ -5,7 +5,6 @@ import hashlib
 import re
 import runpy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from rlhfjax import recipe
 from rlhfjax.config import explain, to_dict
 from rlhfjax.errors import ConfigError, UserError
+from rlhfjax.paths import Path
 from rlhfjax.sweep import Overrides
 
 ARG = "arg."

@@ -14,13 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO
 
+from rlhfjax import paths
 from rlhfjax.errors import ConfigError, Preempted
-from rlhfjax.metrics import duration
+from rlhfjax.metrics import UPLOAD_EVERY, duration
+from rlhfjax.paths import Path
 
-LOCK = "sweep.lock"
+LOCK, LOGS = "sweep.lock", "logs"
 POLL = 0.2  # seconds
 GRACE = 600.0  # seconds that a run has to save
 
@@ -36,11 +37,13 @@ def run_all(
       ConfigError: processes of an earlier call still run in this folder.
       Preempted: SIGTERM came; KeyboardInterrupt: Ctrl-C. All processes have ended.
     """
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    here = paths.Mirror(folder, [f"{LOGS}/{name}.txt" for name in commands])
+    paths.make_folder(here.folder / LOGS)
     waiting, running, codes = deque(commands), {}, {}
     with _locked(folder) as lock, _signals() as received:
         try:
             while (waiting or running) and not received.came.wait(POLL if running else 0):
+                here.sync(UPLOAD_EVERY)
                 for name, code, seconds in _ended(running):
                     if code == Preempted.exit_code:
                         say(f"{name}: preempted after {duration(seconds)}; it starts again")
@@ -51,11 +54,12 @@ def run_all(
                     say(f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}")
                 while waiting and len(running) < parallel:
                     name = waiting.popleft()
-                    running[name] = (_start(commands[name], log_of(folder, name), lock), time.monotonic())
+                    running[name] = (_start(commands[name], log_of(here.folder, name), lock), time.monotonic())
         finally:
             if running:
                 say(f"stopping {len(running)} of {len(commands)} runs; once more to kill them")
             _stop([process for process, _ in running.values()], received)
+            here.close()
     if received.all:
         if received.all[0] == signal.SIGINT:
             raise KeyboardInterrupt
@@ -64,7 +68,7 @@ def run_all(
 
 
 def log_of(folder: Path, name: str) -> Path:
-    return folder / "logs" / f"{name}.txt"
+    return folder / LOGS / f"{name}.txt"
 
 
 def describe(code: int) -> str:
@@ -139,7 +143,7 @@ def _signals() -> Iterator[_Received]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[IO]:
-    with (folder / LOCK).open("w") as file:
+    with paths.lock_file(folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

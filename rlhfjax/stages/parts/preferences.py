@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rlhfjax import paths
 from rlhfjax.data import examples
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.rows import Row
@@ -27,7 +28,9 @@ def open_preferences(names: tuple[str, ...], split: str, stage: str = "reward") 
     if not names:
         raise ConfigError(f"{stage}.preferences: at least one folder or jsonl: glob is needed")
     parts = [
-        open_source(name, kind="preferences", split=split) if ":" in name else read_preferences(name, split)
+        read_preferences(name, split)
+        if ":" not in name or paths.remote(name)
+        else open_source(name, kind="preferences", split=split)
         for name in names
     ]
     return parts[0] if len(parts) == 1 else Concatenated(parts)
