@@ -1,6 +1,7 @@
 """The whole recipe at its smallest, on rows that a test wrote: what the system tests run.
 
-`tests/tiny.py:data=DIR,stages=ppo` and so on; DIR holds {train,validation,test}.jsonl with conversations.
+`tests/tiny.py:data=DIR`, or `:data=DIR,until=reward` for its beginning; DIR holds {train,validation,test}.jsonl with
+conversations.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ OPTIM = {"learning_rate": 3e-3, "warmup_steps": 2}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, data="", steps=6)
+    arg = parse_arg(arg, data="", steps=6, until=STAGES[-1])
 
     def chats(split):
         return {"spec": f"jsonl:{arg.data}/{split}.jsonl", "kind": "messages", "split": "all"}
@@ -80,4 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=8,
         **SAMPLING,
     )
+    config.stages = STAGES[: STAGES.index(arg.until) + 1]
+    for name in STAGES[len(config.stages) :]:
+        del config[name]
     return config
