@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from rlhfjax import paths
 from rlhfjax.errors import UserError
+from rlhfjax.paths import Path
 from rlhfjax.plan.programs import layout_for, sketch
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import quiet, target
@@ -63,7 +64,7 @@ def ask(job: Job) -> Answer:
       UserError: the compiler fails for another reason than memory, in its own words.
     """
     with tempfile.TemporaryDirectory(prefix="rlhfjax-plan-") as name, _compiling(job, name) as (process, connection):
-        folder, said = Path(name), None
+        folder, said = paths.path(name), None
         while said is None:
             if (answer := _whole(folder)) is not None:
                 return answer
