@@ -213,7 +213,11 @@ def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     slices = _slices(devices)
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        except NotImplementedError as e:  # neighbours along an axis would not be neighbours on the chips' own torus
+            given = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
+            raise ConfigError(f"mesh {given}: an axis does not lie along whole sides of the slice ({e})") from None
     if sizes[0] % slices:
         raise ConfigError(f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them")
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))

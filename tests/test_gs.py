@@ -336,9 +336,9 @@ def test_a_killed_run_goes_on_there_to_the_same_bits(chats, finished, bucket):
 @pytest.mark.slow
 def test_two_hosts_write_one_run_there(conversations, finished, bucket, tmp_path):
     """The first writes the files, each its shards of the state, and both read."""
-    arg = f",only=pretrain,tokenizer={finished}/00_tokenizer"
+    arg = f",only=pretrain,tokenizer={finished}/00_tokenizer"  # a Job adds shards=4
     Job(2, tmp_path / "logs", conversations, f"--workdir={bucket}/run", command="train", arg=arg).finish()
-    recipe.run_stage(to_dict(tiny_hosts.get_config(f"data={conversations}{arg}")), tmp_path / "alone")
+    recipe.run_stage(to_dict(tiny_hosts.get_config(f"data={conversations},shards=4{arg}")), tmp_path / "alone")
     there = metrics.read_jsonl(bucket / "run" / "metrics.jsonl")
     assert_same_numbers(metrics.read_jsonl(tmp_path / "alone" / "metrics.jsonl"), there)
     written = names(bucket / "run")

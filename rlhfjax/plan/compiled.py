@@ -61,7 +61,7 @@ def measure(program: Program, target: Target, ask: Compile, held: Any = ()) -> M
         room,
         False if answer.refused else enough,
         cost,
-        module.buffers(),
+        module.buffers(answer.live),
         chips.roofline(work, target.chip) if work and target.chip else None,
         program.model_flops,
         time.monotonic() - began,

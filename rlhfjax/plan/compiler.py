@@ -55,6 +55,7 @@ class Answer(NamedTuple):
     memory: Memory
     text: str  # the program, optimised and scheduled
     refused: str = ""  # its words, where the program does not fit
+    live: tuple[tuple[str, float], ...] = ()  # what lives at the moment of the most: (instruction{index}, bytes)
 
 
 def ask(job: Job) -> Answer:
@@ -130,12 +131,20 @@ def _whole(folder: Path) -> Answer | None:
 
 
 def _decided(folder: Path, refused: str = "") -> Answer:
-    (assignment,), (text,) = _find(folder, "-buffer-assignment"), _find(folder, "")
-    return Answer(_memory(assignment.read_text()), text.read_text(), refused)
+    assignment, text, ranges = (
+        _find(folder, part)[0].read_text() for part in ("-buffer-assignment", "", "-live-range")
+    )
+    return Answer(_memory(assignment), text, refused, _peak(ranges))
 
 
 def _find(folder: Path, part: str) -> list[Path]:
     return list(folder.glob(f"*.after_optimizations{part}.txt"))  # one, or none yet: one program is compiled
+
+
+def _peak(ranges: str) -> tuple[tuple[str, float], ...]:
+    """The values that live at the moment of the most, VMEM's among them, the largest first."""
+    at = ranges.partition("(peak):")[2].partition("Stack trace")[0]
+    return tuple((name, float(size)) for name, size in re.findall(r"^\s+(\S+): (\d+) bytes", at, re.MULTILINE))
 
 
 def _memory(assignment: str) -> Memory:

@@ -109,8 +109,24 @@ class Program:
         self._channels.clear()
         return self._cost(self.entry)
 
-    def buffers(self, most: int = 8) -> list[tuple[str, float]]:
-        """The largest results in HBM that are not inside of a fusion, as (what it is, bytes), the largest first."""
+    def buffers(self, live: Iterable[tuple[str, float]] = (), most: int = 8) -> list[tuple[str, float]]:
+        """The largest buffers in HBM as (what it is, bytes), the largest first.
+
+        Args:
+          live: those that are there at once, as `instruction{index}` and bytes; where the compiler does not say which,
+            every result that is not inside of a fusion counts.
+        """
+        known = {name: i for lines in self.computations.values() for name, i in lines.items()}
+        named: Counter = Counter()
+        for value, size in live:
+            name, _, index = value.rstrip("}").partition("{")
+            parts = known[name].result if name in known else ()
+            at = int(index.split(",")[0] or 0)
+            if at < len(parts) and not parts[at].on_chip:
+                named[_label(known[name], parts[at])] += size
+        return (named or Counter(self._results())).most_common(most)
+
+    def _results(self) -> dict[str, float]:
         fused = {c for i in self._all() if i.op == "fusion" for c in _called(i)}
         named: dict[str, float] = {}
         for computation, lines in self.computations.items():
@@ -122,9 +138,9 @@ class Program:
                     continue
                 for array in i.result:
                     if not array.on_chip:
-                        label = f"{array.dtype}[{','.join(map(str, array.shape))}] {_where(i)}"
+                        label = _label(i, array)
                         named[label] = max(named.get(label, 0), array.size)
-        return sorted(named.items(), key=lambda item: -item[1])[:most]
+        return named
 
     def _all(self) -> Iterable[Instruction]:
         return (i for lines in self.computations.values() for i in lines.values())
@@ -279,6 +295,10 @@ def _given(lines: dict[str, Instruction], name: str, index: int) -> list[int]:
         part = lines.get(part.operands[0])
     whole = part is not None and part.op == "constant" and part.result[0].dtype == "s32" and not part.result[0].shape
     return [int(part.operands[0])] if part is not None and whole and int(part.operands[0]) > 0 else []
+
+
+def _label(i: Instruction, array: Array) -> str:
+    return f"{array.dtype}[{','.join(map(str, array.shape))}] {_where(i)}"
 
 
 def _where(i: Instruction) -> str:

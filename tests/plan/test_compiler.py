@@ -26,6 +26,16 @@ allocation 5: size 8192, page 0, preallocated-temp:
 allocation 6: size 67108864, color 1, page 0, preallocated-temp:
 allocation 7: size 4, color 2, page 0, preallocated-temp:
 """
+RANGES = """HloLiveRange (max 9):
+  BufferLiveRange:
+    p0{}:0-9
+  Live ranges at 8 (peak):
+    all-gather.7{}: 8192 bytes (cumulative: 8192 bytes)
+    fusion.1{1}: 512 bytes (cumulative: 8704 bytes)
+  Stack trace breakdown for peak usage: 8 704 bytes
+    main.0_spmd (100.0%, total: 8 704 bytes, current: 0 bytes, remaining: 8 704 bytes)
+"""
+LIVE = (("all-gather.7{}", 8192.0), ("fusion.1{1}", 512.0))
 
 
 def job(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
@@ -47,13 +57,14 @@ def test_an_answer_is_read_when_all_of_it_is_written(tmp_path: Path):
 
     assert compiler._whole(tmp_path) is None
     write("-buffer-assignment", ASSIGNMENT)
+    write("-live-range", RANGES)
     write("", "HloModule jit_f\n")
     write("_before_buffer_assignment", "HloModule jit_f\n")
     assert compiler._whole(tmp_path) is None
     write("_after_buffer_assignment", "HloMod")
     assert compiler._whole(tmp_path) is None
     write("_after_buffer_assignment", "HloModule jit_f\n")
-    assert compiler._whole(tmp_path) == (compiler._memory(ASSIGNMENT), "HloModule jit_f\n", "")
+    assert compiler._whole(tmp_path) == (compiler._memory(ASSIGNMENT), "HloModule jit_f\n", "", LIVE)
 
 
 def test_what_fails_otherwise_is_one_line():

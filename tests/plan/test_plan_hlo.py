@@ -54,6 +54,20 @@ ENTRY %main (a: (s32[], f32[4,8], f32[10,8,8])) -> f32[16,8] {
 """
 
 
+def test_buffers_that_live_at_once():
+    """As the compiler lists them: of a result with several parts the one that is meant, on the chip none, alike ones
+    together."""
+    live = (("loop{2}", 2560.0), ("q{}", 512.0), ("whole{}", 256.0), ("again{}", 256.0), ("layer{}", 256.0))
+    assert Program(TEXT).buffers(live) == [
+        ("f32[10,8,8] loop", 2560.0),
+        ("f32[16,8] jit(f)/wide", 512.0),
+        ("bf16[16,8] whole", 256.0),
+        ("bf16[16,8] again", 256.0),
+    ]
+    twice = (("q{}", 512.0), ("q{}", 512.0), ("unknown{}", 9.0))
+    assert Program(TEXT).buffers(twice) == [("f32[16,8] jit(f)/wide", 1024.0)]
+
+
 def test_a_program_by_hand():
     cost = Program(TEXT).cost()
     assert cost.flops == 10 * 2 * 4 * 8 * 8
@@ -88,7 +102,7 @@ ENTRY %main (a: f32[4,256]) -> f32[1,256] {
 
 
 def test_buffers_by_size_with_what_they_are():
-    largest = Program(TEXT).buffers(2)
+    largest = Program(TEXT).buffers(most=2)
     assert largest == [("f32[10,8,8] a", 2560), ("f32[16,8] jit(f)/wide", 512)]
 
 
