@@ -111,8 +111,10 @@ def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations,
     for microbatches in (1, 2, 4):
         values = stage_values(name, conversations, finished, microbatches=microbatches, **changes)
         results.append(run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1))
+    # PPO's loss is small because advantages of size 1 cancel in it: their rounding, two units in the last place, remains
+    rounding = 2 * np.finfo(np.float32).eps if name == "ppo" else 0
     for metrics, params in results[1:]:
-        np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5)
+        np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5, atol=rounding)
         for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(params), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
 
