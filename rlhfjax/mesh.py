@@ -209,19 +209,19 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Neighbours along the axes within a slice; between slices, which only DCN connects, along `replica` alone."""
-    types = (AxisType.Auto,) * len(AXES)
-    slices = _slices(devices)
-    if slices == 1:
-        try:
-            return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-        except NotImplementedError as e:  # neighbours along an axis would not be neighbours on the chips' own torus
-            given = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
-            raise ConfigError(f"mesh {given}: an axis does not lie along whole sides of the slice ({e})") from None
+    """Neighbours along the axes within a slice; between slices, which only DCN connects, along `replica` alone.
+
+    An axis lies along whole sides of a slice where that is possible, and else along a part of one: 32 of 4 x 4 x 4 chips.
+    """
+    slices, parts = _slices(devices), {"allow_split_physical_axes": True}
     if sizes[0] % slices:
         raise ConfigError(f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them")
-    within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, **parts)
+    else:
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, **parts)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

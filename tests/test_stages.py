@@ -111,7 +111,7 @@ def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations,
     for microbatches in (1, 2, 4):
         values = stage_values(name, conversations, finished, microbatches=microbatches, **changes)
         results.append(run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1))
-    # PPO's loss is small because advantages of size 1 cancel in it: their rounding, two units in the last place, remains
+    # PPO's loss is small because advantages of size 1 cancel in it: two units of rounding of 1 remain
     rounding = 2 * np.finfo(np.float32).eps if name == "ppo" else 0
     for metrics, params in results[1:]:
         np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5, atol=rounding)

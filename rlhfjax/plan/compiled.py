@@ -54,7 +54,7 @@ def measure(program: Program, target: Target, ask: Compile, held: Any = ()) -> M
         room = float(said[1]) * 2**30
     enough = None if room is None else answer.memory.peak + elsewhere <= room
     cost = None if answer.refused else module.cost()
-    work = _work(cost, program.model_flops / len(target.devices)) if cost else None
+    work = _work(cost, program.passes * program.model_flops / len(target.devices)) if cost else None
     return Measured(
         program.name,
         answer.memory,
@@ -81,7 +81,7 @@ def here(program: Program) -> Answer:
 
 
 def _work(cost: Cost, least: float) -> Work:
-    """What the program says, of products at least what the mathematics needs: loops of unknown length count once."""
+    """What the program says, of products at least what training computes: loops of unknown length count once."""
     return Work(max(cost.flops, least), cost.hbm, cost.link("ici"), cost.link("dcn"))
 
 

@@ -12,7 +12,7 @@ from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.chips import Chip, Work
-from rlhfjax.plan.programs import RANKED, step_flops
+from rlhfjax.plan.programs import RANKED, passes, step_flops, trained_models
 from rlhfjax.plan.shapes import Subject
 
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
@@ -85,8 +85,7 @@ def networks(subject: Subject) -> list[Net]:
         nets.append(Net(model, "lm", 0.0, 0.0))
     if subject.reward is not None:
         nets.append(Net(subject.reward, "scalar", 0.0, 0.0))
-    if c.stage == "ppo" and c.value != "shared":
-        trunk = subject.reward if c.value == "reward" and subject.reward is not None else model
+    for trunk in trained_models(subject)[1:]:
         nets.append(Net(trunk, "scalar", _trained(trunk, "scalar", c.lora.rank), optim.kept(c.value_optim)))
     return nets
 
@@ -158,14 +157,14 @@ def _seconds(subject: Subject, nets: list[Net], axes: Mapping[str, int], chip: C
     devices = math.prod(axes.values())
     flops = step_flops(subject, completions)
     policy_stage = c.stage in ("ppo", "group")
-    again = 4 / 3 if model.remat == "full" else 1.0
-    passes = (c.epochs * c.minibatches if policy_stage else 1) * c.microbatches
-    passes *= 2 if policy_stage and c.ptx.coefficient else 1
+    rounds = (c.epochs * c.minibatches if policy_stage else 1) * c.microbatches
+    rounds *= 2 if policy_stage and c.ptx.coefficient else 1
     trained = [net for net in nets if net.trained]
+    again = passes(c.lora.rank, *(net.shape for net in trained))
     work = Work(again * flops["update"] / devices, 0, 0, 0)
     for net in trained:
-        work += _pass_bytes(net, axes).times(passes)
-    work += Work(0, 0, passes * _tensor_bytes(subject, axes, completions), 0)
+        work += _pass_bytes(net, axes).times(rounds)
+    work += Work(0, 0, rounds * _tensor_bytes(subject, axes, completions), 0)
     rest = Work(sum(n for name, n in flops.items() if name != "update") / devices, 0, 0, 0)
     seconds = chips.roofline(work, chip).seconds + chips.roofline(rest, chip).seconds
     if policy_stage:

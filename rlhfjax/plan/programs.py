@@ -44,6 +44,7 @@ class Program(NamedTuple):
     lower: Callable[[], Any]  # -> jax.stages.Lowered
     inputs: PyTree  # ShapeDtypeStructs with shardings
     model_flops: float  # of the whole mesh, what the mathematics needs: see `chips.token_flops`
+    passes: float = 1.0  # so many times those are computed, at least: see `passes`
 
 
 class Sketch(NamedTuple):
@@ -177,8 +178,17 @@ def _one_loss(
     stage = assemble(c, start, loss=loss, batches=_NoData(), evals=lambda state: {}, units=tokens, **options)
     state = placed(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
     inputs = (*stage.step.args, state, batch, a_key(layout))
-    step = Program("step", _lower(stage.step.func, layout, *inputs), inputs, _loss_flops(subject, tokens, model.head))
+    flops, lower = _loss_flops(subject, tokens, model.head), _lower(stage.step.func, layout, *inputs)
+    step = Program("step", lower, inputs, flops, passes(c.lora.rank, subject.model))
     return Sketch([step], tokens, c.steps, tokens // c.length // c.microbatches, c.length)
+
+
+def passes(rank: int, *trained: TransformerConfig) -> float:
+    """The products that training computes over the 3 passes that PaLM counts (forward, to the inputs, to the weights).
+
+    Adapters alone need no gradient of the weights; remat=full goes forward once more. The least of several models.
+    """
+    return min((2 if rank else 3) + (model.remat == "full") for model in trained) / 3
 
 
 def _loss_flops(subject: Subject, tokens: int, head: str) -> float:
@@ -273,7 +283,8 @@ def _policy_programs(
 
     def program(name: str, function: Any, *inputs: PyTree) -> PyTree:
         jitted = function if hasattr(function, "lower") else jax.jit(function)
-        programs.append(Program(name, _lower(jitted, layout, *inputs), inputs, float(sizes.get(name, 0.0))))
+        times = passes(c.lora.rank, *trained_models(subject)) if name == "update" else 1.0
+        programs.append(Program(name, _lower(jitted, layout, *inputs), inputs, float(sizes.get(name, 0.0)), times))
         return _as_rows(jax.eval_shape(jitted, *inputs), layout, c.episodes)
 
     answers = functools.partial(algorithm.rollout, each=c.each)
@@ -302,6 +313,14 @@ def _as_rows(tree: PyTree, layout: Layout, n: int) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def trained_models(subject: Subject) -> list[TransformerConfig]:
+    """The models of a policy stage that have an optimiser: policy, and a value function with a trunk of its own."""
+    c, models = subject.config, [subject.model]
+    if c.stage == "ppo" and c.value != "shared":
+        models.append(subject.reward if c.value == "reward" and subject.reward is not None else subject.model)
+    return models
+
+
 def _flops(subject: Subject) -> dict[str, float]:
     """Of each program, as PaLM counts: a forward pass is a third of a training step. Answers share their prompt's."""
     c, time = subject.config, subject.config.prompt_length + subject.config.max_new
@@ -311,11 +330,8 @@ def _flops(subject: Subject) -> dict[str, float]:
         return float(chips.token_flops(parameters(shape, head), shape, length))
 
     policy = a_token(subject.model, "lm", time)
-    value = 0.0
-    if c.stage == "ppo" and c.value != "shared":
-        trunk = subject.reward if c.value == "reward" and subject.reward is not None else subject.model
-        value = a_token(trunk, "scalar", time)
-    passes = 1 + (c.behaviour_logprobs == "forward")
+    value = sum(a_token(trunk, "scalar", time) for trunk in trained_models(subject)[1:])
+    scored = 1 + (c.behaviour_logprobs == "forward")
     update = c.epochs * tokens * (policy + value)
     if c.ptx.coefficient:
         text = c.episodes * c.ptx.ratio * c.ptx.length
@@ -323,7 +339,7 @@ def _flops(subject: Subject) -> dict[str, float]:
     judged = a_token(subject.reward, "scalar", time) if subject.reward is not None else 0.0
     return {
         "rollout": sampled * policy / 3,
-        "know": tokens * (passes * policy + value) / 3,
+        "know": tokens * (scored * policy + value) / 3,
         "score": tokens * judged / 3,
         "update": update,
     }

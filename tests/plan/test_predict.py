@@ -11,7 +11,7 @@ import pytest
 from rlhfjax import main
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import make_layout
+from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.plan import compiled, compiler, memory, predict, shapes, tables, topology
 from rlhfjax.plan.chips import CHIPS
 from rlhfjax.stages import group
@@ -163,6 +163,16 @@ def test_every_chip_answers(name):
     target = topology.target(name)
     assert target.chips == 4 and len(target.devices) == (8 if name.startswith("tpu7x") else 4)
     assert target.capacity == CHIPS[name.split(":")[0]].hbm / (2 if name.startswith("tpu7x") else 1)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_an_axis_may_lie_along_a_part_of_a_side():
+    """32 of 4 x 4 x 4 chips: half the slice, whose chips are neighbours."""
+    mesh = make_layout(MeshConfig(data=1, fsdp=2, tensor=32), topology.target("v5p:4x4x4").devices).mesh
+    assert mesh.shape["fsdp"] == 2 and mesh.shape["tensor"] == 32
+    for half in mesh.devices.reshape(2, 32):
+        assert sorted(len({chip.coords[side] for chip in half}) for side in range(3)) == [2, 4, 4]
 
 
 @needs_libtpu

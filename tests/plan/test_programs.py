@@ -20,6 +20,7 @@ from tests import tiny
 from tests.test_stages import stage_values
 
 NOWHERE = to_dict(tiny.get_config("data=nowhere"))
+MODEL = shapes.subject(NOWHERE, "pretrain").model
 LORA = {"rank": 2, "targets": "attention/(query|value)"}
 
 
@@ -182,6 +183,16 @@ def test_a_group_runs_its_prompt_once():
     assert "tensor<4x24x16xf32>" in text and "tensor<16x24x16xf32>" not in text
     ratio = planned["rollout"].model_flops / planned["know"].model_flops
     assert ratio == pytest.approx((4 * 24 + 16 * 8) / (16 * 32))
+
+
+def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapters():
+    """Forward, gradients of inputs, gradients of weights are 3; remat=full adds a pass, adapters leave one out."""
+    plain, full = (dataclasses.replace(MODEL, remat=remat) for remat in ("none", "full"))
+    assert [programs.passes(rank, c) * 3 for rank in (0, 4) for c in (plain, full)] == pytest.approx([3, 4, 2, 3])
+    assert programs.passes(0, full, plain) == 1.0
+    subject = shapes.subject(NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo")._replace(model=full)
+    times = {p.name: p.passes for p in programs.sketch(subject, make_layout(MeshConfig())).programs}
+    assert times.pop("update") == pytest.approx(4 / 3) and set(times.values()) == {1.0}
 
 
 def test_flops_of_ppos_programs_by_hand():
