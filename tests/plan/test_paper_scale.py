@@ -1,6 +1,7 @@
-"""Every paper-scale config fits where experiments/README.md says: by arithmetic here, by the TPU compiler on demand.
+"""Every paper-scale config fits where experiments/README.md says: by arithmetic, and by the TPU compiler.
 
-`pytest -n0 -m plan_scale` compiles each row's programs for its topology (the plan extra; minutes each, hours in all).
+`pytest -m plan_scale` compiles what trains of every row for its topology, which takes most of a device (the plan extra;
+a step of .ci/run), `pytest -m plan_rest` the other programs of the policy stages: rollouts, the longest to compile.
 """
 
 import importlib.util
@@ -94,16 +95,38 @@ def test_a_config_that_does_not_fit_is_named():
         test_a_paper_scale_config_fits_by_arithmetic(smaller)
 
 
-@pytest.mark.plan_scale
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: the plan extra")
-@pytest.mark.parametrize("row", ROWS, ids=NAMES)
-def test_a_paper_scale_config_fits_by_the_compiler(row, tmp_path):
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: the plan extra"
+)
+TRAINS = {"ppo": "update", "group": "update"}  # the program of a stage that trains; of the others "step"
+REST = ("rollout", "know", "score", "prepare")
+
+
+def compiles(row: Row, names: tuple[str, ...], out: Path) -> None:
+    """`rlhfjax plan` of a row as a user gives it; fails with the config's name."""
     flags = [f"--{name}={value}" for name, value in row.flags.items()]
-    out: Path = tmp_path / "plan.json"
+    where = [f"--config={ROOT / row.config}", f"--topology={row.topology}", f"--json={out}"]
     try:
-        where = [f"--config={ROOT / row.config}", f"--topology={row.topology}", f"--json={out}"]
-        main.main(["rlhfjax", "plan", *where, *flags])
+        main.main(["rlhfjax", "plan", *where, *flags, f"--programs={','.join(names)}"])
     except (ConfigError, SystemExit) as e:
         pytest.fail(f"{row.config} on {row.topology} cannot be planned: {e}")
     plan = json.loads(out.read_text())
+    assert [program["name"] for program in plan["programs"]] == list(names)
     assert plan["fits"], f"{row.config} does not fit {row.topology}: {plan['advice']}"
+
+
+@NEEDS_LIBTPU
+@pytest.mark.plan_scale
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_a_paper_scale_config_trains_where_it_says(row, tmp_path):
+    compiles(row, (TRAINS.get(planned(row)[0].config.stage, "step"),), tmp_path / "plan.json")
+
+
+@NEEDS_LIBTPU
+@pytest.mark.plan_rest
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_a_paper_scale_config_samples_where_it_says(row, tmp_path):
+    subject, _ = planned(row)
+    if subject.config.stage not in TRAINS:
+        pytest.skip("it does not sample")
+    compiles(row, tuple(name for name in REST if name != "score" or subject.reward is not None), tmp_path / "plan.json")
