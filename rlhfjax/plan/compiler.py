@@ -148,7 +148,10 @@ def _peak(ranges: str) -> tuple[tuple[str, float], ...]:
 
 
 def _memory(assignment: str) -> Memory:
-    """From the allocations in HBM: parameters, outputs (some in the place of parameters), and the rest."""
+    """From the allocations in HBM: parameters, outputs (some in the place of parameters), temporaries.
+
+    What is "thread-local" lies inside a fusion, on paper alone; constants are part of the machine code.
+    """
     sizes = {"arguments": 0.0, "aliased": 0.0, "outputs": 0.0, "temporaries": 0.0}
     for size, space, what in _ALLOCATION.findall(assignment):
         if (space or HBM) != HBM:
@@ -157,6 +160,6 @@ def _memory(assignment: str) -> Memory:
         sizes["arguments"] += float(size) * given
         sizes["outputs"] += float(size) * left
         sizes["aliased"] += float(size) * (given and left)
-        sizes["temporaries"] += float(size) * (not given and not left)
+        sizes["temporaries"] += float(size) * what.startswith("preallocated-temp")
     peak = sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
     return Memory(**sizes, peak=peak)
