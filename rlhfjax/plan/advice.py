@@ -1,7 +1,7 @@
 """What would make a stage fit, with numbers: the same arithmetic for the config as it is and as it could be."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from rlhfjax.plan.chips import CHIPS, GIB
@@ -10,6 +10,7 @@ from rlhfjax.plan.estimate import estimate, smallest_batch
 from rlhfjax.plan.shapes import Subject
 
 DOUBLINGS = 8
+Need = Callable[[Subject, Mapping[str, int]], float]  # bytes a device
 
 
 class Change(NamedTuple):
@@ -29,21 +30,21 @@ def advise(subject: Subject, axes: Mapping[str, int], worst: Measured, completio
     Args:
       worst: the program that takes most of a device, and does not fit.
     """
-    need, room = worst.memory.peak + worst.elsewhere, worst.capacity or 0.0
-    factor = need / expected(Change("", subject, axes), completions)
-    lines = [f"{worst.name} needs {need / GIB:.1f} GiB a device of {room / GIB:.1f}; by arithmetic from there:"]
-    for change in [*changes(subject, axes, room / factor, completions)]:
-        left = factor * expected(change, completions)
+    compiled, room = worst.memory.peak + worst.elsewhere, worst.capacity or 0.0
+    part = "rollout" if worst.name == "rollout" else "update"
+
+    def need(subject: Subject, axes: Mapping[str, int]) -> float:  # by arithmetic; the chip is for the time alone
+        return estimate(subject, axes, CHIPS["v5e"], completions, part).bytes
+
+    factor = compiled / need(subject, axes)
+    lines = [f"{worst.name} needs {compiled / GIB:.1f} GiB a device of {room / GIB:.1f}; by arithmetic from there:"]
+    for change in changes(subject, axes, room / factor, need):
+        left = factor * need(change.subject, change.axes)
         lines.append(f"{change.what}: {left / GIB:.1f} GiB, {'fits' if left <= room else 'not enough alone'}")
     return lines
 
 
-def expected(change: Change, completions: int) -> float:
-    """Bytes a device, by arithmetic."""
-    return estimate(change.subject, change.axes, CHIPS["v5e"], completions).bytes  # the chip is for the time alone
-
-
-def changes(subject: Subject, axes: Mapping[str, int], room: float, completions: int = 2) -> Iterator[Change]:
+def changes(subject: Subject, axes: Mapping[str, int], room: float, need: Need) -> Iterator[Change]:
     """What can be otherwise of a config; sizes are doubled or halved until arithmetic finds it in `room` bytes."""
     best = subject
     if subject.model.dtype == "float32":
@@ -54,7 +55,7 @@ def changes(subject: Subject, axes: Mapping[str, int], room: float, completions:
         now = subject.model.remat
         yield Change(f"remat=full of the model (now {now})", _model(subject, remat="full"), axes)
     whole, steps = best, best is not subject
-    if smaller := _until(_microbatches, subject, axes, room, completions):
+    if smaller := _until(_microbatches, subject, axes, room, need):
         now, m = subject.config.microbatches, smaller.config.microbatches
         best, steps = _config(best, microbatches=m), steps + 1
         yield Change(f"smaller microbatches: --config.microbatches={m} (now {now})", smaller, axes)
@@ -65,26 +66,26 @@ def changes(subject: Subject, axes: Mapping[str, int], room: float, completions:
         yield Change(f"{what} (now data {axes['data']}, fsdp {axes['fsdp']})", subject, spread)
     if steps + (spread != axes) > 1:
         yield Change("all of this together", best, spread)
-    if halved := _until(_half_batch, subject, axes, room, completions):
+    if halved := _until(_half_batch, subject, axes, room, need):
         now, b = subject.config.batch_size, halved.config.batch_size
         yield Change(f"a smaller batch: --config.batch_size={b} (now {now})", halved, axes)
-    yield _more_chips(whole, spread, room, completions)
+    yield _more_chips(whole, spread, room, need)
 
 
-def _more_chips(subject: Subject, axes: Mapping[str, int], room: float, completions: int) -> Change:
+def _more_chips(subject: Subject, axes: Mapping[str, int], room: float, need: Need) -> Change:
     """Twice the devices, again and again: along fsdp while the batch divides, then along tensor."""
     for _ in range(DOUBLINGS):
         shards = axes["replica"] * axes["data"] * axes["fsdp"]
         axis = "fsdp" if smallest_batch(subject) % (2 * shards) == 0 else "tensor"
         axes = {**axes, axis: 2 * axes[axis]}
-        if expected(Change("", subject, axes), completions) <= room:
+        if need(subject, axes) <= room:
             break
     n = axes["replica"] * axes["data"] * axes["fsdp"] * axes["tensor"] * axes["sequence"]
     flags = f"--config.mesh.fsdp={axes['fsdp']} --config.mesh.tensor={axes['tensor']}"
     return Change(f"{n} devices, the batch and its microbatches as they are: {flags}", subject, axes)
 
 
-def _until(change, subject: Subject, axes: Mapping[str, int], room: float, completions: int) -> Subject | None:
+def _until(change, subject: Subject, axes: Mapping[str, int], room: float, need: Need) -> Subject | None:
     """The change repeated until it fits or cannot be made again; None where it cannot be made once."""
     last = None
     for _ in range(DOUBLINGS):
@@ -92,7 +93,7 @@ def _until(change, subject: Subject, axes: Mapping[str, int], room: float, compl
         if following is None:
             break
         last = following
-        if expected(Change("", last, axes), completions) <= room:
+        if need(last, axes) <= room:
             break
     return last
 

@@ -45,27 +45,29 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions: int = 2) -> Estimate:
+def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions: int = 2, part: str = "") -> Estimate:
     """A stage on a mesh with these axes.
 
     A device keeps 1 / (fsdp x tensor) of float32 parameters, gradients and moments; of frozen models the parameters.
     Its activations are those of its rows in one microbatch: with remat=full the inputs of all layers (2 t d bytes a row
-    and layer) and everything of one. Sampling takes a KV cache instead. FSDP gathers weights for every pass and
-    scatters gradients once a microbatch, whole layers at a time.
+    and layer) and everything of one. Sampling takes a KV cache in the place of gradients and activations. FSDP gathers
+    weights for every pass and scatters gradients once a microbatch, whole layers at a time.
 
     Args:
       completions: answers to a prompt, where the data decides that: reward and direct stages.
+      part: "rollout" or "update", the moment that is meant; else the one that takes more.
     """
     nets, split = networks(subject), axes["fsdp"] * axes["tensor"]
     rows, length = _rows(subject, axes, completions)
     parts = {
         "parameters": sum(4.0 * net.numbers for net in nets) / split,
         "optimiser and average": sum(4.0 * net.trained * (net.moments + net.averaged) for net in nets) / split,
-        "gradients": _accumulators(subject) * sum(4.0 * net.trained for net in nets) / split,
     }
-    training = _training(subject, rows, length, axes)
+    gradients = _accumulators(subject) * sum(4.0 * net.trained for net in nets) / split
+    training = {"gradients": gradients} | _training(subject, rows, length, axes)
     cache = _cache(subject, axes)
-    parts |= {"KV cache": cache} if cache > sum(training.values()) else training
+    sampling = part == "rollout" or (not part and cache > sum(training.values()))
+    parts |= {"KV cache": cache} if sampling else training
     seconds = _seconds(subject, nets, axes, chip, completions)
     return Estimate(parts, seconds, _tokens(subject, completions))
 

@@ -48,9 +48,9 @@ def test_ppo_has_four_models_and_an_average():
     judge = memory.parameters(a_ppo().reward, "scalar")
     nets = estimate.networks(a_ppo(ema=0.9))
     assert sum(net.numbers for net in nets) == 2 * N + 2 * judge
-    parts = estimate.estimate(a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"]).parts
+    parts = estimate.estimate(a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout").parts
     assert parts["optimiser and average"] == 4 * (3 * N + 2 * judge) / 8
-    # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers are more than training
+    # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers
     assert parts["KV cache"] == memory.kv_cache_bytes(SHAPE, 8, 2048)
 
 
@@ -69,9 +69,9 @@ def test_time_of_a_step_on_one_chip_is_that_of_its_products():
     assert got.tokens == 64 * 2048
 
 
-def refused(gib, room=16.0):
+def refused(gib, room=16.0, name="step"):
     memory_ = Memory(gib * GIB, 0.0, 0.0, 0.0, gib * GIB)
-    return Measured("step", memory_, room * GIB, False, None, [], None, 1.0, 0.0)
+    return Measured(name, memory_, room * GIB, False, None, [], None, 1.0, 0.0)
 
 
 def test_advice_names_what_fits_and_by_how_much():
@@ -95,6 +95,16 @@ def test_what_the_mesh_forbids_is_not_advised():
     said = "\n".join(advice.advise(an_sft(), {**ONE, "fsdp": 64}, refused(40.0)))
     assert "smaller microbatches" not in said and "--config.batch_size" not in said
     assert "--config.mesh.fsdp=64 --config.mesh.tensor=" in said
+
+
+def test_advice_is_for_the_program_that_does_not_fit():
+    """Smaller microbatches help an update by its activations, and a rollout, whose cache they are no part of, not."""
+    subject, axes = a_ppo(minibatches=1, batch_size=512), {**ONE, "fsdp": 8}
+    parts = {part: estimate.estimate(subject, axes, CHIPS["v5e"], part=part) for part in ("rollout", "update")}
+    assert "KV cache" in parts["rollout"].parts and "KV cache" not in parts["update"].parts
+    for part, helped in (("rollout", False), ("update", True)):
+        (line,) = (x for x in advice.advise(subject, axes, refused(20.0, name=part)) if "smaller microbatches" in x)
+        assert (float(line.partition(": ")[2].partition("): ")[2].partition(" GiB")[0]) < 20) == helped, line
 
 
 def test_frozen_models_are_beside_an_update():
