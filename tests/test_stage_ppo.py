@@ -396,6 +396,16 @@ def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
         assert metrics["ptx_loss"] > 0
 
 
+def test_every_minibatch_of_text_lies_over_all_devices():
+    """4 devices with 4 of 16 rows each: each has 2 of the 8 of either minibatch, not 4 of one and none of the other."""
+    layout = make_layout(MeshConfig(data=4))
+    x = np.arange(48, dtype=np.int32).reshape(16, 3)
+    with layout.use():
+        y = jax.jit(lambda x: epochs._cycle(x, 2, 1))(layout.put({"x": x})["x"])
+    assert y.sharding.shard_shape(y.shape) == (2, 2, 3)
+    np.testing.assert_array_equal(y, x.reshape(2, 8, 3))
+
+
 def test_ptx_gives_every_minibatch_of_an_epoch_text_of_its_own():
     rows = np.asarray(epochs._cycle(jnp.arange(24), 4, 2))
     assert rows.shape == (8, 6)

@@ -9,6 +9,7 @@ import optax
 
 from rlhfjax import state as states
 from rlhfjax.algos import ema, kl
+from rlhfjax.mesh import constrain
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages import Pairs
@@ -50,7 +51,7 @@ def minibatch_epochs(
 
     def measure(state: states.TrainState, inputs: Any) -> tuple[PyTree, Pairs]:
         rows, some_text = inputs
-        batch = prepare(jax.tree.map(lambda x: x[rows], experience))
+        batch = prepare(jax.tree.map(lambda x: _shared(x[rows]), experience))
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, pairs = states.gradients(loss, state.params, batch, None, **options)
         if config.ptx.coefficient:
@@ -118,7 +119,13 @@ def _add_ptx(
 
 def _cycle(x: jax.Array, minibatches: int, epochs: int) -> jax.Array:
     """Rows of pretraining text [n, ...] to [epochs * minibatches, n / minibatches, ...], the same text every epoch."""
-    return jnp.tile(x.reshape(minibatches, -1, *x.shape[1:]), (epochs,) + (1,) * x.ndim)
+    return jnp.tile(_shared(x.reshape(minibatches, -1, *x.shape[1:]), 1), (epochs,) + (1,) * x.ndim)
+
+
+def _shared(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Every minibatch lies over all devices. Left to itself the partitioner splits minibatches too, and devices that
+    have parts of several look up, and sum the gradients of, embeddings for each other."""
+    return constrain(x, tuple("batch" if i == axis else None for i in range(x.ndim)))
 
 
 def end_iteration(config: PolicyConfig, state: states.TrainState, pairs: Pairs) -> states.TrainState:
