@@ -910,7 +910,7 @@ def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
                 failed.add(report.nodeid.partition("[")[0])
 
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *tests], plugins=[Watch()])
+        pytest.main(["-n0", "-m", "", "-p", "no:cacheprovider", "--tb=no", *tests], plugins=[Watch()])
     import rlhfjax
 
     assert Path(rlhfjax.__file__).is_relative_to(copy), rlhfjax.__file__
