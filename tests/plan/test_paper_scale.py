@@ -102,7 +102,7 @@ TRAINS = {"ppo": "update", "group": "update"}  # the program of a stage that tra
 REST = ("rollout", "know", "score", "prepare")
 
 
-def compiles(row: Row, names: tuple[str, ...], out: Path) -> None:
+def check_it_fits(row: Row, names: tuple[str, ...], out: Path) -> None:
     """`rlhfjax plan` of a row as a user gives it; fails with the config's name."""
     flags = [f"--{name}={value}" for name, value in row.flags.items()]
     where = [f"--config={ROOT / row.config}", f"--topology={row.topology}", f"--json={out}"]
@@ -119,7 +119,7 @@ def compiles(row: Row, names: tuple[str, ...], out: Path) -> None:
 @pytest.mark.plan_scale
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_a_paper_scale_config_trains_where_it_says(row, tmp_path):
-    compiles(row, (TRAINS.get(planned(row)[0].config.stage, "step"),), tmp_path / "plan.json")
+    check_it_fits(row, (TRAINS.get(planned(row)[0].config.stage, "step"),), tmp_path / "plan.json")
 
 
 @NEEDS_LIBTPU
@@ -129,4 +129,6 @@ def test_a_paper_scale_config_samples_where_it_says(row, tmp_path):
     subject, _ = planned(row)
     if subject.config.stage not in TRAINS:
         pytest.skip("it does not sample")
-    compiles(row, tuple(name for name in REST if name != "score" or subject.reward is not None), tmp_path / "plan.json")
+    check_it_fits(
+        row, tuple(name for name in REST if name != "score" or subject.reward is not None), tmp_path / "plan.json"
+    )
