@@ -6,23 +6,24 @@ import gc
 import json
 import os
 import random
-import tempfile
 import uuid
 from importlib.metadata import version
 from pathlib import Path
 
+from tests import compilation_cache
+
 # Before jax starts: four devices on one CPU, so that sharding is tested wherever the tests run.
-FLAGS = ["--xla_force_host_platform_device_count=4"]
-if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they no longer know
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # halves the time of compiling, which is most of these tests
+FLAGS = [
+    "--xla_force_host_platform_device_count=4",
+    "--xla_cpu_parallel_codegen_split_count=1",  # halves the memory maps that a program costs
+]
+if version("jaxlib").startswith("0.10."):  # later versions stop at a flag that they do not know
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # halves the time of compiling, most of the tests' time
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Small programs are compiled by the hundred and run once or twice: optimising them costs more than it gives.
+# Small programs are compiled by the hundred and run once or twice: optimizing them costs more than it gives.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# What several tests, workers or commands compile is compiled once.
-_CACHE = tempfile.TemporaryDirectory(prefix="rlhfjax-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)  # workers inherit the first one
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+compilation_cache.use()
 
 import filelock
 import jax
@@ -33,6 +34,22 @@ gc.set_threshold(100_000, 50, 100)  # the heap is millions of objects of jax tha
 from rlhfjax import paths, recipe
 from rlhfjax.config import to_dict
 from tests import gcs, tiny
+
+MANY_MAPS = 20_000  # a process may have 65,530 memory maps (vm.max_map_count); one module adds thousands
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees the compiled programs at the end of a module when the process holds many of them.
+
+    Every compiled program costs 6 to 230 memory maps, and XLA crashes when there are no more.
+    """
+    if nextitem is None or nextitem.path == item.path:
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
 
 WORDS = (
     *("I", "you", "we", "they", "like", "love", "hate", "see", "want", "good", "bad"),

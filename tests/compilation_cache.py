@@ -1,0 +1,46 @@
+"""The persistent compilation cache of the tests: what one run has compiled, the next one loads.
+
+`RLHFJAX_TEST_CACHE=off pytest` compiles everything anew; `RLHFJAX_TEST_CACHE=FOLDER` keeps the programs elsewhere.
+"""
+
+import hashlib
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+VARIABLE = "RLHFJAX_TEST_CACHE"
+LIMIT = 4 * 2**30  # bytes; a fuller folder is emptied
+
+
+def use() -> None:
+    """Sets jax's environment variables, which processes that a test starts inherit. Call it before jax is imported."""
+    setting = os.environ.get(VARIABLE, "")
+    if setting == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    root = Path(setting) if setting else user_cache() / "rlhfjax" / "tests"
+    folder = root / key()
+    if folder.exists() and size(folder) > LIMIT:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+
+def user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def key() -> str:
+    """jaxlib's version and a hash of the processor's instruction sets: machine code of another one may not run."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"jaxlib-{version('jaxlib')}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
