@@ -15,16 +15,19 @@ LIMIT = 4 * 2**30  # bytes; a fuller folder is emptied
 
 def use() -> None:
     """Sets jax's environment variables, which processes that a test starts inherit. Call it before jax is imported."""
-    setting = os.environ.get(VARIABLE, "")
-    if setting == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    root = Path(setting) if setting else user_cache() / "rlhfjax" / "tests"
-    folder = root / key()
-    if folder.exists() and size(folder) > LIMIT:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    if os.environ.get(VARIABLE) != "off":
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder()))
+
+
+def folder() -> Path:
+    """The folder of this machine's programs; it exists, and is emptied when it has grown above LIMIT."""
+    root = Path(os.environ.get(VARIABLE) or user_cache() / "rlhfjax" / "tests")
+    path = root / key()
+    if path.exists() and size(path) > LIMIT:
+        shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def user_cache() -> Path:
@@ -41,6 +44,10 @@ def key() -> str:
     return f"jaxlib-{version('jaxlib')}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
 
 
-def size(folder: Path) -> int:
+def size(path: Path) -> int:
     """Bytes of the files in a folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return sum(entry.stat().st_size for entry in os.scandir(path))
+
+
+if __name__ == "__main__":
+    print(folder())

@@ -123,7 +123,7 @@ def test_a_paper_scale_config_trains_where_it_says(row, tmp_path):
 
 
 @NEEDS_LIBTPU
-@pytest.mark.plan_rest
+@pytest.mark.nightly
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_a_paper_scale_config_samples_where_it_says(row, tmp_path):
     subject, _ = planned(row)
