@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ def strict(text: str):
 
 
 def dump_calls(path: Path) -> list[ast.Call]:
-    """The calls of json.dump and json.dumps in a file."""
+    """The calls of json.dump and json.dumps in a file, whatever name json is imported under."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return [call for call in calls if ast.unparse(call.func) in ("json.dump", "json.dumps")]
+    names = [(ast.unparse(call.func), call) for call in calls]
+    return [call for name, call in names if re.search(r"(?<!pickle\.)\bdumps?$", name)]
 
 
 def test_pitfall_35_no_encoder_lets_nan_pass():
