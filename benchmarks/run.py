@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from rlhfjax import recipe, stages, train
+from rlhfjax import json_text, recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.interop import store
@@ -142,7 +142,8 @@ def prepare(folder: Path, shape: Any) -> None:
     text = [" ".join(map(str, rng.integers(0, 1000, 20))) for _ in range(200)]
     tokenizer = train_sentencepiece(text, folder, vocab_size=274)
     turns = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
-    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chats = folder / "chats.jsonl"
+    chats.write_text(json_text.encode({"messages": turns}, chats) + "\n")
     row = {"prompt": "1", "completions": ["2", "3"], "scores": [1.0, 0.0]}
     row |= {"prompt_tokens": tokenizer.encode("1"), "completion_tokens": [tokenizer.encode(t) for t in "23"]}
     write_preferences(folder / "preferences", {"train": [row], "validation": [row]}, labeller="made up")
@@ -278,7 +279,8 @@ def main(argv: list[str]) -> None:
         run_generate(shape, w, meter)
     else:
         run_stage(WORKLOAD.value, shape, w, meter)
-    print(json.dumps(report(WORKLOAD.value, shape, w, meter)), flush=True)
+    measured = json_text.null_nonfinite(report(WORKLOAD.value, shape, w, meter))
+    print(json_text.encode(measured, WORKLOAD.value), flush=True)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def run(shell: Shell, job: Job, poll: float) -> int:
 
     One that goes on is followed; one that has ended is deleted first, since it would only be told again how.
     """
-    text = json.dumps(manifest(job), indent=2)
+    text = json.dumps(manifest(job), indent=2, allow_nan=False)
     if shell.dry_run:
         shell.say(text)
         shell.say(f"# where one of the name has ended: {shlex.join(down(job.name))}")
@@ -225,7 +225,7 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
     given_ = {key: fv[key].value for key in same}
     job = Job(name=name, command=tuple(given(command)), env=environment(fv.env), secrets=secrets(fv.secret), **given_)
     try:
-        text = json.dumps(manifest(job), indent=2)
+        text = json.dumps(manifest(job), indent=2, allow_nan=False)
     except ValueError as e:
         raise flags.IllegalFlagValueError(str(e)) from None
     if words[0] == "manifest":

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts, json_text, paths
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError
 from rlhfjax.paths import Path
@@ -71,7 +71,9 @@ class Checkpoints:
           data: the data iterator's position, of JSON types.
         Raises:
           CheckpointError: the disk refused (full, read-only). The checkpoints before it are untouched.
+          DataError: NaN or an infinity in `data`.
         """
+        json_text.validate_finite(data, f"checkpoint {step}: the position of the data")
         note = {"data": data, "checksums": checksums(state)}
         with _disk_errors(self.directory):  # what fails may also be the save before this one
             self._orbax.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)

@@ -5,7 +5,6 @@ recipe: `stages`, a tuple of names, and beside it the config of each name.
 """
 
 import dataclasses
-import json
 import os
 import traceback
 import types
@@ -16,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import dacite
 from ml_collections import ConfigDict, config_dict
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
@@ -132,10 +131,14 @@ def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "co
     """A frozen dataclass from a config, strictly.
 
     Raises:
-      ConfigError: an unknown key, a missing one, a wrong type, or what the dataclass itself refuses.
+      ConfigError: an unknown key, a missing one, a wrong type, NaN or an infinity, or what the
+        dataclass itself refuses.
     """
     values = to_dict(values)
     defaults(cls, values, where)  # names every unknown key with its place
+    if found := json_text.first_nonfinite(values, where):
+        option, number = found
+        raise ConfigError(f"{option}={number}: expected a finite number")
     try:
         hooks = {float: _as_float, int: _as_int}
         return dacite.from_dict(cls, values, dacite.Config(strict=True, type_hooks=hooks, cast=[tuple]))
@@ -203,6 +206,7 @@ def to_dict(config: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all, on the first host."""
+    """Writes whole or not at all, on the first host. Raises DataError for NaN and infinities."""
     if hosts.first():
-        paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+        text = json_text.encode(value, path, indent=2, sort_keys=True, ensure_ascii=True)
+        paths.write(path, text + "\n")

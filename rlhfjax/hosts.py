@@ -23,6 +23,7 @@ from jax._src import distributed  # its client is the only way to the coordinati
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhfjax import json_text
 from rlhfjax.errors import ConfigError, HostLost
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def gather(value: T) -> list[T]:
     """What each host says, the hosts in their order, on every host; of JSON types."""
     if count() == 1:
         return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    said = np.frombuffer(json_text.encode(value, "hosts.gather").encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(said.size))
     room = 1 << int(sizes.max()).bit_length()  # few sizes, each of which is compiled once
     padded = multihost_utils.process_allgather(np.pad(said, (0, room - said.size)))

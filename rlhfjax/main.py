@@ -1,7 +1,6 @@
 """`rlhfjax COMMAND`: flags, then one call."""
 
 import errno
-import json
 import logging
 import os
 import signal
@@ -79,12 +78,13 @@ def sweep(fv: flags.FlagValues) -> None:
 
 def evaluate(fv: flags.FlagValues) -> None:
     """Evaluates a stage's latest checkpoint again on its held-out data: rlhfjax eval --workdir=DIR [--config=FILE]"""
-    from rlhfjax import recipe
+    from rlhfjax import json_text, recipe
 
     _need(fv, "workdir")
     metrics = recipe.evaluate(fv.config, _path(fv.workdir))
     if _hosts().first():
-        print(json.dumps(metrics, indent=2, sort_keys=True))
+        finite = json_text.null_nonfinite(metrics)
+        print(json_text.encode(finite, "metrics", indent=2, sort_keys=True))
 
 
 def chat(fv: flags.FlagValues) -> None:

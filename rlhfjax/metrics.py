@@ -19,7 +19,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.paths import Path
 
@@ -95,17 +95,22 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line, the file whole or not at all, on the first host."""
+    """Writes one JSON object per line, the file whole or not at all, on the first host.
+
+    Raises:
+      DataError: a row holds NaN or an infinity; names the file, the line and the column.
+    """
     if hosts.first():
-        paths.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json_text.encode(row, f"{path}:{i}") + "\n" for i, row in enumerate(rows, start=1)]
+        paths.write(path, "".join(lines))
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
-    """The last value of every metric in a workdir's metrics.jsonl."""
+    """The last value of every metric in a workdir's metrics.jsonl; NaN for null."""
     values: dict[str, float] = {}
     for row in read_jsonl(paths.path(workdir) / "metrics.jsonl"):
         values |= {name: value for name, value in row.items() if name != "step"}
-    return values
+    return json_text.nan_for_null(values)
 
 
 def _keep_until(path: Path, step: int | None) -> None:
@@ -115,10 +120,10 @@ def _keep_until(path: Path, step: int | None) -> None:
 
 
 def _line(step: int, values: Mapping[str, Real]) -> str:
-    """One JSON object: step first, names sorted, floats by repr (they read back exactly), null for NaN and inf."""
+    """One JSON object: step first, names sorted, floats by repr, null for NaN and infinities."""
     floats = {name: float(values[name]) for name in sorted(values)}
-    row = {name: value if math.isfinite(value) else None for name, value in floats.items()}
-    return json.dumps({"step": int(step), **row}, ensure_ascii=False, allow_nan=False) + "\n"
+    row = json_text.null_nonfinite(floats)
+    return json_text.encode({"step": int(step), **row}, f"metrics of step {step}") + "\n"
 
 
 class Writer:

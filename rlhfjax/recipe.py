@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, paths, stages, train
+from rlhfjax import hosts, json_text, paths, stages, train
 from rlhfjax.clock import Clock
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -73,13 +73,17 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
         metrics = train.run(stage, typed, workdir, layout, clock)
     steps = getattr(typed, "steps", 0)
     done = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
-    hosts.share(lambda: write_json(workdir / DONE, done | {"metrics": metrics}))
+    done["metrics"] = json_text.null_nonfinite(metrics)
+    hosts.share(lambda: write_json(workdir / DONE, done))
     return metrics
 
 
 def read_done(workdir: Path) -> dict[str, Any] | None:
-    """What a finished stage left; None where it is not finished."""
-    return json.loads((workdir / DONE).read_text()) if (workdir / DONE).exists() else None
+    """What a finished stage left, NaN for a metric that is null; None where it is not finished."""
+    if not (workdir / DONE).exists():
+        return None
+    done = json.loads((workdir / DONE).read_text())
+    return done | {"metrics": json_text.nan_for_null(done["metrics"])}
 
 
 def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> dict[str, float]:
@@ -235,7 +239,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
         paths.make_folder(workdir)
     except OSError as e:
         raise ConfigError(f"--workdir={workdir}: {e.strerror}") from None
-    write_json(workdir / CONFIG, json.loads(json.dumps(config)))
+    write_json(workdir / CONFIG, config)
 
 
 def compare(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -247,7 +251,8 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / CONFIG
     if not path.exists() or _nothing_but_configs(workdir):
         return
-    before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(config)))
+    as_written = json.loads(json_text.encode(config, path))
+    before, now = _flatten(json.loads(path.read_text())), _flatten(as_written)
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
     if differ:
         shown = "; ".join(f"{k}: {before.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in differ[:5])

@@ -868,6 +868,153 @@ DEFECTS = [
         "pass",
         "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",
     ),
+    # ------------------------------------------------------------------ files and statistics
+    # 35: NaN in a file of JSON; in one that a checkpoint or a dataset holds
+    d(
+        35,
+        "json_text.py",
+        "default=default, allow_nan=False, **options",
+        "default=default, **options",
+        "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
+        "test_json_text.py::test_pitfall_35_a_number_that_json_lacks_is_an_error_with_its_place",
+    ),
+    d(
+        35,
+        "checkpoint.py",
+        'json_text.validate_finite(data, f"checkpoint {step}: the position of the data")',
+        "pass",
+        "test_checkpoint.py::test_pitfall_35_a_position_that_json_cannot_hold_is_an_error",
+    ),
+    d(
+        35,
+        "data/preferences.py",
+        'json_text.encode(row, f"{folder / name}:{i}", default=_plain)',
+        '__import__("json").dumps(row, default=_plain)',
+        "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
+        "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
+    ),
+    # 35: a metric that is not finite ends the run, or is None where it is read
+    d(
+        35,
+        "json_text.py",
+        "return None if isinstance(value, float) and not math.isfinite(value) else value",
+        "return value",
+        "test_json_text.py::test_pitfall_35_metrics_that_are_not_finite_are_null_and_read_as_nan",
+        "test_recipe.py::test_pitfall_35_a_metric_that_is_nan_is_null_in_done_json",
+        "test_sweep.py::test_pitfall_35_a_cell_of_what_is_not_finite_is_empty",
+        "report/test_report.py::test_pitfall_35_what_the_page_shows_as_json_is_json",
+    ),
+    d(
+        35,
+        "recipe.py",
+        'done["metrics"] = json_text.null_nonfinite(metrics)',
+        'done["metrics"] = metrics',
+        "test_recipe.py::test_pitfall_35_a_metric_that_is_nan_is_null_in_done_json",
+    ),
+    d(
+        35,
+        "metrics.py",
+        "return json_text.nan_for_null(values)",
+        "return values",
+        "test_metrics.py::test_pitfall_35_a_value_that_is_null_is_nan_again",
+    ),
+    d(
+        35,
+        "report/page.py",
+        "both = [step for step, values in measured.items() if np.isfinite(values).all()]",
+        "both = list(measured)",
+        "report/test_report.py::test_pitfall_35_the_frontier_leaves_out_what_is_null",
+    ),
+    # 35: a KL of greedy responses, at temperature 0
+    d(
+        35,
+        "stages/evaluate.py",
+        "if config.temperature > 0:",
+        "if True:",
+        "test_stage_evaluate.py::test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so",
+    ),
+    # 36: percentiles of resampled win rates; Wald's interval
+    d(
+        36,
+        "evals/stats.py",
+        "return wilson(float(outcomes.sum()), len(outcomes), level=level)",
+        """draws = np.random.default_rng(0).choice(outcomes, (10_000, len(outcomes))).mean(1)
+    low, high = map(float, np.percentile(draws, [2.5, 97.5]))
+    return Interval(float(outcomes.mean()), low, high, "Wilson")""",
+        "evals/test_stats.py::test_pitfall_36_sixteen_wins_of_sixteen_by_hand",
+        "evals/test_stats.py::test_pitfall_36_a_win_rate_near_one_is_covered",
+        "test_stage_evaluate.py::test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named",
+    ),
+    d(
+        36,
+        "evals/stats.py",
+        "math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))",
+        "math.sqrt(p * (1 - p) / n)",
+        "evals/test_stats.py::test_pitfall_36_wilson_is_scipys",
+    ),
+    # 36: percentiles of resampled means, also of three values; an interval of nothing
+    d(
+        36,
+        "evals/stats.py",
+        'method="BCa",',
+        'method="percentile",',
+        "evals/test_stats.py::test_pitfall_36_the_interval_of_a_skewed_mean_is_bca_by_a_plain_loop",
+        "evals/test_stats.py::test_pitfall_36_bca_is_scipys_and_the_order_does_not_matter",
+    ),
+    d(
+        36,
+        "evals/stats.py",
+        "if len(x) >= BCA_LEAST and x[0] < x[-1]:",
+        "if True:",
+        "evals/test_stats.py::test_pitfall_36_the_interval_of_few_or_equal_values_is_students",
+    ),
+    d(
+        36,
+        "evals/stats.py",
+        "if not 0 <= wins <= n or n < 1:",
+        "n = max(n, 1)\n    if False:",
+        "evals/test_stats.py::test_pitfall_36_nothing_has_no_interval",
+    ),
+    # 36: NaN loses every comparison, or is none
+    d(
+        36,
+        "evals/stats.py",
+        "bad = ~np.isfinite(scores)",
+        "bad = np.zeros(scores.shape, bool)",
+        "evals/test_stats.py::test_pitfall_36_a_score_that_is_not_finite_is_refused_not_compared",
+        "test_stage_evaluate.py::test_pitfall_36_a_response_scored_nan_is_named",
+        "test_stage_best_of_n.py::test_pitfall_36_a_pool_with_an_infinite_score_is_refused",
+        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centres_nothing",
+    ),
+    d(
+        36,
+        "stages/best_of_n.py",
+        'stats.validate_scores(pool[name], f"best_of_n.{name}={getattr(config, name)}")',
+        "pass",
+        "test_stage_best_of_n.py::test_pitfall_36_a_pool_with_an_infinite_score_is_refused",
+    ),
+    d(
+        36,
+        "stages/recentre.py",
+        'stats.validate_scores(samples["rewards"], context, samples["valid"])',
+        "pass",
+        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centres_nothing",
+    ),
+    # 36: an interval of a kind that nobody names
+    d(
+        36,
+        "report/tables.py",
+        'return f"{label} 95 %: {low} to {high}"',
+        'return f"95 % interval {low} to {high}"',
+        "report/test_report.py::test_pitfall_36_an_interval_is_named",
+    ),
+    d(
+        36,
+        "stages/evaluate.py",
+        'prefix = f"{name}_{interval.method.lower()}"',
+        "prefix = name",
+        "test_stage_evaluate.py::test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named",
+    ),
 ]
 
 

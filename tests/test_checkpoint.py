@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhfjax import recipe
 from rlhfjax.checkpoint import Checkpoints, checksums, load_tree, save_tree
 from rlhfjax.config import CheckpointConfig
-from rlhfjax.errors import CheckpointError
+from rlhfjax.errors import CheckpointError, DataError
 from rlhfjax.mesh import MeshConfig, make_layout
 from tests.test_resume import _Crash, assert_same_stage, interrupt, recipe_folder
 from tests.test_stages import stage_values
@@ -40,6 +40,13 @@ def save(folder: Path, steps, config: CheckpointConfig = EVERYTHING) -> None:
         for step in steps:
             checkpoints.save(step, tree(step), {"position": step})
             checkpoints.wait()
+
+
+def test_pitfall_35_a_position_that_json_cannot_hold_is_an_error(tmp_path):
+    with Checkpoints(tmp_path, EVERYTHING) as checkpoints:
+        with pytest.raises(DataError, match=r"^checkpoint 3: .* of the data: rows\[1\] is nan;"):
+            checkpoints.save(3, tree(), {"rows": [0, float("nan")]})
+        assert checkpoints.steps() == []
 
 
 def restore(folder: Path, abstract=None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from typing import Literal
@@ -57,6 +58,9 @@ def test_values_arrive_as_their_types():
         ({"name": "a", "inner": {"how": "left"}}, ("c.inner.how='left'", "'up', 'down'")),
         ({"name": "a", "inner": 3}, ("c.inner=3", "Inner")),
         ({"name": "a", "maybe": "x"}, ("c.maybe='x'", "int")),
+        ({"name": "a", "rate": math.nan}, ("c.rate=nan", "expected a finite number")),
+        ({"name": "a", "inner": {"size": -math.inf}}, ("c.inner.size=-inf", "finite")),
+        ({"name": "a", "many": [{}, {"size": math.inf}]}, ("c.many[1].size=inf", "finite")),
     ],
 )
 def test_what_cannot_be_meant_is_named_with_its_place(values, said):

@@ -1,17 +1,20 @@
-"""Every config of experiments/, expanded: it can be meant, and it is what its golden text says.
+"""Every config of experiments/, expanded: it is valid, and it is what its golden text says.
 
-A golden text has a line an option, defaults included, so that a changed default is a difference somebody reads.
-`UPDATE_GOLDEN=1 pytest tests/test_experiments.py` writes them anew. Which arguments a file is expanded with is its own
-constant VARIANTS; () where it cannot be without a finished run; without the constant it is expanded as it is.
+A golden text holds what differs from the defaults of the stages, which have texts of their own (see
+`tests/expansion.py`), so that a changed default or option is a line that somebody reads.
+`UPDATE_GOLDEN=1 pytest -n0 tests/test_experiments.py` writes them anew. Which arguments a file is
+expanded with is its own constant VARIANTS; () where it cannot be without a finished run; without
+the constant it is expanded as it is.
 """
 
 import ast
+import copy
 import dataclasses
+import functools
 import json
 import os
 import re
 import runpy
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,14 @@ from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.models import Model
 from rlhfjax.models.presets import preset
+from tests import expansion
+from tests.expansion import Flat
 
 ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+QUICKSTART = EXPERIMENTS / "quickstart" / "recipe.py"
 GOLDEN = Path(__file__).parent / "golden"
+DEFAULTS = GOLDEN / "defaults"
 UPDATE = "UPDATE_GOLDEN=1 pytest -n0 tests/test_experiments.py"
 
 
@@ -36,32 +44,37 @@ def experiment_files() -> list[Path]:
     """The files under experiments/ with a get_config."""
     return [
         path
-        for path in sorted((ROOT / "experiments").rglob("*.py"))
+        for path in sorted(EXPERIMENTS.rglob("*.py"))
         if any(isinstance(x, ast.FunctionDef) and x.name == "get_config" for x in ast.parse(path.read_text()).body)
     ]
 
 
-def variants() -> Iterator[tuple[Path, str]]:
-    for path in experiment_files():
-        try:
-            names = runpy.run_path(str(path)).get("VARIANTS", ("",))
-        except Exception:
-            names = ("",)  # a file that cannot be read is its own failed test, and nobody else's
-        yield from ((path, name) for name in names)
+@functools.cache
+def loaded(path: Path) -> dict[str, Any]:
+    """The names that an experiment file defines."""
+    return runpy.run_path(str(path))
 
 
-def golden_file(path: Path, variant: str) -> Path:
-    """golden/FOLDER_FILE_VARIANT.txt, `default` for no argument."""
-    name = re.sub(r"[^\w.]+", "-", variant) or "default"
-    return GOLDEN / f"{'_'.join(path.relative_to(ROOT / 'experiments').with_suffix('').parts)}_{name}.txt"
+def variants_of(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(loaded(path).get("VARIANTS", ("",)))
+    except Exception:
+        return ("",)  # a file that cannot be read is its own failed test, and nobody else's
 
 
-CASES = list(variants())
-NAMES = [golden_file(*case).stem for case in CASES]
+def golden_file(path: Path) -> Path:
+    """golden/FOLDER_FILE.txt"""
+    return GOLDEN / f"{'_'.join(path.relative_to(EXPERIMENTS).with_suffix('').parts)}.txt"
 
 
-def expand(path: Path, variant: str) -> dict[str, Any]:
-    return to_dict(runpy.run_path(str(path))["get_config"](variant or None))
+FILES = [path for path in experiment_files() if variants_of(path)]
+
+
+@functools.cache
+def expanded(path: Path, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, {stage: its dataclass}) of a variant; an invalid one raises."""
+    config = to_dict(loaded(path)["get_config"](variant or None))
+    return config, typed_configs(config)
 
 
 @pytest.fixture(autouse=True)
@@ -89,42 +102,77 @@ def typed_configs(config: dict[str, Any]) -> dict[str, Any]:
     return {name: recipe.check(config[name], name) for name in folders}
 
 
-def golden_text(config: dict[str, Any]) -> str:
-    """`stage.option.option = JSON`, a line an option; stages in their order, options in that of the alphabet."""
-    lines = []
-    for name, typed in typed_configs(config).items():
-        options = jax.tree_util.tree_flatten_with_path(dataclasses.asdict(typed), is_leaf=lambda x: not is_branch(x))[0]
-        keys = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in options)
-        lines += [f"{name}.{key} = {json.dumps(leaf)}\n" for key, (_, leaf) in zip(keys, options, strict=True)]
-    return "".join(lines)
+def options_of(typed: Any) -> Flat:
+    """Every option of a stage's config."""
+    return dict(expansion.flatten(dataclasses.asdict(typed)))
 
 
-def is_branch(value: Any) -> bool:
-    return bool(value) and (isinstance(value, Mapping) or (isinstance(value, tuple) and isinstance(value[0], Mapping)))
+@functools.cache
+def defaults_of(stage: str) -> Flat:
+    return expansion.default_options(stage)
 
 
-@pytest.mark.parametrize(("path", "variant"), CASES, ids=NAMES)
-def test_expands_to_its_golden_text(path, variant):
-    text, golden = golden_text(expand(path, variant)), golden_file(path, variant)
+def own_options(configs: dict[str, Any]) -> Flat:
+    """What a variant sets: the stages, and their options that differ from the defaults."""
+    own = {"stages": json.dumps({name: typed.stage for name, typed in configs.items()})}
+    for name, typed in configs.items():
+        different = expansion.differences(defaults_of(typed.stage), options_of(typed))
+        own |= {f"{name}.{option}": value for option, value in different.items()}
+    return own
+
+
+def rebuilt(own: Flat) -> dict[str, Flat]:
+    """{name: every option} of a variant's stages, from what it sets: undoes `own_options`."""
+    stages_of = json.loads(own["stages"])
+    options: dict[str, Flat] = {name: {} for name in stages_of}
+    for key, value in own.items():
+        name, dot, option = key.partition(".")
+        if dot:
+            options[name][option] = value
+    defaults = {name: defaults_of(stage) for name, stage in stages_of.items()}
+    return {name: expansion.rebuilt(defaults[name], own) for name, own in options.items()}
+
+
+def compare(text: str, golden: Path) -> None:
+    """Fails unless a golden file has this text; with UPDATE_GOLDEN it is written."""
     assert str(ROOT) not in text
     if os.environ.get("UPDATE_GOLDEN"):
-        golden.parent.mkdir(exist_ok=True)
+        golden.parent.mkdir(exist_ok=True, parents=True)
         golden.write_text(text)
     assert golden.exists(), f"{golden.name} is missing; write it with {UPDATE}"
     assert text.splitlines() == golden.read_text().splitlines(), f"if this is meant: {UPDATE}"
 
 
-@pytest.mark.parametrize(("path", "variant"), CASES, ids=NAMES)
-def test_validation_and_checkpoints_come_within_the_run(path, variant):
-    for name, typed in typed_configs(expand(path, variant)).items():
-        if steps := getattr(typed, "steps", 0):
-            assert typed.eval_every <= steps, name
-            assert typed.checkpoint.every <= steps, name
+@pytest.mark.parametrize("path", FILES, ids=lambda path: golden_file(path).stem)
+def test_expands_to_its_golden_text(path):
+    """The text, and from it every option of every variant again."""
+    configs = {variant: expanded(path, variant)[1] for variant in variants_of(path)}
+    own = {variant: own_options(typed) for variant, typed in configs.items()}
+    compare(expansion.text_of_variants(own), golden_file(path))
+    from_text = expansion.read_variants(golden_file(path).read_text())
+    assert list(from_text) == list(configs)
+    for variant, typed in configs.items():
+        everything = {name: options_of(one) for name, one in typed.items()}
+        assert rebuilt(from_text[variant]) == everything, variant
+
+
+@pytest.mark.parametrize("stage", stages.names())
+def test_the_defaults_of_a_stage_are_its_golden_text(stage):
+    compare(expansion.text_of(defaults_of(stage)), DEFAULTS / f"{stage}.txt")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: golden_file(path).stem)
+def test_validation_and_checkpoints_come_within_the_run(path):
+    for variant in variants_of(path):
+        for name, typed in expanded(path, variant)[1].items():
+            if steps := getattr(typed, "steps", 0):
+                assert typed.eval_every <= steps, (variant, name)
+                assert typed.checkpoint.every <= steps, (variant, name)
 
 
 @pytest.mark.parametrize("optim", ["sft.optim", "reward.optim", "ppo.optim", "ppo.value_optim"])
 def test_a_warm_up_longer_than_the_run_is_refused_before_it(optim):
-    config = expand(ROOT / "experiments" / "quickstart" / "recipe.py", "size=smoke")
+    config = copy.deepcopy(expanded(QUICKSTART, "size=smoke")[0])
     stage, name = optim.split(".")
     updates = config[stage]["steps"] * config[stage].get("epochs", 1) * config[stage].get("minibatches", 1)
     config[stage][name]["warmup_steps"] = updates
@@ -135,24 +183,31 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_it(optim):
 
 
 def test_every_golden_text_is_of_a_config():
+    meant = {golden_file(path) for path in FILES}
+    meant |= {DEFAULTS / f"{stage}.txt" for stage in stages.names()}
     if os.environ.get("UPDATE_GOLDEN"):
-        for stale in set(GOLDEN.glob("*.txt")) - {golden_file(*case) for case in CASES}:
+        for stale in set(GOLDEN.rglob("*.txt")) - meant:
             stale.unlink()
-    assert {path.name for path in GOLDEN.glob("*.txt")} <= {golden_file(*case).name for case in CASES}
+    assert set(GOLDEN.rglob("*.txt")) <= meant
 
 
 def test_a_change_is_a_different_line_of_the_text():
-    path = ROOT / "experiments" / "quickstart" / "recipe.py"
-    config = expand(path, "size=smoke")
-    before = golden_text(config)
+    """One that differs from the default is written; one that is the default is not, and is none."""
+    config, _ = expanded(QUICKSTART, "size=smoke")
+    before = own_options(typed_configs(config))
+    config = copy.deepcopy(config)
     config["ppo"]["clip"] = 0.25
     config["reward"]["loss"]["name"] = "best_of_k"
-    after = golden_text(config)
-    changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
-    assert changed == [
-        ('reward.loss.name = "kwise"', 'reward.loss.name = "best_of_k"'),
-        ("ppo.clip = 0.2", "ppo.clip = 0.25"),
-    ]
+    config["sft"]["sources"][0]["min_turns"] = 0
+    config["pretrain"]["model"]["d_ff"] = 44
+    after = own_options(typed_configs(config))
+    changed = {key: (before.get(key), after.get(key)) for key in before.keys() | after.keys()}
+    assert {key: pair for key, pair in changed.items() if pair[0] != pair[1]} == {
+        "ppo.clip": (None, "0.25"),
+        "reward.loss.name": (None, '"best_of_k"'),
+        "sft.sources.0.min_turns": ("4", None),
+        "pretrain.model.d_ff": (before["pretrain.model.d_ff"], "44"),
+    }
 
 
 @pytest.mark.parametrize("path", experiment_files(), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -64,7 +64,8 @@ def test_the_curve_has_a_row_a_round_and_sft_first(tmp_path):
     for k in (1, 2):
         lines.append({"stage": f"reward_{k}", "reward/val_accuracy": 0.5, "step": 0})
         lines.append({"stage": f"reward_{k}", "reward/val_accuracy": 0.6 + k / 100, "step": 8})
-        values = {"gold_win_rate": 0.5 + k / 10, "gold_win_rate_low": 0.4, "gold_win_rate_high": 0.9, "kl": float(k)}
+        values = {"gold_win_rate": 0.5 + k / 10, "kl": float(k)}
+        values |= {"gold_win_rate_wilson_low": 0.4, "gold_win_rate_wilson_high": 0.9}
         values |= {"gold_policy": k / 10, "gold_baseline": 0.05, "proxy_policy": k / 5}
         lines.append({"stage": f"evaluate_{k}"} | {f"evaluate/{name}": value for name, value in values.items()})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -73,3 +74,4 @@ def test_the_curve_has_a_row_a_round_and_sft_first(tmp_path):
     assert [row["gold_win_rate"] for row in rows] == [0.5, 0.6, 0.7]
     assert rows[2]["reward_val_accuracy"] == 0.62
     assert rows[2]["kl"] == 2.0
+    assert (rows[2]["wilson_95_low"], rows[2]["wilson_95_high"]) == (0.4, 0.9)

@@ -63,6 +63,14 @@ def test_lines_are_sorted_round_trip_and_are_valid_json(tmp_path):
     assert json.loads(second) == {"step": 7, "a/val": 1.0}
 
 
+def test_pitfall_35_a_value_that_is_null_is_nan_again(tmp_path):
+    with metrics.Writer(tmp_path) as w:
+        w.write(1, {"loss": 2.0, "kl": 3.0})
+        w.write(2, {"loss": math.nan})
+    expected = {"loss": math.nan, "kl": 3.0}
+    assert metrics.last_values(tmp_path) == pytest.approx(expected, nan_ok=True)
+
+
 def test_a_line_is_in_the_file_before_flush_so_that_a_kill_loses_none(tmp_path):
     w = metrics.Writer(tmp_path)
     w.write(1, {"loss": 1.0})

@@ -1,13 +1,15 @@
 """Recipes: references, what is run again and what is not, changed configs, collected metrics."""
 
 import json
+import math
 
 import pytest
 
-from rlhfjax import recipe
+from rlhfjax import recipe, stages
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from tests import tiny
+from tests.test_json_text import strict
 
 
 def test_a_finished_recipe_only_answers(conversations, finished):
@@ -55,6 +57,17 @@ def test_only_what_is_not_finished_runs(tmp_path, monkeypatch):
     (tmp_path / "01_b" / "done.json").unlink()
     assert recipe.run(two(), tmp_path) == {"00_a/x": 300.0, "01_b/x": 300.0}
     assert ran == ["00_a", "01_b", "01_b"]
+
+
+def test_pitfall_35_a_metric_that_is_nan_is_null_in_done_json(tmp_path, monkeypatch):
+    """It is NaN in memory, on the first run and when the finished stage is asked again."""
+    metrics = {"a/x": 0.5, "a/kl": math.nan, "a/high": math.inf}
+    monkeypatch.setattr(stages.find("tokenizer"), "run", lambda *_: metrics)
+    for expected in (metrics, metrics | {"a/high": math.nan}):
+        got = recipe.run({"stage": "tokenizer", "vocab_size": 300}, tmp_path)
+        assert got == pytest.approx(expected, nan_ok=True)
+        done = strict((tmp_path / "done.json").read_text())
+        assert done["metrics"] == {"a/x": 0.5, "a/kl": None, "a/high": None}
 
 
 def test_a_changed_config_names_the_keys_that_differ_with_both_values(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from rlhfjax import recipe
 from rlhfjax.config import to_dict
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.report import write_report
 from rlhfjax.rewards import load_scorer
 from rlhfjax.stages import best_of_n, stage_config
@@ -110,6 +110,16 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
 def test_what_cannot_be_meant_is_refused(changes, message, conversations, finished, tmp_path):
     with pytest.raises(ConfigError, match=message):
         recipe.run_stage(values(conversations, finished, **changes), tmp_path / "run")
+
+
+def test_pitfall_36_a_pool_with_an_infinite_score_is_refused(conversations, finished, tmp_path, monkeypatch):
+    """Response 1 of prompt 2 of 5 with 2 responses each: row 5 of the first batch of 8."""
+    scores = np.where(np.arange(8) == 5, np.inf, 0.5)
+    monkeypatch.setattr(best_of_n, "load_reward", lambda *_: lambda tokens, segments, mask: scores)
+    said = r"^best_of_n\.proxy=.*/04_reward: the score of prompt 2, response 1 is inf;"
+    with pytest.raises(DataError, match=said):
+        recipe.run_stage(values(conversations, finished, gold="", pool=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "scores.jsonl").exists()
 
 
 def test_the_report_draws_the_curve_beside_ppo(run, tmp_path):

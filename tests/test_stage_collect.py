@@ -122,7 +122,7 @@ def test_people_are_labellers_of_the_answers_they_ranked(conversations, finished
     )
     assert [list(row["ranks"]) for row in rows] == [list(row["ranks"]) for row in read(folder)]
     assert metrics["collect/agreement"] == metrics["collect/agreement_kappa"] == 1
-    with pytest.raises(DataError, match="no opinion"):
+    with pytest.raises(DataError, match=r"it has no opinion about response \d of prompt \d+$"):
         collected(conversations, finished, tmp_path / "c", labeller=f"rankings:{path}", seed=5)
 
 

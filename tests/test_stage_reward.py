@@ -11,7 +11,7 @@ import pytest
 from rlhfjax import recipe, stages, state
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import load_tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.model import ModelReward
@@ -126,6 +126,17 @@ def test_demonstrations_score_0_when_normalised_on_them(conversations, finished)
 def test_demonstrations_without_their_sources_are_refused(conversations, finished):
     with pytest.raises(ConfigError, match="demonstrations"):
         started(stage_values("reward", conversations, finished, normalise="demonstrations"))
+
+
+def test_pitfall_36_a_reward_of_nan_centres_nothing(finished, tmp_path, monkeypatch):
+    """Only a completion that exists counts; a mean of NaN would be the bias of the new model."""
+    rewards, valid = np.array([[1.0, np.nan], [np.nan, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]])
+    samples = {"rewards": rewards, "valid": valid}
+    monkeypatch.setattr(stages.find("recentre"), "_samples", lambda *_: samples)
+    said = r"^recentre\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
+    with pytest.raises(DataError, match=said):
+        recentre(finished, tmp_path, preferences=("anything",), length=32)
+    assert not (tmp_path / "recentred" / "model").exists()
 
 
 def recentre(finished, tmp_path, **values):

@@ -337,6 +337,15 @@ def test_tables_and_page(tmp_path):
         assert "0 of" in results.write_sweep(tmp_path, none).read_text()
 
 
+def test_pitfall_35_a_cell_of_what_is_not_finite_is_empty(tmp_path):
+    results.write_sweep(tmp_path, [made_up(0, 0.1, float("nan")), made_up(0, 0.2, 5.0)])
+    with (tmp_path / "sweep.csv").open() as runs, (tmp_path / "sweep_groups.csv").open() as rows:
+        assert [row["ppo/gold"] for row in csv.DictReader(runs)] == ["", "5.0"]
+        gold = [row for row in csv.DictReader(rows) if row["metric"] == "ppo/gold"]
+    found = [(row["mean"], row["std"]) for row in gold]
+    assert found == [("", ""), ("5.0", "")]
+
+
 def test_one_number_is_an_axis_and_anything_else_a_list():
     assert results.points(RESULTS, "ppo/gold") == (
         {"ppo.kl = 0.1": [1.0, 2.0, 6.0], "ppo.kl = 0.2": [5.0]},

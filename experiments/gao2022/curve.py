@@ -20,11 +20,15 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"best_of_n": lambda d: d
 
 
 def points(workdir: Path, stage: str) -> list[Point]:
-    """Points of a stage in their order; of best-of-n the first one, n = 1, is the start."""
+    """Points of a stage in their order; of best-of-n the first one, n = 1, is the start.
+
+    A line in which one of the three is null (it was not finite) gives no point.
+    """
     prefix = "val_" if stage == "ppo" else ""
     names = {name: f"{stage}/{prefix}{name}" for name in ("kl", "proxy", "gold")}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = [{name: row[key] for name, key in names.items()} for row in rows if names["gold"] in row]
+    found = [{name: row.get(key) for name, key in names.items()} for row in rows]
+    found = [row for row in found if None not in row.values()]
     return [{"d": math.sqrt(max(row["kl"], 0.0)), "proxy": row["proxy"], "gold": row["gold"]} for row in found]
 
 

@@ -7,11 +7,21 @@ import json
 import sys
 from pathlib import Path
 
-COLUMNS = ("gold", "gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "proxy", "kl", "reward_val_accuracy")
+# column: the metric of `evaluate` that it holds
+METRICS = {
+    "gold": "gold_policy",
+    "gold_win_rate": "gold_win_rate",
+    "wilson_95_low": "gold_win_rate_wilson_low",
+    "wilson_95_high": "gold_win_rate_wilson_high",
+    "proxy": "proxy_policy",
+    "kl": "kl",  # not of greedy responses
+}
+COLUMNS = (*METRICS, "reward_val_accuracy")
 
 
 def rounds(workdir: Path) -> list[dict[str, float]]:
-    """A dict a round: gold score, win rate against SFT with its interval, proxy score, KL, the reward's accuracy."""
+    """One dict per round: gold score, win rate against SFT with its interval, proxy score, KL, the
+    reward's accuracy; without what was not measured, or was not finite."""
     last: dict[str, dict[str, float]] = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -19,10 +29,9 @@ def rounds(workdir: Path) -> list[dict[str, float]]:
     rows = []
     while (now := last.get(f"evaluate_{len(rows) + 1}")) is not None:
         k = len(rows) + 1
-        row = {name: now[f"evaluate/{name}"] for name in COLUMNS[1:4]}
-        row |= {name: now[f"evaluate/{name}_policy"] for name in ("gold", "proxy")}
-        row |= {"kl": now["evaluate/kl"], "reward_val_accuracy": last[f"reward_{k}"]["reward/val_accuracy"]}
-        rows.append(row)
+        row = {column: now.get(f"evaluate/{metric}") for column, metric in METRICS.items()}
+        row["reward_val_accuracy"] = last[f"reward_{k}"].get("reward/val_accuracy")
+        rows.append({column: value for column, value in row.items() if value is not None})
     if rows:
         first = last["evaluate_1"]
         start = {"gold": first["evaluate/gold_baseline"], "gold_win_rate": 0.5, "kl": 0.0}

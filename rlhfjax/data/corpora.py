@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.data import chat
 from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.errors import DataError
@@ -88,7 +88,7 @@ class Chitchat(_PackageCorpus):
                     key,
                     {
                         "id": key,
-                        "messages": json.dumps(turns, ensure_ascii=False),
+                        "messages": json_text.encode(turns, key),
                         "text": chat.to_text(turns),
                         "opening": conversation.get("prompt") or "",
                         "ratings": [int(ratings.get(name, -1)) for name in ("witty", "upbeat", "interesting")],

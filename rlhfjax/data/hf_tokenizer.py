@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.data.template import BUILT_IN, MARKERS, Template
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
@@ -60,7 +60,7 @@ class HuggingFaceTokenizer:
         source = BUILT_IN.get(template, template) or _template_of(config)
         names = {name: _content(config[name]) for name in NAMES if config.get(name)}
         data = _prepared(backend, {*names.values()}, source)
-        self._json = json.dumps(data, ensure_ascii=False)
+        self._json = json_text.encode(data, where)
         self._backend = _backend(data)
         after_special, after_text = _without_prefix(data), _without_prefix(data, anywhere=True)
         following = self._backend if after_special == data else _backend(after_special)
@@ -134,7 +134,8 @@ class HuggingFaceTokenizer:
         config |= {"chat_template": self.template.source} if self.template.source else {}
         pads = [text for text, i in self._specials.items() if i == self.pad_id]
         config |= {"pad_token": pads[0]} if pads else {}
-        paths.write(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        file = folder / CONFIG_FILE
+        paths.write(file, json_text.encode(config, file, indent=2) + "\n")
         paths.write(folder / FILE, self._json)
 
     def encode(self, text: str) -> list[int]:
@@ -250,14 +251,14 @@ def _markup(text: str, source: str) -> bool:
 
 
 def _backend(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(json.dumps(data))
+    backend = tokenizers.Tokenizer.from_str(json_text.encode(data, FILE))
     backend.encode_special_tokens = True  # take specials in a text for text
     return backend
 
 
 def _without_prefix(data: Mapping[str, Any], anywhere: bool = False) -> dict[str, Any]:
     """tokenizer.json for what is not a text's beginning, or follows text: no blank is put before it."""
-    text = json.dumps({name: data[name] for name in ("normalizer", "pre_tokenizer")})
+    text = json_text.encode({name: data[name] for name in ("normalizer", "pre_tokenizer")}, FILE)
     text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     if anywhere:
         text = text.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')

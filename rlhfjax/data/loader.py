@@ -21,7 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from rlhfjax import hosts
+from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
 from rlhfjax.data.examples import Encoded
 from rlhfjax.data.sources import Concatenated, Source
@@ -93,7 +93,7 @@ class Batches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """Where the iterator stands, as plain JSON values."""
-        return json.loads(json.dumps({"loader": self._identity, "rows": self._iterator.get_state()}))
+        return _as_json({"loader": self._identity, "rows": self._iterator.get_state()})
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where a state was taken. Raises CheckpointError when it was taken on other data or settings."""
@@ -358,10 +358,15 @@ def _identity(kind: str, sources: list[tuple[Source, float]], length: int, order
 
 def _check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a state was saved with other data or settings than these."""
-    saved, ours = ({"data_shards": 1} | one for one in (saved, json.loads(json.dumps(identity))))
+    saved, ours = ({"data_shards": 1} | one for one in (saved, _as_json(identity)))
     for name in ours:
         if saved.get(name) != ours[name]:
             raise CheckpointError(f"data iterator: saved with {name}={saved.get(name)}, now {name}={ours[name]}")
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it reads back from JSON: lists for tuples, strings for keys."""
+    return json.loads(json_text.encode(value, "data iterator"))
 
 
 def _blank(tokenizer: Tokenizer) -> Callable[[Batch], Batch]:

@@ -6,7 +6,6 @@
 Token ids are stored as they were sampled, so that nothing downstream has to encode text anew.
 """
 
-import json
 import os
 import pathlib
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.data.corpora import INFO, locked, write_quietly
 from rlhfjax.data.rows import BadRow, Row, normalise
 from rlhfjax.data.sources import Source, open_source
@@ -102,8 +101,12 @@ def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[R
             os.replace(file, new / file.name)
         shutil.rmtree(new / builder.name)
         for split, some in rows.items():
-            lines = [json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in some]
-            (new / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            name = f"{split}.jsonl"
+            lines = [
+                json_text.encode(row, f"{folder / name}:{i}", default=_plain) + "\n"
+                for i, row in enumerate(some, start=1)
+            ]
+            (new / name).write_text("".join(lines), encoding="utf-8")
 
 
 def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
@@ -120,7 +123,9 @@ def _row(row: Row, labeller: str, split: str, index: int) -> Row:
         row = normalise("preferences", row, {})
     except BadRow as reason:
         raise DataError(f"preferences: split {split!r} row {index}: {reason}") from reason
-    scores = [float(np.float32(score)) for score in row["scores"]]  # what ArrayRecord keeps, so that the twin is equal
+    with np.errstate(over="ignore"):  # an infinity is refused where it is written
+        # What ArrayRecord keeps, so that the twin is equal.
+        scores = [float(np.float32(score)) for score in row["scores"]]
     ranks = [int(rank) for rank in row.get("ranks", ranks_of(scores))]
     return {
         "prompt": row["prompt"],

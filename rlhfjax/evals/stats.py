@@ -1,12 +1,19 @@
 """Statistics of comparisons: win rates with intervals, pairwise accuracy, calibration. Numpy, float64."""
 
 import dataclasses
+import math
+import statistics
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Num
 
+from rlhfjax.errors import DataError
+
 Scores = Num[np.ndarray, "p k"]  # k completions of each of p prompts
+BCA_LEAST = 20  # values, from which on BCa covers a mean as often as Student's t
+ELEMENTS = 2**22  # numbers of the resamples that are in memory together
 
 
 class Interval(NamedTuple):
@@ -15,35 +22,39 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+    method: str  # "Wilson", "BCa" or "t"
 
 
-def bootstrap_mean(
-    values: Num[np.ndarray, " n"], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean of independent values with a percentile bootstrap interval.
+def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:
+    """Returns the rate wins / n with its Wilson interval.
 
-    Draws n of the n values with replacement, `resamples` times; the interval holds the middle `level` of the means.
+    With p = wins / n and z the normal quantile of (1 + level) / 2, the rates q for which
+    |p - q| <= z sqrt(q (1 - q) / n):
+
+        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Unlike a bootstrap's, it has a width where all or none of the comparisons are won.
 
     Args:
-      values: one a prompt (not one a pair: answers to one prompt are not independent).
+      wins: in [0, n]; a tie is half a win.
+      n: number of independent comparisons, at least 1.
       level: of confidence.
-      resamples: how often to draw.
-      seed: the same seed gives the same interval.
 
     Raises:
-      ValueError: there are no values.
+      ValueError: there are no comparisons, or more wins than comparisons.
 
-    Source: Efron 1979; percentile method.
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4.
     """
-    if not len(values):
-        raise ValueError("no values to take a mean of")
-    # Only counts of equal values matter, which makes win rates (three values) cheap at any n.
-    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    n = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(draws @ distinct / n, [tail, 100 - tail])
-    return Interval(float(counts @ distinct / n), float(low), float(high))
+    if not 0 <= wins <= n or n < 1:
+        raise ValueError(f"{wins} wins of {n}: expected at least one comparison, and as many wins at most")
+    p, z = wins / n, statistics.NormalDist().inv_cdf((1 + level) / 2)
+    center = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    # The equation gives exactly 0 for no win and exactly 1 for all; rounding would not.
+    low = 0.0 if wins == 0 else (center - half) / scale
+    high = 1.0 if wins == n else (center + half) / scale
+    return Interval(p, low, high, "Wilson")
 
 
 def win_rate(
@@ -51,20 +62,117 @@ def win_rate(
     baseline: Num[np.ndarray, " n"],
     *,
     level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
 ) -> Interval:
-    """How often the policy's answer beats the baseline's to the same prompt: mean of [p > b] + [p = b] / 2.
+    """Returns how often the policy's response beats the baseline's to the same prompt.
+
+    The rate is p = (wins + ties / 2) / n over all n prompts, ties among them; the interval is
+    Wilson's of this p and n. An outcome of 0, 1/2 or 1 with mean p has at most the variance
+    p (1 - p) of one without ties, so that with ties the interval is too wide rather than too
+    narrow.
 
     Args:
-      policy, baseline: scores of the answers to the same n prompts; more is better.
-      level, resamples, seed: see `bootstrap_mean`.
+      policy, baseline: scores of the responses to the same n prompts; more is better.
+      level: of confidence.
 
-    Returns:
-      The rate in [0, 1] with a percentile bootstrap interval over prompts.
+    Raises:
+      DataError: a score is NaN or infinite.
+      ValueError: there are no prompts.
     """
+    validate_scores(policy, "win rate, policy")
+    validate_scores(baseline, "win rate, baseline")
     outcomes = (np.sign(policy.astype(np.float64) - baseline.astype(np.float64)) + 1) / 2
-    return bootstrap_mean(outcomes, level=level, resamples=resamples, seed=seed)
+    return wilson(float(outcomes.sum()), len(outcomes), level=level)
+
+
+def mean_interval(
+    values: Num[np.ndarray, " n"], *, level: float = 0.95, resamples: int = 9_999, seed: int = 0
+) -> Interval:
+    """Returns the mean of independent values with its interval: BCa, or Student's for few values.
+
+    BCa (the bias-corrected and accelerated bootstrap) takes the skewness of the values into
+    account, which percentiles of resampled means do not. Below BCA_LEAST values it is too narrow
+    (of 5 normal values it covers the mean 83 % of the time, Student's 95 %; of 5 exponential ones
+    80 % against 88 %), and of equal values it is not defined: there the interval is Student's,
+    mean -+ t sqrt(variance / n).
+
+    Args:
+      values: one per prompt, not one per pair: responses to one prompt are not independent. Of
+        a comparison, the differences prompt by prompt.
+      level: of confidence.
+      resamples: number of bootstrap samples.
+      seed: the same seed gives the same interval, whatever the order of the values.
+
+    Raises:
+      DataError: a value is NaN or infinite.
+      ValueError: there are fewer than two values: one says nothing of its spread.
+
+    Source: Efron 1987; Efron and Tibshirani 1993, section 14.3.
+    """
+    if len(values) < 2:
+        raise ValueError(f"values: {len(values)}; the interval of a mean needs at least 2")
+    validate_scores(values, "interval of a mean")
+    x = np.sort(values.astype(np.float64))
+    if len(x) >= BCA_LEAST and x[0] < x[-1]:
+        low, high = _bca(x, level, resamples, seed)
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(float(np.mean(x)), low, high, "BCa")
+    return _student(x, level)
+
+
+def _bca(
+    x: Float[np.ndarray, " n"],
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """The ends of the BCa interval of the mean; NaN where they are not defined."""
+    from scipy import stats  # here: seconds that training need not pay
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            (x,),
+            np.mean,
+            method="BCa",
+            confidence_level=level,
+            n_resamples=resamples,
+            batch=max(1, ELEMENTS // len(x)),
+            rng=np.random.default_rng(seed),
+        )
+    low, high = result.confidence_interval
+    return float(low), float(high)
+
+
+def _student(x: Float[np.ndarray, " n"], level: float) -> Interval:
+    """mean -+ t sqrt(variance / n), t the quantile of n - 1 degrees of freedom."""
+    from scipy import stats
+
+    mean, error = float(np.mean(x)), float(np.std(x, ddof=1)) / math.sqrt(len(x))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
+    return Interval(mean, mean - half, mean + half, "t")
+
+
+def validate_scores(
+    scores: Num[np.ndarray, "..."],
+    context: str,
+    valid: Num[np.ndarray, "..."] | None = None,
+) -> None:
+    """Raises DataError unless all scores are finite: NaN compares with nothing and spoils a mean.
+
+    Args:
+      scores: [prompts] or [prompts, responses].
+      context: whose scores they are, for the error.
+      valid: non-zero where there is a score; None: everywhere.
+    """
+    bad = ~np.isfinite(scores)
+    if valid is not None:
+        bad &= valid != 0
+    if not bad.any():
+        return
+    first = tuple(np.argwhere(bad)[0].tolist())
+    prompt, *response = first
+    place = f"prompt {prompt}" + (f", response {response[0]}" if response else "")
+    raise DataError(f"{context}: the score of {place} is {scores[first]}; expected a finite number")
 
 
 def margins(scores: Scores, labels: Scores, valid: Scores | None = None) -> Float[np.ndarray, " pairs"]:

@@ -1,15 +1,16 @@
 """Writes `report.html`: one self-contained page about a run."""
 
 import dataclasses
-import json
 import math
 import os
 import re
+from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
@@ -51,8 +52,13 @@ def environment() -> jinja2.Environment:
     )
     made.filters["turns"] = turns
     made.filters["number"] = tables.number
-    made.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    made.filters["json"] = _json
     return made
+
+
+def _json(value: Any) -> str:
+    """JSON for people; null for a number that is not finite."""
+    return json_text.encode(json_text.null_nonfinite(value), REPORT, indent=2, default=str)
 
 
 def render(run: Run) -> str:
@@ -67,7 +73,7 @@ def render(run: Run) -> str:
             finished=all(stage.status == "done" for stage in run.stages),
             total_time=duration(seconds) if seconds else "",
             headlines=headlines,
-            cards=[row for row in headlines if row.name in tables.CARDS],
+            cards=[row for row in headlines if row.name in tables.CARDS and row.policy],
             rows=[tables.stage_row(stage) for stage in run.stages],
             times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
             panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
@@ -118,10 +124,11 @@ def frontiers(run: Run) -> list[Markup]:
 
 
 def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]]:
-    """The lines of metrics that have both KL and reward, as columns, in order."""
+    """The lines of metrics that have both KL and reward, finite, as columns, in order."""
     names = (f"{prefix}kl", f"{prefix}{key}")
     kl, reward = (dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in names)
-    both = [step for step in kl if step in reward]
+    measured = {step: (kl[step], reward[step]) for step in kl if step in reward}
+    both = [step for step, values in measured.items() if np.isfinite(values).all()]
     return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]} if both else {}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
@@ -41,7 +41,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """One metric over the seeds of a group: std is the sample's (n - 1), NaN for a single seed."""
+    """One metric over the seeds of a group.
+
+    std: the sample's (n - 1), NaN for a single seed.
+    low, high: the least and the greatest value; no interval.
+    """
 
     n: int
     mean: float
@@ -137,7 +141,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow(json_text.null_nonfinite(row))  # None is an empty cell
     return out.getvalue()
 
 

@@ -12,6 +12,7 @@ LABELS = {
     "proxy_win_rate": "Win rate by proxy reward",
     "gold": "Gold reward",
     "proxy": "Proxy reward",
+    "gold_difference": "Gold reward, policy minus baseline, by prompt",
     "kl": "KL to the reference, nats",
     "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2",
@@ -28,6 +29,10 @@ TELLING = (
     "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",
     "val_gold", "val_proxy", "val_kl", "val_loss", "val_bits_per_byte", "reward", "kl", "loss", "accuracy",
 )  # fmt: skip
+# What an interval's ends are called after NAME_, and the interval on paper. Plain ends are those
+# of a workdir whose metrics do not say which interval they are of.
+INTERVALS = {"wilson": "Wilson", "bca": "BCa", "t": "Student's t", "": "percentile bootstrap"}
+GREEDY = "none: responses are greedy (temperature 0), not samples"
 CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")  # the headline rows that stand large at the top
 
 
@@ -58,28 +63,45 @@ def number(x: float | int, percent: bool = False) -> str:
 def headlines(run: Run) -> list[Headline]:
     """The headline rows: what `evaluate` measured last; none before it has.
 
-    `NAME_policy` and `NAME_baseline` share a row, `NAME_low` and `NAME_high` are the interval of NAME.
+    `NAME_policy` and `NAME_baseline` share a row; the ends of NAME's interval are in its remark.
     """
     stages = [stage for stage in run.of_kind("evaluate") if stage.last]
-    metrics = stages[-1].last if stages else {}
-    names = list(dict.fromkeys(name.removesuffix("_policy").removesuffix("_baseline") for name in metrics))
-    ends = {f"{name}_{end}" for name in names for end in ("low", "high")}
-    names = [name for name in names if name not in ends]
+    if not stages:
+        return []
+    metrics = stages[-1].last
+    bases = [name.removesuffix("_policy").removesuffix("_baseline") for name in metrics]
+    names = dict.fromkeys(bases)
+    ends = {end for name in names for method in INTERVALS for end in _ends(name, method)}
+    rows = [_headline(name, metrics) for name in names if name not in ends]
+    if "kl" not in metrics and stages[-1].config.get("temperature") == 0:
+        rows.append(Headline("kl", LABELS["kl"], baseline="", policy="", note=GREEDY))
     order = {name: i for i, name in enumerate(LABELS)}
-    return [_headline(name, metrics) for name in sorted(names, key=lambda n: order.get(n, len(order)))]
+    return sorted(rows, key=lambda row: order.get(row.name, len(order)))
+
+
+def _ends(name: str, method: str) -> tuple[str, str]:
+    prefix = f"{name}_{method}" if method else name
+    return f"{prefix}_low", f"{prefix}_high"
 
 
 def _headline(name: str, metrics: dict[str, float]) -> Headline:
     percent = name in PERCENT
     baseline, policy = metrics.get(f"{name}_baseline"), metrics.get(f"{name}_policy", metrics.get(name))
-    note = ""
-    if f"{name}_low" in metrics and f"{name}_high" in metrics:
-        low, high = (number(metrics[f"{name}_{end}"], percent) for end in ("low", "high"))
-        note = f"95 % interval {low} to {high}"
-    elif name.startswith("distinct") and baseline and policy is not None:
+    note = _interval(name, metrics)
+    if not note and name.startswith("distinct") and baseline and policy is not None:
         note = f"{policy / baseline:.0%} of the baseline's"
     shown = ["" if x is None else number(x, percent) for x in (baseline, policy)]
     return Headline(name, LABELS.get(name, name), *shown, note)
+
+
+def _interval(name: str, metrics: dict[str, float]) -> str:
+    """`Wilson 95 %: LOW to HIGH`, or nothing where a metric has no interval."""
+    for method, label in INTERVALS.items():
+        ends = [metrics.get(end) for end in _ends(name, method)]
+        if None not in ends:
+            low, high = (number(end, name in PERCENT) for end in ends)
+            return f"{label} 95 %: {low} to {high}"
+    return ""
 
 
 def stage_row(stage: Stage) -> dict[str, str]:

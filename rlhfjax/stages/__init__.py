@@ -45,7 +45,7 @@ class Finished(NamedTuple):
 
     models: dict[str, Any]  # {folder: store.SavedModel}
     pairs: Pairs
-    files: dict[str, Any]  # {file name: what json.dumps takes}
+    files: dict[str, Any]  # {file name: what `json_text.encode` takes}
     adapters: Mapping[str, Any] = types.MappingProxyType({})  # {folder: (model, adapters)}
 
 

@@ -22,6 +22,7 @@ from rlhfjax.algos.best_of_n import best_of_n_distribution, best_of_n_kl, best_o
 from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.evals import stats
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer, write_jsonl
@@ -66,7 +67,11 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Samples and scores the pools; returns the metrics of the largest n."""
+    """Samples and scores the pools; returns the metrics of the largest n.
+
+    Raises:
+      DataError: a score is NaN or infinite; names the reward, the prompt and the response.
+    """
     policy = store.load(config.init_from, layout)
     check(config, layout, policy.model.config)
     tokenizer = policy.tokenizer
@@ -75,6 +80,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         rewards["gold"] = load_reward(config.gold, layout, tokenizer)
     with layout.use():
         prompts, answers, pool = _pools(config, policy, tokenizer, rewards, layout)
+    for name in rewards:
+        stats.validate_scores(pool[name], f"best_of_n.{name}={getattr(config, name)}")
     write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
     write_jsonl(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
     metrics: dict[str, float] = {}

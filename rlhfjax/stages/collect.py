@@ -107,11 +107,19 @@ def _answers(
         for rollout, index in answers(source, policy, tokenizer, sampling, key, layout):
             some = make_answers(rollout.tokens, rollout.segments, rollout.mask, config.completions, tokenizer)
             labels = np.stack([labeller(some) for labeller in labellers])
-            if np.isnan(labels[0]).any():
-                raise DataError(f"collect.labeller={config.labeller}: it has no opinion about some of the answers")
+            _validate_opinions(config, labels[0], index)
             rows += _rows(hosts.whole(rollout), some, labels, index)
             progress.update(len(rows), count=int((index >= 0).sum()))
     return rows
+
+
+def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) -> None:
+    """Raises DataError if the labels [p, k] of a prompt of the source have no opinion (NaN)."""
+    missing = np.argwhere(np.isnan(labels) & (index >= 0)[:, None])
+    if len(missing):
+        row, response = missing[0]
+        place = f"response {response} of prompt {index[row]}"
+        raise DataError(f"collect.labeller={config.labeller}: it has no opinion about {place}")
 
 
 def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray) -> list[dict[str, Any]]:

@@ -1,9 +1,18 @@
 """Evaluation on held-out prompts: a policy against a baseline, by a gold reward that neither was trained on.
 
-Both answer the same prompts. The win rate counts ties as one half; its interval is a bootstrap over prompts.
+Both answer the same prompts. metrics.jsonl has, as `evaluate/NAME`:
+
+gold_win_rate, proxy_win_rate    (wins + ties / 2) / prompts, with NAME_wilson_{low,high}, 95 %
+gold_difference                  mean of policy - baseline, prompt by prompt, with its 95 %
+                                 interval NAME_bca_{low,high}, or NAME_t_{low,high} of few prompts
+kl                               KL(policy || baseline) of the sampled responses, nats per response
+
+At temperature 0 there is no `kl`: greedy responses are no samples of the policy, and no average
+over them is a KL. A score that is NaN or infinite is an error.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -72,6 +81,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             name: _answer(config, saved, models["baseline"], tokenizer, rewards, layout)
             for name, saved in models.items()
         }
+    for who, name in itertools.product(answered, rewards):
+        context = f"evaluate.{name}={getattr(config, name)}, responses of the {who}"
+        stats.validate_scores(answered[who][name], context)
     metrics = summarise(answered)
     _write_samples(workdir / SAMPLES, answered)
     with Writer(workdir) as writer:
@@ -96,7 +108,8 @@ def _answer(
     for rollout, index in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
-        measured |= {"kl": _sequence_kl(reference.model, reference.params, rollout, config.temperature)}
+        if config.temperature > 0:
+            measured["kl"] = _sequence_kl(reference, rollout, config.temperature)
         rollout, measured = hosts.whole((rollout, measured))
         prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
         ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
@@ -107,24 +120,27 @@ def _answer(
     return {k: v if isinstance(v[0], str) else np.array(v, np.float64) for k, v in parts.items()}
 
 
-def _sequence_kl(model: Any, params: Any, rollout: Rollout, temperature: float) -> jax.Array:
-    """log pi(y|x) / pi_ref(y|x) of each answer, nats."""
-    r = rollout.mask.shape[1]
-    ref_logprobs, _ = response_logprobs(model, params, rollout.tokens, rollout.segments, r, temperature)
+def _sequence_kl(reference: store.SavedModel, rollout: Rollout, temperature: float) -> jax.Array:
+    """log pi(y|x) / pi_ref(y|x) of each response, nats; the temperature is above 0."""
+    model, params, r = reference.model, reference.params, rollout.mask.shape[1]
+    tokens, segments = rollout.tokens, rollout.segments
+    ref_logprobs, _ = response_logprobs(model, params, tokens, segments, r, temperature)
     return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
 
 def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …"""
+    """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …; see the module."""
     policy, baseline = answers["policy"], answers["baseline"]
-    wins = stats.win_rate(policy["gold"], baseline["gold"])
-    out = {
-        "gold_win_rate": wins.value,
-        "gold_win_rate_low": wins.low,
-        "gold_win_rate_high": wins.high,
-        "kl": policy["kl"].mean(),
-        "prompts": len(policy["answer"]),
-    }
+    out = {"prompts": len(policy["answer"])}
+    for score in ("gold", "proxy"):
+        if score in policy:
+            wins = stats.win_rate(policy[score], baseline[score])
+            out |= _with_interval(f"{score}_win_rate", wins)
+    if len(policy["gold"]) > 1:
+        difference = stats.mean_interval(policy["gold"] - baseline["gold"])
+        out |= _with_interval("gold_difference", difference)
+    if "kl" in policy:
+        out["kl"] = policy["kl"].mean()
     for name, side in (("policy", policy), ("baseline", baseline)):
         out |= {
             f"gold_{name}": side["gold"].mean(),
@@ -135,9 +151,13 @@ def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
         }
         if "proxy" in side:
             out[f"proxy_{name}"] = side["proxy"].mean()
-    if "proxy" in policy:
-        out["proxy_win_rate"] = stats.win_rate(policy["proxy"], baseline["proxy"]).value
     return {f"evaluate/{name}": float(value) for name, value in out.items()}
+
+
+def _with_interval(name: str, interval: stats.Interval) -> dict[str, float]:
+    """NAME, and the ends of its interval, whose names say which interval it is."""
+    prefix = f"{name}_{interval.method.lower()}"
+    return {name: interval.value, f"{prefix}_low": interval.low, f"{prefix}_high": interval.high}
 
 
 def _write_samples(path: Path, answers: dict[str, dict[str, Any]]) -> None:

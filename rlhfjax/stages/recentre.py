@@ -13,6 +13,7 @@ import numpy as np
 from rlhfjax import hosts
 from rlhfjax.data import loader
 from rlhfjax.errors import ConfigError
+from rlhfjax.evals import stats
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
@@ -62,7 +63,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     check(config, layout, saved.model.config)
     check_scalar(saved, saved.tokenizer, config.init_from)
     with layout.use():
-        params, pairs = centre.normalise(saved.params, _samples(config, saved, layout), "mean")
+        samples = _samples(config, saved, layout)
+        context = f"recentre.init_from={config.init_from}"
+        stats.validate_scores(samples["rewards"], context, samples["valid"])
+        params, pairs = centre.normalise(saved.params, samples, "mean")
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
     metrics = finalize(hosts.whole(pairs), "recentre/")
     with Writer(workdir) as writer:

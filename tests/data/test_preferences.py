@@ -117,6 +117,14 @@ def test_a_malformed_row_is_named_and_nothing_is_written(tmp_path, change, why):
     assert not (tmp_path / "data").exists()
 
 
+def test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error(tmp_path):
+    """1e39 is finite as it comes and infinite as ArrayRecord keeps it, which JSON cannot hold."""
+    row = ROWS[2] | {"scores": [1.0, 1e39]}
+    with pytest.raises(DataError, match=r"data/train\.jsonl:2: scores\[1\] is inf; JSON has no"):
+        write_preferences(tmp_path / "data", {"train": [ROWS[0], row]}, labeller="x")
+    assert not (tmp_path / "data").exists()
+
+
 def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no rows in split 'validation'"):
         write_preferences(tmp_path / "data", {"train": ROWS, "validation": []}, labeller="x")

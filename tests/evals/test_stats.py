@@ -1,11 +1,16 @@
-"""Comparisons: hand-computed numbers, a plain-loop reference, and exact binomial limits."""
+"""Comparisons: hand-computed numbers, plain-loop references, exact binomial sums, and scipy."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
+import scipy.stats
 
+from rlhfjax.errors import DataError
 from rlhfjax.evals import stats
+
+Z = 1.959963984540054  # the normal quantile of 0.975
 
 
 def test_win_rate_counts_ties_as_half():
@@ -14,43 +19,137 @@ def test_win_rate_counts_ties_as_half():
 
 
 def test_win_rate_of_a_policy_against_itself_is_exactly_half():
+    """100 ties are 50 wins of 100: 0.5 -+ z sqrt(0.25 / 100 + z^2 / 4e4) / (1 + z^2 / 100)."""
     scores = np.random.default_rng(0).normal(size=100)
-    assert stats.win_rate(scores, scores) == (0.5, 0.5, 0.5)
+    rate = stats.win_rate(scores, scores)
+    half = Z * math.sqrt(0.25 / 100 + Z**2 / 4e4) / (1 + Z**2 / 100)
+    assert rate.value == 0.5 and rate.method == "Wilson"
+    assert (rate.low, rate.high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
 
 
 def test_win_rates_of_two_policies_against_each_other_add_to_one():
     a, b = np.random.default_rng(0).integers(0, 4, size=(2, 50))
-    assert stats.win_rate(a, b).value + stats.win_rate(b, a).value == pytest.approx(1.0)
+    ours, theirs = stats.win_rate(a, b), stats.win_rate(b, a)
+    assert ours.value + theirs.value == pytest.approx(1.0)
+    assert (ours.low, ours.high) == pytest.approx((1 - theirs.high, 1 - theirs.low), abs=1e-12)
 
 
-def test_bootstrap_interval_agrees_with_the_binomial_quantiles():
-    # 140 wins of 200: a resampled count is Binomial(200, 0.7), whose 2.5 % and 97.5 % quantiles are 127 and 153.
-    n, p = 200, 0.7
-    pmf = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    low, high = (int(np.searchsorted(np.cumsum(pmf), q)) / n for q in (0.025, 0.975))
-    got = stats.win_rate(np.arange(200.0), np.where(np.arange(200) < 140, -1.0, 500.0), resamples=40_000)
-    assert got.value == 0.7
-    assert got.low == pytest.approx(low, abs=1 / n)
-    assert got.high == pytest.approx(high, abs=1 / n)
+def test_win_rate_compares_the_responses_to_one_prompt():
+    """Shuffled scores are other pairs: what wins every prompt by a little loses a third of them."""
+    baseline = np.array([0.0, 10.0, 20.0])
+    assert stats.win_rate(baseline + 1, baseline).value == 1
+    assert stats.win_rate(np.roll(baseline + 1, 1), baseline).value == pytest.approx(1 / 3)
 
 
-def test_bootstrap_is_seeded_and_does_not_depend_on_the_order():
-    values = np.random.default_rng(1).normal(size=60)
-    assert stats.bootstrap_mean(values, seed=3) == stats.bootstrap_mean(values[::-1].copy(), seed=3)
-    assert stats.bootstrap_mean(values, seed=3) != stats.bootstrap_mean(values, seed=4)
-    narrow, wide = stats.bootstrap_mean(values, level=0.5), stats.bootstrap_mean(values, level=0.99)
+def test_pitfall_36_sixteen_wins_of_sixteen_by_hand():
+    """p = 1: (1 + z^2 / 32 - z sqrt(z^2 / 1024)) / (1 + z^2 / 16) = 16 / (16 + z^2) = 0.80639."""
+    got = stats.win_rate(np.ones(16), np.zeros(16))
+    assert (got.value, got.high) == (1.0, 1.0)
+    assert got.low == pytest.approx(16 / (16 + Z**2), abs=1e-12) and round(got.low, 5) == 0.80639
+    none = stats.win_rate(np.zeros(16), np.ones(16))
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(Z**2 / (16 + Z**2), abs=1e-12)
+    # 2 wins and 2 ties of 4 prompts: p = 3 / 4, n = 4
+    tied = stats.win_rate(np.array([1.0, 1.0, 0.0, 0.0]), np.zeros(4))
+    half = Z * math.sqrt(0.75 * 0.25 / 4 + Z**2 / 64)
+    ends = [(0.75 + Z**2 / 8 + sign * half) / (1 + Z**2 / 4) for sign in (-1, 1)]
+    assert tied.value == 0.75 and (tied.low, tied.high) == pytest.approx(ends, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_pitfall_36_wilson_is_scipys(level):
+    for n in (1, 2, 16, 200):
+        for wins in {0, 1, n // 3, n // 2, n - 1, n}:
+            theirs = scipy.stats.binomtest(wins, n).proportion_ci(level, method="wilson")
+            got = stats.wilson(wins, n, level=level)
+            assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_pitfall_36_a_win_rate_near_one_is_covered():
+    """The true rate 0.95, n = 20, every number of wins by its probability; percentiles: 0.64."""
+    n, rate = 20, 0.95
+    covered = 0.0
+    for wins in range(n + 1):
+        interval = stats.win_rate(np.arange(n), np.full(n, n - wins - 0.5))
+        if interval.low <= rate <= interval.high:
+            covered += math.comb(n, wins) * rate**wins * (1 - rate) ** (n - wins)
+    assert covered == pytest.approx(0.9245, abs=1e-4)  # 18, 19 and 20 wins
+
+
+def skewed(n):
+    return np.random.default_rng(1).exponential(size=n)
+
+
+def test_pitfall_36_the_interval_of_a_skewed_mean_is_bca_by_a_plain_loop():
+    """Efron 1987: percentiles at Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
+
+    z0 is from the share of resampled means below the mean, a from the skewness of the means of all
+    values but one."""
+    x, rng, normal = skewed(30), np.random.default_rng(5), statistics.NormalDist()
+    means = sorted(float(np.mean(rng.choice(x, len(x)))) for _ in range(40_000))
+    below = sum(mean < np.mean(x) for mean in means) / len(means)
+    without = [(x.sum() - value) / (len(x) - 1) for value in x]
+    left = [np.mean(without) - one for one in without]
+    a = sum(d**3 for d in left) / (6 * sum(d**2 for d in left) ** 1.5)
+    z0, ends = normal.inv_cdf(below), []
+    for tail in (0.025, 0.975):
+        z = z0 + normal.inv_cdf(tail)
+        ends.append(means[int(normal.cdf(z0 + z / (1 - a * z)) * len(means))])
+    got = stats.mean_interval(x)
+    assert got.method == "BCa" and got.value == pytest.approx(float(np.mean(x)))
+    assert (got.low, got.high) == pytest.approx(tuple(ends), abs=0.02)
+    percentiles = np.percentile(means, [2.5, 97.5])
+    # towards the long tail
+    assert got.high - percentiles[1] > 0.04 and got.low - percentiles[0] > 0.02
+
+
+def test_pitfall_36_bca_is_scipys_and_the_order_does_not_matter():
+    x = skewed(50)
+    rng = np.random.default_rng(3)
+    theirs = scipy.stats.bootstrap((np.sort(x),), np.mean, rng=rng).confidence_interval
+    got = stats.mean_interval(x, seed=3)
+    assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert stats.mean_interval(x[::-1].copy(), seed=3) == got
+    assert stats.mean_interval(x, seed=4) != got
+    narrow, wide = stats.mean_interval(x, level=0.5), stats.mean_interval(x, level=0.99)
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
-def test_bootstrap_of_distinct_values_has_the_right_width():
-    values = np.random.default_rng(1).normal(size=400)
-    got = stats.bootstrap_mean(values)
-    assert (got.high - got.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
+def test_pitfall_36_the_interval_of_few_or_equal_values_is_students():
+    """1, 2, 6: mean 3, variance 7, t of 2 degrees of freedom 4.3027: 3 -+ 4.3027 sqrt(7 / 3)."""
+    got = stats.mean_interval(np.array([1.0, 2.0, 6.0]))
+    half = 4.302652729911275 * math.sqrt(7 / 3)
+    assert got.method == "t"
+    assert (got.value, got.low, got.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-9)
+    equal = stats.mean_interval(np.full(40, 0.1))
+    assert equal.method == "t"
+    assert (equal.low, equal.value, equal.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-12)
 
 
-def test_bootstrap_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="no values"):
-        stats.bootstrap_mean(np.array([]))
+def test_pitfall_36_nothing_has_no_interval():
+    none = np.array([])
+    with pytest.raises(ValueError, match="at least one comparison"):
+        stats.win_rate(none, none)
+    for wins, n in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"{wins} wins of {n}: expected at least one"):
+            stats.wilson(wins, n)
+    for few in (none, np.ones(1)):
+        with pytest.raises(ValueError, match=f"{len(few)}; the interval of a mean needs"):
+            stats.mean_interval(few)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_pitfall_36_a_score_that_is_not_finite_is_refused_not_compared(bad):
+    scores = np.array([1.0, 0.0, bad, bad])
+    for whose, pair in (("policy", (scores, np.zeros(4))), ("baseline", (np.zeros(4), scores))):
+        with pytest.raises(DataError, match=rf"^win rate, {whose}: .* of prompt 2 is {bad};"):
+            stats.win_rate(*pair)
+    with pytest.raises(DataError, match=rf"^interval of a mean: the score of prompt 2 is {bad};"):
+        stats.mean_interval(scores)
+    table = np.array([[1.0, bad], [0.0, bad]])
+    with pytest.raises(DataError, match=rf"^x: the score of prompt 1, response 1 is {bad};"):
+        stats.validate_scores(table, "x", valid=np.array([[1, 0], [1, 1]]))
+    stats.validate_scores(table, "x", valid=np.array([[1, 0], [1, 0]]))
 
 
 def loop_accuracy(scores, labels, valid):

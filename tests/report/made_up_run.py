@@ -69,7 +69,8 @@ def comparisons(rng, n):
 
 
 EVALUATION = {
-    "gold_win_rate": 0.831, "gold_win_rate_low": 0.79, "gold_win_rate_high": 0.872, "gold_baseline": 0.21,
+    "gold_win_rate": 0.831, "gold_win_rate_wilson_low": 0.781, "gold_win_rate_wilson_high": 0.872,
+    "gold_baseline": 0.21,
     "gold_policy": 0.68, "proxy_baseline": 0.05, "proxy_policy": 2.02, "kl": 8.7, "distinct_2_baseline": 0.62,
     "distinct_2_policy": 0.5, "words_baseline": 11.2, "words_policy": 14.9, "prompts": 256,
 }  # fmt: skip

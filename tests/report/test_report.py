@@ -12,6 +12,7 @@ from rich.console import Console
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.report import figures, page, summary_table, tables, write_report
 from rlhfjax.report.workdir import read_run
+from tests.test_json_text import strict
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
@@ -78,7 +79,8 @@ def test_generated_text_is_shown_as_it_is_and_never_run(whole, recipe_workdir):
 
 
 def test_the_headline_has_the_figures_of_evaluate(whole):
-    for shown in ("83.1 %", "95 % interval 79.0 % to 87.2 %", "0.680", "0.210", "8.70", "81% of the baseline's"):
+    interval = "Wilson 95 %: 78.1 % to 87.2 %"
+    for shown in ("83.1 %", interval, "0.680", "0.210", "8.70", "81% of the baseline's"):
         assert shown in whole.text
 
 
@@ -148,6 +150,20 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path):
     assert [caption.split() for caption in read(tmp_path / "w").captions] == [["loss", "2"], ["bad", "n/a"]]
 
 
+def test_pitfall_35_the_frontier_leaves_out_what_is_null(tmp_path):
+    measured = {1: (1.0, 0.5), 2: (np.nan, 0.6), 3: (3.0, 0.7), 4: (4.0, np.nan)}
+    lines = [(step, {"val_kl": kl, "val_gold": gold}) for step, (kl, gold) in measured.items()]
+    make_stage(tmp_path / "w", "ppo", 4, lines)
+    run = read_run(tmp_path / "w")
+    assert page._path(run.stages[0], "gold") == {"kl": [1.0, 3.0], "gold": [0.5, 0.7]}
+    assert len(page.frontiers(run)) == 1
+
+
+def test_pitfall_35_what_the_page_shows_as_json_is_json():
+    shown = page.environment().filters["json"]({"rate": float("nan"), "at": [1.5, float("inf")]})
+    assert strict(shown) == {"rate": None, "at": [1.5, None]}
+
+
 def test_iterated_ppo_draws_both_stages_on_one_frontier(tmp_path):
     (tmp_path / "config.json").write_text('{"stages": ["a", "b"], "a": {}, "b": {}}')
     for i, name in enumerate("ab"):
@@ -215,6 +231,20 @@ def test_headlines_pair_columns_and_fold_intervals(tmp_path):
     assert [row.name for row in rows] == ["gold_win_rate", "gold", "proxy", "kl", "distinct_2", "words", "prompts"]
     assert (rows[1].baseline, rows[1].policy) == ("0.210", "0.680")
     assert (rows[3].baseline, rows[3].policy, rows[3].note) == ("", "8.70", "")
+
+
+NAMED = [("_wilson", "Wilson"), ("_bca", "BCa"), ("_t", "Student's t"), ("", "percentile bootstrap")]
+
+
+@pytest.mark.parametrize(("ends", "name"), NAMED)
+def test_pitfall_36_an_interval_is_named(tmp_path, ends, name):
+    """By its ends in the metrics; ends that say nothing are of a percentile bootstrap."""
+    rate = "gold_win_rate"
+    metrics = {rate: 0.83, f"{rate}{ends}_low": 0.79, f"{rate}{ends}_high": 0.872}
+    make_stage(tmp_path / "w", "evaluate", 0, [(0, metrics)])
+    (row,) = tables.headlines(read_run(tmp_path / "w"))
+    assert (row.policy, row.note) == ("83.0 %", f"{name} 95 %: 79.0 % to 87.2 %")
+    assert row.note in read(tmp_path / "w").text
 
 
 @pytest.mark.parametrize(

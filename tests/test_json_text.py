@@ -1,0 +1,81 @@
+"""JSON text: what a parser of the standard reads, whatever the numbers are."""
+
+import ast
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhfjax import json_text
+from rlhfjax.config import write_json
+from rlhfjax.errors import DataError
+from rlhfjax.metrics import write_jsonl
+
+ROOT = Path(__file__).parents[1]
+# Jinja's `tojson` in other people's chat templates, as transformers has it: it writes no file.
+FREE = {ROOT / "rlhfjax" / "data" / "sandbox.py"}
+
+
+def strict(text: str):
+    """The value of a JSON text by the standard, which has no NaN and no Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def dump_calls(path: Path) -> list[ast.Call]:
+    """The calls of json.dump and json.dumps in a file, whatever name json is imported under."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [(ast.unparse(call.func), call) for call in calls]
+    return [call for name, call in names if re.search(r"(?<!pickle\.)\bdumps?$", name)]
+
+
+def test_pitfall_35_no_encoder_lets_nan_pass():
+    folders = [ROOT / name for name in ("rlhfjax", "launch", "benchmarks", "experiments")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    calls = [(path, call) for path in set(files) - FREE for call in dump_calls(path)]
+    assert any(path.name == "json_text.py" for path, _ in calls)
+    for path, call in calls:
+        options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert options.get("allow_nan") == "False", f"{path}:{call.lineno}: use rlhfjax.json_text"
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (math.nan, "the value is nan"),
+        ({"a": 1.0, "b": {"c": [0.0, -math.inf]}}, r"b\.c\[1\] is -inf"),
+        ([{"score": np.float64("nan")}], r"\[0\]\.score is nan"),
+    ],
+)
+def test_pitfall_35_a_number_that_json_lacks_is_an_error_with_its_place(tmp_path, value, place):
+    with pytest.raises(DataError, match=rf"^x\.json: {place}; JSON has no such number$"):
+        json_text.encode(value, "x.json")
+    with pytest.raises(DataError, match=r"x\.json: .*JSON has no such number"):
+        write_json(tmp_path / "x.json", value)
+    with pytest.raises(DataError, match=r"x\.jsonl:2: .*JSON has no such number"):
+        write_jsonl(tmp_path / "x.jsonl", [{}, {"row": value}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pitfall_35_metrics_that_are_not_finite_are_null_and_read_as_nan():
+    metrics = {"a": 0.1 + 0.2, "b": math.nan, "c": -math.inf, "d": np.float64("inf")}
+    nulls = json_text.null_nonfinite(metrics)
+    assert nulls == {"a": 0.1 + 0.2, "b": None, "c": None, "d": None}
+    assert strict(json_text.encode(nulls, "")) == nulls
+    again = json_text.nan_for_null(nulls)
+    assert again["a"] == metrics["a"] and all(math.isnan(again[name]) for name in "bcd")
+    nested = {"x": [1, (math.nan, "nan", None, True)]}
+    assert json_text.null_nonfinite(nested) == {"x": [1, [None, "nan", None, True]]}
+
+
+def test_other_errors_of_the_encoder_stay_what_they_are():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        json_text.encode({"x": object()}, "")
+    assert json_text.encode({"x": {1}}, "", default=list) == '{"x": [1]}'
+    assert json_text.encode({"é": "ü"}, "") == '{"é": "ü"}'

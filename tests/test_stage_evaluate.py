@@ -1,0 +1,78 @@
+"""Evaluation: what is measured when responses are sampled, greedy, or cannot be scored."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from rlhfjax import recipe
+from rlhfjax.errors import DataError
+from rlhfjax.report import tables, write_report
+from rlhfjax.report.workdir import read_run
+from rlhfjax.stages import evaluate
+from tests.test_json_text import strict
+from tests.test_stages import stage_values
+
+
+def evaluated(conversations, finished, workdir, **changes):
+    return recipe.run_stage(stage_values("evaluate", conversations, finished, **changes), workdir)
+
+
+def test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so(conversations, finished, tmp_path):
+    metrics = evaluated(conversations, finished, tmp_path / "run", temperature=0.0)
+    assert "evaluate/kl" not in metrics and np.isfinite(list(metrics.values())).all()
+    assert strict((tmp_path / "run" / "done.json").read_text())["metrics"] == metrics
+    assert strict((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0} | metrics
+    (kl,) = [row for row in tables.headlines(read_run(tmp_path / "run")) if row.name == "kl"]
+    assert (kl.policy, kl.note) == ("", "none: responses are greedy (temperature 0), not samples")
+    assert kl.note in write_report(tmp_path / "run").read_text()
+
+
+def summarised(policy, baseline):
+    """The metrics of made-up gold scores; the proxy has them with the other sign."""
+    n = len(policy)
+    told = {"answer": ["a b"] * n, "length": np.ones(n), "ended": np.ones(n), "kl": np.arange(n)}
+    scores = {"policy": policy, "baseline": baseline}
+    answers = {who: told | {"gold": x, "proxy": -x} for who, x in scores.items()}
+    metrics = evaluate.summarise(answers)
+    return {name.removeprefix("evaluate/"): value for name, value in metrics.items()}
+
+
+def test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named():
+    """By other formulas of Wilson's and Student's intervals; a prompt's responses stay together."""
+    difficulty, effort = np.random.default_rng(0).normal(size=(2, 16))
+    policy = 9 * difficulty + 0.5 + 0.1 * effort
+    baseline = 9 * difficulty + (np.arange(16) % 4 == 0)
+    policy[:2] = baseline[:2]  # 2 ties, 3 prompts lost, 11 won
+    metrics, z = summarised(policy, baseline), 1.959963984540054
+    for name, won in {"gold": 11 + 1, "proxy": 3 + 1}.items():
+        center, half = won + z**2 / 2, z * np.sqrt(won * (16 - won) / 16 + z**2 / 4)
+        expected = [won / 16, (center - half) / (16 + z**2), (center + half) / (16 + z**2)]
+        got = [metrics[f"{name}_win_rate{end}"] for end in ("", "_wilson_low", "_wilson_high")]
+        assert got == pytest.approx(expected, abs=1e-12)
+    t = scipy.stats.ttest_1samp(policy - baseline, 0.0).confidence_interval()
+    got = [metrics[f"gold_difference{end}"] for end in ("", "_t_low", "_t_high")]
+    assert got == pytest.approx([np.mean(policy - baseline), t.low, t.high], abs=1e-9)
+    assert t.high - t.low < 1  # unpaired, the spread of the prompts' difficulty would be in it
+    assert metrics["kl"] == 7.5 and metrics["prompts"] == 16
+
+
+def test_one_prompt_has_a_rate_and_no_interval_of_a_mean():
+    metrics = summarised(np.ones(1), np.zeros(1))
+    assert metrics["gold_win_rate"] == 1 and "gold_difference" not in metrics
+
+
+def test_pitfall_36_a_response_scored_nan_is_named(conversations, finished, tmp_path, monkeypatch):
+    """Prompt 9, the second of the second batch of 8, by the policy, which is scored first."""
+    batches = itertools.count()
+
+    def scores(tokens, segments, mask):
+        return np.where((np.arange(len(mask)) == 1) & (next(batches) == 1), np.nan, 0.5)
+
+    monkeypatch.setattr(evaluate, "load_reward", lambda *_: scores)
+    with pytest.raises(DataError) as caught:
+        evaluated(conversations, finished, tmp_path / "run", proxy=None)
+    context = "evaluate.gold=gold:sentiment, responses of the policy"
+    assert str(caught.value) == f"{context}: the score of prompt 9 is nan; expected a finite number"
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
