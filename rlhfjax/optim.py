@@ -14,6 +14,8 @@ from rlhfjax.errors import ConfigError
 
 NAMES = ("adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd")
 MOMENTS = ("float32", "bfloat16")
+DECAYED = frozenset({"kernel", "tokens", "positions", "lora_a", "lora_b"})  # names of parameters
+NOT_DECAYED = frozenset({"scale", "bias"})
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -31,7 +33,8 @@ class OptimConfig:
       final_fraction: of the peak, reached at decay_steps and kept after it. GPT-3 and InstructGPT: 0.1.
       decay_steps: the update at which the decay ends; 0 is the end of training.
       b1, b2, eps: of the moments.
-      weight_decay: decoupled (theta -= lr * weight_decay * theta), on parameters of two or more dimensions only.
+      weight_decay: decoupled (theta -= lr * weight_decay * theta), of kernels, adapters and embedding tables; norms,
+        biases and the scalar head have none (see `decayed`).
       moments: float32 or bfloat16, of the first moment (or momentum); the second stays float32, for near b2 = 0.999
         an update changes it by less than bfloat16 can tell apart.
       clip_norm: the gradient is scaled down to this global norm; 0 is off.
@@ -182,9 +185,37 @@ def first_moment_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradi
     return optax.GradientTransformation(lambda params: kept(tx.init(params), dtype), update)
 
 
-def decayed(params):
-    """True where weight decay applies: matrices and up. Biases, norm gains and scalars are left alone."""
-    return jax.tree.map(lambda x: x.ndim >= 2, params)
+def decayed(params: Any) -> Any:
+    """Says of each parameter whether weight decay applies to it.
+
+    It applies to kernels, adapters and embedding tables, and not to norms, biases and the scalar head. The name
+    decides, never the rank: with `scan_layers` a norm's gain is a matrix, and a bias of heads is one always.
+
+    Args:
+      params: a nested dict of arrays or shapes; a subtree of a model's (adapters, a head) will do.
+
+    Returns:
+      The same tree with a bool in place of each array.
+
+    Raises:
+      ValueError: a parameter whose name is in neither DECAYED nor NOT_DECAYED.
+    """
+    paths = {_keys(path) for path, _ in jax.tree.leaves_with_path(params)}
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        *parents, name = _keys(path)
+        if name not in DECAYED | NOT_DECAYED:
+            raise ValueError(f"parameter {'/'.join(_keys(path))}: optim.decayed does not know its name")
+        # A language model's head is a kernel alone; one with a bias is a scalar head.
+        scalar_head = parents[-1:] == ["head"] and (*parents, "bias") in paths
+        return name in DECAYED and not scalar_head
+
+    return jax.tree.map_with_path(decays, params)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys of a path through nested dicts."""
+    return tuple(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:

@@ -10,7 +10,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.optim import OptimConfig, clip_by_global_norm, kept, make_optimizer, make_schedule, scale_by_adam_tf
+from rlhfjax.models.lora import LoraConfig
+from rlhfjax.models.transformer import Model, stacked, unstacked
+from rlhfjax.optim import (
+    OptimConfig,
+    clip_by_global_norm,
+    decayed,
+    kept,
+    make_optimizer,
+    make_schedule,
+    scale_by_adam_tf,
+)
+from tests.models.families import FAMILIES
 
 
 def rates(total_steps, steps, **fields):
@@ -90,15 +101,15 @@ def test_adam_equals_the_algorithm(name, tf, decay, moments):
     how = {"b1": 0.8, "b2": 0.95, "eps": 0.1, "weight_decay": decay, "clip_norm": 0.0, "moments": moments}
     config = OptimConfig(name=name, learning_rate=0.01, schedule="constant", **how)
     gradients = [0.5, -1.0, 0.25, 2.0]
-    tx, params = make_optimizer(config, 4), jnp.ones((1, 1))
+    tx, params = make_optimizer(config, 4), {"kernel": jnp.ones((1, 1))}
     state = tx.init(params)
     for g in gradients:
-        updates, state = tx.update(jnp.full((1, 1), g), state, params)
+        updates, state = tx.update({"kernel": jnp.full((1, 1), g)}, state, params)
         params = optax.apply_updates(params, updates)
     kept = float if moments == "float32" else jnp.bfloat16
     expected = loop_adam(gradients, 0.01, 0.8, 0.95, 0.1, tf, decay, first=lambda b1, m: b1 * float(kept(m)))
-    np.testing.assert_allclose(params[0, 0], expected, rtol=1e-6)
-    assert state[0].mu.dtype == moments and state[0].nu.dtype == jnp.float32
+    np.testing.assert_allclose(params["kernel"][0, 0], expected, rtol=1e-6)
+    assert state[0].mu["kernel"].dtype == moments and state[0].nu["kernel"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -165,13 +176,75 @@ def test_clipping_is_of_the_gradient_and_not_of_the_update():
         np.testing.assert_allclose(jnp.linalg.norm(updates), moved, rtol=1e-6)
 
 
-def test_decay_is_on_matrices_alone():
-    config = OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "gain": jnp.ones(()), "heads": jnp.ones((2, 1, 2))}
-    tx = make_optimizer(config, 1)
+# ------------------------------------------------------------------ weight decay
+
+DECAY = {"learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.5}  # 1 becomes 1 - 0.1 * 0.5
+KERNELS = {
+    *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),
+    *(f"mlp/{name}/kernel" for name in ("gate", "up", "down")),
+    *("embed/tokens", "embed/positions"),
+}
+
+
+def after_one_update(params, name="adamw"):
+    """Every parameter, 1 before, after an update with gradients of 0; params are shapes."""
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    tx = make_optimizer(OptimConfig(name=name, **DECAY), 1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    for name, moved in (("kernel", -0.05), ("heads", -0.05), ("bias", 0), ("gain", 0)):
-        np.testing.assert_allclose(updates[name], moved, rtol=1e-6)
+    return jax.tree.map(np.asarray, optax.apply_updates(params, updates))
+
+
+def shapes(family, head="lm", scan_layers=False, init="init", **options):
+    model = Model(dataclasses.replace(FAMILIES[family], scan_layers=scan_layers), head, **options)
+    return jax.eval_shape(getattr(model, init), jax.random.key(0))
+
+
+def by_path(tree):
+    """{"a/b/c": array} of a nested dict."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_tf", "rmsprop", "sgd"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_pitfall_33_a_norms_gain_does_not_decay_and_a_kernel_does(scan_layers, name):
+    layers = after_one_update(shapes("gpt2", scan_layers=scan_layers), name)["backbone"]["layers"]
+    layer = layers if scan_layers else layers["layer_0"]
+    np.testing.assert_array_equal(layer["norm_1"]["scale"], 1.0)
+    np.testing.assert_array_equal(layer["attention"]["query"]["bias"], 1.0)
+    np.testing.assert_allclose(layer["attention"]["query"]["kernel"], 0.95, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pitfall_33_scanned_and_separate_layers_have_one_update(family, head):
+    """And it is 0.95 on kernels and tables by name, 1 on all else, with each of three members stacked too."""
+    separate = after_one_update(shapes(family, head))
+    scanned = after_one_update(shapes(family, head, scan_layers=True))
+    jax.tree.map(np.testing.assert_array_equal, scanned, stacked(separate))
+    jax.tree.map(np.testing.assert_array_equal, unstacked(scanned), separate)
+    output = {"head/kernel"} if head == "lm" else set()
+    for path, x in by_path(separate).items():
+        kernel = path in output or any(path.endswith(f"/{name}") for name in KERNELS)
+        np.testing.assert_allclose(x, 0.95 if kernel else 1.0, rtol=1e-6, err_msg=path)
+    assert decayed(jax.tree.map(lambda x: np.stack([x] * 3), separate)) == decayed(separate)
+
+
+def test_pitfall_33_adapters_decay_whole_and_in_scanned_layers():
+    """A stacked B [layers, r, heads, head_dim] and a separate A [width, r]; the scalar head beside them does not."""
+    for scan_layers in (False, True):
+        lora = LoraConfig(rank=2)
+        trained = after_one_update(shapes("qwen2", "scalar", scan_layers, init="init_trained", lora=lora))
+        for path, x in by_path(trained).items():
+            np.testing.assert_allclose(x, 1.0 if path.startswith("head/") else 0.95, rtol=1e-6, err_msg=path)
+        assert {path.split("/")[-1] for path in by_path(trained)} == {"lora_a", "lora_b", "kernel", "bias"}
+
+
+def test_a_parameter_of_unknown_name_is_an_error_where_something_decays():
+    params = {"mixer": {"kernel": jnp.ones((2, 2)), "gate": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match=r"parameter mixer/gate: .* does not know its name"):
+        make_optimizer(OptimConfig(**DECAY), 1).init(params)
+    make_optimizer(OptimConfig(**{**DECAY, "weight_decay": 0.0}), 1).init(params)
 
 
 def test_rmsprop_and_sgd_by_hand():
@@ -192,7 +265,8 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
     config = OptimConfig(learning_rate=0.01, weight_decay=0.1, warmup_steps=2, clip_norm=0.5)
     tx = make_optimizer(config, 10)
     rng = np.random.default_rng(0)
-    params = {"w": jnp.array(rng.normal(size=(8, 4)), jnp.float32), "b": jnp.array(rng.normal(size=4), jnp.float32)}
+    shapes = {"kernel": (8, 4), "bias": (4,)}
+    params = {name: jnp.array(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
     @jax.jit
     def three_steps(params):
@@ -206,12 +280,12 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     sharded = {
-        "w": jax.device_put(params["w"], NamedSharding(mesh, P("data", None))),
-        "b": jax.device_put(params["b"], NamedSharding(mesh, P())),
+        "kernel": jax.device_put(params["kernel"], NamedSharding(mesh, P("data", None))),
+        "bias": jax.device_put(params["bias"], NamedSharding(mesh, P())),
     }
     (one, _), (four, state) = three_steps(params), three_steps(sharded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, four)
-    for x in (four["w"], *(x for x in jax.tree.leaves(state) if x.shape == (8, 4))):
+    for x in (four["kernel"], *(x for x in jax.tree.leaves(state) if x.shape == (8, 4))):
         assert x.sharding.shard_shape((8, 4)) == (2, 4)
 
 

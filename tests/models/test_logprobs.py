@@ -79,6 +79,59 @@ def test_cross_entropy_by_hand():
     assert float(weight) == 2.0
 
 
+def entropy_in_float64(logits):
+    """-sum p log p and its gradient -p_j (log p_j + H), by loops over logits shifted by their maximum."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max()
+    total = sum(np.exp(x) for x in logits)
+    logp = [x - np.log(total) for x in logits]
+    entropy = -sum(np.exp(x) * x for x in logp)
+    return entropy, [-np.exp(x) * (x + entropy) for x in logp]
+
+
+def entropy_of(logits):
+    """The entropy [t] of rows of logits [t, v], through `logprobs`: hidden rows are unit vectors."""
+    t = logits.shape[0]
+    targets = jnp.zeros((1, t), jnp.int32)
+    return chunked.logprobs(jnp.eye(t)[None], logits, targets, tied=False)[1][0]
+
+
+HALF_ULP = 2.0**-15  # of 800 in float32, the error of its logsumexp
+
+
+@pytest.mark.parametrize("offset", [-800.0, -300.0, 0.0, 800.0])
+@pytest.mark.parametrize("size", [1, 10**6], ids=["chunks of 1", "one chunk"])
+def test_pitfall_34_the_entropy_of_large_logits_does_not_cancel(offset, size, monkeypatch):
+    """Two of three tokens alike: ln 2. A sharp row: 2 e^-30 (30 + 1). Four tokens alike: ln 4."""
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", size)
+    rows = jnp.array([[800.0, -800.0, 800.0, -800.0], [0.0, -30.0, -30.0, -800.0], [0.0, 0.0, 0.0, 0.0]])
+    found = entropy_of(rows + jnp.array([[0.0], [offset], [offset]]))
+    np.testing.assert_allclose(found[0], np.log(2), atol=HALF_ULP, rtol=0)
+    # The likeliest token's own term, 2 e^-30, is lost: its log-probability rounds to 0.
+    np.testing.assert_allclose(found[1], 2 * np.exp(-30) * 31, atol=2.01 * np.exp(-30), rtol=0)
+    np.testing.assert_allclose(found[2], np.log(4), atol=HALF_ULP * 1.1 if offset else 1e-7, rtol=0)
+
+
+def test_pitfall_34_the_gradient_of_the_entropy_of_large_logits():
+    rng = np.random.default_rng(3)
+    rows = jnp.array(rng.normal(size=(3, 5)) * [[1.0], [5.0], [1.0]] + [[-300.0], [0.0], [300.0]], jnp.float32)
+    gradient = jax.grad(lambda x: entropy_of(x).sum())(rows)
+    for row, ours, found in zip(rows, entropy_of(rows), gradient, strict=True):
+        entropy, expected = entropy_in_float64(row)
+        np.testing.assert_allclose(ours, entropy, atol=HALF_ULP, rtol=0)
+        np.testing.assert_allclose(found, expected, atol=2 * HALF_ULP, rtol=0)
+
+
+def test_pitfall_34_the_entropy_of_a_split_vocabulary():
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    layout = make_layout(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    rows = jax.device_put(jnp.array([[-300.0, -800.0, -300.0, -800.0]]), layout.sharding("embed", "vocab"))
+    with layout.use():
+        found = jax.jit(entropy_of)(rows)
+    np.testing.assert_allclose(found, np.log(2), atol=HALF_ULP, rtol=0)
+
+
 def test_whole_logits_never_live(monkeypatch, optimised):
     """No array of b * t * v elements in the compiled loss and gradient, where the plain form has several."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)
