@@ -33,8 +33,8 @@ class OptimConfig:
       final_fraction: of the peak, reached at decay_steps and kept after it. GPT-3 and InstructGPT: 0.1.
       decay_steps: the update at which the decay ends; 0 is the end of training.
       b1, b2, eps: of the moments.
-      weight_decay: decoupled (theta -= lr * weight_decay * theta), of kernels, adapters and embedding tables; norms,
-        biases and the scalar head have none (see `decayed`).
+      weight_decay: decoupled (theta -= lr * weight_decay * theta), of kernels, adapters and
+        embedding tables; norms, biases and the scalar head have none (see `decayed`).
       moments: float32 or bfloat16, of the first moment (or momentum); the second stays float32, for near b2 = 0.999
         an update changes it by less than bfloat16 can tell apart.
       clip_norm: the gradient is scaled down to this global norm; 0 is off.
@@ -188,8 +188,9 @@ def first_moment_in(dtype: str, tx: optax.GradientTransformation) -> optax.Gradi
 def decayed(params: Any) -> Any:
     """Says of each parameter whether weight decay applies to it.
 
-    It applies to kernels, adapters and embedding tables, and not to norms, biases and the scalar head. The name
-    decides, never the rank: with `scan_layers` a norm's gain is a matrix, and a bias of heads is one always.
+    It applies to kernels, adapters and embedding tables, not to norms, biases and the scalar head.
+    The name decides, never the rank: with `scan_layers` a norm's gain is a matrix, and a query's
+    bias [heads, head_dim] is one always.
 
     Args:
       params: a nested dict of arrays or shapes; a subtree of a model's (adapters, a head) will do.
@@ -205,7 +206,8 @@ def decayed(params: Any) -> Any:
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         *parents, name = _keys(path)
         if name not in DECAYED | NOT_DECAYED:
-            raise ValueError(f"parameter {'/'.join(_keys(path))}: optim.decayed does not know its name")
+            where = "/".join(_keys(path))
+            raise ValueError(f"parameter {where}: optim.decayed does not know its name")
         # A language model's head is a kernel alone; one with a bias is a scalar head.
         scalar_head = parents[-1:] == ["head"] and (*parents, "bias") in paths
         return name in DECAYED and not scalar_head

@@ -1015,6 +1015,115 @@ DEFECTS = [
         "prefix = name",
         "test_stage_evaluate.py::test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named",
     ),
+    # ------------------------------------------------------------------ numbers that look right
+    # 33: decay by the rank, which stacked layers add one to; of the scalar head
+    d(
+        33,
+        "optim.py",
+        "return name in DECAYED and not scalar_head",
+        "return _.ndim >= 2",
+        "test_optim.py::test_pitfall_33_a_norms_gain_does_not_decay_and_a_kernel_does",
+        "test_optim.py::test_pitfall_33_scanned_and_separate_layers_have_one_update",
+    ),
+    d(
+        33,
+        "optim.py",
+        "return name in DECAYED and not scalar_head",
+        "return name in DECAYED",
+        "test_optim.py::test_pitfall_33_scanned_and_separate_layers_have_one_update",
+        "test_optim.py::test_pitfall_33_adapters_decay_whole_and_in_scanned_layers",
+    ),
+    # 34: logits cancel against their logsumexp; 1 against what is near it; powers of close numbers
+    d(
+        34,
+        "models/logprobs.py",
+        "-(jnp.exp(every) * every).sum(-1)",
+        "lse - (jnp.exp(every) * logits).sum(-1)",
+        "models/test_logprobs.py::test_pitfall_34_the_entropy_of_large_logits_does_not_cancel",
+        "models/test_logprobs.py::test_pitfall_34_the_gradient_of_the_entropy_of_large_logits",
+        "models/test_logprobs.py::test_pitfall_34_the_entropy_of_a_split_vocabulary",
+    ),
+    d(
+        34,
+        "algos/direct.py",
+        "missing, excess = jax.nn.sigmoid(z - reward), jax.nn.sigmoid(reward - z)",
+        "missing, excess = 1 - jax.nn.sigmoid(reward - z), 1 - jax.nn.sigmoid(z - reward)",
+        "algos/test_direct.py::test_pitfall_34_kto_of_a_clear_response_keeps_its_digits",
+    ),
+    d(
+        34,
+        "algos/tamer.py",
+        "return jnp.where(shortest > shape, late, early)",
+        "return early",
+        "algos/test_tamer.py::test_pitfall_34_gamma_credit_of_late_feedback_keeps_its_digits",
+    ),
+    d(
+        34,
+        "algos/best_of_n.py",
+        "return jnp.where(tied > 0, p * jnp.exp(log_power) * lost / tied, 0)",
+        "below = up_to - tied\n    return jnp.where(tied > 0, p * (up_to**n - below**n) / tied, 0)",
+        "algos/test_best_of_n.py::test_pitfall_34_the_distribution_of_many_unlikely_outcomes",
+    ),
+    # 37: the ratio without a limit; a ratio times a ratio; k3; the odds of what is certain
+    d(
+        37,
+        "algos/log_ratios.py",
+        "return jnp.clip(log_ratios, -limit, limit)",
+        "return log_ratios",
+        "algos/test_policy.py::test_pitfall_37_a_ratio_beyond_float32_has_no_gradient",
+        "algos/test_kl.py::test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted",
+        "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
+    ),
+    d(
+        37,
+        "algos/log_ratios.py",
+        "return jnp.clip(log_ratios, -limit, limit)",
+        "return limit * jnp.tanh(log_ratios / limit)",
+        "algos/test_policy.py::test_pitfall_37_log_ratios_within_the_limit_keep_their_bits",
+    ),
+    d(
+        37,
+        "algos/kl.py",
+        "HALF = LIMIT / 2",
+        "HALF = LIMIT",
+        "algos/test_kl.py::test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted",
+        "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
+    ),
+    d(
+        37,
+        "algos/kl.py",
+        "log_ratio = jnp.maximum(log_ratio, -limit)",
+        "log_ratio = jnp.maximum(log_ratio, -jnp.inf)",
+        "algos/test_kl.py::test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else",
+        "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
+    ),
+    d(
+        37,
+        "algos/direct.py",
+        "log_p = jnp.minimum(log_p, CERTAIN)",
+        "log_p = jnp.minimum(log_p, 0.0)",
+        "algos/test_direct.py::test_pitfall_37_log_odds_of_a_certain_response_are_80",
+        "algos/test_direct.py::test_pitfall_37_orpo_with_an_empty_response_by_hand",
+        "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
+    ),
+    # 38: the std of rewards with the KL in them; a group that differs in its KLs is informative
+    d(
+        38,
+        "algos/group.py",
+        "deviations = _deviations(rewards)\n    advantages",
+        "rewards, penalties = rewards if penalties is None else rewards - penalties, None\n"
+        "    deviations = _deviations(rewards)\n    advantages",
+        "algos/test_group.py::test_pitfall_38_a_kl_in_the_reward_is_not_divided_by_the_std",
+        "test_stage_group.py::test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone",
+    ),
+    d(
+        38,
+        "stages/group.py",
+        "informative = jnp.repeat(group.informative(groups), c.completions)",
+        "with_kl = group.informative(groups - penalties.reshape(groups.shape))\n"
+        "        informative = jnp.repeat(with_kl, c.completions)",
+        "test_stage_group.py::test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone",
+    ),
 ]
 
 

@@ -178,7 +178,8 @@ def test_clipping_is_of_the_gradient_and_not_of_the_update():
 
 # ------------------------------------------------------------------ weight decay
 
-DECAY = {"learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.5}  # 1 becomes 1 - 0.1 * 0.5
+# What decays goes from 1 to 1 - 0.1 * 0.5.
+DECAY = {"learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.5}
 KERNELS = {
     *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),
     *(f"mlp/{name}/kernel" for name in ("gate", "up", "down")),
@@ -218,7 +219,7 @@ def test_pitfall_33_a_norms_gain_does_not_decay_and_a_kernel_does(scan_layers, n
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pitfall_33_scanned_and_separate_layers_have_one_update(family, head):
-    """And it is 0.95 on kernels and tables by name, 1 on all else, with each of three members stacked too."""
+    """It makes kernels and tables 0.95 and leaves all else at 1, also where members are stacked."""
     separate = after_one_update(shapes(family, head))
     scanned = after_one_update(shapes(family, head, scan_layers=True))
     jax.tree.map(np.testing.assert_array_equal, scanned, stacked(separate))
@@ -231,13 +232,15 @@ def test_pitfall_33_scanned_and_separate_layers_have_one_update(family, head):
 
 
 def test_pitfall_33_adapters_decay_whole_and_in_scanned_layers():
-    """A stacked B [layers, r, heads, head_dim] and a separate A [width, r]; the scalar head beside them does not."""
+    """A stacked B [layers, r, heads, head_dim], a separate A [width, r]; not the scalar head."""
     for scan_layers in (False, True):
-        lora = LoraConfig(rank=2)
-        trained = after_one_update(shapes("qwen2", "scalar", scan_layers, init="init_trained", lora=lora))
-        for path, x in by_path(trained).items():
-            np.testing.assert_allclose(x, 1.0 if path.startswith("head/") else 0.95, rtol=1e-6, err_msg=path)
-        assert {path.split("/")[-1] for path in by_path(trained)} == {"lora_a", "lora_b", "kernel", "bias"}
+        options = {"init": "init_trained", "lora": LoraConfig(rank=2)}
+        trained = by_path(after_one_update(shapes("qwen2", "scalar", scan_layers, **options)))
+        for path, x in trained.items():
+            expected = 1.0 if path.startswith("head/") else 0.95
+            np.testing.assert_allclose(x, expected, rtol=1e-6, err_msg=path)
+        names = {path.split("/")[-1] for path in trained}
+        assert names == {"lora_a", "lora_b", "kernel", "bias"}
 
 
 def test_a_parameter_of_unknown_name_is_an_error_where_something_decays():
@@ -266,7 +269,8 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
     tx = make_optimizer(config, 10)
     rng = np.random.default_rng(0)
     shapes = {"kernel": (8, 4), "bias": (4,)}
-    params = {name: jnp.array(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    drawn = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    params = {name: jnp.array(x, jnp.float32) for name, x in drawn.items()}
 
     @jax.jit
     def three_steps(params):

@@ -45,12 +45,12 @@ def assert_close(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
-def penalised(algorithm, reference, rollout, beta):
-    """score - beta log pi/rho of each answer, in numpy."""
+def scores_and_penalties(algorithm, reference, rollout, beta):
+    """The score and beta log pi/rho of each answer, in numpy."""
     rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
     ref = response_logprobs(algorithm.model, reference, *rows)[0]
     spent = ((np.asarray(rollout.logprobs, np.float64) - np.asarray(ref)) * np.asarray(rollout.mask)).sum(1)
-    return np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)) - beta * spent
+    return np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)), beta * spent
 
 
 # ------------------------------------------------------------------ advantages
@@ -62,7 +62,8 @@ def test_advantages_are_made_within_groups_of_consecutive_answers():
         algorithm, state, reference = begin(name, optim=dataclasses.replace(SGD, learning_rate=2.0))
         state, _, _ = iterate(algorithm, state, reference)
         rollout, episodes, pairs = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, 1))
-        rewards = penalised(algorithm, reference, rollout, optimum.BETA)
+        scores, penalties = scores_and_penalties(algorithm, reference, rollout, optimum.BETA)
+        rewards = scores - penalties
         assert abs(float(pairs["kl"][0])) > 0.05
         for first in range(0, 64, 8):
             for i in range(first, first + 8):
@@ -71,7 +72,10 @@ def test_advantages_are_made_within_groups_of_consecutive_answers():
                 if name == "rloo":
                     advantage = rewards[i] - np.mean([rewards[j] for j in range(first, first + 8) if j != i])
                 if name in ("grpo", "dapo"):
-                    advantage = advantage / (np.std(others, ddof=1) + 1e-4)
+                    rows = slice(first, first + 8)
+                    advantage = scores[i] - np.mean(scores[rows])
+                    advantage /= np.std(scores[rows], ddof=1) + 1e-4
+                    advantage -= penalties[i] - np.mean(penalties[rows])
                 assert float(episodes.advantages[i]) == pytest.approx(advantage, rel=2e-3, abs=2e-4)
 
 
@@ -136,16 +140,22 @@ def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
 # ------------------------------------------------------------------ what counts
 
 
-def crafted(estimator, **changes):
-    """Two groups of 4: equal rewards in the first; in the second one answer ends and three hit the limit."""
-    algorithm, state, reference = begin(estimator, batch_size=2, completions=4, kl=optimum.KLConfig(0.0), **changes)
+def crafted(estimator, beta=0.0, nats=0.0, **changes):
+    """Two groups of 4: equal rewards in the first; in the second one answer ends, three do not.
+
+    Answers are `nats` [8] likelier than under the reference, at their first token.
+    """
+    own = {"batch_size": 2, "completions": 4, "kl": optimum.KLConfig(beta)}
+    algorithm, state, reference = begin(estimator, **own, **changes)
     tokens = jnp.array([[1, 3, EOS, PAD]] * 4 + [[1, 4, 4, 4]] * 3 + [[1, 4, 5, EOS]])
     mask = (tokens[:, 2:] != PAD).astype(jnp.float32)
     segments = (tokens != PAD).astype(jnp.int32)
     logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
     scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
     rollout = Rollout(tokens, segments, mask, logprobs)
-    return algorithm.prepare(state, algorithm.know(state.params, reference, rollout), rollout, scores)
+    known = algorithm.know(state.params, reference, rollout)
+    known = known._replace(ref_logprobs=known.logprobs.at[:, 0].add(-nats))
+    return algorithm.prepare(state, known, rollout, scores)
 
 
 def test_informative_share_is_logged_and_may_be_all_that_counts():
@@ -155,6 +165,24 @@ def test_informative_share_is_logged_and_may_be_all_that_counts():
     assert float(episodes.mask.sum()) == 12
     episodes, _ = crafted("dapo", only_informative=True)
     np.testing.assert_array_equal(episodes.mask.sum(1), [0, 0, 0, 0, 2, 2, 2, 2])
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dapo"])
+def test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone(estimator):
+    """KLs of 0.1 .. 0.4 nats, beta 0.5: -0.5 (KL - 0.25), which the KLs' std would make +-1.14."""
+    nats = jnp.array([0.1, 0.2, 0.3, 0.4] * 2)
+    episodes, pairs = crafted(estimator, beta=0.5, nats=nats)
+    of_kl = np.array([0.075, 0.025, -0.025, -0.075])
+    np.testing.assert_allclose(episodes.advantages[:4], of_kl, atol=1e-6)
+    # Scores 0.1 .. 0.4: deviations of -0.15 .. 0.15, unbiased variance 0.05 / 3.
+    of_scores = np.array([-0.15, -0.05, 0.05, 0.15]) / (np.sqrt(0.05 / 3) + 1e-4)
+    np.testing.assert_allclose(episodes.advantages[4:], of_scores + of_kl, rtol=1e-5)
+    metrics = finalize(jax.device_get(pairs))
+    assert metrics["informative"] == 0.5
+    assert metrics["kl"] == pytest.approx(0.25, rel=1e-5)
+    assert metrics["group_std"] == pytest.approx(np.std([0.1, 0.2, 0.3, 0.4]) / 2, rel=1e-5)
+    counted, _ = crafted(estimator, beta=0.5, nats=nats, only_informative=True)
+    np.testing.assert_array_equal(counted.mask[:4], 0)
 
 
 def test_overlong_answers_are_left_out_or_penalised():
@@ -314,7 +342,7 @@ def test_what_cannot_be_meant_is_refused(message):
 
 
 def test_the_estimators_are_those_of_algos():
-    assert group.ESTIMATORS["rloo"].advantages is estimators.rloo_advantages
+    assert group.ESTIMATORS["grpo"].advantages is estimators.grpo_advantages
     options = {"init_from": "x", "reward": "y", "prompt_length": 8, "max_new": 8, "batch_size": 4, "steps": 1}
     with pytest.raises(ConfigError, match="expected one of 'rloo'"):
         recipe.check({**to_dict(stages.stage_config("group", **options)), "estimator": "ppo"}, "group")

@@ -38,10 +38,18 @@ def best_of_n_kl(n: int) -> float:
 def best_of_n_distribution(p: Float[Array, "m"], rewards: Float[Array, "m"], *, n: int) -> Float[Array, "m"]:
     """q_i, the probability that outcome i is the best of n draws from p; ties are broken at random.
 
-    With F_i = P(r <= r_i), G_i = P(r < r_i):  q_i = p_i (F_i^n - G_i^n) / (F_i - G_i).
+    With F_i = P(r <= r_i), t_i = P(r = r_i), G_i = F_i - t_i:
+      q_i = p_i (F_i^n - G_i^n) / t_i = p_i F_i^n (1 - (1 - t_i / F_i)^n) / t_i
+    The second form subtracts no nearly equal powers, where an outcome is one of many.
     Its exact KL is sum_i q_i log q_i / p_i.
     """
-    up_to = jnp.sum(jnp.where(rewards[None, :] <= rewards[:, None], p[None, :], 0), axis=1)
-    below = jnp.sum(jnp.where(rewards[None, :] < rewards[:, None], p[None, :], 0), axis=1)
-    tied = up_to - below
-    return jnp.where(tied > 0, p * (up_to**n - below**n) / jnp.where(tied > 0, tied, 1), 0)
+    others, own = rewards[None, :], rewards[:, None]
+
+    def mass(counted):
+        return jnp.sum(jnp.where(counted, p[None, :], 0), axis=1)
+
+    above, tied, up_to = mass(others > own), mass(others == own), mass(others <= own)
+    # F^n: near 1, in float32, F is told best by what lies above it.
+    log_power = n * jnp.where(up_to < 0.5, jnp.log(up_to), jnp.log1p(-above))
+    lost = -jnp.expm1(n * jnp.log1p(-jnp.minimum(tied / up_to, 1)))
+    return jnp.where(tied > 0, p * jnp.exp(log_power) * lost / tied, 0)

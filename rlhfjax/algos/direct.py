@@ -4,11 +4,14 @@ Arguments are log-probabilities of whole responses, [n] for n pairs: `sequence_l
 cDPO, IPO and KTO, `mean_logprobs` for ORPO and SimPO. `weight` [n] is 1 on pairs that exist, 0 on padding.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from rlhfjax.algos.log_ratios import LIMIT
 from rlhfjax.algos.masked import divide, masked_mean, masked_sum
 from rlhfjax.algos.preference import pair_metrics
 from rlhfjax.algos.types import Loss, Scalar
@@ -121,7 +124,8 @@ def orpo_loss(
       beta: the paper's lambda, 0.1.
 
     Returns:
-      as `dpo_loss`, rewards being beta log odds; and the metric nll (first term, nats per token, weight: pairs).
+      as `dpo_loss`, rewards being beta log odds; and the metrics nll (first term, nats per token,
+      weight: pairs) and odds_clamped (share of pairs with a response at the limit of `log_odds`).
 
     Source: Hong et al. 2024, eq. 6 and 7.
     """
@@ -129,11 +133,24 @@ def orpo_loss(
     odds_w, odds_l = log_odds(chosen), log_odds(rejected)
     loss = -chosen - beta * jax.nn.log_sigmoid(odds_w - odds_l)
     scalar, metrics = _pairwise(loss, beta * odds_w, beta * odds_l, weight)
-    return scalar, {**metrics, "nll": (masked_sum(-chosen, weight), jnp.sum(weight))}
+    at_limit = jnp.maximum(chosen, rejected) >= CERTAIN
+    metrics |= {
+        "nll": (masked_sum(-chosen, weight), jnp.sum(weight)),
+        "odds_clamped": (masked_sum(at_limit.astype(weight.dtype), weight), jnp.sum(weight)),
+    }
+    return scalar, metrics
+
+
+CERTAIN = -math.exp(-LIMIT)  # the log-probability whose log odds are the limit
 
 
 def log_odds(log_p: Float[Array, "n"]) -> Float[Array, "n"]:
-    """log(p / (1 - p)) from log p < 0, accurate at both ends."""
+    """log(p / (1 - p)) from log p <= 0, accurate at both ends; at most 80.
+
+    A response that is certain, or that has no tokens, has log p = 0 and infinite odds. Beyond the
+    limit the gradient is 0.
+    """
+    log_p = jnp.minimum(log_p, CERTAIN)
     return log_p - jnp.log(-jnp.expm1(log_p))
 
 
@@ -150,6 +167,8 @@ def kto_loss(
 ) -> Loss:
     """lambda_y - v(y), v = lambda_D sigmoid(r - beta z) if desirable, lambda_U sigmoid(beta z - r) if not; mean.
 
+    As 1 - sigmoid(x) is sigmoid(-x), this is
+    lambda_D sigmoid(beta z - r) or lambda_U sigmoid(r - beta z).
     r = beta log pi/rho (y), z the KL of policy and reference, a constant: no pairs, one label a response.
 
     Args:
@@ -167,8 +186,8 @@ def kto_loss(
     """
     reward = _implicit(logprobs, ref_logprobs, weight, beta)
     z = beta * lax.stop_gradient(jnp.asarray(kl))
-    gain, lose = 1 - jax.nn.sigmoid(reward - z), 1 - jax.nn.sigmoid(z - reward)
-    loss = jnp.where(desirable > 0, desirable_weight * gain, undesirable_weight * lose)
+    missing, excess = jax.nn.sigmoid(z - reward), jax.nn.sigmoid(reward - z)
+    loss = jnp.where(desirable > 0, desirable_weight * missing, undesirable_weight * excess)
     good, bad = weight * (desirable > 0), weight * (desirable <= 0)
     total, count = masked_sum(loss, weight), jnp.sum(weight)
     metrics = {

@@ -1,6 +1,7 @@
 """Policy gradients without a value function: K samples a prompt are each other's baseline.
 
-Advantages come from `rewards` [p, k] (one a response), losses take one advantage per response, [b] with b = p k.
+Advantages come from `rewards` [p, k] (one per response), losses take one advantage per response,
+[b] with b = p k.
 """
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from rlhfjax.algos.kl import k3
+from rlhfjax.algos.log_ratios import clamped
 from rlhfjax.algos.masked import divide, sequence_mean, sequence_token_mean, token_mean
 from rlhfjax.algos.policy import log_ratio, ratio_metrics
 from rlhfjax.algos.types import Loss, Scalar
@@ -36,16 +38,27 @@ def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     return k / (k - 1) * _deviations(rewards)
 
 
-def grpo_advantages(rewards: Float[Array, "p k"], *, eps: float = 1e-4) -> Float[Array, "p k"]:
-    """A_i = (r_i - mean_j r_j) / (std_j r_j + eps); 0 for a group of equal rewards.
+def grpo_advantages(
+    rewards: Float[Array, "p k"], penalties: Float[Array, "p k"] | None = None, *, eps: float = 1e-4
+) -> Float[Array, "p k"]:
+    """A_i = (r_i - mean_j r_j) / (std_j r_j + eps) - (c_i - mean_j c_j).
 
-    The paper does not say which std; this is the unbiased one (k - 1) of TRL and veRL, eps as in TRL.
+    The std is that of the task's reward alone. With the KL in it, a group of equal rewards would
+    have unit advantages from whatever its KLs are.
 
-    Source: Shao et al. 2024, section 4.1.2.
+    Args:
+      rewards: r, without a KL.
+      penalties: c, beta times the KL of each response, in units of the advantage, where a KL is in
+        the reward; None: there is none.
+      eps: added to the std. The paper does not say which std; this is the unbiased one (k - 1) of
+        TRL and veRL, eps as in TRL.
+
+    Source: Shao et al. 2024, section 4.1.2; the paper has the KL in the loss.
     """
     _group_size(rewards)
     deviations = _deviations(rewards)
-    return deviations / (jnp.std(deviations, axis=1, keepdims=True, ddof=1) + eps)
+    advantages = deviations / (jnp.std(deviations, axis=1, keepdims=True, ddof=1) + eps)
+    return advantages if penalties is None else advantages - _deviations(penalties)
 
 
 def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
@@ -67,6 +80,8 @@ def moving_baseline(baseline: Scalar, rewards: Float[Array, "b"], *, decay: Scal
 
 def informative(rewards: Float[Array, "p k"]) -> Bool[Array, "p"]:
     """Prompts whose K rewards are not all equal: DAPO's dynamic sampling keeps only these (the others give A = 0).
+
+    Rewards are without a KL, which differs between any two responses and makes neither the better.
 
     Source: Yu et al. 2025 (DAPO), eq. 11.
     """
@@ -118,17 +133,20 @@ def grpo_loss(
       beta: KL coefficient, 0.04.
 
     Returns:
-      mean over responses; metrics loss (weight: responses), kl (k3), clip_fraction, approx_kl, ratio, ratio_max.
+      mean over responses; metrics loss (weight: responses), kl (k3), kl_clamped (share of tokens
+      where k3 is clamped), clip_fraction and those of `ratio_metrics`.
 
     Source: Shao et al. 2024, eq. 3 and 4.
     """
     log_ratios = log_ratio(logprobs, old_logprobs, mask)
     surrogate, clipped = clipped_surrogate(log_ratios, advantages, clip_low=clip, clip_high=clip)
-    kl = k3(jnp.where(mask > 0, logprobs, 0), jnp.where(mask > 0, ref_logprobs, 0))
+    kept, ref_kept = jnp.where(mask > 0, logprobs, 0), jnp.where(mask > 0, ref_logprobs, 0)
+    kl = k3(kept, ref_kept)
     total, weight = sequence_token_mean(surrogate + beta * kl, mask)
     metrics = {
         "loss": (total, weight),
         "kl": token_mean(kl, mask),
+        "kl_clamped": clamped(jnp.minimum(kept - ref_kept, 0), mask),
         "clip_fraction": token_mean(clipped, mask),
         **ratio_metrics(log_ratios, mask),
     }

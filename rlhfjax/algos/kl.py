@@ -4,10 +4,13 @@ Throughout, tokens are sampled from the policy pi, `logprobs` are log pi(y_t | x
 reference rho, both at the temperature that was sampled with.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from rlhfjax.algos.log_ratios import LIMIT, clamp
 from rlhfjax.algos.masked import divide, masked_sum, token_mean
 from rlhfjax.algos.types import Loss, Scalar
 
@@ -39,9 +42,15 @@ def k2(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[
 def k3(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """k3 = rho/pi - 1 - log rho/pi. E_pi[k3] = KL(pi || rho); never negative; low variance.
 
+    Below -80 log pi/rho counts as -80, so that rho/pi is finite; the gradient there is 0.
+
     Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024 (GRPO), eq. 4.
     """
-    log_ratio = _log_ratio(logprobs, ref_logprobs)
+    return _k3(_log_ratio(logprobs, ref_logprobs), LIMIT)
+
+
+def _k3(log_ratio: Float[Array, "*n"], limit: float) -> Float[Array, "*n"]:
+    log_ratio = jnp.maximum(log_ratio, -limit)  # the other side is linear: it keeps its gradient
     return jnp.expm1(-log_ratio) + log_ratio
 
 
@@ -96,7 +105,7 @@ def kl_loss_k1(
 
     Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
     """
-    return _ratio_weighted(k1, logprobs, old_logprobs, ref_logprobs, mask)
+    return _ratio_weighted(lambda log_ratio: log_ratio, logprobs, old_logprobs, ref_logprobs, mask)
 
 
 def kl_loss_k2(logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Loss:
@@ -123,7 +132,8 @@ def kl_loss_k3(
 
     Source: DeepSeek-V3.2 (2025), "unbiased KL estimate"; Tang & Munos 2025.
     """
-    return _ratio_weighted(k3, logprobs, old_logprobs, ref_logprobs, mask)
+    k3_of = functools.partial(_k3, limit=HALF)
+    return _ratio_weighted(k3_of, logprobs, old_logprobs, ref_logprobs, mask, lowest=-HALF)
 
 
 def kl_loss_sequence(
@@ -145,9 +155,31 @@ def kl_loss_sequence(
     return divide(total, weight), {"loss": (total, weight), "kl": (total, weight)}
 
 
-def _ratio_weighted(estimator, logprobs, old_logprobs, ref_logprobs, mask) -> Loss:
+HALF = LIMIT / 2  # where a ratio multiplies another, each has half of the exponent
+
+
+def _ratio_weighted(
+    estimator,
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    mask,
+    *,
+    lowest: float = -jnp.inf,
+) -> Loss:
+    """mean_t of (pi/pi_old) estimator(log pi/rho), an estimator that clamps log pi/rho at `lowest`.
+
+    Metrics loss, kl (the estimate alone), kl_clamped (the share of tokens with a clamp in either).
+    """
     logprobs, old_logprobs, ref_logprobs = (jnp.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
-    kl = estimator(logprobs, ref_logprobs)
-    ratio = jnp.exp(logprobs - lax.stop_gradient(old_logprobs))
+    log_ratio = _log_ratio(logprobs, ref_logprobs)
+    moved = logprobs - lax.stop_gradient(old_logprobs)
+    kl, ratio = estimator(log_ratio), jnp.exp(clamp(moved, limit=HALF))
     total, weight = token_mean(ratio * kl, mask)
-    return divide(total, weight), {"loss": (total, weight), "kl": token_mean(kl, mask)}
+    held = (jnp.abs(moved) >= HALF) | (log_ratio <= lowest)
+    metrics = {
+        "loss": (total, weight),
+        "kl": token_mean(kl, mask),
+        "kl_clamped": token_mean(held.astype(mask.dtype), mask),
+    }
+    return divide(total, weight), metrics

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from rlhfjax.algos.log_ratios import clamp, clamped
 from rlhfjax.algos.masked import divide, masked_max, token_mean
 from rlhfjax.algos.types import Loss, Scalar
 
@@ -11,15 +12,22 @@ from rlhfjax.algos.types import Loss, Scalar
 def log_ratio(
     logprobs: Float[Array, "b t"], old_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
 ) -> Float[Array, "b t"]:
-    """log pi/pi_old on counted tokens, 0 elsewhere (so that whatever stands in the padding has no gradient)."""
-    return jnp.where(mask > 0, logprobs - lax.stop_gradient(old_logprobs), 0)
+    """log pi/pi_old on counted tokens, 0 elsewhere (so that padding has no gradient).
+
+    Clamped at +-80 nats, with no gradient beyond: with an infinite ratio the gradient of a token
+    that PPO clips would be 0 * inf.
+    """
+    return jnp.where(mask > 0, clamp(logprobs - lax.stop_gradient(old_logprobs)), 0)
 
 
 def ratio_metrics(log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]) -> dict[str, tuple[Array, Array]]:
-    """How far the policy has moved from the one that sampled: approx_kl, ratio, ratio_max.
+    """How far the policy has moved from the one that sampled, as four metrics.
 
-    approx_kl is k3 of KL(pi_old || pi): E_old[pi/pi_old - 1 - log pi/pi_old], nats per token: between PPO iterates, not
-    to the reference. ratio_max has weight 1, so that over minibatches it is the mean of their maxima.
+    approx_kl: k3 of KL(pi_old || pi), E_old[pi/pi_old - 1 - log pi/pi_old], nats per token: between
+      PPO iterates, not to the reference.
+    ratio: the mean of pi/pi_old.
+    ratio_max: its maximum, of weight 1, so that over minibatches it is the mean of their maxima.
+    ratio_clamped: the share of tokens at the limit of `log_ratio`.
     """
     approx_kl = jnp.expm1(log_ratios) - log_ratios
     ratio = jnp.exp(log_ratios)
@@ -28,6 +36,7 @@ def ratio_metrics(log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]) ->
         "approx_kl": token_mean(approx_kl, mask),
         "ratio": token_mean(ratio, mask),
         "ratio_max": (masked_max(ratio, mask), some),
+        "ratio_clamped": clamped(log_ratios, mask),
     }
 
 
@@ -50,7 +59,7 @@ def ppo_loss(
 
     Returns:
       the mean over counted tokens; metrics loss, clip_fraction (of tokens whose clipped term is the active one),
-      approx_kl, ratio, ratio_max.
+      and those of `ratio_metrics`.
 
     Source: Schulman et al. 2017, eq. 7; lm-human-preferences, train_policy.py `loss`.
     """

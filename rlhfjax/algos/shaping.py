@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from rlhfjax.algos.kl import sequence_kl
 from rlhfjax.algos.masked import last_token
 from rlhfjax.algos.types import Scalar
 
@@ -82,16 +81,6 @@ def reject(score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scala
     Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `penalty_reward_value`.
     """
     return jnp.where(accepted, score, value)
-
-
-def sequence_rewards(
-    score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar
-) -> Float[Array, "b"]:
-    """r = score - beta sum_t kl_t: one reward a response, for RLOO and REINFORCE on sequences.
-
-    Source: Ahmadian et al. 2024.
-    """
-    return score - beta * sequence_kl(kl, mask)
 
 
 def overlong_penalty(mask: Float[Array, "b t"], *, limit: int, soft: int) -> Float[Array, "b"]:

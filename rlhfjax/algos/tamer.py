@@ -5,7 +5,7 @@ Times are seconds; step i lasts from starts[i] to ends[i]; feedback f is given a
 
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import gammainc
+from jax.scipy.special import gammainc, gammaincc
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import divide, masked_sum
@@ -31,13 +31,15 @@ def gamma_credit(
 ) -> Float[Array, "f t"]:
     """c_{f,i} = F(times_f - starts_i) - F(times_f - ends_i), F the CDF of a Gamma(shape, scale) delay.
 
+    Past the mean delay it is a difference of 1 - F: of two numbers near 1 nothing would be left.
+
     Source: Knox & Stone 2009.
     """
-
-    def cdf(delay):
-        return gammainc(shape, jnp.maximum(delay, 0) / scale)
-
-    return cdf(times[:, None] - starts[None, :]) - cdf(times[:, None] - ends[None, :])
+    longest = jnp.maximum(times[:, None] - starts[None, :], 0) / scale
+    shortest = jnp.maximum(times[:, None] - ends[None, :], 0) / scale
+    early = gammainc(shape, longest) - gammainc(shape, shortest)
+    late = gammaincc(shape, shortest) - gammaincc(shape, longest)
+    return jnp.where(shortest > shape, late, early)
 
 
 def tamer_loss(

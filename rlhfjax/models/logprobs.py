@@ -170,11 +170,11 @@ def logprobs(
     *,
     tied: bool,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """log p(target) and the entropy H = -sum p log p (nats, float32) of p = softmax(logits / temperature).
+    """log p(target) and the entropy -sum p log p (nats, float32) of p = softmax(logits / temperature).
 
-    With log p_i = l_i - logsumexp(l): H = -sum_i p_i (l_i - logsumexp(l)), a sum of terms that are at least 0. Its
-    error is that of logsumexp(l), half a unit in the last place. In logsumexp(l) - sum_i p_i l_i, the same on paper,
-    numbers of the size of the logits cancel: logits (800, -800, 800) come to 0.7164, not to ln 2.
+    With log p_i = l_i - logsumexp(l), H = -sum_i p_i (l_i - logsumexp(l)): no term is below 0, and
+    the error is that of logsumexp(l), half a unit in the last place. In logsumexp(l) - sum p_i l_i
+    numbers as large as the logits cancel: of (800, -800, 800) it makes 0.7164, not ln 2.
 
     A chunk's logits are not kept for the backward pass but made again, except where one chunk is all there is.
     """

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rlhfjax import state as states
-from rlhfjax.algos import group, masked, policy, shaping
+from rlhfjax.algos import group, kl, masked, policy, shaping
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -47,7 +47,7 @@ class Config(PolicyConfig):
     baseline_decay: float = 0.9  # of reinforce, an iteration
     overlong: Literal["keep", "leave_out"] = "keep"  # what hit the length limit in the loss; DAPO leaves it out
     overlong_soft: int = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
-    only_informative: bool = False  # groups of equal rewards, with no gradient, do not count in the mean either
+    only_informative: bool = False  # groups of equal scores (without a KL) do not count in the mean
 
     @property
     def episodes(self) -> int:
@@ -55,9 +55,11 @@ class Config(PolicyConfig):
 
 
 class Estimator(NamedTuple):
-    """How advantages come from rewards [p, k], the loss from advantages [b], and which KL may join that loss."""
+    """How advantages and then the loss are made, and which KL may join that loss."""
 
-    advantages: Callable[[jax.Array], jax.Array] | None  # None: rewards minus the moving baseline
+    # (scores, penalties) -> advantages, all [p, k]; a penalty is beta times the KL of a response.
+    # None: scores minus penalties minus the moving baseline.
+    advantages: Callable[[jax.Array, jax.Array], jax.Array] | None
     loss: Callable[["Config", jax.Array, "Experience", Any], tuple[jax.Array, Pairs]]
     kl_losses: tuple[str, ...] = ()
 
@@ -84,8 +86,10 @@ def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> 
 def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
     """With the KL in the reward there is none here."""
     rows = (logprobs, batch.logprobs, batch.ref_logprobs, batch.advantages, batch.mask)
-    scalar, pairs = group.grpo_loss(*rows, clip=c.clip, beta=beta if c.kl.place == "loss" else 0.0)
-    return scalar, {name: pair for name, pair in pairs.items() if name != "kl"}
+    in_loss = c.kl.place == "loss"
+    scalar, pairs = group.grpo_loss(*rows, clip=c.clip, beta=beta if in_loss else 0.0)
+    left_out = ("kl",) if in_loss else ("kl", "kl_clamped")
+    return scalar, {name: pair for name, pair in pairs.items() if name not in left_out}
 
 
 def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
@@ -98,10 +102,18 @@ def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple
     return group.dapo_loss(*rows, clip_low=c.clip, clip_high=c.clip_high)
 
 
+def _rloo_advantages(scores: jax.Array, penalties: jax.Array) -> jax.Array:
+    return group.rloo_advantages(scores - penalties)
+
+
+def _dr_grpo_advantages(scores: jax.Array, penalties: jax.Array) -> jax.Array:
+    return group.dr_grpo_advantages(scores - penalties)
+
+
 ESTIMATORS = {
-    "rloo": Estimator(group.rloo_advantages, _reinforce, ("sequence",)),
+    "rloo": Estimator(_rloo_advantages, _reinforce, ("sequence",)),
     "grpo": Estimator(group.grpo_advantages, _grpo, ("grpo",)),
-    "dr_grpo": Estimator(group.dr_grpo_advantages, _dr_grpo),
+    "dr_grpo": Estimator(_dr_grpo_advantages, _dr_grpo),
     "dapo": Estimator(group.grpo_advantages, _dapo, ("k1", "k2", "k3")),
     "reinforce": Estimator(None, _reinforce, ("sequence",)),
 }
@@ -174,8 +186,8 @@ class Algorithm(PolicyAlgorithm):
             shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)
         penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
-        rewards = shaping.sequence_rewards(shaped, penalty, mask, beta=beta)
-        groups = rewards.reshape(-1, c.completions)
+        penalties = beta * kl.sequence_kl(penalty, mask)
+        groups = shaped.reshape(-1, c.completions)
         informative = jnp.repeat(group.informative(groups), c.completions)
         n = jnp.float32(mask.shape[0])
         pairs |= {
@@ -187,7 +199,7 @@ class Algorithm(PolicyAlgorithm):
             "kl_coefficient": (beta, jnp.ones(())),
             "informative": (informative.astype(jnp.float32).sum(), n),
             "group_std": (jnp.std(groups, axis=1).sum(), jnp.float32(groups.shape[0])),
-            "advantage_reward": (rewards.sum(), n),
+            "advantage_reward": ((shaped - penalties).sum(), n),
         }
         counted = mask
         if c.overlong == "leave_out":
@@ -195,14 +207,17 @@ class Algorithm(PolicyAlgorithm):
         if c.only_informative:
             counted = counted * informative[:, None]
         rows = (rollout.tokens, rollout.segments, counted, old_logprobs)
-        return Experience(*rows, self._advantages(groups, state), ref_logprobs), pairs
+        advantages = self._advantages(groups, penalties.reshape(groups.shape), state)
+        return Experience(*rows, advantages, ref_logprobs), pairs
 
-    def _advantages(self, groups: Float[Array, "p k"], state: states.TrainState) -> Float[Array, "b"]:
+    def _advantages(
+        self, scores: Float[Array, "p k"], penalties: Float[Array, "p k"], state: states.TrainState
+    ) -> Float[Array, "b"]:
         if self.estimator.advantages is not None:
-            return self.estimator.advantages(groups).reshape(-1)
+            return self.estimator.advantages(scores, penalties).reshape(-1)
         # the average of the iterations before this one, free of the zero that it began with
         weight = 1 - self.config.baseline_decay ** state.step.astype(jnp.float32)
-        return groups.reshape(-1) - masked.divide(state.extra["baseline"], weight)
+        return (scores - penalties).reshape(-1) - masked.divide(state.extra["baseline"], weight)
 
     # ------------------------------------------------------------------ minibatch epochs
 

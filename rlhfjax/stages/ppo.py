@@ -261,7 +261,7 @@ class Algorithm(PolicyAlgorithm):
         Of `sequence`, too, only the sum is used: divided by tokens it is what a KL in the reward comes to.
         """
         scalar, pairs = super()._kl_loss(logprobs, batch)
-        return scalar, {"loss": (pairs["loss"][0], batch.mask.sum())}
+        return scalar, {**pairs, "loss": (pairs["loss"][0], batch.mask.sum())}
 
     def _update(
         self,

@@ -55,6 +55,23 @@ def test_distribution_equals_enumeration_of_all_draws(rewards, n):
     np.testing.assert_allclose(found, q, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 64, 60_000])
+def test_pitfall_34_the_distribution_of_many_unlikely_outcomes(n):
+    """q / p = (F^n - G^n) / (F - G) in float64, where F and G are apart; there are ties."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(500, 0.3)).astype(np.float32)
+    rewards = np.round(rng.normal(size=500), 2).astype(np.float32)
+    counted, gains = p > 1e-7, []
+    for reward in rewards:
+        up_to = np.sum(p[rewards <= reward], dtype=np.float64)
+        below = np.sum(p[rewards < reward], dtype=np.float64)
+        gains.append((up_to**n - below**n) / (up_to - below))
+    found = best_of_n.best_of_n_distribution(jnp.array(p), jnp.array(rewards), n=n)
+    found, expected = np.asarray(found, np.float64), np.array(gains)
+    np.testing.assert_allclose((found / p)[counted], expected[counted], rtol=1e-5, atol=1e-20)
+    np.testing.assert_allclose(found.sum(), 1, atol=1e-6)
+
+
 def exact_kl(m, n):
     q = np.array(best_of_n.best_of_n_distribution(jnp.full(m, 1 / m), jnp.arange(m, dtype=jnp.float32), n=n), float)
     q = q[q > 0]

@@ -107,6 +107,31 @@ def test_log_odds(p):
     np.testing.assert_allclose(direct.log_odds(jnp.log(jnp.array([p]))), [expected], rtol=1e-3 if p > 0.99 else 1e-5)
 
 
+def test_pitfall_37_log_odds_of_a_certain_response_are_80():
+    # log(-log p) is -80 at log p = -e^-80 = -1.8e-35. Below it the log odds are -log(-log p) and
+    # have the slope 1 / -log p.
+    log_p = jnp.array([0.0, -1e-36, -1e-30, -1e4])
+    expected = [80, 80, 30 * math.log(10), -1e4]
+    np.testing.assert_allclose(direct.log_odds(log_p), expected, rtol=1e-6)
+    gradient = jax.grad(lambda x: direct.log_odds(x).sum())(log_p)
+    np.testing.assert_allclose(gradient, [0, 0, 1e30, 1], rtol=1e-5)
+
+
+def test_pitfall_37_orpo_with_an_empty_response_by_hand():
+    # The mean over no tokens is log P = 0. The other response has P = 1/2, log odds 0.
+    empty = direct.mean_logprobs(jnp.full((1, 3), -1.0), jnp.zeros((1, 3)))
+    half, weight = jnp.log(jnp.array([0.5])), jnp.ones(1)
+    value_and_grad = jax.value_and_grad(direct.orpo_loss, argnums=(0, 1), has_aux=True)
+    (loss, metrics), gradients = value_and_grad(half, empty, weight, beta=0.1)
+    np.testing.assert_allclose(loss, math.log(2) + 0.1 * 80, rtol=1e-6)
+    # d log odds / d log P = 1 / (1 - P) = 2
+    np.testing.assert_allclose(gradients[0], -1 - 0.1 * 2, rtol=1e-6)
+    np.testing.assert_array_equal(gradients[1], 0)
+    assert [float(x) for x in metrics["odds_clamped"]] == [1, 1]
+    (loss, _), _ = value_and_grad(empty, half, weight, beta=0.1)
+    np.testing.assert_allclose(loss, 0, atol=1e-6)
+
+
 def test_reference_logprobs_are_constants():
     *columns, weight = map(jnp.array, random_pairs())
     gradients = jax.grad(lambda rw, rl: direct.dpo_loss(*columns[:2], rw, rl, weight, beta=0.2)[0], argnums=(0, 1))(
@@ -132,6 +157,19 @@ def test_kto_by_hand():
     np.testing.assert_allclose(loss, (0.4034121 + 0.7310586) / 2, rtol=1e-5)
     assert [float(x) for x in metrics["desirable_reward"]] == [2, 1]
     assert [float(x) for x in metrics["undesirable_reward"]] == [2, 1]
+
+
+def test_pitfall_34_kto_of_a_clear_response_keeps_its_digits():
+    # r = 25, z = 0: 1 - sigmoid(25) = e^-25 / (1 + e^-25), not 1 - 1. Its slope is minus itself.
+    ones = jnp.ones(1)
+
+    def loss(x, desirable):
+        return direct.kto_loss(x, jnp.zeros(1), desirable * ones, ones, kl=0.0, beta=1.0)[0]
+
+    for desirable, r in ((1.0, 25.0), (0.0, -25.0)):
+        found, slope = jax.value_and_grad(loss)(jnp.array([r]), desirable)
+        np.testing.assert_allclose(found, math.exp(-25), rtol=1e-5)
+        np.testing.assert_allclose(slope[0], -math.copysign(math.exp(-25), r), rtol=1e-5)
 
 
 def test_kto_moves_the_two_kinds_apart():

@@ -231,7 +231,7 @@ def climb_ppo(logits, key, baseline):
 def climb_rloo(logits, key, baseline):
     arms = jax.random.categorical(key, logits, shape=(N,))
     old, ref = jax.nn.log_softmax(logits)[arms][:, None], RHO[arms][:, None]
-    rewards = shaping.sequence_rewards(ARM_REWARD[arms], kl.k1(old, ref), jnp.ones((N, 1)), beta=BETA)
+    rewards = ARM_REWARD[arms] - BETA * kl.sequence_kl(kl.k1(old, ref), jnp.ones((N, 1)))
     advantage = group.rloo_advantages(rewards.reshape(-1, K)).reshape(-1)
 
     def loss(x):

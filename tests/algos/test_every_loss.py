@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,7 @@ class Case:
     columns: Callable[[], list]
     smooth: bool = True  # False: its gradient is by design not that of its value
     pads: bool = True  # masked columns may be appended to the [b, t] arrays
+    logprobs: tuple[int, ...] = (0,)  # which of the arrays are log-probabilities, or may be
 
     def arrays(self):
         return [jnp.asarray(x, jnp.result_type(float)) for x in self.columns()]
@@ -69,51 +72,64 @@ def combined(logprobs, values, old, returns, mask):
 
 p = functools.partial
 CASES = {
-    "ppo": Case(p(policy.ppo_loss, clip=0.2), tokens(3)),
+    "ppo": Case(p(policy.ppo_loss, clip=0.2), tokens(3), logprobs=(0, 1)),
     "reinforce": Case(policy.reinforce_loss, tokens(2)),
     "entropy": Case(p(policy.entropy_bonus, coefficient=0.3), tokens(1)),
-    "clipped_value": Case(p(value.clipped_value_loss, clip=0.2), tokens(3)),
-    "value": Case(value.value_loss, tokens(2)),
-    "policy_and_value": Case(combined, tokens(4)),
+    "clipped_value": Case(p(value.clipped_value_loss, clip=0.2), tokens(3), logprobs=(0, 1, 2)),
+    "value": Case(value.value_loss, tokens(2), logprobs=(0, 1)),
+    "policy_and_value": Case(combined, tokens(4), logprobs=(0, 2)),
     "next_token": Case(language.next_token_loss, tokens(1)),
     "ptx_token": Case(p(language.ptx_loss_token_mean, coefficient=27.8), tokens(1)),
     "ptx_sequence": Case(p(language.ptx_loss_sequence_sum, coefficient=27.8), tokens(1)),
-    "kl_k1": Case(kl.kl_loss_k1, tokens(3)),
-    "kl_k2": Case(kl.kl_loss_k2, tokens(2)),
-    "kl_k3": Case(kl.kl_loss_k3, tokens(3)),
-    "kl_sequence": Case(kl.kl_loss_sequence, tokens(2), smooth=False),
+    "kl_k1": Case(kl.kl_loss_k1, tokens(3), logprobs=(0, 1, 2)),
+    "kl_k2": Case(kl.kl_loss_k2, tokens(2), logprobs=(0, 1)),
+    "kl_k3": Case(kl.kl_loss_k3, tokens(3), logprobs=(0, 1, 2)),
+    "kl_sequence": Case(kl.kl_loss_sequence, tokens(2), smooth=False, logprobs=(0, 1)),
     "rloo": Case(group.rloo_loss, grouped(1)),
-    "grpo": Case(p(group.grpo_loss, clip=0.2, beta=0.04), grouped(3)),
-    "dr_grpo": Case(p(group.dr_grpo_loss, clip=0.2, length=16), grouped(2)),
-    "dapo": Case(p(group.dapo_loss, clip_low=0.2, clip_high=0.28), grouped(2)),
+    "grpo": Case(p(group.grpo_loss, clip=0.2, beta=0.04), grouped(3), logprobs=(0, 1, 2)),
+    "dr_grpo": Case(p(group.dr_grpo_loss, clip=0.2, length=16), grouped(2), logprobs=(0, 1)),
+    "dapo": Case(p(group.dapo_loss, clip_low=0.2, clip_high=0.28), grouped(2), logprobs=(0, 1)),
     "kwise": Case(preference.kwise_loss, kwise),
     "plackett_luce": Case(ranking.plackett_luce_loss, kwise),
     "best_of_k": Case(
         lambda r, best, valid: ranking.best_of_k_loss(r, best[:, 0].astype(jnp.int32), valid),
         lambda: [*token_columns(1), np.array([[0.0] * T, [1] * T, [2] * T, [3] * T]), token_mask()],
     ),
-    "bradley_terry": Case(ranking.bradley_terry_loss, rows(2), pads=False),
-    "margin": Case(ranking.margin_loss, rows(3), pads=False),
-    "smoothed": Case(p(ranking.smoothed_loss, smoothing=0.1), rows(2), pads=False),
+    "bradley_terry": Case(ranking.bradley_terry_loss, rows(2), pads=False, logprobs=(0, 1)),
+    "margin": Case(ranking.margin_loss, rows(3), pads=False, logprobs=(0, 1)),
+    "smoothed": Case(p(ranking.smoothed_loss, smoothing=0.1), rows(2), pads=False, logprobs=(0, 1)),
     "soft_label": Case(
-        ranking.soft_label_loss, lambda: [*row_columns(2), np.array([0.9, 0.5, 0.3, 0.2]), ROW_WEIGHT], pads=False
+        ranking.soft_label_loss,
+        lambda: [*row_columns(2), np.array([0.9, 0.5, 0.3, 0.2]), ROW_WEIGHT],
+        pads=False,
+        logprobs=(0, 1),
     ),
     "rao_kupper": Case(
         p(ranking.rao_kupper_loss, eta=0.4),
         lambda: [*row_columns(2), np.array([1.0, 0.5, 0.5, 0.0]), ROW_WEIGHT],
         pads=False,
+        logprobs=(0, 1),
     ),
-    "dpo": Case(p(direct.dpo_loss, beta=0.3), rows(4), pads=False),
-    "cdpo": Case(p(direct.cdpo_loss, beta=0.3, smoothing=0.1), rows(4), pads=False),
-    "ipo": Case(p(direct.ipo_loss, beta=0.3), rows(4), pads=False),
-    "simpo": Case(p(direct.simpo_loss, beta=2.0, margin=1.0), rows(2), pads=False),
+    "dpo": Case(p(direct.dpo_loss, beta=0.3), rows(4), pads=False, logprobs=(0, 1, 2, 3)),
+    "cdpo": Case(
+        p(direct.cdpo_loss, beta=0.3, smoothing=0.1),
+        rows(4),
+        pads=False,
+        logprobs=(0, 1, 2, 3),
+    ),
+    "ipo": Case(p(direct.ipo_loss, beta=0.3), rows(4), pads=False, logprobs=(0, 1, 2, 3)),
+    "simpo": Case(p(direct.simpo_loss, beta=2.0, margin=1.0), rows(2), pads=False, logprobs=(0, 1)),
     "orpo": Case(
-        p(direct.orpo_loss, beta=0.1), lambda: [*(-np.abs(c) for c in row_columns(2)), ROW_WEIGHT], pads=False
+        p(direct.orpo_loss, beta=0.1),
+        lambda: [*(-np.abs(c) for c in row_columns(2)), ROW_WEIGHT],
+        pads=False,
+        logprobs=(0, 1),
     ),
     "kto": Case(
         p(direct.kto_loss, kl=0.7, beta=0.3),
         lambda: [*row_columns(2), np.array([1.0, 0.0, 1.0, 0.0]), ROW_WEIGHT],
         pads=False,
+        logprobs=(0, 1),
     ),
 }
 every_loss = pytest.mark.parametrize("name", CASES)
@@ -212,4 +228,27 @@ def test_pitfall_23_a_row_or_a_batch_without_tokens_is_no_nan(name):
     parts = [compiled(name)(*(a[i : i + 1] for a in (*arrays, mask)))[0][1]["loss"] for i in (0, 2, 3)]
     np.testing.assert_allclose(loss, sum(t for t, _ in parts) / sum(w for _, w in parts), rtol=1e-5)
     np.testing.assert_array_equal(gradient[1], 0)
+    assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
+
+
+# ------------------------------------------------------------------ any log-probabilities
+
+# Where exp overflows, where a probability is 1, the ends of what may be asked.
+EDGES = st.sampled_from([0.0, -1e-38, -1e-30, -80.0, -88.7, -88.8, -177.5, -1e4])
+LOGPROBS = st.one_of(st.floats(-1e4, 0, width=32), EDGES)
+
+
+@every_loss
+@hypothesis.given(values=st.lists(LOGPROBS, min_size=1, max_size=6), seed=st.integers(0, 2**16))
+@hypothesis.example(values=[0.0], seed=0)
+@hypothesis.example(values=[0.0, -1e4], seed=0)
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs(name, values, seed):
+    """Arrays of the values in any order; advantages, labels and mask are those of the case."""
+    arrays, rng = CASES[name].arrays(), np.random.default_rng(seed)
+    for i in CASES[name].logprobs:
+        arrays[i] = jnp.asarray(rng.choice(np.array(values, np.float32), arrays[i].shape))
+    (loss, metrics), gradient = compiled(name)(*arrays)
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient).all()
     assert all(np.isfinite(x) for pair in metrics.values() for x in pair)

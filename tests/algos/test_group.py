@@ -48,6 +48,20 @@ def test_pitfall_12_equal_rewards_of_a_group_give_no_advantage_and_no_nan():
     np.testing.assert_array_equal(group.grpo_advantages(REWARDS)[1], [0, 0, 0])
 
 
+def test_pitfall_38_a_kl_in_the_reward_is_not_divided_by_the_std():
+    # beta 0.5, KLs of 0.1 .. 0.4 nats, mean 0.25: -0.5 (KL - 0.25) = 0.075, 0.025, -0.025, -0.075.
+    # Equal rewards add nothing. 1, 0, 0, 1 have the deviations +-0.5 and the std
+    # sqrt(4 * 0.25 / 3) = 0.5773503, to which 1e-4 is added.
+    rewards = jnp.array([[0.7, 0.7, 0.7, 0.7], [1.0, 0.0, 0.0, 1.0]])
+    penalties = 0.5 * jnp.array([[0.1, 0.2, 0.3, 0.4]] * 2)
+    of_kl = np.array([0.075, 0.025, -0.025, -0.075])
+    unit = 0.5 / (0.5773503 + 1e-4)
+    expected = [of_kl, np.array([unit, -unit, -unit, unit]) + of_kl]
+    np.testing.assert_allclose(group.grpo_advantages(rewards, penalties), expected, rtol=1e-5)
+    without = group.grpo_advantages(rewards)
+    np.testing.assert_array_equal(group.grpo_advantages(rewards, 0 * penalties), without)
+
+
 @pytest.mark.parametrize(
     "function", [group.rloo_advantages, group.grpo_advantages, group.dr_grpo_advantages], ids=lambda f: f.__name__
 )

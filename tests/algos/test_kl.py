@@ -43,6 +43,31 @@ def test_pitfall_16_no_clamp_kills_the_gradient():
     np.testing.assert_allclose(jax.grad(lambda x: kl.k2(x, jnp.zeros(4)).sum())(log_ratio), log_ratio)
 
 
+def test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else():
+    # At -100, e^80 - 1 - 80 with no gradient. On the other side it is linear: 100 - 1, slope 1.
+    log_ratio = jnp.array([-100.0, -79.0, 100.0])
+    estimates = kl.k3(log_ratio, jnp.zeros(3))
+    gradient = jax.grad(lambda x: kl.k3(x, jnp.zeros(3)).sum())(log_ratio)
+    np.testing.assert_allclose(estimates, [np.exp(80.0), np.exp(79.0), 99.0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, [0, -np.exp(79.0), 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss, at_limit",
+    [(kl.kl_loss_k1, -100.0), (kl.kl_loss_k3, np.exp(40.0) - 1 - 40)],
+)
+def test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted(loss, at_limit):
+    # log pi/pi_old = 100 and log pi/rho = -100: e^40 times the estimate; float32 has no e^200.
+    # The second token is at pi = pi_old = rho and has 0; the third does not count.
+    logprobs, old, reference = (jnp.array([[x, -1.0, 0.0]]) for x in (-100.0, -200.0, 0.0))
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    mask = jnp.array([[1.0, 1.0, 0.0]])
+    (value, metrics), gradient = value_and_grad(logprobs, old, reference, mask)
+    np.testing.assert_allclose(value, np.exp(40.0) * at_limit / 2, rtol=1e-5)
+    assert np.isfinite(gradient).all()
+    assert [float(x) for x in metrics["kl_clamped"]] == [1, 2]
+
+
 def test_k3_of_a_tiny_step_is_not_rounding_noise():
     # (e^-x - 1 + x) = x^2 / 2 - x^3 / 6 + ...; exp(-x) - 1 + x in float32 would be off by 10 times at x = 1e-4.
     x = jnp.array([1e-4, -1e-4, 1e-3])

@@ -124,11 +124,6 @@ def test_truncation_and_rejection_by_hand():
     np.testing.assert_array_equal(shaping.reject(jnp.array([0.25, 9.0]), found, value=-1.0), [0.25, -1.0])
 
 
-def test_sequence_rewards_by_hand():
-    kl, mask = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1.0, 1.0, 0.0]])
-    np.testing.assert_allclose(shaping.sequence_rewards(jnp.array([1.0]), kl, mask, beta=0.1), [0.7], rtol=1e-6)
-
-
 def test_overlong_penalty_by_hand():
     # limit 10, soft 4: nothing up to 6, -(8 - 6) / 4 at 8, -1 at 10 and beyond.
     lengths = np.array([0, 6, 8, 10, 12])

@@ -26,6 +26,15 @@ def test_gamma_credit_equals_the_integral_of_the_density():
     np.testing.assert_allclose(credit[0], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_pitfall_34_gamma_credit_of_late_feedback_keeps_its_digits():
+    # Gamma(2, 0.28): P(delay > x) = (1 + x / s) e^(-x / s). Steps of 5 s and more ago, in float64.
+    scale, time = 0.28, 6.2
+    ages = (time - np.array([STARTS, ENDS], np.float64)) / scale
+    beyond = (1 + ages) * np.exp(-ages)
+    credit = tamer.gamma_credit(STARTS, ENDS, jnp.array([time]), shape=2.0, scale=scale)
+    np.testing.assert_allclose(credit[0], beyond[1] - beyond[0], rtol=2e-4)
+
+
 def test_credit_adds_up_to_1_over_a_long_past_and_the_future_has_none():
     starts = jnp.arange(-20.0, 20.0, 0.25)
     for credit in (

@@ -80,7 +80,7 @@ def test_cross_entropy_by_hand():
 
 
 def entropy_in_float64(logits):
-    """-sum p log p and its gradient -p_j (log p_j + H), by loops over logits shifted by their maximum."""
+    """-sum p log p and its gradient -p_j (log p_j + H), by loops over logits less their maximum."""
     logits = np.asarray(logits, np.float64)
     logits = logits - logits.max()
     total = sum(np.exp(x) for x in logits)
@@ -90,7 +90,7 @@ def entropy_in_float64(logits):
 
 
 def entropy_of(logits):
-    """The entropy [t] of rows of logits [t, v], through `logprobs`: hidden rows are unit vectors."""
+    """`logprobs`' entropy [t] of rows of logits [t, v]: its hidden states are unit vectors."""
     t = logits.shape[0]
     targets = jnp.zeros((1, t), jnp.int32)
     return chunked.logprobs(jnp.eye(t)[None], logits, targets, tied=False)[1][0]
@@ -104,7 +104,8 @@ HALF_ULP = 2.0**-15  # of 800 in float32, the error of its logsumexp
 def test_pitfall_34_the_entropy_of_large_logits_does_not_cancel(offset, size, monkeypatch):
     """Two of three tokens alike: ln 2. A sharp row: 2 e^-30 (30 + 1). Four tokens alike: ln 4."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", size)
-    rows = jnp.array([[800.0, -800.0, 800.0, -800.0], [0.0, -30.0, -30.0, -800.0], [0.0, 0.0, 0.0, 0.0]])
+    rows = [[800.0, -800.0, 800.0, -800.0], [0.0, -30.0, -30.0, -800.0], [0.0, 0.0, 0.0, 0.0]]
+    rows = jnp.array(rows)
     found = entropy_of(rows + jnp.array([[0.0], [offset], [offset]]))
     np.testing.assert_allclose(found[0], np.log(2), atol=HALF_ULP, rtol=0)
     # The likeliest token's own term, 2 e^-30, is lost: its log-probability rounds to 0.
@@ -114,7 +115,8 @@ def test_pitfall_34_the_entropy_of_large_logits_does_not_cancel(offset, size, mo
 
 def test_pitfall_34_the_gradient_of_the_entropy_of_large_logits():
     rng = np.random.default_rng(3)
-    rows = jnp.array(rng.normal(size=(3, 5)) * [[1.0], [5.0], [1.0]] + [[-300.0], [0.0], [300.0]], jnp.float32)
+    scales, offsets = np.array([[1.0], [5.0], [1.0]]), np.array([[-300.0], [0.0], [300.0]])
+    rows = jnp.array(rng.normal(size=(3, 5)) * scales + offsets, jnp.float32)
     gradient = jax.grad(lambda x: entropy_of(x).sum())(rows)
     for row, ours, found in zip(rows, entropy_of(rows), gradient, strict=True):
         entropy, expected = entropy_in_float64(row)
@@ -126,7 +128,8 @@ def test_pitfall_34_the_entropy_of_a_split_vocabulary():
     if jax.device_count() < 2:
         pytest.skip("needs 2 devices")
     layout = make_layout(MeshConfig(data=1, tensor=2), jax.devices()[:2])
-    rows = jax.device_put(jnp.array([[-300.0, -800.0, -300.0, -800.0]]), layout.sharding("embed", "vocab"))
+    rows = jnp.array([[-300.0, -800.0, -300.0, -800.0]])
+    rows = jax.device_put(rows, layout.sharding("embed", "vocab"))
     with layout.use():
         found = jax.jit(entropy_of)(rows)
     np.testing.assert_allclose(found, np.log(2), atol=HALF_ULP, rtol=0)

@@ -162,7 +162,10 @@ class PolicyAlgorithm:
         return per_token, kl.sequence_kl(log_ratio, mask)
 
     def _kl_loss(self, logprobs: Float[Array, "b r"], batch: Any) -> tuple[jax.Array, Pairs]:
-        """KL to the reference as a loss; its weight is the number of responses for `sequence`, of tokens for others."""
+        """KL to the reference as a loss, and kl_clamped where its estimator has a clamp.
+
+        The loss's weight is the number of responses for `sequence`, of tokens for others.
+        """
         old, ref, mask = batch.logprobs, batch.ref_logprobs, batch.mask
         losses = {
             "k1": lambda: kl.kl_loss_k1(logprobs, old, ref, mask),
@@ -171,7 +174,7 @@ class PolicyAlgorithm:
             "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
         }
         scalar, pairs = losses[self.config.kl.estimator]()
-        return scalar, {"loss": pairs["loss"]}
+        return scalar, {name: pair for name, pair in pairs.items() if name != "kl"}
 
 
 def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) -> tuple[jax.Array, Pairs]:

@@ -1,0 +1,26 @@
+"""Log ratios of probabilities, clamped where they are exponentiated: float32 ends at e^88.7.
+
+A clamp has no gradient beyond its limit. The share of tokens that it holds back is a metric of
+every loss that has one.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from rlhfjax.algos.masked import token_mean
+from rlhfjax.algos.types import Metric
+
+LIMIT = 80.0
+"""Nats. e^80 = 5.5e34 leaves room for an advantage and for a sum over some thousand tokens."""
+
+
+def clamp(log_ratios: Float[Array, "*n"], *, limit: float = LIMIT) -> Float[Array, "*n"]:
+    """min(max(x, -limit), limit): the same bits within, where the gradient is 1; beyond it is 0."""
+    return jnp.clip(log_ratios, -limit, limit)
+
+
+def clamped(log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
+    """The share of counted tokens whose log ratio is at or beyond LIMIT."""
+    at_limit = jnp.abs(log_ratios) >= LIMIT
+    return token_mean(at_limit.astype(mask.dtype), mask)
