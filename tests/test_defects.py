@@ -9,7 +9,7 @@ import pytest
 from tests import defects
 
 HERE = Path(__file__).parent
-LINES = 32  # of the list of known defects of other code
+LINES = 43  # of the list of known defects of other code, and of our own
 
 
 def pitfall_tests() -> set[str]:
