@@ -22,7 +22,7 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import ppo
 from rlhfjax.stages.parts import epochs
 from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy import Known, Tokens
 from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
 from rlhfjax.stages.parts.rollout import Rollout, response_hidden, response_logprobs
@@ -176,31 +176,21 @@ def test_replaced_and_clipped_scores():
     np.testing.assert_allclose(episodes.returns[:, 0], [0.7, -1.0, -1.0], atol=1e-6)
 
 
-@pytest.mark.slow
-def test_whitening_in_a_minibatch_is_that_of_the_batch_where_it_is_all():
-    def after(**changes):
-        algorithm, state, reference = begin(**changes)
-        return copy(iterate(algorithm, state, reference)[0].params)
+@pytest.mark.parametrize("stop", [3, 0])
+def test_truncation_and_rejection(stop):
+    """A full stop at position 1 or later ends what the reward sees; without one the score is -1.
 
-    batch = after(whiten_rewards="batch", whiten_advantages="none")
-    assert_close(after(whiten_rewards="minibatch"), batch, rtol=1e-5, atol=1e-6)
-    assert apart(after(), batch) > 1e-4
-    both = after(whiten_advantages="batch")
-    assert_close(after(whiten_advantages="minibatch"), both, rtol=1e-5, atol=1e-6)
-    assert apart(after(), both) > 1e-4
-    halves = {"minibatches": 2, "epochs": 1}
-    assert apart(after(whiten_rewards="minibatch", **halves), after(whiten_rewards="batch", **halves)) > 1e-5
-
-
-def test_truncation_and_rejection():
-    """A full stop (3) at position 1 or later ends what the reward sees; without one the score is -1."""
+    Id 0 may be a full stop.
+    """
     config = optimum.ppo_config(4, **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)})
     model = Model(dataclasses.replace(optimum.SHAPE, max_length=6))
-    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD, stop=3))
-    tokens = jnp.array([[1, 3, 4, 3, 5, 5], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    critic = Model(model.config, "scalar")
+    algorithm = ppo.Algorithm(config, model, critic, Tokens(EOS, PAD, stop=stop))
+    tokens = jnp.array([[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
     seen, segments, mask = algorithm.seen(rollout)
-    np.testing.assert_array_equal(seen, [[1, 3, 4, 3, PAD, PAD], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    first = [1, 3, 4, stop, PAD, PAD]
+    np.testing.assert_array_equal(seen, [first, [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(segments[:, 2:], mask)
     shaped, _, pairs = algorithm.shape(jnp.array([0.5, 0.6, 0.7]), rollout)
@@ -214,6 +204,139 @@ def test_without_a_stop_at_eos_every_response_is_as_long():
     rollout, _, _ = optimum.experience(algorithm, state, reference, KEY)
     assert (np.asarray(rollout.responses)[:, 0] == EOS).any()
     np.testing.assert_array_equal(rollout.mask, 1)
+
+
+# ------------------------------------------------------------------ an iteration, by a loop
+
+LENGTHS = (3, 2, 1, 3)  # of four responses, of which the second and the third end with an eos
+GAMMA, LAM, BETA = 0.9, 0.7, 0.11  # BETA: a KL coefficient that has moved away from the config's
+
+
+def without_models(**changes):
+    """(algorithm, state, known, rollout, scores): four responses, made-up logprobs and values."""
+    own = {"batch_size": 4, "max_new": 3, "gamma": GAMMA, "lam": LAM, "kl": KLConfig(0.5)}
+    config = optimum.ppo_config(4, **PLAIN | own | changes)
+    model = Model(optimum.SHAPE)
+    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    seen = {name: jnp.zeros((4, 3)) for name in ("advantages", "returns")}
+    params = {"policy": {**seen, "together": jnp.zeros((4, 4))}, "value": {"beta": jnp.zeros(())}}
+    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(BETA))
+    mask = np.arange(3) < np.array(LENGTHS)[:, None]
+    responses = np.where(mask, [[3, 4, 5], [3, EOS, 0], [EOS, 0, 0], [5, 5, 4]], PAD)
+    numbered = np.arange(4)[:, None]  # the prompt is the number of the response
+    tokens = np.concatenate([numbered, responses], axis=1)
+    segments = np.concatenate([np.ones((4, 1)), mask], axis=1)
+    numbers = np.random.default_rng(3).normal(size=(3, 4, 3)) * mask
+    known = Known(*jnp.float32(numbers))
+    rollout = Rollout(jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs)
+    return algorithm, state, known, rollout, jnp.array([0.7, -1.6, 0.25, 2.0])
+
+
+def ragged(x):
+    """The counted numbers of [4, 3], a list per response."""
+    rows = np.asarray(x, np.float64).tolist()
+    return [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+
+
+def padded(rows):
+    return np.array([[*row, *[0.0] * (3 - len(row))] for row in rows])
+
+
+def joined(rows):
+    return [number for row in rows for number in row]
+
+
+def rewards_by_hand(known, scores):
+    """-beta log pi/rho at every token, and the score at the last."""
+    both = zip(ragged(known.logprobs), ragged(known.ref_logprobs), strict=True)
+    rewards = [[-BETA * (p - r) for p, r in zip(*rows, strict=True)] for rows in both]
+    for row, score in zip(rewards, scores, strict=True):
+        row[-1] += float(score)
+    return rewards
+
+
+def gae_by_hand(rewards, values):
+    """Advantages and returns: A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, R = A + V."""
+    advantages, returns = [], []
+    for row, v in zip(rewards, values, strict=True):
+        found, later, following = [], 0.0, 0.0
+        for t in reversed(range(len(row))):
+            later = row[t] + GAMMA * following - v[t] + GAMMA * LAM * later
+            following = v[t]
+            found.insert(0, later)
+        advantages.append(found)
+        returns.append([a + b for a, b in zip(found, v, strict=True)])
+    return advantages, returns
+
+
+def whitened_by_hand(rows, keep_mean):
+    mean, variance = np.mean(joined(rows)), np.var(joined(rows))
+    std = (variance + 1e-8) ** 0.5
+    return [[(x - mean) / std + keep_mean * mean for x in row] for row in rows]
+
+
+def test_the_experience_of_an_iteration_equals_a_loop():
+    algorithm, state, known, rollout, scores = without_models()
+    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    rewards, values = rewards_by_hand(known, scores), ragged(known.values)
+    advantages, returns = gae_by_hand(rewards, values)
+    np.testing.assert_allclose(episodes.advantages, padded(advantages), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(episodes.returns, padded(returns), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(episodes.logprobs, known.logprobs)
+    np.testing.assert_array_equal(episodes.values, known.values)
+    log_ratios = np.float64(known.logprobs) - np.float64(known.ref_logprobs)
+    errors = np.subtract(joined(returns), joined(values))
+    assert finalize(jax.device_get(pairs)) == pytest.approx(
+        {
+            "score": (0.7 - 1.6 + 0.25 + 2.0) / 4,
+            "reward": sum(joined(rewards)) / 4,
+            "kl": log_ratios.sum() / 4,
+            "response_length": 9 / 4,
+            "eos_rate": 2 / 4,
+            "kl_coefficient": BETA,
+            "value_explained_variance": 1 - np.var(errors) / np.var(joined(returns)),
+        },
+        rel=1e-5,
+    )
+
+
+def gradients_tell(params, batch, key, beta):
+    """A loss whose gradients are what it is given: advantages, returns, beta, pairs."""
+    who, one = jax.nn.one_hot(batch.tokens[:, 0], 4), jnp.ones(())
+    policy = params["policy"]
+    total = jnp.sum(policy["advantages"] * (who.T @ batch.advantages))
+    total += jnp.sum(policy["returns"] * (who.T @ batch.returns))
+    total += jnp.sum(policy["together"] * jnp.outer(who.sum(0), who.sum(0)))
+    total += params["value"]["beta"] * beta
+    return total, {"loss": (total, one), "approx_kl": (one, one), "ratio_max": (one, one)}
+
+
+@pytest.mark.parametrize("rewards_in", ["none", "batch", "minibatch"])
+def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in):
+    """Returns follow whitened rewards; advantages are whitened after that, over the minibatch."""
+    options = {"whiten_rewards": rewards_in, "whiten_advantages": "minibatch", "minibatches": 2}
+    algorithm, state, known, rollout, scores = without_models(**options)
+    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    algorithm.loss = gradients_tell
+    state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+    # sgd at 0.1 moves by -0.1 g
+    told = {name: np.asarray(x) / -0.1 for name, x in state.params["policy"].items()}
+    assert float(state.params["value"]["beta"]) == pytest.approx(-0.1 * 2 * BETA)  # two updates
+    rewards = rewards_by_hand(known, scores)
+    if rewards_in == "batch":
+        rewards = whitened_by_hand(rewards, keep_mean=True)
+    halves = {tuple(np.flatnonzero(row > 0.5)) for row in told["together"]}
+    assert len(halves) == 2 and sorted(joined(halves)) == [0, 1, 2, 3]
+    for half in halves:
+        some, values = [rewards[i] for i in half], [ragged(known.values)[i] for i in half]
+        if rewards_in == "minibatch":
+            some = whitened_by_hand(some, keep_mean=True)
+        advantages, returns = gae_by_hand(some, values)
+        rows = list(half)
+        np.testing.assert_allclose(told["returns"][rows], padded(returns), rtol=1e-4, atol=1e-5)
+        advantages = whitened_by_hand(advantages, keep_mean=False)
+        expected = padded(advantages)
+        np.testing.assert_allclose(told["advantages"][rows], expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------ losses
@@ -270,6 +393,17 @@ def test_pitfall_18_value_and_policy_losses_share_one_weight():
     assert float(pairs["value_loss"][0]) == pytest.approx(0.5 * (error**2).sum(), rel=1e-5)
     both = float(pairs["policy_loss"][0]) + 0.3 * float(pairs["value_loss"][0])
     assert float(loss) == pytest.approx(both / tokens, rel=1e-5)
+
+
+def test_a_value_clip_of_0_clips_nothing():
+    """V = 2, V_old = 0, R = 1: 1/2 (2 - 1)^2. Clipped by 0, V would stay at V_old."""
+    algorithm, *_ = without_models(value_clip=0.0)
+    others = ("tokens", "segments", "logprobs", "advantages", "values")
+    rows = {name: jnp.zeros((1, 1)) for name in others}
+    batch = ppo.Experience(**rows, returns=jnp.ones((1, 1)), mask=jnp.ones((1, 1)))
+    loss = jax.value_and_grad(lambda values: algorithm._value_loss(values, batch)[0])
+    value, slope = loss(jnp.full((1, 1), 2.0))
+    assert (float(value), float(slope[0, 0])) == (0.5, 1.0)
 
 
 def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
@@ -346,6 +480,23 @@ def test_early_stop_that_is_not_reached_changes_nothing():
     assert metrics[1][1].pop("updated") == 1
     assert_close(metrics[0][0], metrics[1][0], rtol=1e-6, atol=1e-7)
     assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("total", "tokens", "applied"), [(0.75, 3.0, 4), (0.75, 1.0, 0)])
+def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
+    """A sum of 0.75 nats over 3 tokens is 0.25 per token: below a target of 1/2."""
+    options = {"batch_size": 4, "epochs": 2, "minibatches": 2, "target_kl": 0.5}
+    config = optimum.ppo_config(1, **PLAIN | options)
+
+    def loss(params, ids, key):
+        one = (jnp.ones(()), jnp.ones(()))
+        kl = (jnp.float32(total), jnp.float32(tokens))
+        return -params["policy"], {"loss": one, "approx_kl": kl, "ratio_max": one}
+
+    tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
+    state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
+    state, _ = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    assert float(state.params["policy"]) == applied  # 1 per update
 
 
 def test_early_stop_is_of_one_iteration():
