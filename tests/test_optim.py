@@ -165,8 +165,9 @@ def test_clipping_is_of_the_gradient_and_not_of_the_update():
         np.testing.assert_allclose(jnp.linalg.norm(updates), moved, rtol=1e-6)
 
 
-def test_decay_is_on_matrices_alone():
-    config = OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5)
+@pytest.mark.parametrize("name", ["adamw", "adamw_tf", "rmsprop", "sgd"])
+def test_decay_is_on_matrices_alone(name):
+    config = OptimConfig(name=name, learning_rate=0.1, schedule="constant", weight_decay=0.5)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "gain": jnp.ones(()), "heads": jnp.ones((2, 1, 2))}
     tx = make_optimizer(config, 1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)

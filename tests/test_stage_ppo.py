@@ -246,10 +246,10 @@ def joined(rows):
     return [number for row in rows for number in row]
 
 
-def rewards_by_hand(known, scores):
+def rewards_by_hand(known, scores, beta=BETA):
     """-beta log pi/rho at every token, and the score at the last."""
     both = zip(ragged(known.logprobs), ragged(known.ref_logprobs), strict=True)
-    rewards = [[-BETA * (p - r) for p, r in zip(*rows, strict=True)] for rows in both]
+    rewards = [[-beta * (p - r) for p, r in zip(*rows, strict=True)] for rows in both]
     for row, score in zip(rewards, scores, strict=True):
         row[-1] += float(score)
     return rewards
@@ -275,15 +275,20 @@ def whitened_by_hand(rows, keep_mean):
     return [[(x - mean) / std + keep_mean * mean for x in row] for row in rows]
 
 
-def test_the_experience_of_an_iteration_equals_a_loop():
-    algorithm, state, known, rollout, scores = without_models()
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_the_experience_of_an_iteration_equals_a_loop(place):
+    """With the KL in the loss no token is charged for it; the logged mean reward is."""
+    algorithm, state, known, rollout, scores = without_models(kl=KLConfig(0.5, place=place))
     episodes, pairs = algorithm.prepare(state, known, rollout, scores)
     rewards, values = rewards_by_hand(known, scores), ragged(known.values)
-    advantages, returns = gae_by_hand(rewards, values)
+    charged = rewards if place == "reward" else rewards_by_hand(known, scores, beta=0.0)
+    advantages, returns = gae_by_hand(charged, values)
     np.testing.assert_allclose(episodes.advantages, padded(advantages), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(episodes.returns, padded(returns), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(episodes.logprobs, known.logprobs)
     np.testing.assert_array_equal(episodes.values, known.values)
+    if place == "loss":
+        np.testing.assert_array_equal(episodes.ref_logprobs, known.ref_logprobs)
     log_ratios = np.float64(known.logprobs) - np.float64(known.ref_logprobs)
     errors = np.subtract(joined(returns), joined(values))
     assert finalize(jax.device_get(pairs)) == pytest.approx(
@@ -383,16 +388,25 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
 
 
 def test_pitfall_18_value_and_policy_losses_share_one_weight():
-    algorithm, state, reference = begin(value_coefficient=0.3)
+    """So do the entropy bonus, and the KL in the loss at the coefficient it has come to."""
+    options = {"value_coefficient": 0.3, "entropy_coefficient": 0.5}
+    algorithm, state, reference = begin(**options, kl=KLConfig(0.2, place="loss", estimator="k2"))
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    loss, pairs = algorithm.loss(state.params, episodes, None)
+    episodes = dataclasses.replace(episodes, ref_logprobs=episodes.ref_logprobs - 0.3)
+    loss, pairs = jax.jit(algorithm.loss)(state.params, episodes, None, 0.7)
     tokens = float(episodes.mask.sum())
     assert tokens < episodes.mask.size
-    assert {float(pairs[name][1]) for name in ("loss", "policy_loss", "value_loss")} == {tokens}
+    losses = ("policy_loss", "value_loss", "entropy_loss", "kl_loss")
+    assert {float(pairs[name][1]) for name in ("loss", *losses)} == {tokens}
     error = np.asarray((episodes.values - episodes.returns) * episodes.mask)
     assert float(pairs["value_loss"][0]) == pytest.approx(0.5 * (error**2).sum(), rel=1e-5)
-    both = float(pairs["policy_loss"][0]) + 0.3 * float(pairs["value_loss"][0])
-    assert float(loss) == pytest.approx(both / tokens, rel=1e-5)
+    terms = {name: float(pairs[name][0]) for name in losses}
+    assert terms["kl_loss"] == pytest.approx(0.3**2 / 2 * tokens, rel=1e-3)
+    assert float(pairs["entropy"][0]) > 1
+    assert terms["entropy_loss"] == pytest.approx(-0.5 * float(pairs["entropy"][0]), rel=1e-6)
+    total = terms["policy_loss"] + 0.3 * terms["value_loss"]
+    total += terms["entropy_loss"] + 0.7 * terms["kl_loss"]
+    assert float(loss) == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_a_value_clip_of_0_clips_nothing():
@@ -457,6 +471,67 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
 
 
 # ------------------------------------------------------------------ epochs
+
+
+def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates():
+    """Two updates in each of two iterations: linear from the rate to 0 over 4, so 1 + 3/4 of it."""
+    rates = {
+        "optim": dataclasses.replace(SGD, learning_rate=0.1, schedule="linear"),
+        "value_optim": dataclasses.replace(SGD, learning_rate=0.01, schedule="linear"),
+    }
+    config = optimum.ppo_config(2, **PLAIN | rates | {"batch_size": 4, "minibatches": 2})
+    model = Model(optimum.SHAPE)
+    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+
+    def loss(params, batch, key, beta):
+        one = (jnp.ones(()), jnp.ones(()))
+        return 3 * params["policy"] + 4 * params["value"], dict.fromkeys(("loss", "ratio_max"), one)
+
+    algorithm.loss = loss
+    params = {"policy": jnp.zeros(()), "value": jnp.zeros(())}
+    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(0.0))
+    kl = (jnp.zeros(()), jnp.ones(()))
+    zeros = jnp.zeros((4, 1))
+    batch = ppo.Experience(*[zeros] * 7)
+    state, metrics = algorithm.update(state, batch, {}, {"kl": kl}, KEY)
+    moves = {name: float(x) for name, x in state.params.items()}
+    assert moves == pytest.approx({"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6)
+    found = finalize(jax.device_get(metrics))
+    norms = {"policy_grad_norm": 3.0, "value_grad_norm": 4.0, "grad_norm": 5.0}
+    assert {name: found[name] for name in norms} == pytest.approx(norms, rel=1e-6)
+    assert int(state.step) == 1
+
+
+def test_an_iteration_ends_with_the_coefficient_and_the_average():
+    """8 episodes of 80, a mean KL of 2.2 for 2: beta (1 + 0.1 * 8 / 80). EMA: 0.9 * 1 + 0.1 * 2."""
+    options = {"batch_size": 2, "completions": 4, "ema": 0.9}
+    config = optimum.group_config(1, **options, kl=KLConfig(0.5, target=2.0, horizon=80))
+    tx = optax.sgd(1.0)
+    extra = {"kl_coefficient": jnp.float32(0.3), "ema": {"policy": jnp.float32(1.0)}}
+    state = states.TrainState.create({"policy": jnp.float32(2.0)}, tx, **extra)
+    kls = {"kl": (jnp.float32(8 * 2.2), jnp.float32(8.0))}
+    state = epochs.end_iteration(config, state, kls)
+    assert float(state.extra["kl_coefficient"]) == pytest.approx(0.3 * 1.01, rel=1e-6)
+    assert float(state.extra["ema"]["policy"]) == pytest.approx(1.1, rel=1e-6)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("on_nonfinite", ["error", "skip"])
+def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(on_nonfinite):
+    options = {"batch_size": 4, "minibatches": 2, "on_nonfinite": on_nonfinite}
+    config = optimum.ppo_config(1, **PLAIN | options)
+
+    def loss(params, ids, key):
+        one = (jnp.ones(()), jnp.ones(()))
+        slope = jnp.where(ids.max() == 3, jnp.nan, 1.0)
+        return params["policy"] * slope, {"loss": one, "ratio_max": one}
+
+    tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
+    state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
+    state, metrics = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    left_out = on_nonfinite == "skip"
+    assert float(state.params["policy"]) == pytest.approx(-1.0 if left_out else np.nan, nan_ok=True)
+    assert ("skipped" in metrics) == left_out
 
 
 def test_early_stop_leaves_the_rest_of_an_iteration():
@@ -584,6 +659,20 @@ def test_where_the_value_function_begins(head, conversations, finished):
     else:
         assert apart(kernel, reward["head"]["kernel"]) > 1e-3
         assert 0.5 < kernel.std() * np.sqrt(17) < 1.7
+
+
+def test_the_average_begins_at_the_policy_and_is_what_is_kept(conversations, finished):
+    values = stage_values("ppo", conversations, finished)
+    assert values["ema"] > 0
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    with layout.use():
+        stage = stages.find("ppo").build(recipe.check(values, "ppo"), layout)
+        state = stage.start(states.create_sharded(stage.init, KEY, stage.axes, layout))
+    assert_close(state.extra["ema"]["policy"], store.load(finished / "02_sft", layout).params)
+    average = {"policy": jax.tree.map(lambda x: x + 1, state.extra["ema"]["policy"])}
+    kept = stage.finish(state.replace(extra={**state.extra, "ema": average})).models
+    assert_close(kept["model"].params, average["policy"])
+    assert_close(kept["value"].params, state.params["value"])
 
 
 @pytest.mark.slow
