@@ -601,6 +601,24 @@ def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
     assert (together == 1).any()  # not the same companion in every epoch
 
 
+@pytest.mark.parametrize(("unit", "added"), [("token", 1.5 * 10), ("sequence", 1.5 * 10 * 4 / 2)])
+def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added, monkeypatch):
+    """4 tokens in 2 sequences: the mean over sequences of sums is twice the mean over tokens."""
+
+    def mean_of_ten(model):
+        pair = (jnp.float32(40.0), jnp.float32(4.0))
+        return lambda params, batch, key: (10 * params["w"], {"loss": pair})
+
+    monkeypatch.setattr(epochs, "language_loss", mean_of_ten)
+    config = optimum.ppo_config(1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)})
+    text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
+    params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
+    model = Model(optimum.SHAPE)
+    grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
+    assert float(grads["policy"]["w"]) == 7.0 + added
+    assert finalize(jax.device_get(pairs)) == {"ptx_loss": 10.0}  # nats per token, either way
+
+
 @pytest.mark.parametrize("unit", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
     """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
