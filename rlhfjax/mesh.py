@@ -184,7 +184,9 @@ def _choose(
         raise ConfigError(f"mesh.strategy='auto' picks the sizes itself, and {dict(given)} gives some")
     if need is None:  # nothing is split but rows, if there are any
         return "data", dict(given) | {"data": -1}
-    picked = strategy.choose(need, len(devices), memory or device_memory(devices), _slices(devices))
+    if memory is None:
+        memory = device_memory(devices)
+    picked = strategy.choose(need, len(devices), memory, _slices(devices))
     log.log(logging.INFO if picked.fits else logging.WARNING, picked.why)
     return picked.strategy, picked.sizes
 

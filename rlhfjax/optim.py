@@ -86,7 +86,8 @@ Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     """The learning rate of update n = 0, 1, ...: warm-up, then decay to a floor; never negative, however late.
 
-    With w = warmup_steps, e = decay_steps or total_steps, f = final_fraction, u = clip((n - w) / (e - w), 0, 1):
+    With w = warmup_steps, e = decay_steps (total_steps where that is 0), f = final_fraction and
+    u = clip((n - w) / (e - w), 0, 1):
       n < w:    peak (warmup_start + (1 - warmup_start) n / w)
       constant: peak
       linear:   peak (f + (1 - f) (1 - u))
@@ -101,7 +102,8 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
 
     Source: Brown et al. 2020, appendix B; Ouyang et al. 2022, appendix C.
     """
-    warmup, end = config.warmup_steps, config.decay_steps or total_steps
+    warmup = config.warmup_steps
+    end = config.decay_steps if config.decay_steps > 0 else total_steps
     if warmup > end:
         raise ConfigError(f"optim.warmup_steps: {warmup} is more than the {end} steps until the end of the decay")
     peak, start, floor = config.learning_rate, config.warmup_start, config.final_fraction

@@ -678,10 +678,10 @@ DEFECTS = [
     ),
     d(
         24,
-        "algos/language.py",
-        "total, weight = token_mean(-logprobs, mask)",
-        "total, weight = token_mean(-logprobs, jnp.ones_like(mask))",
-        "algos/test_language.py::test_pitfall_24_a_token_outside_the_mask_has_no_gradient",
+        "models/logprobs.py",
+        "- hit) * m[..., None]).astype",
+        "- hit)).astype",
+        "models/test_logprobs.py::test_pitfall_24_a_token_outside_the_mask_has_no_gradient",
     ),
     d(
         24,
@@ -723,17 +723,10 @@ DEFECTS = [
     # 26: another unit than the name says; averaged
     d(
         26,
-        "algos/language.py",
-        "return _ptx(sequence_mean(-logprobs, mask), token_mean",
-        "return _ptx(token_mean(-logprobs, mask), token_mean",
-        "algos/test_language.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_the_name",
-    ),
-    d(
-        26,
-        "algos/language.py",
-        "total, weight = coefficient * term[0], term[1]",
-        "total, weight = coefficient * term[0], term[1] + 2",
-        "algos/test_language.py::test_pitfall_26_the_two_gradients_add_whatever_the_numbers_of_examples",
+        "stages/parts/epochs.py",
+        'if c.unit == "sequence" else 1.0)',
+        "if False else 1.0)",
+        "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
         26,

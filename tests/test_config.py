@@ -1,10 +1,13 @@
 """Configs: every mistake is one clear error, before anything is computed."""
 
+import ast
 import dataclasses
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -159,3 +162,51 @@ def test_config_does_not_start_jax():
     """Reading a config must not take the accelerator: `--help` and mistakes answer at once."""
     code = "import rlhfjax.main, rlhfjax.errors, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------ an option set to 0 is 0
+
+PACKAGE = Path(__file__).parents[1] / "rlhfjax"
+
+
+def test_no_number_has_a_default_that_stands_in_for_0():
+    """No `x or default` or `x if x else default`, x an option or argument; `x or 0` may be."""
+    files = {path: list(ast.walk(ast.parse(path.read_text()))) for path in PACKAGE.rglob("*.py")}
+    options = {name for nodes in files.values() for name in numeric_fields(nodes)}
+    assert {"gamma", "lam", "beta", "decay_steps", "min_score"} <= options
+    found = []
+    for path, nodes in files.items():
+        annotated = [node for node in nodes if isinstance(node, ast.arg)]
+        arguments = {node.arg for node in annotated if numeric(node.annotation)}
+        for node, value in stood_in_for(nodes):
+            option = isinstance(value, ast.Attribute) and value.attr in options
+            if option or (isinstance(value, ast.Name) and value.id in arguments):
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []
+
+
+def numeric(annotation: ast.expr | None) -> bool:
+    """Whether an annotation is of int and float, and None perhaps."""
+    kinds = set() if annotation is None else set(ast.unparse(annotation).split(" | "))
+    return bool(kinds & {"int", "float"}) and kinds <= {"int", "float", "None"}
+
+
+def numeric_fields(nodes: list[ast.AST]) -> set[str]:
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    statements = [statement for node in classes for statement in node.body]
+    fields = [statement for statement in statements if isinstance(statement, ast.AnnAssign)]
+    return {ast.unparse(field.target) for field in fields if numeric(field.annotation)}
+
+
+def stood_in_for(nodes: list[ast.AST]) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """(expression, value) of every value that is replaced where it is false."""
+    branches = [n for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp | ast.Assert)]
+    filters = [n.ifs for n in nodes if isinstance(n, ast.comprehension)]
+    conditions = [node.test for node in branches] + [test for tests in filters for test in tests]
+    within = {node for condition in conditions for node in ast.walk(condition)}
+    for node in nodes:
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or) and node not in within:
+            if ast.unparse(node.values[-1]) not in ("0", "0.0"):
+                yield from ((node, value) for value in node.values[:-1])
+        elif isinstance(node, ast.IfExp) and ast.dump(node.test) == ast.dump(node.body):
+            yield node, node.test

@@ -18,6 +18,7 @@ from rlhfjax.config import to_dict
 from rlhfjax.stages import stage_config
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhfjax"
 PAGE = ROOT / "docs" / "algorithms.md"
 COLUMNS = ("algorithm", "equation", "paper", "function", "config", "test", "defaults and their source")
 
@@ -107,6 +108,46 @@ def test_every_default_is_in_force():
         for part in option.split("."):
             now = now[part]
         assert (tuple(now) if isinstance(now, list) else now) == literal(value), name
+
+
+WIRED_ELSEWHERE = {"algos.language.bits_per_byte"}
+
+
+def test_every_function_of_algos_is_reached_from_a_stage():
+    """Named by a module outside of algos/, or by a function of algos/ that is reached itself."""
+    functions = dict(functions_of_algos())
+    package = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "algos"]
+    seen = {name for path in package for name in names_in(ast.parse(path.read_text()))}
+    reached: set[str] = set()
+    while new := {name for name in functions if name.rpartition(".")[2] in seen} - reached:
+        reached |= new
+        seen |= {name for function in new for name in names_in(functions[function])}
+    public = {name for name in functions if not name.rpartition(".")[2].startswith("_")}
+    assert public - reached - WIRED_ELSEWHERE == set()
+    on_page = {name for row in ROWS for name in named(row["function"]) if name.startswith("algos.")}
+    assert len(on_page) > 50 and on_page <= reached
+
+
+def functions_of_algos() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in (PACKAGE / "algos").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                yield f"algos.{path.stem}.{node.name}", node
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Names and attributes of code, imports, and texts: `getattr(kl, estimator)` has one."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
 
 
 def test_no_loss_is_missing():

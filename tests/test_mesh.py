@@ -139,3 +139,33 @@ def test_constrain_places_within_a_layout_and_is_nothing_outside_of_one():
     one = make_layout(devices=jax.devices()[:1])
     with one.use():
         assert constrain(x, ("batch", "mlp")) is x
+
+
+# ------------------------------------------------------------------ slices
+
+
+class Chip:
+    """A stand-in for a TPU of one of several slices."""
+
+    __class__ = jax.Device  # what a checked annotation asks for
+    platform, device_kind, process_index = "cpu", "stand-in", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+@pytest.mark.parametrize("replica", [2, 4])
+def test_replica_alone_lies_across_slices(replica):
+    """Two slices of four, named in turn: a replica is in one slice, and every slice has as many."""
+    chips = [Chip(i, i % 2) for i in range(8)]
+    mesh = make_layout(MeshConfig(replica=replica, data=1, fsdp=-1), chips).mesh
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices).reshape(replica, -1)
+    assert slices.tolist() == [[row * 2 // replica] * (8 // replica) for row in range(replica)]
+    assert {chip.id for chip in mesh.devices.flat} == set(range(8))
+
+
+def test_replica_is_a_multiple_of_the_slices():
+    with pytest.raises(ConfigError, match=r"mesh\.replica=1: the devices are in 2 slices"):
+        make_layout(MeshConfig(), [Chip(i, i % 2) for i in range(4)])
+    one_slice = make_layout(MeshConfig(), [Chip(i, 3) for i in range(4)])
+    assert one_slice.mesh.shape["data"] == 4

@@ -262,6 +262,30 @@ def test_rmsprop_and_sgd_by_hand():
     np.testing.assert_allclose([first[0], second[0]], [-2, -3])
 
 
+def test_rmsprops_epsilon_is_added_to_the_root():
+    """b2 = 3/4, g = 2: v = 1, 2 / (sqrt(1) + 1/2) = 4/3; under the root, 2 / sqrt(1.5) = 1.63."""
+    how = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0}
+    tx = make_optimizer(OptimConfig(name="rmsprop", b2=0.75, eps=0.5, **how), 1)
+    updates, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)), jnp.zeros(1))
+    np.testing.assert_allclose(updates, [-4 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_tf"])
+def test_the_gradient_is_clipped_before_the_moments(name):
+    """Gradients (3, 4), then (0.3, 0.4), clipped to norm 1: Adam sees (0.6, 0.8), (0.3, 0.4)."""
+    how = {"b1": 0.8, "b2": 0.95, "eps": 0.1}
+    rate = {"learning_rate": 0.01, "schedule": "constant"}
+    tx = make_optimizer(OptimConfig(name=name, clip_norm=1.0, **rate, **how), 2)
+    params = jnp.ones(2)
+    state = tx.init(params)
+    for gradient in ([3.0, 4.0], [0.3, 0.4]):
+        updates, state = tx.update(jnp.array(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    clipped = ([0.6, 0.3], [0.8, 0.4])
+    expected = [loop_adam(seen, 0.01, **how, tf=name == "adam_tf") for seen in clipped]
+    np.testing.assert_allclose(params, expected, rtol=1e-6)
+
+
 def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")

@@ -19,7 +19,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.stages import direct, stage_config
-from rlhfjax.stages.parts.direct import Answers, LossConfig, make_loss
+from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
 from tests.meshes import MESHES
@@ -246,16 +246,34 @@ def plain_pair_loss(name, c, w, l, ref_w, ref_l):
     return -(1 - eps) * math.log(sigmoid(c.strength * h)) - eps * math.log(sigmoid(-c.strength * h))
 
 
+def implicit_by_hand(c, total, mean, reference):
+    """The reward that every answer is worth to the policy, [p, k]."""
+    if c.name == "simpo":
+        return c.strength * mean
+    if c.name == "orpo":
+        return c.strength * np.log(np.exp(mean) / (1 - np.exp(mean)))
+    return c.strength * (total - reference)
+
+
+def pair_numbers(chosen, rejected):
+    """Reward of the better answer, of the worse, the margin, and whether the policy agrees."""
+    return chosen, rejected, chosen - rejected, float(chosen > rejected)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_prompt_counts_once_however_many_pairs_it_has(name):
-    """Mean over prompts with a pair of the mean over their pairs, by loops in doubles; ties and gaps are left out."""
+    """Mean over prompts with a pair of the mean over their pairs, by loops in doubles.
+
+    So are metrics. Rewards: beta log pi/rho, beta log pi / |y| (SimPO), beta log odds (ORPO).
+    """
     rng = np.random.default_rng(3)
     config = LossConfig(name=name, beta=0.3)
     total, reference = -rng.uniform(5, 20, (5, 4)), -rng.uniform(5, 20, (5, 4))
     mean = total / 8
     scores = np.array([[0, 1, 2, 3], [1, 1, 0, 9], [2, 2, 2, 2], [0, 5, 5, 1], [3, 1, 0, 0]], np.float32)
     valid = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], np.float32)
-    z, by_prompt = 0.7, []
+    rewards = implicit_by_hand(config, total, mean, reference)
+    z, by_prompt, told = 0.7, [], []
     for p in range(5):
         pairs = [
             (i, j) for i in range(4) for j in range(4) if valid[p, i] and valid[p, j] and scores[p, i] > scores[p, j]
@@ -270,20 +288,30 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
                 for w, l in pairs
             ]
         by_prompt += [np.mean(losses)] if losses else []
+        chosen, rejected = ([rewards[p, pair[i]] for pair in pairs] for i in (0, 1))
+        numbers = [pair_numbers(*pair) for pair in zip(chosen, rejected, strict=True)]
+        told += [np.mean(numbers, axis=0)] if pairs else []
     assert len(by_prompt) == 3
     arrays = [jnp.asarray(x, jnp.float32) for x in (total, mean, reference, scores, valid, z)]
     loss, pairs = make_loss(config)(Answers(*arrays))
     np.testing.assert_allclose(loss, np.mean(by_prompt), rtol=1e-5)
-    assert {"loss", "accuracy", "margin"} <= pairs.keys()
+    good, bad = ("desirable", "undesirable") if name == "kto" else ("chosen", "rejected")
+    found = finalize(jax.device_get(pairs))
+    names = (f"{good}_reward", f"{bad}_reward", "margin", "accuracy")
+    np.testing.assert_allclose([found[key] for key in names], np.mean(told, axis=0), rtol=1e-5)
+    ours = implicit_rewards(config, Answers(*arrays))
+    np.testing.assert_allclose(ours[valid > 0], rewards[valid > 0], rtol=1e-5)
 
 
 def test_kto_by_a_threshold_takes_every_answer_once():
     config = LossConfig(name="kto", beta=0.5, desirable_above=0.0, desirable_weight=2.0)
     one = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
-    answers = Answers(one(-3, -4, -9), one(-1, -1, -1), one(-4, -4, -4), one(2, 0, 1), one(1, 1, 0), jnp.zeros(()))
-    loss, _ = make_loss(config)(answers)
+    total, mean, reference = one(-3, -4, -2, -9), one(-1, -1, -1, -1), one(-4, -4, -4, -4)
+    scores, valid = one(2, 0, 1, 1), one(1, 1, 1, 0)
+    loss, _ = make_loss(config)(Answers(total, mean, reference, scores, valid, jnp.zeros(())))
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    np.testing.assert_allclose(loss, (2 * (1 - sigmoid(0.5)) + (1 - sigmoid(0.0))) / 2, rtol=1e-6)
+    desirable = 2 * (1 - sigmoid(0.5)) + 2 * (1 - sigmoid(1.0))
+    np.testing.assert_allclose(loss, (desirable + (1 - sigmoid(0.0))) / 3, rtol=1e-6)
 
 
 def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):

@@ -10,15 +10,18 @@ import pytest
 from benchmarks import optimum
 from benchmarks.optimum import EOS, PAD, TEMPERATURE
 from rlhfjax import recipe, stages
+from rlhfjax import state as states
 from rlhfjax.algos import group as estimators
 from rlhfjax.algos import kl
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import group
 from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.policy import Tokens
 from rlhfjax.stages.parts.prompts import Repeated
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
 from tests.test_resume import _Crash, assert_same_stage, interrupt
@@ -135,6 +138,94 @@ def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
         )
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(after[0])) > 0.1
     assert_close(after[1], after[0], atol=0.01)
+
+
+def test_the_baseline_follows_what_the_advantages_are_made_of():
+    """Rewards less the KL, 8 / 4, and not scores: 0.8 * 1 + 0.2 * 2.
+
+    The rate of 0.1 is linear over the four updates.
+    """
+    options = {"optim": dataclasses.replace(SGD, schedule="linear"), "baseline_decay": 0.8}
+    options |= {"batch_size": 4, "completions": 1, "epochs": 2, "minibatches": 2}
+    config = optimum.group_config(1, estimator="reinforce", **options)
+    algorithm = group.Algorithm(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
+
+    def loss(params, batch, key, beta):
+        one = (jnp.ones(()), jnp.ones(()))
+        return params["policy"], {"loss": one, "ratio_max": one}
+
+    algorithm.loss = loss
+    extra = {"kl_coefficient": jnp.float32(0.0), "baseline": jnp.float32(1.0)}
+    state = states.TrainState.create({"policy": jnp.zeros(())}, algorithm.tx, **extra)
+    batch = group.Experience(*[jnp.zeros((4, 1))] * 6)
+    sums = {"advantage_reward": 8.0, "score": 40.0, "reward": 400.0, "kl": 0.0}
+    pairs = {name: (jnp.float32(total), jnp.float32(4)) for name, total in sums.items()}
+    state, _ = algorithm.update(state, batch, {}, pairs, KEY)
+    assert float(state.extra["baseline"]) == pytest.approx(1.2, rel=1e-6)
+    moved = -0.1 * (1 + 3 / 4 + 1 / 2 + 1 / 4)
+    assert float(state.params["policy"]) == pytest.approx(moved, rel=1e-6)
+
+
+# ------------------------------------------------------------------ losses
+
+RATIOS = [[1.5, 0.5, 1.1], [1.5, 0.5, 1.0]]
+LENGTHS, ADVANTAGES, APART = (3, 2), (1.0, -2.0), 0.4  # APART: log pi/rho of every token
+
+
+def surrogates(low, high):
+    """-min(rho A, clip(rho) A) of every token, a list per response."""
+    rows = zip(RATIOS, LENGTHS, ADVANTAGES, strict=True)
+    clip = lambda ratio: min(max(ratio, 1 - low), 1 + high)  # noqa: E731
+    return [[-min(x * a, clip(x) * a) for x in ratios[:n]] for ratios, n, a in rows]
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_a_surrogate_has_the_configs_clips_length_and_kl(name, place):
+    config = optimum.group_config(
+        1, estimator=name, clip=0.2, clip_high=0.4, max_new=5, kl=optimum.KLConfig(0.5, place=place)
+    )
+    logprobs = jnp.full((2, 3), -1.0)
+    mask = jnp.arange(3) < jnp.array(LENGTHS)[:, None]
+    batch = group.Experience(
+        tokens=None,
+        segments=None,
+        mask=jnp.float32(mask),
+        logprobs=logprobs - jnp.log(jnp.array(RATIOS)),
+        advantages=jnp.array(ADVANTAGES),
+        ref_logprobs=logprobs - APART,
+    )
+    loss, _ = group.ESTIMATORS[name].loss(config, logprobs, batch, 0.3)
+    rows = surrogates(0.2, 0.4 if name == "dapo" else 0.2)
+    k3 = np.exp(-APART) - 1 + APART
+    expected = {
+        "grpo": np.mean([np.mean(row) for row in rows]) + (0.3 * k3 if place == "loss" else 0.0),
+        "dr_grpo": sum(sum(row) for row in rows) / (2 * 5),
+        "dapo": sum(sum(row) for row in rows) / 5,
+    }
+    assert float(loss) == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_entropy_and_kl_join_the_loss_of_dapo():
+    """At ratio 1: -A + 0.7 k2 - 0.5 H over tokens, 0.7 the coefficient that the KL has come to."""
+    kl_config = optimum.KLConfig(0.2, place="loss", estimator="k2")
+    algorithm, _, reference = begin("dapo", entropy_coefficient=0.5, kl=kl_config)
+    tokens = jnp.array([[1, 3, 4, 4], [1, 4, 5, EOS]])
+    mask = jnp.ones((2, 2))
+    segments = jnp.ones_like(tokens)
+
+    @jax.jit
+    def terms(params):
+        rows = (tokens, segments, 2, TEMPERATURE)
+        logprobs, entropy = response_logprobs(algorithm.model, params, *rows)
+        others = {"advantages": jnp.array([1.0, -3.0]), "ref_logprobs": logprobs - APART}
+        batch = group.Experience(tokens, segments, mask, logprobs, **others)
+        return algorithm.loss({"policy": params}, batch, None, 0.7)[0], entropy.mean()
+
+    loss, entropy = terms(reference)
+    assert float(entropy) > 0.5
+    expected = 1.0 + 0.7 * APART**2 / 2 - 0.5 * float(entropy)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------ what counts
@@ -260,22 +351,6 @@ def test_the_device_has_its_work_before_a_rule_scores(conversations, finished, m
     values = group_values(conversations, finished, "rloo", reward="gold:sentiment", ptx={})
     run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
     assert order == ["_know", "score"]
-
-
-def test_a_human_reward_is_added_less_and_less(conversations, finished):
-    """R + w H with H = R: the score is (1 + w) times what it is without; the policy stands still."""
-    still = {"name": "sgd", "learning_rate": 1e-30, "b1": 0.0, "schedule": "constant"}
-    rule = "rule:tests.rewards.some_rules:letters?workers=1"
-    human = {"reward": rule, "weight": 0.5, "factor": 0.25}
-    metrics = []
-    for changes in ({}, {"human": human}):
-        values = group_values(conversations, finished, "rloo", reward=rule, optim=still, ptx={}, **changes)
-        metrics.append(run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]))[0])
-    for step, (alone, added) in enumerate(zip(*metrics, strict=True)):
-        weight = 0.5 * 0.25**step
-        assert added["human_weight"] == weight
-        assert added["human"] == pytest.approx(alone["score"], abs=1e-6) and alone["score"] > 0
-        assert added["score"] == pytest.approx((1 + weight) * alone["score"], abs=1e-6)
 
 
 @pytest.mark.slow

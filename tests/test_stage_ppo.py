@@ -22,7 +22,7 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import ppo
 from rlhfjax.stages.parts import epochs
 from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy import Known, Tokens
 from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
 from rlhfjax.stages.parts.rollout import Rollout, response_hidden, response_logprobs
@@ -176,31 +176,21 @@ def test_replaced_and_clipped_scores():
     np.testing.assert_allclose(episodes.returns[:, 0], [0.7, -1.0, -1.0], atol=1e-6)
 
 
-@pytest.mark.slow
-def test_whitening_in_a_minibatch_is_that_of_the_batch_where_it_is_all():
-    def after(**changes):
-        algorithm, state, reference = begin(**changes)
-        return copy(iterate(algorithm, state, reference)[0].params)
+@pytest.mark.parametrize("stop", [3, 0])
+def test_truncation_and_rejection(stop):
+    """A full stop at position 1 or later ends what the reward sees; without one the score is -1.
 
-    batch = after(whiten_rewards="batch", whiten_advantages="none")
-    assert_close(after(whiten_rewards="minibatch"), batch, rtol=1e-5, atol=1e-6)
-    assert apart(after(), batch) > 1e-4
-    both = after(whiten_advantages="batch")
-    assert_close(after(whiten_advantages="minibatch"), both, rtol=1e-5, atol=1e-6)
-    assert apart(after(), both) > 1e-4
-    halves = {"minibatches": 2, "epochs": 1}
-    assert apart(after(whiten_rewards="minibatch", **halves), after(whiten_rewards="batch", **halves)) > 1e-5
-
-
-def test_truncation_and_rejection():
-    """A full stop (3) at position 1 or later ends what the reward sees; without one the score is -1."""
+    Id 0 may be a full stop.
+    """
     config = optimum.ppo_config(4, **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)})
     model = Model(dataclasses.replace(optimum.SHAPE, max_length=6))
-    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD, stop=3))
-    tokens = jnp.array([[1, 3, 4, 3, 5, 5], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    critic = Model(model.config, "scalar")
+    algorithm = ppo.Algorithm(config, model, critic, Tokens(EOS, PAD, stop=stop))
+    tokens = jnp.array([[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
     seen, segments, mask = algorithm.seen(rollout)
-    np.testing.assert_array_equal(seen, [[1, 3, 4, 3, PAD, PAD], [1, 3, 3, 4, 5, EOS], [1, 4, 4, 4, 4, 3]])
+    first = [1, 3, 4, stop, PAD, PAD]
+    np.testing.assert_array_equal(seen, [first, [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(segments[:, 2:], mask)
     shaped, _, pairs = algorithm.shape(jnp.array([0.5, 0.6, 0.7]), rollout)
@@ -214,6 +204,144 @@ def test_without_a_stop_at_eos_every_response_is_as_long():
     rollout, _, _ = optimum.experience(algorithm, state, reference, KEY)
     assert (np.asarray(rollout.responses)[:, 0] == EOS).any()
     np.testing.assert_array_equal(rollout.mask, 1)
+
+
+# ------------------------------------------------------------------ an iteration, by a loop
+
+LENGTHS = (3, 2, 1, 3)  # of four responses, of which the second and the third end with an eos
+GAMMA, LAM, BETA = 0.9, 0.7, 0.11  # BETA: a KL coefficient that has moved away from the config's
+
+
+def without_models(**changes):
+    """(algorithm, state, known, rollout, scores): four responses, made-up logprobs and values."""
+    own = {"batch_size": 4, "max_new": 3, "gamma": GAMMA, "lam": LAM, "kl": KLConfig(0.5)}
+    config = optimum.ppo_config(4, **PLAIN | own | changes)
+    model = Model(optimum.SHAPE)
+    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    seen = {name: jnp.zeros((4, 3)) for name in ("advantages", "returns")}
+    params = {"policy": {**seen, "together": jnp.zeros((4, 4))}, "value": {"beta": jnp.zeros(())}}
+    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(BETA))
+    mask = np.arange(3) < np.array(LENGTHS)[:, None]
+    responses = np.where(mask, [[3, 4, 5], [3, EOS, 0], [EOS, 0, 0], [5, 5, 4]], PAD)
+    numbered = np.arange(4)[:, None]  # the prompt is the number of the response
+    tokens = np.concatenate([numbered, responses], axis=1)
+    segments = np.concatenate([np.ones((4, 1)), mask], axis=1)
+    numbers = np.random.default_rng(3).normal(size=(3, 4, 3)) * mask
+    known = Known(*jnp.float32(numbers))
+    rollout = Rollout(jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs)
+    return algorithm, state, known, rollout, jnp.array([0.7, -1.6, 0.25, 2.0])
+
+
+def ragged(x):
+    """The counted numbers of [4, 3], a list per response."""
+    rows = np.asarray(x, np.float64).tolist()
+    return [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+
+
+def padded(rows):
+    return np.array([[*row, *[0.0] * (3 - len(row))] for row in rows])
+
+
+def joined(rows):
+    return [number for row in rows for number in row]
+
+
+def rewards_by_hand(known, scores, beta=BETA):
+    """-beta log pi/rho at every token, and the score at the last."""
+    both = zip(ragged(known.logprobs), ragged(known.ref_logprobs), strict=True)
+    rewards = [[-beta * (p - r) for p, r in zip(*rows, strict=True)] for rows in both]
+    for row, score in zip(rewards, scores, strict=True):
+        row[-1] += float(score)
+    return rewards
+
+
+def gae_by_hand(rewards, values):
+    """Advantages and returns: A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}, R = A + V."""
+    advantages, returns = [], []
+    for row, v in zip(rewards, values, strict=True):
+        found, later, following = [], 0.0, 0.0
+        for t in reversed(range(len(row))):
+            later = row[t] + GAMMA * following - v[t] + GAMMA * LAM * later
+            following = v[t]
+            found.insert(0, later)
+        advantages.append(found)
+        returns.append([a + b for a, b in zip(found, v, strict=True)])
+    return advantages, returns
+
+
+def whitened_by_hand(rows, keep_mean):
+    mean, variance = np.mean(joined(rows)), np.var(joined(rows))
+    std = (variance + 1e-8) ** 0.5
+    return [[(x - mean) / std + keep_mean * mean for x in row] for row in rows]
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_the_experience_of_an_iteration_equals_a_loop(place):
+    """With the KL in the loss no token is charged for it; the logged mean reward is."""
+    algorithm, state, known, rollout, scores = without_models(kl=KLConfig(0.5, place=place))
+    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    rewards, values = rewards_by_hand(known, scores), ragged(known.values)
+    charged = rewards if place == "reward" else rewards_by_hand(known, scores, beta=0.0)
+    advantages, returns = gae_by_hand(charged, values)
+    np.testing.assert_allclose(episodes.advantages, padded(advantages), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(episodes.returns, padded(returns), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(episodes.logprobs, known.logprobs)
+    np.testing.assert_array_equal(episodes.values, known.values)
+    if place == "loss":
+        np.testing.assert_array_equal(episodes.ref_logprobs, known.ref_logprobs)
+    log_ratios = np.float64(known.logprobs) - np.float64(known.ref_logprobs)
+    errors = np.subtract(joined(returns), joined(values))
+    assert finalize(jax.device_get(pairs)) == pytest.approx(
+        {
+            "score": (0.7 - 1.6 + 0.25 + 2.0) / 4,
+            "reward": sum(joined(rewards)) / 4,
+            "kl": log_ratios.sum() / 4,
+            "response_length": 9 / 4,
+            "eos_rate": 2 / 4,
+            "kl_coefficient": BETA,
+            "value_explained_variance": 1 - np.var(errors) / np.var(joined(returns)),
+        },
+        rel=1e-5,
+    )
+
+
+def gradients_tell(params, batch, key, beta):
+    """A loss whose gradients are what it is given: advantages, returns, beta, pairs."""
+    who, one = jax.nn.one_hot(batch.tokens[:, 0], 4), jnp.ones(())
+    policy = params["policy"]
+    total = jnp.sum(policy["advantages"] * (who.T @ batch.advantages))
+    total += jnp.sum(policy["returns"] * (who.T @ batch.returns))
+    total += jnp.sum(policy["together"] * jnp.outer(who.sum(0), who.sum(0)))
+    total += params["value"]["beta"] * beta
+    return total, {"loss": (total, one), "approx_kl": (one, one), "ratio_max": (one, one)}
+
+
+@pytest.mark.parametrize("rewards_in", ["none", "batch", "minibatch"])
+def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in):
+    """Returns follow whitened rewards; advantages are whitened after that, over the minibatch."""
+    options = {"whiten_rewards": rewards_in, "whiten_advantages": "minibatch", "minibatches": 2}
+    algorithm, state, known, rollout, scores = without_models(**options)
+    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    algorithm.loss = gradients_tell
+    state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+    # sgd at 0.1 moves by -0.1 g
+    told = {name: np.asarray(x) / -0.1 for name, x in state.params["policy"].items()}
+    assert float(state.params["value"]["beta"]) == pytest.approx(-0.1 * 2 * BETA)  # two updates
+    rewards = rewards_by_hand(known, scores)
+    if rewards_in == "batch":
+        rewards = whitened_by_hand(rewards, keep_mean=True)
+    halves = {tuple(np.flatnonzero(row > 0.5)) for row in told["together"]}
+    assert len(halves) == 2 and sorted(joined(halves)) == [0, 1, 2, 3]
+    for half in halves:
+        some, values = [rewards[i] for i in half], [ragged(known.values)[i] for i in half]
+        if rewards_in == "minibatch":
+            some = whitened_by_hand(some, keep_mean=True)
+        advantages, returns = gae_by_hand(some, values)
+        rows = list(half)
+        np.testing.assert_allclose(told["returns"][rows], padded(returns), rtol=1e-4, atol=1e-5)
+        advantages = whitened_by_hand(advantages, keep_mean=False)
+        expected = padded(advantages)
+        np.testing.assert_allclose(told["advantages"][rows], expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------ losses
@@ -260,16 +388,36 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
 
 
 def test_pitfall_18_value_and_policy_losses_share_one_weight():
-    algorithm, state, reference = begin(value_coefficient=0.3)
+    """So do the entropy bonus, and the KL in the loss at the coefficient it has come to."""
+    options = {"value_coefficient": 0.3, "entropy_coefficient": 0.5}
+    algorithm, state, reference = begin(**options, kl=KLConfig(0.2, place="loss", estimator="k2"))
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    loss, pairs = algorithm.loss(state.params, episodes, None)
+    episodes = dataclasses.replace(episodes, ref_logprobs=episodes.ref_logprobs - 0.3)
+    loss, pairs = jax.jit(algorithm.loss)(state.params, episodes, None, 0.7)
     tokens = float(episodes.mask.sum())
     assert tokens < episodes.mask.size
-    assert {float(pairs[name][1]) for name in ("loss", "policy_loss", "value_loss")} == {tokens}
+    losses = ("policy_loss", "value_loss", "entropy_loss", "kl_loss")
+    assert {float(pairs[name][1]) for name in ("loss", *losses)} == {tokens}
     error = np.asarray((episodes.values - episodes.returns) * episodes.mask)
     assert float(pairs["value_loss"][0]) == pytest.approx(0.5 * (error**2).sum(), rel=1e-5)
-    both = float(pairs["policy_loss"][0]) + 0.3 * float(pairs["value_loss"][0])
-    assert float(loss) == pytest.approx(both / tokens, rel=1e-5)
+    terms = {name: float(pairs[name][0]) for name in losses}
+    assert terms["kl_loss"] == pytest.approx(0.3**2 / 2 * tokens, rel=1e-3)
+    assert float(pairs["entropy"][0]) > 1
+    assert terms["entropy_loss"] == pytest.approx(-0.5 * float(pairs["entropy"][0]), rel=1e-6)
+    total = terms["policy_loss"] + 0.3 * terms["value_loss"]
+    total += terms["entropy_loss"] + 0.7 * terms["kl_loss"]
+    assert float(loss) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_a_value_clip_of_0_clips_nothing():
+    """V = 2, V_old = 0, R = 1: 1/2 (2 - 1)^2. Clipped by 0, V would stay at V_old."""
+    algorithm, *_ = without_models(value_clip=0.0)
+    others = ("tokens", "segments", "logprobs", "advantages", "values")
+    rows = {name: jnp.zeros((1, 1)) for name in others}
+    batch = ppo.Experience(**rows, returns=jnp.ones((1, 1)), mask=jnp.ones((1, 1)))
+    loss = jax.value_and_grad(lambda values: algorithm._value_loss(values, batch)[0])
+    value, slope = loss(jnp.full((1, 1), 2.0))
+    assert (float(value), float(slope[0, 0])) == (0.5, 1.0)
 
 
 def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
@@ -325,6 +473,67 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
 # ------------------------------------------------------------------ epochs
 
 
+def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates():
+    """Two updates in each of two iterations: linear from the rate to 0 over 4, so 1 + 3/4 of it."""
+    rates = {
+        "optim": dataclasses.replace(SGD, learning_rate=0.1, schedule="linear"),
+        "value_optim": dataclasses.replace(SGD, learning_rate=0.01, schedule="linear"),
+    }
+    config = optimum.ppo_config(2, **PLAIN | rates | {"batch_size": 4, "minibatches": 2})
+    model = Model(optimum.SHAPE)
+    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+
+    def loss(params, batch, key, beta):
+        one = (jnp.ones(()), jnp.ones(()))
+        return 3 * params["policy"] + 4 * params["value"], dict.fromkeys(("loss", "ratio_max"), one)
+
+    algorithm.loss = loss
+    params = {"policy": jnp.zeros(()), "value": jnp.zeros(())}
+    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(0.0))
+    kl = (jnp.zeros(()), jnp.ones(()))
+    zeros = jnp.zeros((4, 1))
+    batch = ppo.Experience(*[zeros] * 7)
+    state, metrics = algorithm.update(state, batch, {}, {"kl": kl}, KEY)
+    moves = {name: float(x) for name, x in state.params.items()}
+    assert moves == pytest.approx({"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6)
+    found = finalize(jax.device_get(metrics))
+    norms = {"policy_grad_norm": 3.0, "value_grad_norm": 4.0, "grad_norm": 5.0}
+    assert {name: found[name] for name in norms} == pytest.approx(norms, rel=1e-6)
+    assert int(state.step) == 1
+
+
+def test_an_iteration_ends_with_the_coefficient_and_the_average():
+    """8 episodes of 80, a mean KL of 2.2 for 2: beta (1 + 0.1 * 8 / 80). EMA: 0.9 * 1 + 0.1 * 2."""
+    options = {"batch_size": 2, "completions": 4, "ema": 0.9}
+    config = optimum.group_config(1, **options, kl=KLConfig(0.5, target=2.0, horizon=80))
+    tx = optax.sgd(1.0)
+    extra = {"kl_coefficient": jnp.float32(0.3), "ema": {"policy": jnp.float32(1.0)}}
+    state = states.TrainState.create({"policy": jnp.float32(2.0)}, tx, **extra)
+    kls = {"kl": (jnp.float32(8 * 2.2), jnp.float32(8.0))}
+    state = epochs.end_iteration(config, state, kls)
+    assert float(state.extra["kl_coefficient"]) == pytest.approx(0.3 * 1.01, rel=1e-6)
+    assert float(state.extra["ema"]["policy"]) == pytest.approx(1.1, rel=1e-6)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("on_nonfinite", ["error", "skip"])
+def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(on_nonfinite):
+    options = {"batch_size": 4, "minibatches": 2, "on_nonfinite": on_nonfinite}
+    config = optimum.ppo_config(1, **PLAIN | options)
+
+    def loss(params, ids, key):
+        one = (jnp.ones(()), jnp.ones(()))
+        slope = jnp.where(ids.max() == 3, jnp.nan, 1.0)
+        return params["policy"] * slope, {"loss": one, "ratio_max": one}
+
+    tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
+    state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
+    state, metrics = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    left_out = on_nonfinite == "skip"
+    assert float(state.params["policy"]) == pytest.approx(-1.0 if left_out else np.nan, nan_ok=True)
+    assert ("skipped" in metrics) == left_out
+
+
 def test_early_stop_leaves_the_rest_of_an_iteration():
     """One minibatch an epoch: the first is at ratio 1 and applied; the second is past the target."""
     once, *rest = begin(epochs=1)
@@ -346,6 +555,23 @@ def test_early_stop_that_is_not_reached_changes_nothing():
     assert metrics[1][1].pop("updated") == 1
     assert_close(metrics[0][0], metrics[1][0], rtol=1e-6, atol=1e-7)
     assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("total", "tokens", "applied"), [(0.75, 3.0, 4), (0.75, 1.0, 0)])
+def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
+    """A sum of 0.75 nats over 3 tokens is 0.25 per token: below a target of 1/2."""
+    options = {"batch_size": 4, "epochs": 2, "minibatches": 2, "target_kl": 0.5}
+    config = optimum.ppo_config(1, **PLAIN | options)
+
+    def loss(params, ids, key):
+        one = (jnp.ones(()), jnp.ones(()))
+        kl = (jnp.float32(total), jnp.float32(tokens))
+        return -params["policy"], {"loss": one, "approx_kl": kl, "ratio_max": one}
+
+    tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
+    state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
+    state, _ = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    assert float(state.params["policy"]) == applied  # 1 per update
 
 
 def test_early_stop_is_of_one_iteration():
@@ -373,6 +599,24 @@ def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
     np.testing.assert_array_equal(np.diag(together), 3)
     np.testing.assert_array_equal(together.sum(1), 6)  # itself and one other, three times
     assert (together == 1).any()  # not the same companion in every epoch
+
+
+@pytest.mark.parametrize(("unit", "added"), [("token", 1.5 * 10), ("sequence", 1.5 * 10 * 4 / 2)])
+def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added, monkeypatch):
+    """4 tokens in 2 sequences: the mean over sequences of sums is twice the mean over tokens."""
+
+    def mean_of_ten(model):
+        pair = (jnp.float32(40.0), jnp.float32(4.0))
+        return lambda params, batch, key: (10 * params["w"], {"loss": pair})
+
+    monkeypatch.setattr(epochs, "language_loss", mean_of_ten)
+    config = optimum.ppo_config(1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)})
+    text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
+    params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
+    model = Model(optimum.SHAPE)
+    grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
+    assert float(grads["policy"]["w"]) == 7.0 + added
+    assert finalize(jax.device_get(pairs)) == {"ptx_loss": 10.0}  # nats per token, either way
 
 
 @pytest.mark.parametrize("unit", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
@@ -433,6 +677,20 @@ def test_where_the_value_function_begins(head, conversations, finished):
     else:
         assert apart(kernel, reward["head"]["kernel"]) > 1e-3
         assert 0.5 < kernel.std() * np.sqrt(17) < 1.7
+
+
+def test_the_average_begins_at_the_policy_and_is_what_is_kept(conversations, finished):
+    values = stage_values("ppo", conversations, finished)
+    assert values["ema"] > 0
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    with layout.use():
+        stage = stages.find("ppo").build(recipe.check(values, "ppo"), layout)
+        state = stage.start(states.create_sharded(stage.init, KEY, stage.axes, layout))
+    assert_close(state.extra["ema"]["policy"], store.load(finished / "02_sft", layout).params)
+    average = {"policy": jax.tree.map(lambda x: x + 1, state.extra["ema"]["policy"])}
+    kept = stage.finish(state.replace(extra={**state.extra, "ema": average})).models
+    assert_close(kept["model"].params, average["policy"])
+    assert_close(kept["value"].params, state.params["value"])
 
 
 @pytest.mark.slow

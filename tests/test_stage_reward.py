@@ -14,6 +14,7 @@ from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.metrics import finalize
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import load_reward, score
 from rlhfjax.stages import stage_config
@@ -112,14 +113,21 @@ def demonstration_rows(conversations, split, tokenizer):
 
 
 def test_demonstrations_score_0_when_normalised_on_them(conversations, finished):
+    """What is logged is of the rewards before: means of demonstrations and of held-out answers."""
     demonstrations = (chats(conversations, "test"),)
     values = stage_values("reward", conversations, finished, normalise="demonstrations", demonstrations=demonstrations)
     stage, first = started(values)
-    model, params, tokenizer = (lambda m: (m.model, m.params, m.tokenizer))(stage.finish(first).models["model"])
+    finished_stage = stage.finish(first)
+    kept = finished_stage.models["model"]
+    model, params, tokenizer = kept.model, kept.params, kept.tokenizer
     rows = demonstration_rows(conversations, "test", tokenizer)
     np.testing.assert_allclose(rewards_of_rows(model, params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
     before = rewards_of_rows(model, first.params, tokenizer, rows, 32)
     assert abs(before.mean()) > 1e-3
+    answers = rewards_of_rows(model, first.params, tokenizer, validation_rows(finished), 32)
+    means = {"demonstration_mean": before.mean(), "reference_mean": answers.mean()}
+    logged = finalize(jax.device_get(finished_stage.pairs))
+    assert logged == pytest.approx(means | {"reference_std": answers.std()}, rel=1e-3, abs=2e-5)
     np.testing.assert_array_equal(params["head"]["kernel"], first.params["head"]["kernel"])
 
 

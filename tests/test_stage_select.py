@@ -90,11 +90,18 @@ def test_messages_are_the_turns_of_the_prompt(finished, selected):
 
 @pytest.mark.parametrize(
     "keep, min_score, expected",
-    [(1, None, [2]), (2, None, [2, 1]), (9, None, [2, 1, 0]), (9, 0.5, [2, 1]), (1, 3.0, [])],
+    [
+        (1, None, [2]),
+        (2, None, [2, 1]),
+        (9, None, [2, 1, 0]),
+        (9, 0.5, [2, 1]),
+        (9, 0.0, [2, 1]),
+        (1, 3.0, []),
+    ],
 )
 def test_keep_and_threshold(keep, min_score, expected):
     """Of equal scores the first; the repeated text and the empty one are never kept."""
-    row = {"completions": ["a", "b", "c", "c", " "], "scores": [0.0, 1.0, 2.0, 2.0, 9.0]}
+    row = {"completions": ["a", "b", "c", "c", " "], "scores": [-1.0, 1.0, 2.0, 2.0, 9.0]}
     assert select.best(row, keep=keep, min_score=min_score) == expected
 
 

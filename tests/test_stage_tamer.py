@@ -10,7 +10,7 @@ import pytest
 from rlhfjax import recipe, stages, state
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import load_tokenizer
-from rlhfjax.errors import DataError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
@@ -40,7 +40,18 @@ def values(finished, data, **changes):
     return stage_config("tamer", init_from=str(finished / "02_sft"), feedback=data, held_out=data, **options).to_dict()
 
 
-def loop_loss(finished, params, model, how):
+def uniform_by_hand(first, last):
+    """The share of delays of 0.2 to 0.8 s that lie between two."""
+    return max(0.0, min(last, 0.8) - max(first, 0.2)) / 0.6
+
+
+def gamma_by_hand(first, last):
+    """The same of Gamma(2, 0.3 s), whose CDF is 1 - (1 + x) exp(-x), x = delay / 0.3."""
+    x, y = (max(0.0, delay) / 0.3 for delay in (first, last))
+    return (1 + x) * np.exp(-x) - (1 + y) * np.exp(-y)
+
+
+def loop_loss(finished, params, model, how, share):
     """(sum, weight) over all feedback: tokens, delays and overlaps one by one, in float64."""
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     total = weight = 0.0
@@ -50,9 +61,8 @@ def loop_loss(finished, params, model, how):
         ids = jnp.asarray([prompt + answer], jnp.int32)
         h = np.asarray(model.scalar(params, model.hidden(params, ids))[0], np.float64)[len(prompt) :]
         for time, value in row["feedback"]:
-            credit = [
-                max(0.0, min(0.25 * (i + 1), time - 0.2) - max(0.25 * i, time - 0.8)) / 0.6 for i in range(len(answer))
-            ]
+            ends = [0.25 * (i + 1) for i in range(len(answer))]
+            credit = [share(time - end, time - end + 0.25) for end in ends]
             if how == "tamer":
                 total, weight = total + (value - np.dot(credit, h)) ** 2, weight + 1
             else:
@@ -60,13 +70,19 @@ def loop_loss(finished, params, model, how):
     return total, weight
 
 
-@pytest.mark.parametrize("how", ["tamer", "deep_tamer"])
-def test_the_held_out_loss_is_what_a_loop_over_tokens_and_feedback_gives(how, finished, data):
-    config = recipe.check(values(finished, data, loss=how), "tamer")
+KINDS = [("tamer", "uniform"), ("deep_tamer", "uniform"), ("tamer", "gamma")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_the_held_out_loss_is_what_a_loop_over_tokens_and_feedback_gives(kind, finished, data):
+    how, credit = kind
+    options = {"loss": how, "credit": credit, "gamma": (2.0, 0.3)}
+    config = recipe.check(values(finished, data, **options), "tamer")
     stage = stages.find("tamer").build(config, ONE)
     first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
     model = store.describe(store.find(finished / "04_reward"))
-    total, weight = loop_loss(finished, first.params, model, how)
+    share = {"uniform": uniform_by_hand, "gamma": gamma_by_hand}[credit]
+    total, weight = loop_loss(finished, first.params, model, how, share)
     np.testing.assert_allclose(finalize(stage.evals(first))["val_loss"], total / weight, rtol=1e-4)
 
 
@@ -109,6 +125,12 @@ def test_batches_go_on_where_they_were(finished, data):
             np.testing.assert_array_equal(a, b)
     seen = [tuple(row) for _ in range(9) for row in next(one)["tokens"].tolist()]
     assert {seen.count(row) for row in set(seen)} == {12}  # 36 rows are four epochs; each text stands there 3 times
+
+
+def test_a_gamma_without_a_scale_is_refused(finished, data):
+    config = recipe.check(values(finished, data, gamma=(2.0, 0.0)), "tamer")
+    with pytest.raises(ConfigError, match=r"tamer\.gamma=\(2\.0, 0\.0\)"):
+        stages.find("tamer").build(config, ONE)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,24 @@
 """The stages on the tiny recipe: one device against four, and what PPO must be at its first minibatch."""
 
+import dataclasses
 import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import optimum
 from rlhfjax import recipe, stages, state
+from rlhfjax.algos.preference import kwise_loss
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.transformer import Model
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.reward import reward_loss
 from tests import tiny
 from tests.meshes import MESHES
 
@@ -89,6 +96,24 @@ def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(conversatio
     assert metrics[2]["kl"] > 1e-3  # it has moved
     for m in metrics:
         assert abs(m["first_ratio_max"] - 1) < 2e-5
+
+
+@pytest.mark.parametrize("what", ["language", "reward"])
+def test_a_model_with_dropout_is_trained_with_it(what):
+    """Two keys, two losses."""
+    ids = jnp.array([[[1, 3, 4, 5], [1, 4, 4, 2]]])
+    if what == "reward":
+        head, make = "scalar", lambda model: reward_loss(model, kwise_loss)
+        batch = {"tokens": ids, "segments": jnp.ones_like(ids)}
+        batch |= {"scores": jnp.array([[1.0, 0.0]]), "valid": jnp.ones((1, 2))}
+    else:
+        head, make = "lm", language_loss
+        batch = {"tokens": ids[0], "targets": ids[0], "mask": jnp.ones((2, 4))}
+        batch |= {"segments": jnp.ones_like(ids[0]), "positions": jnp.tile(jnp.arange(4), (2, 1))}
+    model = Model(dataclasses.replace(optimum.SHAPE, dropout=0.5), head)
+    params, loss = model.init(jax.random.key(0)), jax.jit(make(model))
+    one, other = (float(loss(params, batch, jax.random.key(i))[0]) for i in (1, 2))
+    assert abs(one - other) > 1e-3
 
 
 def test_pitfall_19_epochs_move_the_policy_between_minibatches(conversations, finished):

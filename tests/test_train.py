@@ -140,6 +140,8 @@ def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):
     assert last["fake/end"] == 1.0 and {"fake/loss", "fake/val", "fake/grad_norm"} <= set(last)
     assert json.loads((tmp_path / "left.json").read_text()) == {"step": 5}
     *rates, goodput = timing(tmp_path)
+    per_step = [row["fake/tokens_per_second"] * row["fake/seconds_per_step"] for row in rates]
+    np.testing.assert_allclose(per_step, 2)  # the stage's units
     assert all(set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"} for row in rates)
     assert goodput["step"] == 5 and 0 < goodput["fake/goodput"] < 1
     assert not (tmp_path / "tb").exists()  # log.tensorboard=False
@@ -206,6 +208,13 @@ def test_a_nan_stops_the_run_and_names_step_and_last_good_checkpoint(run, tmp_pa
 def test_a_nan_before_any_checkpoint_says_that_there_is_none(run):
     with pytest.raises(NonFiniteError, match=r"at step 1; no checkpoint$"):
         run(fake_stage([], poison=1), steps=3)
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(run):
+    stage = fake_stage([])
+    broken = stage.__class__(**{**stage.__dict__, "evals": lambda state: {"val": (jnp.nan, 1.0)}})
+    with pytest.raises(NonFiniteError, match="fake/val is nan at step 2"):
+        run(broken, steps=4, eval_every=2)
 
 
 def test_parameters_that_overflow_are_never_saved(run, tmp_path):

@@ -49,11 +49,3 @@ def gae(
     _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1]))
     advantages = advantages.T
     return advantages, jnp.where(mask > 0, advantages + values, 0)
-
-
-def rewards_to_go(rewards: Float[Array, "b t"], mask: Float[Array, "b t"], *, gamma: Scalar) -> Float[Array, "b t"]:
-    """G_t = r_t + gamma G_{t+1} along the counted tokens, 0 past the last: the return of REINFORCE.
-
-    Source: Williams 1992; Sutton & Barto (2nd ed.), eq. 3.9.
-    """
-    return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]

@@ -86,11 +86,6 @@ def adaptive_kl(
     return beta * (1 + error * episodes / horizon)
 
 
-def fixed_kl(beta: Scalar, mean_sequence_kl: Scalar, **_) -> Scalar:
-    """beta <- beta. Takes what `adaptive_kl` takes, so that one may stand for the other."""
-    return beta
-
-
 def kl_loss_k1(
     logprobs: Float[Array, "b t"],
     old_logprobs: Float[Array, "b t"],

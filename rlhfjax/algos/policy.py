@@ -77,18 +77,6 @@ def ppo_loss(
     return divide(total, weight), metrics
 
 
-def reinforce_loss(logprobs: Float[Array, "b t"], advantages: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Loss:
-    """-A_t log pi(y_t | x, y_<t), mean over tokens; the advantage (return minus a baseline) is a constant.
-
-    On-policy: one gradient step per batch of samples.
-
-    Source: Williams 1992; Sutton & Barto (2nd ed.), section 13.4.
-    """
-    advantages = lax.stop_gradient(jnp.where(mask > 0, advantages, 0))
-    total, weight = token_mean(-advantages * jnp.where(mask > 0, logprobs, 0), mask)
-    return divide(total, weight), {"loss": (total, weight)}
-
-
 def entropy_bonus(entropy: Float[Array, "b t"], mask: Float[Array, "b t"], *, coefficient: Scalar) -> Loss:
     """-coefficient H(pi(. | x, y_<t)), mean over tokens; metric entropy in nats per token.
 

@@ -6,7 +6,7 @@ Times are seconds; step i lasts from starts[i] to ends[i]; feedback f is given a
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import gammainc, gammaincc
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlhfjax.algos.masked import divide, masked_sum
 from rlhfjax.algos.types import Loss, Scalar
@@ -87,19 +87,9 @@ def reward_addition(reward: Float[Array, "..."], human: Float[Array, "..."], *, 
     return reward + weight * human
 
 
-def action_bias(
-    values: Float[Array, "... a"], human: Float[Array, "... a"], *, weight: Scalar
-) -> Float[Array, "... a"]:
-    """Q(s, a) + weight H(s, a), for choosing the action only (learning is by Q and R): TAMER+RL, action biasing.
+def annealed(weight: Scalar, *, factor: Scalar, iteration: Int[Array, ""] | int) -> Scalar:
+    """weight factor^iteration: multiplied by `factor` (0.98 and the like) once per iteration.
 
-    Source: Knox & Stone 2010, method 6; Knox & Stone 2012.
+    Source: Knox & Stone 2010, who anneal per episode.
     """
-    return values + weight * human
-
-
-def anneal(weight: Scalar, *, factor: Scalar) -> Scalar:
-    """weight <- factor weight, once an episode (factor 0.98 and the like).
-
-    Source: Knox & Stone 2010.
-    """
-    return factor * weight
+    return weight * factor**iteration

@@ -255,7 +255,8 @@ def preference_batches(
     `k` is the most completions a prompt may have, by default the most in the source; `valid` is 0 where one has fewer.
     """
     sources = _check(source, ("preferences",), length)
-    k = k or max(len(source[i]["completions"]) for i in range(len(source)))
+    if k is None:
+        k = max(len(source[i]["completions"]) for i in range(len(source)))
 
     def encode(index: int, row: dict[str, Any]) -> Batch:
         arrays = examples.preference(tokenizer, row, k=k, length=length, where=source.where(index))

@@ -40,7 +40,7 @@ def first_fit(examples: grain.IterDataset, *, length: int, bins: int, seed: int 
         examples,
         length_struct={_FEATURE: length},
         num_packing_bins=bins,
-        seed=seed or 0,
+        seed=0 if seed is None else seed,
         shuffle_bins=seed is not None,
     )
 

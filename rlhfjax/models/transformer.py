@@ -311,7 +311,7 @@ class Model:
     @property
     def drops(self) -> bool:
         """Whether a key makes a difference to the forward pass: there is dropout."""
-        return bool(self.config.dropout or self.lora.dropout)
+        return max(self.config.dropout, self.lora.dropout) > 0
 
     @property
     def _block(self):

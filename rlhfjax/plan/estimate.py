@@ -142,7 +142,8 @@ def _cache(subject: Subject, axes: Mapping[str, int]) -> float:
     devices = axes["replica"] * axes["data"] * axes["fsdp"]
     size = 2.0 if m.dtype == "bfloat16" else 4.0
     heads = axes["tensor"] if m.kv_heads % axes["tensor"] == 0 else 1
-    rows = math.ceil((c.slots or c.episodes) / devices)
+    decoded = c.slots if c.slots > 0 else c.episodes
+    rows = math.ceil(decoded / devices)
     return memory.kv_cache_bytes(m, rows, c.prompt_length + c.max_new, size) / heads
 
 

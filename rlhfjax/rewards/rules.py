@@ -72,7 +72,7 @@ class Rule:
     def __init__(self, config: RuleConfig):
         self._config = config
         self._metadata = read_metadata(config.metadata) if config.metadata else None
-        workers = config.workers or min(8, os.cpu_count() or 1)
+        workers = config.workers if config.workers > 0 else min(8, os.cpu_count() or 1)
         self._pool = Pool(config.function, workers=workers, timeout=config.timeout)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:

@@ -10,6 +10,7 @@ Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every cre
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, Literal
@@ -46,7 +47,9 @@ class Config(ModelTrainConfig):
     length: int  # prompt and response, tokens
     loss: Literal["tamer", "deep_tamer"] = "tamer"
     seconds_per_token: float = 0.25  # how fast the answer appeared
-    delay: tuple[float, float] = (0.2, 0.8)  # seconds; Knox & Stone 2009
+    credit: Literal["uniform", "gamma"] = "uniform"  # the distribution of a person's delay
+    delay: tuple[float, float] = (0.2, 0.8)  # of uniform: seconds; Knox & Stone 2009
+    gamma: tuple[float, float] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
 
 
 def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
@@ -56,6 +59,8 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError(f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout")
     if not 0 <= config.delay[0] < config.delay[1] or config.seconds_per_token <= 0:
         raise ConfigError("tamer: delay is (low, high) with 0 <= low < high, and seconds_per_token is above 0")
+    if min(config.gamma) <= 0:
+        raise ConfigError(f"tamer.gamma={config.gamma}: shape and scale are above 0")
 
 
 def build(config: Config, layout: Layout) -> Stage:
@@ -91,14 +96,14 @@ def build(config: Config, layout: Layout) -> Stage:
 def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array, Pairs]]:
     """(params, batch, key) -> mean over all feedback of the batch, whichever answer it was given to."""
     one = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}[config.loss]
-    low, high = config.delay
+    credit_of = credit_by(config)
 
     def of_answer(rewards, first, count, times, values, weight):
         slot = jnp.arange(rewards.shape[0])
         token = (slot - first).astype(jnp.float32)
         shown = (slot >= first) & (slot < first + count)
         starts = config.seconds_per_token * token
-        credit = tamer.uniform_credit(starts, starts + config.seconds_per_token, times, low=low, high=high)
+        credit = credit_of(starts, starts + config.seconds_per_token, times)
         return one(jnp.where(shown, rewards, 0), credit * shown, values, weight)[1]
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
@@ -109,6 +114,15 @@ def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array
         return divide(*pairs["loss"]), pairs
 
     return loss
+
+
+def credit_by(config: Config) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(starts, ends, times), seconds -> the credit [f, t] of every token for every feedback."""
+    if config.credit == "gamma":
+        shape, scale = config.gamma
+        return functools.partial(tamer.gamma_credit, shape=shape, scale=scale)
+    low, high = config.delay
+    return functools.partial(tamer.uniform_credit, low=low, high=high)
 
 
 def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:

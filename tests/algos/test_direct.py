@@ -77,13 +77,32 @@ CASES = {
 }
 
 
+def implicit(name, logprob, ref):
+    """The reward of a response: beta log pi/rho; without a reference, what the loss compares."""
+    if name == "simpo":
+        return 2.0 * logprob
+    if name == "orpo":
+        return 0.1 * math.log(math.exp(logprob) / (1 - math.exp(logprob)))
+    return 0.2 * (logprob - ref)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_loop(name):
+    """The loss, and the rewards that are logged."""
     function, reference = CASES[name]
     *columns, weight = random_pairs()
     loss, metrics = function(*map(jnp.array, (*columns, weight)))
     np.testing.assert_allclose(loss, loop(reference, columns, weight), rtol=1e-5)
     assert float(metrics["loss"][1]) == 4
+    rewards = {
+        "chosen_reward": lambda w, l, rw, rl: implicit(name, w, rw),
+        "rejected_reward": lambda w, l, rw, rl: implicit(name, l, rl),
+        "margin": lambda w, l, rw, rl: implicit(name, w, rw) - implicit(name, l, rl),
+        "accuracy": lambda w, l, rw, rl: float(implicit(name, w, rw) > implicit(name, l, rl)),
+    }
+    for metric, of_pair in rewards.items():
+        total, pairs = metrics[metric]
+        np.testing.assert_allclose(total / pairs, loop(of_pair, columns, weight), rtol=1e-5)
 
 
 def test_cdpo_has_its_minimum_at_the_log_odds():

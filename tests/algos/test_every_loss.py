@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.algos import combine, direct, group, kl, language, policy, preference, ranking, value
+from rlhfjax.algos import combine, direct, group, kl, policy, preference, ranking, value
 
 B, T = 4, 5
 
@@ -73,14 +73,10 @@ def combined(logprobs, values, old, returns, mask):
 p = functools.partial
 CASES = {
     "ppo": Case(p(policy.ppo_loss, clip=0.2), tokens(3), logprobs=(0, 1)),
-    "reinforce": Case(policy.reinforce_loss, tokens(2)),
     "entropy": Case(p(policy.entropy_bonus, coefficient=0.3), tokens(1)),
     "clipped_value": Case(p(value.clipped_value_loss, clip=0.2), tokens(3), logprobs=(0, 1, 2)),
     "value": Case(value.value_loss, tokens(2), logprobs=(0, 1)),
     "policy_and_value": Case(combined, tokens(4), logprobs=(0, 2)),
-    "next_token": Case(language.next_token_loss, tokens(1)),
-    "ptx_token": Case(p(language.ptx_loss_token_mean, coefficient=27.8), tokens(1)),
-    "ptx_sequence": Case(p(language.ptx_loss_sequence_sum, coefficient=27.8), tokens(1)),
     "kl_k1": Case(kl.kl_loss_k1, tokens(3), logprobs=(0, 1, 2)),
     "kl_k2": Case(kl.kl_loss_k2, tokens(2), logprobs=(0, 1)),
     "kl_k3": Case(kl.kl_loss_k3, tokens(3), logprobs=(0, 1, 2)),

@@ -117,7 +117,3 @@ def test_adaptive_controller_reaches_its_target(target):
     for _ in range(400):
         beta = kl.adaptive_kl(beta, 0.6 / beta, target=target, horizon=10000.0, episodes=1000)
     np.testing.assert_allclose(0.6 / beta, target, rtol=0.01)
-
-
-def test_fixed_controller_keeps_beta():
-    assert kl.fixed_kl(0.02, 99.0, target=6.0, horizon=10.0, episodes=64) == 0.02

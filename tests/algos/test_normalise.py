@@ -40,3 +40,8 @@ def test_ensembles_by_hand():
     np.testing.assert_allclose(normalise.ensemble_worst(rewards), [1, 2])
     np.testing.assert_allclose(normalise.ensemble_disagreement(rewards), [1, 0])
     np.testing.assert_allclose(normalise.ensemble_pessimistic(rewards, coefficient=0.5), [1.5, 2])
+    # 1 and 4 have mean 2.5 and std 1.5, not 2.25: 2.5 - 2 * 1.5.
+    spread = jnp.array([[1.0], [4.0]])
+    np.testing.assert_allclose(normalise.ensemble_disagreement(spread), [1.5])
+    pessimistic = normalise.ensemble_pessimistic(spread, coefficient=2.0)
+    np.testing.assert_allclose(pessimistic, [-0.5], rtol=1e-6)

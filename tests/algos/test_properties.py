@@ -116,7 +116,8 @@ def test_rewards_on_tokens_add_up_to_the_sequences_reward(kls, mask, score, beta
     real = mask.any(axis=1)
     np.testing.assert_allclose(per_token.sum(1)[real], whole[real], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(per_token)[~real], 0)
-    to_go = advantages.rewards_to_go(per_token, jnp.array(mask), gamma=1.0)
+    zeros = jnp.zeros_like(per_token)
+    to_go, _ = advantages.gae(per_token, zeros, jnp.array(mask), gamma=1.0, lam=1.0)
     first = mask * (np.cumsum(mask, axis=1) == 1)
     np.testing.assert_allclose((to_go * first).sum(1)[real], whole[real], rtol=1e-4, atol=1e-4)
 

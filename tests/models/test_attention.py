@@ -56,6 +56,16 @@ def test_dropped_weights_in_value_and_gradient():
     np.testing.assert_allclose((grad * direction).sum(), numeric, rtol=1e-2)
 
 
+def test_query_blocks_drop_different_weights(monkeypatch):
+    """One query per block, values = identity: one mask makes rows beginnings of the last."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 1)
+    zeros, v = jnp.zeros((1, 1, 5, 5)), jnp.eye(5)[None, None]
+    attend = jax.jit(lambda key: causal_attention(zeros, zeros, v, rate=0.5, key=key))
+    dropped = attend(jax.random.key(1))
+    kept = np.asarray(dropped[0, 0]) > 0
+    assert len({tuple(row[:3]) for row in kept[2:]}) > 1
+
+
 def test_dropout_keeps_the_mean_and_the_rate():
     x = jnp.full((200, 200), 3.0)
     got = np.asarray(dropout(x, 0.25, jax.random.key(0)))

@@ -135,6 +135,18 @@ def test_pitfall_34_the_entropy_of_a_split_vocabulary():
     np.testing.assert_allclose(found, np.log(2), atol=HALF_ULP, rtol=0)
 
 
+def test_pitfall_24_a_token_outside_the_mask_has_no_gradient():
+    """Of the token that counts: p - 1 at its target; of the other, which is not learnt, 0."""
+    output = jnp.array([[0.0], [np.log(3.0)]])
+    targets, mask = jnp.array([[1, 0]]), jnp.array([[1.0, 0.0]])
+
+    def loss(hidden):
+        return chunked.cross_entropy(hidden, output, targets, mask, tied=True)[0]
+
+    gradient = jax.grad(loss)(jnp.ones((1, 2, 1)))
+    np.testing.assert_allclose(gradient.ravel(), [(3 / 4 - 1) * np.log(3.0), 0.0], rtol=1e-6)
+
+
 def test_whole_logits_never_live(monkeypatch, optimised):
     """No array of b * t * v elements in the compiled loss and gradient, where the plain form has several."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)

@@ -179,7 +179,8 @@ class PolicyAlgorithm:
 
 def with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) -> tuple[jax.Array, Pairs]:
     """R + w H of every response, w annealed by the iteration; the mean of H and w as metrics."""
-    weight = jnp.float32(config.weight) * jnp.float32(config.factor) ** step
+    first, factor = jnp.float32(config.weight), jnp.float32(config.factor)
+    weight = tamer.annealed(first, factor=factor, iteration=step)
     human = jnp.asarray(human, jnp.float32)
     pairs = {"human": (human.sum(), jnp.float32(human.size)), "human_weight": (weight, jnp.ones(()))}
     return tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight), pairs

@@ -28,7 +28,8 @@ def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
         raise ConfigError(f"{what}.source: prompts are needed")
     source = config.source.open()
     if source.kind == "messages":
-        source = Prompts(source, per_conversation=config.per_conversation or None, seed=seed)
+        most = config.per_conversation if config.per_conversation > 0 else None
+        source = Prompts(source, per_conversation=most, seed=seed)
     return Limited(source, config.limit) if config.limit else source
 
 
