@@ -1,5 +1,6 @@
 """The TAMER stage: its loss by a loop, its batches, and the reward it leaves."""
 
+import functools
 import json
 
 import jax
@@ -40,6 +41,18 @@ def values(finished, data, **changes):
     return stage_config("tamer", init_from=str(finished / "02_sft"), feedback=data, held_out=data, **options).to_dict()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def every_scalar(model, params, ids):
+    return model.scalar(params, model.hidden(params, ids))
+
+
+def scalars(model, params, ids):
+    """The scalar of every token of one row, float64; what is appended stands behind it, and attention is causal."""
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(every_scalar(model, params, padded)[0, : len(ids)], np.float64)
+
+
 def loop_loss(finished, params, model, how):
     """(sum, weight) over all feedback: tokens, delays and overlaps one by one, in float64."""
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
@@ -47,8 +60,7 @@ def loop_loss(finished, params, model, how):
     for row in ROWS:
         prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]).tolist()
         answer = [*tokenizer.encode(row["response"]), tokenizer.eos_id][:16]
-        ids = jnp.asarray([prompt + answer], jnp.int32)
-        h = np.asarray(model.scalar(params, model.hidden(params, ids))[0], np.float64)[len(prompt) :]
+        h = scalars(model, params, prompt + answer)[len(prompt) :]
         for time, value in row["feedback"]:
             credit = [
                 max(0.0, min(0.25 * (i + 1), time - 0.2) - max(0.25 * i, time - 0.8)) / 0.6 for i in range(len(answer))
@@ -94,7 +106,7 @@ def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, dat
     segments[1, 17:] = 0
     got = reward(tokens, jnp.asarray(segments), jnp.asarray(mask))
     for i, n in enumerate((20, 17, 20)):
-        h = saved.model.scalar(saved.params, saved.model.hidden(saved.params, tokens[i : i + 1, :n]))[0, 12:]
+        h = scalars(saved.model, saved.params, tokens[i, :n])[12:]
         np.testing.assert_allclose(got[i], h.sum(), rtol=1e-4, atol=1e-5)
 
 
