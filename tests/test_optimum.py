@@ -29,6 +29,7 @@ def test_the_responses_are_all_there_are():
     assert mask.sum() == 61
 
 
+SLOW = ("PPO", "RLOO", "GRPO, KL in the reward")  # one of each family; the others are among the nightly tests
 ELSEWHERE = ("PPO, k3 in the reward", optimum.PRINTED)
 # advantages divided by their standard deviation do not fade near the optimum: rare responses stay a little too rare
 NORMALISED = ("GRPO, KL in the reward", "DAPO")
@@ -42,9 +43,15 @@ def reach(name):
     return optimum.measure(logprobs, reference, rewards), best
 
 
-@pytest.mark.slow
+def reaching():
+    """Every algorithm that climbs to the optimum, with the mark of its tier."""
+    for name in optimum.algorithms(1):
+        if name not in ELSEWHERE:
+            yield pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+
+
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("name", [name for name in optimum.algorithms(1) if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", reaching())
 def test_reaches_the_optimum(name):
     """To 0.005 nats (0.05 for GRPO and DAPO), with reward and KL within 3 % of the analytic ones."""
     reached, best = reach(name)
@@ -53,7 +60,7 @@ def test_reaches_the_optimum(name):
     assert reached.kl == pytest.approx(best.kl, rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_goes_elsewhere(name):
@@ -63,9 +70,8 @@ def test_goes_elsewhere(name):
     assert reached.objective < best.objective - 0.1
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("target", [0.5, 1.5])
+@pytest.mark.parametrize("target", [pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.5, marks=pytest.mark.nightly)])
 def test_the_adaptive_coefficient_reaches_its_target(target):
     """Ziegler et al. 2019, section 2.2; over the last quarter of 400 iterations."""
     reached, coefficient = optimum.controller(target, 400)

@@ -233,8 +233,9 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conv
     assert {path.split("/")[-1] for path in names(first.params)} == {*lora.NAMES, "kernel", "bias"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ("nf4", "int8"))
+@pytest.mark.parametrize(
+    "kind", (pytest.param("nf4", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.nightly))
+)
 def test_the_model_that_is_left_is_the_quantised_base_in_floats_and_its_adapters(
     kind, conversations, finished, tmp_path
 ):

@@ -237,7 +237,7 @@ def every_response(algorithm, policy, reference):
     return ppo.Experience(whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref)
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("k1", marks=pytest.mark.slow), "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
     """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
     algorithm, state, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
@@ -427,7 +427,7 @@ def test_where_the_value_function_begins(head, conversations, finished):
         assert 0.5 < kernel.std() * np.sqrt(17) < 1.7
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_devices_give_what_one_gives_with_every_option(conversations, finished):
     options = {
         "kl": {"coefficient": 0.1, "place": "loss", "estimator": "k3"},
