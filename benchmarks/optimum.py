@@ -116,20 +116,26 @@ def group_config(steps: int, **changes: Any) -> group.Config:
     return group.Config(**settings(steps, **{**own, **changes}))
 
 
+@functools.cache
+def fresh(model: Model, seed: int) -> Any:
+    """Parameters of a model: the same arrays at every call, which nobody may donate."""
+    return model.init(jax.random.key(seed))
+
+
 def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Any, states.TrainState, Any]:
     """(algorithm, state, reference): the same reference whatever the config."""
     model, critic, tokens = Model(shape), Model(shape, "scalar"), Tokens(EOS, PAD)
-    params = {"policy": model.init(jax.random.key(100))}
+    params = {"policy": jax.tree.map(jnp.array, fresh(model, 100))}
     extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
     if isinstance(config, ppo.Config):
         algorithm: Any = ppo.Algorithm(config, model, critic, tokens)
-        fresh = critic.init(jax.random.key(101))
-        head = {"head": jax.tree.map(jnp.zeros_like, fresh["head"])}
-        params["value"] = head if config.value == "shared" else fresh | head
+        value = jax.tree.map(jnp.array, fresh(critic, 101))
+        head = {"head": jax.tree.map(jnp.zeros_like, value["head"])}
+        params["value"] = head if config.value == "shared" else value | head
     else:
         algorithm = group.Algorithm(config, model, tokens)
         extra |= {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
-    reference = jax.tree.map(jnp.array, params["policy"])
+    reference = fresh(model, 100)
     return algorithm, states.TrainState.create(params, algorithm.tx, **extra), reference
 
 

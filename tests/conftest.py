@@ -111,8 +111,9 @@ def conversations(shared) -> Path:
 @pytest.fixture(scope="session")
 def finished(conversations, shared) -> Path:
     """The workdir of the tiny recipe, run to its end once, by whichever worker needs it first."""
-    workdir = shared / "finished"
+    workdir, done = shared / "finished", shared / "finished.done"
     with filelock.FileLock(shared / "finished.lock"):
-        if not (workdir / "report.html").exists():
+        if not done.exists():
             recipe.run(to_dict(tiny.get_config(f"data={conversations}")), workdir)
+            done.touch()
     return workdir

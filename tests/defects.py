@@ -207,7 +207,7 @@ DEFECTS = [
             ids = task.tokenizer.encode(task.tokenizer.decode(row[keep > 0].tolist()))[: len(row)]
             row[:] = [*ids, *[task.tokenizer.pad_id] * (len(row) - len(ids))]
         rollout = rollout._replace(tokens=layout.put({"anew": tokens})["anew"])""",
-        "test_pitfalls.py::test_pitfall_06_the_reward_scores_the_ids_that_were_sampled",
+        "test_stages.py::test_pitfall_06_the_reward_scores_the_ids_that_were_sampled",
     ),
     # 7: one constant for every generation; greedy
     d(

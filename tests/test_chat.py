@@ -27,6 +27,9 @@ def saved(finished):
     return store.SavedModel(model, model.init(jax.random.key(1)), tiny.tokenizer)
 
 
+whole = jax.jit(generate, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature"))
+
+
 def start(saved, temperature=0.0, max_new=6, seed=0) -> Chat:
     return Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
 
@@ -42,7 +45,7 @@ def test_the_pieces_make_the_answer_that_generate_gives(saved):
         pieces = list(talk.answer("I love tea"))
         tokenizer = talk.tokenizer
         ids = render_prompt(tokenizer, [{"role": "user", "content": "I love tea"}])
-        out = generate(
+        out = whole(
             saved.model,
             saved.params,
             jnp.asarray(ids)[None],

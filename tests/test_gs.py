@@ -316,7 +316,7 @@ def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(conversations,
     assert_same_stage(recipe_folder(finished, "sft"), bucket / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_there_to_the_same_bits(chats, finished, bucket):
     """SIGKILL, once the bucket has a checkpoint; lines after it may or may not have been uploaded."""
     arg, run = f"data={chats},until=pretrain", bucket / "run"
@@ -333,7 +333,7 @@ def test_a_killed_run_goes_on_there_to_the_same_bits(chats, finished, bucket):
         assert_same_stage(finished / f"{number:02d}_{name}", run / f"{number:02d}_{name}")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_hosts_write_one_run_there(conversations, finished, bucket, tmp_path):
     """The first writes the files, each its shards of the state, and both read."""
     arg = f",only=pretrain,tokenizer={finished}/00_tokenizer"  # a Job adds shards=4

@@ -125,8 +125,7 @@ def assert_same_numbers(a: list[dict], b: list[dict]) -> None:
             np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("count", (pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.nightly)))
 def test_every_stage_on_several_processes_gives_what_one_gives(count, alone, conversations, tmp_path):
     many = Job(count, tmp_path / "run", conversations).finish()
     assert_same_numbers(read(alone / "metrics.jsonl"), read(many / "metrics.jsonl"))
@@ -153,8 +152,9 @@ def uninterrupted(tokenizer, conversations, tmp_path_factory) -> Path:
     return pretraining(2, tmp_path_factory.mktemp("uninterrupted") / "run", tokenizer, conversations).finish()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", (0, 1))
+@pytest.mark.parametrize(
+    "victim", (pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.nightly))
+)
 def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     victim, tokenizer, uninterrupted, conversations, tmp_path
 ):

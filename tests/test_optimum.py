@@ -29,6 +29,7 @@ def test_the_responses_are_all_there_are():
     assert mask.sum() == 61
 
 
+SLOW = ("PPO", "RLOO")  # one of each family; the others are among the nightly tests
 ELSEWHERE = ("PPO, k3 in the reward", optimum.PRINTED)
 # their score is divided by its group's standard deviation, their KL is not: another optimum
 NORMALISED = ("GRPO, KL in the reward", "DAPO")
@@ -42,9 +43,15 @@ def reach(name):
     return optimum.measure(logprobs, reference, rewards), best
 
 
-@pytest.mark.slow
+def reaching():
+    """Every algorithm that climbs to the optimum, with the mark of its tier."""
+    for name in optimum.algorithms(1):
+        if name not in (*ELSEWHERE, *NORMALISED):
+            yield pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+
+
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("name", sorted({*optimum.algorithms(1)} - {*ELSEWHERE, *NORMALISED}))
+@pytest.mark.parametrize("name", reaching())
 def test_reaches_the_optimum(name):
     """To 0.005 nats, with reward and KL within 3 % of the analytic ones."""
     reached, best = reach(name)
@@ -73,9 +80,11 @@ def mean_advantages(logprobs, reference, rewards, k=8, groups=100_000):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(NORMALISED[0], marks=pytest.mark.slow), pytest.param(NORMALISED[1], marks=pytest.mark.nightly)],
+)
 def test_a_standardised_score_and_a_kl_that_is_not_reach_their_own_optimum(name):
     """Where they end no response has an advantage on average; at the start and at pi* many have."""
     logprobs, reference, rewards = optimum.last(optimum.algorithms(400)[name])
@@ -84,7 +93,7 @@ def test_a_standardised_score_and_a_kl_that_is_not_reach_their_own_optimum(name)
     assert max(mean_advantages(logprobs, reference, rewards)) < 0.15
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_goes_elsewhere(name):
@@ -94,9 +103,10 @@ def test_goes_elsewhere(name):
     assert reached.objective < best.objective - 0.1
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("target", [0.5, 1.5])
+@pytest.mark.parametrize(
+    "target", [pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.5, marks=pytest.mark.nightly)]
+)
 def test_the_adaptive_coefficient_reaches_its_target(target):
     """Ziegler et al. 2019, section 2.2; over the last quarter of 400 iterations."""
     reached, coefficient = optimum.controller(target, 400)

@@ -25,40 +25,31 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import Finished, Stage
-from rlhfjax.stages.parts import policy as policy_stages
 from rlhfjax.stages.parts.policy_config import KLConfig
-from rlhfjax.stages.parts.rollout import response_logprobs
 from rlhfjax.state import TrainState
-from tests.test_stages import run_steps, stage_values
+from tests import small_world
+from tests.small_world import response_logprobs
 
 KEY = jax.random.key(13)
 ONE = make_layout(devices=jax.devices()[:1])
 ROOT = Path(__file__).parent.parent
 SGD = OptimConfig(name="sgd", learning_rate=0.5, b1=0.0, schedule="constant", clip_norm=0.0)
 POLICY_STAGES = ("ppo", "group")
-TARGET = 2.6  # near the KL of a policy that is `shifted`
+TARGET = 2.6  # near the KL of a policy that is `away_from` its reference
 
 
 def begin(name, *, steps=4, **changes):
     """A policy stage's algorithm, state and reference in the world of `benchmarks.optimum`; 64 episodes."""
     if name == "group":
         own = {"estimator": "dapo", "batch_size": 8, "minibatches": 1, "optim": SGD}
-        return optimum.start(optimum.group_config(steps, **(own | changes)))
+        return small_world.begin(optimum.group_config(steps, **(own | changes)))
     own = {"batch_size": 64, "epochs": 1, "minibatches": 1, "optim": SGD, "value_optim": SGD}
-    return optimum.start(optimum.ppo_config(steps, **(own | changes)))
-
-
-def shifted(params, size=0.3):
-    """Parameters some way from others."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(17), len(leaves))
-    moved = [x + size * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+    return small_world.begin(optimum.ppo_config(steps, **(own | changes)))
 
 
 def away_from(reference, state):
     """The state with a policy that has left the reference, so that there is a KL."""
-    return state.replace(params={**state.params, "policy": shifted(reference)})
+    return state.replace(params={**state.params, "policy": small_world.moved(reference, seed=17)})
 
 
 # ------------------------------------------------------------------ 4: one distribution, sampled from and scored
@@ -97,31 +88,6 @@ def test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate(name, option):
 
 
 # ------------------------------------------------------------------ 6: the ids that were sampled
-
-
-def test_pitfall_06_the_reward_scores_the_ids_that_were_sampled(conversations, finished, monkeypatch):
-    """Some of them are not how the tokenizer would spell their text."""
-    sampled, scored, plain_score = [], [], policy_stages.score
-
-    def rollout(self, *args):
-        sampled.append(plain_rollout(self, *args))
-        return sampled[-1]
-
-    def score(reward, *rows):
-        scored.append(rows)
-        return plain_score(reward, *rows)
-
-    plain_rollout = policy_stages.PolicyAlgorithm.rollout
-    monkeypatch.setattr(policy_stages.PolicyAlgorithm, "rollout", rollout)
-    monkeypatch.setattr(policy_stages, "score", score)
-    run_steps("ppo", stage_values("ppo", conversations, finished, epochs=1, minibatches=1), ONE, steps=1)
-    (drawn,), ((tokens, segments, mask),) = sampled, scored
-    np.testing.assert_array_equal(tokens, drawn.tokens)
-    np.testing.assert_array_equal(segments, drawn.segments)
-    np.testing.assert_array_equal(mask, drawn.mask)
-    tokenizer = load_tokenizer(finished / "02_sft" / "model")
-    ids = [row[keep > 0].tolist() for row, keep in zip(np.asarray(drawn.responses), np.asarray(mask), strict=True)]
-    assert any(tokenizer.encode(tokenizer.decode(row)) != [i for i in row if i != tokenizer.eos_id] for row in ids)
 
 
 def test_pitfall_06_collected_answers_keep_their_ids(finished):

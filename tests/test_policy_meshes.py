@@ -52,7 +52,7 @@ def devices_of(tree):
     return {device.id for x in jax.tree.leaves(tree) for device in x.devices()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(alone, conversations, finished, monkeypatch):
     """Policy and value function on devices 0 and 1, reward and reference on 2 and 3; the held-out numbers, too."""
     seen = []

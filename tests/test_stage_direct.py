@@ -1,5 +1,6 @@
 """The direct stage: every loss learns, and does not depend on how a batch is cut, placed or interrupted."""
 
+import functools
 import json
 import math
 
@@ -22,10 +23,10 @@ from rlhfjax.stages import direct, stage_config
 from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
-from tests.meshes import MESHES
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
 LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
 SGD = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
 ADAM = {"learning_rate": 1e-2, "schedule": "constant"}
 GOOD, BAD = ("love happy", "good great tea", "love"), ("hate", "sad awful rain", "bad hate")
@@ -87,7 +88,7 @@ def values(finished, folder, name="dpo", **changes):
 
 def run_steps(config, layout=None, steps=2, held_out=True):
     """(metrics of each step, final parameters, held-out metrics before, after)."""
-    layout = layout or make_layout(MeshConfig(), jax.devices()[:1])
+    layout = layout or ONE
     config = recipe.check(config, "direct")
     direct.check(config, layout, None)
     with layout.use():
@@ -108,7 +109,12 @@ def assert_close(ours, theirs, *, rtol, atol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def some(*names):
+    """All losses, of which these are not left to the nightly tests."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.nightly) for name in LOSSES]
+
+
+@pytest.mark.parametrize("name", some("dpo", "kto", "orpo"))
 def test_every_loss_learns_what_is_preferred(name, finished, separable):
     _, _, before, after = run_steps(values(finished, separable, name), steps=20)
     assert after["val_loss"] < before["val_loss"]
@@ -121,27 +127,25 @@ def test_every_loss_learns_what_is_preferred(name, finished, separable):
         assert before["val_loss"] == pytest.approx(expected[name], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [x if x in ("dpo", "orpo") else pytest.param(x, marks=pytest.mark.slow) for x in LOSSES]
-)
+@pytest.mark.parametrize("name", some("dpo"))
 def test_pitfall_17_accumulation_does_not_change_a_direct_update(name, finished, lopsided):
-    """Prompts have one to five pairs, or none; one, two and four microbatches give the same update."""
+    """Prompts have one to five pairs, or none; one and four microbatches give the same update."""
     other = {} if name in ("orpo", "simpo") else {"reference": str(finished / "01_pretrain")}
     results = [
         run_steps(values(finished, lopsided, name, microbatches=n, optim=SGD, **other), steps=1, held_out=name == "kto")
-        for n in (1, 2, 4)
+        for n in (1, 4)
     ]
-    for metrics, params, _, after in results[1:]:
-        assert metrics[0].keys() == results[0][0][0].keys()
-        for metric, value in results[0][0][0].items():
-            np.testing.assert_allclose(metrics[0][metric], value, rtol=2e-5, atol=1e-6, err_msg=metric)
-        assert_close(params, results[0][1], rtol=1e-5, atol=1e-7)
-        for metric, value in results[0][3].items():
-            np.testing.assert_allclose(after[metric], value, rtol=2e-5, atol=1e-6, err_msg=metric)
+    (one, params, _, after), (four, same, _, again) = results
+    for a, b in ((one[0], four[0]), (after, again)):
+        assert a.keys() == b.keys()
+        for metric in a:
+            np.testing.assert_allclose(b[metric], a[metric], rtol=2e-5, atol=1e-6, err_msg=metric)
+    assert_close(same, params, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", (*(pytest.param(x, marks=pytest.mark.slow) for x in ("dpo", "kto")), "orpo"))
-@pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ("dpo", "kto", "orpo"))
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp-tensor"])
 def test_four_devices_give_a_direct_stage_what_one_gives(name, axes, finished, separable):
     config = values(finished, separable, name, optim=SGD)
     one = run_steps(config)
@@ -153,7 +157,7 @@ def test_four_devices_give_a_direct_stage_what_one_gives(name, axes, finished, s
     assert_close(four[1], one[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ("dpo", "ipo", "kto"))
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("dpo", "ipo")), "kto"])
 def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separable):
     """Over more than an epoch (40 prompts, 7 batches of 8), with a reference that is not the start."""
     other = {"reference": str(finished / "01_pretrain"), "optim": SGD}
@@ -167,8 +171,13 @@ def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separa
     assert_close(ahead[1], live[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, mode, streams", [("dpo", "live", 1), ("kto", "precomputed", 4)])
+@pytest.mark.parametrize(
+    "name, mode, streams",
+    [
+        pytest.param("dpo", "live", 1, marks=pytest.mark.nightly),
+        pytest.param("kto", "precomputed", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(
     name, mode, streams, finished, separable, tmp_path, monkeypatch
 ):
@@ -201,12 +210,11 @@ def plain_logprob(logits, tokens, first):
 
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, separable):
     """Each prompt of the batch with the answers to the prompt half of the data away, one sequence at a time."""
-    layout = make_layout(MeshConfig(), jax.devices()[:1])
     source = direct.open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     logits = {}
     for folder in ("02_sft", "01_pretrain"):
-        saved = store.load(finished / folder, layout)
+        saved = store.load(finished / folder, ONE)
         logits[folder] = jax.jit(lambda x, s=saved: s.model.logits(s.params, s.model.hidden(s.params, x)))
     batch = next(loader.preference_batches(source, tokenizer, batch_size=8, length=32))
     ratios = []
@@ -217,11 +225,11 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, se
             ratios.append(one - other)
     z = np.mean(ratios)
     assert abs(z) > 1e-2
-    for policy, reference, expected in (("02_sft", "01_pretrain", z), ("01_pretrain", "02_sft", -z)):
-        origin = {"init_from": str(finished / policy), "reference": str(finished / reference)}
-        config = values(finished, separable, "kto", optim=SGD, microbatches=2, **origin)
-        metrics, *_ = run_steps(config, steps=1, held_out=False)
-        assert metrics[0]["kl"] == pytest.approx(max(0.0, expected), rel=1e-4)
+    policy, reference = list(logits)[:: 1 if z > 0 else -1]  # below 0 it would count as 0
+    origin = {"init_from": str(finished / policy), "reference": str(finished / reference)}
+    config = values(finished, separable, "kto", optim=SGD, microbatches=2, **origin)
+    metrics, *_ = run_steps(config, steps=1, held_out=False)
+    assert metrics[0]["kl"] == pytest.approx(abs(z), rel=1e-4)
 
 
 def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
@@ -317,30 +325,31 @@ def test_kto_by_a_threshold_takes_every_answer_once():
 def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
     """log pi(y | x) is minus the summed loss of sft on the same exchange: the answer and its eos, nothing else."""
     tokenizer = load_tokenizer(finished / "00_tokenizer")
-    saved = store.load(finished / "02_sft", make_layout(MeshConfig(), jax.devices()[:1]))
+    saved = store.load(finished / "02_sft", ONE)
     rows = [("you see", "love tea"), ("what", "hate")]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
     pairs = [{"prompt": q, "completions": [a, "rain " + a], "scores": [1, 0]} for q, a in rows]
     batch = next(loader.preference_batches(Rows(pairs, "preferences"), tokenizer, batch_size=2, length=32, train=False))
-    total, mean = direct.answer_logprobs(saved.model, saved.params, jax.tree.map(jnp.asarray, batch))
+    total, mean = jax.jit(functools.partial(direct.answer_logprobs, saved.model))(saved.params, batch)
+    loss_of = jax.jit(language_loss(saved.model))
     for i, messages in enumerate(chats):
         source = Rows([{"messages": messages}], "messages")
         packed = next(loader.sft_batches(source, tokenizer, batch_size=1, length=32, train=False))
-        nll, weight = language_loss(saved.model)(saved.params, jax.tree.map(jnp.asarray, packed), None)[1]["loss"]
+        nll, weight = loss_of(saved.params, packed, None)[1]["loss"]
         np.testing.assert_allclose(total[i, 0], -nll, rtol=1e-5)
         np.testing.assert_allclose(mean[i, 0], -nll / weight, rtol=1e-5)
         assert batch["lengths"][i, 0] == weight == len(tokenizer.encode(rows[i][1])) + 1
 
 
-@pytest.mark.slow
 def test_padding_of_answers_changes_nothing(finished, separable):
     tokenizer = load_tokenizer(finished / "00_tokenizer")
-    saved = store.load(finished / "02_sft", make_layout(MeshConfig(), jax.devices()[:1]))
+    saved = store.load(finished / "02_sft", ONE)
+    logprobs_of = jax.jit(functools.partial(completion_logprobs, saved.model))
     source = direct.open_preferences((str(separable),), "validation")
     sums = []
     for length in (26, 32):
         batch = next(loader.preference_batches(source, tokenizer, batch_size=4, length=length, train=False))
-        logprobs, mask = completion_logprobs(saved.model, saved.params, jax.tree.map(jnp.asarray, batch))
+        logprobs, mask = logprobs_of(saved.params, batch)
         np.testing.assert_array_equal(mask.sum(1), batch["lengths"].ravel())
         sums.append((logprobs * mask).sum(1))
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)

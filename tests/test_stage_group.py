@@ -1,6 +1,7 @@
 """The group stage: its estimators on their own classes in the world of `benchmarks.optimum`, and the whole stage."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,22 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import group
 from rlhfjax.stages.parts import policy
 from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy_config import HumanConfig
 from rlhfjax.stages.parts.prompts import Repeated
-from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
+from rlhfjax.stages.parts.rollout import Rollout
+from tests import small_world
+from tests.small_world import response_logprobs
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 from tests.test_stages import run_steps, stage_values
 
 KEY = jax.random.key(5)
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
 SGD = OptimConfig(name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0)
-ALL = tuple(group.ESTIMATORS)
 
 
 def begin(estimator, **changes):
-    return optimum.start(optimum.group_config(4, estimator=estimator, **{"optim": SGD, "batch_size": 8, **changes}))
+    config = optimum.group_config(4, estimator=estimator, **{"optim": SGD, "batch_size": 8, **changes})
+    return small_world.begin(config)
 
 
 def iterate(algorithm, state, reference, key=KEY):
@@ -61,12 +66,15 @@ def scores_and_penalties(algorithm, reference, rollout, beta):
 
 def test_advantages_are_made_within_groups_of_consecutive_answers():
     """Against plain loops, at a policy that has left the reference, so that the KL in the reward counts."""
+    algorithm, state, reference = begin("rloo")
+    params = {"policy": small_world.moved(reference, 0.1)}
+    rollout, _, _ = optimum.experience(algorithm, state.replace(params=params), reference, KEY)
+    known = algorithm.know(params, reference, rollout)
+    scores, penalties = scores_and_penalties(algorithm, reference, rollout, optimum.BETA)
+    rewards = scores - penalties
     for name in ("rloo", "grpo", "dr_grpo", "dapo"):
-        algorithm, state, reference = begin(name, optim=dataclasses.replace(SGD, learning_rate=2.0))
-        state, _, _ = iterate(algorithm, state, reference)
-        rollout, episodes, pairs = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, 1))
-        scores, penalties = scores_and_penalties(algorithm, reference, rollout, optimum.BETA)
-        rewards = scores - penalties
+        algorithm, state, _ = begin(name)
+        episodes, pairs = algorithm.prepare(state, known, rollout, scores)
         assert abs(float(pairs["kl"][0])) > 0.05
         for first in range(0, 64, 8):
             for i in range(first, first + 8):
@@ -91,9 +99,10 @@ def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
         logprobs = response_logprobs(algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE)[0]
         return -jnp.mean(jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1))
 
+    ours = jax.jit(jax.grad(lambda p, beta: algorithm.loss({"policy": p}, episodes, None, beta)[0]))
+    expected = jax.jit(jax.grad(by_hand))(reference)
     for beta in (0.0, 2.0):
-        ours = jax.grad(lambda p, b=beta: algorithm.loss({"policy": p}, episodes, None, b)[0])(reference)
-        assert_close(ours, jax.grad(by_hand)(reference), rtol=1e-4, atol=1e-6)
+        assert_close(ours(reference, beta), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_kl_of_grpo_is_k3_in_the_loss():
@@ -107,7 +116,8 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
     k3 = kl.k3(episodes.logprobs, episodes.ref_logprobs)
     length = episodes.mask.sum(1)
     loss = jnp.mean(-episodes.advantages + 0.4 * (k3 * episodes.mask).sum(1) / length)
-    assert float(algorithm.loss(state.params, episodes, None, 0.4)[0]) == pytest.approx(float(loss), abs=2e-5)
+    ours, _ = jax.jit(algorithm.loss)(state.params, episodes, None, 0.4)
+    assert float(ours) == pytest.approx(float(loss), abs=2e-5)
 
 
 def test_the_moving_baseline_is_the_average_of_the_iterations_before():
@@ -231,21 +241,30 @@ def test_entropy_and_kl_join_the_loss_of_dapo():
 # ------------------------------------------------------------------ what counts
 
 
-def crafted(estimator, beta=0.0, nats=0.0, **changes):
-    """Two groups of 4: equal rewards in the first; in the second one answer ends, three do not.
+SMALL = {"batch_size": 2, "completions": 4, "kl": optimum.KLConfig(0.0)}
 
-    Answers are `nats` [8] likelier than under the reference, at their first token.
-    """
-    own = {"batch_size": 2, "completions": 4, "kl": optimum.KLConfig(beta)}
-    algorithm, state, reference = begin(estimator, **own, **changes)
+
+@functools.cache
+def two_groups():
+    """(rollout, what forward passes say of it): in the second group of 4 one answer ends and three hit the limit."""
+    algorithm, state, reference = begin("dapo", **SMALL)
     tokens = jnp.array([[1, 3, EOS, PAD]] * 4 + [[1, 4, 4, 4]] * 3 + [[1, 4, 5, EOS]])
     mask = (tokens[:, 2:] != PAD).astype(jnp.float32)
     segments = (tokens != PAD).astype(jnp.int32)
     logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
-    scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
     rollout = Rollout(tokens, segments, mask, logprobs)
-    known = algorithm.know(state.params, reference, rollout)
+    return rollout, algorithm.know(state.params, reference, rollout)
+
+
+def crafted(estimator, beta=0.0, nats=0.0, **changes):
+    """The experience of two groups of 4, with equal rewards in the first.
+
+    Answers are `nats` [8] likelier than under the reference, at their first token.
+    """
+    algorithm, state, _ = begin(estimator, **SMALL | {"kl": optimum.KLConfig(beta)}, **changes)
+    rollout, known = two_groups()
     known = known._replace(ref_logprobs=known.logprobs.at[:, 0].add(-nats))
+    scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
     return algorithm.prepare(state, known, rollout, scores)
 
 
@@ -287,7 +306,7 @@ def test_overlong_answers_are_left_out_or_penalised():
 
 def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
     """Pitfall 23: a mean over no tokens is 0, not NaN."""
-    algorithm, state, reference = begin("grpo", batch_size=2, completions=4, only_informative=True)
+    algorithm, state, reference = begin("grpo", **SMALL, only_informative=True)
     episodes, pairs = crafted("grpo", only_informative=True)
     nothing = dataclasses.replace(episodes, mask=jnp.zeros_like(episodes.mask))
     before = jax.device_get(reference)
@@ -330,38 +349,65 @@ def group_values(conversations, finished, estimator, **changes):
     return values | own | changes
 
 
-@pytest.mark.parametrize("estimator", ALL)
+OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in group.ESTIMATORS if name != "grpo"]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", *OTHERS])
 def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, conversations, finished):
     """Temperature 0.9, policy == reference. Pitfall 7: the answers of one group are not copies of each other."""
     values = group_values(conversations, finished, estimator, minibatches=1, ptx={}, log={})
     assert values["temperature"] == 0.9
-    metrics, _ = run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
+    metrics, _ = run_steps("group", values, ONE, steps=1)
     assert abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
     assert metrics[0]["approx_kl"] < 1e-9
     assert abs(metrics[0]["kl"]) < 1e-4
     assert metrics[0]["group_std"] > 1e-3
 
 
-def test_the_device_has_its_work_before_a_rule_scores(conversations, finished, monkeypatch):
+def test_a_human_reward_is_added_less_and_less_by_hand():
+    config = HumanConfig(reward="x", weight=0.5, factor=0.25)
+    scores, pairs = policy.with_human(config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2))
+    np.testing.assert_allclose(scores, [1 + 8 / 32, 2 - 16 / 32])  # 0.5 * 0.25^2 = 1 / 32
+    assert finalize(jax.device_get(pairs)) == {"human": -4, "human_weight": 1 / 32}
+
+
+@pytest.fixture(scope="module")
+def with_a_human(conversations, finished):
+    """(what was called, metrics) of two steps of RLOO whose reward and human reward are one rule."""
+    rule = "rule:tests.rewards.some_rules:letters?workers=1"
+    human = {"reward": rule, "weight": 0.5, "factor": 0.25}
+    values = group_values(conversations, finished, "rloo", reward=rule, ptx={}, human=human)
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((policy, "score"), (group.Algorithm, "_know")):
+            plain = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, n=name, f=plain: called.append(n) or f(*args))
+        metrics, _ = run_steps("group", values, ONE)
+    return called, metrics
+
+
+def test_the_device_has_its_work_before_a_rule_scores(with_a_human):
     """Dispatch is asynchronous: what needs no score is asked for first, and computed while the host scores."""
-    order = []
-    for owner, name in ((policy, "score"), (group.Algorithm, "_know")):
-        plain = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, n=name, f=plain: order.append(n) or f(*args))
-    values = group_values(conversations, finished, "rloo", reward="gold:sentiment", ptx={})
-    run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
-    assert order == ["_know", "score"]
+    assert with_a_human[0] == ["_know", "score", "score"]  # traced in the first step
 
 
-@pytest.mark.slow
-def test_four_devices_give_what_one_gives(conversations, finished):
-    for estimator in ("rloo", "grpo"):
-        values = group_values(conversations, finished, estimator, epochs=2)
-        one, params = run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]))
-        four, others = run_steps("group", values, make_layout(MeshConfig(data=2, fsdp=2)))
-        for a, b in zip(one, four, strict=True):
-            assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
-        assert_close(params, others, rtol=1e-3, atol=1e-4)
+def test_a_stage_adds_its_human_reward(with_a_human):
+    """R + w H with H = R: the score is (1 + w) times what the human gives."""
+    for step, metrics in enumerate(with_a_human[1]):
+        weight = 0.5 * 0.25**step
+        assert metrics["human_weight"] == weight and metrics["human"] > 0
+        assert metrics["score"] == pytest.approx((1 + weight) * metrics["human"], abs=1e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_four_devices_give_what_one_gives(estimator, conversations, finished):
+    values = group_values(conversations, finished, estimator, epochs=2)
+    one, params = run_steps("group", values, ONE)
+    four, others = run_steps("group", values, make_layout(MeshConfig(data=2, fsdp=2)))
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
+    assert_close(params, others, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -369,11 +415,10 @@ def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finis
     """DAPO's mean is over tokens, of which microbatches have unequal numbers."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
     results = []
-    for microbatches in (1, 2, 4):
+    for microbatches in (1, 4):
         values = group_values(conversations, finished, "dapo", optim=sgd, microbatches=microbatches)
-        results.append(run_steps("group", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)[1])
-    for params in results[1:]:
-        assert_close(params, results[0], rtol=1e-5, atol=1e-7)
+        results.append(run_steps("group", values, ONE, steps=1)[1])
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -412,7 +457,7 @@ def test_what_cannot_be_meant_is_refused(message):
     options = {"init_from": "x", "reward": "y", "prompt_length": 24, "max_new": 8, "batch_size": 4, "steps": 2}
     values = stages.stage_config("group", **options | REFUSED[message])
     with pytest.raises(ConfigError, match=message) as refused:
-        group.check(recipe.check(to_dict(values), "group"), make_layout(MeshConfig(), jax.devices()[:1]), None)
+        group.check(recipe.check(to_dict(values), "group"), ONE, None)
     assert "\n" not in str(refused.value) and str(refused.value).startswith("group.")
 
 

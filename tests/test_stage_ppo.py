@@ -1,6 +1,7 @@
 """PPO's options on its own classes, in the world of `benchmarks.optimum`: six tokens, two prompts, few responses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.policy import Known, Tokens
 from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
 from rlhfjax.stages.parts.ptx import PtxConfig
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden, response_logprobs
+from rlhfjax.stages.parts.rollout import Rollout, response_hidden
+from tests import small_world
+from tests.small_world import moved, response_logprobs
 from tests.test_stages import run_steps, stage_values
 
 KEY = jax.random.key(7)
@@ -34,7 +37,7 @@ PLAIN = {"optim": SGD, "value_optim": SGD, "batch_size": 32, "epochs": 1, "minib
 
 
 def begin(shape=optimum.SHAPE, steps=4, **changes):
-    return optimum.start(optimum.ppo_config(steps, **{**PLAIN, **changes}), shape)
+    return small_world.begin(optimum.ppo_config(steps, **{**PLAIN, **changes}), shape)
 
 
 def iterate(algorithm, state, reference, key=KEY, text=None):
@@ -46,15 +49,6 @@ def iterate(algorithm, state, reference, key=KEY, text=None):
 
 def copy(tree):
     return jax.tree.map(lambda x: np.array(x), jax.device_get(tree))
-
-
-def moved(params, size=0.3):
-    """Parameters some way from others."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(11), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
 
 
 def assert_close(a, b, **tolerance):
@@ -93,9 +87,10 @@ def test_pitfall_20_dropout_is_off_in_ppo():
     shape = dataclasses.replace(optimum.SHAPE, dropout=0.5)
     algorithm, state, reference = begin(shape)
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    loss, pairs = algorithm.loss(state.params, episodes, jax.random.key(0))
+    loss_of = jax.jit(algorithm.loss)
+    loss, pairs = loss_of(state.params, episodes, jax.random.key(0))
     assert float(pairs["ratio_max"][0]) == pytest.approx(1, abs=1e-5)
-    assert float(loss) == float(algorithm.loss(state.params, episodes, jax.random.key(1))[0])
+    assert float(loss) == float(loss_of(state.params, episodes, jax.random.key(1))[0])
 
 
 def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
@@ -121,18 +116,26 @@ def test_pitfall_07_every_iteration_draws_anew():
 # ------------------------------------------------------------------ score -> advantages
 
 
-def by_hand(**changes):
-    """An algorithm with V = 0, gamma = lam = 1 and three responses that it did not sample."""
-    algorithm, state, reference = begin(batch_size=3, lam=1.0, **changes)
+@functools.cache
+def three_responses():
+    """(rollout, what forward passes say of it, log pi / rho) of three responses to one prompt, with V = 0."""
+    algorithm, state, reference = begin(batch_size=3, lam=1.0)
     tokens = jnp.array([[1, 3, 4, EOS], [1, 3, EOS, PAD], [1, 4, 5, 5]])
     mask = jnp.array([[1.0, 1], [1, 0], [1, 1]])
     segments = jnp.concatenate([jnp.ones((3, 2), jnp.int32), mask.astype(jnp.int32)], axis=1)
     logprobs = response_logprobs(algorithm.model, moved(reference), tokens, segments, 2, TEMPERATURE)[0] * mask
     rollout = Rollout(tokens, segments, mask, logprobs)
     ref = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
+    return rollout, algorithm.know(state.params, reference, rollout), np.asarray(logprobs - ref, np.float64)
+
+
+def by_hand(**changes):
+    """What an algorithm with gamma = lam = 1 makes of three responses that it did not sample."""
+    algorithm, state, _ = begin(batch_size=3, lam=1.0, **changes)
+    rollout, known, log_ratio = three_responses()
     scores = jnp.array([0.7, -1.6, 0.25])
-    episodes, pairs = algorithm.prepare(state, algorithm.know(state.params, reference, rollout), rollout, scores)
-    return episodes, finalize(jax.device_get(pairs)), np.asarray(scores), np.asarray(logprobs - ref, np.float64)
+    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    return episodes, finalize(jax.device_get(pairs)), np.asarray(scores), log_ratio
 
 
 def to_go(rewards):
@@ -200,7 +203,7 @@ def test_truncation_and_rejection(stop):
 
 
 def test_without_a_stop_at_eos_every_response_is_as_long():
-    algorithm, state, reference = begin(stop_at_eos=False, batch_size=64)
+    algorithm, state, reference = begin(stop_at_eos=False)
     rollout, _, _ = optimum.experience(algorithm, state, reference, KEY)
     assert (np.asarray(rollout.responses)[:, 0] == EOS).any()
     np.testing.assert_array_equal(rollout.mask, 1)
@@ -348,9 +351,7 @@ def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in):
 
 
 def every_response(algorithm, policy, reference):
-    """All responses to both prompts as one Experience; a row's mask is its probability, a weight. And log pi - log rho
-    of every token of the vocabulary at every slot, [n, r, v].
-    """
+    """All responses to both prompts as one Experience; a row's mask is its probability, a weight."""
     tokens, mask = optimum.responses()
     n = len(tokens)
     whole = jnp.concatenate([jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (2, 1))], axis=1)
@@ -364,16 +365,15 @@ def every_response(algorithm, policy, reference):
     return ppo.Experience(whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref)
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("k1", marks=pytest.mark.slow), "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
     """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
-    algorithm, _, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
+    algorithm, state, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
     policy = moved(reference)
     batch = every_response(algorithm, policy, reference)
-    value = algorithm.critic.init(jax.random.key(3))
 
     def loss(params):
-        return algorithm.loss({"policy": params, "value": value}, batch, None, 0.5)[0]
+        return algorithm.loss({"policy": params, "value": state.params["value"]}, batch, None, 0.5)[0]
 
     def exact(params):
         hidden = [response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2) for p in (params, reference)]
@@ -382,7 +382,7 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
         kl = jnp.sum(jnp.exp(log_pi) * (log_pi - log_rho), axis=-1)
         return 0.5 * jnp.sum(batch.mask * kl) / batch.mask.sum()
 
-    ours, true = jax.grad(loss)(policy), jax.grad(exact)(policy)
+    ours, true = jax.jit(lambda params: (jax.grad(loss)(params), jax.grad(exact)(params)))(policy)
     assert float(optax.global_norm(true)) > 0.05
     assert_close(ours, true, rtol=1e-3, atol=2e-5)
 
@@ -437,8 +437,8 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     for name in ("advantages", "returns", "values"):
         np.testing.assert_array_equal(np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0)
         np.testing.assert_allclose(getattr(changed, name), getattr(episodes, name), atol=1e-6)
-    grads = [jax.grad(lambda p, e=e: algorithm.loss(p, e, None)[0])(state.params) for e in (episodes, changed)]
-    assert_close(*grads, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda params, batch: algorithm.loss(params, batch, None)[0]))
+    assert_close(*(gradient(state.params, batch) for batch in (episodes, changed)), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -460,7 +460,7 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
         config = dataclasses.replace(algorithm.config, value_coefficient=coefficient)
         other = ppo.Algorithm(config, algorithm.model, algorithm.critic, algorithm.tokens)
         params = {**state.params, "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}}}
-        return jax.grad(lambda p: other.loss(p, episodes, None)[0])(params)["policy"]
+        return jax.jit(jax.grad(lambda p: other.loss(p, episodes, None)[0]))(params)["policy"]
 
     assert apart(trunk(0.0), trunk(1.0)) > 1e-3
     explained = []
@@ -544,6 +544,8 @@ def test_early_stop_leaves_the_rest_of_an_iteration():
     assert metrics["updated"] == 1 / 4
     assert metrics["approx_kl"] > 1e-9
     assert int(state.step) == 1
+    _, _, metrics = iterate(algorithm, state, reference, jax.random.fold_in(KEY, 1))
+    assert metrics["updated"] == 1 / 4  # the stop is of one iteration
 
 
 def test_early_stop_that_is_not_reached_changes_nothing():
@@ -619,8 +621,8 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added,
     assert finalize(jax.device_get(pairs)) == {"ptx_loss": 10.0}  # nats per token, either way
 
 
-@pytest.mark.parametrize("unit", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
-def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
+@pytest.mark.parametrize("unit, microbatches", [("token", 1), ("sequence", 2)])
+def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit, microbatches):
     """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
     gamma = 1.5
     tokens = jax.random.randint(jax.random.key(1), (64, 4), 1, 6)
@@ -629,15 +631,14 @@ def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit):
     text = {"tokens": tokens, "targets": tokens[:, ::-1], "mask": mask, "segments": segments}
     text["positions"] = jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32)
     algorithm, state, reference = begin()
-    grads = jax.grad(lambda p: language_loss(algorithm.model)(p, text, None)[0])(reference)
+    grads = jax.jit(jax.grad(lambda p: language_loss(algorithm.model)(p, text, None)[0]))(reference)
     scale = gamma * (3.0 if unit == "sequence" else 1.0)  # 3 tokens a sequence on average
     plain = copy(iterate(algorithm, state, reference)[0].params["policy"])
     expected = jax.tree.map(lambda p, g: p - 0.1 * scale * g, plain, grads)
-    for microbatches in (1, 2):
-        mixed = begin(ptx=PtxConfig(coefficient=gamma, unit=unit, ratio=2), microbatches=microbatches)
-        state, _, metrics = iterate(*mixed, text=text)
-        assert_close(state.params["policy"], expected, rtol=1e-4, atol=2e-6)
-        assert metrics["ptx_loss"] > 0
+    mixed = begin(ptx=PtxConfig(coefficient=gamma, unit=unit, ratio=2), microbatches=microbatches)
+    state, _, metrics = iterate(*mixed, text=text)
+    assert_close(state.params["policy"], expected, rtol=1e-4, atol=2e-6)
+    assert metrics["ptx_loss"] > 0
 
 
 def test_every_minibatch_of_text_lies_over_all_devices():
@@ -693,7 +694,7 @@ def test_the_average_begins_at_the_policy_and_is_what_is_kept(conversations, fin
     assert_close(kept["value"].params, state.params["value"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_devices_give_what_one_gives_with_every_option(conversations, finished):
     options = {
         "kl": {"coefficient": 0.1, "place": "loss", "estimator": "k3"},

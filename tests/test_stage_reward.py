@@ -25,7 +25,7 @@ from tests.test_stages import run_steps, stage_values
 __all__ = ["lopsided", "separable"]
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
-LOSSES = ("margin", "soft", "rao_kupper", "plackett_luce")
+OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("soft", "rao_kupper", "plackett_luce")]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def chats(conversations, split):
     return {"spec": f"jsonl:{conversations}/{split}.jsonl", "kind": "messages", "split": "all"}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["margin", *OTHERS])
 def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(name, conversations, finished, lopsided):
     """Prompts have two to four answers, some of them tied."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
@@ -85,7 +85,7 @@ def validation_rows(finished):
     return [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
 
 
-@pytest.mark.parametrize("how", ["none", "mean", "mean_std"])
+@pytest.mark.parametrize("how", ["none", pytest.param("mean", marks=pytest.mark.nightly), "mean_std"])
 def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(how, conversations, finished):
     stage, first = started(stage_values("reward", conversations, finished, normalise_before=how))
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
@@ -212,10 +212,22 @@ def composed(members, tmp_path, **options):
     return tmp_path
 
 
-@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one", "four"])
-@pytest.mark.parametrize("how", ["mean", "worst", "pessimistic"])
-def test_an_ensembles_score_is_what_its_members_give_one_by_one(how, axes, members, tmp_path):
-    layout = ONE if axes == {"data": 1} else make_layout(MeshConfig(**axes))
+@pytest.fixture(scope="module")
+def one_by_one(members):
+    """[members, rows] float64: what each gives."""
+    scores = []
+    for name in members:
+        one = store.load(name, ONE)
+        scores.append(np.asarray(ModelReward(one.model, one.params)(*map(jnp.asarray, rows_to_score()))))
+    return np.array(scores, np.float64)
+
+
+FOUR = make_layout(MeshConfig(data=2, fsdp=2))
+BY = ("mean-one", "worst-four", "pessimistic-four")
+
+
+@pytest.mark.parametrize("how, layout", [("mean", ONE), ("worst", FOUR), ("pessimistic", FOUR)], ids=BY)
+def test_an_ensembles_score_is_what_its_members_give_one_by_one(how, layout, one_by_one, members, tmp_path):
     tokenizer = load_tokenizer(store.find(members[0]))
     folder = composed(members, tmp_path, combine=how, coefficient=0.7)
     tokens, segments, mask = rows_to_score()
@@ -224,14 +236,8 @@ def test_an_ensembles_score_is_what_its_members_give_one_by_one(how, axes, membe
         reward = load_reward(str(folder), layout, tokenizer)
         scores, pairs = score(reward, placed["tokens"], placed["segments"], placed["mask"])
         plain = reward(placed["tokens"], placed["segments"], placed["mask"])
-    each = []
-    for name in members:
-        one = store.load(name, ONE)
-        rows = tuple(map(jnp.asarray, (tokens, segments, mask)))
-        each.append(np.asarray(ModelReward(one.model, one.params)(*rows)))
-    each = np.array(each, np.float64)
-    std = np.sqrt(((each - each.mean(0)) ** 2).mean(0))
-    expected = {"mean": each.mean(0), "worst": each.min(0), "pessimistic": each.mean(0) - 0.7 * std}[how]
+    mean, std = one_by_one.mean(0), np.sqrt(((one_by_one - one_by_one.mean(0)) ** 2).mean(0))
+    expected = {"mean": mean, "worst": one_by_one.min(0), "pessimistic": mean - 0.7 * std}[how]
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(plain, scores)
     total, weight = pairs["reward_disagreement"]

@@ -108,7 +108,7 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
                 assert (prompts.reshape(-1, each) == prompts[::each, None]).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"slots": 8}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"slots": 8}, marks=pytest.mark.nightly)], ids=["all", "slots"])
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
     """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
     got, params = run_steps("group", group_values(conversations, finished, "rloo", **changes), ONE)

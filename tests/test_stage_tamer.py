@@ -1,5 +1,6 @@
 """The TAMER stage: its loss by a loop, its batches, and the reward it leaves."""
 
+import functools
 import json
 
 import jax
@@ -51,6 +52,18 @@ def gamma_by_hand(first, last):
     return (1 + x) * np.exp(-x) - (1 + y) * np.exp(-y)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def every_scalar(model, params, ids):
+    return model.scalar(params, model.hidden(params, ids))
+
+
+def scalars(model, params, ids):
+    """The scalar of every token of one row, float64; what is appended stands behind it, and attention is causal."""
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(every_scalar(model, params, padded)[0, : len(ids)], np.float64)
+
+
 def loop_loss(finished, params, model, how, share):
     """(sum, weight) over all feedback: tokens, delays and overlaps one by one, in float64."""
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
@@ -58,8 +71,7 @@ def loop_loss(finished, params, model, how, share):
     for row in ROWS:
         prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]).tolist()
         answer = [*tokenizer.encode(row["response"]), tokenizer.eos_id][:16]
-        ids = jnp.asarray([prompt + answer], jnp.int32)
-        h = np.asarray(model.scalar(params, model.hidden(params, ids))[0], np.float64)[len(prompt) :]
+        h = scalars(model, params, prompt + answer)[len(prompt) :]
         for time, value in row["feedback"]:
             ends = [0.25 * (i + 1) for i in range(len(answer))]
             credit = [share(time - end, time - end + 0.25) for end in ends]
@@ -110,7 +122,7 @@ def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, dat
     segments[1, 17:] = 0
     got = reward(tokens, jnp.asarray(segments), jnp.asarray(mask))
     for i, n in enumerate((20, 17, 20)):
-        h = saved.model.scalar(saved.params, saved.model.hidden(saved.params, tokens[i : i + 1, :n]))[0, 12:]
+        h = scalars(saved.model, saved.params, tokens[i, :n])[12:]
         np.testing.assert_allclose(got[i], h.sum(), rtol=1e-4, atol=1e-5)
 
 

@@ -13,15 +13,17 @@ from benchmarks import optimum
 from rlhfjax import recipe, stages, state
 from rlhfjax.algos.preference import kwise_loss
 from rlhfjax.config import to_dict
+from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.reward import reward_loss
+from rlhfjax.stages.parts import policy
 from tests import tiny
-from tests.meshes import MESHES
 
+ONE = make_layout(MeshConfig(), jax.devices()[:1])
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
@@ -49,13 +51,32 @@ def run_steps(name, values, layout, steps=2):
 
 @functools.cache
 def on_one_device(name, conversations, finished):
-    return run_steps(name, stage_values(name, conversations, finished), make_layout(MeshConfig(), jax.devices()[:1]))
+    return run_steps(name, with_two_layers(name, conversations, finished), ONE)
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=["data", "fsdp-tensor"])
-@pytest.mark.parametrize("name", (*TRAINED[:-1], pytest.param("ppo", marks=pytest.mark.slow)))
-def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
+def with_two_layers(name, conversations, finished):
+    """Of a stage that makes a new model; what others load has one."""
     values = stage_values(name, conversations, finished)
+    return values | ({"model": values["model"] | {"n_layers": 2}} if name == "pretrain" else {})
+
+
+DATA, FSDP_TENSOR = {"data": 4}, {"data": 1, "fsdp": 2, "tensor": 2}
+ON_FOUR = [
+    pytest.param("pretrain", FSDP_TENSOR),
+    pytest.param("reward", FSDP_TENSOR),
+    pytest.param("ppo", FSDP_TENSOR, marks=pytest.mark.slow),
+    pytest.param("sft", FSDP_TENSOR, marks=pytest.mark.nightly),  # pretrain's loss
+    *(pytest.param(name, DATA, marks=pytest.mark.nightly) for name in TRAINED),  # asks for less than the other mesh
+]
+
+
+def named(x):
+    return "-".join(axis for axis, n in x.items() if n > 1) if isinstance(x, dict) else x
+
+
+@pytest.mark.parametrize("name, axes", ON_FOUR, ids=named)
+def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
+    values = with_two_layers(name, conversations, finished)
     one, params_one = on_one_device(name, conversations, finished)
     four, params_four = run_steps(name, values, make_layout(MeshConfig(**axes)))
     for a, b in zip(one, four, strict=True):
@@ -78,24 +99,61 @@ def test_parameters_and_moments_are_sharded_not_replicated(conversations, finish
         assert x.addressable_shards[0].data.size == x.size // 4
 
 
-def test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one(conversations, finished):
-    """Policy == reference at step 0: the trainer's and the reference's logprobs are the sampler's, temperature 0.9."""
+@pytest.fixture(scope="module")
+def first_step(conversations, finished):
+    """(metrics, rollouts, what was scored) of PPO's first step, in one minibatch."""
+    sampled, scored = [], []
+    plain_rollout, plain_score = policy.PolicyAlgorithm.rollout, policy.score
+
+    def rollout(self, *args):
+        sampled.append(plain_rollout(self, *args))
+        return sampled[-1]
+
+    def score(reward, *rows):
+        scored.append(rows)
+        return plain_score(reward, *rows)
+
     values = stage_values("ppo", conversations, finished, epochs=1, minibatches=1)
     assert values["temperature"] != 1
-    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
-    assert abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
-    assert metrics[0]["approx_kl"] < 1e-9
-    assert abs(metrics[0]["kl"]) < 1e-4
-    assert metrics[0]["clip_fraction"] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.PolicyAlgorithm, "rollout", rollout)
+        patch.setattr(policy, "score", score)
+        (metrics,), _ = run_steps("ppo", values, ONE, steps=1)
+    return metrics, sampled, scored
 
 
-def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(conversations, finished):
+def test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one(first_step):
+    """Policy == reference at step 0: the trainer's and the reference's logprobs are the sampler's, temperature 0.9."""
+    metrics, _, _ = first_step
+    assert abs(metrics["first_ratio_max"] - 1) < 2e-5
+    assert metrics["approx_kl"] < 1e-9
+    assert abs(metrics["kl"]) < 1e-4
+    assert metrics["clip_fraction"] == 0
+
+
+def test_pitfall_06_the_reward_scores_the_ids_that_were_sampled(first_step, finished):
+    """Some of them are not how the tokenizer would spell their text."""
+    _, (drawn,), ((tokens, segments, mask),) = first_step
+    np.testing.assert_array_equal(tokens, drawn.tokens)
+    np.testing.assert_array_equal(segments, drawn.segments)
+    np.testing.assert_array_equal(mask, drawn.mask)
+    tokenizer = load_tokenizer(finished / "02_sft" / "model")
+    ids = [row[keep > 0].tolist() for row, keep in zip(np.asarray(drawn.responses), np.asarray(mask), strict=True)]
+    assert any(tokenizer.encode(tokenizer.decode(row)) != [i for i in row if i != tokenizer.eos_id] for row in ids)
+
+
+@pytest.fixture(scope="module")
+def three_steps(conversations, finished):
+    """Metrics of PPO with four epochs of two minibatches."""
+    origin = {"init_from": str(finished / "01_pretrain")}
+    return run_steps("ppo", stage_values("ppo", conversations, finished, epochs=4, **origin), ONE, steps=3)[0]
+
+
+def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(three_steps):
     """Also when the policy has moved: the behaviour policy is the one at the start of the iteration."""
-    values = stage_values("ppo", conversations, finished, init_from=str(finished / "01_pretrain"))
-    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=3)
-    assert metrics[2]["kl"] > 1e-3  # it has moved
-    for m in metrics:
-        assert abs(m["first_ratio_max"] - 1) < 2e-5
+    assert three_steps[2]["kl"] > 1e-3  # it has moved
+    for metrics in three_steps:
+        assert abs(metrics["first_ratio_max"] - 1) < 2e-5
 
 
 @pytest.mark.parametrize("what", ["language", "reward"])
@@ -116,32 +174,30 @@ def test_a_model_with_dropout_is_trained_with_it(what):
     assert abs(one - other) > 1e-3
 
 
-def test_pitfall_19_epochs_move_the_policy_between_minibatches(conversations, finished):
+def test_pitfall_19_epochs_move_the_policy_between_minibatches(three_steps):
     """With several epochs the ratio leaves 1 within an iteration, so that the clip can act."""
-    values = stage_values("ppo", conversations, finished, epochs=4, minibatches=2)
-    metrics, _ = run_steps("ppo", values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1)
-    assert metrics[0]["ratio_max"] > 1.005
-    assert metrics[0]["approx_kl"] > 1e-6
+    assert three_steps[0]["ratio_max"] > 1.005
+    assert three_steps[0]["approx_kl"] > 1e-6
 
 
-@pytest.mark.parametrize("name", ("pretrain", "reward", pytest.param("ppo", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("name", ("pretrain", pytest.param("ppo", marks=pytest.mark.slow)))
 def test_pitfall_17_accumulation_does_not_change_the_update(name, conversations, finished):
-    """Rows have unequal numbers of targets; one, two and four microbatches give the same parameters."""
+    """Rows have unequal numbers of targets; one and four microbatches give the same parameters."""
     # sgd: Adam would turn rounding of zero gradients into visible steps
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
     changes = {"optim": sgd, "checkpoint": {}, "log": {}}
     if name == "ppo":
         changes |= {"value_optim": sgd, "minibatches": 2, "epochs": 1}
     results = []
-    for microbatches in (1, 2, 4):
+    for microbatches in (1, 4):
         values = stage_values(name, conversations, finished, microbatches=microbatches, **changes)
-        results.append(run_steps(name, values, make_layout(MeshConfig(), jax.devices()[:1]), steps=1))
+        results.append(run_steps(name, values, ONE, steps=1))
     # PPO's loss is small because advantages of size 1 cancel in it: two units of rounding of 1 remain
     rounding = 2 * np.finfo(np.float32).eps if name == "ppo" else 0
-    for metrics, params in results[1:]:
-        np.testing.assert_allclose(metrics[0]["loss"], results[0][0][0]["loss"], rtol=1e-5, atol=rounding)
-        for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(params), strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+    (one, params), (four, same) = results
+    np.testing.assert_allclose(four[0]["loss"], one[0]["loss"], rtol=1e-5, atol=rounding)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
 
 
 def streamed(name, values, count):

@@ -32,8 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config = ConfigDict({"stages": STAGES})
     config.tokenizer = stage_config("tokenizer", sources=(chats("train"),), vocab_size=VOCAB)
-    shape = {"vocab_size": VOCAB, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_length": 32}
-    config.pretrain = stage_config("pretrain", tokenizer="stage:tokenizer", model=shape, **packed)
+    shape = {"vocab_size": VOCAB, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 32, "max_length": 32}
+    config.pretrain = stage_config("pretrain", tokenizer="stage:tokenizer", model=shape, data_shards=4, **packed)
     config.sft = stage_config("sft", init_from="stage:pretrain", **packed)
     config.collect = stage_config(
         "collect",

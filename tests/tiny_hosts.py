@@ -21,7 +21,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     loop = {"steps": arg.steps, "optim": tiny.OPTIM, **LOOP}
     for name in ("pretrain", "sft", "reward", "ppo"):
         config[name].update(LOOP)
-    config.pretrain.model.n_layers = 1  # compiling is most of what these jobs do
     config.ppo.update({"gold": "", "ptx": {"coefficient": 0.0}, "ema": 0.0, "epochs": 1})
     prompts = {"prompts": config.ppo.prompts, "eval_prompts": config.ppo.eval_prompts}
     config.group = stage_config(

@@ -63,6 +63,7 @@ def _controller(words: list[str]) -> None:
     env = {name: os.environ[name] for name in ("HOME", "PATH", "STANDIN")}  # --export=NONE
     env |= {"SLURM_JOB_ID": job.name, "SLURM_JOB_NUM_NODES": asked["nodes"], "SLURM_NTASKS": asked["nodes"]}
     env |= {"SLURM_JOB_NODELIST": f"n[0-{int(asked['nodes']) - 1}]"}
+    time.sleep(0.1)  # submitit names its pickle once it knows the job; a job that has begun looks again after a second
     while True:
         (job / "state").write_text("RUNNING")
         with Path(asked["output"].replace("%j", job.name)).open("a") as out:

@@ -1,7 +1,8 @@
 """Stands in for gcloud: records every call, refuses flags that gcloud does not have, and plays TPU VMs on this machine.
 
 A node is a folder, its workers one; scripts sent by ssh really run there. `scenario.json` holds what goes wrong:
-{"follow": ["preempt", …]}, a word for each time that a log is followed, "" for nothing.
+{"follow": ["preempt", …]}, a word for each time that a log is followed, "" for nothing. A worker whose log is
+followed in earnest has a file `followed`.
 Flags are those of Google Cloud SDK 528.0.0, `gcloud compute tpus … --help`.
 """
 
@@ -105,6 +106,7 @@ def ssh(names, flags):
             save("states", ["SUSPENDED"])
         if outcome:  # "preempt" or "lost"
             sys.exit(255)
+        (folder / "followed").touch()
     env = {**os.environ, "HOME": str(folder)}
     sys.exit(subprocess.run(["bash", "-c", command], env=env, cwd=folder, stdin=subprocess.DEVNULL).returncode)
 

@@ -1,0 +1,31 @@
+"""The world of `benchmarks.optimum` for tests of policy stages: what a setting compiles is kept and used again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import optimum
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.stages.parts import rollout
+
+_STARTED: dict[str, tuple[Any, Any, Any]] = {}  # by config and model_config
+
+response_logprobs = jax.jit(rollout.response_logprobs, static_argnames=("model", "r", "temperature"))
+
+
+def begin(config: Any, shape: TransformerConfig = optimum.SHAPE) -> tuple[Any, Any, Any]:
+    """(algorithm, state, reference): the algorithm is one for all calls with a config, the state is a new copy."""
+    key = repr((config, shape))
+    if key not in _STARTED:
+        _STARTED[key] = optimum.start(config, shape)
+    algorithm, state, reference = _STARTED[key]
+    return algorithm, jax.tree.map(jnp.array, state), reference
+
+
+def moved(params: Any, size: float = 0.3, seed: int = 11) -> Any:
+    """Parameters some way from others."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + size * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
