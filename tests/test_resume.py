@@ -193,7 +193,7 @@ FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
     ],
 )
 def test_kills_in_many_stages_change_no_bit(killed, twice, conversations, finished, tmp_path):
-    """SIGKILL at a random line of a stage's metrics where it has several, or once it has begun; and at a random time."""
+    """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun; or at any time."""
     rng = random.Random(20)
     run = Run(conversations, tmp_path / "run")
     struck = []

@@ -18,9 +18,9 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
+from rlhfjax.stages.parts import policy
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.reward import reward_loss
-from rlhfjax.stages.parts import policy
 from tests import tiny
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])

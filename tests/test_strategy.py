@@ -112,7 +112,10 @@ def test_auto_of_a_mesh_is_logged(caplog):
 
 
 def test_what_a_stage_needs_is_counted():
-    """tests/tiny.py with two layers: policy and critic of one trunk, a reference and a reward; a scalar head of 17 for 5,120 tied."""
+    """tests/tiny.py with two layers: policy and critic of one trunk, a reference and a reward.
+
+    A scalar head has 17 parameters, the tied output 5,120.
+    """
     values = to_dict(tiny.get_config("data=nowhere"))["ppo"] | {"init_from": "x", "reward": "y"}
     config = recipe.check(values, "ppo")
     shape = TransformerConfig(vocab_size=320, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=32)
