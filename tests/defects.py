@@ -868,6 +868,45 @@ DEFECTS = [
         "pass",
         "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",
     ),
+    # 42: a run of Chinese is one word; bytes of what does not count; a character for a byte; an unk that has bytes
+    d(
+        42,
+        "evals/text.py",
+        '_WORD = re.compile(f"(?![\\\\W_])[{_UNSPACED}]|{_RUN}(?:[\'’]{_RUN})*")',
+        '_WORD = re.compile(r"[^\\W_]+(?:[\'’][^\\W_]+)*")',
+        "evals/test_text.py::test_pitfall_42_a_chinese_character_and_a_kana_is_a_word",
+        "evals/test_text.py::test_pitfall_42_figures_of_chinese_answers_by_hand",
+        "rewards/test_gold.py::test_pitfall_42_repetition_and_length_of_chinese_answers_by_hand",
+    ),
+    d(
+        42,
+        "algos/language.py",
+        "return nll, jnp.sum(byte_lengths[targets] * mask)",
+        "return nll, jnp.sum(byte_lengths[targets])",
+        "algos/test_language.py::test_pitfall_42_nats_per_byte_of_the_counted_targets",
+        "test_stages.py::test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets",
+    ),
+    d(
+        42,
+        "data/tokenizer.py",
+        "if self._sp.is_byte(i):",
+        "if False:",
+        "test_stages.py::test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets",
+    ),
+    d(
+        42,
+        "data/hf_tokenizer.py",
+        "len(piece) if _BYTES.issuperset(piece) else len(piece.encode())",
+        "len(piece)",
+        "data/test_hf_tokenizer.py::test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes",
+    ),
+    d(
+        42,
+        "data/hf_tokenizer.py",
+        "if piece == self._unk:",
+        "if False:",
+        "data/test_hf_tokenizer.py::test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes",
+    ),
     # 43: the first of no lines
     d(
         43,

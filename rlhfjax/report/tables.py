@@ -26,7 +26,7 @@ PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty"}
 # The metrics that tell how a stage went, most telling first; the table shows the first few that are there.
 TELLING = (
     "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",
-    "val_gold", "val_proxy", "val_kl", "val_loss", "val_bits_per_byte", "reward", "kl", "loss", "accuracy",
+    "val_gold", "val_proxy", "val_kl", "val_loss", "val_nats_per_byte", "reward", "kl", "loss", "accuracy",
 )  # fmt: skip
 CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")  # the headline rows that stand large at the top
 

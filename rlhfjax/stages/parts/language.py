@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.data.loader import Batches
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
@@ -29,15 +30,18 @@ def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
 
 
 def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs]:
-    """(params, batch) -> val_loss in nats a token, val_bits_per_byte = nats / ln 2 / bytes of the same targets."""
+    """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the same targets.
+
+    Args:
+      byte_lengths: UTF-8 bytes of the text of each id of the tokenizer; ids beyond them have none.
+    """
     lengths = jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
 
     @jax.jit
     def measure(params: Any, batch: dict[str, jax.Array]) -> Pairs:
         _, pairs = language_loss(model)(params, batch, None)
-        nll, weight = pairs["loss"]
-        size = jnp.sum(lengths[batch["targets"]] * batch["mask"])
-        return {"val_loss": (nll, weight), "val_bits_per_byte": (nll / jnp.log(2.0), size)}
+        per_byte = nats_per_byte(pairs["loss"][0], batch["targets"], batch["mask"], lengths)
+        return {"val_loss": pairs["loss"], "val_nats_per_byte": per_byte}
 
     return measure
 
