@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from rlhfjax.data import chat
-from rlhfjax.data.rows import split_of
+from rlhfjax.data.rows import opening, split_of
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
@@ -39,7 +39,7 @@ class Config:
     length: int  # conversation and answer, tokens; a longer conversation loses its beginning
     max_new: int  # tokens of an answer, a critique, a revision
     temperature: float = 1.0
-    validation: float = 0.1  # share of the prompts, by a stable hash
+    validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
     batch_size: int = 32
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -119,7 +119,7 @@ def _write(
             {"messages": prompt, "drafts": [d[i] for d in drafts], "critiques": [c[i] for c in critiques]}
         )
         if drafts[-1][i]:
-            held_out = split_of(chat.to_text(prompt), validation=config.validation, test=0.0) == "validation"
+            held_out = split_of(opening(prompt), validation=config.validation, test=0.0) == "validation"
             kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
     for split, rows in {**kept, "revisions": everything}.items():
         write_jsonl(workdir / f"{split}.jsonl", rows)

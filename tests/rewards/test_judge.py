@@ -24,6 +24,7 @@ from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
 from rlhfjax.rewards.labellers import Answers, load_labeller
 from rlhfjax.rewards.responses import load_reward, score
 from rlhfjax.stages import stage_config
+from rlhfjax.stages.critique import Config, _write
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
 SENTENCES = [f"the cat {i} likes tea and (A) or (B) but no rain {i * 7}" for i in range(200)]
@@ -335,6 +336,20 @@ def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path)
         assert answer["content"] == last[question["content"]]
     kept = sum(len((workdir / f"{s}.jsonl").read_text().splitlines()) for s in ("train", "validation"))
     assert kept == 12 - metrics["critique/empty"]
+
+
+def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
+    turns = [[{"role": "user", "content": f"cat {i}"}] for i in range(40)]
+    more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+    prompts = [*turns, *([*talk, *more] for talk in turns)]
+    config = Config(init_from="a", principles="b", length=9, max_new=4, validation=0.3)
+    _write(config, tmp_path, prompts, [["no"] * 80], [])
+    found = [
+        [json.loads(line)["messages"][0]["content"] for line in (tmp_path / f"{split}.jsonl").open()]
+        for split in ("train", "validation")
+    ]
+    assert len(found[0]) + len(found[1]) == 80 and len(found[1]) > 6
+    assert not set(found[0]) & set(found[1])
 
 
 def test_revisions_do_not_depend_on_the_batch_size(folder, tmp_path):
