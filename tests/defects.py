@@ -868,6 +868,28 @@ DEFECTS = [
         "pass",
         "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",
     ),
+    # 40: half of the rows away, which may be the same prompt; one prompt alone; the same prompt, written otherwise
+    d(
+        40,
+        "stages/parts/preferences.py",
+        "donor = self._source[self._donors[index]]",
+        "donor = self._source[(index + len(self) // 2) % len(self)]",
+        "test_stage_direct.py::test_pitfall_40_mismatched_answers_are_of_another_prompt",
+    ),
+    d(
+        40,
+        "stages/parts/preferences.py",
+        "if len(groups) < 2:",
+        "if len(keys) < 2:",
+        "test_stage_direct.py::test_pitfall_40_one_prompt_alone_is_an_error",
+    ),
+    d(
+        40,
+        "stages/parts/preferences.py",
+        'return tuple((turn["role"], turn["content"]) for turn in messages)',
+        'return row["prompt"]',
+        "test_stage_direct.py::test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt",
+    ),
     # 41: the line is hashed; the whole prompt, of which another one is the beginning; in each stage that splits
     d(
         41,

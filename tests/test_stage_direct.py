@@ -13,8 +13,8 @@ from rlhfjax.config import to_dict
 from rlhfjax.data import examples, loader
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Rows
-from rlhfjax.data.tokenizer import load_tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
@@ -200,7 +200,7 @@ def plain_logprob(logits, tokens, first):
 
 
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, separable):
-    """Each prompt of the batch with the answers to the prompt half of the data away, one sequence at a time."""
+    """Three prompts p in turn over the rows 3 n + p: row i has the answers of row 3 n + (p + 1) % 3, one by one."""
     layout = make_layout(MeshConfig(), jax.devices()[:1])
     source = direct.open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
@@ -212,7 +212,8 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, se
     ratios = []
     for i in batch["index"]:
         prompt = source[int(i)]["prompt_tokens"].tolist()
-        for answer in source[(int(i) + 20) % 40]["completion_tokens"]:
+        donor = 3 * (int(i) // 3) + (int(i) + 1) % 3
+        for answer in source[donor if donor < 40 else donor % 3]["completion_tokens"]:  # prompt 0 has a row more
             one, other = (plain_logprob(f, prompt + answer.tolist(), len(prompt)) for f in logits.values())
             ratios.append(one - other)
     z = np.mean(ratios)
@@ -230,6 +231,47 @@ def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
     mixed = Mismatched(Rows(rows, "preferences"), load_tokenizer(finished / "00_tokenizer"))
     assert [mixed[i]["prompt_tokens"].tolist() for i in range(5)] == [[1, 10 + i] for i in range(5)]
     assert [mixed[i]["completion_tokens"][1].tolist() for i in range(5)] == [[30 + (i + 2) % 5, 2] for i in range(5)]
+
+
+class NoTokenizer(Tokenizer):
+    """Rows with stored ids need none."""
+
+
+def with_prompts(*prompts):
+    """Rows with these prompts, whose completions tell the row: ids 50 + row."""
+    ids = {prompt: 10 + i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, ids[prompt]],
+             "completion_tokens": [[50 + i], [2]]} for i, prompt in enumerate(prompts)]  # fmt: skip
+    return Rows(rows, "preferences")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "donors"),
+    [
+        ("ABAB", [1, 0, 3, 2]),
+        ("AAAB", [3, 3, 3, 0]),
+        ("ABCABC", [1, 2, 0, 4, 5, 3]),  # a file that is read twice
+        ("ABCDABCD", [2, 3, 0, 1, 6, 7, 4, 5]),
+        ("ABCDE", [2, 3, 4, 0, 1]),
+    ],
+)
+def test_pitfall_40_mismatched_answers_are_of_another_prompt(prompts, donors):
+    mixed = Mismatched(with_prompts(*prompts), NoTokenizer())
+    assert [int(mixed[i]["completion_tokens"][0][0]) - 50 for i in range(len(prompts))] == donors
+    assert all(prompts[i] != prompts[donor] for i, donor in enumerate(donors))
+
+
+@pytest.mark.parametrize("prompts", ["A", "AAAA"])
+def test_pitfall_40_one_prompt_alone_is_an_error(prompts):
+    with pytest.raises(DataError, match=f"kto: all {len(prompts)} rows have one prompt"):
+        Mismatched(with_prompts(*prompts), NoTokenizer())
+
+
+def test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt():
+    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]} for prompt in
+            ("hi", [{"role": "user", "content": "hi"}])]  # fmt: skip
+    with pytest.raises(DataError, match="all 2 rows have one prompt"):
+        Mismatched(Rows(rows, "preferences"), NoTokenizer())
 
 
 def plain_pair_loss(name, c, w, l, ref_w, ref_l):
