@@ -158,7 +158,7 @@ class Template:
         end = next((i for i, piece in enumerate(pieces) if i > at and piece.answer), len(pieces))
         before, between = self._tokens(pieces[:at], messages)[0], self._tokens(pieces[at + 1 : end], messages)[0]
         whole = self._tokens(pieces[:end], messages)[0]
-        return _common(whole, before), _common(whole[::-1], between[::-1])
+        return common_prefix(whole, before), common_prefix(whole[::-1], between[::-1])
 
     def messages(self, ids: Iterable[int]) -> list[dict[str, str]]:
         """The turns of rendered ids, in the roles that their markers say; ids without any marker are one user turn.
@@ -279,5 +279,6 @@ def _sequences(longest: int) -> Iterable[tuple[str, ...]]:
     return itertools.chain.from_iterable(itertools.product(ROLES, repeat=n) for n in range(longest + 1))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many ids two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -36,7 +36,7 @@ class Config:
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     principles: str  # a file of JSON lines
     rounds: int = 1  # revisions; the paper: 4
-    length: int  # conversation and answer, tokens; a longer conversation loses its beginning
+    length: int  # conversation and answer, tokens; the prompt of a longer conversation loses its beginning
     max_new: int  # tokens of an answer, a critique, a revision
     temperature: float = 1.0
     validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
@@ -54,28 +54,40 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes both files; returns how many rows there are and how many answers a revision changed."""
+    """Writes both files; returns how many rows there are, how many answers a revision changed, and how many
+    prompts lost their beginning in a request that had no room for them."""
     principles = [read_principle(line, config.principles) for line in read_lines(config.principles)]
     options = {"length": config.length, "batch_size": config.batch_size}
     policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
     critic = policy if config.critic is None else Judge(JudgeConfig(model=config.critic, **options), layout)
     source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
     prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
-    drafts = [_say(config, policy, prompts, 0)]
+    cut: set[int] = set()
+
+    def fitted(speaker: Judge, after: list[Conversation]) -> list[Conversation]:
+        """What is asked about each prompt: the prompt, as the speaker has room for it, and the turns after it."""
+        room, asked = config.length - config.max_new, []
+        for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
+            asked.append(chat.shorten_conversation(speaker.tokenizer, prompt, rest, room))
+            cut.update([i] if asked[-1] != [*prompt, *rest] else [])
+        return asked
+
+    drafts = [_say(config, policy, fitted(policy, [[] for _ in prompts]), 0)]
     critiques: list[list[str]] = []
     for number in range(config.rounds):
         chosen = [principles[int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))] for p in prompts]
-        asked = [
-            [*prompt, _turn("assistant", draft), _turn("user", principle["critique"])]
-            for prompt, draft, principle in zip(prompts, drafts[-1], chosen, strict=True)
+        after = [
+            [_turn("assistant", draft), _turn("user", principle["critique"])]
+            for draft, principle in zip(drafts[-1], chosen, strict=True)
         ]
-        critiques.append(_say(config, critic, asked, 2 * number + 1))
-        asked = [
+        critiques.append(_say(config, critic, fitted(critic, after), 2 * number + 1))
+        after = [
             [*before, _turn("assistant", critique), _turn("user", principle["revision"])]
-            for before, critique, principle in zip(asked, critiques[-1], chosen, strict=True)
+            for before, critique, principle in zip(after, critiques[-1], chosen, strict=True)
         ]
-        drafts.append(_say(config, critic, asked, 2 * number + 2))
+        drafts.append(_say(config, critic, fitted(critic, after), 2 * number + 2))
     metrics = _write(config, workdir, prompts, drafts, critiques)
+    metrics["critique/prompts_cut"] = len(cut) / len(prompts)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics

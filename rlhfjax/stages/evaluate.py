@@ -93,7 +93,7 @@ def _answer(
     more = {"slots": config.slots, "buckets": config.prompt_buckets}
     sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
     parts: dict[str, list] = {}
-    for rollout, index in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
+    for rollout, index, cut in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         measured |= {"kl": _sequence_kl(reference.model, reference.params, rollout, config.temperature)}
@@ -101,6 +101,7 @@ def _answer(
         prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
         ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
         measured |= {"prompt": prompts, "answer": answered, "length": rollout.mask.sum(1), "ended": ended}
+        measured |= {"cut": cut}
         real = np.flatnonzero(index >= 0)
         for name, values in measured.items():
             parts.setdefault(name, []).extend(values[i] for i in real)
@@ -124,6 +125,7 @@ def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
         "gold_win_rate_high": wins.high,
         "kl": policy["kl"].mean(),
         "prompts": len(policy["answer"]),
+        "prompts_cut": policy["cut"].mean(),
     }
     for name, side in (("policy", policy), ("baseline", baseline)):
         out |= {

@@ -18,13 +18,20 @@ from rlhfjax.state import TrainState
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
-    """(params, batch, key) -> mean negative log-likelihood of the masked targets, nats a token."""
+    """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked targets, nats per token.
+
+    Its metrics are the loss, and where the loader counts them (`cut`) the share of examples that lost tokens.
+    """
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
         key = key if model.drops else None
         hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
         nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
-        return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
+        pairs = {"loss": (nll, weight)}
+        if "cut" in batch:
+            examples = jnp.sum((batch["positions"] == 0) & (batch["segments"] > 0))
+            pairs["examples_cut"] = (jnp.sum(batch["cut"]), examples.astype(jnp.float32))
+        return nll / jnp.maximum(weight, 1.0), pairs
 
     return loss
 
@@ -40,8 +47,8 @@ def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs
     @jax.jit
     def measure(params: Any, batch: dict[str, jax.Array]) -> Pairs:
         _, pairs = language_loss(model)(params, batch, None)
-        per_byte = nats_per_byte(pairs["loss"][0], batch["targets"], batch["mask"], lengths)
-        return {"val_loss": pairs["loss"], "val_nats_per_byte": per_byte}
+        pairs["nats_per_byte"] = nats_per_byte(pairs["loss"][0], batch["targets"], batch["mask"], lengths)
+        return {f"val_{name}": pair for name, pair in pairs.items()}
 
     return measure
 

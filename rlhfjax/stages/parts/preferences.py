@@ -1,6 +1,6 @@
 """Ranked answers for the stages that learn from them: where they come from, and what a policy thinks of them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhfjax import paths
+from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.data import examples
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.rows import Row
@@ -16,6 +17,7 @@ from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.models.transformer import Model
+from rlhfjax.stages import Pairs
 
 PyTree = Any
 
@@ -57,6 +59,20 @@ def completion_logprobs(
     hidden = model.hidden(params, tokens, segments=segments, key=key)
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
     return logprobs, response_slots(segments, batch["lengths"].reshape(-1))
+
+
+def truncation_metrics(batch: Mapping[str, Any]) -> Pairs:
+    """Returns what cutting did to a batch of `loader.preference_batches` (arrays of numpy or jax).
+
+    rows_cut: share of the completions that lost tokens, of themselves or of their prompt.
+    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they weigh 0.
+    """
+    labels, valid, same = (jnp.asarray(batch[name]) for name in ("scores", "valid", "same"))
+    labelled = jnp.sum(untied_pairs(labels, valid))
+    return {
+        "rows_cut": (jnp.sum(batch["cut"] * valid), jnp.sum(valid)),
+        "pairs_dropped": (labelled - jnp.sum(untied_pairs(labels, valid, same)), labelled),
+    }
 
 
 class Mismatched:
