@@ -13,11 +13,13 @@ from rlhfjax.config import to_dict
 from rlhfjax.data import examples, loader
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Rows
-from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
 from rlhfjax.stages import direct, stage_config
 from rlhfjax.stages.parts.direct import Answers, LossConfig, make_loss
 from rlhfjax.stages.parts.language import language_loss
@@ -106,6 +108,28 @@ def run_steps(config, layout=None, steps=2, held_out=True):
 def assert_close(ours, theirs, *, rtol, atol):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_path):
+    """Of two rankings one is of completions that differ after the row's end; the loss is that of the other."""
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    start = list(range(20, 30))
+    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
+             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8), "lm")
+    params = model.init(jax.random.key(1))
+    loss = direct.direct_loss(model, LossConfig(name="orpo"))
+
+    def of(*chosen):
+        source = Rows([rows[i] for i in chosen], "preferences")
+        batch = next(loader.preference_batches(source, tokenizer, batch_size=len(chosen), length=8, train=False))
+        return loss(params, jax.tree.map(jnp.asarray, batch), None)
+
+    (both, pairs), (alone, _) = of(0, 1), of(1)
+    np.testing.assert_allclose(both, alone, rtol=1e-6)
+    assert [float(x) for x in pairs["loss"]][1] == 1
+    assert [float(x) for x in pairs["rows_cut"]] == [2, 4]
+    assert [float(x) for x in pairs["pairs_dropped"]] == [1, 2]
 
 
 @pytest.mark.parametrize("name", LOSSES)

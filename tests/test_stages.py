@@ -19,7 +19,7 @@ from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages.parts.language import held_out_loss
+from rlhfjax.stages.parts.language import held_out_loss, language_loss
 from tests import tiny
 from tests.meshes import MESHES
 
@@ -88,6 +88,19 @@ def test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets(tmp_pa
     targets = len(tokenizer.encode("é今!")) + 1  # the answer's bytes alone: 6
     answers = loader.sft_batches(Rows([{"messages": talk}], "messages"), tokenizer, **options)
     assert nats_per_byte(answers) == pytest.approx(targets * math.log(400) / 6)
+
+
+def test_pitfall_39_fine_tuning_counts_the_examples_that_lost_tokens(tmp_path):
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=32))
+    talks = [
+        [{"role": "user", "content": "the mat"}, {"role": "assistant", "content": text}]
+        for text in ("the cat", "the mat", "the cat " * 40)
+    ]
+    rows = Rows([{"messages": talk} for talk in talks], "messages")
+    batch = next(loader.sft_batches(rows, tokenizer, batch_size=4, length=32, train=False))
+    _, pairs = language_loss(model)(model.init(jax.random.key(0)), jax.tree.map(jnp.asarray, batch), None)
+    assert [float(x) for x in pairs["examples_cut"]] == [1.0, 3.0]
 
 
 def test_parameters_and_moments_are_sharded_not_replicated(conversations, finished):
