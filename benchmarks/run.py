@@ -115,6 +115,8 @@ def pairs(w: dict[str, Any], vocab: int) -> Any:
             "scores": scores,
             "valid": np.ones_like(scores),
             "lengths": np.full(scores.shape, w["seq"], np.int32),
+            "cut": np.zeros_like(scores),
+            "same": np.tile(np.arange(2, dtype=np.int32), (w["pairs"], 1)),
             "index": np.zeros(w["pairs"], np.int32),
         }
 
@@ -124,7 +126,8 @@ def pairs(w: dict[str, Any], vocab: int) -> Any:
 def prompts(w: dict[str, Any], vocab: int) -> Any:
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
         tokens = np.repeat(words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]), w.get("group", 1), axis=0)
-        return {"prompts": tokens, "segments": np.ones_like(tokens), "index": np.zeros(w["batch"], np.int32)}
+        rows = {"index": np.zeros(w["batch"], np.int32), "cut": np.zeros(w["batch"], np.float32)}
+        return {"prompts": tokens, "segments": np.ones_like(tokens), **rows}
 
     return make
 

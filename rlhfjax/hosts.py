@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax import json_text
-from rlhfjax.errors import ConfigError, HostLost
+from rlhfjax.errors import ConfigError, HostLost, first_line
 
 T = TypeVar("T")
 _COORDINATED = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "RLHFJAX_JOIN")
@@ -63,7 +63,7 @@ def join(timeout: int = 100) -> None:
         how = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
         jax.distributed.initialize(**known, **how, heartbeat_timeout_seconds=timeout)
     except (ValueError, RuntimeError) as e:
-        raise ConfigError(f"joining the other hosts: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"joining the other hosts: {first_line(e)}") from e
     if count() > 1:
         _on_abort()
         threading.Thread(target=_listen, name="hosts", daemon=True).start()
@@ -186,7 +186,7 @@ def fail(message: str, code: int) -> NoReturn:
 def fail_for_another(error: BaseException) -> NoReturn:
     """Ends this process because another one is gone; where that one said why, `_listen` ends it with its reason."""
     time.sleep(2 * _GRACE)
-    fail(f"{HostLost.message} ({str(error).splitlines()[0]})", HostLost.exit_code)
+    fail(f"{HostLost.message} ({first_line(error)})", HostLost.exit_code)
 
 
 def lost(error: BaseException) -> bool:

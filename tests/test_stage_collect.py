@@ -1,6 +1,7 @@
 """Labellers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
 
 import json
+import re
 from collections import Counter
 
 import jax
@@ -10,7 +11,7 @@ import sentencepiece
 
 from rlhfjax import recipe
 from rlhfjax.data.preferences import read_preferences
-from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.agreement import agreement
@@ -168,6 +169,24 @@ def test_rankings_of_several_people_are_rows_of_their_own(finished, conversation
     assert metrics["import_rankings/labellers"] == 3
     values = stage_values("reward", conversations, finished, preferences=(str(folder),), loss={"name": "rao_kupper"})
     assert np.isfinite(run_steps("reward", values, ONE, steps=1)[0][0]["loss"])  # K differs between prompts
+
+
+def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
+    """As a text, as one user turn, and as a conversation that begins with it; by two labellers."""
+    train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path / "tokenizer", vocab_size=275)
+    rows = []
+    for i in range(40):
+        user = {"role": "user", "content": f"hi {i}"}
+        more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"}]
+        for prompt in (f"hi {i}", [user], [user, *more]):
+            rows.append({"prompt": prompt, "completions": ["a", "b"], "ranking": [1, 2], "labeller": f"{i % 2}"})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"rankings": f"{tmp_path}/r.jsonl", "tokenizer": str(tmp_path / "tokenizer"), "validation": 0.3}
+    recipe.run(stage_config("import_rankings", **options), tmp_path / "in")
+    found = [[re.search(r"hi \d+", row["prompt"])[0] for row in read(tmp_path / "in" / "preferences", split)]
+             for split in ("train", "validation")]  # fmt: skip
+    assert sum(map(len, found)) == 120 and not set(found[0]) & set(found[1])
+    assert all(found[1].count(prompt) == 3 for prompt in found[1]) and len(found[1]) > 9
 
 
 def test_opinions_are_of_pairs_within_one_ranking():

@@ -14,11 +14,13 @@ from rlhfjax.config import to_dict
 from rlhfjax.data import examples, loader
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Rows
-from rlhfjax.data.tokenizer import load_tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
 from rlhfjax.stages import direct, stage_config
 from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
 from rlhfjax.stages.parts.language import language_loss
@@ -107,6 +109,28 @@ def run_steps(config, layout=None, steps=2, held_out=True):
 def assert_close(ours, theirs, *, rtol, atol):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_path):
+    """Of two rankings one is of completions that differ after the row's end; the loss is that of the other."""
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    start = list(range(20, 30))
+    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
+             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8), "lm")
+    params = model.init(jax.random.key(1))
+    loss = direct.direct_loss(model, LossConfig(name="orpo"))
+
+    def of(*chosen):
+        source = Rows([rows[i] for i in chosen], "preferences")
+        batch = next(loader.preference_batches(source, tokenizer, batch_size=len(chosen), length=8, train=False))
+        return loss(params, jax.tree.map(jnp.asarray, batch), None)
+
+    (both, pairs), (alone, _) = of(0, 1), of(1)
+    np.testing.assert_allclose(both, alone, rtol=1e-6)
+    assert [float(x) for x in pairs["loss"]][1] == 1
+    assert [float(x) for x in pairs["rows_cut"]] == [2, 4]
+    assert [float(x) for x in pairs["pairs_dropped"]] == [1, 2]
 
 
 def some(*names):
@@ -209,7 +233,7 @@ def plain_logprob(logits, tokens, first):
 
 
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, separable):
-    """Each prompt of the batch with the answers to the prompt half of the data away, one sequence at a time."""
+    """Three prompts p in turn over the rows 3 n + p: row i has the answers of row 3 n + (p + 1) % 3, one by one."""
     source = direct.open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     logits = {}
@@ -220,7 +244,8 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, se
     ratios = []
     for i in batch["index"]:
         prompt = source[int(i)]["prompt_tokens"].tolist()
-        for answer in source[(int(i) + 20) % 40]["completion_tokens"]:
+        donor = 3 * (int(i) // 3) + (int(i) + 1) % 3
+        for answer in source[donor if donor < 40 else donor % 3]["completion_tokens"]:  # prompt 0 has a row more
             one, other = (plain_logprob(f, prompt + answer.tolist(), len(prompt)) for f in logits.values())
             ratios.append(one - other)
     z = np.mean(ratios)
@@ -238,6 +263,47 @@ def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
     mixed = Mismatched(Rows(rows, "preferences"), load_tokenizer(finished / "00_tokenizer"))
     assert [mixed[i]["prompt_tokens"].tolist() for i in range(5)] == [[1, 10 + i] for i in range(5)]
     assert [mixed[i]["completion_tokens"][1].tolist() for i in range(5)] == [[30 + (i + 2) % 5, 2] for i in range(5)]
+
+
+class NoTokenizer(Tokenizer):
+    """Rows with stored ids need none."""
+
+
+def with_prompts(*prompts):
+    """Rows with these prompts, whose completions tell the row: ids 50 + row."""
+    ids = {prompt: 10 + i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, ids[prompt]],
+             "completion_tokens": [[50 + i], [2]]} for i, prompt in enumerate(prompts)]  # fmt: skip
+    return Rows(rows, "preferences")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "donors"),
+    [
+        ("ABAB", [1, 0, 3, 2]),
+        ("AAAB", [3, 3, 3, 0]),
+        ("ABCABC", [1, 2, 0, 4, 5, 3]),  # a file that is read twice
+        ("ABCDABCD", [2, 3, 0, 1, 6, 7, 4, 5]),
+        ("ABCDE", [2, 3, 4, 0, 1]),
+    ],
+)
+def test_pitfall_40_mismatched_answers_are_of_another_prompt(prompts, donors):
+    mixed = Mismatched(with_prompts(*prompts), NoTokenizer())
+    assert [int(mixed[i]["completion_tokens"][0][0]) - 50 for i in range(len(prompts))] == donors
+    assert all(prompts[i] != prompts[donor] for i, donor in enumerate(donors))
+
+
+@pytest.mark.parametrize("prompts", ["A", "AAAA"])
+def test_pitfall_40_one_prompt_alone_is_an_error(prompts):
+    with pytest.raises(DataError, match=f"kto: all {len(prompts)} rows have one prompt"):
+        Mismatched(with_prompts(*prompts), NoTokenizer())
+
+
+def test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt():
+    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]} for prompt in
+            ("hi", [{"role": "user", "content": "hi"}])]  # fmt: skip
+    with pytest.raises(DataError, match="all 2 rows have one prompt"):
+        Mismatched(Rows(rows, "preferences"), NoTokenizer())
 
 
 def plain_pair_loss(name, c, w, l, ref_w, ref_l):

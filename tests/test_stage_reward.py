@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 from rlhfjax import recipe, stages, state
-from rlhfjax.data import chat
-from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.data import chat, loader
+from rlhfjax.data.sources import Rows
+from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.losses import LossConfig as RewardLossConfig
+from rlhfjax.rewards.losses import make_loss as make_reward_loss
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import load_reward, score
-from rlhfjax.stages import stage_config
+from rlhfjax.stages import reward, stage_config
 from tests import tiny
 from tests.test_stage_direct import lopsided, separable
 from tests.test_stages import run_steps, stage_values
@@ -35,6 +40,28 @@ def saved(finished):
 
 def chats(conversations, split):
     return {"spec": f"jsonl:{conversations}/{split}.jsonl", "kind": "messages", "split": "all"}
+
+
+def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_path):
+    """Of two rankings one is of completions that differ after the row's end; the loss is that of the other."""
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    start = list(range(20, 30))
+    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
+             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8), "scalar")
+    params = model.init(jax.random.key(1))
+    loss = reward.reward_loss(model, make_reward_loss(RewardLossConfig()))
+
+    def of(*chosen):
+        source = Rows([rows[i] for i in chosen], "preferences")
+        batch = next(loader.preference_batches(source, tokenizer, batch_size=len(chosen), length=8, train=False))
+        return loss(params, jax.tree.map(jnp.asarray, batch), None)
+
+    (both, pairs), (alone, _) = of(0, 1), of(1)
+    np.testing.assert_allclose(both, alone, rtol=1e-6)
+    assert [float(x) for x in pairs["loss"]][1] == 1
+    assert [float(x) for x in pairs["rows_cut"]] == [2, 4]
+    assert [float(x) for x in pairs["pairs_dropped"]] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["margin", *OTHERS])

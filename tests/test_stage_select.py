@@ -124,7 +124,9 @@ def test_stored_ids_that_do_not_fit_lose_the_beginning_of_the_prompt(finished):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     row = {"messages": messages, "prompt_tokens": np.arange(10, 20), "response_tokens": np.array([30, 31, 2])}
     [example] = select.examples.fine_tuning(tokenizer, row, 6)
-    assert example.tolist() == [[16, 17, 0], [17, 18, 0], [18, 19, 0], [19, 30, 1], [30, 31, 1], [31, 2, 1]]
+    pairs = [[16, 17, 0], [17, 18, 0], [18, 19, 0], [19, 30, 1], [30, 31, 1], [31, 2, 1]]
+    assert example[:, :3].tolist() == pairs
+    assert example[:, 3].tolist() == [1, 0, 0, 0, 0, 0]  # it was cut
     with pytest.raises(DataError, match="outside the tokenizer's vocabulary"):
         select.examples.fine_tuning(tokenizer, row | {"response_tokens": np.array([999])}, 6)
 

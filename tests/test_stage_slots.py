@@ -69,7 +69,7 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
     sampling = Sampling(24, 3, 1.234, 1, buckets=2)  # a temperature of nobody else's: nothing is compiled yet
     with caplog.at_level("INFO", "rlhfjax"), ONE.use():
         found = answers(Questions((1, 2, 9, 1, 9, 2)), saved, saved.tokenizer, sampling, jax.random.key(0), ONE)
-        rollouts = [rollout for rollout, _ in found]
+        rollouts = [rollout for rollout, *_ in found]
     lengths = [int(rollout.segments[:, :24].sum()) for rollout in rollouts]
     assert [length > 12 for length in lengths] == [False, False, True, False, True, False]
     said = [line for line in caplog.messages if "the sampler is compiled" in line]

@@ -10,14 +10,14 @@ import pytest
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.data import chat
-from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.rewards.dense import DenseReward
 from rlhfjax.rewards.responses import load_reward
-from rlhfjax.stages import stage_config
+from rlhfjax.stages import stage_config, tamer
 from tests import tiny
 from tests.test_stages import run_steps
 
@@ -124,6 +124,22 @@ def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, dat
     for i, n in enumerate((20, 17, 20)):
         h = scalars(saved.model, saved.params, tokens[i, :n])[12:]
         np.testing.assert_allclose(got[i], h.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_pitfall_39_a_long_answer_gets_what_its_prompt_leaves(tmp_path):
+    """Length 24: a short prompt leaves more than half to its answer, a long one keeps its head and half."""
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    rows = [("a", "the mat " * 20), ("the cat " * 20, "the mat " * 20), ("a", "b")]
+    lines = [{"prompt": prompt, "response": answer, "feedback": [[0.5, 1.0]]} for prompt, answer in rows]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = tamer.read_feedback(str(tmp_path / "f.jsonl"), tokenizer, 24)
+    prompts = [chat.render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt, _ in rows]
+    answers = [[*tokenizer.encode(answer), tokenizer.eos_id] for _, answer in rows]
+    assert [int(row["first"]) for row in made] == [len(prompts[0]), 12, len(prompts[2])]
+    assert made[0]["tokens"].tolist() == [*prompts[0], *answers[0]][:24]
+    assert made[1]["tokens"].tolist() == [*prompts[1][:2], *prompts[1][-10:], *answers[1][:12]]
+    assert [int(row["count"]) for row in made] == [24 - len(prompts[0]), 12, len(answers[2])]
+    assert [float(row["cut"]) for row in made] == [1, 1, 0]
 
 
 def test_batches_go_on_where_they_were(finished, data):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from benchmarks import optimum
 from rlhfjax import recipe, stages, state
 from rlhfjax.algos.preference import kwise_loss
 from rlhfjax.config import to_dict
-from rlhfjax.data.tokenizer import load_tokenizer
+from rlhfjax.data import loader
+from rlhfjax.data.sources import Rows
+from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.language import held_out_loss, language_loss
 from rlhfjax.stages.reward import reward_loss
 from tests import tiny
 
@@ -85,6 +89,42 @@ def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
             np.testing.assert_allclose(b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric)
     for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_four), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets(tmp_path):
+    """A model of zeros gives each of v tokens the chance 1 / v: log v nats per target, whatever the text is."""
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    shape = TransformerConfig(vocab_size=400, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=64)
+    model = Model(shape)
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+    measure = held_out_loss(model, tokenizer.byte_lengths())
+    options = {"batch_size": 2, "length": 64, "train": False}
+
+    def nats_per_byte(batches):
+        return finalize(jax.device_get(measure(params, next(batches))))["val_nats_per_byte"]
+
+    words = ("a", "é今!", "no")  # 1 + 2 + 3 + 1 + 2 bytes; documents that are packed into one row
+    targets = sum(len(tokenizer.encode(text)) + 1 for text in words)  # and the eos of each
+    documents = Rows([{"text": text} for text in words], "text")
+    expected = targets * math.log(400) / 9
+    assert nats_per_byte(loader.pretrain_batches(documents, tokenizer, **options)) == pytest.approx(expected)
+    talk = [{"role": "user", "content": "今今今"}, {"role": "assistant", "content": "é今!"}]
+    targets = len(tokenizer.encode("é今!")) + 1  # the answer's bytes alone: 6
+    answers = loader.sft_batches(Rows([{"messages": talk}], "messages"), tokenizer, **options)
+    assert nats_per_byte(answers) == pytest.approx(targets * math.log(400) / 6)
+
+
+def test_pitfall_39_fine_tuning_counts_the_examples_that_lost_tokens(tmp_path):
+    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=32))
+    talks = [
+        [{"role": "user", "content": "the mat"}, {"role": "assistant", "content": text}]
+        for text in ("the cat", "the mat", "the cat " * 40)
+    ]
+    rows = Rows([{"messages": talk} for talk in talks], "messages")
+    batch = next(loader.sft_batches(rows, tokenizer, batch_size=4, length=32, train=False))
+    _, pairs = language_loss(model)(model.init(jax.random.key(0)), jax.tree.map(jnp.asarray, batch), None)
+    assert [float(x) for x in pairs["examples_cut"]] == [1.0, 3.0]
 
 
 def test_parameters_and_moments_are_sharded_not_replicated(conversations, finished):

@@ -1,14 +1,30 @@
 """Measures of a language model."""
 
-import math
-
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int, Num
 
-from rlhfjax.algos.masked import divide
+from rlhfjax.algos.types import Metric
 
 
-def bits_per_byte(nll: Float[Array, ""], n_bytes: Float[Array, ""]) -> Float[Array, ""]:
-    """sum of -log pi over a text (nats) / (ln 2 * its UTF-8 bytes): comparable between tokenizers."""
-    return divide(jnp.asarray(nll), jnp.asarray(n_bytes)) / math.log(2)
+def nats_per_byte(
+    nll: Float[Array, ""], targets: Int[Array, "b t"], mask: Float[Array, "b t"], byte_lengths: Num[Array, "v"]
+) -> Metric:
+    """Returns the loss per UTF-8 byte of the text of the counted targets, which tokenizers can be compared by.
+
+      sum_t m_t (-log pi(x_t | x_<t)) / sum_t m_t bytes(x_t);   divided by ln 2 it is bits per byte
+
+    Special tokens have no bytes: what it costs to predict them counts, per byte of the text around them.
+
+    Args:
+      nll: sum over the counted targets of -log pi, nats.
+      targets: token ids.
+      mask: 1 where a target counts.
+      byte_lengths: the bytes of text that each id stands for, of `Tokenizer.byte_lengths`.
+
+    Returns:
+      (nats, bytes).
+
+    Source: Gao et al. 2020, "The Pile", section 3.1 (bits per UTF-8 encoded byte).
+    """
+    return nll, jnp.sum(byte_lengths[targets] * mask)

@@ -1,23 +1,33 @@
 """Losses of a reward model over the K completions of each prompt.
 
 `rewards` [p, k] are the model's, `labels` [p, k] the labeller's (higher is better: pass minus the rank for ranks),
-`valid` [p, k] is 1 on completions that exist, so that K may differ between prompts.
+`valid` [p, k] is 1 on completions that exist, so that K may differ between prompts. `same` [p, k] has equal numbers
+where completions of a prompt have the same tokens, by themselves or because they were cut: whatever their labels
+are, such a pair says nothing and weighs 0. Without `same` all completions differ.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from rlhfjax.algos.masked import divide, masked_sum
 from rlhfjax.algos.types import Loss, Metrics
 
 
-def untied_pairs(labels: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Float[Array, "p k k"]:
-    """1 at [p, w, l] where completions w and l of prompt p are both valid and w is labelled strictly better."""
-    labels = jnp.where(valid > 0, labels, 0)
+def distinct_pairs(valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = None) -> Bool[Array, "p k k"]:
+    """True at [p, i, j] where completions i and j of prompt p are both valid and have other tokens."""
     both = (valid[:, :, None] > 0) & (valid[:, None, :] > 0)
-    return (both & (labels[:, :, None] > labels[:, None, :])).astype(valid.dtype)
+    return both if same is None else both & (same[:, :, None] != same[:, None, :])
+
+
+def untied_pairs(
+    labels: Float[Array, "p k"], valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = None
+) -> Float[Array, "p k k"]:
+    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labelled strictly better."""
+    labels = jnp.where(valid > 0, labels, 0)
+    better = labels[:, :, None] > labels[:, None, :]
+    return (distinct_pairs(valid, same) & better).astype(valid.dtype)
 
 
 def reward_differences(rewards: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Float[Array, "p k k"]:
@@ -26,7 +36,12 @@ def reward_differences(rewards: Float[Array, "p k"], valid: Float[Array, "p k"])
     return rewards[:, :, None] - rewards[:, None, :]
 
 
-def kwise_loss(rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Loss:
+def kwise_loss(
+    rewards: Float[Array, "p k"],
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Int[Array, "p k"] | None = None,
+) -> Loss:
     """InstructGPT's reward loss: all pairs of a prompt's K completions are one batch element.
 
     With P_p the pairs (w, l) of prompt p whose labels differ (ties are dropped pair by pair):
@@ -37,13 +52,14 @@ def kwise_loss(rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid:
       rewards: r(x, y_i), one forward pass a completion.
       labels: the labeller's score of each completion, higher is better.
       valid: 1 on completions that exist.
+      same: equal where completions have the same tokens.
 
     Returns:
       nats per pair, mean over prompts; metrics loss (weight: prompts), accuracy and margin (weight: pairs).
 
     Source: Ouyang et al. 2022, eq. 1 and section 3.5.
     """
-    pairs = untied_pairs(labels, valid)
+    pairs = untied_pairs(labels, valid, same)
     differences = reward_differences(rewards, valid)
     n_pairs = jnp.sum(pairs, axis=(1, 2))
     nll = jnp.sum(pairs * -jax.nn.log_sigmoid(differences), axis=(1, 2))

@@ -104,21 +104,28 @@ def best_of_k_loss(rewards: Float[Array, "p k"], best: Int[Array, "p"], valid: F
     return divide(total, count), {"loss": (total, count), "accuracy": (masked_sum(correct, weight), count)}
 
 
-def plackett_luce_loss(rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Loss:
+def plackett_luce_loss(
+    rewards: Float[Array, "p k"],
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Int[Array, "p k"] | None = None,
+) -> Loss:
     """Minus the log-likelihood of the whole ranking: sum_i -log( e^{r_i} / (e^{r_i} + sum_{j worse than i} e^{r_j}) ).
 
-    The best is drawn from all, the next from the rest, and so on. Tied completions do not compete with each other;
-    without ties this is Plackett-Luce exactly, with K = 2 Bradley-Terry. Mean over prompts with an untied pair.
+    The best is drawn from all, the next from the rest, and so on. Completions that are tied or have the same
+    tokens do not compete with each other; without those this is Plackett-Luce exactly, with K = 2
+    Bradley-Terry. Mean over prompts with a pair that competes.
 
     Args:
       rewards: r(x, y_i); labels: higher is better; valid: 1 on completions that exist.
+      same: equal where completions have the same tokens.
 
     Returns:
       nats per prompt; metrics loss (weight: prompts), accuracy and margin (weight: pairs).
 
     Source: Plackett 1975; Luce 1959; Rafailov et al. 2023, appendix A.3.
     """
-    pairs = untied_pairs(labels, valid)
+    pairs = untied_pairs(labels, valid, same)
     differences = reward_differences(rewards, valid)
     worse = jnp.where(pairs > 0, -differences, -jnp.inf)
     # log(e^{r_i} + sum_worse e^{r_j}) - r_i = logaddexp(0, logsumexp_worse(r_j - r_i)); the 0 is i itself.

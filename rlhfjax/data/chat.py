@@ -8,11 +8,12 @@ Every turn ends with eos, which is what the sampler stops on; bos stands once, a
 that `Tokenizer.encode` never produces from text, so a message cannot open a turn of its own.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rlhfjax.data.template import OURS
+from rlhfjax.data.template import OURS, common_prefix
 from rlhfjax.data.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 from rlhfjax.errors import DataError
 
@@ -58,9 +59,77 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens:
         if max_tokens is None or len(tokens) <= max_tokens:
             return np.array(tokens, np.int32)
     before, after = tokenizer.template.edges(kept, len(kept) - 1, cue=True)
-    if max_tokens < before + after:
-        raise DataError("chat: the prompt length leaves no room for a single token of the last turn")
-    return np.array([*tokens[:before], *tokens[len(tokens) - max_tokens + before :]], np.int32)
+    if max_tokens <= before + after:
+        raise DataError(
+            f"chat: a prompt length of {max_tokens} leaves no room for a single token of the last turn, "
+            f"beside {before + after} of a system message and of the chat template"
+        )
+    return np.array(_without_middle(tokens, before, max_tokens), np.int32)
+
+
+def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) -> list[int]:
+    """Returns the ids of a rendered prompt, at most `max_tokens` of them, as `render_prompt` cuts a conversation.
+
+    Nothing is encoded anew: turns are only told apart where rendering them gives the very same ids. Of other
+    prompts what stands before the first user's words (bos, a system message, the header) stays, and then the end.
+    """
+    ids = list(ids)
+    if len(ids) <= max_tokens:
+        return ids
+    head = int(ids[0] == tokenizer.bos_id)
+    turns = [turn for turn in tokenizer.template.messages(ids) if turn["content"].strip()]
+    if not turns:
+        return _without_middle(ids, head, max_tokens)
+    # It fails without a template, for turns that it does not take, and without room for what it writes around them.
+    with contextlib.suppress(DataError):
+        rendered = render_prompt(tokenizer, turns).tolist()
+        first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
+        head = min(common_prefix(ids, rendered), tokenizer.template.edges(turns, first, cue=True)[0])
+        if rendered == ids:
+            return render_prompt(tokenizer, turns, max_tokens).tolist()
+    return _without_middle(ids, min(head, max_tokens // 2), max_tokens)
+
+
+def shorten_conversation(
+    tokenizer: Tokenizer, prompt: Sequence[Message], rest: Sequence[Message], max_tokens: int
+) -> list[Message]:
+    """Returns a prompt and the turns after it, shortened until `render_prompt` fits into `max_tokens`.
+
+    The prompt loses its oldest turns, then its last user turn its beginning; a system message and `rest` stay.
+
+    Raises:
+      DataError: there is no room for a single token of the prompt's last turn.
+    """
+    head = [turn for turn in prompt[:1] if turn["role"] == "system"]
+    starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user"] or [len(head)]
+    for start in starts:
+        kept = [*head, *prompt[start:], *rest]
+        over = len(render_prompt(tokenizer, kept)) - max_tokens
+        if over <= 0:
+            return kept
+    turn = kept[len(head)]
+    words = tokenizer.encode(turn["content"])
+    room = len(words)
+    while over > 0 and room > over:  # once, or again where the cut words take more tokens than they did
+        room -= over
+        kept[len(head)] = dict(turn) | {"content": decode_part(tokenizer, words[-room:])}
+        over = len(render_prompt(tokenizer, kept)) - max_tokens
+    if over > 0:
+        raise DataError(
+            f"chat: {max_tokens} tokens leave no room for a single one of {turn['content'][:30]!r}, "
+            "beside the turns that follow it"
+        )
+    return kept
+
+
+def decode_part(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a part of a text's ids; what is left of characters that were cut through is dropped."""
+    return tokenizer.decode(ids).strip("\ufffd")
+
+
+def _without_middle(ids: Sequence[int], head: int, max_tokens: int) -> list[int]:
+    """The first `head` ids and the last ones, `max_tokens` in all."""
+    return [*ids[:head], *ids[len(ids) - max_tokens + head :]]
 
 
 def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

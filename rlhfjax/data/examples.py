@@ -53,8 +53,19 @@ def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.stack([tokens[:-1], tokens[1:], mask[1:].astype(np.int32)], axis=1)
 
 
+def prompt_room(length: int, longest: int) -> int:
+    """Returns how many of a row's `length` tokens a prompt may take beside a response of `longest` tokens.
+
+    All that the response leaves, and at least half of the row: a response that is longer than a row loses its
+    end and does not take the prompt, without which it is a response to nothing.
+    """
+    return max(length // 2, length - longest)
+
+
 def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int) -> list[np.ndarray]:
-    """A conversation as training examples of at most `length` inputs, each int32 [t, 3] (see `shifted`).
+    """A conversation as training examples of at most `length` inputs, each int32 [t, 4].
+
+    The columns are those of `shifted`, and 1 in the first row of an example that lost tokens.
 
     A long conversation is cut between an assistant turn and the next user turn, and every window starts with bos (and
     the system message), so that each assistant turn is a target exactly once and always has its question before it.
@@ -79,7 +90,7 @@ def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int)
         else:
             groups.append(([*head, *exchange], tokenizer.template.render([*head, *exchange])))
     return [
-        shifted(*map(np.array, _cut(tokenizer, group, turns, length + 1, len(head))))
+        _example(*_cut(tokenizer, group, turns, length + 1, len(head)), was=len(turns[0]))
         for group, turns in groups
         if any(turns[1])
     ]
@@ -89,7 +100,8 @@ def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft")
     """Training examples of a conversation: its `windows`, or the one answer that was stored with its own ids.
 
     Stored ids are learnt as they are, the answer alone: nothing is encoded anew, and no eos is added to an answer that
-    was cut off. Where the two do not fit the prompt loses its beginning, and then the answer its end.
+    was cut off. Where the two do not fit, the prompt keeps its head and the end that there is room for
+    (`prompt_room`), and the answer its beginning.
     """
     if "response_tokens" not in row:
         return windows(tokenizer, row["messages"], length)
@@ -97,10 +109,13 @@ def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft")
     top = max([*prompt, *response], default=0)
     if top >= tokenizer.vocab_size:
         raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
-    prompt = prompt[-max(1, length + 1 - len(response)) :]
-    tokens = np.array([*prompt, *response][: length + 1], np.int32)
-    mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
-    return [shifted(tokens, mask)] if mask.any() else []
+    was = len(prompt) + len(response)
+    if not response or was < 2:
+        return []
+    prompt = chat.shorten_prompt(tokenizer, prompt, prompt_room(length + 1, len(response)))
+    tokens = [*prompt, *response][: length + 1]
+    mask = [float(i >= len(prompt)) for i in range(len(tokens))]
+    return [_example(tokens, mask, was=was)]
 
 
 class Prompts:
@@ -136,11 +151,21 @@ class Prompts:
 
 
 def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences") -> Row:
-    """One prompt's completions as arrays: tokens and segments [k, t], scores, valid and lengths [k].
+    """Returns one prompt's completions as arrays.
 
     Stored ids are used as they are, never text encoded anew; without them the prompt is its messages or one user turn,
-    and every completion ends with eos. A prompt that leaves too little room for the longest completion loses its
-    beginning, the same for all k.
+    and every completion ends with eos. A prompt that leaves too little room for the longest completion is cut as
+    `chat.shorten_prompt` does, to `prompt_room` tokens, the same for all k; then completions lose their ends.
+
+    Returns:
+      tokens, segments: int32 [k, length], right-padded.
+      scores, valid: float32 [k]; valid is 0 where there are fewer than k completions.
+      lengths: int32 [k], tokens of each completion.
+      cut: float32 [k], 1 where the prompt or the completion lost tokens.
+      same: int32 [k], the first completion with the same tokens, after cutting.
+
+    Raises:
+      DataError: more than k completions, or an id outside the vocabulary.
     """
     prompt, completions = native(tokenizer, row)
     if len(completions) > k:
@@ -148,15 +173,25 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
     top = max([*prompt, *(token for ids in completions for token in ids)], default=0)
     if top >= tokenizer.vocab_size:
         raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
-    prompt = prompt[-max(1, length - max(map(len, completions))) :]
-    tokens, segments = np.full((k, length), tokenizer.pad_id, np.int32), np.zeros((k, length), np.int32)
-    scores, valid, lengths = np.zeros(k, np.float32), np.zeros(k, np.float32), np.zeros(k, np.int32)
+    fitted = chat.shorten_prompt(tokenizer, prompt, prompt_room(length, max(map(len, completions))))
+    first: dict[tuple[int, ...], int] = {}  # completion -> where it stands first
+    arrays = {
+        "tokens": np.full((k, length), tokenizer.pad_id, np.int32),
+        "segments": np.zeros((k, length), np.int32),
+        "scores": np.zeros(k, np.float32),
+        "valid": np.zeros(k, np.float32),
+        "lengths": np.zeros(k, np.int32),
+        "cut": np.zeros(k, np.float32),
+        "same": np.arange(k, dtype=np.int32),
+    }
     for i, completion in enumerate(completions):
-        completion = completion[: length - len(prompt)]
-        sequence = [*prompt, *completion]
-        tokens[i, : len(sequence)], segments[i, : len(sequence)] = sequence, 1
-        scores[i], valid[i], lengths[i] = row["scores"][i], 1.0, len(completion)
-    return {"tokens": tokens, "segments": segments, "scores": scores, "valid": valid, "lengths": lengths}
+        kept = completion[: length - len(fitted)]
+        size = len(fitted) + len(kept)
+        arrays["tokens"][i, :size], arrays["segments"][i, :size] = [*fitted, *kept], 1
+        arrays["scores"][i], arrays["valid"][i], arrays["lengths"][i] = row["scores"][i], 1.0, len(kept)
+        arrays["cut"][i] = size < len(prompt) + len(completion)
+        arrays["same"][i] = first.setdefault(tuple(kept), i)
+    return arrays
 
 
 def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
@@ -165,6 +200,14 @@ def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
         return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
     prompt = chat.render_prompt(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
     return prompt.tolist(), [chat.answer_tokens(tokenizer, text) for text in row["completions"]]
+
+
+def _example(tokens: Sequence[int], mask: Sequence[float], *, was: int) -> np.ndarray:
+    """An example of fine-tuning, int32 [t, 4], out of tokens of which there were `was`; see `windows`."""
+    example = shifted(np.array(tokens, np.int32), np.array(mask))
+    marks = np.zeros((len(example), 1), np.int32)
+    marks[0] = len(tokens) < was
+    return np.concatenate([example, marks], axis=1)
 
 
 def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, room: int, first: int) -> Turns:

@@ -4,7 +4,7 @@ import abc
 import codecs
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,11 +36,15 @@ class Span(NamedTuple):
 
 
 class _Files(abc.ABC):
-    """Records that are spans of files, split by a stable hash of their bytes unless the glob names the split."""
+    """Records that are spans of files, split by a stable hash of their key unless the glob names the split.
+
+    Args:
+      key: what decides a record's split, see `rows.split_key`; a record without one (BadRow) goes by its bytes.
+    """
 
     hint = ""
 
-    def __init__(self, spec: str, pattern: str, split: str):
+    def __init__(self, spec: str, pattern: str, split: str, key: Callable[[Mapping[str, Any]], str]):
         named = "{split}" in pattern
         if not named and split not in (*SPLITS, "all"):
             raise ConfigError(f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all")
@@ -53,14 +57,33 @@ class _Files(abc.ABC):
         self._spans = array("q")  # four numbers a record, end to end: 32 bytes, where a tuple takes 200
         for number in range(len(self.paths)):
             for span, content in self._scan(number):
-                if named or split == "all" or split_of(content) == split:
+                if named or split == "all" or split_of(self._key_of(span, content, key)) == split:
                     self._spans.extend(span)
         if not named and split != "all":
-            self.hint = "; rows are split 90/5/5 by their hash, put {split} into the glob to name files by split"
+            self.hint = (
+                "; rows are split 90/5/5 by a hash of their text or first user turn, "
+                "put {split} into the glob to name files by split"
+            )
 
     @abc.abstractmethod
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
         """The records of file `number`: where they are, and their bytes."""
+
+    @abc.abstractmethod
+    def _record(self, content: str) -> Mapping[str, Any]:
+        """The record that a span of a file holds. Raises BadRow."""
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        span = self._span(index)
+        with open(self._local[span.file], "rb") as file:
+            file.seek(span.start)
+            return self._record(_decoded(file.read(span.size), span))
+
+    def _key_of(self, span: Span, content: bytes, key: Callable[[Mapping[str, Any]], str]) -> str | bytes:
+        try:
+            return key(self._record(_decoded(content, span)))
+        except BadRow:
+            return content
 
     def __len__(self) -> int:
         return len(self._spans) // 4
@@ -72,16 +95,13 @@ class _Files(abc.ABC):
         span = self._span(index)
         return f"{self.paths[span.file]}:{span.line}"
 
-    def _read(self, index: int) -> str:
-        span = self._span(index)
-        with open(self._local[span.file], "rb") as file:
-            file.seek(span.start)
-            content = file.read(span.size)
-        try:
-            return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = span.line + content[: error.start].count(b"\n")
-            raise BadRow(f"invalid UTF-8 on line {line}") from error
+
+def _decoded(content: bytes, span: Span) -> str:
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = span.line + content[: error.start].count(b"\n")
+        raise BadRow(f"invalid UTF-8 on line {line}") from error
 
 
 class JsonLines(_Files):
@@ -95,9 +115,9 @@ class JsonLines(_Files):
                     yield Span(number, start, len(content), line), content.strip()
                 start += len(content)
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def _record(self, content: str) -> Mapping[str, Any]:
         try:
-            record = json.loads(self._read(index).rstrip())
+            record = json.loads(content.rstrip())
         except json.JSONDecodeError as error:
             raise BadRow(f"bad JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(record, dict):
@@ -108,11 +128,11 @@ class JsonLines(_Files):
 class TextFiles(_Files):
     """Plain text: a row is a file, a paragraph (parted by empty lines) or a line."""
 
-    def __init__(self, spec: str, pattern: str, split: str, documents: str):
+    def __init__(self, spec: str, pattern: str, split: str, key: Callable[[Mapping[str, Any]], str], documents: str):
         if documents not in ("file", "paragraph", "line"):
             raise ConfigError(f"source {spec!r}: documents must be file, paragraph or line, got {documents!r}")
         self._documents = documents
-        super().__init__(spec, pattern, split)
+        super().__init__(spec, pattern, split, key)
         self.hint += f"; documents={documents!r}"
 
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
@@ -133,6 +153,5 @@ class TextFiles(_Files):
             if block:
                 yield Span(number, start - len(block), len(block), first), block
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        text = self._read(index)
-        return {"text": text if self._documents == "file" else text.rstrip("\r\n")}
+    def _record(self, content: str) -> Mapping[str, Any]:
+        return {"text": content if self._documents == "file" else content.rstrip("\r\n")}

@@ -11,7 +11,7 @@ import tokenizers
 
 from rlhfjax import json_text, paths
 from rlhfjax.data.template import BUILT_IN, MARKERS, Template
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, first_line
 from rlhfjax.paths import Path
 
 FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = (
@@ -24,6 +24,7 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PADS = ("<|endoftext|>", "<unk>")  # where no special is called a pad: one that ends documents, or stands for nothing
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _SPACE = "\u2581"  # how BPE over characters writes a blank
+_BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # how byte-level BPE spells the 256 bytes
 _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text contains
 
 
@@ -71,17 +72,18 @@ class HuggingFaceTokenizer:
         self.vocab_size = 1 + max(self._ids.values())
         self._added = {t["content"]: t for t in data["added_tokens"]}
         self._specials = {text: t["id"] for text, t in self._added.items() if t["special"]}
-        self._guard(data["model"].get("unk_token"))
+        self._unk: str | None = data["model"].get("unk_token")
+        self._guard()
         self.template = Template(
             source, specials=self._specials, names=names, encode=self._encode_run, decode=self.decode, where=where
         )
         self._set_ids({name: self._ids[text] for name, text in names.items() if text in self._ids})
 
-    def _guard(self, unk: str | None) -> None:
+    def _guard(self) -> None:
         longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
         self._marker = re.compile("|".join(longest_first) or "(?!)")
         # The model's own unk is an answer to what it cannot spell, not to what a text says.
-        self._forbidden = frozenset(i for text, i in self._specials.items() if text != unk)
+        self._forbidden = frozenset(i for text, i in self._specials.items() if text != self._unk)
         self._dropped: frozenset[int] = frozenset()
 
     def _set_ids(self, given: Mapping[str, int]) -> None:
@@ -171,10 +173,7 @@ class HuggingFaceTokenizer:
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials.
-
-        bits per byte = sum(nll) / ln 2 / sum(byte_lengths[targets] * mask)
-        """
+        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and for unk; see `Tokenizer`."""
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._ids.items():
             lengths[i] = self._byte_length(piece)
@@ -183,8 +182,11 @@ class HuggingFaceTokenizer:
     def _byte_length(self, piece: str) -> int:
         if piece in self._added:
             return 0 if self._added[piece]["special"] else len(piece.encode())
+        if piece == self._unk:
+            return 0
         if self._bytes:
-            return len(piece)  # a character a byte
+            # A character stands for a byte, but a piece with another character is decoded as it is spelled.
+            return len(piece) if _BYTES.issuperset(piece) else len(piece.encode())
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(_SPACE, " ").encode())
 
 
@@ -201,7 +203,7 @@ def read_folder(folder: str | os.PathLike, template: str = "") -> HuggingFaceTok
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except Exception as error:  # the library raises nothing more special
-        raise DataError(f"{path}: not a tokenizer ({str(error).partition(chr(10))[0]})") from None
+        raise DataError(f"{path}: not a tokenizer ({first_line(error)})") from None
     config = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
     if (folder / TEMPLATE_FILE).is_file():
         config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")

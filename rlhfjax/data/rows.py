@@ -11,7 +11,7 @@ preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,22 @@ def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> 
     digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def split_key(kind: str, row: Row) -> str:
+    """Returns what the split of a row is decided by: all of a text, the opening of a conversation.
+
+    Rows with equal keys are in one split: equal documents, equal prompts, and prompts that are prefixes of
+    one conversation. A preference row's prompt that is plain text is one user turn.
+    """
+    if kind == "text":
+        return row["text"]
+    return opening(row["messages"]) if "messages" in row else row["prompt"]
+
+
+def opening(messages: Sequence[chat.Message]) -> str:
+    """Returns the first user turn of a conversation; its first turn, where no user speaks."""
+    return next((turn["content"] for turn in messages if turn["role"] == "user"), messages[0]["content"])
 
 
 def check_kind(kind: str, columns: Mapping[str, str]) -> None:

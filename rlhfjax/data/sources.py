@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from rlhfjax import paths
 from rlhfjax.data import corpora, files
-from rlhfjax.data.rows import BadRow, Row, check_kind, normalise, required_columns
+from rlhfjax.data.rows import BadRow, Row, check_kind, normalise, required_columns, split_key
 from rlhfjax.errors import ConfigError, DataError
 
 
@@ -54,7 +54,9 @@ def open_source(
     Args:
       kind: text, messages, prompt or preferences; text where neither the caller nor our own corpus says otherwise.
       split: train, validation or test (a TFDS expression too). `{split}` in a glob is replaced by it; without that,
-        files are split 90/5/5 by a stable hash of each row, and `split="all"` takes every row.
+        rows are split 90/5/5 by a stable hash, and `split="all"` takes every row. A text is hashed whole. Other rows
+        are hashed by their first user turn, so that a prompt is in one split alone, and so are conversations that
+        begin alike.
       columns: our column names to the source's; names beyond the kind's own are passed through.
       data_dir: where TFDS keeps its datasets, its own default if None.
       on_bad_row: "error" stops at the first malformed row, "skip" leaves it out and counts it in `skipped`.
@@ -76,12 +78,13 @@ def open_source(
     columns = dict(columns or {})
     kind = kind or (corpora.DEFAULT_KIND.get(rest, "text") if scheme == "tfds" else "text")
     check_kind(kind, columns)
+    key = lambda record: split_key(kind, normalise(kind, record, columns))  # noqa: E731
     if scheme == "tfds":
         records: files.Records = _open_tfds(spec, rest, split, data_dir, required_columns(kind, columns))
     elif scheme == "jsonl":
-        records = files.JsonLines(spec, rest, split)
+        records = files.JsonLines(spec, rest, split, key)
     else:
-        records = files.TextFiles(spec, rest, split, documents)
+        records = files.TextFiles(spec, rest, split, key, documents)
     source = CheckedSource(records, kind, columns)
     if validate:
         source.validate(skip=on_bad_row == "skip", keep=lambda row: len(row.get("messages", ())) >= min_turns)

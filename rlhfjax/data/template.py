@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlhfjax.data.sandbox import compile_template
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, first_line
 
 Message = Mapping[str, str]
 ROLES = ("user", "assistant", "system")
@@ -132,7 +132,7 @@ class Template:
                 **self._names,
             )
         except Exception as error:  # a template is a program of someone else's and may raise anything
-            raise self._error(str(error).strip().partition("\n")[0] or type(error).__name__) from None
+            raise self._error(first_line(error)) from None
 
     def render(self, messages: Sequence[Message], *, cue: bool = False) -> tuple[list[int], list[float]]:
         """Tokens, and the loss mask: 1 on what the assistant has to produce, its end of turn included.
@@ -158,7 +158,7 @@ class Template:
         end = next((i for i, piece in enumerate(pieces) if i > at and piece.answer), len(pieces))
         before, between = self._tokens(pieces[:at], messages)[0], self._tokens(pieces[at + 1 : end], messages)[0]
         whole = self._tokens(pieces[:end], messages)[0]
-        return _common(whole, before), _common(whole[::-1], between[::-1])
+        return common_prefix(whole, before), common_prefix(whole[::-1], between[::-1])
 
     def messages(self, ids: Iterable[int]) -> list[dict[str, str]]:
         """The turns of rendered ids, in the roles that their markers say; ids without any marker are one user turn.
@@ -279,5 +279,6 @@ def _sequences(longest: int) -> Iterable[tuple[str, ...]]:
     return itertools.chain.from_iterable(itertools.product(ROLES, repeat=n) for n in range(longest + 1))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many ids two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

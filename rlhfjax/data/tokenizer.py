@@ -16,7 +16,7 @@ import sentencepiece
 from rlhfjax import paths
 from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import OURS, Template
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError, DataError, first_line
 from rlhfjax.paths import Path
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -46,7 +46,15 @@ class Tokenizer(Protocol):
 
     def token_id(self, piece: str) -> int: ...
 
-    def byte_lengths(self) -> np.ndarray: ...
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of the text that each id stands for, int32 [vocab_size]; 0 for specials and for unk.
+
+        The bytes of a text's ids add up to the bytes of the text that `decode` gives, an incomplete
+        character's included. A tokenizer that puts a blank before a text counts that blank's byte too,
+        since its first piece has the same id in the middle of a text; one that normalizes text counts
+        the bytes of the normalized text.
+        """
+        ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -64,7 +72,7 @@ class SentencePieceTokenizer:
             self._model = paths.path(path).read_bytes() if model is None else model
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{path}: not a SentencePiece model ({_first_line(error)})") from error
+            raise DataError(f"{path}: not a SentencePiece model ({first_line(error)})") from error
         sp = self._sp
         self.vocab_size = sp.get_piece_size()
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
@@ -120,10 +128,7 @@ class SentencePieceTokenizer:
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers.
-
-        bits per byte = sum(nll) / ln 2 / sum(byte_lengths[targets] * mask)
-        """
+        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers; see `Tokenizer`."""
         return np.array([self._byte_length(i) for i in range(self.vocab_size)], np.int32)
 
     def _byte_length(self, i: int) -> int:
@@ -180,7 +185,7 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {_first_line(error)}"
+            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {first_line(error)}"
         ) from error
     return _publish(model.getvalue(), path, sample)
 
@@ -225,7 +230,3 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 line = line[cut:]
             if line.strip():
                 yield line
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -175,13 +175,16 @@ def validate_scores(
     raise DataError(f"{context}: the score of {place} is {scores[first]}; expected a finite number")
 
 
-def margins(scores: Scores, labels: Scores, valid: Scores | None = None) -> Float[np.ndarray, " pairs"]:
+def margins(
+    scores: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+) -> Float[np.ndarray, " pairs"]:
     """Score of the better completion minus score of the worse, for all pairs of one prompt.
 
     Args:
       scores: what is judged.
       labels: the truth; more is better. Pairs with equal labels say nothing and are dropped.
       valid: non-zero where there is a completion; None: everywhere.
+      same: equal where completions of a prompt have the same tokens, a pair of which is dropped; None: nowhere.
     """
     scores, labels = scores.astype(np.float64), labels.astype(np.float64)
     i, j = np.triu_indices(scores.shape[1], k=1)
@@ -189,10 +192,14 @@ def margins(scores: Scores, labels: Scores, valid: Scores | None = None) -> Floa
     counts = direction != 0
     if valid is not None:
         counts &= (valid[:, i] != 0) & (valid[:, j] != 0)
+    if same is not None:
+        counts &= same[:, i] != same[:, j]
     return ((scores[:, i] - scores[:, j]) * direction)[counts]
 
 
-def pairwise_accuracy(scores: Scores, labels: Scores, valid: Scores | None = None) -> tuple[float, float]:
+def pairwise_accuracy(
+    scores: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+) -> tuple[float, float]:
     """Of the pairs that the labels order, how many the scores order alike; equal scores are half right.
 
     Args: see `margins`.
@@ -200,22 +207,24 @@ def pairwise_accuracy(scores: Scores, labels: Scores, valid: Scores | None = Non
     Returns:
       (correct, pairs), a metric: it adds up over batches, and the ratio is the accuracy.
     """
-    margin = margins(scores, labels, valid)
+    margin = margins(scores, labels, valid, same)
     return float(np.sum((np.sign(margin) + 1) / 2)), float(margin.size)
 
 
-def length_accuracy(lengths: Scores, labels: Scores, valid: Scores | None = None) -> tuple[float, float]:
+def length_accuracy(
+    lengths: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+) -> tuple[float, float]:
     """The accuracy of a judge who knows no more than that longer is better, as (correct, pairs).
 
     What a reward model has to beat. An accuracy a below 1/2 says that shorter answers are preferred: the baseline to
     quote is max(a, 1 - a), see `length_baseline`.
     """
-    return pairwise_accuracy(lengths, labels, valid)
+    return pairwise_accuracy(lengths, labels, valid, same)
 
 
-def length_baseline(lengths: Scores, labels: Scores, valid: Scores | None = None) -> float:
+def length_baseline(lengths: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None) -> float:
     """Accuracy of judging by length alone in the better of the two directions; 1/2 when there are no pairs."""
-    correct, pairs = length_accuracy(lengths, labels, valid)
+    correct, pairs = length_accuracy(lengths, labels, valid, same)
     return max(correct, pairs - correct) / pairs if pairs else 0.5
 
 

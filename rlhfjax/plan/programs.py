@@ -114,6 +114,8 @@ def a_key(layout: Layout) -> jax.ShapeDtypeStruct:
 def _language(subject: Subject, layout: Layout, _: int) -> Sketch:
     c = subject.config
     batch = {name: rows(layout, (c.batch_size, c.length), dtype) for name, dtype in LANGUAGE.items()}
+    if c.stage == "sft":
+        batch["cut"] = rows(layout, (c.batch_size,), np.float32)
     model = Model(subject.model, "lm", c.lora)
     return _one_loss(subject, layout, model, language_loss(model), batch, c.batch_size * c.length)
 
@@ -121,9 +123,9 @@ def _language(subject: Subject, layout: Layout, _: int) -> Sketch:
 def _answers(c: Any, layout: Layout, k: int) -> PyTree:
     """A batch of `loader.preference_batches`."""
     tokens = {name: rows(layout, (c.batch_size, k, c.length), np.int32) for name in ("tokens", "segments")}
-    scores = {name: rows(layout, (c.batch_size, k), np.float32) for name in ("scores", "valid")}
-    rest = {"lengths": rows(layout, (c.batch_size, k), np.int32), "index": rows(layout, (c.batch_size,), np.int32)}
-    return {**tokens, **scores, **rest}
+    floats = {name: rows(layout, (c.batch_size, k), np.float32) for name in ("scores", "valid", "cut")}
+    integers = {name: rows(layout, (c.batch_size, k), np.int32) for name in ("lengths", "same")}
+    return {**tokens, **floats, **integers, "index": rows(layout, (c.batch_size,), np.int32)}
 
 
 def _ranked(subject: Subject, layout: Layout, k: int) -> Sketch:

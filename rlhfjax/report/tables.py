@@ -27,7 +27,7 @@ PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty"}
 # The metrics that tell how a stage went, most telling first; the table shows the first few that are there.
 TELLING = (
     "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",
-    "val_gold", "val_proxy", "val_kl", "val_loss", "val_bits_per_byte", "reward", "kl", "loss", "accuracy",
+    "val_gold", "val_proxy", "val_kl", "val_loss", "val_nats_per_byte", "reward", "kl", "loss", "accuracy",
 )  # fmt: skip
 # What an interval's ends are called after NAME_, and the interval on paper. Plain ends are those
 # of a workdir whose metrics do not say which interval they are of.

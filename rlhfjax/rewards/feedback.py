@@ -24,9 +24,9 @@ from rlhfjax.config import build
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.rewards.judge import Judge, JudgeConfig, class_probabilities, fill, load_judge, readable
+from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.labellers import Answers
-from rlhfjax.rewards.responses import found
+from rlhfjax.rewards.responses import Pairs, found
 
 TEMPLATE = """Consider the following conversation:
 {prompt}
@@ -65,6 +65,7 @@ class Feedback:
 
     def __init__(self, config: FeedbackConfig, judge: Judge):
         self._config, self._judge = config, judge
+        self._asked, self._cut = 0, 0  # questions so far, and those whose texts were cut
         self.principles = read_lines(config.principles)
 
     def __call__(self, answers: Answers) -> np.ndarray:
@@ -74,6 +75,10 @@ class Feedback:
             odds[row, i, j] = np.log(chance) - np.log1p(-chance)
             odds[row, j, i] = -odds[row, i, j]
         return odds.sum(axis=2) / k
+
+    def metrics(self) -> Pairs:
+        """judge_cut: share of the questions so far in which the prompt or an answer was cut to fit."""
+        return {"judge_cut": (float(self._cut), float(self._asked))}
 
     def comparisons(self, answers: Answers) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         """Every (prompt, i, j), i < j, and the probability [n] that i is better, clamped."""
@@ -87,11 +92,15 @@ class Feedback:
     def _first_is_better(self, answers: Answers, places: list[tuple[int, int, int]]) -> np.ndarray:
         """p(A), the first of each pair being A; [n]."""
         questions = []
+        room = self._judge.room(OPTIONS, self._config.thought)
         for row, i, j in places:
             prompt, texts = answers.prompts[row], answers.completions[row]
             principle = choose(self.principles, self._config.seed, prompt, *sorted((texts[i], texts[j])))
             values = {"prompt": readable(prompt), "principle": principle, "a": texts[i], "b": texts[j]}
-            questions.append([{"role": "user", "content": fill(self._config.template, **values)}])
+            template = self._config.template
+            question, cut = ask(self._judge.tokenizer, template, room, whole=("principle",), **values)
+            questions.append(question)
+            self._asked, self._cut = self._asked + 1, self._cut + cut
         openings: list[list[int]] = []
         if self._config.thought:
             options = {"max_new": self._config.thought, "temperature": 0.0, "seed": self._config.seed}

@@ -7,7 +7,7 @@ begin with.
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhfjax import hosts
 from rlhfjax.data import chat
+from rlhfjax.data.examples import prompt_room
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -33,7 +34,7 @@ class JudgeConfig:
     """Which model judges, and how much of it is run at once."""
 
     model: str  # the workdir of a stage that made a language model
-    length: int  # question and option, tokens; a longer question loses its beginning
+    length: int  # question and option, tokens; of a longer question the template's words stay, see `ask`
     batch_size: int = 32  # rows of a forward pass
 
 
@@ -61,21 +62,28 @@ class Judge:
         self._model, self._params = saved.model, saved.params
         self._score = jax.jit(functools.partial(span_logprobs, saved.model))
 
+    def room(self, options: Sequence[str], thought: int = 0) -> int:
+        """Tokens that a question may have before so many of thought and the longest option."""
+        return self._config.length - thought - max(len(self.tokenizer.encode(option)) for option in options)
+
     def logprobs(
         self, questions: Sequence[Conversation], options: Sequence[str], openings: Sequence[Sequence[int]] = ()
     ) -> Float[np.ndarray, "n o"]:
         """log p(option_o | question_n): the sum over the option's tokens, nats.
 
         Args:
-          openings: ids with which the assistant's turn begins, before the option; none by default.
+          openings: ids with which the assistant's turn begins, before the option; none by default. Of a longer
+            opening than `prompt_room` leaves room for, the end is kept, which the option follows.
         """
         ends = [self.tokenizer.encode(option) for option in options]
-        room = self._config.length - max(map(len, ends))
+        room = self.room(options)
         rows = []
         for i, question in enumerate(questions):
             opening = list(openings[i]) if openings else []
-            prompt = chat.render_prompt(self.tokenizer, question, max_tokens=max(8, room - len(opening))).tolist()
-            rows += [((prompt + opening)[-room:], end) for end in ends]
+            most = prompt_room(room, len(opening))
+            prompt = chat.render_prompt(self.tokenizer, question, max_tokens=most).tolist()
+            opening = opening[max(0, len(prompt) + len(opening) - room) :]
+            rows += [(prompt + opening, end) for end in ends]
         return np.concatenate(list(self._batches(rows))).reshape(len(questions), len(ends))
 
     def _batches(self, rows):
@@ -143,6 +151,56 @@ def readable(prompt: str) -> str:
     first, *rest = re.split(r"<\|(user|assistant|system)\|>", prompt)
     turns = [(role.capitalize(), text) for role, text in zip(rest[::2], rest[1::2], strict=True) if text.strip()]
     return "\n".join([*([first] if first.strip() else []), *(f"{role}: {text}" for role, text in turns)])
+
+
+def ask(
+    tokenizer: Tokenizer, template: str, max_tokens: int, *, whole: Sequence[str] = (), **values: str
+) -> tuple[Conversation, bool]:
+    """Returns a template with its values as a question of at most `max_tokens`, and whether a value was cut.
+
+    The template's words stay, what it asks and the options it offers among them. `prompt` loses its beginning,
+    down to half of what the template leaves, and the other values lose their ends, the longest first.
+
+    Args:
+      max_tokens: of the question in the chat template.
+      whole: names of values that are not cut.
+
+    Raises:
+      ConfigError: the template alone does not leave a token for each value.
+    """
+    filled = fill(template, **values)
+    over = _size(tokenizer, filled) - max_tokens
+    if over <= 0:
+        return _question(filled), False
+    words = {name: tokenizer.encode(text) for name, text in values.items() if name not in whole}
+    room = max_tokens - _size(tokenizer, fill(template, **values | dict.fromkeys(words, "")))
+    while over > 0 and room >= len(words):  # once, or again where parts of texts take more tokens than they did
+        filled = fill(template, **values | _parts(tokenizer, words, room))
+        over = _size(tokenizer, filled) - max_tokens
+        room -= over
+    if over > 0:
+        raise ConfigError(
+            f"judge.length: {max_tokens} tokens for a question do not hold the template {template[:30]!r} with a "
+            f"token of {', '.join(words)}"
+        )
+    return _question(filled), True
+
+
+def _question(text: str) -> Conversation:
+    return [{"role": "user", "content": text}]
+
+
+def _size(tokenizer: Tokenizer, text: str) -> int:
+    return len(chat.render_prompt(tokenizer, _question(text)))
+
+
+def _parts(tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int) -> dict[str, str]:
+    """The texts of values cut to `room` tokens together; see `ask`."""
+    others = [len(ids) for name, ids in words.items() if name != "prompt"]
+    prompt = min(len(words.get("prompt", ())), prompt_room(room, sum(others)))
+    longest = next(n for n in range(room, -1, -1) if sum(min(n, size) for size in others) <= room - prompt)
+    sides = {name: ids[len(ids) - prompt :] if name == "prompt" else ids[:longest] for name, ids in words.items()}
+    return {name: chat.decode_part(tokenizer, ids) for name, ids in sides.items()}
 
 
 def fill(template: str, **values: str) -> str:

@@ -16,7 +16,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.rewards.judge import Judge, JudgeConfig, class_probabilities, fill, load_judge, readable
+from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.responses import Pairs, Reward, TextReward
 
 
@@ -43,7 +43,7 @@ class RubricConfig:
 
 
 class Rubric:
-    """A rubric as a scorer of texts, with the mean probability of each class as a metric."""
+    """A rubric as a scorer of texts; metrics: the mean probability of each class, the share of questions cut."""
 
     def __init__(self, config: RubricConfig, judge: Judge):
         self._config, self._judge = config, judge
@@ -52,19 +52,23 @@ class Rubric:
         return self.with_metrics(prompts, responses)[0]
 
     def with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, Pairs]:
-        chances = self.probabilities(prompts, responses)
+        chances, cut = self.probabilities(prompts, responses)
         n = float(len(responses))
         scores = chances @ np.array([one.reward for one in self._config.classes])
         sums = zip(self._config.classes, chances.sum(axis=0), strict=True)
-        return scores.astype(np.float32), {f"class_{one.name or one.option}": (float(s), n) for one, s in sums}
+        metrics = {f"class_{one.name or one.option}": (float(s), n) for one, s in sums}
+        return scores.astype(np.float32), metrics | {"judge_cut": (float(cut), n)}
 
-    def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """p(class | rubric, prompt, response), [n, classes]."""
-        questions = [
-            [{"role": "user", "content": fill(self._config.template, prompt=readable(prompt), response=response)}]
+    def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, int]:
+        """p(class | rubric, prompt, response), [n, classes], and how many of the questions were cut to fit."""
+        options = [one.option for one in self._config.classes]
+        room = self._judge.room(options)
+        asked = [
+            ask(self._judge.tokenizer, self._config.template, room, prompt=readable(prompt), response=response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        return class_probabilities(self._judge.logprobs(questions, [one.option for one in self._config.classes]))
+        chances = class_probabilities(self._judge.logprobs([question for question, _ in asked], options))
+        return chances, sum(cut for _, cut in asked)
 
 
 def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:

@@ -3,7 +3,7 @@
 A pool of N answers to every held-out prompt gives, for n = 1, 2, 4 .. N, the unbiased estimate of both rewards of the
 answer that the proxy likes best (Nakano et al. 2021, appendix I), against KL = log n - (n - 1) / n.
 
-metrics.jsonl   a line an n, step = n: best_of_n/{proxy, gold, kl, kl_pool}
+metrics.jsonl   a line an n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut}
 scores.jsonl    a line a prompt: every answer's proxy, gold and length, so that all of it can be computed again
 samples.jsonl   a line a prompt: the best of its pool, and a plain sample
 """
@@ -35,7 +35,8 @@ from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
 from rlhfjax.stages.parts.rollout import Rollout, sample
 
 SCORES, SAMPLES = "scores.jsonl", "samples.jsonl"
-Pool = dict[str, np.ndarray]  # {"proxy" [p, N], "gold" [p, N], "length" [p, N], "answer" [p, N] ids of equal answers}
+# {"proxy" [p, N], "gold" [p, N], "length" [p, N], "answer" [p, N] ids of equal answers, "cut" [p]}
+Pool = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
-            metrics = {f"best_of_n/{name}": value for name, value in curve_point(pool, n).items()}
+            point = {**curve_point(pool, n), "prompts_cut": float(pool["cut"].mean())}
+            metrics = {f"best_of_n/{name}": value for name, value in point.items()}
             writer.write(n, metrics)
     return metrics
 
@@ -169,6 +171,7 @@ def _pools(
     shape = (len(source), config.pool)
     kinds = {"length": np.int64, "answer": np.int64}
     pool = {name: np.array(x, kinds.get(name, np.float64)).reshape(shape) for name, x in parts.items()}
+    pool["cut"] = encoded["cut"]
     return prompts, [answers[i * config.pool : (i + 1) * config.pool] for i in range(len(source))], pool
 
 

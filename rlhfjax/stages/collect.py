@@ -17,7 +17,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer
+from rlhfjax.metrics import Progress, Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.agreement import agreement
@@ -79,6 +79,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         }
     hosts.share(lambda: write_preferences(workdir / FOLDER, splits, labeller=config.labeller))
     metrics = _describe(splits)
+    for labeller in labellers:
+        if hasattr(labeller, "metrics"):
+            metrics |= finalize(labeller.metrics(), "collect/")
     if config.others:
         labels = [np.array([row["labels"][i] for row in splits["train"]]) for i in range(len(labellers))]
         metrics |= {f"collect/{name}": value for name, value in agreement(labels).items()}
@@ -104,11 +107,11 @@ def _answers(
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []
     with Progress(len(source), "prompts", title="collect") as progress:
-        for rollout, index in answers(source, policy, tokenizer, sampling, key, layout):
+        for rollout, index, cut in answers(source, policy, tokenizer, sampling, key, layout):
             some = make_answers(rollout.tokens, rollout.segments, rollout.mask, config.completions, tokenizer)
             labels = np.stack([labeller(some) for labeller in labellers])
             _validate_opinions(config, labels[0], index)
-            rows += _rows(hosts.whole(rollout), some, labels, index)
+            rows += _rows(hosts.whole(rollout), some, labels, index, cut)
             progress.update(len(rows), count=int((index >= 0).sum()))
     return rows
 
@@ -122,7 +125,7 @@ def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) ->
         raise DataError(f"collect.labeller={config.labeller}: it has no opinion about {place}")
 
 
-def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray) -> list[dict[str, Any]]:
+def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray, cut: np.ndarray) -> list[dict[str, Any]]:
     """One row a prompt; prompts that only fill the batch are left out."""
     k, p = some.k, rollout.tokens.shape[1] - rollout.mask.shape[1]
     rows = []
@@ -138,6 +141,7 @@ def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray) ->
                 ],
                 "scores": labels[0, i].tolist(),
                 "labels": labels[:, i],
+                "cut": float(cut[i]),
             }
         )
     return rows
@@ -154,4 +158,5 @@ def _describe(splits: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         "collect/score": float(scores.mean()),
         "collect/score_std_within_prompt": float(scores.std(axis=1).mean()),
         "collect/response_length": float(np.mean(lengths)),
+        "collect/prompts_cut": float(np.mean([row["cut"] for row in splits["train"]])),
     }

@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from rlhfjax.data import chat
-from rlhfjax.data.rows import split_of
+from rlhfjax.data.rows import opening, split_of
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
@@ -36,10 +36,10 @@ class Config:
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     principles: str  # a file of JSON lines
     rounds: int = 1  # revisions; the paper: 4
-    length: int  # conversation and answer, tokens; a longer conversation loses its beginning
+    length: int  # conversation and answer, tokens; the prompt of a longer conversation loses its beginning
     max_new: int  # tokens of an answer, a critique, a revision
     temperature: float = 1.0
-    validation: float = 0.1  # share of the prompts, by a stable hash
+    validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
     batch_size: int = 32
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -54,28 +54,40 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes both files; returns how many rows there are and how many answers a revision changed."""
+    """Writes both files; returns how many rows there are, how many answers a revision changed, and how many
+    prompts lost their beginning in a request that had no room for them."""
     principles = [read_principle(line, config.principles) for line in read_lines(config.principles)]
     options = {"length": config.length, "batch_size": config.batch_size}
     policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
     critic = policy if config.critic is None else Judge(JudgeConfig(model=config.critic, **options), layout)
     source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
     prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
-    drafts = [_say(config, policy, prompts, 0)]
+    cut: set[int] = set()
+
+    def fitted(speaker: Judge, after: list[Conversation]) -> list[Conversation]:
+        """What is asked about each prompt: the prompt, as the speaker has room for it, and the turns after it."""
+        room, asked = config.length - config.max_new, []
+        for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
+            asked.append(chat.shorten_conversation(speaker.tokenizer, prompt, rest, room))
+            cut.update([i] if asked[-1] != [*prompt, *rest] else [])
+        return asked
+
+    drafts = [_say(config, policy, fitted(policy, [[] for _ in prompts]), 0)]
     critiques: list[list[str]] = []
     for number in range(config.rounds):
         chosen = [principles[int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))] for p in prompts]
-        asked = [
-            [*prompt, _turn("assistant", draft), _turn("user", principle["critique"])]
-            for prompt, draft, principle in zip(prompts, drafts[-1], chosen, strict=True)
+        after = [
+            [_turn("assistant", draft), _turn("user", principle["critique"])]
+            for draft, principle in zip(drafts[-1], chosen, strict=True)
         ]
-        critiques.append(_say(config, critic, asked, 2 * number + 1))
-        asked = [
+        critiques.append(_say(config, critic, fitted(critic, after), 2 * number + 1))
+        after = [
             [*before, _turn("assistant", critique), _turn("user", principle["revision"])]
-            for before, critique, principle in zip(asked, critiques[-1], chosen, strict=True)
+            for before, critique, principle in zip(after, critiques[-1], chosen, strict=True)
         ]
-        drafts.append(_say(config, critic, asked, 2 * number + 2))
+        drafts.append(_say(config, critic, fitted(critic, after), 2 * number + 2))
     metrics = _write(config, workdir, prompts, drafts, critiques)
+    metrics["critique/prompts_cut"] = len(cut) / len(prompts)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -119,7 +131,7 @@ def _write(
             {"messages": prompt, "drafts": [d[i] for d in drafts], "critiques": [c[i] for c in critiques]}
         )
         if drafts[-1][i]:
-            held_out = split_of(chat.to_text(prompt), validation=config.validation, test=0.0) == "validation"
+            held_out = split_of(opening(prompt), validation=config.validation, test=0.0) == "validation"
             kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
     for split, rows in {**kept, "revisions": everything}.items():
         write_jsonl(workdir / f"{split}.jsonl", rows)

@@ -27,7 +27,7 @@ from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.stages import Pairs, Stage
 from rlhfjax.stages.parts.common import Start, StreamConfig, assemble, begin, check_streams, own_shards
 from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
-from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs, open_preferences
+from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs, open_preferences, truncation_metrics
 from rlhfjax.stages.parts.ptx import Together
 from rlhfjax.state import TrainState
 
@@ -40,7 +40,7 @@ REFERENCE, OTHERS = "reference", "mismatched/"  # the name, and the prefix, of w
 class Config(StreamConfig):
     stage: str = "direct"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens
+    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside the longest response
     batch_size: int  # prompts, each with all of its pairs; DPO: 64 pairs
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     reference: str | None = None  # None: init_from
@@ -98,7 +98,8 @@ def direct_loss(model: Model, config: LossConfig) -> Callable[..., tuple[jax.Arr
     def of_batch(params: PyTree, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Pairs]:
         key = key if model.drops else None
         total, mean = answer_logprobs(model, params, batch, key)
-        return loss(_answers(batch, total, mean))
+        scalar, pairs = loss(_answers(batch, total, mean))
+        return scalar, {**pairs, **truncation_metrics(batch)}
 
     return of_batch
 
@@ -116,7 +117,7 @@ def _answers(batch: Arrays, total: Any, mean: Any) -> Answers:
     valid = batch["valid"] * (batch["lengths"] > 0)  # an answer without tokens has no log-probability to speak of
     reference = batch.get(REFERENCE, jnp.zeros_like(total))
     kl = batch["kl"][0] if "kl" in batch else jnp.zeros(())
-    return Answers(total, mean, reference, batch["scores"], valid, kl)
+    return Answers(total, mean, reference, batch["scores"], valid, kl, batch["same"])
 
 
 def _batches(config: Config, source: Source, start: Start, **options: Any) -> Any:
@@ -245,9 +246,10 @@ def held_out_metrics(config: LossConfig, rows: Arrays) -> Pairs:
         rows["kl"] = _kl(others["total"], others)[None]
     answers = _answers(rows, rows["total"], rows["mean"])
     _, pairs = make_loss(config)(answers)
-    judged = [np.asarray(x) for x in (implicit_rewards(config, answers), answers.scores, answers.valid)]
+    labels = (answers.scores, answers.valid, answers.same)
+    judged = [np.asarray(x) for x in (implicit_rewards(config, answers), *labels)]
     margins = stats.margins(*judged)
-    return {f"val_{name}": pair for name, pair in pairs.items()} | {
+    return {f"val_{name}": pair for name, pair in {**pairs, **truncation_metrics(rows)}.items()} | {
         "val_accuracy": stats.pairwise_accuracy(*judged),
         "val_margin": (float(margins.sum()), float(margins.size)),
         "val_length_accuracy": (stats.length_baseline(np.asarray(rows["lengths"]), *judged[1:]), 1.0),

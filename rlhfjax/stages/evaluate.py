@@ -105,7 +105,7 @@ def _answer(
     more = {"slots": config.slots, "buckets": config.prompt_buckets}
     sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
     parts: dict[str, list] = {}
-    for rollout, index in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
+    for rollout, index, cut in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         if config.temperature > 0:
@@ -114,6 +114,7 @@ def _answer(
         prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
         ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
         measured |= {"prompt": prompts, "answer": answered, "length": rollout.mask.sum(1), "ended": ended}
+        measured |= {"cut": cut}
         real = np.flatnonzero(index >= 0)
         for name, values in measured.items():
             parts.setdefault(name, []).extend(values[i] for i in real)
@@ -131,7 +132,7 @@ def _sequence_kl(reference: store.SavedModel, rollout: Rollout, temperature: flo
 def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …; see the module."""
     policy, baseline = answers["policy"], answers["baseline"]
-    out = {"prompts": len(policy["answer"])}
+    out = {"prompts": len(policy["answer"]), "prompts_cut": policy["cut"].mean()}
     for score in ("gold", "proxy"):
         if score in policy:
             wins = stats.win_rate(policy[score], baseline[score])

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhfjax.data import chat
 from rlhfjax.data.preferences import read_preferences, write_preferences
-from rlhfjax.data.rows import split_of
+from rlhfjax.data.rows import opening, split_of
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout, MeshConfig
@@ -33,7 +33,7 @@ class Config:
     rankings: str  # a glob
     tokenizer: str  # file or folder
     answers: tuple[str, ...] = ()  # folders that `collect` wrote
-    validation: float = 0.05  # share of the prompts, by a stable hash
+    validation: float = 0.05  # share of the prompts, by a stable hash of their first user turn
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
@@ -48,7 +48,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     native = _native(config.answers)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
     for one in rankings:
-        held_out = split_of(one.key, validation=config.validation, test=0.0) == "validation"
+        key = one.prompt if isinstance(one.prompt, str) else opening(one.prompt)
+        held_out = split_of(key, validation=config.validation, test=0.0) == "validation"
         splits["validation" if held_out else "train"].append(_row(one, tokenizer, native))
     for split, rows in splits.items():
         if not rows:

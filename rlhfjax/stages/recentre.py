@@ -67,6 +67,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         context = f"recentre.init_from={config.init_from}"
         stats.validate_scores(samples["rewards"], context, samples["valid"])
         params, pairs = centre.normalise(saved.params, samples, "mean")
+        pairs = {**pairs, "rows_cut": (np.sum(samples["cut"] * samples["valid"]), np.sum(samples["valid"]))}
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
     metrics = finalize(hosts.whole(pairs), "recentre/")
     with Writer(workdir) as writer:
@@ -75,7 +76,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 
 def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
-    """Rewards of the samples, and which of them exist."""
+    """Rewards of the samples, which of them exist, and which lost tokens."""
     tokenizer = saved.tokenizer
     if config.policy:
         return _sampled(config, saved, layout)
@@ -99,10 +100,10 @@ def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
     sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)
     reward = ModelReward(saved.model, saved.params)
     parts = [
-        (hosts.whole(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32))
-        for one, index in answers(source, policy, tokenizer, sampling, jax.random.key(config.seed), layout)
+        (hosts.whole(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32), cut)
+        for one, index, cut in answers(source, policy, tokenizer, sampling, jax.random.key(config.seed), layout)
     ]
     return {
         name: np.concatenate(values)
-        for name, values in zip(("rewards", "valid"), zip(*parts, strict=True), strict=True)
+        for name, values in zip(("rewards", "valid", "cut"), zip(*parts, strict=True), strict=True)
     }

@@ -37,15 +37,17 @@ from rlhfjax.stages.parts.common import (
     open_sources,
     own_shards,
 )
-from rlhfjax.stages.parts.preferences import open_preferences
+from rlhfjax.stages.parts.preferences import open_preferences, truncation_metrics
 from rlhfjax.state import TrainState
+
+LABELS = ("scores", "valid", "same")  # what of a batch says how its completions compare, as the losses take them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(StreamConfig):
     stage: str = "reward"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens
+    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside the longest response
     batch_size: int  # prompts; InstructGPT: 64 (C.2)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     normalise_before: Literal["none", "mean", "mean_std"] = "none"  # N-details: mean_std before training as well
@@ -77,7 +79,7 @@ def build(config: Config, layout: Layout) -> Stage:
     def finish(state: TrainState) -> Finished:
         answers = judge(state.params, held_out_batches.restart())
         params, pairs = _normalised(config, start, state.params, answers, judge)
-        margins = stats.margins(answers["rewards"], answers["scores"], answers["valid"])
+        margins = stats.margins(answers["rewards"], *(answers[name] for name in LABELS))
         files = {"calibration.json": stats.calibration(margins).as_dict()}
         return Finished({store.FOLDER: start.saved(params)}, pairs, files, adapters_of(start.model, params))
 
@@ -114,7 +116,8 @@ def _normalised(
     shown = judge(params, centre.demonstrations(source, start.tokenizer, **options))
     params, pairs = centre.normalise(params, shown, "mean")
     _, reference = centre.normalise(params, answers, "none")
-    return params, {**reference, "demonstration_mean": pairs["reference_mean"]}
+    cut = truncation_metrics(shown)["rows_cut"]
+    return params, {**reference, "demonstration_mean": pairs["reference_mean"], "demonstrations_cut": cut}
 
 
 def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
@@ -132,7 +135,9 @@ def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array
         key = key if model.drops else None
         head = params["head"]
         params = {**params, "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])}}
-        return loss(completion_rewards(model, params, batch, key), batch["scores"], batch["valid"])
+        rewards = completion_rewards(model, params, batch, key)
+        scalar, pairs = loss(rewards, *(batch[name] for name in LABELS))
+        return scalar, {**pairs, **truncation_metrics(batch)}
 
     return of_batch
 
@@ -145,20 +150,21 @@ def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarr
         parts = []
         for batch in batches:
             rewards = hosts.whole(rewards_of(params, layout.put(batch)))
-            parts.append({"rewards": rewards} | {k: batch[k] for k in ("scores", "valid", "lengths")})
+            parts.append({"rewards": rewards} | {k: batch[k] for k in (*LABELS, "lengths", "cut")})
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     return judge
 
 
 def held_out_metrics(judged: dict[str, np.ndarray], loss: RewardLoss) -> Pairs:
-    """val_loss, val_accuracy, the accuracy of judging by length alone, and the expected calibration error."""
-    rewards, labels, valid = judged["rewards"], judged["scores"], judged["valid"]
-    _, pairs = loss(jnp.asarray(rewards), jnp.asarray(labels), jnp.asarray(valid))
-    margins = stats.margins(rewards, labels, valid)
+    """val_loss, val_accuracy, the accuracy of judging by length alone, the expected calibration error, and what
+    cutting did (see `truncation_metrics`)."""
+    labels = [judged[name] for name in LABELS]
+    _, pairs = loss(*(jnp.asarray(x) for x in (judged["rewards"], *labels)))
+    margins = stats.margins(judged["rewards"], *labels)
     return {
         "val_loss": pairs["loss"],
-        "val_accuracy": stats.pairwise_accuracy(rewards, labels, valid),
-        "val_length_accuracy": (stats.length_baseline(judged["lengths"], labels, valid), 1.0),
+        "val_accuracy": stats.pairwise_accuracy(judged["rewards"], *labels),
+        "val_length_accuracy": (stats.length_baseline(judged["lengths"], *labels), 1.0),
         "val_calibration_error": (stats.calibration(margins).ece, 1.0),
-    }
+    } | {f"val_{name}": pair for name, pair in truncation_metrics(judged).items()}

@@ -22,7 +22,7 @@ import numpy as np
 from rlhfjax import paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
-from rlhfjax.data import chat
+from rlhfjax.data import chat, examples
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
@@ -44,7 +44,7 @@ class Config(ModelTrainConfig):
     stage: str = "tamer"
     feedback: str  # a file of JSON lines
     held_out: str  # another
-    length: int  # prompt and response, tokens
+    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside its response
     loss: Literal["tamer", "deep_tamer"] = "tamer"
     seconds_per_token: float = 0.25  # how fast the answer appeared
     credit: Literal["uniform", "gamma"] = "uniform"  # the distribution of a person's delay
@@ -111,7 +111,8 @@ def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array
         names = ("first", "count", "times", "values", "weight")
         metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))
         pairs = {name: (total.sum(), weight.sum()) for name, (total, weight) in metrics.items()}
-        return divide(*pairs["loss"]), pairs
+        real = (batch["weight"].sum(1) > 0).astype(jnp.float32)
+        return divide(*pairs["loss"]), pairs | {"rows_cut": (jnp.sum(batch["cut"] * real), jnp.sum(real))}
 
     return loss
 
@@ -128,6 +129,8 @@ def credit_by(config: Config) -> Callable[[jax.Array, jax.Array, jax.Array], jax
 def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
     """Every answer with its feedback as arrays; as many places for feedback as the answer with most of it has.
 
+    Prompts and answers that do not fit are cut, see `examples.prompt_room`; `cut` is 1 on those rows.
+
     Raises:
       DataError: the file cannot be read, or a line is malformed.
     """
@@ -143,8 +146,8 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
                 given = np.array(row["feedback"], np.float32).reshape(-1, 2)
                 prompt, response = row["prompt"], row["response"]
                 messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                answer = chat.answer_tokens(tokenizer, response)[: length // 2]
-                start = chat.render_prompt(tokenizer, messages, max_tokens=length - len(answer))
+                answer = chat.answer_tokens(tokenizer, response)
+                start = chat.render_prompt(tokenizer, messages).tolist()
             except (ValueError, KeyError, TypeError, AttributeError) as why:
                 shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
                 raise DataError(f"{path}:{number}: expected {shape} ({why})") from None
@@ -154,24 +157,30 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
     if not found:
         raise DataError(f"tamer: {path} holds no feedback")
     most = max(len(given) for _, _, given in found)
-    return [_arrays(*one, most, tokenizer.pad_id, length) for one in found]
+    return [_arrays(tokenizer, *one, most, length) for one in found]
 
 
-def _arrays(prompt: np.ndarray, answer: list[int], given: np.ndarray, most: int, pad_id: int, length: int) -> Batch:
-    tokens, segments = np.full(length, pad_id, np.int32), np.zeros(length, np.int32)
-    ids = [*prompt.tolist(), *answer]
+def _arrays(
+    tokenizer: Tokenizer, prompt: list[int], answer: list[int], given: np.ndarray, most: int, length: int
+) -> Batch:
+    """One answer's arrays. Where prompt and answer do not fit they are cut as those of rankings."""
+    fitted = chat.shorten_prompt(tokenizer, prompt, examples.prompt_room(length, len(answer)))
+    shown = answer[: length - len(fitted)]
+    tokens, segments = np.full(length, tokenizer.pad_id, np.int32), np.zeros(length, np.int32)
+    ids = [*fitted, *shown]
     tokens[: len(ids)], segments[: len(ids)] = ids, 1
     padded = np.zeros((most, 2), np.float32)
     padded[: len(given)] = given
-    weight = (np.arange(most) < len(given)).astype(np.float32)
-    where = {"first": np.int32(len(prompt)), "count": np.int32(len(answer))}
     return {
         "tokens": tokens,
         "segments": segments,
         "times": padded[:, 0],
         "values": padded[:, 1],
-        "weight": weight,
-    } | where
+        "weight": (np.arange(most) < len(given)).astype(np.float32),
+        "first": np.int32(len(fitted)),
+        "count": np.int32(len(shown)),
+        "cut": np.float32(len(ids) < len(prompt) + len(answer)),
+    }
 
 
 def passes(rows: list[Batch], size: int) -> list[Batch]:

@@ -1,7 +1,4 @@
-import math
-
 import jax.numpy as jnp
-import numpy as np
 
 from rlhfjax.algos import language
 from tests.jitted import jitted
@@ -9,6 +6,8 @@ from tests.jitted import jitted
 language = jitted(language)
 
 
-def test_bits_per_byte():
-    # 8 ln 2 nats over 4 bytes are 2 bits per byte.
-    np.testing.assert_allclose(language.bits_per_byte(jnp.float32(8 * math.log(2)), jnp.float32(4)), 2.0, rtol=1e-6)
+def test_pitfall_42_nats_per_byte_of_the_counted_targets():
+    # bos 0, "a" 1, "é" 2 and "今" 3 bytes; counted are a é eos | 今, in 2 + 1 + 3 bytes, and 12 nats.
+    targets, mask = jnp.array([[1, 2, 0, 3], [3, 3, 1, 0]]), jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
+    nats, size = language.nats_per_byte(jnp.float32(12.0), targets, mask, jnp.array([0, 1, 2, 3]))
+    assert (float(nats), float(size)) == (12.0, 6.0)

@@ -12,6 +12,18 @@ from tests.jitted import jitted
 preference = jitted(preference)
 
 
+def test_pitfall_39_the_same_tokens_are_no_pair_whatever_their_labels():
+    # Labels 2, 1, 0; completions 0 and 1 have the same tokens: of (0,1), (0,2), (1,2) the first is none.
+    labels, same = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[0, 0, 2]])
+    pairs = preference.untied_pairs(labels, jnp.ones((1, 3)), same)
+    np.testing.assert_array_equal(pairs[0], [[0, 0, 1], [0, 0, 1], [0, 0, 0]])
+    # r = 0, 0, -1 for them: each pair is -log sigmoid(1) = 0.313262, and the prompt their mean.
+    rewards = jnp.array([[0.0, 0.0, -1.0]])
+    loss, metrics = preference.kwise_loss(rewards, labels, jnp.ones((1, 3)), same)
+    np.testing.assert_allclose(loss, 0.313262, rtol=1e-5)
+    assert [float(x) for x in metrics["accuracy"]] == [2, 2]
+
+
 def loop_kwise(rewards, labels, valid):
     """Ouyang et al. 2022, eq. 1, pair by pair; ties dropped."""
     prompts, correct, margin, n_pairs = [], 0.0, 0.0, 0

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from rlhfjax.data.chat import merge_turns, render, render_prompt, to_text
+from rlhfjax.data.chat import (
+    merge_turns,
+    render,
+    render_prompt,
+    shorten_conversation,
+    shorten_prompt,
+    to_text,
+)
 from rlhfjax.errors import DataError
 
 CHAT = [
@@ -64,8 +71,52 @@ def test_a_last_turn_that_is_too_long_keeps_its_end(tokenizer):
     prompt = render_prompt(tokenizer, [{"role": "user", "content": tokenizer.decode(content)}], max_tokens=8)
     bos, user, eos, assistant = ids(tokenizer, "bos", "<|user|>", "eos", "<|assistant|>")
     assert prompt.tolist() == [bos, user, *content[-4:], eos, assistant]
-    with pytest.raises(DataError, match="leaves no room"):
-        render_prompt(tokenizer, CHAT[:1], max_tokens=3)
+    for room in (3, 4):  # four are bos and the markup of a turn
+        with pytest.raises(DataError, match=f"length of {room} leaves no room for a single token"):
+            render_prompt(tokenizer, CHAT[:1], max_tokens=room)
+
+
+def test_pitfall_39_a_stored_prompt_is_cut_as_the_conversation_that_it_is(tokenizer):
+    """The oldest turns go whole; the system message and the header of the last turn stay, then its end."""
+    messages = [SYSTEM, *CHAT[:2], {"role": "user", "content": "a bird sang on the tree, happy."}]
+    whole = render_prompt(tokenizer, messages)
+    for room in range(len(whole) + 1, 16, -1):
+        cut = shorten_prompt(tokenizer, whole.tolist(), room)
+        assert cut == render_prompt(tokenizer, messages, max_tokens=room).tolist() and len(cut) <= room
+    bos, system, user, eos, assistant = ids(tokenizer, "bos", "<|system|>", "<|user|>", "eos", "<|assistant|>")
+    head = [bos, system, *tokenizer.encode("we sang."), eos, user]
+    assert cut[: len(head)] == head and cut[-2:] == [eos, assistant] and len(cut) == 17
+
+
+def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
+    bos, user, eos, assistant = ids(tokenizer, "bos", "<|user|>", "eos", "<|assistant|>")
+    # Cut before, in the middle of a word: encoding its text anew gives other ids.
+    odd = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in b"the cat sat"]
+    assert shorten_prompt(tokenizer, [bos, user, *odd, eos, assistant], 8) == [bos, user, *odd[-4:], eos, assistant]
+    plain = list(range(20, 40))  # without markers, with bos and without
+    assert shorten_prompt(tokenizer, [bos, *plain], 8) == [bos, *plain[-7:]]
+    assert shorten_prompt(tokenizer, plain, 8) == plain[-8:]
+    # No room for system message and markup: a half of what there is.
+    whole = render_prompt(tokenizer, [SYSTEM, *CHAT[:1]]).tolist()
+    assert shorten_prompt(tokenizer, whole, 6) == whole[:3] + whole[-3:]
+    assert shorten_prompt(tokenizer, [bos] * 9, 4) == [bos] * 4
+
+
+def test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened(tokenizer):
+    """A critic is asked about a question and an answer; the question gets shorter, and neither is left out."""
+    question = {"role": "user", "content": "a bird sang on the tree, happy. who ran on the mat?"}
+    prompt, after = [SYSTEM, *CHAT[:2], question], [CHAT[3], {"role": "user", "content": "was that happy?"}]
+    whole = [*prompt, *after]
+    sizes = [len(render_prompt(tokenizer, [SYSTEM, *one])) for one in (whole[1:], [question, *after])]
+    assert shorten_conversation(tokenizer, prompt, after, sizes[0]) == whole
+    assert shorten_conversation(tokenizer, prompt, after, sizes[0] - 1) == [SYSTEM, question, *after]
+    for less in (1, 5, 9):
+        system, cut, *rest = shorten_conversation(tokenizer, prompt, after, sizes[1] - less)
+        assert (system, rest) == (SYSTEM, after)
+        assert question["content"].endswith(cut["content"]) and cut["content"]
+        assert len(render_prompt(tokenizer, [system, cut, *rest])) <= sizes[1] - less
+    with pytest.raises(DataError, match="leave no room for a single one"):
+        shorten_conversation(tokenizer, prompt, after, sizes[1] - 40)
 
 
 def test_a_message_cannot_open_a_turn_of_its_own(tokenizer):

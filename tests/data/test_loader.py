@@ -200,6 +200,23 @@ def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(make, token
     assert seen == list(range(len(prompts)))
 
 
+def test_pitfall_39_what_was_cut_is_counted_in_the_batches(tokenizer):
+    def user(text):
+        return {"role": "user", "content": text}
+
+    long, short = user("the cat sat on the mat. " * 4), user("who?")
+    prompts = Rows([{"prompt": [long]}, {"prompt": [short]}, {"prompt": [long]}], "prompt")
+    batch = next(prompt_batches(prompts, tokenizer, batch_size=4, length=16, train=False))
+    assert batch["cut"].tolist() == [1, 0, 1, 1]  # the last only fills
+    answer = {"role": "assistant", "content": "yes."}
+    talks = Rows([{"messages": [turn, answer]} for turn in (long, short, short, long, short)], "messages")
+    batches = list(sft_batches(talks, tokenizer, batch_size=3, length=16, train=False))
+    cut, segments = (np.concatenate([batch[name] for batch in batches]) for name in ("cut", "segments"))
+    assert cut.sum() == 2 and segments.max(1).sum() == 5
+    # A row that the long one fills has no other example, and the rest of them were not cut.
+    assert [count > 0 for count in cut] == [(row == 1).all() for row in segments]
+
+
 def test_prompts_are_prefixes_and_the_seed_chooses_them(conversations):
     every = Prompts(conversations, per_conversation=None)
     assert len(every) == sum(turn["role"] == "user" for row in conversations for turn in row["messages"])
@@ -255,9 +272,10 @@ def test_completions_that_do_not_fit(tokenizer):
 
     cut = batch([11, 12, 13, 14], [[21, 22, 23], [31]], 5)  # the prompt loses 11, 12 for both
     assert cut["tokens"][0].tolist() == [[13, 14, 21, 22, 23], [13, 14, 31, 0, 0]]
-    cut = batch([11, 12], [[21, 22, 23, 24, 25], [31]], 4)  # one prompt token stays, the response loses its end
-    assert cut["tokens"][0].tolist() == [[12, 21, 22, 23], [12, 31, 0, 0]]
-    assert cut["lengths"][0].tolist() == [3, 1]
+    cut = batch([11, 12], [[21, 22, 23, 24, 25], [31]], 4)  # half of the row is the prompt's
+    assert cut["tokens"][0].tolist() == [[11, 12, 21, 22], [11, 12, 31, 0]]
+    assert cut["lengths"][0].tolist() == [2, 1]
+    assert cut["cut"][0].tolist() == [1, 0]
     with pytest.raises(DataError, match="row 0: token id 99999 is outside the tokenizer's vocabulary"):
         batch([99999], [[1], [2]], 4)
 

@@ -106,7 +106,10 @@ def test_every_stream_packs_and_shuffles_by_itself(make, tokenizer, documents, c
     found = take(make(kind, seed=3, shards=Shards(streams, tuple(range(streams)))), 12)
     for j in range(streams):
         rows = pack(tokenizer, source, order[j::streams], 3 + 104729 * j, size)
-        expected = [packing.to_row(row, pad_id=tokenizer.pad_id) for row in take(rows, 12 * size)]
+        packed = take(rows, 12 * size)
+        expected = [packing.to_row(row, pad_id=tokenizer.pad_id) for row in packed]
+        if kind == "sft":
+            expected = [a | packing.examples_cut(b) for a, b in zip(expected, packed, strict=True)]
         ours = [{k: x[j * size + i] for k, x in batch.items()} for batch in found for i in range(size)]
         assert_equal(ours, expected)
 
@@ -163,7 +166,7 @@ def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(make, k
                 np.testing.assert_array_equal(part[i][name][own], rows[own])
                 assert part[i][name].dtype == rows.dtype and part[i][name].shape == rows.shape
                 assert not np.delete(part[i][name], own, axis=0).any()  # zeros, and nobody's rows
-            assert (rows[:size].any() and rows[size : 2 * size].any()) or name == "scores"
+            assert (rows[:size].any() and rows[size : 2 * size].any()) or name in ("scores", "cut")
 
 
 @pytest.mark.parametrize("kind", ("pretrain", "mixed", "sft", "preferences"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.rows import BadRow, normalise
+from rlhfjax.data.rows import BadRow, normalise, split_key, split_of
 from rlhfjax.data.sources import Concatenated, Rows, open_source, texts
 from rlhfjax.errors import ConfigError, DataError
 
@@ -124,6 +124,75 @@ def test_rows_split_by_hash_are_disjoint_and_complete_and_named_splits_are_files
     assert [row["text"] for row in open_source(f"jsonl:{tmp_path}/{{split}}.jsonl", split="test")] == ["test"]
 
 
+def parts(spec, **options):
+    return {split: open_source(spec, split=split, **options) for split in ("train", "validation", "test")}
+
+
+def in_several(found):
+    """The keys that rows of more than one split have."""
+    seen = [set(keys) for keys in found]
+    return (seen[0] & seen[1]) | (seen[0] & seen[2]) | (seen[1] & seen[2])
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "preferences"])
+def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
+    """60 prompts, 5 rows of each that differ elsewhere; the split is the one that the prompt's own hash gives."""
+    rows = [{"q": f"who sat {i % 60}?", "id": i, "completions": [f"a {i}", "b"], "scores": [i, 0]} for i in range(300)]
+    found = parts(write_lines(tmp_path / "rows.jsonl", *rows), kind=kind, columns={"prompt": "q", "id": "id"})
+    asked = {split: [row["messages"][0]["content"] if kind == "prompt" else row["prompt"] for row in source]
+             for split, source in found.items()}  # fmt: skip
+    assert sum(map(len, asked.values())) == 300 and not in_several(asked.values())
+    for split, prompts in asked.items():
+        assert {split_of(prompt) for prompt in prompts} == {split}
+        assert len(prompts) == 5 * len(set(prompts))
+
+
+def test_pitfall_41_conversations_that_begin_alike_are_in_one_split(tmp_path):
+    """Another answer, another system message, a longer conversation, a prompt alone: the first user turn decides."""
+    system = {"role": "system", "content": "be brief"}
+    chats = [talk for i in range(60) for talk in (
+        turns(f"hi {i}", "yes"), turns(f"hi {i}", "no", "why?", "so"), [system, *turns(f"hi {i}", "yes")]
+    )]  # fmt: skip
+    prompts = [talk if talk[-1]["role"] == "user" else talk[:-1] for talk in chats]
+    for kind, rows in (("messages", chats), ("prompt", prompts), ("preferences", prompts)):
+        column = "messages" if kind == "messages" else "prompt"
+        rows = [{column: talk, "completions": ["a", "b"], "scores": [0, 1]} for talk in rows]
+        found = parts(write_lines(tmp_path / "rows.jsonl", *rows), kind=kind)
+        for split, source in found.items():
+            first = [next(turn["content"] for turn in row["messages"] if turn["role"] == "user") for row in source]
+            assert {split_of(text) for text in first} == {split} and len(first) == 3 * len(set(first))
+
+
+def test_pitfall_41_a_document_is_in_one_split_whatever_stands_beside_it(tmp_path):
+    """The same text with another id, at the end of a file without a newline, or in JSON lines."""
+    lines = [f"row {i}" for i in range(60)]
+    doubled = [{"text": text, "id": i} for i in range(2) for text in lines]
+    json_lines = parts(write_lines(tmp_path / "rows.jsonl", *doubled), kind="text")
+    for i, text in enumerate(lines):
+        (tmp_path / f"{i:02d}.txt").write_text(f"{text}\n{text}")  # one line with its end, and one without
+    plain = parts(f"text:{tmp_path}/*.txt", documents="line")
+    for split in json_lines:
+        texts = [[row["text"] for row in found[split]] for found in (json_lines, plain)]
+        assert sorted(texts[0]) == sorted(texts[1]) == sorted([text for text in lines if split_of(text) == split] * 2)
+
+
+def test_pitfall_41_a_row_without_a_prompt_is_still_reported(tmp_path):
+    """A conversation without a user goes by its first turn, a malformed row by its bytes: in one split it stops."""
+    alone = {"messages": [{"role": "assistant", "content": "hello"}]}
+    spec = write_lines(tmp_path / "rows.jsonl", alone, {"messages": []})
+    said = []
+    for split in ("train", "validation", "test"):
+        with pytest.raises(DataError) as stopped:
+            open_source(spec, kind="messages", split=split, on_bad_row="error")
+        said.append(str(stopped.value))
+    assert sum("rows.jsonl:2: column 'messages' has no messages" in why for why in said) >= 1
+    assert split_key("messages", alone) == "hello"
+
+
 def test_text_files_by_file_paragraph_and_line(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbffour\r\n")
@@ -227,8 +296,6 @@ def test_no_file_and_no_rows_are_errors(tmp_path):
 
 
 def _is_train(path):
-    from rlhfjax.data.rows import split_of
-
     return split_of(path.read_bytes()) == "train"
 
 

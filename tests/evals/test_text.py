@@ -1,6 +1,10 @@
 """Diversity, repetition and length, counted by hand."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhfjax.evals import text
 
@@ -16,6 +20,36 @@ def test_words_keep_apostrophes_and_drop_punctuation():
         "ok",
         "quoted",
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("今天天气真不错", list("今天天气真不错")),  # 7 characters, 6 of them different
+        ("今天。天気、ｶﾅ々!", list("今天天気ｶﾅ々")),
+        ("コーヒーを飲む・カフェ゛", list("コーヒーを飲むカフェ")),  # a dot and a lone voicing mark are no words
+        ("我的iPhone15很好, don't", ["我", "的", "iphone15", "很", "好", "don't"]),
+        ("\U00020000\U0002a6df字", ["\U00020000", "\U0002a6df", "字"]),
+        ("안녕하세요 세계", ["안녕하세요", "세계"]),  # Korean puts blanks between words
+        ("naïve Straße", ["naïve", "straße"]),
+    ],
+)
+def test_pitfall_42_a_chinese_character_and_a_kana_is_a_word(said, words):
+    assert text.words(said) == words
+
+
+def test_pitfall_42_figures_of_chinese_answers_by_hand():
+    # Bigrams: 今天 天天 天气 | 今天 天气: 3 different of 5. Words: 4 and 3. In the first, 天 stands twice.
+    answers = ["今天天气", "今天气"]
+    assert text.distinct_n(answers, 2) == pytest.approx(3 / 5)
+    assert text.repeated_n(answers[0], 1) == pytest.approx(1 / 4)
+    assert text.describe(answers)["words"] == 3.5
+
+
+@given(st.text(st.characters(max_codepoint=0x24FF), max_size=60))
+def test_words_of_scripts_with_blanks_are_runs_of_letters_and_digits(said):
+    runs = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", said.lower())
+    assert text.words(said) == runs
 
 
 def test_distinct_n_counts_over_the_set():

@@ -40,7 +40,7 @@ def language(rng, start, end, n, noise=0.08):
         loss = end + (start - end) * np.exp(-5 * step / n) + noise * rng.normal()
         yield step, {"loss": loss, "lr": 3e-4 * min(1, 20 * step / n) * (1 - step / n), "grad_norm": 1 + rng.random()}
         if step % (n // 6) == 0:
-            yield step, {"val_loss": loss + 0.1, "val_bits_per_byte": loss / 2.4}
+            yield step, {"val_loss": loss + 0.1, "val_nats_per_byte": loss / 2.4}
 
 
 def ppo_lines(rng, n):

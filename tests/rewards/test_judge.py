@@ -19,11 +19,14 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
+from rlhfjax.rewards import judge as judge_module
 from rlhfjax.rewards.feedback import OPTIONS, Feedback, FeedbackConfig, choose
 from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
 from rlhfjax.rewards.labellers import Answers, load_labeller
 from rlhfjax.rewards.responses import load_reward, score
+from rlhfjax.stages import critique as critique_module
 from rlhfjax.stages import stage_config
+from rlhfjax.stages.critique import Config, _write
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
 SENTENCES = [f"the cat {i} likes tea and (A) or (B) but no rain {i * 7}" for i in range(200)]
@@ -170,6 +173,50 @@ def test_a_rubric_is_added_to_a_reward_on_chosen_prompts_alone(folder, judge, tm
     assert pairs["class_fine_rubric"][1] == 3.0
 
 
+def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
+    """The prompt loses its beginning down to half of the room, then the longest of the others its end."""
+    template = "Is it fine? {prompt} said {a} or {b}. (A) yes (B) no"
+    tokenizer = judge.tokenizer
+    prompt, a, b = ("the cat likes tea " * 20, "rain and no rain " * 20, "no tea")
+
+    def size(**values):
+        return len(chat.render_prompt(tokenizer, [{"role": "user", "content": fill(template, **values)}]))
+
+    whole = {"prompt": "the cat", "a": "rain", "b": b}
+    question, cut = judge_module.ask(tokenizer, template, size(**whole), **whole)
+    assert not cut and question[0]["content"] == fill(template, **whole)
+    room = 90
+    ((question,), cut) = judge_module.ask(tokenizer, template, room, prompt=prompt, a=a, b=b)
+    before, rest = question["content"].removeprefix("Is it fine? ").split(" said ")
+    first, second = rest.removesuffix(". (A) yes (B) no").split(" or ")
+    assert cut and prompt.endswith(before) and a.startswith(first) and second == b and first
+    # Within a token or two of the seams: all of the room, one half of it the prompt's.
+    free = room - size(prompt="", a="", b="")
+    assert room - 4 <= size(prompt=before, a=first, b=second) <= room
+    assert abs(len(tokenizer.encode(before)) - free // 2) <= 4
+    with pytest.raises(ConfigError, match=r"judge\.length: 20 tokens .* do not hold the template 'Is it fine\?"):
+        judge_module.ask(tokenizer, template, 20, prompt=prompt, a=a, b=b)
+    question, cut = judge_module.ask(tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b)
+    assert cut and question[0]["content"].endswith(b)
+
+
+def test_pitfall_39_a_long_thought_does_not_take_the_question(folder, judge):
+    question = [{"role": "user", "content": "the cat likes tea"}]
+    thought = judge.tokenizer.encode("no rain or tea " * 40)
+    prompt = chat.render_prompt(judge.tokenizer, question)
+    kept = thought[len(thought) - (judge.room([" (A)"]) - len(prompt)) :]
+    assert 0 < len(kept) < len(thought)
+    got = judge.logprobs([question], [" (A)"], [thought])[0, 0]
+    np.testing.assert_allclose(got, loop_logprob(folder, question, " (A)", kept), rtol=1e-4)
+
+
+def test_pitfall_39_a_rubric_counts_the_questions_it_had_to_cut(folder, judge, tmp_path):
+    reward = load_reward(rubric(folder, tmp_path), ONE, judge.tokenizer)
+    long = "tea and rain " * 40
+    _, pairs = reward.scorer.with_metrics(["<|user|>cat<|assistant|>"] * 2, ["no", long])
+    assert pairs["judge_cut"] == (1.0, 2.0)
+
+
 # ------------------------------------------------------------------ AI feedback
 
 PRINCIPLES = ["Which is better?", "Which is worse? (no)", "Choose the cat."]
@@ -224,6 +271,14 @@ def test_feedback_averages_both_orders_and_soft_labels_hold_it_exactly(folder, p
 def test_a_judge_that_likes_a_letter_has_no_opinion_about_equal_answers(folder, principles):
     labels = make(folder, principles)(answers(("cat", ("the same", "the same"))))
     np.testing.assert_allclose(labels, 0, atol=1e-6)
+
+
+def test_pitfall_39_a_labeller_counts_the_questions_it_had_to_cut(folder, principles):
+    feedback = make(folder, principles)
+    feedback(SOME)
+    assert feedback.metrics() == {"judge_cut": (0.0, 4.0)}  # two pairs, in both orders
+    feedback(answers(("cat", ("tea " * 90, "no"))))
+    assert feedback.metrics() == {"judge_cut": (2.0, 6.0)}
 
 
 def test_labels_of_three_answers_fit_the_log_odds_in_least_squares(folder, principles):
@@ -285,11 +340,12 @@ def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
 # ------------------------------------------------------------------ critique and revision
 
 
-def critique(folder, tmp_path, name, **options):
+def critique(folder, tmp_path, name, prompts=None, **options):
+    rows = prompts or [{"prompt": f"cat {i}"} for i in range(12)]
     (tmp_path / "c.jsonl").write_text(
         "".join(json.dumps({"critique": f"say {i}", "revision": f"rewrite {i}"}) + "\n" for i in range(2))
     )
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"cat {i}"}) + "\n" for i in range(12)))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = stage_config(
         "critique",
         init_from=str(folder),
@@ -335,6 +391,42 @@ def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path)
         assert answer["content"] == last[question["content"]]
     kept = sum(len((workdir / f"{s}.jsonl").read_text().splitlines()) for s in ("train", "validation"))
     assert kept == 12 - metrics["critique/empty"]
+
+
+def test_pitfall_39_a_critic_sees_the_draft_of_a_long_prompt(folder, tmp_path):
+    """The prompt loses its beginning; what the critic is asked about is counted, and nothing of it is left out."""
+    asked = []
+    long = [{"prompt": f"cat {i} " + "the rain " * (40 if i else 0)} for i in range(4)]
+
+    def say(config, speaker, questions, draw):
+        asked.append(questions)
+        return [f"draft {draw}" for _ in questions]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(critique_module, "_say", say)
+        metrics, _ = critique(folder, tmp_path, "long", prompts=long)
+    assert metrics["critique/prompts_cut"] == 3 / 4
+    drafts, critiques, revisions = asked
+    for i in range(4):
+        assert [turn["role"] for turn in critiques[i]] == ["user", "assistant", "user"]
+        assert [turn["content"] for turn in critiques[i][1:]] in [["draft 0", f"say {j}"] for j in range(2)]
+        assert len(revisions[i]) == 5 and revisions[i][3]["content"] == "draft 1"
+        for question in (drafts[i], critiques[i], revisions[i]):
+            assert long[i]["prompt"].endswith(question[0]["content"]) and question[0]["content"].strip()
+
+
+def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
+    turns = [[{"role": "user", "content": f"cat {i}"}] for i in range(40)]
+    more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+    prompts = [*turns, *([*talk, *more] for talk in turns)]
+    config = Config(init_from="a", principles="b", length=9, max_new=4, validation=0.3)
+    _write(config, tmp_path, prompts, [["no"] * 80], [])
+    found = [
+        [json.loads(line)["messages"][0]["content"] for line in (tmp_path / f"{split}.jsonl").open()]
+        for split in ("train", "validation")
+    ]
+    assert len(found[0]) + len(found[1]) == 80 and len(found[1]) > 6
+    assert not set(found[0]) & set(found[1])
 
 
 def test_revisions_do_not_depend_on_the_batch_size(folder, tmp_path):

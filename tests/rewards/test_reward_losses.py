@@ -25,13 +25,13 @@ def log_sigmoid(x):
     return -np.log1p(np.exp(-x)) if x > -30 else x
 
 
-def pairs_of(p):
-    """(i, j) of valid completions, i < j."""
+def pairs_of(p, same):
+    """(i, j) of valid completions with other tokens, i < j."""
     ids = [i for i in range(K) if VALID[p, i]]
-    return [(i, j) for n, i in enumerate(ids) for j in ids[n + 1 :]]
+    return [(i, j) for n, i in enumerate(ids) for j in ids[n + 1 :] if same is None or same[p, i] != same[p, j]]
 
 
-def reference(name, config):
+def reference(name, config, same=None):
     """(sum, weight) by loops."""
     total, weight = 0.0, 0
     for p in range(P):
@@ -39,18 +39,20 @@ def reference(name, config):
         ids = [i for i in range(K) if VALID[p, i]]
         if name == "best_of_k":
             best = [i for i in ids if y[i] == max(y[j] for j in ids)]
+            ids = [i for i in ids if i == best[0] or same is None or same[p, i] != same[p, best[0]]]
             if len(best) == 1 and len(ids) > 1:
                 total += np.log(sum(np.exp(r[i]) for i in ids)) - r[best[0]]
                 weight += 1
             continue
         if name == "plackett_luce":
-            if any(y[i] != y[j] for i, j in pairs_of(p)):
+            if any(y[i] != y[j] for i, j in pairs_of(p, same)):
                 weight += 1
                 for i in ids:
-                    total += np.log(np.exp(r[i]) + sum(np.exp(r[j]) for j in ids if y[j] < y[i])) - r[i]
+                    worse = [j for j in ids if y[j] < y[i] and (same is None or same[p, j] != same[p, i])]
+                    total += np.log(np.exp(r[i]) + sum(np.exp(r[j]) for j in worse)) - r[i]
             continue
         own, count = 0.0, 0
-        for i, j in pairs_of(p):
+        for i, j in pairs_of(p, same):
             d, gap = r[i] - r[j], y[i] - y[j]
             if name in ("soft", "half_ties"):
                 q = 1 / (1 + np.exp(-config.label_scale * gap)) if name == "soft" else (np.sign(gap) + 1) / 2
@@ -106,6 +108,27 @@ def test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch(
         some, parts = state.gradients(of_batch, params, batch, None, microbatches=microbatches)
         np.testing.assert_allclose(some["w"], whole["w"], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(parts["loss"], pairs["loss"], rtol=1e-6)
+
+
+TWINS = np.arange(P * K, dtype=np.int32).reshape(P, K) % K
+TWINS[0, 3] = TWINS[3, 1] = TWINS[4, 2] = TWINS[1, 1] = 0  # the last is a prompt of K = 2
+TWINS[7, :] = 0
+NO_TWINS = np.tile(np.arange(K, dtype=np.int32), (P, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pitfall_39_a_pair_of_completions_with_the_same_tokens_weighs_nothing(name):
+    """By the plain loops, which leave such pairs out; where all differ it is the loss without `same`, to the bit."""
+    loss = jax.jit(make_loss(LossConfig(name=name)))
+    _, metrics = loss(REWARDS, LABELS, VALID, TWINS)
+    total, weight = reference(name, LossConfig(name=name), TWINS)
+    np.testing.assert_allclose(metrics["loss"][0], total, rtol=2e-6)
+    assert float(metrics["loss"][1]) == weight < reference(name, LossConfig(name=name))[1]
+    without, given = loss(REWARDS, LABELS, VALID), loss(REWARDS, LABELS, VALID, NO_TWINS)
+    assert float(without[0]) == float(given[0])
+    pair = np.array([[1.0, -1.0]], np.float32)
+    scalar, metrics = loss(pair, pair, np.ones_like(pair), np.zeros((1, 2), np.int32))
+    assert float(scalar) == 0 and float(metrics["loss"][1]) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

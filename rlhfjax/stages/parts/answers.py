@@ -61,10 +61,11 @@ def answers(
     sampling: Sampling,
     key: jax.Array,
     layout: Layout,
-) -> Iterator[tuple[Rollout, np.ndarray]]:
-    """Rollouts of `each` rows a prompt, with the prompts' indices [batch_size], -1 where one only fills the batch.
+) -> Iterator[tuple[Rollout, np.ndarray, np.ndarray]]:
+    """Yields rollouts of `each` rows per prompt, and for their prompts `index` and `cut`, [batch_size] each.
 
-    Batch i is drawn with fold_in(key, i), so that the same key gives the same answers.
+    The index is -1 where a prompt only fills the batch; `cut` is 1 where a prompt lost tokens to fit. Batch i is
+    drawn with fold_in(key, i), so that the same key gives the same answers.
     """
     stop = tokenizer.token_id(sampling.truncate.token) if sampling.truncate.token else None
     eos = tokenizer.eos_id if sampling.stop_at_eos else -1
@@ -81,4 +82,4 @@ def answers(
         rollout = widened(rollout, sampling.prompt_length - width, tokenizer.pad_id)
         if stop is not None:
             rollout = cut(rollout, stop, sampling.truncate.after, tokenizer.pad_id)
-        yield rollout, batch["index"]
+        yield rollout, batch["index"], batch["cut"]

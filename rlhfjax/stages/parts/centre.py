@@ -47,7 +47,8 @@ def demonstrations(
 ) -> Iterable[dict[str, np.ndarray]]:
     """The last answer of each conversation as one completion of its prompt: tokens, segments [b, 1, t], valid [b, 1].
 
-    The prompt loses its oldest turns until it fits; the last batch is filled with rows that count for nothing.
+    Prompts and answers are cut as those of rankings (`examples.preference`); the last batch is filled with rows that
+    count for nothing.
 
     Raises:
       DataError: no conversation has an answer.
@@ -63,11 +64,10 @@ def _demonstration(messages: list[chat.Message], tokenizer: Tokenizer, length: i
     ends = [j for j in range(1, len(roles)) if roles[j - 1 : j + 1] == ["user", "assistant"]]
     if not ends:
         return None
+    prompt = chat.render_prompt(tokenizer, messages[: ends[-1]])
     answer = chat.answer_tokens(tokenizer, messages[ends[-1]]["content"])
-    room = max(length // 2, length - len(answer))
-    prompt = chat.render_prompt(tokenizer, messages[: ends[-1]], max_tokens=room)
-    native = {"prompt_tokens": prompt, "completion_tokens": [np.array(answer[: length - len(prompt)], np.int32)]}
-    return examples.preference(tokenizer, native | {"scores": [0.0]}, k=1, length=length)
+    native = {"prompt_tokens": prompt, "completion_tokens": [np.array(answer, np.int32)], "scores": [0.0]}
+    return examples.preference(tokenizer, native, k=1, length=length)
 
 
 def _batched(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, np.ndarray]]:

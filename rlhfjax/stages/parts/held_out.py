@@ -61,6 +61,7 @@ def held_out(
                 "val_response_length": rollout.mask.sum(1),
                 "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, task.tokenizer.eos_id),
             }
+            measured["val_prompts_cut"] = batch["cut"]
             if gold is not None:
                 measured["val_gold"] = gold(*seen)
             measured = {name: np.asarray(hosts.whole(x), np.float32) for name, x in measured.items()}

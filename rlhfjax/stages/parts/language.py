@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.data.loader import Batches
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
@@ -17,27 +18,37 @@ from rlhfjax.state import TrainState
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
-    """(params, batch, key) -> mean negative log-likelihood of the masked targets, nats a token."""
+    """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked targets, nats per token.
+
+    Its metrics are the loss, and where the loader counts them (`cut`) the share of examples that lost tokens.
+    """
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
         key = key if model.drops else None
         hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
         nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
-        return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
+        pairs = {"loss": (nll, weight)}
+        if "cut" in batch:
+            examples = jnp.sum((batch["positions"] == 0) & (batch["segments"] > 0))
+            pairs["examples_cut"] = (jnp.sum(batch["cut"]), examples.astype(jnp.float32))
+        return nll / jnp.maximum(weight, 1.0), pairs
 
     return loss
 
 
 def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs]:
-    """(params, batch) -> val_loss in nats a token, val_bits_per_byte = nats / ln 2 / bytes of the same targets."""
+    """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the same targets.
+
+    Args:
+      byte_lengths: UTF-8 bytes of the text of each id of the tokenizer; ids beyond them have none.
+    """
     lengths = jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
 
     @jax.jit
     def measure(params: Any, batch: dict[str, jax.Array]) -> Pairs:
         _, pairs = language_loss(model)(params, batch, None)
-        nll, weight = pairs["loss"]
-        size = jnp.sum(lengths[batch["targets"]] * batch["mask"])
-        return {"val_loss": (nll, weight), "val_bits_per_byte": (nll / jnp.log(2.0), size)}
+        pairs["nats_per_byte"] = nats_per_byte(pairs["loss"][0], batch["targets"], batch["mask"], lengths)
+        return {f"val_{name}": pair for name, pair in pairs.items()}
 
     return measure
 

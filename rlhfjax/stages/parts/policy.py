@@ -253,7 +253,8 @@ def policy_step(
         if ahead is not None:
             state = state.replace(extra={**state.extra, AHEAD: ahead._asdict()})
             more = {**more, "staleness": (jnp.float32(behind), jnp.ones(()))}
-        return state, merge(said, pairs, more)
+        cut = batch["cut"]
+        return state, merge(said, pairs, more, {"prompts_cut": (cut.sum(), jnp.float32(cut.size))})
 
     return step
 

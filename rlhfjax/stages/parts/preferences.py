@@ -1,5 +1,6 @@
 """Ranked answers for the stages that learn from them: where they come from, and what a policy thinks of them."""
 
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhfjax import paths
+from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.data import examples
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.rows import Row
@@ -15,6 +17,7 @@ from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.models.transformer import Model
+from rlhfjax.stages import Pairs
 
 PyTree = Any
 
@@ -58,26 +61,44 @@ def completion_logprobs(
     return logprobs, response_slots(segments, batch["lengths"].reshape(-1))
 
 
-class Mismatched:
-    """Every prompt with the answers to another one, half of the data away: what KTO estimates its KL with.
+def truncation_metrics(batch: Mapping[str, Any]) -> Pairs:
+    """Returns what cutting did to a batch of `loader.preference_batches` (arrays of numpy or jax).
 
-    The partner is a matter of the data and not of the batch, so that an estimate over a batch does not depend on how
-    it is cut, and reference log-probabilities can be precomputed. Half of the data away, because neighbours are often
-    prefixes of one conversation.
+    rows_cut: share of the completions that lost tokens, of themselves or of their prompt.
+    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they weigh 0.
+    """
+    labels, valid, same = (jnp.asarray(batch[name]) for name in ("scores", "valid", "same"))
+    labelled = jnp.sum(untied_pairs(labels, valid))
+    return {
+        "rows_cut": (jnp.sum(batch["cut"] * valid), jnp.sum(valid)),
+        "pairs_dropped": (labelled - jnp.sum(untied_pairs(labels, valid, same)), labelled),
+    }
+
+
+class Mismatched:
+    """Every row's prompt with the completions of another prompt, which KTO estimates its KL with.
+
+    The donor is the prompt half of the distinct prompts away, in the order in which they first appear: it is
+    never the same prompt, however often a prompt stands in the data, and neighbours are often prefixes of one
+    conversation. The n-th row of a prompt takes the n-th row of the donor, in turn where the donor has fewer.
+    Donors depend on the data and not on the batch, so that an estimate over a batch does not depend on how it
+    is cut, and reference log-probabilities can be precomputed.
+
+    Raises:
+      DataError: all rows have one prompt.
     """
 
     kind = "preferences"
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
-        if len(source) < 2:
-            raise DataError("kto: an answer to another prompt is needed, and there is only one prompt")
         self.skipped, self._source, self._tokenizer = source.skipped, source, tokenizer
+        self._donors = _donors([_prompt_key(source[i]) for i in range(len(source))])
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Row:
-        donor = self._source[(index + len(self) // 2) % len(self)]
+        donor = self._source[self._donors[index]]
         prompt, _ = examples.native(self._tokenizer, self._source[index])
         _, completions = examples.native(self._tokenizer, donor)
         return donor | {
@@ -87,3 +108,25 @@ class Mismatched:
 
     def where(self, index: int) -> str:
         return f"{self._source.where(index)} with another prompt's answers"
+
+
+def _prompt_key(row: Row) -> Hashable:
+    """Equal for equal prompts, as text or as one user turn."""
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return tuple((turn["role"], turn["content"]) for turn in messages)
+
+
+def _donors(keys: Sequence[Hashable]) -> list[int]:
+    """For each row the row whose completions it takes; see `Mismatched`. Rows with equal keys have one prompt."""
+    rows_of: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    if len(groups) < 2:
+        raise DataError(f"kto: all {len(keys)} rows have one prompt; answers to another prompt are needed")
+    donors = [0] * len(keys)
+    for number, rows in enumerate(groups):
+        others = groups[(number + len(groups) // 2) % len(groups)]
+        for n, row in enumerate(rows):
+            donors[row] = others[n % len(others)]
+    return donors
