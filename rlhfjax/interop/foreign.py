@@ -80,5 +80,5 @@ SCHEMES: dict[str, Callable[[str], Foreign]] = {"hf": _hf, "gguf": _gguf, "pip":
 
 def placed(model: Model, params: PyTree, layout: Layout) -> PyTree:
     """Arrays of the host, each put into its shards."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(jax.device_put, params, state.shardings(shapes, model.axes(), layout))
+    shardings = state.shardings(model.shapes(), model.axes(), layout)
+    return jax.tree.map(jax.device_put, params, shardings)

@@ -224,7 +224,7 @@ def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray],
     """put(path, array): one array in its shards, each made float32 for itself, or in the host's memory."""
     if layout is None:
         return lambda _, array: np.ascontiguousarray(array, np.float32).reshape(array.shape)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = model.shapes()
     shardings = names.leaves(state.shardings(abstract, model.axes(), layout))
 
     def put(path, array):

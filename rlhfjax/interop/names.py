@@ -218,4 +218,4 @@ def nested(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def shapes_of(model: Model) -> dict[str, Shape]:
     """The shapes of a model's parameters by path."""
-    return {path: leaf.shape for path, leaf in leaves(jax.eval_shape(model.init, jax.random.key(0))).items()}
+    return {path: leaf.shape for path, leaf in leaves(model.shapes()).items()}

@@ -64,7 +64,7 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
         return SavedModel(there.model, there.params(layout), there.tokenizer())
     folder = find(path)
     model = _here(describe(folder), layout, folder)
-    abstract = state.abstract(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), layout)
+    abstract = state.abstract(model.shapes(), model.axes(), layout)
     params = checkpoint.load_tree(folder / "params", abstract)
     return SavedModel(model, params, load_tokenizer(folder))
 
@@ -92,9 +92,7 @@ def override(saved: SavedModel, changes: Mapping[str, Any], where: str) -> Saved
     params = saved.params
     if config.scan_layers != saved.model.config.scan_layers:
         params = (stacked if config.scan_layers else unstacked)(params)
-    wanted, given = (
-        jax.tree.map(lambda x: x.shape, tree) for tree in (jax.eval_shape(model.init, jax.random.key(0)), params)
-    )
+    wanted, given = (jax.tree.map(lambda x: x.shape, tree) for tree in (model.shapes(), params))
     if wanted != given:
         raise ConfigError(f"{where}: {', '.join(sorted(changes))} would make another model of it, of other parameters")
     return SavedModel(model, params, saved.tokenizer)

@@ -109,8 +109,12 @@ class Model:
         """Fresh parameters, a plain nested dict of float32 arrays (layers stacked when config.scan_layers)."""
         return lora.base(nn.meta.unbox(self._boxed(key)))
 
+    def shapes(self) -> Params:
+        """The tree of `init` with a jax.ShapeDtypeStruct in place of each array; a new tree per call."""
+        return lora.base(nn.meta.unbox(_boxed_shapes(self)))
+
     def axes(self) -> Params:
-        """The parameter tree with a tuple of logical axis names in place of each array."""
+        """The tree of `init` with a tuple of logical axis names in place of each array; a new tree per call."""
         return lora.base(self._axes())
 
     def init_trained(self, key: Key[Array, ""]) -> Params:
@@ -120,6 +124,10 @@ class Model:
           ConfigError: `lora.targets` is found in no projection's path.
         """
         return self._trained(nn.meta.unbox(self._boxed(key)))
+
+    def trained_shapes(self) -> Params:
+        """`shapes` of `init_trained`."""
+        return self._trained(nn.meta.unbox(_boxed_shapes(self)))
 
     def trained_axes(self) -> Params:
         """Logical axis names in the shape of `init_trained`."""
@@ -132,7 +140,7 @@ class Model:
         return lora.adapters(self.lora, tree) | head
 
     def _axes(self):
-        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        boxed = _boxed_shapes(self)
         tree = jax.tree.map(lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named))
         if self.config.scan_layers:
 
@@ -382,3 +390,11 @@ class Model:
         for i in range(n):
             x = layer(x, self._layer(params, i), i)
         return x
+
+
+@functools.cache
+def _boxed_shapes(model: Model) -> Params:
+    """Shapes and axis names of all parameters, traced once per model; callers make trees of their own from it."""
+    boxed = jax.eval_shape(model._boxed, jax.random.key(0))
+    # Without the sharding that a mesh in use may give them.
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), boxed)

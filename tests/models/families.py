@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rlhfjax.models import TransformerConfig
@@ -35,6 +36,34 @@ DISTINCT = tuple(name for name in FAMILIES if name != "llama")
 MOSTLY_SLOW = [pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow) for name in FAMILIES]
 
 
+STD = {"scale": 0.1, "bias": 0.1, "lora_a": 0.15, "lora_b": 0.1}  # of all others init_std
+
+
+def random_params(model, seed=0):
+    """Parameters of a model, none of them at its init: a bias or a scale that is left out of a sum shows.
+
+    They are drawn by numpy, so that no program is compiled for them.
+    """
+    return random_like(model.shapes(), model.config.init_std, seed)
+
+
+def random_trained(model, seed=1):
+    """The same of what is trained: adapters, and a scalar head."""
+    return random_like(model.trained_shapes(), model.config.init_std, seed)
+
+
+def random_like(shapes, std, seed):
+    """Arrays of these shapes from N(0, std), biases, scales and adapters from narrower ones; scales around 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        name = path[-1].key
+        mean = 1.0 if name == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, STD.get(name, std), x.shape), x.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
 def shaken(params, seed=7):
     """Every parameter moved by N(0, 0.1), so that a bias or scale that is left out of a sum shows."""
     leaves, tree = jax.tree.flatten(params)
@@ -45,4 +74,4 @@ def shaken(params, seed=7):
 
 
 def tokens(batch, length, seed=1, vocab=61):
-    return jax.random.randint(jax.random.key(seed), (batch, length), 2, vocab, dtype=jnp.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(2, vocab, (batch, length)), jnp.int32)

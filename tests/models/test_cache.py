@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import Model
-from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken, tokens
+from tests.models.families import FAMILIES, MOSTLY_SLOW, random_params, tokens
 
 PROMPT, NEW = 7, 6
 LENGTHS = (7, 1, 4, 2)
@@ -22,7 +22,13 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def params(model):
-    return shaken(model.init(jax.random.key(0)))
+    return random_params(model)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = Model(FAMILIES["llama-gqa"])
+    return model, random_params(model)
 
 
 def batch(lengths=LENGTHS, seed=1, width=PROMPT):
@@ -63,11 +69,12 @@ def test_cached_is_uncached(model, params, lengths):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
 
 
-def test_cached_is_uncached_in_bf16(model, params):
+def test_cached_is_uncached_in_bf16(llama):
     """Less apart than bf16 is from float32: XLA leaves out roundings within what it fuses, and fuses the two otherwise.
 
     Over 6 seeds the mean was 0.0008 nats at most (0.015 in "llama"), the largest 0.03 (0.16); bf16's own 0.02 and 0.25.
     """
+    model, params = llama
     narrow = Model(dataclasses.replace(model.config, dtype="bfloat16"))
     rows, segments = batch()
     got, expected = (f(narrow, params, rows, segments) for f in (cached, whole))
@@ -78,7 +85,7 @@ def test_cached_is_uncached_in_bf16(model, params):
 def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
     """... to the bit on one machine; elsewhere a sum in another order may turn a rounding here and there."""
     model = Model(dataclasses.replace(FAMILIES["llama"], dtype="bfloat16"))
-    params = shaken(model.init(jax.random.key(0)))
+    params = random_params(model)
     options = {"compiler_options": {"xla_allow_excess_precision": False}}
     got, expected = (
         jax.jit(f.__wrapped__, static_argnums=0, **options)(model, params, *batch()) for f in (cached, whole)
@@ -87,8 +94,9 @@ def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
     assert apart.mean() < 1e-3 and apart.max() < 0.05
 
 
-def test_a_row_does_not_depend_on_its_neighbours(model, params):
+def test_a_row_does_not_depend_on_its_neighbours(llama):
     """Among others, of other lengths: equal to the bit. In another place, alone, with more padding: to rounding."""
+    model, params = llama
     rows, segments = batch()
     together = np.asarray(cached(model, params, rows, segments))
     other_rows, other_segments = batch((4, 6, 1, 7), seed=9)
@@ -104,8 +112,11 @@ def test_a_row_does_not_depend_on_its_neighbours(model, params):
     np.testing.assert_allclose(wider, together, rtol=1e-6, atol=1e-5)
 
 
-def test_the_last_slot_is_that_of_the_whole(model, params):
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt1", "neox"])  # the three residual forms
+def test_the_last_slot_is_that_of_the_whole(family):
     """Value and gradient, of rows padded on either side; the last layer is computed at that slot alone."""
+    model = Model(FAMILIES[family])
+    params = random_params(model)
     rows = tokens(3, 9)
     segments = jnp.array([[0] * 4 + [1] * 5, [1] * 3 + [0] * 6, [1] * 9])
     last = jnp.array([8, 2, 8])

@@ -16,6 +16,7 @@ from rlhfjax.models import Model, TransformerConfig, transformer
 from rlhfjax.models.attention import causal_attention
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.stages.parts.common import check_kernel
+from tests.models.families import random_params
 
 KERNELS = {
     "cudnn": functools.partial(cudnn_attention, implementation="xla"),  # the same call, by XLA in the place of cuDNN
@@ -38,11 +39,18 @@ def test_a_kernel_is_our_attention_and_so_is_its_gradient(kernel, packed):
     def out(attend, *qkv):
         return jnp.where(real, attend(*qkv, segments), 0.0)
 
+    @jax.jit
+    def both(q, k, v):
+        def value_and_pulled(attend):
+            value, pull = jax.vjp(functools.partial(out, attend), q, k, v)
+            return value, pull(weight)
+
+        return value_and_pulled(KERNELS[kernel]), value_and_pulled(causal_attention)
+
     with jax.default_matmul_precision("highest"):
-        got, pull = jax.vjp(functools.partial(out, KERNELS[kernel]), q, k, v)
-        expected, pull_ours = jax.vjp(functools.partial(out, causal_attention), q, k, v)
+        (got, pulled), (expected, pulled_ours) = both(q, k, v)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    for a, b in zip(pull(weight), pull_ours(weight), strict=True):
+    for a, b in zip(pulled, pulled_ours, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -51,7 +59,7 @@ def test_a_sharded_model_by_splash_is_the_model_by_einsum(monkeypatch):
     """Batch and heads over four devices: every device runs the kernel on its own part."""
     monkeypatch.setitem(transformer.ATTENTION, "splash", KERNELS["splash"])
     config = TransformerConfig(vocab_size=50, d_model=32, n_layers=1, n_heads=4, d_ff=64, max_length=64, n_kv_heads=2)
-    params = Model(config).init(jax.random.key(0))
+    params = random_params(Model(config))
     tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 50)
     expected = jax.jit(Model(config).hidden)(params, tokens)
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
@@ -80,7 +88,7 @@ def test_a_model_trained_with_a_kernel_is_read_where_there_is_none(tmp_path, cap
     tokenizer = train_sentencepiece(["who knows which words a model knows"] * 9, tmp_path / "words", vocab_size=290)
     config = TransformerConfig(290, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8, attention="splash")
     model = Model(config)
-    params = model.init(jax.random.key(0))
+    params = random_params(model)
     store.save(tmp_path / "model", store.SavedModel(model, params, tokenizer))
     saved = store.load(tmp_path / "model", make_layout(MeshConfig(), jax.devices()[:1]))
     assert saved.model.config == dataclasses.replace(config, attention="einsum")

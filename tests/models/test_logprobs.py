@@ -13,19 +13,20 @@ from tests.collectives import collectives
 TEMPERATURE = 0.7
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def case(request):
+CASES = pytest.mark.parametrize(
+    ("tied", "chunk"),
+    [(True, 1), (False, 3 * 11 * 2), (True, 10**6)],
+    ids=["tied, chunks of 1", "untied, chunks of 2", "tied, one chunk"],
+)
+
+
+def case(tied):
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (3, 7, 5))
-    output = jax.random.normal(keys[1], (11, 5) if request.param else (5, 11))
+    output = jax.random.normal(keys[1], (11, 5) if tied else (5, 11))
     targets = jax.random.randint(keys[2], (3, 7), 0, 11)
     mask = (jax.random.uniform(keys[3], (3, 7)) > 0.3).astype(jnp.float32)
-    return hidden, output, targets, mask, request.param
-
-
-@pytest.fixture(params=[1, 3 * 11 * 2, 10**6], ids=["chunks of 1", "chunks of 2", "one chunk"])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", request.param)
+    return hidden, output, targets, mask
 
 
 def plain_logprobs(hidden, output, targets, tied, temperature=1.0):
@@ -38,37 +39,43 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b)
 
 
-def test_cross_entropy_is_plain(case, chunk):
-    hidden, output, targets, mask, tied = case
+@CASES
+def test_cross_entropy_is_plain(tied, chunk, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    hidden, output, targets, mask = case(tied)
 
     def got(hidden, output, mask):
-        return 1.7 * chunked.cross_entropy(hidden, output, targets, mask, tied=tied)[0]
+        nll, weight = chunked.cross_entropy(hidden, output, targets, mask, tied=tied)
+        return 1.7 * nll, weight
 
     def expected(hidden, output, mask):
-        return -1.7 * (plain_logprobs(hidden, output, targets, tied)[0] * mask).sum()
+        return -1.7 * (plain_logprobs(hidden, output, targets, tied)[0] * mask).sum(), mask.sum()
 
-    args = hidden, output, mask
-    close(got(*args), expected(*args))
-    close(jax.grad(got, (0, 1, 2))(*args), jax.grad(expected, (0, 1, 2))(*args))
-    assert float(chunked.cross_entropy(hidden, output, targets, mask, tied=tied)[1]) == float(mask.sum())
+    @jax.jit
+    def both(*args):
+        return [jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*args) for f in (got, expected)]
+
+    close(*both(hidden, output, mask))
 
 
-def test_logprobs_are_plain(case, chunk):
-    hidden, output, targets, mask, tied = case
+@CASES
+def test_logprobs_are_plain(tied, chunk, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    hidden, output, targets, mask = case(tied)
 
     def weighted(fn):
         def loss(hidden, output):
             logprob, entropy = fn(hidden, output, targets, tied=tied, temperature=TEMPERATURE)
-            return (logprob * mask).sum() + 0.3 * (entropy**2).sum()
+            return (logprob * mask).sum() + 0.3 * (entropy**2).sum(), (logprob, entropy)
 
         return loss
 
-    expected, got = weighted(plain_logprobs), weighted(chunked.logprobs)
-    close(
-        chunked.logprobs(hidden, output, targets, TEMPERATURE, tied=tied),
-        plain_logprobs(hidden, output, targets, tied, TEMPERATURE),
-    )
-    close(jax.grad(got, (0, 1))(hidden, output), jax.grad(expected, (0, 1))(hidden, output))
+    @jax.jit
+    def both(*args):
+        functions = chunked.logprobs, plain_logprobs
+        return [jax.value_and_grad(weighted(f), (0, 1), has_aux=True)(*args) for f in functions]
+
+    close(*both(hidden, output))
 
 
 def test_cross_entropy_by_hand():
@@ -166,11 +173,14 @@ def test_linear_gradient_is_autodiffs(shape):
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (2, 4, shape[0])), jax.random.normal(keys[1], shape)
     weight = jax.random.normal(keys[2], (2, 4, shape[1]))
-    got, expected = (
-        jax.grad(lambda x, k: (f(x, k) ** 2 * weight).sum(), (0, 1))(x, kernel)  # noqa: B023
-        for f in (linear, lambda x, k: x @ k)
-    )
-    close(got, expected)
+
+    @jax.jit
+    def both(x, kernel):
+        functions = linear, lambda x, kernel: x @ kernel
+        losses = [lambda x, kernel, f=f: (f(x, kernel) ** 2 * weight).sum() for f in functions]
+        return [jax.grad(loss, (0, 1))(x, kernel) for loss in losses]
+
+    close(*both(x, kernel))
 
 
 @pytest.mark.parametrize(

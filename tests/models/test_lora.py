@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,11 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model, blocks, lora
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.state import attach
-from tests.models.families import FAMILIES, shaken, tokens
+from tests.models.families import FAMILIES, random_params, random_trained, tokens
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets="attention|mlp")
 SCANNED = dataclasses.replace(FAMILIES["llama-gqa"], scan_layers=True)
-SHAPES = {"gpt2": FAMILIES["gpt2"], "llama-gqa": FAMILIES["llama-gqa"], "scanned": SCANNED}
+SHAPES = {"gpt2": FAMILIES["gpt2"], "scanned": SCANNED}
 
 
 def paths(tree):
@@ -25,9 +26,14 @@ def paths(tree):
 
 @pytest.fixture(params=SHAPES, scope="module")
 def world(request):
-    """(model, its base, adapters as they are born)."""
+    """(model, its base, adapters with an effect)."""
     model = Model(SHAPES[request.param], lora=ALL)
-    return model, shaken(jax.jit(model.init)(jax.random.key(0))), jax.jit(model.init_trained)(jax.random.key(1))
+    return model, random_params(model), random_trained(model)
+
+
+def without_effect(adapters):
+    """As they are born: B is 0."""
+    return jax.tree.map_with_path(lambda path, x: x * 0 if path[-1].key == "lora_b" else x, adapters)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -35,21 +41,34 @@ def logits_of(model, params, key=None):
     return model.logits(params, model.hidden(params, tokens(2, 9), key=key))
 
 
-def test_adapters_begin_without_effect_and_have_one_when_moved(world):
-    """To the bit, operation by operation: compiled as a whole, two programs may sum in two orders."""
-    model, base, adapters = world
-    before, after = (model.hidden(p, tokens(1, 5)) for p in (base, attach(base, adapters)))
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_with_new_adapters_is_the_one_without_to_the_bit(bias):
+    """Operation by operation: compiled as a whole, two programs may sum in two orders."""
+    project = blocks.Project((24, 40), ("embed", "mlp"), 0.3, bias, lora=ALL)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 24))
+    params = nn.meta.unbox(project.init(jax.random.key(1), x)["params"])
+    assert {"lora_a", "lora_b"} < params.keys() and np.any(params["lora_a"])
+    before, after = (project.apply({"params": p}, x) for p in (lora.base(params), params))
     np.testing.assert_array_equal(before, after)
-    moved = logits_of(model, attach(base, shaken(adapters)))
-    assert np.abs(moved - logits_of(model, base)).max() > 0.01
 
 
-def test_a_model_with_adapters_is_born_with_the_base_of_one_without(world):
+def test_adapters_begin_without_effect_and_have_one_when_moved(world):
+    model, base, adapters = world
+    plain = logits_of(model, base)
+    np.testing.assert_allclose(logits_of(model, attach(base, without_effect(adapters))), plain, rtol=1e-6, atol=1e-6)
+    assert np.abs(logits_of(model, attach(base, adapters)) - plain).max() > 0.01
+
+
+def test_adapters_have_axes_for_every_dimension(world):
     model, _, adapters = world
-    ours, plain = (jax.jit(m.init)(jax.random.key(0)) for m in (model, Model(model.config)))
-    jax.tree.map(np.testing.assert_array_equal, ours, plain)
     axes = jax.tree.map(lambda names: len(names), model.trained_axes(), is_leaf=lambda x: isinstance(x, tuple))
     assert axes == jax.tree.map(jnp.ndim, adapters)
+
+
+def test_a_model_with_adapters_is_born_with_the_base_of_one_without():
+    model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1), lora=ALL)
+    ours, plain = (jax.jit(m.init)(jax.random.key(0)) for m in (model, Model(model.config)))
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
 def test_b_is_zero_and_a_is_uniform_of_variance_one_third_over_the_inputs():
@@ -69,7 +88,7 @@ def test_b_is_zero_and_a_is_uniform_of_variance_one_third_over_the_inputs():
 
 def test_merged_is_attached(world):
     model, base, adapters = world
-    whole = attach(base, shaken(adapters))
+    whole = attach(base, adapters)
     merged = lora.merge(ALL, whole)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
     got, expected = logits_of(Model(model.config), merged), logits_of(model, whole)
@@ -85,7 +104,6 @@ def test_merging_is_the_equation_by_hand():
 def test_gradients_are_the_chain_rule_through_the_merged_kernels(world):
     """With W' = W + s A B: dA = s dW' B^T and dB = s A^T dW'; nothing else gets a gradient."""
     model, base, adapters = world
-    adapters = shaken(adapters)
 
     def loss(params, model):
         hidden = model.hidden(params, tokens(2, 9))
@@ -94,24 +112,22 @@ def test_gradients_are_the_chain_rule_through_the_merged_kernels(world):
     got = jax.jit(jax.grad(lambda t: loss(attach(base, t), model)))(adapters)
     full = jax.jit(jax.grad(lambda p: loss(p, Model(model.config))))(lora.merge(ALL, attach(base, adapters)))
     assert jax.tree.structure(got) == jax.tree.structure(adapters)
-    flat_full, flat = paths(full), paths(adapters)
+    flat_full, flat = ({path: np.asarray(x) for path, x in paths(tree).items()} for tree in (full, adapters))
     for path, x in paths(got).items():
         d_kernel = flat_full[path.rsplit("/", 1)[0] + "/kernel"]
         a, b = (flat[path[:-1] + letter] for letter in "ab")
-        product = chain_rule(a, b, d_kernel, path[-1])
-        expected = jax.vmap(product)(a, b, d_kernel) if model.config.scan_layers else product(a, b, d_kernel)
-        np.testing.assert_allclose(x, expected, rtol=2e-4, atol=2e-4 * float(jnp.abs(expected).max()), err_msg=path)
+        if model.config.scan_layers:
+            expected = np.stack([chain_rule(*layer, path[-1]) for layer in zip(a, b, d_kernel, strict=True)])
+        else:
+            expected = chain_rule(a, b, d_kernel, path[-1])
+        np.testing.assert_allclose(x, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max(), err_msg=path)
 
 
 def chain_rule(a, b, d_kernel, letter):
-    def product(a, b, d_kernel):
-        d_kernel = d_kernel.reshape(-1, b[0].size)
-        flat_a, flat_b = a.reshape(-1, 3), b.reshape(3, -1)
-        return (2.0 * (d_kernel @ flat_b.T if letter == "a" else flat_a.T @ d_kernel)).reshape(
-            a.shape if letter == "a" else b.shape
-        )
-
-    return product
+    flat_a, flat_b, d_kernel = a.reshape(-1, 3), b.reshape(3, -1), d_kernel.reshape(-1, b[0].size)
+    if letter == "a":
+        return (2.0 * (d_kernel @ flat_b.T)).reshape(a.shape)
+    return (2.0 * (flat_a.T @ d_kernel)).reshape(b.shape)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +140,9 @@ def chain_rule(a, b, d_kernel, letter):
 )
 def test_targets_choose_projections_by_their_path(targets, expected):
     model = Model(FAMILIES["llama"], lora=LoraConfig(rank=2, targets=targets))
-    shapes = jax.eval_shape(model.init_trained, jax.random.key(0))
-    assert paths(shapes).keys() == {f"backbone/layers/{path}/{name}" for path in expected for name in lora.NAMES}
+    assert paths(model.trained_shapes()).keys() == {
+        f"backbone/layers/{path}/{name}" for path in expected for name in lora.NAMES
+    }
 
 
 def test_targets_that_are_nowhere_are_named_with_what_there_is():
@@ -156,8 +173,9 @@ def test_dropout_is_of_the_adapters_input_alone():
     project = blocks.Project((64, 64), ("embed", "mlp"), 0.02, False, lora=config)
     params = {"kernel": jnp.zeros((64, 64)), "lora_a": jnp.eye(64), "lora_b": jnp.eye(64)}
     x = jax.random.normal(jax.random.key(0), (4, 8, 64))
-    np.testing.assert_allclose(project.apply({"params": params}, x), x, rtol=1e-6)
-    ratio = np.asarray(project.apply({"params": params}, x, rngs={"lora": jax.random.key(1)}) / x)
+    apply = jax.jit(lambda rngs: project.apply({"params": params}, x, rngs=rngs))
+    np.testing.assert_allclose(apply(None), x, rtol=1e-6)
+    ratio = np.asarray(apply({"lora": jax.random.key(1)})) / np.asarray(x)
     dropped = np.isclose(ratio, 0)
     np.testing.assert_allclose(ratio[~dropped], 1 / 0.75, rtol=1e-5)
     assert dropped.mean() == pytest.approx(0.25, abs=0.03)
@@ -165,24 +183,21 @@ def test_dropout_is_of_the_adapters_input_alone():
 
 def test_dropout_needs_a_key_and_adapters_with_an_effect():
     model = Model(FAMILIES["gpt2"], lora=dataclasses.replace(ALL, dropout=0.5))
-    base, adapters = (jax.jit(f)(jax.random.key(i)) for i, f in enumerate((model.init, model.init_trained)))
+    base, adapters = random_params(model), random_trained(model)
     assert model.drops and not Model(FAMILIES["gpt2"], lora=ALL).drops
     keys = (None, jax.random.key(2), jax.random.key(3))
-    none, *some = (np.asarray(logits_of(model, attach(base, shaken(adapters)), key)) for key in keys)
+    none, *some = (np.asarray(logits_of(model, attach(base, adapters), key)) for key in keys)
     assert min(np.abs(some[0] - none).max(), np.abs(some[0] - some[1]).max()) > 1e-3
-    unmoved = logits_of(model, attach(base, adapters), keys[1])  # B is 0: what A sees does not matter
+    unmoved = logits_of(model, attach(base, without_effect(adapters)), keys[1])  # B is 0: what A sees does not matter
     np.testing.assert_allclose(unmoved, logits_of(model, base), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scalar_head_is_trained_beside_the_adapters():
     model = Model(FAMILIES["llama"], "scalar", LoraConfig(rank=2))
-    trained = jax.eval_shape(model.init_trained, jax.random.key(0))
+    trained = model.trained_shapes()
     assert trained["head"].keys() == {"kernel", "bias"}
     assert {path.split("/")[-1] for path in paths(trained["backbone"])} == set(lora.NAMES)
-    assert (
-        paths(Model(FAMILIES["llama"], "scalar").init_trained(jax.random.key(0))).keys()
-        == paths(model.init(jax.random.key(0))).keys()
-    )
+    assert paths(Model(FAMILIES["llama"], "scalar").trained_shapes()).keys() == paths(model.shapes()).keys()
 
 
 def test_attaching_copies_nothing():

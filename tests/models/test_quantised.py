@@ -15,7 +15,7 @@ from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantised
 from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
 from rlhfjax.models.quantised import absmax, linear_int8, linear_nf4
 from rlhfjax.sampling import generate
-from tests.models.families import FAMILIES, MOSTLY_SLOW, shaken, tokens
+from tests.models.families import FAMILIES, MOSTLY_SLOW, random_params, random_trained, tokens
 from tests.sampling.test_generate import EOS, PAD, keys, left_padded, teacher_forced
 
 WIDE = TransformerConfig(vocab_size=512, d_model=256, n_layers=2, n_heads=4, d_ff=512, max_length=64, n_kv_heads=2)
@@ -32,12 +32,22 @@ def test_absmax_by_hand():
 def test_a_product_is_that_of_the_dequantised_kernel_and_so_is_its_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 3, 24))
     kernel = jax.random.normal(jax.random.key(1), (24, 10))
-    q = absmax(kernel, (0,))
-    wide = q.values * q.scale
-    assert float(jnp.abs(wide - kernel).max()) <= float(q.scale.max()) / 2 + 1e-7
-    np.testing.assert_allclose(linear_int8(x, *q), x @ wide, rtol=1e-5, atol=1e-5)
-    got = jax.grad(lambda x: jnp.sum(jnp.sin(linear_int8(x, *q))))(x)
-    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(jnp.sin(x @ wide)))(x), rtol=1e-4, atol=1e-5)
+    q = jax.jit(lambda kernel: absmax(kernel, (0,)))(kernel)
+    wide = np.asarray(q.values) * np.asarray(q.scale)
+    assert np.abs(wide - kernel).max() <= q.scale.max() / 2 + 1e-7
+    (got, slope), (expected, slope_wide) = products_and_gradients(linear_int8, q, wide, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def products_and_gradients(linear, q, wide, x):
+    """Of a quantised kernel and of the wide one: x W, and the gradient of sum(sin(x W)) in x."""
+
+    def both(product):
+        return product(x), jax.grad(lambda x: jnp.sum(jnp.sin(product(x))))(x)
+
+    return both(lambda x: linear(x, *q)), both(lambda x: x @ wide)
 
 
 def nf4_by_loops(x, block):
@@ -55,11 +65,12 @@ def test_nf4_is_the_nearest_value_of_its_block():
     for width, block in ((128, 64), (96, 32)):  # blocks of 64, or of what 64 and the width have in common
         x = np.asarray(jax.random.normal(jax.random.key(width), (width, 3)))
         codes, scales = nf4_by_loops(x, block)
-        got = quantised.nf4(jnp.asarray(x))
+        got = jax.jit(quantised.nf4)(x)
         assert got.values.dtype == jnp.uint4 and got.scale.shape == (width // block, 3)
         np.testing.assert_array_equal(got.values, codes)
         np.testing.assert_allclose(got.scale, scales, rtol=1e-6)
-    assert quantised.nf4(jnp.zeros((64, 1))).values.astype(int).tolist() == [[7]] * 64  # zeros stay zeros
+    zeros = jax.jit(quantised.nf4)(jnp.zeros((64, 1)))
+    assert np.asarray(zeros.values, int).tolist() == [[7]] * 64
     assert quantised.NF4[7] == 0.0
 
 
@@ -74,29 +85,35 @@ def test_the_nf4_values_are_the_quantiles_that_the_paper_takes():
 def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
     x = jax.random.normal(jax.random.key(0), (2, 3, 128))
     kernel = jax.random.normal(jax.random.key(1), (128, 10))
-    q = quantised.nf4(kernel)
-    wide = np.array(quantised.NF4)[np.asarray(q.values, int)] * np.repeat(q.scale, 64, axis=0)
+    q = jax.jit(quantised.nf4)(kernel)
+    values = np.array(quantised.NF4, np.float32)[np.asarray(q.values, int)]
+    wide = values * np.repeat(np.asarray(q.scale), 64, axis=0)
     assert 0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12  # of a standard deviation of 1
-    np.testing.assert_allclose(linear_nf4(x, *q), x @ wide, rtol=1e-5, atol=1e-5)
-    got = jax.grad(lambda x: jnp.sum(jnp.sin(linear_nf4(x, *q))))(x)
-    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(jnp.sin(x @ wide)))(x), rtol=1e-4, atol=1e-4)
+    (got, slope), (expected, slope_wide) = products_and_gradients(linear_nf4, q, wide, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def quantised_base(model, kind, params):
+    return quantised.base(params, model.axes(), kind)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_backward_pass_keeps_no_wide_kernel(kind):
     """What is saved for the gradient of a model on a quantised base: no float array of a kernel's size."""
     model = Model(FAMILIES["llama-gqa"])
-    params = quantised.base(model.init(jax.random.key(0)), model.axes(), kind)
+    params = jax.eval_shape(functools.partial(quantised_base, model, kind), model.shapes())
     kernels = [x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
     assert len(kernels) == 7 * model.config.n_layers and all(jnp.issubdtype(x.dtype, jnp.integer) for x in kernels)
-    embedded = jax.random.normal(jax.random.key(1), (1, 2, model.config.d_model))
-    layer = params["backbone"]["layers"]["layer_0"]
+    embedded = jax.ShapeDtypeStruct((1, 2, model.config.d_model), jnp.float32)
 
-    def run(x):
+    def saved_by(layer, x):
         rope = rope_tables(jnp.arange(2)[None], model.config.rope_dim, 1e4)
-        return blocks.Block(model.config).apply({"params": layer}, x, rope, causal_attention)
+        block = blocks.Block(model.config)
+        return jax.tree.leaves(jax.vjp(lambda x: block.apply({"params": layer}, x, rope, causal_attention), x)[1])
 
-    saved = jax.tree.leaves(jax.vjp(run, embedded)[1])
+    saved = jax.eval_shape(saved_by, params["backbone"]["layers"]["layer_0"], embedded)
     smallest = min(x.size for x in kernels)
     assert [x for x in saved if x.dtype == kernels[0].dtype]
     assert not [x.shape for x in saved if x.dtype == jnp.float32 and x.size >= smallest]
@@ -112,7 +129,7 @@ def logits_of(model, params, rows):
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     """Every projection, the embedding and the output matrix; no kernel is left in floats."""
     model = Model(FAMILIES[family])
-    params = jax.jit(lambda key: quantised.weights(shaken(model.init(key)), model.axes()))(jax.random.key(0))
+    params = jax.jit(lambda params: quantised.weights(params, model.axes()))(random_params(model))
     floats = {p[-1].key for p, x in jax.tree.leaves_with_path(params) if x.dtype != jnp.int8}
     assert floats <= {"bias", "scale", "positions", "kernel_scale", "tokens_scale"}
     rows = tokens(2, 9)
@@ -144,8 +161,8 @@ def test_wide_by_hand():
 def test_adapters_learn_on_a_quantised_base(kind):
     """QLoRA's split: the adapters' gradient on a quantised base is that on the same base in floats."""
     model = Model(FAMILIES["llama-gqa"], lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind))
-    own = shaken(model.init_trained(jax.random.key(1)))
-    base = quantised.base(model.init(jax.random.key(0)), model.axes(), kind)
+    own, base = random_trained(model), quantised_base(model, kind, random_params(model))
+    wide = jax.jit(lambda base: quantised.wide(base, model.axes()))(base)
     rows = tokens(2, 8)
 
     @jax.jit
@@ -154,49 +171,58 @@ def test_adapters_learn_on_a_quantised_base(kind):
         params = state.attach(base, own)
         return model.cross_entropy(params, model.hidden(params, rows), rows, jnp.ones((2, 8)))[0]
 
-    got, expected = gradient(own, base), gradient(own, quantised.wide(base, model.axes()))
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(got)) > 0.1
+    got, expected = gradient(own, base), gradient(own, wide)
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(got)) > 0.1
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_int8_already_is_refused():
     model = Model(FAMILIES["gpt2"])
-    once = quantised.weights(model.init(jax.random.key(0)), model.axes())
+
+    def weights(params):
+        return quantised.weights(params, model.axes())
+
+    once = jax.eval_shape(weights, model.shapes())
     with pytest.raises(ConfigError, match=r"(tokens|kernel) is int8 already"):
-        quantised.weights(once, model.axes())
+        jax.eval_shape(weights, once)
 
 
 # ------------------------------------------------------------------ the cache
 
 
-@pytest.mark.parametrize("settings", [{}, {"slots": 3}, {"each": 2}])
-def test_an_int8_cache_samples_from_nearly_the_same_distribution(settings):
-    """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Greedy tokens
-    of a slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbours.
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("each", "slots"))
+def sampled(model, params, prompts, segments, keys, **how):
+    return generate(model, params, prompts, segments, keys, max_new=10, eos_id=EOS, pad_id=PAD, **how)
+
+
+def test_an_int8_cache_samples_from_nearly_the_same_distribution():
+    """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Tokens of a
+    slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbours.
     """
-    model = Model(FAMILIES["llama-gqa"], int8_cache=True)
-    params = model.init(jax.random.key(0))
-    rows = left_padded((7, 1, 4, 6, 2))
-
-    @functools.partial(jax.jit, static_argnames=("each", "slots"))
-    def run(params, prompts, segments, keys, **how):
-        return generate(model, params, prompts, segments, keys, max_new=10, eos_id=EOS, pad_id=PAD, **how)
-
-    samples = run(params, *rows, keys(5 * settings.get("each", 1)), **settings)
-    rows = tuple(jnp.repeat(x, settings.get("each", 1), axis=0) for x in rows)
-    np.testing.assert_array_equal(samples.tokens, run(params, *rows, keys(len(rows[0]))).tokens)
-    expected = teacher_forced(Model(model.config), params, *rows, samples, 1.0)
-    error = float(jnp.abs(samples.logprobs - expected).max())
+    config = dataclasses.replace(FAMILIES["llama-gqa"], n_layers=1)
+    model, own = Model(config, int8_cache=True), keys(10)
+    params, rows = random_params(model), left_padded((7, 1, 4, 6, 2))
+    each_twice = tuple(jnp.repeat(x, 2, axis=0) for x in rows)
+    static = sampled(model, params, *each_twice, own)
+    for how in ({"each": 2}, {"each": 2, "slots": 3}):
+        np.testing.assert_array_equal(sampled(model, params, *rows, own, **how).tokens, static.tokens)
+    expected = teacher_forced(Model(config), params, *each_twice, static, 1.0)
+    error = np.abs(np.asarray(static.logprobs) - np.asarray(expected)).max()
     assert 1e-5 < error < 0.1
 
 
 def test_int8_attention_is_that_of_the_dequantised_cache():
     q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 4, 8), (3, 2, 9, 8), (3, 2, 9, 8)]))
     valid = jnp.arange(9)[None] < jnp.array([[9], [1], [5]])
-    k, v = absmax(k, (3,)), absmax(v, (3,))
-    wide = [x.values * x.scale[..., None] for x in (k, v)]
-    np.testing.assert_allclose(cached_attention(q, k, v, valid), cached_attention(q, *wide, valid), atol=1e-6)
+
+    @jax.jit
+    def both(q, k, v):
+        k, v = absmax(k, (3,)), absmax(v, (3,))
+        wide = [x.values * x.scale[..., None] for x in (k, v)]
+        return cached_attention(q, k, v, valid), cached_attention(q, *wide, valid)
+
+    np.testing.assert_allclose(*both(q, k, v), atol=1e-6)
 
 
 @pytest.mark.slow

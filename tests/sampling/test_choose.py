@@ -10,34 +10,44 @@ from rlhfjax.sampling import choose as module
 from rlhfjax.sampling.choose import check, choose, inverse_cdf, keep_top_k, keep_top_p
 
 
+cdf = jax.jit(inverse_cdf)
+drawn = jax.jit(choose, static_argnames=("temperature", "top_k", "top_p"))
+
+
 def grid(n):
-    return (jnp.arange(n) + 0.5) / n
+    return (np.arange(n, dtype=np.float32) + 0.5) / n
+
+
+def rows(logits, n):
+    """The same logits n times."""
+    return np.broadcast_to(np.asarray(logits, np.float32), (n, len(logits)))
 
 
 @pytest.mark.parametrize("vocab", [3, 64, 65, 200])
 def test_inverse_cdf_measures_are_the_probabilities(vocab):
     """Over an even grid of u, token i is drawn on an interval of length p_i, and the tokens come in order."""
-    logits = 2 * jax.random.normal(jax.random.key(0), (vocab,))
+    logits = 2 * np.random.default_rng(0).normal(size=vocab)
     n = 20_000
-    drawn = np.asarray(inverse_cdf(jnp.broadcast_to(logits, (n, vocab)), grid(n)))
-    share = np.bincount(drawn, minlength=vocab) / n
-    np.testing.assert_allclose(share, jax.nn.softmax(logits), atol=1.5 / n + 1e-6)
-    assert (np.diff(drawn) >= 0).all()
+    tokens = np.asarray(cdf(rows(logits, n), grid(n)))
+    share, p = np.bincount(tokens, minlength=vocab) / n, np.exp(logits)
+    np.testing.assert_allclose(share, p / p.sum(), atol=1.5 / n + 1e-6)
+    assert (np.diff(tokens) >= 0).all()
 
 
 def test_a_removed_token_is_never_drawn():
     """Not at u = 0, not just below 1, and not where rounding leaves the CDF's end below u times the total."""
-    logits = jnp.full((1, 200), -jnp.inf).at[0, jnp.array([5, 70, 130])].set(jnp.array([0.0, 1.0, -20.0]))
-    u = jnp.concatenate([jnp.array([0.0, 1e-30, np.nextafter(np.float32(1), np.float32(0))]), grid(1000)])
-    drawn = inverse_cdf(jnp.broadcast_to(logits, (len(u), 200)), u)
-    assert set(np.asarray(drawn).tolist()) <= {5, 70, 130}
-    assert int(drawn[0]) == 5
+    logits = np.full(200, -np.inf)
+    logits[[5, 70, 130]] = 0.0, 1.0, -20.0
+    u = np.concatenate([[0.0, 1e-30, np.nextafter(np.float32(1), np.float32(0))], grid(1000)]).astype(np.float32)
+    tokens = np.asarray(cdf(rows(logits, len(u)), u))
+    assert set(tokens.tolist()) <= {5, 70, 130}
+    assert tokens[0] == 5
 
 
 def test_first_above_falls_back_to_the_last_that_adds():
-    ends = jnp.array([[0.0, 0.5, 0.5, 0.9, 0.9]])
-    got = [int(module._first_above(ends, jnp.array([x]))[0]) for x in (0.0, 0.49, 0.5, 0.9, 2.0)]
-    assert got == [1, 1, 3, 3, 3]
+    ends = rows([0.0, 0.5, 0.5, 0.9, 0.9], 5)
+    got = jax.jit(module._first_above)(ends, jnp.array([0.0, 0.49, 0.5, 0.9, 2.0]))
+    assert got.tolist() == [1, 1, 3, 3, 3]
 
 
 def test_frequencies_match_probabilities():
@@ -45,7 +55,7 @@ def test_frequencies_match_probabilities():
     p = np.array([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
     n = 20_000
     u = jax.random.uniform(jax.random.key(0), (n,))
-    token, logprob = choose(jnp.broadcast_to(jnp.log(p), (n, 6)), u, temperature=1.0, top_k=0, top_p=1.0)
+    token, logprob = drawn(rows(np.log(p), n), u, temperature=1.0, top_k=0, top_p=1.0)
     seen = np.bincount(np.asarray(token), minlength=6)
     assert ((seen - n * p) ** 2 / (n * p)).sum() < 20.5
     np.testing.assert_allclose(logprob, np.log(p)[np.asarray(token)], rtol=1e-5)
@@ -56,8 +66,7 @@ def test_temperature_is_a_power_of_the_probabilities(temperature):
     p = np.array([0.6, 0.3, 0.1])
     expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
     n = 5000
-    logits = jnp.broadcast_to(jnp.log(p), (n, 3))
-    token, logprob = choose(logits, grid(n), temperature=temperature, top_k=0, top_p=1.0)
+    token, logprob = drawn(rows(np.log(p), n), grid(n), temperature=temperature, top_k=0, top_p=1.0)
     np.testing.assert_allclose(np.bincount(np.asarray(token)) / n, expected, atol=1e-3)
     np.testing.assert_allclose(np.exp(logprob), expected[np.asarray(token)], rtol=1e-5)
 
@@ -83,8 +92,7 @@ SHUFFLED = np.array([0.10, 0.40, 0.05, 0.30, 0.15])
 def test_truncation_is_exactly_renormalised(top_k, top_p, kept):
     """Which tokens are ever drawn, how often, and their logprobs: those of the distribution sampled from."""
     n = 4000
-    logits = jnp.broadcast_to(jnp.log(SHUFFLED), (n, 5))
-    token, logprob = choose(logits, grid(n), temperature=1.0, top_k=top_k, top_p=top_p)
+    token, logprob = drawn(rows(np.log(SHUFFLED), n), grid(n), temperature=1.0, top_k=top_k, top_p=top_p)
     expected = np.where(np.isin(np.arange(5), kept), SHUFFLED, 0)
     expected /= expected.sum()
     np.testing.assert_allclose(np.bincount(np.asarray(token), minlength=5) / n, expected, atol=1e-3)
@@ -92,16 +100,16 @@ def test_truncation_is_exactly_renormalised(top_k, top_p, kept):
 
 
 def test_ties_stay_together():
-    logits = jnp.log(jnp.array([[0.25, 0.25, 0.25, 0.25]]))
-    assert bool(jnp.isfinite(keep_top_k(logits, 1)).all())
-    assert bool(jnp.isfinite(keep_top_p(logits, 0.3)).all())
+    kept = jax.jit(lambda x: (keep_top_k(x, 1), keep_top_p(x, 0.3)))(rows(np.log([0.25] * 4), 1))
+    assert np.isfinite(kept).all()
 
 
 def test_greedy_is_the_first_largest_with_its_plain_logprob():
     logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 0.0, 1.0]])
-    token, logprob = choose(logits, jnp.array([0.9, 0.9]), temperature=0.0, top_k=2, top_p=0.5)
+    token, logprob = drawn(logits, jnp.array([0.9, 0.9]), temperature=0.0, top_k=2, top_p=0.5)
     assert token.tolist() == [1, 0]
-    np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[jnp.arange(2), token], rtol=1e-6)
+    expected = [2 - np.log(1 + 2 * np.exp(2)), 3 - np.log(np.exp(3) + 1 + np.exp(1))]
+    np.testing.assert_allclose(logprob, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def need_of(config: Any, shape: TransformerConfig, reward: TransformerConfig | N
 
 def count(model: Model, trained: bool = False) -> int:
     """Parameters of a model, or those of them that are trained."""
-    made = jax.eval_shape(model.init_trained if trained else model.init, jax.random.key(0))
+    made = model.trained_shapes() if trained else model.shapes()
     return sum(math.prod(x.shape) for x in jax.tree.leaves(made))
 
 
