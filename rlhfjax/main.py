@@ -211,8 +211,13 @@ def _start_flags(fv: flags.FlagValues) -> None:
         "compilation_cache", None, "folder in which compiled programs are kept for the next start", flag_values=fv
     )
     flags.DEFINE_integer(
-        "host_timeout", 100, "seconds without a sign of life after which another host counts as lost", 1, flag_values=fv
+        "host_timeout",
+        1200,
+        "seconds without a heartbeat after which another host counts as lost; longer than the longest compilation",
+        1,
+        flag_values=fv,
     )
+    flags.DEFINE_integer("join_timeout", 3600, "seconds to wait for the other hosts to start", 1, flag_values=fv)
 
 
 def _plan_flags(fv: flags.FlagValues) -> None:
@@ -290,7 +295,7 @@ def _start(command: str, fv: flags.FlagValues) -> None:
             import jax
 
             jax.config.update("jax_compilation_cache_dir", str(_path(fv.compilation_cache)))
-        _hosts().join(fv.host_timeout)
+        _hosts().join(heartbeat_timeout=fv.host_timeout, join_timeout=fv.join_timeout)
         if not _hosts().first():
             logging.getLogger("rlhfjax").setLevel(logging.WARNING)  # what else there is to say the first one says
 
