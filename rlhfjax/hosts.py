@@ -260,7 +260,7 @@ def fail(message: str, code: int) -> NoReturn:
 def fail_for_another(error: BaseException) -> NoReturn:
     """Ends this process because another one is gone; where that one said why, `_listen` ends it with its reason."""
     time.sleep(2 * _GRACE)
-    fail(f"{HostLost.message} ({str(error).splitlines()[0]})", HostLost.exit_code)
+    fail(f"{HostLost.message} ({first_line(error)})", HostLost.exit_code)
 
 
 def lost(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from rlhfjax.errors import ConfigError, Preempted, UserError
+from rlhfjax.errors import ConfigError, Preempted, UserError, first_line
 
 
 def _config_flag(fv: flags.FlagValues, argv: list[str]) -> None:
@@ -330,7 +330,7 @@ def _unexpected(error: BaseException) -> NoReturn:
     if _hosts().lost(error):
         _hosts().fail_for_another(error)
     traceback.print_exception(error)
-    _hosts().fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
+    _hosts().fail(first_line(error, kind=True), 1)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, write_json
-from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted, first_line
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
@@ -170,7 +170,9 @@ def _first_state(
     try:
         stage.batches.set_state(position)
     except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{checkpoints.directory}: its data position does not fit this data ({e})") from e
+        raise CheckpointError(
+            f"{checkpoints.directory}: its data position does not fit this data ({first_line(e)})"
+        ) from e
     return state, int(state.step)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, first_line
 from rlhfjax.plan.chips import CHIPS, Chip
 
 HERE = "here"
@@ -60,8 +60,7 @@ def target(topology: str, slices: int = 1) -> Target:
         with quiet():
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as e:  # libtpu answers with several types
-        reason = str(e).splitlines()[0]
-        raise ConfigError(f"--topology={topology}: {reason}") from None
+        raise ConfigError(f"--topology={topology}: {first_line(e)}") from None
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
     chip = dataclasses.replace(CHIPS[family], devices=len(devices) // len(places))
     name = topology if slices == 1 else f"{slices} x {topology}"
