@@ -19,8 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import cloud_tpu_init
-from jax._src import distributed  # its client is the only way to the coordination service
+from jax._src import cloud_tpu_init, distributed  # the coordination service's client has no other way to it
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -66,16 +65,20 @@ def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
     if not named and not _on_cluster_of_tpus():
         return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's
+    not_joined = f"the other hosts did not come within --join_timeout={join_timeout} s"
+    start_again = "start the same command on all hosts again"
+    _exit_on_abort(f"{not_joined}; {start_again}")
     try:
         _initialize(heartbeat_timeout, join_timeout)
     except (ValueError, TypeError) as e:
         raise ConfigError(f"joining the other hosts: {first_line(e)}") from e
     except (RuntimeError, OSError) as e:
-        reason = f"joining the other hosts within --join_timeout={join_timeout} s failed: {first_line(e)}"
-        raise HostLost(f"{reason}; start the same command on all hosts again") from e
-    if count() > 1:
-        _on_abort()
-        threading.Thread(target=_listen, name="hosts", daemon=True).start()
+        raise HostLost(f"{not_joined} ({first_line(e)}); {start_again}") from e
+    if count() == 1:
+        _exit_on_abort(None)
+        return
+    _exit_on_abort(HostLost.message)
+    threading.Thread(target=_listen, name="hosts", daemon=True).start()
 
 
 def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
@@ -276,7 +279,7 @@ def _listen() -> None:
     """Waits until a host says that it fails, then ends this one too, unless it is about to end by itself."""
     try:
         told = distributed.global_state.client.blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
-    except Exception as e:  # the run is over, or the first host is gone, which `_on_abort` reports
+    except Exception as e:  # the run is over, or the first host is gone, which `_exit_on_abort` reports
         del e
         return
     who, message, code = pickle.loads(told)
@@ -286,17 +289,23 @@ def _listen() -> None:
         os._exit(code)
 
 
-def _on_abort() -> None:
-    """Makes one line and an exit code of JAX's abort where a host is lost.
+def _exit_on_abort(message: str | None) -> None:
+    """Makes one line and exit code 75 of JAX's abort; None: the abort is the system's again.
 
-    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for. Where `fail`
-    has said its line already and only waits for the others to read it, that line and that code stand.
+    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for: where a host
+    is lost, and where the others do not join in time. Where `fail` has said its line already and only waits for the
+    others to read it, that line and that code stand.
     """
 
     def end(_: int) -> None:
         if not _codes:
-            os.write(2, f"rlhfjax: {HostLost.message}\n".encode())
+            os.write(2, f"rlhfjax: {message}\n".encode())
         os._exit(_codes[0] if _codes else HostLost.exit_code)
 
-    _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    if message is None:
+        c_signal(signal.SIGABRT, None)  # SIG_DFL
+        return
+    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
+    c_signal(signal.SIGABRT, ctypes.cast(_exit_on_abort.handler, ctypes.c_void_p))
