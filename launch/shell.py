@@ -87,8 +87,13 @@ class Shell:
                 return out.strip()
             if missing in error:
                 return None
-        last = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        last = last_line(error) or f"exit code {process.returncode}"
         raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
+
+
+def last_line(output: str) -> str:
+    """The last line with text of a command's output, where a tool says why it failed; "" if there is none."""
+    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
 
 
 def _started(words: Sequence[str], **streams: int) -> subprocess.Popen:

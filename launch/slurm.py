@@ -21,7 +21,19 @@ from typing import Any
 
 from absl import flags
 
-from launch.shell import PREEMPTED, LaunchError, Shell, environment, exports, given, launch, required, slug, worst
+from launch.shell import (
+    PREEMPTED,
+    LaunchError,
+    Shell,
+    environment,
+    exports,
+    given,
+    last_line,
+    launch,
+    required,
+    slug,
+    worst,
+)
 from launch.slurm_task import Task
 
 TAIL = 10  # lines of a log that are shown where the command failed
@@ -155,7 +167,7 @@ def submit(job: Job) -> Any:
     except FileNotFoundError:
         raise LaunchError("sbatch is not installed on this machine, or not in PATH") from None
     except (errors.FailedJobError, errors.FailedSubmissionError) as e:
-        raise LaunchError(str(e).strip().splitlines()[-1]) from None
+        raise LaunchError(last_line(str(e)) or type(e).__name__) from None
 
 
 def finish(shell: Shell, job: Job, submitted: Any) -> int:

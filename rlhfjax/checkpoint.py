@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rlhfjax import hosts, paths
 from rlhfjax.config import CheckpointConfig
-from rlhfjax.errors import CheckpointError
+from rlhfjax.errors import CheckpointError, first_line
 from rlhfjax.paths import Path
 
 log = logging.getLogger("rlhfjax")
@@ -220,5 +220,4 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _one_line(e: Exception) -> str:
-    text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:200]}" if text else type(e).__name__
+    return first_line(e, kind=True)[:200]

@@ -1,6 +1,23 @@
 """Errors meant for people: one line that says what is wrong, where, and what is accepted."""
 
 
+def first_line(error: BaseException | str, *, kind: bool = False) -> str:
+    """Returns the first line with text of an exception's message or of a process's output.
+
+    Args:
+      error: an exception, whose message may be empty, or a text.
+      kind: put the exception's class before its message, as a traceback does.
+
+    Returns:
+      Never an empty string: without a message the class of the exception, and "no message" for an empty text.
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, str):
+        return line or "no message"
+    name = type(error).__name__
+    return f"{name}: {line}" if line and kind else line or name
+
+
 class UserError(Exception):
     """A failed run (exit code 1): the message is the whole story, no traceback is shown."""
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from rlhfjax.errors import ConfigError, Preempted, UserError
+from rlhfjax.errors import ConfigError, Preempted, UserError, first_line
 
 
 def _config_flag(fv: flags.FlagValues, argv: list[str]) -> None:
@@ -211,8 +211,13 @@ def _start_flags(fv: flags.FlagValues) -> None:
         "compilation_cache", None, "folder in which compiled programs are kept for the next start", flag_values=fv
     )
     flags.DEFINE_integer(
-        "host_timeout", 100, "seconds without a sign of life after which another host counts as lost", 1, flag_values=fv
+        "host_timeout",
+        1200,
+        "seconds without a heartbeat after which another host counts as lost; longer than the longest compilation",
+        1,
+        flag_values=fv,
     )
+    flags.DEFINE_integer("join_timeout", 3600, "seconds to wait for the other hosts to start", 1, flag_values=fv)
 
 
 def _plan_flags(fv: flags.FlagValues) -> None:
@@ -290,7 +295,7 @@ def _start(command: str, fv: flags.FlagValues) -> None:
             import jax
 
             jax.config.update("jax_compilation_cache_dir", str(_path(fv.compilation_cache)))
-        _hosts().join(fv.host_timeout)
+        _hosts().join(heartbeat_timeout=fv.host_timeout, join_timeout=fv.join_timeout)
         if not _hosts().first():
             logging.getLogger("rlhfjax").setLevel(logging.WARNING)  # what else there is to say the first one says
 
@@ -325,7 +330,7 @@ def _unexpected(error: BaseException) -> NoReturn:
     if _hosts().lost(error):
         _hosts().fail_for_another(error)
     traceback.print_exception(error)
-    _hosts().fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
+    _hosts().fail(first_line(error, kind=True), 1)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations: `path` makes one
 SCHEME = "gs://"
@@ -296,6 +296,6 @@ def refusal(error: BaseException | None) -> str:
     """Why a bucket cannot be used (rights, credentials, network), in one line; nothing for another kind of error."""
     while error is not None:
         if type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp"):
-            return f"Google Cloud Storage: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return f"Google Cloud Storage: {first_line(error, kind=True)}"
         error = error.__cause__ or error.__context__
     return ""

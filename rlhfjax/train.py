@@ -30,11 +30,13 @@ from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, write_json
-from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted, first_line
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.stages import Stage
+
+_GO_ON, _SAVE, _STOP = 0, 1, 2  # what a host wishes at a step; the largest wish of all hosts decides
 
 
 def run(
@@ -64,14 +66,18 @@ def run(
             log = _Log(config, stage, writer, progress, checkpoints, start, clock)
             clock.go_on()
             clock.save()
-            vote = hosts.Vote()  # of all hosts, so that they stop at the same step
+            vote = hosts.Vote()  # of all hosts, so that they save and stop at the same step
+            timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
-                stop, last = vote(stopping.is_set()), step == config.steps
+                wish = _STOP if stopping.is_set() else _SAVE if timer.is_due() else _GO_ON
+                decision, last = vote(wish), step == config.steps
+                stop = decision == _STOP
+                save = decision != _GO_ON or _due(step, config.checkpoint.every, last)
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
                     with clock.part("eval"):
                         log.evaluate(step, stage.evals(state))
-                if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
+                if step != resumed and save:
                     log.flush()
                     with clock.part("checkpoint"):
                         log.check_state(step, state)
@@ -79,6 +85,7 @@ def run(
                             log.evaluate(step, _finish(stage, state, workdir, layout))
                         writer.flush()
                         checkpoints.save(step, state, stage.batches.get_state())
+                    timer.restart()
                     log.clock(step)
                 if stop or (last and hosts.anywhere(stopping.is_set())):
                     checkpoints.wait()
@@ -132,6 +139,26 @@ def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0 and step > 0)
 
 
+class _SaveTimer:
+    """Says when `minutes` have passed on the first host since the last save, or since it said so.
+
+    Hosts' clocks differ: the first host alone decides, and `hosts.Vote` takes its word to the others.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def is_due(self) -> bool:
+        if not self._seconds or not hosts.first() or time.monotonic() - self._began < self._seconds:
+            return False
+        self.restart()  # with several hosts the save comes one step later; until then it is asked for once
+        return True
+
+
 def _first_state(
     stage: Stage, key: jax.Array, layout: Layout, checkpoints: Checkpoints
 ) -> tuple[states.TrainState, int | None]:
@@ -143,7 +170,9 @@ def _first_state(
     try:
         stage.batches.set_state(position)
     except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{checkpoints.directory}: its data position does not fit this data ({e})") from e
+        raise CheckpointError(
+            f"{checkpoints.directory}: its data position does not fit this data ({first_line(e)})"
+        ) from e
     return state, int(state.step)
 
 

@@ -868,6 +868,16 @@ DEFECTS = [
         "pass",
         "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",
     ),
+    # 43: the first of no lines
+    d(
+        43,
+        "errors.py",
+        'line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")',
+        "line = str(error).splitlines()[0]",
+        "test_errors.py::test_pitfall_43_the_first_line_of_an_error_is_there_without_a_message",
+        "test_errors.py::test_pitfall_43_hosts_that_cannot_be_joined_without_a_reason",
+        "test_errors.py::test_pitfall_43_a_host_that_is_lost_without_a_reason",
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ import tokenizers
 
 from rlhfjax import paths
 from rlhfjax.data.template import BUILT_IN, MARKERS, Template
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, first_line
 from rlhfjax.paths import Path
 
 FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = (
@@ -200,7 +200,7 @@ def read_folder(folder: str | os.PathLike, template: str = "") -> HuggingFaceTok
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except Exception as error:  # the library raises nothing more special
-        raise DataError(f"{path}: not a tokenizer ({str(error).partition(chr(10))[0]})") from None
+        raise DataError(f"{path}: not a tokenizer ({first_line(error)})") from None
     config = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
     if (folder / TEMPLATE_FILE).is_file():
         config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")

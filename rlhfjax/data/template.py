@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rlhfjax.data.sandbox import compile_template
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, first_line
 
 Message = Mapping[str, str]
 ROLES = ("user", "assistant", "system")
@@ -132,7 +132,7 @@ class Template:
                 **self._names,
             )
         except Exception as error:  # a template is a program of someone else's and may raise anything
-            raise self._error(str(error).strip().partition("\n")[0] or type(error).__name__) from None
+            raise self._error(first_line(error)) from None
 
     def render(self, messages: Sequence[Message], *, cue: bool = False) -> tuple[list[int], list[float]]:
         """Tokens, and the loss mask: 1 on what the assistant has to produce, its end of turn included.

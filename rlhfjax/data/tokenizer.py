@@ -16,7 +16,7 @@ import sentencepiece
 from rlhfjax import paths
 from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import OURS, Template
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError, DataError, first_line
 from rlhfjax.paths import Path
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -64,7 +64,7 @@ class SentencePieceTokenizer:
             self._model = paths.path(path).read_bytes() if model is None else model
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{path}: not a SentencePiece model ({_first_line(error)})") from error
+            raise DataError(f"{path}: not a SentencePiece model ({first_line(error)})") from error
         sp = self._sp
         self.vocab_size = sp.get_piece_size()
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
@@ -180,7 +180,7 @@ def train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {_first_line(error)}"
+            f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {first_line(error)}"
         ) from error
     return _publish(model.getvalue(), path, sample)
 
@@ -225,7 +225,3 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 line = line[cut:]
             if line.strip():
                 yield line
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

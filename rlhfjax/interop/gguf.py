@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlhfjax import paths
-from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import names
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.paths import Path
@@ -191,8 +191,7 @@ def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[s
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
     except (OSError, ValueError, LookupError, OverflowError) as error:  # the reader has no errors of its own
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a whole GGUF file: {reason}") from None
+        raise CheckpointError(f"{path}: not a whole GGUF file: {first_line(error)}") from None
     if reader.byte_order != "I":
         raise CheckpointError(f"{path}: its bytes are in the other order than this machine's")
     return reader, metadata

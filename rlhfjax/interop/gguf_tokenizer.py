@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
-from rlhfjax.errors import CheckpointError
+from rlhfjax.errors import CheckpointError, first_line
 from rlhfjax.interop.gguf import open_gguf
 from rlhfjax.paths import Path
 
@@ -51,7 +51,7 @@ def _backend(path: str | Path, metadata: dict[str, Any], pre: str) -> tokenizers
     except KeyError as error:
         raise CheckpointError(f"{path}: there is no {error.args[0]}") from None
     except Exception as error:  # the library raises nothing more special
-        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({first_line(error)})") from None
     if len(vocabulary) < len(tokens) or len(kinds) != len(tokens):
         raise CheckpointError(
             f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct, and {len(kinds)} types"

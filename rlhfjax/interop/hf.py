@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from rlhfjax import paths, state
 from rlhfjax.config import write_json
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config, names
 from rlhfjax.interop.names import Row, Shape
 from rlhfjax.mesh import Layout
@@ -148,7 +148,7 @@ class _Files:
         try:
             self.open[path] = safe_open(paths.local(path), framework="numpy")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+            raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from None
         self.file |= dict.fromkeys(self.open[path].keys(), path)
 
     def slice(self, name: str) -> Any:
@@ -319,4 +319,4 @@ def _errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} could not be written: {error}") from error
+        raise CheckpointError(f"{folder} could not be written: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from rlhfjax import paths
-from rlhfjax.errors import UserError
+from rlhfjax.errors import UserError, first_line
 from rlhfjax.paths import Path
 from rlhfjax.plan.programs import layout_for, sketch
 from rlhfjax.plan.shapes import Subject
@@ -76,8 +76,8 @@ def ask(job: Job) -> Answer:
         if not said and (answer := _whole(folder)) is not None:
             return answer
         if "RESOURCE_EXHAUSTED" in said and _find(folder, ""):
-            return _decided(folder, said.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: "))
-        raise UserError(f"plan: the TPU compiler on {job.program} of {job.subject.name}: {said.splitlines()[0]}")
+            return _decided(folder, first_line(said).removeprefix("RESOURCE_EXHAUSTED: "))
+        raise UserError(f"plan: the TPU compiler on {job.program} of {job.subject.name}: {first_line(said)}")
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def _compile(job: Job, folder: str, connection: Connection) -> None:
             lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         connection.send("")
     except Exception as e:
-        connection.send(str(e) or type(e).__name__)
+        connection.send(str(e).strip() or first_line(e))
 
 
 def _last_words(connection: Connection) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, first_line
 from rlhfjax.plan.chips import CHIPS, Chip
 
 HERE = "here"
@@ -36,6 +37,12 @@ class Target(NamedTuple):
     def chips(self) -> float:
         return len(self.devices) / (self.chip.devices if self.chip else 1)
 
+    @property
+    def compiler(self) -> str:
+        """The compiler and its version: a run with another libtpu may need another amount of memory."""
+        package = "libtpu" if self.topology else "jaxlib"
+        return f"{package} {importlib.metadata.version(package)}"
+
 
 def target(topology: str, slices: int = 1) -> Target:
     """The devices of `v5e:4x4` and the like, of several such slices, or those `here`.
@@ -60,8 +67,7 @@ def target(topology: str, slices: int = 1) -> Target:
         with quiet():
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as e:  # libtpu answers with several types
-        reason = str(e).splitlines()[0]
-        raise ConfigError(f"--topology={topology}: {reason}") from None
+        raise ConfigError(f"--topology={topology}: {first_line(e)}") from None
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
     chip = dataclasses.replace(CHIPS[family], devices=len(devices) // len(places))
     name = topology if slices == 1 else f"{slices} x {topology}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError, DataError, first_line
 
 STARTING = 120.0  # seconds for a process to import the function
 TIMED_OUT = "timed out"
@@ -38,7 +38,9 @@ def find_function(name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"rule {name!r}: expected package.module:function that can be imported ({error})") from None
+        raise ConfigError(
+            f"rule {name!r}: expected package.module:function that can be imported ({first_line(error)})"
+        ) from None
     if not callable(found):
         raise ConfigError(f"rule {name!r}: it is a {type(found).__name__}, no function")
     return found

@@ -231,6 +231,11 @@ def test_what_slurm_refuses_is_one_line(cluster, call, monkeypatch):
     assert code == 1 and err.startswith("launch: submitit is not installed in this Python: ") and err.count("\n") == 1
 
 
+def test_what_a_tool_says_last_is_there_without_output():
+    assert shell.last_line("sbatch: error: a\nsbatch: error: b\n\n") == "sbatch: error: b"
+    assert shell.last_line("") == shell.last_line(" \n") == ""
+
+
 def test_a_command_that_is_not_there_and_secrets_in_its_log(cluster, call, monkeypatch):
     code, out, _ = call("submit", *JOB, "--", "there-is-no-such-program")
     assert code == 1 and "No such file or directory: 'there-is-no-such-program'" in out

@@ -1,0 +1,46 @@
+"""Errors in one line, whatever is caught: with several lines, with none, from a process that said nothing."""
+
+import pytest
+
+from rlhfjax import hosts
+from rlhfjax.errors import ConfigError, HostLost, first_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_kind"),
+    [
+        (ValueError("one\ntwo"), "one", "ValueError: one"),
+        (RuntimeError("\n  \n two \nthree"), "two", "RuntimeError: two"),
+        (RuntimeError(""), "RuntimeError", "RuntimeError"),
+        (RuntimeError("\n"), "RuntimeError", "RuntimeError"),
+        (TimeoutError(), "TimeoutError", "TimeoutError"),
+        (KeyError("a"), "'a'", "KeyError: 'a'"),
+        ("\nerror: no space\nmore", "error: no space", "error: no space"),
+        ("", "no message", "no message"),
+    ],
+)
+def test_pitfall_43_the_first_line_of_an_error_is_there_without_a_message(error, line, with_kind):
+    assert first_line(error) == line
+    assert first_line(error, kind=True) == with_kind
+
+
+def test_pitfall_43_hosts_that_cannot_be_joined_without_a_reason(monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("")
+
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere:1")
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", refuse)
+    monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: None)
+    with pytest.raises(ConfigError, match=r"^joining the other hosts: RuntimeError$"):
+        hosts.join()
+
+
+def test_pitfall_43_a_host_that_is_lost_without_a_reason(monkeypatch):
+    def fail(message, code):
+        assert message == f"{HostLost.message} (RuntimeError)"
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hosts, "fail", fail)
+    with pytest.raises(SystemExit, match=r"^75$"):
+        hosts.fail_for_another(RuntimeError(""))
