@@ -11,12 +11,14 @@ from rlhfjax import paths
 from rlhfjax.errors import ConfigError, UserError
 from rlhfjax.paths import Path
 from rlhfjax.report.sweep import read_result, write_sweep
-from rlhfjax.sweep import is_seed, pool
+from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
-# What is in launch/, each with its words that wait for a run's end.
-WAITING = {"tpu": ("run",), "gke": ("run",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
+# What is in launch/, each with its words that start a run: they wait for its end, but for gke's, which leave it to the
+# cluster's queue.
+WORDS = {"tpu": ("run",), "gke": ("submit",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
+GKE = (sys.executable, "-m", "launch.gke")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Options:
     """How a sweep runs.
 
     launcher: the words of a command that takes a run's command after its own, waits, and exits with its code, as
-      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine.
+      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine. GKE's do not wait:
+      all runs are submitted at once, and the cluster orders them.
     metrics: what the page shows; none: the telling ones of the last stage.
     """
 
@@ -46,13 +49,13 @@ def launcher(text: str) -> tuple[str, ...]:
         raise ConfigError(f"--launcher={text}: {str(e).lower()}") from None
     if first == "local" and not flags:
         return LOCAL
-    if first in WAITING:
+    if first in WORDS:
         if not (file := paths.path("launch") / f"{first}.py").is_file():
             raise ConfigError(f"--launcher={first}: {file} is not in this folder; expected to run in the repository's")
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
-        return (sys.executable, "-m", f"launch.{first}", *WAITING[first], "--name={name}", *flags, "--")
+        return (sys.executable, "-m", f"launch.{first}", *WORDS[first], "--name={name}", *flags, "--")
     if not shutil.which(first):
-        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WAITING)}, or a command that is installed")
+        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WORDS)}, or a command that is installed")
     return (first, *flags)
 
 
@@ -72,7 +75,11 @@ def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options
         return
     print(f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}")
     try:
-        codes = pool.run_all(commands, workdir, options.parallel)
+        if options.launcher[:3] == GKE:
+            jobs = {name: job_name(options.launcher, name) for name in commands}
+            codes = queued.run_all(commands, jobs, states_command(options.launcher), workdir)
+        else:
+            codes = pool.run_all(commands, workdir, options.parallel)
     finally:
         print(f"table: {collect(runs, workdir, options.metrics)}")
     if failed := [name for name, code in codes.items() if code]:
@@ -84,6 +91,18 @@ def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
     if tuple(launcher) == LOCAL:
         return [sys.executable, "-m", "rlhfjax", *run.command]
     return [*(word.replace("{name}", run.name) for word in launcher), "rlhfjax", *run.command]
+
+
+def job_name(launcher: Sequence[str], name: str) -> str:
+    """The name that a launcher's words give to a run: their last --name."""
+    words = [word for word in launcher if word.startswith("--name=")]
+    return words[-1].partition("=")[2].replace("{name}", name)
+
+
+def states_command(launcher: Sequence[str]) -> list[str]:
+    """The words that print the states of GKE's jobs, in the cluster and namespace of the launcher's words."""
+    where = [word for word in launcher if word.startswith(("--context=", "--namespace="))]
+    return [*GKE, "states", *where]
 
 
 def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> Path:
