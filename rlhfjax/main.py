@@ -72,7 +72,13 @@ def sweep(fv: flags.FlagValues) -> None:
     from rlhfjax.sweep import command
 
     _need(fv, "config", "workdir")
-    options = command.Options(fv.parallel, command.launcher(fv.launcher), fv.dry_run, tuple(fv.metrics))
+    options = command.Options(
+        parallel=fv.parallel,
+        launcher=command.launcher(fv.launcher),
+        slices_in_turn=fv.slices_in_turn,
+        dry_run=fv.dry_run,
+        metrics=tuple(fv.metrics),
+    )
     given = config_flags.get_override_values(fv["config"])
     command.sweep(config_flags.get_config_filename(fv["config"]), _path(fv.workdir), given, options)
 
@@ -180,6 +186,13 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
             "local",
             "local; tpu, gke, slurm or ssh (in the repository's folder) with flags of launch/'s, such as "
             "'slurm --gpus_per_node=8'; or a command that starts a run elsewhere and waits for it, {name} its name",
+            flag_values=fv,
+        )
+        flags.DEFINE_integer(
+            "slices_in_turn",
+            0,
+            "with --launcher='tpu …': so many TPUs take the runs in turn, without queueing and installing per run",
+            0,
             flag_values=fv,
         )
         flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)

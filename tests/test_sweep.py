@@ -157,6 +157,31 @@ def test_at_most_so_many_at_a_time_and_a_failure_stops_nobody(tmp_path, monkeypa
     assert command.why(codes, tmp_path, ["1"]) == [f"1 (exit code 3: {alive[1]})"]
 
 
+def test_no_two_running_commands_have_one_slot(tmp_path):
+    """Six commands in two slots: each makes a folder of its slot's name, which must not be there, and removes it."""
+    script = f"mkdir {tmp_path}/{{slot}} && sleep 0.05 && rmdir {tmp_path}/{{slot}} && echo {{slot}}"
+    commands = {f"run{i}": ["sh", "-c", script] for i in range(6)}
+    assert set(pool.run_all(commands, tmp_path, 2).values()) == {0}
+    used = {pool.log_of(tmp_path, name).read_text().strip() for name in commands}
+    assert used == {"0", "1"}
+
+
+def test_slices_in_turn_keep_their_tpus_and_delete_them_at_the_end(tmp_path, monkeypatch, capsys):
+    """Three runs on two TPUs: every run on a kept one, then one `down` for each."""
+    stub = [sys.executable, "-c", "import sys; print(*sys.argv[1:])"]
+    file = write(tmp_path, "for one in grid('vocab_size', 280, 290, 300): add(one)")
+    monkeypatch.setattr(command, "TPU", tuple(stub))
+    options = command.Options(launcher=(*stub, "run", "--name={name}", "--zone=z", "--spot", "--"), slices_in_turn=2)
+    command.sweep(file, tmp_path / "kl", {}, options)
+    logs = [pool.log_of(tmp_path / "kl", f"vocab_size={n}").read_text() for n in (280, 290, 300)]
+    assert all(" --zone=z --spot --keep -- rlhfjax train " in log for log in logs)
+    assert {log.split()[1] for log in logs} == {"--name=kl-0", "--name=kl-1"}
+    out = capsys.readouterr().out
+    assert all(f"down --name=kl-{slot} --zone=z\n" in out for slot in (0, 1)) and out.count(" down ") == 2
+    with pytest.raises(ConfigError, match="expected --launcher='tpu"):
+        command.sweep(file, tmp_path / "kl", {}, command.Options(slices_in_turn=2))
+
+
 def test_a_preempted_run_starts_again(tmp_path):
     once = f"p = {str(tmp_path / 'been')!r}\nif not os.path.exists(p): open(p, 'w'); sys.exit(75)"
     assert pool.run_all({"a": python(once)}, tmp_path, say=lambda _: None) == {"a": 0}
