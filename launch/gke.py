@@ -1,237 +1,238 @@
-"""Runs a command on TPU slices of a GKE cluster as a JobSet: several slices, spot, a bucket for checkpoints.
+"""Runs a command on TPU slices of a GKE cluster as a JobSet: several slices, spot, queued and admitted by Kueue.
 
-    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --bucket=B -- rlhfjax run \\
-        --config=experiments/… --workdir=/bucket/runs/a
+    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --queue=tpu -- rlhfjax run \\
+        --config=experiments/… --workdir=gs://BUCKET/runs/a
+    python -m launch.gke submit … -- …        the same without waiting for its end
     python -m launch.gke manifest … -- …      prints what `kubectl apply` would get
     python -m launch.gke logs | down --name=a
+    python -m launch.gke states NAME …        JSON, the state of each: Queued, Running, Completed, Failed or Missing
+    python -m launch.gke queue --name=tpu --topology=4x4 --chips=64    prints Kueue's objects for `kubectl apply`
+    python -m launch.gke pool --name=tpu --topology=4x4 --cluster=C --region=R --zone=Z    prints gcloud's lines
 
-The manifest is JSON, which is YAML. A pod that exits with 75, or whose node is taken away, makes the JobSet start again
-without limit: the state is in the bucket. Any other failure ends it.
+Manifests are JSON, which is YAML. A pod that exits with 75, or whose node is taken away, makes the JobSet start again
+without limit: the state is in the bucket. Any other failure ends it, after --max_restarts.
 """
 
 import dataclasses
 import json
-import math
+import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from absl import flags
 
-from launch.shell import PREEMPTED, LaunchError, Shell, environment, given, launch, required, secrets, slug
+from launch import gke_manifest
+from launch.gke_manifest import BUCKET, CHIPS, CONTAINER, Job, manifest
+from launch.shell import LaunchError, Shell, environment, given, launch, required, secrets, slug
 
-# GKE's names of the chips: cloud.google.com/gke-tpu-accelerator
-ACCELERATORS = {
-    "v4": "tpu-v4-podslice",
-    "v5e": "tpu-v5-lite-podslice",
-    "v5p": "tpu-v5p-slice",
-    "v6e": "tpu-v6e-slice",
-    "tpu7x": "tpu7x",
-}
-PORTS = (8471, 8080)  # within a slice, and between slices
-BUCKET = "/bucket"  # where a pod sees it
-PREEMPTION = "PodFailurePolicy"  # the reason of a job that its pod failure policy has ended
+OLDEST_JOBSET = (0, 6)  # with rules by the reason of a failure
+WORDS = ("run", "submit", "manifest", "logs", "down", "states", "queue", "pool")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What runs where. `topology` is that of one slice, in chips: 4x4, 4x4x8."""
+class Cluster:
+    """Which cluster and namespace kubectl asks."""
 
-    name: str
-    image: str
-    command: tuple[str, ...]
-    chip: str
-    topology: str
-    slices: int = 1
-    chips_per_host: int = 4
-    spot: bool = False
-    bucket: str | None = None
-    service_account: str | None = None
-    grace: int = 120  # seconds between SIGTERM and SIGKILL
-    max_restarts: int = 0  # after failures that are no pre-emptions
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {variable: SECRET:KEY}
+    context: str | None = None
+    namespace: str | None = None
 
-    @property
-    def hosts(self) -> int:
-        """Pods a slice.
+    def kubectl(self, *words: str) -> list[str]:
+        options = {"context": self.context, "namespace": self.namespace}
+        return ["kubectl", *(f"--{name}={value}" for name, value in options.items() if value), *words]
 
-        Raises:
-          ValueError: the slice is no whole number of hosts.
-        """
-        chips = math.prod(int(side) for side in self.topology.split("x"))
-        if chips % self.chips_per_host:
-            raise ValueError(
-                f"--topology={self.topology}: {chips} chips are no multiple of {self.chips_per_host} a host"
-            )
-        return chips // self.chips_per_host
+    def state(self, name: str) -> list[str]:
+        """The command that prints Completed, Failed, or nothing while the JobSet goes on."""
+        return self.kubectl("get", "jobset", name, "--output=jsonpath={.status.terminalState}")
+
+    def states(self, names: Sequence[str]) -> list[str]:
+        """The command that prints the JobSets of these names, as JSON, without those that are not there."""
+        return self.kubectl("get", "jobset", *names, "--ignore-not-found", "--output=json")
+
+    def logs(self, name: str, worker: str = "0", slice_index: str = "0") -> list[str]:
+        """The command that shows the output of one pod as it comes, or of all of a job's pods."""
+        labels = {"jobset-name": name, "replicatedjob-name": "slice"}
+        if worker != "all":
+            labels["job-index"] = slice_index
+        selector = [f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()]
+        if worker != "all":
+            selector.append(f"batch.kubernetes.io/job-completion-index={worker}")
+        # By name: where a bucket is mounted the pod has a container of FUSE's too.
+        options = ["--follow", "--pod-running-timeout=1h", "--tail=100", f"--container={CONTAINER}"]
+        if worker == "all":
+            options += ["--prefix", "--max-log-requests=1000"]
+        return self.kubectl("logs", *options, f"--selector={','.join(selector)}")
+
+    def down(self, name: str) -> list[str]:
+        return self.kubectl("delete", "jobset", name, "--ignore-not-found")
+
+    def jobset_image(self) -> list[str]:
+        """The command that prints the image of JobSet's controller, whose tag is its version."""
+        path = "{.spec.template.spec.containers[*].image}"
+        words = ["get", "deployment", "jobset-controller-manager", "--namespace=jobset-system"]
+        return dataclasses.replace(self, namespace=None).kubectl(*words, f"--output=jsonpath={path}")
 
 
-def manifest(job: Job) -> dict[str, Any]:
-    """The JobSet: one job a slice, one pod a host, started and restarted together."""
-    rule = {"name": "preempted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": [PREEMPTION]}
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": job.name,
-            # one slice, one node pool
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-        },
-        "spec": {
-            "failurePolicy": {"maxRestarts": job.max_restarts, "rules": [rule]},
-            "replicatedJobs": [{"name": "slice", "replicas": job.slices, "template": {"spec": _slice(job)}}],
-        },
+def cloud_logs(name: str) -> str:
+    """The query of Cloud Logging that finds the output of all pods, also of those that are gone."""
+    terms = {
+        "resource.type": "k8s_container",
+        "resource.labels.container_name": CONTAINER,
+        'labels."k8s-pod/jobset_sigs_k8s_io/jobset-name"': name,
     }
+    return " ".join(f'{key}="{value}"' for key, value in terms.items())
 
 
-def _slice(job: Job) -> dict[str, Any]:
-    """One slice: a Kubernetes Job of as many pods as the slice has hosts; the first failure ends all of them."""
-    return {
-        "parallelism": job.hosts,
-        "completions": job.hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
-            ]
-        },
-        "template": _pod(job),
-    }
+def validate_jobset(shell: Shell, cluster: Cluster, poll: float) -> None:
+    """Checks that the cluster has JobSet, and a version that knows the manifest's rules.
 
-
-def _pod(job: Job) -> dict[str, Any]:
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[job.chip],
-        "cloud.google.com/gke-tpu-topology": job.topology,
-    }
-    spec: dict[str, Any] = {
-        "restartPolicy": "Never",  # as a pod failure policy needs it
-        "terminationGracePeriodSeconds": job.grace,
-        "nodeSelector": selector,
-        "containers": [_container(job)],
-    }
-    if job.spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-        spec["tolerations"] = [
-            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
-        ]
-    if job.service_account:
-        spec["serviceAccountName"] = job.service_account
-    if not job.bucket:
-        return {"spec": spec}
-    attributes = {"bucketName": job.bucket, "mountOptions": "implicit-dirs"}
-    spec["volumes"] = [
-        {"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
-    ]
-    return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": spec}
-
-
-def _container(job: Job) -> dict[str, Any]:
-    """The command is the container's first process, so that SIGTERM reaches it."""
-    stored = [(name, reference.partition(":")) for name, reference in job.secrets.items()]
-    container: dict[str, Any] = {
-        "name": "rlhfjax",
-        "image": job.image,
-        "command": list(job.command),
-        "env": [
-            *({"name": name, "value": value} for name, value in job.env.items()),
-            *(
-                {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key or name}}}
-                for name, (secret, _, key) in stored
-            ),
-        ],
-        "resources": {
-            "requests": {"google.com/tpu": job.chips_per_host},
-            "limits": {"google.com/tpu": job.chips_per_host},
-        },
-        "ports": [{"containerPort": port} for port in PORTS],
-        "securityContext": {"privileged": True},  # as libtpu needs it
-    }
-    if job.bucket:
-        container["volumeMounts"] = [{"name": "bucket", "mountPath": BUCKET}]
-    return container
-
-
-def state(name: str) -> list[str]:
-    """The command that prints Completed, Failed, or nothing while the JobSet goes on."""
-    return ["kubectl", "get", "jobset", name, "--output=jsonpath={.status.terminalState}"]
-
-
-def logs(name: str) -> list[str]:
-    """The command that shows the output of the first pod of the first slice, as it comes."""
-    select = {"jobset-name": name, "replicatedjob-name": "slice", "job-index": "0"}
-    labels = [f"jobset.sigs.k8s.io/{key}={value}" for key, value in select.items()]
-    labels.append("batch.kubernetes.io/job-completion-index=0")
-    return ["kubectl", "logs", "--follow", "--pod-running-timeout=1h", f"--selector={','.join(labels)}", "--tail=100"]
-
-
-def down(name: str) -> list[str]:
-    return ["kubectl", "delete", "jobset", name, "--ignore-not-found"]
-
-
-def run(shell: Shell, job: Job, poll: float) -> int:
-    """Applies the manifest and follows the job to its end: 0 where it completed, 1 where it failed.
-
-    One that goes on is followed; one that has ended is deleted first, since it would only be told again how.
+    Raises:
+      LaunchError: it has none, or an older one.
     """
+    oldest = ".".join(str(part) for part in OLDEST_JOBSET)
+    image = shell.ask(cluster.jobset_image(), "NotFound", poll)
+    if image is None:
+        raise LaunchError(f"this cluster has no JobSet: install version {oldest} or later (docs/launching.md)")
+    version = re.search(r":v(\d+)\.(\d+)", image)
+    if version and (int(version[1]), int(version[2])) < OLDEST_JOBSET:
+        raise LaunchError(f"this cluster has JobSet {version[1]}.{version[2]}: expected {oldest} or later")
+
+
+def submit(shell: Shell, cluster: Cluster, job: Job, poll: float) -> None:
+    """Applies the manifest. A JobSet of the name that goes on is left as it is; one that has ended is deleted first."""
     text = json.dumps(manifest(job), indent=2, allow_nan=False)
     if shell.dry_run:
         shell.say(text)
-        shell.say(f"# where one of the name has ended: {shlex.join(down(job.name))}")
-    elif shell.ask(state(job.name), "NotFound", poll):
-        shell.must(down(job.name))
-    shell.must(["kubectl", "apply", "--filename=-"], stdin=text)
+        shell.say(f"# where one of the name has ended: {shlex.join(cluster.down(job.name))}")
+        shell.must(cluster.kubectl("apply", "--filename=-"), stdin=text)
+        return
+    validate_jobset(shell, cluster, poll)
+    if shell.ask(cluster.state(job.name), "NotFound", poll):
+        shell.must(cluster.down(job.name))
+    shell.must(cluster.kubectl("apply", "--filename=-"), stdin=text)
+
+
+def run(shell: Shell, cluster: Cluster, job: Job, poll: float) -> int:
+    """Submits the job and follows it to its end: 0 where it completed, 1 where it failed."""
+    submit(shell, cluster, job, poll)
     if shell.dry_run:
-        shell.show(logs(job.name))
-        shell.say(f"# until it prints Completed or Failed: {shlex.join(state(job.name))}")
+        shell.show(cluster.logs(job.name))
+        shell.say(f"# until it prints Completed or Failed: {shlex.join(cluster.state(job.name))}")
         return 0
-    while not (end := shell.ask(state(job.name), "NotFound", poll)):
+    while not (end := shell.ask(cluster.state(job.name), "NotFound", poll)):
         if end is None:
             raise LaunchError(f"{job.name}: the JobSet was deleted before it ended")
-        shell.run(logs(job.name))  # it ends with the pod; a restarted job has another one
+        shell.run(cluster.logs(job.name))  # it ends with the pod; a restarted job has another one
         time.sleep(poll)
     shell.say(f"{job.name}: {end}")
+    if end != "Completed":
+        shell.say(f"{job.name}: the output of all pods, in Cloud Logging: {cloud_logs(job.name)}")
     return 0 if end == "Completed" else 1
 
 
+def states(shell: Shell, cluster: Cluster, names: Sequence[str], poll: float) -> dict[str, str]:
+    """The state of each job, in one call: Queued, Running, Completed, Failed or Missing."""
+    found = json.loads(shell.ask(cluster.states([slug(name) for name in names]), "NotFound", poll) or "{}")
+    # One JobSet is printed as itself, several as a list.
+    items = found["items"] if found.get("kind") == "List" else [found] if found else []
+    by_name = {item["metadata"]["name"]: _state_of(item) for item in items}
+    return {name: by_name.get(slug(name), "Missing") for name in names}
+
+
+def _state_of(item: dict) -> str:
+    """Completed or Failed where it has ended; Queued while Kueue has not admitted it."""
+    end = item.get("status", {}).get("terminalState")
+    if end:
+        return end
+    return "Queued" if item["spec"].get("suspend") else "Running"
+
+
+def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
+    word, *names = words or [""]
+    if word not in WORDS or (names and word != "states"):
+        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of {', '.join(WORDS)}")
+    shell, cluster = Shell(fv.dry_run), Cluster(fv.context, fv.namespace)
+    if word == "states":
+        print(json.dumps(states(shell, cluster, names, fv.poll), allow_nan=False))
+        return 0
+    required(fv, "name")
+    if word == "logs":
+        shell.say(f"# in Cloud Logging: {cloud_logs(slug(fv.name))}")
+        return shell.run(cluster.logs(slug(fv.name), fv.worker, fv.slice))
+    if word == "down":
+        return shell.run(cluster.down(slug(fv.name)))
+    try:
+        return _with_topology(fv, word, command, shell, cluster)
+    except ValueError as e:
+        raise flags.IllegalFlagValueError(str(e)) from None
+
+
+def _with_topology(fv: flags.FlagValues, word: str, command: Sequence[str], shell: Shell, cluster: Cluster) -> int:
+    """The words that need to know of a slice: queue and pool, and those that start a job."""
+    required(fv, "topology")
+    if word == "queue":
+        required(fv, "chips")
+        gke_manifest.count_chips(fv.topology)
+        name, namespace = slug(fv.name), fv.namespace or "default"
+        for item in gke_manifest.queues(name, fv.chip, fv.topology, fv.chips, namespace, fv.spot):
+            print(json.dumps(item, indent=2, allow_nan=False))
+        return 0
+    if word == "pool":
+        required(fv, "cluster", "region", "zone")
+        where = [f"--cluster={fv.cluster}", f"--region={fv.region}"]
+        for line in gke_manifest.pool_commands(_job(fv, ()), where, fv.zone, fv.project):
+            print(shlex.join(line))
+        return 0
+    required(fv, "image")
+    job = _job(fv, tuple(given(command)))
+    gke_manifest.validate(job)
+    if word == "manifest":
+        print(json.dumps(manifest(job), indent=2, allow_nan=False))
+        return 0
+    if word == "submit":
+        submit(shell, cluster, job, fv.poll)
+        return 0
+    return run(shell, cluster, job, fv.poll)
+
+
+_OF_FLAGS = (  # the fields of a Job that flags of the same name give
+    *("image", "chip", "topology", "slices", "chips_per_host", "spot", "bucket", "service_account"),
+    *("queue", "priority", "privileged", "grace", "max_restarts", "keep_days"),
+)
+
+
+def _job(fv: flags.FlagValues, command: tuple[str, ...]) -> Job:
+    options = {name: fv[name].value for name in _OF_FLAGS}
+    return Job(name=slug(fv.name), command=command, env=environment(fv.env), secrets=secrets(fv.secret), **options)
+
+
 def _flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("image", None, "with rlhfjax installed, and the experiment files", flag_values=fv)
-    flags.DEFINE_enum("chip", "v5e", list(ACCELERATORS), "of the node pool", flag_values=fv)
+    flags.DEFINE_string("context", None, "of kubectl; default: the current one", flag_values=fv)
+    flags.DEFINE_string("namespace", None, "default: the context's", flag_values=fv)
+    flags.DEFINE_string("image", None, "with rlhfjax and the experiment files (Dockerfile)", flag_values=fv)
+    flags.DEFINE_enum("chip", "v5e", list(CHIPS), "of the node pool", flag_values=fv)
     flags.DEFINE_string("topology", None, "of one slice: 4x4, 4x4x8", flag_values=fv)
     flags.DEFINE_integer("slices", 1, "node pools of this topology", 1, flag_values=fv)
     flags.DEFINE_integer("chips_per_host", 4, "of the node pool's machine type", 1, flag_values=fv)
     flags.DEFINE_bool("spot", False, "nodes that may be taken away", flag_values=fv)
-    flags.DEFINE_string("bucket", None, f"a bucket's name; a pod sees it as {BUCKET}", flag_values=fv)
+    flags.DEFINE_string("bucket", None, f"for reading data: a pod sees the bucket as {BUCKET}", flag_values=fv)
     flags.DEFINE_string("service_account", None, "Kubernetes', with access to the bucket", flag_values=fv)
-    flags.DEFINE_integer("grace", 120, "seconds that a run has to save", 1, flag_values=fv)
+    flags.DEFINE_string("queue", None, "Kueue's LocalQueue; default: none, pods start one by one", flag_values=fv)
+    flags.DEFINE_string("priority", None, "Kueue's WorkloadPriorityClass", flag_values=fv)
+    flags.DEFINE_bool("privileged", False, "containers that may do all; Autopilot refuses them", flag_values=fv)
+    flags.DEFINE_integer("grace", 120, "seconds that a run has to save; on spot about 15", 1, flag_values=fv)
+    flags.DEFINE_integer("max_restarts", 0, "after failures that are no preemptions", 0, flag_values=fv)
+    flags.DEFINE_float("keep_days", 7.0, "days that an ended JobSet is kept", 0.0, flag_values=fv)
     flags.DEFINE_multi_string("secret", [], "NAME=SECRET[:KEY], a Kubernetes secret", flag_values=fv)
     flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
-
-
-def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
-    if list(words) not in (["run"], ["manifest"], ["logs"], ["down"]):
-        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of run, manifest, logs, down")
-    required(fv, "name")
-    name, shell = slug(fv.name), Shell(fv.dry_run)
-    if words[0] in ("logs", "down"):
-        return shell.run(logs(name) if words[0] == "logs" else down(name))
-    required(fv, "image", "topology")
-    same = ("image", "chip", "topology", "slices", "chips_per_host", "spot", "bucket", "service_account", "grace")
-    given_ = {key: fv[key].value for key in same}
-    job = Job(name=name, command=tuple(given(command)), env=environment(fv.env), secrets=secrets(fv.secret), **given_)
-    try:
-        text = json.dumps(manifest(job), indent=2, allow_nan=False)
-    except ValueError as e:
-        raise flags.IllegalFlagValueError(str(e)) from None
-    if words[0] == "manifest":
-        print(text)
-        return 0
-    return run(shell, job, fv.poll)
+    flags.DEFINE_string("worker", "0", "logs: a host's number within its slice, or all", flag_values=fv)
+    flags.DEFINE_string("slice", "0", "logs: a slice's number", flag_values=fv)
+    flags.DEFINE_integer("chips", None, "queue: its quota, in chips", 1, flag_values=fv)
+    flags.DEFINE_string("cluster", None, "pool: the cluster's name", flag_values=fv)
+    flags.DEFINE_string("region", None, "pool: the cluster's region", flag_values=fv)
+    flags.DEFINE_string("zone", None, "pool: where its nodes are", flag_values=fv)
+    flags.DEFINE_string("project", None, "pool: default: gcloud's own", flag_values=fv)
 
 
 def main() -> None:

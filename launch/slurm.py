@@ -54,6 +54,9 @@ class Job:
     grace: int = 300
     max_restarts: int = 20
     folder: str | None = None
+    sbatch: Sequence[str] = ()  # KEY=VALUE or KEY, options of sbatch that have no flag here
+    setup: Sequence[str] = ()  # lines of the batch script before the command: module load …
+    srun: Sequence[str] = ()  # arguments of srun: a container's
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -64,6 +67,43 @@ def minutes(time: str) -> int:
         raise flags.IllegalFlagValueError(f"--time={time}: expected HH:MM:SS or D-HH:MM:SS")
     days, hours, mins, seconds = (int(x or 0) for x in found.groups())
     return (24 * days + hours) * 60 + mins + math.ceil(seconds / 60)
+
+
+# Options of sbatch that a Job has already, or on which restarting depends.
+_OURS = (
+    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "account"),
+    *("dependency", "signal", "requeue", "no-requeue", "export", "output", "error", "open-mode", "wckey", "array"),
+)
+
+
+def sbatch_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` and `KEY` texts as submitit's additional parameters.
+
+    Raises:
+      LaunchError: one is an option that a flag of this launcher sets.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]*", key):
+            raise LaunchError(f"--sbatch={pair}: expected KEY=VALUE or KEY, a long option of sbatch")
+        if key in _OURS:
+            raise LaunchError(f"--sbatch={pair}: this launcher sets {key} itself; --help lists its flags")
+        options[key.replace("-", "_")] = value if equals else True
+    return options
+
+
+def validate(job: Job) -> None:
+    """Checks what a cluster would accept and then run on one core.
+
+    Raises:
+      LaunchError: GPUs are asked for, and neither CPUs nor whole nodes.
+    """
+    if job.gpus_per_node and not job.cpus_per_task and "exclusive" not in sbatch_options(job.sbatch):
+        raise LaunchError(
+            f"--gpus_per_node={job.gpus_per_node}: most clusters give one CPU core per task, and memory by the core, "
+            "where none is asked for; add --cpus_per_task=N, or --sbatch=exclusive for whole nodes"
+        )
 
 
 def parameters(job: Job) -> dict[str, Any]:
@@ -81,10 +121,10 @@ def parameters(job: Job) -> dict[str, Any]:
         "dependency": "singleton",  # what is submitted twice does not run twice at once
         "signal_delay_s": job.grace,  # before the time is up; to the processes, which pass it on
         "stderr_to_stdout": True,
-        "setup": ["export SUBMITIT_LOG_LEVEL=ERROR"],  # the log is the command's
-        "srun_args": ["--export=ALL", "--kill-on-bad-exit=0", *cpus],
+        "setup": ["export SUBMITIT_LOG_LEVEL=ERROR", *job.setup],  # the log is the command's
+        "srun_args": ["--export=ALL", "--kill-on-bad-exit=0", *cpus, *job.srun],
         "wckey": None,
-        "additional_parameters": {"requeue": True, "export": "NONE"},
+        "additional_parameters": {"requeue": True, "export": "NONE"} | sbatch_options(job.sbatch),
     }
 
 
@@ -173,6 +213,19 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("account", None, "default: the user's", flag_values=fv)
     flags.DEFINE_integer("grace", 300, "seconds that a run has to save before the time is up", 1, flag_values=fv)
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
+    flags.DEFINE_multi_string(
+        "sbatch",
+        [],
+        "KEY=VALUE or KEY, an option of sbatch: mem=0, exclusive, qos=high; may be repeated",
+        flag_values=fv,
+    )
+    flags.DEFINE_multi_string(
+        "setup",
+        [],
+        "a line of the batch script before the command: 'module load cuda'; may be repeated",
+        flag_values=fv,
+    )
+    flags.DEFINE_multi_string("srun", [], "an argument of srun: --container-image=…; may be repeated", flag_values=fv)
     flags.DEFINE_string("folder", None, "of scripts, logs and results; default: runs/slurm/NAME", flag_values=fv)
     flags.DEFINE_bool("wait", False, "until the job has ended", flag_values=fv)
 
@@ -186,6 +239,7 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
         return shell.run(down(name))
     own = {"name": name, "command": tuple(given(command)), "env": environment(fv.env)}
     job = Job(**{field.name: fv[field.name].value for field in dataclasses.fields(Job) if field.name not in own}, **own)
+    validate(job)
     if words[0] == "script" or fv.dry_run:
         shell.say(script(job))
         return 0

@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved; the last step always is."""
+    """When the state is saved, by steps, by time or by both; the last step always is."""
 
     every: int = 0  # steps; 0: only at the end and on SIGTERM
+    minutes: float = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
     keep_last: int = 2  # with two, a damaged one has one before it
     keep_every: int = 0  # steps; 0: none kept beyond keep_last
 

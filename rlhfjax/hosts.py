@@ -19,7 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client is the only way to the coordination service
+from jax._src import cloud_tpu_init, distributed  # the coordination service's client has no other way to it
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,7 +28,13 @@ from rlhfjax import json_text
 from rlhfjax.errors import ConfigError, HostLost, first_line
 
 T = TypeVar("T")
-_COORDINATED = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "RLHFJAX_JOIN")
+_COORDINATED = (
+    "JAX_COORDINATOR_ADDRESS",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "RLHFJAX_JOIN",
+)
 _FAILED = "rlhfjax/failed"  # the key under which a host that fails says why
 _GRACE = 2.0  # seconds that a host has to say itself what all of them found wrong
 _WAIT_MS = 7 * 24 * 3600 * 1000  # of a host for the first one, which may work for long; a lost one ends the wait
@@ -40,33 +47,101 @@ _codes: list[int] = []  # the exit code of the end that has been said: one line 
 # ------------------------------------------------------------------ joining
 
 
-def join(timeout: int = 100) -> None:
-    """Joins the other hosts when the environment says that there are any; before any other jax call.
+def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
+    """Joins the other hosts if there are any. Call it before any other jax call.
 
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID says it all, and each process has all devices of
-    its host. With RLHFJAX_JOIN, or where a TPU's own variables are set, JAX asks the cluster that it finds itself in.
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID names them all, and each process has all devices
+    of its host. Otherwise JAX asks the cluster that it finds itself in: where RLHFJAX_JOIN or one of a TPU's own
+    variables is set, and on every Cloud TPU VM, where each host would otherwise train by itself in the same workdir.
 
     Args:
-      timeout: seconds without a sign of life after which a host counts as lost.
+      heartbeat_timeout: seconds without a heartbeat after which a host counts as lost. A compilation may keep a host
+        from its heartbeats: it must be longer than the longest one.
+      join_timeout: seconds to wait for the other hosts. Slices of one job may come up many minutes apart.
     Raises:
-      ConfigError: the variables do not go together, or the others did not come.
+      ConfigError: the variables do not go together.
+      HostLost: the other hosts did not come in time.
     """
-    if not any(name in os.environ for name in _COORDINATED):
+    named = any(name in os.environ for name in _COORDINATED)
+    if not named and not _on_cluster_of_tpus():
         return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's
+    not_joined = f"the other hosts did not come within --join_timeout={join_timeout} s"
+    start_again = "start the same command on all hosts again"
+    _exit_on_abort(f"{not_joined}; {start_again}")
     try:
-        known = {
-            name: int(os.environ[variable])
-            for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-            if variable in os.environ
-        }
-        how = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
-        jax.distributed.initialize(**known, **how, heartbeat_timeout_seconds=timeout)
-    except (ValueError, RuntimeError) as e:
+        _initialize(heartbeat_timeout, join_timeout)
+    except (ValueError, TypeError) as e:
         raise ConfigError(f"joining the other hosts: {first_line(e)}") from e
-    if count() > 1:
-        _on_abort()
-        threading.Thread(target=_listen, name="hosts", daemon=True).start()
+    except (RuntimeError, OSError) as e:
+        raise HostLost(f"{not_joined} ({first_line(e)}); {start_again}") from e
+    if count() == 1:
+        _exit_on_abort(None)
+        return
+    _exit_on_abort(HostLost.message)
+    threading.Thread(target=_listen, name="hosts", daemon=True).start()
+
+
+def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
+    variables = (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+    known = {name: int(os.environ[variable]) for name, variable in variables if variable in os.environ}
+    detection = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
+    jax.distributed.initialize(
+        **known,
+        **detection,
+        initialization_timeout=join_timeout,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+    )
+
+
+def _on_cluster_of_tpus() -> bool:
+    """Whether this is a Cloud TPU VM, to be used as one, whose cluster JAX can ask for the other hosts."""
+    if not cloud_tpu_init.running_in_cloud_tpu_vm or jax.config.jax_platforms == "cpu":
+        return False
+    return any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types)
+
+
+def validate_process_count() -> None:
+    """Checks that this process has joined as many hosts as JAX has devices of. It starts JAX's backend.
+
+    A TPU runtime sees all hosts of its slice even where `join` was not told of them. Every host would then take itself
+    for the first one and write the same files.
+
+    Raises:
+      ConfigError: the numbers differ.
+    """
+    if jax.process_count() != count():
+        raise ConfigError(
+            f"JAX sees the devices of {jax.process_count()} hosts, and this process has joined {count()}: "
+            "set RLHFJAX_JOIN=1, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, on every host"
+        )
+
+
+def validate_accelerators() -> None:
+    """Checks that a job to which a scheduler gave GPUs does not train on CPUs. It starts JAX's backend.
+
+    Raises:
+      ConfigError: Slurm or Kubernetes gave GPUs, and JAX has found none and was not asked for CPUs.
+    """
+    given = _given_gpus()
+    if given and jax.config.jax_platforms is None and jax.default_backend() == "cpu":
+        raise ConfigError(
+            f"{given}: this job has GPUs, and JAX finds none: pip install 'rlhfjax[cuda12]' (or cuda13); "
+            "to train on CPUs set JAX_PLATFORMS=cpu"
+        )
+
+
+def _given_gpus() -> str:
+    """NAME=VALUE of the variable by which a scheduler says that it gave GPUs; empty where none does."""
+    names = ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"]
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        names.append("NVIDIA_VISIBLE_DEVICES")
+    for name in names:
+        value = os.environ.get(name, "")
+        # Images set NVIDIA_VISIBLE_DEVICES=all whether or not there is a GPU; the device plugin writes its names.
+        if value not in ("", "0" if name == "SLURM_GPUS_ON_NODE" else "", "all", "none", "void"):
+            return f"{name}={value}"
+    return ""
 
 
 def index() -> int:
@@ -138,22 +213,25 @@ def anywhere(flag: bool) -> bool:
 
 
 class Vote:
-    """`anywhere`, asked at every step and answered one step later, so that no host waits for it."""
+    """The largest number that any host has given, asked at every step and answered one step later.
+
+    No host waits for it: the numbers of a step are compared on the devices while they train.
+    """
 
     def __init__(self):
         if count() > 1:
             mesh = Mesh(np.array(jax.devices()), ("devices",))
             self._each = NamedSharding(mesh, PartitionSpec("devices"))
-            self._max = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-            self._asked: Any = False
+            self._max = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._asked: Any = 0
 
-    def __call__(self, flag: bool) -> bool:
-        """Whether any host said yes a step ago (with one host: now)."""
+    def __call__(self, value: int) -> int:
+        """The largest number of all hosts one step ago; with one host, its own number at once."""
         if count() == 1:
-            return flag
-        answer = bool(self._asked)
-        flags = np.full(jax.local_device_count(), flag, np.int32)
-        self._asked = self._max(jax.make_array_from_process_local_data(self._each, flags))
+            return int(value)
+        answer = int(self._asked)
+        votes = np.full(jax.local_device_count(), value, np.int32)
+        self._asked = self._max(jax.make_array_from_process_local_data(self._each, votes))
         return answer
 
 
@@ -202,7 +280,7 @@ def _listen() -> None:
     """Waits until a host says that it fails, then ends this one too, unless it is about to end by itself."""
     try:
         told = distributed.global_state.client.blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
-    except Exception as e:  # the run is over, or the first host is gone, which `_on_abort` reports
+    except Exception as e:  # the run is over, or the first host is gone, which `_exit_on_abort` reports
         del e
         return
     who, message, code = pickle.loads(told)
@@ -212,17 +290,23 @@ def _listen() -> None:
         os._exit(code)
 
 
-def _on_abort() -> None:
-    """Makes one line and an exit code of JAX's abort where a host is lost.
+def _exit_on_abort(message: str | None) -> None:
+    """Makes one line and exit code 75 of JAX's abort; None: the abort is the system's again.
 
-    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for. Where `fail`
-    has said its line already and only waits for the others to read it, that line and that code stand.
+    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for: where a host
+    is lost, and where the others do not join in time. Where `fail` has said its line already and only waits for the
+    others to read it, that line and that code stand.
     """
 
     def end(_: int) -> None:
         if not _codes:
-            os.write(2, f"rlhfjax: {HostLost.message}\n".encode())
+            os.write(2, f"rlhfjax: {message}\n".encode())
         os._exit(_codes[0] if _codes else HostLost.exit_code)
 
-    _on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort.handler)
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    if message is None:
+        c_signal(signal.SIGABRT, None)  # SIG_DFL
+        return
+    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
+    c_signal(signal.SIGABRT, ctypes.cast(_exit_on_abort.handler, ctypes.c_void_p))

@@ -71,7 +71,13 @@ def sweep(fv: flags.FlagValues) -> None:
     from rlhfjax.sweep import command
 
     _need(fv, "config", "workdir")
-    options = command.Options(fv.parallel, command.launcher(fv.launcher), fv.dry_run, tuple(fv.metrics))
+    options = command.Options(
+        parallel=fv.parallel,
+        launcher=command.launcher(fv.launcher),
+        slices_in_turn=fv.slices_in_turn,
+        dry_run=fv.dry_run,
+        metrics=tuple(fv.metrics),
+    )
     given = config_flags.get_override_values(fv["config"])
     command.sweep(config_flags.get_config_filename(fv["config"]), _path(fv.workdir), given, options)
 
@@ -182,6 +188,13 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
             "'slurm --gpus_per_node=8'; or a command that starts a run elsewhere and waits for it, {name} its name",
             flag_values=fv,
         )
+        flags.DEFINE_integer(
+            "slices_in_turn",
+            0,
+            "with --launcher='tpu …': so many TPUs take the runs in turn, without queueing and installing per run",
+            0,
+            flag_values=fv,
+        )
         flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)
         flags.DEFINE_list("metrics", [], "what the page shows; default: the telling ones", flag_values=fv)
     if command in ("chat", "import"):
@@ -211,8 +224,13 @@ def _start_flags(fv: flags.FlagValues) -> None:
         "compilation_cache", None, "folder in which compiled programs are kept for the next start", flag_values=fv
     )
     flags.DEFINE_integer(
-        "host_timeout", 100, "seconds without a sign of life after which another host counts as lost", 1, flag_values=fv
+        "host_timeout",
+        1200,
+        "seconds without a heartbeat after which another host counts as lost; longer than the longest compilation",
+        1,
+        flag_values=fv,
     )
+    flags.DEFINE_integer("join_timeout", 3600, "seconds to wait for the other hosts to start", 1, flag_values=fv)
 
 
 def _plan_flags(fv: flags.FlagValues) -> None:
@@ -290,7 +308,7 @@ def _start(command: str, fv: flags.FlagValues) -> None:
             import jax
 
             jax.config.update("jax_compilation_cache_dir", str(_path(fv.compilation_cache)))
-        _hosts().join(fv.host_timeout)
+        _hosts().join(heartbeat_timeout=fv.host_timeout, join_timeout=fv.join_timeout)
         if not _hosts().first():
             logging.getLogger("rlhfjax").setLevel(logging.WARNING)  # what else there is to say the first one says
 

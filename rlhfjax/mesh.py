@@ -143,9 +143,14 @@ def make_layout(
       need: what the stage asks, for strategy "auto"; None: no model, which is Need().
       memory: bytes of one device, where the devices themselves do not know it.
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or a rule names an unknown mesh axis.
+      ConfigError: the sizes do not multiply to the number of devices, a rule names an unknown mesh axis, or JAX does
+        not see the hosts and accelerators that this job was given.
     """
-    devices = _some(jax.devices() if devices is None else devices, config.devices)
+    if devices is None:
+        hosts.validate_process_count()
+        hosts.validate_accelerators()
+        devices = jax.devices()
+    devices = _some(devices, config.devices)
     asked = {axis: getattr(config, axis) for axis in AXES}
     name = config.strategy
     if name == "auto":

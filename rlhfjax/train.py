@@ -36,6 +36,8 @@ from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.stages import Stage
 
+_GO_ON, _SAVE, _STOP = 0, 1, 2  # what a host wishes at a step; the largest wish of all hosts decides
+
 
 def run(
     stage: Stage, config: TrainConfig, workdir: Path, layout: Layout, clock: Clock | None = None
@@ -64,14 +66,18 @@ def run(
             log = _Log(config, stage, writer, progress, checkpoints, start, clock)
             clock.go_on()
             clock.save()
-            vote = hosts.Vote()  # of all hosts, so that they stop at the same step
+            vote = hosts.Vote()  # of all hosts, so that they save and stop at the same step
+            timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
-                stop, last = vote(stopping.is_set()), step == config.steps
+                wish = _STOP if stopping.is_set() else _SAVE if timer.is_due() else _GO_ON
+                decision, last = vote(wish), step == config.steps
+                stop = decision == _STOP
+                save = decision != _GO_ON or _due(step, config.checkpoint.every, last)
                 if step != resumed and _due(step, config.eval_every, last):
                     log.flush()
                     with clock.part("eval"):
                         log.evaluate(step, stage.evals(state))
-                if step != resumed and (stop or _due(step, config.checkpoint.every, last)):
+                if step != resumed and save:
                     log.flush()
                     with clock.part("checkpoint"):
                         log.check_state(step, state)
@@ -79,6 +85,7 @@ def run(
                             log.evaluate(step, _finish(stage, state, workdir, layout))
                         writer.flush()
                         checkpoints.save(step, state, stage.batches.get_state())
+                    timer.restart()
                     log.clock(step)
                 if stop or (last and hosts.anywhere(stopping.is_set())):
                     checkpoints.wait()
@@ -130,6 +137,26 @@ def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> N
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0 and step > 0)
+
+
+class _SaveTimer:
+    """Says when `minutes` have passed on the first host since the last save, or since it said so.
+
+    Hosts' clocks differ: the first host alone decides, and `hosts.Vote` takes its word to the others.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def is_due(self) -> bool:
+        if not self._seconds or not hosts.first() or time.monotonic() - self._began < self._seconds:
+            return False
+        self.restart()  # with several hosts the save comes one step later; until then it is asked for once
+        return True
 
 
 def _first_state(

@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from rlhfjax import hosts, recipe
 from rlhfjax.config import to_dict
+from rlhfjax.errors import ConfigError, HostLost
 from rlhfjax.mesh import MeshConfig, make_layout
 from tests import tiny_hosts
 from tests.test_resume import assert_same_stage, checkpoint_note
@@ -24,10 +26,29 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 400  # seconds that any of these jobs may take on a busy machine
 
 
+SKEWED = """
+import sys, time
+real = time.monotonic
+time.monotonic = lambda: {rate} * real()
+from rlhfjax.main import main
+main(["rlhfjax", *sys.argv[1:]])
+"""
+
+
 class Job:
     """`python -m rlhfjax COMMAND` as several processes that are told of each other as a launcher tells hosts."""
 
-    def __init__(self, count: int, workdir: Path, data: Path, *flags: str, command: str = "run", arg: str = ""):
+    def __init__(
+        self,
+        count: int,
+        workdir: Path,
+        data: Path,
+        *flags: str,
+        command: str = "run",
+        arg: str = "",
+        clock_rates: tuple[float, ...] = (),
+    ):
+        """`clock_rates`: how much faster than the real one each host's monotonic clock runs."""
         self.workdir, self.count = workdir, count
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
@@ -41,7 +62,8 @@ class Job:
         self.processes = []
         for i, log in enumerate(self.logs):
             with log.open("w") as out:
-                words = [sys.executable, "-m", "rlhfjax", command, *flags]
+                program = ["-c", SKEWED.format(rate=clock_rates[i])] if clock_rates else ["-m", "rlhfjax"]
+                words = [sys.executable, *program, command, *flags]
                 own = {**env, "JAX_PROCESS_ID": str(i)}
                 self.processes.append(subprocess.Popen(words, cwd=ROOT, env=own, stdout=out, stderr=out))
 
@@ -81,7 +103,7 @@ def test_one_process_is_first_and_alone_and_needs_no_coordinator():
     assert hosts.anywhere(True) and not hosts.anywhere(False)
     assert hosts.gather({"a": [1]}) == [{"a": [1]}]
     vote = hosts.Vote()
-    assert [vote(False), vote(True)] == [False, True]  # at once, where nobody has to be asked
+    assert [vote(0), vote(2), vote(1)] == [0, 2, 1]  # at once, where nobody has to be asked
 
 
 def test_rows_lie_on_devices_once_each_in_order():
@@ -98,6 +120,84 @@ def test_what_the_loss_of_a_host_looks_like(monkeypatch):
     assert not hosts.lost(gloo)  # one process loses nobody
     monkeypatch.setattr(hosts, "count", lambda: 2)
     assert hosts.lost(gloo) and not hosts.lost(ValueError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+def test_a_process_that_sees_more_hosts_than_it_joined_does_not_start(monkeypatch):
+    """On a TPU slice JAX sees all hosts without having joined them: each would train in the same workdir."""
+    hosts.validate_process_count()
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
+    with pytest.raises(ConfigError, match="devices of 4 hosts, and this process has joined 1: set RLHFJAX_JOIN=1"):
+        make_layout(MeshConfig(data=-1))
+
+
+@pytest.mark.parametrize(
+    ("environment", "given"),
+    [
+        ({}, ""),
+        ({"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, ""),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),
+        ({"NVIDIA_VISIBLE_DEVICES": "GPU-1"}, ""),  # no scheduler
+        ({"NVIDIA_VISIBLE_DEVICES": "GPU-1", "KUBERNETES_SERVICE_HOST": "x"}, "NVIDIA_VISIBLE_DEVICES=GPU-1"),
+        ({"NVIDIA_VISIBLE_DEVICES": "all", "KUBERNETES_SERVICE_HOST": "x"}, ""),  # what images set
+    ],
+)
+def test_a_job_that_was_given_gpus_does_not_train_on_cpus(environment, given, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    hosts.validate_accelerators()  # the tests ask for CPUs: JAX_PLATFORMS=cpu
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        if given:
+            with pytest.raises(ConfigError, match=re.escape(given) + ".*rlhfjax.cuda12"):
+                hosts.validate_accelerators()
+        else:
+            hosts.validate_accelerators()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_every_cloud_tpu_vm_joins_its_slice(monkeypatch):
+    """Also where no launcher of ours has set a variable; not where the run asks for CPUs, or JAX knows no cluster."""
+    joined = []
+
+    class Cluster:
+        is_env_present = staticmethod(lambda: True)
+
+    for name in hosts._COORDINATED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_exit_on_abort", lambda message: None)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **options: joined.append(options))
+    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(hosts.ClusterEnv, "_cluster_types", [Cluster])
+    hosts.join()
+    assert joined == []  # JAX_PLATFORMS=cpu
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "tpu,cpu")
+        hosts.join(heartbeat_timeout=7, join_timeout=8)
+        monkeypatch.setattr(hosts.ClusterEnv, "_cluster_types", [])
+        hosts.join()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert joined == [{"initialization_timeout": 8, "heartbeat_timeout_seconds": 7}]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(ValueError("process_id"), ConfigError), (RuntimeError("DEADLINE"), HostLost), (OSError(), HostLost)],
+)
+def test_hosts_that_do_not_come_are_lost_and_wrong_variables_are_a_usage_error(error, kind, monkeypatch):
+    def initialize(**_):
+        raise error
+
+    monkeypatch.setenv("RLHFJAX_JOIN", "1")
+    monkeypatch.setattr(hosts, "_exit_on_abort", lambda message: None)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    with pytest.raises(kind) as caught:
+        hosts.join(join_timeout=9)
+    assert caught.value.exit_code == (2 if kind is ConfigError else 75)
 
 
 # ------------------------------------------------------------------ several
@@ -141,10 +241,11 @@ def tokenizer(conversations, tmp_path_factory) -> Path:
     return folder
 
 
-def pretraining(count: int, workdir: Path, tokenizer: Path, data: Path) -> Job:
+def pretraining(count: int, workdir: Path, tokenizer: Path, data: Path, *flags: str, **options) -> Job:
     """24 steps of pretraining on 4 streams, a checkpoint every fourth."""
-    flags = ("--config.steps=24", "--config.checkpoint.every=4")
-    return Job(count, workdir, data, *flags, command="train", arg=f",only=pretrain,tokenizer={tokenizer}")
+    flags = ("--config.steps=24", "--config.checkpoint.every=4", *flags)
+    arg = f",only=pretrain,tokenizer={tokenizer}"
+    return Job(count, workdir, data, *flags, command="train", arg=arg, **options)
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +296,26 @@ def test_what_only_one_host_finds_wrong_ends_all_with_its_reason(conversations, 
     assert job.codes(within=60) == [2, 2]
     assert len(job.said(0)) == len(job.said(1)) == 1
     assert "rlhfjax: host 0 ended: " in job.said(1)[0]
+
+
+@pytest.mark.slow
+def test_checkpoints_by_time_come_at_one_step_on_hosts_whose_clocks_differ(
+    tokenizer, uninterrupted, conversations, tmp_path
+):
+    """The first host's clock decides: the second one's, 1,000 times as fast, would save at every step."""
+    by_time = ("--config.checkpoint.every=0", "--config.checkpoint.minutes=0.01", "--config.checkpoint.keep_last=24")
+    job = pretraining(2, tmp_path / "run", tokenizer, conversations, *by_time, clock_rates=(1.0, 1000.0)).finish()
+    assert (job / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    saved = [int(folder.name) for folder in (job / "checkpoints").iterdir() if folder.name.isdigit()]
+    assert max(saved) == 24 and 1 < len(saved) < 24
+
+
+@pytest.mark.slow
+def test_a_host_that_waits_in_vain_can_be_started_again(conversations, tmp_path):
+    """JAX aborts the process where the others do not join in time: one line, and the code that launchers restart on."""
+    job = Job(2, tmp_path / "run", conversations, "--join_timeout=2")
+    job.processes[1].kill()
+    assert job.processes[0].wait(timeout=60) == 75
+    assert job.said(0) == [
+        "rlhfjax: the other hosts did not come within --join_timeout=2 s; start the same command on all hosts again"
+    ]

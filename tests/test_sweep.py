@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.shell import slug
 from rlhfjax import main as command_line
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, Preempted
 from rlhfjax.report import figures
 from rlhfjax.report import sweep as results
-from rlhfjax.sweep import chain, command, grid, pool, product, seeds, zipped
+from rlhfjax.sweep import chain, command, grid, pool, product, queued, seeds, zipped
 from rlhfjax.sweep.expand import expand, name_of
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +157,31 @@ def test_at_most_so_many_at_a_time_and_a_failure_stops_nobody(tmp_path, monkeypa
     assert command.why(codes, tmp_path, ["1"]) == [f"1 (exit code 3: {alive[1]})"]
 
 
+def test_no_two_running_commands_have_one_slot(tmp_path):
+    """Six commands in two slots: each makes a folder of its slot's name, which must not be there, and removes it."""
+    script = f"mkdir {tmp_path}/{{slot}} && sleep 0.05 && rmdir {tmp_path}/{{slot}} && echo {{slot}}"
+    commands = {f"run{i}": ["sh", "-c", script] for i in range(6)}
+    assert set(pool.run_all(commands, tmp_path, 2).values()) == {0}
+    used = {pool.log_of(tmp_path, name).read_text().strip() for name in commands}
+    assert used == {"0", "1"}
+
+
+def test_slices_in_turn_keep_their_tpus_and_delete_them_at_the_end(tmp_path, monkeypatch, capsys):
+    """Three runs on two TPUs: every run on a kept one, then one `down` for each."""
+    stub = [sys.executable, "-c", "import sys; print(*sys.argv[1:])"]
+    file = write(tmp_path, "for one in grid('vocab_size', 280, 290, 300): add(one)")
+    monkeypatch.setattr(command, "TPU", tuple(stub))
+    options = command.Options(launcher=(*stub, "run", "--name={name}", "--zone=z", "--spot", "--"), slices_in_turn=2)
+    command.sweep(file, tmp_path / "kl", {}, options)
+    logs = [pool.log_of(tmp_path / "kl", f"vocab_size={n}").read_text() for n in (280, 290, 300)]
+    assert all(" --zone=z --spot --keep -- rlhfjax train " in log for log in logs)
+    assert {log.split()[1] for log in logs} == {"--name=kl-0", "--name=kl-1"}
+    out = capsys.readouterr().out
+    assert all(f"down --name=kl-{slot} --zone=z\n" in out for slot in (0, 1)) and out.count(" down ") == 2
+    with pytest.raises(ConfigError, match="expected --launcher='tpu"):
+        command.sweep(file, tmp_path / "kl", {}, command.Options(slices_in_turn=2))
+
+
 def test_a_preempted_run_starts_again(tmp_path):
     once = f"p = {str(tmp_path / 'been')!r}\nif not os.path.exists(p): open(p, 'w'); sys.exit(75)"
     assert pool.run_all({"a": python(once)}, tmp_path, say=lambda _: None) == {"a": 0}
@@ -244,7 +270,7 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
         ("local", f"{sys.executable} -m"),
         ("slurm --gpus_per_node=8", f"{sys.executable} -m launch.slurm submit --wait --name={{}} --gpus_per_node=8 --"),
         ("tpu --zone=z --", f"{sys.executable} -m launch.tpu run --name={{}} --zone=z --"),
-        ("gke --name=x-{name}", f"{sys.executable} -m launch.gke run --name={{}} --name=x-{{}} --"),
+        ("gke --name=x-{name}", f"{sys.executable} -m launch.gke submit --name={{}} --name=x-{{}} --"),
         ("ssh --hosts='a b'", f"{sys.executable} -m launch.ssh run --name={{}} '--hosts=a b' --"),
         ("env A=1 {name}", "env A=1 {}"),
     ],
@@ -280,15 +306,70 @@ def test_a_launcher_that_is_none_is_one_line(launcher, said, tmp_path, monkeypat
     assert caught.value.code == 2 and err.count("\n") == 1 and said in err
 
 
-def test_every_launcher_is_one_that_waits():
+KUBECTL = """#!/bin/sh
+# Jobs are files of $STANDIN/jobs that hold their state; the first three looks at them fail.
+echo "$*" >> $STANDIN/calls
+while [ "${1#--}" != "$1" ]; do shift; done
+case "$1 $2" in
+  apply*)
+    cat > $STANDIN/manifest
+    name=$(sed -n 's/^    "name": "\\(.*\\)",*$/\\1/p' $STANDIN/manifest | head -1)
+    if grep -q vocab_size=290 $STANDIN/manifest; then end=Failed; else end=Completed; fi
+    echo $end > $STANDIN/jobs/$name ;;
+  'get deployment') echo jobset:v0.8.0 ;;
+  'get jobset')
+    case "$*" in
+      *json)
+        [ $(grep -c 'output=json$' $STANDIN/calls) -le 3 ] && { echo 'Unable to connect' >&2; exit 1; }
+        shift 2
+        printf '{"kind": "List", "items": ['
+        comma=
+        for name in "$@"; do
+          case $name in --*) continue ;; esac
+          state=$(cat $STANDIN/jobs/$name)
+          printf '%s{"metadata": {"name": "%s"}, "spec": {}, "status": {"terminalState": "%s"}}' "$comma" $name $state
+          comma=,
+        done
+        echo ']}' ;;
+      *) [ -e $STANDIN/jobs/$3 ] || { echo NotFound >&2; exit 1; }; cat $STANDIN/jobs/$3 ;;
+    esac ;;
+esac
+"""
+
+
+def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(tmp_path, monkeypatch, capsys):
+    """All runs are submitted, then one call asks for all states; a cluster that does not answer is asked again."""
+    (tmp_path / "jobs").mkdir()
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(KUBECTL)
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN", str(tmp_path))
+    monkeypatch.setattr(queued, "POLL", 0.01)
+    monkeypatch.chdir(ROOT)
+    file = write(tmp_path, "for one in grid('vocab_size', 280, 290): add(one)")
+    launcher = "gke --context=c --image=i --topology=4x4 --queue=tpu --poll=0"
+    args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}", f"--launcher={launcher}"]
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(args)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 1 and "1 of 2 runs failed: vocab_size=290 (exit code 1" in err
+    assert "2 of 2 runs are submitted" in out and "vocab_size=280: Completed" in out
+    assert "does not answer, and is asked again" in out
+    looks = [line for line in (tmp_path / "calls").read_text().splitlines() if line.endswith("--output=json")]
+    jobs = " ".join(slug(f"vocab_size={n}") for n in (280, 290))
+    assert looks[-1] == f"--context=c get jobset {jobs} --ignore-not-found --output=json"
+
+
+def test_every_launcher_of_the_folder_is_known():
     """launch/ takes the words, and asks for what is missing; a folder's file that is no launcher has no `act`."""
-    for name, words in command.WAITING.items():
+    for name, words in command.WORDS.items():
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{name}", *words, "--", "true"], cwd=ROOT, capture_output=True, text=True
         )
         assert done.stderr == "launch: --name is required\n"
     files = {file.stem for file in (ROOT / "launch").glob("*.py") if "def act(" in file.read_text()}
-    assert files == set(command.WAITING)
+    assert files == set(command.WORDS)
 
 
 def made_up(seed: int, kl: float, value: float | None, status: str = "done") -> results.Result:

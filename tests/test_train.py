@@ -1,7 +1,10 @@
 """The loop: its order, what it writes, what it refuses to save, where it goes on."""
 
+import dataclasses
 import functools
+import itertools
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -84,12 +87,12 @@ def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, k
 def run(tmp_path, monkeypatch):
     """run(stage, **config) -> last metrics; saves, reads and writes go into the stage's events."""
 
-    def go(stage, events=None, *, steps=5, every=0, log=1, eval_every=0, keep=100, **more):
+    def go(stage, events=None, *, steps=5, every=0, minutes=0.0, log=1, eval_every=0, keep=100, **more):
         config = TrainConfig(
             stage="fake",
             steps=steps,
             eval_every=eval_every,
-            checkpoint=CheckpointConfig(every=every, keep_last=keep),
+            checkpoint=CheckpointConfig(every=every, minutes=minutes, keep_last=keep),
             log=LogConfig(every=log, tensorboard=False),
             **more,
         )
@@ -129,6 +132,29 @@ def test_the_order_of_the_loop(run):
         *("next 4", "step 3", "read 3"),
         *("read 4", "evals 4", "finish 4", "save 4"),
     ]
+
+
+def test_a_checkpoint_by_time_comes_after_its_minutes_and_counts_from_the_last_one(run, monkeypatch, tmp_path):
+    """Steps of 40 s: one minute has passed after two steps, and the save of step 3 starts the minute again."""
+    events, reads = [], itertools.count()
+    stage, now = fake_stage(events), [0.0]
+
+    def step(*args):
+        now[0] += 40.0
+        return stage.step(*args)
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now[0] + 1e-6 * next(reads)))
+    timed = dataclasses.replace(stage, step=step)
+    run(timed, events, steps=8, every=3, minutes=1.0)
+    assert [event for event in events if event.startswith("save")] == ["save 2", "save 3", "save 5", "save 6", "save 8"]
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+
+
+def test_without_minutes_no_checkpoint_comes_by_time(run, monkeypatch):
+    events, clock = [], iter(range(0, 10**9, 10**5))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    run(fake_stage(events), events, steps=3)
+    assert [event for event in events if event.startswith("save")] == ["save 3"]
 
 
 def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):

@@ -67,7 +67,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         loss=loss(arg),
         reference_logprobs="live" if arg.loss in WITHOUT_REFERENCE else "precomputed",
         eval_every=150,
-        checkpoint={"every": 150},
+        checkpoint={"every": 150, "minutes": 15.0},
         seed=arg.seed,
         optim=optim(),
         **data,

@@ -69,7 +69,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # PPO's whitened advantages.
         normalise="mean",
         eval_every=max(1, steps // 4),
-        checkpoint={"every": max(1, steps // 4)},
+        checkpoint={"every": max(1, steps // 4), "minutes": 15.0},
         seed=arg.seed,
         optim={
             "name": "adam",  # table 1 (appendix C)

@@ -61,7 +61,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         temperature=1.0,  # unpublished; our choice
         steps=QUESTIONS // (BATCH // GROUP),  # unpublished; one pass over the questions, our choice
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         optim={

@@ -75,7 +75,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=BATCH,
         steps=EPISODES // BATCH,
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         **algorithm(),

@@ -54,7 +54,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=batch,
         steps=COMPARISONS // batch,  # one epoch
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         seed=arg.seed,
         **algorithm(),
     )

@@ -74,7 +74,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=batch,  # rows; short posts share one
         steps=EPISODES // batch,  # one epoch
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         seed=arg.seed,
         optim=optim(),
     )

@@ -114,7 +114,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
         mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}} if arg.size == "175b" else {},
         eval_every=25,
-        checkpoint={"every": 25},
+        checkpoint={"every": 25, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         ema=0.992,  # C.4; an average over iterations: of which steps it is one is unpublished

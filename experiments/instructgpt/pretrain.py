@@ -79,7 +79,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=windows,
         steps=round(300e9 / tokens),  # caption of table 2.1: 300 billion tokens
         eval_every=1000,
-        checkpoint={"every": 1000},
+        checkpoint={"every": 1000, "minutes": 15.0},
         seed=arg.seed,
         optim=optim(tokens, learning_rate=rate),
     )

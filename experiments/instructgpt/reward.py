@@ -70,7 +70,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=BATCH,
         steps=steps,
         eval_every=steps // 4,
-        checkpoint={"every": steps // 4},
+        checkpoint={"every": steps // 4, "minutes": 15.0},
         seed=arg.seed,
         **algorithm(),
     )

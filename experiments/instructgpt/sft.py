@@ -89,7 +89,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # C.1 chooses among checkpoints, and among 7 learning rates (175B: 5), by the reward model's score on validation
         # prompts, not by validation loss, which is lowest after one epoch. Here every epoch is evaluated and kept.
         eval_every=updates // EPOCHS[arg.role],
-        checkpoint={"every": updates // EPOCHS[arg.role], "keep_every": updates // EPOCHS[arg.role]},
+        checkpoint={"every": updates // EPOCHS[arg.role], "keep_every": updates // EPOCHS[arg.role], "minutes": 15.0},
         seed=arg.seed,
         optim=optim(learning_rate=LEARNING_RATE[arg.role][arg.size]),
     )

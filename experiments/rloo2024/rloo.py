@@ -49,7 +49,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         temperature=1.0,  # unpublished; TRL's default
         steps=PROMPTS * arg.k // EPISODES,  # unpublished; one pass over the prompts, our choice
         eval_every=50,
-        checkpoint={"every": 50},
+        checkpoint={"every": 50, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         optim={

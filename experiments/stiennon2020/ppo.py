@@ -73,7 +73,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=BATCH[arg.size],
         steps=EPISODES // BATCH[arg.size],
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         optim=optim,

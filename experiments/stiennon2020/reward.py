@@ -50,7 +50,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         steps=COMPARISONS // 64,  # one epoch, appendix B.1
         overrides={"dtype": "bfloat16", "dropout": 0.0},  # see sft.py
         eval_every=100,
-        checkpoint={"every": 300},
+        checkpoint={"every": 300, "minutes": 15.0},
         seed=arg.seed,
         optim=SFT["adam"](LEARNING_RATE[arg.size], "cosine"),  # appendix B.1
         **algorithm(({"spec": "jsonl:data/tldr/validation*.jsonl", "kind": "messages", "split": "all"},)),

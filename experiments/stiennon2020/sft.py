@@ -67,7 +67,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         steps=POSTS // 128,  # one epoch, appendix B.1
         overrides={"dtype": "bfloat16", "dropout": 0.0},  # the paper: fp16; dropout unpublished, none is GPT-3's
         eval_every=100,
-        checkpoint={"every": 300},
+        checkpoint={"every": 300, "minutes": 15.0},
         seed=arg.seed,
         optim=adam(LEARNING_RATE[arg.size], "cosine"),  # appendix B.1
     )

@@ -100,7 +100,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         else {"token": "<0x0A>", "after": 55, "value": -1.0},
         steps=EPISODES[arg.numbers] // numbers["batch_size"],
         eval_every=100,
-        checkpoint={"every": 100},
+        checkpoint={"every": 100, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         optim=optim,

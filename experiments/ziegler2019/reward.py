@@ -95,7 +95,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         steps=numbers["labels"] // numbers["batch_size"],  # one epoch
         overrides={"dropout": 0.0},  # section 2.2: no dropout
         eval_every=50,
-        checkpoint={"every": 150},
+        checkpoint={"every": 150, "minutes": 15.0},
         seed=arg.seed,
         optim=optim(numbers["learning_rate"]),
         **loss(),

@@ -52,7 +52,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         overrides={"dropout": 0.1},  # GPT-1
         eval_every=1000,
         eval_batches=32,
-        checkpoint={"every": 1000},
+        checkpoint={"every": 1000, "minutes": 15.0},
         seed=arg.seed,
         optim={
             "name": "adam",

@@ -55,6 +55,7 @@ class Plan:
             "stage": self.subject.name,
             "kind": self.subject.config.stage,
             "target": self.target.name,
+            "compiler": self.target.compiler,
             "devices": len(self.target.devices),
             "chips": self.target.chips,
             "mesh": self.mesh,

@@ -68,7 +68,8 @@ def textbook(c: TransformerConfig) -> Table:
 
 def hbm(plan: Plan) -> Table:
     axes = ", ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
-    table = Table(title=f"Memory of a device, GiB: {plan.target.name} ({axes})", title_justify="left")
+    title = f"Memory per device, GiB: {plan.target.name} ({axes}), by {plan.target.compiler}"
+    table = Table(title=title, title_justify="left")
     for name in ("program", "arguments", "temporaries", "outputs", "peak", "elsewhere", "capacity", "fits"):
         table.add_column(name, justify="left" if name == "program" else "right")
     for p in plan.programs:

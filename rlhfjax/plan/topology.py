@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,12 @@ class Target(NamedTuple):
     @property
     def chips(self) -> float:
         return len(self.devices) / (self.chip.devices if self.chip else 1)
+
+    @property
+    def compiler(self) -> str:
+        """The compiler and its version: a run with another libtpu may need another amount of memory."""
+        package = "libtpu" if self.topology else "jaxlib"
+        return f"{package} {importlib.metadata.version(package)}"
 
 
 def target(topology: str, slices: int = 1) -> Target:

@@ -3,20 +3,24 @@
 import dataclasses
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfjax import paths
-from rlhfjax.errors import ConfigError, UserError
+from rlhfjax.errors import ConfigError, Preempted, UserError
 from rlhfjax.paths import Path
 from rlhfjax.report.sweep import read_result, write_sweep
-from rlhfjax.sweep import is_seed, pool
+from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
-# What is in launch/, each with its words that wait for a run's end.
-WAITING = {"tpu": ("run",), "gke": ("run",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
+# What is in launch/, each with its words that start a run: they wait for its end, but for gke's, which leave it to the
+# cluster's queue.
+WORDS = {"tpu": ("run",), "gke": ("submit",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
+GKE = (sys.executable, "-m", "launch.gke")
+TPU = (sys.executable, "-m", "launch.tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,15 @@ class Options:
     """How a sweep runs.
 
     launcher: the words of a command that takes a run's command after its own, waits, and exits with its code, as
-      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine.
+      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine. GKE's do not wait:
+      all runs are submitted at once, and the cluster orders them.
+    slices_in_turn: so many TPUs are created once and take the runs in turn, in the place of one TPU per run; 0: not.
     metrics: what the page shows; none: the telling ones of the last stage.
     """
 
     parallel: int = 1
     launcher: tuple[str, ...] = LOCAL
+    slices_in_turn: int = 0
     dry_run: bool = False
     metrics: tuple[str, ...] = ()
 
@@ -46,13 +53,13 @@ def launcher(text: str) -> tuple[str, ...]:
         raise ConfigError(f"--launcher={text}: {str(e).lower()}") from None
     if first == "local" and not flags:
         return LOCAL
-    if first in WAITING:
+    if first in WORDS:
         if not (file := paths.path("launch") / f"{first}.py").is_file():
             raise ConfigError(f"--launcher={first}: {file} is not in this folder; expected to run in the repository's")
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
-        return (sys.executable, "-m", f"launch.{first}", *WAITING[first], "--name={name}", *flags, "--")
+        return (sys.executable, "-m", f"launch.{first}", *WORDS[first], "--name={name}", *flags, "--")
     if not shutil.which(first):
-        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WAITING)}, or a command that is installed")
+        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WORDS)}, or a command that is installed")
     return (first, *flags)
 
 
@@ -64,6 +71,8 @@ def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options
       UserError: runs failed; the others are done, and the table is written.
       Preempted, KeyboardInterrupt: stopped by a signal.
     """
+    if options.slices_in_turn:
+        options = in_turn(options, workdir)
     runs = expand(config, workdir, given)
     commands = {run.name: whole_command(run, options.launcher) for run in runs if not run.finished}
     if options.dry_run:
@@ -72,7 +81,18 @@ def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options
         return
     print(f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}")
     try:
-        codes = pool.run_all(commands, workdir, options.parallel)
+        if options.launcher[:3] == GKE:
+            jobs = {name: job_name(options.launcher, name) for name in commands}
+            codes = queued.run_all(commands, jobs, states_command(options.launcher), workdir)
+        else:
+            codes = pool.run_all(commands, workdir, options.parallel)
+        for words in down_commands(options, len(commands)):
+            print(shlex.join(words))
+            subprocess.run(words, stdin=subprocess.DEVNULL)
+    except (KeyboardInterrupt, Preempted):
+        for words in down_commands(options, len(commands)):
+            print(f"a TPU is left, on which its run goes on; to delete it: {shlex.join(words)}")
+        raise
     finally:
         print(f"table: {collect(runs, workdir, options.metrics)}")
     if failed := [name for name, code in codes.items() if code]:
@@ -84,6 +104,40 @@ def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
     if tuple(launcher) == LOCAL:
         return [sys.executable, "-m", "rlhfjax", *run.command]
     return [*(word.replace("{name}", run.name) for word in launcher), "rlhfjax", *run.command]
+
+
+def job_name(launcher: Sequence[str], name: str) -> str:
+    """The name that a launcher's words give to a run: their last --name."""
+    words = [word for word in launcher if word.startswith("--name=")] or ["--name="]
+    return words[-1].partition("=")[2].replace("{name}", name)
+
+
+def states_command(launcher: Sequence[str]) -> list[str]:
+    """The words that print the states of GKE's jobs, in the cluster and namespace of the launcher's words."""
+    where = [word for word in launcher if word.startswith(("--context=", "--namespace="))]
+    return [*GKE, "states", *where]
+
+
+def in_turn(options: Options, workdir: Path) -> Options:
+    """Options whose launcher names a TPU by the slot that a run takes, and leaves it for the next run.
+
+    Raises:
+      ConfigError: the launcher is not that of TPU VMs.
+    """
+    if options.launcher[:3] != TPU:
+        raise ConfigError("--slices_in_turn: expected --launcher='tpu …', whose TPUs it keeps from run to run")
+    flags = [word for word in options.launcher[4:-1] if not word.startswith("--name=")]
+    name = f"--name={workdir.name}-{pool.SLOT}"
+    launcher = (*TPU, "run", name, *flags, "--keep", "--")
+    return dataclasses.replace(options, launcher=launcher, parallel=options.slices_in_turn)
+
+
+def down_commands(options: Options, runs: int) -> list[list[str]]:
+    """The commands that delete the TPUs which took the runs in turn; none where each run had its own."""
+    where = [word for word in options.launcher if word.startswith(("--zone=", "--project="))]
+    name = job_name(options.launcher, "")
+    slots = range(min(options.slices_in_turn, runs))
+    return [[*TPU, "down", f"--name={name.replace(pool.SLOT, str(slot))}", *where] for slot in slots]
 
 
 def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> Path:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 from rlhfjax import paths
 from rlhfjax.errors import ConfigError, Preempted
@@ -22,6 +22,7 @@ from rlhfjax.metrics import UPLOAD_EVERY, duration
 from rlhfjax.paths import Path
 
 LOCK, LOGS = "sweep.lock", "logs"
+SLOT = "{slot}"
 POLL = 0.2  # seconds
 GRACE = 600.0  # seconds that a run has to save
 
@@ -30,6 +31,8 @@ def run_all(
     commands: Mapping[str, Sequence[str]], folder: Path, parallel: int = 1, say: Callable[[str], None] = print
 ) -> dict[str, int]:
     """Runs every command, at most `parallel` at a time, its output appended to `folder/logs/NAME.txt`.
+
+    `{slot}` in a command stands for a number below `parallel` that no other command has while it runs.
 
     Returns:
       {name: exit code}.
@@ -40,11 +43,13 @@ def run_all(
     here = paths.Mirror(folder, [f"{LOGS}/{name}.txt" for name in commands])
     paths.make_folder(here.folder / LOGS)
     waiting, running, codes = deque(commands), {}, {}
+    slots = list(range(parallel))
     with _locked(folder) as lock, _signals() as received:
         try:
             while (waiting or running) and not received.came.wait(POLL if running else 0):
                 here.sync(UPLOAD_EVERY)
-                for name, code, seconds in _ended(running):
+                for name, code, slot, seconds in _ended(running):
+                    slots.append(slot)
                     if code == Preempted.exit_code:
                         say(f"{name}: preempted after {duration(seconds)}; it starts again")
                         waiting.append(name)
@@ -54,11 +59,14 @@ def run_all(
                     say(f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}")
                 while waiting and len(running) < parallel:
                     name = waiting.popleft()
-                    running[name] = (_start(commands[name], log_of(here.folder, name), lock), time.monotonic())
+                    slot = slots.pop(0)
+                    command = [word.replace(SLOT, str(slot)) for word in commands[name]]
+                    process = _start(command, log_of(here.folder, name), lock)
+                    running[name] = _Running(process, slot, time.monotonic())
         finally:
             if running:
                 say(f"stopping {len(running)} of {len(commands)} runs; once more to kill them")
-            _stop([process for process, _ in running.values()], received)
+            _stop([run.process for run in running.values()], received)
             here.close()
     if received.all:
         if received.all[0] == signal.SIGINT:
@@ -93,11 +101,18 @@ def _start(command: Sequence[str], log: Path, lock: IO) -> subprocess.Popen:
         )
 
 
-def _ended(running: dict[str, tuple[subprocess.Popen, float]]) -> Iterator[tuple[str, int, float]]:
-    for name, (process, began) in list(running.items()):
-        if (code := process.poll()) is not None:
+class _Running(NamedTuple):
+    process: subprocess.Popen
+    slot: int
+    began: float  # by the monotonic clock
+
+
+def _ended(running: dict[str, _Running]) -> Iterator[tuple[str, int, int, float]]:
+    """(name, exit code, slot, seconds) of what has ended, which is no longer among the running."""
+    for name, run in list(running.items()):
+        if (code := run.process.poll()) is not None:
             del running[name]
-            yield name, code, time.monotonic() - began
+            yield name, code, run.slot, time.monotonic() - run.began
 
 
 def _stop(processes: Sequence[subprocess.Popen], received: "_Received") -> None:

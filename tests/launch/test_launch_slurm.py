@@ -121,6 +121,30 @@ def test_a_job_has_the_clusters_environment_and_this_interpreters_programs(clust
     assert log(cluster) == ["none", str(Path(sys.executable).parent / "python")]
 
 
+def test_options_of_sbatch_and_srun_and_lines_of_the_script_go_through(call):
+    options = ["--sbatch=mem=0", "--sbatch=exclusive", "--srun=--container-image=x.sqsh", "--setup=module load cuda"]
+    code, out, _ = call("script", "--name=a", "--gpus_per_node=8", *options, *sh("true"))
+    lines = out.splitlines()
+    assert code == 0 and "#SBATCH --mem=0" in lines and "#SBATCH --exclusive" in lines
+    (srun,) = [line for line in lines if line.startswith("srun ")]
+    assert "--container-image=x.sqsh" in srun
+    assert lines.index("module load cuda") < lines.index(srun)
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--gpus_per_node=8"], "add --cpus_per_task=N, or --sbatch=exclusive"),
+        (["--sbatch=time=1:00:00"], "this launcher sets time itself"),
+        (["--sbatch=--no-requeue"], "this launcher sets no-requeue itself"),
+        (["--sbatch=a b=c"], "expected KEY=VALUE or KEY"),
+    ],
+)
+def test_what_would_waste_a_node_or_break_a_restart_is_refused(args, error, cluster, call):
+    code, _, err = call("submit", "--name=a", *args, *sh("true"))
+    assert code == 1 and error in err and err.count("\n") == 1 and not made(cluster, "sbatch")
+
+
 def test_a_job_is_requeued_where_it_was_preempted(cluster, call):
     """The second node failed the first time, and ends last the second time: that alone counts."""
     wait = "while [ ! -e files/7_1_result.pkl ]; do sleep 0.02; done"

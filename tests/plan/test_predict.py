@@ -6,6 +6,7 @@ import json
 import re
 
 import jax
+import jaxlib
 import pytest
 
 from rlhfjax import main
@@ -37,8 +38,10 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
     argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=here", f"--json={tmp_path}/plan.json"]
     main.main(["rlhfjax", "plan", *argv])
     said = capsys.readouterr().out
-    assert "By hand: 10,320 parameters" in said and "Memory of a device" in said
+    assert "By hand: 10,320 parameters" in said and "Memory per device" in said
+    assert f"by jaxlib {jaxlib.__version__}" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["compiler"] == f"jaxlib {jaxlib.__version__}"
     assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (10_320, 8 * 32, 6)
     assert plan["six_n_d"] == 6 * 10_320 * 256
     (step,) = plan["programs"]

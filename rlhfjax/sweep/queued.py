@@ -1,0 +1,77 @@
+"""Runs that a cluster's queue orders: all are submitted at once, and one process looks at all of them together."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from rlhfjax import paths
+from rlhfjax.errors import first_line
+from rlhfjax.paths import Path
+from rlhfjax.sweep import pool
+
+POLL = 30.0  # seconds between looks at the states
+CODES = {"Completed": 0, "Failed": 1, "Missing": 1}  # of the states in which a job has ended
+
+
+def run_all(
+    commands: Mapping[str, Sequence[str]],
+    jobs: Mapping[str, str],
+    states: Sequence[str],
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> dict[str, int]:
+    """Submits every run and waits until all have ended. Jobs that are there already are found, not doubled.
+
+    Args:
+      commands: {run: the words that submit it and return}.
+      jobs: {run: the name of its job in the cluster}.
+      states: the words that, with the names of jobs after them, print {job: state} as JSON.
+      folder: what the commands print is appended to `folder/logs/NAME.txt`.
+    Returns:
+      {run: exit code}, 0 or 1; the code of a submission that failed.
+    Raises:
+      KeyboardInterrupt: Ctrl-C; the jobs go on, and the same sweep finds them.
+    """
+    codes = _submit(commands, folder, say)
+    unknown = ""
+    while waiting := [name for name in commands if name not in codes]:
+        found, error = _ask(states, [jobs[name] for name in waiting])
+        if error and error != unknown:
+            say(f"the cluster does not answer, and is asked again: {error}")
+        unknown = error
+        for name in waiting:
+            state = found.get(jobs[name], "")
+            if state in CODES:
+                codes[name] = CODES[state]
+                say(f"[{len(codes)}/{len(commands)}] {name}: {state}")
+        if len(codes) < len(commands):
+            time.sleep(POLL)
+    return codes
+
+
+def _submit(commands: Mapping[str, Sequence[str]], folder: Path, say: Callable[[str], None]) -> dict[str, int]:
+    """Submits one run after the other; returns {run: exit code} of those that were not accepted."""
+    failed: dict[str, int] = {}
+    here = paths.Mirror(folder, [f"{pool.LOGS}/{name}.txt" for name in commands])
+    paths.make_folder(here.folder / pool.LOGS)
+    for name, command in commands.items():
+        with pool.log_of(here.folder, name).open("a") as log:
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+        if code:
+            failed[name] = code
+            say(f"{name}: not submitted ({pool.describe(code)}), see {pool.log_of(folder, name)}")
+    say(f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them to the cluster")
+    here.close()
+    return failed
+
+
+def _ask(states: Sequence[str], jobs: Sequence[str]) -> tuple[dict[str, str], str]:
+    """({job: state}, ""), or ({}, why the cluster did not answer): that says nothing about the jobs."""
+    done = subprocess.run([*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        if done.returncode == 0:
+            return json.loads(done.stdout), ""
+    except ValueError as e:
+        return {}, f"its answer is no JSON: {first_line(e)}"
+    return {}, first_line(done.stderr)
