@@ -189,7 +189,7 @@ DEFECTS = [
     d(
         6,
         "stages/collect.py",
-        "rows += _rows(hosts.whole(rollout), some, labels, index)",
+        "rows += _rows(hosts.whole(rollout), some, labels, index, cut)",
         """rows += _rows(hosts.whole(rollout), some, labels, index)
             for row in rows:
                 row["completion_tokens"] = [[*tokenizer.encode(x), tokenizer.eos_id] for x in row["completions"]]""",
@@ -843,8 +843,8 @@ DEFECTS = [
     d(
         32,
         "train.py",
-        "if step != resumed and (stop or _due(step, config.checkpoint.every, last)):",
-        "if step != resumed and _due(step, config.checkpoint.every, last):",
+        "save = decision != _GO_ON or _due(step, config.checkpoint.every, last)",
+        "save = decision == _SAVE or _due(step, config.checkpoint.every, last)",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(

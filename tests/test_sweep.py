@@ -217,20 +217,19 @@ def test_a_second_sweep_waits_for_the_processes_of_a_killed_one(tmp_path):
     """The lock is held by the runs themselves: a sweep that was killed outright leaves nobody's run to be doubled."""
     code = (
         "import sys; from pathlib import Path; from rlhfjax.sweep import pool\n"
-        "pool.run_all({'a': ['sleep', '600']}, Path(sys.argv[1]), say=print)"
+        "pool.run_all({'a': ['sh', '-c', 'echo $$; exec sleep 600']}, Path(sys.argv[1]), say=print)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    while not pool.log_of(tmp_path, "a").exists():
+    log = pool.log_of(tmp_path, "a")
+    while not (log.exists() and log.read_text().endswith("\n")):
         time.sleep(0.05)
-    orphans = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
     parent.kill()
     parent.wait()
     try:
         with pytest.raises(ConfigError, match="a sweep is running here"):
             pool.run_all({"b": ["true"]}, tmp_path)
     finally:
-        for pid in orphans.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+        os.kill(int(log.read_text()), signal.SIGKILL)
 
 
 def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):

@@ -109,10 +109,15 @@ def _compile(job: Job, folder: str, connection: Connection) -> None:
         programs = {p.name: p for p in sketch(job.subject, layout, job.completions).programs}
         lowered = programs[job.program].lower()
         with quiet():
-            lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            lowered.compile(compiler_options=options(folder))
         connection.send("")
     except Exception as e:
         connection.send(str(e).strip() or first_line(e))
+
+
+def options(folder: str) -> dict[str, str | bool]:
+    """Returns libtpu's compile options: it writes the files that `ask` reads to `folder`."""
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
 
 
 def _last_words(connection: Connection) -> str:

@@ -31,6 +31,7 @@ from rlhfjax.stages.parts.common import Start, assemble, frozen_part
 from rlhfjax.stages.parts.language import language_loss
 from rlhfjax.stages.parts.placing import need_of
 from rlhfjax.stages.parts.policy import Task, Tokens, fresh_state
+from rlhfjax.stages.parts.rollout import Rollout
 
 PyTree = Any
 RANKED = ("reward", "direct")  # stages that learn from several answers to a prompt
@@ -276,33 +277,50 @@ def _task(subject: Subject, layout: Layout) -> Task:
 def _policy_programs(
     subject: Subject, layout: Layout, task: Task, algorithm: Any, state: states.TrainState, frozen: PyTree
 ) -> list[Program]:
-    """rollout -> know -> score -> prepare -> update, each called with the shapes that the one before it returns."""
+    """Returns rollout, know, score, prepare, update: each takes what those before it return.
+
+    A program is traced here only if another needs the shapes that it returns. Those of a rollout
+    are known: its layers are unrolled, so that tracing it takes as long as all the rest.
+    """
     c = subject.config
     params = states.attach(frozen, state.params)
     prompts = [rows(layout, (c.episodes, c.prompt_length), np.int32) for _ in range(2)]
     sizes = _flops(subject)
     programs: list[Program] = []
 
-    def program(name: str, function: Any, *inputs: PyTree) -> PyTree:
+    def program(name: str, function: Any, *inputs: PyTree) -> Callable[[], PyTree]:
+        """Adds a program. Returns a function that traces it, and returns its outputs' shapes."""
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         times = passes(c.lora.rank, *trained_models(subject)) if name == "update" else 1.0
         programs.append(Program(name, _lower(jitted, layout, *inputs), inputs, float(sizes.get(name, 0.0)), times))
-        return _as_rows(jax.eval_shape(jitted, *inputs), layout, c.episodes)
+        return lambda: _as_rows(jax.eval_shape(jitted, *inputs), layout, c.episodes)
 
     answers = functools.partial(algorithm.rollout, each=c.each)
-    rollout = program("rollout", answers, params["policy"], *prompts, a_key(layout))
-    known = program("know", algorithm.know, params, task.reference, rollout)
+    program("rollout", answers, params["policy"], *prompts, a_key(layout))
+    rollout = _rollout(c, layout)
+    known = program("know", algorithm.know, params, task.reference, rollout)()
     if task.reward is not None:
         judge = functools.partial(sequence_rewards, task.reward.model)
         program("score", judge, task.reward.params, rollout.tokens, rollout.segments)
     scores = rows(layout, (c.episodes,), np.float32)
-    experience, pairs = program("prepare", algorithm.prepare, state, known, rollout, scores)
+    experience, pairs = program("prepare", algorithm.prepare, state, known, rollout, scores)()
     text = {}
     if c.ptx.coefficient:
         shape = (c.episodes * c.ptx.ratio, c.ptx.length)
         text = {name: rows(layout, shape, dtype) for name, dtype in LANGUAGE.items()}
     program("update", algorithm.update, state, experience, text, pairs, a_key(layout), frozen)
     return programs
+
+
+def _rollout(c: Any, layout: Layout) -> Rollout:
+    """Returns the shapes of a rollout, its rows over the batch axes."""
+    whole, response = (c.episodes, c.prompt_length + c.max_new), (c.episodes, c.max_new)
+    return Rollout(
+        tokens=rows(layout, whole, np.int32),
+        segments=rows(layout, whole, np.int32),
+        mask=rows(layout, response, np.float32),
+        logprobs=rows(layout, response, np.float32),
+    )
 
 
 def _as_rows(tree: PyTree, layout: Layout, n: int) -> PyTree:

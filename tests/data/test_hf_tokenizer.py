@@ -16,6 +16,7 @@ from rlhfjax.data import chat, hf_tokenizer
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from rlhfjax.errors import DataError
+from tests.needs import needs
 
 SMOLLM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]  # ids 0, 1, 2, 3, as SmolLM2 has them
 CONFIG = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
@@ -223,6 +224,7 @@ def test_a_sentencepiece_model_is_still_one(tokenizer, tmp_path):
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
 
 
+@needs("transformers", extra="transformers")
 @pytest.mark.transformers
 def test_transformers_reads_what_is_saved_and_encodes_the_same(smollm, tmp_path):
     from transformers import AutoTokenizer

@@ -14,6 +14,7 @@ from rlhfjax.data import chat, examples
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
 from rlhfjax.data.template import BUILT_IN
 from rlhfjax.errors import DataError
+from tests.needs import needs
 
 SPECIALS = {
     "ours": ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>"],
@@ -277,6 +278,7 @@ def test_generation_blocks_and_todays_date_are_understood():
     assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNT["chatml"][:1]
 
 
+@needs("transformers", extra="transformers")
 @pytest.mark.transformers
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_ids_are_those_of_transformers(tokenizers, name, tmp_path):

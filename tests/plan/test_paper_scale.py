@@ -1,24 +1,26 @@
 """Every paper-scale config fits where experiments/README.md says: by arithmetic, and by the TPU compiler.
 
-`pytest -m plan_scale` compiles what trains of every row for its topology, which takes most of a device (the plan extra;
-a step of .ci/run), `pytest -m plan_rest` the other programs of the policy stages: rollouts, the longest to compile.
+`pytest -m plan_scale` lowers what trains of every row for its topology, which takes most of a
+device. It compiles those that are not in scale.txt, the table of programs that were compiled and
+fit. `pytest -m nightly tests/plan` compiles the other programs of policy stages: rollouts take
+longest. Both need the plan extra.
 """
 
-import importlib.util
-import json
 import re
-import runpy
-from pathlib import Path
-from typing import NamedTuple
+import sys
+import warnings
+from collections.abc import Callable
 
+import filelock
 import pytest
 
-from rlhfjax import main
-from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import AXES
-from rlhfjax.plan import estimate, search, shapes
+from rlhfjax.plan import estimate, search
 from rlhfjax.plan.chips import CHIPS, GIB
-from tests.test_experiments import ROOT, experiment_files
+from tests.needs import needs
+from tests.plan import scale
+from tests.plan.scale import ROOT, ROWS, Row, check_it_fits, planned
+from tests.test_experiments import experiment_files
 
 # Nothing to plan: stages that do not train, and toys.
 UNPLANNED = {
@@ -27,37 +29,9 @@ UNPLANNED = {
 }
 
 
-class Row(NamedTuple):
-    config: str
-    topology: str
-    gib: str
-    flags: dict[str, str]
-
-
-def rows() -> list[Row]:
-    """The table of experiments/README.md."""
-    found = []
-    for line in (ROOT / "experiments" / "README.md").read_text().splitlines():
-        cells = [cell.strip(" `") for cell in line.split("|")[1:-1]]
-        if len(cells) == 4 and cells[0].startswith("experiments/"):
-            flags = dict(flag.removeprefix("--").split("=", 1) for flag in cells[3].split())
-            found.append(Row(cells[0], cells[1], cells[2], flags))
-    return found
-
-
-ROWS = rows()
-NAMES = [row.config.removeprefix("experiments/") for row in ROWS]
-
-
-def planned(row: Row) -> tuple[shapes.Subject, int]:
-    """The stage as the row has it, its mesh included; completions."""
-    path, _, arg = row.config.partition(":")
-    config = runpy.run_path(str(ROOT / path))["get_config"](arg or None)
-    for name, value in row.flags.items():
-        if mesh_axis := re.fullmatch(r"config\.mesh\.(\w+)", name):
-            config.mesh[mesh_axis[1]] = int(value)
-    subject = shapes.subject(config, model=row.flags.get("model", ""), reward_model=row.flags.get("reward_model", ""))
-    return subject, int(row.flags.get("completions", 2))
+NAMES = [row.name for row in ROWS]
+REST = ("rollout", "know", "score", "prepare")
+NEW = 4  # programs that may be new in CI: each takes up to minutes to compile
 
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
@@ -95,40 +69,97 @@ def test_a_config_that_does_not_fit_is_named():
         test_a_paper_scale_config_fits_by_arithmetic(smaller)
 
 
-NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: the plan extra"
-)
-TRAINS = {"ppo": "update", "group": "update"}  # the program of a stage that trains; of the others "step"
-REST = ("rollout", "know", "score", "prepare")
+def test_the_table_is_of_rows_that_there_are_and_of_the_tested_libtpu():
+    table = scale.read()
+    stale = set(table.digests) - set(NAMES)
+    assert not stale, f"{scale.TABLE.name}: experiments/README.md has no {stale}: {scale.COMMAND}"
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in table.digests.values())
+    assert f"libtpu=={table.libtpu}" in (ROOT / "constraints/py311.txt").read_text().splitlines()
 
 
-def check_it_fits(row: Row, names: tuple[str, ...], out: Path) -> None:
-    """`rlhfjax plan` of a row as a user gives it; fails with the config's name."""
-    flags = [f"--{name}={value}" for name, value in row.flags.items()]
-    where = [f"--config={ROOT / row.config}", f"--topology={row.topology}", f"--json={out}"]
-    try:
-        main.main(["rlhfjax", "plan", *where, *flags, f"--programs={','.join(names)}"])
-    except (ConfigError, SystemExit) as e:
-        pytest.fail(f"{row.config} on {row.topology} cannot be planned: {e}")
-    plan = json.loads(out.read_text())
-    assert [program["name"] for program in plan["programs"]] == list(names)
-    assert plan["fits"], f"{row.config} does not fit {row.topology}: {plan['advice']}"
+@pytest.fixture(scope="session")
+def digest_of(shared) -> Callable[[Row], str]:
+    """The digest of a row, which one worker computes for all."""
+
+    def of(row: Row) -> str:
+        file = shared / f"digest-{ROWS.index(row)}"
+        with filelock.FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_text(scale.digest(row))
+            return file.read_text()
+
+    return of
 
 
-@NEEDS_LIBTPU
+def new_rows(table: scale.Table, digest_of: Callable[[Row], str], row: Row) -> list[Row]:
+    """The rows whose program is not that of the table. Workers begin at rows of their own."""
+    start = ROWS.index(row)
+    return [x for x in ROWS[start:] + ROWS[:start] if table.digests.get(x.name) != digest_of(x)]
+
+
+@needs("libtpu", extra="plan")
 @pytest.mark.plan_scale
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
-def test_a_paper_scale_config_trains_where_it_says(row, tmp_path):
-    check_it_fits(row, (TRAINS.get(planned(row)[0].config.stage, "step"),), tmp_path / "plan.json")
+def test_a_paper_scale_config_trains_where_it_says(row, digest_of, tmp_path):
+    """A program that was compiled is not compiled again; a new one is, unless many are."""
+    table, digest = scale.read(), digest_of(row)
+    if table.digests.get(row.name) == digest:
+        return
+    new = new_rows(table, digest_of, row)
+    if len(new) > NEW:
+        pytest.fail(
+            f"{len(new)} of {len(ROWS)} programs are new, more than {NEW} "
+            f"({scale.TABLE.name} is of libtpu {table.libtpu}, {scale.libtpu()} is installed): "
+            f"run {scale.COMMAND} and commit its table",
+            pytrace=False,
+        )
+    check_it_fits(row, (scale.trains(planned(row)[0]),), tmp_path / "plan.json")
+    line = f"{row.name} {digest}"
+    warnings.warn(f"new, and it fits; commit its line of {scale.TABLE.name}: {line}", stacklevel=1)
 
 
-@NEEDS_LIBTPU
+@pytest.fixture
+def judge(monkeypatch, tmp_path):
+    """judge(n, table): what the first row's test compiles if the first n rows are changed."""
+    monkeypatch.setattr(scale, "libtpu", lambda: "0.2")
+
+    def first_row(new: int, table: dict[str, str]) -> list[str]:
+        compiled, here = [], sys.modules[__name__]
+        monkeypatch.setattr(here, "check_it_fits", lambda row, *_: compiled.append(row.name))
+        monkeypatch.setattr(scale, "read", lambda: scale.Table("0.1", table))
+
+        def digest_of(row: Row) -> str:
+            return "other" if ROWS.index(row) < new else "same"
+
+        test_a_paper_scale_config_trains_where_it_says(ROWS[0], digest_of, tmp_path)
+        return compiled
+
+    return first_row
+
+
+def test_a_known_program_is_not_compiled(judge):
+    assert judge(0, dict.fromkeys(NAMES, "same")) == []
+
+
+@pytest.mark.parametrize("rows", [NAMES, NAMES[1:]], ids=["changed", "added"])
+def test_a_few_new_programs_are_compiled_and_say_their_line(judge, rows):
+    said = f"commit its line of scale.txt: {re.escape(NAMES[0])} other"
+    with pytest.warns(UserWarning, match=said):
+        assert judge(NEW, dict.fromkeys(rows, "same")) == [NAMES[0]]
+
+
+def test_many_new_programs_fail_with_the_command(judge):
+    said = r"5 of 38 programs are new.*0\.1, 0\.2 is installed.*run python -m tests\.plan\.scale"
+    with pytest.raises(pytest.fail.Exception, match=said):
+        judge(NEW + 1, dict.fromkeys(NAMES, "same"))
+
+
+@needs("libtpu", extra="plan")
 @pytest.mark.nightly
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_a_paper_scale_config_samples_where_it_says(row, tmp_path):
     subject, _ = planned(row)
-    if subject.config.stage not in TRAINS:
+    if subject.config.stage not in scale.TRAINS:
         pytest.skip("it does not sample")
-    check_it_fits(
-        row, tuple(name for name in REST if name != "score" or subject.reward is not None), tmp_path / "plan.json"
-    )
+    names = tuple(name for name in REST if name != "score" or subject.reward is not None)
+    check_it_fits(row, names, tmp_path / "plan.json")

@@ -17,6 +17,7 @@ from rlhfjax.plan import compiled, compiler, memory, predict, shapes, tables, to
 from rlhfjax.plan.chips import CHIPS
 from rlhfjax.stages import group
 from tests import tiny
+from tests.needs import needs
 
 A_CHIP = topology.Target("v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm, "v5e:1x1")
 NOTHING = compiler.Memory(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -26,8 +27,7 @@ ENTRY %main (p: f32[1024]) -> f32[1024] {
   ROOT %sum = f32[1024]{0} add(%p, %p), metadata={op_name="jit(f)/sum"}
 }
 """
-LIBTPU = importlib.util.find_spec("libtpu") is not None
-needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu, TPU's compiler, is not installed: the plan extra")
+needs_libtpu = needs("libtpu", extra="plan")
 
 
 def tiny_sft(**changes):
@@ -74,7 +74,7 @@ def test_the_arithmetic_alone(capsys):
     [
         ("v9:2x2", "expected CHIP:SHAPE such as v5e:4x4.*chips are v4, v5e"),
         ("v5e", "expected CHIP:SHAPE"),
-        pytest.param("v5e:3x5", "--topology=v5e:3x5: .*divisible", marks=needs_libtpu),
+        pytest.param("v5e:3x5", "v5e:3x5: .*divisible", marks=[needs_libtpu, pytest.mark.slow]),
     ],
 )
 def test_topologies_that_there_are_not(name, said):
@@ -82,8 +82,8 @@ def test_topologies_that_there_are_not(name, said):
         topology.target(name)
 
 
-@pytest.mark.skipif(LIBTPU, reason="libtpu is installed")
-def test_without_the_compiler_it_says_how_to_get_it():
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[plan\]'"):
         topology.target("v5e:2x2")
 

@@ -122,8 +122,8 @@ def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finishe
     assert described(text) == described({k[4:]: x for k, x in batch.items() if k.startswith("ptx/")})
     assert experience.mask.shape == (16, 8) and experience.tokens.shape == (16, 32)
     assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
-    for program in sketch.programs:
-        program.lower()
+    lowered = {program.name: program.lower() for program in sketch.programs}
+    assert described(lowered["rollout"].out_info) == described(planned["know"].inputs[2])
 
 
 def as_group(ppo_values, estimator):
@@ -179,7 +179,9 @@ def test_the_update_is_that_of_the_stage(name, changes, conversations, finished)
 def test_a_group_runs_its_prompt_once():
     """16 answers to 4 prompts of 24 tokens: what is prefilled, and by hand what it costs."""
     planned = planned_as("group", as_group(NOWHERE["ppo"], "rloo"))
-    text = planned["rollout"].lower().as_text()
+    lowered = planned["rollout"].lower()
+    assert described(lowered.out_info) == described(planned["know"].inputs[2])
+    text = lowered.as_text()
     assert "tensor<4x24x16xf32>" in text and "tensor<16x24x16xf32>" not in text
     ratio = planned["rollout"].model_flops / planned["know"].model_flops
     assert ratio == pytest.approx((4 * 24 + 16 * 8) / (16 * 32))

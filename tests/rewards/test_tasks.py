@@ -9,8 +9,9 @@ from rlhfjax.data.sources import open_source
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.rewards import load_scorer, tasks
 from rlhfjax.stages import stage_config
+from tests.needs import needs
 
-pytest.importorskip("reasoning_gym", reason="pip install 'rlhfjax[tasks]'")
+pytestmark = needs("reasoning_gym", extra="tasks")
 NAMES = ("chain_sum", "spell_backward", "word_sorting")
 
 
