@@ -172,7 +172,8 @@ def ask(
     over = _size(tokenizer, filled) - max_tokens
     if over <= 0:
         return _question(filled), False
-    words = {name: tokenizer.encode(text) for name, text in values.items() if name not in whole}
+    used = [name for name in values if name not in whole and f"{{{name}}}" in template]
+    words = {name: tokenizer.encode(values[name]) for name in used}
     room = max_tokens - _size(tokenizer, fill(template, **values | dict.fromkeys(words, "")))
     while over > 0 and room >= len(words):  # once, or again where parts of texts take more tokens than they did
         filled = fill(template, **values | _parts(tokenizer, words, room))

@@ -196,8 +196,10 @@ def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
     assert abs(len(tokenizer.encode(before)) - free // 2) <= 4
     with pytest.raises(ConfigError, match=r"judge\.length: 20 tokens .* do not hold the template 'Is it fine\?"):
         judge_module.ask(tokenizer, template, 20, prompt=prompt, a=a, b=b)
-    question, cut = judge_module.ask(tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b)
-    assert cut and question[0]["content"].endswith(b)
+    (question,), cut = judge_module.ask(tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b)
+    assert cut and question["content"].endswith(b)
+    (question,), _ = judge_module.ask(tokenizer, "{a}", 40, prompt=prompt, a=a)  # no room for what is not in it
+    assert len(chat.render_prompt(tokenizer, [question])) >= 38
 
 
 def test_pitfall_39_a_long_thought_does_not_take_the_question(folder, judge):
