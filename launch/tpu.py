@@ -123,7 +123,8 @@ def add_key(shell: Shell, tpu: Tpu) -> None:
     own = [word.removeprefix(flag) for word in tpu.extra["ssh"] if word.startswith(flag)]
     key = os.path.expanduser((own or [KEY])[-1])
     if not os.path.exists(key):
-        os.makedirs(os.path.dirname(key), mode=0o700, exist_ok=True)
+        if not shell.dry_run:
+            os.makedirs(os.path.dirname(key), mode=0o700, exist_ok=True)
         shell.must(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", key])
     if shell.run(["ssh-add", key]):
         shell.say(

@@ -84,7 +84,7 @@ def report(place):
     status = read_json(place.status)
     status["alive"] = alive(status)
     status.update(slice=place.slice, worker=place.worker)
-    print("\n" + MARK + json.dumps(status, sort_keys=True), flush=True)
+    print(MARK + json.dumps(status, sort_keys=True), flush=True)
 
 
 def start(place, generation=None):
@@ -187,6 +187,8 @@ def follow(place):
         shown = pass_on(place.log, shown, out)
         if running:
             time.sleep(min(0.2, status.get("poll", 0.2)))
+    if shown and not read_log(place, 1)[0].endswith(b"\n"):
+        print()
     report(place)
 
 
@@ -194,7 +196,8 @@ def show_last(place, lines):
     """Prints the log's last lines, each with this worker's numbers."""
     text = read_log(place, lines)[0].decode(errors="replace")
     head = "[{}.{}] ".format(place.slice, place.worker)
-    print("".join("\n" + head + line for line in text.splitlines()), flush=True)
+    for line in text.splitlines():
+        print(head + line, flush=True)
 
 
 def pass_on(log, begin, out):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import shell, tpu, tpu_gcloud, tpu_job, tpu_worker
+from launch import check, shell, tpu, tpu_gcloud, tpu_job, tpu_worker
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,7 +31,7 @@ TOOLS = {
     "ssh-keygen": 'for last; do :; done; touch "$last"',
     "ssh-add": "[ ! -e $STANDIN/no-agent ] && touch $STANDIN/key-in-agent",
     "curl": "echo $WORKER",
-    "sudo": 'echo "sudo $*" >> $STANDIN/did',
+    "sudo": 'echo "sudo $*" >> $STANDIN/did; cat > /dev/null',
     "crontab": '[ "$1" = - ] && cat > ~/crontab || cat ~/crontab',
     "mountpoint": "[ -e ~/mounted ]",
     "gcsfuse": 'echo "gcsfuse $*" >> $STANDIN/did; [ ! -e $STANDIN/no-mount ] && touch ~/mounted',
@@ -230,7 +230,7 @@ def test_a_kept_tpu_gets_edited_code_and_installs_only_what_is_new(cloud, capsys
     assert call(capsys, *args, *sh("echo again"))[0] == 0
     assert (home / "did").read_text() == "set up\n"
     subprocess.run(["git", "rm", "-qf", "old.py"], check=True)
-    Path("tracked.py").write_text("edited")
+    Path("tracked.py").write_text("edited\n")
     code, out, _ = call(capsys, *args, *sh("cat tracked.py"))
     assert code == 0 and "\nedited\n" in out and (home / "did").read_text() == "set up\n" * 2
     assert sorted(file.name for file in (home / "rlhfjax").iterdir()) == ["result", "tracked.py"]
@@ -347,9 +347,9 @@ def test_a_second_run_while_it_waits_or_is_not_installed(cloud, capsys):
 
 def test_a_second_run_while_it_runs_finds_it(cloud, capsys):
     """The first was interrupted: the second sends nothing, and follows."""
-    leave(capsys, *TPU, *sh("echo start >> ~/starts; while [ ! -e ~/go ]; do sleep 0.02; done; echo done"))
+    script = "until grep -q ' follow ' $STANDIN/calls.jsonl; do sleep 0.02; done; echo done"
+    leave(capsys, *TPU, *sh(f"echo start >> ~/starts; {script}"))
     Path("tracked.py").write_text("edited")
-    (cloud / "a/0/go").touch()
     code, out, _ = call(capsys, *TPU, *sh("echo other words"))
     assert code == 0 and "\ndone\n" in out and (cloud / "deleted-0/0/starts").read_text() == "start\n"
     assert "other code or another command runs there, and is followed" in out
@@ -410,8 +410,8 @@ def test_pre_emptions_have_an_end(cloud, capsys):
 def test_a_host_that_is_late_is_waited_for(cloud, capsys):
     """It does not answer eight times, which are 12 minutes; the others have started, and are not again."""
     scenario(cloud, workers=2, late={"a.1": 8})
-    code, out, _ = call(capsys, *TPU, *sh("echo start >> ~/starts; while [ ! -e ../1/starts ]; do sleep 0.02; done"))
-    assert code == 0 and out.count("the run is not started on worker 0.1\n") == 3 - 1
+    code, out, _ = call(capsys, *TPU, *sh("echo start >> ~/starts; while [ ! -e ~/../1/starts ]; do sleep 0.02; done"))
+    assert code == 0 and out.count("the run is not started on worker 0.1\n") == 3
     assert [(cloud / "deleted-0" / w / "starts").read_text() for w in "01"] == ["start\n"] * 2
 
 
@@ -463,7 +463,7 @@ def test_without_the_launcher_the_lead_ends_the_cost(cloud, capsys):
     log = (cloud / "gs/b/logs/a/worker-0-0.log").read_text()
     assert "oh\nlaunch: the run ended with exit code 3\nlaunch: the TPU is deleted in 0 s\n" in log
     assert "gcloud is asked to delete the TPU" in log and (cloud / "gs/b/logs/a/worker-0-1.log").exists()
-    delete = next(words for words in calls(cloud) if words[3] == "delete")
+    delete = next(words for words in calls(cloud) if "delete" in words)
     assert delete[4:] == ["a", "--zone=z", "--force", "--quiet", "--async"]
     code, out, _ = call(capsys, "logs", *HEAD, LOGS)
     assert code == 0 and "\noh\n" in out
@@ -503,7 +503,7 @@ def test_a_failure_is_tried_again_while_the_checkpoint_advances(cloud, capsys):
             f"mkdir -p {folder}/00_x/checkpoints/$n; touch {folder}/00_x/checkpoints/$n/commit_success.txt; exit 3"
         )
         code, out, _ = call(capsys, *TPU, "--linger=0", *sh(script), f"--workdir={workdir}")
-        assert code == 4 and out.count("at a later checkpoint") == 2
+        assert code == 4 and out.count("\nlaunch: exit code 3 at a later") == 2
         assert "exit code 3 at a later checkpoint, ('00_x', 1): tried again" in out
 
 
@@ -582,8 +582,41 @@ def test_the_clients_own_table_has_what_the_fixture_says():
 # ------------------------------------------------------------------ the config, before anything is created
 
 
-def test_a_config_that_a_run_would_refuse_creates_nothing(cloud, capsys, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    config = f"--config={ROOT}/experiments/quickstart/recipe.py"
-    code, _, err = call(capsys, *TPU, "--", "rlhfjax", "run", config, "--config.ppo.clip=-1", "--workdir=gs://b/w")
-    assert code == 1 and "clip" in err and "nothing was created" in err and calls(cloud) == []
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("echo ppo.clip=-1: must be positive >&2; exit 2", 1, "must be positive; nothing was created"),
+        ("echo jax is not installed >&2; exit 3", 0, "the config is not checked before the start: jax is not"),
+        ("echo Traceback >&2; echo OSError >&2; exit 1", 0, "the config could not be checked here"),
+        ("echo warning: minutes", 0, "warning: minutes"),
+    ],
+)
+def test_what_the_check_of_a_config_says(script, code, said, cloud, capsys, monkeypatch):
+    (cloud / "bin/rlhfjax").symlink_to("/bin/true")
+    (cloud / "bin/check").write_text(f"#!/bin/sh\n{script}\n")
+    (cloud / "bin/check").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(cloud / "bin/check"))
+    got, out, err = call(capsys, *TPU, "--", "rlhfjax", "run", "--config=x.py")
+    assert got == code and said in out + err and bool(calls(cloud)) == (code == 0)
+
+
+def checked(capsys, *words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m launch.check ARGS`."""
+    try:
+        check.main(["check", *words])
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
+
+
+def test_a_config_is_validated_without_a_device_or_a_workdir(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = "--config=experiments/quickstart/recipe.py:size=smoke"
+    workdir = "--workdir=gs://nowhere/w"
+    code, out, _ = checked(capsys, "run", config, workdir, "--spot")
+    assert code == 0 and "checkpoint.minutes is 0 in pretrain, sft, reward, ppo" in out
+    assert checked(capsys, "run", config, workdir) == (0, "", "")
+    code, _, err = checked(capsys, "run", config, workdir, "--config.ppo.reward='stage:rewards'")
+    assert code == 2 and "'stage:rewards'; the stages before it are tokenizer" in err and err.count("\n") == 1
+    assert checked(capsys, "run", "--config=nothing.py")[0] == 2
