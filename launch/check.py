@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from launch.shell import LaunchError, Shell
+from launch.shell import LaunchError, Shell, last_line
 
 MISSING = 3
 
@@ -33,7 +33,7 @@ def validate_command(shell: Shell, command: Sequence[str], spot: bool) -> None:
         capture_output=True,
         text=True,
     )
-    last = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
+    last = last_line(done.stderr)
     if done.returncode == 2:
         raise LaunchError(f"{last}; nothing was created")
     if done.returncode == MISSING:

@@ -100,9 +100,8 @@ class Shell:
                 return out.strip()
             if missing in error:
                 return None
-        last = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        last = last_line(error) or f"exit code {process.returncode}"
         raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
-
 
     def peek(self, words: Sequence[str]) -> str | None:
         """Returns the output of a command that changes nothing; None where it fails. Shows neither."""
@@ -110,6 +109,11 @@ class Shell:
         with _started(words, stdin=subprocess.DEVNULL, **streams) as process:
             out, _ = process.communicate()
         return None if process.returncode else out
+
+
+def last_line(output: str) -> str:
+    """The last line with text of a command's output, where a tool says why it failed; "" if there is none."""
+    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
 
 
 def _print(line: str) -> None:
@@ -220,8 +224,7 @@ def _git_files(*options: str) -> list[str]:
     with _started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, error = process.communicate()
     if process.returncode:
-        last = (error.strip().splitlines() or ["it failed"])[-1]
-        raise LaunchError(f"git ls-files: {last}; expected the repository's folder")
+        raise LaunchError(f"git ls-files: {last_line(error)}; expected the repository's folder")
     return sorted(filter(None, out.split("\0")))
 
 

@@ -5,15 +5,17 @@
     python -m launch.tpu logs | stop | down --name=a --zone=us-west4-a
     python -m launch.tpu list --zone=us-west4-a
 
-`run` creates a queued resource, waits until it is active, copies what git tracks, installs it, starts
-the command on every worker, and shows worker 0's output until it ends. The run needs no connection:
-the workers supervise themselves (launch/tpu_worker.py), and the same `run` again finds them.
+`run` creates a queued resource, waits until it is active, copies what git tracks, installs it,
+starts the command on every worker, and shows worker 0's output until it ends. The run needs no
+connection: the workers supervise themselves (launch/tpu_worker.py), and the same `run` again finds
+them.
 
 Its interface, the Cloud TPU API with queued resources, is in maintenance: Google fixes it and adds
 nothing, and tpu7x is not served. For tpu7x, for many hosts, and for runs of days use launch.gke.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from launch.check import validate_command
 from launch.shell import PREEMPTED, LaunchError, Shell
 from launch.tpu_gcloud import Tpu
 from launch.tpu_job import Job
-from launch.tpu_run import End, Runner
+from launch.tpu_run import End, Report, Runner, Worker
 
 WORDS = ("run", "logs", "stop", "down", "list")
 KEY = "~/.ssh/google_compute_engine"
@@ -67,8 +69,8 @@ def run(fv: flags.FlagValues, shell: Shell, tpu: Tpu, command: list[str]) -> int
         validate_command(shell, command, tpu.spot)
     if not job.logs:
         shell.say(
-            f"{tpu.name}: no bucket: what the run writes goes with the TPU, and nothing deletes the "
-            "TPU when this launcher is gone; --workdir=gs://… has neither trouble"
+            f"{tpu.name}: no bucket: what the run writes goes with the TPU, and nothing deletes "
+            "the TPU when this launcher is gone; --workdir=gs://… has neither trouble"
         )
     add_key(shell, tpu)
     runner = Runner(shell, tpu, job, fv.poll)
@@ -76,20 +78,22 @@ def run(fv: flags.FlagValues, shell: Shell, tpu: Tpu, command: list[str]) -> int
         end = runner.finish()
         close(runner, end)
     except LaunchError as e:
-        raise LaunchError(f"{e}; nothing more was deleted, and what is there costs: {_down(tpu)}") from e
+        left = f"nothing more was deleted, and what is there costs: {_down(tpu)}"
+        raise LaunchError(f"{e}; {left}") from e
     return end.code
 
 
 def close(runner: Runner, end: End) -> None:
     """Deletes the TPU of a run that is over; says what happens to that of one that failed."""
-    shell, name, linger = runner.shell, runner.tpu.name, runner.job.linger
+    linger = runner.job.linger
     if end.deleted:
-        shell.say(f"{name}: ended with exit code {end.code}; the TPU is deleted; {runner.job.logs} has its logs")
+        gone = f"the TPU is gone; {runner.job.logs} has its logs"
+        runner.say(f"ended with exit code {end.code}; {gone}")
         return
     if end.code not in OVER:
         runner.ask_all("tail")
-        shell.say(f"{name}: ended with exit code {end.code}" + (f": {end.why}" if end.why else ""))
-    if (end.code in OVER or linger == 0) and linger >= 0:
+        runner.say(f"ended with exit code {end.code}" + (f": {end.why}" if end.why else ""))
+    if (end.code in OVER and linger >= 0) or linger == 0:
         runner.remove()
         return
     if linger < 0:
@@ -98,20 +102,24 @@ def close(runner: Runner, end: End) -> None:
         then = f"it is deleted by itself in {linger / 60:.0f} minutes"
     else:
         then = "without a bucket nothing deletes it by itself, and it costs"
-    goes_on = "goes on" if end.code == PREEMPTED else "tries again, with edited code too"
-    shell.say(f"{name}: the TPU is there still: {then}. The same line {goes_on}. To delete it: {_down(runner.tpu)}")
+    again = "goes on" if end.code == PREEMPTED else "tries again, with edited code too"
+    runner.say(f"the TPU is there still: {then}. The same line {again}.")
+    runner.say(f"to delete it: {_down(runner.tpu)}")
 
 
 def logs(fv: flags.FlagValues, runner: Runner) -> int:
-    """Follows one worker's log, or shows the last lines of all; the bucket's where no worker answers."""
-    if fv.worker == "all":
-        reports = runner.ask_all("tail")
-    else:
-        reports = runner.ask_all("follow", [fv.slice], number=fv.worker)
+    """Follows one worker's log, or shows the last lines of all; the bucket's if none answers."""
+    reports = _logs(fv, runner)
     if not reports and fv.logs:
         name = "*" if fv.worker == "all" else f"worker-{fv.slice}-{fv.worker}"
         return runner.shell.run(["gcloud", "storage", "cat", f"{fv.logs}/{name}.log"])
     return max([report.get("code", 0) for report in reports.values()], default=1)
+
+
+def _logs(fv: flags.FlagValues, runner: Runner) -> dict[Worker, Report]:
+    if fv.worker == "all":
+        return runner.ask_all("tail")
+    return runner.ask_all("follow", [fv.slice], number=fv.worker)
 
 
 def add_key(shell: Shell, tpu: Tpu) -> None:
@@ -141,9 +149,11 @@ def _down(tpu: Tpu) -> str:
 def _tpu(fv: flags.FlagValues) -> Tpu:
     extra: dict[str, list[str]] = {"create": [], "ssh": []}
     for text in fv.gcloud:
-        where, colon, flag = text.partition(":")
+        where, _, flag = text.partition(":")
         if where not in extra or not flag.startswith("--"):
-            raise flags.IllegalFlagValueError(f"--gcloud={text}: expected create:--FLAG or ssh:--FLAG")
+            raise flags.IllegalFlagValueError(
+                f"--gcloud={text}: expected create:--FLAG or ssh:--FLAG",
+            )
         extra[where].append(flag)
     names = ("zone", "project", "accelerator", "runtime", "slices", "spot", "reserved", "network")
     names += ("service_account", "valid_until", "track")
@@ -173,60 +183,50 @@ def _job(fv: flags.FlagValues, tpu: Tpu, command: list[str]) -> Job:
 
 
 def _flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("zone", None, "of the TPU", flag_values=fv)
-    flags.DEFINE_string("project", None, "default: gcloud's own", flag_values=fv)
-    flags.DEFINE_string("accelerator", None, "v5litepod-16, v5p-128, v6e-64, …", flag_values=fv)
-    flags.DEFINE_string("runtime", None, "software of the TPU VM; default: the chip's", flag_values=fv)
+    text = functools.partial(flags.DEFINE_string, flag_values=fv)
+    text("zone", None, "of the TPU")
+    text("project", None, "default: gcloud's own")
+    text("accelerator", None, "v5litepod-16, v5p-128, v6e-64, …")
+    text("runtime", None, "software of the TPU VM; default: the chip's")
     flags.DEFINE_integer("slices", 1, "joined over the data centre's network", 1, flag_values=fv)
     flags.DEFINE_bool("spot", False, "cheaper, and may be taken away", flag_values=fv)
     flags.DEFINE_bool("reserved", False, "from the project's reservation", flag_values=fv)
-    flags.DEFINE_string("network", None, "default: the project's", flag_values=fv)
-    flags.DEFINE_string("service_account", None, "default: Compute Engine's", flag_values=fv)
+    text("network", None, "default: the project's")
+    text("service_account", None, "default: Compute Engine's")
     _gcloud_flags(fv)
     _set_up_flags(fv)
     _end_flags(fv)
-    flags.DEFINE_string("worker", "0", "of `logs`: a number, or all", flag_values=fv)
+    text("worker", "0", "of `logs`: a number, or all")
     flags.DEFINE_integer("slice", 0, "of `logs`", 0, flag_values=fv)
     flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
 
 
 def _gcloud_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_multi_string(
-        "gcloud",
-        [],
-        "create:--FLAG or ssh:--FLAG, passed to gcloud (ssh: also to scp); may be repeated",
-        flag_values=fv,
-    )
-    flags.DEFINE_enum(
-        "track", None, ["alpha", "beta"], "gcloud's, for create, ssh and scp: flex-start, IAP", flag_values=fv
-    )
-    flags.DEFINE_string("valid_until", None, "give the request up after a time: 6h", flag_values=fv)
+    passed = "create:--FLAG or ssh:--FLAG, passed to gcloud (ssh: also to scp); may be repeated"
+    flags.DEFINE_multi_string("gcloud", [], passed, flag_values=fv)
+    track = "gcloud's, for create, ssh and scp; alpha has flex-start and IAP"
+    flags.DEFINE_enum("track", None, ["alpha", "beta"], track, flag_values=fv)
+    until = "time after which a request that was not met is given up: 6h"
+    flags.DEFINE_string("valid_until", None, until, flag_values=fv)
 
 
 def _set_up_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_bool("check", True, "validate the config here before anything is created", flag_values=fv)
+    text = functools.partial(flags.DEFINE_string, flag_values=fv)
+    flags.DEFINE_bool("check", True, "validate the config here first", flag_values=fv)
     flags.DEFINE_list("extras", ["quickstart", "gcs"], "of rlhfjax, to install", flag_values=fv)
-    flags.DEFINE_string("setup", None, "a script in place of the usual set-up", flag_values=fv)
-    flags.DEFINE_string(
-        "bucket", None, "a bucket's name; the workers read it as /bucket", flag_values=fv
-    )
-    flags.DEFINE_string(
-        "logs", None, "folder for the workers' logs; default: gs://BUCKET/logs/NAME", flag_values=fv
-    )
-    flags.DEFINE_multi_string(
-        "secret", [], "NAME=SECRET: read on the workers from Secret Manager", flag_values=fv
-    )
+    text("setup", None, "a script in place of the usual set-up")
+    text("bucket", None, "a bucket's name; the workers read it as /bucket")
+    text("logs", None, "folder for the workers' logs; default: gs://BUCKET/logs/NAME")
+    secret = "NAME=SECRET: read on the workers from Secret Manager"
+    flags.DEFINE_multi_string("secret", [], secret, flag_values=fv)
 
 
 def _end_flags(fv: flags.FlagValues) -> None:
+    text = functools.partial(flags.DEFINE_string, flag_values=fv)
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
     flags.DEFINE_bool("keep", False, "never delete the TPU", flag_values=fv)
-    flags.DEFINE_string(
-        "linger", "15m", "from a failure to the TPU's deletion; 0: at once", flag_values=fv
-    )
-    flags.DEFINE_string(
-        "max_run_duration", "0", "then the run is stopped and the TPU deleted; 0: never", flag_values=fv
-    )
+    text("linger", "15m", "from a failure to the TPU's deletion; 0: at once")
+    text("max_run_duration", "0", "then the run is stopped and the TPU deleted; 0: never")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What launch.tpu sends to the workers: the set-up, what comes before a start, and the run's description."""
+"""What launch.tpu sends to the workers: scripts, and the run's description."""
 
 import dataclasses
 import hashlib
@@ -9,12 +9,13 @@ from typing import Any
 
 from launch import shell as sh
 
+_HAS_UV = "command -v uv > /dev/null"
 _UV = (
-    "export PATH=$HOME/.local/bin:$PATH",
-    "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh > /dev/null 2>&1 || true",
-    # Where the installer cannot be had: an environment of its own, since Ubuntu 24.04 refuses --user.
-    "command -v uv > /dev/null || { python3 -m venv ~/.local/uv && ~/.local/uv/bin/pip install -q uv"
-    " && mkdir -p ~/.local/bin && ln -sf ~/.local/uv/bin/uv ~/.local/bin/uv; }",
+    "mkdir -p ~/.local/bin; export PATH=$HOME/.local/bin:$PATH",
+    f"{_HAS_UV} || curl -LsSf https://astral.sh/uv/install.sh | sh > /dev/null 2>&1 || true",
+    # Without the installer: an environment of its own, since Ubuntu 24.04 refuses --user.
+    f"{_HAS_UV} || {{ python3 -m venv ~/.local/uv && ~/.local/uv/bin/pip install -q uv; }}",
+    f"{_HAS_UV} || ln -sf ~/.local/uv/bin/uv ~/.local/bin/uv",
     "uv venv -q --allow-existing --python 3.11 ~/venv",
 )
 _APT = "sudo apt-get -o DPkg::Lock::Timeout=600 -qq"  # a new VM updates itself, and holds the lock
@@ -89,15 +90,27 @@ class Job:
         return _hash([archive, self.setup])
 
     def id(self, archive: str) -> str:
-        """The hash of what runs: two starts of one id are the same run."""
-        return _hash([archive, self.setup, self.command, self.bucket])
+        """The hash of what runs: two starts of one id are the same run of the same code."""
+        return _hash([archive, self.setup, self.run_id])
+
+    @property
+    def run_id(self) -> str:
+        """The hash of the command, whatever its code."""
+        return _hash([self.command, self.bucket])
 
     def description(
-        self, *, archive: str, generation: str, slice_number: int, delete: Sequence[str], poll: float
+        self,
+        *,
+        archive: str,
+        generation: str,
+        slice_number: int,
+        delete: Sequence[str],
+        poll: float,
     ) -> dict[str, Any]:
         """rlhfjax.json, which launch/tpu_worker.py reads."""
         return {
             "id": self.id(archive),
+            "run_id": self.run_id,
             "generation": generation,
             "archive": archive,
             "installed": self.installed(archive),
@@ -116,7 +129,10 @@ class Job:
 
 
 def remote_command(
-    command: Sequence[str], env: dict[str, str], stored: dict[str, str], project: str | None
+    command: Sequence[str],
+    env: dict[str, str],
+    stored: dict[str, str],
+    project: str | None,
 ) -> str:
     """The command with its environment; a secret is read on the worker and stands nowhere else."""
     where = f" --project={project}" if project else ""

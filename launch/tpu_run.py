@@ -84,11 +84,19 @@ class Runner:
             look = self.settle()
             if look.ready():
                 end = self.attend()
-            elif look.state is None:
-                end = self.missing()
-            else:
+                continue
+            end = self.recorded_end(look)
+            if end is None and look.state is None:
+                self.create()
+            elif end is None:
                 self.recreate(look)
         return end
+
+    def say(self, text: str) -> None:
+        self.shell.say(f"{self.tpu.name}: {text}")
+
+    def _error(self, text: str) -> LaunchError:
+        return LaunchError(f"{self.tpu.name}: {text}")
 
     # -------------------------------------------------------------- states
 
@@ -97,10 +105,14 @@ class Runner:
         text = self.shell.ask(gcloud.describe(self.tpu), "NOT_FOUND", self.poll)
         if text is None:
             return Look(state=None, nodes={})
-        state = json.loads(text)["state"]
-        failed = state.get("failedData", {}).get("error", {}).get("message", "no reason is given")
-        nodes = self.tpu.nodes if state["state"] == "ACTIVE" else []
-        return Look(state=state["state"], nodes={node: self._node(node) for node in nodes}, why=failed)
+        about = json.loads(text)["state"]
+        failed = about.get("failedData", {}).get("error", {})
+        nodes = self.tpu.nodes if about["state"] == "ACTIVE" else []
+        return Look(
+            state=about["state"],
+            nodes={node: self._node(node) for node in nodes},
+            why=failed.get("message", "no reason is given"),
+        )
 
     def _node(self, node: str) -> str:
         """A node's state; its number of workers is kept."""
@@ -120,31 +132,38 @@ class Runner:
             if look.ready() or look.taken() or look.state is None:
                 return look
             if stuck := set(NODE_STUCK) & set(look.nodes.values()):
-                raise LaunchError(f"{self.tpu.name}: a node is {min(stuck)}; {look.text()}")
+                raise self._error(f"a node is {min(stuck)}; {look.text()}")
             if look.text() != before:
-                self.shell.say(f"{self.tpu.name}: {look.text()}")
+                self.say(look.text())
             before = look.text()
             time.sleep(self.poll)
 
-    def missing(self) -> End | None:
-        """Creates the queued resource, unless the bucket tells that the run has ended.
+    def recorded_end(self, look: Look) -> End | None:
+        """The end of a run whose machines are gone, as the lead's status in the bucket has it.
+
+        That is the run which is followed; or, when the launcher begins, this run if it finished.
+        """
+        record = self._record()
+        if record.get("phase") != "ended":
+            return None
+        begun = self.generation or self.fresh
+        finished = self._same(record) and record["code"] == 0
+        if record["generation"] != self.generation and (begun or not finished):
+            return None
+        self.say(f"{self.job.logs}/worker-0-0.json tells how its run ended; nothing is created")
+        if look.state is not None:
+            self.remove()
+        return End(code=record["code"], why=record["why"], deleted=True)
+
+    def create(self) -> None:
+        """Creates the queued resource.
 
         Raises:
           LaunchError: it was there a moment ago, and nothing tells how its run ended.
         """
-        record = self._record()
-        if record.get("phase") == "ended" and record["generation"] == self.generation:
-            return End(code=record["code"], why=record["why"], deleted=True)
         if self.generation or self.fresh:
-            raise LaunchError(
-                f"{self.tpu.name}: the queued resource was deleted, and nothing tells how its run ended"
-            )
-        if record.get("phase") == "ended" and self._same(record) and record["code"] == 0:
-            file = f"{self.job.logs}/worker-0-0.json"
-            self.shell.say(f"{self.tpu.name}: this run has ended already, says {file}; nothing is created")
-            return End(code=0, deleted=True)
+            raise self._error("the request was deleted, and nothing tells how its run ended")
         self._create()
-        return None
 
     def recreate(self, look: Look) -> None:
         """Deletes a request whose machines were taken away, and makes it again.
@@ -153,17 +172,15 @@ class Runner:
           LaunchError: that has happened too often, or the request itself cannot be met.
         """
         if look.state == "FAILED" and self.fresh:
-            raise LaunchError(f"{self.tpu.name}: FAILED before it was active: {look.why}")
+            raise self._error(f"FAILED before it was active: {look.why}")
         self.restarts += bool(self.fresh or self.generation)
         most = self.job.max_restarts
         if self.restarts > most:
-            raise LaunchError(
-                f"{self.tpu.name}: preempted more than --max_restarts={most} times; its state is saved"
+            raise self._error(
+                f"preempted more than --max_restarts={most} times; its state is saved",
             )
-        self.shell.say(
-            f"{self.tpu.name}: its machines were taken away ({look.text()}); "
-            f"restart {self.restarts} of {most}"
-        )
+        count = f"restart {self.restarts} of {most}"
+        self.say(f"its machines were taken away ({look.text()}); {count}")
         self.shell.must(gcloud.delete(self.tpu))
         self._create()
 
@@ -184,9 +201,14 @@ class Runner:
     # -------------------------------------------------------------- the run
 
     def attend(self) -> End | None:
-        """Starts the command wherever it does not run, and follows it; None where the end is unknown."""
+        """Starts the command wherever it does not run, and follows it to its end.
+
+        None: the end is unknown.
+        """
         self.fresh = False
         reports = self.ask_all("status")
+        if self.wait_for_another(reports):
+            return None
         end = self.known_end(reports)
         if end is None and self.start(reports):
             end = self.set_up_failure(reports) or self.follow()
@@ -194,10 +216,20 @@ class Runner:
             return end
         self.unknown = 0 if self._started(reports.get(LEAD, {})) else self.unknown + 1
         if self.unknown == LOOKS:
-            raise LaunchError(f"{self.tpu.name}: worker 0 did not answer in {LOOKS} looks")
-        self.shell.say(f"{self.tpu.name}: whether its run has ended is unknown: look again")
+            raise self._error(f"worker 0 did not answer in {LOOKS} looks")
+        self.say("whether its run has ended is unknown: look again")
         time.sleep(self.poll)
         return None
+
+    def wait_for_another(self, reports: dict[Worker, Report]) -> bool:
+        """Whether another command ran there; it is followed to its end first."""
+        lead = reports.get(LEAD, {})
+        if not _running(lead) or lead["run_id"] == self.job.run_id:
+            return False
+        self.say("another command runs there; this one waits for its end")
+        self.follow()
+        time.sleep(self.poll)
+        return True
 
     def known_end(self, reports: dict[Worker, Report]) -> End | None:
         """The end of the run that is followed, or of this very run at an earlier time."""
@@ -214,13 +246,10 @@ class Runner:
         What the workers answer is added to the reports.
         """
         lead = reports.get(LEAD, {})
-        running = lead.get("alive") and lead["phase"] != "ended"
+        running = _running(lead)
         if running and not self._same(lead):
             self.generation = lead["generation"]
-            self.shell.say(
-                f"{self.tpu.name}: other code or another command runs there, and is followed; "
-                "`stop` it to start this one"
-            )
+            self.say("other code runs there and is followed; `stop` it to start this one")
             return True
         if running or (self._same(lead) and lead["phase"] != "ended"):
             self.generation = lead["generation"]
@@ -233,7 +262,7 @@ class Runner:
         silent = self._silent(reports)
         if silent:
             numbers = ", ".join(f"{node}.{number}" for node, number in silent)
-            self.shell.say(f"{self.tpu.name}: the run is not started on worker {numbers}")
+            self.say(f"the run is not started on worker {numbers}")
         return not silent
 
     def set_up_failure(self, reports: dict[Worker, Report]) -> End | None:
@@ -250,7 +279,10 @@ class Runner:
         return self.known_end(reports)
 
     def ask_all(
-        self, verb: str, slices: Sequence[int] | None = None, number: str = "all"
+        self,
+        verb: str,
+        slices: Sequence[int] | None = None,
+        number: str = "all",
     ) -> dict[Worker, Report]:
         """Runs a verb of launch/tpu_worker.py on workers, slices side by side; what they report.
 
@@ -262,6 +294,8 @@ class Runner:
             if not line.startswith(worker.MARK):
                 return False
             report = worker.parse(line.removeprefix(worker.MARK))
+            if "slice" not in report:
+                return False
             reports[report["slice"], report["worker"]] = report
             return True
 
@@ -291,12 +325,11 @@ class Runner:
 
     def _silent(self, reports: dict[Worker, Report]) -> list[Worker]:
         """The workers that do not report this start of the run."""
-        everyone = [
-            (i, number)
-            for i, node in enumerate(self.tpu.nodes)
-            for number in range(self.workers.get(node, 1))
-        ]
-        return [number for number in everyone if not self._started(reports.get(number, {}))]
+        silent = []
+        for i, node in enumerate(self.tpu.nodes):
+            everyone = [(i, number) for number in range(self.workers.get(node, 1))]
+            silent += [worker for worker in everyone if not self._started(reports.get(worker, {}))]
+        return silent
 
     def _started(self, report: Report) -> bool:
         ours = report.get("generation") == self.generation
@@ -318,15 +351,17 @@ class Runner:
 
     def remove(self) -> None:
         """Deletes the queued resource, which the lead may be deleting too."""
-        if self.shell.run(gcloud.delete(self.tpu)) and self.look().state not in (None, "DELETING"):
-            raise LaunchError(f"{self.tpu.name}: it could not be deleted; gcloud's output is above")
+        code = self.shell.run(gcloud.delete(self.tpu))
+        if code and self.look().state not in (None, "DELETING"):
+            raise self._error("it could not be deleted; gcloud's output is above")
 
     def _show(self) -> None:
         """What `finish` runs where nothing is there and nothing goes wrong."""
         self.shell.show(gcloud.create(self.tpu))
-        self.shell.say(f"# until it is ACTIVE: {shlex.join(gcloud.describe(self.tpu))}")
-        for node in self.tpu.nodes:
-            self.shell.say(f"# until it is READY: {shlex.join(gcloud.describe_node(self.tpu, node))}")
+        asked = [("ACTIVE", gcloud.describe(self.tpu))]
+        asked += [("READY", gcloud.describe_node(self.tpu, node)) for node in self.tpu.nodes]
+        for state, words in asked:
+            self.shell.say(f"# until it is {state}: {shlex.join(words)}")
         self.generation = "START"
         self.ask_all("status")
         self._side_by_side(self._send, range(self.tpu.slices))
@@ -338,6 +373,10 @@ def worker_script(verb: str, slice_number: int, generation: str = "") -> str:
     """Runs launch/tpu_worker.py on a worker that has it."""
     words = f"python3 {SENT[2]} {verb} {slice_number} {generation}".rstrip()
     return f"test ! -e {SENT[2]} || {words}"
+
+
+def _running(report: Report) -> bool:
+    return bool(report.get("alive")) and report["phase"] != "ended"
 
 
 def _not_set_up(report: Report) -> bool:

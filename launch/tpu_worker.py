@@ -3,17 +3,18 @@
     python3 rlhfjax_worker.py start SLICE [GENERATION]
     python3 rlhfjax_worker.py status | follow | tail | stop SLICE
 
-launch.tpu copies this file to the workers, with the archive (rlhfjax.tar.gz) and a description of the
-run (rlhfjax.json: launch.tpu_job.Job.description). It needs nothing but Python 3.8.
+launch.tpu copies this file to the workers, with the archive (rlhfjax.tar.gz) and a description of
+the run (rlhfjax.json: launch.tpu_job.Job.description). It needs nothing but Python 3.8.
 
 Each worker has a supervisor: a process that does not depend on any connection. It runs the command
 until it ends, starts it again on exit code 75, and uploads its log to the bucket. What it knows
 stands in ~/launch/worker-SLICE-WORKER.json. Worker 0 of slice 0, the lead, decides the end, and
 deletes the queued resource once everything is in the bucket.
 
-What launch.tpu reads is a line "RLHFJAX {…}"; gcloud's and ssh's own exit codes say nothing of the run.
+What launch.tpu reads is a line "RLHFJAX {…}": gcloud's and ssh's exit codes say nothing of the run.
 """
 
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -30,7 +31,7 @@ PREEMPTED = 75
 INTERRUPTED = 130
 RETRIES = 3  # of plain failures, while the checkpoint's step advances
 SET_UP_FAILED = "set-up failed"
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 HOME = os.path.expanduser("~")
 FOLDER = os.path.join(HOME, "launch")
@@ -47,7 +48,7 @@ class Place:
     def __init__(self, slice_number, worker):
         self.slice, self.worker = slice_number, worker
         self.lead = (slice_number, worker) == (0, 0)
-        name = os.path.join(FOLDER, "worker-{}-{}".format(slice_number, worker))
+        name = os.path.join(FOLDER, f"worker-{slice_number}-{worker}")
         self.log, self.status, self.lock = name + ".log", name + ".json", name + ".lock"
 
 
@@ -62,13 +63,14 @@ def main(argv):
 
 
 def worker_number():
-    """The worker's number in its slice, as the TPU's metadata say, or the end of the host's name."""
+    """The worker's number in its slice, by the TPU's metadata or the end of the host's name."""
     kept = os.path.join(FOLDER, "number")
     if os.path.exists(kept):
         with open(kept) as f:
             return int(f.read())
-    words = ["curl", "-sf", "--retry", "5", "-H", "Metadata-Flavor: Google", METADATA]
-    asked = subprocess.run(words, stdout=subprocess.PIPE, universal_newlines=True)
+    words = ["curl", "-sf", "--retry", "5", "-H", "Metadata-Flavor: Google"]
+    words.append(METADATA + "agent-worker-number")
+    asked = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     text = asked.stdout.strip() or (re.findall(r"-w-(\d+)$", os.uname().nodename) or [""])[0]
     if not text.isdigit():
         sys.exit("launch: neither the metadata nor the host's name say which worker this is")
@@ -175,7 +177,7 @@ def tail(place):
 
 
 def follow(place):
-    """Prints the log as it grows until the run has ended, or its supervisor is gone; then reports."""
+    """Prints the log as it grows, until the run or its supervisor has ended; then reports."""
     out = sys.stdout.buffer
     text, shown = read_log(place, 100)
     out.write(text)
@@ -195,7 +197,7 @@ def follow(place):
 def show_last(place, lines):
     """Prints the log's last lines, each with this worker's numbers."""
     text = read_log(place, lines)[0].decode(errors="replace")
-    head = "[{}.{}] ".format(place.slice, place.worker)
+    head = f"[{place.slice}.{place.worker}] "
     for line in text.splitlines():
         print(head + line, flush=True)
 
@@ -239,6 +241,7 @@ class Supervisor:
         self.status = {
             "generation": wanted["generation"],
             "id": wanted["id"],
+            "run_id": wanted["run_id"],
             "phase": "setup",
             "pid": os.getpid(),
             "boot": boot(),
@@ -287,7 +290,7 @@ class Supervisor:
                 return 0, ""
             if self.stopped:
                 return code, self.stopped
-            say("the set-up ended with exit code {}, attempt {} of 3".format(code, attempt + 1))
+            say(f"the set-up ended with exit code {code}, attempt {attempt + 1} of 3")
             self.pause()
         return 1, SET_UP_FAILED
 
@@ -303,22 +306,23 @@ class Supervisor:
                 return code, self.stopped
             if code == PREEMPTED or not self.place.lead:
                 restarts += 1
-                if restarts > self.wanted["max_restarts"]:
+                most = self.wanted["max_restarts"]
+                if restarts > most:
                     return code, "started again --max_restarts times"
                 why = self.decided_elsewhere()
                 if why:
                     return code, why
-                say("exit code {}: start {} of {}".format(code, restarts, self.wanted["max_restarts"]))
+                say(f"exit code {code}: start {restarts} of {most}")
             else:
                 before, step = step, self.newest_step()
                 retries += 1
                 if step is None or retries > RETRIES or (before is not None and step <= before):
                     return code, ""
-                say("exit code {} at a later checkpoint, {}: tried again".format(code, step))
+                say(f"exit code {code} at a later checkpoint, {step}: tried again")
             self.pause()
 
     def once(self):
-        """Makes the machine ready and runs the command; its exit code, 75 where it could not start."""
+        """Makes the machine ready and runs the command; its exit code, or 75 if it cannot start."""
         left_over(self.before)
         self.before = self.status
         if self.call(self.wanted["prepare"]) and not self.stopped:
@@ -326,7 +330,7 @@ class Supervisor:
             return PREEMPTED
         code = self.call("trap : TERM; " + self.wanted["command"] + "; exit $?")
         if code not in (0, PREEMPTED, INTERRUPTED) and self.call(self.wanted["check"]):
-            say("exit code {}, and the bucket's mount is lost".format(code))
+            say(f"exit code {code}, and the bucket's mount is lost")
             return PREEMPTED
         return code
 
@@ -372,7 +376,7 @@ class Supervisor:
             time.sleep(tick(self.wanted))
 
     def newest_step(self):
-        """The newest whole checkpoint under the workdir, as (stage, step); None where there is none."""
+        """The newest whole checkpoint under the workdir, as (stage, step); None without one."""
         workdir = self.wanted["workdir"]
         if not workdir:
             return None
@@ -387,7 +391,7 @@ class Supervisor:
         return max(((stage, int(step)) for stage, step, _ in found), default=None)
 
     def decided_elsewhere(self):
-        """Why the run is over by another worker's word, as its status in the bucket has it; or ""."""
+        """Why the run is over by another worker's status in the bucket; "" where it is not."""
         if not self.wanted["logs"]:
             return ""
         for line in ask(["gcloud", "storage", "cat", self.wanted["logs"] + "/*.json"]).split("\n"):
@@ -411,7 +415,7 @@ class Supervisor:
             say("no bucket has its log: the TPU is not deleted from here, and it costs")
             return
         wait = self.wait_after(code, why)
-        say("the TPU is deleted in {:.0f} s".format(wait))
+        say(f"the TPU is deleted in {wait:.0f} s")
         self.rest(wait)
         while not saved and self.stopped != "gone":
             say("not deleted before its log is in the bucket, and it costs")
@@ -496,7 +500,7 @@ def ask(words):
     """The output of a command; "" where it fails."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        return subprocess.run(words, universal_newlines=True, timeout=300, **quiet).stdout
+        return subprocess.run(words, text=True, timeout=300, **quiet).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -520,10 +524,8 @@ def alive(status):
 
 def send(session, number):
     """A signal to every process of a session's first group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(session, number)
-    except ProcessLookupError:
-        pass
 
 
 def left_over(status):

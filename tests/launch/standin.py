@@ -1,7 +1,7 @@
-"""Stands in for gcloud: records calls, refuses flags that gcloud lacks, and plays TPU VMs on this machine.
+"""Stands in for gcloud: records calls, refuses flags that gcloud lacks, plays TPU VMs here.
 
-A node is a folder, and in it every worker's home; what is sent by ssh really runs there. A bucket is
-gs/BUCKET. `scenario.json` says how the services misbehave:
+A node is a folder, and in it every worker's home; what is sent by ssh really runs there. A bucket
+is gs/BUCKET. `scenario.json` says how the services misbehave:
 
     workers: how many a node has; 1
     states: what a created request goes through; ACTIVE
@@ -51,7 +51,8 @@ def main():
     with open(os.path.join(ROOT, "calls.jsonl"), "a") as f:
         f.write(json.dumps(words) + "\n")
     plain = [word for word in words if not word.startswith("--")]
-    flags = {word[2:].partition("=")[0]: word.partition("=")[2] for word in words if word[:2] == "--"}
+    pairs = [word[2:].partition("=") for word in words if word.startswith("--")]
+    flags = {name: value for name, _, value in pairs}
     table = load(TABLE, None)
     command = next((c for c in table["commands"] if plain[: c.count(" ") + 1] == c.split()), None)
     if command is None or set(flags) - set(table["commands"][command]) - set(table["everywhere"]):
@@ -98,8 +99,10 @@ def describe(names, flags):
     states = load("states", None)
     if not states:
         fail(f"NOT_FOUND: Resource {names[0]} was not found")
-    reason = {"failedData": {"error": {"message": "the time is over"}}} if states[0] == "FAILED" else {}
-    print(json.dumps({"state": {"state": states[0]} | reason}))
+    about = {"state": states[0]}
+    if states[0] == "FAILED":
+        about["failedData"] = {"error": {"message": "the time is over"}}
+    print(json.dumps({"state": about}))
     save("states", states[1:] or states)
 
 
@@ -120,7 +123,7 @@ def delete(names, flags):
         os.rename(os.path.join(ROOT, node), os.path.join(ROOT, f"deleted-{count}"))
 
 
-def list(names, flags):  # noqa: A001
+def list(names, flags):
     print("NAME ZONE STATE")
 
 
@@ -158,7 +161,7 @@ def reached(node, flags):
     if flags.get("worker", "0") != "all":
         meant = [meant[int(flags.get("worker", "0"))]]
     late = scenario.get("late", {})
-    missing = [home for home in meant if late.get(key := f"{node}.{os.path.basename(home)}", 0) > 0]
+    missing = [home for home in meant if late.get(f"{node}.{os.path.basename(home)}", 0) > 0]
     for home in missing:
         late[f"{node}.{os.path.basename(home)}"] -= 1
     if missing:
@@ -173,8 +176,9 @@ def scp(names, flags):
         fail('SSH Key is not present in the SSH agent. Please run "ssh-add …" to add it.')
     for home in there:
         for file in names[:-1]:
-            with open(file, "rb") as source, open(os.path.join(home, os.path.basename(file)), "wb") as to:
-                to.write(source.read())
+            to = os.path.join(home, os.path.basename(file))
+            with open(file, "rb") as source, open(to, "wb") as copy:
+                copy.write(source.read())
     if not whole:
         fail("scp: a worker does not answer", 255)
 

