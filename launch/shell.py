@@ -1,5 +1,6 @@
 """Running commands: shown before they run, only shown in a dry run, and never with a secret in what is shown."""
 
+import gzip
 import hashlib
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -46,7 +48,7 @@ class Shell:
 
     def __init__(self, dry_run: bool = False, out: Callable[[str], None] | None = None):
         self.dry_run = dry_run
-        self._out = out or (lambda line: print(line, flush=True))
+        self._out = out or _print
 
     def say(self, line: str) -> None:
         self._out(redact(line))
@@ -54,8 +56,17 @@ class Shell:
     def show(self, words: Sequence[str]) -> None:
         self.say(("" if self.dry_run else "+ ") + shlex.join(words))
 
-    def run(self, words: Sequence[str], stdin: str | None = None) -> int:
-        """Runs a command, its output shown as it comes; returns its exit code, in a dry run 0."""
+    def run(
+        self,
+        words: Sequence[str],
+        stdin: str | None = None,
+        keep: Callable[[str], bool] | None = None,
+    ) -> int:
+        """Runs a command and shows its output as it comes; returns its exit code, in a dry run 0.
+
+        Args:
+          keep: takes each line; a line for which it returns True is not shown.
+        """
         self.show(words)
         if self.dry_run:
             return 0
@@ -65,7 +76,9 @@ class Shell:
                 process.stdin.write(stdin)
                 process.stdin.close()
             for line in process.stdout:
-                self.say(line.rstrip("\n"))
+                line = line.rstrip("\n")
+                if keep is None or not keep(line):
+                    self.say(line)
         return process.returncode
 
     def must(self, words: Sequence[str], stdin: str | None = None) -> None:
@@ -89,6 +102,24 @@ class Shell:
                 return None
         last = last_line(error) or f"exit code {process.returncode}"
         raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
+
+    def peek(self, words: Sequence[str]) -> str | None:
+        """Returns the output of a command that changes nothing; None where it fails. Shows neither."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with _started(words, stdin=subprocess.DEVNULL, **streams) as process:
+            out, _ = process.communicate()
+        return None if process.returncode else out
+
+
+def last_line(output: str) -> str:
+    """The last line with text of a command's output, where a tool says why it failed; "" if there is none."""
+    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
+
+
+def _print(line: str) -> None:
+    """Prints a line with one call, so that lines of several threads do not mix."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def last_line(output: str) -> str:
@@ -164,9 +195,68 @@ def worst(codes: Sequence[int]) -> int:
     return next(iter(real or failed), 0)
 
 
-def archive(file: str) -> list[str]:
-    """The command that packs what git tracks, as it is in the working tree: nothing that was kept out of git."""
-    return ["bash", "-c", f"git ls-files -z | tar --null --files-from=- -czf {shlex.quote(file)}"]
+def pack(shell: Shell, file: str) -> str:
+    """Packs what git tracks, as it is in the working tree, and says which files stay behind.
+
+    The same files give the same bytes: names are sorted; times and owners are left out.
+
+    Returns:
+      The archive's SHA-256; in a dry run, which packs nothing, an empty text.
+    Raises:
+      LaunchError: this is no git repository.
+    """
+    if shell.dry_run:
+        shell.say(f"# packs what git tracks into {file}")
+        return ""
+    deleted, untracked = _git_files("--deleted"), _git_files("--others", "--exclude-standard")
+    tracked = sorted(set(_git_files()) - set(deleted))
+    for files, why in ((untracked, "git does not track them"), (deleted, "they are deleted here")):
+        if files:
+            shell.say(f"not sent, because {why}: {_shortened(files)}")
+    with (
+        open(file, "wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for name in tracked:
+            tar.add(name, recursive=False, filter=_without_times)
+    with open(file, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def _git_files(*options: str) -> list[str]:
+    words = ["git", "ls-files", "-z", *options]
+    with _started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, error = process.communicate()
+    if process.returncode:
+        raise LaunchError(f"git ls-files: {last_line(error)}; expected the repository's folder")
+    return sorted(filter(None, out.split("\0")))
+
+
+def _shortened(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c and 7 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _without_times(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.mtime = info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mode = 0o755 if info.mode & 0o100 else 0o644
+    return info
+
+
+def seconds(flag: str, text: str) -> float:
+    """`90s`, `15m`, `1h30m`, `2d` or `0` in seconds.
+
+    Raises:
+      flags.IllegalFlagValueError: it is not of that form; the message names the flag.
+    """
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+    parts = re.findall(r"([\d.]+)([dhms])", text)
+    if text != "0" and (not parts or "".join(map("".join, parts)) != text):
+        raise flags.IllegalFlagValueError(f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m")
+    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def common_flags(fv: flags.FlagValues) -> None:

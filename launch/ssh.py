@@ -19,11 +19,11 @@ from launch.shell import (
     PREEMPTED,
     LaunchError,
     Shell,
-    archive,
     environment,
     exports,
     given,
     launch,
+    pack,
     required,
     slug,
     worst,
@@ -62,7 +62,7 @@ def stop_script(name: str) -> str:
 def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
     """Copies what git tracks to ~/NAME on every host, and runs `setup` there."""
     file = f"/tmp/rlhfjax-{name}.tar.gz"
-    shell.must(archive(file))
+    pack(shell, file)
     for host in hosts:
         shell.must(copy(host, file, f"{name}.tar.gz"))
         shell.must(on(host, f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && {setup}"))

@@ -49,6 +49,20 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     return final
 
 
+def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """Returns every stage's typed config by name, without a look at devices, files or a workdir.
+
+    Raises:
+      ConfigError: a stage's config is invalid, or names a stage that does not come before it.
+    """
+    config = to_dict(config)
+    if "stages" not in config:
+        return {config.get("stage", ""): check(config, config.get("stage", ""))}
+    folders = stage_folders(config, paths.path("."))
+    resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
+    return {name: check(values, name) for name, values in resolved.items()}
+
+
 def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None) -> dict[str, float]:
     """Runs one stage; a finished one only answers with its metrics.
 
