@@ -122,11 +122,6 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def last_line(output: str) -> str:
-    """The last line with text of a command's output, where a tool says why it failed; "" if there is none."""
-    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
-
-
 def _started(words: Sequence[str], **streams: int) -> subprocess.Popen:
     try:
         return subprocess.Popen(words, text=True, errors="replace", **streams)

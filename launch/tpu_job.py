@@ -161,4 +161,4 @@ def bucket_of(workdir: str | None) -> str | None:
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, allow_nan=False).encode()).hexdigest()[:16]

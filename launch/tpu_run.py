@@ -319,7 +319,7 @@ class Runner:
         )
         files = [self._file(SENT[0]), os.path.join(folder, SENT[1]), os.path.join(folder, SENT[2])]
         if not self.shell.dry_run:
-            worker.write(files[1], json.dumps(description))
+            worker.write(files[1], json.dumps(description, allow_nan=False))
             shutil.copy(worker.__file__, files[2])
         self.shell.run(gcloud.copy(self.tpu, self.tpu.nodes[i], files))
 

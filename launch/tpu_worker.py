@@ -86,7 +86,7 @@ def report(place):
     status = read_json(place.status)
     status["alive"] = alive(status)
     status.update(slice=place.slice, worker=place.worker)
-    print(MARK + json.dumps(status, sort_keys=True), flush=True)
+    print(MARK + json.dumps(status, sort_keys=True, allow_nan=False), flush=True)
 
 
 def start(place, generation=None):
@@ -260,7 +260,7 @@ class Supervisor:
     def note(self, **what):
         """Keeps the status, in memory and in its file."""
         self.status.update(what)
-        write(self.place.status, json.dumps(self.status) + "\n")
+        write(self.place.status, json.dumps(self.status, allow_nan=False) + "\n")
 
     def run(self):
         if "ended" in self.before and self.before["generation"] == self.wanted["generation"]:
@@ -568,7 +568,7 @@ def unpack():
         file = os.path.join(CODE, name)
         if os.path.lexists(file):
             os.remove(file)
-    write(UNPACKED, json.dumps(names))
+    write(UNPACKED, json.dumps(names, allow_nan=False))
 
 
 if __name__ == "__main__":
