@@ -324,11 +324,12 @@ class Supervisor:
     def once(self):
         """Makes the machine ready and runs the command; its exit code, or 75 if it cannot start."""
         left_over(self.before)
-        self.before = self.status
+        self.before = {}
         if self.call(self.wanted["prepare"]) and not self.stopped:
             say("the machine is not ready: see above; the command is not started")
             return PREEMPTED
         code = self.call("trap : TERM; " + self.wanted["command"] + "; exit $?")
+        left_over(self.status)
         if code not in (0, PREEMPTED, INTERRUPTED) and self.call(self.wanted["check"]):
             say(f"exit code {code}, and the bucket's mount is lost")
             return PREEMPTED

@@ -84,7 +84,7 @@ def test_one_code_for_many_hosts():
 def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):
     code, out, _ = call(capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b")
     assert code == 0 and not (tools / "h1").exists()
-    assert out.count("\nssh ") == 6 and out.count("\nscp ") == 2 and out.startswith("# packs what git tracks")
+    assert out.count("\nssh ") == 6 and out.count("\nscp ") == 2 and out.startswith("# packs what git tracks into ")
 
 
 def test_launchers_agree_with_rlhfjax_and_need_nothing_of_it():

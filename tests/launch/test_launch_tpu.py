@@ -132,7 +132,8 @@ def test_from_nothing_to_a_finished_run(cloud, capsys):
     assert all("--zone=z" in words and "--project=p" in words for words in calls(cloud))
     assert calls(cloud)[1][4:] == [
         "a", "--zone=z", "--project=p", "--accelerator-type=v5litepod-16",
-        "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=a", "--valid-until-duration=6h", "--spot", "--quiet",
+        "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=a", "--valid-until-duration=6h",
+        "--spot", "--quiet",
     ]  # fmt: skip
     copied = cloud / "deleted-0" / "0" / "rlhfjax"
     assert [path.name for path in copied.iterdir()] == ["tracked.py"]  # what git tracks, no more
@@ -222,7 +223,7 @@ def test_the_same_files_make_the_same_archive_and_what_stays_behind_is_named(clo
         hashes.append(shell.pack(shell.Shell(), str(cloud / "x.tar.gz")))
     assert hashes[0] == hashes[1]
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "not sent, because git does not track them: " + "new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
+        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
         "not sent, because they are deleted here: gone.py",
     ]
     Path("tracked.py").write_text("edited")
@@ -268,6 +269,7 @@ def test_a_bucket_is_mounted_before_every_start_and_no_empty_folder_is_used(clou
     assert did.index(apt) < did.index("set up") < did.index("gcsfuse --implicit-dirs b /bucket")
     assert did.count("gcsfuse --implicit-dirs b /bucket") == 2
     assert "exit code 1, and the bucket's mount is lost" in out
+    assert "sudo -n rm -f /tmp/libtpu_lockfile" in did
     (cloud / "no-mount").touch()
     args = [*TPU, "--bucket=b", "--name=b", "--max_restarts=1"]
     code, out, _ = call(capsys, *args, *sh("echo started"))
@@ -296,7 +298,7 @@ PACKAGES = {
 
 
 def test_readmes_run_installs_what_it_needs(cloud, capsys):
-    """README's own line, through the stand-in: what it installs has what config and workdir name."""
+    """README's own line, through the stand-in: it installs what config and workdir name."""
     text = (ROOT / "launch/README.md").read_text().replace("\\\n", " ")
     line = re.search(r"python -m launch\.tpu (run --name=first .*gs://\S+)", text).group(1)
     words = [word for word in shlex.split(line) if word != "--dry_run"]
@@ -479,11 +481,47 @@ def test_a_stopped_node_is_named(cloud, capsys):
 
 
 def test_exit_code_75_starts_the_command_again_on_the_same_machines(cloud, capsys):
-    script = "echo run >> ~/runs; [ $(wc -l < ~/runs) -ge 3 ] || exit 75"
+    """What an earlier start left running is ended, and libtpu's lock is removed, before the next."""
+    left = "sleep 60 & echo $! > ~/left"
+    ended = "[ ! -e ~/left ] || ! grep -q sleep /proc/$(cat ~/left)/cmdline 2> /dev/null || exit 9"
+    script = f"{ended}; echo run >> ~/runs; {left}; [ $(wc -l < ~/runs) -ge 3 ] || exit 75"
     code, out, _ = call(capsys, *TPU, *sh(script))
     assert code == 0 and "launch: exit code 75: start 2 of 20" in out
     assert (cloud / "deleted-0/0/runs").read_text() == "run\n" * 3
     assert verbs(cloud).count("create") == 1
+
+
+def test_after_a_reboot_the_machine_starts_its_run_by_itself(cloud, capsys):
+    """With the launcher away: cron starts the supervisor, which goes on with the same run."""
+    leave(capsys, *TPU, *sh("echo x >> ~/starts; while :; do sleep 0.02; done"))
+    home = cloud / "a/0"
+    wait_for((home / "starts").exists)
+    before = status(home)
+    os.kill(before["pid"], signal.SIGKILL)
+    tpu_worker.send(before["child"], signal.SIGKILL)
+    wait_for(lambda: not tpu_worker.alive(before))
+    line = (home / "crontab").read_text().removeprefix("@reboot ")
+    subprocess.run(["sh", "-c", line], env=os.environ | {"HOME": str(home)}, check=True)
+    wait_for(lambda: (home / "starts").read_text() == "x\n" * 2)
+    assert status(home)["generation"] == before["generation"]
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [
+        ({"phase": "ended", "generation": "g", "lead": True, "why": "", "code": 3}, "3"),
+        ({"phase": "ended", "generation": "g", "why": "set-up failed", "code": 1}, "set-up failed"),
+        ({"phase": "ended", "generation": "g", "why": "", "code": 0}, None),
+        ({"phase": "running", "generation": "g", "lead": True}, None),
+        ({"phase": "ended", "generation": "older", "lead": True, "why": "", "code": 3}, None),
+    ],
+)
+def test_workers_hear_of_each_others_end_through_the_bucket(status, why, monkeypatch):
+    monkeypatch.setattr(tpu_worker, "ask", lambda words: json.dumps(status) + "\n")
+    supervisor = object.__new__(tpu_worker.Supervisor)
+    supervisor.wanted = {"logs": "gs://b/logs/a", "generation": "g"}
+    expected = f"another worker has ended: {why}" if why else ""
+    assert supervisor.decided_elsewhere() == expected
 
 
 def test_without_the_launcher_the_lead_ends_the_cost(cloud, capsys):
@@ -633,7 +671,7 @@ def test_the_clients_own_table_has_what_the_fixture_says():
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
-        ("echo ppo.clip must be above 0 >&2; exit 2", 1, "ppo.clip must be above 0; nothing was created"),
+        ("echo clip must be above 0 >&2; exit 2", 1, "clip must be above 0; nothing was created"),
         ("echo jax is not there >&2; exit 3", 0, "not checked before the start: jax is not there"),
         ("echo Traceback >&2; echo OSError >&2; exit 1", 0, "the config could not be checked here"),
         ("echo warning: minutes", 0, "warning: minutes"),
