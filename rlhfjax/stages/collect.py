@@ -117,7 +117,13 @@ def _answers(
     return rows
 
 
-def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray, cut: np.ndarray) -> list[dict[str, Any]]:
+def _rows(
+    rollout: Any,
+    some: Answers,
+    labels: np.ndarray,
+    index: np.ndarray,
+    cut: np.ndarray,
+) -> list[dict[str, Any]]:
     """One row a prompt; prompts that only fill the batch are left out."""
     k, p = some.k, rollout.tokens.shape[1] - rollout.mask.shape[1]
     rows = []
