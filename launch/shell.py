@@ -112,7 +112,8 @@ class Shell:
 
 
 def last_line(output: str) -> str:
-    """The last line with text of a command's output, where a tool says why it failed; "" if there is none."""
+    """The last line with text of a command's output, where a tool says why it failed; "" if there
+    is none."""
     return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
 
 

@@ -9,7 +9,8 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
       kind: put the exception's class before its message, as a traceback does.
 
     Returns:
-      Never an empty string: without a message the class of the exception, and "no message" for an empty text.
+      Never an empty string: without a message the class of the exception, and "no message" for an
+      empty text.
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, str):

@@ -190,7 +190,7 @@ DEFECTS = [
         6,
         "stages/collect.py",
         "rows += _rows(hosts.whole(rollout), some, labels, index, cut)",
-        """rows += _rows(hosts.whole(rollout), some, labels, index)
+        """rows += _rows(hosts.whole(rollout), some, labels, index, cut)
             for row in rows:
                 row["completion_tokens"] = [[*tokenizer.encode(x), tokenizer.eos_id] for x in row["completions"]]""",
         "test_pitfalls.py::test_pitfall_06_collected_answers_keep_their_ids",
@@ -1153,7 +1153,8 @@ DEFECTS = [
         "        if True:\n",
         "data/test_chat.py::test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering",
     ),
-    # 39: a judge's template cut at its beginning; its thought before its question; a critic of nothing
+    # 39: a judge's template cut at its beginning; its thought before its question; a critic of
+    # nothing
     d(
         39,
         "rewards/judge.py",
@@ -1231,11 +1232,12 @@ DEFECTS = [
     d(
         39,
         "data/loader.py",
-        '"cut": np.float32(cut)}',
-        '"cut": np.float32(0)}',
+        '"cut": np.float32(cut),',
+        '"cut": np.float32(0),',
         "data/test_loader.py::test_pitfall_39_what_was_cut_is_counted_in_the_batches",
     ),
-    # 40: half of the rows away, which may be the same prompt; one prompt alone; the same prompt, written otherwise
+    # 40: half of the rows away, which may be the same prompt; one prompt alone; the same prompt,
+    # written otherwise
     d(
         40,
         "stages/parts/preferences.py",
@@ -1257,7 +1259,8 @@ DEFECTS = [
         'return row["prompt"]',
         "test_stage_direct.py::test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt",
     ),
-    # 41: the line is hashed; the whole prompt, of which another one is the beginning; in each stage that splits
+    # 41: the line is hashed; the whole prompt, of which another one is the beginning; in each stage
+    # that splits
     d(
         41,
         "data/files.py",
@@ -1299,7 +1302,8 @@ DEFECTS = [
         "split_of(chat.to_text(prompt), validation",
         "rewards/test_judge.py::test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split",
     ),
-    # 42: a run of Chinese is one word; bytes of what does not count; a character for a byte; an unk that has bytes
+    # 42: a run of Chinese is one word; bytes of what does not count; a character for a byte; an unk
+    # that has bytes
     d(
         42,
         "evals/text.py",

@@ -1,4 +1,5 @@
-"""Errors in one line, whatever is caught: with several lines, with none, from a process that said nothing."""
+"""Errors in one line, whatever is caught: with several lines, with none, from a process that said
+nothing."""
 
 import pytest
 

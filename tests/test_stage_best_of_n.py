@@ -100,7 +100,8 @@ def test_sizes(pool, sizes):
 
 def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path):
     metrics = recipe.run_stage(values(conversations, finished, gold="", pool=2), tmp_path / "run")
-    assert metrics.keys() == {"best_of_n/proxy", "best_of_n/kl", "best_of_n/kl_pool"}
+    names = ("proxy", "kl", "kl_pool", "prompts_cut")
+    assert metrics.keys() == {f"best_of_n/{name}" for name in names}
 
 
 @pytest.mark.parametrize(

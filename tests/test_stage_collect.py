@@ -179,9 +179,20 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
         user = {"role": "user", "content": f"hi {i}"}
         more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"}]
         for prompt in (f"hi {i}", [user], [user, *more]):
-            rows.append({"prompt": prompt, "completions": ["a", "b"], "ranking": [1, 2], "labeller": f"{i % 2}"})
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "completions": ["a", "b"],
+                    "ranking": [1, 2],
+                    "labeller": f"{i % 2}",
+                }
+            )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"rankings": f"{tmp_path}/r.jsonl", "tokenizer": str(tmp_path / "tokenizer"), "validation": 0.3}
+    options = {
+        "rankings": f"{tmp_path}/r.jsonl",
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "validation": 0.3,
+    }
     recipe.run(stage_config("import_rankings", **options), tmp_path / "in")
     found = [[re.search(r"hi \d+", row["prompt"])[0] for row in read(tmp_path / "in" / "preferences", split)]
              for split in ("train", "validation")]  # fmt: skip

@@ -43,12 +43,16 @@ def chats(conversations, split):
 
 
 def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_path):
-    """Of two rankings one is of completions that differ after the row's end; the loss is that of the other."""
+    """Of two rankings one is of completions that differ after the row's end; the loss is that of
+    the other."""
     tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
     start = list(range(20, 30))
     rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
              "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
-    model = Model(TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8), "scalar")
+    model = Model(
+        TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8),
+        "scalar",
+    )
     params = model.init(jax.random.key(1))
     loss = reward.reward_loss(model, make_reward_loss(RewardLossConfig()))
 

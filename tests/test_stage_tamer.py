@@ -127,7 +127,8 @@ def test_it_learns_and_leaves_a_reward_that_sums_over_the_response(finished, dat
 
 
 def test_pitfall_39_a_long_answer_gets_what_its_prompt_leaves(tmp_path):
-    """Length 24: a short prompt leaves more than half to its answer, a long one keeps its head and half."""
+    """Length 24: a short prompt leaves more than half to its answer, a long one keeps its head and
+    half."""
     tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
     rows = [("a", "the mat " * 20), ("the cat " * 20, "the mat " * 20), ("a", "b")]
     lines = [{"prompt": prompt, "response": answer, "feedback": [[0.5, 1.0]]} for prompt, answer in rows]

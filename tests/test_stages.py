@@ -92,7 +92,8 @@ def test_four_devices_give_what_one_gives(name, axes, conversations, finished):
 
 
 def test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets(tmp_path):
-    """A model of zeros gives each of v tokens the chance 1 / v: log v nats per target, whatever the text is."""
+    """A model of zeros gives each of v tokens the chance 1 / v: log v nats per target, whatever the
+    text is."""
     tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
     shape = TransformerConfig(vocab_size=400, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=64)
     model = Model(shape)

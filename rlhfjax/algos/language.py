@@ -8,13 +8,18 @@ from rlhfjax.algos.types import Metric
 
 
 def nats_per_byte(
-    nll: Float[Array, ""], targets: Int[Array, "b t"], mask: Float[Array, "b t"], byte_lengths: Num[Array, "v"]
+    nll: Float[Array, ""],
+    targets: Int[Array, "b t"],
+    mask: Float[Array, "b t"],
+    byte_lengths: Num[Array, "v"],
 ) -> Metric:
-    """Returns the loss per UTF-8 byte of the text of the counted targets, which tokenizers can be compared by.
+    """Returns the loss per UTF-8 byte of the text of the counted targets, which tokenizers can be
+    compared by.
 
       sum_t m_t (-log pi(x_t | x_<t)) / sum_t m_t bytes(x_t);   divided by ln 2 it is bits per byte
 
-    Special tokens have no bytes: what it costs to predict them counts, per byte of the text around them.
+    Special tokens have no bytes: what it costs to predict them counts, per byte of the text around
+    them.
 
     Args:
       nll: sum over the counted targets of -log pi, nats.

@@ -1,9 +1,10 @@
 """Losses of a reward model over the K completions of each prompt.
 
-`rewards` [p, k] are the model's, `labels` [p, k] the labeller's (higher is better: pass minus the rank for ranks),
-`valid` [p, k] is 1 on completions that exist, so that K may differ between prompts. `same` [p, k] has equal numbers
-where completions of a prompt have the same tokens, by themselves or because they were cut: whatever their labels
-are, such a pair says nothing and weighs 0. Without `same` all completions differ.
+`rewards` [p, k] are the model's, `labels` [p, k] the labeller's (higher is better: pass minus the
+rank for ranks), `valid` [p, k] is 1 on completions that exist, so that K may differ between
+prompts. `same` [p, k] has equal numbers where completions of a prompt have the same tokens, by
+themselves or because they were cut: whatever their labels are, such a pair says nothing and weighs
+0. Without `same` all completions differ.
 """
 
 import jax
@@ -15,8 +16,12 @@ from rlhfjax.algos.masked import divide, masked_sum
 from rlhfjax.algos.types import Loss, Metrics
 
 
-def distinct_pairs(valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = None) -> Bool[Array, "p k k"]:
-    """True at [p, i, j] where completions i and j of prompt p are both valid and have other tokens."""
+def distinct_pairs(
+    valid: Float[Array, "p k"],
+    same: Int[Array, "p k"] | None = None,
+) -> Bool[Array, "p k k"]:
+    """True at [p, i, j] where completions i and j of prompt p are both valid and have other
+    tokens."""
     both = (valid[:, :, None] > 0) & (valid[:, None, :] > 0)
     return both if same is None else both & (same[:, :, None] != same[:, None, :])
 
@@ -24,7 +29,8 @@ def distinct_pairs(valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = 
 def untied_pairs(
     labels: Float[Array, "p k"], valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = None
 ) -> Float[Array, "p k k"]:
-    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labelled strictly better."""
+    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labelled
+    strictly better."""
     labels = jnp.where(valid > 0, labels, 0)
     better = labels[:, :, None] > labels[:, None, :]
     return (distinct_pairs(valid, same) & better).astype(valid.dtype)

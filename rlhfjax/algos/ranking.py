@@ -112,9 +112,9 @@ def plackett_luce_loss(
 ) -> Loss:
     """Minus the log-likelihood of the whole ranking: sum_i -log( e^{r_i} / (e^{r_i} + sum_{j worse than i} e^{r_j}) ).
 
-    The best is drawn from all, the next from the rest, and so on. Completions that are tied or have the same
-    tokens do not compete with each other; without those this is Plackett-Luce exactly, with K = 2
-    Bradley-Terry. Mean over prompts with a pair that competes.
+    The best is drawn from all, the next from the rest, and so on. Completions that are tied or have
+    the same tokens do not compete with each other; without those this is Plackett-Luce exactly,
+    with K = 2 Bradley-Terry. Mean over prompts with a pair that competes.
 
     Args:
       rewards: r(x, y_i); labels: higher is better; valid: 1 on completions that exist.

@@ -61,17 +61,19 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens:
     before, after = tokenizer.template.edges(kept, len(kept) - 1, cue=True)
     if max_tokens <= before + after:
         raise DataError(
-            f"chat: a prompt length of {max_tokens} leaves no room for a single token of the last turn, "
-            f"beside {before + after} of a system message and of the chat template"
+            f"chat: a prompt length of {max_tokens} leaves no room for a single token "
+            f"of the last turn, beside {before + after} of a system message and of the template"
         )
     return np.array(_without_middle(tokens, before, max_tokens), np.int32)
 
 
 def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) -> list[int]:
-    """Returns the ids of a rendered prompt, at most `max_tokens` of them, as `render_prompt` cuts a conversation.
+    """Returns the ids of a rendered prompt, at most `max_tokens` of them, as `render_prompt` cuts a
+    conversation.
 
-    Nothing is encoded anew: turns are only told apart where rendering them gives the very same ids. Of other
-    prompts what stands before the first user's words (bos, a system message, the header) stays, and then the end.
+    Nothing is encoded anew: turns are only told apart where rendering them gives the very same ids.
+    Of other prompts what stands before the first user's words (bos, a system message, the header)
+    stays, and then the end.
     """
     ids = list(ids)
     if len(ids) <= max_tokens:
@@ -80,11 +82,13 @@ def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) ->
     turns = [turn for turn in tokenizer.template.messages(ids) if turn["content"].strip()]
     if not turns:
         return _without_middle(ids, head, max_tokens)
-    # It fails without a template, for turns that it does not take, and without room for what it writes around them.
+    # It fails without a template, for turns that it does not take, and without room for what it
+    # writes around them.
     with contextlib.suppress(DataError):
         rendered = render_prompt(tokenizer, turns).tolist()
         first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
-        head = min(common_prefix(ids, rendered), tokenizer.template.edges(turns, first, cue=True)[0])
+        before, _ = tokenizer.template.edges(turns, first, cue=True)
+        head = min(common_prefix(ids, rendered), before)
         if rendered == ids:
             return render_prompt(tokenizer, turns, max_tokens).tolist()
     return _without_middle(ids, min(head, max_tokens // 2), max_tokens)
@@ -93,9 +97,11 @@ def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) ->
 def shorten_conversation(
     tokenizer: Tokenizer, prompt: Sequence[Message], rest: Sequence[Message], max_tokens: int
 ) -> list[Message]:
-    """Returns a prompt and the turns after it, shortened until `render_prompt` fits into `max_tokens`.
+    """Returns a prompt and the turns after it, shortened until `render_prompt` fits into
+    `max_tokens`.
 
-    The prompt loses its oldest turns, then its last user turn its beginning; a system message and `rest` stay.
+    The prompt loses its oldest turns, then its last user turn its beginning; a system message and
+    `rest` stay.
 
     Raises:
       DataError: there is no room for a single token of the prompt's last turn.
@@ -110,20 +116,21 @@ def shorten_conversation(
     turn = kept[len(head)]
     words = tokenizer.encode(turn["content"])
     room = len(words)
-    while over > 0 and room > over:  # once, or again where the cut words take more tokens than they did
+    while over > 0 and room > over:  # again, where the cut words take more tokens than they did
         room -= over
         kept[len(head)] = dict(turn) | {"content": decode_part(tokenizer, words[-room:])}
         over = len(render_prompt(tokenizer, kept)) - max_tokens
     if over > 0:
         raise DataError(
-            f"chat: {max_tokens} tokens leave no room for a single one of {turn['content'][:30]!r}, "
-            "beside the turns that follow it"
+            f"chat: {max_tokens} tokens leave no room for a single one of "
+            f"{turn['content'][:30]!r}, beside the turns that follow it"
         )
     return kept
 
 
 def decode_part(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a part of a text's ids; what is left of characters that were cut through is dropped."""
+    """The text of a part of a text's ids; what is left of characters that were cut through is
+    dropped."""
     return tokenizer.decode(ids).strip("\ufffd")
 
 

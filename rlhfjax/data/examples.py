@@ -54,10 +54,11 @@ def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def prompt_room(length: int, longest: int) -> int:
-    """Returns how many of a row's `length` tokens a prompt may take beside a response of `longest` tokens.
+    """Returns how many of a row's `length` tokens a prompt may take beside a response of `longest`
+    tokens.
 
-    All that the response leaves, and at least half of the row: a response that is longer than a row loses its
-    end and does not take the prompt, without which it is a response to nothing.
+    All that the response leaves, and at least half of the row: a response that is longer than a row
+    loses its end and does not take the prompt, without which it is a response to nothing.
     """
     return max(length // 2, length - longest)
 
@@ -99,9 +100,9 @@ def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int)
 def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft") -> list[np.ndarray]:
     """Training examples of a conversation: its `windows`, or the one answer that was stored with its own ids.
 
-    Stored ids are learnt as they are, the answer alone: nothing is encoded anew, and no eos is added to an answer that
-    was cut off. Where the two do not fit, the prompt keeps its head and the end that there is room for
-    (`prompt_room`), and the answer its beginning.
+    Stored ids are learnt as they are, the answer alone: nothing is encoded anew, and no eos is
+    added to an answer that was cut off. Where the two do not fit, the prompt keeps its head and the
+    end that there is room for (`prompt_room`), and the answer its beginning.
     """
     if "response_tokens" not in row:
         return windows(tokenizer, row["messages"], length)
@@ -153,9 +154,10 @@ class Prompts:
 def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences") -> Row:
     """Returns one prompt's completions as arrays.
 
-    Stored ids are used as they are, never text encoded anew; without them the prompt is its messages or one user turn,
-    and every completion ends with eos. A prompt that leaves too little room for the longest completion is cut as
-    `chat.shorten_prompt` does, to `prompt_room` tokens, the same for all k; then completions lose their ends.
+    Stored ids are used as they are, never text encoded anew; without them the prompt is its
+    messages or one user turn, and every completion ends with eos. A prompt that leaves too little
+    room for the longest completion is cut as `chat.shorten_prompt` does, to `prompt_room` tokens,
+    the same for all k; then completions lose their ends.
 
     Returns:
       tokens, segments: int32 [k, length], right-padded.
@@ -188,7 +190,8 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
         kept = completion[: length - len(fitted)]
         size = len(fitted) + len(kept)
         arrays["tokens"][i, :size], arrays["segments"][i, :size] = [*fitted, *kept], 1
-        arrays["scores"][i], arrays["valid"][i], arrays["lengths"][i] = row["scores"][i], 1.0, len(kept)
+        arrays["scores"][i], arrays["valid"][i] = row["scores"][i], 1.0
+        arrays["lengths"][i] = len(kept)
         arrays["cut"][i] = size < len(prompt) + len(completion)
         arrays["same"][i] = first.setdefault(tuple(kept), i)
     return arrays
@@ -203,7 +206,8 @@ def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
 
 
 def _example(tokens: Sequence[int], mask: Sequence[float], *, was: int) -> np.ndarray:
-    """An example of fine-tuning, int32 [t, 4], out of tokens of which there were `was`; see `windows`."""
+    """An example of fine-tuning, int32 [t, 4], out of tokens of which there were `was`; see
+    `windows`."""
     example = shifted(np.array(tokens, np.int32), np.array(mask))
     marks = np.zeros((len(example), 1), np.int32)
     marks[0] = len(tokens) < was

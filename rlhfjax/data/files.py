@@ -12,6 +12,8 @@ from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS, BadRow, split_of
 from rlhfjax.errors import ConfigError, DataError
 
+Key = Callable[[Mapping[str, Any]], str]  # a record -> what its split is decided by; raises BadRow
+
 
 @runtime_checkable
 class Records(Protocol):
@@ -36,15 +38,17 @@ class Span(NamedTuple):
 
 
 class _Files(abc.ABC):
-    """Records that are spans of files, split by a stable hash of their key unless the glob names the split.
+    """Records that are spans of files, split by a stable hash of their key unless the glob names
+    the split.
 
     Args:
-      key: what decides a record's split, see `rows.split_key`; a record without one (BadRow) goes by its bytes.
+      key: what decides a record's split, see `rows.split_key`; a record without one (BadRow) goes
+        by its bytes.
     """
 
     hint = ""
 
-    def __init__(self, spec: str, pattern: str, split: str, key: Callable[[Mapping[str, Any]], str]):
+    def __init__(self, spec: str, pattern: str, split: str, key: Key):
         named = "{split}" in pattern
         if not named and split not in (*SPLITS, "all"):
             raise ConfigError(f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all")
@@ -79,7 +83,7 @@ class _Files(abc.ABC):
             file.seek(span.start)
             return self._record(_decoded(file.read(span.size), span))
 
-    def _key_of(self, span: Span, content: bytes, key: Callable[[Mapping[str, Any]], str]) -> str | bytes:
+    def _key_of(self, span: Span, content: bytes, key: Key) -> str | bytes:
         try:
             return key(self._record(_decoded(content, span)))
         except BadRow:
@@ -128,7 +132,7 @@ class JsonLines(_Files):
 class TextFiles(_Files):
     """Plain text: a row is a file, a paragraph (parted by empty lines) or a line."""
 
-    def __init__(self, spec: str, pattern: str, split: str, key: Callable[[Mapping[str, Any]], str], documents: str):
+    def __init__(self, spec: str, pattern: str, split: str, key: Key, documents: str):
         if documents not in ("file", "paragraph", "line"):
             raise ConfigError(f"source {spec!r}: documents must be file, paragraph or line, got {documents!r}")
         self._documents = documents

@@ -24,7 +24,8 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PADS = ("<|endoftext|>", "<unk>")  # where no special is called a pad: one that ends documents, or stands for nothing
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _SPACE = "\u2581"  # how BPE over characters writes a blank
-_BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # how byte-level BPE spells the 256 bytes
+# How byte-level BPE spells the 256 bytes.
+_BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text contains
 
 
@@ -173,7 +174,8 @@ class HuggingFaceTokenizer:
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and for unk; see `Tokenizer`."""
+        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and for unk; see
+        `Tokenizer`."""
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._ids.items():
             lengths[i] = self._byte_length(piece)
@@ -185,7 +187,8 @@ class HuggingFaceTokenizer:
         if piece == self._unk:
             return 0
         if self._bytes:
-            # A character stands for a byte, but a piece with another character is decoded as it is spelled.
+            # A character stands for a byte, but a piece with another character is decoded as it is
+            # spelled.
             return len(piece) if _BYTES.issuperset(piece) else len(piece.encode())
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(_SPACE, " ").encode())
 

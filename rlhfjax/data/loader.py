@@ -192,8 +192,8 @@ def sft_batches(
 ) -> Batches | ShardedBatches:
     """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone.
 
-    A row that has stored ids (`rows.py`) is learnt by them, its last turn alone. `cut` float32 [b] counts the
-    examples of each row that lost tokens.
+    A row that has stored ids (`rows.py`) is learnt by them, its last turn alone. `cut` float32 [b]
+    counts the examples of each row that lost tokens.
     """
     sources = _check(source, ("messages",), length)
     if not any(turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)):
@@ -206,7 +206,8 @@ def sft_batches(
         bins = max(4 * size, 64)  # more open rows leave less padding
         rows = packing.flatten(conversations)
         rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)
-        return rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id) | packing.examples_cut(row))
+        arrays = lambda row: packing.to_row(row, pad_id=tokenizer.pad_id)  # noqa: E731
+        return rows.map(lambda row: arrays(row) | packing.examples_cut(row))
 
     order = _Order(batch_size, seed, train, shards)
     return _batches(sources, encode, pack, _blank(tokenizer), order, _identity("sft", sources, length, order))
@@ -223,8 +224,9 @@ def prompt_batches(
 ) -> Batches:
     """Left-padded prompts [b, p], their segments [b, p] (0 on padding) and index [b] into `source`, all int32.
 
-    Prompts lose their oldest turns until they fit; `cut` float32 [b] is 1 on those that lost tokens. Rows that only
-    fill the last batch repeat its first prompt, so that every row can be answered, and have index -1.
+    Prompts lose their oldest turns until they fit; `cut` float32 [b] is 1 on those that lost
+    tokens. Rows that only fill the last batch repeat its first prompt, so that every row can be
+    answered, and have index -1.
     """
 
     def encode(index: int, row: dict[str, Any]) -> Batch:
@@ -233,7 +235,12 @@ def prompt_batches(
         tokens = chat.render_prompt(tokenizer, row["messages"], max_tokens=length) if cut else whole
         prompts, segments = np.full(length, tokenizer.pad_id, np.int32), np.zeros(length, np.int32)
         prompts[length - len(tokens) :], segments[length - len(tokens) :] = tokens, 1
-        return {"prompts": prompts, "segments": segments, "index": np.int32(index), "cut": np.float32(cut)}
+        return {
+            "prompts": prompts,
+            "segments": segments,
+            "index": np.int32(index),
+            "cut": np.float32(cut),
+        }
 
     sources = _check(source, ("prompt",), length)
     order = _Order(batch_size, seed, train)
@@ -252,8 +259,9 @@ def preference_batches(
     train: bool = True,
     shards: Shards = Shards(),
 ) -> Batches | ShardedBatches:
-    """All completions of a prompt in one element: tokens, segments int32 [b, k, t], right-padded; scores, valid, cut
-    float32 [b, k]; lengths, same int32 [b, k] (see `examples.preference`); index int32 [b], -1 in rows that only fill.
+    """All completions of a prompt in one element: tokens, segments int32 [b, k, t], right-padded;
+    scores, valid, cut float32 [b, k]; lengths, same int32 [b, k] (see `examples.preference`); index
+    int32 [b], -1 in rows that only fill.
 
     `k` is the most completions a prompt may have, by default the most in the source; `valid` is 0 where one has fewer.
     """

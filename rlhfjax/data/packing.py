@@ -1,8 +1,8 @@
 """Examples into rows of one length, with grain: concatenate and split, or first-fit. All state is checkpointable.
 
-An example is int32 [t, 3]: input, target, 1 where the target counts; for fine-tuning [t, 4], see `examples_cut`. A row
-is what a stage sees: `tokens`, `targets`, `mask`, `segments` (1, 2, ... for the examples of the row, 0 for padding) and
-`positions` (from 0 in each segment).
+An example is int32 [t, 3]: input, target, 1 where the target counts; for fine-tuning [t, 4], see
+`examples_cut`. A row is what a stage sees: `tokens`, `targets`, `mask`, `segments` (1, 2, ... for
+the examples of the row, 0 for padding) and `positions` (from 0 in each segment).
 """
 
 from typing import Any
@@ -63,5 +63,6 @@ def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False)
 
 
 def examples_cut(packed: dict[str, Any]) -> Row:
-    """How many examples of a packed row lost tokens, float32 []: those with 1 in the fourth column."""
+    """How many examples of a packed row lost tokens, float32 []: those with 1 in the fourth
+    column."""
     return {"cut": np.array(packed[_FEATURE][:, 3].sum(), np.float32)}

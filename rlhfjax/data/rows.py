@@ -48,8 +48,8 @@ def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> 
 def split_key(kind: str, row: Row) -> str:
     """Returns what the split of a row is decided by: all of a text, the opening of a conversation.
 
-    Rows with equal keys are in one split: equal documents, equal prompts, and prompts that are prefixes of
-    one conversation. A preference row's prompt that is plain text is one user turn.
+    Rows with equal keys are in one split: equal documents, equal prompts, and prompts that are
+    prefixes of one conversation. A preference row's prompt that is plain text is one user turn.
     """
     if kind == "text":
         return row["text"]
@@ -58,7 +58,8 @@ def split_key(kind: str, row: Row) -> str:
 
 def opening(messages: Sequence[chat.Message]) -> str:
     """Returns the first user turn of a conversation; its first turn, where no user speaks."""
-    return next((turn["content"] for turn in messages if turn["role"] == "user"), messages[0]["content"])
+    users = (turn for turn in messages if turn["role"] == "user")
+    return next(users, messages[0])["content"]
 
 
 def check_kind(kind: str, columns: Mapping[str, str]) -> None:

@@ -53,10 +53,10 @@ def open_source(
 
     Args:
       kind: text, messages, prompt or preferences; text where neither the caller nor our own corpus says otherwise.
-      split: train, validation or test (a TFDS expression too). `{split}` in a glob is replaced by it; without that,
-        rows are split 90/5/5 by a stable hash, and `split="all"` takes every row. A text is hashed whole. Other rows
-        are hashed by their first user turn, so that a prompt is in one split alone, and so are conversations that
-        begin alike.
+      split: train, validation or test (a TFDS expression too). `{split}` in a glob is replaced by
+        it; without that, rows are split 90/5/5 by a stable hash, and `split="all"` takes every row.
+        A text is hashed whole. Other rows are hashed by their first user turn, so that a prompt is
+        in one split alone, and so are conversations that begin alike.
       columns: our column names to the source's; names beyond the kind's own are passed through.
       data_dir: where TFDS keeps its datasets, its own default if None.
       on_bad_row: "error" stops at the first malformed row, "skip" leaves it out and counts it in `skipped`.

@@ -47,12 +47,13 @@ class Tokenizer(Protocol):
     def token_id(self, piece: str) -> int: ...
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of the text that each id stands for, int32 [vocab_size]; 0 for specials and for unk.
+        """UTF-8 bytes of the text that each id stands for, int32 [vocab_size]; 0 for specials and
+        for unk.
 
         The bytes of a text's ids add up to the bytes of the text that `decode` gives, an incomplete
-        character's included. A tokenizer that puts a blank before a text counts that blank's byte too,
-        since its first piece has the same id in the middle of a text; one that normalizes text counts
-        the bytes of the normalized text.
+        character's included. A tokenizer that puts a blank before a text counts that blank's byte
+        too, since its first piece has the same id in the middle of a text; one that normalizes text
+        counts the bytes of the normalized text.
         """
         ...
 
@@ -128,7 +129,8 @@ class SentencePieceTokenizer:
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers; see `Tokenizer`."""
+        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers; see
+        `Tokenizer`."""
         return np.array([self._byte_length(i) for i in range(self.vocab_size)], np.int32)
 
     def _byte_length(self, i: int) -> int:

@@ -184,7 +184,8 @@ def margins(
       scores: what is judged.
       labels: the truth; more is better. Pairs with equal labels say nothing and are dropped.
       valid: non-zero where there is a completion; None: everywhere.
-      same: equal where completions of a prompt have the same tokens, a pair of which is dropped; None: nowhere.
+      same: equal where completions of a prompt have the same tokens, a pair of which is dropped;
+        None: nowhere.
     """
     scores, labels = scores.astype(np.float64), labels.astype(np.float64)
     i, j = np.triu_indices(scores.shape[1], k=1)
@@ -222,7 +223,12 @@ def length_accuracy(
     return pairwise_accuracy(lengths, labels, valid, same)
 
 
-def length_baseline(lengths: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None) -> float:
+def length_baseline(
+    lengths: Scores,
+    labels: Scores,
+    valid: Scores | None = None,
+    same: Scores | None = None,
+) -> float:
     """Accuracy of judging by length alone in the better of the two directions; 1/2 when there are no pairs."""
     correct, pairs = length_accuracy(lengths, labels, valid, same)
     return max(correct, pairs - correct) / pairs if pairs else 0.5

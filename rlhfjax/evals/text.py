@@ -6,17 +6,19 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 # Chinese characters with their iteration mark and zero, hiragana, katakana and its halfwidth forms.
-_UNSPACED = (
-    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
+_HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+_UNSPACED = _HAN + _KANA
 _RUN = f"[^\\W_{_UNSPACED}]+"
 _WORD = re.compile(f"(?![\\W_])[{_UNSPACED}]|{_RUN}(?:['’]{_RUN})*")
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text in lower case: runs of letters and digits, apostrophes inside kept.
+    """Returns the words of a text in lower case: runs of letters and digits, apostrophes inside
+    kept.
 
-    Chinese and Japanese put no blanks between words: each Chinese character and each kana is a word.
+    Chinese and Japanese put no blanks between words: each Chinese character and each kana is a
+    word.
     """
     return _WORD.findall(text.lower())
 

@@ -51,7 +51,9 @@ def _backend(path: str | Path, metadata: dict[str, Any], pre: str) -> tokenizers
     except KeyError as error:
         raise CheckpointError(f"{path}: there is no {error.args[0]}") from None
     except Exception as error:  # the library raises nothing more special
-        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({first_line(error)})") from None
+        why = first_line(error)
+        message = f"{path}: tokenizer.ggml.merges do not fit the tokens ({why})"
+        raise CheckpointError(message) from None
     if len(vocabulary) < len(tokens) or len(kinds) != len(tokens):
         raise CheckpointError(
             f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct, and {len(kinds)} types"

@@ -148,7 +148,8 @@ class _Files:
         try:
             self.open[path] = safe_open(paths.local(path), framework="numpy")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from None
+            why = first_line(error)
+            raise CheckpointError(f"{path}: not a whole safetensors file: {why}") from None
         self.file |= dict.fromkeys(self.open[path].keys(), path)
 
     def slice(self, name: str) -> Any:

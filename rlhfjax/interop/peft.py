@@ -149,7 +149,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
         tensors, metadata = load_file(weights), _metadata(weights)
         return {"r": said["r"], "lora_alpha": said["lora_alpha"], **said}, tensors, float(metadata.get(BIAS, 0.0))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(e)})") from None
+        raise CheckpointError(
+            f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(e)})",
+        ) from None
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -77,7 +77,8 @@ def ask(job: Job) -> Answer:
             return answer
         if "RESOURCE_EXHAUSTED" in said and _find(folder, ""):
             return _decided(folder, first_line(said).removeprefix("RESOURCE_EXHAUSTED: "))
-        raise UserError(f"plan: the TPU compiler on {job.program} of {job.subject.name}: {first_line(said)}")
+        where = f"plan: the TPU compiler on {job.program} of {job.subject.name}"
+        raise UserError(f"{where}: {first_line(said)}")
 
 
 @contextlib.contextmanager

@@ -124,8 +124,9 @@ def _language(subject: Subject, layout: Layout, _: int) -> Sketch:
 def _answers(c: Any, layout: Layout, k: int) -> PyTree:
     """A batch of `loader.preference_batches`."""
     tokens = {name: rows(layout, (c.batch_size, k, c.length), np.int32) for name in ("tokens", "segments")}
-    floats = {name: rows(layout, (c.batch_size, k), np.float32) for name in ("scores", "valid", "cut")}
-    integers = {name: rows(layout, (c.batch_size, k), np.int32) for name in ("lengths", "same")}
+    shape = (c.batch_size, k)
+    floats = {name: rows(layout, shape, np.float32) for name in ("scores", "valid", "cut")}
+    integers = {name: rows(layout, shape, np.int32) for name in ("lengths", "same")}
     return {**tokens, **floats, **integers, "index": rows(layout, (c.batch_size,), np.int32)}
 
 

@@ -77,7 +77,8 @@ class Feedback:
         return odds.sum(axis=2) / k
 
     def metrics(self) -> Pairs:
-        """judge_cut: share of the questions so far in which the prompt or an answer was cut to fit."""
+        """judge_cut: share of the questions so far in which the prompt or an answer was cut to
+        fit."""
         return {"judge_cut": (float(self._cut), float(self._asked))}
 
     def comparisons(self, answers: Answers) -> tuple[list[tuple[int, int, int]], np.ndarray]:
@@ -97,8 +98,8 @@ class Feedback:
             prompt, texts = answers.prompts[row], answers.completions[row]
             principle = choose(self.principles, self._config.seed, prompt, *sorted((texts[i], texts[j])))
             values = {"prompt": readable(prompt), "principle": principle, "a": texts[i], "b": texts[j]}
-            template = self._config.template
-            question, cut = ask(self._judge.tokenizer, template, room, whole=("principle",), **values)
+            spoken = (self._judge.tokenizer, self._config.template)
+            question, cut = ask(*spoken, room, whole=("principle",), **values)
             questions.append(question)
             self._asked, self._cut = self._asked + 1, self._cut + cut
         openings: list[list[int]] = []

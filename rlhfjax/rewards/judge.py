@@ -34,7 +34,7 @@ class JudgeConfig:
     """Which model judges, and how much of it is run at once."""
 
     model: str  # the workdir of a stage that made a language model
-    length: int  # question and option, tokens; of a longer question the template's words stay, see `ask`
+    length: int  # question and option, tokens; a longer question is cut, see `ask`
     batch_size: int = 32  # rows of a forward pass
 
 
@@ -64,7 +64,8 @@ class Judge:
 
     def room(self, options: Sequence[str], thought: int = 0) -> int:
         """Tokens that a question may have before so many of thought and the longest option."""
-        return self._config.length - thought - max(len(self.tokenizer.encode(option)) for option in options)
+        longest = max(len(self.tokenizer.encode(option)) for option in options)
+        return self._config.length - thought - longest
 
     def logprobs(
         self, questions: Sequence[Conversation], options: Sequence[str], openings: Sequence[Sequence[int]] = ()
@@ -72,8 +73,9 @@ class Judge:
         """log p(option_o | question_n): the sum over the option's tokens, nats.
 
         Args:
-          openings: ids with which the assistant's turn begins, before the option; none by default. Of a longer
-            opening than `prompt_room` leaves room for, the end is kept, which the option follows.
+          openings: ids with which the assistant's turn begins, before the option; none by default.
+            Of a longer opening than `prompt_room` leaves room for, the end is kept, which the
+            option follows.
         """
         ends = [self.tokenizer.encode(option) for option in options]
         room = self.room(options)
@@ -154,12 +156,19 @@ def readable(prompt: str) -> str:
 
 
 def ask(
-    tokenizer: Tokenizer, template: str, max_tokens: int, *, whole: Sequence[str] = (), **values: str
+    tokenizer: Tokenizer,
+    template: str,
+    max_tokens: int,
+    *,
+    whole: Sequence[str] = (),
+    **values: str,
 ) -> tuple[Conversation, bool]:
-    """Returns a template with its values as a question of at most `max_tokens`, and whether a value was cut.
+    """Returns a template with its values as a question of at most `max_tokens`, and whether a value
+    was cut.
 
-    The template's words stay, what it asks and the options it offers among them. `prompt` loses its beginning,
-    down to half of what the template leaves, and the other values lose their ends, the longest first.
+    The template's words stay, what it asks and the options it offers among them. `prompt` loses its
+    beginning, down to half of what the template leaves, and the other values lose their ends, the
+    longest first.
 
     Args:
       max_tokens: of the question in the chat template.
@@ -175,14 +184,14 @@ def ask(
     used = [name for name in values if name not in whole and f"{{{name}}}" in template]
     words = {name: tokenizer.encode(values[name]) for name in used}
     room = max_tokens - _size(tokenizer, fill(template, **values | dict.fromkeys(words, "")))
-    while over > 0 and room >= len(words):  # once, or again where parts of texts take more tokens than they did
+    while over > 0 and room >= len(words):  # again, where parts take more tokens than they did
         filled = fill(template, **values | _parts(tokenizer, words, room))
         over = _size(tokenizer, filled) - max_tokens
         room -= over
     if over > 0:
         raise ConfigError(
-            f"judge.length: {max_tokens} tokens for a question do not hold the template {template[:30]!r} with a "
-            f"token of {', '.join(words)}"
+            f"judge.length: {max_tokens} tokens for a question do not hold the template "
+            f"{template[:30]!r} with a token of {', '.join(words)}"
         )
     return _question(filled), True
 
@@ -199,9 +208,13 @@ def _parts(tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int) -> d
     """The texts of values cut to `room` tokens together; see `ask`."""
     others = [len(ids) for name, ids in words.items() if name != "prompt"]
     prompt = min(len(words.get("prompt", ())), prompt_room(room, sum(others)))
-    longest = next(n for n in range(room, -1, -1) if sum(min(n, size) for size in others) <= room - prompt)
-    sides = {name: ids[len(ids) - prompt :] if name == "prompt" else ids[:longest] for name, ids in words.items()}
-    return {name: chat.decode_part(tokenizer, ids) for name, ids in sides.items()}
+    most = room  # tokens of each other value
+    while sum(min(most, size) for size in others) > room - prompt:
+        most -= 1
+    parts = {name: ids[:most] for name, ids in words.items()}
+    if "prompt" in words:
+        parts["prompt"] = words["prompt"][len(words["prompt"]) - prompt :]
+    return {name: chat.decode_part(tokenizer, ids) for name, ids in parts.items()}
 
 
 def fill(template: str, **values: str) -> str:

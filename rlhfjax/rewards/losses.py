@@ -1,9 +1,9 @@
 """The losses of the reward stage by name, each as a function of a prompt's K completions.
 
-A loss takes `rewards`, `labels`, `valid` and `same`, all [p, k]: higher labels are better, `valid` is 0 where a prompt
-has fewer than K completions, and completions with equal `same` have the same tokens, of which a pair weighs 0 (None:
-all differ). Those of pairs see every pair of one prompt once and are means over pairs; `kwise`,
-`plackett_luce` and `best_of_k` are means over prompts.
+A loss takes `rewards`, `labels`, `valid` and `same`, all [p, k]: higher labels are better, `valid`
+is 0 where a prompt has fewer than K completions, and completions with equal `same` have the same
+tokens, of which a pair weighs 0 (None: all differ). Those of pairs see every pair of one prompt
+once and are means over pairs; `kwise`, `plackett_luce` and `best_of_k` are means over prompts.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ class LossConfig:
 
 
 def make_loss(config: LossConfig) -> RewardLoss:
-    """The loss that a config names, (rewards, labels, valid, same=None) [p, k] -> (scalar, metrics)."""
+    """The loss that a config names, (rewards, labels, valid, same=None) [p, k] -> (scalar,
+    metrics)."""
     return {
         "kwise": kwise_loss,
         "bradley_terry": _bradley_terry,
@@ -65,7 +66,10 @@ def make_loss(config: LossConfig) -> RewardLoss:
 
 
 def ordered_pairs(
-    rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"], same: Same = None
+    rewards: Float[Array, "p k"],
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Same = None,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
     """Reward of the better, of the worse, label difference and weight of every untied pair; n = p k k."""
     weight = untied_pairs(labels, valid, same)
@@ -76,7 +80,10 @@ def ordered_pairs(
 
 
 def all_pairs(
-    rewards: Float[Array, "p k"], labels: Float[Array, "p k"], valid: Float[Array, "p k"], same: Same = None
+    rewards: Float[Array, "p k"],
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Same = None,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
     """Rewards a and b, label_a - label_b and weight of every pair i < j, ties included; n = p k (k - 1) / 2."""
     i, j = jnp.triu_indices(rewards.shape[1], k=1)
@@ -85,22 +92,48 @@ def all_pairs(
     return rewards[:, i].ravel(), rewards[:, j].ravel(), (labels[:, i] - labels[:, j]).ravel(), weight.ravel()
 
 
-def _bradley_terry(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None) -> Loss:
+def _bradley_terry(
+    rewards: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    same: Same = None,
+) -> Loss:
     better, worse, _, weight = ordered_pairs(rewards, labels, valid, same)
     return ranking.bradley_terry_loss(better, worse, weight)
 
 
-def _smoothed(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None, *, smoothing: float) -> Loss:
+def _smoothed(
+    rewards: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    same: Same = None,
+    *,
+    smoothing: float,
+) -> Loss:
     better, worse, _, weight = ordered_pairs(rewards, labels, valid, same)
     return ranking.smoothed_loss(better, worse, weight, smoothing=smoothing)
 
 
-def _margin(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None, *, margin: float) -> Loss:
+def _margin(
+    rewards: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    same: Same = None,
+    *,
+    margin: float,
+) -> Loss:
     better, worse, gaps, weight = ordered_pairs(rewards, labels, valid, same)
     return ranking.margin_loss(better, worse, margin * gaps, weight)
 
 
-def _soft(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None, *, label_scale: float) -> Loss:
+def _soft(
+    rewards: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    same: Same = None,
+    *,
+    label_scale: float,
+) -> Loss:
     a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
     return ranking.soft_label_loss(a, b, jax.nn.sigmoid(label_scale * gaps), weight)
 
@@ -110,13 +143,21 @@ def _half_ties(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Sa
     return ranking.soft_label_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight)
 
 
-def _rao_kupper(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None, *, eta: float) -> Loss:
+def _rao_kupper(
+    rewards: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    same: Same = None,
+    *,
+    eta: float,
+) -> Loss:
     a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
     return ranking.rao_kupper_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight, eta=eta)
 
 
 def _best_of_k(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None) -> Loss:
-    """A prompt whose best is tied names no best, and has weight 0. What has the best's tokens does not compete."""
+    """A prompt whose best is tied names no best, and has weight 0. What has the best's tokens does
+    not compete."""
     labels = jnp.where(valid > 0, labels, -jnp.inf)
     top = jnp.max(labels, axis=1, keepdims=True)
     single = jnp.sum((labels == top) & (valid > 0), axis=1, keepdims=True) == 1

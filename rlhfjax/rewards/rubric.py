@@ -43,7 +43,8 @@ class RubricConfig:
 
 
 class Rubric:
-    """A rubric as a scorer of texts; metrics: the mean probability of each class, the share of questions cut."""
+    """A rubric as a scorer of texts; metrics: the mean probability of each class, the share of
+    questions cut."""
 
     def __init__(self, config: RubricConfig, judge: Judge):
         self._config, self._judge = config, judge
@@ -59,16 +60,27 @@ class Rubric:
         metrics = {f"class_{one.name or one.option}": (float(s), n) for one, s in sums}
         return scores.astype(np.float32), metrics | {"judge_cut": (float(cut), n)}
 
-    def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, int]:
-        """p(class | rubric, prompt, response), [n, classes], and how many of the questions were cut to fit."""
+    def probabilities(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+    ) -> tuple[np.ndarray, int]:
+        """p(class | rubric, prompt, response), [n, classes], and how many of the questions were cut
+        to fit."""
         options = [one.option for one in self._config.classes]
         room = self._judge.room(options)
         asked = [
-            ask(self._judge.tokenizer, self._config.template, room, prompt=readable(prompt), response=response)
+            ask(
+                self._judge.tokenizer,
+                self._config.template,
+                room,
+                prompt=readable(prompt),
+                response=response,
+            )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        chances = class_probabilities(self._judge.logprobs([question for question, _ in asked], options))
-        return chances, sum(cut for _, cut in asked)
+        logprobs = self._judge.logprobs([question for question, _ in asked], options)
+        return class_probabilities(logprobs), sum(cut for _, cut in asked)
 
 
 def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:

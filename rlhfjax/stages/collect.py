@@ -125,7 +125,13 @@ def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) ->
         raise DataError(f"collect.labeller={config.labeller}: it has no opinion about {place}")
 
 
-def _rows(rollout: Any, some: Answers, labels: np.ndarray, index: np.ndarray, cut: np.ndarray) -> list[dict[str, Any]]:
+def _rows(
+    rollout: Any,
+    some: Answers,
+    labels: np.ndarray,
+    index: np.ndarray,
+    cut: np.ndarray,
+) -> list[dict[str, Any]]:
     """One row a prompt; prompts that only fill the batch are left out."""
     k, p = some.k, rollout.tokens.shape[1] - rollout.mask.shape[1]
     rows = []

@@ -36,7 +36,7 @@ class Config:
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     principles: str  # a file of JSON lines
     rounds: int = 1  # revisions; the paper: 4
-    length: int  # conversation and answer, tokens; the prompt of a longer conversation loses its beginning
+    length: int  # conversation and answer, tokens; the prompt of a longer one loses its beginning
     max_new: int  # tokens of an answer, a critique, a revision
     temperature: float = 1.0
     validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
@@ -54,8 +54,8 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes both files; returns how many rows there are, how many answers a revision changed, and how many
-    prompts lost their beginning in a request that had no room for them."""
+    """Writes both files; returns how many rows there are, how many answers a revision changed, and
+    how many prompts lost their beginning in a request that had no room for them."""
     principles = [read_principle(line, config.principles) for line in read_lines(config.principles)]
     options = {"length": config.length, "batch_size": config.batch_size}
     policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
@@ -65,7 +65,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     cut: set[int] = set()
 
     def fitted(speaker: Judge, after: list[Conversation]) -> list[Conversation]:
-        """What is asked about each prompt: the prompt, as the speaker has room for it, and the turns after it."""
+        """What is asked about each prompt: the prompt, as the speaker has room for it, and the
+        turns after it."""
         room, asked = config.length - config.max_new, []
         for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
             asked.append(chat.shorten_conversation(speaker.tokenizer, prompt, rest, room))
@@ -131,7 +132,8 @@ def _write(
             {"messages": prompt, "drafts": [d[i] for d in drafts], "critiques": [c[i] for c in critiques]}
         )
         if drafts[-1][i]:
-            held_out = split_of(opening(prompt), validation=config.validation, test=0.0) == "validation"
+            split = split_of(opening(prompt), validation=config.validation, test=0.0)
+            held_out = split == "validation"
             kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
     for split, rows in {**kept, "revisions": everything}.items():
         write_jsonl(workdir / f"{split}.jsonl", rows)

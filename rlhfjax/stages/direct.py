@@ -27,7 +27,12 @@ from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.stages import Pairs, Stage
 from rlhfjax.stages.parts.common import Start, StreamConfig, assemble, begin, check_streams, own_shards
 from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
-from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs, open_preferences, truncation_metrics
+from rlhfjax.stages.parts.preferences import (
+    Mismatched,
+    completion_logprobs,
+    open_preferences,
+    truncation_metrics,
+)
 from rlhfjax.stages.parts.ptx import Together
 from rlhfjax.state import TrainState
 
@@ -40,7 +45,7 @@ REFERENCE, OTHERS = "reference", "mismatched/"  # the name, and the prefix, of w
 class Config(StreamConfig):
     stage: str = "direct"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside the longest response
+    length: int  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: int  # prompts, each with all of its pairs; DPO: 64 pairs
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     reference: str | None = None  # None: init_from

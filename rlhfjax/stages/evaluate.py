@@ -105,7 +105,8 @@ def _answer(
     more = {"slots": config.slots, "buckets": config.prompt_buckets}
     sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
     parts: dict[str, list] = {}
-    for rollout, index, cut in answers(source, saved, tokenizer, sampling, jax.random.key(config.seed), layout):
+    key = jax.random.key(config.seed)
+    for rollout, index, cut in answers(source, saved, tokenizer, sampling, key, layout):
         rows = (rollout.tokens, rollout.segments, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         if config.temperature > 0:

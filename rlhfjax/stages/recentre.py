@@ -67,7 +67,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         context = f"recentre.init_from={config.init_from}"
         stats.validate_scores(samples["rewards"], context, samples["valid"])
         params, pairs = centre.normalise(saved.params, samples, "mean")
-        pairs = {**pairs, "rows_cut": (np.sum(samples["cut"] * samples["valid"]), np.sum(samples["valid"]))}
+        pairs = {
+            **pairs,
+            "rows_cut": (np.sum(samples["cut"] * samples["valid"]), np.sum(samples["valid"])),
+        }
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
     metrics = finalize(hosts.whole(pairs), "recentre/")
     with Writer(workdir) as writer:
@@ -98,10 +101,14 @@ def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
         raise ConfigError("recentre: policy and reward model have different tokenizers")
     source = open_prompts(config.prompts, "recentre.prompts", seed=config.seed)
     sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)
-    reward = ModelReward(saved.model, saved.params)
+    reward, key = ModelReward(saved.model, saved.params), jax.random.key(config.seed)
     parts = [
-        (hosts.whole(reward(one.tokens, one.segments, one.mask)), (index >= 0).astype(np.float32), cut)
-        for one, index, cut in answers(source, policy, tokenizer, sampling, jax.random.key(config.seed), layout)
+        (
+            hosts.whole(reward(one.tokens, one.segments, one.mask)),
+            (index >= 0).astype(np.float32),
+            cut,
+        )
+        for one, index, cut in answers(source, policy, tokenizer, sampling, key, layout)
     ]
     return {
         name: np.concatenate(values)

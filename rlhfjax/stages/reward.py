@@ -40,14 +40,18 @@ from rlhfjax.stages.parts.common import (
 from rlhfjax.stages.parts.preferences import open_preferences, truncation_metrics
 from rlhfjax.state import TrainState
 
-LABELS = ("scores", "valid", "same")  # what of a batch says how its completions compare, as the losses take them
+LABELS = (
+    "scores",
+    "valid",
+    "same",
+)  # what of a batch says how its completions compare, as the losses take them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(StreamConfig):
     stage: str = "reward"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside the longest response
+    length: int  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: int  # prompts; InstructGPT: 64 (C.2)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     normalise_before: Literal["none", "mean", "mean_std"] = "none"  # N-details: mean_std before training as well
@@ -117,7 +121,11 @@ def _normalised(
     params, pairs = centre.normalise(params, shown, "mean")
     _, reference = centre.normalise(params, answers, "none")
     cut = truncation_metrics(shown)["rows_cut"]
-    return params, {**reference, "demonstration_mean": pairs["reference_mean"], "demonstrations_cut": cut}
+    return params, {
+        **reference,
+        "demonstration_mean": pairs["reference_mean"],
+        "demonstrations_cut": cut,
+    }
 
 
 def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
@@ -157,8 +165,8 @@ def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarr
 
 
 def held_out_metrics(judged: dict[str, np.ndarray], loss: RewardLoss) -> Pairs:
-    """val_loss, val_accuracy, the accuracy of judging by length alone, the expected calibration error, and what
-    cutting did (see `truncation_metrics`)."""
+    """val_loss, val_accuracy, the accuracy of judging by length alone, the expected calibration
+    error, and what cutting did (see `truncation_metrics`)."""
     labels = [judged[name] for name in LABELS]
     _, pairs = loss(*(jnp.asarray(x) for x in (judged["rewards"], *labels)))
     margins = stats.margins(judged["rewards"], *labels)

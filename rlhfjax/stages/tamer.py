@@ -112,7 +112,8 @@ def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array
         metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))
         pairs = {name: (total.sum(), weight.sum()) for name, (total, weight) in metrics.items()}
         real = (batch["weight"].sum(1) > 0).astype(jnp.float32)
-        return divide(*pairs["loss"]), pairs | {"rows_cut": (jnp.sum(batch["cut"] * real), jnp.sum(real))}
+        pairs["rows_cut"] = (jnp.sum(batch["cut"] * real), jnp.sum(real))
+        return divide(*pairs["loss"]), pairs
 
     return loss
 
@@ -129,7 +130,8 @@ def credit_by(config: Config) -> Callable[[jax.Array, jax.Array, jax.Array], jax
 def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
     """Every answer with its feedback as arrays; as many places for feedback as the answer with most of it has.
 
-    Prompts and answers that do not fit are cut, see `examples.prompt_room`; `cut` is 1 on those rows.
+    Prompts and answers that do not fit are cut, see `examples.prompt_room`; `cut` is 1 on those
+    rows.
 
     Raises:
       DataError: the file cannot be read, or a line is malformed.
@@ -161,7 +163,12 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
 
 
 def _arrays(
-    tokenizer: Tokenizer, prompt: list[int], answer: list[int], given: np.ndarray, most: int, length: int
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    answer: list[int],
+    given: np.ndarray,
+    most: int,
+    length: int,
 ) -> Batch:
     """One answer's arrays. Where prompt and answer do not fit they are cut as those of rankings."""
     fitted = chat.shorten_prompt(tokenizer, prompt, examples.prompt_room(length, len(answer)))

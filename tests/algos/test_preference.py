@@ -13,7 +13,8 @@ preference = jitted(preference)
 
 
 def test_pitfall_39_the_same_tokens_are_no_pair_whatever_their_labels():
-    # Labels 2, 1, 0; completions 0 and 1 have the same tokens: of (0,1), (0,2), (1,2) the first is none.
+    # Labels 2, 1, 0; completions 0 and 1 have the same tokens: of (0,1), (0,2), (1,2) the first is
+    # none.
     labels, same = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[0, 0, 2]])
     pairs = preference.untied_pairs(labels, jnp.ones((1, 3)), same)
     np.testing.assert_array_equal(pairs[0], [[0, 0, 1], [0, 0, 1], [0, 0, 0]])

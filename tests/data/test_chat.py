@@ -77,7 +77,8 @@ def test_a_last_turn_that_is_too_long_keeps_its_end(tokenizer):
 
 
 def test_pitfall_39_a_stored_prompt_is_cut_as_the_conversation_that_it_is(tokenizer):
-    """The oldest turns go whole; the system message and the header of the last turn stay, then its end."""
+    """The oldest turns go whole; the system message and the header of the last turn stay, then its
+    end."""
     messages = [SYSTEM, *CHAT[:2], {"role": "user", "content": "a bird sang on the tree, happy."}]
     whole = render_prompt(tokenizer, messages)
     for room in range(len(whole) + 1, 16, -1):
@@ -92,7 +93,13 @@ def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
     bos, user, eos, assistant = ids(tokenizer, "bos", "<|user|>", "eos", "<|assistant|>")
     # Cut before, in the middle of a word: encoding its text anew gives other ids.
     odd = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in b"the cat sat"]
-    assert shorten_prompt(tokenizer, [bos, user, *odd, eos, assistant], 8) == [bos, user, *odd[-4:], eos, assistant]
+    assert shorten_prompt(tokenizer, [bos, user, *odd, eos, assistant], 8) == [
+        bos,
+        user,
+        *odd[-4:],
+        eos,
+        assistant,
+    ]
     plain = list(range(20, 40))  # without markers, with bos and without
     assert shorten_prompt(tokenizer, [bos, *plain], 8) == [bos, *plain[-7:]]
     assert shorten_prompt(tokenizer, plain, 8) == plain[-8:]
@@ -103,13 +110,21 @@ def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
 
 
 def test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened(tokenizer):
-    """A critic is asked about a question and an answer; the question gets shorter, and neither is left out."""
+    """A critic is asked about a question and an answer; the question gets shorter, and neither is
+    left out."""
     question = {"role": "user", "content": "a bird sang on the tree, happy. who ran on the mat?"}
-    prompt, after = [SYSTEM, *CHAT[:2], question], [CHAT[3], {"role": "user", "content": "was that happy?"}]
+    prompt, after = (
+        [SYSTEM, *CHAT[:2], question],
+        [CHAT[3], {"role": "user", "content": "was that happy?"}],
+    )
     whole = [*prompt, *after]
     sizes = [len(render_prompt(tokenizer, [SYSTEM, *one])) for one in (whole[1:], [question, *after])]
     assert shorten_conversation(tokenizer, prompt, after, sizes[0]) == whole
-    assert shorten_conversation(tokenizer, prompt, after, sizes[0] - 1) == [SYSTEM, question, *after]
+    assert shorten_conversation(tokenizer, prompt, after, sizes[0] - 1) == [
+        SYSTEM,
+        question,
+        *after,
+    ]
     for less in (1, 5, 9):
         system, cut, *rest = shorten_conversation(tokenizer, prompt, after, sizes[1] - less)
         assert (system, rest) == (SYSTEM, after)

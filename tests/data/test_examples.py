@@ -76,8 +76,15 @@ def test_a_question_that_is_too_long_loses_its_beginning_first(tokenizer):
 
 def cut_row(tokenizer, prompt, completions, length):
     """A preference row with these ids, as arrays."""
-    row = {"prompt": "p", "completions": ["a"] * len(completions), "scores": [0.0] * len(completions)}
-    row |= {"prompt_tokens": np.array(prompt), "completion_tokens": [np.array(ids) for ids in completions]}
+    row = {
+        "prompt": "p",
+        "completions": ["a"] * len(completions),
+        "scores": [0.0] * len(completions),
+    }
+    row |= {
+        "prompt_tokens": np.array(prompt),
+        "completion_tokens": [np.array(ids) for ids in completions],
+    }
     return preference(tokenizer, row, k=len(completions) + 1, length=length)
 
 
@@ -87,7 +94,8 @@ def markup(tokenizer):
 
 
 def test_pitfall_39_a_long_response_does_not_take_the_prompt(tokenizer):
-    """Length 128, 50 tokens of prompt, responses of 10 and 300: both have the whole prompt, the second 78 tokens."""
+    """Length 128, 50 tokens of prompt, responses of 10 and 300: both have the whole prompt, the
+    second 78 tokens."""
     head, tail = markup(tokenizer)
     prompt = [*head, *range(20, 66), *tail]
     short, long = list(range(70, 80)), list(range(10, 310))
@@ -116,7 +124,14 @@ def test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row(tokenizer):
 def test_pitfall_39_completions_that_became_equal_are_known(tokenizer):
     start = list(range(20, 40))
     made = cut_row(tokenizer, [1, 7], [[*start, 50], [*start, 51], start, [60], [60]], 20)
-    assert made["same"].tolist() == [0, 0, 0, 3, 3, 5]  # 18 tokens of each; two were equal all along
+    assert made["same"].tolist() == [
+        0,
+        0,
+        0,
+        3,
+        3,
+        5,
+    ]  # 18 tokens of each; two were equal all along
     assert made["cut"].tolist() == [1, 1, 1, 0, 0, 0]
 
 
@@ -136,9 +151,15 @@ def test_pitfall_39_stored_ids_of_fine_tuning_keep_their_prompt(tokenizer):
 
 
 def test_pitfall_39_a_conversation_says_whether_it_lost_tokens(tokenizer):
-    talk = [{"role": "user", "content": "who sat?"}, {"role": "assistant", "content": "the cat sat. " * 9}]
+    talk = [
+        {"role": "user", "content": "who sat?"},
+        {"role": "assistant", "content": "the cat sat. " * 9},
+    ]
     size = len(chat.render(tokenizer, talk)[0])
-    assert [windows(tokenizer, talk, length)[0][:, 3].sum() for length in (size - 1, size - 2)] == [0, 1]
+    assert [windows(tokenizer, talk, length)[0][:, 3].sum() for length in (size - 1, size - 2)] == [
+        0,
+        1,
+    ]
 
 
 def test_a_conversation_without_an_answer_makes_no_window(tokenizer):

@@ -133,7 +133,8 @@ def test_an_added_token_that_is_no_special_is_text_and_one_that_the_template_wri
 
 
 def test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes():
-    """Some vocabularies hold a piece as it is read: it is decoded as it stands. An unk stands for no known text."""
+    """Some vocabularies hold a piece as it is read: it is decoded as it stands. An unk stands for
+    no known text."""
     data = json.loads(byte_bpe(SMOLLM[:1]).to_str())
     first = 1 + max(data["model"]["vocab"].values())
     data["model"]["vocab"] |= {"今é": first, "<none>": first + 1}
@@ -141,7 +142,11 @@ def test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes():
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))
     tokenizer = HuggingFaceTokenizer(backend, {"eos_token": "<|endoftext|>"})
     assert tokenizer.decode([first]) == "今é"
-    assert tokenizer.byte_lengths()[[first, first + 1, tokenizer.token_id("Ġ")]].tolist() == [5, 0, 1]
+    assert tokenizer.byte_lengths()[[first, first + 1, tokenizer.token_id("Ġ")]].tolist() == [
+        5,
+        0,
+        1,
+    ]
 
 
 def test_what_is_saved_is_what_is_read(smollm, tmp_path):

@@ -140,7 +140,8 @@ def turns(*contents):
 
 @pytest.mark.parametrize("kind", ["prompt", "preferences"])
 def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
-    """60 prompts, 5 rows of each that differ elsewhere; the split is the one that the prompt's own hash gives."""
+    """60 prompts, 5 rows of each that differ elsewhere; the split is the one that the prompt's own
+    hash gives."""
     rows = [{"q": f"who sat {i % 60}?", "id": i, "completions": [f"a {i}", "b"], "scores": [i, 0]} for i in range(300)]
     found = parts(write_lines(tmp_path / "rows.jsonl", *rows), kind=kind, columns={"prompt": "q", "id": "id"})
     asked = {split: [row["messages"][0]["content"] if kind == "prompt" else row["prompt"] for row in source]
@@ -152,7 +153,8 @@ def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
 
 
 def test_pitfall_41_conversations_that_begin_alike_are_in_one_split(tmp_path):
-    """Another answer, another system message, a longer conversation, a prompt alone: the first user turn decides."""
+    """Another answer, another system message, a longer conversation, a prompt alone: the first user
+    turn decides."""
     system = {"role": "system", "content": "be brief"}
     chats = [talk for i in range(60) for talk in (
         turns(f"hi {i}", "yes"), turns(f"hi {i}", "no", "why?", "so"), [system, *turns(f"hi {i}", "yes")]
@@ -181,7 +183,8 @@ def test_pitfall_41_a_document_is_in_one_split_whatever_stands_beside_it(tmp_pat
 
 
 def test_pitfall_41_a_row_without_a_prompt_is_still_reported(tmp_path):
-    """A conversation without a user goes by its first turn, a malformed row by its bytes: in one split it stops."""
+    """A conversation without a user goes by its first turn, a malformed row by its bytes: in one
+    split it stops."""
     alone = {"messages": [{"role": "assistant", "content": "hello"}]}
     spec = write_lines(tmp_path / "rows.jsonl", alone, {"messages": []})
     said = []

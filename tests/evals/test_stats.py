@@ -190,8 +190,13 @@ def test_pairwise_accuracy_without_an_ordered_pair_has_no_weight():
 
 
 def test_pitfall_39_pairs_of_completions_with_the_same_tokens_do_not_count():
-    # Labels 2 > 1 > 0, the first two have the same tokens: pairs 0-2 and 1-2 are left, by 1 - 3 and 5 - 3.
-    scores, labels, same = np.array([[1.0, 5.0, 3.0]]), np.array([[2.0, 1.0, 0.0]]), np.array([[0, 0, 2]])
+    # Labels 2 > 1 > 0, the first two have the same tokens: pairs 0-2 and 1-2 are left, by 1 - 3 and
+    # 5 - 3.
+    scores, labels, same = (
+        np.array([[1.0, 5.0, 3.0]]),
+        np.array([[2.0, 1.0, 0.0]]),
+        np.array([[0, 0, 2]]),
+    )
     assert stats.margins(scores, labels, None, same).tolist() == [-2.0, 2.0]
     assert stats.pairwise_accuracy(scores, labels, np.ones((1, 3)), same) == (1.0, 2.0)
     assert stats.length_accuracy(np.array([[9, 9, 1]]), labels, None, same) == (2.0, 2.0)

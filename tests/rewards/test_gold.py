@@ -36,7 +36,8 @@ def test_repetition_by_hand(gold):
 
 
 def test_pitfall_42_repetition_and_length_of_chinese_answers_by_hand(gold):
-    # 6 characters, 3 different: r1 = 1/2. Bigrams 我们 们走 走我 我们 们走: r2 = 2/5. (1/2 - 1/4) + 2/5 = 13/20.
+    # 6 characters, 3 different: r1 = 1/2. Bigrams 我们 们走 走我 我们 们走: r2 = 2/5. (1/2 - 1/4) + 2/5 =
+    # 13/20.
     assert gold.score("我们走我们走") == pytest.approx(-13 / 20)
     different = "".join(chr(0x4E00 + i) for i in range(34))  # 4 over 30, no character twice
     assert gold.score(different) == pytest.approx(-4 * 0.05)

@@ -174,7 +174,8 @@ def test_a_rubric_is_added_to_a_reward_on_chosen_prompts_alone(folder, judge, tm
 
 
 def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
-    """The prompt loses its beginning down to half of the room, then the longest of the others its end."""
+    """The prompt loses its beginning down to half of the room, then the longest of the others its
+    end."""
     template = "Is it fine? {prompt} said {a} or {b}. (A) yes (B) no"
     tokenizer = judge.tokenizer
     prompt, a, b = ("the cat likes tea " * 20, "rain and no rain " * 20, "no tea")
@@ -396,7 +397,8 @@ def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path)
 
 
 def test_pitfall_39_a_critic_sees_the_draft_of_a_long_prompt(folder, tmp_path):
-    """The prompt loses its beginning; what the critic is asked about is counted, and nothing of it is left out."""
+    """The prompt loses its beginning; what the critic is asked about is counted, and nothing of it
+    is left out."""
     asked = []
     long = [{"prompt": f"cat {i} " + "the rain " * (40 if i else 0)} for i in range(4)]
 

@@ -118,7 +118,8 @@ NO_TWINS = np.tile(np.arange(K, dtype=np.int32), (P, 1))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pitfall_39_a_pair_of_completions_with_the_same_tokens_weighs_nothing(name):
-    """By the plain loops, which leave such pairs out; where all differ it is the loss without `same`, to the bit."""
+    """By the plain loops, which leave such pairs out; where all differ it is the loss without
+    `same`, to the bit."""
     loss = jax.jit(make_loss(LossConfig(name=name)))
     _, metrics = loss(REWARDS, LABELS, VALID, TWINS)
     total, weight = reference(name, LossConfig(name=name), TWINS)

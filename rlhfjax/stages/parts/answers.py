@@ -62,10 +62,11 @@ def answers(
     key: jax.Array,
     layout: Layout,
 ) -> Iterator[tuple[Rollout, np.ndarray, np.ndarray]]:
-    """Yields rollouts of `each` rows per prompt, and for their prompts `index` and `cut`, [batch_size] each.
+    """Yields rollouts of `each` rows per prompt, and for their prompts `index` and `cut`,
+    [batch_size] each.
 
-    The index is -1 where a prompt only fills the batch; `cut` is 1 where a prompt lost tokens to fit. Batch i is
-    drawn with fold_in(key, i), so that the same key gives the same answers.
+    The index is -1 where a prompt only fills the batch; `cut` is 1 where a prompt lost tokens to
+    fit. Batch i is drawn with fold_in(key, i), so that the same key gives the same answers.
     """
     stop = tokenizer.token_id(sampling.truncate.token) if sampling.truncate.token else None
     eos = tokenizer.eos_id if sampling.stop_at_eos else -1

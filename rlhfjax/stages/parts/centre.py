@@ -47,8 +47,8 @@ def demonstrations(
 ) -> Iterable[dict[str, np.ndarray]]:
     """The last answer of each conversation as one completion of its prompt: tokens, segments [b, 1, t], valid [b, 1].
 
-    Prompts and answers are cut as those of rankings (`examples.preference`); the last batch is filled with rows that
-    count for nothing.
+    Prompts and answers are cut as those of rankings (`examples.preference`); the last batch is
+    filled with rows that count for nothing.
 
     Raises:
       DataError: no conversation has an answer.
@@ -66,7 +66,11 @@ def _demonstration(messages: list[chat.Message], tokenizer: Tokenizer, length: i
         return None
     prompt = chat.render_prompt(tokenizer, messages[: ends[-1]])
     answer = chat.answer_tokens(tokenizer, messages[ends[-1]]["content"])
-    native = {"prompt_tokens": prompt, "completion_tokens": [np.array(answer, np.int32)], "scores": [0.0]}
+    native = {
+        "prompt_tokens": prompt,
+        "completion_tokens": [np.array(answer, np.int32)],
+        "scores": [0.0],
+    }
     return examples.preference(tokenizer, native, k=1, length=length)
 
 

@@ -60,7 +60,7 @@ class Answers:
     scores: Float[Array, "p k"]  # more is better
     valid: Float[Array, "p k"]  # 1 on answers that exist
     kl: Float[Array, ""]  # of KTO, nats: from the whole batch
-    same: Int[Array, "p k"] | None = None  # equal where answers have the same tokens: such a pair weighs 0
+    same: Int[Array, "p k"] | None = None  # equal where answers have the same tokens
 
 
 def make_loss(config: LossConfig) -> Callable[[Answers], Loss]:
@@ -82,7 +82,8 @@ def implicit_rewards(config: LossConfig, answers: Answers) -> Float[Array, "p k"
 
 
 def pair_weights(answers: Answers) -> Float[Array, "p k k"]:
-    """1 / (untied pairs of the prompt) at [p, w, l] where answer w is another one than l and scored better; else 0."""
+    """1 / (untied pairs of the prompt) at [p, w, l] where answer w is another one than l and scored
+    better; else 0."""
     pairs = untied_pairs(answers.scores, answers.valid, answers.same)
     return divide(pairs, jnp.broadcast_to(pairs.sum((1, 2), keepdims=True), pairs.shape))
 

@@ -18,9 +18,11 @@ from rlhfjax.state import TrainState
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
-    """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked targets, nats per token.
+    """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked
+    targets, nats per token.
 
-    Its metrics are the loss, and where the loader counts them (`cut`) the share of examples that lost tokens.
+    Its metrics are the loss, and where the loader counts them (`cut`) the share of examples that
+    lost tokens.
     """
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
@@ -37,7 +39,8 @@ def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Pairs]]:
 
 
 def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs]:
-    """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the same targets.
+    """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the
+    same targets.
 
     Args:
       byte_lengths: UTF-8 bytes of the text of each id of the tokenizer; ids beyond them have none.
@@ -47,7 +50,8 @@ def held_out_loss(model: Model, byte_lengths: np.ndarray) -> Callable[..., Pairs
     @jax.jit
     def measure(params: Any, batch: dict[str, jax.Array]) -> Pairs:
         _, pairs = language_loss(model)(params, batch, None)
-        pairs["nats_per_byte"] = nats_per_byte(pairs["loss"][0], batch["targets"], batch["mask"], lengths)
+        nll, _ = pairs["loss"]
+        pairs["nats_per_byte"] = nats_per_byte(nll, batch["targets"], batch["mask"], lengths)
         return {f"val_{name}": pair for name, pair in pairs.items()}
 
     return measure

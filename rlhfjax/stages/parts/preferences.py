@@ -65,7 +65,8 @@ def truncation_metrics(batch: Mapping[str, Any]) -> Pairs:
     """Returns what cutting did to a batch of `loader.preference_batches` (arrays of numpy or jax).
 
     rows_cut: share of the completions that lost tokens, of themselves or of their prompt.
-    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they weigh 0.
+    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they
+      weigh 0.
     """
     labels, valid, same = (jnp.asarray(batch[name]) for name in ("scores", "valid", "same"))
     labelled = jnp.sum(untied_pairs(labels, valid))
@@ -78,11 +79,12 @@ def truncation_metrics(batch: Mapping[str, Any]) -> Pairs:
 class Mismatched:
     """Every row's prompt with the completions of another prompt, which KTO estimates its KL with.
 
-    The donor is the prompt half of the distinct prompts away, in the order in which they first appear: it is
-    never the same prompt, however often a prompt stands in the data, and neighbours are often prefixes of one
-    conversation. The n-th row of a prompt takes the n-th row of the donor, in turn where the donor has fewer.
-    Donors depend on the data and not on the batch, so that an estimate over a batch does not depend on how it
-    is cut, and reference log-probabilities can be precomputed.
+    The donor is the prompt half of the distinct prompts away, in the order in which they first
+    appear: it is never the same prompt, however often a prompt stands in the data, and neighbours
+    are often prefixes of one conversation. The n-th row of a prompt takes the n-th row of the
+    donor, in turn where the donor has fewer. Donors depend on the data and not on the batch, so
+    that an estimate over a batch does not depend on how it is cut, and reference log-probabilities
+    can be precomputed.
 
     Raises:
       DataError: all rows have one prompt.
@@ -117,13 +119,14 @@ def _prompt_key(row: Row) -> Hashable:
 
 
 def _donors(keys: Sequence[Hashable]) -> list[int]:
-    """For each row the row whose completions it takes; see `Mismatched`. Rows with equal keys have one prompt."""
+    """For each row the row whose completions it takes; see `Mismatched`. Rows with equal keys have
+    one prompt."""
     rows_of: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
         rows_of.setdefault(key, []).append(row)
     groups = list(rows_of.values())
     if len(groups) < 2:
-        raise DataError(f"kto: all {len(keys)} rows have one prompt; answers to another prompt are needed")
+        raise DataError(f"kto: all {len(keys)} rows have one prompt; answers to another are needed")
     donors = [0] * len(keys)
     for number, rows in enumerate(groups):
         others = groups[(number + len(groups) // 2) % len(groups)]
