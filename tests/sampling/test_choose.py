@@ -9,7 +9,6 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.sampling import choose as module
 from rlhfjax.sampling.choose import check, choose, inverse_cdf, keep_top_k, keep_top_p
 
-
 cdf = jax.jit(inverse_cdf)
 drawn = jax.jit(choose, static_argnames=("temperature", "top_k", "top_p"))
 

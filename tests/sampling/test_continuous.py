@@ -18,7 +18,6 @@ from rlhfjax.sampling.continuous import refill_size
 from tests.models.families import FAMILIES, random_params
 from tests.sampling.test_generate import EOS, NEW, PAD, decided, keys, left_padded, rigged, run, teacher_forced
 
-
 FIRST = [pytest.param(name, marks=[] if name == "llama-gqa" else pytest.mark.slow) for name in FAMILIES]
 
 
