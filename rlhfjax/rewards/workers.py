@@ -39,8 +39,7 @@ def find_function(name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"rule {name!r}: expected package.module:function that can be imported "
-            f"({first_line(error)})"
+            f"rule {name!r}: expected package.module:function that can be imported ({first_line(error)})"
         ) from None
     if not callable(found):
         raise ConfigError(f"rule {name!r}: it is a {type(found).__name__}, no function")

@@ -47,34 +47,35 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("done", [0, 1, 2, 5, 17, 40])
-def test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch(make, kind, done):
+def test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch(make, kind):
     # 40 batches are several epochs of the little sets, so that states lie in the middle of one, and of a packed bin.
-    whole = take(make(kind), done + 25)
-    running = make(kind)
-    take(running, done)
-    state = json.loads(json.dumps(running.get_state()))
-    take(running, 3)  # what happens after the save must not reach into the state
-    restored = make(kind)
-    take(restored, 2)
-    restored.set_state(state)
-    assert restored.get_state() == state
-    assert_equal(take(restored, 25), whole[done:])
+    # What happens after a save must not reach into its state: the run goes on to the end before any is restored.
+    running, whole, states = make(kind), [], {}
+    for done in range(48):
+        if done in (0, 1, 5, 40):
+            states[done] = json.loads(json.dumps(running.get_state()))
+        whole.append(next(running))
+    for done, state in states.items():
+        restored = make(kind)
+        take(restored, 2)
+        restored.set_state(state)
+        assert restored.get_state() == state
+        assert_equal(take(restored, 8), whole[done : done + 8])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_pass_can_be_restored_anywhere_up_to_its_end(make, kind):
-    whole = list(make(kind, train=False))
-    for done in range(len(whole) + 1):
-        running = make(kind, train=False)
-        take(running, done)
-        restored = make(kind, train=False)
-        restored.set_state(running.get_state())
+    running, restored, whole, states = make(kind, train=False), make(kind, train=False), [], []
+    while True:
+        states.append(running.get_state())
+        if (batch := next(running, None)) is None:
+            break
+        whole.append(batch)
+    for done, state in enumerate(states):
+        restored.set_state(state)
         assert_equal(list(restored), whole[done:])
-    exhausted = make(kind, train=False)
-    list(exhausted)
-    assert next(exhausted, None) is None
-    assert_equal(list(exhausted.restart()), whole)
+    assert len(whole) > 1 and next(running, None) is None
+    assert_equal(list(running.restart()), whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +177,7 @@ def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(make, tokenizer, c
 
 def test_mixing_follows_the_weights(make, tokenizer):
     # Conversations carry markers, plain documents do not: count how many documents of each kind begin.
-    batches = take(make("mixed"), 300)
+    batches = take(make("mixed"), 120)
     starts = np.concatenate([batch["targets"][batch["tokens"] == tokenizer.bos_id] for batch in batches])
     share = (starts == tokenizer.token_id(chat.ROLES["user"])).mean()
     assert abs(share - 0.25) < 0.02
