@@ -45,7 +45,7 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
         got = " ".join(words) or "no word"
         raise flags.IllegalFlagValueError(f"{got}: expected one of {', '.join(WORDS)}")
     shell = Shell(fv.dry_run)
-    sh.required(fv, "zone", *([] if words[0] == "list" else ["name"]))
+    sh.required(fv, *([] if words[0] == "list" else ["name"]), "zone")
     tpu = _tpu(fv)
     if words[0] == "list":
         return max([shell.run(call) for call in gcloud.lists(tpu)])

@@ -91,7 +91,7 @@ def test_what_a_step_hands_to_its_parts(configured):
     task = dataclasses.replace(task, reward=reward, human=human)
     algorithm, frozen = Told(), {"policy": {"frozen": 1}}
     state = states.TrainState(jnp.int32(2), {"policy": {"w": 5}}, None, {"kl_coefficient": 0.1})
-    batch = {name: jnp.zeros(1) for name in ("prompts", "segments", "ptx/tokens", "ptx/mask")}
+    batch = {name: jnp.zeros(1) for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")}
     state, metrics = policy_step(config, ONE, task, algorithm, frozen)(state, batch, KEY)
     names = [name for name, _ in algorithm.calls]
     assert names == ["rollout", "seen", "know", "prepare", "update"]
@@ -113,4 +113,4 @@ def test_what_a_step_hands_to_its_parts(configured):
     assert text.keys() == {"tokens", "mask"} and text["mask"] is batch["ptx/mask"]
     assert parts is frozen and int(state.step) == 3
     assert not np.array_equal(jax.random.key_data(update_key), jax.random.key_data(KEY))
-    assert {"prepared", "updated", "human", "human_weight"} <= metrics.keys()
+    assert {"prepared", "updated", "human", "human_weight", "prompts_cut"} <= metrics.keys()

@@ -33,6 +33,7 @@ def summarised(policy, baseline):
     """The metrics of made-up gold scores; the proxy has them with the other sign."""
     n = len(policy)
     told = {"answer": ["a b"] * n, "length": np.ones(n), "ended": np.ones(n), "kl": np.arange(n)}
+    told |= {"cut": np.zeros(n)}
     scores = {"policy": policy, "baseline": baseline}
     answers = {who: told | {"gold": x, "proxy": -x} for who, x in scores.items()}
     metrics = evaluate.summarise(answers)

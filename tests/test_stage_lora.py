@@ -199,8 +199,8 @@ def test_direct_preference_optimisation_begins_at_its_reference(conversations, f
     kept = ("preferences", "length", "batch_size", "optim", "steps", "log", "checkpoint")
     config = {name: common[name] for name in kept} | {"init_from": str(finished / "02_sft"), "lora": LORA}
     metrics, params = run_steps("direct", stages.stage_config("direct", **config).to_dict(), ONE, steps=3)
-    losses = [line["loss"] for line in metrics]
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[2] != losses[0]
+    losses = [line["loss"] for line in metrics if "loss" in line]  # a batch of ties alone has none
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[-1] != losses[0]
     assert {path.split("/")[-1] for path in names(params)} == set(lora.NAMES)
 
 

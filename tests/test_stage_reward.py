@@ -132,13 +132,13 @@ def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(
     stage.step(first, ONE.put(next(stage.batches)), jax.random.key(0))
 
 
-def demonstration_rows(conversations, split, tokenizer):
+def demonstration_rows(conversations, split, tokenizer, length=32):
     """The last assistant turn of each conversation and what comes before it."""
     rows = []
     for line in (conversations / f"{split}.jsonl").read_text().splitlines():
         messages = json.loads(line)["messages"]
         answer = [*tokenizer.encode(messages[-1]["content"]), tokenizer.eos_id]
-        prompt = chat.render_prompt(tokenizer, messages[:-1], max_tokens=max(16, 32 - len(answer)))
+        prompt = chat.render_prompt(tokenizer, messages[:-1], max_tokens=max(16, length - len(answer)))
         rows.append((prompt, answer))
     return rows
 
@@ -158,6 +158,9 @@ def test_demonstrations_score_0_when_normalised_on_them(conversations, finished)
     answers = rewards_of_rows(model, first.params, tokenizer, validation_rows(finished), 32)
     means = {"demonstration_mean": before.mean(), "reference_mean": answers.mean()}
     logged = finalize(jax.device_get(finished_stage.pairs))
+    uncut = demonstration_rows(conversations, "test", tokenizer, length=1000)
+    cut = [len(whole) > len(prompt) for (whole, _), (prompt, _) in zip(uncut, rows, strict=True)]
+    means |= {"demonstrations_cut": np.mean(cut)}
     assert logged == pytest.approx(means | {"reference_std": answers.std()}, rel=1e-3, abs=2e-5)
     np.testing.assert_array_equal(params["head"]["kernel"], first.params["head"]["kernel"])
 

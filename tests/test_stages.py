@@ -204,7 +204,8 @@ def test_a_model_with_dropout_is_trained_with_it(what):
     if what == "reward":
         head, make = "scalar", lambda model: reward_loss(model, kwise_loss)
         batch = {"tokens": ids, "segments": jnp.ones_like(ids)}
-        batch |= {"scores": jnp.array([[1.0, 0.0]]), "valid": jnp.ones((1, 2))}
+        batch |= {"scores": jnp.array([[1.0, 0.0]]), "valid": jnp.ones((1, 2)), "same": jnp.array([[0, 1]])}
+        batch["cut"] = jnp.zeros((1, 2))
     else:
         head, make = "lm", language_loss
         batch = {"tokens": ids[0], "targets": ids[0], "mask": jnp.ones((2, 4))}

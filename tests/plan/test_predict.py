@@ -38,15 +38,15 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
     argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=here", f"--json={tmp_path}/plan.json"]
     main.main(["rlhfjax", "plan", *argv])
     said = capsys.readouterr().out
-    assert "By hand: 10,320 parameters" in said and "Memory per device" in said
+    assert "By hand: 7,728 parameters" in said and "Memory per device" in said
     assert f"by jaxlib {jaxlib.__version__}" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["compiler"] == f"jaxlib {jaxlib.__version__}"
-    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (10_320, 8 * 32, 6)
-    assert plan["six_n_d"] == 6 * 10_320 * 256
+    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (7_728, 8 * 32, 6)
+    assert plan["six_n_d"] == 6 * 7_728 * 256
     (step,) = plan["programs"]
     # parameters and two moments in float32, the batch's five arrays, three counters and the key
-    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 10_320 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
+    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 7_728 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
     assert step["fits"] is None and step["flops"] > 0 and step["largest_buffers"]
 
 
@@ -193,7 +193,7 @@ def test_a_group_with_adapters_on_a_tpu():
     assert plan.fits and plan.step_seconds > 0 and 0 < plan.mfu < 1
     # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
     reduced = sum(n for (kind, _), n in plan.programs[-1].cost.sent.items() if kind in ("all-reduce", "reduce-scatter"))
-    assert 0 < reduced < 4 * 10_320
+    assert 0 < reduced < 4 * 7_728
 
 
 @needs_libtpu

@@ -198,12 +198,12 @@ def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapte
 
 
 def test_flops_of_ppos_programs_by_hand():
-    """PaLM's 6 N + 12 L H Q T a token, a forward pass a third; N by hand, LM 10,000 or so and a scalar head of 17."""
+    """PaLM's 6 N + 12 L H Q T a token, a forward pass a third; N by hand, LM 7,728 and a scalar head of 17."""
     layout = make_layout(MeshConfig())
     sketch = programs.sketch(shapes.subject(NOWHERE, "ppo"), layout)
     flops = {p.name: p.model_flops for p in sketch.programs}
-    trunk = 320 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
-    attention = 12 * 2 * 2 * 8 * 32
+    trunk = 320 * 16 + (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+    attention = 12 * 2 * 8 * 32
     policy, value = 6 * trunk + attention, 6 * (trunk + 17) + attention
     tokens = 16 * 32
     assert flops["rollout"] == pytest.approx(tokens * policy / 3)
