@@ -4,7 +4,7 @@ nothing."""
 import pytest
 
 from rlhfjax import hosts
-from rlhfjax.errors import ConfigError, HostLost, first_line
+from rlhfjax.errors import HostLost, first_line
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,17 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def scores(finished, conversations, tmp_path_factory):
-    """Mean scores of samples: before, after a round, and after as many steps on all answers, the worst included."""
-    one = Folder(tmp_path_factory.mktemp("expert_iteration"), finished / "00_tokenizer", conversations)
-    sft = finished / "02_sft"
+def scores(conversations, tmp_path_factory):
+    """Mean scores of samples: before, after a round, and after as many steps on all answers, the worst included.
+
+    The policy has two layers: with one it moves by fine-tuning on its own samples too.
+    """
+    run = tmp_path_factory.mktemp("two_layers")
+    config = tiny.get_config(f"data={conversations},until=sft")
+    config.pretrain.model.n_layers = 2
+    recipe.run(to_dict(config), run)
+    one = Folder(tmp_path_factory.mktemp("expert_iteration"), run / "00_tokenizer", conversations)
+    sft = run / "02_sft"
     before = one.collect("collected", sft, seed=1)
     best = one.collect("after_best", one.tune("best", sft, keep=1), seed=2)
     everything = one.collect("after_all", one.tune("all", sft, keep=8), seed=2)
