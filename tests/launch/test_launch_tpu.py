@@ -298,8 +298,8 @@ PACKAGES = {
 
 
 def test_readmes_run_installs_what_it_needs(cloud, capsys):
-    """README's own line, through the stand-in: it installs what config and workdir name."""
-    text = (ROOT / "launch/README.md").read_text().replace("\\\n", " ")
+    """The documented line, through the stand-in: it installs what config and workdir name."""
+    text = (ROOT / "docs/launching.md").read_text().replace("\\\n", " ")
     line = re.search(r"python -m launch\.tpu (run --name=first .*gs://\S+)", text).group(1)
     words = [word for word in shlex.split(line) if word != "--dry_run"]
     cut = words.index("--")
@@ -655,7 +655,7 @@ def test_the_clients_own_table_has_what_the_fixture_says():
     tree = module["STATIC_COMPLETION_CLI_TREE"]
     used = re.findall(
         r"--([a-z-]+)",
-        (ROOT / "launch/tpu_gcloud.py").read_text() + (ROOT / "launch/README.md").read_text(),
+        (ROOT / "launch/tpu_gcloud.py").read_text() + (ROOT / "docs/launching.md").read_text(),
     )
     for command, flags in FIXTURE["commands"].items():
         node = tree
