@@ -185,7 +185,8 @@ def define_flags(command: str, argv: list[str]) -> flags.FlagValues:
             "launcher",
             "local",
             "local; tpu, gke, slurm or ssh (in the repository's folder) with flags of launch/'s, such as "
-            "'slurm --gpus_per_node=8'; or a command that starts a run elsewhere and waits for it, {name} its name",
+            "'slurm --gpus_per_node=8 --sbatch=exclusive'; or a command that starts a run elsewhere and waits "
+            "for it, {name} its name",
             flag_values=fv,
         )
         flags.DEFINE_integer(
