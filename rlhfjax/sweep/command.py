@@ -113,8 +113,8 @@ def job_name(launcher: Sequence[str], name: str) -> str:
 
 
 def states_command(launcher: Sequence[str]) -> list[str]:
-    """The words that print the states of GKE's jobs, in the cluster and namespace of the launcher's words."""
-    where = [word for word in launcher if word.startswith(("--context=", "--namespace="))]
+    """The words that print the states of GKE's jobs, where and how often the launcher's words say."""
+    where = [word for word in launcher if word.startswith(("--context=", "--namespace=", "--poll="))]
     return [*GKE, "states", *where]
 
 
