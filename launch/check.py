@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     risky = [name for name, config in typed.items() if _saves_by_steps_alone(config)]
     if spot and risky:
         print(
-            f"warning: --spot, and checkpoint.minutes is 0 in {', '.join(risky)}: a pre-emption "
+            f"warning: --spot, and checkpoint.minutes is 0 in {', '.join(risky)}: a preemption "
             "loses what was computed since checkpoint.every"
         )
 

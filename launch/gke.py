@@ -24,8 +24,20 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import gke_manifest
+from launch.check import validate_command
 from launch.gke_manifest import BUCKET, CHIPS, CONTAINER, Job, manifest
-from launch.shell import LaunchError, Shell, environment, given, launch, required, secrets, slug
+from launch.shell import (
+    LaunchError,
+    Shell,
+    bucket_of,
+    environment,
+    given,
+    launch,
+    required,
+    secrets,
+    slug,
+    workdir_of,
+)
 
 OLDEST_JOBSET = (0, 6)  # with rules by the reason of a failure
 WORDS = ("run", "submit", "manifest", "logs", "down", "states", "queue", "pool")
@@ -190,6 +202,8 @@ def _with_topology(fv: flags.FlagValues, word: str, command: Sequence[str], shel
     if word == "manifest":
         print(json.dumps(manifest(job), indent=2, allow_nan=False))
         return 0
+    if fv.check:
+        validate_command(shell, job.command, fv.spot)
     if word == "submit":
         submit(shell, cluster, job, fv.poll)
         return 0
@@ -204,7 +218,11 @@ _OF_FLAGS = (  # the fields of a Job that flags of the same name give
 
 def _job(fv: flags.FlagValues, command: tuple[str, ...]) -> Job:
     options = {name: fv[name].value for name in _OF_FLAGS}
-    return Job(name=slug(fv.name), command=command, env=environment(fv.env), secrets=secrets(fv.secret), **options)
+    bucket = bucket_of(workdir_of(command))
+    # What was compiled before a preemption, or for another run of a sweep, is not compiled again.
+    env = {"JAX_COMPILATION_CACHE_DIR": f"{bucket}/cache"} if bucket else {}
+    env |= environment(fv.env)
+    return Job(name=slug(fv.name), command=command, env=env, secrets=secrets(fv.secret), **options)
 
 
 def _flags(fv: flags.FlagValues) -> None:
@@ -225,6 +243,7 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_restarts", 0, "after failures that are no preemptions", 0, flag_values=fv)
     flags.DEFINE_float("keep_days", 7.0, "days that an ended JobSet is kept", 0.0, flag_values=fv)
     flags.DEFINE_multi_string("secret", [], "NAME=SECRET[:KEY], a Kubernetes secret", flag_values=fv)
+    flags.DEFINE_bool("check", True, "validate the config here before the job is created", flag_values=fv)
     flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
     flags.DEFINE_string("worker", "0", "logs: a host's number within its slice, or all", flag_values=fv)
     flags.DEFINE_string("slice", "0", "logs: a slice's number", flag_values=fv)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -287,6 +288,23 @@ def launch(doc: str, define: Callable[[flags.FlagValues], None], act: Callable, 
         print("launch: interrupted; what runs elsewhere goes on running", file=sys.stderr)
         sys.exit(130)
     sys.exit(code)
+
+
+def workdir_of(command: Sequence[str]) -> str | None:
+    """The value of the command's --workdir."""
+    for word, after in itertools.zip_longest(command, command[1:]):
+        if word == "--workdir":
+            return after
+        if word.startswith("--workdir="):
+            return word.removeprefix("--workdir=")
+    return None
+
+
+def bucket_of(workdir: str | None) -> str | None:
+    """gs://BUCKET of a workdir in a bucket, None for any other workdir."""
+    if not workdir or not workdir.startswith("gs://"):
+        return None
+    return "/".join(workdir.split("/")[:3])
 
 
 def required(fv: flags.FlagValues, *names: str) -> None:

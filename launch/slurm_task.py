@@ -38,6 +38,7 @@ class Task:
         code = _run(self.command, {**os.environ, **_found(), **_jax(here), **self.env})
         if code == PREEMPTED and self.restarts < self.max_restarts:
             if here.global_rank == 0 and _goes_on(here.job_id):
+                _forget_results(here)
                 print(f"launch: preempted; restart {self.restarts + 1} of {self.max_restarts}", flush=True)
                 signal.signal(signal.SIGUSR2, requeue)
                 signal.raise_signal(signal.SIGUSR2)
@@ -81,6 +82,15 @@ def _jax(here: Any) -> dict[str, str]:
     known = {"COORDINATOR_ADDRESS": f"{here.hostnames[0]}:{port}"}
     known |= {"NUM_PROCESSES": str(here.num_tasks), "PROCESS_ID": str(here.global_rank)}
     return {f"JAX_{name}": value for name, value in known.items()}
+
+
+def _forget_results(here: Any) -> None:
+    """Removes what the nodes wrote down before a requeue.
+
+    A node removes its own result when it starts; one that starts after another has ended would be too late.
+    """
+    for rank in range(here.num_tasks):
+        here.paths.folder.joinpath(f"{here.job_id}_{rank}_result.pkl").unlink(missing_ok=True)
 
 
 def _goes_on(job: str) -> bool:

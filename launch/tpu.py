@@ -162,8 +162,8 @@ def _tpu(fv: flags.FlagValues) -> Tpu:
 
 
 def _job(fv: flags.FlagValues, tpu: Tpu, command: list[str]) -> Job:
-    workdir = jobs.workdir_of(command)
-    bucket = jobs.bucket_of(workdir)
+    workdir = sh.workdir_of(command)
+    bucket = sh.bucket_of(workdir)
     env = {"RLHFJAX_JOIN": "1"}  # the machine's metadata say who the others are
     if bucket:
         env["JAX_COMPILATION_CACHE_DIR"] = f"{bucket}/cache"

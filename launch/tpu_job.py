@@ -143,22 +143,5 @@ def remote_command(
     return "".join(read) + sh.exports(env) + shlex.join(command)
 
 
-def workdir_of(command: Sequence[str]) -> str | None:
-    """The value of the command's --workdir."""
-    for word, after in zip(command, [*command[1:], None], strict=True):
-        if word == "--workdir":
-            return after
-        if word.startswith("--workdir="):
-            return word.removeprefix("--workdir=")
-    return None
-
-
-def bucket_of(workdir: str | None) -> str | None:
-    """gs://BUCKET of a workdir in a bucket, or of one below the mount point."""
-    if not workdir or not workdir.startswith("gs://"):
-        return None
-    return "/".join(workdir.split("/")[:3])
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, allow_nan=False).encode()).hexdigest()[:16]

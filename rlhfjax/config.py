@@ -6,6 +6,7 @@ recipe: `stages`, a tuple of names, and beside it the config of each name.
 
 import dataclasses
 import os
+import re
 import traceback
 import types
 import typing
@@ -186,10 +187,13 @@ def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"
     if isinstance(error, KeyError | AttributeError):  # ml_collections names the last part only
-        missing = _flat(error).strip("\"'")
+        name = re.search(r"\w+", str(error))
+        missing = name[0] if name else ""
+        close = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"; did you mean {close[1]}?" if close else ""
         for option in options:
             if option.startswith("--config.") and missing in option.split("."):
-                return f"{option}: the config has no option {missing!r}"
+                return f"{option}: the config has no option {missing!r}{hint}"
     return _flat(error) or type(error).__name__
 
 

@@ -18,7 +18,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.stages import config_class, names, stage_config
 from rlhfjax.stages.ppo import Config as PPO
-from tests import tiny
+from tests import sources, tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ PACKAGE = Path(__file__).parents[1] / "rlhfjax"
 
 def test_no_number_has_a_default_that_stands_in_for_0():
     """No `x or default` or `x if x else default`, x an option or argument; `x or 0` may be."""
-    files = {path: list(ast.walk(ast.parse(path.read_text()))) for path in PACKAGE.rglob("*.py")}
+    files = {path: list(ast.walk(sources.tree(path))) for path in PACKAGE.rglob("*.py")}
     options = {name for nodes in files.values() for name in numeric_fields(nodes)}
     assert {"gamma", "lam", "beta", "decay_steps", "min_score"} <= options
     found = []

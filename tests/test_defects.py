@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import defects
+from tests import defects, sources
 
 HERE = Path(__file__).parent
 LINES = 43  # of the list of known defects of other code, and of our own
@@ -16,7 +16,7 @@ def pitfall_tests() -> set[str]:
     """file.py::name of every test of a known defect."""
     found = set()
     for path in HERE.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(sources.tree(path)):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_pitfall_"):
                 found.add(f"{path.relative_to(HERE)}::{node.name}")
     return found

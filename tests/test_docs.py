@@ -16,6 +16,7 @@ from rlhfjax import algos, recipe
 from rlhfjax.algos.types import Loss
 from rlhfjax.config import to_dict
 from rlhfjax.stages import stage_config
+from tests import sources
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhfjax"
@@ -61,7 +62,7 @@ def test_every_test_exists():
 
 @functools.cache
 def functions_in(file: str) -> set[str]:
-    return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in sources.tree(ROOT / file).body if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_config_is_of_what_it_is_named_for(finished):
@@ -114,7 +115,7 @@ def test_every_function_of_algos_is_reached_from_a_stage():
     """Named by a module outside of algos/, or by a function of algos/ that is reached itself."""
     functions = dict(functions_of_algos())
     package = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "algos"]
-    seen = {name for path in package for name in names_in(ast.parse(path.read_text()))}
+    seen = {name for path in package for name in names_in(sources.tree(path))}
     reached: set[str] = set()
     while new := {name for name in functions if name.rpartition(".")[2] in seen} - reached:
         reached |= new
@@ -127,7 +128,7 @@ def test_every_function_of_algos_is_reached_from_a_stage():
 
 def functions_of_algos() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in (PACKAGE / "algos").glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in sources.tree(path).body:
             if isinstance(node, ast.FunctionDef):
                 yield f"algos.{path.stem}.{node.name}", node
 

@@ -29,7 +29,7 @@ from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.models import Model
 from rlhfjax.models.presets import preset
-from tests import expansion
+from tests import expansion, sources
 from tests.expansion import Flat
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def experiment_files() -> list[Path]:
     return [
         path
         for path in sorted(EXPERIMENTS.rglob("*.py"))
-        if any(isinstance(x, ast.FunctionDef) and x.name == "get_config" for x in ast.parse(path.read_text()).body)
+        if any(isinstance(x, ast.FunctionDef) and x.name == "get_config" for x in sources.tree(path).body)
     ]
 
 
@@ -213,7 +213,7 @@ def test_a_change_is_a_different_line_of_the_text():
 @pytest.mark.parametrize("path", experiment_files(), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_card(path):
     """The docstring is the experiment's card, and names the file in its command."""
-    card = ast.get_docstring(ast.parse(path.read_text())) or ""
+    card = ast.get_docstring(sources.tree(path)) or ""
     for part in ("Paper: ", "Command: ", "Variants: ", "Hardware: "):
         assert re.search(rf"^{part}", card, re.MULTILINE), f"{path.name}: its docstring has no line {part!r}"
     assert f"--config={path.relative_to(ROOT)}" in card

@@ -13,6 +13,7 @@ from rlhfjax import json_text
 from rlhfjax.config import write_json
 from rlhfjax.errors import DataError
 from rlhfjax.metrics import write_jsonl
+from tests import sources
 
 ROOT = Path(__file__).parents[1]
 # Jinja's `tojson` in other people's chat templates, as transformers has it: it writes no file.
@@ -30,7 +31,7 @@ def strict(text: str):
 
 def dump_calls(path: Path) -> list[ast.Call]:
     """The calls of json.dump and json.dumps in a file, whatever name json is imported under."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(sources.tree(path)) if isinstance(node, ast.Call)]
     names = [(ast.unparse(call.func), call) for call in calls]
     return [call for name, call in names if re.search(r"(?<!pickle\.)\bdumps?$", name)]
 

@@ -99,6 +99,7 @@ def configs(tmp_path):
         (("run", TINY + ":bogus=1", "--workdir=W"), "config argument 'bogus' is unknown; known: data, steps"),
         (("run", TINY + ":steps=x", "--workdir=W"), "config argument steps='x' is not of type int"),
         (("run", TINY, "--workdir=W", "--config.ppo.bogus=1"), "--config.ppo.bogus: the config has no option 'bogus'"),
+        (("run", TINY, "--workdir=W", "--config.ppo.clipp=1"), "has no option 'clipp'; did you mean clip?"),
         (("run", TINY, "--workdir=W", "--config.ppo.kl.x=1"), "--config.ppo.kl.x: the config has no option 'x'"),
         (("run", TINY, "--workdir=W", "--config.ppo.steps=x"), "--config.ppo.steps=x"),
         (("run", TINY, "--workdir=W", "--config.ppo.steps=1.5"), "--config.ppo.steps=1.5"),

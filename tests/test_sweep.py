@@ -347,7 +347,7 @@ def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(tmp_path, monkeypatch
     monkeypatch.setattr(queued, "POLL", 0.01)
     monkeypatch.chdir(ROOT)
     file = write(tmp_path, "for one in grid('vocab_size', 280, 290): add(one)")
-    launcher = "gke --context=c --image=i --topology=4x4 --queue=tpu --poll=0"
+    launcher = "gke --context=c --image=i --topology=4x4 --queue=tpu --poll=0 --nocheck"
     args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}", f"--launcher={launcher}"]
     with pytest.raises(SystemExit) as caught:
         command_line.main(args)

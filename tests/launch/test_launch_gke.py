@@ -243,7 +243,8 @@ def calls(cluster: Path) -> list[str]:
     return [" ".join(line[:2]) if line[0] == "get" else line[0] for line in words]
 
 
-RUN = ["--name=a", "--image=image:1", "--topology=4x4", "--poll=0", "--secret=HF_TOKEN=hf", "--", *COMMAND]
+HEAD = ["--name=a", "--image=image:1", "--topology=4x4", "--poll=0", "--secret=HF_TOKEN=hf"]
+RUN = [*HEAD, "--nocheck", "--", *COMMAND]
 
 
 @pytest.mark.parametrize(("end", "code"), [("Completed", 0), ("Failed", 1)])
@@ -257,6 +258,24 @@ def test_a_job_is_followed_to_its_end_through_restarts(end, code, cluster, capsy
     applied = json.loads((cluster / "applied.json").read_text())
     validate(applied)
     assert "local-secret-value" not in out + json.dumps(applied) and "training\n***\n" in out
+
+
+def test_runs_in_a_bucket_share_what_they_compile(cluster, capsys):
+    """All runs of a sweep, and a run after its preemption; a value that is given stands."""
+    own = "--env=JAX_COMPILATION_CACHE_DIR=gs://b/mine"
+    for flags, expected in (([], "gs://b/cache"), ([own], "gs://b/mine")):
+        _, printed, _ = call(capsys, "manifest", *HEAD, *flags, "--", *COMMAND)
+        pod = json.loads(printed)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        values = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+        assert values["JAX_COMPILATION_CACHE_DIR"] == expected
+    _, printed, _ = call(capsys, "manifest", *HEAD, "--", "rlhfjax", "run", "--workdir=/bucket/a")
+    assert "JAX_COMPILATION_CACHE_DIR" not in printed
+
+
+def test_a_config_that_cannot_run_creates_no_job(cluster, capsys):
+    command = ["rlhfjax", "run", "--config=experiments/quickstart/recipe.py", "--config.ppo.clipp=1"]
+    code, _, err = call(capsys, "submit", *HEAD, "--", *command, "--workdir=gs://b/runs/a")
+    assert code == 1 and "clip" in err and err.endswith("nothing was created\n") and calls(cluster) == []
 
 
 def test_submit_leaves_the_job_to_the_cluster_and_a_second_time_to_itself(cluster, capsys):
