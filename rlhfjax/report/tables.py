@@ -22,8 +22,9 @@ LABELS = {
     "eos_rate": "Answers that end by themselves",
     "empty": "Empty answers",
     "prompts": "Prompts",
+    "prompts_cut": "Prompts too long for their room, cut",
 }
-PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty"}
+PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty", "prompts_cut"}
 # The metrics that tell how a stage went, most telling first; the table shows the first few that are there.
 TELLING = (
     "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",

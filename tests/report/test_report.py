@@ -236,6 +236,12 @@ def test_headlines_pair_columns_and_fold_intervals(tmp_path):
     assert (rows[3].baseline, rows[3].policy, rows[3].note) == ("", "8.70", "")
 
 
+def test_a_share_of_prompts_is_a_percentage_with_a_name(tmp_path):
+    make_stage(tmp_path / "w", "evaluate", 0, [(0, {"prompts_cut": 0.784})])
+    (row,) = tables.headlines(read_run(tmp_path / "w"))
+    assert (row.label, row.policy) == ("Prompts too long for their room, cut", "78.4 %")
+
+
 NAMED = [("_wilson", "Wilson"), ("_bca", "BCa"), ("_t", "Student's t"), ("", "percentile bootstrap")]
 
 
