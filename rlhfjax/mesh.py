@@ -52,6 +52,7 @@ class Layout:
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
+    pool: tuple[Any, ...] = ()  # the devices that there are, of which the mesh may have a part
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """Logical names, one a dimension, to a PartitionSpec.
@@ -107,8 +108,10 @@ class Layout:
         return tuple(j for j, (a, b) in enumerate(edges) if any(start < b and a < end for start, end in spans))
 
     def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
-        """One array a row of the batch; what is on the devices already stays there."""
-        return rows if isinstance(rows, jax.Array) else self.put({"rows": np.asarray(rows)})["rows"]
+        """Returns an array with a row per row of the batch; what is on the devices already stays there."""
+        if isinstance(rows, jax.Array | jax.ShapeDtypeStruct):
+            return rows
+        return self.put({"rows": np.asarray(rows)})["rows"]
 
     def check_batch(self, size: int, what: str = "batch_size") -> None:
         if size % self.batch_shards:
@@ -150,6 +153,7 @@ def make_layout(
         hosts.validate_process_count()
         hosts.validate_accelerators()
         devices = jax.devices()
+    pool = tuple(devices)
     devices = _some(devices, config.devices)
     asked = {axis: getattr(config, axis) for axis in AXES}
     name = config.strategy
@@ -165,7 +169,7 @@ def make_layout(
         raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
-    return Layout(_mesh(sizes, devices), _rules(table, config.rules))
+    return Layout(_mesh(sizes, devices), _rules(table, config.rules), pool)
 
 
 def _some(devices: Sequence[jax.Device], which: str) -> Sequence[jax.Device]:
@@ -243,6 +247,14 @@ def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -
     return rules
 
 
+def in_use() -> Layout:
+    """Returns the layout in use. Raises LookupError outside of `Layout.use`."""
+    layout = _CURRENT.get()
+    if layout is None:
+        raise LookupError("no mesh is in use")
+    return layout
+
+
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """Lays an activation over the mesh in use; outside of `Layout.use` it does nothing.
 
@@ -260,23 +272,6 @@ def shards(name: str) -> int:
     """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
     return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
-
-
-def elsewhere(there: Layout | None, here: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, whose parameters are on another mesh: rows of a batch go there, rows (and scalars) of a result come back.
-
-    Nothing waits: what is dispatched on either mesh goes on meanwhile. None is no other mesh: f itself.
-    """
-    if there is None:
-        return f
-
-    def run(*rows: Any) -> Any:
-        moved = jax.device_put(rows, there.sharding("batch"))
-        with there.use():
-            out = f(*moved)
-        return jax.tree.map(lambda x: jax.device_put(x, here.sharding("batch") if np.ndim(x) else here.replicated), out)
-
-    return run
 
 
 def per_device(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,19 @@ def attach(frozen: PyTree, trained: PyTree) -> PyTree:
         return trained
     both = {k: attach(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()}
     return {**frozen, **trained, **both}
+
+
+def copy_into(params: PyTree, pretrained: PyTree) -> PyTree:
+    """Returns fresh parameters with pretrained ones copied over them, subtree by subtree.
+
+    What was not loaded stays fresh. The pretrained ones may be on another mesh.
+    """
+    if isinstance(params, Mapping):
+        return {
+            name: copy_into(fresh, pretrained[name]) if name in pretrained else fresh
+            for name, fresh in params.items()
+        }
+    return jax.device_put(jnp.array(pretrained, params.dtype, copy=True), params.sharding)
 
 
 def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -52,6 +52,14 @@ def save(folder: Path, saved: SavedModel) -> None:
     hosts.share(end)
 
 
+class Opened(NamedTuple):
+    """A model whose parameters are not read yet."""
+
+    model: Model
+    tokenizer: Tokenizer
+    params: Callable[[], PyTree]  # reads them straight into their shards
+
+
 def load(path: str | Path, layout: Layout) -> SavedModel:
     """Reads a model straight into its shards: its folder, the workdir of the stage that made it, or a foreign name.
 
@@ -60,13 +68,37 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     Raises:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
+    opened = open_model(path, layout)
+    return SavedModel(opened.model, opened.params(), opened.tokenizer)
+
+
+def open_model(
+    path: str | Path, layout: Layout, changes: Mapping[str, Any] | None = None, context: str = ""
+) -> Opened:
+    """Returns the model that `load` would read, without its parameters.
+
+    Args:
+      changes: other options of its model_config; layers are stacked or taken apart as `scan_layers` says.
+      context: where `changes` stand, for an error.
+    Raises:
+      ConfigError: an option that there is not, or one that makes another model of it.
+      CheckpointError: as `load` does.
+    """
     if there := foreign.find(path):
-        return SavedModel(there.model, there.params(layout), there.tokenizer())
-    folder = find(path)
-    model = _here(describe(folder), layout, folder)
-    abstract = state.abstract(model.shapes(), model.axes(), layout)
-    params = checkpoint.load_tree(folder / "params", abstract)
-    return SavedModel(model, params, load_tokenizer(folder))
+        model, tokenizer = there.model, there.tokenizer()
+
+        def read() -> PyTree:
+            return there.params(layout)
+    else:
+        folder = find(path)
+        model, tokenizer = _here(describe(folder), layout, folder), load_tokenizer(folder)
+
+        def read() -> PyTree:
+            abstract = state.abstract(model.shapes(), model.axes(), layout)
+            return checkpoint.load_tree(folder / "params", abstract)
+
+    other = overridden(model, changes or {}, context)
+    return Opened(other, tokenizer, lambda: _restacked(read(), model, other))
 
 
 def _here(model: Model, layout: Layout, folder: Path) -> Model:
@@ -79,23 +111,28 @@ def _here(model: Model, layout: Layout, folder: Path) -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, attention="einsum"))
 
 
-def override(saved: SavedModel, changes: Mapping[str, Any], where: str) -> SavedModel:
-    """The same parameters in a model with other options; layers are stacked or taken apart as `scan_layers` says.
+def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
+    """Returns the model with other options.
 
     Raises:
       ConfigError: an option that there is not, or one that makes another model of it.
     """
     if not changes:
-        return saved
-    config = build(TransformerConfig, dataclasses.asdict(saved.model.config) | dict(changes), where)
-    model = dataclasses.replace(saved.model, config=config)
-    params = saved.params
-    if config.scan_layers != saved.model.config.scan_layers:
-        params = (stacked if config.scan_layers else unstacked)(params)
-    wanted, given = (jax.tree.map(lambda x: x.shape, tree) for tree in (model.shapes(), params))
-    if wanted != given:
-        raise ConfigError(f"{where}: {', '.join(sorted(changes))} would make another model of it, of other parameters")
-    return SavedModel(model, params, saved.tokenizer)
+        return model
+    config = build(TransformerConfig, dataclasses.asdict(model.config) | dict(changes), context)
+    other = dataclasses.replace(model, config=config)
+    given = jax.eval_shape(lambda params: _restacked(params, model, other), model.shapes())
+    if other.shapes() != given:
+        names = ", ".join(sorted(changes))
+        raise ConfigError(f"{context}: {names} would make another model of it, of other parameters")
+    return other
+
+
+def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:
+    """Returns the parameters of a model with its layers as `other` has them."""
+    if model.config.scan_layers == other.config.scan_layers:
+        return params
+    return (stacked if other.config.scan_layers else unstacked)(params)
 
 
 def int8(saved: SavedModel) -> SavedModel:

@@ -42,8 +42,9 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns its size."""
-    saved = store.override(store.load(config.init_from, layout), config.overrides, f"{config.stage}.overrides")
-    check(config, layout, saved.model.config)
+    opened = store.open_model(config.init_from, layout, config.overrides, f"{config.stage}.overrides")
+    check(config, layout, opened.model.config)
+    saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
     if config.chat_template:
         saved = dataclasses.replace(saved, tokenizer=_in_template(saved.tokenizer, config.chat_template))
     store.save(workdir / store.FOLDER, saved)
