@@ -15,7 +15,8 @@ from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.agreement import agreement
-from rlhfjax.rewards.labellers import Answers, Labeller, RankingsLabeller, load_labeller, make_answers
+from rlhfjax.rewards.labellers import Answers, Labeller, RankingsLabeller, make_answers
+from rlhfjax.rewards.load import load_labeller
 from rlhfjax.rewards.rankings import Ranking, from_row, read_rankings, write_rankings
 from rlhfjax.stages import stage_config
 from rlhfjax.stages.import_rankings import opinions_of

@@ -18,10 +18,11 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
+from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.losses import LossConfig as RewardLossConfig
 from rlhfjax.rewards.losses import make_loss as make_reward_loss
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import load_reward, score
+from rlhfjax.rewards.responses import score
 from rlhfjax.stages import reward, stage_config
 from tests import tiny
 from tests.test_stage_direct import lopsided, separable

@@ -16,7 +16,7 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.rewards.dense import DenseReward
-from rlhfjax.rewards.responses import load_reward
+from rlhfjax.rewards.load import load_reward
 from rlhfjax.stages import stage_config, tamer
 from tests import tiny
 from tests.test_stages import run_steps

@@ -1,7 +1,7 @@
 """Several rewards as one: an ensemble of reward models, or a weighted sum of whatever scores a response."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,13 +9,11 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.config import build, write_json
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.rewards import ensemble
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, load_reward
+from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found
 from rlhfjax.rewards.responses import score as score_one
 
 
@@ -59,10 +57,16 @@ def save(folder: Path, config: ComposeConfig) -> None:
     write_json(folder / FILE, {"kind": "compose", **values})
 
 
-def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
+def load(values: Mapping[str, Any], folder: Path, load_reward: Callable[[str], Reward]) -> Reward:
+    """Returns the reward that a folder's reward.json describes.
+
+    Args:
+      load_reward: returns a member by its name.
+    """
     config = build(ComposeConfig, values, str(folder / FILE))
-    members = [load_reward(found(m.reward, folder), layout, tokenizer) for m in config.members]
-    return make(config, members, [load_reward(m.where, layout, tokenizer) if m.where else None for m in config.members])
+    members = [load_reward(found(m.reward, folder)) for m in config.members]
+    where = [load_reward(m.where) if m.where else None for m in config.members]
+    return make(config, members, where)
 
 
 def make(config: ComposeConfig, members: list[Reward], where: list[Reward | None]) -> Reward:

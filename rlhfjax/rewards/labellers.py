@@ -1,23 +1,16 @@
 """Who labels answers: gold scorers, reward models, judges and people's rankings behind one protocol.
 
-labeller = load_labeller("gold:sentiment", layout, tokenizer)      # or a reward's folder, rule:…, rankings:GLOB
-scores = labeller(answers)                                         # [p, k], higher is better, equal is a tie
+See `load.py` for labellers by name.
 """
 
-import importlib
-import json
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import Layout
-from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
-from rlhfjax.rewards.responses import FILE, Reward, load_reward, texts
-
-RANKINGS = "rankings:"
+from rlhfjax.rewards.rankings import Ranking
+from rlhfjax.rewards.responses import Reward, texts
 
 
 class Answers(NamedTuple):
@@ -82,24 +75,3 @@ class RankingsLabeller:
     def _label(self, prompt: str, texts: list[str]) -> list[float]:
         known = max(self._ranks.get(prompt, [{}]), key=lambda ranks: sum(text in ranks for text in texts))
         return [-float(known.get(text, float("nan"))) for text in texts]
-
-
-def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer) -> Labeller:
-    """A labeller by name: `rankings:GLOB[@LABELLER]`, or any name of a reward (see `load_reward`).
-
-    Raises:
-      ConfigError: the file holds several labellers' rankings and none is named, or the named one is not there.
-    """
-    if not name.startswith(RANKINGS):
-        described = paths.path(name) / FILE
-        values = json.loads(described.read_text()) if described.is_file() else {}
-        if values.pop("kind", None) == "feedback":
-            return importlib.import_module("rlhfjax.rewards.feedback").load(
-                values, paths.path(name), layout
-            )  # it imports us
-        return RewardLabeller(load_reward(name, layout, tokenizer))
-    pattern, _, who = name.removeprefix(RANKINGS).partition("@")
-    people = by_labeller(read_rankings(pattern))
-    if who not in people and (who or len(people) > 1):
-        raise ConfigError(f"labeller {name!r}: name one of {', '.join(people)} as rankings:GLOB@LABELLER")
-    return RankingsLabeller(people[who or next(iter(people))])

@@ -1,8 +1,7 @@
-"""Any reward by its name, as a function of sampled sequences: a reward model's workdir or a scorer of text."""
+"""What rewards of sampled sequences share: their type, scorers of text as rewards, and names in
+reward.json. See `load.py` for rewards by name."""
 
-import importlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,15 +12,12 @@ from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.rewards import SCORERS, Scorer, load_scorer, rules
-from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards import Scorer
 
 Reward = Callable[[Any, Any, Any], Any]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
 Pairs = dict[str, tuple[Any, Any]]
-FILE = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}, see `described`
-KINDS = ("compose", "rubric", "dense")  # modules of this folder with load(values, folder, layout, tokenizer) -> Reward
+FILE = "reward.json"  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
 
 
 class TextReward:
@@ -65,36 +61,6 @@ def texts(
     return prompts, responses
 
 
-def load_reward(name: str, layout: Layout, tokenizer: Tokenizer) -> Reward:
-    """A reward by name: a scorer of text (gold:…, rule:…), or the workdir of a stage that made or described a reward.
-
-    Raises:
-      ConfigError: the model there has no scalar head, or another vocabulary.
-      CheckpointError: there is no model.
-    """
-    if name in SCORERS or name.startswith(rules.PREFIX):
-        return TextReward(load_scorer(name), tokenizer)
-    if (paths.path(name) / FILE).is_file():
-        return described(paths.path(name), layout, tokenizer)
-    saved = store.load(name, layout)
-    check_scalar(saved, tokenizer, name)
-    return ModelReward(saved.model, saved.params)
-
-
-def described(folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
-    """The reward that a folder's reward.json describes: several rewards as one, a rubric put to a judge, or rules.
-
-    Raises:
-      ConfigError: a kind that there is not.
-    """
-    values: dict[str, Any] = json.loads((folder / FILE).read_text())
-    kind = values.pop("kind", None)
-    if kind not in KINDS:
-        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {', '.join(KINDS)}")
-    module = importlib.import_module(f"rlhfjax.rewards.{kind}")  # they import this module
-    return module.load(values, folder, layout, tokenizer)
-
-
 def beside(name: str, folder: Path) -> str:
     """A name as reward.json keeps it: a path is relative to its folder, so that a recipe's workdir can be moved."""
     return paths.relative(name, folder)
@@ -111,7 +77,3 @@ def check_scalar(saved: store.SavedModel, tokenizer: Tokenizer, name: str) -> No
         raise ConfigError(f"{name}: a reward model is needed, this one has a {saved.model.head} head")
     if saved.model.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"{name}: the reward model has another vocabulary than the policy")
-
-
-def known(names: Sequence[str] = tuple(SCORERS)) -> str:
-    return ", ".join(names)

@@ -28,7 +28,8 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.rewards.responses import Reward, load_reward, texts
+from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.responses import Reward, texts
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import check_slots
 from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts

@@ -21,7 +21,8 @@ from rlhfjax.metrics import Progress, Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.agreement import agreement
-from rlhfjax.rewards.labellers import Answers, Labeller, load_labeller, make_answers
+from rlhfjax.rewards.labellers import Answers, Labeller, make_answers
+from rlhfjax.rewards.load import load_labeller
 from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import TruncateConfig, check_slots, check_truncate

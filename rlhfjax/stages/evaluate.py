@@ -29,7 +29,8 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.rewards.responses import load_reward, texts
+from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.responses import texts
 from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
 from rlhfjax.stages.parts.common import check_length
 from rlhfjax.stages.parts.policy_config import check_slots

@@ -22,8 +22,9 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.rewards import judge as judge_module
 from rlhfjax.rewards.feedback import OPTIONS, Feedback, FeedbackConfig, choose
 from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
-from rlhfjax.rewards.labellers import Answers, load_labeller
-from rlhfjax.rewards.responses import load_reward, score
+from rlhfjax.rewards.labellers import Answers
+from rlhfjax.rewards.load import load_labeller, load_reward
+from rlhfjax.rewards.responses import score
 from rlhfjax.stages import critique as critique_module
 from rlhfjax.stages import stage_config
 from rlhfjax.stages.critique import Config, _write

@@ -11,7 +11,7 @@ from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
 from rlhfjax.mesh import Layout, elsewhere
 from rlhfjax.metrics import merge
-from rlhfjax.rewards.responses import load_reward
+from rlhfjax.rewards.load import load_reward
 from rlhfjax.stages import Pairs
 from rlhfjax.stages.parts.prompts import held_out_prompts
 from rlhfjax.stages.parts.rollout import Rollout, response_logprobs

@@ -17,7 +17,8 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, elsewhere, make_layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
-from rlhfjax.rewards.responses import Reward, load_reward, score
+from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.responses import Reward, score
 from rlhfjax.stages import Batches, Finished, Pairs, Stage
 from rlhfjax.stages.parts.common import adapters_of, base_of, frozen_part, place, to_save
 from rlhfjax.stages.parts.held_out import held_out
