@@ -109,8 +109,11 @@ class Layout:
 
     def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
         """Returns an array with a row per row of the batch; what is on the devices already stays there."""
-        if isinstance(rows, jax.Array | jax.ShapeDtypeStruct):
+        if isinstance(rows, jax.Array):
             return rows
+        if isinstance(rows, jax.ShapeDtypeStruct):
+            sharding = rows.sharding or self.sharding("batch")
+            return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
         return self.put({"rows": np.asarray(rows)})["rows"]
 
     def check_batch(self, size: int, what: str = "batch_size") -> None:

@@ -130,15 +130,14 @@ def recording() -> bool:
     return _RECORDER.get() is not None
 
 
-def small(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of a few scalars or keys that a plan leaves out; its results are whole."""
+def small(function: Callable[..., Any], outputs: Any = WHOLE) -> Callable[..., Any]:
+    """Returns a function of a few scalars, keys or rows that is too small to be planned."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if not recording():
             return function(*args)
-        shapes = jax.eval_shape(function, *args)
-        return jax.tree.map(lambda x: placed(x, in_use().replicated), shapes)
+        return _placed(jax.eval_shape(function, *args), outputs, in_use(), args)
 
     return run
 
@@ -181,3 +180,8 @@ def on_mesh(there: Layout | None, here: Layout, function: Callable[..., Any]) ->
         return jax.tree.map(home, out)
 
     return run
+
+
+def host_value(x: Any, planned: int) -> int:
+    """Returns an integer array's value on the host; on shapes the one that is planned for."""
+    return planned if recording() else int(x)

@@ -4,7 +4,6 @@ A recipe's config has `stages`, a tuple of names, and the config of each name be
 `"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, json_text, paths, stages, train
+from rlhfjax import footprint, hosts, json_text, paths, stages, train
 from rlhfjax.clock import Clock
 from rlhfjax.config import build, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -20,8 +19,8 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.metrics import read_jsonl, write_jsonl
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
-from rlhfjax.stages.parts.placing import need_of
 
 DONE = "done.json"
 CONFIG = "config.json"
@@ -76,7 +75,7 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
     began = time.time()
-    layout, clock = layout_of(typed, {}), Clock(workdir)
+    layout, clock = layout_of(typed, Origins({})), Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(typed, workdir, layout))
     elif hasattr(module, "run"):
@@ -121,7 +120,7 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
         raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
     typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
-    layout = layout_of(typed, {})
+    layout = layout_of(typed, Origins({}))
     with layout.use():
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
 
@@ -187,57 +186,42 @@ def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pa
       CheckpointError: one starts from a model that is not there and that no stage will make.
     """
     typed = {name: check(config, name) for name, config in configs.items()}
-    vocabularies = {str(folders[n]): c.vocab_size for n, c in typed.items() if c.stage == "tokenizer"}
-    shapes: dict[str, TransformerConfig | None] = {}  # of the models that these stages will make, by folder
+    vocabularies = {str(folders[n]): c.vocab_size for n, c in typed.items() if hasattr(c, "vocab_size")}
+    earlier: dict[str, Any] = {}  # typed configs of the stages before, by folder
     for name, config in typed.items():
-        shape = _shape(config, shapes)
+        origins = Origins(earlier)
+        model_config = _main_model(config, origins)
         tokens = vocabularies.get(getattr(config, "tokenizer", None), 0)
-        if shape is not None and shape.vocab_size < tokens:
-            raise ConfigError(f"{name}.model.vocab_size={shape.vocab_size} is less than the tokenizer's {tokens}")
-        known = shape is not None or config.mesh.strategy != "auto"  # what is not is checked when the stage begins
-        if known and (refuse := getattr(stages.find(config.stage), "check", None)):
-            refuse(config, layout_of(config, shapes), shape)
-        shapes[str(folders[name])] = shape
+        if model_config is not None and model_config.vocab_size < tokens:
+            size = model_config.vocab_size
+            raise ConfigError(f"{name}.model.vocab_size={size} is less than the tokenizer's {tokens}")
+        known = model_config is not None or config.mesh.strategy != "auto"  # else validated when the stage begins
+        if known and (validate := getattr(stages.find(config.stage), "validate", None)):
+            validate(config, layout_of(config, origins), model_config)
+        earlier[str(folders[name])] = config
     return typed
 
 
-def layout_of(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> Layout:
-    """The mesh that a stage's config asks for; "auto" is told of its models, `shapes` those not on disk yet."""
-    shape = _shape(config, shapes) if config.mesh.strategy == "auto" else None
-    if shape is None:
+def _main_model(config: Any, origins: Origins) -> TransformerConfig | None:
+    """Returns the model_config of a stage's first role; None where there is none, or none yet."""
+    for role in roles_of(config).values():
+        try:
+            return origins.of_role(role, f"{config.stage}.overrides").config
+        except Unknown:
+            return None
+    return None
+
+
+def layout_of(config: Any, origins: Origins) -> Layout:
+    """Returns the mesh that a stage's config asks for; "auto" is told of its models."""
+    workload = getattr(stages.find(config.stage), "workload", None)
+    if config.mesh.strategy != "auto" or workload is None:
         return make_layout(config.mesh)
-    return make_layout(config.mesh, need=need_of(config, shape, _reward_shape(config, shapes)))
-
-
-def _reward_shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> TransformerConfig | None:
-    """Of the model that scores; None where rules do, or where it is no single model."""
-    if (origin := getattr(config, "reward", None)) is None:
-        return None
-    if origin in shapes:
-        return shapes[origin]
     try:
-        return store.describe(origin).config
-    except CheckpointError:
-        return None
-
-
-def _shape(config: Any, shapes: Mapping[str, TransformerConfig | None]) -> TransformerConfig | None:
-    """The shape of the model that a stage starts from; None where there is none, or none yet."""
-    if (own := getattr(config, "model", None)) is not None:
-        return own
-    origin = getattr(config, "init_from", None) or getattr(config, "policy", None)
-    if origin is None:
-        return None
-    if origin in shapes:
-        shape = shapes[origin]
-    elif any(paths.path(origin).is_relative_to(folder) for folder in shapes):
-        return None  # a file of an earlier stage
-    else:
-        shape = store.describe(origin).config
-    overrides = getattr(config, "overrides", None)
-    if shape is None or not overrides:
-        return shape
-    return build(TransformerConfig, dataclasses.asdict(shape) | overrides, f"{config.stage}.overrides")
+        nets = origins.nets(roles_of(config), config.stage)
+    except Unknown:
+        return make_layout(config.mesh)
+    return make_layout(config.mesh, need=footprint.need_of(nets, workload(config)))
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:

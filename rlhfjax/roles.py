@@ -4,16 +4,16 @@ Loading, placement, the memory estimate and `plan` are loops over what stands he
 """
 
 import dataclasses
-import weakref
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlhfjax import paths
 from rlhfjax import state as states
-from rlhfjax.config import build
-from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
@@ -25,6 +25,7 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.programs import Held, recording
 
 PyTree = Any
+REWARD = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
 Head = Literal["lm", "scalar"]
 
 
@@ -40,6 +41,7 @@ class Role(NamedTuple):
     mesh: Literal["train", "frozen"] = "train"
     shares: str | None = None  # the role whose arrays it uses; its own are only those that it trains
     scores: bool = False  # `source` is any reward: a model, or rules, a rubric, several models
+    head_alone: bool = False  # of a trained model: its trunk is that of the role it shares with
     resident: bool = True  # False: on the devices only for a while, before training
 
 
@@ -60,6 +62,7 @@ class Workload(NamedTuple):
     """What one step of a stage computes; of a job, one batch."""
 
     rows: int  # sequences of one forward-backward pass, over all devices
+    batch: int  # what of them the mesh divides: rows, or prompts that have several rows
     length: int  # tokens of a sequence
     units: int = 0  # tokens that a step is said to have: of batches, or of responses
     rounds: int = 1  # forward-backward passes
@@ -69,18 +72,45 @@ class Workload(NamedTuple):
     sampled: int = 0  # tokens of a response
 
 
+def job_workload(rows: int, length: int) -> Workload:
+    """Returns what a batch of a job computes, which trains nothing."""
+    return Workload(rows=rows, batch=rows, length=length)
+
+
 class Sources(Protocol):
     """Where models come from: the disk, or shapes of models that need not be there."""
 
-    def describe(self, source: str) -> Model: ...
-
     def open_model(
-        self, source: str, layout: Layout, changes: Mapping[str, Any], context: str
-    ) -> store.Opened: ...
+        self, source: str, layout: Layout, changes: Mapping[str, Any] = ..., context: str = ...
+    ) -> store.Opened:
+        """Returns a model whose parameters are not read yet."""
+        ...
+
+    def load(self, source: str, layout: Layout) -> store.SavedModel:
+        """Returns a model with its parameters."""
+        ...
+
+    def tokenizer(self, source: str) -> Tokenizer: ...
 
     def described(self, source: str) -> dict[str, Any] | None:
-        """What a `reward.json` says; None where `source` is not described by one."""
+        """Returns what a `reward.json` says; None where `source` is not described by one."""
         ...
+
+
+class Disk:
+    """The models that there are; see `store`."""
+
+    open_model = staticmethod(store.open_model)
+    load = staticmethod(store.load)
+    tokenizer = staticmethod(load_tokenizer)
+
+    @staticmethod
+    def described(source: str) -> dict[str, Any] | None:
+        file = paths.path(source) / REWARD
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+DISK = Disk()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +126,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     frozen: PyTree
     read: Callable[[], PyTree] | None
-    kept: "_Params | None" = None  # what `frozen` is part of
+    source_head: str = ""  # the head of the model that it comes from
 
     def merged(self, trained: PyTree) -> PyTree:
         """Returns all parameters, given those that are trained."""
@@ -120,9 +150,9 @@ class Loaded:
 
 
 class Models:
-    """Loads the models of a stage by the names of their roles.
+    """The models of a stage by the names of their roles, and sources for its rewards.
 
-    Parameters that several roles take from one source onto one mesh are read once.
+    Frozen parameters that come from one source onto one mesh are read once and shared.
     """
 
     def __init__(
@@ -133,19 +163,14 @@ class Models:
         sources: Sources,
         frozen_mesh: MeshConfig | None = None,
     ):
-        self._stage, self._roles, self.sources = stage, roles, sources
-        frozen = layout if frozen_mesh is None else make_layout(frozen_mesh, layout.pool)
-        self.layouts = {"train": layout, "frozen": frozen}
+        self._stage, self._roles, self._sources = stage, roles, sources
+        other = None if frozen_mesh is None else make_layout(frozen_mesh, layout.pool)
+        self.frozen_layout = other  # of the models that are not trained; None: they share the mesh
+        self._layouts = {"train": layout, "frozen": other or layout}
         self._loaded: dict[str, Loaded] = {}
-        self._params: weakref.WeakValueDictionary[Any, _Params] = weakref.WeakValueDictionary()
+        self._frozen: dict[Any, PyTree] = {}  # parameters by source and mesh
 
-    @property
-    def frozen_layout(self) -> Layout | None:
-        """The mesh of the frozen models, None where it is that of training."""
-        same = self.layouts["frozen"] is self.layouts["train"]
-        return None if same else self.layouts["frozen"]
-
-    def load(self, name: str) -> Loaded:
+    def __getitem__(self, name: str) -> Loaded:
         """Returns the model of a role.
 
         Raises:
@@ -158,50 +183,69 @@ class Models:
     def _load(self, role: Role) -> Loaded:
         if isinstance(role.source, TransformerConfig):
             return Loaded(Model(role.source, role.head, role.lora), None, {}, None)
-        mesh = role.mesh if self.frozen_layout is not None else "train"
-        context = f"{self._stage}.overrides"
-        opened = self.sources.open_model(role.source, self.layouts[mesh], role.overrides, context)
+        layout = self._layouts[role.mesh]
+        opened = self.open_model(role.source, layout, role.overrides, f"{self._stage}.overrides")
         config = opened.model.config
         lacks_head = opened.model.head != role.head
         if lacks_head and role.lora.rank and role.head == "lm" and not config.tie_embeddings:
             context = f"{self._stage}.init_from={role.source}"
             raise ConfigError(f"{context}: adapters need its head, and it has none")
         model = Model(config, role.head, role.lora)
-        key = (str(role.source), mesh, repr(dict(role.overrides)))
+
+        owner = self._loaded.get(role.shares)
 
         def read() -> PyTree:
-            return self._read(key, opened).of_head(lacks_head)
+            params = opened.params() if owner is None else owner.frozen
+            return _without_head(params) if lacks_head else params
 
+        head = opened.model.head
         if role.optim is not None and not role.lora.rank:
-            return Loaded(model, opened.tokenizer, {}, read)
-        owner = self._loaded.get(role.shares)
-        kept = _Params(owner.frozen) if owner else self._read(key, opened)
-        params = kept.of_head(lacks_head)
+            return Loaded(model, opened.tokenizer, {}, read, head)
+        if owner is not None:
+            params = read()
+        elif role.lora.base != "float32":
+            params = frozen_base(model, read())
+        else:
+            params = self._keep(role.source, layout, role.overrides, read)
         if role.optim is None:
-            return Loaded(model, opened.tokenizer, params, read, kept)
-        if role.lora.base != "float32" and role.shares is None:
-            params, kept = frozen_base(model, params), None
+            return Loaded(model, opened.tokenizer, params, lambda: params, head)
         frozen = params if role.head == "lm" else {"backbone": params["backbone"]}
-        return Loaded(model, opened.tokenizer, frozen, lambda: params, kept)
+        return Loaded(model, opened.tokenizer, frozen, lambda: params, head)
 
-    def _read(self, key: tuple[str, str, str], opened: store.Opened) -> "_Params":
-        params = self._params.get(key)
-        if params is None:
-            params = _Params(opened.params())
-            self._params[key] = params
-        return params
+    # Sources for rewards, which load their models themselves.
+
+    def open_model(
+        self, source: str, layout: Layout, changes: Mapping[str, Any] = {}, context: str = ""
+    ) -> store.Opened:
+        opened = self._sources.open_model(source, layout, changes, context)
+        kept = self._frozen.get(_key(source, layout, changes))
+        return opened if kept is None else opened._replace(params=lambda: kept)
+
+    def load(self, source: str, layout: Layout) -> store.SavedModel:
+        """Returns a frozen model."""
+        opened = self.open_model(source, layout)
+        params = self._keep(source, layout, {}, opened.params)
+        return store.SavedModel(opened.model, params, opened.tokenizer)
+
+    def tokenizer(self, source: str) -> Tokenizer:
+        return self._sources.tokenizer(source)
+
+    def described(self, source: str) -> dict[str, Any] | None:
+        return self._sources.described(source)
+
+    def _keep(self, source: str, layout: Layout, changes: Any, read: Callable[[], PyTree]) -> PyTree:
+        key = _key(source, layout, changes)
+        if key not in self._frozen:
+            self._frozen[key] = read()
+        return self._frozen[key]
 
 
-class _Params:
-    """Parameters that roles share as long as one of them keeps them."""
+def _key(source: str, layout: Layout, changes: Mapping[str, Any]) -> tuple[str, int, str]:
+    return str(source), id(layout), repr(dict(changes))
 
-    def __init__(self, tree: PyTree):
-        self._tree = tree
 
-    def of_head(self, lacks_head: bool) -> PyTree:
-        """Returns the tree, without a head that is not the role's."""
-        left_out = ("head",) if lacks_head else ()
-        return {name: part for name, part in self._tree.items() if name not in left_out}
+def _without_head(params: PyTree) -> PyTree:
+    return {name: part for name, part in params.items() if name != "head"}
 
 
 def frozen_base(model: Model, params: PyTree) -> PyTree:

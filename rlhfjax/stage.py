@@ -54,7 +54,8 @@ class Stage:
     axes: logical axis names of every parameter, in the structure of TrainState.params.
     start: TrainState -> TrainState, run once on a fresh state: loads what `init_from` names.
     step: (state, batch, key) -> (state, metrics); it may donate the state.
-    batch: shapes and dtypes of what `step` takes as its batch.
+    batch: completions -> shapes and dtypes of what `step` takes as its batch; completions of a prompt
+      count where the data decides how many there are.
     open: opens the datasets.
     units: what one step consumes, for the rate, and `unit` its name.
     """
@@ -63,7 +64,7 @@ class Stage:
     axes: PyTree
     start: Callable[[TrainState], TrainState]
     step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]
-    batch: Shapes
+    batch: Callable[[int], Shapes]
     open: Callable[[], Data]
     units: int
     unit: str = "tokens"
@@ -88,6 +89,4 @@ class Stage:
 
 def row_shapes(size: int, **arrays: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes of a batch: `tokens=((length,), np.int32)` has the shape [size, length]."""
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()
-    }
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()}

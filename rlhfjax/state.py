@@ -62,8 +62,7 @@ def copy_into(params: PyTree, pretrained: PyTree) -> PyTree:
     """
     if isinstance(params, Mapping):
         return {
-            name: copy_into(fresh, pretrained[name]) if name in pretrained else fresh
-            for name, fresh in params.items()
+            name: copy_into(fresh, pretrained[name]) if name in pretrained else fresh for name, fresh in params.items()
         }
     return jax.device_put(jnp.array(pretrained, params.dtype, copy=True), params.sharding)
 

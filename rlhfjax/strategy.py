@@ -14,7 +14,7 @@ A strategy lays logical axis names over mesh axes. What each of its devices hold
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from rlhfjax.errors import ConfigError
@@ -103,16 +103,15 @@ def sizes(name: str, given: Mapping[str, int], slices: int = 1) -> dict[str, int
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What a stage asks of a mesh, in numbers (parameters) and bytes."""
+    """What a stage asks of a mesh."""
 
-    trained: int = 0  # parameters: float32, with gradients and moments
-    frozen: int = 0  # parameters that are only read: float32
-    moments: int | float = 2  # float32 numbers that the optimiser keeps of a trained parameter
-    rows: int = 1  # sequences of the smallest batch that is split over the mesh, a microbatch
+    trained: int = 0  # parameters with gradients and moments
+    frozen: int = 0  # parameters that are only read
+    rows: int = 1  # of the smallest batch that is split over the mesh, a microbatch
     time: int = 1
-    a_row: float = 0.0  # bytes of activations that the backward pass reads of one sequence
-    width: int = 1  # of the model; fsdp splits it
+    widths: tuple[int, ...] = ()  # of the models; fsdp splits them
     splits: tuple[int, ...] = ()  # heads, keys' heads, MLP width and vocabulary: tensor splits them
+    device_bytes: Callable[[Mapping[str, int]], float] = lambda sizes: 0.0  # by the mesh's sizes
 
 
 class Choice(NamedTuple):
@@ -129,21 +128,6 @@ MOST_TENSOR = 8  # devices among which activations are reduced in every layer: n
 GIB = 2.0**30
 
 
-def state_bytes(need: Need) -> float:
-    """4 bytes x (trained x (1 weight + 1 gradient + moments) + frozen): of all devices, where nothing is held twice."""
-    return 4.0 * (need.trained * (2 + need.moments) + need.frozen)
-
-
-def device_bytes(need: Need, sizes: Mapping[str, int]) -> float:
-    """State / (fsdp x tensor) + activations / (the batch's devices x tensor x sequence).
-
-    The largest matrix, gathered, and the logits of a chunk are left to the margin.
-    """
-    state = state_bytes(need) / (sizes["fsdp"] * sizes["tensor"])
-    batch = sizes["replica"] * sizes["data"] * sizes["fsdp"]
-    return state + need.a_row * need.rows / (batch * sizes["tensor"] * sizes["sequence"])
-
-
 def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     """The first that fits, of data, fsdp (hsdp over slices), with the fewest `tensor`, then the fewest `sequence`.
 
@@ -155,11 +139,11 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     Raises:
       ConfigError: no mesh shares this batch and this model among so many devices.
     """
-    tried = [(name, s, device_bytes(need, s)) for name, s in _candidates(need, devices, slices)]
+    tried = [(name, s, need.device_bytes(s)) for name, s in _candidates(need, devices, slices)]
     if not tried:
         raise ConfigError(
-            f"mesh.strategy='auto': no mesh of {devices} devices divides {need.rows} rows of {need.time} slots and a "
-            f"model of width {need.width}; change the batch or give the sizes"
+            f"mesh.strategy='auto': no mesh of {devices} devices divides {need.rows} rows of {need.time} slots and "
+            f"models of width {', '.join(map(str, need.widths))}; change the batch or give the sizes"
         )
     fitting = [t for t in tried if t[2] <= FULL * memory]
     name, chosen, size = fitting[0] if fitting else min(tried, key=lambda t: t[2])
@@ -186,7 +170,9 @@ def _candidates(need: Need, devices: int, slices: int) -> Iterator[tuple[str, di
             break  # context has no replicas
         if fsdp == 0 or within % (tensor * sequence) or need.time % sequence:
             continue
-        if need.rows % (slices * fsdp) or need.width % fsdp or any(n % tensor for n in need.splits):
+        if need.rows % (slices * fsdp) or any(n % fsdp for n in need.widths):
+            continue
+        if any(n % tensor for n in need.splits):
             continue
         if fsdp * tensor * sequence == 1 and devices > 1:
             continue

@@ -34,7 +34,7 @@ from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempt
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.stages import Stage
+from rlhfjax.stage import Stage
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2  # what a host wishes at a step; the largest wish of all hosts decides
 

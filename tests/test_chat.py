@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts.rollout import row_keys, sample
 
 from rlhfjax import chat
 from rlhfjax.chat import Chat, decode_stream
@@ -15,7 +16,6 @@ from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.sampling.generate import generate
-from rlhfjax.stages.parts.rollout import row_keys, sample
 
 
 @pytest.fixture(scope="module")

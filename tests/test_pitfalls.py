@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rlhfjax.stages.parts.policy_config import KLConfig
 
 from benchmarks import optimum
 from benchmarks.optimum import TEMPERATURE
@@ -25,7 +26,6 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import Finished, Stage
-from rlhfjax.stages.parts.policy_config import KLConfig
 from rlhfjax.state import TrainState
 from tests import small_world
 from tests.small_world import response_logprobs

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from rlhfjax.stages.parts import policy, policy_config
 
 from rlhfjax import hosts, recipe, stages, state
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.stages.parts import policy, policy_config
 from tests.test_stages import run_steps, stage_values
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])

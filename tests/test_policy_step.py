@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts.policy import Known, open_task, policy_step
+from rlhfjax.stages.parts.rollout import Rollout
 
 from rlhfjax import recipe
 from rlhfjax import state as states
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.responses import TextReward
-from rlhfjax.stages.parts.policy import Known, open_task, policy_step
-from rlhfjax.stages.parts.rollout import Rollout
 from tests.test_stages import stage_values
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.config import to_dict
@@ -22,9 +25,6 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages import direct, stage_config
-from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
 LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")

@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy_config import HumanConfig
+from rlhfjax.stages.parts.prompts import Repeated
+from rlhfjax.stages.parts.rollout import Rollout
 
 from benchmarks import optimum
 from benchmarks.optimum import EOS, PAD, TEMPERATURE
@@ -21,11 +26,6 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import group
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.policy import Tokens
-from rlhfjax.stages.parts.policy_config import HumanConfig
-from rlhfjax.stages.parts.prompts import Repeated
-from rlhfjax.stages.parts.rollout import Rollout
 from tests import small_world
 from tests.small_world import response_logprobs
 from tests.test_resume import _Crash, assert_same_stage, interrupt

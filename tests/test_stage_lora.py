@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from rlhfjax.stages.parts.common import begin
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.errors import ConfigError
@@ -17,7 +18,6 @@ from rlhfjax.interop.peft import load_peft
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import lora, quantised
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages.parts.common import begin
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 from tests.test_stages import run_steps, stage_values
 

@@ -8,6 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rlhfjax.stages.parts import epochs
+from rlhfjax.stages.parts.language import language_loss
+from rlhfjax.stages.parts.policy import Known, Tokens
+from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
+from rlhfjax.stages.parts.ptx import PtxConfig
+from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 
 from benchmarks import optimum
 from benchmarks.optimum import EOS, PAD, PROMPTS, TEMPERATURE
@@ -21,12 +27,6 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import ppo
-from rlhfjax.stages.parts import epochs
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.policy import Known, Tokens
-from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
-from rlhfjax.stages.parts.ptx import PtxConfig
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 from tests import small_world
 from tests.small_world import moved, response_logprobs
 from tests.test_stages import run_steps, stage_values

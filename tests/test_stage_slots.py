@@ -5,6 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.answers import Sampling, answers, bucket, check_buckets
 
 from rlhfjax import recipe
 from rlhfjax.data.preferences import read_preferences
@@ -12,8 +14,6 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.stages import best_of_n, group
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.answers import Sampling, answers, bucket, check_buckets
 from tests import test_stage_best_of_n as pools
 from tests.test_stage_group import group_values
 from tests.test_stages import run_steps, stage_values

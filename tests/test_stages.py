@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.language import held_out_loss, language_loss
 
 from benchmarks import optimum
 from rlhfjax import recipe, stages, state
@@ -22,8 +24,6 @@ from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.language import held_out_loss, language_loss
 from rlhfjax.stages.reward import reward_loss
 from tests import tiny
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from jax.sharding import PartitionSpec as P
+from rlhfjax.stages.parts.placing import need_of
 
 from rlhfjax import recipe, strategy
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import TransformerConfig
-from rlhfjax.stages.parts.placing import need_of
 from rlhfjax.strategy import GIB, Need, choose, device_bytes
 from tests import tiny
 

@@ -72,9 +72,7 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     return SavedModel(opened.model, opened.params(), opened.tokenizer)
 
 
-def open_model(
-    path: str | Path, layout: Layout, changes: Mapping[str, Any] | None = None, context: str = ""
-) -> Opened:
+def open_model(path: str | Path, layout: Layout, changes: Mapping[str, Any] | None = None, context: str = "") -> Opened:
     """Returns the model that `load` would read, without its parameters.
 
     Args:

@@ -1,7 +1,7 @@
 """Several rewards as one: an ensemble of reward models, or a weighted sum of whatever scores a response."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -11,9 +11,10 @@ from rlhfjax import hosts
 from rlhfjax.config import build, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
+from rlhfjax.programs import on_host
 from rlhfjax.rewards import ensemble
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found
+from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, score_shapes
 from rlhfjax.rewards.responses import score as score_one
 
 
@@ -57,19 +58,19 @@ def save(folder: Path, config: ComposeConfig) -> None:
     write_json(folder / FILE, {"kind": "compose", **values})
 
 
-def load(values: Mapping[str, Any], folder: Path, load_reward: Callable[[str], Reward]) -> Reward:
-    """Returns the reward that a folder's reward.json describes.
-
-    Args:
-      load_reward: returns a member by its name.
-    """
+def read(values: Mapping[str, Any], folder: Path) -> ComposeConfig:
+    """Returns what a folder's reward.json describes, its members as they are reached from here."""
     config = build(ComposeConfig, values, str(folder / FILE))
-    members = [load_reward(found(m.reward, folder)) for m in config.members]
-    where = [load_reward(m.where) if m.where else None for m in config.members]
-    return make(config, members, where)
+    members = [dataclasses.replace(one, reward=found(one.reward, folder)) for one in config.members]
+    return dataclasses.replace(config, members=tuple(members))
 
 
-def make(config: ComposeConfig, members: list[Reward], where: list[Reward | None]) -> Reward:
+def make(
+    config: ComposeConfig,
+    members: list[Reward],
+    where: list[Reward | None],
+    program: str = "score",
+) -> Reward:
     """One reward out of loaded ones.
 
     Raises:
@@ -83,7 +84,9 @@ def make(config: ComposeConfig, members: list[Reward], where: list[Reward | None
                 f"compose.members: an ensemble is of reward models of one shape, {config.members[i].reward} is not"
             )
     params = [member.params for member in members]
-    return ensemble.EnsembleReward(members[0].model, params, how=config.combine, coefficient=config.coefficient)
+    return ensemble.EnsembleReward(
+        members[0].model, params, how=config.combine, coefficient=config.coefficient, program=program
+    )
 
 
 class WeightedSum:
@@ -100,11 +103,17 @@ class WeightedSum:
         return self.with_metrics(tokens, segments, mask)[0]
 
     def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
-        n = float(mask.shape[0])
-        total, pairs = np.zeros(mask.shape[0], np.float32), {}
-        for i, (member, reward, where) in enumerate(zip(self._config.members, self._members, self._where, strict=True)):
-            scores, own = score_one(reward, tokens, segments, mask)
-            counts = np.ones_like(total) if where is None else _host(where(tokens, segments, mask))
+        scored = [score_one(member, tokens, segments, mask) for member in self._members]
+        counts = [where and where(tokens, segments, mask) for where in self._where]
+        shapes = score_shapes(tokens, segments, mask)
+        return on_host(self._sum, lambda *_: (shapes, {}))(scored, counts, mask.shape[0])
+
+    def _sum(self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int) -> tuple[np.ndarray, Pairs]:
+        """Adds the members' scores [n] with their weights, where they count."""
+        total, pairs = np.zeros(n, np.float32), {}
+        parts = zip(self._config.members, scored, counted, strict=True)
+        for i, (member, (scores, own), where) in enumerate(parts):
+            counts = np.ones_like(total) if where is None else _host(where)
             scores = np.where(counts > 0, _host(scores) * counts, 0)
             total = total + np.float32(member.weight) * scores
             name = member_name(i, member)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
+from rlhfjax.programs import ROWS, Program, small
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
+from rlhfjax.roles import Sources
 
 PyTree = Any
 
@@ -29,21 +30,31 @@ def token_rewards(
 class DenseReward(ModelReward):
     """Per-token rewards; as a score of the whole response, their sum: sum_t H(s_t, a_t)."""
 
-    def __init__(self, model: Model, params: PyTree):
+    def __init__(self, model: Model, params: PyTree, program: str = "score"):
         super().__init__(model, params)
-        self._dense = jax.jit(functools.partial(token_rewards, model))
-        self._sum = jax.jit(lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1))
+        self._dense = Program(program, jax.jit(functools.partial(token_rewards, model)), ROWS)
+        total = jax.jit(lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1))
+        self._sum = Program(f"{program}_sum", total, ROWS)
 
     def per_token(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         """H [n, r] at the response's tokens."""
-        return self._dense(self.params, tokens, segments)[:, -mask.shape[1] :] * mask
+        r = mask.shape[1]
+        rewards = self._dense(self.params, tokens, segments)
+        return small(lambda rewards, mask: rewards[:, -r:] * mask, ROWS)(rewards, mask)
 
     def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._sum(self.per_token(tokens, segments, mask), mask)
 
 
-def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> DenseReward:
-    saved = store.load(folder, layout)
+def load(
+    values: Mapping[str, Any],
+    folder: Path,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    sources: Sources,
+    program: str,
+) -> DenseReward:
+    saved = sources.load(str(folder), layout)
     check_scalar(saved, tokenizer, str(folder))
-    return DenseReward(saved.model, saved.params)
+    return DenseReward(saved.model, saved.params, program)

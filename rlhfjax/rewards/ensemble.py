@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rlhfjax.algos import normalise
 from rlhfjax.models.transformer import Model
+from rlhfjax.programs import ROWS, Held, Program, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
 
 PyTree = Any
@@ -36,6 +37,12 @@ def stack(members: list[PyTree]) -> PyTree:
         )
 
     shardings = jax.tree.map(place, members[0])
+    if recording():
+        return jax.tree.map(
+            lambda x, s: Held((len(members), *x.shape), x.dtype, sharding=s, owner=x.owner, path=f"stacked {x.path}"),
+            members[0],
+            shardings,
+        )
     return jax.jit(lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees), out_shardings=shardings)(members)
 
 
@@ -47,12 +54,23 @@ class EnsembleReward(ModelReward):
     Source: Coste et al. 2023, "Reward model ensembles help mitigate overoptimization".
     """
 
-    def __init__(self, model: Model, members: list[PyTree], *, how: str = "mean", coefficient: float = 1.0):
+    def __init__(
+        self,
+        model: Model,
+        members: list[PyTree],
+        *,
+        how: str = "mean",
+        coefficient: float = 1.0,
+        program: str = "score",
+    ):
         super().__init__(model, members[0])
         self.stacked = stack(members)
-        self._all = jax.jit(self._rewards)
-        self._combine = jax.jit(functools.partial(combine, how=how, coefficient=float(coefficient)))
-        self._spread = jax.jit(lambda rewards: normalise.ensemble_disagreement(rewards).sum())
+        by_member = (None, "batch")
+        self._all = Program(program, jax.jit(self._rewards), by_member)
+        one = jax.jit(functools.partial(combine, how=how, coefficient=float(coefficient)))
+        self._combine = Program(f"{program}_combine", one, ROWS)
+        spread = jax.jit(lambda rewards: normalise.ensemble_disagreement(rewards).sum())
+        self._spread = Program(f"{program}_spread", spread)
 
     def _rewards(self, stacked: PyTree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         return jax.vmap(lambda params: sequence_rewards(self.model, params, tokens, segments))(stacked)

@@ -27,6 +27,7 @@ from rlhfjax.paths import Path
 from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.labellers import Answers
 from rlhfjax.rewards.responses import Pairs, found
+from rlhfjax.roles import DISK, Sources
 
 TEMPLATE = """Consider the following conversation:
 {prompt}
@@ -125,7 +126,7 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def load(values: Mapping[str, Any], folder: Path, layout: Layout) -> Feedback:
+def load(values: Mapping[str, Any], folder: Path, layout: Layout, sources: Sources = DISK) -> Feedback:
     config = build(FeedbackConfig, values, str(folder / "reward.json"))
     config = dataclasses.replace(config, principles=found(config.principles, folder))
-    return Feedback(config, load_judge(config.judge, folder, layout))
+    return Feedback(config, load_judge(config.judge, folder, layout, sources))

@@ -19,11 +19,11 @@ from rlhfjax.data import chat
 from rlhfjax.data.examples import prompt_room
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
 from rlhfjax.rewards.responses import found
+from rlhfjax.roles import DISK, Sources
 from rlhfjax.sampling.generate import generate
 
 Conversation = list[chat.Message]
@@ -38,9 +38,9 @@ class JudgeConfig:
     batch_size: int = 32  # rows of a forward pass
 
 
-def load_judge(config: JudgeConfig, folder: Path, layout: Layout) -> "Judge":
-    """The judge that a folder's reward.json names."""
-    return Judge(dataclasses.replace(config, model=found(config.model, folder)), layout)
+def load_judge(config: JudgeConfig, folder: Path, layout: Layout, sources: Sources = DISK) -> "Judge":
+    """Returns the judge that a folder's reward.json names."""
+    return Judge(dataclasses.replace(config, model=found(config.model, folder)), layout, sources)
 
 
 class Judge:
@@ -50,8 +50,8 @@ class Judge:
       ConfigError: the model has no language-model head, or too short a context.
     """
 
-    def __init__(self, config: JudgeConfig, layout: Layout):
-        saved = store.load(config.model, layout)
+    def __init__(self, config: JudgeConfig, layout: Layout, sources: Sources = DISK):
+        saved = sources.load(config.model, layout)
         if saved.model.head != "lm":
             raise ConfigError(f"judge.model={config.model}: a language model is needed, this one has another head")
         if config.length > saved.model.config.max_length:

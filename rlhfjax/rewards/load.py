@@ -9,9 +9,8 @@ A stage that describes a reward, and trains no model of one, leaves reward.json 
 {"kind": ..., ...}. It is one of KINDS, or the labeller `feedback`.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhfjax import paths
 from rlhfjax.data.tokenizer import Tokenizer
@@ -23,42 +22,55 @@ from rlhfjax.rewards import SCORERS, compose, dense, feedback, load_scorer, rubr
 from rlhfjax.rewards.labellers import Labeller, RankingsLabeller, RewardLabeller
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.rankings import by_labeller, read_rankings
-from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar
+from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar, found
+from rlhfjax.roles import DISK, Head, Sources
 
 RANKINGS = "rankings:"
 
 
-def load_reward(name: str, layout: Layout, tokenizer: Tokenizer) -> Reward:
+def load_reward(
+    name: str,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    sources: Sources = DISK,
+    program: str = "score",
+) -> Reward:
     """Returns the reward of that name.
 
     Args:
       name: a scorer of text (gold:…, rule:…), or the workdir of a stage that made or described a
         reward.
+      program: the name of what a model computes; a member of several has its number after it.
 
     Raises:
       ConfigError: the model there has no scalar head, or another vocabulary.
       CheckpointError: there is no model.
     """
-    if name in SCORERS or name.startswith(rules.PREFIX):
+    if is_text(name):
         return TextReward(load_scorer(name), tokenizer)
-    if (paths.path(name) / FILE).is_file():
-        return described(paths.path(name), layout, tokenizer)
-    saved = store.load(name, layout)
-    check_scalar(saved, tokenizer, name)
-    return ModelReward(saved.model, saved.params)
-
-
-def described(folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
-    """Returns the reward that a folder's reward.json describes.
-
-    Raises:
-      ConfigError: a kind that there is not.
-    """
-    values: dict[str, Any] = json.loads((folder / FILE).read_text())
-    kind = values.pop("kind", None)
+    values = sources.described(name)
+    if values is None:
+        return _model(sources.load(name, layout), tokenizer, name, program)
+    kind, folder = values.pop("kind", None), paths.path(name)
+    if kind == "compose":
+        return _compose(values, folder, layout, tokenizer, sources, program)
     if kind not in KINDS:
-        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {', '.join(KINDS)}")
-    return KINDS[kind](values, folder, layout, tokenizer)
+        known = ", ".join(("compose", *KINDS))
+        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {known}")
+    return KINDS[kind](values, folder, layout, tokenizer, sources, program)
+
+
+def is_text(name: str) -> bool:
+    """Returns whether a reward of that name scores text on the host."""
+    return name in SCORERS or name.startswith(rules.PREFIX)
+
+
+KINDS = {"rubric": rubric.load, "dense": dense.load}
+
+
+def _model(saved: Any, tokenizer: Tokenizer, name: str, program: str) -> ModelReward:
+    check_scalar(saved, tokenizer, name)
+    return ModelReward(saved.model, saved.params, program)
 
 
 def _compose(
@@ -66,14 +78,55 @@ def _compose(
     folder: Path,
     layout: Layout,
     tokenizer: Tokenizer,
+    sources: Sources,
+    program: str,
 ) -> Reward:
-    return compose.load(values, folder, lambda name: load_reward(name, layout, tokenizer))
+    config = compose.read(values, folder)
+
+    def member(name: str, number: int) -> Reward:
+        own = f"{program}_{number}"
+        stacked = config.combine != "sum" and not is_text(name) and sources.described(name) is None
+        if not stacked:
+            return load_reward(name, layout, tokenizer, sources, own)
+        opened = sources.open_model(name, layout)  # an ensemble copies its members into one tree
+        saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
+        return _model(saved, tokenizer, name, own)
+
+    members = [member(one.reward, i) for i, one in enumerate(config.members)]
+    where = [
+        load_reward(one.where, layout, tokenizer, sources, f"{program}_where_{i}") if one.where else None
+        for i, one in enumerate(config.members)
+    ]
+    return compose.make(config, members, where, program)
 
 
-KINDS = {"compose": _compose, "rubric": rubric.load, "dense": dense.load}
+class Scored(NamedTuple):
+    """A model that scores, beside the suffix that its role and its program have."""
+
+    suffix: str
+    source: str
+    head: Head
 
 
-def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer) -> Labeller:
+def models_of(name: str, sources: Sources, suffix: str = "") -> list[Scored]:
+    """Returns the models that a reward or labeller of that name runs; none where rules score."""
+    if is_text(name) or name.startswith(RANKINGS):
+        return []
+    values = sources.described(name)
+    if values is None or values.get("kind") == "dense":
+        return [Scored(suffix, name, "scalar")]
+    folder = paths.path(name)
+    if values.get("kind") == "compose":
+        found_models: list[Scored] = []
+        for i, member in enumerate(values["members"]):
+            for key, part in (("reward", f"_{i}"), ("where", f"_where_{i}")):
+                if member.get(key):
+                    found_models += models_of(found(member[key], folder), sources, suffix + part)
+        return found_models
+    return [Scored(suffix, found(values["judge"]["model"], folder), "lm")]
+
+
+def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK) -> Labeller:
     """Returns the labeller of that name: `rankings:GLOB[@LABELLER]`, AI feedback, or any reward.
 
     Raises:
@@ -82,12 +135,10 @@ def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer) -> Labeller:
     """
     if name.startswith(RANKINGS):
         return _people(name)
-    folder = paths.path(name)
-    file = folder / FILE
-    values = json.loads(file.read_text()) if file.is_file() else {}
+    values = sources.described(name) or {}
     if values.pop("kind", None) == "feedback":
-        return feedback.load(values, folder, layout)
-    return RewardLabeller(load_reward(name, layout, tokenizer))
+        return feedback.load(values, paths.path(name), layout, sources)
+    return RewardLabeller(load_reward(name, layout, tokenizer, sources))
 
 
 def _people(name: str) -> RankingsLabeller:

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.transformer import Model
+from rlhfjax.programs import ROWS, Program
 
 PyTree = Any
 
@@ -28,9 +29,9 @@ def sequence_rewards(
 class ModelReward:
     """Scores whole sequences with frozen parameters."""
 
-    def __init__(self, model: Model, params: PyTree):
+    def __init__(self, model: Model, params: PyTree, program: str = "score"):
         self.model, self.params = model, params
-        self._score = jax.jit(functools.partial(sequence_rewards, model))
+        self._score = Program(program, jax.jit(functools.partial(sequence_rewards, model)), ROWS)
 
     def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""

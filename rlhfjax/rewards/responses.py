@@ -13,11 +13,13 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.paths import Path
+from rlhfjax.programs import on_host
 from rlhfjax.rewards import Scorer
+from rlhfjax.roles import REWARD
 
 Reward = Callable[[Any, Any, Any], Any]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
 Pairs = dict[str, tuple[Any, Any]]
-FILE = "reward.json"  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
+FILE = REWARD  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
 
 
 class TextReward:
@@ -27,18 +29,30 @@ class TextReward:
         self.scorer, self.tokenizer = scorer, tokenizer
 
     def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
-        rows = self._texts(tokens, segments, mask)
-        return hosts.share(lambda: self.scorer(*rows))
+        return on_host(self._scores, score_shapes)(tokens, segments, mask)
 
     def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
         """Scores, and what the scorer says of them where it says anything."""
         if not hasattr(self.scorer, "with_metrics"):
             return self(tokens, segments, mask), {}
-        rows = self._texts(tokens, segments, mask)
+        scored = on_host(self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {}))
+        return scored(tokens, segments, mask)
+
+    def _scores(self, *arrays: jax.Array) -> np.ndarray:
+        rows = self._texts(*arrays)
+        return hosts.share(lambda: self.scorer(*rows))
+
+    def _scores_and_metrics(self, *arrays: jax.Array) -> tuple[np.ndarray, Pairs]:
+        rows = self._texts(*arrays)
         return hosts.share(lambda: self.scorer.with_metrics(*rows))
 
     def _texts(self, *arrays: jax.Array) -> tuple[list[str], list[str]]:
         return texts(self.tokenizer, *(np.asarray(x) for x in hosts.whole(arrays)))
+
+
+def score_shapes(tokens: Any, segments: Any, mask: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of scores [n] that come from the host."""
+    return jax.ShapeDtypeStruct((mask.shape[0],), np.float32)
 
 
 def score(reward: Reward, tokens: Any, segments: Any, mask: Any) -> tuple[Any, Pairs]:

@@ -18,6 +18,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.responses import Pairs, Reward, TextReward
+from rlhfjax.roles import Sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,13 @@ class Rubric:
         return class_probabilities(logprobs), sum(cut for _, cut in asked)
 
 
-def load(values: Mapping[str, Any], folder: Path, layout: Layout, tokenizer: Tokenizer) -> Reward:
+def load(
+    values: Mapping[str, Any],
+    folder: Path,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    sources: Sources,
+    program: str,
+) -> Reward:
     config = build(RubricConfig, values, str(folder / "reward.json"))
-    return TextReward(Rubric(config, load_judge(config.judge, folder, layout)), tokenizer)
+    return TextReward(Rubric(config, load_judge(config.judge, folder, layout, sources)), tokenizer)

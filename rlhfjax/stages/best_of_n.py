@@ -30,10 +30,11 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import Reward, texts
-from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.policy_config import check_slots
-from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
-from rlhfjax.stages.parts.rollout import Rollout, sample
+from rlhfjax.rl.config import validate_slots
+from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.rollout import Rollout, sample
+from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.supervised import validate_length
 
 SCORES, SAMPLES = "scores.jsonl", "samples.jsonl"
 # {"proxy" [p, N], "gold" [p, N], "length" [p, N], "answer" [p, N] ids of equal answers, "cut" [p]}
@@ -57,15 +58,25 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    scorers = {"proxy": config.proxy, "gold": config.gold}
+    found = {name: Role(source, head="scalar", scores=True) for name, source in scorers.items() if source}
+    return {"policy": Role(config.init_from), **found}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     if config.pool < 1:
         raise ConfigError(f"best_of_n.pool={config.pool}: at least one answer is needed")
     if config.temperature <= 0:
         raise ConfigError(f"best_of_n.temperature={config.temperature}: a pool is sampled, it must be above 0")
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
-    check_slots(config.slots, _same_prompt(config), layout, "best_of_n")
-    check_length(config.prompt_length + config.max_new, shape, "best_of_n.prompt_length + max_new")
+    validate_slots(config.slots, _same_prompt(config), layout, "best_of_n")
+    validate_length(config.prompt_length + config.max_new, model_config, "best_of_n.prompt_length + max_new")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -75,7 +86,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
       DataError: a score is NaN or infinite; names the reward, the prompt and the response.
     """
     policy = store.load(config.init_from, layout)
-    check(config, layout, policy.model.config)
+    validate(config, layout, policy.model.config)
     tokenizer = policy.tokenizer
     rewards = {"proxy": load_reward(config.proxy, layout, tokenizer)}
     if config.gold:

@@ -23,10 +23,11 @@ from rlhfjax.paths import Path
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, make_answers
 from rlhfjax.rewards.load import load_labeller
-from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
-from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.policy_config import TruncateConfig, check_slots, check_truncate
-from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.answers import Sampling, answers, validate_buckets
+from rlhfjax.rl.config import TruncateConfig, validate_slots, validate_truncate
+from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.supervised import validate_length
 
 FOLDER = "preferences"
 
@@ -54,21 +55,31 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    labellers = {f"labeller_{i}": name for i, name in enumerate((config.labeller, *config.others))}
+    scorers = {name: Role(source, head="scalar", scores=True) for name, source in labellers.items()}
+    return {"policy": Role(config.init_from), **scorers}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     if config.completions < 2:
         raise ConfigError(f"collect.completions={config.completions}: a ranking needs at least 2")
     layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
-    check_slots(config.slots, config.completions, layout, "collect")
-    check_buckets(config.prompt_buckets, config.prompt_length, "collect")
-    check_length(config.prompt_length + config.max_new, shape, "collect.prompt_length + max_new")
-    check_truncate(config.truncate, config.max_new, "collect")
+    validate_slots(config.slots, config.completions, layout, "collect")
+    validate_buckets(config.prompt_buckets, config.prompt_length, "collect")
+    validate_length(config.prompt_length + config.max_new, model_config, "collect.prompt_length + max_new")
+    validate_truncate(config.truncate, config.max_new, "collect")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Samples, labels and writes; returns how many comparisons there are and how many of the pairs are ties."""
     policy = store.load(config.init_from, layout)
-    check(config, layout, policy.model.config)
+    validate(config, layout, policy.model.config)
     policy = store.int8(policy) if config.int8 else policy
     tokenizer = policy.tokenizer
     labellers = [load_labeller(name, layout, tokenizer) for name in (config.labeller, *config.others)]

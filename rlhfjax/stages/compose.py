@@ -6,6 +6,7 @@ An ensemble's members are reward stages that differ in their seed, each its own 
 """
 
 import dataclasses
+from typing import Any
 
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -21,10 +22,18 @@ class Config(ComposeConfig):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """Returns what reward.json says, with names as the config has them."""
+    return {"kind": "compose", **dataclasses.asdict(_own(config))}
+
+
+def _own(config: Config) -> ComposeConfig:
+    return ComposeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)})
+
+
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes reward.json; returns how many members there are."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)}
-    save(workdir, ComposeConfig(**own))
+    save(workdir, _own(config))
     metrics = {"compose/members": float(len(config.members))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

@@ -22,8 +22,9 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.feedback import choose, read_lines
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
-from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.supervised import validate_length
 
 SPLITS = ("train", "validation")
 
@@ -45,10 +46,19 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    critic = {"critic": Role(config.critic)} if config.critic else {}
+    return {"policy": Role(config.init_from), **critic}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return job_workload(config.batch_size, config.length)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "critique.batch_size")
-    check_length(config.length, shape, "critique.length")
+    validate_length(config.length, model_config, "critique.length")
     if config.rounds < 1 or not 0 < config.max_new < config.length:
         raise ConfigError("critique: rounds is at least 1, and max_new lies between 0 and length")
 

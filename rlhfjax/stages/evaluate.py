@@ -31,11 +31,12 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import texts
-from rlhfjax.stages.parts.answers import Sampling, answers, check_buckets
-from rlhfjax.stages.parts.common import check_length
-from rlhfjax.stages.parts.policy_config import check_slots
-from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
-from rlhfjax.stages.parts.rollout import Rollout, response_logprobs
+from rlhfjax.rl.answers import Sampling, answers, validate_buckets
+from rlhfjax.rl.config import validate_slots
+from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.rollout import Rollout, response_logprobs
+from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.supervised import validate_length
 
 SAMPLES = "samples.jsonl"
 
@@ -58,19 +59,29 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    scorers = {"gold": config.gold, "proxy": config.proxy}
+    found = {name: Role(source, head="scalar", scores=True) for name, source in scorers.items() if source}
+    return {"policy": Role(config.policy), "baseline": Role(config.baseline), **found}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
-    check_slots(config.slots, 1, layout, "evaluate")
-    check_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
-    check_length(config.prompt_length + config.max_new, shape, "evaluate.prompt_length + max_new")
+    validate_slots(config.slots, 1, layout, "evaluate")
+    validate_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
+    validate_length(config.prompt_length + config.max_new, model_config, "evaluate.prompt_length + max_new")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes metrics.jsonl and samples.jsonl (both answers to every prompt with their scores)."""
     models = {name: store.load(getattr(config, name), layout) for name in ("policy", "baseline")}
     for saved in models.values():
-        check(config, layout, saved.model.config)
+        validate(config, layout, saved.model.config)
     tokenizer = models["policy"].tokenizer
     if models["policy"].tokenizer != models["baseline"].tokenizer:
         raise ConfigError("evaluate: policy and baseline have different tokenizers; a KL between them means nothing")

@@ -5,12 +5,12 @@ workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeller", "time
 
 import dataclasses
 
+from rlhfjax.data.config import open_preferences
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
 from rlhfjax.rewards.rankings import from_row, write_rankings
-from rlhfjax.stages.parts.preferences import open_preferences
 
 FILE = "rankings.jsonl"
 

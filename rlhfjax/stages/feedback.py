@@ -4,6 +4,7 @@ workdir/reward.json    what `labeller="stage:…"` of `collect` loads; the rewar
 """
 
 import dataclasses
+from typing import Any
 
 from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
@@ -21,12 +22,17 @@ class Config(FeedbackConfig):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """Returns what reward.json says, with names as the config has them."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(FeedbackConfig)}
+    return {"kind": "feedback", **dataclasses.asdict(FeedbackConfig(**own))}
+
+
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes reward.json; returns how many principles there are."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(FeedbackConfig)}
-    values = dataclasses.asdict(FeedbackConfig(**own)) | {"principles": beside(config.principles, workdir)}
+    values = describe(config) | {"principles": beside(config.principles, workdir)}
     values["judge"]["model"] = beside(config.judge.model, workdir)
-    write_json(workdir / FILE, {"kind": "feedback", **values})
+    write_json(workdir / FILE, values)
     metrics = {"feedback/principles": float(len(read_lines(config.principles)))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

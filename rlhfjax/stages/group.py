@@ -16,19 +16,45 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from rlhfjax import state as states
 from rlhfjax.algos import group, kl, masked, policy, shaping
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
-from rlhfjax.stages import Pairs, Stage
-from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
-from rlhfjax.stages.parts.policy import Known, PolicyAlgorithm, Tokens, open_task, policy_stage
-from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden
+from rlhfjax.programs import ROWS, STATE, WHOLE, Program
+from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
+from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
+from rlhfjax.rl.held_out import held_out
+from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes
+from rlhfjax.rl.ptx import text_of, text_shapes, with_ptx
+from rlhfjax.rl.rewards import kl_loss, kl_penalty, shape_rewards, with_human
+from rlhfjax.rl.rollout import (
+    Rollout,
+    Tokens,
+    make_sampler,
+    response_hidden,
+    response_logprobs,
+    truncated,
+)
+from rlhfjax.rl.state import (
+    UPDATE,
+    draw,
+    fresh_state,
+    left_policy,
+    prompt_metrics,
+    state_axes,
+    stream,
+    with_next,
+    with_policy,
+    without_next,
+)
+from rlhfjax.rl.task import open_task
+from rlhfjax.roles import DISK, Sources, Workload
+from rlhfjax.stage import Data, Metrics, Stage
+from rlhfjax.state import TrainState, attach
 
 PyTree = Any
 
@@ -60,30 +86,26 @@ class Estimator(NamedTuple):
     # (scores, penalties) -> advantages, all [p, k]; a penalty is beta times the KL of a response.
     # None: scores minus penalties minus the moving baseline.
     advantages: Callable[[jax.Array, jax.Array], jax.Array] | None
-    loss: Callable[["Config", jax.Array, "Experience", Any], tuple[jax.Array, Pairs]]
+    loss: Callable[["Config", jax.Array, "Experience", Any], tuple[jax.Array, Metrics]]
     kl_losses: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Experience:
-    """An iteration's answers with all that is constant over its epochs: arrays, or shapes where a run is planned."""
+class Experience(NamedTuple):
+    """An iteration's responses with all that is constant over its epochs."""
 
     tokens: Any  # [b, p + r]
     segments: Any  # [b, p + r]
-    mask: Any  # [b, r], 0 also in answers that are left out of the loss
+    mask: Any  # [b, r], 0 also in responses that are left out of the loss
     logprobs: Any  # [b, r] of the policy that sampled
     advantages: Any  # [b], made within whole groups
     ref_logprobs: Any  # [b, r]
 
 
-jax.tree_util.register_dataclass(Experience)
-
-
-def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
     return group.rloo_loss(logprobs, batch.advantages, batch.mask)
 
 
-def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
     """With the KL in the reward there is none here."""
     rows = (logprobs, batch.logprobs, batch.ref_logprobs, batch.advantages, batch.mask)
     in_loss = c.kl.place == "loss"
@@ -92,12 +114,12 @@ def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple
     return scalar, {name: pair for name, pair in pairs.items() if name not in left_out}
 
 
-def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
     rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
     return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new)
 
 
-def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Pairs]:
+def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
     rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
     return group.dapo_loss(*rows, clip_low=c.clip, clip_high=c.clip_high)
 
@@ -119,9 +141,16 @@ ESTIMATORS = {
 }
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
-    check_policy(config, layout, shape)
+roles = policy_roles
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return policy_workload(config)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
+    validate_policy(config, layout, model_config)
     name, estimator = config.estimator, ESTIMATORS[config.estimator]
     if config.completions < (1 if estimator.advantages is None else 2):
         raise ConfigError(f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt")
@@ -146,51 +175,109 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
 
 
-def build(config: Config, layout: Layout) -> Stage:
-    task = open_task(config, layout)
-    model = task.start.model
-    check(config, layout, model.config)
-    return policy_stage(
-        config,
-        layout,
-        task,
-        Algorithm(config, model, Tokens.of(config, task.tokenizer)),
-        born=lambda key: {"policy": model.init_trained(key)},
-        axes={"policy": model.trained_axes()},
-        loaded={"policy": task.start.params},
-        extra={"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {},
-        repeats=config.completions,
+class Forward(NamedTuple):
+    """What forward passes give of a rollout before it has a score, all [b, r]."""
+
+    logprobs: Any  # log pi_old, 0 outside the response
+    ref_logprobs: Any  # None until it comes from another mesh
+
+
+class Programs(NamedTuple):
+    """The jitted functions of a group estimator."""
+
+    forward: Program
+    ref_logprobs: Program
+    make_experience: Program
+    update: Program
+    loss: Any  # (params, minibatch, key, beta) -> (scalar, metrics), not jitted
+    tx: optax.GradientTransformation
+
+
+def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    task = open_task(config, roles(config), layout, sources)
+    model = task.policy.model
+    validate(config, layout, model.config)
+    frozen = {"policy": task.policy.frozen}
+    forward, ref_logprobs, make_experience, update, _, tx = programs(config, model, task.tokens)
+    sample = make_sampler(config, layout, model, task.tokens)
+    reference_logprobs = task.on_frozen(functools.partial(ref_logprobs, task.reference))
+
+    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+        params = attach(frozen, state.params)
+        drawn = draw(config, sample, state, params["policy"], batch, key)
+        rollout, state = drawn.rollout, without_next(state)
+        scored = truncated(config, task.tokens, rollout)  # what the reward model sees
+        if task.frozen_layout is None:  # dispatched before the rewards, which may be made on the host
+            known = forward(params, task.reference, rollout)
+        else:
+            known = forward(params, None, rollout)._replace(ref_logprobs=reference_logprobs(rollout))
+        scores, reward_metrics = task.score(scored.tokens, scored.segments, scored.mask)
+        if task.human is not None:
+            human = task.on_frozen(task.human)(scored.tokens, scored.segments, scored.mask)
+            scores, human_metrics = with_human(config.human, scores, human, state.step)
+            reward_metrics = {**reward_metrics, **human_metrics}
+        experience, metrics = make_experience(state, known, rollout, layout.put_rows(scores))
+        state, update_metrics = update(state, experience, text_of(batch), metrics, stream(key, UPDATE), frozen)
+        state, staleness = with_next(state, drawn)
+        return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
+
+    def open_data() -> Data:
+        prompts: Any = prompt_batches(config.prompts, task.tokenizer, config)
+        if config.completions > 1:
+            prompts = Repeated(prompts, config.completions)
+        batches = with_ptx(config.ptx, prompts, task.tokenizer, config, layout)
+        finish = functools.partial(left_policy, config, task.policy)
+        return Data(batches, held_out(config, task, layout), finish)
+
+    shapes = prompt_shapes(config.episodes, config.prompt_length)
+    extra = {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
+    return Stage(
+        init=fresh_state(config, tx, lambda key: {"policy": model.init_trained(key)}, extra),
+        axes=state_axes(config, {"policy": model.trained_axes()}),
+        start=functools.partial(with_policy, config, task.policy),
+        step=step,
+        batch=lambda _: {**shapes, **text_shapes(config.ptx, config.episodes)},
+        open=open_data,
+        units=config.episodes * config.max_new,
     )
 
 
-class Algorithm(PolicyAlgorithm):
-    """The jitted pieces of a group estimator."""
-
-    def __init__(self, config: Config, model: Model, tokens: Tokens):
-        super().__init__(config, model, tokens)
-        self.estimator = ESTIMATORS[config.estimator]
-        self.tx: optax.GradientTransformation = make_optimizer(config.optim, config.updates)
-        self.prepare = jax.jit(self._prepare)
-        self.update = jax.jit(self._update, donate_argnums=0)
+def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
+    """Returns the jitted functions of an iteration, in their order."""
+    c, estimator = config, ESTIMATORS[config.estimator]
+    tx = make_optimizer(c.optim, c.updates)
 
     # ------------------------------------------------------------------ score -> advantages
 
-    def _prepare(
-        self, state: states.TrainState, known: Known, rollout: Rollout, scores: jax.Array
-    ) -> tuple[Experience, Pairs]:
-        """One advantage an answer, from the rewards of its whole group; nothing here has a gradient."""
-        c, mask = self.config, rollout.mask
-        old_logprobs, ref_logprobs, _ = known
-        shaped, ended, pairs = self.shape(scores, rollout)
+    def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
+        r = rollout.mask.shape[1]
+        rows = (rollout.tokens, rollout.segments, r, c.temperature)
+        return response_logprobs(model, params, *rows)[0]
+
+    def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
+        """All passes that need no score; of a reference on another mesh, pass None."""
+        ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
+        logprobs = rollout.logprobs
+        if c.behaviour_logprobs == "forward":
+            logprobs = logprobs_of(params["policy"], rollout) * rollout.mask
+        return Forward(logprobs, ref_logprobs)
+
+    def make_experience(
+        state: TrainState, known: Forward, rollout: Rollout, scores: jax.Array
+    ) -> tuple[Experience, Metrics]:
+        """One advantage per response, from the rewards of its whole group; nothing here has a gradient."""
+        mask = rollout.mask
+        old_logprobs, ref_logprobs = known
+        shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
         if c.overlong_soft:
             shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)
-        penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
+        penalty, sequence_kl = kl_penalty(c.kl, old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
         penalties = beta * kl.sequence_kl(penalty, mask)
         groups = shaped.reshape(-1, c.completions)
         informative = jnp.repeat(group.informative(groups), c.completions)
         n = jnp.float32(mask.shape[0])
-        pairs |= {
+        metrics |= {
             "score": (scores.sum(), n),
             "reward": ((shaped - beta * sequence_kl).sum(), n),
             "kl": (sequence_kl.sum(), n),
@@ -206,54 +293,66 @@ class Algorithm(PolicyAlgorithm):
             counted = counted * ended[:, None]
         if c.only_informative:
             counted = counted * informative[:, None]
-        rows = (rollout.tokens, rollout.segments, counted, old_logprobs)
-        advantages = self._advantages(groups, penalties.reshape(groups.shape), state)
-        return Experience(*rows, advantages, ref_logprobs), pairs
+        experience = Experience(
+            tokens=rollout.tokens,
+            segments=rollout.segments,
+            mask=counted,
+            logprobs=old_logprobs,
+            advantages=advantages_of(groups, penalties.reshape(groups.shape), state),
+            ref_logprobs=ref_logprobs,
+        )
+        return experience, metrics
 
-    def _advantages(
-        self, scores: Float[Array, "p k"], penalties: Float[Array, "p k"], state: states.TrainState
+    def advantages_of(
+        scores: Float[Array, "p k"], penalties: Float[Array, "p k"], state: TrainState
     ) -> Float[Array, "b"]:
-        if self.estimator.advantages is not None:
-            return self.estimator.advantages(scores, penalties).reshape(-1)
+        if estimator.advantages is not None:
+            return estimator.advantages(scores, penalties).reshape(-1)
         # the average of the iterations before this one, free of the zero that it began with
-        weight = 1 - self.config.baseline_decay ** state.step.astype(jnp.float32)
+        weight = 1 - c.baseline_decay ** state.step.astype(jnp.float32)
         return (scores - penalties).reshape(-1) - masked.divide(state.extra["baseline"], weight)
 
     # ------------------------------------------------------------------ minibatch epochs
 
     def loss(
-        self, params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
-    ) -> tuple[jax.Array, Pairs]:
+        params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, Metrics]:
         """The estimator's surrogate, and what joins it: KL in the loss, entropy bonus."""
-        c, mask, r = self.config, batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)
-        logprobs, entropy = self.model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
-        terms = {"policy": (1.0, self.estimator.loss(c, logprobs, batch, beta))}
+        mask, r = batch.mask, batch.mask.shape[1]
+        hidden = response_hidden(model, params["policy"], batch.tokens, batch.segments, r)
+        logprobs, entropy = model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
+        terms = {"policy": (1.0, estimator.loss(c, logprobs, batch, beta))}
         if c.entropy_coefficient:
             terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
         if c.kl.place == "loss" and c.kl.estimator != "grpo":
-            terms["kl"] = (beta, self._kl_loss(logprobs, batch))
-        total, pairs = add_losses(**terms)
+            terms["kl"] = (beta, kl_loss(c.kl, logprobs, batch))
+        total, metrics = add_losses(**terms)
         ratios = policy.ratio_metrics(policy.log_ratio(logprobs, batch.logprobs, mask), mask)
-        return total, ratios | pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+        return total, ratios | metrics | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
 
-    def _update(
-        self,
-        state: states.TrainState,
+    def update(
+        state: TrainState,
         experience: Experience,
         text: dict[str, jax.Array],
-        pairs: Pairs,
+        metrics: Metrics,
         key: jax.Array,
         frozen: PyTree | None = None,
-    ) -> tuple[states.TrainState, Pairs]:
+    ) -> tuple[TrainState, Metrics]:
         """The epochs of an iteration, then its KL coefficient, averages and baseline."""
-        loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
+        of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
         rows = (state, experience, text, key)
-        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, *rows, frozen=frozen)
+        state, update_metrics = minibatch_epochs(c, tx, model, of_minibatch, *rows, frozen=frozen)
         if "baseline" in state.extra:
-            total, n = pairs["advantage_reward"]
-            decayed = group.moving_baseline(
-                state.extra["baseline"], (total / n)[None], decay=self.config.baseline_decay
-            )
+            total, n = metrics["advantage_reward"]
+            decayed = group.moving_baseline(state.extra["baseline"], (total / n)[None], decay=c.baseline_decay)
             state = state.replace(extra={**state.extra, "baseline": decayed})
-        return end_iteration(self.config, state, pairs), more
+        return end_iteration(c, state, metrics), update_metrics
+
+    return Programs(
+        forward=Program("know", jax.jit(forward), ROWS),
+        ref_logprobs=Program("ref_logprobs", jax.jit(logprobs_of), ROWS),
+        make_experience=Program("prepare", jax.jit(make_experience), [ROWS, WHOLE]),
+        update=Program("update", jax.jit(update, donate_argnums=0), [STATE, WHOLE]),
+        loss=loss,
+        tx=tx,
+    )

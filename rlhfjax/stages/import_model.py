@@ -19,6 +19,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.roles import Role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,12 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    return {"model": Role(config.init_from, overrides=config.overrides)}
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     name = config.chat_template
     if name and name not in BUILT_IN and not (name.endswith(".jinja") and paths.path(name).is_file()):
         accepted = ", ".join(BUILT_IN)
@@ -43,7 +48,7 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns its size."""
     opened = store.open_model(config.init_from, layout, config.overrides, f"{config.stage}.overrides")
-    check(config, layout, opened.model.config)
+    validate(config, layout, opened.model.config)
     saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
     if config.chat_template:
         saved = dataclasses.replace(saved, tokenizer=_in_template(saved.tokenizer, config.chat_template))

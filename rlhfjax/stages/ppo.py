@@ -7,28 +7,53 @@ Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendi
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhfjax import state as states
 from rlhfjax.algos import advantages, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
+from rlhfjax.programs import ROWS, STATE, WHOLE, Program
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.stages import Pairs, Stage
-from rlhfjax.stages.parts.common import frozen_part, to_save
-from rlhfjax.stages.parts.epochs import end_iteration, minibatch_epochs
-from rlhfjax.stages.parts.policy import Known, PolicyAlgorithm, Task, Tokens, open_task, policy_stage
-from rlhfjax.stages.parts.policy_config import PolicyConfig, check_policy
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden
+from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
+from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
+from rlhfjax.rl.held_out import held_out
+from rlhfjax.rl.prompts import prompt_batches, prompt_shapes
+from rlhfjax.rl.ptx import text_of, text_shapes, with_ptx
+from rlhfjax.rl.rewards import kl_loss, kl_penalty, shape_rewards, with_human
+from rlhfjax.rl.rollout import (
+    Rollout,
+    Tokens,
+    make_sampler,
+    response_hidden,
+    response_logprobs,
+    truncated,
+)
+from rlhfjax.rl.state import (
+    UPDATE,
+    draw,
+    fresh_state,
+    left_policy,
+    prompt_metrics,
+    state_axes,
+    stream,
+    with_next,
+    with_policy,
+    without_next,
+)
+from rlhfjax.rl.task import Task, open_task
+from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
+from rlhfjax.stage import Data, Finished, Metrics, Stage
+from rlhfjax.state import TrainState, attach, copy_into
 
 PyTree = Any
 
@@ -55,9 +80,24 @@ class Config(PolicyConfig):
     value_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
-    check_policy(config, layout, shape)
+def roles(config: Config) -> dict[str, Role]:
+    """Returns the roles of every policy stage, and the value function."""
+    critic = Role(config.init_from, head="scalar", optim=config.value_optim, lora=config.lora)
+    shares = "reward" if config.value == "reward" else "policy"
+    if config.value == "reward":
+        critic = critic._replace(source=config.reward, scores=True)
+    if config.value == "shared":
+        critic = critic._replace(lora=LoraConfig(), head_alone=True)
+    return policy_roles(config) | {"value": critic._replace(shares=shares)}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return policy_workload(config, *(() if config.value == "shared" else ("value",)))
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
+    validate_policy(config, layout, model_config)
     make_schedule(config.value_optim, config.updates)
     if not (0 <= config.gamma <= 1 and 0 <= config.lam <= 1):
         raise ConfigError(f"ppo.gamma={config.gamma}, lam={config.lam}: they are between 0 and 1")
@@ -73,72 +113,8 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError("ppo.kl.estimator=\"grpo\" is the group stage's; in PPO's loss: k1, k2, k3, sequence")
 
 
-def build(config: Config, layout: Layout) -> Stage:
-    task = open_task(config, layout)
-    check(config, layout, task.start.model.config)
-    made = parts(config, task)
-
-    def keep(state: states.TrainState) -> dict[str, Any]:
-        if config.value == "shared":
-            return {}
-        whole = states.attach(made.frozen["value"], state.params["value"])
-        return {"value": to_save(made.algorithm.critic, whole, task.start.tokenizer)}
-
-    return policy_stage(config, layout, task, also=keep, **made._asdict())
-
-
-class Parts(NamedTuple):
-    """What PPO makes of a task, arrays or shapes: see `policy_stage`."""
-
-    algorithm: "Algorithm"
-    born: Callable[[jax.Array], dict[str, PyTree]]
-    axes: dict[str, PyTree]
-    loaded: dict[str, PyTree]
-    frozen: dict[str, PyTree]
-
-
-def parts(config: Config, task: Task) -> Parts:
-    """The algorithm with the value function that the config names, and the parameters that it trains."""
-    model = task.start.model
-    critic, critic_params = _value_start(config, task)
-
-    def born(key: jax.Array) -> dict[str, PyTree]:
-        value = critic.init_trained(jax.random.fold_in(key, 1))
-        return {"policy": model.init_trained(key), "value": _value_tree(config, value)}
-
-    return Parts(
-        Algorithm(config, model, critic, Tokens.of(config, task.tokenizer)),
-        born,
-        axes={"policy": model.trained_axes(), "value": _value_tree(config, critic.trained_axes())},
-        loaded={"policy": task.start.params, "value": critic_params},
-        frozen={"value": {} if config.value == "shared" else frozen_part(critic, critic_params)},
-    )
-
-
-def _value_tree(config: Config, tree: PyTree) -> PyTree:
-    """A value function on the policy's trunk has a head of its own only."""
-    return {"head": tree["head"]} if config.value == "shared" else tree
-
-
-def _value_start(config: Config, task: Task) -> tuple[Model, PyTree]:
-    """The value function and what of its parameters is loaded; what is not stays as it was born."""
-    if config.value == "reward":
-        if not isinstance(task.reward, ModelReward):
-            raise ConfigError(f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"')
-        model, loaded = task.reward.model, dict(task.reward.params)
-    else:
-        model = Model(task.start.model.config, "scalar")
-        loaded = {} if config.value == "shared" else {"backbone": task.start.params["backbone"]}
-    if config.value_head == "zero" or (config.value_head == "loaded" and "head" not in loaded):
-        loaded["head"] = {"kernel": jnp.zeros(model.config.d_model), "bias": jnp.zeros(())}
-    elif config.value_head == "normal":
-        loaded.pop("head", None)
-    return dataclasses.replace(model, lora=config.lora), loaded
-
-
-@dataclasses.dataclass(frozen=True)
-class Experience:
-    """An iteration's rollouts with all that is constant over its epochs: arrays, or shapes where a run is planned."""
+class Experience(NamedTuple):
+    """An iteration's rollouts with all that is constant over its epochs."""
 
     tokens: Any  # [b, p + r]
     segments: Any  # [b, p + r]
@@ -151,39 +127,129 @@ class Experience:
     ref_logprobs: Any = None  # [b, r], where the KL is in the loss
 
 
-jax.tree_util.register_dataclass(Experience)
+class Forward(NamedTuple):
+    """What forward passes give of a rollout before it has a score, all [b, r]."""
+
+    logprobs: Any  # log pi_old, 0 outside the response
+    ref_logprobs: Any  # None until it comes from another mesh
+    values: Any
 
 
-class Algorithm(PolicyAlgorithm):
-    """PPO's jitted pieces for one policy and one value function."""
+class Programs(NamedTuple):
+    """PPO's jitted functions for one policy and one value function."""
 
-    def __init__(self, config: Config, model: Model, critic: Model, tokens: Tokens):
-        super().__init__(config, model, tokens)
-        self.critic = critic
-        self.tx = optax.partition(
-            {
-                "policy": make_optimizer(config.optim, config.updates),
-                "value": make_optimizer(config.value_optim, config.updates),
-            },
-            lambda params: {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in params.items()},
-        )
-        self.prepare = jax.jit(self._prepare)
-        self.update = jax.jit(self._update, donate_argnums=0)
+    forward: Program
+    ref_logprobs: Program
+    make_experience: Program
+    update: Program
+    loss: Any  # (params, minibatch, key, beta) -> (scalar, metrics), not jitted
+    whiten: Any  # minibatch -> minibatch, not jitted
+    tx: optax.GradientTransformation
+
+
+def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    task = open_task(config, roles(config), layout, sources)
+    policy_model = task.policy.model
+    validate(config, layout, policy_model.config)
+    critic = _value_function(config, task)
+    frozen = {"policy": task.policy.frozen, "value": critic.frozen}
+    forward, ref_logprobs, make_experience, update, *_, tx = programs(config, policy_model, critic.model, task.tokens)
+    sample = make_sampler(config, layout, policy_model, task.tokens)
+    reference_logprobs = task.on_frozen(functools.partial(ref_logprobs, task.reference))
+
+    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+        params = attach(frozen, state.params)
+        drawn = draw(config, sample, state, params["policy"], batch, key)
+        rollout, state = drawn.rollout, without_next(state)
+        scored = truncated(config, task.tokens, rollout)  # what the reward model sees
+        if task.frozen_layout is None:  # dispatched before the rewards, which may be made on the host
+            known = forward(params, task.reference, rollout)
+        else:
+            known = forward(params, None, rollout)._replace(ref_logprobs=reference_logprobs(rollout))
+        scores, reward_metrics = task.score(scored.tokens, scored.segments, scored.mask)
+        if task.human is not None:
+            human = task.on_frozen(task.human)(scored.tokens, scored.segments, scored.mask)
+            scores, human_metrics = with_human(config.human, scores, human, state.step)
+            reward_metrics = {**reward_metrics, **human_metrics}
+        experience, metrics = make_experience(state, known, rollout, layout.put_rows(scores))
+        state, update_metrics = update(state, experience, text_of(batch), metrics, stream(key, UPDATE), frozen)
+        state, staleness = with_next(state, drawn)
+        return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
+
+    def init_params(key: jax.Array) -> dict[str, PyTree]:
+        fresh = critic.model.init_trained(jax.random.fold_in(key, 1))
+        return {"policy": policy_model.init_trained(key), "value": _own(config, fresh)}
+
+    def start(state: TrainState) -> TrainState:
+        state = with_policy(config, task.policy, state)
+        value_params = _start_value(config, critic, state.params["value"])
+        return state.replace(params=state.params | {"value": value_params})
+
+    def finish(state: TrainState) -> Finished:
+        finished = left_policy(config, task.policy, state)
+        if config.value == "shared":
+            return finished
+        models = finished.models | {"value": critic.saved(state.params["value"])}
+        return finished._replace(models=models)
+
+    def open_data() -> Data:
+        prompts = prompt_batches(config.prompts, task.tokenizer, config)
+        batches = with_ptx(config.ptx, prompts, task.tokenizer, config, layout)
+        return Data(batches, held_out(config, task, layout), finish)
+
+    trained_axes = {"policy": policy_model.trained_axes(), "value": _own(config, critic.model.trained_axes())}
+    shapes = prompt_shapes(config.episodes, config.prompt_length)
+    return Stage(
+        init=fresh_state(config, tx, init_params),
+        axes=state_axes(config, trained_axes),
+        start=start,
+        step=step,
+        batch=lambda _: {**shapes, **text_shapes(config.ptx, config.episodes)},
+        open=open_data,
+        units=config.episodes * config.max_new,
+    )
+
+
+def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Programs:
+    """Returns the jitted functions of an iteration, in their order."""
+    c = config
+    tx = optax.partition(
+        {
+            "policy": make_optimizer(c.optim, c.updates),
+            "value": make_optimizer(c.value_optim, c.updates),
+        },
+        lambda params: {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in params.items()},
+    )
 
     # ------------------------------------------------------------------ score -> advantages
 
-    def _know(self, params: PyTree, reference: PyTree, rollout: Rollout) -> Known:
-        values = self._values(params, rollout.tokens, rollout.segments, rollout.mask.shape[1]) * rollout.mask
-        return super()._know(params, reference, rollout)._replace(values=values)
+    def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
+        r = rollout.mask.shape[1]
+        rows = (rollout.tokens, rollout.segments, r, c.temperature)
+        return response_logprobs(model, params, *rows)[0]
 
-    def _prepare(
-        self, state: states.TrainState, known: Known, rollout: Rollout, scores: jax.Array
-    ) -> tuple[Experience, Pairs]:
+    def values_of(params: PyTree, batch: Any) -> jax.Array:
+        trunk, trunk_params = (model, params["policy"]) if c.value == "shared" else (critic, params["value"])
+        hidden = response_hidden(trunk, trunk_params, batch.tokens, batch.segments, batch.mask.shape[1])
+        return critic.scalar(params["value"], hidden)
+
+    def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
+        """All passes that need no score; of a reference on another mesh, pass None."""
+        values = values_of(params, rollout) * rollout.mask
+        ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
+        logprobs = rollout.logprobs
+        if c.behaviour_logprobs == "forward":
+            logprobs = logprobs_of(params["policy"], rollout) * rollout.mask
+        return Forward(logprobs, ref_logprobs, values)
+
+    def make_experience(
+        state: TrainState, known: Forward, rollout: Rollout, scores: jax.Array
+    ) -> tuple[Experience, Metrics]:
         """Rewards and advantages of a rollout; nothing here has a gradient."""
-        c, mask = self.config, rollout.mask
+        mask = rollout.mask
         old_logprobs, ref_logprobs, values = known
-        shaped, ended, pairs = self.shape(scores, rollout)
-        penalty, sequence_kl = self.kl_to_reference(old_logprobs, ref_logprobs, mask)
+        shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
+        penalty, sequence_kl = kl_penalty(c.kl, old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
         rewards = shaping.token_rewards(shaped, penalty, mask, beta=beta)
         if c.whiten_rewards == "batch":
@@ -192,7 +258,7 @@ class Algorithm(PolicyAlgorithm):
         if c.whiten_advantages == "batch":
             advantage = masked.whiten(advantage, mask)
         n = jnp.float32(mask.shape[0])
-        pairs |= {
+        metrics |= {
             "score": (scores.sum(), n),
             "reward": ((shaped - beta * sequence_kl).sum(), n),
             "kl": (sequence_kl.sum(), n),
@@ -202,88 +268,111 @@ class Algorithm(PolicyAlgorithm):
             "kl_coefficient": (beta, jnp.ones(())),
         }
         experience = Experience(
-            rollout.tokens,
-            rollout.segments,
-            mask,
-            old_logprobs,
-            values,
-            advantage,
-            returns,
+            tokens=rollout.tokens,
+            segments=rollout.segments,
+            mask=mask,
+            logprobs=old_logprobs,
+            values=values,
+            advantages=advantage,
+            returns=returns,
             rewards=rewards if c.whiten_rewards == "minibatch" else None,
             ref_logprobs=ref_logprobs if c.kl.place == "loss" else None,
         )
-        return experience, pairs
-
-    def _values(self, params: PyTree, tokens: jax.Array, segments: jax.Array, r: int) -> jax.Array:
-        if self.config.value == "shared":
-            hidden = response_hidden(self.model, params["policy"], tokens, segments, r)
-        else:
-            hidden = response_hidden(self.critic, params["value"], tokens, segments, r)
-        return self.critic.scalar(params["value"], hidden)
+        return experience, metrics
 
     # ------------------------------------------------------------------ minibatch epochs
 
+    def whiten(batch: Experience) -> Experience:
+        if c.whiten_rewards == "minibatch":
+            rewards = masked.whiten_keep_mean(batch.rewards, batch.mask)
+            advantage, returns = advantages.gae(rewards, batch.values, batch.mask, gamma=c.gamma, lam=c.lam)
+            batch = batch._replace(advantages=advantage, returns=returns)
+        if c.whiten_advantages == "minibatch":
+            batch = batch._replace(advantages=masked.whiten(batch.advantages, batch.mask))
+        return batch
+
     def loss(
-        self, params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
-    ) -> tuple[jax.Array, Pairs]:
+        params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, Metrics]:
         """Clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy, mean over tokens.
 
         beta weighs the KL to the reference where that is in the loss.
         """
-        c, mask, r = self.config, batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)
-        logprobs, entropy = self.model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
-        if c.value == "shared":
-            values = self.critic.scalar(params["value"], hidden)
+        mask, r = batch.mask, batch.mask.shape[1]
+        hidden = response_hidden(model, params["policy"], batch.tokens, batch.segments, r)
+        logprobs, entropy = model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
+        values = critic.scalar(params["value"], hidden) if c.value == "shared" else values_of(params, batch)
+        policy_terms = policy.ppo_loss(logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip)
+        if c.value_clip:
+            rows = (values, batch.values, batch.returns, mask)
+            value_terms = value.clipped_value_loss(*rows, clip=c.value_clip)
         else:
-            values = self._values(params, batch.tokens, batch.segments, r)
-        terms = {
-            "policy": (1.0, policy.ppo_loss(logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip)),
-            "value": (c.value_coefficient, self._value_loss(values, batch)),
-        }
+            value_terms = value.value_loss(values, batch.returns, mask)
+        terms = {"policy": (1.0, policy_terms), "value": (c.value_coefficient, value_terms)}
         if c.entropy_coefficient:
             terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
-        if c.kl.place == "loss":
-            terms["kl"] = (beta, self._kl_loss(logprobs, batch))
-        total, pairs = add_losses(**terms)
-        return total, pairs | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+        if c.kl.place == "loss":  # weighted by tokens, as the terms that it joins
+            scalar, pairs = kl_loss(c.kl, logprobs, batch)
+            terms["kl"] = (beta, (scalar, {**pairs, "loss": (pairs["loss"][0], mask.sum())}))
+        total, metrics = add_losses(**terms)
+        return total, metrics | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
 
-    def _value_loss(self, values: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
-        if self.config.value_clip:
-            return value.clipped_value_loss(
-                values, batch.values, batch.returns, batch.mask, clip=self.config.value_clip
-            )
-        return value.value_loss(values, batch.returns, batch.mask)
-
-    def _kl_loss(self, logprobs: jax.Array, batch: Experience) -> tuple[jax.Array, Pairs]:
-        """Summed over a minibatch's tokens and weighted by tokens, as the terms it joins.
-
-        Of `sequence`, too, only the sum is used: divided by tokens it is what a KL in the reward comes to.
-        """
-        scalar, pairs = super()._kl_loss(logprobs, batch)
-        return scalar, {**pairs, "loss": (pairs["loss"][0], batch.mask.sum())}
-
-    def _update(
-        self,
-        state: states.TrainState,
+    def update(
+        state: TrainState,
         experience: Experience,
         text: dict[str, jax.Array],
-        pairs: Pairs,
+        metrics: Metrics,
         key: jax.Array,
         frozen: PyTree | None = None,
-    ) -> tuple[states.TrainState, Pairs]:
+    ) -> tuple[TrainState, Metrics]:
         """The epochs of an iteration, then its KL coefficient and averages."""
-        loss = functools.partial(self.loss, beta=state.extra["kl_coefficient"])
+        of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
         rows = (state, experience, text, key)
-        state, more = minibatch_epochs(self.config, self.tx, self.model, loss, *rows, self._whitened, frozen)
-        return end_iteration(self.config, state, pairs), more
+        state, update_metrics = minibatch_epochs(c, tx, model, of_minibatch, *rows, whiten, frozen)
+        return end_iteration(c, state, metrics), update_metrics
 
-    def _whitened(self, batch: Experience) -> Experience:
-        c = self.config
-        if c.whiten_rewards == "minibatch":
-            rewards = masked.whiten_keep_mean(batch.rewards, batch.mask)
-            advantage, returns = advantages.gae(rewards, batch.values, batch.mask, gamma=c.gamma, lam=c.lam)
-            batch = dataclasses.replace(batch, advantages=advantage, returns=returns)
-        if c.whiten_advantages == "minibatch":
-            batch = dataclasses.replace(batch, advantages=masked.whiten(batch.advantages, batch.mask))
-        return batch
+    return Programs(
+        forward=Program("know", jax.jit(forward), ROWS),
+        ref_logprobs=Program("ref_logprobs", jax.jit(logprobs_of), ROWS),
+        make_experience=Program("prepare", jax.jit(make_experience), [ROWS, WHOLE]),
+        update=Program("update", jax.jit(update, donate_argnums=0), [STATE, WHOLE]),
+        loss=loss,
+        whiten=whiten,
+        tx=tx,
+    )
+
+
+# ------------------------------------------------------------------ the value function
+
+
+def _value_function(config: Config, task: Task) -> Loaded:
+    """Returns the value function, and how the parameters that it starts from are read."""
+    policy = task.policy
+    if config.value == "reward":
+        if not isinstance(task.reward, ModelReward):
+            raise ConfigError(f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"')
+        config_of_value, params = task.reward.model.config, task.reward.params
+        read = lambda: dict(params)  # noqa: E731
+    else:
+        config_of_value = policy.model.config
+        read = lambda: {"backbone": policy.read()["backbone"]}  # noqa: E731
+    frozen = {}
+    if config.lora.rank and config.value != "shared":
+        frozen = {"backbone": read()["backbone"]}
+    return Loaded(Model(config_of_value, "scalar", config.lora), task.tokenizer, frozen, read)
+
+
+def _own(config: Config, tree: PyTree) -> PyTree:
+    """Returns what a value function has of its own: on the policy's trunk its head alone."""
+    return {"head": tree["head"]} if config.value == "shared" else tree
+
+
+def _start_value(config: Config, critic: Loaded, params: PyTree) -> PyTree:
+    """Returns fresh parameters with the pretrained ones and the head that the config names in them."""
+    pretrained = {} if config.value == "shared" else critic.read()
+    if config.value_head == "zero" or (config.value_head == "loaded" and "head" not in pretrained):
+        width = critic.model.config.d_model
+        pretrained["head"] = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
+    elif config.value_head == "normal":
+        pretrained.pop("head", None)
+    return copy_into(params, pretrained)

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data import loader
+from rlhfjax.data.config import SourceConfig, open_preferences, open_sources
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
@@ -19,14 +20,14 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.rewards import centre
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
-from rlhfjax.stages.parts import centre
-from rlhfjax.stages.parts.answers import Sampling, answers
-from rlhfjax.stages.parts.common import SourceConfig, check_length, open_sources
-from rlhfjax.stages.parts.preferences import open_preferences
-from rlhfjax.stages.parts.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.answers import Sampling, answers
+from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.roles import Role, Workload, job_workload
 from rlhfjax.stages.reward import make_judge
+from rlhfjax.supervised import validate_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,21 +47,31 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def roles(config: Config) -> dict[str, Role]:
+    policy = {"policy": Role(config.policy)} if config.policy else {}
+    return {"reward": Role(config.init_from, head="scalar"), **policy}
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    length = config.length or config.prompt_length + config.max_new
+    return job_workload(config.batch_size, length)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     if sum(map(bool, (config.policy, config.preferences, config.demonstrations))) != 1:
         raise ConfigError("recentre: give the samples by one of policy, preferences and demonstrations")
     needed = ("prompt_length", "max_new") if config.policy else ("length",)
     if missing := [name for name in needed if getattr(config, name) < 1]:
         raise ConfigError(f"recentre.{missing[0]}: a value is required")
     layout.check_batch(config.batch_size, "recentre.batch_size")
-    check_length(sum(getattr(config, name) for name in needed), shape, f"recentre.{' + '.join(needed)}")
+    validate_length(sum(getattr(config, name) for name in needed), model_config, f"recentre.{' + '.join(needed)}")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns mean and spread of the samples' rewards before."""
     saved = store.load(config.init_from, layout)
-    check(config, layout, saved.model.config)
+    validate(config, layout, saved.model.config)
     check_scalar(saved, saved.tokenizer, config.init_from)
     with layout.use():
         samples = _samples(config, saved, layout)

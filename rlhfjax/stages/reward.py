@@ -6,6 +6,7 @@ of the policy it will judge have mean 0 (std 1), or so that demonstrations score
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -15,31 +16,33 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data import loader
+from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, own_shards
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.programs import STATE, WHOLE, Program
+from rlhfjax.rewards import centre
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
-from rlhfjax.stages import Finished, Pairs, Stage
-from rlhfjax.stages.parts import centre
-from rlhfjax.stages.parts.common import (
-    SourceConfig,
-    Start,
+from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
+from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
+from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.supervised import (
+    MODEL,
     StreamConfig,
-    adapters_of,
-    assemble,
-    begin,
-    check_streams,
-    open_sources,
-    own_shards,
+    left_behind,
+    load_trained,
+    supervised_workload,
+    trained_role,
+    truncation_metrics,
+    validate_streams,
 )
-from rlhfjax.stages.parts.preferences import open_preferences, truncation_metrics
-from rlhfjax.state import TrainState
 
+Batch = dict[str, Any]
 LABELS = (
     "scores",
     "valid",
@@ -59,71 +62,123 @@ class Config(StreamConfig):
     demonstrations: tuple[SourceConfig, ...] = ()  # whose answers score 0, for normalise="demonstrations"
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
-    check_streams(config, layout, shape)
+def roles(config: Config) -> dict[str, Role]:
+    return {MODEL: trained_role(config, head="scalar")}
+
+
+def workload(config: Config, completions: int = 2) -> Workload:
+    return supervised_workload(config, completions)
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
+    validate_streams(config, layout, model_config)
     if (config.normalise == "demonstrations") != bool(config.demonstrations):
         raise ConfigError('reward.demonstrations: sources go together with reward.normalise="demonstrations"')
 
 
-def build(config: Config, layout: Layout) -> Stage:
-    start = begin(config, layout, head="scalar")
-    check(config, layout, start.model.config)
-    options = {"batch_size": config.batch_size, "length": config.length}
-    train, held_out = (open_preferences(config.preferences, split) for split in ("train", "validation"))
-    own = own_shards(config.data_shards, config.batch_size, layout)
-    batches = loader.preference_batches(train, start.tokenizer, seed=config.seed, shards=own, **options)
-    held_out_batches = loader.preference_batches(held_out, start.tokenizer, train=False, **options)
-    rewards_of = make_judge(start.model, layout)
-    loss = make_loss(config.loss)
+def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    validate(config, layout, model.config)
+    of_completions = make_loss(config.loss)
+    loss = reward_loss(model, of_completions)
+    tx = make_optimizer(config.optim, config.steps)
+    schedule = make_schedule(config.optim, config.steps)
+    rewards_of = make_judge(model, layout)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        options = {"microbatches": config.microbatches, "frozen": frozen}
+        grads, metrics = gradients(loss, state.params, batch, key, **options)
+        rate = schedule(state.step)
+        skip = config.on_nonfinite == "skip"
+        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
+        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
+        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+
+    program = Program("step", update, [STATE, WHOLE])
+
+    def step(state: TrainState, batch: Batch, key: Any) -> tuple[TrainState, Metrics]:
+        return program(loaded.frozen, state, batch, key)
 
     def judge(trained: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return rewards_of(start.whole(trained), batches)
+        return rewards_of(loaded.merged(trained), batches)
 
-    def finish(state: TrainState) -> Finished:
-        answers = judge(state.params, held_out_batches.restart())
-        params, pairs = _normalised(config, start, state.params, answers, judge)
-        margins = stats.margins(answers["rewards"], *(answers[name] for name in LABELS))
-        files = {"calibration.json": stats.calibration(margins).as_dict()}
-        return Finished({store.FOLDER: start.saved(params)}, pairs, files, adapters_of(start.model, params))
+    @functools.cache
+    def held_out() -> Any:
+        source = open_preferences(config.preferences, "validation")
+        options = {"batch_size": config.batch_size, "length": config.length}
+        return loader.preference_batches(source, tokenizer, train=False, **options)
 
-    stage = assemble(
-        config,
-        start,
-        loss=reward_loss(start.model, loss),
-        tx=make_optimizer(config.optim, config.steps),
-        schedule=make_schedule(config.optim, config.steps),
-        batches=batches,
-        evals=lambda state: held_out_metrics(judge(state.params, held_out_batches.restart()), loss),
-        finish=finish,
+    def start(state: TrainState) -> TrainState:
+        state = state.replace(params=loaded.start(state.params))
+        if config.normalise_before == "none":
+            return state
+        judged = judge(state.params, held_out().restart())
+        return state.replace(params=centre.normalise(state.params, judged, config.normalise_before)[0])
+
+    def open_data() -> Data:
+        options = {"batch_size": config.batch_size, "length": config.length}
+        source = open_preferences(config.preferences, "train")
+        own = own_shards(config.data_shards, config.batch_size, layout)
+        batches = loader.preference_batches(source, tokenizer, seed=config.seed, shards=own, **options)
+        passes = held_out()
+
+        def evals(state: TrainState) -> Metrics:
+            return held_out_metrics(judge(state.params, passes.restart()), of_completions)
+
+        def finish(state: TrainState) -> Finished:
+            judged = judge(state.params, passes.restart())
+            params, metrics = _normalised(config, loaded, state.params, judged, judge)
+            margins = stats.margins(judged["rewards"], *(judged[name] for name in LABELS))
+            files = {"calibration.json": stats.calibration(margins).as_dict()}
+            return left_behind(loaded, params)._replace(pairs=metrics, files=files)
+
+        return Data(batches, evals, finish)
+
+    return Stage(
+        init=lambda key: TrainState.create(model.init_trained(key), tx),
+        axes=model.trained_axes(),
+        start=start,
+        step=step,
+        batch=lambda completions: preference_shapes(config.batch_size, completions, config.length),
+        open=open_data,
         units=config.batch_size,
         unit="prompts",
     )
-    if config.normalise_before == "none":
-        return stage
 
-    def scaled(state: TrainState) -> TrainState:
-        state = stage.start(state)
-        answers = judge(state.params, held_out_batches.restart())
-        return state.replace(params=centre.normalise(state.params, answers, config.normalise_before)[0])
 
-    return dataclasses.replace(stage, start=scaled)
+def preference_shapes(size: int, completions: int, length: int) -> Shapes:
+    """Returns the shapes of a batch of `loader.preference_batches`."""
+    each, row = (completions,), (completions, length)
+    return row_shapes(
+        size,
+        tokens=(row, np.int32),
+        segments=(row, np.int32),
+        scores=(each, np.float32),
+        valid=(each, np.float32),
+        cut=(each, np.float32),
+        lengths=(each, np.int32),
+        same=(each, np.int32),
+        index=((), np.int32),
+    )
 
 
 def _normalised(
-    config: Config, start: Start, params: Any, answers: dict[str, np.ndarray], judge: Callable[..., Any]
-) -> tuple[Any, Pairs]:
+    config: Config, loaded: Loaded, params: Any, judged: dict[str, np.ndarray], judge: Callable[..., Any]
+) -> tuple[Any, Metrics]:
     if config.normalise != "demonstrations":
-        return centre.normalise(params, answers, config.normalise)
+        return centre.normalise(params, judged, config.normalise)
     source = open_sources(config.demonstrations, "reward.demonstrations")
     options = {"batch_size": config.batch_size, "length": config.length}
-    shown = judge(params, centre.demonstrations(source, start.tokenizer, **options))
-    params, pairs = centre.normalise(params, shown, "mean")
-    _, reference = centre.normalise(params, answers, "none")
+    shown = judge(params, centre.demonstrations(source, loaded.tokenizer, **options))
+    params, metrics = centre.normalise(params, shown, "mean")
+    _, reference = centre.normalise(params, judged, "none")
     cut = truncation_metrics(shown)["rows_cut"]
     return params, {
         **reference,
-        "demonstration_mean": pairs["reference_mean"],
+        "demonstration_mean": metrics["reference_mean"],
         "demonstrations_cut": cut,
     }
 
@@ -135,11 +190,11 @@ def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], k
     return sequence_rewards(model, params, *rows, key).reshape(b, k)
 
 
-def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array, Pairs]]:
+def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Every such loss is one of differences of rewards: the head's bias has gradient 0, exactly 0 and not rounding's
     (which Adam would scale up to whole steps). Normalisation alone sets it."""
 
-    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         key = key if model.drops else None
         head = params["head"]
         params = {**params, "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])}}
@@ -164,7 +219,7 @@ def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarr
     return judge
 
 
-def held_out_metrics(judged: dict[str, np.ndarray], loss: RewardLoss) -> Pairs:
+def held_out_metrics(judged: dict[str, np.ndarray], loss: RewardLoss) -> Metrics:
     """val_loss, val_accuracy, the accuracy of judging by length alone, the expected calibration
     error, and what cutting did (see `truncation_metrics`)."""
     labels = [judged[name] for name in LABELS]

@@ -4,6 +4,7 @@ workdir/reward.json    what `reward="stage:…"` loads; `compose` adds it to a r
 """
 
 import dataclasses
+from typing import Any
 
 from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
@@ -21,12 +22,17 @@ class Config(RubricConfig):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """Returns what reward.json says, with names as the config has them."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(RubricConfig)}
+    return {"kind": "rubric", **dataclasses.asdict(RubricConfig(**own))}
+
+
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes reward.json; returns how many classes there are."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(RubricConfig)}
-    values = dataclasses.asdict(RubricConfig(**own))
+    values = describe(config)
     values["judge"]["model"] = beside(config.judge.model, workdir)
-    write_json(workdir / FILE, {"kind": "rubric", **values})
+    write_json(workdir / FILE, values)
     metrics = {"rubric/classes": float(len(config.classes))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

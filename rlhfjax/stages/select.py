@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.data import chat, examples
+from rlhfjax.data.config import open_preferences
 from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
@@ -20,7 +21,6 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.stages.parts.preferences import open_preferences
 
 SPLITS = ("train", "validation")
 
@@ -37,8 +37,8 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
     if config.keep < 1:
         raise ConfigError(f"select.keep={config.keep}: at least one answer to a prompt is needed")
 

@@ -25,16 +25,27 @@ from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
+from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
-from rlhfjax.stages import Finished, Pairs, Stage
-from rlhfjax.stages.parts.common import ModelTrainConfig, adapters_of, assemble, begin, check_training, sum_over
-from rlhfjax.state import TrainState
+from rlhfjax.roles import DISK, Models, Role, Sources
+from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
+from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.supervised import (
+    MODEL,
+    ModelTrainConfig,
+    left_behind,
+    load_trained,
+    sum_over,
+    supervised_workload,
+    trained_role,
+    validate_training,
+)
 
 Batch = dict[str, np.ndarray]
 
@@ -52,9 +63,16 @@ class Config(ModelTrainConfig):
     gamma: tuple[float, float] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
 
 
-def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed."""
-    check_training(config, layout, shape)
+workload = supervised_workload
+
+
+def roles(config: Config) -> dict[str, Role]:
+    return {MODEL: trained_role(config, head="scalar")}
+
+
+def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the config. Raises ConfigError."""
+    validate_training(config, layout, model_config)
     if config.lora.dropout:
         raise ConfigError(f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout")
     if not 0 <= config.delay[0] < config.delay[1] or config.seconds_per_token <= 0:
@@ -63,37 +81,76 @@ def check(config: Config, layout: Layout, shape: TransformerConfig | None) -> No
         raise ConfigError(f"tamer.gamma={config.gamma}: shape and scale are above 0")
 
 
-def build(config: Config, layout: Layout) -> Stage:
-    start = begin(config, layout, head="scalar")
-    check(config, layout, start.model.config)
-    rows, held_out = (
-        read_feedback(path, start.tokenizer, config.length) for path in (config.feedback, config.held_out)
-    )
-    loss = feedback_loss(start.model, config)
-    measure = jax.jit(lambda params, batch: {f"val_{k}": v for k, v in loss(params, batch, None)[1].items()})
+def describe(config: Config) -> dict[str, Any]:
+    """Returns what reward.json says: the model beside it rewards every token."""
+    return {"kind": "dense"}
 
-    def evals(state: TrainState) -> Pairs:
-        return sum_over(passes(held_out, config.batch_size), lambda b: measure(start.whole(state.params), b), layout, 0)
 
-    def finish(state: TrainState) -> Finished:
-        kept = {store.FOLDER: start.saved(state.params)}
-        return Finished(kept, {}, {FILE: {"kind": "dense"}}, adapters_of(start.model, state.params))
+def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    validate(config, layout, model.config)
+    loss = feedback_loss(model, config)
+    tx = make_optimizer(config.optim, config.steps)
+    schedule = make_schedule(config.optim, config.steps)
 
-    return assemble(
-        config,
-        start,
-        loss=loss,
-        tx=make_optimizer(config.optim, config.steps),
-        schedule=make_schedule(config.optim, config.steps),
-        batches=Shuffled(rows, config.batch_size, config.seed),
-        evals=evals,
-        finish=finish,
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(frozen: Any, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        options = {"microbatches": config.microbatches, "frozen": frozen}
+        grads, metrics = gradients(loss, state.params, batch, key, **options)
+        rate = schedule(state.step)
+        skip = config.on_nonfinite == "skip"
+        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
+        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
+        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+
+    program = Program("step", update, [STATE, WHOLE])
+
+    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+        return program(loaded.frozen, state, batch, key)
+
+    def open_data() -> Data:
+        rows, held_out = (read_feedback(path, tokenizer, config.length) for path in (config.feedback, config.held_out))
+        measure = jax.jit(lambda params, batch: {f"val_{k}": v for k, v in loss(params, batch, None)[1].items()})
+
+        def evals(state: TrainState) -> Metrics:
+            params = loaded.merged(state.params)
+            return sum_over(passes(held_out, config.batch_size), lambda batch: measure(params, batch), layout)
+
+        def finish(state: TrainState) -> Finished:
+            return left_behind(loaded, state.params)._replace(files={FILE: describe(config)})
+
+        return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)
+
+    return Stage(
+        init=lambda key: TrainState.create(model.init_trained(key), tx),
+        axes=model.trained_axes(),
+        start=lambda state: state.replace(params=loaded.start(state.params)),
+        step=step,
+        batch=lambda values: _batch_shapes(config, values),
+        open=open_data,
         units=config.batch_size,
         unit="answers",
     )
 
 
-def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array, Pairs]]:
+def _batch_shapes(config: Config, values: int) -> Shapes:
+    """Returns the shapes of a batch whose responses have up to `values` pieces of feedback."""
+    row, given = (config.length,), (values,)
+    return row_shapes(
+        config.batch_size,
+        tokens=(row, np.int32),
+        segments=(row, np.int32),
+        times=(given, np.float32),
+        values=(given, np.float32),
+        weight=(given, np.float32),
+        first=((), np.int32),
+        count=((), np.int32),
+        cut=((), np.float32),
+    )
+
+
+def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
     """(params, batch, key) -> mean over all feedback of the batch, whichever answer it was given to."""
     one = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}[config.loss]
     credit_of = credit_by(config)
@@ -106,7 +163,7 @@ def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array
         credit = credit_of(starts, starts + config.seconds_per_token, times)
         return one(jnp.where(shown, rewards, 0), credit * shown, values, weight)[1]
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Pairs]:
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         rewards = token_rewards(model, params, batch["tokens"], batch["segments"])
         names = ("first", "count", "times", "values", "weight")
         metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))

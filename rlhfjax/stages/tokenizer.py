@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Literal
 
+from rlhfjax.data.config import SourceConfig, open_sources
 from rlhfjax.data.sources import texts
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
-from rlhfjax.stages.parts.common import SourceConfig, open_sources
 
 ON_ONE_HOST = True
 

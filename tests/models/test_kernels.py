@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rlhfjax.stages.parts.common import check_kernel
 
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.errors import ConfigError
@@ -15,7 +16,6 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig, transformer
 from rlhfjax.models.attention import causal_attention
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
-from rlhfjax.stages.parts.common import check_kernel
 from tests.models.families import random_params
 
 KERNELS = {

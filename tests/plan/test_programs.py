@@ -6,6 +6,7 @@ import inspect
 import jax
 import numpy as np
 import pytest
+from rlhfjax.stages.parts.policy import open_task
 
 from rlhfjax import recipe
 from rlhfjax import stages as stage_modules
@@ -15,7 +16,6 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.plan import compiled, memory, programs, shapes
 from rlhfjax.stages import direct, group, ppo
-from rlhfjax.stages.parts.policy import open_task
 from tests import tiny
 from tests.test_stages import stage_values
 

@@ -1,4 +1,4 @@
-"""The options that every stage which improves a policy against a reward has in common, and what of them is refused."""
+"""The options that every stage which improves a policy against a reward has in common, and their validation."""
 
 import dataclasses
 from typing import Literal
@@ -10,9 +10,10 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
-from rlhfjax.stages.parts.common import check_kernel, check_length, check_lora
-from rlhfjax.stages.parts.prompts import PromptConfig
-from rlhfjax.stages.parts.ptx import PtxConfig
+from rlhfjax.rl.prompts import PromptConfig
+from rlhfjax.rl.ptx import PtxConfig
+from rlhfjax.roles import Pass, Role, Workload
+from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +107,68 @@ class PolicyConfig(TrainConfig):
         return self.steps * self.epochs * self.minibatches
 
 
-def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig | None) -> None:
-    """Refuses what cannot be meant, before anything is computed.
+def policy_roles(config: PolicyConfig) -> dict[str, Role]:
+    """Returns the roles of every policy stage: policy, reference, and what scores.
 
-    Raises:
-      ConfigError: for the first such thing.
+    With adapters the policy's base is the reference, unless there is another.
     """
+    shares = "policy" if config.lora.rank and config.reference is None else None
+    mesh = "train" if config.judge_mesh is None else "frozen"
+    scorer = Role("", head="scalar", mesh=mesh, scores=True)
+    found = {
+        "policy": Role(config.init_from, optim=config.optim, lora=config.lora, averaged=bool(config.ema)),
+        "reference": Role(config.reference or config.init_from, mesh=mesh, shares=shares),
+        "reward": scorer._replace(source=config.reward),
+        "human": scorer._replace(source=config.human.reward),
+        "gold": scorer._replace(source=config.gold, mesh="train"),
+    }
+    return {name: role for name, role in found.items() if role.source}
+
+
+def policy_workload(config: PolicyConfig, *values: str) -> Workload:
+    """Returns what an iteration computes. Consecutive rows that share a prompt prefill it once.
+
+    Args:
+      values: roles that are trained beside the policy, on the same rows.
+    """
+    length = config.prompt_length + config.max_new
+    tokens = config.episodes * length
+    sampled = config.batch_size * config.prompt_length + config.episodes * config.max_new
+    microbatches = config.minibatches * config.microbatches
+    reference = "know" if config.judge_mesh is None else "ref_logprobs"
+    passes = [
+        Pass("rollout", "policy", sampled, length),
+        Pass(reference, "reference", tokens, length),
+        *(Pass("know", role, tokens, length) for role in values),
+        Pass("score", "reward", tokens, length),
+        Pass("human", "human", tokens, length),
+        *(Pass("update", role, config.epochs * tokens, length, True) for role in ("policy", *values)),
+    ]
+    if config.behaviour_logprobs == "forward":
+        passes.append(Pass("know", "policy", tokens, length))
+    text = config.ptx.ratio if config.ptx.coefficient else 0
+    if text:
+        text_tokens = config.episodes * text * config.ptx.length
+        passes.append(Pass("update", "policy", config.epochs * text_tokens, config.ptx.length, True))
+    return Workload(
+        rows=config.episodes * max(text, 1) // microbatches,
+        batch=config.episodes // microbatches,
+        length=length,
+        units=config.episodes * config.max_new,
+        rounds=config.epochs * microbatches * (2 if text else 1),
+        microbatches=config.microbatches,
+        passes=tuple(passes),
+        decoded=config.slots or config.episodes,
+        sampled=config.max_new,
+    )
+
+
+def validate_policy(config: PolicyConfig, layout: Layout, model_config: TransformerConfig | None) -> None:
+    """Validates the options of every policy stage. Raises ConfigError for the first that is invalid."""
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
-    check_slots(config.slots, config.each, layout, name)
-    check_length(config.prompt_length + config.max_new, shape, f"{name}.prompt_length + max_new")
+    validate_slots(config.slots, config.each, layout, name)
+    validate_length(config.prompt_length + config.max_new, model_config, f"{name}.prompt_length + max_new")
     if min(config.epochs, config.minibatches, config.microbatches) < 1:
         raise ConfigError(f"{name}: epochs, minibatches and microbatches are at least 1")
     if config.episodes % (config.minibatches * config.microbatches):
@@ -127,9 +180,9 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
     layout.check_batch(config.episodes // config.minibatches // config.microbatches, f"a {name} microbatch")
     if config.temperature <= 0:
         raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
-    make_schedule(config.optim, config.updates)  # refuses a warm-up longer than the run
-    check_lora(config.lora, shape)
-    check_kernel(shape, layout, name)
+    make_schedule(config.optim, config.updates)  # raises for a warm-up longer than the run
+    validate_lora(config.lora, model_config)
+    validate_kernel(model_config, layout, name)
     if config.lora.dropout:
         raise ConfigError(
             f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
@@ -141,8 +194,8 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
         raise ConfigError(
             f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behaviour_logprobs='sampler'"
         )
-    _check_kl(config.kl, f"{name}.kl")
-    _check_score(config)
+    _validate_kl(config.kl, f"{name}.kl")
+    _validate_score(config)
     if config.target_kl < 0 or (config.target_kl and config.epochs * config.minibatches == 1):
         raise ConfigError(f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one")
     if not 0 <= config.ema < 1:
@@ -153,7 +206,7 @@ def check_policy(config: PolicyConfig, layout: Layout, shape: TransformerConfig 
         rows_a_stream(config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx")
 
 
-def _check_kl(config: KLConfig, where: str) -> None:
+def _validate_kl(config: KLConfig, where: str) -> None:
     if config.target and not config.horizon:
         raise ConfigError(f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size")
     if config.target and not config.coefficient:
@@ -164,24 +217,24 @@ def _check_kl(config: KLConfig, where: str) -> None:
         raise ConfigError(f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3")
 
 
-def _check_score(config: PolicyConfig) -> None:
+def _validate_score(config: PolicyConfig) -> None:
     name = config.stage
     if config.missing_eos != "none" and not config.stop_at_eos:
         raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
-    check_truncate(config.truncate, config.max_new, name)
+    validate_truncate(config.truncate, config.max_new, name)
     if not 0 < config.human.factor <= 1:
         raise ConfigError(f"{name}.human.factor={config.human.factor}: above 0 and at most 1, which anneals nothing")
     if config.score_clip < 0:
         raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
 
 
-def check_slots(slots: int, each: int, layout: Layout, name: str) -> None:
+def validate_slots(slots: int, each: int, layout: Layout, name: str) -> None:
     """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
     if slots < 0 or 0 < slots < each:
         raise ConfigError(f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt")
     layout.check_batch(slots, f"{name}.slots")
 
 
-def check_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
+def validate_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
     if config.token and not 0 <= config.after < max_new:
         raise ConfigError(f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens")

@@ -1,16 +1,17 @@
 """The pretraining mix of PPO-ptx: text beside the prompts of every iteration."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhfjax.data import loader
+from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
-from rlhfjax.stages import Batches
-from rlhfjax.stages.parts.common import SourceConfig, open_sources, own_shards
+from rlhfjax.stage import Batches, Shapes, row_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +66,25 @@ def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: A
     own = own_shards(config.data_shards, size, layout)
     options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1, "shards": own}
     return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))
+
+
+def text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the text of an iteration: what stands in a batch beside its prompts."""
+    return {name.removeprefix("ptx/"): x for name, x in batch.items() if name.startswith("ptx/")}
+
+
+def text_shapes(config: PtxConfig, episodes: int) -> Shapes:
+    """Returns the shapes of an iteration's text; nothing where the mix is off."""
+    if not config.coefficient:
+        return {}
+    row = (config.length,)
+    return row_shapes(
+        episodes * config.ratio,
+        **{
+            "ptx/tokens": (row, np.int32),
+            "ptx/targets": (row, np.int32),
+            "ptx/segments": (row, np.int32),
+            "ptx/positions": (row, np.int32),
+            "ptx/mask": (row, np.float32),
+        },
+    )

@@ -1,6 +1,7 @@
-"""Answers sampled from a policy, as every policy-optimising stage, collection and evaluation needs them."""
+"""Responses sampled from a policy, as every policy stage, collection and evaluation needs them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rlhfjax import state as states
 from rlhfjax.algos.shaping import truncate_mask
+from rlhfjax.data.tokenizer import Tokenizer
+from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.programs import ROWS, Program, reshard
+from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
 
 PyTree = Any
@@ -26,6 +32,20 @@ class Rollout(NamedTuple):
     @property
     def responses(self) -> Int[Array | np.ndarray, "b r"]:
         return self.tokens[:, -self.mask.shape[1] :]
+
+
+class Tokens(NamedTuple):
+    """The token ids that sampling and scoring know by name."""
+
+    eos: int
+    pad: int
+    stop: int | None = None  # where truncate is on: its token
+
+
+def tokens_of(config: PolicyConfig, tokenizer: Tokenizer) -> Tokens:
+    """Returns the ids that a policy stage needs."""
+    stop = tokenizer.token_id(config.truncate.token) if config.truncate.token else None
+    return Tokens(tokenizer.eos_id, tokenizer.pad_id, stop)
 
 
 def row_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
@@ -62,6 +82,81 @@ def sample(
     return Rollout(tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs)
 
 
+def _shapes(model: Model, params: PyTree, prompts: Any, *_: Any, max_new: int, **__: Any) -> Rollout:
+    """Returns the shapes of a rollout: tracing its unrolled layers takes as long as all the rest."""
+    rows = in_use().sharding("batch")
+    b, p = prompts.shape
+
+    def array(time: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((b, time), dtype, sharding=rows)
+
+    return Rollout(
+        tokens=array(p + max_new, np.int32),
+        segments=array(p + max_new, np.int32),
+        mask=array(max_new, np.float32),
+        logprobs=array(max_new, np.float32),
+    )
+
+
+_SAMPLE = Program("rollout", sample, _shapes)
+
+
+def make_sampler(config: PolicyConfig, layout: Layout, model: Model, tokens: Tokens) -> Callable[..., Rollout]:
+    """Returns a function (params, prompts, segments, key) -> a response to every row.
+
+    With `rollout_mesh` the policy's weights are laid out anew, from devices to devices, before
+    every rollout, and the responses come back in the layout of training.
+
+    Raises:
+      ConfigError: the rollout's batch does not go over that mesh.
+    """
+    here = functools.partial(sampled, config, model, tokens, each=config.each)
+    if config.rollout_mesh is None:
+        return here
+    there = make_layout(config.rollout_mesh, list(layout.mesh.devices.flat))
+    there.check_batch(config.episodes, f"{config.stage}.batch_size, over rollout_mesh,")
+    axes = model.axes()
+
+    def sample_there(params: PyTree, prompts: Any, segments: Any, key: Any) -> Rollout:
+        rows = reshard((prompts, segments), there.sharding("batch"))
+        params = reshard(params, states.shardings(params, axes, there))
+        with there.use():
+            rollout = here(params, *rows, key)
+        return reshard(rollout, layout.sharding("batch"))
+
+    return sample_there
+
+
+def sampled(
+    config: PolicyConfig,
+    model: Model,
+    tokens: Tokens,
+    params: PyTree,
+    prompts: Any,
+    segments: Any,
+    key: Any,
+    each: int = 1,
+) -> Rollout:
+    """Samples a response to every row: prompts and segments [b, p].
+
+    Args:
+      each: number of consecutive rows that share a prompt, which is prefilled once.
+    """
+    return _SAMPLE(
+        model,
+        params,
+        prompts,
+        segments,
+        key,
+        max_new=config.max_new,
+        eos_id=tokens.eos if config.stop_at_eos else -1,
+        pad_id=tokens.pad,
+        temperature=config.temperature,
+        each=each,
+        slots=config.slots,
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("token_id", "after", "pad_id"))
 def cut(rollout: Rollout, token_id: int, after: int, pad_id: int) -> Rollout:
     """Responses up to the first `token_id` at or after response position `after`; what follows it becomes padding."""
@@ -71,6 +166,16 @@ def cut(rollout: Rollout, token_id: int, after: int, pad_id: int) -> Rollout:
     tokens = jnp.concatenate([rollout.tokens[:, :p], responses], axis=1)
     segments = jnp.concatenate([rollout.segments[:, :p], mask.astype(rollout.segments.dtype)], axis=1)
     return Rollout(tokens, segments, mask, rollout.logprobs * mask)
+
+
+_CUT = Program("truncate", cut, ROWS)
+
+
+def truncated(config: PolicyConfig, tokens: Tokens, rollout: Rollout) -> Rollout:
+    """Returns what the reward scores: the responses up to the stop token, where truncate is on."""
+    if tokens.stop is None:
+        return rollout
+    return _CUT(rollout, tokens.stop, config.truncate.after, tokens.pad)
 
 
 def response_hidden(

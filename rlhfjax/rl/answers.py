@@ -14,8 +14,8 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
-from rlhfjax.stages.parts.policy_config import TruncateConfig
-from rlhfjax.stages.parts.rollout import Rollout, cut, sample
+from rlhfjax.rl.config import TruncateConfig
+from rlhfjax.rl.rollout import Rollout, cut, sample
 
 
 class Sampling(NamedTuple):
@@ -32,7 +32,7 @@ class Sampling(NamedTuple):
     buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
 
 
-def check_buckets(buckets: int, length: int, stage: str) -> None:
+def validate_buckets(buckets: int, length: int, stage: str) -> None:
     """Raises ConfigError unless the prompts' width can be cut into so many parts."""
     if not 1 <= buckets <= length:
         raise ConfigError(f"{stage}.prompt_buckets={buckets}: 1 (one width) to prompt_length={length}")

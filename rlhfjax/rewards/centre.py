@@ -13,7 +13,7 @@ from rlhfjax.data import chat, examples
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import DataError
-from rlhfjax.stages import Pairs
+from rlhfjax.stage import Metrics
 
 PyTree = Any
 
@@ -24,7 +24,7 @@ def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> Py
     return {**params, "head": head}
 
 
-def normalise(params: PyTree, judged: dict[str, np.ndarray], how: str) -> tuple[PyTree, Pairs]:
+def normalise(params: PyTree, judged: dict[str, np.ndarray], how: str) -> tuple[PyTree, Metrics]:
     """Folds gain and bias into the scalar head: r' = gain r + bias has mean 0 (and std 1) on the completions.
 
     Args:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.data import loader
+from rlhfjax.data.config import Limited, SourceConfig
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.stages import Batches
-from rlhfjax.stages.parts.common import Limited, SourceConfig
+from rlhfjax.stage import Batches, Shapes, row_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +63,15 @@ def held_out_prompts(config: PromptConfig, tokenizer: Tokenizer, stage: Any) -> 
     if len(source) < size:
         size = min(size, -(-len(source) // 8) * 8)
     return loader.prompt_batches(source, tokenizer, train=False, batch_size=size, length=stage.prompt_length)
+
+
+def prompt_shapes(size: int, length: int) -> Shapes:
+    """Returns the shapes of a batch of prompts."""
+    row = (length,)
+    return row_shapes(
+        size,
+        prompts=(row, np.int32),
+        segments=(row, np.int32),
+        index=((), np.int32),
+        cut=((), np.float32),
+    )

@@ -12,12 +12,11 @@ from rlhfjax.algos import ema, kl
 from rlhfjax.mesh import constrain
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages import Pairs
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.policy_config import PolicyConfig
+from rlhfjax.rl.config import PolicyConfig
+from rlhfjax.stage import Metrics
 
 PyTree = Any
-Loss = Callable[..., tuple[jax.Array, Pairs]]
+Loss = Callable[..., tuple[jax.Array, Metrics]]
 
 
 def minibatch_epochs(
@@ -31,7 +30,7 @@ def minibatch_epochs(
     key: jax.Array,
     prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
     frozen: PyTree | None = None,
-) -> tuple[states.TrainState, Pairs]:
+) -> tuple[states.TrainState, Metrics]:
     """Every epoch visits every episode once, in minibatches of a fresh order, with one update each.
 
     Args:
@@ -49,7 +48,7 @@ def minibatch_epochs(
     orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)
     texts = jax.tree.map(lambda x: _cycle(x, config.minibatches, config.epochs), text)
 
-    def measure(state: states.TrainState, inputs: Any) -> tuple[PyTree, Pairs]:
+    def measure(state: states.TrainState, inputs: Any) -> tuple[PyTree, Metrics]:
         rows, some_text = inputs
         batch = prepare(jax.tree.map(lambda x: _shared(x[rows]), experience))
         options = {"microbatches": config.microbatches, "frozen": frozen}
@@ -59,12 +58,12 @@ def minibatch_epochs(
             grads, pairs = _add_ptx(config, model, state.params["policy"], base, grads, pairs, some_text)
         return grads, pairs
 
-    def apply(state: states.TrainState, grads: PyTree, pairs: Pairs) -> tuple[states.TrainState, Pairs]:
+    def apply(state: states.TrainState, grads: PyTree, pairs: Metrics) -> tuple[states.TrainState, Metrics]:
         norms = {f"{k}_grad_norm": (optax.global_norm(g), jnp.ones(())) for k, g in grads.items()}
         state, more = states.apply_gradients(state, grads, tx, skip_nonfinite=config.on_nonfinite == "skip")
         return state, merge(pairs, more, norms)
 
-    def minibatch(state: states.TrainState, inputs: Any) -> tuple[states.TrainState, Pairs]:
+    def minibatch(state: states.TrainState, inputs: Any) -> tuple[states.TrainState, Metrics]:
         return apply(state, *measure(state, inputs))
 
     if config.target_kl:
@@ -80,14 +79,14 @@ def minibatch_epochs(
 def _unless_too_far(measure: Callable[..., Any], apply: Callable[..., Any], target_kl: float) -> Callable[..., Any]:
     """A minibatch with early stopping, as a scan has it: ((state, stopped), inputs) -> the same two, pairs."""
 
-    def minibatch(carry: tuple[states.TrainState, jax.Array], inputs: Any) -> tuple[Any, Pairs]:
+    def minibatch(carry: tuple[states.TrainState, jax.Array], inputs: Any) -> tuple[Any, Metrics]:
         state, stopped = carry
 
-        def idle(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
+        def idle(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Metrics]:
             shapes = jax.eval_shape(lambda s: apply(s, *measure(s, inputs))[1], state)
             return state, jnp.array(True), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        def go_on(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Pairs]:
+        def go_on(state: states.TrainState) -> tuple[states.TrainState, jax.Array, Metrics]:
             grads, pairs = measure(state, inputs)
             total, weight = pairs["approx_kl"]
             too_far = total > target_kl * weight
@@ -106,15 +105,26 @@ def _add_ptx(
     params: PyTree,
     frozen: PyTree | None,
     grads: PyTree,
-    pairs: Pairs,
+    pairs: Metrics,
     text: dict[str, jax.Array],
-) -> tuple[PyTree, Pairs]:
+) -> tuple[PyTree, Metrics]:
     """Adds coefficient x the gradient of the pretraining loss; the two are accumulated, not averaged."""
     c, options = config.ptx, {"microbatches": config.microbatches, "frozen": frozen}
-    more, parts = states.gradients(language_loss(model), params, text, None, **options)
+    more, parts = states.gradients(_text_loss(model), params, text, None, **options)
     scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0)
     policy_grads = jax.tree.map(lambda g, m: g + scale * m, grads["policy"], more)
     return {**grads, "policy": policy_grads}, {**pairs, "ptx_loss": parts["loss"]}
+
+
+def _text_loss(model: Model) -> Loss:
+    """Returns a function (params, batch, key) -> mean negative log-likelihood, nats per token."""
+
+    def loss(params: PyTree, batch: dict[str, jax.Array], key: None) -> tuple[jax.Array, Metrics]:
+        hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
+        nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
+        return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
+
+    return loss
 
 
 def _cycle(x: jax.Array, minibatches: int, epochs: int) -> jax.Array:
@@ -128,7 +138,7 @@ def _shared(x: jax.Array, axis: int = 0) -> jax.Array:
     return constrain(x, tuple("batch" if i == axis else None for i in range(x.ndim)))
 
 
-def end_iteration(config: PolicyConfig, state: states.TrainState, pairs: Pairs) -> states.TrainState:
+def end_iteration(config: PolicyConfig, state: states.TrainState, pairs: Metrics) -> states.TrainState:
     """Counts the step; the KL coefficient by the iteration's mean sequence KL; the average of the weights."""
     extra, kls = dict(state.extra), pairs["kl"]
     if config.kl.target:
