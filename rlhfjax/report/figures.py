@@ -41,6 +41,7 @@ _STYLE = {
     "legend.labelcolor": INK,
     "axes.formatter.limits": (-3, 5),
 }
+MARKERS = {"o": "●", "^": "▲", "D": "◆", "v": "▼"}  # matplotlib's name: the character
 MOST_POINTS = 400
 LONGEST = 30  # characters of a label beside a figure
 
@@ -92,15 +93,18 @@ def frontier(
 
     Args:
       key: the reward, "proxy" or "gold".
-      paths: for each PPO stage the columns `kl` and `key`, a row a validation.
-      end: of the final evaluation, ([0, KL], [the baseline's reward, the policy's]).
-      pools: for each best-of-n stage the columns `kl` and `key`, a row an n.
+      paths: for each policy stage the columns `kl` and `key`, one row per validation; nothing
+        where a stage has none, so that its mark is the same in every figure.
+      end: of the last comparison, ([0, KL], [the baseline's reward, the policy's]).
+      pools: for each best-of-n stage the columns `kl` and `key`, one row per n, or nothing.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(3.9, 2.6)
         for i, path in enumerate(paths):
-            axes.plot(path["kl"], path[key], color=(FIRST, SECOND)[i % 2], lw=1.3, marker="o", ms=3, mew=0)
-        for path in pools:
+            color, _, marker, _ = mark(i)
+            if path:
+                axes.plot(path["kl"], path[key], color=color, lw=1.3, marker=marker, ms=3, mew=0)
+        for path in filter(None, pools):
             axes.plot(path["kl"], path[key], color=MUTED, lw=1, ls=(0, (4, 2)), marker="s", ms=2.6, mew=0)
         if end is not None:
             kl, reward = end
@@ -113,6 +117,16 @@ def frontier(
         return _svg(figure)
 
 
+def mark(i: int) -> tuple[str, str, str, str]:
+    """Returns how a frontier's i-th curve looks: colour, its class in the page, marker, its character.
+
+    The marks repeat after eight curves.
+    """
+    color, css_class = ((FIRST, "first"), (SECOND, "second"))[i % 2]
+    marker, character = list(MARKERS.items())[i // 2 % len(MARKERS)]
+    return color, css_class, marker, character
+
+
 def _signed_sqrt(x: np.ndarray) -> np.ndarray:
     return np.sign(x) * np.sqrt(np.abs(x))
 
@@ -123,12 +137,15 @@ def _signed_square(x: np.ndarray) -> np.ndarray:
 
 def _kl_axis(axes: Axes) -> None:
     """Ticks at round KLs, and along the top, as a ruler, the KL that best-of-n sampling would have."""
-    right = max(1.15 * max((x for line in axes.lines for x in line.get_xdata()), default=0.0), 0.1)
-    axes.set_xlim(-0.002 * right, right)
-    ticks = _apart([t * 10**e for e in range(-2, 4) for t in (1, 2, 5)], right, 0.1)
+    kls = [x for line in axes.lines for x in line.get_xdata()]
+    right = max(1.15 * max(kls, default=0.0), 0.1)
+    left = min(1.15 * min(kls, default=0.0), 0.0)  # below 0 where few responses were sampled
+    width = 1 + math.sqrt(-left / right)  # of the axis, where its part above 0 has 1
+    axes.set_xlim(min(left, -0.002 * right), right)
+    ticks = _apart([t * 10**e for e in range(-2, 4) for t in (1, 2, 5)], right, 0.1 * width)
     axes.set_xticks([0, *ticks], [f"{t:g}" for t in (0, *ticks)])
     ns = {best_of_n_kl(n): n for n in (4, 16, 64, 256, 1024)}
-    for kl in _apart(list(ns), right, 0.13):
+    for kl in _apart(list(ns), right, 0.13 * width):
         axes.axvline(kl, color=MUTED, lw=0.6, ls=(0, (2, 3)), zorder=0)
         axes.annotate(
             f"n={ns[kl]}", (kl, 1.01), xycoords=axes.get_xaxis_transform(), fontsize=6.5, color=MUTED, ha="center"

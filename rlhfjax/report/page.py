@@ -14,7 +14,7 @@ from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
-from rlhfjax.report.workdir import Run, Stage, read_run
+from rlhfjax.report.workdir import Curve, Run, Stage, read_run
 
 FEW, MANY = 8, 40  # samples in sight, and behind a click
 REPORT = "report.html"
@@ -78,6 +78,8 @@ def render(run: Run) -> str:
             times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
             panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
             frontiers=frontiers(run),
+            policies=[(*figures.mark(i), stage.name) for i, stage in enumerate(policies(run))],
+            pools=[stage.name for stage in pools(run)],
             calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],
             histograms=histograms(run),
             comparisons=[
@@ -113,14 +115,27 @@ def _panel(base: str, curves: dict) -> Panel:
 
 
 def frontiers(run: Run) -> list[Markup]:
-    """The reward-KL figures, proxy and gold: PPO's validations, best-of-n and the final evaluation; none without."""
-    ends, out = _ends(run), []
+    """Returns the reward-KL figures, proxy and gold, of what there is: validations of policies,
+    best-of-n and the last comparison."""
+    out = []
     for key in ("proxy", "gold"):
-        paths = [path for stage in run.of_kind("ppo") if (path := _path(stage, key))]
-        pools = [path for stage in run.of_kind("best_of_n") if (path := _path(stage, key, ""))]
-        if paths or pools or key in ends:
-            out.append(Markup(figures.frontier(key, paths, ends.get(key), pools)))
+        paths = [_path(stage, key) for stage in policies(run)]
+        best = [_path(stage, key, "") for stage in pools(run)]
+        end = _end(run, key)
+        if any(paths) or any(best) or end:
+            out.append(Markup(figures.frontier(key, paths, end, best)))
     return out
+
+
+def policies(run: Run) -> list[Stage]:
+    """The stages that trained a policy on a reward: those whose validations have its KL and its
+    proxy or gold reward."""
+    return [stage for stage in run.stages if _path(stage, "proxy") or _path(stage, "gold")]
+
+
+def pools(run: Run) -> list[Stage]:
+    """The stages that picked the best of n samples: those whose metrics have the KL in the pool."""
+    return [stage for stage in run.stages if "kl_pool" in stage.curves]
 
 
 def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]]:
@@ -132,15 +147,15 @@ def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]
     return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]} if both else {}
 
 
-def _ends(run: Run) -> dict[str, tuple[list[float], list[float]]]:
-    ends = {}
-    last = {name: value for stage in run.of_kind("evaluate") for name, value in stage.last.items()}
-    for key in ("proxy", "gold"):
-        values = last.get("kl"), last.get(f"{key}_baseline"), last.get(f"{key}_policy")
-        if all(value is not None and math.isfinite(value) for value in values):
-            kl, baseline, policy = values
-            ends[key] = ([0.0, kl], [baseline, policy])
-    return ends
+def _end(run: Run, key: str) -> Curve | None:
+    """Both models of the last comparison: ([0, KL], [the baseline's reward, the policy's])."""
+    if not run.comparisons:
+        return None
+    metrics = run.comparisons[-1].last
+    names = ("kl", f"{key}_baseline", f"{key}_policy")
+    kl, baseline, policy = (metrics.get(name, math.nan) for name in names)
+    known = math.isfinite(kl) and math.isfinite(baseline) and math.isfinite(policy)
+    return ([0.0, kl], [baseline, policy]) if known else None
 
 
 def calibrated(run: Run) -> list[Stage]:
@@ -154,7 +169,7 @@ def compares(stage: Stage) -> bool:
 
 def histograms(run: Run) -> list[tuple[str, Markup]]:
     """Distributions of both models' rewards over the last comparison's samples."""
-    stages = [stage for stage in run.of_kind("evaluate") if compares(stage)]
+    stages = [stage for stage in run.comparisons if compares(stage)]
     out = []
     for key in ("gold", "proxy"):
         rows = [row for row in (stages[-1].samples if stages else []) if _scored(row, key)]

@@ -6,7 +6,7 @@ import math
 from rlhfjax.metrics import duration
 from rlhfjax.report.workdir import Run, Stage
 
-# What a metric of `evaluate` is called on paper. Others keep their name.
+# What a metric of a comparison is called on paper. Others keep their name.
 LABELS = {
     "gold_win_rate": "Win rate by gold reward",
     "proxy_win_rate": "Win rate by proxy reward",
@@ -62,11 +62,11 @@ def number(x: float | int, percent: bool = False) -> str:
 
 
 def headlines(run: Run) -> list[Headline]:
-    """The headline rows: what `evaluate` measured last; none before it has.
+    """The headline rows: the metrics of the run's last comparison; none before there is one.
 
     `NAME_policy` and `NAME_baseline` share a row; the ends of NAME's interval are in its remark.
     """
-    stages = [stage for stage in run.of_kind("evaluate") if stage.last]
+    stages = run.comparisons
     if not stages:
         return []
     metrics = stages[-1].last

@@ -14,7 +14,7 @@ STAGE_COLUMNS = ("name", "status", "steps", "time", "speed", "metrics")
 
 
 def summary_table(workdir: str | os.PathLike) -> Group:
-    """The stage table and, once there is one, the result of the evaluation: `rich.print(summary_table(workdir))`.
+    """The stage table and, once there is one, the result of the comparison: `rich.print(summary_table(workdir))`.
 
     Raises: as `write_report`.
     """

@@ -40,8 +40,16 @@ class Run:
     name: str
     stages: list[Stage]
 
-    def of_kind(self, kind: str) -> list[Stage]:
-        return [stage for stage in self.stages if stage.kind == kind]
+    @property
+    def comparisons(self) -> list[Stage]:
+        """The stages that compared a policy with a baseline: their metrics have NAME_policy and
+        NAME_baseline."""
+        return [stage for stage in self.stages if _has_both(stage.last)]
+
+
+def _has_both(metrics: dict[str, float]) -> bool:
+    names = [name.removesuffix("_policy") for name in metrics if name.endswith("_policy")]
+    return any(f"{name}_baseline" in metrics for name in names)
 
 
 def read_run(workdir: Path) -> Run:

@@ -2,11 +2,13 @@
 
 import html.parser
 import io
+import json
 import re
 
 import numpy as np
 import pytest
 from made_up_run import EVALUATION, NASTY, make_recipe, make_stage
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from rlhfjax.errors import ConfigError, DataError
@@ -14,6 +16,7 @@ from rlhfjax.report import figures, page, summary_table, tables, write_report
 from rlhfjax.report.workdir import read_run
 from tests.test_json_text import strict
 
+BOTH = {"gold_baseline": 0.25, "gold_policy": 0.5}  # what makes metrics a comparison
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
 
@@ -175,6 +178,112 @@ def test_iterated_ppo_draws_both_stages_on_one_frontier(tmp_path):
     assert [page._path(stage, "gold") for stage in run.stages] == [{"kl": [1.0, 2.0], "gold": [1.0, 2.0]}] * 2
     (gold,) = page.frontiers(run)
     assert "var(--second)" in gold
+    assert "● validations of a \xa0 ● validations of b" in read(tmp_path).text
+
+
+def make_stages(root, kinds, lines):
+    """Writes a recipe: for each of some stages by name its kind, and the lines of its metrics."""
+    root.mkdir()
+    (root / "config.json").write_text(json.dumps({"stages": list(kinds)}))
+    for i, (name, kind) in enumerate(kinds.items()):
+        make_stage(root / f"{i:02d}_{name}", kind, 2, lines[name])
+    return root
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns a function of a workdir: the curves of each frontier as (colour, marker, dashed, KLs,
+    rewards)."""
+    made = []
+    monkeypatch.setattr(figures, "_svg", lambda figure: made.append(figure) or "")
+
+    def of(workdir):
+        made.clear()
+        page.frontiers(read_run(workdir))
+        lines = [figure.axes[0].lines for figure in made]  # without a marker: a KL of best-of-n
+        return [[curve(one) for one in some if one.get_marker() != "None"] for some in lines]
+
+    def curve(line):
+        dashed = line.get_linestyle() == "--"
+        values = (list(line.get_xdata()), list(line.get_ydata()))
+        return line.get_color(), line.get_marker(), dashed, *values
+
+    return of
+
+
+VALIDATIONS = [(s, {"val_kl": s / 2, "val_proxy": 1.5 * s, "val_gold": 1 - s / 8}) for s in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "group", "of_another_package"])
+def test_every_policy_stage_has_its_curve(tmp_path, drawn, kind):
+    """Whatever it is called. What has no KL of held-out responses, or no reward of them, has none."""
+    others = {"sft": [(1, {"val_loss": 2.0})], "other": [(1, {"val_kl": 1.0, "kl": 1.0, "reward": 2.0})]}
+    kinds = {"sft": "sft", "other": "direct", "mine": kind}
+    workdir = make_stages(tmp_path / "w", kinds, others | {"mine": VALIDATIONS})
+    proxy = (figures.FIRST, "o", False, [0.5, 1.0], [1.5, 3.0])
+    gold = (figures.FIRST, "o", False, [0.5, 1.0], [0.875, 0.75])
+    assert drawn(workdir) == [[proxy], [gold]]
+    key = read(workdir).text
+    assert "● validations of mine" in key
+    assert "best-of-n sampling \xa0" not in key
+    assert "final policy" not in key
+
+
+def test_a_stage_has_one_mark_in_both_figures_and_in_the_key(tmp_path, drawn):
+    """Also where one before it has no gold reward; the marks of the first eight stages differ."""
+    names = [f"s{i}" for i in range(9)]
+    lines = dict.fromkeys(names, VALIDATIONS) | {"s0": [(1, {"val_kl": 1.0, "val_proxy": 2.0})]}
+    workdir = make_stages(tmp_path / "w", dict.fromkeys(names, "group"), lines)
+    proxy, gold = drawn(workdir)
+    marks = [curve[:2] for curve in proxy]
+    assert len(set(marks)) == 8
+    assert marks[8] == marks[0]
+    assert [curve[:2] for curve in gold] == marks[1:]
+    key = read(workdir).text
+    for character, name in zip("●●▲▲◆◆▼▼●", names, strict=True):
+        assert f"{character} validations of {name} " in key
+
+
+def test_best_of_n_is_known_by_the_kl_in_its_pool(tmp_path, drawn):
+    """Not the KL and reward that a stage logs while it trains."""
+    pool = [(n, {"kl": np.log(n), "kl_pool": 0.1, "proxy": 0.5 * n}) for n in (1, 2)]
+    trained = [(s, {"kl": 9.0, "proxy": 9.0}) for s in (1, 2)]
+    kinds = {"a": "best_of_n", "b": "mine", "c": "mine"}
+    workdir = make_stages(tmp_path / "w", kinds, {"a": pool, "b": pool, "c": trained})
+    one = (figures.MUTED, "s", True, [0.0, np.log(2)], [0.5, 1.0])
+    assert drawn(workdir) == [[one, one]]
+    assert "best-of-n sampling: a, b" in read(workdir).text
+
+
+@pytest.mark.parametrize(("least", "left", "first"), [(-0.5, -0.575, 0.05), (0.1, -0.0023, 0.02)])
+def test_a_sampled_kl_below_0_is_on_the_axis(least, left, first):
+    """1.15 times the least KL; without one below 0, 0.002 of the right end, here 1.15.
+
+    The first tick has a tenth of the axis before it: with sqrt(0.575 / 1.15) = 0.71 to the left of
+    0, sqrt(0.02 / 1.15) = 0.13 is too little.
+    """
+    axes = Figure().subplots()
+    axes.plot([least, 1.0], [0.0, 1.0])
+    figures._kl_axis(axes)
+    assert axes.get_xlim() == pytest.approx((left, 1.15))
+    assert list(axes.get_xticks()[:2]) == [0, first]
+
+
+def test_the_last_comparison_ends_the_frontier_and_is_the_headline(tmp_path, drawn):
+    """A comparison has metrics of a policy and of a baseline, whatever the stage is called."""
+    first = {"kl": 1.0, "gold_baseline": 0.1, "gold_policy": 0.2}
+    first |= {"proxy_baseline": 3.0, "proxy_policy": 4.0}
+    last = {"kl": 2.5, "gold_baseline": 0.5, "gold_policy": 0.75}
+    alone = {"reward_policy": 1.0, "other_baseline": 2.0}
+    kinds = {"a": "evaluate", "b": "mine", "c": "sft"}
+    lines = {"a": [(0, first)], "b": [(0, last)], "c": [(0, alone)]}
+    workdir = make_stages(tmp_path / "w", kinds, lines)
+    ((baseline, policy),) = drawn(workdir)
+    assert baseline[3:] == ([0.0], [0.5])
+    assert policy[3:] == ([2.5], [0.75])
+    rows = {row.name: (row.baseline, row.policy) for row in tables.headlines(read_run(workdir))}
+    assert rows == {"gold": ("0.500", "0.750"), "kl": ("", "2.50")}
+    assert "★ final policy" in read(workdir).text
 
 
 def test_the_frontier_pairs_reward_and_kl_of_one_step(tmp_path):
@@ -237,8 +346,9 @@ def test_headlines_pair_columns_and_fold_intervals(tmp_path):
 
 
 def test_a_share_of_prompts_is_a_percentage_with_a_name(tmp_path):
-    make_stage(tmp_path / "w", "evaluate", 0, [(0, {"prompts_cut": 0.784})])
-    (row,) = tables.headlines(read_run(tmp_path / "w"))
+    make_stage(tmp_path / "w", "evaluate", 0, [(0, BOTH | {"prompts_cut": 0.784})])
+    gold, row = tables.headlines(read_run(tmp_path / "w"))
+    assert (gold.baseline, gold.policy) == ("0.250", "0.500")
     assert (row.label, row.policy) == ("Prompts too long for their room, cut", "78.4 %")
 
 
@@ -250,8 +360,8 @@ def test_pitfall_36_an_interval_is_named(tmp_path, ends, name):
     """By its ends in the metrics; ends that say nothing are of a percentile bootstrap."""
     rate = "gold_win_rate"
     metrics = {rate: 0.83, f"{rate}{ends}_low": 0.79, f"{rate}{ends}_high": 0.872}
-    make_stage(tmp_path / "w", "evaluate", 0, [(0, metrics)])
-    (row,) = tables.headlines(read_run(tmp_path / "w"))
+    make_stage(tmp_path / "w", "evaluate", 0, [(0, BOTH | metrics)])
+    row, _ = tables.headlines(read_run(tmp_path / "w"))
     assert (row.policy, row.note) == ("83.0 %", f"{name} 95 %: 79.0 % to 87.2 %")
     assert row.note in read(tmp_path / "w").text
 
