@@ -6,7 +6,7 @@ Loading, placement, the memory estimate and `plan` are loops over what stands he
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -77,6 +77,7 @@ def job_workload(rows: int, length: int) -> Workload:
     return Workload(rows=rows, batch=rows, length=length)
 
 
+@runtime_checkable
 class Sources(Protocol):
     """Where models come from: the disk, or shapes of models that need not be there."""
 
