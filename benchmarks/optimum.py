@@ -24,15 +24,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rlhfjax.stages.parts.policy import Tokens
+from rlhfjax.stages.parts.policy_config import KLConfig
+from rlhfjax.stages.parts.rollout import response_logprobs
 
 from rlhfjax import state as states
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.stages import group, ppo
-from rlhfjax.stages.parts.policy import Tokens
-from rlhfjax.stages.parts.policy_config import KLConfig
-from rlhfjax.stages.parts.rollout import response_logprobs
 
 PAD, EOS, VOCAB, LENGTH = 0, 2, 6, 2
 PROMPTS = np.array([[1, 3], [1, 4]], np.int32)

@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 from absl import app, flags
+from rlhfjax.stages.parts import policy
+from rlhfjax.stages.parts.rollout import sample
 
 from rlhfjax import json_text, recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
@@ -32,8 +34,6 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages import stage_config
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.rollout import sample
 
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
 WORKLOAD = flags.DEFINE_enum("workload", None, list(SPEC["workloads"]), "what to time", required=True)

@@ -169,44 +169,34 @@ def subject(
         raise ConfigError(f"--stage={name}: the stages that train are {', '.join(trains) or 'none'}")
     typed = {n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders}
     chosen = typed[name]
-    origins = _Presets({str(folders[n]): c for n, c in typed.items()}, {"lm": model, "scalar": reward_model})
-    roles = origins.single(roles_of(chosen))
-    models = {}
-    for role_name, role in roles.items():
-        if not isinstance(role.source, TransformerConfig) and role.source not in models:
-            models[role.source] = origins.find(role, f"{name}: {role_name}")
+    origins = Origins({str(folders[n]): c for n, c in typed.items()})
+    models: dict[str, Model] = {}
+    roles: dict[str, Role] = {}
+    for declared, role in roles_of(chosen).items():
+        flag, given = ("--reward_model", reward_model) if role.scores else ("--model", model)
+        for role_name, one in origins.single({declared: role}).items():
+            roles[role_name] = one
+            if not isinstance(one.source, TransformerConfig) and one.source not in models:
+                models[one.source] = _find(origins, one, f"{name}: {role_name}", flag, given)
     return Subject(name, chosen, Shapes(models, origins), roles)
 
 
-FLAGS = {"lm": "--model", "scalar": "--reward_model"}
-
-
-class _Presets(Origins):
-    """Origins in which presets stand for models that are nowhere.
+def _find(origins: Origins, role: Role, context: str, flag: str, given: str) -> Model:
+    """Returns the model that a role's source stands for.
 
     Args:
-      presets: by the head of the role that needs one.
+      flag: what gives a preset for a model that is nowhere, and `given` its value.
+    Raises:
+      ConfigError: the model is nowhere, and no preset was given for it.
     """
-
-    def __init__(self, configs: Mapping[str, Any], presets: Mapping[str, str]):
-        super().__init__(configs)
-        self._presets = presets
-
-    def find(self, role: Role, context: str) -> Model:
-        """Returns the model that a role's source stands for.
-
-        Raises:
-          ConfigError: it is nowhere, and no preset was given for it.
-        """
-        try:
-            return self.describe(role.source)
-        except Unknown:
-            raise
-        except CheckpointError:
-            if given := self._presets[role.head]:
-                return Model(parse_model(given), role.head)
-            flag = FLAGS[role.head]
-            raise ConfigError(
-                f"{context}={role.source}: no model there; say its shape with {flag}=PRESET, such as {flag}=gpt3-1.3b "
-                f"or {flag}=gpt3-1.3b:dtype=bfloat16,scan_layers=true"
-            ) from None
+    try:
+        return origins.describe(role.source)
+    except Unknown:
+        raise
+    except CheckpointError:
+        if given:
+            return Model(parse_model(given), role.head)
+        raise ConfigError(
+            f"{context}={role.source}: no model there; say its shape with {flag}=PRESET, such as {flag}=gpt3-1.3b "
+            f"or {flag}=gpt3-1.3b:dtype=bfloat16,scan_layers=true"
+        ) from None
