@@ -1,4 +1,7 @@
-"""Today's code goes on from workdirs that an older version left half-run; tests/half_run.py made them."""
+"""Today's code goes on from workdirs that an older version left half-run.
+
+tests/half_run.py wrote them.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +15,19 @@ from tests import half_run
 
 # On the machine that wrote the archive every number is equal to the bit. On another CPU XLA sums in
 # another order: SSE4.2, AVX and AVX2, with XLA's optimizations and without, differ by at most 1/70
-# of this. A state with one part lost (a moment, the schedule's count, the average, the baseline, the
-# rollout, the position of the data) differs by 12 times this or more, a KL coefficient that is 1 %
-# off by 8 times.
+# of this. A state that lost a moment, the schedule's count, the baseline, the stale rollout or the
+# data's position differs by more than 100 times this; with averages or a KL coefficient 1 % off, by
+# 12 or 8 times.
 RTOL, ATOL = 1e-3, 1e-5
 
-LATER = ("direct_kto",)  # beside direct_dpo it adds a second position of the data
-VARIANTS = [pytest.param(name, marks=pytest.mark.slow if name in LATER else ()) for name in half_run.variants()]
+SLOW = ("direct_kto",)  # beside direct_dpo it adds a second position of the data
+
+
+def marks(variant: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.slow,) if variant in SLOW else ()
+
+
+VARIANTS = [pytest.param(name, marks=marks(name)) for name in half_run.variants()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
