@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rlhfjax.stages.parts import rollout
 
 from benchmarks import optimum
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.rl import rollout
 
 _STARTED: dict[str, tuple[Any, Any, Any]] = {}  # by config and model_config
 
