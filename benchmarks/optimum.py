@@ -24,9 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rlhfjax.stages.parts.policy import Tokens
-from rlhfjax.stages.parts.policy_config import KLConfig
-from rlhfjax.stages.parts.rollout import response_logprobs
 
 from rlhfjax import state as states
 from rlhfjax.models.config import TransformerConfig

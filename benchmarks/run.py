@@ -23,8 +23,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 from absl import app, flags
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.rollout import sample
 
 from rlhfjax import json_text, recipe, stages, train
 from rlhfjax.data.preferences import write_preferences
