@@ -51,6 +51,7 @@ def run(
       Preempted: SIGTERM came; the state is saved.
     """
     key, clock = jax.random.key(config.seed), clock or Clock(workdir)
+    batches = stage.batches  # opened before anything is written: a wrong path is corrected in place
     with layout.use(), _stop_on_sigterm() as stopping, Checkpoints(workdir, config.checkpoint) as checkpoints:
         with clock.part("restore"):
             state, resumed = _first_state(stage, key, layout, checkpoints)
@@ -84,7 +85,7 @@ def run(
                         if last:
                             log.evaluate(step, _finish(stage, state, workdir, layout))
                         writer.flush()
-                        checkpoints.save(step, state, stage.batches.get_state())
+                        checkpoints.save(step, state, batches.get_state())
                     timer.restart()
                     log.clock(step)
                 if stop or (last and hosts.anywhere(stopping.is_set())):
@@ -93,7 +94,7 @@ def run(
                 if last:
                     break
                 with clock.part("data"):
-                    batch = layout.put(next(stage.batches))
+                    batch = layout.put(next(batches))
                 with clock.part("step"):
                     state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
                 log.later(step + 1, pairs)

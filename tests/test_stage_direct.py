@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhfjax.stages.parts.direct import Answers, LossConfig, implicit_rewards, make_loss
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.preferences import Mismatched, completion_logprobs
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.config import to_dict
 from rlhfjax.data import examples, loader
+from rlhfjax.data.config import open_preferences
+from rlhfjax.data.mismatched import Mismatched
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.sources import Rows
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -25,6 +24,14 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.stages import direct, stage_config
+from rlhfjax.stages.direct import (
+    Answers,
+    LossConfig,
+    completion_logprobs,
+    implicit_rewards,
+    make_loss,
+)
+from rlhfjax.stages.sft import language_loss
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
 LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
@@ -92,7 +99,7 @@ def run_steps(config, layout=None, steps=2, held_out=True):
     """(metrics of each step, final parameters, held-out metrics before, after)."""
     layout = layout or ONE
     config = recipe.check(config, "direct")
-    direct.check(config, layout, None)
+    direct.validate(config, layout, None)
     with layout.use():
         stage = direct.build(config, layout)
         key = jax.random.key(config.seed)
@@ -238,7 +245,7 @@ def plain_logprob(logits, tokens, first):
 
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(finished, separable):
     """Three prompts p in turn over the rows 3 n + p: row i has the answers of row 3 n + (p + 1) % 3, one by one."""
-    source = direct.open_preferences((str(separable),), "train")
+    source = open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     logits = {}
     for folder in ("02_sft", "01_pretrain"):
@@ -415,7 +422,7 @@ def test_padding_of_answers_changes_nothing(finished, separable):
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     saved = store.load(finished / "02_sft", ONE)
     logprobs_of = jax.jit(functools.partial(completion_logprobs, saved.model))
-    source = direct.open_preferences((str(separable),), "validation")
+    source = open_preferences((str(separable),), "validation")
     sums = []
     for length in (26, 32):
         batch = next(loader.preference_batches(source, tokenizer, batch_size=4, length=length, train=False))

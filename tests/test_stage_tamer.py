@@ -167,5 +167,7 @@ def test_a_gamma_without_a_scale_is_refused(finished, data):
 )
 def test_malformed_feedback_is_named_by_line(line, finished, data, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    config = recipe.check(values(finished, str(tmp_path / "bad.jsonl")), "tamer")
+    stage = stages.find("tamer").build(config, ONE)
     with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
-        stages.find("tamer").build(recipe.check(values(finished, str(tmp_path / "bad.jsonl")), "tamer"), ONE)
+        stage.open()

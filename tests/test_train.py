@@ -17,9 +17,9 @@ from rlhfjax import state as states
 from rlhfjax import train
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.config import CheckpointConfig, LogConfig, TrainConfig
-from rlhfjax.errors import CheckpointError, NonFiniteError
+from rlhfjax.errors import CheckpointError, DataError, NonFiniteError
 from rlhfjax.mesh import make_layout
-from rlhfjax.stages import Finished, Stage
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 
 LAYOUT = make_layout(devices=jax.devices()[:1])
@@ -75,10 +75,9 @@ def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, k
         init=lambda key: TrainState.create({"w": jnp.zeros(4)}, TX),
         axes={"w": (None,)},
         start=lambda state: (events.append("start"), state)[1],
-        batches=Numbers(events),
         step=step,
-        evals=evals,
-        finish=finish,
+        batch=lambda _: {"x": jax.ShapeDtypeStruct((2, 1), np.float32)},
+        open=lambda: Data(Numbers(events), evals, finish),
         units=2,
     )
 
@@ -238,7 +237,8 @@ def test_a_nan_before_any_checkpoint_says_that_there_is_none(run):
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(run):
     stage = fake_stage([])
-    broken = stage.__class__(**{**stage.__dict__, "evals": lambda state: {"val": (jnp.nan, 1.0)}})
+    data = stage.open()._replace(evals=lambda state: {"val": (jnp.nan, 1.0)})
+    broken = dataclasses.replace(stage, open=lambda: data)
     with pytest.raises(NonFiniteError, match="fake/val is nan at step 2"):
         run(broken, steps=4, eval_every=2)
 
@@ -252,7 +252,7 @@ def test_parameters_that_overflow_are_never_saved(run, tmp_path):
         return state.replace(params={"w": state.params["w"] + (jnp.inf if int(state.step) == 3 else 0.0)}), pairs
 
     for policy in ("error", "skip"):
-        broken = stage.__class__(**{**stage.__dict__, "step": step, "batches": Numbers([])})
+        broken = dataclasses.replace(stage, step=step)
         with pytest.raises(NonFiniteError, match=r"the state of fake is no longer finite at step 3; .*checkpoints/2$"):
             run(broken, steps=5, every=1, on_nonfinite=policy)
         assert not (tmp_path / "checkpoints" / "3").exists()
@@ -282,6 +282,19 @@ def test_evaluate_needs_a_checkpoint_and_changes_nothing(run, tmp_path):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert train.evaluate(fake_stage([]), config, tmp_path, LAYOUT) == {"fake/val": last["fake/val"]}
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_data_that_cannot_be_opened_is_found_before_anything_is_written(run, tmp_path):
+    """A workdir that holds no more than its config may be used with a corrected one."""
+
+    def missing():
+        raise DataError("no file matches")
+
+    events = []
+    stage = dataclasses.replace(fake_stage(events), open=missing)
+    with pytest.raises(DataError, match="no file matches"):
+        run(stage, events)
+    assert events == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_position_of_other_data_is_refused(run):
