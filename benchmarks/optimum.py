@@ -8,7 +8,7 @@ E[r] - beta KL(pi || rho) is then known exactly, a prompt at a time:
 
     pi*(y) = rho(y) exp(r(y) / beta) / Z,  and for all pi  E[r] - beta KL(pi || rho) = beta log Z - beta KL(pi || pi*)
 
-The policy is a Transformer, trained by the stages' own classes on its own samples at a temperature of 0.8; what it has
+The policy is a Transformer, trained by the stages' own programs on its own samples at a temperature of 0.8; what it has
 become is measured by summing over all responses, so that nothing in the table is a sample.
 """
 
@@ -19,7 +19,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,9 @@ from rlhfjax import state as states
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
+from rlhfjax.rl.config import KLConfig
+from rlhfjax.rl.rollout import Rollout, Tokens, response_logprobs, sampled, truncated
 from rlhfjax.stages import group, ppo
-from rlhfjax.stages.parts.policy import Tokens
-from rlhfjax.stages.parts.policy_config import KLConfig
-from rlhfjax.stages.parts.rollout import response_logprobs
 
 PAD, EOS, VOCAB, LENGTH = 0, 2, 6, 2
 PROMPTS = np.array([[1, 3], [1, 4]], np.int32)
@@ -122,30 +121,55 @@ def fresh(model: Model, seed: int) -> Any:
     return model.init(jax.random.key(seed))
 
 
-def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Any, states.TrainState, Any]:
+class Algorithm(NamedTuple):
+    """A policy stage without its data and its rewards."""
+
+    config: Any  # of ppo or group
+    model: Model
+    tokens: Tokens
+    programs: Any  # ppo.Programs or group.Programs
+
+
+def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Algorithm, states.TrainState, Any]:
     """(algorithm, state, reference): the same reference whatever the config."""
     model, critic, tokens = Model(shape), Model(shape, "scalar"), Tokens(EOS, PAD)
     params = {"policy": jax.tree.map(jnp.array, fresh(model, 100))}
     extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
     if isinstance(config, ppo.Config):
-        algorithm: Any = ppo.Algorithm(config, model, critic, tokens)
+        programs: Any = ppo.programs(config, model, critic, tokens)
         value = jax.tree.map(jnp.array, fresh(critic, 101))
         head = {"head": jax.tree.map(jnp.zeros_like, value["head"])}
         params["value"] = head if config.value == "shared" else value | head
     else:
-        algorithm = group.Algorithm(config, model, tokens)
+        programs = group.programs(config, model, tokens)
         extra |= {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
     reference = fresh(model, 100)
-    return algorithm, states.TrainState.create(params, algorithm.tx, **extra), reference
+    algorithm = Algorithm(config, model, tokens, programs)
+    return algorithm, states.TrainState.create(params, programs.tx, **extra), reference
 
 
-def experience(algorithm: Any, state: states.TrainState, reference: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+def rollout_of(algorithm: Algorithm, params: Any, prompts: jax.Array, key: jax.Array) -> Rollout:
+    """Samples a response to every row."""
+    config, model, tokens, _ = algorithm
+    return sampled(config, model, tokens, params, prompts, jnp.ones_like(prompts), key)
+
+
+def experience(
+    algorithm: Algorithm, state: states.TrainState, reference: Any, key: jax.Array
+) -> tuple[Rollout, Any, Any]:
     """(rollout, experience, pairs) of an iteration; consecutive rows have the same prompt."""
     each = algorithm.config.episodes // len(PROMPTS)
     prompts = jnp.repeat(jnp.asarray(PROMPTS), each, axis=0)
-    rollout = algorithm.rollout(state.params["policy"], prompts, jnp.ones_like(prompts), key)
-    known = algorithm.know(state.params, reference, rollout)
-    return rollout, *algorithm.prepare(state, known, rollout, reward(*algorithm.seen(rollout)))
+    rollout = rollout_of(algorithm, state.params["policy"], prompts, key)
+    return rollout, *experience_of(algorithm, state, reference, rollout)
+
+
+def experience_of(algorithm: Algorithm, state: states.TrainState, reference: Any, rollout: Rollout) -> tuple[Any, Any]:
+    """(experience, pairs) of a rollout, scored by the table."""
+    scored = truncated(algorithm.config, algorithm.tokens, rollout)
+    scores = reward(scored.tokens, scored.segments, scored.mask)
+    known = algorithm.programs.forward(state.params, reference, rollout)
+    return algorithm.programs.make_experience(state, known, rollout, scores)
 
 
 def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -155,7 +179,7 @@ def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
     for step in range(config.steps):
         key = jax.random.fold_in(jax.random.key(seed), step)
         _, episodes, pairs = experience(algorithm, state, reference, key)
-        state, _ = algorithm.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
+        state, _ = algorithm.programs.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
         yield state.params["policy"], pairs
 
 

@@ -31,9 +31,9 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
+from rlhfjax.rl import task
+from rlhfjax.rl.rollout import sample
 from rlhfjax.stages import stage_config
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.rollout import sample
 
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
 WORKLOAD = flags.DEFINE_enum("workload", None, list(SPEC["workloads"]), "what to time", required=True)
@@ -87,7 +87,7 @@ def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
 
 
 def packed(w: dict[str, Any], vocab: int) -> Any:
-    """Batches of pretraining and fine-tuning; `prompt` leading targets do not count."""
+    """Batches of pretraining; `prompt` leading targets do not count."""
 
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
         rows = words(rng, vocab, w["batch"], w["seq"] + 1)
@@ -103,6 +103,12 @@ def packed(w: dict[str, Any], vocab: int) -> Any:
         }
 
     return make
+
+
+def examples(w: dict[str, Any], vocab: int) -> Any:
+    """Batches of fine-tuning: `packed`, and that no example lost tokens."""
+    make = packed(w, vocab)
+    return lambda rng: {**make(rng), "cut": np.zeros(w["batch"], np.float32)}
 
 
 def pairs(w: dict[str, Any], vocab: int) -> Any:
@@ -193,7 +199,7 @@ def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> 
 def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
     """Trains a stage for warmup + steps steps (and one more, whose beginning ends the last)."""
     name = {"rm": "reward", "grpo": "group"}.get(workload, workload)
-    makers = {"pretrain": packed, "sft": packed, "rm": pairs, "ppo": prompts, "grpo": prompts}
+    makers = {"pretrain": packed, "sft": examples, "rm": pairs, "ppo": prompts, "grpo": prompts}
     make = makers[workload](w, shape.vocab_size)
     layout = make_layout()
     with tempfile.TemporaryDirectory() as temporary:
@@ -201,13 +207,19 @@ def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> Non
         prepare(folder, shape)
         values = stage_config(name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1))
         config = recipe.check(values, name)
-        policy.sample = meter.timed(sample)
+        module = stages.find(name)
+        if workload in ("ppo", "grpo"):
+            make_sampler = module.make_sampler
+            module.make_sampler = lambda *args: meter.timed(make_sampler(*args))
         if workload == "grpo":
-            policy.load_reward = lambda *_: even_share
+            task.load_reward = lambda *_: even_share
         with layout.use():
-            stage = stages.find(name).build(config, layout)
-        stage = dataclasses.replace(stage, batches=Data(make, meter), evals=lambda state: {})
-        train.run(stage, config, folder / "run", layout)
+            stage = module.build(config, layout)
+
+        def open_data() -> Any:
+            return stage.open()._replace(batches=Data(make, meter), evals=lambda state: {})
+
+        train.run(dataclasses.replace(stage, open=open_data), config, folder / "run", layout)
 
 
 def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:

@@ -101,12 +101,40 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
     return config
 
 
+def fill_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a dataclass, as JSON has it, with the default of every absent option.
+
+    Elements of a tuple of dataclasses are filled too. An option without a default stays absent. An
+    option that the dataclass does not have, and what a free-form dict holds, stay as they are.
+    """
+    declared = {field.name: _declared_default(field) for field in dataclasses.fields(cls)}
+    config = {name: value for name, value in declared.items() if value is not dataclasses.MISSING}
+    config = to_dict(config | dict(values))
+    hints = typing.get_type_hints(cls)
+    return {name: _fill(hints.get(name), value) for name, value in config.items()}
+
+
+def _fill(hint: Any, value: Any) -> Any:
+    """Returns the value of an option, filled if it is one dataclass or several."""
+    cls = _dataclass_of(hint)
+    if cls and isinstance(value, Mapping):
+        return fill_defaults(cls, value)
+    if isinstance(value, list):
+        element = next(iter(typing.get_args(hint)), None)
+        return [_fill(element, part) for part in value]
+    return value
+
+
+def _declared_default(field: dataclasses.Field) -> Any:
+    """Returns the default of a field, or MISSING."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def _default_of(field: dataclasses.Field, hint: Any) -> Any:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
+    value = _declared_default(field)
+    if value is dataclasses.MISSING:
         value = None  # `build` will ask for it
     plain = _plain_type(hint)
     # a placeholder keeps the type: `--config.x=3` on an option that is None by default is still parsed as an int
@@ -202,7 +230,9 @@ def _flat(error: BaseException) -> str:
 
 
 def to_dict(config: Any) -> Any:
-    """ConfigDicts and tuples to plain dicts and lists, as JSON has them."""
+    """ConfigDicts, dataclasses and tuples to plain dicts and lists, as JSON has them."""
+    if dataclasses.is_dataclass(config):
+        return to_dict(dataclasses.asdict(config))
     if isinstance(config, Mapping | ConfigDict):
         return {k: to_dict(v) for k, v in config.items()}
     if isinstance(config, list | tuple):

@@ -53,14 +53,14 @@ def first_nonfinite(value: Any, place: str = "") -> tuple[str, float] | None:
     """Returns the place (`a.b[0]`) and value of the first number that is not finite, or None."""
     if isinstance(value, float):
         return None if math.isfinite(value) else (place, value)
-    for inner, part in _parts(value, place):
+    for inner, part in parts(value, place):
         if found := first_nonfinite(part, inner):
             return found
     return None
 
 
-def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """The members of an object or an array, each with its place; none of anything else."""
+def parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yields the members of an object or an array, each with its place; none of anything else."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield (f"{place}.{key}" if place else str(key)), part

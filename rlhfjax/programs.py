@@ -79,6 +79,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.held: list[Held] = []  # frozen parameters
 
     @contextmanager
     def record(self) -> Iterator["Recorder"]:
@@ -123,6 +124,14 @@ def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 # ------------------------------------------------------------------ between programs
+
+
+def keep(tree: PyTree) -> PyTree:
+    """Returns parameters that stay on the devices until the end, of which a recorder takes note."""
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder.held += jax.tree.leaves(tree)
+    return tree
 
 
 def recording() -> bool:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rlhfjax import footprint, hosts, json_text, paths, stages, train
 from rlhfjax.clock import Clock
-from rlhfjax.config import build, to_dict, write_json
+from rlhfjax.config import build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, make_layout
@@ -241,21 +241,50 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def compare(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Nothing where the workdir is free or was started with this config.
+    """Validates that the workdir is free or was started with this config.
+
+    An absent option counts as its default, so that new options leave older workdirs usable.
 
     Raises:
-      ConfigError: it belongs to another config; the message names the keys that differ.
+      ConfigError: it belongs to another config; the message names the options that differ.
     """
     path = workdir / CONFIG
     if not path.exists() or _nothing_but_configs(workdir):
         return
-    as_written = json.loads(json_text.encode(config, path))
-    before, now = _flatten(json.loads(path.read_text())), _flatten(as_written)
-    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
+    before = _Options(json.loads(path.read_text()))
+    now = _Options(json.loads(json_text.encode(config, path)))
+    options = sorted(before.all.keys() | now.all.keys())
+    differ = [k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)]
     if differ:
-        shown = "; ".join(f"{k}: {before.get(k, 'absent')} -> {now.get(k, 'absent')}" for k in differ[:5])
+        shown = "; ".join(f"{k}: {before.show(k)} -> {now.show(k)}" for k in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ConfigError(f"{workdir} was started with another config ({shown}{more}); use a new --workdir")
+
+
+class _Options:
+    """The options of a config by place: those that it has, and `all`, absent ones among them."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._present = _flatten(config)
+        self.all = _flatten(with_defaults(config))
+
+    def show(self, place: str) -> str:
+        if place in self._present:
+            return str(self._present[place])
+        return f"absent ({self.all[place]})" if place in self.all else "absent"
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stage's config, or a recipe's, with the default of every absent option.
+
+    The config of an unknown stage stays as it is.
+    """
+    if "stages" in config:
+        parts = config.items()
+        return {k: with_defaults(v) if isinstance(v, Mapping) else v for k, v in parts}
+    if config.get("stage") not in stages.names():
+        return dict(config)
+    return fill_defaults(stages.config_class(config["stage"]), config)
 
 
 def _nothing_but_configs(workdir: Path) -> bool:
@@ -266,13 +295,12 @@ def _nothing_but_configs(workdir: Path) -> bool:
 _ABSENT = object()
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for k, v in value.items():
-        out |= _flatten(v, f"{prefix}.{k}" if prefix else k)
-    return out
+def _flatten(value: Any, place: str = "") -> dict[str, Any]:
+    """Returns {place: leaf} of a JSON value: `a.b[0].c` is a place, an empty array a leaf."""
+    leaves: dict[str, Any] = {}
+    for inner, part in json_text.parts(value, place):
+        leaves |= _flatten(part, inner)
+    return leaves or {place: value}
 
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:

@@ -22,7 +22,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
-from rlhfjax.programs import Held, recording
+from rlhfjax.programs import Held, keep, recording
 
 PyTree = Any
 REWARD = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
@@ -205,7 +205,7 @@ class Models:
         if owner is not None:
             params = read()
         elif role.lora.base != "float32":
-            params = frozen_base(model, read())
+            params = keep(frozen_base(model, read()))
         else:
             params = self._keep(role.source, layout, role.overrides, read)
         if role.optim is None:
@@ -237,7 +237,7 @@ class Models:
     def _keep(self, source: str, layout: Layout, changes: Any, read: Callable[[], PyTree]) -> PyTree:
         key = _key(source, layout, changes)
         if key not in self._frozen:
-            self._frozen[key] = read()
+            self._frozen[key] = keep(read())
         return self._frozen[key]
 
 

@@ -1,13 +1,17 @@
-"""The world of `benchmarks.optimum` for tests of policy stages: what a setting compiles is kept and used again."""
+"""The world of `benchmarks.optimum` for tests of policy stages.
 
+What a setting compiles is kept and used again.
+"""
+
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rlhfjax.stages.parts import rollout
 
 from benchmarks import optimum
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.rl import rollout
 
 _STARTED: dict[str, tuple[Any, Any, Any]] = {}  # by config and model_config
 
@@ -21,6 +25,21 @@ def begin(config: Any, shape: TransformerConfig = optimum.SHAPE) -> tuple[Any, A
         _STARTED[key] = optimum.start(config, shape)
     algorithm, state, reference = _STARTED[key]
     return algorithm, jax.tree.map(jnp.array, state), reference
+
+
+def with_loss(patch: Any, module: Any, loss: Any) -> None:
+    """Has the updates of a stage's module take the gradients of another loss, with the same beta.
+
+    Args:
+      loss: (params, batch, key, beta) -> (scalar, metrics).
+    """
+    minibatch_epochs = module.minibatch_epochs
+
+    def epochs(config: Any, tx: Any, model: Any, own_loss: Any, *rows: Any, **options: Any) -> Any:
+        other = functools.partial(loss, **own_loss.keywords)
+        return minibatch_epochs(config, tx, model, other, *rows, **options)
+
+    patch.setattr(module, "minibatch_epochs", epochs)
 
 
 def moved(params: Any, size: float = 0.3, seed: int = 11) -> Any:

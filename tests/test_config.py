@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from ml_collections import ConfigDict
 
-from rlhfjax.config import TrainConfig, build, explain, parse_arg, to_dict, write_json
+from rlhfjax.config import TrainConfig, build, explain, fill_defaults, parse_arg, to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.stages import config_class, names, stage_config
@@ -135,9 +135,54 @@ def test_options_that_are_none_by_default_keep_their_type_for_overrides():
         config.seed = "three"
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    width: int
+    depth: int = 2
+    free: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    steps: int
+    rate: float = 0.5
+    delay: tuple[float, float] = (0.2, 0.8)
+    inner: Part = dataclasses.field(default_factory=lambda: Part(3))
+    perhaps: Part | None = None
+    several: tuple[Part, ...] = ()
+    standard: tuple[Part, ...] = (Part(4),)
+
+
+def test_absent_options_are_filled_with_their_defaults():
+    inner = {"width": 3, "depth": 2, "free": {}}
+    plain = {"rate": 0.5, "delay": [0.2, 0.8], "inner": inner, "perhaps": None, "several": []}
+    plain["standard"] = [{"width": 4, "depth": 2, "free": {}}]
+    assert fill_defaults(Whole, {}) == plain
+    assert fill_defaults(Whole, {"steps": 7, "rate": 0.1}) == plain | {"steps": 7, "rate": 0.1}
+    assert fill_defaults(Whole, fill_defaults(Whole, {})) == plain
+
+
+def test_absent_options_of_parts_and_elements_are_filled():
+    """`width` has no default; the 3 of `Whole.inner` is that of the whole part."""
+    several = ({}, {"width": 6, "depth": 7})
+    given = {"inner": {"depth": 9}, "perhaps": {"width": 5}, "several": several}
+    filled = fill_defaults(Whole, given)
+    assert filled["inner"] == {"depth": 9, "free": {}}
+    assert filled["perhaps"] == {"width": 5, "depth": 2, "free": {}}
+    assert filled["several"] == [{"depth": 2, "free": {}}, {"width": 6, "depth": 7, "free": {}}]
+
+
+def test_what_is_unknown_or_free_form_stays_as_it_is():
+    given = {"gone": {"a": (1,)}, "inner": {"free": {"depth": {}}, "gone": 1}}
+    filled = fill_defaults(Whole, given)
+    assert filled["gone"] == {"a": [1]}
+    assert filled["inner"] == {"free": {"depth": {}}, "gone": 1, "depth": 2}
+
+
 def test_to_dict_is_plain_json():
     config = ConfigDict({"a": (1, 2), "b": {"c": ({"d": 1},)}})
     assert to_dict(config) == {"a": [1, 2], "b": {"c": [{"d": 1}]}}
+    assert to_dict((Part(1, free={"a": (2,)}),)) == [{"width": 1, "depth": 2, "free": {"a": [2]}}]
 
 
 def test_write_json_leaves_no_half_file(tmp_path):

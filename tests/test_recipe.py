@@ -97,7 +97,7 @@ def test_a_changed_config_names_the_keys_that_differ_with_both_values(tmp_path, 
     with pytest.raises(ConfigError) as caught:
         recipe.run(two(mesh={"data": 1, "fsdp": 2, "tensor": 2}, vocab_size=301), tmp_path)
     message = str(caught.value)
-    assert "b.mesh.fsdp: 4 -> 2" in message and "b.mesh.tensor: absent -> 2" in message
+    assert "b.mesh.fsdp: 4 -> 2" in message and "b.mesh.tensor: absent (1) -> 2" in message
     assert "b.vocab_size: 300 -> 301" in message and "a." not in message and "\n" not in message
     assert "use a new --workdir" in message and ran == ["00_a", "01_b"]
     with pytest.raises(ConfigError, match=r"vocab_size: 300 -> 9"):

@@ -1,4 +1,7 @@
-"""The group stage: its estimators on their own classes in the world of `benchmarks.optimum`, and the whole stage."""
+"""The group stage: its estimators on their own programs in the world of `benchmarks.optimum`.
+
+And the whole stage.
+"""
 
 import dataclasses
 import functools
@@ -7,11 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.policy import Tokens
-from rlhfjax.stages.parts.policy_config import HumanConfig
-from rlhfjax.stages.parts.prompts import Repeated
-from rlhfjax.stages.parts.rollout import Rollout
 
 from benchmarks import optimum
 from benchmarks.optimum import EOS, PAD, TEMPERATURE
@@ -25,6 +23,11 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
+from rlhfjax.rl import task
+from rlhfjax.rl.config import HumanConfig
+from rlhfjax.rl.prompts import Repeated
+from rlhfjax.rl.rewards import with_human
+from rlhfjax.rl.rollout import Rollout, Tokens
 from rlhfjax.stages import group
 from tests import small_world
 from tests.small_world import response_logprobs
@@ -44,7 +47,7 @@ def begin(estimator, **changes):
 def iterate(algorithm, state, reference, key=KEY):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
-    state, more = algorithm.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
+    state, more = algorithm.programs.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
 
@@ -69,12 +72,12 @@ def test_advantages_are_made_within_groups_of_consecutive_answers():
     algorithm, state, reference = begin("rloo")
     params = {"policy": small_world.moved(reference, 0.1)}
     rollout, _, _ = optimum.experience(algorithm, state.replace(params=params), reference, KEY)
-    known = algorithm.know(params, reference, rollout)
+    known = algorithm.programs.forward(params, reference, rollout)
     scores, penalties = scores_and_penalties(algorithm, reference, rollout, optimum.BETA)
     rewards = scores - penalties
     for name in ("rloo", "grpo", "dr_grpo", "dapo"):
         algorithm, state, _ = begin(name)
-        episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+        episodes, pairs = algorithm.programs.make_experience(state, known, rollout, scores)
         assert abs(float(pairs["kl"][0])) > 0.05
         for first in range(0, 64, 8):
             for i in range(first, first + 8):
@@ -99,7 +102,8 @@ def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
         logprobs = response_logprobs(algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE)[0]
         return -jnp.mean(jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1))
 
-    ours = jax.jit(jax.grad(lambda p, beta: algorithm.loss({"policy": p}, episodes, None, beta)[0]))
+    loss = algorithm.programs.loss
+    ours = jax.jit(jax.grad(lambda p, beta: loss({"policy": p}, episodes, None, beta)[0]))
     expected = jax.jit(jax.grad(by_hand))(reference)
     for beta in (0.0, 2.0):
         assert_close(ours(reference, beta), expected, rtol=1e-4, atol=1e-6)
@@ -116,7 +120,7 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
     k3 = kl.k3(episodes.logprobs, episodes.ref_logprobs)
     length = episodes.mask.sum(1)
     loss = jnp.mean(-episodes.advantages + 0.4 * (k3 * episodes.mask).sum(1) / length)
-    ours, _ = jax.jit(algorithm.loss)(state.params, episodes, None, 0.4)
+    ours, _ = jax.jit(algorithm.programs.loss)(state.params, episodes, None, 0.4)
     assert float(ours) == pytest.approx(float(loss), abs=2e-5)
 
 
@@ -131,7 +135,7 @@ def test_the_moving_baseline_is_the_average_of_the_iterations_before():
         baseline = np.dot(weights, means) / weights.sum() if means else 0.0
         np.testing.assert_allclose(episodes.advantages, scores - baseline, atol=1e-5)
         means.append(scores.mean())
-        state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+        state, _ = algorithm.programs.update(state, episodes, {}, pairs, KEY)
 
 
 def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
@@ -150,7 +154,7 @@ def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
     assert_close(after[1], after[0], atol=0.01)
 
 
-def test_the_baseline_follows_what_the_advantages_are_made_of():
+def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
     """Rewards less the KL, 8 / 4, and not scores: 0.8 * 1 + 0.2 * 2.
 
     The rate of 0.1 is linear over the four updates.
@@ -158,19 +162,19 @@ def test_the_baseline_follows_what_the_advantages_are_made_of():
     options = {"optim": dataclasses.replace(SGD, schedule="linear"), "baseline_decay": 0.8}
     options |= {"batch_size": 4, "completions": 1, "epochs": 2, "minibatches": 2}
     config = optimum.group_config(1, estimator="reinforce", **options)
-    algorithm = group.Algorithm(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
+    programs = group.programs(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
 
     def loss(params, batch, key, beta):
         one = (jnp.ones(()), jnp.ones(()))
         return params["policy"], {"loss": one, "ratio_max": one}
 
-    algorithm.loss = loss
+    small_world.with_loss(monkeypatch, group, loss)
     extra = {"kl_coefficient": jnp.float32(0.0), "baseline": jnp.float32(1.0)}
-    state = states.TrainState.create({"policy": jnp.zeros(())}, algorithm.tx, **extra)
+    state = states.TrainState.create({"policy": jnp.zeros(())}, programs.tx, **extra)
     batch = group.Experience(*[jnp.zeros((4, 1))] * 6)
     sums = {"advantage_reward": 8.0, "score": 40.0, "reward": 400.0, "kl": 0.0}
     pairs = {name: (jnp.float32(total), jnp.float32(4)) for name, total in sums.items()}
-    state, _ = algorithm.update(state, batch, {}, pairs, KEY)
+    state, _ = programs.update(state, batch, {}, pairs, KEY)
     assert float(state.extra["baseline"]) == pytest.approx(1.2, rel=1e-6)
     moved = -0.1 * (1 + 3 / 4 + 1 / 2 + 1 / 4)
     assert float(state.params["policy"]) == pytest.approx(moved, rel=1e-6)
@@ -230,7 +234,7 @@ def test_entropy_and_kl_join_the_loss_of_dapo():
         logprobs, entropy = response_logprobs(algorithm.model, params, *rows)
         others = {"advantages": jnp.array([1.0, -3.0]), "ref_logprobs": logprobs - APART}
         batch = group.Experience(tokens, segments, mask, logprobs, **others)
-        return algorithm.loss({"policy": params}, batch, None, 0.7)[0], entropy.mean()
+        return algorithm.programs.loss({"policy": params}, batch, None, 0.7)[0], entropy.mean()
 
     loss, entropy = terms(reference)
     assert float(entropy) > 0.5
@@ -253,7 +257,7 @@ def two_groups():
     segments = (tokens != PAD).astype(jnp.int32)
     logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
     rollout = Rollout(tokens, segments, mask, logprobs)
-    return rollout, algorithm.know(state.params, reference, rollout)
+    return rollout, algorithm.programs.forward(state.params, reference, rollout)
 
 
 def crafted(estimator, beta=0.0, nats=0.0, **changes):
@@ -265,7 +269,7 @@ def crafted(estimator, beta=0.0, nats=0.0, **changes):
     rollout, known = two_groups()
     known = known._replace(ref_logprobs=known.logprobs.at[:, 0].add(-nats))
     scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
-    return algorithm.prepare(state, known, rollout, scores)
+    return algorithm.programs.make_experience(state, known, rollout, scores)
 
 
 def test_informative_share_is_logged_and_may_be_all_that_counts():
@@ -308,9 +312,9 @@ def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
     """Pitfall 23: a mean over no tokens is 0, not NaN."""
     algorithm, state, reference = begin("grpo", **SMALL, only_informative=True)
     episodes, pairs = crafted("grpo", only_informative=True)
-    nothing = dataclasses.replace(episodes, mask=jnp.zeros_like(episodes.mask))
+    nothing = episodes._replace(mask=jnp.zeros_like(episodes.mask))
     before = jax.device_get(reference)
-    state, more = algorithm.update(state, nothing, {}, pairs, KEY)
+    state, more = algorithm.programs.update(state, nothing, {}, pairs, KEY)
     assert_close(state.params["policy"], before, atol=0)
     assert all(np.isfinite(v) for v in finalize(jax.device_get(more)).values())
 
@@ -366,7 +370,7 @@ def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, c
 
 def test_a_human_reward_is_added_less_and_less_by_hand():
     config = HumanConfig(reward="x", weight=0.5, factor=0.25)
-    scores, pairs = policy.with_human(config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2))
+    scores, pairs = with_human(config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2))
     np.testing.assert_allclose(scores, [1 + 8 / 32, 2 - 16 / 32])  # 0.5 * 0.25^2 = 1 / 32
     assert finalize(jax.device_get(pairs)) == {"human": -4, "human_weight": 1 / 32}
 
@@ -378,17 +382,26 @@ def with_a_human(conversations, finished):
     human = {"reward": rule, "weight": 0.5, "factor": 0.25}
     values = group_values(conversations, finished, "rloo", reward=rule, ptx={}, human=human)
     called = []
+
+    def told(name, function):
+        return lambda *args: called.append(name) or function(*args)
+
+    programs = group.programs
+
+    def spied(*args):
+        found = programs(*args)
+        return found._replace(forward=told("forward", found.forward))
+
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((policy, "score"), (group.Algorithm, "_know")):
-            plain = getattr(owner, name)
-            patch.setattr(owner, name, lambda *args, n=name, f=plain: called.append(n) or f(*args))
+        patch.setattr(task, "score", told("score", task.score))
+        patch.setattr(group, "programs", spied)
         metrics, _ = run_steps("group", values, ONE)
     return called, metrics
 
 
 def test_the_device_has_its_work_before_a_rule_scores(with_a_human):
     """Dispatch is asynchronous: what needs no score is asked for first, and computed while the host scores."""
-    assert with_a_human[0] == ["_know", "score", "score"]  # traced in the first step
+    assert with_a_human[0] == ["forward", "score"] * 2
 
 
 def test_a_stage_adds_its_human_reward(with_a_human):
@@ -457,7 +470,7 @@ def test_what_cannot_be_meant_is_refused(message):
     options = {"init_from": "x", "reward": "y", "prompt_length": 24, "max_new": 8, "batch_size": 4, "steps": 2}
     values = stages.stage_config("group", **options | REFUSED[message])
     with pytest.raises(ConfigError, match=message) as refused:
-        group.check(recipe.check(to_dict(values), "group"), ONE, None)
+        group.validate(recipe.check(to_dict(values), "group"), ONE, None)
     assert "\n" not in str(refused.value) and str(refused.value).startswith("group.")
 
 

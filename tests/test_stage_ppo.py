@@ -1,4 +1,7 @@
-"""PPO's options on its own classes, in the world of `benchmarks.optimum`: six tokens, two prompts, few responses."""
+"""PPO's options on its own programs, in the world of `benchmarks.optimum`.
+
+Six tokens, two prompts, few responses.
+"""
 
 import dataclasses
 import functools
@@ -8,12 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rlhfjax.stages.parts import epochs
-from rlhfjax.stages.parts.language import language_loss
-from rlhfjax.stages.parts.policy import Known, Tokens
-from rlhfjax.stages.parts.policy_config import KLConfig, TruncateConfig
-from rlhfjax.stages.parts.ptx import PtxConfig
-from rlhfjax.stages.parts.rollout import Rollout, response_hidden
 
 from benchmarks import optimum
 from benchmarks.optimum import EOS, PAD, PROMPTS, TEMPERATURE
@@ -26,7 +23,12 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
-from rlhfjax.stages import ppo
+from rlhfjax.rl import epochs
+from rlhfjax.rl.config import KLConfig, TruncateConfig
+from rlhfjax.rl.ptx import PtxConfig
+from rlhfjax.rl.rewards import shape_rewards
+from rlhfjax.rl.rollout import Rollout, Tokens, response_hidden, truncated
+from rlhfjax.stages import ppo, pretrain
 from tests import small_world
 from tests.small_world import moved, response_logprobs
 from tests.test_stages import run_steps, stage_values
@@ -43,7 +45,8 @@ def begin(shape=optimum.SHAPE, steps=4, **changes):
 def iterate(algorithm, state, reference, key=KEY, text=None):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
-    state, more = algorithm.update(state, episodes, text or {}, pairs, jax.random.fold_in(key, 1))
+    update_key = jax.random.fold_in(key, 1)
+    state, more = algorithm.programs.update(state, episodes, text or {}, pairs, update_key)
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
 
@@ -87,7 +90,7 @@ def test_pitfall_20_dropout_is_off_in_ppo():
     shape = dataclasses.replace(optimum.SHAPE, dropout=0.5)
     algorithm, state, reference = begin(shape)
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    loss_of = jax.jit(algorithm.loss)
+    loss_of = jax.jit(algorithm.programs.loss)
     loss, pairs = loss_of(state.params, episodes, jax.random.key(0))
     assert float(pairs["ratio_max"][0]) == pytest.approx(1, abs=1e-5)
     assert float(loss) == float(loss_of(state.params, episodes, jax.random.key(1))[0])
@@ -126,7 +129,8 @@ def three_responses():
     logprobs = response_logprobs(algorithm.model, moved(reference), tokens, segments, 2, TEMPERATURE)[0] * mask
     rollout = Rollout(tokens, segments, mask, logprobs)
     ref = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
-    return rollout, algorithm.know(state.params, reference, rollout), np.asarray(logprobs - ref, np.float64)
+    known = algorithm.programs.forward(state.params, reference, rollout)
+    return rollout, known, np.asarray(logprobs - ref, np.float64)
 
 
 def by_hand(**changes):
@@ -134,7 +138,7 @@ def by_hand(**changes):
     algorithm, state, _ = begin(batch_size=3, lam=1.0, **changes)
     rollout, known, log_ratio = three_responses()
     scores = jnp.array([0.7, -1.6, 0.25])
-    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    episodes, pairs = algorithm.programs.make_experience(state, known, rollout, scores)
     return episodes, finalize(jax.device_get(pairs)), np.asarray(scores), log_ratio
 
 
@@ -186,17 +190,15 @@ def test_truncation_and_rejection(stop):
     Id 0 may be a full stop.
     """
     config = optimum.ppo_config(4, **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)})
-    model = Model(dataclasses.replace(optimum.SHAPE, max_length=6))
-    critic = Model(model.config, "scalar")
-    algorithm = ppo.Algorithm(config, model, critic, Tokens(EOS, PAD, stop=stop))
+    ids = Tokens(EOS, PAD, stop=stop)
     tokens = jnp.array([[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
-    seen, segments, mask = algorithm.seen(rollout)
+    seen = truncated(config, ids, rollout)
     first = [1, 3, 4, stop, PAD, PAD]
-    np.testing.assert_array_equal(seen, [first, [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
-    np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(segments[:, 2:], mask)
-    shaped, _, pairs = algorithm.shape(jnp.array([0.5, 0.6, 0.7]), rollout)
+    np.testing.assert_array_equal(seen.tokens, [first, [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
+    np.testing.assert_array_equal(seen.mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(seen.segments[:, 2:], seen.mask)
+    shaped, _, pairs = shape_rewards(config, ids, jnp.array([0.5, 0.6, 0.7]), rollout)
     np.testing.assert_allclose(shaped, [0.5, -1.0, 0.7])
     assert finalize(jax.device_get(pairs))["accepted"] == pytest.approx(2 / 3)
     np.testing.assert_array_equal(rollout.mask, 1)  # the policy is trained on all that it sampled
@@ -216,23 +218,23 @@ GAMMA, LAM, BETA = 0.9, 0.7, 0.11  # BETA: a KL coefficient that has moved away 
 
 
 def without_models(**changes):
-    """(algorithm, state, known, rollout, scores): four responses, made-up logprobs and values."""
+    """(programs, state, known, rollout, scores): four responses, made-up logprobs and values."""
     own = {"batch_size": 4, "max_new": 3, "gamma": GAMMA, "lam": LAM, "kl": KLConfig(0.5)}
     config = optimum.ppo_config(4, **PLAIN | own | changes)
     model = Model(optimum.SHAPE)
-    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    programs = ppo.programs(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
     seen = {name: jnp.zeros((4, 3)) for name in ("advantages", "returns")}
     params = {"policy": {**seen, "together": jnp.zeros((4, 4))}, "value": {"beta": jnp.zeros(())}}
-    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(BETA))
+    state = states.TrainState.create(params, programs.tx, kl_coefficient=jnp.float32(BETA))
     mask = np.arange(3) < np.array(LENGTHS)[:, None]
     responses = np.where(mask, [[3, 4, 5], [3, EOS, 0], [EOS, 0, 0], [5, 5, 4]], PAD)
     numbered = np.arange(4)[:, None]  # the prompt is the number of the response
     tokens = np.concatenate([numbered, responses], axis=1)
     segments = np.concatenate([np.ones((4, 1)), mask], axis=1)
     numbers = np.random.default_rng(3).normal(size=(3, 4, 3)) * mask
-    known = Known(*jnp.float32(numbers))
+    known = ppo.Forward(*jnp.float32(numbers))
     rollout = Rollout(jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs)
-    return algorithm, state, known, rollout, jnp.array([0.7, -1.6, 0.25, 2.0])
+    return programs, state, known, rollout, jnp.array([0.7, -1.6, 0.25, 2.0])
 
 
 def ragged(x):
@@ -281,8 +283,8 @@ def whitened_by_hand(rows, keep_mean):
 @pytest.mark.parametrize("place", ["reward", "loss"])
 def test_the_experience_of_an_iteration_equals_a_loop(place):
     """With the KL in the loss no token is charged for it; the logged mean reward is."""
-    algorithm, state, known, rollout, scores = without_models(kl=KLConfig(0.5, place=place))
-    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
+    programs, state, known, rollout, scores = without_models(kl=KLConfig(0.5, place=place))
+    episodes, pairs = programs.make_experience(state, known, rollout, scores)
     rewards, values = rewards_by_hand(known, scores), ragged(known.values)
     charged = rewards if place == "reward" else rewards_by_hand(known, scores, beta=0.0)
     advantages, returns = gae_by_hand(charged, values)
@@ -320,13 +322,13 @@ def gradients_tell(params, batch, key, beta):
 
 
 @pytest.mark.parametrize("rewards_in", ["none", "batch", "minibatch"])
-def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in):
+def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in, monkeypatch):
     """Returns follow whitened rewards; advantages are whitened after that, over the minibatch."""
     options = {"whiten_rewards": rewards_in, "whiten_advantages": "minibatch", "minibatches": 2}
-    algorithm, state, known, rollout, scores = without_models(**options)
-    episodes, pairs = algorithm.prepare(state, known, rollout, scores)
-    algorithm.loss = gradients_tell
-    state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+    programs, state, known, rollout, scores = without_models(**options)
+    episodes, pairs = programs.make_experience(state, known, rollout, scores)
+    small_world.with_loss(monkeypatch, ppo, gradients_tell)
+    state, _ = programs.update(state, episodes, {}, pairs, KEY)
     # sgd at 0.1 moves by -0.1 g
     told = {name: np.asarray(x) / -0.1 for name, x in state.params["policy"].items()}
     assert float(state.params["value"]["beta"]) == pytest.approx(-0.1 * 2 * BETA)  # two updates
@@ -373,7 +375,8 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
     batch = every_response(algorithm, policy, reference)
 
     def loss(params):
-        return algorithm.loss({"policy": params, "value": state.params["value"]}, batch, None, 0.5)[0]
+        both = {"policy": params, "value": state.params["value"]}
+        return algorithm.programs.loss(both, batch, None, 0.5)[0]
 
     def exact(params):
         hidden = [response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2) for p in (params, reference)]
@@ -392,8 +395,8 @@ def test_pitfall_18_value_and_policy_losses_share_one_weight():
     options = {"value_coefficient": 0.3, "entropy_coefficient": 0.5}
     algorithm, state, reference = begin(**options, kl=KLConfig(0.2, place="loss", estimator="k2"))
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    episodes = dataclasses.replace(episodes, ref_logprobs=episodes.ref_logprobs - 0.3)
-    loss, pairs = jax.jit(algorithm.loss)(state.params, episodes, None, 0.7)
+    episodes = episodes._replace(ref_logprobs=episodes.ref_logprobs - 0.3)
+    loss, pairs = jax.jit(algorithm.programs.loss)(state.params, episodes, None, 0.7)
     tokens = float(episodes.mask.sum())
     assert tokens < episodes.mask.size
     losses = ("policy_loss", "value_loss", "entropy_loss", "kl_loss")
@@ -411,13 +414,26 @@ def test_pitfall_18_value_and_policy_losses_share_one_weight():
 
 def test_a_value_clip_of_0_clips_nothing():
     """V = 2, V_old = 0, R = 1: 1/2 (2 - 1)^2. Clipped by 0, V would stay at V_old."""
-    algorithm, *_ = without_models(value_clip=0.0)
-    others = ("tokens", "segments", "logprobs", "advantages", "values")
-    rows = {name: jnp.zeros((1, 1)) for name in others}
-    batch = ppo.Experience(**rows, returns=jnp.ones((1, 1)), mask=jnp.ones((1, 1)))
-    loss = jax.value_and_grad(lambda values: algorithm._value_loss(values, batch)[0])
-    value, slope = loss(jnp.full((1, 1), 2.0))
-    assert (float(value), float(slope[0, 0])) == (0.5, 1.0)
+    algorithm, state, _ = begin(value_clip=0.0, value_coefficient=1.0)
+    ids, row = jnp.array([[1, 3, 4]]), jnp.zeros((1, 1))
+    batch = ppo.Experience(
+        tokens=ids,
+        segments=jnp.ones_like(ids),
+        mask=jnp.ones((1, 1)),
+        logprobs=row,
+        values=row,
+        advantages=row,
+        returns=jnp.ones((1, 1)),
+    )
+
+    def loss(bias):
+        """With a kernel of 0 the bias is V."""
+        head = {"kernel": jnp.zeros(32), "bias": bias}
+        value = {**state.params["value"], "head": head}
+        return algorithm.programs.loss({**state.params, "value": value}, batch, None)
+
+    (_, metrics), slope = jax.value_and_grad(loss, has_aux=True)(jnp.float32(2.0))
+    assert [float(x) for x in (*metrics["value_loss"], slope)] == [0.5, 1.0, 1.0]
 
 
 def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
@@ -426,18 +442,20 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
     state = state.replace(params={**state.params, "value": {**state.params["value"], "head": head}})
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    scores = optimum.reward(*algorithm.seen(rollout))
+    scores = optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
     last = np.asarray(rollout.mask).sum(1).astype(int) - 1
     assert set(last) == {0, 1}
     at_end = [np.take_along_axis(np.asarray(x), last[:, None], 1)[:, 0] for x in (episodes.advantages, episodes.values)]
     assert np.abs(at_end[1]).min() > 1e-3
     np.testing.assert_allclose(at_end[0], np.asarray(scores) - at_end[1], atol=1e-5)
     other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
-    changed, _ = algorithm.prepare(state, algorithm.know(state.params, reference, other), other, scores)
+    known = algorithm.programs.forward(state.params, reference, other)
+    changed, _ = algorithm.programs.make_experience(state, known, other, scores)
     for name in ("advantages", "returns", "values"):
         np.testing.assert_array_equal(np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0)
         np.testing.assert_allclose(getattr(changed, name), getattr(episodes, name), atol=1e-6)
-    gradient = jax.jit(jax.grad(lambda params, batch: algorithm.loss(params, batch, None)[0]))
+    loss = algorithm.programs.loss
+    gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch, None)[0]))
     assert_close(*(gradient(state.params, batch) for batch in (episodes, changed)), atol=1e-6)
 
 
@@ -458,7 +476,8 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
 
     def trunk(coefficient):
         config = dataclasses.replace(algorithm.config, value_coefficient=coefficient)
-        other = ppo.Algorithm(config, algorithm.model, algorithm.critic, algorithm.tokens)
+        critic = Model(algorithm.model.config, "scalar")
+        other = ppo.programs(config, algorithm.model, critic, algorithm.tokens)
         params = {**state.params, "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}}}
         return jax.jit(jax.grad(lambda p: other.loss(p, episodes, None)[0]))(params)["policy"]
 
@@ -473,7 +492,7 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
 # ------------------------------------------------------------------ epochs
 
 
-def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates():
+def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates(monkeypatch):
     """Two updates in each of two iterations: linear from the rate to 0 over 4, so 1 + 3/4 of it."""
     rates = {
         "optim": dataclasses.replace(SGD, learning_rate=0.1, schedule="linear"),
@@ -481,19 +500,19 @@ def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updat
     }
     config = optimum.ppo_config(2, **PLAIN | rates | {"batch_size": 4, "minibatches": 2})
     model = Model(optimum.SHAPE)
-    algorithm = ppo.Algorithm(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    programs = ppo.programs(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
 
     def loss(params, batch, key, beta):
         one = (jnp.ones(()), jnp.ones(()))
         return 3 * params["policy"] + 4 * params["value"], dict.fromkeys(("loss", "ratio_max"), one)
 
-    algorithm.loss = loss
+    small_world.with_loss(monkeypatch, ppo, loss)
     params = {"policy": jnp.zeros(()), "value": jnp.zeros(())}
-    state = states.TrainState.create(params, algorithm.tx, kl_coefficient=jnp.float32(0.0))
+    state = states.TrainState.create(params, programs.tx, kl_coefficient=jnp.float32(0.0))
     kl = (jnp.zeros(()), jnp.ones(()))
     zeros = jnp.zeros((4, 1))
     batch = ppo.Experience(*[zeros] * 7)
-    state, metrics = algorithm.update(state, batch, {}, {"kl": kl}, KEY)
+    state, metrics = programs.update(state, batch, {}, {"kl": kl}, KEY)
     moves = {name: float(x) for name, x in state.params.items()}
     assert moves == pytest.approx({"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6)
     found = finalize(jax.device_get(metrics))
@@ -611,7 +630,7 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added,
         pair = (jnp.float32(40.0), jnp.float32(4.0))
         return lambda params, batch, key: (10 * params["w"], {"loss": pair})
 
-    monkeypatch.setattr(epochs, "language_loss", mean_of_ten)
+    monkeypatch.setattr(epochs, "_text_loss", mean_of_ten)
     config = optimum.ppo_config(1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)})
     text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
     params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
@@ -631,7 +650,8 @@ def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit, m
     text = {"tokens": tokens, "targets": tokens[:, ::-1], "mask": mask, "segments": segments}
     text["positions"] = jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32)
     algorithm, state, reference = begin()
-    grads = jax.jit(jax.grad(lambda p: language_loss(algorithm.model)(p, text, None)[0]))(reference)
+    loss = pretrain.language_loss(algorithm.model)
+    grads = jax.jit(jax.grad(lambda p: loss(p, text, None)[0]))(reference)
     scale = gamma * (3.0 if unit == "sequence" else 1.0)  # 3 tokens a sequence on average
     plain = copy(iterate(algorithm, state, reference)[0].params["policy"])
     expected = jax.tree.map(lambda p, g: p - 0.1 * scale * g, plain, grads)
@@ -738,5 +758,6 @@ def test_what_cannot_be_meant_is_refused(message):
         "ppo", init_from="x", reward="y", prompt_length=24, max_new=8, batch_size=16, steps=2, **REFUSED[message]
     )
     with pytest.raises(ConfigError, match=message) as refused:
-        ppo.check(recipe.check(to_dict(values), "ppo"), make_layout(MeshConfig(), jax.devices()[:1]), None)
+        one = make_layout(MeshConfig(), jax.devices()[:1])
+        ppo.validate(recipe.check(to_dict(values), "ppo"), one, None)
     assert "\n" not in str(refused.value) and "ppo" in str(refused.value)

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.language import held_out_loss, language_loss
 
 from benchmarks import optimum
 from rlhfjax import recipe, stages, state
@@ -24,7 +22,10 @@ from rlhfjax.mesh import Layout, MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
+from rlhfjax.rl import task
+from rlhfjax.stages import ppo, pretrain, sft
 from rlhfjax.stages.reward import reward_loss
+from rlhfjax.supervised import held_out_loss
 from tests import tiny
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
@@ -98,21 +99,22 @@ def test_pitfall_42_the_held_out_loss_is_reported_per_byte_of_its_targets(tmp_pa
     shape = TransformerConfig(vocab_size=400, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=64)
     model = Model(shape)
     params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
-    measure = held_out_loss(model, tokenizer.byte_lengths())
     options = {"batch_size": 2, "length": 64, "train": False}
 
-    def nats_per_byte(batches):
+    def nats_per_byte(stage, batches):
+        measure = held_out_loss(model, stage.language_loss(model), tokenizer.byte_lengths())
         return finalize(jax.device_get(measure(params, next(batches))))["val_nats_per_byte"]
 
     words = ("a", "é今!", "no")  # 1 + 2 + 3 + 1 + 2 bytes; documents that are packed into one row
     targets = sum(len(tokenizer.encode(text)) + 1 for text in words)  # and the eos of each
     documents = Rows([{"text": text} for text in words], "text")
     expected = targets * math.log(400) / 9
-    assert nats_per_byte(loader.pretrain_batches(documents, tokenizer, **options)) == pytest.approx(expected)
+    packed = loader.pretrain_batches(documents, tokenizer, **options)
+    assert nats_per_byte(pretrain, packed) == pytest.approx(expected)
     talk = [{"role": "user", "content": "今今今"}, {"role": "assistant", "content": "é今!"}]
     targets = len(tokenizer.encode("é今!")) + 1  # the answer's bytes alone: 6
     answers = loader.sft_batches(Rows([{"messages": talk}], "messages"), tokenizer, **options)
-    assert nats_per_byte(answers) == pytest.approx(targets * math.log(400) / 6)
+    assert nats_per_byte(sft, answers) == pytest.approx(targets * math.log(400) / 6)
 
 
 def test_pitfall_39_fine_tuning_counts_the_examples_that_lost_tokens(tmp_path):
@@ -124,7 +126,8 @@ def test_pitfall_39_fine_tuning_counts_the_examples_that_lost_tokens(tmp_path):
     ]
     rows = Rows([{"messages": talk} for talk in talks], "messages")
     batch = next(loader.sft_batches(rows, tokenizer, batch_size=4, length=32, train=False))
-    _, pairs = language_loss(model)(model.init(jax.random.key(0)), jax.tree.map(jnp.asarray, batch), None)
+    params = model.init(jax.random.key(0))
+    _, pairs = sft.language_loss(model)(params, jax.tree.map(jnp.asarray, batch), None)
     assert [float(x) for x in pairs["examples_cut"]] == [1.0, 3.0]
 
 
@@ -144,11 +147,11 @@ def test_parameters_and_moments_are_sharded_not_replicated(conversations, finish
 def first_step(conversations, finished):
     """(metrics, rollouts, what was scored) of PPO's first step, in one minibatch."""
     sampled, scored = [], []
-    plain_rollout, plain_score = policy.PolicyAlgorithm.rollout, policy.score
+    plain_sampler, plain_score = ppo.make_sampler, task.score
 
-    def rollout(self, *args):
-        sampled.append(plain_rollout(self, *args))
-        return sampled[-1]
+    def make_sampler(*args):
+        sample = plain_sampler(*args)
+        return lambda *rows: sampled.append(sample(*rows)) or sampled[-1]
 
     def score(reward, *rows):
         scored.append(rows)
@@ -157,8 +160,8 @@ def first_step(conversations, finished):
     values = stage_values("ppo", conversations, finished, epochs=1, minibatches=1)
     assert values["temperature"] != 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy.PolicyAlgorithm, "rollout", rollout)
-        patch.setattr(policy, "score", score)
+        patch.setattr(ppo, "make_sampler", make_sampler)
+        patch.setattr(task, "score", score)
         (metrics,), _ = run_steps("ppo", values, ONE, steps=1)
     return metrics, sampled, scored
 
@@ -197,7 +200,7 @@ def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(three_steps
         assert abs(metrics["first_ratio_max"] - 1) < 2e-5
 
 
-@pytest.mark.parametrize("what", ["language", "reward"])
+@pytest.mark.parametrize("what", ["pretrain", "sft", "reward"])
 def test_a_model_with_dropout_is_trained_with_it(what):
     """Two keys, two losses."""
     ids = jnp.array([[[1, 3, 4, 5], [1, 4, 4, 2]]])
@@ -207,9 +210,10 @@ def test_a_model_with_dropout_is_trained_with_it(what):
         batch |= {"scores": jnp.array([[1.0, 0.0]]), "valid": jnp.ones((1, 2)), "same": jnp.array([[0, 1]])}
         batch["cut"] = jnp.zeros((1, 2))
     else:
-        head, make = "lm", language_loss
+        head, make = "lm", stages.find(what).language_loss
         batch = {"tokens": ids[0], "targets": ids[0], "mask": jnp.ones((2, 4))}
         batch |= {"segments": jnp.ones_like(ids[0]), "positions": jnp.tile(jnp.arange(4), (2, 1))}
+        batch["cut"] = jnp.zeros(2)
     model = Model(dataclasses.replace(optimum.SHAPE, dropout=0.5), head)
     params, loss = model.init(jax.random.key(0)), jax.jit(make(model))
     one, other = (float(loss(params, batch, jax.random.key(i))[0]) for i in (1, 2))
@@ -272,11 +276,11 @@ def test_streams_that_cannot_share_a_batch_are_refused_before_anything_runs(name
         values = to_dict(stages.stage_config("direct", init_from="x", length=32, batch_size=8, steps=1))
     else:
         values = stage_values(name, conversations, finished)
-    check = stages.find(name).check
-    check(recipe.check(streamed(name, values, 2), name), make_layout(), None)
+    validate = stages.find(name).validate
+    validate(recipe.check(streamed(name, values, 2), name), make_layout(), None)
     where = "ppo.ptx" if name == "ppo" else name
     with pytest.raises(ConfigError, match=rf"{where}\.data_shards=3: as many streams cannot share (8|16) rows"):
-        check(recipe.check(streamed(name, values, 3), name), make_layout(), None)
+        validate(recipe.check(streamed(name, values, 3), name), make_layout(), None)
 
 
 def test_every_stage_learns_and_the_recipe_collects_its_metrics(finished):

@@ -132,10 +132,11 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def finished(run: Path) -> dict[str, Any]:
-    """The config of a finished quickstart, its `stage:` references resolved."""
+    """The config of a finished quickstart with every option, its `stage:` references resolved."""
     config = json.loads((run / recipe.CONFIG).read_text()) if (run / recipe.CONFIG).is_file() else {}
     folders = recipe.stage_folders(config, run) if "stages" in config else {}
     if not folders or not all((folder / recipe.DONE).is_file() for folder in folders.values()):
         raise ConfigError(f"run={run}: expected the workdir of a quickstart that has run to its end")
+    config = recipe.with_defaults(config)
     stages_of = {name: recipe.resolve(config[name], folders, name) for name in folders}
     return {"stages": config["stages"], **stages_of}

@@ -1,6 +1,5 @@
 """What would make a stage fit, with numbers: the same arithmetic for the config as it is and as it could be."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -48,16 +47,16 @@ def changes(subject: Subject, axes: Mapping[str, int], room: float, need: Need) 
     """What can be otherwise of a config; sizes are doubled or halved until arithmetic finds it in `room` bytes."""
     best = subject
     if subject.model.dtype == "float32":
-        best = _model(best, dtype="bfloat16")
-        yield Change("compute in bfloat16: dtype=bfloat16 of the model", _model(subject, dtype="bfloat16"), axes)
+        best = best.with_models(dtype="bfloat16")
+        yield Change("compute in bfloat16: dtype=bfloat16 of the model", subject.with_models(dtype="bfloat16"), axes)
     if subject.model.remat != "full":
-        best = _model(best, remat="full")
+        best = best.with_models(remat="full")
         now = subject.model.remat
-        yield Change(f"remat=full of the model (now {now})", _model(subject, remat="full"), axes)
+        yield Change(f"remat=full of the model (now {now})", subject.with_models(remat="full"), axes)
     whole, steps = best, best is not subject
     if smaller := _until(_microbatches, subject, axes, room, need):
         now, m = subject.config.microbatches, smaller.config.microbatches
-        best, steps = _config(best, microbatches=m), steps + 1
+        best, steps = best.with_config(microbatches=m), steps + 1
         yield Change(f"smaller microbatches: --config.microbatches={m} (now {now})", smaller, axes)
     spread = dict(axes)
     if axes["data"] > 1:
@@ -100,19 +99,9 @@ def _until(change, subject: Subject, axes: Mapping[str, int], room: float, need:
 
 def _microbatches(subject: Subject, axes: Mapping[str, int]) -> Subject | None:
     shards, rows = axes["replica"] * axes["data"] * axes["fsdp"], smallest_batch(subject)
-    return _config(subject, microbatches=2 * subject.config.microbatches) if rows % (2 * shards) == 0 else None
+    return subject.with_config(microbatches=2 * subject.config.microbatches) if rows % (2 * shards) == 0 else None
 
 
 def _half_batch(subject: Subject, axes: Mapping[str, int]) -> Subject | None:
     shards, rows, b = axes["replica"] * axes["data"] * axes["fsdp"], smallest_batch(subject), subject.config.batch_size
-    return _config(subject, batch_size=b // 2) if rows % (2 * shards) == 0 and b % 2 == 0 else None
-
-
-def _config(subject: Subject, **fields) -> Subject:
-    return subject._replace(config=dataclasses.replace(subject.config, **fields))
-
-
-def _model(subject: Subject, **fields) -> Subject:
-    """The model and the reward's, which is the value function's too."""
-    reward = subject.reward and dataclasses.replace(subject.reward, **fields)
-    return subject._replace(model=dataclasses.replace(subject.model, **fields), reward=reward)
+    return subject.with_config(batch_size=b // 2) if rows % (2 * shards) == 0 and b % 2 == 0 else None

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from rlhfjax.plan.hlo import Cost
 from rlhfjax.plan.hlo import Program as Module
 from rlhfjax.plan.programs import Program
 from rlhfjax.plan.topology import Target
+from rlhfjax.programs import Held
 
 # "...memory required for HLO temporaries (29.85G) exceeds available HBM (15.75G)", of libtpu; G is GiB
 _AVAILABLE = re.compile(r"exceeds available HBM \(([\d.]+)G\)")
@@ -39,7 +40,7 @@ class Measured:
     elsewhere: float = 0.0  # bytes a device that other programs of the step hold meanwhile: frozen models, state
 
 
-def measure(program: Program, target: Target, ask: Compile, held: Any = ()) -> Measured:
+def measure(program: Program, target: Target, ask: Compile, held: Sequence[Held] = ()) -> Measured:
     """Has one program compiled, and reads the answer.
 
     Args:
@@ -54,7 +55,7 @@ def measure(program: Program, target: Target, ask: Compile, held: Any = ()) -> M
         room = float(said[1]) * 2**30
     enough = None if room is None else answer.memory.peak + elsewhere <= room
     cost = None if answer.refused else module.cost()
-    work = _work(cost, program.passes * program.model_flops / len(target.devices)) if cost else None
+    work = _work(cost, program.passes * program.model_flops / program.devices) if cost else None
     return Measured(
         program.name,
         answer.memory,
@@ -85,10 +86,16 @@ def _work(cost: Cost, least: float) -> Work:
     return Work(max(cost.flops, least), cost.hbm, cost.link("ici"), cost.link("dcn"))
 
 
-def beside(program: Program, held: Any) -> float:
-    """Bytes a device of what is held and is no argument of the program."""
-    own = {id(x) for x in jax.tree.leaves(program.inputs)}
-    return sharded_bytes({id(x): x for x in jax.tree.leaves(held) if id(x) not in own})
+def beside(program: Program, held: Sequence[Held]) -> float:
+    """Returns bytes per device of what is held on the program's devices and is no argument of it."""
+    own = {_place(x) for x in jax.tree.leaves(program.inputs) if isinstance(x, Held)}
+    devices = {device for x in jax.tree.leaves(program.inputs) for device in x.sharding.device_set}
+    others = {_place(x): x for x in held if _place(x) not in own and not devices.isdisjoint(x.sharding.device_set)}
+    return sharded_bytes(others)
+
+
+def _place(x: Held) -> tuple[str, str]:
+    return x.owner, x.path
 
 
 def sharded_bytes(tree: Any) -> float:

@@ -21,6 +21,7 @@ from rlhfjax.plan.estimate import Estimate, estimate, smallest_batch
 from rlhfjax.plan.predict import Plan
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import target
+from rlhfjax.strategy import FULL
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # What Cloud TPU calls these slices; v4, v5p and TPU7x come in hosts of four chips.
@@ -39,7 +40,7 @@ class Candidate(NamedTuple):
 
     @property
     def expected_to_fit(self) -> bool:
-        return self.expected.bytes <= self.capacity
+        return self.expected.bytes <= FULL * self.capacity
 
     @property
     def expected_rate(self) -> float:
@@ -139,7 +140,7 @@ def on_tpus(subject: Subject, chips: Sequence[str], most: int = 8, completions: 
 
     def compiled(c: Candidate) -> Plan:
         print(f"compiling {subject.name} for {c.topology}", file=sys.stderr, flush=True)
-        laid = subject._replace(config=dataclasses.replace(subject.config, mesh=c.mesh))
+        laid = subject.with_config(mesh=c.mesh)
         return predict.make(laid, target(c.topology), completions, stop=True)
 
     return search(subject, chips, compiled, most, completions)
@@ -230,7 +231,7 @@ def _possible(subject: Subject, mesh: MeshConfig) -> MeshConfig | None:
     """The mesh, its rules amended for the vocabulary; None where it does not divide the batch or a model."""
     if smallest_batch(subject) % (mesh.replica * mesh.data * mesh.fsdp):
         return None
-    shapes = [m for m in (subject.model, subject.reward) if m is not None]
+    shapes = [net.config for net in subject.nets]
     for m in shapes:
         if m.d_model % mesh.fsdp or any(n % mesh.tensor for n in (m.n_heads, m.kv_heads, m.d_ff)):
             return None

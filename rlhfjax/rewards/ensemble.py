@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from rlhfjax.algos import normalise
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Held, Program, recording
+from rlhfjax.programs import ROWS, Held, Program, keep, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
 
 PyTree = Any
@@ -64,7 +64,8 @@ class EnsembleReward(ModelReward):
         program: str = "score",
     ):
         super().__init__(model, members[0])
-        self.stacked = stack(members)
+        keep(members[0])
+        self.stacked = keep(stack(members))
         by_member = (None, "batch")
         self._all = Program(program, jax.jit(self._rewards), by_member)
         one = jax.jit(functools.partial(combine, how=how, coefficient=float(coefficient)))

@@ -14,7 +14,7 @@ from rlhfjax.algos.shaping import truncate_mask
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Program, reshard
+from rlhfjax.programs import ROWS, Program, recording, reshard
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
 
@@ -120,6 +120,8 @@ def make_sampler(config: PolicyConfig, layout: Layout, model: Model, tokens: Tok
     def sample_there(params: PyTree, prompts: Any, segments: Any, key: Any) -> Rollout:
         rows = reshard((prompts, segments), there.sharding("batch"))
         params = reshard(params, states.shardings(params, axes, there))
+        if recording():  # a key's array goes to any mesh, its shape has one
+            key = reshard(key, there.replicated)
         with there.use():
             rollout = here(params, *rows, key)
         return reshard(rollout, layout.sharding("batch"))

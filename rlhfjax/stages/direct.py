@@ -174,7 +174,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         batch, others = _split(batch)
         if others:  # KTO's z has no gradient, and is one number for all microbatches
             total = mismatched(loaded.merged(state.params), others)
-            batch = batch | {"kl": small(_kl_rows, ROWS)(total, others)}
+            batch = batch | {"kl": small(_kl_rows)(total, others)}
         return program(loaded.frozen, state, batch, key)
 
     def open_data() -> Data:

@@ -83,7 +83,8 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         "ppo policy value": ppo | plain | {"value": "policy", "entropy_coefficient": 0.01},
         "ppo lora": ppo | {"lora": LORA, "behaviour_logprobs": "forward"},
         "ppo int8": ppo | plain | {"lora": {**LORA, "base": "int8"}, "value": "policy"},
-        "ppo one_step_off": ppo | {"one_step_off": True, "slots": 8},
+        "ppo one_step_off": ppo | {"one_step_off": True},
+        "ppo slots": ppo | plain | {"slots": 8},
         "ppo rollout_mesh": ppo | plain | {"rollout_mesh": {"data": 2, "tensor": 2}},
         "ppo judge_mesh": ppo | plain | {"mesh": ONE_DEVICE, "judge_mesh": OTHER_DEVICES},
         "ppo text": ppo | plain | {"reward": "gold:sentiment", "value": "policy"},
@@ -153,13 +154,44 @@ def run(values: dict[str, Any], workdir: Path, made: Path) -> tuple[list[str], d
     def compiled(backend, module, *rest, **more):
         text = str(module)
         if text.count("\n") >= LEAST:
-            digests.add(module_digest(text)[:12])
+            digests.add(digest(text))
         return compile_or_get_cached(backend, module, *rest, **more)
 
     jax.clear_caches()
     with mock.patch.object(jax_compiler, "compile_or_get_cached", compiled):
         metrics = recipe.run_stage(values, workdir)
     return sorted(digests), metrics
+
+
+MESH = re.compile(r"sdy.mesh @mesh = <\[(.*?)\]")
+EMPTY_MESH = re.compile(r"\n  sdy.mesh @empty_mesh = .*")
+DIMENSION = re.compile(r"\{[^{}]*\}")
+
+
+def canonical(text: str) -> str:
+    """Returns a module's text with each sharding spelled in one way.
+
+    Mesh axes of size 1 are left out of shardings, and arrays without a mesh (keys) lie on the mesh:
+    neither changes what is compiled.
+    """
+    if (mesh := MESH.search(text)) is None:
+        return text
+    sizes = dict(re.findall(r'"(\w+)"=(\d+)', mesh[1]))
+    ones = [f'"{axis}"' for axis, size in sizes.items() if size == "1"]
+
+    def dimension(match: re.Match[str]) -> str:
+        axes = [axis for axis in match[0].strip("{}").split(", ") if axis not in ones]
+        return "{" + ", ".join(axes) + "}"
+
+    def sharding(match: re.Match[str]) -> str:
+        return DIMENSION.sub(dimension, match[0]).replace("@empty_mesh", "@mesh")
+
+    return re.sub(r"#sdy.sharding<@\w+, \[.*?\]>", sharding, EMPTY_MESH.sub("", text))
+
+
+def digest(text: str) -> str:
+    """Returns the digest of a module."""
+    return module_digest(canonical(text))[:12]
 
 
 def read() -> dict[str, list[str]]:
