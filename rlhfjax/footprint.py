@@ -7,6 +7,7 @@ row and layer) and everything of one layer. Sampling takes a KV cache in the pla
 activations. FSDP gathers the weights of a layer at a time.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -90,6 +91,11 @@ def device_bytes(
     return parts | ({"KV cache": cache} if sampling else training)
 
 
+def layer_parameters(c: TransformerConfig) -> int:
+    """Returns how many parameters one layer has."""
+    return parameters(dataclasses.replace(c, n_layers=c.n_layers + 1)) - parameters(c)
+
+
 def rows_per_device(workload: Workload, axes: Mapping[str, int]) -> int:
     """Returns the sequences of one device in one forward-backward pass."""
     return math.ceil(workload.rows / (axes["replica"] * axes["data"] * axes["fsdp"]))
@@ -102,11 +108,11 @@ def _training(c: TransformerConfig, workload: Workload, axes: Mapping[str, int])
     rows, length = rows_per_device(workload, axes), workload.length
     kept = activations(c, rows, length, size)
     a_layer = sum(layer_activations(c, rows, length, size).values())
-    layer = (parameters(c) - 2 * c.vocab_size * c.d_model) / c.n_layers
+    layer = layer_parameters(c)
     output = c.vocab_size * c.d_model * (4.0 + 4.0) + CHUNK
     vocab_split = tensor if c.vocab_size % tensor == 0 else 1
     read = kept + a_layer / tensor if c.remat == "full" else kept / tensor
-    gathered = max(layer, 0) * (2 * size + 4.0) / tensor if fsdp > 1 else 0.0
+    gathered = layer * (2 * size + 4.0) / tensor if fsdp > 1 else 0.0
     return {
         "activations": read / axes["sequence"],
         "gathered layers": gathered,
