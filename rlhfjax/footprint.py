@@ -22,7 +22,8 @@ from rlhfjax.roles import Role, Workload
 from rlhfjax.strategy import Need
 
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
-BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5}  # per number of the frozen base of adapters
+# Bytes per number of the layers of adapters' base; NF4 has a float32 scale per 64 numbers.
+BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5 + 4.0 / 64}
 
 
 class Net(NamedTuple):
@@ -57,6 +58,14 @@ class Net(NamedTuple):
         return self.numbers if self.role.optim is None or self.role.lora.rank else 0
 
     @property
+    def frozen_bytes(self) -> float:
+        """Bytes of those; a quantized base has what is outside of its layers in float32."""
+        if not self.frozen:
+            return 0.0
+        layers = self.config.n_layers * layer_parameters(self.config)
+        return 4.0 * (self.frozen - layers) + BASE_BYTES[self.role.lora.base] * layers
+
+    @property
     def kept(self) -> float:
         """Float32 numbers beside a trained parameter: the optimizer's moments and the average."""
         return optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
@@ -78,7 +87,7 @@ def device_bytes(
     """
     split = axes["fsdp"] * axes["tensor"]
     trained = trained_nets(nets)
-    held = sum(4.0 * net.trained + BASE_BYTES[net.role.lora.base] * net.frozen for net in nets)
+    held = sum(4.0 * net.trained + net.frozen_bytes for net in nets)
     parts = {"parameters": held / split}
     if not trained:
         return parts
