@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from rlhfjax.config import to_dict
+from rlhfjax.footprint import layer_parameters
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import size
 from rlhfjax.models.lora import LoraConfig
@@ -74,7 +75,7 @@ def test_adapters_share_their_base_with_the_reference():
     parts = estimate.estimate(subject, ONE, CHIPS["v5p"]).parts
     assert parts["optimizer and average"] == 8 * (adapters + head)
     quantized = a_ppo(lora=dataclasses.replace(everywhere, base="int8"))
-    layers = 24 * size.layer_parameters(SHAPE)
+    layers = 24 * layer_parameters(SHAPE)
     assert in_memory(quantized) == 4 * (frozen + adapters + head) - 3 * layers
 
 
