@@ -31,7 +31,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl.config import KLConfig
 from rlhfjax.rl.rollout import Rollout, Tokens, response_logprobs, sampled, truncated
-from rlhfjax.stages import group, ppo
+from rlhfjax.stages import group, ppo, reinforce_pp
 
 PAD, EOS, VOCAB, LENGTH = 0, 2, 6, 2
 PROMPTS = np.array([[1, 3], [1, 4]], np.int32)
@@ -115,6 +115,10 @@ def group_config(steps: int, **changes: Any) -> group.Config:
     return group.Config(**settings(steps, **{**own, **changes}))
 
 
+def reinforce_pp_config(steps: int, **changes: Any) -> reinforce_pp.Config:
+    return reinforce_pp.Config(**settings(steps, **{"batch_size": EPISODES, "minibatches": 2, **changes}))
+
+
 @functools.cache
 def fresh(model: Model, seed: int) -> Any:
     """Parameters of a model: the same arrays at every call, which nobody may donate."""
@@ -124,10 +128,10 @@ def fresh(model: Model, seed: int) -> Any:
 class Algorithm(NamedTuple):
     """A policy stage without its data and its rewards."""
 
-    config: Any  # of ppo or group
+    config: Any  # of a policy stage
     model: Model
     tokens: Tokens
-    programs: Any  # ppo.Programs or group.Programs
+    programs: Any  # its Programs
 
 
 def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Algorithm, states.TrainState, Any]:
@@ -140,9 +144,11 @@ def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Algorithm, sta
         value = jax.tree.map(jnp.array, fresh(critic, 101))
         head = {"head": jax.tree.map(jnp.zeros_like, value["head"])}
         params["value"] = head if config.value == "shared" else value | head
-    else:
+    elif isinstance(config, group.Config):
         programs = group.programs(config, model, tokens)
         extra |= {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
+    else:
+        programs = reinforce_pp.programs(config, model, tokens)
     reference = fresh(model, 100)
     algorithm = Algorithm(config, model, tokens, programs)
     return algorithm, states.TrainState.create(params, programs.tx, **extra), reference
@@ -205,6 +211,7 @@ def algorithms(steps: int) -> dict[str, Any]:
         "RLOO": groups(estimator="rloo"),
         "RLOO, KL in the loss": group_config(4 * steps, estimator="rloo", kl=in_loss("sequence"), minibatches=1),
         "REINFORCE, moving baseline": groups(estimator="reinforce"),
+        "REINFORCE++": reinforce_pp_config(2 * steps),
         "GRPO, KL in the reward": groups(estimator="grpo"),
         "Dr. GRPO": groups(estimator="dr_grpo"),
         "DAPO": groups(estimator="dapo"),

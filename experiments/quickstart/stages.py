@@ -116,6 +116,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         },
         "direct": {"init_from": at["sft"], "reference_logprobs": "precomputed", **ranked},
         "group": {"init_from": at["sft"], "reward": at["reward"], "batch_size": 4, "completions": 4, **sampled},
+        "reinforce_pp": {"init_from": at["sft"], "reward": at["reward"], "batch_size": ROWS, **sampled},
         "ppo": {"batch_size": ROWS, "minibatches": 2, "epochs": 1, "value_optim": optim, **sampled},
         "best_of_n": {
             "init_from": at["sft"],

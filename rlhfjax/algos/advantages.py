@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from rlhfjax.algos.masked import whiten
 from rlhfjax.algos.types import Scalar
 
 
@@ -49,3 +50,27 @@ def gae(
     _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1]))
     advantages = advantages.T
     return advantages, jnp.where(mask > 0, advantages + values, 0)
+
+
+def reinforce_pp(rewards: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b t"]:
+    """REINFORCE++: the reward to come, normalized over all counted tokens of the batch.
+
+      G_t = sum_{s >= t} r_s
+      A_t = (G_t - mean G) / sqrt(var G + 1e-8)
+
+    With r_t = -beta log pi / pi_ref (y_t), and the score added at the last token, G_t is the score minus
+    beta times the KL that is still to come. There is no value function and no group: one response
+    per prompt is enough.
+
+    Args:
+      rewards: r_t, received for emitting token t.
+      mask: 1 on response tokens.
+
+    Returns:
+      advantages, 0 where the mask is 0.
+
+    Source: Hu et al. 2025, "REINFORCE++", the variant for k >= 1 responses per prompt.
+    """
+    counted = jnp.where(mask > 0, rewards, 0)
+    to_come = jnp.cumsum(counted[:, ::-1], axis=1)[:, ::-1]
+    return whiten(to_come, mask)

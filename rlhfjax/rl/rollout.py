@@ -34,6 +34,13 @@ class Rollout(NamedTuple):
         return self.tokens[:, -self.mask.shape[1] :]
 
 
+class Forward(NamedTuple):
+    """What forward passes give of a rollout before it has a score, both [b, r]."""
+
+    logprobs: Any  # log pi_old, 0 outside the response
+    ref_logprobs: Any  # None until it comes from another mesh
+
+
 class Tokens(NamedTuple):
     """The token ids that sampling and scoring know by name."""
 

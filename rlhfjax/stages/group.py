@@ -32,6 +32,7 @@ from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes
 from rlhfjax.rl.ptx import text_of, text_shapes, with_ptx
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, shape_rewards, with_human
 from rlhfjax.rl.rollout import (
+    Forward,
     Rollout,
     Tokens,
     make_sampler,
@@ -173,13 +174,6 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
         raise ConfigError(f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have")
     if config.only_informative and estimator.advantages is None:
         raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
-
-
-class Forward(NamedTuple):
-    """What forward passes give of a rollout before it has a score, all [b, r]."""
-
-    logprobs: Any  # log pi_old, 0 outside the response
-    ref_logprobs: Any  # None until it comes from another mesh
 
 
 class Programs(NamedTuple):

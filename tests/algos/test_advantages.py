@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.algos.advantages import gae
+from rlhfjax.algos.advantages import gae, reinforce_pp
 
 jit_gae = jax.jit(lambda r, v, m, gamma, lam: gae(r, v, m, gamma=gamma, lam=lam))
+jit_reinforce_pp = jax.jit(reinforce_pp)
 MASKS = st.lists(st.booleans(), min_size=18, max_size=18).map(lambda m: np.array(m, np.float32).reshape(3, 6))
 
 
@@ -103,3 +104,36 @@ def test_lambda_1_is_the_monte_carlo_return():
     values = jnp.array([[5.0, -3.0, 2.0, 1.0]])
     _, returns = gae(rewards, values, mask, gamma=0.5, lam=1.0)
     np.testing.assert_allclose(returns, [[3.0, 4.0, 4.0, 0.0]], rtol=1e-6)
+
+
+# ------------------------------------------------------------------ REINFORCE++
+
+
+def test_reinforce_pp_by_hand():
+    """To come: 6, 5, 3 and 4. Their mean is 4.5, their variance (2 x 1.5^2 + 2 x 0.5^2) / 4 = 1.25."""
+    rewards = jnp.array([[1.0, 2.0, 3.0], [4.0, 9.0, jnp.nan]])
+    mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    expected = np.array([[1.5, 0.5, -1.5], [-0.5, 0.0, 0.0]]) / np.sqrt(1.25)
+    np.testing.assert_allclose(reinforce_pp(rewards, mask), expected, rtol=1e-6)
+
+
+@hypothesis.given(mask=MASKS)
+def test_reinforce_pp_equals_the_loop_on_any_mask(mask):
+    """Also past holes; nothing where nothing counts."""
+    rewards = np.random.default_rng(3).normal(size=mask.shape).astype(np.float32)
+    to_come = np.zeros(mask.shape)
+    for i in range(len(mask)):
+        for t in range(mask.shape[1]):
+            to_come[i, t] = sum(rewards[i, s] for s in range(t, mask.shape[1]) if mask[i, s])
+    counted = to_come[mask > 0]
+    spread = np.sqrt(counted.var() + 1e-8) if counted.size else 1.0
+    mean = counted.mean() if counted.size else 0.0
+    expected = np.where(mask > 0, (to_come - mean) / spread, 0)
+    np.testing.assert_allclose(jit_reinforce_pp(rewards, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reinforce_pp_normalizes_over_the_whole_batch():
+    """Not over a row: rows that differ by a constant keep the difference."""
+    rewards = jnp.array([[0.0, 1.0], [0.0, 3.0]])
+    advantages = reinforce_pp(rewards, jnp.ones((2, 2)))
+    np.testing.assert_allclose(advantages, [[-1.0, -1.0], [1.0, 1.0]], rtol=1e-6)
