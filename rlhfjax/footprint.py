@@ -7,6 +7,7 @@ row and layer) and everything of one layer. Sampling takes a KV cache in the pla
 activations. FSDP gathers the weights of a layer at a time.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from rlhfjax.roles import Role, Workload
 from rlhfjax.strategy import Need
 
 CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
-BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5}  # per number of the frozen base of adapters
+# Bytes per number of the layers of adapters' base; NF4 has a float32 scale per 64 numbers.
+BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5 + 4.0 / 64}
 
 
 class Net(NamedTuple):
@@ -56,6 +58,14 @@ class Net(NamedTuple):
         return self.numbers if self.role.optim is None or self.role.lora.rank else 0
 
     @property
+    def frozen_bytes(self) -> float:
+        """Bytes of those; a quantized base has what is outside of its layers in float32."""
+        if not self.frozen:
+            return 0.0
+        layers = self.config.n_layers * layer_parameters(self.config)
+        return 4.0 * (self.frozen - layers) + BASE_BYTES[self.role.lora.base] * layers
+
+    @property
     def kept(self) -> float:
         """Float32 numbers beside a trained parameter: the optimizer's moments and the average."""
         return optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
@@ -77,7 +87,7 @@ def device_bytes(
     """
     split = axes["fsdp"] * axes["tensor"]
     trained = trained_nets(nets)
-    held = sum(4.0 * net.trained + BASE_BYTES[net.role.lora.base] * net.frozen for net in nets)
+    held = sum(4.0 * net.trained + net.frozen_bytes for net in nets)
     parts = {"parameters": held / split}
     if not trained:
         return parts
@@ -88,6 +98,11 @@ def device_bytes(
     cache = cache_bytes(trained[0].config, workload, axes)
     sampling = moment == "rollout" or (not moment and cache > sum(training.values()))
     return parts | ({"KV cache": cache} if sampling else training)
+
+
+def layer_parameters(c: TransformerConfig) -> int:
+    """Returns how many parameters one layer has."""
+    return parameters(dataclasses.replace(c, n_layers=c.n_layers + 1)) - parameters(c)
 
 
 def rows_per_device(workload: Workload, axes: Mapping[str, int]) -> int:
@@ -102,11 +117,11 @@ def _training(c: TransformerConfig, workload: Workload, axes: Mapping[str, int])
     rows, length = rows_per_device(workload, axes), workload.length
     kept = activations(c, rows, length, size)
     a_layer = sum(layer_activations(c, rows, length, size).values())
-    layer = (parameters(c) - 2 * c.vocab_size * c.d_model) / c.n_layers
+    layer = layer_parameters(c)
     output = c.vocab_size * c.d_model * (4.0 + 4.0) + CHUNK
     vocab_split = tensor if c.vocab_size % tensor == 0 else 1
     read = kept + a_layer / tensor if c.remat == "full" else kept / tensor
-    gathered = max(layer, 0) * (2 * size + 4.0) / tensor if fsdp > 1 else 0.0
+    gathered = layer * (2 * size + 4.0) / tensor if fsdp > 1 else 0.0
     return {
         "activations": read / axes["sequence"],
         "gathered layers": gathered,

@@ -78,7 +78,16 @@ def job_workload(rows: int, length: int) -> Workload:
 
 
 @runtime_checkable
-class Sources(Protocol):
+class Descriptions(Protocol):
+    """Says of which models a reward is made."""
+
+    def described(self, source: str) -> dict[str, Any] | None:
+        """Returns what a `reward.json` says; None where `source` is not described by one."""
+        ...
+
+
+@runtime_checkable
+class Sources(Descriptions, Protocol):
     """Where models come from: the disk, or shapes of models that need not be there."""
 
     def open_model(
@@ -92,10 +101,6 @@ class Sources(Protocol):
         ...
 
     def tokenizer(self, source: str) -> Tokenizer: ...
-
-    def described(self, source: str) -> dict[str, Any] | None:
-        """Returns what a `reward.json` says; None where `source` is not described by one."""
-        ...
 
 
 class Disk:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhfjax.stages.parts.rollout import row_keys, sample
 
 from rlhfjax import chat
 from rlhfjax.chat import Chat, decode_stream
@@ -15,6 +14,7 @@ from rlhfjax.data.chat import render_prompt
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
+from rlhfjax.rl.rollout import row_keys, sample
 from rlhfjax.sampling.generate import generate
 
 

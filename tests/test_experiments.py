@@ -94,8 +94,8 @@ def typed_configs(config: dict[str, Any]) -> dict[str, Any]:
     """{stage: its dataclass}, of a recipe with its references as they are written; what cannot be meant raises."""
     if "stages" not in config:
         typed = recipe.check(config, config["stage"])
-        if refuse := getattr(stages.find(typed.stage), "check", None):
-            refuse(typed, one_device(typed.mesh), getattr(typed, "model", None))
+        if validate := getattr(stages.find(typed.stage), "validate", None):
+            validate(typed, one_device(typed.mesh), getattr(typed, "model", None))
         return {typed.stage: typed}
     folders = recipe.stage_folders(config, Path("run"))
     recipe.check_all({name: recipe.resolve(config[name], folders, name) for name in folders}, folders)

@@ -9,10 +9,8 @@ import rlhfjax
 from tests.sources import tree
 
 ROOT = Path(rlhfjax.__file__).parent
-# It finds a stage by the name that a recipe gives it; stages import its types.
-REGISTRY = "rlhfjax.stages"
 # They import what the user or an extra has.
-FOREIGN = {"rlhfjax.metrics", "rlhfjax.rewards.workers"}
+FOREIGN = {"rlhfjax.metrics", "rlhfjax.rewards.workers", "rlhfjax.stages"}
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -71,7 +69,7 @@ def imports(name: str, files: dict[str, Path]) -> set[str]:
         text, whole = beginning(argument)
         if whole:
             found.add(text)
-        elif text and name != REGISTRY:
+        elif text:
             found |= {module for module in files if module.startswith(text)}
     return found & files.keys()
 

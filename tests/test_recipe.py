@@ -163,3 +163,49 @@ def test_eval_of_what_has_no_checkpoint(finished, tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             recipe.evaluate(None, folder)
+
+
+OUTSIDE = """
+import dataclasses
+
+from rlhfjax.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    stage: str = "my_stages:Settings"
+    number: int
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config, workdir, layout):
+    return {"mine/number": float(config.number)}
+"""
+
+
+def test_a_stage_outside_of_the_package_is_a_stage_as_any(tmp_path, monkeypatch):
+    (tmp_path / "my_stages.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = stages.stage_config("my_stages:Settings", number=7)
+    assert recipe.run(mine, tmp_path / "run") == {"mine/number": 7.0}
+    done = strict((tmp_path / "run" / "done.json").read_text())
+    assert (done["kind"], done["metrics"]) == ("my_stages:Settings", {"mine/number": 7.0})
+    with pytest.raises(ConfigError, match="number"):
+        recipe.run({"stage": "my_stages:Settings"}, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:Config", r"stage 'no_such_module:Config': no_such_module cannot be imported"),
+        ("json:JSONDecoder", "stage 'json:JSONDecoder': json has neither build nor run"),
+        ("my_stages:Options", "stage 'my_stages:Options': my_stages has no class 'Options'"),
+        ("my_stages:run", "my_stages has no class 'run'"),
+        ("my_stages", "stage 'my_stages' is unknown; .* or package.module:Config of your own"),
+    ],
+)
+def test_a_stage_outside_that_is_none_is_named(name, message, tmp_path, monkeypatch):
+    (tmp_path / "my_stages.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        recipe.run({"stage": name, "number": 7}, tmp_path / "run")

@@ -16,6 +16,7 @@ OTHER_MEANINGS = {
     "report/sweep.html": {"group"},  # runs that differ by their seeds alone
     "report/sweep.py": {"group"},
     "report/tables.py": {"reward"},  # a metric
+    "recipe.py": {"tokenizer"},  # an option
 }
 
 
@@ -37,7 +38,18 @@ def named(path: Path, known: set[str]) -> set[str]:
     return known & words
 
 
-@pytest.mark.parametrize("part", ["report", "train.py"])
+PARTS = (
+    "footprint.py",
+    "origins.py",
+    "recipe.py",
+    "report",
+    "roles.py",
+    "strategy.py",
+    "train.py",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_it_names_no_stage(part):
     place = ROOT / part
     files = [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.html")]
@@ -65,6 +77,6 @@ def test_every_way_to_name_a_stage_is_seen(tmp_path, name, text):
 
 
 def test_prose_is_no_name(tmp_path):
-    text = '"""Draws ppo."""\nppo = "a ppo stage"\nfrom rlhfjax.stages import Stage\n'
+    text = '"""Draws ppo."""\nppo = "a ppo stage"\nfrom rlhfjax.stages import stage_config\n'
     (tmp_path / "a.py").write_text(text)
     assert named(tmp_path / "a.py", {"ppo"}) == set()

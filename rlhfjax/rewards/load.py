@@ -23,7 +23,7 @@ from rlhfjax.rewards.labellers import Labeller, RankingsLabeller, RewardLabeller
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.rankings import by_labeller, read_rankings
 from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar, found
-from rlhfjax.roles import DISK, Head, Sources
+from rlhfjax.roles import DISK, Descriptions, Head, Sources
 
 RANKINGS = "rankings:"
 
@@ -108,7 +108,7 @@ class Scored(NamedTuple):
     head: Head
 
 
-def models_of(name: str, sources: Sources, suffix: str = "") -> list[Scored]:
+def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored]:
     """Returns the models that a reward or labeller of that name runs; none where rules score."""
     if is_text(name) or name.startswith(RANKINGS):
         return []

@@ -147,16 +147,18 @@ def test_another_chat_template(hf, tmp_path, capsys):
 def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
     layout = make_layout(devices=jax.devices()[:1])
     saved = store.load(f"hf:{hf}", layout)
-    scanned = store.override(saved, {"scan_layers": True, "remat": "full"}, "x")
+    opened = store.open_model(f"hf:{hf}", layout, {"scan_layers": True, "remat": "full"}, "x")
+    scanned = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
     assert scanned.model.config == dataclasses.replace(TINY, scan_layers=True, remat="full")
     tokens = jax.numpy.arange(10)[None]
     hidden = [one.model.hidden(one.params, tokens) for one in (saved, scanned)]
     np.testing.assert_allclose(*hidden, atol=1e-6)
-    same(store.override(scanned, {"scan_layers": False}, "x").params, saved.params)
+    store.save(tmp_path / "scanned", scanned)
+    same(store.open_model(tmp_path / "scanned", layout, {"scan_layers": False}, "x").params(), saved.params)
     with pytest.raises(ConfigError, match="x: n_layers would make another model"):
-        store.override(saved, {"n_layers": 1}, "x")
+        store.open_model(f"hf:{hf}", layout, {"n_layers": 1}, "x")
     with pytest.raises(ConfigError, match="layers_n"):
-        store.override(saved, {"layers_n": 1}, "x")
+        store.overridden(saved.model, {"layers_n": 1}, "x")
 
 
 def test_int8_for_sampling(hf, finished, conversations, tmp_path):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhfjax.stages.parts.common import check_kernel
 
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.errors import ConfigError
@@ -16,6 +15,7 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig, transformer
 from rlhfjax.models.attention import causal_attention
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
+from rlhfjax.supervised import validate_kernel
 from tests.models.families import random_params
 
 KERNELS = {
@@ -75,8 +75,8 @@ def test_what_a_kernel_cannot_do_is_one_line():
     with pytest.raises(
         ConfigError, match=r"sft: model.attention='splash' is a kernel of TPUs, and these devices are cpu"
     ):
-        check_kernel(splash, one, "sft")
-    check_kernel(plain, one, "sft")
+        validate_kernel(splash, one, "sft")
+    validate_kernel(plain, one, "sft")
     with pytest.raises(ConfigError, match=r"model.attention = 'splash' has no dropout: model.dropout is 0.1"):
         dataclasses.replace(plain, attention="splash", dropout=0.1)
     with pytest.raises(ConfigError, match=r"model.attention = 'cudnn' is for model.dtype = 'bfloat16', not 'float32'"):
