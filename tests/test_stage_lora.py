@@ -50,7 +50,10 @@ def load(config) -> Loaded:
 
 
 def programs_of(stage, first):
-    """The programs of a step by their names, with the frozen arrays that they are given, and shapes of others."""
+    """The programs of a step by their names, with the frozen arrays that they are given.
+
+    Of other arrays they have the shapes.
+    """
     recorder = Recorder()
     batch = ONE.put(next(stage.batches))
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
@@ -144,7 +147,8 @@ def test_policy_reference_value_function_and_reward_are_the_same_arrays(ppo_begu
     """Of a PPO stage with adapters nothing is in memory but two bases and what is trained."""
     stage, first, size = ppo_begun
     programs = programs_of(stage, first)
-    frozen, reference, reward = frozen_of(programs), reference_of(programs), programs["score"].args[0]
+    frozen, reference = frozen_of(programs), reference_of(programs)
+    reward = programs["score"].args[0]
     assert names(frozen["policy"]).keys() == names(reference).keys()
     assert all(x is names(reference)[path] for path, x in names(frozen["policy"]).items())
     assert all(x is names(reward)[path] for path, x in names(frozen["value"]).items())
@@ -172,9 +176,12 @@ def test_a_step_changes_and_donates_what_is_trained_alone(ppo_begun, conversatio
 
 @pytest.fixture
 def constants_are_errors():
-    """A program that is compiled with an array of more than 2 numbers as a constant is an error."""
+    """A program that is compiled with 16 numbers as constants is an error.
+
+    The smallest frozen array has as many.
+    """
     before = jax.config.jax_captured_constants_warn_bytes
-    jax.config.update("jax_captured_constants_warn_bytes", 3 * 4)
+    jax.config.update("jax_captured_constants_warn_bytes", 16 * 4)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "A large amount of constants")
         warnings.filterwarnings("error", "Closed-over constant")
@@ -184,7 +191,7 @@ def constants_are_errors():
 
 @pytest.mark.usefixtures("constants_are_errors")
 def test_a_constant_of_a_program_is_an_error():
-    array = jnp.ones(3)
+    array = jnp.ones(16)
     with pytest.raises(UserWarning, match="constant"):
         jax.jit(lambda x: x + array)(1.0)
 
@@ -272,7 +279,8 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conv
     stage, first = started("ppo", config)
     programs = programs_of(stage, first)
     frozen = frozen_of(programs)
-    policy, value, reference = (names(x) for x in (frozen["policy"], frozen["value"], reference_of(programs)))
+    policy, value = names(frozen["policy"]), names(frozen["value"])
+    reference = names(reference_of(programs))
     kernels = [path for path in reference if path.endswith("/kernel")]
     assert len(kernels) == 7 and all(reference[path].dtype == jnp.uint4 for path in kernels)
     assert all(policy[path] is reference[path] for path in reference)
