@@ -196,7 +196,7 @@ def test_a_constant_of_a_program_is_an_error():
         jax.jit(lambda x: x + array)(1.0)
 
 
-def test_no_program_of_a_step_holds_a_frozen_array_as_a_constant(ppo_begun, conversations, finished):
+def test_no_program_of_a_step_has_a_frozen_array_as_a_constant(ppo_begun, conversations, finished):
     begun = [started("sft", values("sft", conversations, finished)), ppo_begun[:2]]
     for stage, first in begun:
         programs = programs_of(stage, first)
@@ -208,7 +208,7 @@ def test_no_program_of_a_step_holds_a_frozen_array_as_a_constant(ppo_begun, conv
 
 
 @pytest.mark.usefixtures("constants_are_errors")
-def test_no_program_of_held_out_data_holds_a_frozen_array_as_a_constant(ppo_begun):
+def test_no_program_of_held_out_data_has_a_frozen_array_as_a_constant(ppo_begun):
     stage, first, _ = ppo_begun
     with ONE.use():
         assert "val_kl" in stage.evals(first)
@@ -330,7 +330,8 @@ def test_another_head_than_the_loaded_one_is_born(finished, tmp_path, conversati
     store.save(tmp_path / "untied", store.SavedModel(model, model.init(jax.random.key(0)), saved.tokenizer))
     config = recipe.check(stage_values("reward", conversations, finished, init_from=str(tmp_path / "untied")), "reward")
     start = load(config)
-    assert "head" not in start.read() and start.model.init_trained(jax.random.key(0))["head"]["kernel"].ndim == 1
+    assert "head" not in start.read()
+    assert start.model.init_trained(jax.random.key(0))["head"]["kernel"].ndim == 1
     scalar = Model(model.config, "scalar")
     store.save(tmp_path / "scalar", store.SavedModel(scalar, scalar.init(jax.random.key(0)), saved.tokenizer))
     config = values("sft", conversations, finished, init_from=str(tmp_path / "scalar"))
