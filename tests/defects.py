@@ -79,7 +79,7 @@ DEFECTS = [
     # 1: the response is read one slot off
     d(
         1,
-        "stages/parts/rollout.py",
+        "rl/rollout.py",
         "[:, -r - 1 : -1]",
         "[:, -r:]",
         "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
@@ -117,10 +117,16 @@ DEFECTS = [
     # 3: the reference (and whoever scores with it) forgets the temperature
     d(
         3,
-        "stages/parts/policy.py",
-        "rollout.tokens, rollout.segments, r, self.config.temperature)[0]",
-        "rollout.tokens, rollout.segments, r, 1.0)[0]",
+        "stages/ppo.py",
+        "rollout.tokens, rollout.segments, r, c.temperature)",
+        "rollout.tokens, rollout.segments, r, 1.0)",
         "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
+    ),
+    d(
+        3,
+        "stages/group.py",
+        "rollout.tokens, rollout.segments, r, c.temperature)",
+        "rollout.tokens, rollout.segments, r, 1.0)",
         "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
     ),
     # 3: the trainer forgets it
@@ -149,14 +155,14 @@ DEFECTS = [
     ),
     d(
         4,
-        "stages/parts/rollout.py",
+        "rl/rollout.py",
         "keys, temperature=temperature, **limits)",
         "keys, temperature=temperature, top_p=0.95, **limits)",
         "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
     ),
     d(
         4,
-        "stages/parts/policy_config.py",
+        "rl/config.py",
         "    stop_at_eos: bool = True",
         "    top_k: int = 0\n    top_p: float = 1.0\n    stop_at_eos: bool = True",
         "test_pitfalls.py::test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate",
@@ -197,9 +203,9 @@ DEFECTS = [
     ),
     d(
         6,
-        "stages/parts/policy.py",
-        "rollout, ahead, behind = drawn(state, params, batch, key)",
-        """rollout, ahead, behind = drawn(state, params, batch, key)
+        "stages/ppo.py",
+        "rollout, state = drawn.rollout, without_next(state)",
+        """rollout, state = drawn.rollout, without_next(state)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -208,6 +214,14 @@ DEFECTS = [
             row[:] = [*ids, *[task.tokenizer.pad_id] * (len(row) - len(ids))]
         rollout = rollout._replace(tokens=layout.put({"anew": tokens})["anew"])""",
         "test_stages.py::test_pitfall_06_the_reward_scores_the_ids_that_were_sampled",
+    ),
+    d(
+        6,
+        "stages/group.py",
+        "rollout, state = drawn.rollout, without_next(state)",
+        """rollout, state = drawn.rollout, without_next(state)
+        rollout = rollout._replace(tokens=rollout.tokens + 1)""",
+        "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
     # 7: one constant for every generation; greedy
     d(
@@ -220,7 +234,7 @@ DEFECTS = [
     ),
     d(
         7,
-        "stages/parts/rollout.py",
+        "rl/rollout.py",
         "keys, temperature=temperature, **limits)",
         "keys, temperature=0.0, **limits)",
         "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
@@ -258,7 +272,7 @@ DEFECTS = [
     ),
     d(
         8,
-        "stages/parts/policy.py",
+        "rl/rewards.py",
         "kl.kl_loss_k3(logprobs, old, ref, mask)",
         "kl.kl_loss_k3(logprobs, old, ref, jnp.ones_like(mask))",
         "test_pitfalls.py::test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss",
@@ -407,9 +421,9 @@ DEFECTS = [
     # 14: declared and not applied; applied to what is whitened already
     d(
         14,
-        "stages/parts/policy.py",
-        'if c.missing_eos == "penalty":',
-        'if c.missing_eos == "never":',
+        "rl/rewards.py",
+        'if config.missing_eos == "penalty":',
+        'if config.missing_eos == "never":',
         "test_stage_ppo.py::test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening",
     ),
     d(
@@ -453,18 +467,21 @@ DEFECTS = [
     ),
     d(
         15,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         "episodes=config.episodes,",
         "episodes=config.batch_size,",
         "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
     ),
     # 15: the approximate KL between iterates
-    d(
-        15,
-        "stages/ppo.py",
-        "return end_iteration(self.config, state, pairs), more",
-        'return end_iteration(self.config, state, {**pairs, "kl": more["approx_kl"]}), more',
-        "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
+    *(
+        d(
+            15,
+            file,
+            "return end_iteration(c, state, metrics), update_metrics",
+            'return end_iteration(c, state, {**metrics, "kl": update_metrics["approx_kl"]}), update_metrics',
+            "test_pitfalls.py::test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_reference",
+        )
+        for file in ("stages/ppo.py", "stages/group.py")
     ),
     # 16: the ratio inverted; a clamp; low precision; no score-function gradient
     d(
@@ -572,21 +589,21 @@ DEFECTS = [
     ),
     d(
         19,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         "(jax.random.split(key, config.epochs))",
         "(jax.random.split(key, 1)[jnp.zeros(config.epochs, int)])",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
     d(
         19,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
         "orders = jnp.repeat(orders[0].reshape(config.minibatches, -1), config.epochs, axis=0)",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
     d(
         19,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
         "orders = orders[0].reshape(config.minibatches, b // config.minibatches)",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
@@ -595,8 +612,8 @@ DEFECTS = [
     d(
         20,
         "stages/ppo.py",
-        'response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r)',
-        'response_hidden(self.model, params["policy"], batch.tokens, batch.segments, r, key)',
+        'response_hidden(model, params["policy"], batch.tokens, batch.segments, r)',
+        'response_hidden(model, params["policy"], batch.tokens, batch.segments, r, key)',
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     d(
@@ -638,14 +655,14 @@ DEFECTS = [
     ),
     d(
         22,
-        "stages/parts/policy_config.py",
+        "rl/config.py",
         "return self.steps * self.epochs * self.minibatches",
         "return self.steps",
         "test_pitfalls.py::test_pitfall_22_a_policys_schedule_ends_with_its_last_update",
     ),
     d(
         22,
-        "stages/parts/policy_config.py",
+        "rl/config.py",
         "return self.steps * self.epochs * self.minibatches",
         "return self.steps * self.epochs * self.minibatches * self.microbatches",
         "test_pitfalls.py::test_pitfall_22_a_policys_schedule_ends_with_its_last_update",
@@ -723,14 +740,14 @@ DEFECTS = [
     # 26: another unit than the name says; averaged
     d(
         26,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         'if c.unit == "sequence" else 1.0)',
         "if False else 1.0)",
         "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
         26,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         'lambda g, m: g + scale * m, grads["policy"], more)',
         'lambda g, m: (g + scale * config.ptx.ratio * m) / (1 + config.ptx.ratio), grads["policy"], more)',
         "test_stage_ppo.py::test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named",
@@ -739,19 +756,26 @@ DEFECTS = [
     # 27: the weights of the first iteration for ever; the stage's step samples from what was loaded
     d(
         27,
-        "stages/parts/policy.py",
-        "return sample(self.model, params, prompts",
-        """if not hasattr(self, "_engine"):
-            self._engine = jax.tree.map(jnp.copy, params)
-        return sample(self.model, self._engine, prompts""",
+        "rl/rollout.py",
+        "return _SAMPLE(\n        model,\n        params,",
+        """return _SAMPLE(
+        model,
+        vars(sampled).setdefault("engine", jax.tree.map(jnp.copy, params)),""",
         "test_stage_ppo.py::test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration",
     ),
     d(
         27,
-        "stages/parts/policy.py",
-        'rows = (params["policy"], batch',
-        "rows = (task.start.params, batch",
+        "stages/ppo.py",
+        'draw(config, sample, state, params["policy"], batch, key)',
+        "draw(config, sample, state, task.policy.read(), batch, key)",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
+    ),
+    d(
+        27,
+        "stages/group.py",
+        'draw(config, sample, state, params["policy"], batch, key)',
+        "draw(config, sample, state, task.policy.read(), batch, key)",
+        "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
     # 28: the mean of two hosts' means
     d(
@@ -764,7 +788,7 @@ DEFECTS = [
     # 29: rows numbered on each of two hosts anew
     d(
         29,
-        "stages/parts/rollout.py",
+        "rl/rollout.py",
         "(jnp.arange(n))",
         "(jnp.arange(n) % (n // 2))",
         "test_chat.py::test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key",
@@ -796,7 +820,7 @@ DEFECTS = [
     ),
     d(
         30,
-        "stages/parts/epochs.py",
+        "rl/epochs.py",
         "return state.replace(step=state.step + 1, extra=extra)",
         "return state.replace(step=state.step + 1)",
         "test_stages.py::test_pitfall_30_kl_coefficient_average_and_iterator_are_in_the_checkpoint",
@@ -1240,21 +1264,21 @@ DEFECTS = [
     # written otherwise
     d(
         40,
-        "stages/parts/preferences.py",
+        "data/mismatched.py",
         "donor = self._source[self._donors[index]]",
         "donor = self._source[(index + len(self) // 2) % len(self)]",
         "test_stage_direct.py::test_pitfall_40_mismatched_answers_are_of_another_prompt",
     ),
     d(
         40,
-        "stages/parts/preferences.py",
+        "data/mismatched.py",
         "if len(groups) < 2:",
         "if len(keys) < 2:",
         "test_stage_direct.py::test_pitfall_40_one_prompt_alone_is_an_error",
     ),
     d(
         40,
-        "stages/parts/preferences.py",
+        "data/mismatched.py",
         'return tuple((turn["role"], turn["content"]) for turn in messages)',
         'return row["prompt"]',
         "test_stage_direct.py::test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt",

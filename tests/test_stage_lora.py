@@ -1,15 +1,14 @@
 """Stages that train adapters: what they train, keep and share, beside what the tests of the model say of adapters."""
 
 import dataclasses
-import inspect
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from rlhfjax.stages.parts.common import begin
 
 from rlhfjax import recipe, stages, state
 from rlhfjax.errors import ConfigError
@@ -18,6 +17,9 @@ from rlhfjax.interop.peft import load_peft
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import lora, quantised
 from rlhfjax.models.transformer import Model
+from rlhfjax.programs import Recorder
+from rlhfjax.roles import DISK, Loaded, Models
+from rlhfjax.supervised import load_trained
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 from tests.test_stages import run_steps, stage_values
 
@@ -41,13 +43,32 @@ def names(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def closed_over(function):
-    return inspect.getclosurevars(inspect.unwrap(function)).nonlocals
+def load(config) -> Loaded:
+    """The model that a stage trains."""
+    roles = stages.find(config.stage).roles(config)
+    return load_trained(config, Models(config.stage, roles, ONE, DISK))
 
 
-def task_of(stage):
-    """What a policy stage's step scores and compares with."""
-    return closed_over(closed_over(stage.step)["know"])["task"]
+def programs_of(stage, first):
+    """The programs of a step by their names, with the frozen arrays that they are given.
+
+    Of other arrays they have the shapes.
+    """
+    recorder = Recorder()
+    batch = ONE.put(next(stage.batches))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+    with ONE.use(), recorder.record():
+        stage.step(*jax.tree.map(shape, (first, batch, jax.random.key(0))))
+    return {call.name: call for call in recorder.calls}
+
+
+def reference_of(programs):
+    return programs["know"].args[1]
+
+
+def frozen_of(programs):
+    """What an update reads besides what it trains."""
+    return programs["update"].args[-1]
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +146,13 @@ def ppo_begun(conversations, finished):
 def test_policy_reference_value_function_and_reward_are_the_same_arrays(ppo_begun):
     """Of a PPO stage with adapters nothing is in memory but two bases and what is trained."""
     stage, first, size = ppo_begun
-    frozen, task = closed_over(stage.step)["frozen"], task_of(stage)
-    assert names(frozen["policy"]).keys() == names(task.reference).keys()
-    assert all(x is names(task.reference)[path] for path, x in names(frozen["policy"]).items())
-    assert all(x is names(task.reward.params)[path] for path, x in names(frozen["value"]).items())
-    bases = sum(x.nbytes for x in jax.tree.leaves((task.reference, task.reward.params)))
+    programs = programs_of(stage, first)
+    frozen, reference = frozen_of(programs), reference_of(programs)
+    reward = programs["score"].args[0]
+    assert names(frozen["policy"]).keys() == names(reference).keys()
+    assert all(x is names(reference)[path] for path, x in names(frozen["policy"]).items())
+    assert all(x is names(reward)[path] for path, x in names(frozen["value"]).items())
+    bases = sum(x.nbytes for x in jax.tree.leaves((reference, reward)))
     trained = sum(x.nbytes for x in jax.tree.leaves(first.params))
     assert size <= bases + 3 * trained + 2**12  # parameters and two moments; the rest are keys and counters
     assert trained < bases / 4
@@ -139,7 +162,8 @@ def test_a_step_changes_and_donates_what_is_trained_alone(ppo_begun, conversatio
     begun = {"sft": started("sft", values("sft", conversations, finished)), "ppo": ppo_begun[:2]}
     for name, (stage, first) in begun.items():
         first = jax.tree.map(jnp.array, first)
-        frozen = closed_over(stage.step)["frozen"] if name == "ppo" else stage.step.args[0]
+        programs = programs_of(stage, first)
+        frozen = frozen_of(programs) if name == "ppo" else programs["step"].args[0]
         before = jax.tree.map(np.array, frozen)
         trained = jax.tree.map(np.array, first.params)
         after, _ = stage.step(first, ONE.put(next(stage.batches)), jax.random.key(0))
@@ -150,15 +174,44 @@ def test_a_step_changes_and_donates_what_is_trained_alone(ppo_begun, conversatio
         assert all(size > 0 for path, size in moved.items() if path.endswith("lora_b"))
 
 
-def test_no_program_holds_a_frozen_array_as_a_constant(ppo_begun, conversations, finished):
-    stage, first = started("sft", values("sft", conversations, finished))
-    program = jax.make_jaxpr(stage.step)(first, ONE.put(next(stage.batches)), jax.random.key(0))
-    (step,) = (eqn for eqn in program.eqns if eqn.params.get("name") == "step")
-    assert max((x.size for x in step.params["jaxpr"].consts), default=0) <= 2
-    ppo_stage = ppo_begun[0]
-    algorithm = closed_over(ppo_stage.step)["algorithm"]  # all that its jitted methods close over
-    assert not [x for x in jax.tree.leaves(vars(algorithm)) if isinstance(x, jax.Array)]
-    assert closed_over(closed_over(ppo_stage.evals)["sequence_kl"]).keys() == {"algorithm", "config"}
+@pytest.fixture
+def constants_are_errors():
+    """A program that is compiled with 16 numbers as constants is an error.
+
+    The smallest frozen array has as many.
+    """
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 16 * 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "A large amount of constants")
+        warnings.filterwarnings("error", "Closed-over constant")
+        yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+@pytest.mark.usefixtures("constants_are_errors")
+def test_a_constant_of_a_program_is_an_error():
+    array = jnp.ones(16)
+    with pytest.raises(UserWarning, match="constant"):
+        jax.jit(lambda x: x + array)(1.0)
+
+
+def test_no_program_of_a_step_has_a_frozen_array_as_a_constant(ppo_begun, conversations, finished):
+    begun = [started("sft", values("sft", conversations, finished)), ppo_begun[:2]]
+    for stage, first in begun:
+        programs = programs_of(stage, first)
+        assert programs.keys() in ({"step"}, {"rollout", "know", "score", "prepare", "update"})
+        for call in programs.values():
+            with ONE.use():
+                consts = call.function.trace(*call.args, **call.static).jaxpr.consts
+            assert max((np.size(x) for x in consts), default=0) <= 2, call.name
+
+
+@pytest.mark.usefixtures("constants_are_errors")
+def test_no_program_of_held_out_data_has_a_frozen_array_as_a_constant(ppo_begun):
+    stage, first, _ = ppo_begun
+    with ONE.use():
+        assert "val_kl" in stage.evals(first)
 
 
 # ------------------------------------------------------------------ every stage that trains
@@ -224,8 +277,10 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(conv
     """QLoRA: every kernel of the layers has 4 bits, whoever uses it; what is trained is as ever."""
     config = values("ppo", conversations, finished, value="policy", lora={"base": "nf4"})
     stage, first = started("ppo", config)
-    frozen = closed_over(stage.step)["frozen"]
-    policy, value, reference = (names(x) for x in (*frozen.values(), task_of(stage).reference))
+    programs = programs_of(stage, first)
+    frozen = frozen_of(programs)
+    policy, value = names(frozen["policy"]), names(frozen["value"])
+    reference = names(reference_of(programs))
     kernels = [path for path in reference if path.endswith("/kernel")]
     assert len(kernels) == 7 and all(reference[path].dtype == jnp.uint4 for path in kernels)
     assert all(policy[path] is reference[path] for path in reference)
@@ -274,10 +329,11 @@ def test_another_head_than_the_loaded_one_is_born(finished, tmp_path, conversati
     model = Model(dataclasses.replace(saved.model.config, tie_embeddings=False))
     store.save(tmp_path / "untied", store.SavedModel(model, model.init(jax.random.key(0)), saved.tokenizer))
     config = recipe.check(stage_values("reward", conversations, finished, init_from=str(tmp_path / "untied")), "reward")
-    start = begin(config, ONE, head="scalar")
-    assert "head" not in start.params and start.model.init_trained(jax.random.key(0))["head"]["kernel"].ndim == 1
+    start = load(config)
+    assert "head" not in start.read()
+    assert start.model.init_trained(jax.random.key(0))["head"]["kernel"].ndim == 1
     scalar = Model(model.config, "scalar")
     store.save(tmp_path / "scalar", store.SavedModel(scalar, scalar.init(jax.random.key(0)), saved.tokenizer))
     config = values("sft", conversations, finished, init_from=str(tmp_path / "scalar"))
     with pytest.raises(ConfigError, match="adapters need its head, and it has none"):
-        begin(recipe.check(config, "sft"), ONE)
+        load(recipe.check(config, "sft"))

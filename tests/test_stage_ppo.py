@@ -194,8 +194,8 @@ def test_truncation_and_rejection(stop):
     tokens = jnp.array([[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
     rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
     seen = truncated(config, ids, rollout)
-    first = [1, 3, 4, stop, PAD, PAD]
-    np.testing.assert_array_equal(seen.tokens, [first, [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
+    expected = [[1, 3, 4, stop, PAD, PAD], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]]
+    np.testing.assert_array_equal(seen.tokens, expected)
     np.testing.assert_array_equal(seen.mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(seen.segments[:, 2:], seen.mask)
     shaped, _, pairs = shape_rewards(config, ids, jnp.array([0.5, 0.6, 0.7]), rollout)
