@@ -107,7 +107,7 @@ class Layout:
         edges = [(size * j // parts, size * (j + 1) // parts) for j in range(parts)]
         return tuple(j for j, (a, b) in enumerate(edges) if any(start < b and a < end for start, end in spans))
 
-    def put_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
+    def put_rows(self, rows: Any) -> Any:
         """Returns an array with a row per row of the batch; what is on the devices already stays there."""
         if isinstance(rows, jax.Array):
             return rows

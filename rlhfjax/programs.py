@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from rlhfjax.mesh import Layout, in_use
 
 PyTree = Any
+Rows = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # an array, or its shape where a step is recorded
 ROWS, WHOLE = ("batch",), ()  # logical axes of an output: rows of the batch, replicated
 STATE = "state"  # an output that takes the place of the argument of that name: the same shardings
 

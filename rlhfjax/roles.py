@@ -79,7 +79,7 @@ def job_workload(rows: int, length: int) -> Workload:
 
 @runtime_checkable
 class Descriptions(Protocol):
-    """What rewards are made of."""
+    """Says of which models a reward is made."""
 
     def described(self, source: str) -> dict[str, Any] | None:
         """Returns what a `reward.json` says; None where `source` is not described by one."""

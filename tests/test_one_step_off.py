@@ -57,10 +57,10 @@ def test_the_rollout_is_saved_with_the_state(conversations, finished, tmp_path, 
 def test_what_has_no_ratio_is_refused(conversations, finished):
     forward = recipe.check(ppo(conversations, finished, one_step_off=True, behaviour_logprobs="forward"), "ppo")
     with pytest.raises(ConfigError, match=r"ppo.one_step_off: pi_old is the policy that sampled, an iteration ago"):
-        stages.find("ppo").check(forward, ONE, None)
+        stages.find("ppo").validate(forward, ONE, None)
     common = ppo(conversations, finished)
     kept = ("init_from", "reward", "prompts", "eval_prompts", "prompt_length", "max_new", "temperature", "steps")
     values = {name: common[name] for name in kept} | {"batch_size": 4, "estimator": "rloo", "one_step_off": True}
     group = recipe.check(stages.stage_config("group", **values).to_dict(), "group")
     with pytest.raises(ConfigError, match=r"group.one_step_off: rloo has no ratio to correct for it"):
-        stages.find("group").check(group, ONE, None)
+        stages.find("group").validate(group, ONE, None)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rlhfjax.stages.parts.policy_config import KLConfig
 
 from benchmarks import optimum
 from benchmarks.optimum import TEMPERATURE
@@ -25,7 +24,8 @@ from rlhfjax.errors import ConfigError, Preempted
 from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
-from rlhfjax.stages import Finished, Stage
+from rlhfjax.rl.config import KLConfig
+from rlhfjax.stage import Data, Finished, Stage, row_shapes
 from rlhfjax.state import TrainState
 from tests import small_world
 from tests.small_world import response_logprobs
@@ -39,7 +39,7 @@ TARGET = 2.6  # near the KL of a policy that is `away_from` its reference
 
 
 def begin(name, *, steps=4, **changes):
-    """A policy stage's algorithm, state and reference in the world of `benchmarks.optimum`; 64 episodes."""
+    """A policy stage's programs, state and reference in the world of `benchmarks.optimum`; 64 episodes."""
     if name == "group":
         own = {"estimator": "dapo", "batch_size": 8, "minibatches": 1, "optim": SGD}
         return small_world.begin(optimum.group_config(steps, **(own | changes)))
@@ -61,7 +61,7 @@ def test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax(name):
     algorithm, state, reference = begin(name)
     state = away_from(reference, state)
     prompts = jnp.repeat(jnp.asarray(optimum.PROMPTS), 2048, axis=0)
-    rollout = algorithm.rollout(state.params["policy"], prompts, jnp.ones_like(prompts), KEY)
+    rollout = optimum.rollout_of(algorithm, state.params["policy"], prompts, KEY)
     responses = np.asarray(rollout.responses)
     listed = {tuple(row): i for i, row in enumerate(optimum.responses()[0].tolist())}
     exact = np.exp(np.asarray(optimum.every_logprob(state.params["policy"])[0], np.float64))
@@ -105,7 +105,7 @@ def test_pitfall_06_collected_answers_keep_their_ids(finished):
 
 
 @pytest.mark.parametrize("name", POLICY_STAGES)
-def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name, monkeypatch):
+def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name):
     """KL in the loss and an entropy bonus: both are sums over what was sampled, and other ids in the padding change
     neither a metric nor the gradient.
     """
@@ -116,13 +116,13 @@ def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name, 
     assert 0 < float((rollout.mask[:, 1] == 0).sum()) < len(rollout.mask)
     other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
     assert (np.asarray(other.tokens) != np.asarray(rollout.tokens)).any()
-    monkeypatch.setattr(algorithm, "rollout", lambda *_: other)
-    _, changed, changed_pairs = optimum.experience(algorithm, state, reference, KEY)
+    changed, changed_pairs = optimum.experience_of(algorithm, state, reference, other)
     assert finalize(jax.device_get(changed_pairs)) == pytest.approx(finalize(jax.device_get(pairs)), abs=1e-6)
 
     @jax.jit
     def of(batch):
-        return jax.value_and_grad(lambda p: algorithm.loss(p, batch, None, 0.4), has_aux=True)(state.params)
+        loss = algorithm.programs.loss
+        return jax.value_and_grad(lambda p: loss(p, batch, None, 0.4), has_aux=True)(state.params)
 
     found, expected = of(changed), of(episodes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
@@ -150,7 +150,7 @@ def test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_ref
     ref = response_logprobs(algorithm.model, reference, rollout.tokens, rollout.segments, 2, TEMPERATURE)[0]
     kl = float((np.asarray(rollout.logprobs - ref, np.float64) * np.asarray(rollout.mask)).sum(1).mean())
     assert 0.02 < abs(kl / target - 1) < 0.18  # within the clip of 0.2, so that the number itself shows
-    state, _ = algorithm.update(state, episodes, {}, pairs, KEY)
+    state, _ = algorithm.programs.update(state, episodes, {}, pairs, KEY)
     expected = beta * (1 + (kl / target - 1) * 64 / horizon)
     assert float(state.extra["kl_coefficient"]) == pytest.approx(expected, rel=1e-6)
 
@@ -170,7 +170,7 @@ def test_pitfall_22_a_policys_schedule_ends_with_its_last_update():
     sizes = []
     for _ in range(4):
         before = jax.tree.map(np.array, state.params["policy"])
-        state, more = algorithm.update(state, episodes, {}, pairs, KEY)
+        state, more = algorithm.programs.update(state, episodes, {}, pairs, KEY)
         moves = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, state.params["policy"])
         sizes.append(max(jax.tree.leaves(moves)))
         assert np.isfinite(float(more["loss"][0]))
@@ -220,7 +220,15 @@ def small_stage(taken: list, *, sigterm_at: int | None = None, head: list | None
     def finish(state):
         return Finished({}, {}, {"left.json": np.asarray(state.params["w"]).tolist()})
 
-    return Stage(init, {"w": (None,)}, start, Count(), step, lambda state: {}, finish, units=2)
+    return Stage(
+        init=init,
+        axes={"w": (None,)},
+        start=start,
+        step=step,
+        batch=lambda _: row_shapes(2, x=((1,), np.float32)),
+        open=lambda: Data(Count(), lambda state: {}, finish),
+        units=2,
+    )
 
 
 def go(stage: Stage, workdir: Path, *, steps: int = 6, seed: int = 0) -> None:

@@ -3,13 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from rlhfjax.stages.parts import policy, policy_config
 
+from benchmarks import optimum
 from rlhfjax import hosts, recipe, stages, state
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
+from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rl import rollout
+from rlhfjax.rl.config import validate_policy
+from rlhfjax.stages import ppo
 from tests.test_stages import run_steps, stage_values
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
@@ -35,14 +39,14 @@ def alone(conversations, finished):
 def test_ppo_with_rollouts_on_another_mesh_is_ppo(alone, conversations, finished, monkeypatch):
     """Trained by FSDP over four devices, sampled with heads over two and rows over two: as on one device."""
     laid = []
-    generate = policy.sample
+    sampled = rollout.sampled
 
-    def spy(model, params, prompts, *args, **options):
+    def spy(config, model, tokens, params, prompts, *args, **options):
         query = params["backbone"]["layers"]["layer_0"]["attention"]["query"]["kernel"]
         laid.append((str(query.sharding.spec), str(prompts.sharding.spec)))
-        return generate(model, params, prompts, *args, **options)
+        return sampled(config, model, tokens, params, prompts, *args, **options)
 
-    monkeypatch.setattr(policy, "sample", spy)
+    monkeypatch.setattr(rollout, "sampled", spy)
     values = stage_values("ppo", conversations, finished, rollout_mesh=THERE)
     assert_same(alone, run_steps("ppo", values, make_layout(MeshConfig(data=1, fsdp=4), jax.devices()[:4])))
     assert set(laid) == {("P(None, 'tensor', None)", "P(('replica', 'data', 'fsdp'),)")}
@@ -56,15 +60,15 @@ def devices_of(tree):
 def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(alone, conversations, finished, monkeypatch):
     """Policy and value function on devices 0 and 1, reward and reference on 2 and 3; the held-out numbers, too."""
     seen = []
-    loaded = policy.open_task
-    monkeypatch.setattr(policy, "open_task", lambda *args: seen.append(loaded(*args)) or seen[-1])
-    monkeypatch.setattr(stages.find("ppo"), "open_task", policy.open_task)
+    loaded = ppo.open_task
+    monkeypatch.setattr(ppo, "open_task", lambda *args: seen.append(loaded(*args)) or seen[-1])
     apart = stage_values("ppo", conversations, finished, judge_mesh={"devices": "2:4", "data": 1, "fsdp": 2})
     two = make_layout(MeshConfig(devices="0:2", data=1, fsdp=2))
     assert_same(alone, run_steps("ppo", apart, two))
     (task,) = seen
     assert isinstance(task.reward, ModelReward)
-    assert devices_of((task.reward.params, task.reference)) == {2, 3} and devices_of(task.start.params) == {0, 1}
+    assert devices_of((task.reward.params, task.reference)) == {2, 3}
+    assert devices_of(task.policy.read()) == {0, 1}
 
     def held_out(values, layout):
         config = recipe.check(values, "ppo")
@@ -92,11 +96,11 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
     for other in ("rollout_mesh", "judge_mesh"):
         lora = stage_values("ppo", conversations, finished, lora={"rank": 2}, **{other: {}})
         with pytest.raises(ConfigError, match=f"ppo.{other}: with adapters all share one base, on one mesh"):
-            policy_config.check_policy(recipe.check(lora, "ppo"), ONE, None)
+            validate_policy(recipe.check(lora, "ppo"), ONE, None)
     three = make_layout(MeshConfig(), jax.devices()[:3])
     wide = recipe.check(stage_values("ppo", conversations, finished, rollout_mesh={"data": 3}), "ppo")
     with pytest.raises(ConfigError, match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices"):
-        policy.sampler(wide, three, None)
+        rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.Tokens(2, 0))
     values = stage_values("ppo", conversations, finished, judge_mesh={"devices": "0:3"})
     with pytest.raises(ConfigError, match=r"ppo: the responses of an iteration, over judge_mesh,=\d+ is not divisible"):
-        stages.find("ppo").build(recipe.check(values, "ppo"), ONE)
+        ppo.build(recipe.check(values, "ppo"), make_layout(MeshConfig(devices="0:1")))

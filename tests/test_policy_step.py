@@ -1,116 +1,150 @@
-"""A policy stage's step: what each part is handed, by parts that say what they were given."""
+"""A policy stage's step: what each part is given, by parts that keep it."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from rlhfjax.stages.parts.policy import Known, open_task, policy_step
-from rlhfjax.stages.parts.rollout import Rollout
 
-from rlhfjax import recipe
+from rlhfjax import recipe, stages
 from rlhfjax import state as states
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.responses import TextReward
+from rlhfjax.rl.rollout import Rollout
+from rlhfjax.rl.task import open_task
+from rlhfjax.roles import DISK
+from tests.test_stage_group import group_values
 from tests.test_stages import stage_values
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
 KEY = jax.random.key(3)
-SEEN = tuple(jnp.full((2, 1), number) for number in (7.0, 8.0, 9.0))  # what the reward may look at
 IDS = jnp.ones((2, 4), jnp.int32)
 ROLLOUT = Rollout(IDS, IDS, jnp.ones((2, 2)), jnp.full((2, 2), -1.0))
-KNOWN = Known(ROLLOUT.logprobs, ROLLOUT.logprobs)
+# what the reward may look at
+SEEN = ROLLOUT._replace(tokens=IDS + 6, segments=IDS + 7, mask=ROLLOUT.mask + 8)
 
 
-@pytest.fixture(scope="module")
-def configured(conversations, finished):
-    """(config, task) of a PPO with a reference of its own and a human reward that fades."""
+@pytest.fixture(scope="module", params=["ppo", "group"])
+def configured(request, conversations, finished):
+    """(module, config, task) of a stage with a reference of its own and a human reward that fades."""
+    name = request.param
     human = {"reward": "gold:sentiment", "weight": 0.5, "factor": 0.25}
     options = {"reference": str(finished / "01_pretrain"), "human": human}
-    config = recipe.check(stage_values("ppo", conversations, finished, **options), "ppo")
-    return config, open_task(config, ONE)
+    if name == "ppo":
+        values = stage_values(name, conversations, finished, value="policy", **options)
+    else:
+        values = group_values(conversations, finished, "rloo", **options)
+    config, module = recipe.check(values, name), stages.find(name)
+    return module, config, open_task(config, module.roles(config), ONE, DISK)
 
 
 def test_a_reference_may_be_another_model_than_the_policy(configured, finished):
-    _, task = configured
-    for params, name in ((task.reference, "01_pretrain"), (task.start.params, "02_sft")):
+    _, _, task = configured
+    for params, name in ((task.reference, "01_pretrain"), (task.policy.read(), "02_sft")):
         expected = store.load(finished / name, ONE).params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 class Told:
-    """An algorithm that keeps what it is given, in order."""
+    """The programs of a stage and its sampler, which keep what they are given, in order."""
 
-    def __init__(self):
+    def __init__(self, module):
         self.calls = []
+        self.known = module.Forward(*[ROLLOUT.logprobs] * len(module.Forward._fields))
+        own = {
+            "forward": self.forward,
+            "ref_logprobs": self.ref_logprobs,
+            "make_experience": self.make_experience,
+            "update": self.update,
+            "tx": optax.sgd(1.0),
+        }
+        self.programs = module.Programs(**dict.fromkeys(module.Programs._fields) | own)
 
     def ref_logprobs(self, reference, rollout):
         raise AssertionError("the reference is on the same mesh")
 
-    def rollout(self, *args):
-        self.calls.append(("rollout", args))
+    def sample(self, *args):
+        self.calls.append(("sample", args))
         return ROLLOUT
 
-    def seen(self, rollout):
-        self.calls.append(("seen", rollout))
+    def truncated(self, *args):
+        self.calls.append(("truncated", args))
         return SEEN
 
-    def know(self, *args):
-        self.calls.append(("know", args))
-        return KNOWN
+    def forward(self, *args):
+        self.calls.append(("forward", args))
+        return self.known
 
-    def prepare(self, *args):
-        self.calls.append(("prepare", args))
+    def make_experience(self, *args):
+        self.calls.append(("make_experience", args))
         return "experience", {"prepared": (1.0, 1.0)}
 
     def update(self, *args):
         self.calls.append(("update", args))
         return args[0].replace(step=args[0].step + 1), {"updated": (2.0, 1.0)}
 
+    def reward(self, *seen):
+        self.calls.append(("reward", seen))
+        return np.array([1.0, 2.0], np.float32)
+
+    def human(self, *seen):
+        self.calls.append(("human", seen))
+        return np.array([4.0, -4.0], np.float32)
+
 
 def test_a_human_reward_is_loaded_by_its_name(configured):
-    _, task = configured
+    *_, task = configured
     assert isinstance(task.human, TextReward)
 
 
-def test_what_a_step_hands_to_its_parts(configured):
+def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     """R + w H of what may be seen, w = 0.5 * 0.25^2 in the third step; text without its prefix."""
-    config, task = configured
-    asked = []
+    module, config, task = configured
+    told = Told(module)
+    policy = dataclasses.replace(task.policy, frozen={"frozen": 1})
+    task = task._replace(policy=policy, reward=told.reward, human=told.human)
+    made = {}
 
-    def reward(*seen):
-        asked.append(seen)
-        return np.array([1.0, 2.0], np.float32)
+    def make(name, result):
+        return lambda *args: made.setdefault(name, args) and result
 
-    def human(*seen):
-        asked.append(seen)
-        return np.array([4.0, -4.0], np.float32)
+    monkeypatch.setattr(module, "open_task", make("task", task))
+    monkeypatch.setattr(module, "programs", make("programs", told.programs))
+    monkeypatch.setattr(module, "make_sampler", make("sampler", told.sample))
+    monkeypatch.setattr(module, "truncated", told.truncated)
+    step = module.build(config, ONE).step
+    assert made["sampler"] == (config, ONE, policy.model, task.tokens)
+    assert made["programs"][:2] == (config, policy.model) and made["programs"][-1] is task.tokens
 
-    task = dataclasses.replace(task, reward=reward, human=human)
-    algorithm, frozen = Told(), {"policy": {"frozen": 1}}
-    state = states.TrainState(jnp.int32(2), {"policy": {"w": 5}}, None, {"kl_coefficient": 0.1})
-    batch = {name: jnp.zeros(1) for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")}
-    state, metrics = policy_step(config, ONE, task, algorithm, frozen)(state, batch, KEY)
-    names = [name for name, _ in algorithm.calls]
-    assert names == ["rollout", "seen", "know", "prepare", "update"]
-    given = dict(algorithm.calls)
+    frozen, trained = {"policy": {"frozen": 1}}, {"policy": {"w": 5}}
     whole = {"policy": {"frozen": 1, "w": 5}}
-    params, prompts, segments, key, each = given["rollout"]
-    assert (params, each) == (whole["policy"], 1)
+    if config.stage == "ppo":
+        frozen["value"] = {}
+        trained["value"] = whole["value"] = {"v": 6}
+    state = states.TrainState(jnp.int32(2), trained, None, {"kl_coefficient": 0.1})
+    batch = {name: jnp.zeros(1) for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")}
+    state, metrics = step(state, batch, KEY)
+    names = [name for name, _ in told.calls]
+    # what needs no score is asked for before the rewards, which may be made on the host
+    assert names == ["sample", "truncated", "forward", "reward", "human", "make_experience", "update"]
+    given = dict(told.calls)
+    params, prompts, segments, key = given["sample"]
+    assert params == whole["policy"]
     assert prompts is batch["prompts"] and segments is batch["segments"]
-    assert key is KEY and given["seen"] is ROLLOUT
-    assert given["know"][0] == whole and given["know"][1] is task.reference
-    assert given["know"][2] is ROLLOUT
-    for seen in asked:
-        assert all(a is b for a, b in zip(seen, SEEN, strict=True))
-    assert len(asked) == 2  # the reward and the human
-    assert given["prepare"][1] is KNOWN and given["prepare"][2] is ROLLOUT
-    np.testing.assert_allclose(given["prepare"][3], [1 + 4 / 32, 2 - 4 / 32])
+    assert key is KEY and given["truncated"] == (config, task.tokens, ROLLOUT)
+    assert given["forward"][0] == whole and given["forward"][1] is task.reference
+    assert given["forward"][2] is ROLLOUT
+    for asked in (given["reward"], given["human"]):
+        expected = (SEEN.tokens, SEEN.segments, SEEN.mask)
+        assert all(a is b for a, b in zip(asked, expected, strict=True))
+    assert given["make_experience"][1] is told.known and given["make_experience"][2] is ROLLOUT
+    np.testing.assert_allclose(given["make_experience"][3], [1 + 4 / 32, 2 - 4 / 32])
     experience, text, prepared, update_key, parts = given["update"][1:]
     assert (experience, prepared) == ("experience", {"prepared": (1.0, 1.0)})
     assert text.keys() == {"tokens", "mask"} and text["mask"] is batch["ptx/mask"]
-    assert parts is frozen and int(state.step) == 3
+    assert parts == frozen and int(state.step) == 3
     assert not np.array_equal(jax.random.key_data(update_key), jax.random.key_data(KEY))
     assert {"prepared", "updated", "human", "human_weight", "prompts_cut"} <= metrics.keys()

@@ -5,15 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from rlhfjax.stages.parts import policy
-from rlhfjax.stages.parts.answers import Sampling, answers, bucket, check_buckets
 
 from rlhfjax import recipe
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.stages import best_of_n, group
+from rlhfjax.rl import rollout
+from rlhfjax.rl.answers import Sampling, answers, bucket, validate_buckets
+from rlhfjax.stages import best_of_n
 from tests import test_stage_best_of_n as pools
 from tests.test_stage_group import group_values
 from tests.test_stages import run_steps, stage_values
@@ -42,7 +42,7 @@ def test_buckets_by_hand():
         assert bucket(segments.astype(np.int32), 4) == width
     assert bucket(np.ones((1, 10), np.int32), 1) == 10
     with pytest.raises(ConfigError, match=r"collect.prompt_buckets=0: 1 \(one width\) to prompt_length=10"):
-        check_buckets(0, 10, "collect")
+        validate_buckets(0, 10, "collect")
 
 
 class Questions:
@@ -69,14 +69,14 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
     sampling = Sampling(24, 3, 1.234, 1, buckets=2)  # a temperature of nobody else's: nothing is compiled yet
     with caplog.at_level("INFO", "rlhfjax"), ONE.use():
         found = answers(Questions((1, 2, 9, 1, 9, 2)), saved, saved.tokenizer, sampling, jax.random.key(0), ONE)
-        rollouts = [rollout for rollout, *_ in found]
-    lengths = [int(rollout.segments[:, :24].sum()) for rollout in rollouts]
+        rollouts = [drawn for drawn, *_ in found]
+    lengths = [int(drawn.segments[:, :24].sum()) for drawn in rollouts]
     assert [length > 12 for length in lengths] == [False, False, True, False, True, False]
     said = [line for line in caplog.messages if "the sampler is compiled" in line]
     assert [line.split("prompts of ")[1].split(" tokens")[0] for line in said] == ["12", "24"]
-    assert {rollout.tokens.shape for rollout in rollouts} == {(1, 27)}
-    for rollout, length in zip(rollouts, lengths, strict=True):
-        np.testing.assert_array_equal(rollout.segments[0, :24], np.arange(24) >= 24 - length)
+    assert {drawn.tokens.shape for drawn in rollouts} == {(1, 27)}
+    for drawn, length in zip(rollouts, lengths, strict=True):
+        np.testing.assert_array_equal(drawn.segments[0, :24], np.arange(24) >= 24 - length)
 
 
 @pytest.mark.slow
@@ -112,13 +112,13 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
     """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
     got, params = run_steps("group", group_values(conversations, finished, "rloo", **changes), ONE)
-    rollout, shared = policy.PolicyAlgorithm.rollout, []
+    sampled, shared = rollout.sampled, []
 
-    def alone(self, params, prompts, segments, key, each=1):
+    def alone(*args, each):
         shared.append(each)
-        return rollout(self, params, prompts, segments, key)
+        return sampled(*args)
 
-    monkeypatch.setattr(group.Algorithm, "rollout", alone)
+    monkeypatch.setattr(rollout, "sampled", alone)
     expected, same = run_steps("group", group_values(conversations, finished, "rloo"), ONE)
     assert shared == [4, 4]
     for a, b in zip(got, expected, strict=True):

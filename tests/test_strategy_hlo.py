@@ -18,6 +18,7 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, logprobs
 from rlhfjax.plan import programs, shapes
 from rlhfjax.plan.hlo import Program
+from rlhfjax.programs import Held
 from tests import tiny
 from tests.collectives import Collective, collectives
 
@@ -110,9 +111,9 @@ def small_chunks(monkeypatch, mesh):
 
 def assert_state_stays_split(program, compiled, mesh):
     """Every matrix of parameters and moments is 1 / (fsdp x tensor) of itself, before the step and after it."""
-    state = program.inputs[1] if program.name == "step" else program.inputs[0]
+    state = [x for x in program.inputs if isinstance(x, Held) and x.owner == "state"]
     share = mesh["fsdp"] * mesh["tensor"]
-    for x, after in zip(jax.tree.leaves(state), jax.tree.leaves(compiled.output_shardings[0]), strict=True):
+    for x, after in zip(state, jax.tree.leaves(compiled.output_shardings[0]), strict=True):
         assert after.is_equivalent_to(x.sharding, len(x.shape))
         if len(x.shape) >= 2:
             assert math.prod(x.sharding.shard_shape(x.shape)) * share == math.prod(x.shape)

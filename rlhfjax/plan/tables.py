@@ -5,6 +5,7 @@ from rich.table import Table
 
 from rlhfjax.mesh import AXES, MeshConfig
 from rlhfjax.models.config import TransformerConfig
+from rlhfjax.models.size import activations, kv_cache_bytes, parameters
 from rlhfjax.plan import chips, memory
 from rlhfjax.plan.memory import GB, GIB, Number
 from rlhfjax.plan.predict import Plan, advice
@@ -33,7 +34,7 @@ def gb(n: Number) -> str:
 
 def by_precision(c: TransformerConfig) -> Table:
     """Weights alone; and weights, gradients and optimiser state."""
-    table = Table(title=f"By hand: {memory.parameters(c):,} parameters, GB (10^9 bytes)", title_justify="left")
+    table = Table(title=f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)", title_justify="left")
     for name in ("all at", "weights", *(f"train: {o}" for o in memory.OPTIMIZERS)):
         table.add_column(name, justify="left" if name == "all at" else "right")
     for row in memory.by_precision(c):
@@ -49,10 +50,10 @@ def by_hand(c: TransformerConfig, batch: int, time: int) -> Table:
         table.add_column(name, justify="right" if name == "GB" else "left")
     kept = f"what the backward pass reads, remat={c.remat}"
     published = memory.korthikanti(c, batch, time)
-    table.add_row("activations", kept, gb(memory.activations(c, batch, time, size)))
+    table.add_row("activations", kept, gb(activations(c, batch, time, size)))
     table.add_row("  Korthikanti et al., eq. 1", "L s b h (34 + 5 a s / h): GPT, 2 bytes", gb(published))
     table.add_row("logits", "b t v float32, if they were whole", gb(memory.logits_bytes(c, batch, time)))
-    table.add_row("KV cache", "2 L kv_heads head_dim t b", gb(memory.kv_cache_bytes(c, batch, time, size)))
+    table.add_row("KV cache", "2 L kv_heads head_dim t b", gb(kv_cache_bytes(c, batch, time, size)))
     return table
 
 
@@ -151,7 +152,7 @@ def verdict(plan: Plan) -> str:
     lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
     if plan.left_out:
         lines.append(f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}.")
-    s, n = plan.sketch, memory.parameters(plan.subject.model)
+    s, n = plan.sketch, parameters(plan.subject.model)
     lines.append(f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens.")
     if plan.step_seconds is not None and plan.mfu is not None:
         seconds = plan.step_seconds

@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.config import build, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
-from rlhfjax.programs import on_host
+from rlhfjax.programs import Rows, on_host
 from rlhfjax.rewards import ensemble
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, score_shapes
@@ -99,16 +98,16 @@ class WeightedSum:
     def __init__(self, config: ComposeConfig, members: list[Reward], where: list[Reward | None]):
         self._config, self._members, self._where = config, members, where
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
+    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         return self.with_metrics(tokens, segments, mask)[0]
 
-    def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
+    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
         scored = [score_one(member, tokens, segments, mask) for member in self._members]
         counts = [where and where(tokens, segments, mask) for where in self._where]
         shapes = score_shapes(tokens, segments, mask)
         return on_host(self._sum, lambda *_: (shapes, {}))(scored, counts, mask.shape[0])
 
-    def _sum(self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int) -> tuple[np.ndarray, Pairs]:
+    def _sum(self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int) -> tuple[Rows, Pairs]:
         """Adds the members' scores [n] with their weights, where they count."""
         total, pairs = np.zeros(n, np.float32), {}
         parts = zip(self._config.members, scored, counted, strict=True)

@@ -12,7 +12,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
-from rlhfjax.programs import ROWS, Program, small
+from rlhfjax.programs import ROWS, Program, Rows, small
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
 from rlhfjax.roles import Sources
@@ -36,13 +36,13 @@ class DenseReward(ModelReward):
         total = jax.jit(lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1))
         self._sum = Program(f"{program}_sum", total, ROWS)
 
-    def per_token(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+    def per_token(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """H [n, r] at the response's tokens."""
         r = mask.shape[1]
         rewards = self._dense(self.params, tokens, segments)
         return small(lambda rewards, mask: rewards[:, -r:] * mask, ROWS)(rewards, mask)
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._sum(self.per_token(tokens, segments, mask), mask)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from rlhfjax.algos import normalise
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Held, Program, keep, recording
+from rlhfjax.programs import ROWS, Held, Program, Rows, keep, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
 
 PyTree = Any
@@ -30,7 +30,7 @@ def combine(rewards: Float[Array, "m n"], how: str, coefficient: float) -> Float
 def stack(members: list[PyTree]) -> PyTree:
     """Parameters of m models as one tree with a leading axis, each array laid over the mesh as its members are."""
 
-    def place(x: jax.Array) -> Any:
+    def place(x: Any) -> Any:
         placed = x.sharding
         return (
             NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec)) if isinstance(placed, NamedSharding) else None
@@ -76,15 +76,15 @@ class EnsembleReward(ModelReward):
     def _rewards(self, stacked: PyTree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         return jax.vmap(lambda params: sequence_rewards(self.model, params, tokens, segments))(stacked)
 
-    def members(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def members(self, tokens: Rows, segments: Rows) -> Rows:
         """Every member's rewards [m, n]."""
         return self._all(self.stacked, tokens, segments)
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._combine(self.members(tokens, segments))
 
-    def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[jax.Array, Pairs]:
+    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
         """Scores, and the mean standard deviation over members as `reward_disagreement`."""
         rewards = self.members(tokens, segments)
         pairs = {"reward_disagreement": (self._spread(rewards), jnp.float32(rewards.shape[1]))}

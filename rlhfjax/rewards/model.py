@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Program
+from rlhfjax.programs import ROWS, Program, Rows
 
 PyTree = Any
 
@@ -33,6 +33,6 @@ class ModelReward:
         self.model, self.params = model, params
         self._score = Program(program, jax.jit(functools.partial(sequence_rewards, model)), ROWS)
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._score(self.params, tokens, segments)

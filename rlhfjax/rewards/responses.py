@@ -13,7 +13,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.paths import Path
-from rlhfjax.programs import on_host
+from rlhfjax.programs import Rows, on_host
 from rlhfjax.rewards import Scorer
 from rlhfjax.roles import REWARD
 
@@ -28,10 +28,10 @@ class TextReward:
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
         self.scorer, self.tokenizer = scorer, tokenizer
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> np.ndarray:
+    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         return on_host(self._scores, score_shapes)(tokens, segments, mask)
 
-    def with_metrics(self, tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> tuple[np.ndarray, Pairs]:
+    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
         """Scores, and what the scorer says of them where it says anything."""
         if not hasattr(self.scorer, "with_metrics"):
             return self(tokens, segments, mask), {}
@@ -42,7 +42,7 @@ class TextReward:
         rows = self._texts(*arrays)
         return hosts.share(lambda: self.scorer(*rows))
 
-    def _scores_and_metrics(self, *arrays: jax.Array) -> tuple[np.ndarray, Pairs]:
+    def _scores_and_metrics(self, *arrays: jax.Array) -> tuple[Rows, Pairs]:
         rows = self._texts(*arrays)
         return hosts.share(lambda: self.scorer.with_metrics(*rows))
 

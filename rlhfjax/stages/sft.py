@@ -19,7 +19,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
-from rlhfjax.roles import DISK, Models, Role, Sources
+from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Stage, row_shapes
 from rlhfjax.state import TrainState, apply_gradients, gradients
 from rlhfjax.supervised import (
@@ -46,7 +46,10 @@ class Config(StreamConfig):
 
 
 validate = validate_streams
-workload = supervised_workload
+
+
+def workload(config: Config, completions: int = 1) -> Workload:
+    return supervised_workload(config)
 
 
 def roles(config: Config) -> dict[str, Role]:

@@ -33,7 +33,7 @@ from rlhfjax.optim import make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
-from rlhfjax.roles import DISK, Models, Role, Sources
+from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
 from rlhfjax.state import TrainState, apply_gradients, gradients
 from rlhfjax.supervised import (
@@ -63,7 +63,8 @@ class Config(ModelTrainConfig):
     gamma: tuple[float, float] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
 
 
-workload = supervised_workload
+def workload(config: Config, completions: int = 1) -> Workload:
+    return supervised_workload(config)
 
 
 def roles(config: Config) -> dict[str, Role]:

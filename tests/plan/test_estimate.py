@@ -5,60 +5,93 @@ import dataclasses
 import pytest
 
 from rlhfjax.config import to_dict
+from rlhfjax.footprint import layer_parameters
 from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models import size
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.presets import preset
+from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import advice, estimate, memory, programs, shapes
 from rlhfjax.plan.chips import CHIPS, GIB
 from rlhfjax.plan.compiled import Measured, Memory, beside
+from rlhfjax.rl.config import HumanConfig
 from rlhfjax.stages import ppo, sft
 from tests import tiny
+from tests.plan.subjects import subject_of
 
 ONE = {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 SHAPE = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
 N = memory.parameters(SHAPE)
+JUDGE = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
 
 
 def an_sft(model=SHAPE, **changes):
     config = sft.Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes)
-    return shapes.Subject("sft", config, model)
+    return subject_of(config, x=model)
 
 
 def a_ppo(**changes):
     options = {"batch_size": 64, "prompt_length": 1024, "max_new": 1024, "steps": 10, "minibatches": 8} | changes
-    judge = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
-    return shapes.Subject("ppo", ppo.Config(init_from="x", reward="r", **options), SHAPE, judge)
+    return subject_of(ppo.Config(init_from="x", reward="r", **options), x=SHAPE, r=JUDGE)
+
+
+def in_memory(subject, axes=ONE):
+    """Bytes of parameters alone, per device."""
+    return estimate.estimate(subject, axes, CHIPS["v5p"]).parts["parameters"]
 
 
 def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
     parts = estimate.estimate(an_sft(), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
-    assert parts["parameters"] == 4 * N / 16 and parts["optimiser and average"] == 8 * N / 16
+    assert parts["parameters"] == 4 * N / 16 and parts["optimizer and average"] == 8 * N / 16
     assert parts["gradients"] == 4 * N / 16
     # 64 rows over 16 devices: of each the inputs of 24 layers, and all of one layer
     a_layer = sum(memory.layer_activations(SHAPE, 4, 2048).values())
     assert parts["activations"] == 24 * 2 * 4 * 2048 * 2048 + a_layer
     again = estimate.estimate(an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
     half = an_sft(optim=OptimConfig(moments="bfloat16"))
-    assert estimate.estimate(half, {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts["optimiser and average"] == 6 * N / 16
+    assert estimate.estimate(half, {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts["optimizer and average"] == 6 * N / 16
     assert again["activations"] == parts["activations"] / 4 and again["gradients"] == 2 * parts["gradients"]
 
 
 def test_ppo_has_four_models_and_an_average():
-    judge = memory.parameters(a_ppo().reward, "scalar")
-    nets = estimate.networks(a_ppo(ema=0.9))
-    assert sum(net.numbers for net in nets) == 2 * N + 2 * judge
+    judge = memory.parameters(JUDGE, "scalar")
+    assert in_memory(a_ppo(ema=0.9)) == 4 * (2 * N + 2 * judge)
     parts = estimate.estimate(a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout").parts
-    assert parts["optimiser and average"] == 4 * (3 * N + 2 * judge) / 8
+    assert parts["optimizer and average"] == 4 * (3 * N + 2 * judge) / 8
     # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers
-    assert parts["KV cache"] == memory.kv_cache_bytes(SHAPE, 8, 2048)
+    assert parts["KV cache"] == size.kv_cache_bytes(SHAPE, 8, 2048)
 
 
 def test_adapters_share_their_base_with_the_reference():
-    nets = estimate.networks(a_ppo(lora=LoraConfig(rank=8)))
-    assert sum(net.numbers for net in nets) == N + 2 * memory.parameters(a_ppo().reward, "scalar")
+    """So does the value function with the reward model, but for a head of its own."""
+    everywhere = LoraConfig(rank=8, targets="attention|mlp")
     # rank 8 x (d_in + d_out) of four projections of d x d and two of d x 4 d
-    assert sum(net.trained for net in nets) == 8 * (24 * 18 * 2048 + 32 * 18 * 4096)
+    adapters = 8 * (24 * 18 * 2048 + 32 * 18 * 4096)
+    head = JUDGE.d_model + 1
+    frozen = N + memory.parameters(JUDGE, "scalar")
+    subject = a_ppo(lora=everywhere)
+    assert in_memory(subject) == 4 * (frozen + adapters + head)
+    parts = estimate.estimate(subject, ONE, CHIPS["v5p"]).parts
+    assert parts["optimizer and average"] == 8 * (adapters + head)
+    quantized = a_ppo(lora=dataclasses.replace(everywhere, base="int8"))
+    layers = 24 * layer_parameters(SHAPE)
+    assert in_memory(quantized) == 4 * (frozen + adapters + head) - 3 * layers
+
+
+def test_every_model_that_takes_part_is_in_the_estimate():
+    """A human reward and a gold reward too; a second use of the same model is another role of its arrays."""
+    plain = in_memory(a_ppo())
+    human = a_ppo(human=HumanConfig(reward="h"))
+    gold = a_ppo(gold="g")
+    small = preset("gpt3-125m")
+    reward = memory.parameters(small, "scalar")
+    for subject, name in ((human, "h"), (gold, "g")):
+        subject.sources.models[name] = Model(small, "scalar")
+        assert in_memory(subject) == plain + 4 * reward
+    assert in_memory(a_ppo(gold="gold:sentiment")) == plain
+    judged = a_ppo(judge_mesh=MeshConfig(devices="0:1"))
+    assert in_memory(judged) == 4 * (N + memory.parameters(JUDGE, "scalar"))
 
 
 def test_time_of_a_step_on_one_chip_is_that_of_its_products():
@@ -112,7 +145,7 @@ def test_frozen_models_are_beside_an_update():
     subject = shapes.subject(to_dict(tiny.get_config("data=nowhere")), "ppo")
     drawn = programs.sketch(subject, make_layout(MeshConfig()))
     left = {p.name: beside(p, drawn.held) for p in drawn.programs}
-    one, judge = 4 * memory.parameters(subject.model), 4 * memory.parameters(subject.reward, "scalar")
+    one, judge = 4 * memory.parameters(subject.model), 4 * memory.parameters(subject.model, "scalar")
     assert left["update"] == one + judge
     # policy and value function with two moments each, the policy's average; counters
     state = 4 * one + 3 * judge

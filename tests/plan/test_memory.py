@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.models import size
 from rlhfjax.models.presets import PRESETS, preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.plan import memory
@@ -57,7 +58,7 @@ def test_what_a_sample_of_llama_really_keeps():
 
 def test_eq_1_of_korthikanti_for_a_gpt_with_dropout():
     c = preset("gpt3-1.3b", dropout=0.1)
-    parts = memory.layer_activations(c, batch=4, time=2048)
+    parts = size.layer_activations(c, batch=4, time=2048)
     sbh, a, h = 2048 * 4 * 2048, 16, 2048
     assert sum(parts.values()) == sbh * (34 + 5 * a * 2048 / h)
     assert parts["mlp"] == 19 * sbh and parts["norms"] == 4 * sbh  # section 4.1
@@ -98,11 +99,11 @@ def test_every_precision_and_optimiser():
 
 
 def test_cache_and_logits():
-    assert memory.kv_cache_bytes(LLAMA, 1, 4096) == 2 * memory.GIB  # 2 x 32 x 4096 x 4096 x 2
-    assert memory.kv_cache_bytes(preset("llama2-70b"), 1, 4096) == 1.25 * memory.GIB  # 8 of 64 heads
+    assert size.kv_cache_bytes(LLAMA, 1, 4096) == 2 * memory.GIB  # 2 x 32 x 4096 x 4096 x 2
+    assert size.kv_cache_bytes(preset("llama2-70b"), 1, 4096) == 1.25 * memory.GIB  # 8 of 64 heads
     assert memory.logits_bytes(LLAMA, 1, 2048) == 2048 * 32000 * 4
 
 
 def test_remat_keeps_the_inputs_of_layers():
-    assert memory.activations(preset("llama2-7b", remat="full"), 1, 2048) == 32 * 2 * 2048 * 4096
-    assert memory.activations(LLAMA, 1, 2048) == 18_656_264_192
+    assert size.activations(preset("llama2-7b", remat="full"), 1, 2048) == 32 * 2 * 2048 * 4096
+    assert size.activations(LLAMA, 1, 2048) == 18_656_264_192

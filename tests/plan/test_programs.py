@@ -1,87 +1,104 @@
-"""What is planned is what runs: the programs of shapes alone against those of stages that were really built."""
+"""What is planned is what runs: the programs of shapes alone against those that stages compiled."""
 
 import dataclasses
-import inspect
+import json
 
 import jax
 import numpy as np
 import pytest
-from rlhfjax.stages.parts.policy import open_task
 
 from rlhfjax import recipe
-from rlhfjax import stages as stage_modules
-from rlhfjax import state as states
 from rlhfjax.config import to_dict
+from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.plan import compiled, memory, programs, shapes
-from rlhfjax.stages import direct, group, ppo
 from tests import tiny
-from tests.test_stages import stage_values
+from tests.frozen import programs as frozen
+from tests.plan import fingerprint
 
 NOWHERE = to_dict(tiny.get_config("data=nowhere"))
 MODEL = shapes.subject(NOWHERE, "pretrain").model
 LORA = {"rank": 2, "targets": "attention/(query|value)"}
+POLICY = ["rollout", "know", "score", "prepare", "update"]
+COMPLETIONS = 4  # of tests/tiny.py
 
 
 def described(tree):
     return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "reward"])
-def test_the_step_is_that_of_the_stage(name, conversations, finished):
-    """The same text of the whole program, its arguments' shapes included; the plan has read no file.
+PLANNED = {
+    "pretrain": ["step"],
+    "sft nf4": ["step"],
+    "reward": ["step"],
+    "tamer": ["step"],
+    "ppo": POLICY,
+    "ppo lora": POLICY,
+    "ppo int8": POLICY,
+    "ppo one_step_off": POLICY,
+    "ppo rollout_mesh": POLICY,
+    "ppo judge_mesh": ["rollout", "know", "ref_logprobs", "score", "prepare", "update"],
+    "ppo text": ["rollout", "know", "prepare", "update"],
+    "ppo human": ["rollout", "know", "score", "human", "prepare", "update"],
+    "ppo compose": ["rollout", "know", "score_0", "prepare", "update"],
+    "ppo ensemble": ["rollout", "know", "score", "score_spread", "score_combine", "prepare", "update"],
+    "ppo scores": ["rollout", "truncate", "know", "score", "prepare", "update"],
+    "group dapo overlong": POLICY,
+    "direct kto": ["reference", "mismatched_reference", "mismatched", "step"],
+    "direct precomputed": ["step"],
+}
+SMALL = ("score_spread", "score_combine")  # programs of a few operations, which are not in the table
+QUICK = ("sft nf4", "reward", "ppo lora", "ppo rollout_mesh", "ppo judge_mesh", "direct kto")
 
-    SFT is that of adapters.
-    """
-    changes = {"lora": LORA} if name == "sft" else {}
-    values = stage_values(name, conversations, finished, **changes)
-    config = recipe.check(values, name)
-    layout = make_layout(config.mesh)
-    with layout.use():
-        stage = stage_modules.find(name).build(config, layout)
-        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
-        batch = layout.put(next(stage.batches))
-        key = jax.device_put(jax.random.key(0), layout.replicated)
-        real = stage.step.func.lower(*stage.step.args, state, batch, key).as_text()
-    k = batch["tokens"].shape[1]
-    subject = shapes.subject({**NOWHERE, name: NOWHERE[name] | changes}, name)
-    planned = programs.sketch(subject, layout, completions=k).programs
-    assert [p.name for p in planned] == ["step"]
-    assert planned[0].lower().as_text() == real
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANNED])
+def test_what_is_planned_is_what_ran(name, conversations, finished, tmp_path, monkeypatch):
+    """Every program of a plan is among those that the stage compiled when it ran (tests/frozen). The
+    plan reads the configs of models, no parameters and no data."""
+    values = as_planned(frozen.variants(conversations, finished)[name], conversations, finished, tmp_path)
+    tokenizer = load_tokenizer(str(finished / "00_tokenizer"))
+    for id_name in ("eos_id", "pad_id"):
+        monkeypatch.setattr(shapes._Ids, id_name, getattr(tokenizer, id_name))
+    monkeypatch.setattr(shapes._Ids, "token_id", lambda self, piece: tokenizer.token_id(piece))
+    subject = shapes.subject(values)
+    completions = most_feedback(values) if name == "tamer" else COMPLETIONS
+    drawn = programs.sketch(subject, make_layout(subject.config.mesh), completions)
+    assert [program.name for program in drawn.programs] == PLANNED[name]
+    ran = frozen.read()[name]
+    for program in drawn.programs:
+        if program.name not in SMALL:
+            module = fingerprint.received(program.lower(), {}).module
+            assert frozen.digest(module) in ran, program.name
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_the_passes_of_a_direct_step_are_those_of_the_stage(loss, conversations, finished):
-    """The reference's and the step's programs word for word; KTO asks both models about mismatched answers too."""
-    ppo_values = stage_values("ppo", conversations, finished)
-    answers = {"preferences": (str(finished / "03_collect/preferences"),), "length": 32, "batch_size": 8}
-    values = {"stage": "direct", "loss": {"name": loss}, "init_from": ppo_values["init_from"], **answers}
-    values |= {"steps": 2, "optim": tiny.OPTIM, "microbatches": 2}
-    config = recipe.check(values, "direct")
-    layout = make_layout(config.mesh)
-    with layout.use():
-        stage = direct.build(config, layout)
-        made = inspect.getclosurevars(inspect.unwrap(stage.step)).nonlocals
-        batch = layout.put({k: v for k, v in next(stage.batches).items() if not k.startswith(direct.OTHERS)})
-        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
-        reference = made["reference"]
-        known = {"reference": layout.put_rows(np.zeros(batch["valid"].shape, np.float32))}
-        known |= {"kl": layout.put_rows(np.zeros(8, np.float32))} if loss == "kto" else {}
-        key = jax.device_put(jax.random.key(0), layout.replicated)
-        real = {
-            "reference": reference._total.lower(reference._params, batch),
-            "mismatched_reference": reference._total.lower(reference._params, batch),
-            "mismatched": made["measure"].lower(state.params, batch),
-            "step": made["stage"].step.func.lower(*made["stage"].step.args, state, batch | known, key),
-        }
-    planned = planned_as("direct", values | {"init_from": NOWHERE["ppo"]["init_from"]}, batch["tokens"].shape[1])
-    names = {"dpo": ["reference", "step"], "kto": ["reference", "mismatched_reference", "mismatched", "step"]}
-    assert list(planned) == names[loss]
-    for name, program in planned.items():
-        assert program.lower().as_text() == real[name].as_text(), name
-    ratio = planned["reference"].model_flops / planned["step"].model_flops
-    assert ratio == pytest.approx(1 / 3)
+def as_planned(values, conversations, finished, tmp_path):
+    """A variant's config; a reward that is made of others is described first."""
+    if values.get("reward") not in ("compose", "ensemble"):
+        return values
+    folder = tmp_path / values["reward"]
+    recipe.run_stage(frozen.variants(conversations, finished)[values["reward"]], folder)
+    return values | {"reward": str(folder)}
+
+
+def most_feedback(values):
+    lines = open(values["feedback"]).read().splitlines()  # noqa: SIM115
+    return max(len(json.loads(line)["feedback"]) for line in lines if line.strip())
+
+
+def test_a_plan_without_any_file_is_the_same(finished):
+    """The models come from the recipe's configs alone: the same programs as of those on the disk."""
+    on_disk = {**NOWHERE["ppo"], "init_from": str(finished / "02_sft"), "reward": str(finished / "04_reward")}
+    drawn = [
+        programs.sketch(subject, make_layout(MeshConfig()))
+        for subject in (shapes.subject(NOWHERE, "ppo"), shapes.subject(on_disk))
+    ]
+    assert [p.name for p in drawn[0].programs] == POLICY
+    for one, other in zip(drawn[0].programs, drawn[1].programs, strict=True):
+        assert described(one.inputs) == described(other.inputs)
+        assert one.model_flops == other.model_flops
+    digests = [frozen.digest(d.programs[-1].lower().as_text()) for d in drawn]
+    assert digests[0] == digests[1]
 
 
 def test_a_reference_takes_memory_where_a_loss_has_one():
@@ -103,34 +120,32 @@ def test_a_reference_takes_memory_where_a_loss_has_one():
     assert beside(loss={"name": "dpo"}, lora=LORA) == (2, 0.0)
 
 
-def test_ppos_state_and_experience_are_those_of_the_stage(conversations, finished):
-    values = stage_values("ppo", conversations, finished)
-    config = recipe.check(values, "ppo")
-    layout = make_layout(config.mesh)
-    with layout.use():
-        stage = ppo.build(config, layout)
-        real = jax.eval_shape(stage.init, jax.random.key(0))
-        frozen = ppo.parts(config, open_task(config, layout)).frozen
-        batch = layout.put(next(stage.batches))
-    sketch = programs.sketch(shapes.subject(NOWHERE, "ppo"), layout)
-    planned = {p.name: p for p in sketch.programs}
-    assert list(planned) == ["rollout", "know", "score", "prepare", "update"]
-    state, experience, text, _, _, all_frozen = planned["update"].inputs
-    assert described(state) == described(real)
-    assert all_frozen["value"] == frozen["value"] == {}
-    assert described(list(planned["rollout"].inputs[1:3])) == described([batch["prompts"], batch["segments"]])
-    assert described(text) == described({k[4:]: x for k, x in batch.items() if k.startswith("ptx/")})
-    assert experience.mask.shape == (16, 8) and experience.tokens.shape == (16, 32)
-    assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
-    lowered = {program.name: program.lower() for program in sketch.programs}
-    assert described(lowered["rollout"].out_info) == described(planned["know"].inputs[2])
+def beside_the_update(**changes):
+    """Bytes per device that are held beside PPO's update, on two of four devices."""
+    values = {**NOWHERE, "ppo": NOWHERE["ppo"] | {"mesh": {"data": 2, "devices": "0:2"}} | changes}
+    subject = shapes.subject(values, "ppo")
+    drawn = programs.sketch(subject, make_layout(subject.config.mesh))
+    (update,) = (program for program in drawn.programs if program.name == "update")
+    return compiled.beside(update, drawn.held)
+
+
+def test_memory_is_counted_per_role():
+    """What other roles hold meanwhile: frozen models on the same devices, each once."""
+    policy = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model)
+    reward = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model, "scalar")
+    assert beside_the_update() == policy + reward
+    assert beside_the_update(human={"reward": "stage:reward"}) == policy + reward  # the same arrays
+    assert beside_the_update(value="policy", reward="gold:sentiment") == policy
+    assert beside_the_update(judge_mesh={"data": 2, "devices": "2:4"}) == 0.0
+    assert beside_the_update(lora=LORA) == reward - 4.0 * (reward / 4 - 17)  # its head: the base is in the value
 
 
 def as_group(ppo_values, estimator):
     """PPO's values as those of a group stage: 4 prompts with 4 answers each."""
-    known = {f.name for f in dataclasses.fields(group.Config)}
     own = {"stage": "group", "estimator": estimator, "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2}
-    return {k: v for k, v in ppo_values.items() if k in known} | own
+    left_out = {"value", "value_head", "value_clip", "value_coefficient", "value_optim", "gamma", "lam"}
+    left_out |= {"whiten_rewards", "whiten_advantages"}
+    return {k: v for k, v in ppo_values.items() if k not in left_out} | own
 
 
 def planned_as(name, values, completions=2):
@@ -140,47 +155,12 @@ def planned_as(name, values, completions=2):
     return {p.name: p for p in programs.sketch(subject, make_layout(subject.config.mesh), completions).programs}
 
 
-def really_built(name, values):
-    """A policy stage: its state as it is placed, its step's parts by name, and a batch."""
-    config = recipe.check(values, name)
-    layout = make_layout(config.mesh)
-    with layout.use():
-        stage = stage_modules.find(name).build(config, layout)
-        state = states.abstract(jax.eval_shape(stage.init, jax.random.key(0)), stage.axes, layout)
-        return (
-            state,
-            inspect.getclosurevars(inspect.unwrap(stage.step)).nonlocals,
-            layout.put(next(stage.batches)),
-            layout,
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("group", {"estimator": "reinforce"}), ("group", {"estimator": "grpo", "lora": LORA}), ("ppo", {"lora": LORA})],
-    ids=["group", "group-lora", "ppo-lora"],
-)
-def test_the_update_is_that_of_the_stage(name, changes, conversations, finished):
-    """The same text of the whole program, of what it is called with as well: groups, and adapters on a frozen base."""
-
-    def values(of):
-        return (as_group(of, changes["estimator"]) if name == "group" else of) | changes
-
-    state, made, batch, layout = really_built(name, values(stage_values("ppo", conversations, finished)))
-    planned = planned_as(name, values(NOWHERE["ppo"]))
-    assert list(planned) == ["rollout", "know", "score", "prepare", "update"]
-    _, experience, text, pairs, key, _ = planned["update"].inputs
-    with layout.use():
-        real = made["algorithm"].update.lower(state, experience, text, pairs, key, made["frozen"])
-    assert planned["update"].lower().as_text() == real.as_text()
-    assert described(list(planned["rollout"].inputs[1:3])) == described([batch["prompts"], batch["segments"]])
-
-
 def test_a_group_runs_its_prompt_once():
     """16 answers to 4 prompts of 24 tokens: what is prefilled, and by hand what it costs."""
     planned = planned_as("group", as_group(NOWHERE["ppo"], "rloo"))
     lowered = planned["rollout"].lower()
-    assert described(lowered.out_info) == described(planned["know"].inputs[2])
+    rollout = jax.tree.leaves(planned["know"].inputs)[-4:]
+    assert described(jax.tree.leaves(lowered.out_info)) == described(rollout)
     text = lowered.as_text()
     assert "tensor<4x24x16xf32>" in text and "tensor<16x24x16xf32>" not in text
     ratio = planned["rollout"].model_flops / planned["know"].model_flops
@@ -189,10 +169,12 @@ def test_a_group_runs_its_prompt_once():
 
 def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapters():
     """Forward, gradients of inputs, gradients of weights are 3; remat=full adds a pass, adapters leave one out."""
-    plain, full = (dataclasses.replace(MODEL, remat=remat) for remat in ("none", "full"))
-    assert [programs.passes(rank, c) * 3 for rank in (0, 4) for c in (plain, full)] == pytest.approx([3, 4, 2, 3])
-    assert programs.passes(0, full, plain) == 1.0
-    subject = shapes.subject(NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo")._replace(model=full)
+    full = dataclasses.replace(MODEL, remat="full")
+    assert [programs._passes(rank, c) * 3 for rank in (0, 4) for c in (MODEL, full)] == pytest.approx([3, 4, 2, 3])
+    subject = shapes.subject(NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo")
+    mixed = [net._replace(config=full) if net.name == "policy" else net for net in subject.nets]
+    assert programs.passes([net for net in mixed if net.role.optim]) == 1.0
+    subject = subject.with_models(remat="full")
     times = {p.name: p.passes for p in programs.sketch(subject, make_layout(MeshConfig())).programs}
     assert times.pop("update") == pytest.approx(4 / 3) and set(times.values()) == {1.0}
 
@@ -207,21 +189,49 @@ def test_flops_of_ppos_programs_by_hand():
     policy, value = 6 * trunk + attention, 6 * (trunk + 17) + attention
     tokens = 16 * 32
     assert flops["rollout"] == pytest.approx(tokens * policy / 3)
+    assert flops["know"] == pytest.approx(tokens * (policy + value) / 3)
     assert flops["score"] == pytest.approx(tokens * value / 3)
     # 2 epochs; and as much text (ptx.ratio 1, length 32) in each
     assert flops["update"] == pytest.approx(2 * tokens * (policy + value) + 2 * tokens * policy)
     assert flops["prepare"] == 0
+    assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
+
+
+def test_a_pass_without_a_gradient_is_a_third_of_a_step():
+    config = {"stage": "direct", "init_from": "stage:sft", "preferences": ("stage:collect/preferences",)}
+    config |= {"length": 32, "batch_size": 8, "steps": 2, "loss": {"name": "kto"}}
+    planned = planned_as("direct", config)
+    step = planned.pop("step").model_flops
+    assert len(planned) == 3
+    assert all(program.model_flops == pytest.approx(step / 3) for program in planned.values())
+
+
+def test_a_reward_of_several_models_has_a_program_for_each():
+    """Members that run on the devices; text is scored on the host. All of them are in memory."""
+    members = ({"reward": "stage:reward"}, {"reward": "gold:sentiment"}, {"reward": "stage:reward", "weight": 0.5})
+    values = {**NOWHERE, "stages": (*NOWHERE["stages"][:-2], "compose", "ppo")}
+    del values["evaluate"]
+    values["compose"] = {"stage": "compose", "members": members}
+    values["ppo"] = NOWHERE["ppo"] | {"reward": "stage:compose", "value": "policy"}
+    subject = shapes.subject(values, "ppo")
+    assert [name for name in subject.roles if name.startswith("reward")] == ["reward_0", "reward_2"]
+    planned = programs.sketch(subject, make_layout(MeshConfig())).programs
+    scores = {p.name: p.model_flops for p in planned if p.name.startswith("score")}
+    assert list(scores) == ["score_0", "score_2"]
+    assert scores["score_0"] == scores["score_2"] > 0
 
 
 def test_arrays_are_laid_over_the_mesh():
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["mesh"] |= {"fsdp": 2, "tensor": 2}
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
-    _, state, batch, _ = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
-    kernel = state.params["backbone"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
+    inputs = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
+    by_path = {x.path: x for x in inputs if hasattr(x, "path")}
+    kernel = by_path[next(p for p in by_path if "params" in p and "'up'" in p and "opt_state" not in p)]
     assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
-    assert batch["tokens"].sharding.shard_shape(batch["tokens"].shape) == (4, 32)
-    assert all(np.prod(x.shape) for x in jax.tree.leaves(batch))
+    batch = [x for x in inputs if x.shape == (8, 32)]
+    assert batch and all(x.sharding.shard_shape(x.shape) == (4, 32) for x in batch)
+    assert all(np.prod(x.shape) for x in inputs)
 
 
 def test_the_model_of_an_earlier_stage_with_overrides():
@@ -230,15 +240,16 @@ def test_the_model_of_an_earlier_stage_with_overrides():
     assert shapes.subject(config, "pretrain").model.dtype == "float32"
     assert shapes.subject(config, "reward").model.dtype == "bfloat16"  # from sft
     last = shapes.subject(config)
-    assert last.name == "ppo" and last.reward.d_model == 16
+    assert last.name == "ppo" and last.nets[2].name == "reward" and last.nets[2].config.d_model == 16
 
 
 def test_a_model_that_is_nowhere_is_asked_for():
     config = {**NOWHERE["ppo"], "init_from": "runs/start", "reward": "gold:sentiment", "value": "policy"}
-    with pytest.raises(ConfigError, match=r"ppo.init_from=runs/start: no model there; say its shape with --model"):
+    with pytest.raises(ConfigError, match=r"ppo: policy=runs/start: no model there; say its shape with --model"):
         shapes.subject(config)
     got = shapes.subject(config, model="gpt3-1.3b:dtype=bfloat16,scan_layers=true")
-    assert (got.model.n_layers, got.model.dtype, got.model.scan_layers, got.reward) == (24, "bfloat16", True, None)
+    assert (got.model.n_layers, got.model.dtype, got.model.scan_layers) == (24, "bfloat16", True)
+    assert "reward" not in got.roles
     with pytest.raises(ConfigError, match="--reward_model=PRESET"):
         shapes.subject({**config, "reward": "runs/reward"}, model="tiny")
 
@@ -248,9 +259,6 @@ def test_what_cannot_be_planned():
         shapes.subject(NOWHERE, "tokenizer")
     with pytest.raises(ConfigError, match="config argument 'depth' is unknown"):
         shapes.parse_model("tiny:depth=3")
-    quantised = {**NOWHERE, "sft": {**NOWHERE["sft"], "lora": {**LORA, "base": "nf4"}}}
-    with pytest.raises(ConfigError, match=r"plan: lora\.base='nf4' cannot be planned"):
-        programs.sketch(shapes.subject(quantised, "sft"), make_layout(MeshConfig()))
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["batch_size"] = 6
     layout = make_layout(MeshConfig(data=4), jax.devices()[:4])

@@ -126,7 +126,7 @@ def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(small, mon
             (step,) = real(subject, layout, completions).programs
             lowered = step.lower()
             step = step._replace(lower=lambda: lowered)
-            sketched.append(Sketch([step], tokens=1, steps=1, batch=1, time=1))
+            sketched.append(Sketch([step], tokens=1, steps=1, batch=1, time=1, held=[]))
         return sketched[0]
 
     monkeypatch.setattr(scale.programs, "sketch", sketch)
