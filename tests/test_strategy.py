@@ -1,7 +1,13 @@
-"""Strategies: their sizes and rules, what `auto` picks by arithmetic done by hand, and what it counts of a stage."""
+"""Strategies: their sizes and rules, and what `auto` picks, by hand.
 
+What it counts of a stage is in test_footprint.py.
+"""
+
+import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -9,15 +15,11 @@ from pathlib import Path
 
 import pytest
 from jax.sharding import PartitionSpec as P
-from rlhfjax.stages.parts.placing import need_of
 
-from rlhfjax import recipe, strategy
-from rlhfjax.config import to_dict
+from rlhfjax import strategy
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.models import TransformerConfig
-from rlhfjax.strategy import GIB, Need, choose, device_bytes
-from tests import tiny
+from rlhfjax.strategy import GIB, Need, choose
 
 
 def sizes(**config) -> dict[str, int]:
@@ -67,21 +69,27 @@ def test_a_strategy_that_cannot_be(config, said):
     assert said in str(caught.value)
 
 
-# 10^9 parameters with Adam: 16 bytes each, 14.9 GiB; half as many frozen ones: 1.86 GiB.
-BIG = Need(10**9, 5 * 10**8, 2, 16, 1024, 0.25 * GIB, 2048, (16, 8, 8192, 50304))
+# 18 GB of state (10^9 trained parameters at 16 bytes, half as many frozen ones at 4), 16.8 GiB, of
+# which a device has a part; a quarter of a GiB of activations per row, which all devices share.
+def split_bytes(sizes, *, state=16e9 + 2e9, row=0.25 * GIB, rows=16):
+    """Returns bytes per device."""
+    return state / (sizes["fsdp"] * sizes["tensor"]) + rows * row / math.prod(sizes.values())
+
+
+BIG = Need(
+    trained=10**9,
+    frozen=5 * 10**8,
+    rows=16,
+    time=1024,
+    widths=(2048,),
+    splits=(16, 8, 8192, 50304),
+    device_bytes=split_bytes,
+)
 
 
 def picked(need, devices, memory, slices=1):
     choice = choose(need, devices, memory * GIB, slices)
     return choice.strategy, {axis: n for axis, n in choice.sizes.items() if n > 1}, choice.fits
-
-
-def test_bytes_of_a_device_by_hand():
-    alone = dict.fromkeys(strategy.AXES, 1)
-    state = 16e9 + 2e9
-    assert device_bytes(BIG, alone) == state + 16 * 0.25 * GIB
-    split = alone | {"replica": 2, "fsdp": 4, "tensor": 2, "sequence": 2}
-    assert device_bytes(BIG, split) == state / 8 + 16 * 0.25 * GIB / 32
 
 
 def test_auto_takes_what_says_least_and_fits():
@@ -91,8 +99,18 @@ def test_auto_takes_what_says_least_and_fits():
     assert picked(BIG, 8, 2.9) == ("fsdp", {"fsdp": 8}, True)  # 2.1 + 0.5
     assert picked(BIG, 32, 2.9) == ("fsdp_tensor", {"fsdp": 16, "tensor": 2}, True)  # 16 rows are not for 32
     assert picked(BIG, 16, 8, slices=2) == ("hsdp", {"replica": 2, "fsdp": 8}, True)
-    few = Need(10**9, 0, 2, 2, 1024, 8 * GIB, 2048, (3,))  # 2 rows and heads for nobody: only time is left
+    # 2 rows and heads for nobody: only time is left
+    few = Need(
+        trained=10**9,
+        rows=2,
+        time=1024,
+        widths=(2048,),
+        splits=(3,),
+        device_bytes=functools.partial(split_bytes, state=16e9, row=8 * GIB, rows=2),
+    )
     assert picked(few, 8, 12) == ("context", {"fsdp": 2, "sequence": 4}, True)
+    thin = dataclasses.replace(BIG, widths=(2048, 12))  # of two models, one that 8 devices do not divide
+    assert picked(thin, 8, 19) == ("fsdp_tensor", {"fsdp": 4, "tensor": 2}, True)
 
 
 def test_auto_says_why_and_what_does_not_fit():
@@ -109,35 +127,6 @@ def test_auto_of_a_mesh_is_logged(caplog):
         layout = make_layout(MeshConfig(strategy="auto"), need=BIG, memory=19 * GIB)
     assert dict(layout.mesh.shape)["fsdp"] == 4 and "mesh.strategy=auto: fsdp (fsdp 4)" in caplog.text
     assert dict(make_layout(MeshConfig(strategy="auto")).mesh.shape)["data"] == 4
-
-
-def test_what_a_stage_needs_is_counted():
-    """tests/tiny.py with two layers: policy and critic of one trunk, a reference and a reward.
-
-    A scalar head has 17 parameters, the tied output 5,120.
-    """
-    values = to_dict(tiny.get_config("data=nowhere"))["ppo"] | {"init_from": "x", "reward": "y"}
-    config = recipe.check(values, "ppo")
-    shape = TransformerConfig(vocab_size=320, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=32)
-    trunk = 320 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
-    need = need_of(config, shape, shape)
-    assert (need.trained, need.frozen, need.moments) == (2 * trunk + 17, 2 * trunk + 17, 2)
-    assert (need.rows, need.time, need.width) == (8, 32, 16)
-    assert need.a_row == 4 * 2 * 32 * (8 * 16 + 4 * 32 + 2 * 32)
-    elsewhere = need_of(recipe.check(values | {"judge_mesh": {"devices": "0:1"}}, "ppo"), shape, shape)
-    assert (elsewhere.trained, elsewhere.frozen) == (need.trained, 0)
-
-
-def test_auto_in_a_recipe_knows_the_models_of_stages_before(tmp_path, caplog):
-    config = to_dict(tiny.get_config("data=nowhere"))
-    for name in ("sft", "ppo"):
-        config[name]["mesh"] = config[name]["mesh"] | {"strategy": "auto"}
-    folders = recipe.stage_folders(config, tmp_path)
-    resolved = {name: recipe.resolve(config[name], folders, name) for name in config["stages"]}
-    with caplog.at_level(logging.INFO, "rlhfjax"):
-        recipe.check_all(resolved, folders)
-    assert "7,728 trained and 0 frozen parameters, 8 rows of 32" in caplog.text
-    assert "15,473 trained and 15,473 frozen parameters, 8 rows of 32" in caplog.text  # critic and reward: 17 more
 
 
 SHARES = {"data": 1.0, "fsdp": 1 / 8, "fsdp_tensor": 1 / 8, "context": 1 / 4, "hsdp": 1 / 4}

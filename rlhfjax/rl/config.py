@@ -158,7 +158,7 @@ def policy_workload(config: PolicyConfig, *values: str) -> Workload:
         rounds=config.epochs * microbatches * (2 if text else 1),
         microbatches=config.microbatches,
         passes=tuple(passes),
-        decoded=config.slots or config.episodes,
+        decoded=config.slots if config.slots > 0 else config.episodes,
         sampled=config.max_new,
     )
 

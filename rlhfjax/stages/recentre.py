@@ -53,8 +53,8 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    length = config.length or config.prompt_length + config.max_new
-    return job_workload(config.batch_size, length)
+    sampled = config.prompt_length + config.max_new
+    return job_workload(config.batch_size, sampled if config.policy else config.length)
 
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
