@@ -13,7 +13,7 @@ from rlhfjax.interop import store
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.rewards.load import models_of
-from rlhfjax.roles import DISK, Role, Roles
+from rlhfjax.roles import Role, Roles
 
 
 class Unknown(CheckpointError):
@@ -64,7 +64,7 @@ class Origins:
         """Returns what a `reward.json` says, or will say; None where there is none."""
         config = self._configs.get(source)
         if config is None:
-            return DISK.described(source)
+            return store.described(source)
         describe = getattr(stages.find(config.stage), "describe", None)
         return None if describe is None else json.loads(json.dumps(describe(config)))
 

@@ -4,16 +4,14 @@ Loading, placement, the memory estimate and `plan` are loops over what stands he
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhfjax import paths
 from rlhfjax import state as states
-from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
@@ -25,7 +23,7 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.programs import Held, keep, recording
 
 PyTree = Any
-REWARD = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
+REWARD = store.REWARD
 Head = Literal["lm", "scalar"]
 
 
@@ -72,6 +70,11 @@ class Workload(NamedTuple):
     sampled: int = 0  # tokens of a response
 
 
+def scorers(**sources: str | None) -> dict[str, Role]:
+    """Returns the roles of rewards that are only asked, those that are named."""
+    return {name: Role(source, head="scalar", scores=True) for name, source in sources.items() if source}
+
+
 def job_workload(rows: int, length: int) -> Workload:
     """Returns what a batch of a job computes, which trains nothing."""
     return Workload(rows=rows, batch=rows, length=length)
@@ -103,20 +106,7 @@ class Sources(Descriptions, Protocol):
     def tokenizer(self, source: str) -> Tokenizer: ...
 
 
-class Disk:
-    """The models that there are; see `store`."""
-
-    open_model = staticmethod(store.open_model)
-    load = staticmethod(store.load)
-    tokenizer = staticmethod(load_tokenizer)
-
-    @staticmethod
-    def described(source: str) -> dict[str, Any] | None:
-        file = paths.path(source) / REWARD
-        return json.loads(file.read_text()) if file.is_file() else None
-
-
-DISK = Disk()
+DISK: Sources = store  # the models that there are
 
 
 @dataclasses.dataclass(frozen=True)

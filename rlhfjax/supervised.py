@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rlhfjax import hosts
 from rlhfjax.algos.language import nats_per_byte
@@ -23,7 +24,8 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_schedule
 from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Workload
-from rlhfjax.stage import Finished, Metrics
+from rlhfjax.stage import Finished, Metrics, Shapes, Stage
+from rlhfjax.state import TrainState, apply_gradients
 
 Batch = dict[str, Any]
 MODEL = "model"  # the one role that is trained
@@ -100,6 +102,43 @@ def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
     if size < tokens:
         raise ConfigError(f"{config.stage}.model.vocab_size={size} is less than the tokenizer's {tokens}")
     return loaded
+
+
+def descend(
+    config: ModelTrainConfig,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    grads: Any,
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
+    """Applies the gradients of a step. Returns the next state, and the metrics with those of the update."""
+    rate = make_schedule(config.optim, config.steps)(state.step)
+    skip = config.on_nonfinite == "skip"
+    state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
+    rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
+    return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+
+
+def supervised_stage(loaded: Loaded, tx: optax.GradientTransformation, **parts: Any) -> Stage:
+    """Returns the Stage of a model that is trained as a whole, or by its adapters.
+
+    Args:
+      parts: the fields of Stage that differ: step, batch, open, units, unit.
+    """
+    model = loaded.model
+    return Stage(
+        init=lambda key: TrainState.create(model.init_trained(key), tx),
+        axes=model.trained_axes(),
+        **{"start": lambda state: state.replace(params=loaded.start(state.params)), **parts},
+    )
+
+
+def language_shapes(size: int, length: int, prefix: str = "") -> Shapes:
+    """Returns the shapes of a batch of packed text."""
+    names = ("tokens", "targets", "segments", "positions")
+    shapes = {name: jax.ShapeDtypeStruct((size, length), np.int32) for name in names}
+    shapes["mask"] = jax.ShapeDtypeStruct((size, length), np.float32)
+    return {prefix + name: x for name, x in shapes.items()}
 
 
 def left_behind(loaded: Loaded, params: Any) -> Finished:

@@ -24,6 +24,7 @@ from rlhfjax.paths import Path
 log = logging.getLogger("rlhfjax")
 PyTree = Any
 FOLDER = "model"
+REWARD = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,15 @@ def describe(path: str | Path) -> Model:
     folder = find(path)
     description = json.loads((folder / "config.json").read_text())
     return Model(build(TransformerConfig, description["transformer"], f"{folder}/config.json"), description["head"])
+
+
+def described(path: str) -> dict[str, Any] | None:
+    """Returns what a `reward.json` says; None where there is none."""
+    file = paths.path(path) / REWARD
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+tokenizer = load_tokenizer  # with the functions above, what `roles.Sources` asks for
 
 
 def found(path: str | Path) -> str:

@@ -11,7 +11,8 @@ from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
-from rlhfjax.stage import Batches, Shapes, row_shapes
+from rlhfjax.stage import Batches, Shapes
+from rlhfjax.supervised import language_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,4 @@ def text_shapes(config: PtxConfig, episodes: int) -> Shapes:
     """Returns the shapes of an iteration's text; nothing where the mix is off."""
     if not config.coefficient:
         return {}
-    row = (config.length,)
-    return row_shapes(
-        episodes * config.ratio,
-        **{
-            "ptx/tokens": (row, np.int32),
-            "ptx/targets": (row, np.int32),
-            "ptx/segments": (row, np.int32),
-            "ptx/positions": (row, np.int32),
-            "ptx/mask": (row, np.float32),
-        },
-    )
+    return language_shapes(episodes * config.ratio, config.length, "ptx/")

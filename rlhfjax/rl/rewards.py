@@ -35,6 +35,25 @@ def shape_rewards(
     return scores, ended, metrics
 
 
+def rollout_metrics(
+    scores: Float[Array, "b"],
+    shaped: Float[Array, "b"],
+    beta: Float[Array, ""],
+    sequence_kl: Float[Array, "b"],
+    ended: Bool[Array, "b"],
+    mask: Float[Array, "b r"],
+) -> dict[str, Any]:
+    """Returns what every policy stage logs of a rollout, means over responses."""
+    n = jnp.float32(mask.shape[0])
+    return {
+        "score": (scores.sum(), n),
+        "reward": ((shaped - beta * sequence_kl).sum(), n),
+        "kl": (sequence_kl.sum(), n),
+        "response_length": (mask.sum(), n),
+        "eos_rate": (ended.astype(jnp.float32).sum(), n),
+    }
+
+
 def kl_penalty(
     config: KLConfig,
     logprobs: Float[Array, "b r"],

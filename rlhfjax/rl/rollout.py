@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key
 
 from rlhfjax import state as states
@@ -14,7 +15,7 @@ from rlhfjax.algos.shaping import truncate_mask
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, Program, recording, reshard
+from rlhfjax.programs import ROWS, STATE, WHOLE, Program, recording, reshard
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
 
@@ -35,10 +36,44 @@ class Rollout(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What forward passes give of a rollout before it has a score, both [b, r]."""
+    """What forward passes give of a rollout before it has a score, all [b, r]."""
 
     logprobs: Any  # log pi_old, 0 outside the response
     ref_logprobs: Any  # None until it comes from another mesh
+    values: Any = None  # where there is a value function
+
+
+class Programs(NamedTuple):
+    """The jitted functions of an iteration, and the loss of a minibatch."""
+
+    forward: Program  # (params, reference, rollout) -> Forward
+    ref_logprobs: Program  # (reference, rollout) -> [b, r]
+    make_experience: Program  # (state, Forward, rollout, scores) -> (experience, metrics)
+    update: Program  # (state, experience, text, metrics, key, frozen) -> (state, metrics)
+    loss: Callable[..., Any]  # (params, minibatch, key, beta) -> (scalar, metrics)
+    whiten: Callable[..., Any]  # minibatch -> minibatch
+    tx: optax.GradientTransformation
+
+
+def programs_of(
+    logprobs_of: Callable[..., Any],
+    forward: Callable[..., Forward],
+    make_experience: Callable[..., Any],
+    update: Callable[..., Any],
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    whiten: Callable[..., Any] = lambda batch: batch,
+) -> Programs:
+    """Returns an iteration's functions jitted, each with its name and the axes of its outputs."""
+    return Programs(
+        forward=Program("know", jax.jit(forward), ROWS),
+        ref_logprobs=Program("ref_logprobs", jax.jit(logprobs_of), ROWS),
+        make_experience=Program("prepare", jax.jit(make_experience), [ROWS, WHOLE]),
+        update=Program("update", jax.jit(update, donate_argnums=0), [STATE, WHOLE]),
+        loss=loss,
+        whiten=whiten,
+        tx=tx,
+    )
 
 
 class Tokens(NamedTuple):
@@ -205,3 +240,22 @@ def response_logprobs(
     """log pi(y_t | x, y_<t) and the entropy at each response slot, nats, at the sampling temperature."""
     hidden = response_hidden(model, params, tokens, segments, r)
     return model.logprobs(params, hidden, tokens[:, -r:], temperature)
+
+
+def logprobs_with(config: PolicyConfig, model: Model) -> Callable[..., Any]:
+    """Returns a function (params, rollout) -> log pi of its responses [b, r], as the sampler has them."""
+
+    def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
+        rows = (rollout.tokens, rollout.segments, rollout.mask.shape[1], config.temperature)
+        return response_logprobs(model, params, *rows)[0]
+
+    return logprobs_of
+
+
+def behavior_logprobs(
+    config: PolicyConfig, logprobs_of: Callable[..., Any], policy: PyTree, rollout: Rollout
+) -> jax.Array:
+    """Returns log pi_old of the response tokens, 0 elsewhere: the sampler's, or a forward pass's."""
+    if config.behaviour_logprobs == "sampler":
+        return rollout.logprobs
+    return logprobs_of(policy, rollout) * rollout.mask

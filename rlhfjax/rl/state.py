@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhfjax.interop import store
 from rlhfjax.programs import host_value, small
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.rollout import Rollout
-from rlhfjax.roles import Loaded
-from rlhfjax.stage import Finished, Metrics
+from rlhfjax.stage import Metrics
 from rlhfjax.state import TrainState
 
 PyTree = Any
@@ -50,27 +48,6 @@ def _empty_rollout(config: PolicyConfig) -> dict[str, jax.Array]:
     b, t = config.episodes, config.prompt_length + config.max_new
     ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new))
     return Rollout(ids, jnp.zeros_like(ids), row, jnp.zeros_like(row))._asdict()
-
-
-def state_axes(config: PolicyConfig, params: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Returns the logical axes of the trainable parameters, and of a rollout that is carried."""
-    rows = dict.fromkeys(Rollout._fields, ("batch", None))
-    return {**params, AHEAD: rows} if config.one_step_off else dict(params)
-
-
-def with_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> TrainState:
-    """Returns a fresh state with the pretrained policy in it, and in the average."""
-    params = state.params | {"policy": policy.start(state.params["policy"])}
-    extra = dict(state.extra)
-    if config.ema:
-        extra["ema"] = {"policy": policy.start(extra["ema"]["policy"])}
-    return state.replace(params=params, extra=extra)
-
-
-def left_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> Finished:
-    """Returns what a policy stage leaves: the policy, or the average of it."""
-    trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
-    return Finished({store.FOLDER: policy.saved(trained)}, {}, {}, policy.adapters(trained))
 
 
 class Drawn(NamedTuple):
@@ -117,8 +94,3 @@ def with_next(state: TrainState, drawn: Drawn) -> tuple[TrainState, Metrics]:
     carried = state.replace(extra={**state.extra, AHEAD: drawn.next_rollout._asdict()})
     staleness = small(lambda: (jnp.float32(drawn.staleness), jnp.ones(())))()
     return carried, {"staleness": staleness}
-
-
-def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
-    """Returns the share of an iteration's prompts that lost tokens."""
-    return {"prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(batch["cut"])}

@@ -11,8 +11,10 @@ from rlhfjax.programs import on_mesh
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import Reward, score
 from rlhfjax.rl.config import PolicyConfig
+from rlhfjax.rl.rewards import with_human
 from rlhfjax.rl.rollout import Tokens, tokens_of
 from rlhfjax.roles import Loaded, Models, Roles, Sources
+from rlhfjax.stage import Metrics
 
 PyTree = Any
 
@@ -30,14 +32,37 @@ class Task(NamedTuple):
     layout: Layout | None = None  # the mesh of training
     frozen_layout: Layout | None = None  # of rewards and reference, if not that of training
 
+    def forward(self, programs: Any) -> Callable[..., Any]:
+        """Returns a function (params, rollout) -> what forward passes give of a rollout.
+
+        It is dispatched before the rewards, which may be made on the host meanwhile.
+        """
+        if self.frozen_layout is None:
+            return lambda params, rollout: programs.forward(params, self.reference, rollout)
+        of_reference = self.on_frozen(functools.partial(programs.ref_logprobs, self.reference))
+
+        def forward(params: PyTree, rollout: Any) -> Any:
+            known = programs.forward(params, None, rollout)
+            return known._replace(ref_logprobs=of_reference(rollout))
+
+        return forward
+
+    def score(self, config: PolicyConfig, scored: Any, step: Any) -> tuple[Any, Metrics]:
+        """Returns the scores [b] of what the reward sees, and the rewards' own metrics.
+
+        A human reward is added with its weight at this step.
+        """
+        rows = (scored.tokens, scored.segments, scored.mask)
+        scores, metrics = self.on_frozen(functools.partial(score, self.reward))(*rows)
+        if self.human is not None:
+            human = self.on_frozen(self.human)(*rows)
+            scores, human_metrics = with_human(config.human, scores, human, step)
+            metrics = {**metrics, **human_metrics}
+        return self.layout.put_rows(scores), metrics
+
     def on_frozen(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function of rows that runs where rewards and reference are."""
         return on_mesh(self.frozen_layout, self.layout, function)
-
-    @property
-    def score(self) -> Callable[..., Any]:
-        """(tokens, segments, mask) -> scores [b] and the reward's own metrics."""
-        return self.on_frozen(functools.partial(score, self.reward))
 
 
 def open_task(config: PolicyConfig, roles: Roles, layout: Layout, sources: Sources) -> Task:

@@ -33,7 +33,7 @@ from rlhfjax.rewards.responses import Reward, texts
 from rlhfjax.rl.config import validate_slots
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, sample
-from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.roles import Role, Workload, job_workload, scorers
 from rlhfjax.supervised import validate_length
 
 SCORES, SAMPLES = "scores.jsonl", "samples.jsonl"
@@ -59,9 +59,7 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    scorers = {"proxy": config.proxy, "gold": config.gold}
-    found = {name: Role(source, head="scalar", scores=True) for name, source in scorers.items() if source}
-    return {"policy": Role(config.init_from), **found}
+    return {"policy": Role(config.init_from), **scorers(proxy=config.proxy, gold=config.gold)}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:

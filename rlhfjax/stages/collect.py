@@ -26,7 +26,7 @@ from rlhfjax.rewards.load import load_labeller
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
 from rlhfjax.rl.config import TruncateConfig, validate_slots, validate_truncate
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
-from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.roles import Role, Workload, job_workload, scorers
 from rlhfjax.supervised import validate_length
 
 FOLDER = "preferences"
@@ -56,9 +56,8 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    labellers = {f"labeller_{i}": name for i, name in enumerate((config.labeller, *config.others))}
-    scorers = {name: Role(source, head="scalar", scores=True) for name, source in labellers.items()}
-    return {"policy": Role(config.init_from), **scorers}
+    others = {f"other_{i}": name for i, name in enumerate(config.others)}
+    return {"policy": Role(config.init_from), **scorers(labeller=config.labeller, **others)}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:

@@ -32,21 +32,22 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.optim import make_optimizer
 from rlhfjax.programs import ROWS, STATE, WHOLE, Program, small
 from rlhfjax.rl.ptx import Together
 from rlhfjax.roles import DISK, Loaded, Models, Pass, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Shapes, Stage
 from rlhfjax.stages.reward import preference_shapes
-from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.state import TrainState, gradients
 from rlhfjax.supervised import (
     MODEL,
     StreamConfig,
+    descend,
     left_behind,
     load_trained,
+    supervised_stage,
     supervised_workload,
     trained_role,
     truncation_metrics,
@@ -153,18 +154,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     reference = _reference(config, loaded, models) if config.loss.needs_reference else None
     loss = direct_loss(model, config.loss)
     tx = make_optimizer(config.optim, config.steps)
-    schedule = make_schedule(config.optim, config.steps)
     mismatched = Program("mismatched", total_logprobs(model, config.microbatches), ROWS)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def update(frozen: PyTree, state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Metrics]:
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, metrics = gradients(loss, state.params, batch, key, **options)
-        rate = schedule(state.step)
-        skip = config.on_nonfinite == "skip"
-        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+        return descend(config, tx, state, grads, metrics)
 
     program = Program("step", update, [STATE, WHOLE])
 
@@ -187,10 +183,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         evals = _held_out(config, loaded, reference, _batches(config, held_out, tokenizer, train=False), layout)
         return Data(batches, evals, lambda state: left_behind(loaded, state.params))
 
-    return Stage(
-        init=lambda key: TrainState.create(model.init_trained(key), tx),
-        axes=model.trained_axes(),
-        start=lambda state: state.replace(params=loaded.start(state.params)),
+    return supervised_stage(
+        loaded,
+        tx,
         step=step,
         batch=lambda completions: _batch_shapes(config, completions),
         open=open_data,

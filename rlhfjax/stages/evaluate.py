@@ -35,7 +35,7 @@ from rlhfjax.rl.answers import Sampling, answers, validate_buckets
 from rlhfjax.rl.config import validate_slots
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, response_logprobs
-from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.roles import Role, Workload, job_workload, scorers
 from rlhfjax.supervised import validate_length
 
 SAMPLES = "samples.jsonl"
@@ -60,9 +60,8 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    scorers = {"gold": config.gold, "proxy": config.proxy}
-    found = {name: Role(source, head="scalar", scores=True) for name, source in scorers.items() if source}
-    return {"policy": Role(config.policy), "baseline": Role(config.baseline), **found}
+    scored = scorers(gold=config.gold, proxy=config.proxy)
+    return {"policy": Role(config.policy), "baseline": Role(config.baseline), **scored}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from rlhfjax.algos import group, kl, masked, policy, shaping
@@ -24,37 +23,27 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
-from rlhfjax.programs import ROWS, STATE, WHOLE, Program
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
-from rlhfjax.rl.held_out import held_out
-from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes
-from rlhfjax.rl.ptx import text_of, text_shapes, with_ptx
-from rlhfjax.rl.rewards import kl_loss, kl_penalty, shape_rewards, with_human
+from rlhfjax.rl.policy import policy_stage, prompt_metrics
+from rlhfjax.rl.ptx import text_of
+from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
     Forward,
+    Programs,
     Rollout,
     Tokens,
+    behavior_logprobs,
+    logprobs_with,
     make_sampler,
+    programs_of,
     response_hidden,
-    response_logprobs,
     truncated,
 )
-from rlhfjax.rl.state import (
-    UPDATE,
-    draw,
-    fresh_state,
-    left_policy,
-    prompt_metrics,
-    state_axes,
-    stream,
-    with_next,
-    with_policy,
-    without_next,
-)
+from rlhfjax.rl.state import UPDATE, draw, stream, with_next, without_next
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources, Workload
-from rlhfjax.stage import Data, Metrics, Stage
+from rlhfjax.stage import Metrics, Stage
 from rlhfjax.state import TrainState, attach
 
 PyTree = Any
@@ -176,84 +165,44 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
         raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
 
 
-class Programs(NamedTuple):
-    """The jitted functions of a group estimator."""
-
-    forward: Program
-    ref_logprobs: Program
-    make_experience: Program
-    update: Program
-    loss: Any  # (params, minibatch, key, beta) -> (scalar, metrics), not jitted
-    tx: optax.GradientTransformation
-
-
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     task = open_task(config, roles(config), layout, sources)
     model = task.policy.model
     validate(config, layout, model.config)
     frozen = {"policy": task.policy.frozen}
-    forward, ref_logprobs, make_experience, update, _, tx = programs(config, model, task.tokens)
+    made = programs(config, model, task.tokens)
     sample = make_sampler(config, layout, model, task.tokens)
-    reference_logprobs = task.on_frozen(functools.partial(ref_logprobs, task.reference))
+    forward = task.forward(made)
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
         params = attach(frozen, state.params)
         drawn = draw(config, sample, state, params["policy"], batch, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees
-        if task.frozen_layout is None:  # dispatched before the rewards, which may be made on the host
-            known = forward(params, task.reference, rollout)
-        else:
-            known = forward(params, None, rollout)._replace(ref_logprobs=reference_logprobs(rollout))
-        scores, reward_metrics = task.score(scored.tokens, scored.segments, scored.mask)
-        if task.human is not None:
-            human = task.on_frozen(task.human)(scored.tokens, scored.segments, scored.mask)
-            scores, human_metrics = with_human(config.human, scores, human, state.step)
-            reward_metrics = {**reward_metrics, **human_metrics}
-        experience, metrics = make_experience(state, known, rollout, layout.put_rows(scores))
-        state, update_metrics = update(state, experience, text_of(batch), metrics, stream(key, UPDATE), frozen)
+        known = forward(params, rollout)
+        scores, reward_metrics = task.score(config, scored, state.step)
+        experience, metrics = made.make_experience(state, known, rollout, scores)
+        text, update_key = text_of(batch), stream(key, UPDATE)
+        state, update_metrics = made.update(state, experience, text, metrics, update_key, frozen)
         state, staleness = with_next(state, drawn)
         return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
 
-    def open_data() -> Data:
-        prompts: Any = prompt_batches(config.prompts, task.tokenizer, config)
-        if config.completions > 1:
-            prompts = Repeated(prompts, config.completions)
-        batches = with_ptx(config.ptx, prompts, task.tokenizer, config, layout)
-        finish = functools.partial(left_policy, config, task.policy)
-        return Data(batches, held_out(config, task, layout), finish)
-
-    shapes = prompt_shapes(config.episodes, config.prompt_length)
     extra = {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
-    return Stage(
-        init=fresh_state(config, tx, lambda key: {"policy": model.init_trained(key)}, extra),
-        axes=state_axes(config, {"policy": model.trained_axes()}),
-        start=functools.partial(with_policy, config, task.policy),
-        step=step,
-        batch=lambda _: {**shapes, **text_shapes(config.ptx, config.episodes)},
-        open=open_data,
-        units=config.episodes * config.max_new,
-    )
+    return policy_stage(config, task, made.tx, step, extra=extra)
 
 
 def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
     """Returns the jitted functions of an iteration, in their order."""
     c, estimator = config, ESTIMATORS[config.estimator]
     tx = make_optimizer(c.optim, c.updates)
+    logprobs_of = logprobs_with(c, model)
 
     # ------------------------------------------------------------------ score -> advantages
-
-    def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
-        r = rollout.mask.shape[1]
-        rows = (rollout.tokens, rollout.segments, r, c.temperature)
-        return response_logprobs(model, params, *rows)[0]
 
     def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
         """All passes that need no score; of a reference on another mesh, pass None."""
         ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
-        logprobs = rollout.logprobs
-        if c.behaviour_logprobs == "forward":
-            logprobs = logprobs_of(params["policy"], rollout) * rollout.mask
+        logprobs = behavior_logprobs(c, logprobs_of, params["policy"], rollout)
         return Forward(logprobs, ref_logprobs)
 
     def make_experience(
@@ -261,7 +210,7 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
     ) -> tuple[Experience, Metrics]:
         """One advantage per response, from the rewards of its whole group; nothing here has a gradient."""
         mask = rollout.mask
-        old_logprobs, ref_logprobs = known
+        old_logprobs, ref_logprobs, _ = known
         shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
         if c.overlong_soft:
             shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)
@@ -270,13 +219,9 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         penalties = beta * kl.sequence_kl(penalty, mask)
         groups = shaped.reshape(-1, c.completions)
         informative = jnp.repeat(group.informative(groups), c.completions)
+        metrics |= rollout_metrics(scores, shaped, beta, sequence_kl, ended, mask)
         n = jnp.float32(mask.shape[0])
         metrics |= {
-            "score": (scores.sum(), n),
-            "reward": ((shaped - beta * sequence_kl).sum(), n),
-            "kl": (sequence_kl.sum(), n),
-            "response_length": (mask.sum(), n),
-            "eos_rate": (ended.astype(jnp.float32).sum(), n),
             "kl_coefficient": (beta, jnp.ones(())),
             "informative": (informative.astype(jnp.float32).sum(), n),
             "group_std": (jnp.std(groups, axis=1).sum(), jnp.float32(groups.shape[0])),
@@ -342,11 +287,4 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
             state = state.replace(extra={**state.extra, "baseline": decayed})
         return end_iteration(c, state, metrics), update_metrics
 
-    return Programs(
-        forward=Program("know", jax.jit(forward), ROWS),
-        ref_logprobs=Program("ref_logprobs", jax.jit(logprobs_of), ROWS),
-        make_experience=Program("prepare", jax.jit(make_experience), [ROWS, WHOLE]),
-        update=Program("update", jax.jit(update, donate_argnums=0), [STATE, WHOLE]),
-        loss=loss,
-        tx=tx,
-    )
+    return programs_of(logprobs_of, forward, make_experience, update, loss, tx)

@@ -22,37 +22,28 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
-from rlhfjax.programs import ROWS, STATE, WHOLE, Program
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
-from rlhfjax.rl.held_out import held_out
-from rlhfjax.rl.prompts import prompt_batches, prompt_shapes
-from rlhfjax.rl.ptx import text_of, text_shapes, with_ptx
-from rlhfjax.rl.rewards import kl_loss, kl_penalty, shape_rewards, with_human
+from rlhfjax.rl.policy import policy_stage, prompt_metrics
+from rlhfjax.rl.ptx import text_of
+from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
+    Forward,
+    Programs,
     Rollout,
     Tokens,
+    behavior_logprobs,
+    logprobs_with,
     make_sampler,
+    programs_of,
     response_hidden,
-    response_logprobs,
     truncated,
 )
-from rlhfjax.rl.state import (
-    UPDATE,
-    draw,
-    fresh_state,
-    left_policy,
-    prompt_metrics,
-    state_axes,
-    stream,
-    with_next,
-    with_policy,
-    without_next,
-)
+from rlhfjax.rl.state import UPDATE, draw, stream, with_next, without_next
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
-from rlhfjax.stage import Data, Finished, Metrics, Stage
+from rlhfjax.stage import Metrics, Stage
 from rlhfjax.state import TrainState, attach, copy_into
 
 PyTree = Any
@@ -127,86 +118,49 @@ class Experience(NamedTuple):
     ref_logprobs: Any = None  # [b, r], where the KL is in the loss
 
 
-class Forward(NamedTuple):
-    """What forward passes give of a rollout before it has a score, all [b, r]."""
-
-    logprobs: Any  # log pi_old, 0 outside the response
-    ref_logprobs: Any  # None until it comes from another mesh
-    values: Any
-
-
-class Programs(NamedTuple):
-    """PPO's jitted functions for one policy and one value function."""
-
-    forward: Program
-    ref_logprobs: Program
-    make_experience: Program
-    update: Program
-    loss: Any  # (params, minibatch, key, beta) -> (scalar, metrics), not jitted
-    whiten: Any  # minibatch -> minibatch, not jitted
-    tx: optax.GradientTransformation
-
-
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     task = open_task(config, roles(config), layout, sources)
     policy_model = task.policy.model
     validate(config, layout, policy_model.config)
     critic = _value_function(config, task)
     frozen = {"policy": task.policy.frozen, "value": critic.frozen}
-    forward, ref_logprobs, make_experience, update, *_, tx = programs(config, policy_model, critic.model, task.tokens)
+    made = programs(config, policy_model, critic.model, task.tokens)
     sample = make_sampler(config, layout, policy_model, task.tokens)
-    reference_logprobs = task.on_frozen(functools.partial(ref_logprobs, task.reference))
+    forward = task.forward(made)
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
         params = attach(frozen, state.params)
         drawn = draw(config, sample, state, params["policy"], batch, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees
-        if task.frozen_layout is None:  # dispatched before the rewards, which may be made on the host
-            known = forward(params, task.reference, rollout)
-        else:
-            known = forward(params, None, rollout)._replace(ref_logprobs=reference_logprobs(rollout))
-        scores, reward_metrics = task.score(scored.tokens, scored.segments, scored.mask)
-        if task.human is not None:
-            human = task.on_frozen(task.human)(scored.tokens, scored.segments, scored.mask)
-            scores, human_metrics = with_human(config.human, scores, human, state.step)
-            reward_metrics = {**reward_metrics, **human_metrics}
-        experience, metrics = make_experience(state, known, rollout, layout.put_rows(scores))
-        state, update_metrics = update(state, experience, text_of(batch), metrics, stream(key, UPDATE), frozen)
+        known = forward(params, rollout)
+        scores, reward_metrics = task.score(config, scored, state.step)
+        experience, metrics = made.make_experience(state, known, rollout, scores)
+        text, update_key = text_of(batch), stream(key, UPDATE)
+        state, update_metrics = made.update(state, experience, text, metrics, update_key, frozen)
         state, staleness = with_next(state, drawn)
         return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
 
-    def init_params(key: jax.Array) -> dict[str, PyTree]:
+    def init_value(key: jax.Array) -> dict[str, PyTree]:
         fresh = critic.model.init_trained(jax.random.fold_in(key, 1))
-        return {"policy": policy_model.init_trained(key), "value": _own(config, fresh)}
+        return {"value": _own(config, fresh)}
 
     def start(state: TrainState) -> TrainState:
-        state = with_policy(config, task.policy, state)
         value_params = _start_value(config, critic, state.params["value"])
         return state.replace(params=state.params | {"value": value_params})
 
-    def finish(state: TrainState) -> Finished:
-        finished = left_policy(config, task.policy, state)
-        if config.value == "shared":
-            return finished
-        models = finished.models | {"value": critic.saved(state.params["value"])}
-        return finished._replace(models=models)
+    def also(state: TrainState) -> dict[str, Any]:
+        return {} if config.value == "shared" else {"value": critic.saved(state.params["value"])}
 
-    def open_data() -> Data:
-        prompts = prompt_batches(config.prompts, task.tokenizer, config)
-        batches = with_ptx(config.ptx, prompts, task.tokenizer, config, layout)
-        return Data(batches, held_out(config, task, layout), finish)
-
-    trained_axes = {"policy": policy_model.trained_axes(), "value": _own(config, critic.model.trained_axes())}
-    shapes = prompt_shapes(config.episodes, config.prompt_length)
-    return Stage(
-        init=fresh_state(config, tx, init_params),
-        axes=state_axes(config, trained_axes),
+    return policy_stage(
+        config,
+        task,
+        made.tx,
+        step,
+        init_others=init_value,
+        axes={"value": _own(config, critic.model.trained_axes())},
         start=start,
-        step=step,
-        batch=lambda _: {**shapes, **text_shapes(config.ptx, config.episodes)},
-        open=open_data,
-        units=config.episodes * config.max_new,
+        also=also,
     )
 
 
@@ -221,12 +175,9 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         lambda params: {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in params.items()},
     )
 
-    # ------------------------------------------------------------------ score -> advantages
+    logprobs_of = logprobs_with(c, model)
 
-    def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
-        r = rollout.mask.shape[1]
-        rows = (rollout.tokens, rollout.segments, r, c.temperature)
-        return response_logprobs(model, params, *rows)[0]
+    # ------------------------------------------------------------------ score -> advantages
 
     def values_of(params: PyTree, batch: Any) -> jax.Array:
         trunk, trunk_params = (model, params["policy"]) if c.value == "shared" else (critic, params["value"])
@@ -237,9 +188,7 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         """All passes that need no score; of a reference on another mesh, pass None."""
         values = values_of(params, rollout) * rollout.mask
         ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
-        logprobs = rollout.logprobs
-        if c.behaviour_logprobs == "forward":
-            logprobs = logprobs_of(params["policy"], rollout) * rollout.mask
+        logprobs = behavior_logprobs(c, logprobs_of, params["policy"], rollout)
         return Forward(logprobs, ref_logprobs, values)
 
     def make_experience(
@@ -257,13 +206,8 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         advantage, returns = advantages.gae(rewards, values, mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages == "batch":
             advantage = masked.whiten(advantage, mask)
-        n = jnp.float32(mask.shape[0])
+        metrics |= rollout_metrics(scores, shaped, beta, sequence_kl, ended, mask)
         metrics |= {
-            "score": (scores.sum(), n),
-            "reward": ((shaped - beta * sequence_kl).sum(), n),
-            "kl": (sequence_kl.sum(), n),
-            "response_length": (mask.sum(), n),
-            "eos_rate": (ended.astype(jnp.float32).sum(), n),
             "value_explained_variance": value.explained_variance(values, returns, mask),
             "kl_coefficient": (beta, jnp.ones(())),
         }
@@ -331,15 +275,7 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         state, update_metrics = minibatch_epochs(c, tx, model, of_minibatch, *rows, whiten, frozen)
         return end_iteration(c, state, metrics), update_metrics
 
-    return Programs(
-        forward=Program("know", jax.jit(forward), ROWS),
-        ref_logprobs=Program("ref_logprobs", jax.jit(logprobs_of), ROWS),
-        make_experience=Program("prepare", jax.jit(make_experience), [ROWS, WHOLE]),
-        update=Program("update", jax.jit(update, donate_argnums=0), [STATE, WHOLE]),
-        loss=loss,
-        whiten=whiten,
-        tx=tx,
-    )
+    return programs_of(logprobs_of, forward, make_experience, update, loss, tx, whiten)
 
 
 # ------------------------------------------------------------------ the value function

@@ -20,22 +20,23 @@ from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, ow
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.optim import make_optimizer
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards import centre
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
-from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.state import TrainState, gradients
 from rlhfjax.supervised import (
     MODEL,
     StreamConfig,
+    descend,
     left_behind,
     load_trained,
+    supervised_stage,
     supervised_workload,
     trained_role,
     truncation_metrics,
@@ -84,18 +85,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     of_completions = make_loss(config.loss)
     loss = reward_loss(model, of_completions)
     tx = make_optimizer(config.optim, config.steps)
-    schedule = make_schedule(config.optim, config.steps)
     rewards_of = make_judge(model, layout)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, metrics = gradients(loss, state.params, batch, key, **options)
-        rate = schedule(state.step)
-        skip = config.on_nonfinite == "skip"
-        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+        return descend(config, tx, state, grads, metrics)
 
     program = Program("step", update, [STATE, WHOLE])
 
@@ -137,9 +133,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         return Data(batches, evals, finish)
 
-    return Stage(
-        init=lambda key: TrainState.create(model.init_trained(key), tx),
-        axes=model.trained_axes(),
+    return supervised_stage(
+        loaded,
+        tx,
         start=start,
         step=step,
         batch=lambda completions: preference_shapes(config.batch_size, completions, config.length),

@@ -15,20 +15,22 @@ import numpy as np
 from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.optim import make_optimizer
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Stage, row_shapes
-from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.state import TrainState, gradients
 from rlhfjax.supervised import (
     MODEL,
     StreamConfig,
+    descend,
     held_out_loss,
+    language_shapes,
     left_behind,
     load_trained,
     sum_over,
+    supervised_stage,
     supervised_workload,
     trained_role,
     validate_streams,
@@ -62,17 +64,12 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     validate(config, layout, model.config)
     loss = language_loss(model)
     tx = make_optimizer(config.optim, config.steps)
-    schedule = make_schedule(config.optim, config.steps)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, metrics = gradients(loss, state.params, batch, key, **options)
-        rate = schedule(state.step)
-        skip = config.on_nonfinite == "skip"
-        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+        return descend(config, tx, state, grads, metrics)
 
     program = Program("step", update, [STATE, WHOLE])
 
@@ -94,21 +91,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         return Data(batches, evals, lambda state: left_behind(loaded, state.params))
 
-    row = (config.length,)
-    return Stage(
-        init=lambda key: TrainState.create(model.init_trained(key), tx),
-        axes=model.trained_axes(),
-        start=lambda state: state.replace(params=loaded.start(state.params)),
+    shapes = language_shapes(config.batch_size, config.length)
+    shapes = {**shapes, **row_shapes(config.batch_size, cut=((), np.float32))}
+    return supervised_stage(
+        loaded,
+        tx,
         step=step,
-        batch=lambda _: row_shapes(
-            config.batch_size,
-            tokens=(row, np.int32),
-            targets=(row, np.int32),
-            segments=(row, np.int32),
-            positions=(row, np.int32),
-            mask=(row, np.float32),
-            cut=((), np.float32),
-        ),
+        batch=lambda _: shapes,
         open=open_data,
         units=config.batch_size * config.length,
     )

@@ -26,22 +26,23 @@ from rlhfjax.data import chat, examples
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
-from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer, make_schedule
+from rlhfjax.optim import make_optimizer
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
-from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.state import TrainState, gradients
 from rlhfjax.supervised import (
     MODEL,
     ModelTrainConfig,
+    descend,
     left_behind,
     load_trained,
     sum_over,
+    supervised_stage,
     supervised_workload,
     trained_role,
     validate_training,
@@ -93,17 +94,12 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     validate(config, layout, model.config)
     loss = feedback_loss(model, config)
     tx = make_optimizer(config.optim, config.steps)
-    schedule = make_schedule(config.optim, config.steps)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def update(frozen: Any, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, metrics = gradients(loss, state.params, batch, key, **options)
-        rate = schedule(state.step)
-        skip = config.on_nonfinite == "skip"
-        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+        return descend(config, tx, state, grads, metrics)
 
     program = Program("step", update, [STATE, WHOLE])
 
@@ -123,10 +119,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)
 
-    return Stage(
-        init=lambda key: TrainState.create(model.init_trained(key), tx),
-        axes=model.trained_axes(),
-        start=lambda state: state.replace(params=loaded.start(state.params)),
+    return supervised_stage(
+        loaded,
+        tx,
         step=step,
         batch=lambda values: _batch_shapes(config, values),
         open=open_data,

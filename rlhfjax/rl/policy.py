@@ -1,0 +1,89 @@
+"""The Stage around an algorithm's step: how its state starts, its data, what it leaves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhfjax.interop import store
+from rlhfjax.programs import small
+from rlhfjax.rl.config import PolicyConfig
+from rlhfjax.rl.held_out import held_out
+from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes
+from rlhfjax.rl.ptx import text_shapes, with_ptx
+from rlhfjax.rl.rollout import Rollout
+from rlhfjax.rl.state import AHEAD, fresh_state
+from rlhfjax.rl.task import Task
+from rlhfjax.roles import Loaded
+from rlhfjax.stage import Data, Finished, Metrics, Stage
+from rlhfjax.state import TrainState
+
+PyTree = Any
+
+
+def policy_stage(
+    config: PolicyConfig,
+    task: Task,
+    tx: optax.GradientTransformation,
+    step: Callable[..., Any],
+    *,
+    init_others: Callable[[jax.Array], dict[str, PyTree]] = lambda key: {},
+    axes: Mapping[str, PyTree] | None = None,
+    start: Callable[[TrainState], TrainState] = lambda state: state,
+    extra: Mapping[str, Any] | None = None,
+    also: Callable[[TrainState], dict[str, Any]] = lambda state: {},
+) -> Stage:
+    """Returns the Stage of an algorithm that trains a policy.
+
+    Args:
+      init_others: key -> fresh parameters that are trained beside the policy, and `axes` their logical axes.
+      start: puts pretrained values into them.
+      extra: what the state carries besides the KL coefficient and the average.
+      also: state -> further models to keep, by folder.
+    """
+    model, episodes = task.policy.model, config.episodes
+
+    def open_data() -> Data:
+        batches: Any = prompt_batches(config.prompts, task.tokenizer, config)
+        if config.each > 1:
+            batches = Repeated(batches, config.each)
+        batches = with_ptx(config.ptx, batches, task.tokenizer, config, task.layout)
+        return Data(batches, held_out(config, task, task.layout), finish)
+
+    def finish(state: TrainState) -> Finished:
+        trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
+        models = {store.FOLDER: task.policy.saved(trained), **also(state)}
+        return Finished(models, {}, {}, task.policy.adapters(trained))
+
+    rows = {AHEAD: dict.fromkeys(Rollout._fields, ("batch", None))} if config.one_step_off else {}
+    shapes = {**prompt_shapes(episodes, config.prompt_length), **text_shapes(config.ptx, episodes)}
+
+    def init_params(key: jax.Array) -> dict[str, PyTree]:
+        others = init_others(key)
+        return {"policy": model.init_trained(key), **others}
+
+    return Stage(
+        init=fresh_state(config, tx, init_params, extra),
+        axes={"policy": model.trained_axes(), **(axes or {}), **rows},
+        start=lambda state: start(_with_policy(config, task.policy, state)),
+        step=step,
+        batch=lambda _: shapes,
+        open=open_data,
+        units=episodes * config.max_new,
+    )
+
+
+def _with_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> TrainState:
+    """Returns a fresh state with the pretrained policy in it, and in the average."""
+    params = state.params | {"policy": policy.start(state.params["policy"])}
+    extra = dict(state.extra)
+    if config.ema:
+        extra["ema"] = {"policy": policy.start(extra["ema"]["policy"])}
+    return state.replace(params=params, extra=extra)
+
+
+def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
+    """Returns the share of an iteration's prompts that lost tokens."""
+    return {"prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(batch["cut"])}
