@@ -1,12 +1,11 @@
 """What models are made of before they are there: those of a recipe's stages, and those on the disk."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from rlhfjax import paths, stages
-from rlhfjax.config import build
+from rlhfjax.config import build, to_dict
 from rlhfjax.errors import CheckpointError
 from rlhfjax.footprint import Net
 from rlhfjax.interop import store
@@ -66,7 +65,7 @@ class Origins:
         if config is None:
             return store.described(source)
         describe = getattr(stages.find(config.stage), "describe", None)
-        return None if describe is None else json.loads(json.dumps(describe(config)))
+        return None if describe is None else to_dict(describe(config))
 
     def nets(self, roles: Roles, context: str) -> list[Net]:
         """Returns the roles whose models are known; a reward of several models gives one for each."""

@@ -117,16 +117,10 @@ DEFECTS = [
     # 3: the reference (and whoever scores with it) forgets the temperature
     d(
         3,
-        "stages/ppo.py",
-        "rollout.tokens, rollout.segments, r, c.temperature)",
-        "rollout.tokens, rollout.segments, r, 1.0)",
+        "rl/rollout.py",
+        "rollout.mask.shape[1], config.temperature)",
+        "rollout.mask.shape[1], 1.0)",
         "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
-    ),
-    d(
-        3,
-        "stages/group.py",
-        "rollout.tokens, rollout.segments, r, c.temperature)",
-        "rollout.tokens, rollout.segments, r, 1.0)",
         "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
     ),
     # 3: the trainer forgets it
