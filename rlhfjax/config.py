@@ -51,9 +51,9 @@ class TrainConfig:
     init_from: str | None = None  # workdir whose parameters training starts from
     eval_every: int = 0  # steps; 0: only at the end
     on_nonfinite: Literal["error", "skip"] = "error"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
 
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}

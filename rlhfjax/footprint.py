@@ -53,7 +53,7 @@ class Net(NamedTuple):
     @property
     def frozen(self) -> int:
         """Parameters of its own that are only read."""
-        if not self.role.resident or self.role.shares is not None:
+        if self.role.shares is not None:
             return 0
         return self.numbers if self.role.optim is None or self.role.lora.rank else 0
 

@@ -205,6 +205,8 @@ def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pa
 def _main_model(config: Any, origins: Origins) -> TransformerConfig | None:
     """Returns the model_config of a stage's first role; None where there is none, or none yet."""
     for role in roles_of(config).values():
+        if not role.source:
+            return None  # `validate` names what is missing
         try:
             return origins.of_role(role, f"{config.stage}.overrides").config
         except Unknown:

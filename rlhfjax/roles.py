@@ -40,7 +40,6 @@ class Role(NamedTuple):
     shares: str | None = None  # the role whose arrays it uses; its own are only those that it trains
     scores: bool = False  # `source` is any reward: a model, or rules, a rubric, several models
     head_alone: bool = False  # of a trained model: its trunk is that of the role it shares with
-    resident: bool = True  # False: on the devices only for a while, before training
 
 
 Roles = Mapping[str, Role]

@@ -1,6 +1,7 @@
 """What stages that train one model with one loss share: their options, their model, held-out data."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.config import TrainConfig
 from rlhfjax.data.loader import rows_a_stream
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
@@ -22,10 +24,11 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import OptimConfig, make_schedule
-from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Workload
-from rlhfjax.stage import Finished, Metrics, Shapes, Stage
-from rlhfjax.state import TrainState, apply_gradients
+from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
+from rlhfjax.programs import STATE, WHOLE, Program
+from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Roles, Sources, Workload
+from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage
+from rlhfjax.state import TrainState, apply_gradients, gradients
 
 Batch = dict[str, Any]
 MODEL = "model"  # the one role that is trained
@@ -38,10 +41,10 @@ class ModelTrainConfig(TrainConfig):
     tokenizer: str | None = None  # file or folder; None: that of `init_from`
     model: TransformerConfig | None = None  # None: the shape of `init_from`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`'s: dropout, dtype, remat, …
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # rank 0: all of the model is trained
+    lora: LoraConfig = LoraConfig()  # rank 0: all of the model is trained
     batch_size: int
     microbatches: int = 1
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    optim: OptimConfig = OptimConfig()
     eval_batches: int = 0  # 0: the whole held-out split
 
 
@@ -104,19 +107,30 @@ def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
     return loaded
 
 
-def descend(
-    config: ModelTrainConfig,
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    grads: Any,
-    metrics: Metrics,
-) -> tuple[TrainState, Metrics]:
-    """Applies the gradients of a step. Returns the next state, and the metrics with those of the update."""
-    rate = make_schedule(config.optim, config.steps)(state.step)
-    skip = config.on_nonfinite == "skip"
-    state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-    rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-    return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+def train_step(
+    config: ModelTrainConfig, loaded: Loaded, loss: Callable[..., Any]
+) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+    """Returns a function (state, batch, key) -> (state, metrics), and its optimizer.
+
+    A step is the gradient of the loss, over all microbatches, and one update. The frozen
+    parameters are an argument of the jitted function: what it closes over would become a part of
+    its program.
+    """
+    tx = make_optimizer(config.optim, config.steps)
+    schedule = make_schedule(config.optim, config.steps)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        options = {"microbatches": config.microbatches, "frozen": frozen}
+        grads, metrics = gradients(loss, state.params, batch, key, **options)
+        rate = schedule(state.step)
+        skip = config.on_nonfinite == "skip"
+        state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
+        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
+        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+
+    program = Program("step", update, [STATE, WHOLE])
+    return functools.partial(program, loaded.frozen), tx
 
 
 def supervised_stage(loaded: Loaded, tx: optax.GradientTransformation, **parts: Any) -> Stage:
@@ -131,6 +145,42 @@ def supervised_stage(loaded: Loaded, tx: optax.GradientTransformation, **parts: 
         axes=model.trained_axes(),
         **{"start": lambda state: state.replace(params=loaded.start(state.params)), **parts},
     )
+
+
+def language_stage(
+    config: Any,
+    layout: Layout,
+    roles: Roles,
+    sources: Sources,
+    loss_of: Callable[[Model], Callable[..., Any]],
+    streams: Callable[[Tokenizer], tuple[Any, Any]],
+    shapes: Shapes,
+) -> Stage:
+    """Returns the Stage of a language model with a loss on packed text.
+
+    Args:
+      config: a StreamConfig with a `length`.
+      loss_of: model -> (params, batch, key) -> (scalar, metrics).
+      streams: tokenizer -> the training batches, and a pass over held-out ones.
+      shapes: of a batch.
+    """
+    loaded = load_trained(config, Models(config.stage, roles, layout, sources))
+    validate_streams(config, layout, loaded.model.config)
+    loss = loss_of(loaded.model)
+    step, tx = train_step(config, loaded, loss)
+
+    def open_data() -> Data:
+        batches, passes = streams(loaded.tokenizer)
+        measure = held_out_loss(loaded.model, loss, loaded.tokenizer.byte_lengths())
+
+        def evals(state: TrainState) -> Metrics:
+            params = loaded.merged(state.params)
+            return sum_over(passes.restart(), lambda b: measure(params, b), layout, config.eval_batches)
+
+        return Data(batches, evals, lambda state: left_behind(loaded, state.params))
+
+    units = config.batch_size * config.length
+    return supervised_stage(loaded, tx, step=step, batch=lambda _: shapes, open=open_data, units=units)
 
 
 def language_shapes(size: int, length: int, prefix: str = "") -> Shapes:

@@ -96,7 +96,7 @@ class Model:
 
     config: TransformerConfig
     head: str = "lm"
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    lora: LoraConfig = LoraConfig()
     int8_cache: bool = False  # keys and values of sampling in int8; weights are by their own dtype (models.quantised)
 
     def __post_init__(self):

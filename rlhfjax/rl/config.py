@@ -58,11 +58,11 @@ class HumanConfig:
 class PolicyConfig(TrainConfig):
     init_from: str  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # rank 0: all of the policy is trained
+    lora: LoraConfig = LoraConfig()  # rank 0: all of the policy is trained
     reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
-    human: HumanConfig = dataclasses.field(default_factory=HumanConfig)
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    human: HumanConfig = HumanConfig()
+    prompts: PromptConfig = PromptConfig()
+    eval_prompts: PromptConfig = PromptConfig()
     gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
     prompt_length: int
     max_new: int
@@ -82,14 +82,14 @@ class PolicyConfig(TrainConfig):
     microbatches: int = 1  # of a minibatch
     target_kl: float = 0.0  # nats a token from pi_old, beyond which the rest of an iteration's updates is left; 0: off
     entropy_coefficient: float = 0.0
-    truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
+    truncate: TruncateConfig = TruncateConfig()
     missing_eos: Literal["none", "penalty", "replace"] = "none"
     missing_eos_value: float = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
     score_clip: float = 0.0  # 0: none
-    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    ptx: PtxConfig = dataclasses.field(default_factory=PtxConfig)
+    kl: KLConfig = KLConfig()
+    ptx: PtxConfig = PtxConfig()
     ema: float = 0.0  # decay an iteration of averaged weights (or adapters), then the stage's model; 0: none
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    optim: OptimConfig = OptimConfig()
 
     @property
     def episodes(self) -> int:

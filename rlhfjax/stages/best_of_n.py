@@ -47,7 +47,7 @@ class Config:
     init_from: str  # the policy that answers
     proxy: str  # what picks: a reward stage's workdir, or a scorer
     gold: str = ""  # what judges the pick; empty: the proxy alone
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompts: PromptConfig = PromptConfig()
     pool: int = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
     prompt_length: int
     max_new: int
@@ -55,7 +55,7 @@ class Config:
     batch_size: int = 64  # answers at a time
     slots: int = 0  # of them decoded together, the next prompt as soon as one ends; 0: all of them, to the longest
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

@@ -38,21 +38,21 @@ class Config:
     init_from: str  # the policy that answers
     labeller: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
     others: tuple[str, ...] = ()  # label the same answers, for inter-labeller agreement alone
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    eval_prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)  # become the validation split
+    prompts: PromptConfig = PromptConfig()
+    eval_prompts: PromptConfig = PromptConfig()  # become the validation split
     completions: int = 4  # K; InstructGPT: 4 to 9
     prompt_length: int
     max_new: int
     temperature: float = 1.0
     # as in the stages that then train on such answers; `truncate` cuts, and keeps whole an answer without the token
     stop_at_eos: bool = True
-    truncate: TruncateConfig = dataclasses.field(default_factory=TruncateConfig)
+    truncate: TruncateConfig = TruncateConfig()
     batch_size: int = 32  # prompts at a time
     slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     int8: bool = False  # weights and cache of the policy while it answers: half of bfloat16's bytes, nearly its answers
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

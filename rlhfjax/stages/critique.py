@@ -34,7 +34,7 @@ class Config:
     stage: str = "critique"
     init_from: str  # the policy that answers
     critic: str | None = None  # criticises and revises; None: the policy itself, as in the paper
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompts: PromptConfig = PromptConfig()
     principles: str  # a file of JSON lines
     rounds: int = 1  # revisions; the paper: 4
     length: int  # conversation and answer, tokens; the prompt of a longer one loses its beginning
@@ -43,7 +43,7 @@ class Config:
     validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
     batch_size: int = 32
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

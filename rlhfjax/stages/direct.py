@@ -34,21 +34,20 @@ from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer
-from rlhfjax.programs import ROWS, STATE, WHOLE, Program, small
+from rlhfjax.programs import ROWS, Program, small
 from rlhfjax.rl.ptx import Together
 from rlhfjax.roles import DISK, Loaded, Models, Pass, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Shapes, Stage
 from rlhfjax.stages.reward import preference_shapes
-from rlhfjax.state import TrainState, gradients
+from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
     StreamConfig,
-    descend,
     left_behind,
     load_trained,
     supervised_stage,
     supervised_workload,
+    train_step,
     trained_role,
     truncation_metrics,
     validate_streams,
@@ -109,7 +108,7 @@ class Config(StreamConfig):
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     length: int  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: int  # prompts, each with all of its pairs; DPO: 64 pairs
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss: LossConfig = LossConfig()
     reference: str | None = None  # None: init_from
     reference_logprobs: Literal["live", "precomputed"] = "live"  # precomputed: one pass over the data, before training
 
@@ -153,16 +152,8 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     validate(config, layout, model.config)
     reference = _reference(config, loaded, models) if config.loss.needs_reference else None
     loss = direct_loss(model, config.loss)
-    tx = make_optimizer(config.optim, config.steps)
+    train, tx = train_step(config, loaded, loss)
     mismatched = Program("mismatched", total_logprobs(model, config.microbatches), ROWS)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def update(frozen: PyTree, state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Metrics]:
-        options = {"microbatches": config.microbatches, "frozen": frozen}
-        grads, metrics = gradients(loss, state.params, batch, key, **options)
-        return descend(config, tx, state, grads, metrics)
-
-    program = Program("step", update, [STATE, WHOLE])
 
     def step(state: TrainState, batch: Arrays, key: Any) -> tuple[TrainState, Metrics]:
         if reference is not None and REFERENCE not in batch:
@@ -171,14 +162,14 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         if others:  # KTO's z has no gradient, and is one number for all microbatches
             total = mismatched(loaded.merged(state.params), others)
             batch = batch | {"kl": small(_kl_rows)(total, others)}
-        return program(loaded.frozen, state, batch, key)
+        return train(state, batch, key)
 
     def open_data() -> Data:
-        train, held_out = (open_preferences(config.preferences, split, "direct") for split in ("train", "validation"))
+        rows, held_out = (open_preferences(config.preferences, split, "direct") for split in ("train", "validation"))
         own = own_shards(config.data_shards, config.batch_size, layout)
-        batches = _batches(config, train, tokenizer, train=True, shards=own)
+        batches = _batches(config, rows, tokenizer, train=True, shards=own)
         if config.reference_logprobs == "precomputed":
-            in_order = _batches(config, train, tokenizer, train=False)
+            in_order = _batches(config, rows, tokenizer, train=False)
             batches = _Precomputed(batches, lambda: reference_table(reference, in_order, layout))
         evals = _held_out(config, loaded, reference, _batches(config, held_out, tokenizer, train=False), layout)
         return Data(batches, evals, lambda state: left_behind(loaded, state.params))

@@ -48,7 +48,7 @@ class Config:
     baseline: str  # also the reference of the KL
     gold: str  # a scorer
     proxy: str | None = None  # the reward that the policy was trained on
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompts: PromptConfig = PromptConfig()
     prompt_length: int
     max_new: int
     temperature: float = 1.0
@@ -56,7 +56,7 @@ class Config:
     slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
     prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

@@ -23,7 +23,7 @@ class Config:
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     splits: tuple[str, ...] = ("train", "validation")
     time: str = ""  # ISO 8601, when they were ranked; a dataset does not know
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

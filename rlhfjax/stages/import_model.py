@@ -28,7 +28,7 @@ class Config:
     init_from: str  # hf:FOLDER, gguf:FILE, pip:PACKAGE, or one of our folders
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype, remat, scan_layers, dropout, …
     chat_template: str = ""  # ours, chatml, llama2, llama3 or a .jinja file; empty: the model's own
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

@@ -34,7 +34,7 @@ class Config:
     tokenizer: str  # file or folder
     answers: tuple[str, ...] = ()  # folders that `collect` wrote
     validation: float = 0.05  # share of the prompts, by a stable hash of their first user turn
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if not 0 < self.validation < 1:

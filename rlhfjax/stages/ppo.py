@@ -68,7 +68,7 @@ class Config(PolicyConfig):
     lam: float = 0.95
     whiten_rewards: Literal["none", "batch", "minibatch"] = "none"  # in a minibatch: lm-human-preferences
     whiten_advantages: Literal["none", "batch", "minibatch"] = "minibatch"
-    value_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    value_optim: OptimConfig = OptimConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

@@ -4,7 +4,6 @@ L(theta) = -1/|T| sum_{t in T} log p_theta(x_t | x_<t), T the tokens that have a
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,27 +14,18 @@ from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer
-from rlhfjax.programs import STATE, WHOLE, Program
-from rlhfjax.roles import DISK, Models, Role, Sources, Workload
-from rlhfjax.stage import Data, Metrics, Stage
-from rlhfjax.state import TrainState, gradients
+from rlhfjax.roles import DISK, Role, Sources, Workload
+from rlhfjax.stage import Metrics, Stage
 from rlhfjax.supervised import (
     MODEL,
+    Batch,
     StreamConfig,
-    descend,
-    held_out_loss,
     language_shapes,
-    left_behind,
-    load_trained,
-    sum_over,
-    supervised_stage,
+    language_stage,
     supervised_workload,
     trained_role,
     validate_streams,
 )
-
-Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,47 +49,19 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    validate(config, layout, model.config)
-    loss = language_loss(model)
-    tx = make_optimizer(config.optim, config.steps)
+    options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        options = {"microbatches": config.microbatches, "frozen": frozen}
-        grads, metrics = gradients(loss, state.params, batch, key, **options)
-        return descend(config, tx, state, grads, metrics)
-
-    program = Program("step", update, [STATE, WHOLE])
-
-    def step(state: TrainState, batch: Batch, key: Any) -> tuple[TrainState, Metrics]:
-        return program(loaded.frozen, state, batch, key)
-
-    def open_data() -> Data:
-        options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
+    def streams(tokenizer: Any) -> tuple[Any, Any]:
         train = open_sources(config.sources, "pretrain.sources")
         held_out = open_sources(config.eval_sources, "eval_sources")
         own = own_shards(config.data_shards, config.batch_size, layout)
-        batches = loader.pretrain_batches(train, tokenizer, seed=config.seed, shards=own, **options)
-        passes = loader.pretrain_batches(held_out, tokenizer, seed=0, train=False, **options)
-        measure = held_out_loss(model, loss, tokenizer.byte_lengths())
-
-        def evals(state: TrainState) -> Metrics:
-            params = loaded.merged(state.params)
-            return sum_over(passes.restart(), lambda b: measure(params, b), layout, config.eval_batches)
-
-        return Data(batches, evals, lambda state: left_behind(loaded, state.params))
+        return (
+            loader.pretrain_batches(train, tokenizer, seed=config.seed, shards=own, **options),
+            loader.pretrain_batches(held_out, tokenizer, seed=0, train=False, **options),
+        )
 
     shapes = language_shapes(config.batch_size, config.length)
-    return supervised_stage(
-        loaded,
-        tx,
-        step=step,
-        batch=lambda _: shapes,
-        open=open_data,
-        units=config.batch_size * config.length,
-    )
+    return language_stage(config, layout, roles(config), sources, language_loss, streams, shapes)
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Metrics]]:

@@ -37,14 +37,14 @@ class Config:
     policy: str | None = None  # answers `prompts`; or else:
     preferences: tuple[str, ...] = ()  # completions of the train split
     demonstrations: tuple[SourceConfig, ...] = ()
-    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    prompts: PromptConfig = PromptConfig()
     prompt_length: int = 0  # of `policy`
     max_new: int = 0  # of `policy`
     temperature: float = 1.0
     length: int = 0  # prompt and response, of `preferences` and `demonstrations`
     batch_size: int
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:

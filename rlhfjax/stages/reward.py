@@ -22,22 +22,20 @@ from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer
-from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards import centre
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
-from rlhfjax.state import TrainState, gradients
+from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
     StreamConfig,
-    descend,
     left_behind,
     load_trained,
     supervised_stage,
     supervised_workload,
+    train_step,
     trained_role,
     truncation_metrics,
     validate_streams,
@@ -57,7 +55,7 @@ class Config(StreamConfig):
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     length: int  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: int  # prompts; InstructGPT: 64 (C.2)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss: LossConfig = LossConfig()
     normalise_before: Literal["none", "mean", "mean_std"] = "none"  # N-details: mean_std before training as well
     normalise: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
     demonstrations: tuple[SourceConfig, ...] = ()  # whose answers score 0, for normalise="demonstrations"
@@ -84,19 +82,8 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     validate(config, layout, model.config)
     of_completions = make_loss(config.loss)
     loss = reward_loss(model, of_completions)
-    tx = make_optimizer(config.optim, config.steps)
+    step, tx = train_step(config, loaded, loss)
     rewards_of = make_judge(model, layout)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        options = {"microbatches": config.microbatches, "frozen": frozen}
-        grads, metrics = gradients(loss, state.params, batch, key, **options)
-        return descend(config, tx, state, grads, metrics)
-
-    program = Program("step", update, [STATE, WHOLE])
-
-    def step(state: TrainState, batch: Batch, key: Any) -> tuple[TrainState, Metrics]:
-        return program(loaded.frozen, state, batch, key)
 
     def judge(trained: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return rewards_of(loaded.merged(trained), batches)

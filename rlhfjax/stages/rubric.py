@@ -19,7 +19,7 @@ ON_ONE_HOST = True
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RubricConfig):
     stage: str = "rubric"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def describe(config: Config) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Config:
     tokenizer: str  # file or folder: the one that the answers were sampled with
     keep: int = 1  # answers to a prompt, the best ones
     min_score: float | None = None  # answers below it are left out, however few remain
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:

@@ -28,22 +28,20 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.optim import make_optimizer
-from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
-from rlhfjax.state import TrainState, gradients
+from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
     ModelTrainConfig,
-    descend,
     left_behind,
     load_trained,
     sum_over,
     supervised_stage,
     supervised_workload,
+    train_step,
     trained_role,
     validate_training,
 )
@@ -93,18 +91,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     model, tokenizer = loaded.model, loaded.tokenizer
     validate(config, layout, model.config)
     loss = feedback_loss(model, config)
-    tx = make_optimizer(config.optim, config.steps)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def update(frozen: Any, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
-        options = {"microbatches": config.microbatches, "frozen": frozen}
-        grads, metrics = gradients(loss, state.params, batch, key, **options)
-        return descend(config, tx, state, grads, metrics)
-
-    program = Program("step", update, [STATE, WHOLE])
-
-    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
-        return program(loaded.frozen, state, batch, key)
+    step, tx = train_step(config, loaded, loss)
 
     def open_data() -> Data:
         rows, held_out = (read_feedback(path, tokenizer, config.length) for path in (config.feedback, config.held_out))

@@ -29,7 +29,7 @@ class Config:
     size: int  # prompts of each task, all splits together
     held_out: float = 0.1  # share of them in validation, and in test
     seed: int = 0
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if not self.tasks:

@@ -19,7 +19,7 @@ class Config:
     sources: tuple[SourceConfig, ...] = ()
     vocab_size: int
     model_type: Literal["bpe", "unigram"] = "bpe"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
