@@ -187,10 +187,13 @@ class Models:
             raise ConfigError(f"{context}: adapters need its head, and it has none")
         model = Model(config, role.head, role.lora)
 
-        owner = self._loaded.get(role.shares)
+        owner, key = self._loaded.get(role.shares), _key(role.source, layout, role.overrides)
 
         def read() -> PyTree:
-            params = opened.params() if owner is None else owner.frozen
+            if owner is not None:
+                params = owner.frozen
+            else:
+                params = self._frozen.get(key) or opened.params()
             return _without_head(params) if lacks_head else params
 
         head = opened.model.head
@@ -201,7 +204,8 @@ class Models:
         elif role.lora.base != "float32":
             params = keep(frozen_base(model, read()))
         else:
-            params = self._keep(role.source, layout, role.overrides, read)
+            self._keep(role.source, layout, role.overrides, opened.params)
+            params = read()
         if role.optim is None:
             return Loaded(model, opened.tokenizer, params, lambda: params, head)
         frozen = params if role.head == "lm" else {"backbone": params["backbone"]}
@@ -212,9 +216,7 @@ class Models:
     def open_model(
         self, source: str, layout: Layout, changes: Mapping[str, Any] = {}, context: str = ""
     ) -> store.Opened:
-        opened = self._sources.open_model(source, layout, changes, context)
-        kept = self._frozen.get(_key(source, layout, changes))
-        return opened if kept is None else opened._replace(params=lambda: kept)
+        return self._sources.open_model(source, layout, changes, context)
 
     def load(self, source: str, layout: Layout) -> store.SavedModel:
         """Returns a frozen model."""
