@@ -190,10 +190,8 @@ class Models:
         owner, key = self._loaded.get(role.shares), _key(role.source, layout, role.overrides)
 
         def read() -> PyTree:
-            if owner is not None:
-                params = owner.frozen
-            else:
-                params = self._frozen.get(key) or opened.params()
+            kept = self._frozen.get(key) if owner is None else owner.frozen
+            params = kept or opened.params()
             return _without_head(params) if lacks_head else params
 
         head = opened.model.head
