@@ -17,7 +17,7 @@ from rlhfjax.rewards.compose import MemberConfig
 from rlhfjax.rewards.judge import JudgeConfig
 from rlhfjax.rewards.rubric import ClassConfig
 from rlhfjax.rl.config import HumanConfig
-from rlhfjax.rl.ptx import PtxConfig
+from rlhfjax.rl.prompts import PtxConfig
 from rlhfjax.stages import (
     best_of_n,
     collect,

@@ -25,7 +25,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import epochs
 from rlhfjax.rl.config import KLConfig, TruncateConfig
-from rlhfjax.rl.ptx import PtxConfig
+from rlhfjax.rl.prompts import PtxConfig
 from rlhfjax.rl.rewards import shape_rewards
 from rlhfjax.rl.rollout import Rollout, Tokens, response_hidden, truncated
 from rlhfjax.stages import ppo, pretrain

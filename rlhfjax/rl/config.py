@@ -10,8 +10,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
-from rlhfjax.rl.prompts import PromptConfig
-from rlhfjax.rl.ptx import PtxConfig
+from rlhfjax.rl.prompts import PromptConfig, PtxConfig
 from rlhfjax.roles import Pass, Role, Workload
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 
@@ -125,10 +124,11 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
     return {name: role for name, role in found.items() if role.source}
 
 
-def policy_workload(config: PolicyConfig, *values: str) -> Workload:
+def policy_workload(config: PolicyConfig, completions: int = 1, values: tuple[str, ...] = ()) -> Workload:
     """Returns what an iteration computes. Consecutive rows that share a prompt prefill it once.
 
     Args:
+      completions: what other stages learn from their data; here the config says it.
       values: roles that are trained beside the policy, on the same rows.
     """
     length = config.prompt_length + config.max_new

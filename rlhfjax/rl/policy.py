@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from rlhfjax.interop import store
-from rlhfjax.programs import small
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.held_out import held_out
-from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes
-from rlhfjax.rl.ptx import text_shapes, with_ptx
-from rlhfjax.rl.rollout import Rollout
-from rlhfjax.rl.state import AHEAD, fresh_state
+from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes, text_shapes, with_ptx
+from rlhfjax.rl.rollout import AHEAD, Rollout
 from rlhfjax.rl.task import Task
 from rlhfjax.roles import Loaded
-from rlhfjax.stage import Data, Finished, Metrics, Stage
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 
 PyTree = Any
@@ -84,6 +81,33 @@ def _with_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> Tra
     return state.replace(params=params, extra=extra)
 
 
-def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
-    """Returns the share of an iteration's prompts that lost tokens."""
-    return {"prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(batch["cut"])}
+def fresh_state(
+    config: PolicyConfig,
+    tx: optax.GradientTransformation,
+    init_params: Callable[[jax.Array], dict[str, PyTree]],
+    extra: Mapping[str, Any] | None = None,
+) -> Callable[[jax.Array], TrainState]:
+    """Returns a function key -> the state before anything is loaded.
+
+    Args:
+      init_params: key -> what is trained, "policy" among it.
+      extra: what the state carries besides the KL coefficient and the average.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(key)
+        own = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
+        if config.ema:
+            own["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
+        if config.one_step_off:
+            own[AHEAD] = _empty_rollout(config)
+        return TrainState.create(params, tx, **own)
+
+    return init
+
+
+def _empty_rollout(config: PolicyConfig) -> dict[str, jax.Array]:
+    """Returns arrays with the shapes of an iteration's rollout, before there is one."""
+    b, t = config.episodes, config.prompt_length + config.max_new
+    ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new))
+    return Rollout(ids, jnp.zeros_like(ids), row, jnp.zeros_like(row))._asdict()

@@ -1,7 +1,7 @@
 """Responses sampled from a policy, as every policy stage, collection and evaluation needs them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,24 @@ from rlhfjax.algos.shaping import truncate_mask
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.programs import ROWS, STATE, WHOLE, Program, recording, reshard
+from rlhfjax.programs import (
+    ROWS,
+    STATE,
+    WHOLE,
+    Program,
+    host_value,
+    recording,
+    reshard,
+    small,
+)
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
+from rlhfjax.stage import Metrics
+from rlhfjax.state import TrainState
 
 PyTree = Any
+AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
+UPDATE, FIRST = 1, 2  # random streams of an iteration; the rollout's is the iteration's key itself
 
 
 class Rollout(NamedTuple):
@@ -259,3 +272,52 @@ def behavior_logprobs(
     if config.behaviour_logprobs == "sampler":
         return rollout.logprobs
     return logprobs_of(policy, rollout) * rollout.mask
+
+
+# ------------------------------------------------------------------ off-policy rollouts
+
+
+class Drawn(NamedTuple):
+    """The rollout that an iteration learns from; with one_step_off the next one's is sampled too."""
+
+    rollout: Rollout
+    next_rollout: Rollout | None
+    staleness: int  # iterations between the policy that sampled and the one that learns
+
+
+def draw(
+    config: PolicyConfig,
+    sample: Callable[..., Rollout],
+    state: TrainState,
+    policy: PyTree,
+    batch: Mapping[str, Any],
+    key: Any,
+) -> Drawn:
+    """Samples responses to a batch of prompts with the policy's parameters."""
+    prompts, segments = batch["prompts"], batch["segments"]
+    new = sample(policy, prompts, segments, key)
+    if not config.one_step_off:
+        return Drawn(new, None, 0)
+    if host_value(state.step, planned=1) == 0:
+        first = sample(policy, prompts, segments, stream(key, FIRST))
+        return Drawn(first, new, 0)
+    return Drawn(Rollout(**state.extra[AHEAD]), new, 1)
+
+
+def stream(key: Any, number: int) -> Any:
+    """Returns the key of one of an iteration's random streams."""
+    return small(jax.random.fold_in)(key, number)
+
+
+def without_next(state: TrainState) -> TrainState:
+    """Returns the state without a rollout that it carries, as programs take it."""
+    return state.replace(extra={name: x for name, x in state.extra.items() if name != AHEAD})
+
+
+def with_next(state: TrainState, drawn: Drawn) -> tuple[TrainState, Metrics]:
+    """Returns the state with the next rollout, where there is one, and how stale this one was."""
+    if drawn.next_rollout is None:
+        return state, {}
+    carried = state.replace(extra={**state.extra, AHEAD: drawn.next_rollout._asdict()})
+    staleness = small(lambda: (jnp.float32(drawn.staleness), jnp.ones(())))()
+    return carried, {"staleness": staleness}

@@ -35,7 +35,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, small
-from rlhfjax.rl.ptx import Together
+from rlhfjax.rl.prompts import Together
 from rlhfjax.roles import DISK, Loaded, Models, Pass, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Shapes, Stage
 from rlhfjax.stages.reward import preference_shapes

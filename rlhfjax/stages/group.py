@@ -25,24 +25,28 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
-from rlhfjax.rl.policy import policy_stage, prompt_metrics
-from rlhfjax.rl.ptx import text_of
+from rlhfjax.rl.policy import policy_stage
+from rlhfjax.rl.prompts import prompt_metrics, text_of
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
+    UPDATE,
     Forward,
     Programs,
     Rollout,
     Tokens,
     behavior_logprobs,
+    draw,
     logprobs_with,
     make_sampler,
     programs_of,
     response_hidden,
+    stream,
     truncated,
+    with_next,
+    without_next,
 )
-from rlhfjax.rl.state import UPDATE, draw, stream, with_next, without_next
 from rlhfjax.rl.task import open_task
-from rlhfjax.roles import DISK, Sources, Workload
+from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Metrics, Stage
 from rlhfjax.state import TrainState, attach
 
@@ -132,10 +136,7 @@ ESTIMATORS = {
 
 
 roles = policy_roles
-
-
-def workload(config: Config, completions: int = 1) -> Workload:
-    return policy_workload(config)
+workload = policy_workload
 
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:

@@ -25,22 +25,26 @@ from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
-from rlhfjax.rl.policy import policy_stage, prompt_metrics
-from rlhfjax.rl.ptx import text_of
+from rlhfjax.rl.policy import policy_stage
+from rlhfjax.rl.prompts import prompt_metrics, text_of
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
+    UPDATE,
     Forward,
     Programs,
     Rollout,
     Tokens,
     behavior_logprobs,
+    draw,
     logprobs_with,
     make_sampler,
     programs_of,
     response_hidden,
+    stream,
     truncated,
+    with_next,
+    without_next,
 )
-from rlhfjax.rl.state import UPDATE, draw, stream, with_next, without_next
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Metrics, Stage
@@ -83,7 +87,7 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return policy_workload(config, *(() if config.value == "shared" else ("value",)))
+    return policy_workload(config, values=() if config.value == "shared" else ("value",))
 
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
