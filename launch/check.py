@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         from rlhfjax import recipe
         from rlhfjax.errors import UserError
-        from rlhfjax.main import _parse
+        from rlhfjax.main import parse
     except ImportError as e:
         print(f"{e.name or e} is not installed in {sys.executable}", file=sys.stderr)
         sys.exit(MISSING)
     try:
-        parsed = _parse(["rlhfjax", *words])
+        parsed = parse(["rlhfjax", *words])
         typed = recipe.validate(parsed[1].config) if parsed else {}
     except UserError as e:
         print(e, file=sys.stderr)

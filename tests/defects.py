@@ -874,7 +874,7 @@ DEFECTS = [
     ),
     d(
         32,
-        "main.py",
+        "process.py",
         "signal.signal(signal.SIGTERM, _on_sigterm)",
         "pass",
         "test_pitfalls.py::test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once",

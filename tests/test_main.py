@@ -39,7 +39,7 @@ def test_help_of_every_command(command, capsys):
     for flag in ("--help", "-h"):
         code, out, err = call(capsys, command, flag)
         assert code == 0 and not err
-        assert command_line.COMMANDS[command].__doc__ in out
+        assert command_line.COMMANDS[command].help in out
         assert "--workdir" in out
         assert ("--temperature" in out) == (command == "chat")
 
@@ -213,5 +213,5 @@ def test_ctrl_c_is_not_a_traceback(capsys, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command_line.COMMANDS, "report", interrupted)
+    monkeypatch.setitem(command_line.COMMANDS, "report", command_line.Command(interrupted))
     assert call(capsys, "report", f"--workdir={tmp_path}")[0] == 130

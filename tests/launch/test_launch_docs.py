@@ -46,8 +46,8 @@ def test_a_documented_sweep_parses_and_so_does_its_launcher(line, monkeypatch):
     words = shlex.split(line.replace("--config=…", "--config=experiments/quickstart/recipe.py"))
     if "…" in words:  # a quote that leaves words out
         words = [*(word for word in words if word != "…"), "--config=experiments/quickstart/recipe.py"]
-    command, fv = main._parse(words)
-    assert command is main.sweep
+    command, fv = main.parse(words)
+    assert command.run is main.sweep
     name, *rest = shlex.split(fv.launcher)
     module, own = importlib.import_module(f"launch.{name}"), flags.FlagValues()
     shell.common_flags(own)

@@ -1,0 +1,128 @@
+"""A command as a process: its log, its signals, and how it ends, alone or as one of several hosts.
+
+exit code 0    the command is done
+1, 2, 75       a `UserError`: a failed run, an invalid command line or config, a preempted run
+130            interrupted from the keyboard
+
+Jax is imported by the functions that need it, so that `--help` and mistakes answer at once.
+"""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rlhfjax.errors import Preempted, UserError, first_line
+
+INTERRUPTED = 130  # what a shell makes of SIGINT
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # errors that need no traceback
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command and ends this process with its exit code: one line on stderr for an error."""
+    _set_up_logging()
+    try:
+        command()
+        if _has_peers():
+            _hosts().leave()
+    except UserError as e:
+        _exit(str(e), e.exit_code)
+    except OSError as e:
+        if e.errno not in _DISK:
+            _exit_on_unexpected(e)
+        _exit(f"{e.strerror}: {e.filename or 'a file of the run'}", 1)
+    except KeyboardInterrupt:
+        if _has_peers():
+            _exit("interrupted", INTERRUPTED)
+        sys.exit(INTERRUPTED)
+    except Exception as e:
+        _exit_on_unexpected(e)
+
+
+def _set_up_logging() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("rlhfjax").setLevel(logging.INFO)  # what is compiled, and when
+    # Orbax logs its steps there, and gcsfs its attempts. Both raise their errors too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+# ------------------------------------------------------------------ before the first call of jax
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this process at once with `Preempted.exit_code`, outside of the loop.
+
+    The loop has a handler of its own, which saves first. Elsewhere every file on the disk is whole
+    at any moment.
+    """
+    signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(*_: object) -> None:
+    message = "stopped; the same command goes on from here"
+    if _has_peers():
+        _hosts().fail(message, Preempted.exit_code)
+    _say(message)
+    os._exit(Preempted.exit_code)
+
+
+def join_hosts(heartbeat_timeout: int, join_timeout: int) -> None:
+    """Joins the other hosts, if there are any; of all of them the first alone logs its progress."""
+    _hosts().join(heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout)
+    if not _hosts().first():
+        logging.getLogger("rlhfjax").setLevel(logging.WARNING)
+
+
+def keep_compiled_programs(folder: str) -> None:
+    """Makes jax keep its compiled programs in a folder for the next start."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+# ------------------------------------------------------------------ the end
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    """Ends with one line; other hosts are told, unless all of them are preempted alike."""
+    if _has_peers() and code != Preempted.exit_code:
+        _hosts().fail(message, code)
+    _say(message)
+    if _has_peers():
+        _hosts().leave()
+    sys.exit(code)
+
+
+def _exit_on_unexpected(error: BaseException) -> NoReturn:
+    """Raises an error that is nobody's mistake; one of several hosts ends the other hosts too."""
+    paths = sys.modules.get("rlhfjax.paths")
+    refusal = paths.refusal(error) if paths else None
+    if refusal:
+        _exit(refusal, 1)
+    if not _has_peers():
+        raise error
+    if _hosts().lost(error):
+        _hosts().fail_for_another(error)
+    traceback.print_exception(error)
+    _hosts().fail(first_line(error, kind=True), 1)
+
+
+def _say(message: str) -> None:
+    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
+
+
+def _has_peers() -> bool:
+    """Whether this is one host of several, that have to learn of its end."""
+    return "rlhfjax.hosts" in sys.modules and _hosts().count() > 1
+
+
+def _hosts() -> Any:
+    from rlhfjax import hosts
+
+    return hosts
