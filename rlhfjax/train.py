@@ -3,14 +3,15 @@
 Its order is deliberate. At step n, before the n-th update (counting from 0):
 
   1. evaluate the state, when it is due;
-  2. save the state and the position of the data. Saving before `next` is what makes a resumed run neither replay nor
-     skip a batch;
+  2. save the state and the position of the data. Saving before `next` is what makes a resumed run
+     neither replay nor skip a batch;
   3. take the next batch;
   4. dispatch the step;
   5. read the metrics of the step before, while the device works on this one.
 
-Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a resumed run drops the
-lines after its checkpoint, so that an interrupted run ends with the same bytes as one that was not.
+Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a
+resumed run drops the lines after its checkpoint, so that an interrupted run ends with the same
+bytes as one that was not.
 """
 
 import logging
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -36,7 +37,8 @@ from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.stage import Stage
 
-_GO_ON, _SAVE, _STOP = 0, 1, 2  # what a host wishes at a step; the largest wish of all hosts decides
+# What a host wishes at a step; the largest wish of all hosts decides.
+_GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
 def run(
@@ -50,55 +52,74 @@ def run(
       NonFiniteError: a loss or gradient is NaN or infinite (unless on_nonfinite is "skip").
       Preempted: SIGTERM came; the state is saved.
     """
-    key, clock = jax.random.key(config.seed), clock or Clock(workdir)
+    key = jax.random.key(config.seed)
+    clock = clock or Clock(workdir)
     batches = stage.batches  # opened before anything is written: a wrong path is corrected in place
-    with layout.use(), _stop_on_sigterm() as stopping, Checkpoints(workdir, config.checkpoint) as checkpoints:
+    with (
+        layout.use(),
+        _stop_on_sigterm() as stopping,
+        Checkpoints(workdir, config.checkpoint) as checkpoints,
+    ):
         with clock.part("restore"):
             state, resumed = _first_state(stage, key, layout, checkpoints)
         start = 0 if resumed is None else resumed
-        outputs = {
-            "tensorboard": config.log.tensorboard,
-            "wandb": {"project": config.log.wandb} if config.log.wandb else None,
-        }
         with (
-            metric.Writer(workdir, resumed, **outputs) as writer,
+            metric.Writer(workdir, resumed, **_outputs(config)) as writer,
             metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
         ):
-            log = _Log(config, stage, writer, progress, checkpoints, start, clock)
+            guard = _FiniteGuard(config, checkpoints)
+            log = _MetricsLog(config, stage, writer, progress, guard, clock, start)
             clock.go_on()
             clock.save()
             vote = hosts.Vote()  # of all hosts, so that they save and stop at the same step
             timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
-                wish = _STOP if stopping.is_set() else _SAVE if timer.is_due() else _GO_ON
-                decision, last = vote(wish), step == config.steps
-                stop = decision == _STOP
-                save = decision != _GO_ON or _due(step, config.checkpoint.every, last)
-                if step != resumed and _due(step, config.eval_every, last):
+                last = step == config.steps
+                decision = vote(_wish(stopping, timer))
+                evaluates = is_due(step, config.eval_every, last)
+                saves = decision != _GO_ON or is_due(step, config.checkpoint.every, last)
+                if evaluates and step != resumed:
                     log.flush()
                     with clock.part("eval"):
                         log.evaluate(step, stage.evals(state))
-                if step != resumed and save:
+                if saves and step != resumed:
                     log.flush()
                     with clock.part("checkpoint"):
-                        log.check_state(step, state)
+                        guard.check_state(step, state)
                         if last:
                             log.evaluate(step, _finish(stage, state, workdir, layout))
                         writer.flush()
                         checkpoints.save(step, state, batches.get_state())
                     timer.restart()
                     log.clock(step)
-                if stop or (last and hosts.anywhere(stopping.is_set())):
+                if decision == _STOP or (last and hosts.anywhere(stopping.is_set())):
                     checkpoints.wait()
-                    raise Preempted(f"{config.stage} stopped at step {step}: saved; the same command goes on from here")
+                    done = f"{config.stage} stopped at step {step}: saved"
+                    raise Preempted(f"{done}; the same command goes on from here")
                 if last:
                     break
                 with clock.part("data"):
                     batch = layout.put(next(batches))
                 with clock.part("step"):
-                    state, pairs = stage.step(state, batch, jax.random.fold_in(key, step))
-                log.later(step + 1, pairs)
+                    state, metrics = stage.step(state, batch, jax.random.fold_in(key, step))
+                log.later(step + 1, metrics)
     return hosts.share(lambda: metric.last_values(workdir))
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something happens at this step: at every `every`-th (0: none) and at the last one."""
+    return last or (every > 0 and step % every == 0 and step > 0)
+
+
+def _wish(stopping: threading.Event, timer: "_SaveTimer") -> int:
+    if stopping.is_set():
+        return _STOP
+    return _SAVE if timer.is_due() else _GO_ON
+
+
+def _outputs(config: TrainConfig) -> dict[str, Any]:
+    wandb = {"project": config.log.wandb} if config.log.wandb else None
+    return {"tensorboard": config.log.tensorboard, "wandb": wandb}
 
 
 def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -115,7 +136,10 @@ def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -
 
 
 def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layout) -> Any:
-    """Keeps the stage's models; before the last save, so that a run killed in between does it again."""
+    """Saves the stage's models and returns its last metrics.
+
+    It comes before the last save, so that a run killed in between does it again.
+    """
     finished = stage.finish(state)
     for name, model in finished.models.items():
         store.save(workdir / name, model)
@@ -127,23 +151,20 @@ def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layou
 
 
 def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:
-    """Adapters as PEFT has them, by one process, which gathers them all; a model that PEFT does not know has none."""
+    """Saves adapters as PEFT has them, on the first host; warns if PEFT lacks the model."""
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters))
     if hosts.first():
         try:
             peft.save_peft(folder, model, whole)
         except ConfigError as e:
-            logging.getLogger("rlhfjax").warning("%s is left out, the merged model is there: %s", folder, e)
-
-
-def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0 and step > 0)
+            left_out = "%s is left out, the merged model is there: %s"
+            logging.getLogger("rlhfjax").warning(left_out, folder, e)
 
 
 class _SaveTimer:
     """Says when `minutes` have passed on the first host since the last save, or since it said so.
 
-    Hosts' clocks differ: the first host alone decides, and `hosts.Vote` takes its word to the others.
+    Hosts' clocks differ: the first host alone decides, and `hosts.Vote` tells the others.
     """
 
     def __init__(self, minutes: float):
@@ -156,7 +177,7 @@ class _SaveTimer:
     def is_due(self) -> bool:
         if not self._seconds or not hosts.first() or time.monotonic() - self._began < self._seconds:
             return False
-        self.restart()  # with several hosts the save comes one step later; until then it is asked for once
+        self.restart()  # with several hosts the save comes one step later: ask for it once
         return True
 
 
@@ -195,8 +216,12 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Log:
-    """Metrics one step late: `later` hands over a step's device values and reads those of the step before."""
+class _MetricsLog:
+    """Writes metrics one step late, and how fast the steps were.
+
+    `later` hands over a step's values, which the devices still compute, and reads those of the step
+    before.
+    """
 
     def __init__(
         self,
@@ -204,65 +229,86 @@ class _Log:
         stage: Stage,
         writer: metric.Writer,
         progress: metric.Progress,
-        checkpoints: Checkpoints,
-        start: int,
+        guard: "_FiniteGuard",
         clock: Clock,
+        start: int,
     ):
-        self.config, self.stage, self.writer, self.progress = config, stage, writer, progress
-        self.checkpoints, self._clock, self._start = checkpoints, clock, start
+        self._config, self._stage = config, stage
+        self._writer, self._progress = writer, progress
+        self._guard, self._clock, self._start = guard, clock, start
         self._pending: tuple[int, Any] | None = None
         self._timed_at, self._timed_step = time.monotonic(), start
 
-    def later(self, step: int, pairs: Any) -> None:
+    def later(self, step: int, metrics: Any) -> None:
         self.flush()
-        self._pending = (step, pairs)
+        self._pending = (step, metrics)
 
     def flush(self) -> None:
         """Reads the metrics that are still on the device, checks and writes them."""
         if self._pending is None:
             return
-        (step, pairs), self._pending = self._pending, None
+        step, metrics = self._pending
+        self._pending = None
         with self._clock.part("step"):  # waiting for the devices
-            values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
-        self._check_finite(step, values)
+            values = self._read(step, metrics)
         if step == self._start + 1:
-            self.progress.print(f"{self.config.stage} {self._clock.started()}")
-        self.progress.update(step, values, self.stage.units)
-        if step % self.config.log.every == 0 or step == self.config.steps:
-            self.writer.write(step, values)
-            self._time(step)
+            self._progress.print(f"{self._config.stage} {self._clock.started()}")
+        self._progress.update(step, values, self._stage.units)
+        if step % self._config.log.every == 0 or step == self._config.steps:
+            self._writer.write(step, values)
+            self._write_speed(step)
 
-    def evaluate(self, step: int, pairs: Any) -> None:
-        values = metric.finalize(hosts.whole(pairs), f"{self.config.stage}/")
-        self._check_finite(step, values)
-        self.writer.write(step, values)
+    def evaluate(self, step: int, metrics: Any) -> None:
+        """Checks and writes metrics of an evaluation, whose time does not count as the steps'."""
+        self._writer.write(step, self._read(step, metrics))
         self._timed_at, self._timed_step = time.monotonic(), step
 
     def clock(self, step: int) -> None:
         """What the clock says at a checkpoint, for the metrics and for the next start."""
-        self.writer.timing(step, {f"{self.config.stage}/{k}": v for k, v in self._clock.summary().items()})
+        self._write_timing(step, self._clock.summary())
         self._clock.save()
 
-    def _time(self, step: int) -> None:
+    def _read(self, step: int, metrics: Any) -> dict[str, float]:
+        values = metric.finalize(hosts.whole(metrics), f"{self._config.stage}/")
+        self._guard.check_metrics(step, values)
+        return values
+
+    def _write_speed(self, step: int) -> None:
+        """Writes the mean speed of the steps since the timer was started."""
         now = time.monotonic()
-        if step > self._timed_step:
-            seconds = (now - self._timed_at) / (step - self._timed_step)
-            rate = {f"{self.stage.unit}_per_second": self.stage.units / seconds, "seconds_per_step": seconds}
-            self.writer.timing(step, {f"{self.config.stage}/{k}": v for k, v in rate.items()})
+        steps = step - self._timed_step
+        if steps > 0:
+            seconds = (now - self._timed_at) / steps
+            per_second = f"{self._stage.unit}_per_second"
+            speed = {per_second: self._stage.units / seconds, "seconds_per_step": seconds}
+            self._write_timing(step, speed)
         self._timed_at, self._timed_step = now, step
 
-    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+    def _write_timing(self, step: int, values: dict[str, float]) -> None:
+        named = {f"{self._config.stage}/{name}": value for name, value in values.items()}
+        self._writer.timing(step, named)
+
+
+class _FiniteGuard:
+    """Stops a run whose numbers are no longer finite; the error names the last good checkpoint."""
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
+        self._config, self._checkpoints = config, checkpoints
+
+    def check_metrics(self, step: int, values: dict[str, float]) -> None:
         bad = sorted(name for name, value in values.items() if not math.isfinite(value))
-        if bad and self.config.on_nonfinite == "error":
+        if bad and self._config.on_nonfinite == "error":
             self._stop(f"{bad[0]} is {values[bad[0]]}", step)
 
     def check_state(self, step: int, state: states.TrainState) -> None:
         """Stops before a checkpoint that nobody should go on from, whatever `on_nonfinite` says."""
         if not states.all_finite(state):
-            self._stop(f"the state of {self.config.stage} is no longer finite", step)
+            self._stop(f"the state of {self._config.stage} is no longer finite", step)
 
-    def _stop(self, what: str, step: int) -> None:
-        self.checkpoints.wait()
-        good = self.checkpoints.steps()
-        where = f"the last good checkpoint is {self.checkpoints.directory / str(good[-1])}" if good else "no checkpoint"
+    def _stop(self, what: str, step: int) -> NoReturn:
+        self._checkpoints.wait()
+        good = self._checkpoints.steps()
+        where = "no checkpoint"
+        if good:
+            where = f"the last good checkpoint is {self._checkpoints.directory / str(good[-1])}"
         raise NonFiniteError(f"{what} at step {step}; {where}")

@@ -854,15 +854,15 @@ DEFECTS = [
     d(
         32,
         "train.py",
-        "if stop or (last and hosts.anywhere(stopping.is_set())):",
+        "if decision == _STOP or (last and hosts.anywhere(stopping.is_set())):",
         "if last and hosts.anywhere(stopping.is_set()):",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
         32,
         "train.py",
-        "save = decision != _GO_ON or _due(step, config.checkpoint.every, last)",
-        "save = decision == _SAVE or _due(step, config.checkpoint.every, last)",
+        "saves = decision != _GO_ON or is_due(step, config.checkpoint.every, last)",
+        "saves = decision == _SAVE or is_due(step, config.checkpoint.every, last)",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(

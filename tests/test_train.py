@@ -97,7 +97,7 @@ def run(tmp_path, monkeypatch):
         )
         with monkeypatch.context() as patch:
             if events is not None:
-                save, flush = Checkpoints.save, train._Log.flush
+                save, flush = Checkpoints.save, train._MetricsLog.flush
                 patch.setattr(
                     Checkpoints,
                     "save",
@@ -109,7 +109,7 @@ def run(tmp_path, monkeypatch):
                         events.append(f"read {self._pending[0]}")
                     flush(self)
 
-                patch.setattr(train._Log, "flush", reading)
+                patch.setattr(train._MetricsLog, "flush", reading)
             return train.run(stage, config, tmp_path, LAYOUT)
 
     return go
