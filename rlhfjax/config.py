@@ -39,6 +39,7 @@ class LogConfig:
     every: int = 10  # steps between lines in metrics.jsonl
     tensorboard: bool = True
     wandb: str = ""  # a project name; empty: off
+    profile: str = ""  # steps to trace, FIRST:LAST such as 10:15; empty: off
 
 
 @dataclasses.dataclass(frozen=True)

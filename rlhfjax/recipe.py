@@ -11,9 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import footprint, hosts, json_text, paths, stages, train
+from rlhfjax import footprint, hosts, json_text, paths, profile, stages, train
 from rlhfjax.clock import Clock
-from rlhfjax.config import build, fill_defaults, to_dict, write_json
+from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, make_layout
@@ -174,8 +174,11 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
 
 
 def check(config: Mapping[str, Any], where: str) -> Any:
-    """The stage's typed config; raises ConfigError for what cannot be meant."""
-    return build(stages.config_class(config.get("stage", "")), config, where)
+    """Returns the stage's typed config. Raises ConfigError if it is invalid."""
+    typed = build(stages.config_class(config.get("stage", "")), config, where)
+    if isinstance(typed, TrainConfig):
+        profile.validate(typed)
+    return typed
 
 
 def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> dict[str, Any]:

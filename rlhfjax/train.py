@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
 import jax
@@ -35,6 +35,7 @@ from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempt
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
+from rlhfjax.profile import Profile
 from rlhfjax.stage import Stage
 
 # What a host wishes at a step; the largest wish of all hosts decides.
@@ -66,6 +67,7 @@ def run(
         with (
             metric.Writer(workdir, resumed, **_outputs(config)) as writer,
             metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
+            closing(Profile(config, workdir)) as profile,
         ):
             guard = _FiniteGuard(config, checkpoints)
             log = _MetricsLog(config, stage, writer, progress, guard, clock, start)
@@ -98,10 +100,12 @@ def run(
                     raise Preempted(f"{done}; the same command goes on from here")
                 if last:
                     break
+                profile.before_step(step + 1, state)
                 with clock.part("data"):
                     batch = layout.put(next(batches))
                 with clock.part("step"):
                     state, metrics = stage.step(state, batch, jax.random.fold_in(key, step))
+                profile.after_step(step + 1, state)
                 log.later(step + 1, metrics)
     return hosts.share(lambda: metric.last_values(workdir))
 
