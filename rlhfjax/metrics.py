@@ -7,12 +7,11 @@ hosts, where means would have to be re-weighted; the division happens once, in `
 import hashlib
 import importlib
 import io
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ import rich.console
 import rich.progress
 
 from rlhfjax import hosts, json_text, paths
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError
+from rlhfjax.jsonl import read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 
 Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
@@ -70,39 +70,6 @@ def _sum64(x: Any) -> float:
 
 
 # ------------------------------------------------------------------ files
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Reads a file of JSON objects, one a line; none if there is no file; a half-written last line is left out.
-
-    Raises:
-      DataError: another line is not a JSON object; names the file and the line.
-    """
-    path = paths.path(path)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:  # bad JSON or bad UTF-8
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a JSON object; the file was damaged") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: {type(row).__name__} where a JSON object is expected")
-        rows.append(row)
-    return rows
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object per line, the file whole or not at all, on the first host.
-
-    Raises:
-      DataError: a row holds NaN or an infinity; names the file, the line and the column.
-    """
-    if hosts.first():
-        lines = [json_text.encode(row, f"{path}:{i}") + "\n" for i, row in enumerate(rows, start=1)]
-        paths.write(path, "".join(lines))
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:

@@ -16,8 +16,8 @@ from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
+from rlhfjax.jsonl import read_jsonl, write_jsonl
 from rlhfjax.mesh import Layout, make_layout
-from rlhfjax.metrics import read_jsonl, write_jsonl
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path

@@ -12,7 +12,7 @@ import pytest
 from rlhfjax import json_text
 from rlhfjax.config import write_json
 from rlhfjax.errors import DataError
-from rlhfjax.metrics import write_jsonl
+from rlhfjax.jsonl import write_jsonl
 from tests import sources
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhfjax import metrics
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError
 
 
 def test_finalize_divides_once_and_omits_what_was_not_observed():
@@ -109,22 +109,6 @@ def test_a_fresh_start_begins_with_empty_files(tmp_path):
     run(tmp_path, 0, 3)
     run(tmp_path, 0, 1)
     assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [0, 0]
-
-
-def test_a_half_written_character_at_the_end_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes('{"step": 1, "x": 1.0}\n{"step": 1, "é'.encode()[:-1])
-    assert metrics.read_jsonl(path) == [{"step": 1, "x": 1.0}]
-
-
-def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object"):
-        metrics.read_jsonl(path)
-    path.write_text('{"step": 1}\n[3]\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: list where a JSON object"):
-        metrics.read_jsonl(path)
 
 
 def test_a_secondary_host_writes_nothing(tmp_path):

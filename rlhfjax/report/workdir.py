@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhfjax import paths
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.metrics import read_jsonl
+from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
 
 Curve = tuple[list[float | int], list[float]]  # steps (or KLs), values; NaN where a value was not finite

@@ -7,7 +7,6 @@ turn) or a list of messages. `labeller` and `time` (ISO 8601) may be left out.
 """
 
 import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from rlhfjax import paths
 from rlhfjax.data import chat
 from rlhfjax.data.preferences import ranks_of
 from rlhfjax.errors import DataError
-from rlhfjax.metrics import write_jsonl
+from rlhfjax.jsonl import located_rows, write_jsonl
 from rlhfjax.paths import Path
 
 Prompt = str | list[chat.Message]
@@ -52,12 +51,11 @@ def read_rankings(pattern: str) -> list[Ranking]:
         raise DataError(f"rankings: no file matches {pattern}")
     rankings = []
     for path in found:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                try:
-                    rankings.append(_parse(json.loads(line)))
-                except (ValueError, TypeError) as why:
-                    raise DataError(f"{path}:{number}: {why}") from why
+        for place, row in located_rows(path):
+            try:
+                rankings.append(_parse(row))
+            except (ValueError, TypeError) as why:
+                raise DataError(f"{place}: {why}") from why
     if not rankings:
         raise DataError(f"rankings: {pattern} holds no ranking")
     return rankings
@@ -80,9 +78,7 @@ def from_row(row: Mapping[str, Any], labeller: str = "") -> Ranking:
     return Ranking(prompt, tuple(row["completions"]), tuple(ranks), row.get("labeller") or labeller)
 
 
-def _parse(row: Any) -> Ranking:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+def _parse(row: Mapping[str, Any]) -> Ranking:
     if missing := [name for name in ("prompt", "completions", "ranking") if name not in row]:
         raise ValueError(f"no {missing[0]!r}, found {', '.join(row) or 'nothing'}")
     completions, ranks = _texts(row["completions"]), row["ranking"]

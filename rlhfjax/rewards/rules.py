@@ -9,7 +9,6 @@ columns the function gets; without it, metadata is empty.
 """
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from rlhfjax import paths
 from rlhfjax.config import build
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.jsonl import located_rows
 from rlhfjax.rewards.workers import TIMED_OUT, Outcome, Pool
 
 log = logging.getLogger("rlhfjax")
@@ -127,15 +127,13 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
         raise DataError(f"rule metadata: no file matches {pattern}")
     found: dict[str, dict[str, Any]] = {}
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
+        for place, row in located_rows(path):
             try:
-                row = json.loads(line)
                 prompt = row.pop("prompt")
                 key = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
-            except (ValueError, KeyError, AttributeError, TypeError, IndexError):
-                raise DataError(f"{path}:{number}: expected a JSON object with a 'prompt'") from None
+            except (KeyError, AttributeError, TypeError, IndexError):
+                raise DataError(f"{place}: expected a JSON object with a 'prompt'") from None
             if found.setdefault(key, row) != row:
-                raise DataError(f"{path}:{number}: the prompt {key[:60]!r} stands twice with different metadata")
+                twice = f"the prompt {key[:60]!r} stands twice with different metadata"
+                raise DataError(f"{place}: {twice}")
     return found

@@ -24,8 +24,9 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Progress, Writer, write_jsonl
+from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.load import load_reward

@@ -10,17 +10,18 @@ Source: Bai et al. 2022, "Constitutional AI", section 3.1 and appendix C (four r
 """
 
 import dataclasses
-import json
 from typing import Any
 
+from rlhfjax import paths
 from rlhfjax.data import chat
 from rlhfjax.data.rows import opening, split_of
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.jsonl import located_rows, write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer, write_jsonl
+from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.rewards.feedback import choose, read_lines
+from rlhfjax.rewards.feedback import choose
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.roles import Role, Workload, job_workload
@@ -66,7 +67,7 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes both files; returns how many rows there are, how many answers a revision changed, and
     how many prompts lost their beginning in a request that had no room for them."""
-    principles = [read_principle(line, config.principles) for line in read_lines(config.principles)]
+    principles = read_principles(config.principles)
     options = {"length": config.length, "batch_size": config.batch_size}
     policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
     critic = policy if config.critic is None else Judge(JudgeConfig(model=config.critic, **options), layout)
@@ -104,16 +105,21 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     return metrics
 
 
-def read_principle(line: str, where: str) -> dict[str, str]:
-    """{"critique": request, "revision": request}. Raises DataError for anything else."""
-    try:
-        principle = json.loads(line)
-        good = all(isinstance(principle[name], str) and principle[name] for name in ("critique", "revision"))
-    except (ValueError, KeyError, TypeError):
-        good = False
-    if not good:
-        raise DataError(f'{where}: expected JSON lines {{"critique": …, "revision": …}}, got {line[:60]!r}')
-    return principle
+def read_principles(path: str) -> list[dict[str, str]]:
+    """Returns the file's lines {"critique": request, "revision": request}.
+
+    Raises:
+      DataError: the file has no line, or one of another form.
+    """
+    principles = []
+    for place, row in located_rows(paths.path(path)):
+        requests = [row.get(name) for name in ("critique", "revision")]
+        if not all(isinstance(request, str) and request for request in requests):
+            raise DataError(f'{place}: expected {{"critique": …, "revision": …}}, got {str(row)[:60]!r}')
+        principles.append(row)
+    if not principles:
+        raise DataError(f"principles: {path} is empty; one a line is expected")
+    return principles
 
 
 def _numbers(principles: list[Any]) -> list[str]:

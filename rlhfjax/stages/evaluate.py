@@ -25,8 +25,9 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.text import distinct_n
 from rlhfjax.interop import store
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer, write_jsonl
+from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.rewards.load import load_reward

@@ -17,8 +17,9 @@ from rlhfjax.data.config import open_preferences
 from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer, write_jsonl
+from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 

@@ -11,7 +11,6 @@ Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every cre
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.jsonl import located_rows
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
@@ -176,26 +176,20 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
     Raises:
       DataError: the file cannot be read, or a line is malformed.
     """
-    try:
-        lines = paths.path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"tamer: {path} cannot be read ({error})") from None
     found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                given = np.array(row["feedback"], np.float32).reshape(-1, 2)
-                prompt, response = row["prompt"], row["response"]
-                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                answer = chat.answer_tokens(tokenizer, response)
-                start = chat.render_prompt(tokenizer, messages).tolist()
-            except (ValueError, KeyError, TypeError, AttributeError) as why:
-                shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
-                raise DataError(f"{path}:{number}: expected {shape} ({why})") from None
-            if not len(given) or not np.all(np.isfinite(given)):
-                raise DataError(f"{path}:{number}: 'feedback' must hold at least one pair of finite numbers")
-            found.append((start, answer, given))
+    for place, row in located_rows(paths.path(path)):
+        try:
+            given = np.array(row["feedback"], np.float32).reshape(-1, 2)
+            prompt, response = row["prompt"], row["response"]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            answer = chat.answer_tokens(tokenizer, response)
+            start = chat.render_prompt(tokenizer, messages).tolist()
+        except (ValueError, KeyError, TypeError, AttributeError) as why:
+            shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
+            raise DataError(f"{place}: expected {shape} ({why})") from None
+        if not len(given) or not np.all(np.isfinite(given)):
+            raise DataError(f"{place}: 'feedback' must hold at least one pair of finite numbers")
+        found.append((start, answer, given))
     if not found:
         raise DataError(f"tamer: {path} holds no feedback")
     most = max(len(given) for _, _, given in found)

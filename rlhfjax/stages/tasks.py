@@ -12,8 +12,9 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer, write_jsonl
+from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
 from rlhfjax.rewards.tasks import rows
 

@@ -12,8 +12,8 @@ from rlhfjax.data.examples import Prompts
 from rlhfjax.data.loader import prompt_batches
 from rlhfjax.data.sources import open_source
 from rlhfjax.interop import store
+from rlhfjax.jsonl import read_jsonl
 from rlhfjax.mesh import make_layout
-from rlhfjax.metrics import read_jsonl
 from tests import tiny
 
 # The first policy loss of an iteration is a mean of whitened advantages, which cancel.

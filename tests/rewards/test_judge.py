@@ -363,6 +363,18 @@ def critique(folder, tmp_path, name, prompts=None, **options):
     return recipe.run(config, tmp_path / name), tmp_path / name
 
 
+def test_a_malformed_principle_is_named_by_its_line(tmp_path):
+    path = tmp_path / "principles.jsonl"
+    good = '{"critique": "say", "revision": "rewrite"}'
+    for bad in ('{"critique": "say"}', '{"critique": "say", "revision": ""}', "say"):
+        path.write_text(f"{good}\n\n{bad}\n")
+        with pytest.raises(DataError, match=r"principles\.jsonl:3: "):
+            critique_module.read_principles(str(path))
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"principles\.jsonl is empty"):
+        critique_module.read_principles(str(path))
+
+
 def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path):
     metrics, workdir = critique(folder, tmp_path, "a", temperature=0.0, rounds=2)
     rows = [json.loads(line) for line in (workdir / "revisions.jsonl").open()]

@@ -1,0 +1,57 @@
+"""Files of JSON lines: one JSON object per line."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rlhfjax import hosts, json_text, paths
+from rlhfjax.errors import DataError
+from rlhfjax.paths import Path
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """Returns the objects of a file that a run appends to; none if there is no file.
+
+    A half-written last line is left out. Raises DataError for any other line that is no object.
+    """
+    path = paths.path(path)
+    return [row for _, row in located_rows(path, unfinished=True)] if path.exists() else []
+
+
+def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yields the objects of a file, each with its place, FILE:LINE. Blank lines are passed over.
+
+    Args:
+      unfinished: the last line may be half written, and then ends the file.
+    Raises:
+      DataError: the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # bad JSON or bad UTF-8
+            if unfinished and number == len(lines):
+                return
+            raise DataError(f"{place}: not a JSON object ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        yield place, row
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line, the file whole or not at all, on the first host.
+
+    Raises:
+      DataError: a row holds NaN or an infinity; names the file, the line and the column.
+    """
+    if hosts.first():
+        lines = [json_text.encode(row, f"{path}:{i}") + "\n" for i, row in enumerate(rows, start=1)]
+        paths.write(path, "".join(lines))
