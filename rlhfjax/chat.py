@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data.chat import Message, render_prompt
+from rlhfjax.data.padding import pad_left
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -57,10 +58,7 @@ class Chat:
         room = self.model.config.max_length - self.max_new
         ids = render_prompt(self.tokenizer, self.messages, max_tokens=room)
         length = min(room, -(-len(ids) // BUCKET) * BUCKET)
-        tokens = np.full((1, length), self.tokenizer.pad_id, np.int32)
-        segments = np.zeros((1, length), np.int32)
-        tokens[0, length - len(ids) :], segments[0, length - len(ids) :] = ids, 1
-        return tokens, segments
+        return pad_left([ids], length=length, pad_id=self.tokenizer.pad_id)
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

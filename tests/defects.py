@@ -71,9 +71,9 @@ DEFECTS = [
     # 1: prompts padded on the right
     d(
         1,
-        "data/loader.py",
-        "prompts[length - len(tokens) :], segments[length - len(tokens) :] = tokens, 1",
-        "prompts[: len(tokens)], segments[: len(tokens)] = tokens, 1",
+        "data/padding.py",
+        "[length - len(ids) for ids in rows]",
+        "[0 for ids in rows]",
         "data/test_loader.py::test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell",
     ),
     # 1: the response is read one slot off
@@ -1201,7 +1201,7 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["same"][i] = first.setdefault(tuple(kept), i)',
+        'arrays["same"][i] = first.setdefault(tuple(kept[i]), i)',
         'arrays["same"][i] = first.setdefault(tuple(completion), i)',
         "data/test_examples.py::test_pitfall_39_completions_that_became_equal_are_known",
         "test_stage_reward.py::test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage",
@@ -1234,8 +1234,8 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["cut"][i] = size < len(prompt) + len(completion)',
-        'arrays["cut"][i] = size < len(fitted) + len(completion)',
+        'arrays["cut"][i] = len(rows[i]) < len(prompt) + len(completion)',
+        'arrays["cut"][i] = len(rows[i]) < len(fitted) + len(completion)',
         "data/test_examples.py::test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row",
     ),
     d(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.data import chat
+from rlhfjax.data.padding import pad_right
 from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
@@ -176,10 +177,15 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
     if top >= tokenizer.vocab_size:
         raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
     fitted = chat.shorten_prompt(tokenizer, prompt, prompt_room(length, max(map(len, completions))))
+    room = length - len(fitted)
+    kept = [completion[:room] for completion in completions]
+    rows = [[*fitted, *completion] for completion in kept]
+    rows += [[]] * (k - len(rows))
+    tokens, segments = pad_right(rows, length=length, pad_id=tokenizer.pad_id)
     first: dict[tuple[int, ...], int] = {}  # completion -> where it stands first
     arrays = {
-        "tokens": np.full((k, length), tokenizer.pad_id, np.int32),
-        "segments": np.zeros((k, length), np.int32),
+        "tokens": tokens,
+        "segments": segments,
         "scores": np.zeros(k, np.float32),
         "valid": np.zeros(k, np.float32),
         "lengths": np.zeros(k, np.int32),
@@ -187,13 +193,10 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
         "same": np.arange(k, dtype=np.int32),
     }
     for i, completion in enumerate(completions):
-        kept = completion[: length - len(fitted)]
-        size = len(fitted) + len(kept)
-        arrays["tokens"][i, :size], arrays["segments"][i, :size] = [*fitted, *kept], 1
         arrays["scores"][i], arrays["valid"][i] = row["scores"][i], 1.0
-        arrays["lengths"][i] = len(kept)
-        arrays["cut"][i] = size < len(prompt) + len(completion)
-        arrays["same"][i] = first.setdefault(tuple(kept), i)
+        arrays["lengths"][i] = len(kept[i])
+        arrays["cut"][i] = len(rows[i]) < len(prompt) + len(completion)
+        arrays["same"][i] = first.setdefault(tuple(kept[i]), i)
     return arrays
 
 

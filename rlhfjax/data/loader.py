@@ -24,6 +24,7 @@ import numpy as np
 from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
 from rlhfjax.data.examples import Encoded
+from rlhfjax.data.padding import pad_left
 from rlhfjax.data.sources import Concatenated, Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
@@ -233,8 +234,7 @@ def prompt_batches(
         whole = chat.render_prompt(tokenizer, row["messages"])
         cut = len(whole) > length
         tokens = chat.render_prompt(tokenizer, row["messages"], max_tokens=length) if cut else whole
-        prompts, segments = np.full(length, tokenizer.pad_id, np.int32), np.zeros(length, np.int32)
-        prompts[length - len(tokens) :], segments[length - len(tokens) :] = tokens, 1
+        (prompts,), (segments,) = pad_left([tokens], length=length, pad_id=tokenizer.pad_id)
         return {
             "prompts": prompts,
             "segments": segments,

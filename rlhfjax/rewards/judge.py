@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from rlhfjax import hosts
 from rlhfjax.data import chat
 from rlhfjax.data.examples import prompt_room
+from rlhfjax.data.padding import pad_left, pad_right
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -92,12 +93,12 @@ class Judge:
         size, length, pad = self._config.batch_size, self._config.length, self.tokenizer.pad_id
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
-            tokens, segments = np.full((size, length), pad, np.int32), np.zeros((size, length), np.int32)
-            mask = np.zeros((size, length), np.float32)
-            for i, (prompt, end) in enumerate(some):
-                ids = [*prompt, *end]
-                tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
-                mask[i, len(prompt) : len(ids)] = 1
+            texts = [[*prompt, *end] for prompt, end in some]
+            texts += [[]] * (size - len(some))
+            tokens, segments = pad_right(texts, length=length, pad_id=pad)
+            mask = segments.astype(np.float32)
+            for i, (prompt, _) in enumerate(some):
+                mask[i, : len(prompt)] = 0
             placed = self._layout.put({"tokens": tokens, "segments": segments, "mask": mask})
             with self._layout.use():
                 out = self._score(self._params, placed["tokens"], placed["segments"], placed["mask"])
@@ -112,10 +113,9 @@ class Judge:
         out: list[list[int]] = []
         for start in range(0, len(questions), size):
             some = questions[start : start + size]
-            prompts, segments = np.full((size, room), limits["pad_id"], np.int32), np.zeros((size, room), np.int32)
-            for i in range(size):
-                ids = chat.render_prompt(self.tokenizer, some[min(i, len(some) - 1)], max_tokens=room)
-                prompts[i, room - len(ids) :], segments[i, room - len(ids) :] = ids, 1
+            asked = [chat.render_prompt(self.tokenizer, one, max_tokens=room) for one in some]
+            asked += asked[-1:] * (size - len(some))
+            prompts, segments = pad_left(asked, length=room, pad_id=limits["pad_id"])
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(start, start + size))
             placed = self._layout.put({"prompts": prompts, "segments": segments})
             with self._layout.use():

@@ -22,6 +22,7 @@ from rlhfjax import paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
+from rlhfjax.data.padding import pad_right
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
@@ -207,9 +208,8 @@ def _arrays(
     """One answer's arrays. Where prompt and answer do not fit they are cut as those of rankings."""
     fitted = chat.shorten_prompt(tokenizer, prompt, examples.prompt_room(length, len(answer)))
     shown = answer[: length - len(fitted)]
-    tokens, segments = np.full(length, tokenizer.pad_id, np.int32), np.zeros(length, np.int32)
     ids = [*fitted, *shown]
-    tokens[: len(ids)], segments[: len(ids)] = ids, 1
+    (tokens,), (segments,) = pad_right([ids], length=length, pad_id=tokenizer.pad_id)
     padded = np.zeros((most, 2), np.float32)
     padded[: len(given)] = given
     return {
