@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Interval
 from ml_collections import ConfigDict
 
 from rlhfjax.config import TrainConfig, build, explain, fill_defaults, parse_arg, to_dict, write_json
@@ -36,6 +37,9 @@ class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
     many: tuple[Inner, ...] = ()
     maybe: int | None = None
+    several: tuple[float, float] = (0.0, 1.0)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    share: Annotated[float, Interval(ge=0, le=1)] | None = None
 
 
 def test_values_arrive_as_their_types():
@@ -49,7 +53,17 @@ def test_values_arrive_as_their_types():
     [
         ({"name": "a", "bogus": 1}, ("c.bogus", "no such option", "name, rate")),
         ({"name": "a", "inner": {"bogus": 1}}, ("c.inner.bogus", "size, how")),
-        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("bogus",)),
+        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("c.many[1].bogus", "c.many[1] has size, how")),
+        ({"bogus": 1}, ("c.bogus", "no such option")),
+        ({"name": "a", "many": [{}, {"size": "x"}]}, ("c.many[1].size='x': expected int",)),
+        ({"name": "a", "several": [1.0]}, ("c.several[1]: a value is required",)),
+        ({"name": "a", "several": [1, 2, 3]}, ("c.several=[1, 2, 3]: expected tuple[float, float]",)),
+        ({"name": "a", "names": {"x": 3}}, ("c.names.x=3: expected str",)),
+        ({"name": "a", "share": 2}, ("c.share=2: expected float >= 0 and <= 1 | None",)),
+        ({"name": "a", "share": 10**400}, ("c.share=1000", "expected float >= 0 and <= 1 | None")),
+        ({"name": "a", "share": True}, ("c.share=True: expected float >= 0 and <= 1 | None",)),
+        ({"name": "\udcff"}, ("c: a text in it is not Unicode",)),
+        ({"name": object()}, ("c: Object of type object is not JSON serializable",)),
         ({}, ("c.name", "required")),
         ({"name": 3}, ("c.name=3", "str")),
         ({"name": "a", "steps": 1.5}, ("c.steps=1.5", "int")),
