@@ -23,6 +23,7 @@ from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
 
 T = TypeVar("T")
 
@@ -31,15 +32,15 @@ T = TypeVar("T")
 class CheckpointConfig:
     """When the state is saved, by steps, by time or by both; the last step always is."""
 
-    every: int = 0  # steps; 0: only at the end and on SIGTERM
-    minutes: float = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
-    keep_last: int = 2  # with two, a damaged one has one before it
-    keep_every: int = 0  # steps; 0: none kept beyond keep_last
+    every: Count = 0  # steps; 0: only at the end and on SIGTERM
+    minutes: NonNegative = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
+    keep_last: PositiveCount = 2  # with two, a damaged one has one before it
+    keep_every: Count = 0  # steps; 0: none kept beyond keep_last
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between lines in metrics.jsonl
+    every: PositiveCount = 10  # steps between lines in metrics.jsonl
     tensorboard: bool = True
     wandb: str = ""  # a project name; empty: off
 
@@ -49,10 +50,10 @@ class TrainConfig:
     """What every stage that trains has in common."""
 
     stage: str
-    steps: int
-    seed: int = 0
+    steps: PositiveCount
+    seed: Seed = 0
     init_from: str | None = None  # workdir whose parameters training starts from
-    eval_every: int = 0  # steps; 0: only at the end
+    eval_every: Count = 0  # steps; 0: only at the end
     on_nonfinite: Literal["error", "skip"] = "error"
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import pytest
 from annotated_types import Interval
 from ml_collections import ConfigDict
 
+from rlhfjax import ranges
 from rlhfjax.config import TrainConfig, build, explain, fill_defaults, parse_arg, to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
@@ -226,6 +227,7 @@ def test_config_does_not_start_jax():
 # ------------------------------------------------------------------ an option set to 0 is 0
 
 PACKAGE = Path(__file__).parents[1] / "rlhfjax"
+NUMBERS = {"int", "float", *(name for name, hint in vars(ranges).items() if get_origin(hint) is Annotated)}
 
 
 def test_no_number_has_a_default_that_stands_in_for_0():
@@ -245,9 +247,9 @@ def test_no_number_has_a_default_that_stands_in_for_0():
 
 
 def numeric(annotation: ast.expr | None) -> bool:
-    """Whether an annotation is of int and float, and None perhaps."""
+    """Whether an annotation is of int and float, or of ranges of them, and None perhaps."""
     kinds = set() if annotation is None else set(ast.unparse(annotation).split(" | "))
-    return bool(kinds & {"int", "float"}) and kinds <= {"int", "float", "None"}
+    return bool(kinds & NUMBERS) and kinds <= NUMBERS | {"None"}
 
 
 def numeric_fields(nodes: list[ast.AST]) -> set[str]:
