@@ -5,21 +5,25 @@ recipe: `stages`, a tuple of names, and beside it the config of each name.
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-import dacite
+import pydantic
+from annotated_types import Predicate
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
 
 T = TypeVar("T")
 
@@ -28,15 +32,15 @@ T = TypeVar("T")
 class CheckpointConfig:
     """When the state is saved, by steps, by time or by both; the last step always is."""
 
-    every: int = 0  # steps; 0: only at the end and on SIGTERM
-    minutes: float = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
-    keep_last: int = 2  # with two, a damaged one has one before it
-    keep_every: int = 0  # steps; 0: none kept beyond keep_last
+    every: Count = 0  # steps; 0: only at the end and on SIGTERM
+    minutes: NonNegative = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
+    keep_last: PositiveCount = 2  # with two, a damaged one has one before it
+    keep_every: Count = 0  # steps; 0: none kept beyond keep_last
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between lines in metrics.jsonl
+    every: PositiveCount = 10  # steps between lines in metrics.jsonl
     tensorboard: bool = True
     wandb: str = ""  # a project name; empty: off
     profile: str = ""  # steps to trace, FIRST:LAST such as 10:15; empty: off
@@ -47,10 +51,10 @@ class TrainConfig:
     """What every stage that trains has in common."""
 
     stage: str
-    steps: int
-    seed: int = 0
+    steps: PositiveCount
+    seed: Seed = 0
     init_from: str | None = None  # workdir whose parameters training starts from
-    eval_every: int = 0  # steps; 0: only at the end
+    eval_every: Count = 0  # steps; 0: only at the end
     on_nonfinite: Literal["error", "skip"] = "error"
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -154,49 +158,92 @@ def _is_union(hint: Any) -> bool:
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    arms = typing.get_args(hint) if _is_union(hint) else (hint,)
-    return next((a for a in arms if dataclasses.is_dataclass(a)), None)
+    """Returns the dataclass that a value is, may be or is several of, or None."""
+    return next((arm for arm in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(arm)), None)
 
 
 def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
-    """A frozen dataclass from a config, strictly.
+    """Returns a frozen dataclass of a config's values, strictly: an int where a float is meant is the one conversion.
 
     Raises:
-      ConfigError: an unknown key, a missing one, a wrong type, NaN or an infinity, or what the
-        dataclass itself refuses.
+      ConfigError: an unknown key, a missing one, a wrong type, a number out of its field's range,
+        NaN or an infinity, or what the dataclass itself refuses.
     """
     values = to_dict(values)
-    defaults(cls, values, where)  # names every unknown key with its place
     if found := json_text.first_nonfinite(values, where):
         option, number = found
         raise ConfigError(f"{option}={number}: expected a finite number")
     try:
-        hooks = {float: _as_float, int: _as_int}
-        return dacite.from_dict(cls, values, dacite.Config(strict=True, type_hooks=hooks, cast=[tuple]))
-    except dacite.UnexpectedDataError as e:
-        known = ", ".join(f.name for f in dataclasses.fields(cls))
-        raise ConfigError(f"{where}: unknown option {', '.join(sorted(e.keys))}; known here: {known}") from None
-    except dacite.MissingValueError as e:
-        raise ConfigError(f"{where}.{e.field_path}: a value is required") from None
-    except dacite.WrongTypeError as e:
-        raise ConfigError(f"{where}.{e.field_path}={e.value!r}: expected {_describe(e.field_type)}") from None
-    except dacite.DaciteError as e:
+        text = json_text.encode(values, where)
+    except TypeError as e:
         raise ConfigError(f"{where}: {e}") from None
+    try:  # in JSON a list may be a tuple, and an object a dataclass, strict as it is
+        return _adapter(cls).validate_json(text, strict=True, extra="forbid")
+    except pydantic.ValidationError as e:
+        raise ConfigError(_first_mistake(cls, e.errors(include_url=False), where)) from None
+
+
+@functools.cache
+def _adapter(cls: type) -> Any:
+    return pydantic.TypeAdapter(cls)
+
+
+def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Returns the message of an unknown option, if there is one, else of the first mistake."""
+    unknown = [mistake for mistake in mistakes if mistake["type"] == "unexpected_keyword_argument"]
+    first = (unknown or mistakes)[0]
+    *parents, place = itertools.accumulate(first["loc"], _place, initial=where)
+    if unknown:
+        fields = dataclasses.fields(_dataclass_of(_hint_at(cls, first["loc"][:-1])))
+        return f"{place}: no such option; {parents[-1]} has {', '.join(field.name for field in fields)}"
+    if first["type"] == "missing":
+        return f"{place}: a value is required"
+    if first["type"] == "string_unicode":
+        return f"{where}: a text in it is not Unicode"
+    return f"{place}={first['input']!r}: expected {_describe(_hint_at(cls, first['loc']))}"
+
+
+def _place(parent: str, part: str | int) -> str:
+    return f"{parent}[{part}]" if isinstance(part, int) else f"{parent}.{part}"
+
+
+def _hint_at(hint: Any, location: Sequence[str | int]) -> Any:
+    """Returns the annotation of the value at a place within a value."""
+    for part in location:
+        cls = None if isinstance(part, int) else _dataclass_of(hint)
+        if cls:
+            hint = typing.get_type_hints(cls, include_extras=True)[part]
+        else:  # of a tuple all elements have one type; of a dict the values
+            hint = typing.get_args(hint)[0 if isinstance(part, int) else -1]
+    return hint
 
 
 def _describe(hint: Any) -> str:
+    """Returns what a value may be: `int >= 1 | None`, `one of 'up', 'down'`."""
+    arms = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
+        return "one of " + ", ".join(map(repr, arms))
+    if _is_union(hint):
+        return " | ".join(map(_describe, arms))
+    if typing.get_origin(hint) is Annotated:
+        return f"{_describe(arms[0])} {' and '.join(_conditions(arms[1:]))}"
+    if typing.get_origin(hint) is tuple:
+        return f"tuple[{', '.join(map(_describe, arms))}]"
+    return _NAMES.get(hint) or getattr(hint, "__name__", str(hint))
 
 
-def _as_float(x: Any) -> Any:
-    return float(x) if isinstance(x, int) and not isinstance(x, bool) else _as_int(x)
+_NAMES = {type(None): "None", ...: "..."}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def _as_int(x: Any) -> Any:
-    """A bool is an int to Python; where a number is meant, `True` is a mistake: as a text it is refused."""
-    return str(x) if isinstance(x, bool) else x
+def _conditions(ranges: Iterable[Any]) -> Iterator[str]:
+    """Yields the conditions of ranges of annotated_types."""
+    for part in ranges:
+        if isinstance(part, Predicate):
+            yield part.func.__name__.replace("_", " ")
+        else:
+            bounds = dataclasses.asdict(part)
+            yield from (f"{sign} {bounds[name]}" for name, sign in _SIGNS.items() if bounds.get(name) is not None)
 
 
 def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str:

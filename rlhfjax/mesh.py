@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax import hosts, strategy
 from rlhfjax.errors import ConfigError
+from rlhfjax.ranges import MeshSize
 from rlhfjax.strategy import AXES, Need
 
 log = logging.getLogger("rlhfjax")
@@ -36,11 +37,11 @@ class MeshConfig:
     devices have; or one of strategy.STRATEGIES, its rules, and sizes that it completes.
     """
 
-    replica: int = 1
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    replica: MeshSize = 1
+    data: MeshSize = -1
+    fsdp: MeshSize = 1
+    tensor: MeshSize = 1
+    sequence: MeshSize = 1
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of the strategy's table
     strategy: str = "given"
     devices: str = ""  # FIRST:END of all devices, such as "0:6" or "6:"; empty: all
@@ -165,8 +166,8 @@ def make_layout(
     elif name != "given":
         asked = strategy.sizes(name, asked, _slices(devices))
     sizes = list(asked.values())
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ConfigError(f"mesh {asked}: sizes are positive, and at most one is -1")
+    if sizes.count(-1) > 1:
+        raise ConfigError(f"mesh {asked}: at most one size is -1")
     fixed = math.prod(s for s in sizes if s != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
@@ -241,12 +242,15 @@ def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
 def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     rules = dict(table)
     for name, axes in overrides.items():
-        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        axes = (axes,) if isinstance(axes, str) else axes
+        axes = () if axes is None else axes
         if name not in rules:
             raise ConfigError(f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}")
-        if unknown := set(axes) - set(AXES):
-            raise ConfigError(f"mesh.rules.{name}: unknown mesh axes {sorted(unknown)}; known: {', '.join(AXES)}")
-        rules[name] = axes
+        if not isinstance(axes, list | tuple):
+            raise ConfigError(f"mesh.rules.{name}={axes!r}: expected a mesh axis, several or None")
+        if unknown := [axis for axis in axes if axis not in AXES]:
+            raise ConfigError(f"mesh.rules.{name}: unknown mesh axes {unknown}; known: {', '.join(AXES)}")
+        rules[name] = tuple(axes)
     return rules
 
 

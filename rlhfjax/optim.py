@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.ranges import Count, NonNegative, Positive, Share, ShareBelow1
 
-NAMES = ("adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd")
-MOMENTS = ("float32", "bfloat16")
 DECAYED = frozenset({"kernel", "tokens", "positions", "lora_a", "lora_b"})  # names of parameters
 NOT_DECAYED = frozenset({"scale", "bias"})
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +38,23 @@ class OptimConfig:
       clip_norm: the gradient is scaled down to this global norm; 0 is off.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 3e-4
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    warmup_start: float = 0.0
-    final_fraction: float = 0.0
-    decay_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    moments: str = "float32"
+    name: Literal["adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd"] = "adamw"
+    learning_rate: NonNegative = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Count = 0
+    warmup_start: Share = 0.0
+    final_fraction: Share = 0.0
+    decay_steps: Count = 0
+    b1: ShareBelow1 = 0.9
+    b2: ShareBelow1 = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.name not in NAMES:
-            raise ConfigError(f"optim.name: {self.name!r} is none of {', '.join(NAMES)}")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"optim.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}")
-        if self.moments not in MOMENTS:
-            raise ConfigError(f"optim.moments: {self.moments!r} is none of {', '.join(MOMENTS)}")
         if self.moments != "float32" and (self.name == "rmsprop" or (self.name == "sgd" and not self.b1)):
             raise ConfigError(f"optim.moments: {self.name} with b1={self.b1} has no first moment")
-        for field in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "eps"):
-            if not getattr(self, field) >= 0:
-                raise ConfigError(f"optim.{field}: {getattr(self, field)} is negative")
-        for field in ("warmup_start", "final_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ConfigError(f"optim.{field}: {getattr(self, field)} is not between 0 and 1")
         if self.weight_decay and self.name in ("adam", "adam_tf"):
             raise ConfigError(f"optim.weight_decay: {self.name} has none; use {self.name.replace('m', 'mw', 1)}")
 

@@ -140,6 +140,8 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
       ConfigError: a stage without a config, a config without a stage, or a name given twice.
     """
     names = list(config["stages"])
+    if not names:
+        raise ConfigError("recipe: `stages` is empty; expected the names of stages")
     if missing := [n for n in names if not isinstance(config.get(n), Mapping)]:
         raise ConfigError(f"recipe: stage {missing[0]!r} is in `stages` and has no config of its own")
     if extra := sorted(set(config) - set(names) - {"stages"}):

@@ -26,6 +26,7 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
+from rlhfjax.ranges import Count, Size
 from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Roles, Sources, Workload
 from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage
 from rlhfjax.state import TrainState, apply_gradients, gradients
@@ -42,10 +43,10 @@ class ModelTrainConfig(TrainConfig):
     model: TransformerConfig | None = None  # None: the shape of `init_from`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`'s: dropout, dtype, remat, …
     lora: LoraConfig = LoraConfig()  # rank 0: all of the model is trained
-    batch_size: int
-    microbatches: int = 1
+    batch_size: Size
+    microbatches: Size = 1
     optim: OptimConfig = OptimConfig()
-    eval_batches: int = 0  # 0: the whole held-out split
+    eval_batches: Count = 0  # 0: the whole held-out split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class StreamConfig(ModelTrainConfig):
     """One that trains on a stream of documents or examples."""
 
     # independent streams that a batch is made of, each host running its own; the order of the data depends on how many
-    data_shards: int = 1
+    data_shards: Size = 1
 
 
 def trained_role(config: ModelTrainConfig, head: Head = "lm") -> Role:
@@ -210,7 +211,7 @@ def validate_training(config: Any, layout: Layout, model_config: TransformerConf
     """
     validate_origin(config)
     layout.check_batch(config.batch_size, f"{config.stage}.batch_size")
-    if config.microbatches < 1 or config.batch_size % config.microbatches:
+    if config.batch_size % config.microbatches:
         raise ConfigError(
             f"{config.stage}.batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}"
         )

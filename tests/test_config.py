@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import pytest
+from annotated_types import Interval
 from ml_collections import ConfigDict
 
+from rlhfjax import ranges
 from rlhfjax.config import TrainConfig, build, explain, fill_defaults, parse_arg, to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
@@ -36,6 +38,9 @@ class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
     many: tuple[Inner, ...] = ()
     maybe: int | None = None
+    several: tuple[float, float] = (0.0, 1.0)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    share: Annotated[float, Interval(ge=0, le=1)] | None = None
 
 
 def test_values_arrive_as_their_types():
@@ -49,7 +54,17 @@ def test_values_arrive_as_their_types():
     [
         ({"name": "a", "bogus": 1}, ("c.bogus", "no such option", "name, rate")),
         ({"name": "a", "inner": {"bogus": 1}}, ("c.inner.bogus", "size, how")),
-        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("bogus",)),
+        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("c.many[1].bogus", "c.many[1] has size, how")),
+        ({"bogus": 1}, ("c.bogus", "no such option")),
+        ({"name": "a", "many": [{}, {"size": "x"}]}, ("c.many[1].size='x': expected int",)),
+        ({"name": "a", "several": [1.0]}, ("c.several[1]: a value is required",)),
+        ({"name": "a", "several": [1, 2, 3]}, ("c.several=[1, 2, 3]: expected tuple[float, float]",)),
+        ({"name": "a", "names": {"x": 3}}, ("c.names.x=3: expected str",)),
+        ({"name": "a", "share": 2}, ("c.share=2: expected float >= 0 and <= 1 | None",)),
+        ({"name": "a", "share": 10**400}, ("c.share=1000", "expected float >= 0 and <= 1 | None")),
+        ({"name": "a", "share": True}, ("c.share=True: expected float >= 0 and <= 1 | None",)),
+        ({"name": "\udcff"}, ("c: a text in it is not Unicode",)),
+        ({"name": object()}, ("c: Object of type object is not JSON serializable",)),
         ({}, ("c.name", "required")),
         ({"name": 3}, ("c.name=3", "str")),
         ({"name": "a", "steps": 1.5}, ("c.steps=1.5", "int")),
@@ -212,6 +227,7 @@ def test_config_does_not_start_jax():
 # ------------------------------------------------------------------ an option set to 0 is 0
 
 PACKAGE = Path(__file__).parents[1] / "rlhfjax"
+NUMBERS = {"int", "float", *(name for name, hint in vars(ranges).items() if get_origin(hint) is Annotated)}
 
 
 def test_no_number_has_a_default_that_stands_in_for_0():
@@ -231,9 +247,9 @@ def test_no_number_has_a_default_that_stands_in_for_0():
 
 
 def numeric(annotation: ast.expr | None) -> bool:
-    """Whether an annotation is of int and float, and None perhaps."""
+    """Whether an annotation is of int and float, or of ranges of them, and None perhaps."""
     kinds = set() if annotation is None else set(ast.unparse(annotation).split(" | "))
-    return bool(kinds & {"int", "float"}) and kinds <= {"int", "float", "None"}
+    return bool(kinds & NUMBERS) and kinds <= NUMBERS | {"None"}
 
 
 def numeric_fields(nodes: list[ast.AST]) -> set[str]:

@@ -31,9 +31,9 @@ def test_minus_one_takes_what_is_left():
         (MeshConfig(data=8), "does not fit the 4 devices"),
         (MeshConfig(data=2), "does not fit the 4 devices"),  # two would stand idle
         (MeshConfig(fsdp=3), "does not fit the 4 devices"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one is -1"),
-        (MeshConfig(data=0), "sizes are positive"),
-        (MeshConfig(data=-2), "sizes are positive"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one size is -1"),
+        (MeshConfig(rules={"embed": 0}), "mesh.rules.embed=0: expected a mesh axis, several or None"),
+        (MeshConfig(rules={"embed": ""}), "mesh.rules.embed: unknown mesh axes ['']; known: replica"),
         (MeshConfig(rules={"bogus": "data"}), "unknown logical axis 'bogus'; known: batch"),
         (
             MeshConfig(rules={"embed": ("data", "bogus")}),

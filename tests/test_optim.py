@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model, stacked, unstacked
@@ -320,14 +321,14 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"name": "adamax"}, "optim.name: 'adamax' is none of adamw"),
-        ({"schedule": "step"}, "optim.schedule: 'step'"),
+        ({"name": "adamax"}, "optim.name='adamax': expected one of 'adamw'"),
+        ({"schedule": "step"}, "optim.schedule='step': expected one of 'constant'"),
         ({"learning_rate": -1.0}, "optim.learning_rate"),
         ({"learning_rate": math.nan}, "optim.learning_rate"),
         ({"clip_norm": -1.0}, "optim.clip_norm"),
-        ({"final_fraction": 1.5}, "optim.final_fraction: 1.5"),
+        ({"final_fraction": 1.5}, "optim.final_fraction=1.5: expected float >= 0 and <= 1"),
         ({"b2": -0.1}, "optim.b2"),
-        ({"moments": "int8"}, "optim.moments: 'int8' is none of float32, bfloat16"),
+        ({"moments": "int8"}, "optim.moments='int8': expected one of 'float32', 'bfloat16'"),
         ({"name": "rmsprop", "moments": "bfloat16"}, "rmsprop with b1=0.9 has no first moment"),
         ({"name": "adam", "weight_decay": 0.1}, "use adamw"),
         ({"name": "adam_tf", "weight_decay": 0.1}, "use adamw_tf"),
@@ -335,7 +336,7 @@ def test_sharded_parameters_get_the_same_updates_and_keep_their_shards():
 )
 def test_what_cannot_be_meant_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
-        OptimConfig(**fields)
+        build(OptimConfig, fields, "optim")
 
 
 def test_a_warmup_longer_than_the_run_is_refused():

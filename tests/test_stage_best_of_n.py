@@ -106,7 +106,11 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"pool": 0}, "at least one"), ({"temperature": 0.0}, "above 0"), ({"max_new": 64}, "longer than the model's")],
+    [
+        ({"pool": 0}, "pool=0: expected int >= 1"),
+        ({"temperature": 0.0}, "expected float >= 0.0001"),
+        ({"max_new": 64}, "longer than the model's"),
+    ],
 )
 def test_what_cannot_be_meant_is_refused(changes, message, conversations, finished, tmp_path):
     with pytest.raises(ConfigError, match=message):

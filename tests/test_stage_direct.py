@@ -446,8 +446,8 @@ def test_dropout_is_of_the_trained_policy_alone(finished, separable):
           "d_ff": 32, "max_length": 32}}, "needs one"),
         ({"loss": {"name": "orpo"}, "reference": "somewhere"}, "has no reference"),
         ({"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"}, "has no reference"),
-        ({"loss": {"beta": 0.0}}, "above 0"),
-        ({"loss": {"name": "cdpo", "smoothing": 0.5}}, "below 0.5"),
+        ({"loss": {"beta": 0.0}}, "loss.beta=0.0: expected float >= 1.2e-38"),
+        ({"loss": {"name": "cdpo", "smoothing": 0.5}}, "loss.smoothing=0.5: expected float >= 0 and < 0.5"),
         ({"preferences": ()}, "at least one folder"),
     ],
 )  # fmt: skip

@@ -458,8 +458,8 @@ REFUSED = {
     "a mean over tokens, dapo's": {"entropy_coefficient": 0.1},
     "it lies within": {"overlong_soft": 9},
     "every answer hits": {"overlong": "leave_out", "stop_at_eos": False},
-    "above 0": {"clip": 0.0},
-    "baseline_decay": {"estimator": "reinforce", "baseline_decay": 1.0},
+    "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},
+    "baseline_decay=1.0: expected float >= 0 and < 1": {"estimator": "reinforce", "baseline_decay": 1.0},
     "has no groups": {"estimator": "reinforce", "only_informative": True},
     "batch_size times completions=16": {"minibatches": 3},
 }

@@ -742,12 +742,12 @@ REFUSED = {
     "a response has max_new": {"truncate": {"token": ".", "after": 8}},
     "it stops later updates": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
     "advantages exist only there": {"whiten_rewards": "minibatch", "whiten_advantages": "batch"},
-    "is not a decay": {"ema": 1.0},
-    "between 0 and 1": {"lam": 1.5},
-    "clip=0": {"clip": 0.0},
-    "at least one sequence of text": {"ptx": {"coefficient": 1.0, "ratio": 0, "length": 32}},
-    "above 0": {"temperature": 0.0},
-    "at least 1": {"epochs": 0},
+    "ema=1.0: expected float >= 0 and < 1": {"ema": 1.0},
+    "lam=1.5: expected float >= 0 and <= 1": {"lam": 1.5},
+    "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},
+    "ptx.ratio=0: expected int >= 1": {"ptx": {"coefficient": 1.0, "ratio": 0, "length": 32}},
+    "temperature=0.0: expected float >= 0.0001": {"temperature": 0.0},
+    "epochs=0: expected int >= 1": {"epochs": 0},
     "not divisible": {"minibatches": 3},
 }
 

@@ -11,6 +11,7 @@ from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.ranges import Count
 
 log = logging.getLogger("rlhfjax")
 
@@ -25,9 +26,9 @@ class SourceConfig:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     data_dir: str | None = None
     on_bad_row: str = "error"
-    min_turns: int = 0
+    min_turns: Count = 0
     documents: str = "file"
-    limit: int = 0  # rows; 0: all
+    limit: Count = 0  # rows; 0: all
 
     def open(self) -> Source:
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("spec", "limit")}

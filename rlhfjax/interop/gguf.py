@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlhfjax import paths
+from rlhfjax.config import build
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import names
 from rlhfjax.models import Model, TransformerConfig
@@ -153,19 +154,20 @@ def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> Transform
         if value(name, head_dim) != head_dim:
             raise CheckpointError(f"{path}: llama.{name} is {value(name)}, and the width of a head is {head_dim}")
     try:
-        return TransformerConfig(
-            vocab_size=value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
-            d_model=d_model,
-            n_layers=value("block_count"),
-            n_heads=n_heads,
-            d_ff=value("feed_forward_length"),
-            max_length=value("context_length"),
-            n_kv_heads=value("attention.head_count_kv", n_heads),
-            d_head=None if head_dim * n_heads == d_model else head_dim,
-            rope_theta=value("rope.freq_base", 10000.0),
-            norm_eps=value("attention.layer_norm_rms_epsilon"),
-            tie_embeddings=tied,
-        )
+        fields = {
+            "vocab_size": value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
+            "d_model": d_model,
+            "n_layers": value("block_count"),
+            "n_heads": n_heads,
+            "d_ff": value("feed_forward_length"),
+            "max_length": value("context_length"),
+            "n_kv_heads": value("attention.head_count_kv", n_heads),
+            "d_head": None if head_dim * n_heads == d_model else head_dim,
+            "rope_theta": value("rope.freq_base", 10000.0),
+            "norm_eps": value("attention.layer_norm_rms_epsilon"),
+            "tie_embeddings": tied,
+        }
+        return build(TransformerConfig, fields, "model")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

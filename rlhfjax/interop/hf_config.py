@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhfjax import paths
+from rlhfjax.config import build
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop.hf_families import FAMILIES, REQUIRED, Family, Said
 from rlhfjax.models import Model, TransformerConfig
@@ -92,7 +93,7 @@ def _config(name: str, said: Said) -> TransformerConfig:
     fields |= family.fixed | family.read(said, fields)
     said.finish(family.neutral)
     try:
-        config = TransformerConfig(**fields)
+        config = build(TransformerConfig, fields, "model")
     except ConfigError as error:
         raise CheckpointError(f"{said.path}: {error}") from None
     return dataclasses.replace(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from rlhfjax import paths
-from rlhfjax.config import write_json
+from rlhfjax.config import build, write_json
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config
 from rlhfjax.interop.names import TABLES, Row, nested, shapes_of
@@ -138,7 +138,8 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
     if tensors or not found:
         raise CheckpointError(f"{folder / WEIGHTS}: this model has no place for {next(iter(tensors), 'no adapter')}")
     targets = _targets(model, set(found))
-    config = LoraConfig(rank, float(alpha), targets, float(said.get("lora_dropout", 0.0)))
+    values = {"rank": rank, "alpha": alpha, "targets": targets, "dropout": said.get("lora_dropout", 0.0)}
+    config = build(LoraConfig, values, str(folder / CONFIG))
     return dataclasses.replace(model, lora=config), _stacked(model, found) | head
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.ranges import Positive, ShareBelow1, SizeOrNone
 
 Params = dict[str, Any]
 NAMES = ("lora_a", "lora_b")
@@ -25,25 +26,20 @@ class LoraConfig:
     """Which projections have adapters, and of what rank; rank 0 is none: everything is trained.
 
     Raises:
-      ConfigError: a value out of range, or `targets` is no regular expression.
+      ConfigError: a quantised base without adapters, or `targets` is no regular expression.
     """
 
-    rank: int = 0
-    alpha: float = 16.0  # the adapters' product counts alpha / rank
+    rank: SizeOrNone = 0
+    alpha: Positive = 16.0  # the adapters' product counts alpha / rank
     # searched for in the paths of the projections, such as backbone/layers/layer_3/attention/query; the paper adapts
     # query and value (section 4.2), QLoRA all of them: "attention|mlp"
     targets: str = "attention/(query|value)"
-    dropout: float = 0.0  # of the adapters' input
+    dropout: ShareBelow1 = 0.0  # of the adapters' input
     base: Literal["float32", "int8", "nf4"] = "float32"  # the frozen kernels of the layers (models.quantised)
 
     def __post_init__(self):
         if self.base != "float32" and not self.rank:
             raise ConfigError(f"lora.base={self.base!r}: a base is quantised under adapters, and lora.rank=0 has none")
-        if self.rank < 0 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"lora: rank={self.rank} is at least 0 (off), alpha={self.alpha} above 0, "
-                f"dropout={self.dropout} at least 0 and below 1"
-            )
         try:
             re.compile(self.targets)
         except re.error as e:

@@ -1,8 +1,8 @@
 """Model shapes by name. `preset("gpt2-124m")`; parameter counts are pinned in tests/models/test_presets.py."""
 
-import dataclasses
 from typing import Any
 
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
 
@@ -105,7 +105,4 @@ def preset(name: str, **changes: Any) -> TransformerConfig:
     """
     if name not in PRESETS:
         raise ConfigError(f"model preset {name!r} is unknown: accepted are {', '.join(PRESETS)}")
-    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(set(changes) - fields):
-        raise ConfigError(f"model.{unknown[0]} is not a field of the model: accepted are {', '.join(sorted(fields))}")
-    return TransformerConfig(**{**PRESETS[name], **changes})
+    return build(TransformerConfig, {**PRESETS[name], **changes}, "model")

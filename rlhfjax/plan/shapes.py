@@ -8,7 +8,7 @@ import jax
 
 from rlhfjax import paths, recipe, stages
 from rlhfjax import state as states
-from rlhfjax.config import parse_arg, to_dict
+from rlhfjax.config import build, parse_arg, to_dict
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.footprint import Net
@@ -144,7 +144,7 @@ def parse_model(text: str) -> TransformerConfig:
     name, _, changes = text.partition(":")
     shape = preset(name)
     fields = {k: v for k, v in dataclasses.asdict(shape).items() if v is not None}
-    return TransformerConfig(**dataclasses.asdict(shape) | dict(parse_arg(changes, **fields)))
+    return build(TransformerConfig, dataclasses.asdict(shape) | dict(parse_arg(changes, **fields)), "model")
 
 
 def subject(

@@ -11,6 +11,7 @@ from rlhfjax.config import build, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
 from rlhfjax.programs import Rows, on_host
+from rlhfjax.ranges import Finite, NonNegative
 from rlhfjax.rewards import ensemble
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, score_shapes
@@ -23,7 +24,7 @@ class MemberConfig:
 
     reward: str  # a name that `load_reward` knows
     name: str = ""  # in the metrics: score_NAME; empty: its number
-    weight: float = 1.0  # of combine="sum"
+    weight: Finite = 1.0  # of combine="sum"
     where: str = ""  # a scorer that gives 1 on prompts where this member counts and 0 elsewhere; empty: everywhere
 
 
@@ -33,7 +34,7 @@ class ComposeConfig:
 
     members: tuple[MemberConfig, ...] = ()
     combine: Literal["sum", "mean", "worst", "pessimistic"] = "sum"
-    coefficient: float = 1.0  # c of pessimistic
+    coefficient: NonNegative = 1.0  # c of pessimistic
 
     def __post_init__(self):
         if len(self.members) < (1 if self.combine == "sum" else 2):

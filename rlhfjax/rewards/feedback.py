@@ -24,6 +24,7 @@ from rlhfjax.config import build
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Seed, Share, TokensOrNone
 from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.labellers import Answers
 from rlhfjax.rewards.responses import Pairs, found
@@ -45,13 +46,13 @@ class FeedbackConfig:
     judge: JudgeConfig
     principles: str  # a file with one principle a line: "Which of these responses is more helpful?"
     template: str = TEMPLATE  # with {prompt}, {principle}, {a} and {b}
-    thought: int = 0  # tokens of a chain of thought before the choice; 0: none
-    clamp: tuple[float, float] = (0.0, 1.0)  # of probabilities; (0.4, 0.6) with a chain of thought
-    seed: int = 0
+    thought: TokensOrNone = 0  # tokens of a chain of thought before the choice; 0: none
+    clamp: tuple[Share, Share] = (0.0, 1.0)  # of probabilities; (0.4, 0.6) with a chain of thought
+    seed: Seed = 0
 
     def __post_init__(self):
         low, high = self.clamp
-        if not 0 <= low < high <= 1 or abs(low + high - 1) > 1e-9:
+        if low >= high or abs(low + high - 1) > 1e-9:
             raise ConfigError(f"feedback.clamp={self.clamp}: bounds (x, 1 - x) with x below 1/2 are needed")
         if missing := [name for name in ("prompt", "a", "b") if f"{{{name}}}" not in self.template]:
             raise ConfigError(f"feedback.template: it has no {{{missing[0]}}}")

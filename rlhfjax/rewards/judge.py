@@ -23,6 +23,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards.responses import found
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.sampling.generate import generate
@@ -35,8 +36,8 @@ class JudgeConfig:
     """Which model judges, and how much of it is run at once."""
 
     model: str  # the workdir of a stage that made a language model
-    length: int  # question and option, tokens; a longer question is cut, see `ask`
-    batch_size: int = 32  # rows of a forward pass
+    length: Tokens  # question and option, tokens; a longer question is cut, see `ask`
+    batch_size: Size = 32  # rows of a forward pass
 
 
 def load_judge(config: JudgeConfig, folder: Path, layout: Layout, sources: Sources = DISK) -> "Judge":

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlhfjax.algos import ranking
 from rlhfjax.algos.preference import distinct_pairs, kwise_loss, untied_pairs
 from rlhfjax.algos.types import Loss
-from rlhfjax.errors import ConfigError
+from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf
 
 RewardLoss = Callable[..., Loss]  # (rewards, labels, valid, same=None), all [p, k]
 Same = Int[Array, "p k"] | None
@@ -37,16 +37,10 @@ class LossConfig:
     name: Literal[
         "kwise", "bradley_terry", "smoothed", "margin", "soft", "half_ties", "rao_kupper", "plackett_luce", "best_of_k"
     ] = "kwise"
-    smoothing: float = 0.1  # of `smoothed`; cDPO's and Wang et al.'s usual value
-    margin: float = 1.0  # of `margin`: reward units a unit of label difference
-    label_scale: float = 1.0  # of `soft`: 1 where a label is a log-probability, as judges give
-    eta: float = 0.5  # of `rao_kupper`: rewards closer than about this are called equal; ours, the paper fits it
-
-    def __post_init__(self):
-        if not 0 <= self.smoothing < 0.5:
-            raise ConfigError(f"loss.smoothing={self.smoothing}: a probability of a wrong label below 0.5 is needed")
-        if self.eta <= 0:
-            raise ConfigError(f"loss.eta={self.eta}: it must be above 0, or ties are impossible")
+    smoothing: ShareBelowHalf = 0.1  # of `smoothed`: cDPO's and Wang et al.'s usual value
+    margin: NonNegative = 1.0  # of `margin`: reward units a unit of label difference
+    label_scale: Finite = 1.0  # of `soft`: 1 where a label is a log-probability, as judges give
+    eta: Positive = 0.5  # of `rao_kupper`: rewards closer than about this are called equal; ours, the paper fits it
 
 
 def make_loss(config: LossConfig) -> RewardLoss:

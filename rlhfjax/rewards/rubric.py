@@ -16,6 +16,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Finite
 from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
 from rlhfjax.rewards.responses import Pairs, Reward, TextReward
 from rlhfjax.roles import Sources
@@ -26,7 +27,7 @@ class ClassConfig:
     """One answer of the multiple choice."""
 
     option: str  # what the judge says: "A"
-    reward: float
+    reward: Finite
     name: str = ""  # in the metrics, as class_NAME; empty: the option
 
 

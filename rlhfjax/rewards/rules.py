@@ -22,6 +22,7 @@ from rlhfjax.config import build
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
+from rlhfjax.ranges import Finite, Seconds, Workers
 from rlhfjax.rewards.workers import TIMED_OUT, Outcome, Pool
 
 log = logging.getLogger("rlhfjax")
@@ -34,14 +35,10 @@ class RuleConfig:
     """How a rule is run."""
 
     function: str  # package.module:function
-    timeout: float = 5.0  # seconds a sample
-    failed: float = 0.0  # the score of a sample whose rule raised, timed out or gave no finite number
-    workers: int = 0  # processes; 0: as many as there are cores, at most 8
+    timeout: Seconds = 5.0  # seconds a sample
+    failed: Finite = 0.0  # the score of a sample whose rule raised, timed out or gave no finite number
+    workers: Workers = 0  # processes; 0: as many as there are cores, at most 8
     metadata: str = ""  # a glob of JSON lines
-
-    def __post_init__(self):
-        if self.timeout <= 0 or self.workers < 0:
-            raise ConfigError(f"rule {self.function!r}: timeout must be above 0 and workers not below")
 
 
 def parse(name: str) -> RuleConfig:

@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
 
 def validate_buckets(buckets: int, length: int, stage: str) -> None:
     """Raises ConfigError unless the prompts' width can be cut into so many parts."""
-    if not 1 <= buckets <= length:
+    if buckets > length:
         raise ConfigError(f"{stage}.prompt_buckets={buckets}: 1 (one width) to prompt_length={length}")
 
 

@@ -10,6 +10,19 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.optim import OptimConfig, make_schedule
+from rlhfjax.ranges import (
+    Count,
+    Finite,
+    NonNegative,
+    PositiveCount,
+    PositiveShare,
+    PositiveTemperature,
+    ShareBelow1,
+    Size,
+    SizeOrNone,
+    Tokens,
+    TokensOrNone,
+)
 from rlhfjax.rl.prompts import PromptConfig, PtxConfig
 from rlhfjax.roles import Pass, Role, Workload
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
@@ -19,9 +32,9 @@ from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 class KLConfig:
     """The penalty on log pi / pi_ref. With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
 
-    coefficient: float = 0.05  # reward units per nat; the first one where it adapts
-    target: float = 0.0  # nats per sequence; 0: the coefficient is fixed
-    horizon: int = 0  # episodes; 10 to 20 batches
+    coefficient: NonNegative = 0.05  # reward units per nat; the first one where it adapts
+    target: NonNegative = 0.0  # nats per sequence; 0: the coefficient is fixed
+    horizon: Count = 0  # episodes; 10 to 20 batches
     place: Literal["reward", "loss"] = "reward"
     # in the loss, k1, k2, k3 and sequence have the gradient of KL(pi || pi_ref); grpo is k3 differentiated as it stands
     estimator: Literal["k1", "k2", "k3", "sequence", "grpo"] = "k1"
@@ -37,8 +50,8 @@ class TruncateConfig:
     """
 
     token: str = ""  # a piece of the tokenizer, such as a full stop; empty: off
-    after: int = 0  # the first response position that may be it (Ziegler: 16 of 24)
-    value: float = -1.0  # the score where there is none
+    after: TokensOrNone = 0  # the first response position that may be it (Ziegler: 16 of 24)
+    value: Finite = -1.0  # the score where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +62,8 @@ class HumanConfig:
     """
 
     reward: str = ""  # a tamer stage's workdir, or any reward; empty: none
-    weight: float = 1.0  # reward units a unit of H, in the first iteration
-    factor: float = 0.98  # "and the like", Knox & Stone 2010, who anneal an episode
+    weight: Finite = 1.0  # reward units a unit of H, in the first iteration
+    factor: PositiveShare = 0.98  # "and the like", Knox & Stone 2010, who anneal an episode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,31 +76,32 @@ class PolicyConfig(TrainConfig):
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()
     gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
-    prompt_length: int
-    max_new: int
-    temperature: float = 1.0
+    prompt_length: Tokens
+    max_new: Tokens
+    temperature: PositiveTemperature = 1.0
     stop_at_eos: bool = True  # False: every response has max_new tokens, an eos among them is one as any (Ziegler)
     # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
     behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
-    batch_size: int
-    slots: int = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
+    batch_size: Size
+    slots: SizeOrNone = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
     rollout_mesh: MeshConfig | None = None  # of the same devices, for sampling; None: the mesh of training
     # of reward and reference, on devices of their own: mesh.devices="0:6", judge_mesh.devices="6:8"; None: the policy's
     judge_mesh: MeshConfig | None = None
     # learn from the responses of the iteration before, while new ones are sampled and the host makes rewards
     one_step_off: bool = False
-    epochs: int
-    minibatches: int  # of an epoch
-    microbatches: int = 1  # of a minibatch
-    target_kl: float = 0.0  # nats a token from pi_old, beyond which the rest of an iteration's updates is left; 0: off
-    entropy_coefficient: float = 0.0
+    epochs: PositiveCount
+    minibatches: Size  # of an epoch
+    microbatches: Size = 1  # of a minibatch
+    # nats per token from pi_old, beyond which the rest of an iteration's updates is left; 0: off
+    target_kl: NonNegative = 0.0
+    entropy_coefficient: NonNegative = 0.0
     truncate: TruncateConfig = TruncateConfig()
     missing_eos: Literal["none", "penalty", "replace"] = "none"
-    missing_eos_value: float = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
-    score_clip: float = 0.0  # 0: none
+    missing_eos_value: Finite = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
+    score_clip: NonNegative = 0.0  # 0: none
     kl: KLConfig = KLConfig()
     ptx: PtxConfig = PtxConfig()
-    ema: float = 0.0  # decay an iteration of averaged weights (or adapters), then the stage's model; 0: none
+    ema: ShareBelow1 = 0.0  # decay an iteration of averaged weights (or adapters), then the stage's model; 0: none
     optim: OptimConfig = OptimConfig()
 
     @property
@@ -169,8 +183,6 @@ def validate_policy(config: PolicyConfig, layout: Layout, model_config: Transfor
     layout.check_batch(config.episodes, f"{name}.batch_size")
     validate_slots(config.slots, config.each, layout, name)
     validate_length(config.prompt_length + config.max_new, model_config, f"{name}.prompt_length + max_new")
-    if min(config.epochs, config.minibatches, config.microbatches) < 1:
-        raise ConfigError(f"{name}: epochs, minibatches and microbatches are at least 1")
     if config.episodes % (config.minibatches * config.microbatches):
         what = "batch_size" if config.episodes == config.batch_size else "batch_size times completions"
         raise ConfigError(
@@ -178,8 +190,6 @@ def validate_policy(config: PolicyConfig, layout: Layout, model_config: Transfor
             f"microbatches={config.microbatches}"
         )
     layout.check_batch(config.episodes // config.minibatches // config.microbatches, f"a {name} microbatch")
-    if config.temperature <= 0:
-        raise ConfigError(f"{name}.temperature={config.temperature}: a rollout is sampled, it must be above 0")
     make_schedule(config.optim, config.updates)  # raises for a warm-up longer than the run
     validate_lora(config.lora, model_config)
     validate_kernel(model_config, layout, name)
@@ -196,12 +206,8 @@ def validate_policy(config: PolicyConfig, layout: Layout, model_config: Transfor
         )
     _validate_kl(config.kl, f"{name}.kl")
     _validate_score(config)
-    if config.target_kl < 0 or (config.target_kl and config.epochs * config.minibatches == 1):
+    if config.target_kl and config.epochs * config.minibatches == 1:
         raise ConfigError(f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one")
-    if not 0 <= config.ema < 1:
-        raise ConfigError(f"{name}.ema={config.ema} is not a decay: at least 0 and below 1")
-    if config.ptx.coefficient and config.ptx.ratio < 1:
-        raise ConfigError(f"{name}.ptx.ratio={config.ptx.ratio}: at least one sequence of text for every episode")
     if config.ptx.coefficient:
         rows_a_stream(config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx")
 
@@ -211,8 +217,6 @@ def _validate_kl(config: KLConfig, where: str) -> None:
         raise ConfigError(f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size")
     if config.target and not config.coefficient:
         raise ConfigError(f"{where}.coefficient=0 stays 0 whatever the target: it is multiplied")
-    if min(config.target, config.horizon, config.coefficient) < 0:
-        raise ConfigError(f"{where}: coefficient, target and horizon are not negative")
     if config.place == "reward" and config.estimator not in ("k1", "k2", "k3"):
         raise ConfigError(f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3")
 
@@ -222,19 +226,15 @@ def _validate_score(config: PolicyConfig) -> None:
     if config.missing_eos != "none" and not config.stop_at_eos:
         raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
     validate_truncate(config.truncate, config.max_new, name)
-    if not 0 < config.human.factor <= 1:
-        raise ConfigError(f"{name}.human.factor={config.human.factor}: above 0 and at most 1, which anneals nothing")
-    if config.score_clip < 0:
-        raise ConfigError(f"{name}.score_clip={config.score_clip} is negative; 0 is off")
 
 
 def validate_slots(slots: int, each: int, layout: Layout, name: str) -> None:
     """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
-    if slots < 0 or 0 < slots < each:
+    if 0 < slots < each:
         raise ConfigError(f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt")
     layout.check_batch(slots, f"{name}.slots")
 
 
 def validate_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
-    if config.token and not 0 <= config.after < max_new:
+    if config.token and config.after >= max_new:
         raise ConfigError(f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens")

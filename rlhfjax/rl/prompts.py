@@ -15,6 +15,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
+from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
 from rlhfjax.stage import Batches, Metrics, Shapes, row_shapes
 from rlhfjax.supervised import language_shapes
 
@@ -24,8 +25,8 @@ class PromptConfig:
     """Prompts: rows of kind prompt as they are, or prefixes of conversations (kind messages) that end with a user."""
 
     source: SourceConfig | None = None
-    per_conversation: int = 1  # prefixes of one conversation, 0: all
-    limit: int = 0  # prompts, 0: all
+    per_conversation: Count = 1  # prefixes of one conversation, 0: all
+    limit: Count = 0  # prompts, 0: all
 
 
 def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
@@ -97,11 +98,11 @@ class PtxConfig:
     The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence: see `unit`.
     """
 
-    coefficient: float = 0.0  # 0: off
+    coefficient: NonNegative = 0.0  # 0: off
     unit: Literal["token", "sequence"] = "token"
-    ratio: int = 8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
-    length: int = 0  # tokens of a sequence
-    data_shards: int = 1  # streams that the text comes in, as of a StreamConfig
+    ratio: Size = 8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
+    length: TokensOrNone = 0  # tokens of a sequence
+    data_shards: Size = 1  # streams that the text comes in, as of a StreamConfig
     sources: tuple[SourceConfig, ...] = ()
 
 
@@ -135,7 +136,7 @@ def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: A
     """Prompts, and where the mix is on the text of an iteration beside them."""
     if not config.coefficient:
         return prompts
-    if config.length < 1:
+    if not config.length:
         raise ConfigError(f"{stage.stage}.ptx.length: the mix needs the length of its sequences")
     size = stage.episodes * config.ratio
     source = open_sources(config.sources, f"{stage.stage}.ptx.sources")

@@ -21,7 +21,6 @@ from rlhfjax import hosts
 from rlhfjax.algos.best_of_n import best_of_n_distribution, best_of_n_kl, best_of_n_reward
 from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
@@ -29,6 +28,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import PositiveTemperature, Seed, Size, SizeOrNone, Tokens
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import Reward, texts
 from rlhfjax.rl.config import validate_slots
@@ -49,13 +49,13 @@ class Config:
     proxy: str  # what picks: a reward stage's workdir, or a scorer
     gold: str = ""  # what judges the pick; empty: the proxy alone
     prompts: PromptConfig = PromptConfig()
-    pool: int = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
-    prompt_length: int
-    max_new: int
-    temperature: float = 1.0
-    batch_size: int = 64  # answers at a time
-    slots: int = 0  # of them decoded together, the next prompt as soon as one ends; 0: all of them, to the longest
-    seed: int = 0
+    pool: Size = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
+    prompt_length: Tokens
+    max_new: Tokens
+    temperature: PositiveTemperature = 1.0
+    batch_size: Size = 64  # answers at a time
+    slots: SizeOrNone = 0  # of them decoded together, the next prompt as soon as one ends; 0: all, to the longest
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
 
@@ -69,10 +69,6 @@ def workload(config: Config, completions: int = 1) -> Workload:
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
     """Validates the config. Raises ConfigError."""
-    if config.pool < 1:
-        raise ConfigError(f"best_of_n.pool={config.pool}: at least one answer is needed")
-    if config.temperature <= 0:
-        raise ConfigError(f"best_of_n.temperature={config.temperature}: a pool is sampled, it must be above 0")
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
     validate_slots(config.slots, _same_prompt(config), layout, "best_of_n")
     validate_length(config.prompt_length + config.max_new, model_config, "best_of_n.prompt_length + max_new")

@@ -14,12 +14,13 @@ import numpy as np
 from rlhfjax import hosts
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Seed, Several, Size, SizeOrNone, Temperature, Tokens
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labellers import Answers, Labeller, make_answers
 from rlhfjax.rewards.load import load_labeller
@@ -40,18 +41,18 @@ class Config:
     others: tuple[str, ...] = ()  # label the same answers, for inter-labeller agreement alone
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()  # become the validation split
-    completions: int = 4  # K; InstructGPT: 4 to 9
-    prompt_length: int
-    max_new: int
-    temperature: float = 1.0
+    completions: Several = 4  # K; InstructGPT: 4 to 9
+    prompt_length: Tokens
+    max_new: Tokens
+    temperature: Temperature = 1.0
     # as in the stages that then train on such answers; `truncate` cuts, and keeps whole an answer without the token
     stop_at_eos: bool = True
     truncate: TruncateConfig = TruncateConfig()
-    batch_size: int = 32  # prompts at a time
-    slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
-    prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
+    batch_size: Size = 32  # prompts at a time
+    slots: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
+    prompt_buckets: Tokens = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     int8: bool = False  # weights and cache of the policy while it answers: half of bfloat16's bytes, nearly its answers
-    seed: int = 0
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
 
@@ -66,8 +67,6 @@ def workload(config: Config, completions: int = 1) -> Workload:
 
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
     """Validates the config. Raises ConfigError."""
-    if config.completions < 2:
-        raise ConfigError(f"collect.completions={config.completions}: a ranking needs at least 2")
     layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
     validate_slots(config.slots, config.completions, layout, "collect")
     validate_buckets(config.prompt_buckets, config.prompt_length, "collect")

@@ -21,6 +21,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import PositiveCount, ProperShare, Seed, Size, Temperature, Tokens
 from rlhfjax.rewards.feedback import choose
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
@@ -37,13 +38,13 @@ class Config:
     critic: str | None = None  # criticises and revises; None: the policy itself, as in the paper
     prompts: PromptConfig = PromptConfig()
     principles: str  # a file of JSON lines
-    rounds: int = 1  # revisions; the paper: 4
-    length: int  # conversation and answer, tokens; the prompt of a longer one loses its beginning
-    max_new: int  # tokens of an answer, a critique, a revision
-    temperature: float = 1.0
-    validation: float = 0.1  # share of the prompts, by a stable hash of their first user turn
-    batch_size: int = 32
-    seed: int = 0
+    rounds: PositiveCount = 1  # revisions; the paper: 4
+    length: Tokens  # conversation and answer, tokens; the prompt of a longer one loses its beginning
+    max_new: Tokens  # tokens of an answer, a critique, a revision
+    temperature: Temperature = 1.0
+    validation: ProperShare = 0.1  # share of the prompts, by a stable hash of their first user turn
+    batch_size: Size = 32
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
 
@@ -60,8 +61,8 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "critique.batch_size")
     validate_length(config.length, model_config, "critique.length")
-    if config.rounds < 1 or not 0 < config.max_new < config.length:
-        raise ConfigError("critique: rounds is at least 1, and max_new lies between 0 and length")
+    if config.max_new >= config.length:
+        raise ConfigError(f"critique.max_new={config.max_new}: expected less than length={config.length}")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

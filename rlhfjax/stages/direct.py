@@ -35,6 +35,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, small
+from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf, Size, Tokens
 from rlhfjax.rl.prompts import Together
 from rlhfjax.roles import DISK, Loaded, Models, Pass, Role, Sources, Workload
 from rlhfjax.stage import Data, Metrics, Shapes, Stage
@@ -66,18 +67,12 @@ class LossConfig:
     """Which loss, and its hyper-parameters; those of other losses are not looked at."""
 
     name: Literal["dpo", "cdpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
-    beta: float | None = None  # None: 0.1, SimPO 2.0; IPO's tau and ORPO's lambda
-    smoothing: float = 0.1  # cdpo: the probability that a label is wrong
-    margin: float = 1.0  # simpo: gamma, in units of reward; the paper's gamma / beta is 0.3 to 1.6, by the model
-    desirable_weight: float = 1.0  # kto: lambda_D
-    undesirable_weight: float = 1.0  # kto: lambda_U
-    desirable_above: float | None = None  # kto: answers scored above are desirable, others not; None: by pairs
-
-    def __post_init__(self):
-        if not self.strength > 0:
-            raise ConfigError(f"loss.beta={self.beta}: it must be above 0")
-        if not 0 <= self.smoothing < 0.5:
-            raise ConfigError(f"loss.smoothing={self.smoothing}: a probability of a wrong label below 0.5 is needed")
+    beta: Positive | None = None  # None: 0.1, SimPO 2.0; IPO's tau and ORPO's lambda
+    smoothing: ShareBelowHalf = 0.1  # cdpo: the probability that a label is wrong
+    margin: NonNegative = 1.0  # simpo: gamma, in units of reward; the paper's gamma / beta is 0.3 to 1.6, by the model
+    desirable_weight: NonNegative = 1.0  # kto: lambda_D
+    undesirable_weight: NonNegative = 1.0  # kto: lambda_U
+    desirable_above: Finite | None = None  # kto: answers scored above are desirable, others not; None: by pairs
 
     @property
     def strength(self) -> float:
@@ -106,8 +101,8 @@ class Answers:
 class Config(StreamConfig):
     stage: str = "direct"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens; a prompt keeps up to half of it
-    batch_size: int  # prompts, each with all of its pairs; DPO: 64 pairs
+    length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it
+    batch_size: Size  # prompts, each with all of its pairs; DPO: 64 pairs
     loss: LossConfig = LossConfig()
     reference: str | None = None  # None: init_from
     reference_logprobs: Literal["live", "precomputed"] = "live"  # precomputed: one pass over the data, before training

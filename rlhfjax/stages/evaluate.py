@@ -30,6 +30,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Seed, Size, SizeOrNone, Temperature, Tokens
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import texts
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
@@ -50,13 +51,13 @@ class Config:
     gold: str  # a scorer
     proxy: str | None = None  # the reward that the policy was trained on
     prompts: PromptConfig = PromptConfig()
-    prompt_length: int
-    max_new: int
-    temperature: float = 1.0
-    batch_size: int = 64
-    slots: int = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all of them, to the longest
-    prompt_buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
-    seed: int = 0
+    prompt_length: Tokens
+    max_new: Tokens
+    temperature: Temperature = 1.0
+    batch_size: Size = 64
+    slots: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
+    prompt_buckets: Tokens = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
 

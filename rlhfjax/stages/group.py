@@ -23,6 +23,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
+from rlhfjax.ranges import Positive, PositiveCount, ShareBelow1, Size, TokensOrNone
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
@@ -59,14 +60,14 @@ class Config(PolicyConfig):
 
     stage: str = "group"
     estimator: Literal["rloo", "grpo", "dr_grpo", "dapo", "reinforce"] = "rloo"
-    completions: int = 4  # K, answers to a prompt; an iteration has batch_size times K episodes
-    epochs: int = 1
-    minibatches: int = 1
-    clip: float = 0.2
-    clip_high: float = 0.28  # of dapo; DAPO, section 4.1
-    baseline_decay: float = 0.9  # of reinforce, an iteration
+    completions: Size = 4  # K, answers to a prompt; an iteration has batch_size times K episodes
+    epochs: PositiveCount = 1
+    minibatches: Size = 1
+    clip: Positive = 0.2
+    clip_high: Positive = 0.28  # of dapo; DAPO, section 4.1
+    baseline_decay: ShareBelow1 = 0.9  # of reinforce, an iteration
     overlong: Literal["keep", "leave_out"] = "keep"  # what hit the length limit in the loss; DAPO leaves it out
-    overlong_soft: int = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
+    overlong_soft: TokensOrNone = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
     only_informative: bool = False  # groups of equal scores (without a KL) do not count in the mean
 
     @property
@@ -143,7 +144,7 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     name, estimator = config.estimator, ESTIMATORS[config.estimator]
-    if config.completions < (1 if estimator.advantages is None else 2):
+    if config.completions == 1 and estimator.advantages is not None:
         raise ConfigError(f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt")
     if config.kl.place == "loss" and config.kl.estimator not in estimator.kl_losses:
         known = ", ".join(estimator.kl_losses) or "none (put it in the reward)"
@@ -152,14 +153,10 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
         raise ConfigError(
             f"group.entropy_coefficient: a bonus per token joins a mean over tokens, dapo's, not {name}'s"
         )
-    if not 0 <= config.overlong_soft <= config.max_new:
+    if config.overlong_soft > config.max_new:
         raise ConfigError(f"group.overlong_soft={config.overlong_soft}: it lies within max_new={config.max_new} tokens")
     if config.overlong == "leave_out" and not config.stop_at_eos:
         raise ConfigError('group.overlong="leave_out": with stop_at_eos=False every answer hits the length limit')
-    if config.clip <= 0 or config.clip_high <= 0:
-        raise ConfigError(f"group.clip={config.clip} and clip_high={config.clip_high} must be above 0")
-    if not 0 <= config.baseline_decay < 1:
-        raise ConfigError(f"group.baseline_decay={config.baseline_decay}: at least 0 and below 1")
     if config.one_step_off and estimator.loss is _reinforce:
         raise ConfigError(f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have")
     if config.only_informative and estimator.advantages is None:

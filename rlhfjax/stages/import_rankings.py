@@ -16,10 +16,11 @@ from rlhfjax.data import chat
 from rlhfjax.data.preferences import read_preferences, write_preferences
 from rlhfjax.data.rows import opening, split_of
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import DataError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
+from rlhfjax.ranges import ProperShare
 from rlhfjax.rewards.agreement import agreement_of
 from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
 from rlhfjax.stages.collect import FOLDER
@@ -33,12 +34,8 @@ class Config:
     rankings: str  # a glob
     tokenizer: str  # file or folder
     answers: tuple[str, ...] = ()  # folders that `collect` wrote
-    validation: float = 0.05  # share of the prompts, by a stable hash of their first user turn
+    validation: ProperShare = 0.05  # share of the prompts, by a stable hash of their first user turn
     mesh: MeshConfig = MeshConfig()
-
-    def __post_init__(self):
-        if not 0 < self.validation < 1:
-            raise ConfigError(f"import_rankings.validation={self.validation}: a share between 0 and 1 is needed")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

@@ -22,6 +22,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
+from rlhfjax.ranges import NonNegative, Positive, PositiveCount, Share, Size
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
@@ -63,13 +64,13 @@ class Config(PolicyConfig):
     value: Literal["reward", "policy", "shared"] = "reward"
     # loaded: the reward model's (a policy's trunk has none, it is 0); normal: of std 1 / sqrt(d + 1)
     value_head: Literal["loaded", "zero", "normal"] = "loaded"
-    epochs: int = 4
-    minibatches: int = 4
-    clip: float = 0.2
-    value_clip: float = 0.2  # 0: none
-    value_coefficient: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
+    epochs: PositiveCount = 4
+    minibatches: Size = 4
+    clip: Positive = 0.2
+    value_clip: NonNegative = 0.2  # 0: none
+    value_coefficient: NonNegative = 0.1
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten_rewards: Literal["none", "batch", "minibatch"] = "none"  # in a minibatch: lm-human-preferences
     whiten_advantages: Literal["none", "batch", "minibatch"] = "minibatch"
     value_optim: OptimConfig = OptimConfig()
@@ -94,12 +95,6 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     make_schedule(config.value_optim, config.updates)
-    if not (0 <= config.gamma <= 1 and 0 <= config.lam <= 1):
-        raise ConfigError(f"ppo.gamma={config.gamma}, lam={config.lam}: they are between 0 and 1")
-    if config.clip <= 0 or config.value_clip < 0:
-        raise ConfigError(
-            f"ppo.clip={config.clip} must be above 0, and value_clip={config.value_clip} at least 0 (none)"
-        )
     if config.whiten_rewards == "minibatch" and config.whiten_advantages == "batch":
         raise ConfigError(
             "ppo.whiten_advantages: where rewards are whitened in a minibatch, advantages exist only there"

@@ -14,6 +14,7 @@ from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.ranges import Tokens
 from rlhfjax.roles import DISK, Role, Sources, Workload
 from rlhfjax.stage import Metrics, Stage
 from rlhfjax.supervised import (
@@ -33,7 +34,7 @@ class Config(StreamConfig):
     stage: str = "pretrain"
     sources: tuple[SourceConfig, ...] = ()
     eval_sources: tuple[SourceConfig, ...] = ()
-    length: int
+    length: Tokens
     cross_document: bool = False  # GPT-3 (App. B) attends across the documents of a window; we keep them apart
 
 

@@ -20,6 +20,7 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Seed, Size, Temperature, TokensOrNone
 from rlhfjax.rewards import centre
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
@@ -38,12 +39,12 @@ class Config:
     preferences: tuple[str, ...] = ()  # completions of the train split
     demonstrations: tuple[SourceConfig, ...] = ()
     prompts: PromptConfig = PromptConfig()
-    prompt_length: int = 0  # of `policy`
-    max_new: int = 0  # of `policy`
-    temperature: float = 1.0
-    length: int = 0  # prompt and response, of `preferences` and `demonstrations`
-    batch_size: int
-    seed: int = 0
+    prompt_length: TokensOrNone = 0  # of `policy`
+    max_new: TokensOrNone = 0  # of `policy`
+    temperature: Temperature = 1.0
+    length: TokensOrNone = 0  # prompt and response, of `preferences` and `demonstrations`
+    batch_size: Size
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
 

@@ -19,6 +19,7 @@ from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
+from rlhfjax.ranges import Positive, PositiveCount, Size
 from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
@@ -54,9 +55,9 @@ class Config(PolicyConfig):
     """See PolicyConfig for the options of every policy stage; batch_size counts responses per iteration."""
 
     stage: str = "reinforce_pp"
-    epochs: int = 1
-    minibatches: int = 1
-    clip: float = 0.2
+    epochs: PositiveCount = 1
+    minibatches: Size = 1
+    clip: Positive = 0.2
 
 
 roles = policy_roles
@@ -66,8 +67,6 @@ workload = policy_workload
 def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
-    if config.clip <= 0:
-        raise ConfigError(f"reinforce_pp.clip={config.clip}: must be > 0")
     if config.kl.place != "reward":
         raise ConfigError("reinforce_pp.kl.place: the KL is in the reward; in the loss it is GRPO's or PPO's")
 

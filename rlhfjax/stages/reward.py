@@ -22,6 +22,7 @@ from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
+from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards import centre
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
@@ -53,8 +54,8 @@ LABELS = (
 class Config(StreamConfig):
     stage: str = "reward"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: int  # prompt and response, tokens; a prompt keeps up to half of it
-    batch_size: int  # prompts; InstructGPT: 64 (C.2)
+    length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it
+    batch_size: Size  # prompts; InstructGPT: 64 (C.2)
     loss: LossConfig = LossConfig()
     normalise_before: Literal["none", "mean", "mean_std"] = "none"  # N-details: mean_std before training as well
     normalise: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"

@@ -16,12 +16,12 @@ from rlhfjax.data import chat, examples
 from rlhfjax.data.config import open_preferences
 from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import DataError
 from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
-from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Finite, PositiveCount
 
 SPLITS = ("train", "validation")
 
@@ -33,15 +33,9 @@ class Config:
     stage: str = "select"
     preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
     tokenizer: str  # file or folder: the one that the answers were sampled with
-    keep: int = 1  # answers to a prompt, the best ones
-    min_score: float | None = None  # answers below it are left out, however few remain
+    keep: PositiveCount = 1  # answers to a prompt, the best ones
+    min_score: Finite | None = None  # answers below it are left out, however few remain
     mesh: MeshConfig = MeshConfig()
-
-
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
-    """Validates the config. Raises ConfigError."""
-    if config.keep < 1:
-        raise ConfigError(f"select.keep={config.keep}: at least one answer to a prompt is needed")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

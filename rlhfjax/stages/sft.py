@@ -15,6 +15,7 @@ from rlhfjax.data import loader
 from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
+from rlhfjax.ranges import Tokens
 from rlhfjax.roles import DISK, Role, Sources, Workload
 from rlhfjax.stage import Metrics, Stage, row_shapes
 from rlhfjax.supervised import (
@@ -34,7 +35,7 @@ class Config(StreamConfig):
     stage: str = "sft"
     sources: tuple[SourceConfig, ...] = ()
     eval_sources: tuple[SourceConfig, ...] = ()
-    length: int
+    length: Tokens
 
 
 validate = validate_streams

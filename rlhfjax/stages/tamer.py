@@ -29,6 +29,7 @@ from rlhfjax.jsonl import located_rows
 from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
+from rlhfjax.ranges import NonNegative, Positive, Seconds, Tokens
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
@@ -55,12 +56,12 @@ class Config(ModelTrainConfig):
     stage: str = "tamer"
     feedback: str  # a file of JSON lines
     held_out: str  # another
-    length: int  # prompt and response, tokens; a prompt keeps up to half of it, beside its response
+    length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it, beside its response
     loss: Literal["tamer", "deep_tamer"] = "tamer"
-    seconds_per_token: float = 0.25  # how fast the answer appeared
+    seconds_per_token: Seconds = 0.25  # how fast the answer appeared
     credit: Literal["uniform", "gamma"] = "uniform"  # the distribution of a person's delay
-    delay: tuple[float, float] = (0.2, 0.8)  # of uniform: seconds; Knox & Stone 2009
-    gamma: tuple[float, float] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
+    delay: tuple[NonNegative, NonNegative] = (0.2, 0.8)  # of uniform: seconds; Knox & Stone 2009
+    gamma: tuple[Positive, Positive] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
@@ -76,10 +77,9 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
     validate_training(config, layout, model_config)
     if config.lora.dropout:
         raise ConfigError(f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout")
-    if not 0 <= config.delay[0] < config.delay[1] or config.seconds_per_token <= 0:
-        raise ConfigError("tamer: delay is (low, high) with 0 <= low < high, and seconds_per_token is above 0")
-    if min(config.gamma) <= 0:
-        raise ConfigError(f"tamer.gamma={config.gamma}: shape and scale are above 0")
+    low, high = config.delay
+    if low >= high:
+        raise ConfigError(f"tamer.delay={config.delay}: expected (low, high) with low < high")
 
 
 def describe(config: Config) -> dict[str, Any]:

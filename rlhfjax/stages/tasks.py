@@ -16,6 +16,7 @@ from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
+from rlhfjax.ranges import PositiveCount, Seed, ShareBelowHalf
 from rlhfjax.rewards.tasks import rows
 
 FOLDER = "prompts"
@@ -27,16 +28,16 @@ ON_ONE_HOST = True
 class Config:
     stage: str = "tasks"
     tasks: tuple[str, ...] = ()  # of reasoning-gym: chain_sum, spell_backward, word_sorting, …
-    size: int  # prompts of each task, all splits together
-    held_out: float = 0.1  # share of them in validation, and in test
-    seed: int = 0
+    size: PositiveCount  # prompts of each task, all splits together
+    held_out: ShareBelowHalf = 0.1  # share of them in validation, and in test
+    seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if not self.tasks:
             raise ConfigError("tasks.tasks: at least one of reasoning-gym's is needed, chain_sum for instance")
-        if not 0 < self.held_out < 0.5 or int(self.size * self.held_out) < 1:
-            raise ConfigError(f"tasks.held_out={self.held_out} of size={self.size}: a share below 0.5, of at least one")
+        if int(self.size * self.held_out) < 1:
+            raise ConfigError(f"tasks.held_out={self.held_out} of size={self.size}: a share of at least one prompt")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

@@ -9,6 +9,7 @@ from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Tokens
 
 ON_ONE_HOST = True
 
@@ -17,7 +18,7 @@ ON_ONE_HOST = True
 class Config:
     stage: str = "tokenizer"
     sources: tuple[SourceConfig, ...] = ()
-    vocab_size: int
+    vocab_size: Tokens
     model_type: Literal["bpe", "unigram"] = "bpe"
     mesh: MeshConfig = MeshConfig()
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model, blocks, lora
 from rlhfjax.models.lora import LoraConfig
@@ -157,14 +158,14 @@ def test_targets_that_are_nowhere_are_named_with_what_there_is():
     "values, message",
     [
         ({"targets": "(query"}, r"lora.targets='\(query' is no regular expression: missing \)"),
-        ({"rank": -1}, "rank=-1 is at least 0"),
-        ({"rank": 1, "alpha": 0.0}, "alpha=0.0 above 0"),
-        ({"rank": 1, "dropout": 1.0}, "dropout=1.0 at least 0 and below 1"),
+        ({"rank": -1}, "lora.rank=-1: expected int >= 0"),
+        ({"rank": 1, "alpha": 0.0}, "lora.alpha=0.0: expected float >= 1.2e-38"),
+        ({"rank": 1, "dropout": 1.0}, "lora.dropout=1.0: expected float >= 0 and < 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        LoraConfig(**values)
+        build(LoraConfig, values, "lora")
 
 
 def test_dropout_is_of_the_adapters_input_alone():

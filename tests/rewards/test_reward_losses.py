@@ -7,6 +7,7 @@ import pytest
 
 from rlhfjax import state
 from rlhfjax.algos.preference import kwise_loss
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.rewards.losses import LossConfig, make_loss
 
@@ -153,7 +154,7 @@ def test_the_best_of_a_prompt_is_dropped_when_two_share_it():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ConfigError, match="eta"):
-        LossConfig(name="rao_kupper", eta=0.0)
-    with pytest.raises(ConfigError, match="smoothing"):
-        LossConfig(name="smoothed", smoothing=0.6)
+    with pytest.raises(ConfigError, match=r"loss\.eta=0\.0: expected float >= 1\.2e-38"):
+        build(LossConfig, {"name": "rao_kupper", "eta": 0.0}, "loss")
+    with pytest.raises(ConfigError, match=r"loss\.smoothing=0\.6: expected float >= 0 and < 0\.5"):
+        build(LossConfig, {"name": "smoothed", "smoothing": 0.6}, "loss")
