@@ -41,8 +41,8 @@ def test_buckets_by_hand():
         segments = np.arange(10)[None] >= 10 - np.array([[0], [longest]])
         assert bucket(segments.astype(np.int32), 4) == width
     assert bucket(np.ones((1, 10), np.int32), 1) == 10
-    with pytest.raises(ConfigError, match=r"collect.prompt_buckets=0: 1 \(one width\) to prompt_length=10"):
-        validate_buckets(0, 10, "collect")
+    with pytest.raises(ConfigError, match=r"collect.prompt_buckets=11: 1 \(one width\) to prompt_length=10"):
+        validate_buckets(11, 10, "collect")
 
 
 class Questions:
@@ -131,7 +131,7 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
 @pytest.mark.parametrize(
     ("stage", "slots", "message"),
     [
-        ("ppo", -4, "ppo.slots=-4: 0 .off."),
+        ("ppo", -4, "ppo.slots=-4: expected int >= 0"),
         ("collect", 3, "collect.slots=3: 0 .off., or at least the 4 answers to a prompt"),
         ("evaluate", 6, "evaluate.slots=6 is not divisible by the 4 devices"),
     ],

@@ -157,8 +157,13 @@ def test_batches_go_on_where_they_were(finished, data):
 
 
 def test_a_gamma_without_a_scale_is_refused(finished, data):
-    config = recipe.check(values(finished, data, gamma=(2.0, 0.0)), "tamer")
-    with pytest.raises(ConfigError, match=r"tamer\.gamma=\(2\.0, 0\.0\)"):
+    with pytest.raises(ConfigError, match=r"tamer\.gamma\[1\]=0\.0: expected float >= 1\.2e-38"):
+        recipe.check(values(finished, data, gamma=(2.0, 0.0)), "tamer")
+
+
+def test_delays_out_of_order_are_refused(finished, data):
+    config = recipe.check(values(finished, data, delay=(0.8, 0.2)), "tamer")
+    with pytest.raises(ConfigError, match=r"tamer\.delay=\(0\.8, 0\.2\): expected \(low, high\) with low < high"):
         stages.find("tamer").build(config, ONE)
 
 
