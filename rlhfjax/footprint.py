@@ -52,7 +52,7 @@ class Net(NamedTuple):
 
     @property
     def frozen(self) -> int:
-        """Parameters of its own that are only read."""
+        """Returns how many frozen parameters this role adds; those that it shares count elsewhere."""
         if self.role.shares is not None:
             return 0
         return self.numbers if self.role.optim is None or self.role.lora.rank else 0

@@ -1,4 +1,4 @@
-"""A stage of a config with the shapes of its models, without any file of theirs."""
+"""A stage to plan: its config, and its models as shapes. No model file is read."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -126,8 +126,8 @@ def sample(
     """Samples a response to each row from softmax(logits / temperature), without top-k or top-p.
 
     Args:
-      each: so many rows that follow each other have one prompt, which is then run through the model once.
-      slots: so many rows are decoded at a time, 0: all of them; see `generate`. It changes no response.
+      each: number of consecutive rows that share a prompt, which is prefilled once.
+      slots: number of rows decoded at a time, 0: all; see `generate`. It changes no response.
     """
     keys = row_keys(key, prompts.shape[0])
     limits = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
