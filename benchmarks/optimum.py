@@ -37,10 +37,21 @@ PAD, EOS, VOCAB, LENGTH = 0, 2, 6, 2
 PROMPTS = np.array([[1, 3], [1, 4]], np.int32)
 TEMPERATURE, BETA, EPISODES = 0.8, 0.4, 256
 SHAPE = TransformerConfig(
-    vocab_size=VOCAB, d_model=32, n_layers=1, n_heads=2, d_ff=64, max_length=4, init_std=0.2, tie_embeddings=False
+    vocab_size=VOCAB,
+    d_model=32,
+    n_layers=1,
+    n_heads=2,
+    d_ff=64,
+    max_length=4,
+    init_std=0.2,
+    tie_embeddings=False,
 )
 PRINTED = "GRPO as printed (k3 in the loss)"
-REWARDS = np.random.default_rng(0).normal(size=(len(PROMPTS), VOCAB, VOCAB)).astype(np.float32)
+REWARDS = (
+    np.random.default_rng(0)
+    .normal(size=(len(PROMPTS), VOCAB, VOCAB))
+    .astype(np.float32)
+)
 
 
 def responses() -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +66,9 @@ def responses() -> tuple[np.ndarray, np.ndarray]:
 def reward(tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
     """The table's entry for a prompt and its response; a response that ended has `PAD` as its second token."""
     prompt = jnp.where(tokens[:, 1] == PROMPTS[0, 1], 0, 1)
-    return jnp.asarray(REWARDS)[prompt, tokens[:, 2], jnp.where(mask[:, 1] > 0, tokens[:, 3], PAD)]
+    return jnp.asarray(REWARDS)[
+        prompt, tokens[:, 2], jnp.where(mask[:, 1] > 0, tokens[:, 3], PAD)
+    ]
 
 
 @jax.jit
@@ -63,11 +76,20 @@ def every_logprob(params: Any) -> tuple[jax.Array, jax.Array]:
     """log pi(y | x) of every response to every prompt, [prompts, n], and their rewards."""
     tokens, mask = responses()
     n = len(tokens)
-    whole = jnp.concatenate([jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (len(PROMPTS), 1))], axis=1)
+    whole = jnp.concatenate(
+        [jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (len(PROMPTS), 1))],
+        axis=1,
+    )
     counted = jnp.tile(mask, (len(PROMPTS), 1))
-    segments = jnp.concatenate([jnp.ones_like(counted), counted], axis=1).astype(jnp.int32)
-    logprobs, _ = response_logprobs(Model(SHAPE), params, whole, segments, LENGTH, TEMPERATURE)
-    return (logprobs * counted).sum(1).reshape(-1, n), reward(whole, segments, counted).reshape(-1, n)
+    segments = jnp.concatenate([jnp.ones_like(counted), counted], axis=1).astype(
+        jnp.int32
+    )
+    logprobs, _ = response_logprobs(
+        Model(SHAPE), params, whole, segments, LENGTH, TEMPERATURE
+    )
+    return (logprobs * counted).sum(1).reshape(-1, n), reward(
+        whole, segments, counted
+    ).reshape(-1, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +102,24 @@ class Measured:
     divergence: float  # KL(pi || pi*), nats
 
 
-def measure(logprobs: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float = BETA) -> Measured:
+def measure(
+    logprobs: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float = BETA
+) -> Measured:
     """What a policy has reached, from log pi(y|x) [prompts, n] of every response."""
     p = np.exp(np.float64(logprobs))
-    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)  # they are all the responses there are
+    np.testing.assert_allclose(
+        p.sum(1), 1, atol=1e-5
+    )  # they are all the responses there are
     earned, spent = (p * rewards).sum(1), (p * (logprobs - reference)).sum(1)
     divergence = (p * (logprobs - optimum(reference, rewards, beta))).sum(1)
-    return Measured(earned.mean(), spent.mean(), (earned - beta * spent).mean(), divergence.mean())
+    return Measured(
+        earned.mean(), spent.mean(), (earned - beta * spent).mean(), divergence.mean()
+    )
 
 
-def optimum(reference: np.ndarray, rewards: np.ndarray, beta: float = BETA) -> np.ndarray:
+def optimum(
+    reference: np.ndarray, rewards: np.ndarray, beta: float = BETA
+) -> np.ndarray:
     """log pi*(y|x) = log rho(y|x) + r / beta - log Z."""
     tilted = np.float64(reference) + np.float64(rewards) / beta
     return tilted - np.log(np.exp(tilted).sum(1, keepdims=True))
@@ -99,15 +129,33 @@ def optimum(reference: np.ndarray, rewards: np.ndarray, beta: float = BETA) -> n
 
 
 def settings(steps: int, **changes: Any) -> dict[str, Any]:
-    optim = OptimConfig(name="adam", learning_rate=2e-3, schedule="linear", clip_norm=0.0, b2=0.99)
-    common = {"init_from": "", "reward": "", "prompt_length": 2, "max_new": LENGTH, "temperature": TEMPERATURE}
+    optim = OptimConfig(
+        name="adam", learning_rate=2e-3, schedule="linear", clip_norm=0.0, b2=0.99
+    )
+    common = {
+        "init_from": "",
+        "reward": "",
+        "prompt_length": 2,
+        "max_new": LENGTH,
+        "temperature": TEMPERATURE,
+    }
     return {**common, "steps": steps, "optim": optim, "kl": KLConfig(BETA), **changes}
 
 
 def ppo_config(steps: int, **changes: Any) -> ppo.Config:
-    own = {"batch_size": EPISODES, "epochs": 2, "minibatches": 2, "value": "policy", "value_coefficient": 1.0}
-    value = OptimConfig(name="adam", learning_rate=1e-2, schedule="constant", clip_norm=0.0, b2=0.99)
-    return ppo.Config(**settings(steps, **{**own, "value_optim": value, "value_clip": 0.0, **changes}))
+    own = {
+        "batch_size": EPISODES,
+        "epochs": 2,
+        "minibatches": 2,
+        "value": "policy",
+        "value_coefficient": 1.0,
+    }
+    value = OptimConfig(
+        name="adam", learning_rate=1e-2, schedule="constant", clip_norm=0.0, b2=0.99
+    )
+    return ppo.Config(
+        **settings(steps, **{**own, "value_optim": value, "value_clip": 0.0, **changes})
+    )
 
 
 def group_config(steps: int, **changes: Any) -> group.Config:
@@ -116,7 +164,9 @@ def group_config(steps: int, **changes: Any) -> group.Config:
 
 
 def reinforce_pp_config(steps: int, **changes: Any) -> reinforce_pp.Config:
-    return reinforce_pp.Config(**settings(steps, **{"batch_size": EPISODES, "minibatches": 2, **changes}))
+    return reinforce_pp.Config(
+        **settings(steps, **{"batch_size": EPISODES, "minibatches": 2, **changes})
+    )
 
 
 @functools.cache
@@ -134,7 +184,9 @@ class Algorithm(NamedTuple):
     programs: Any  # its Programs
 
 
-def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Algorithm, states.TrainState, Any]:
+def start(
+    config: Any, shape: TransformerConfig = SHAPE
+) -> tuple[Algorithm, states.TrainState, Any]:
     """(algorithm, state, reference): the same reference whatever the config."""
     model, critic, tokens = Model(shape), Model(shape, "scalar"), Tokens(EOS, PAD)
     params = {"policy": jax.tree.map(jnp.array, fresh(model, 100))}
@@ -154,7 +206,9 @@ def start(config: Any, shape: TransformerConfig = SHAPE) -> tuple[Algorithm, sta
     return algorithm, states.TrainState.create(params, programs.tx, **extra), reference
 
 
-def rollout_of(algorithm: Algorithm, params: Any, prompts: jax.Array, key: jax.Array) -> Rollout:
+def rollout_of(
+    algorithm: Algorithm, params: Any, prompts: jax.Array, key: jax.Array
+) -> Rollout:
     """Samples a response to every row."""
     config, model, tokens, _ = algorithm
     return sampled(config, model, tokens, params, prompts, jnp.ones_like(prompts), key)
@@ -170,7 +224,9 @@ def experience(
     return rollout, *experience_of(algorithm, state, reference, rollout)
 
 
-def experience_of(algorithm: Algorithm, state: states.TrainState, reference: Any, rollout: Rollout) -> tuple[Any, Any]:
+def experience_of(
+    algorithm: Algorithm, state: states.TrainState, reference: Any, rollout: Rollout
+) -> tuple[Any, Any]:
     """(experience, pairs) of a rollout, scored by the table."""
     scored = truncated(algorithm.config, algorithm.tokens, rollout)
     scores = reward(scored.tokens, scored.segments, scored.mask)
@@ -185,7 +241,9 @@ def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
     for step in range(config.steps):
         key = jax.random.fold_in(jax.random.key(seed), step)
         _, episodes, pairs = experience(algorithm, state, reference, key)
-        state, _ = algorithm.programs.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
+        state, _ = algorithm.programs.update(
+            state, episodes, {}, pairs, jax.random.fold_in(key, 1)
+        )
         yield state.params["policy"], pairs
 
 
@@ -207,9 +265,13 @@ def algorithms(steps: int) -> dict[str, Any]:
     return {
         "PPO": ppo_config(steps),
         "PPO, shared trunk": ppo_config(steps, value="shared"),
-        "PPO, KL in the loss": ppo_config(steps, kl=in_loss("sequence"), whiten_advantages="none"),
+        "PPO, KL in the loss": ppo_config(
+            steps, kl=in_loss("sequence"), whiten_advantages="none"
+        ),
         "RLOO": groups(estimator="rloo"),
-        "RLOO, KL in the loss": group_config(4 * steps, estimator="rloo", kl=in_loss("sequence"), minibatches=1),
+        "RLOO, KL in the loss": group_config(
+            4 * steps, estimator="rloo", kl=in_loss("sequence"), minibatches=1
+        ),
         "REINFORCE, moving baseline": groups(estimator="reinforce"),
         "REINFORCE++": reinforce_pp_config(2 * steps),
         "GRPO, KL in the reward": groups(estimator="grpo"),
@@ -224,7 +286,9 @@ def controller(target: float, steps: int, seed: int = 0) -> tuple[float, float]:
     """The mean KL (nats) and the coefficient over the last quarter of a PPO run with an adaptive coefficient."""
     config = ppo_config(steps, kl=KLConfig(0.05, target=target, horizon=10 * EPISODES))
     metrics = [pairs for _, pairs in train(config, seed)][-steps // 4 :]
-    both = jax.device_get([(m["kl"][0] / m["kl"][1], m["kl_coefficient"][0]) for m in metrics])
+    both = jax.device_get(
+        [(m["kl"][0] / m["kl"][1], m["kl_coefficient"][0]) for m in metrics]
+    )
     return tuple(float(x) for x in np.mean(np.array(both), axis=0))
 
 
@@ -232,7 +296,9 @@ def controller(target: float, steps: int, seed: int = 0) -> tuple[float, float]:
 
 
 def optimum_table(steps: int) -> None:
-    print("| algorithm | reward | KL to the reference | reward - beta KL | KL to the optimum | s |")
+    print(
+        "| algorithm | reward | KL to the reference | reward - beta KL | KL to the optimum | s |"
+    )
     print("|---|---|---|---|---|---|")
     shown = False
     for name, config in algorithms(steps).items():
@@ -240,13 +306,23 @@ def optimum_table(steps: int) -> None:
         logprobs, reference, rewards = last(config)
         if not shown:
             row("(start)", measure(reference, reference, rewards))
-            row("**analytic optimum**", measure(optimum(reference, rewards), reference, rewards))
+            row(
+                "**analytic optimum**",
+                measure(optimum(reference, rewards), reference, rewards),
+            )
             shown = True
-        row(name, measure(logprobs, reference, rewards), f"{time.monotonic() - began:.0f}")
+        row(
+            name,
+            measure(logprobs, reference, rewards),
+            f"{time.monotonic() - began:.0f}",
+        )
 
 
 def row(name: str, m: Measured, seconds: str = "") -> None:
-    print(f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | {seconds} |", flush=True)
+    print(
+        f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | {seconds} |",
+        flush=True,
+    )
 
 
 def controller_table(steps: int) -> None:
@@ -262,7 +338,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--controller", action="store_true")
     options = parser.parse_args(argv)
-    controller_table(options.steps) if options.controller else optimum_table(options.steps)
+    controller_table(options.steps) if options.controller else optimum_table(
+        options.steps
+    )
 
 
 if __name__ == "__main__":

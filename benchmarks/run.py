@@ -36,7 +36,9 @@ from rlhfjax.rl.rollout import sample
 from rlhfjax.stages import stage_config
 
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
-WORKLOAD = flags.DEFINE_enum("workload", None, list(SPEC["workloads"]), "what to time", required=True)
+WORKLOAD = flags.DEFINE_enum(
+    "workload", None, list(SPEC["workloads"]), "what to time", required=True
+)
 SHAPE = flags.DEFINE_enum("shape", "tiny", ["tiny", "small"], "model preset")
 MICROBATCHES = flags.DEFINE_integer("microbatches", 0, "0: the workload's own number")
 STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own number")
@@ -54,7 +56,9 @@ class Meter:
 
     def timed(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            jax.block_until_ready((args, kwargs))  # the step before may still be running
+            jax.block_until_ready(
+                (args, kwargs)
+            )  # the step before may still be running
             start = time.perf_counter()
             out = jax.block_until_ready(function(*args, **kwargs))
             self.spans.append((start, time.perf_counter() - start))
@@ -131,8 +135,15 @@ def pairs(w: dict[str, Any], vocab: int) -> Any:
 
 def prompts(w: dict[str, Any], vocab: int) -> Any:
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        tokens = np.repeat(words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]), w.get("group", 1), axis=0)
-        rows = {"index": np.zeros(w["batch"], np.int32), "cut": np.zeros(w["batch"], np.float32)}
+        tokens = np.repeat(
+            words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]),
+            w.get("group", 1),
+            axis=0,
+        )
+        rows = {
+            "index": np.zeros(w["batch"], np.int32),
+            "cut": np.zeros(w["batch"], np.float32),
+        }
         return {"prompts": tokens, "segments": np.ones_like(tokens), **rows}
 
     return make
@@ -154,15 +165,24 @@ def prepare(folder: Path, shape: Any) -> None:
     chats = folder / "chats.jsonl"
     chats.write_text(json_text.encode({"messages": turns}, chats) + "\n")
     row = {"prompt": "1", "completions": ["2", "3"], "scores": [1.0, 0.0]}
-    row |= {"prompt_tokens": tokenizer.encode("1"), "completion_tokens": [tokenizer.encode(t) for t in "23"]}
-    write_preferences(folder / "preferences", {"train": [row], "validation": [row]}, labeller="made up")
+    row |= {
+        "prompt_tokens": tokenizer.encode("1"),
+        "completion_tokens": [tokenizer.encode(t) for t in "23"],
+    }
+    write_preferences(
+        folder / "preferences",
+        {"train": [row], "validation": [row]},
+        labeller="made up",
+    )
     for head in ("lm", "scalar"):
         model = Model(shape, head)
         params = jax.jit(model.init)(jax.random.key(0))
         store.save(folder / head, store.SavedModel(model, params, tokenizer))
 
 
-def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> dict[str, Any]:
+def stage_values(
+    workload: str, folder: Path, w: dict[str, Any], steps: int
+) -> dict[str, Any]:
     chats = {"spec": f"jsonl:{folder}/chats.jsonl", "kind": "messages", "split": "all"}
     micro = MICROBATCHES.value or w["microbatches"]
     loop = {
@@ -172,10 +192,19 @@ def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> 
         "optim": SPEC["optimizer"],
     }
     if workload in ("pretrain", "sft"):
-        data = {"sources": (chats,), "eval_sources": (chats,), "batch_size": w["batch"], "length": w["seq"]}
+        data = {
+            "sources": (chats,),
+            "eval_sources": (chats,),
+            "batch_size": w["batch"],
+            "length": w["seq"],
+        }
         return {"init_from": f"{folder}/lm", **data, **loop}
     if workload == "rm":
-        data = {"preferences": (f"{folder}/preferences",), "batch_size": w["pairs"], "length": w["seq"]}
+        data = {
+            "preferences": (f"{folder}/preferences",),
+            "batch_size": w["pairs"],
+            "length": w["seq"],
+        }
         return {"init_from": f"{folder}/lm", **data, **loop}
     policy_options = {
         "init_from": f"{folder}/lm",
@@ -190,22 +219,42 @@ def stage_values(workload: str, folder: Path, w: dict[str, Any], steps: int) -> 
         **loop,
     }
     if workload == "grpo":
-        groups = {"estimator": "grpo", "batch_size": w["prompts"], "completions": w["group"]}
-        return policy_options | groups | {"kl": {"coefficient": w["kl"], "place": "loss", "estimator": "grpo"}}
+        groups = {
+            "estimator": "grpo",
+            "batch_size": w["prompts"],
+            "completions": w["group"],
+        }
+        return (
+            policy_options
+            | groups
+            | {"kl": {"coefficient": w["kl"], "place": "loss", "estimator": "grpo"}}
+        )
     kl = {"coefficient": w["kl"]}
-    return policy_options | {"batch_size": w["batch"], "kl": kl, "value_optim": SPEC["optimizer"]}
+    return policy_options | {
+        "batch_size": w["batch"],
+        "kl": kl,
+        "value_optim": SPEC["optimizer"],
+    }
 
 
 def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
     """Trains a stage for warmup + steps steps (and one more, whose beginning ends the last)."""
     name = {"rm": "reward", "grpo": "group"}.get(workload, workload)
-    makers = {"pretrain": packed, "sft": examples, "rm": pairs, "ppo": prompts, "grpo": prompts}
+    makers = {
+        "pretrain": packed,
+        "sft": examples,
+        "rm": pairs,
+        "ppo": prompts,
+        "grpo": prompts,
+    }
     make = makers[workload](w, shape.vocab_size)
     layout = make_layout()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, shape)
-        values = stage_config(name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1))
+        values = stage_config(
+            name, **stage_values(workload, folder, w, w["warmup"] + w["steps"] + 1)
+        )
         config = recipe.check(values, name)
         module = stages.find(name)
         if workload in ("ppo", "grpo"):
@@ -217,9 +266,13 @@ def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> Non
             stage = module.build(config, layout)
 
         def open_data() -> Any:
-            return stage.open()._replace(batches=Data(make, meter), evals=lambda state: {})
+            return stage.open()._replace(
+                batches=Data(make, meter), evals=lambda state: {}
+            )
 
-        train.run(dataclasses.replace(stage, open=open_data), config, folder / "run", layout)
+        train.run(
+            dataclasses.replace(stage, open=open_data), config, folder / "run", layout
+        )
 
 
 def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
@@ -231,14 +284,20 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
     for step in range(w["warmup"] + w["steps"] + 1):
         batch = next(data)
         key = jax.random.key(step)
-        jax.block_until_ready(sample(model, params, batch["prompts"], batch["segments"], key, **limits))
+        jax.block_until_ready(
+            sample(model, params, batch["prompts"], batch["segments"], key, **limits)
+        )
 
 
 def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
     """Matrix-product FLOPs of a step: 6 N a token trained, 2 N a token forward; attention scores are left out."""
     d, trunk = (
         shape.d_model,
-        shape.n_layers * (2 * shape.d_model**2 * (1 + shape.kv_heads / shape.n_heads) + 3 * shape.d_model * shape.d_ff),
+        shape.n_layers
+        * (
+            2 * shape.d_model**2 * (1 + shape.kv_heads / shape.n_heads)
+            + 3 * shape.d_model * shape.d_ff
+        ),
     )
     output = shape.vocab_size * d
     if workload in ("pretrain", "sft"):
@@ -255,11 +314,15 @@ def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
     return 3 * forward + 2 * scores + w["epochs"] * 3 * (forward + scores)
 
 
-def report(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> dict[str, Any]:
+def report(
+    workload: str, shape: Any, w: dict[str, Any], meter: Meter
+) -> dict[str, Any]:
     wall, cpu = (np.diff([t[i] for t in meter.ticks]) for i in (0, 1))
     measured, used = wall[w["warmup"] :], cpu[w["warmup"] :]
     median = statistics.median(measured)
-    units = w["pairs"] if workload == "rm" else w["batch"] * w.get("new", w.get("seq", 1))
+    units = (
+        w["pairs"] if workload == "rm" else w["batch"] * w.get("new", w.get("seq", 1))
+    )
     out = {
         "peer": "rlhfjax",
         "workload": workload,
@@ -278,7 +341,9 @@ def report(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> dict[s
         begin, end = meter.ticks[w["warmup"]][0], meter.ticks[-1][0]
         spent = sum(seconds for start, seconds in meter.spans if begin <= start < end)
         out["generation_share"] = round(spent / (end - begin), 3)
-    out["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    out["peak_rss_mb"] = round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     out["loadavg_1m"] = round(os.getloadavg()[0], 2)
     out["versions"] = {p: metadata.version(p) for p in ("rlhfjax", "jax", "flax")}
     return out

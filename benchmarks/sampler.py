@@ -49,11 +49,17 @@ class LongTail(Model):
         return logits.at[..., EOS].set(rest - jnp.log(self.mean - 1.0))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("new", "eos", "each", "slots"))
-def sample(model: Model, params: Any, prompts: jax.Array, keys: jax.Array, **how: Any) -> Samples:
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("new", "eos", "each", "slots")
+)
+def sample(
+    model: Model, params: Any, prompts: jax.Array, keys: jax.Array, **how: Any
+) -> Samples:
     settings = {"max_new": how["new"], "eos_id": how.get("eos", -1), "pad_id": PAD}
     rows = {name: how[name] for name in ("each", "slots") if name in how}
-    return generate(model, params, prompts, jnp.ones_like(prompts), keys, **settings, **rows)
+    return generate(
+        model, params, prompts, jnp.ones_like(prompts), keys, **settings, **rows
+    )
 
 
 def step_cost(shape: TransformerConfig, rows: int, places: int) -> tuple[float, float]:
@@ -61,15 +67,23 @@ def step_cost(shape: TransformerConfig, rows: int, places: int) -> tuple[float, 
     c = shape
     heads, keys = c.n_heads * c.head_dim, c.kv_heads * c.head_dim
     mlp = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.d_ff
-    weights = c.n_layers * (c.d_model * 2 * (heads + keys) + mlp) + c.vocab_size * c.d_model
+    weights = (
+        c.n_layers * (c.d_model * 2 * (heads + keys) + mlp) + c.vocab_size * c.d_model
+    )
     cached = rows * places * c.n_layers * keys
-    return 2.0 * weights * rows + 4.0 * rows * places * c.n_layers * heads, 4.0 * (weights + 2 * cached)
+    return 2.0 * weights * rows + 4.0 * rows * places * c.n_layers * heads, 4.0 * (
+        weights + 2 * cached
+    )
 
 
 def ceilings() -> dict[str, Callable[[], Any]]:
     """A copy and a matrix product to time."""
     x, a = jnp.ones(COPY), jax.random.normal(jax.random.key(0), (SQUARE, SQUARE))
-    state, add, product = [x], jax.jit(lambda x: x + 1, donate_argnums=0), jax.jit(jnp.matmul)
+    state, add, product = (
+        [x],
+        jax.jit(lambda x: x + 1, donate_argnums=0),
+        jax.jit(jnp.matmul),
+    )
 
     def copy() -> jax.Array:
         state[0] = add(state[0])  # one read, one write, no new buffer
@@ -83,25 +97,40 @@ def workloads(shape: TransformerConfig) -> dict[str, Callable[[], Any]]:
     tailed = LongTail(shape)
 
     def prompts(n: int, length: int = PROMPT) -> jax.Array:
-        return jax.random.randint(jax.random.key(1), (n, length), 4, shape.vocab_size, dtype=jnp.int32)
+        return jax.random.randint(
+            jax.random.key(1), (n, length), 4, shape.vocab_size, dtype=jnp.int32
+        )
 
     def keys(n: int) -> jax.Array:
         return jax.random.split(jax.random.key(2), n)
 
-    plain, many = (prompts(ROWS), keys(ROWS)), (prompts(TAIL["prompts"]), keys(TAIL["prompts"]))
-    few, each, slots = prompts(SHARED["prompts"], SHARED["prompt"]), SHARED["each"], TAIL["slots"]
+    plain, many = (
+        (prompts(ROWS), keys(ROWS)),
+        (prompts(TAIL["prompts"]), keys(TAIL["prompts"])),
+    )
+    few, each, slots = (
+        prompts(SHARED["prompts"], SHARED["prompt"]),
+        SHARED["each"],
+        TAIL["slots"],
+    )
     repeated, drawn = jnp.repeat(few, each, axis=0), keys(SHARED["prompts"] * each)
 
     def in_batches() -> list[Samples]:
-        parts = [[x[i : i + slots] for x in many] for i in range(0, TAIL["prompts"], slots)]
-        return [sample(tailed, params, *part, new=TAIL["new"], eos=EOS) for part in parts]
+        parts = [
+            [x[i : i + slots] for x in many] for i in range(0, TAIL["prompts"], slots)
+        ]
+        return [
+            sample(tailed, params, *part, new=TAIL["new"], eos=EOS) for part in parts
+        ]
 
     return {
         "prefill": lambda: sample(model, params, *plain, new=1),
         "generate": lambda: sample(model, params, *plain, new=NEW),
         "static": in_batches,
         "at once": lambda: sample(tailed, params, *many, new=TAIL["new"], eos=EOS),
-        "continuous": lambda: sample(tailed, params, *many, new=TAIL["new"], eos=EOS, slots=slots),
+        "continuous": lambda: sample(
+            tailed, params, *many, new=TAIL["new"], eos=EOS, slots=slots
+        ),
         "repeated": lambda: sample(model, params, repeated, drawn, new=NEW),
         "shared": lambda: sample(model, params, few, drawn, new=NEW, each=each),
     }
@@ -136,10 +165,22 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
     useful = drawn.sum() / (rows.max(1).sum() * TAIL["slots"])
     lines = [
         ("this machine: a copy", f"{bandwidth / 1e9:.1f} GB/s"),
-        (f"this machine: a product of {SQUARE} x {SQUARE}", f"{peak / 1e9:.0f} GFLOP/s"),
-        (f"{ROWS} prompts of {PROMPT}, {NEW} new each", f"{ROWS * NEW / t['generate']:,.0f} new tokens/s"),
-        ("... of it the prefill", f"{t['prefill'] * 1e3:.0f} of {t['generate'] * 1e3:.0f} ms"),
-        ("a decode step", f"{step * 1e3:.2f} ms: {flops / 1e6:.0f} MFLOP, {moved / 1e6:.1f} MB"),
+        (
+            f"this machine: a product of {SQUARE} x {SQUARE}",
+            f"{peak / 1e9:.0f} GFLOP/s",
+        ),
+        (
+            f"{ROWS} prompts of {PROMPT}, {NEW} new each",
+            f"{ROWS * NEW / t['generate']:,.0f} new tokens/s",
+        ),
+        (
+            "... of it the prefill",
+            f"{t['prefill'] * 1e3:.0f} of {t['generate'] * 1e3:.0f} ms",
+        ),
+        (
+            "a decode step",
+            f"{step * 1e3:.2f} ms: {flops / 1e6:.0f} MFLOP, {moved / 1e6:.1f} MB",
+        ),
         (
             "... its roofline",
             f"{best * 1e3:.2f} ms (compute {flops / peak * 1e3:.2f}, memory {moved / bandwidth * 1e3:.2f}): "
@@ -149,7 +190,10 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
             f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest {drawn.max():.0f})",
             f"in batches of {TAIL['slots']}, {useful:.0%} of the slots' steps are of use",
         ),
-        (f"... static, batches of {TAIL['slots']}", f"{drawn.sum() / t['static']:,.0f} new tokens/s"),
+        (
+            f"... static, batches of {TAIL['slots']}",
+            f"{drawn.sum() / t['static']:,.0f} new tokens/s",
+        ),
         ("... static, all at once", f"{drawn.sum() / t['at once']:,.0f} new tokens/s"),
         (
             f"... continuous, {TAIL['slots']} slots",
@@ -160,12 +204,20 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
             f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: {t['repeated'] / t['shared']:.2f} x",
         ),
     ]
-    return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {said} |" for what, said in lines)])
+    return "\n".join(
+        [
+            "| what | measured |",
+            "|---|---|",
+            *(f"| {what} | {said} |" for what, said in lines),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="tiny", help="a preset of rlhfjax/models/presets.py")
+    parser.add_argument(
+        "--shape", default="tiny", help="a preset of rlhfjax/models/presets.py"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     shape = preset(args.shape)
@@ -173,7 +225,10 @@ def main() -> None:
     drawn = lengths(todo)
     load = os.getloadavg()[0]
     print(table(shape, medians(todo, args.rounds), drawn))
-    print(f"\n{args.shape}, medians of {args.rounds} rounds; load average before them {load:.1f}", flush=True)
+    print(
+        f"\n{args.shape}, medians of {args.rounds} rounds; load average before them {load:.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

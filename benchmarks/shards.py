@@ -29,7 +29,9 @@ WAYS = {
 
 def main() -> None:
     source = open_source("tfds:chitchat", kind="messages")
-    texts = [turn["content"] for i in range(len(source)) for turn in source[i]["messages"]]
+    texts = [
+        turn["content"] for i in range(len(source)) for turn in source[i]["messages"]
+    ]
     tokenizer = train_sentencepiece(texts, Path(tempfile.mkdtemp()), vocab_size=4096)
 
     def milliseconds(load, shards: Shards) -> float:
@@ -40,11 +42,16 @@ def main() -> None:
         return 1000 * (time.process_time() - begun) / BATCHES
 
     loaders = {"pretrain": pretrain_batches, "sft": sft_batches}
-    rounds = [{(k, w): milliseconds(loaders[k], WAYS[w]) for k in loaders for w in WAYS} for _ in range(ROUNDS)]
+    rounds = [
+        {(k, w): milliseconds(loaders[k], WAYS[w]) for k in loaders for w in WAYS}
+        for _ in range(ROUNDS)
+    ]
     print("| ms a batch | " + " | ".join(WAYS) + " |\n|---|" + "---|" * len(WAYS))
     for kind in loaders:
         medians = (statistics.median(one[kind, way] for one in rounds) for way in WAYS)
-        print(f"| {kind} | " + " | ".join(f"{x:.0f}" for x in medians) + " |", flush=True)
+        print(
+            f"| {kind} | " + " | ".join(f"{x:.0f}" for x in medians) + " |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ QUICKSTART = Path(__file__).parent / "quickstart" / "recipe.py"
 SAMPLING = ("prompt_length", "max_new", "temperature")
 
 
-def quickstart(seed: int = 0, until: str | None = None, size: str = "smoke") -> ConfigDict:
+def quickstart(
+    seed: int = 0, until: str | None = None, size: str = "smoke"
+) -> ConfigDict:
     """The recipe of the quickstart: the stages that come before `until`, or all of them."""
     whole = runpy.run_path(str(QUICKSTART))["get_config"](f"size={size},seed={seed}")
     names = whole.stages if until is None else whole.stages[: whole.stages.index(until)]
@@ -43,7 +45,12 @@ def sampling(seed: int = 0) -> dict[str, Any]:
 def loop(steps: int, evals: int = 3) -> dict[str, Any]:
     """Options of a stage that trains for so many steps, validated and saved `evals` times, every step in the log."""
     every = max(1, steps // evals)
-    return {"steps": steps, "eval_every": every, "checkpoint": {"every": every}, "log": {"every": 1}}
+    return {
+        "steps": steps,
+        "eval_every": every,
+        "checkpoint": {"every": every},
+        "log": {"every": 1},
+    }
 
 
 def tuned(seed: int = 0) -> ConfigDict:
@@ -54,7 +61,9 @@ def tuned(seed: int = 0) -> ConfigDict:
     return config
 
 
-def collect(seed: int, completions: int, prompts: int, held_out: int, **changes: Any) -> ConfigDict:
+def collect(
+    seed: int, completions: int, prompts: int, held_out: int, **changes: Any
+) -> ConfigDict:
     """The quickstart's `collect`: so many answers to each of so many prompts."""
     config = quickstart(seed).collect
     config.update({"completions": completions, **changes})
@@ -62,7 +71,9 @@ def collect(seed: int, completions: int, prompts: int, held_out: int, **changes:
     return config
 
 
-def ranked(stage: str, collect: ConfigDict, batch_size: int, evals: int = 3, **changes: Any) -> ConfigDict:
+def ranked(
+    stage: str, collect: ConfigDict, batch_size: int, evals: int = 3, **changes: Any
+) -> ConfigDict:
     """A stage that learns, from SFT and for one epoch, from the answers that `collect` has ranked."""
     options = {
         "init_from": "stage:sft",

@@ -23,9 +23,18 @@ def validate_command(shell: Shell, command: Sequence[str], spot: bool) -> None:
     Raises:
       LaunchError: rlhfjax refuses the config.
     """
-    if shell.dry_run or list(command[:2]) not in (["rlhfjax", "run"], ["rlhfjax", "train"]):
+    if shell.dry_run or list(command[:2]) not in (
+        ["rlhfjax", "run"],
+        ["rlhfjax", "train"],
+    ):
         return
-    words = [sys.executable, "-m", "launch.check", *command[1:], *(["--spot"] if spot else [])]
+    words = [
+        sys.executable,
+        "-m",
+        "launch.check",
+        *command[1:],
+        *(["--spot"] if spot else []),
+    ]
     done = subprocess.run(
         words,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -39,7 +48,9 @@ def validate_command(shell: Shell, command: Sequence[str], spot: bool) -> None:
     if done.returncode == MISSING:
         shell.say(f"the config is not checked before the start: {last}")
     elif done.returncode:
-        shell.say(f"the config could not be checked here, and a run may refuse it: {last}")
+        shell.say(
+            f"the config could not be checked here, and a run may refuse it: {last}"
+        )
     for line in done.stdout.splitlines():
         shell.say(line)
 

@@ -52,26 +52,41 @@ class Cluster:
 
     def kubectl(self, *words: str) -> list[str]:
         options = {"context": self.context, "namespace": self.namespace}
-        return ["kubectl", *(f"--{name}={value}" for name, value in options.items() if value), *words]
+        return [
+            "kubectl",
+            *(f"--{name}={value}" for name, value in options.items() if value),
+            *words,
+        ]
 
     def state(self, name: str) -> list[str]:
         """The command that prints Completed, Failed, or nothing while the JobSet goes on."""
-        return self.kubectl("get", "jobset", name, "--output=jsonpath={.status.terminalState}")
+        return self.kubectl(
+            "get", "jobset", name, "--output=jsonpath={.status.terminalState}"
+        )
 
     def states(self, names: Sequence[str]) -> list[str]:
         """The command that prints the JobSets of these names, as JSON, without those that are not there."""
-        return self.kubectl("get", "jobset", *names, "--ignore-not-found", "--output=json")
+        return self.kubectl(
+            "get", "jobset", *names, "--ignore-not-found", "--output=json"
+        )
 
     def logs(self, name: str, worker: str = "0", slice_index: str = "0") -> list[str]:
         """The command that shows the output of one pod as it comes, or of all of a job's pods."""
         labels = {"jobset-name": name, "replicatedjob-name": "slice"}
         if worker != "all":
             labels["job-index"] = slice_index
-        selector = [f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()]
+        selector = [
+            f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()
+        ]
         if worker != "all":
             selector.append(f"batch.kubernetes.io/job-completion-index={worker}")
         # By name: where a bucket is mounted the pod has a container of FUSE's too.
-        options = ["--follow", "--pod-running-timeout=1h", "--tail=100", f"--container={CONTAINER}"]
+        options = [
+            "--follow",
+            "--pod-running-timeout=1h",
+            "--tail=100",
+            f"--container={CONTAINER}",
+        ]
         if worker == "all":
             options += ["--prefix", "--max-log-requests=1000"]
         return self.kubectl("logs", *options, f"--selector={','.join(selector)}")
@@ -82,8 +97,15 @@ class Cluster:
     def jobset_image(self) -> list[str]:
         """The command that prints the image of JobSet's controller, whose tag is its version."""
         path = "{.spec.template.spec.containers[*].image}"
-        words = ["get", "deployment", "jobset-controller-manager", "--namespace=jobset-system"]
-        return dataclasses.replace(self, namespace=None).kubectl(*words, f"--output=jsonpath={path}")
+        words = [
+            "get",
+            "deployment",
+            "jobset-controller-manager",
+            "--namespace=jobset-system",
+        ]
+        return dataclasses.replace(self, namespace=None).kubectl(
+            *words, f"--output=jsonpath={path}"
+        )
 
 
 def cloud_logs(name: str) -> str:
@@ -105,10 +127,14 @@ def validate_jobset(shell: Shell, cluster: Cluster, poll: float) -> None:
     oldest = ".".join(str(part) for part in OLDEST_JOBSET)
     image = shell.ask(cluster.jobset_image(), "NotFound", poll)
     if image is None:
-        raise LaunchError(f"this cluster has no JobSet: install version {oldest} or later (docs/launching.md)")
+        raise LaunchError(
+            f"this cluster has no JobSet: install version {oldest} or later (docs/launching.md)"
+        )
     version = re.search(r":v(\d+)\.(\d+)", image)
     if version and (int(version[1]), int(version[2])) < OLDEST_JOBSET:
-        raise LaunchError(f"this cluster has JobSet {version[1]}.{version[2]}: expected {oldest} or later")
+        raise LaunchError(
+            f"this cluster has JobSet {version[1]}.{version[2]}: expected {oldest} or later"
+        )
 
 
 def submit(shell: Shell, cluster: Cluster, job: Job, poll: float) -> None:
@@ -116,7 +142,9 @@ def submit(shell: Shell, cluster: Cluster, job: Job, poll: float) -> None:
     text = json.dumps(manifest(job), indent=2, allow_nan=False)
     if shell.dry_run:
         shell.say(text)
-        shell.say(f"# where one of the name has ended: {shlex.join(cluster.down(job.name))}")
+        shell.say(
+            f"# where one of the name has ended: {shlex.join(cluster.down(job.name))}"
+        )
         shell.must(cluster.kubectl("apply", "--filename=-"), stdin=text)
         return
     validate_jobset(shell, cluster, poll)
@@ -130,22 +158,33 @@ def run(shell: Shell, cluster: Cluster, job: Job, poll: float) -> int:
     submit(shell, cluster, job, poll)
     if shell.dry_run:
         shell.show(cluster.logs(job.name))
-        shell.say(f"# until it prints Completed or Failed: {shlex.join(cluster.state(job.name))}")
+        shell.say(
+            f"# until it prints Completed or Failed: {shlex.join(cluster.state(job.name))}"
+        )
         return 0
     while not (end := shell.ask(cluster.state(job.name), "NotFound", poll)):
         if end is None:
             raise LaunchError(f"{job.name}: the JobSet was deleted before it ended")
-        shell.run(cluster.logs(job.name))  # it ends with the pod; a restarted job has another one
+        shell.run(
+            cluster.logs(job.name)
+        )  # it ends with the pod; a restarted job has another one
         time.sleep(poll)
     shell.say(f"{job.name}: {end}")
     if end != "Completed":
-        shell.say(f"{job.name}: the output of all pods, in Cloud Logging: {cloud_logs(job.name)}")
+        shell.say(
+            f"{job.name}: the output of all pods, in Cloud Logging: {cloud_logs(job.name)}"
+        )
     return 0 if end == "Completed" else 1
 
 
-def states(shell: Shell, cluster: Cluster, names: Sequence[str], poll: float) -> dict[str, str]:
+def states(
+    shell: Shell, cluster: Cluster, names: Sequence[str], poll: float
+) -> dict[str, str]:
     """The state of each job, in one call: Queued, Running, Completed, Failed or Missing."""
-    found = json.loads(shell.ask(cluster.states([slug(name) for name in names]), "NotFound", poll) or "{}")
+    found = json.loads(
+        shell.ask(cluster.states([slug(name) for name in names]), "NotFound", poll)
+        or "{}"
+    )
     # One JobSet is printed as itself, several as a list.
     items = found["items"] if found.get("kind") == "List" else [found] if found else []
     by_name = {item["metadata"]["name"]: _state_of(item) for item in items}
@@ -163,7 +202,9 @@ def _state_of(item: dict) -> str:
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
     word, *names = words or [""]
     if word not in WORDS or (names and word != "states"):
-        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of {', '.join(WORDS)}")
+        raise flags.IllegalFlagValueError(
+            f"{' '.join(words) or 'no word'}: expected one of {', '.join(WORDS)}"
+        )
     shell, cluster = Shell(fv.dry_run), Cluster(fv.context, fv.namespace)
     if word == "states":
         print(json.dumps(states(shell, cluster, names, fv.poll), allow_nan=False))
@@ -180,20 +221,30 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
         raise flags.IllegalFlagValueError(str(e)) from None
 
 
-def _with_topology(fv: flags.FlagValues, word: str, command: Sequence[str], shell: Shell, cluster: Cluster) -> int:
+def _with_topology(
+    fv: flags.FlagValues,
+    word: str,
+    command: Sequence[str],
+    shell: Shell,
+    cluster: Cluster,
+) -> int:
     """The words that need to know of a slice: queue and pool, and those that start a job."""
     required(fv, "topology")
     if word == "queue":
         required(fv, "chips")
         gke_manifest.count_chips(fv.topology)
         name, namespace = slug(fv.name), fv.namespace or "default"
-        for item in gke_manifest.queues(name, fv.chip, fv.topology, fv.chips, namespace, fv.spot):
+        for item in gke_manifest.queues(
+            name, fv.chip, fv.topology, fv.chips, namespace, fv.spot
+        ):
             print(json.dumps(item, indent=2, allow_nan=False))
         return 0
     if word == "pool":
         required(fv, "cluster", "region", "zone")
         where = [f"--cluster={fv.cluster}", f"--region={fv.region}"]
-        for line in gke_manifest.pool_commands(_job(fv, ()), where, fv.zone, fv.project):
+        for line in gke_manifest.pool_commands(
+            _job(fv, ()), where, fv.zone, fv.project
+        ):
             print(shlex.join(line))
         return 0
     required(fv, "image")
@@ -211,7 +262,16 @@ def _with_topology(fv: flags.FlagValues, word: str, command: Sequence[str], shel
 
 
 _OF_FLAGS = (  # the fields of a Job that flags of the same name give
-    *("image", "chip", "topology", "slices", "chips_per_host", "spot", "bucket", "service_account"),
+    *(
+        "image",
+        "chip",
+        "topology",
+        "slices",
+        "chips_per_host",
+        "spot",
+        "bucket",
+        "service_account",
+    ),
     *("queue", "priority", "privileged", "grace", "max_restarts", "keep_days"),
 )
 
@@ -222,30 +282,88 @@ def _job(fv: flags.FlagValues, command: tuple[str, ...]) -> Job:
     # What was compiled before a preemption, or for another run of a sweep, is not compiled again.
     env = {"JAX_COMPILATION_CACHE_DIR": f"{bucket}/cache"} if bucket else {}
     env |= environment(fv.env)
-    return Job(name=slug(fv.name), command=command, env=env, secrets=secrets(fv.secret), **options)
+    return Job(
+        name=slug(fv.name),
+        command=command,
+        env=env,
+        secrets=secrets(fv.secret),
+        **options,
+    )
 
 
 def _flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("context", None, "of kubectl; default: the current one", flag_values=fv)
+    flags.DEFINE_string(
+        "context", None, "of kubectl; default: the current one", flag_values=fv
+    )
     flags.DEFINE_string("namespace", None, "default: the context's", flag_values=fv)
-    flags.DEFINE_string("image", None, "with rlhfjax and the experiment files (Dockerfile)", flag_values=fv)
+    flags.DEFINE_string(
+        "image",
+        None,
+        "with rlhfjax and the experiment files (Dockerfile)",
+        flag_values=fv,
+    )
     flags.DEFINE_enum("chip", "v5e", list(CHIPS), "of the node pool", flag_values=fv)
     flags.DEFINE_string("topology", None, "of one slice: 4x4, 4x4x8", flag_values=fv)
     flags.DEFINE_integer("slices", 1, "node pools of this topology", 1, flag_values=fv)
-    flags.DEFINE_integer("chips_per_host", 4, "of the node pool's machine type", 1, flag_values=fv)
+    flags.DEFINE_integer(
+        "chips_per_host", 4, "of the node pool's machine type", 1, flag_values=fv
+    )
     flags.DEFINE_bool("spot", False, "nodes that may be taken away", flag_values=fv)
-    flags.DEFINE_string("bucket", None, f"for reading data: a pod sees the bucket as {BUCKET}", flag_values=fv)
-    flags.DEFINE_string("service_account", None, "Kubernetes', with access to the bucket", flag_values=fv)
-    flags.DEFINE_string("queue", None, "Kueue's LocalQueue; default: none, pods start one by one", flag_values=fv)
-    flags.DEFINE_string("priority", None, "Kueue's WorkloadPriorityClass", flag_values=fv)
-    flags.DEFINE_bool("privileged", False, "containers that may do all; Autopilot refuses them", flag_values=fv)
-    flags.DEFINE_integer("grace", 120, "seconds that a run has to save; on spot about 15", 1, flag_values=fv)
-    flags.DEFINE_integer("max_restarts", 0, "after failures that are no preemptions", 0, flag_values=fv)
-    flags.DEFINE_float("keep_days", 7.0, "days that an ended JobSet is kept", 0.0, flag_values=fv)
-    flags.DEFINE_multi_string("secret", [], "NAME=SECRET[:KEY], a Kubernetes secret", flag_values=fv)
-    flags.DEFINE_bool("check", True, "validate the config here before the job is created", flag_values=fv)
-    flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
-    flags.DEFINE_string("worker", "0", "logs: a host's number within its slice, or all", flag_values=fv)
+    flags.DEFINE_string(
+        "bucket",
+        None,
+        f"for reading data: a pod sees the bucket as {BUCKET}",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "service_account",
+        None,
+        "Kubernetes', with access to the bucket",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "queue",
+        None,
+        "Kueue's LocalQueue; default: none, pods start one by one",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "priority", None, "Kueue's WorkloadPriorityClass", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "privileged",
+        False,
+        "containers that may do all; Autopilot refuses them",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "grace",
+        120,
+        "seconds that a run has to save; on spot about 15",
+        1,
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_restarts", 0, "after failures that are no preemptions", 0, flag_values=fv
+    )
+    flags.DEFINE_float(
+        "keep_days", 7.0, "days that an ended JobSet is kept", 0.0, flag_values=fv
+    )
+    flags.DEFINE_multi_string(
+        "secret", [], "NAME=SECRET[:KEY], a Kubernetes secret", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "check",
+        True,
+        "validate the config here before the job is created",
+        flag_values=fv,
+    )
+    flags.DEFINE_float(
+        "poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv
+    )
+    flags.DEFINE_string(
+        "worker", "0", "logs: a host's number within its slice, or all", flag_values=fv
+    )
     flags.DEFINE_string("slice", "0", "logs: a slice's number", flag_values=fv)
     flags.DEFINE_integer("chips", None, "queue: its quota, in chips", 1, flag_values=fv)
     flags.DEFINE_string("cluster", None, "pool: the cluster's name", flag_values=fv)

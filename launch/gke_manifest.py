@@ -18,15 +18,26 @@ class Chip:
 
 CHIPS = {
     "v4": Chip("tpu-v4-podslice", {4: "ct4p-hightpu-4t"}),
-    "v5e": Chip("tpu-v5-lite-podslice", {1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"}),
-    "v5p": Chip("tpu-v5p-slice", {1: "ct5p-hightpu-1t", 2: "ct5p-hightpu-2t", 4: "ct5p-hightpu-4t"}),
-    "v6e": Chip("tpu-v6e-slice", {1: "ct6e-standard-1t", 4: "ct6e-standard-4t", 8: "ct6e-standard-8t"}),
+    "v5e": Chip(
+        "tpu-v5-lite-podslice",
+        {1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"},
+    ),
+    "v5p": Chip(
+        "tpu-v5p-slice",
+        {1: "ct5p-hightpu-1t", 2: "ct5p-hightpu-2t", 4: "ct5p-hightpu-4t"},
+    ),
+    "v6e": Chip(
+        "tpu-v6e-slice",
+        {1: "ct6e-standard-1t", 4: "ct6e-standard-4t", 8: "ct6e-standard-8t"},
+    ),
     "tpu7x": Chip("tpu7x", {4: "tpu7x-standard-4t"}),
 }
 PORTS = (8471, 8080)  # within a slice, and between slices
 BUCKET = "/bucket"  # where a pod sees it
 CONTAINER = "rlhfjax"
-PREEMPTION = "PodFailurePolicy"  # the reason of a job that its pod failure policy has ended
+PREEMPTION = (
+    "PodFailurePolicy"  # the reason of a job that its pod failure policy has ended
+)
 QUEUE = "kueue.x-k8s.io/queue-name"
 PRIORITY = "kueue.x-k8s.io/priority-class"
 KUEUE = "kueue.x-k8s.io/v1beta2"
@@ -46,14 +57,18 @@ class Job:
     spot: bool = False
     bucket: str | None = None
     service_account: str | None = None
-    queue: str | None = None  # a LocalQueue of Kueue: all pods are admitted together, or wait together
+    queue: str | None = (
+        None  # a LocalQueue of Kueue: all pods are admitted together, or wait together
+    )
     priority: str | None = None  # a WorkloadPriorityClass of Kueue
     privileged: bool = False  # Autopilot refuses it, and libtpu runs without it
     grace: int = 120  # seconds between SIGTERM and SIGKILL; of a spot node about 15
     max_restarts: int = 0  # after failures that are no preemptions
     keep_days: float = 7.0  # days that an ended JobSet is kept, for `logs`
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {variable: SECRET:KEY}
+    secrets: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # {variable: SECRET:KEY}
 
     @property
     def hosts(self) -> int:
@@ -78,7 +93,9 @@ def count_chips(topology: str) -> int:
     """
     sides = topology.split("x")
     if not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"--topology={topology}: expected sides in chips, such as 4x4 or 4x4x8")
+        raise ValueError(
+            f"--topology={topology}: expected sides in chips, such as 4x4 or 4x4x8"
+        )
     return math.prod(int(side) for side in sides)
 
 
@@ -110,7 +127,9 @@ def manifest(job: Job) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "name": job.name,
         # one slice, one node pool
-        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        "annotations": {
+            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+        },
     }
     if labels:
         metadata["labels"] = labels
@@ -121,7 +140,13 @@ def manifest(job: Job) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {"maxRestarts": job.max_restarts, "rules": [rule]},
             "ttlSecondsAfterFinished": round(86_400 * job.keep_days),
-            "replicatedJobs": [{"name": "slice", "replicas": job.slices, "template": {"spec": _slice(job)}}],
+            "replicatedJobs": [
+                {
+                    "name": "slice",
+                    "replicas": job.slices,
+                    "template": {"spec": _slice(job)},
+                }
+            ],
         },
     }
 
@@ -135,8 +160,14 @@ def _slice(job: Job) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
+                {
+                    "action": "FailJob",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"operator": "In", "values": [PREEMPTED]},
+                },
             ]
         },
         "template": _pod(job),
@@ -157,7 +188,12 @@ def _pod(job: Job) -> dict[str, Any]:
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
         spec["tolerations"] = [
-            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+            {
+                "key": "cloud.google.com/gke-spot",
+                "operator": "Equal",
+                "value": "true",
+                "effect": "NoSchedule",
+            }
         ]
     if job.service_account:
         spec["serviceAccountName"] = job.service_account
@@ -165,7 +201,13 @@ def _pod(job: Job) -> dict[str, Any]:
         return {"spec": spec}
     attributes = {"bucketName": job.bucket, "mountOptions": "implicit-dirs"}
     spec["volumes"] = [
-        {"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+        {
+            "name": "bucket",
+            "csi": {
+                "driver": "gcsfuse.csi.storage.gke.io",
+                "volumeAttributes": attributes,
+            },
+        }
     ]
     return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": spec}
 
@@ -191,17 +233,26 @@ def _container(job: Job) -> dict[str, Any]:
 def _environment(job: Job) -> list[dict[str, Any]]:
     """RLHFJAX_JOIN, so that every pod joins whatever variables GKE sets; then the job's own, then its secrets."""
     plain = {"RLHFJAX_JOIN": "1"} | dict(job.env)
-    variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items()]
+    variables: list[dict[str, Any]] = [
+        {"name": name, "value": value} for name, value in plain.items()
+    ]
     for name, reference in job.secrets.items():
         secret, _, key = reference.partition(":")
-        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key or name}}})
+        variables.append(
+            {
+                "name": name,
+                "valueFrom": {"secretKeyRef": {"name": secret, "key": key or name}},
+            }
+        )
     return variables
 
 
 # ------------------------------------------------------------------ Kueue's queues
 
 
-def queues(name: str, chip: str, topology: str, chips: int, namespace: str, spot: bool) -> list[dict[str, Any]]:
+def queues(
+    name: str, chip: str, topology: str, chips: int, namespace: str, spot: bool
+) -> list[dict[str, Any]]:
     """A queue for jobs of one kind of slice: ResourceFlavor, ClusterQueue and LocalQueue of one name.
 
     Args:
@@ -214,7 +265,10 @@ def queues(name: str, chip: str, topology: str, chips: int, namespace: str, spot
     if spot:
         labels["cloud.google.com/gke-spot"] = "true"
     resource = {"name": "google.com/tpu", "nominalQuota": chips}
-    group = {"coveredResources": ["google.com/tpu"], "flavors": [{"name": name, "resources": [resource]}]}
+    group = {
+        "coveredResources": ["google.com/tpu"],
+        "flavors": [{"name": name, "resources": [resource]}],
+    }
     return [
         _kueue("ResourceFlavor", {"name": name}, {"nodeLabels": labels}),
         _kueue(
@@ -227,7 +281,9 @@ def queues(name: str, chip: str, topology: str, chips: int, namespace: str, spot
                 "resourceGroups": [group],
             },
         ),
-        _kueue("LocalQueue", {"name": name, "namespace": namespace}, {"clusterQueue": name}),
+        _kueue(
+            "LocalQueue", {"name": name, "namespace": namespace}, {"clusterQueue": name}
+        ),
     ]
 
 
@@ -238,7 +294,9 @@ def _kueue(kind: str, metadata: dict[str, Any], spec: dict[str, Any]) -> dict[st
 # ------------------------------------------------------------------ the node pool
 
 
-def pool_commands(job: Job, cluster: Sequence[str], zone: str, project: str | None) -> list[list[str]]:
+def pool_commands(
+    job: Job, cluster: Sequence[str], zone: str, project: str | None
+) -> list[list[str]]:
     """The commands that create a node pool per slice, scaled from zero nodes and back to zero, and that delete it.
 
     Args:
@@ -249,7 +307,9 @@ def pool_commands(job: Job, cluster: Sequence[str], zone: str, project: str | No
     machines = CHIPS[job.chip].machines
     if job.chips_per_host not in machines:
         known = ", ".join(str(n) for n in machines)
-        raise ValueError(f"--chips_per_host={job.chips_per_host}: a host of {job.chip} has {known} chips")
+        raise ValueError(
+            f"--chips_per_host={job.chips_per_host}: a host of {job.chip} has {known} chips"
+        )
     flags = [
         *cluster,
         f"--node-locations={zone}",
@@ -262,7 +322,11 @@ def pool_commands(job: Job, cluster: Sequence[str], zone: str, project: str | No
     if job.chip == "tpu7x" and job.hosts > 1:
         # A placement policy takes the place of --tpu-topology.
         region = zone.rpartition("-")[0]
-        kind = ["--type=HIGH_THROUGHPUT", f"--accelerator-topology={job.topology}", f"--region={region}"]
+        kind = [
+            "--type=HIGH_THROUGHPUT",
+            f"--accelerator-topology={job.topology}",
+            f"--region={region}",
+        ]
         policy = ["gcloud", "compute", "resource-policies", "create", "workload-policy"]
         commands.append([*policy, f"{job.name}-policy", *kind, *_project(project)])
         flags.append(f"--placement-policy={job.name}-policy")
@@ -273,7 +337,10 @@ def pool_commands(job: Job, cluster: Sequence[str], zone: str, project: str | No
     pools = [f"{job.name}-{i}" for i in range(job.slices)]
     words = ["gcloud", "container", "node-pools"]
     commands += [[*words, "create", pool, *flags, *_project(project)] for pool in pools]
-    commands += [[*words, "delete", pool, *cluster, *_project(project), "--quiet"] for pool in pools]
+    commands += [
+        [*words, "delete", pool, *cluster, *_project(project), "--quiet"]
+        for pool in pools
+    ]
     return commands
 
 

@@ -21,7 +21,9 @@ _WORDS = r"(?<![A-Za-z])(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCE
 SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
 SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
 HIDDEN = "***"
-_ASSIGNED = re.compile(rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE)  # $: a reference
+_ASSIGNED = re.compile(
+    rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE
+)  # $: a reference
 LONGEST = 40  # characters of a name: clouds take 63, with what they append
 SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
@@ -33,7 +35,11 @@ class LaunchError(Exception):
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """The text without the value of any environment variable, or NAME=VALUE, whose name is that of a secret."""
     environ = os.environ if environ is None else environ
-    values = [value for name, value in environ.items() if SECRET.search(name) and len(value) >= SHORTEST]
+    values = [
+        value
+        for name, value in environ.items()
+        if SECRET.search(name) and len(value) >= SHORTEST
+    ]
     for value in sorted(values, key=len, reverse=True):  # one may hold another
         text = text.replace(value, HIDDEN)
     return _ASSIGNED.sub(rf"\1{HIDDEN}", text)
@@ -72,7 +78,9 @@ class Shell:
         if self.dry_run:
             return 0
         source = subprocess.DEVNULL if stdin is None else subprocess.PIPE
-        with _started(words, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        with _started(
+            words, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
             if stdin is not None:
                 process.stdin.write(stdin)
                 process.stdin.close()
@@ -85,7 +93,9 @@ class Shell:
     def must(self, words: Sequence[str], stdin: str | None = None) -> None:
         """As `run`; a failure is a LaunchError."""
         if code := self.run(words, stdin):
-            raise LaunchError(f"{shlex.join(words[:5])} … failed with exit code {code}; its output is above")
+            raise LaunchError(
+                f"{shlex.join(words[:5])} … failed with exit code {code}; its output is above"
+            )
 
     def ask(self, words: Sequence[str], missing: str, pause: float) -> str | None:
         """The output of a command that changes nothing; None where its error says `missing`. It is not shown.
@@ -95,7 +105,12 @@ class Shell:
         """
         for attempt in range(3):
             time.sleep(pause if attempt else 0)
-            with _started(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            with _started(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            ) as process:
                 out, error = process.communicate()
             if process.returncode == 0:
                 return out.strip()
@@ -115,7 +130,9 @@ class Shell:
 def last_line(output: str) -> str:
     """The last line with text of a command's output, where a tool says why it failed; "" if there
     is none."""
-    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
+    return next(
+        (line.strip() for line in reversed(output.splitlines()) if line.strip()), ""
+    )
 
 
 def _print(line: str) -> None:
@@ -128,7 +145,9 @@ def _started(words: Sequence[str], **streams: int) -> subprocess.Popen:
     try:
         return subprocess.Popen(words, text=True, errors="replace", **streams)
     except FileNotFoundError:
-        raise LaunchError(f"{words[0]} is not installed on this machine, or not in PATH") from None
+        raise LaunchError(
+            f"{words[0]} is not installed on this machine, or not in PATH"
+        ) from None
 
 
 def environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -155,10 +174,18 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
     found = {}
     for pair in pairs:
         name, equals, reference = pair.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", reference):
-            raise LaunchError(f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its value")
+        if (
+            not equals
+            or not re.fullmatch(r"[A-Za-z_]\w*", name)
+            or not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", reference)
+        ):
+            raise LaunchError(
+                f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its value"
+            )
         if redact(reference) != reference:
-            raise LaunchError(f"--secret={name}=…: this is a secret's value; expected the name it is stored under")
+            raise LaunchError(
+                f"--secret={name}=…: this is a secret's value; expected the name it is stored under"
+            )
         found[name] = reference
     return found
 
@@ -205,9 +232,15 @@ def pack(shell: Shell, file: str) -> str:
     if shell.dry_run:
         shell.say(f"# packs what git tracks into {file}")
         return ""
-    deleted, untracked = _git_files("--deleted"), _git_files("--others", "--exclude-standard")
+    deleted, untracked = (
+        _git_files("--deleted"),
+        _git_files("--others", "--exclude-standard"),
+    )
     tracked = sorted(set(_git_files()) - set(deleted))
-    for files, why in ((untracked, "git does not track them"), (deleted, "they are deleted here")):
+    for files, why in (
+        (untracked, "git does not track them"),
+        (deleted, "they are deleted here"),
+    ):
         if files:
             shell.say(f"not sent, because {why}: {_shortened(files)}")
     with (
@@ -226,7 +259,9 @@ def _git_files(*options: str) -> list[str]:
     with _started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, error = process.communicate()
     if process.returncode:
-        raise LaunchError(f"git ls-files: {last_line(error)}; expected the repository's folder")
+        raise LaunchError(
+            f"git ls-files: {last_line(error)}; expected the repository's folder"
+        )
     return sorted(filter(None, out.split("\0")))
 
 
@@ -252,25 +287,48 @@ def seconds(flag: str, text: str) -> float:
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
     parts = re.findall(r"([\d.]+)([dhms])", text)
     if text != "0" and (not parts or "".join(map("".join, parts)) != text):
-        raise flags.IllegalFlagValueError(f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m")
+        raise flags.IllegalFlagValueError(
+            f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m"
+        )
     return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def common_flags(fv: flags.FlagValues) -> None:
     """The flags of every launcher."""
-    flags.DEFINE_string("name", None, "of the job; made of small letters, digits and hyphens", flag_values=fv)
-    flags.DEFINE_multi_string("env", [], "NAME=VALUE for the command; may be repeated; no secrets", flag_values=fv)
-    flags.DEFINE_bool("dry_run", False, "print what would be run, run nothing", flag_values=fv)
-    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
+    flags.DEFINE_string(
+        "name",
+        None,
+        "of the job; made of small letters, digits and hyphens",
+        flag_values=fv,
+    )
+    flags.DEFINE_multi_string(
+        "env",
+        [],
+        "NAME=VALUE for the command; may be repeated; no secrets",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "print what would be run, run nothing", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "help", False, "show this and exit", short_name="h", flag_values=fv
+    )
 
 
-def launch(doc: str, define: Callable[[flags.FlagValues], None], act: Callable, argv: Sequence[str]) -> None:
+def launch(
+    doc: str,
+    define: Callable[[flags.FlagValues], None],
+    act: Callable,
+    argv: Sequence[str],
+) -> None:
     """The main function of a launcher: flags, `--`, the command; then `act(fv, words before, command)` and its code.
 
     What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a failed launch.
     """
     argv = list(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # one way to stop
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # one way to stop
     cut = argv.index("--") if "--" in argv else len(argv)
     fv = flags.FlagValues()
     common_flags(fv)
@@ -285,7 +343,9 @@ def launch(doc: str, define: Callable[[flags.FlagValues], None], act: Callable, 
         print(f"launch: {redact(str(e))}", file=sys.stderr)
         sys.exit(2 if isinstance(e, flags.Error) else 1)
     except KeyboardInterrupt:
-        print("launch: interrupted; what runs elsewhere goes on running", file=sys.stderr)
+        print(
+            "launch: interrupted; what runs elsewhere goes on running", file=sys.stderr
+        )
         sys.exit(130)
     sys.exit(code)
 
@@ -315,7 +375,11 @@ def required(fv: flags.FlagValues, *names: str) -> None:
 
 def given(command: Sequence[str]) -> list[str]:
     if not command:
-        raise flags.IllegalFlagValueError("what to run is missing: expected it after --")
+        raise flags.IllegalFlagValueError(
+            "what to run is missing: expected it after --"
+        )
     if redact(text := shlex.join(command)) != text:
-        raise LaunchError(f"a secret stands in the command: {redact(text)}; it would be in logs and process lists")
+        raise LaunchError(
+            f"a secret stands in the command: {redact(text)}; it would be in logs and process lists"
+        )
     return list(command)

@@ -54,8 +54,12 @@ class Job:
     grace: int = 300
     max_restarts: int = 20
     folder: str | None = None
-    sbatch: Sequence[str] = ()  # KEY=VALUE or KEY, options of sbatch that have no flag here
-    setup: Sequence[str] = ()  # lines of the batch script before the command: module load …
+    sbatch: Sequence[
+        str
+    ] = ()  # KEY=VALUE or KEY, options of sbatch that have no flag here
+    setup: Sequence[
+        str
+    ] = ()  # lines of the batch script before the command: module load …
     srun: Sequence[str] = ()  # arguments of srun: a container's
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -64,15 +68,37 @@ def minutes(time: str) -> int:
     """`[D-]HH:MM:SS`, as Slurm has it, in whole minutes."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", time)
     if not found:
-        raise flags.IllegalFlagValueError(f"--time={time}: expected HH:MM:SS or D-HH:MM:SS")
+        raise flags.IllegalFlagValueError(
+            f"--time={time}: expected HH:MM:SS or D-HH:MM:SS"
+        )
     days, hours, mins, seconds = (int(x or 0) for x in found.groups())
     return (24 * days + hours) * 60 + mins + math.ceil(seconds / 60)
 
 
 # Options of sbatch that a Job has already, or on which restarting depends.
 _OURS = (
-    *("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "account"),
-    *("dependency", "signal", "requeue", "no-requeue", "export", "output", "error", "open-mode", "wckey", "array"),
+    *(
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+        "partition",
+        "account",
+    ),
+    *(
+        "dependency",
+        "signal",
+        "requeue",
+        "no-requeue",
+        "export",
+        "output",
+        "error",
+        "open-mode",
+        "wckey",
+        "array",
+    ),
 )
 
 
@@ -86,9 +112,13 @@ def sbatch_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.removeprefix("--").partition("=")
         if not re.fullmatch(r"[a-z][a-z-]*", key):
-            raise LaunchError(f"--sbatch={pair}: expected KEY=VALUE or KEY, a long option of sbatch")
+            raise LaunchError(
+                f"--sbatch={pair}: expected KEY=VALUE or KEY, a long option of sbatch"
+            )
         if key in _OURS:
-            raise LaunchError(f"--sbatch={pair}: this launcher sets {key} itself; --help lists its flags")
+            raise LaunchError(
+                f"--sbatch={pair}: this launcher sets {key} itself; --help lists its flags"
+            )
         options[key.replace("-", "_")] = value if equals else True
     return options
 
@@ -99,7 +129,11 @@ def validate(job: Job) -> None:
     Raises:
       LaunchError: GPUs are asked for, and neither CPUs nor whole nodes.
     """
-    if job.gpus_per_node and not job.cpus_per_task and "exclusive" not in sbatch_options(job.sbatch):
+    if (
+        job.gpus_per_node
+        and not job.cpus_per_task
+        and "exclusive" not in sbatch_options(job.sbatch)
+    ):
         raise LaunchError(
             f"--gpus_per_node={job.gpus_per_node}: most clusters give one CPU core per task, and memory by the core, "
             "where none is asked for; add --cpus_per_task=N, or --sbatch=exclusive for whole nodes"
@@ -108,7 +142,9 @@ def validate(job: Job) -> None:
 
 def parameters(job: Job) -> dict[str, Any]:
     """What submitit makes the batch script of. Nothing of the submitting shell's environment goes along."""
-    cpus = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []  # which srun takes from no script
+    cpus = (
+        [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    )  # which srun takes from no script
     return {
         "job_name": job.name,
         "nodes": job.nodes,
@@ -121,20 +157,28 @@ def parameters(job: Job) -> dict[str, Any]:
         "dependency": "singleton",  # what is submitted twice does not run twice at once
         "signal_delay_s": job.grace,  # before the time is up; to the processes, which pass it on
         "stderr_to_stdout": True,
-        "setup": ["export SUBMITIT_LOG_LEVEL=ERROR", *job.setup],  # the log is the command's
+        "setup": [
+            "export SUBMITIT_LOG_LEVEL=ERROR",
+            *job.setup,
+        ],  # the log is the command's
         "srun_args": ["--export=ALL", "--kill-on-bad-exit=0", *cpus, *job.srun],
         "wckey": None,
-        "additional_parameters": {"requeue": True, "export": "NONE"} | sbatch_options(job.sbatch),
+        "additional_parameters": {"requeue": True, "export": "NONE"}
+        | sbatch_options(job.sbatch),
     }
 
 
 def submitit() -> Any:
     """The library, which is needed here alone."""
-    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # it would close all other handlers, and say things twice
+    os.environ.setdefault(
+        "SUBMITIT_LOG_LEVEL", "NOCONFIG"
+    )  # it would close all other handlers, and say things twice
     try:
         import submitit
     except ImportError:
-        raise LaunchError("submitit is not installed in this Python: python3 -m pip install 'submitit>=1.5'") from None
+        raise LaunchError(
+            "submitit is not installed in this Python: python3 -m pip install 'submitit>=1.5'"
+        ) from None
     return submitit
 
 
@@ -146,7 +190,9 @@ def executor(job: Job) -> Any:
         def affinity(cls) -> int:
             return 2  # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
 
-    made = Executor(job.folder or f"runs/slurm/{job.name}", max_num_timeout=job.max_restarts)
+    made = Executor(
+        job.folder or f"runs/slurm/{job.name}", max_num_timeout=job.max_restarts
+    )
     made.update_parameters(**parameters(job))
     return made
 
@@ -162,10 +208,14 @@ def submit(job: Job) -> Any:
     """Submits the job; returns submitit's record of it."""
     errors = submitit().core.utils
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # on which submitit repeats what the error says
+        with contextlib.redirect_stderr(
+            io.StringIO()
+        ):  # on which submitit repeats what the error says
             return executor(job).submit(Task(job.command, job.env, job.max_restarts))
     except FileNotFoundError:
-        raise LaunchError("sbatch is not installed on this machine, or not in PATH") from None
+        raise LaunchError(
+            "sbatch is not installed on this machine, or not in PATH"
+        ) from None
     except (errors.FailedJobError, errors.FailedSubmissionError) as e:
         raise LaunchError(last_line(str(e)) or type(e).__name__) from None
 
@@ -175,7 +225,9 @@ def finish(shell: Shell, job: Job, submitted: Any) -> int:
     submitted.wait()
     tasks = [submitted.task(i) for i in range(submitted.num_tasks)]
     lost = [task for task in tasks if not task.paths.result_pickle.exists()]
-    codes = [result(shell, task) for task in tasks if task not in lost[1:]]  # one is enough: submitit waits for it
+    codes = [
+        result(shell, task) for task in tasks if task not in lost[1:]
+    ]  # one is enough: submitit waits for it
     if worst(codes) == PREEMPTED:
         raise LaunchError(
             f"{job.name}: preempted more than --max_restarts={job.max_restarts} times; its state is saved"
@@ -207,11 +259,24 @@ def down(name: str) -> list[str]:
 def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_integer("nodes", 1, "one process each", 1, flag_values=fv)
     flags.DEFINE_integer("gpus_per_node", 0, "0: none is asked for", 0, flag_values=fv)
-    flags.DEFINE_integer("cpus_per_task", 0, "0: the cluster's default", 0, flag_values=fv)
-    flags.DEFINE_string("time", "24:00:00", "of one start; a job that is not done is requeued", flag_values=fv)
+    flags.DEFINE_integer(
+        "cpus_per_task", 0, "0: the cluster's default", 0, flag_values=fv
+    )
+    flags.DEFINE_string(
+        "time",
+        "24:00:00",
+        "of one start; a job that is not done is requeued",
+        flag_values=fv,
+    )
     flags.DEFINE_string("partition", None, "default: the cluster's", flag_values=fv)
     flags.DEFINE_string("account", None, "default: the user's", flag_values=fv)
-    flags.DEFINE_integer("grace", 300, "seconds that a run has to save before the time is up", 1, flag_values=fv)
+    flags.DEFINE_integer(
+        "grace",
+        300,
+        "seconds that a run has to save before the time is up",
+        1,
+        flag_values=fv,
+    )
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
     flags.DEFINE_multi_string(
         "sbatch",
@@ -225,26 +290,47 @@ def _flags(fv: flags.FlagValues) -> None:
         "a line of the batch script before the command: 'module load cuda'; may be repeated",
         flag_values=fv,
     )
-    flags.DEFINE_multi_string("srun", [], "an argument of srun: --container-image=…; may be repeated", flag_values=fv)
-    flags.DEFINE_string("folder", None, "of scripts, logs and results; default: runs/slurm/NAME", flag_values=fv)
+    flags.DEFINE_multi_string(
+        "srun",
+        [],
+        "an argument of srun: --container-image=…; may be repeated",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "folder",
+        None,
+        "of scripts, logs and results; default: runs/slurm/NAME",
+        flag_values=fv,
+    )
     flags.DEFINE_bool("wait", False, "until the job has ended", flag_values=fv)
 
 
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
     if list(words) not in (["submit"], ["script"], ["down"]):
-        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of submit, script, down")
+        raise flags.IllegalFlagValueError(
+            f"{' '.join(words) or 'no word'}: expected one of submit, script, down"
+        )
     required(fv, "name")
     name, shell = slug(fv.name), Shell(fv.dry_run)
     if words[0] == "down":
         return shell.run(down(name))
     own = {"name": name, "command": tuple(given(command)), "env": environment(fv.env)}
-    job = Job(**{field.name: fv[field.name].value for field in dataclasses.fields(Job) if field.name not in own}, **own)
+    job = Job(
+        **{
+            field.name: fv[field.name].value
+            for field in dataclasses.fields(Job)
+            if field.name not in own
+        },
+        **own,
+    )
     validate(job)
     if words[0] == "script" or fv.dry_run:
         shell.say(script(job))
         return 0
     submitted = submit(job)
-    shell.say(f"{name}: job {submitted.job_id}; its log: {submitted.task(0).paths.stdout}")
+    shell.say(
+        f"{name}: job {submitted.job_id}; its log: {submitted.task(0).paths.stdout}"
+    )
     return finish(shell, job, submitted) if fv.wait else 0
 
 

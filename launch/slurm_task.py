@@ -17,7 +17,10 @@ from typing import Any
 
 from launch.shell import PREEMPTED
 
-_STOP = (signal.SIGUSR2, signal.SIGTERM)  # before the time is up; on pre-emption, or when the job is cancelled
+_STOP = (
+    signal.SIGUSR2,
+    signal.SIGTERM,
+)  # before the time is up; on pre-emption, or when the job is cancelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +37,25 @@ class Task:
         import submitit
 
         here, requeue = submitit.JobEnvironment(), signal.getsignal(signal.SIGUSR2)
-        here.paths.result_pickle.unlink(missing_ok=True)  # of a start before, that ended otherwise on another node
+        here.paths.result_pickle.unlink(
+            missing_ok=True
+        )  # of a start before, that ended otherwise on another node
         code = _run(self.command, {**os.environ, **_found(), **_jax(here), **self.env})
         if code == PREEMPTED and self.restarts < self.max_restarts:
             if here.global_rank == 0 and _goes_on(here.job_id):
                 _forget_results(here)
-                print(f"launch: preempted; restart {self.restarts + 1} of {self.max_restarts}", flush=True)
+                print(
+                    f"launch: preempted; restart {self.restarts + 1} of {self.max_restarts}",
+                    flush=True,
+                )
                 signal.signal(signal.SIGUSR2, requeue)
                 signal.raise_signal(signal.SIGUSR2)
-            sys.exit(code)  # without a result: it is the first node's to requeue the job, or Slurm is ending it
-        atexit.register(os._exit, code)  # so that Slurm has it too, once submitit has written it down
+            sys.exit(
+                code
+            )  # without a result: it is the first node's to requeue the job, or Slurm is ending it
+        atexit.register(
+            os._exit, code
+        )  # so that Slurm has it too, once submitit has written it down
         return code
 
     def checkpoint(self) -> Any:
@@ -56,7 +68,11 @@ class Task:
 def _run(command: tuple[str, ...], env: Mapping[str, str]) -> int:
     """Runs a command, which gets one SIGTERM for Slurm's SIGUSR2 or SIGTERM; 128 + the signal that killed it."""
     # some clusters send a signal to every process of a job, and this one would kill the child
-    child = subprocess.Popen(command, env=env, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+    child = subprocess.Popen(
+        command,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+    )
 
     def stop(*_: object) -> None:
         for number in _STOP:
@@ -71,7 +87,9 @@ def _run(command: tuple[str, ...], env: Mapping[str, str]) -> int:
 
 def _found() -> dict[str, str]:
     """What is installed with this interpreter is found first: the job has the cluster's environment, not a login's."""
-    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    return {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    }
 
 
 def _jax(here: Any) -> dict[str, str]:
@@ -90,10 +108,15 @@ def _forget_results(here: Any) -> None:
     A node removes its own result when it starts; one that starts after another has ended would be too late.
     """
     for rank in range(here.num_tasks):
-        here.paths.folder.joinpath(f"{here.job_id}_{rank}_result.pkl").unlink(missing_ok=True)
+        here.paths.folder.joinpath(f"{here.job_id}_{rank}_result.pkl").unlink(
+            missing_ok=True
+        )
 
 
 def _goes_on(job: str) -> bool:
     """Whether the job is running; not so where Slurm is cancelling it, or has requeued it already."""
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"
+    return (
+        subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        == "RUNNING"
+    )

@@ -65,12 +65,19 @@ def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
     pack(shell, file)
     for host in hosts:
         shell.must(copy(host, file, f"{name}.tar.gz"))
-        shell.must(on(host, f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && {setup}"))
+        shell.must(
+            on(
+                host,
+                f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && {setup}",
+            )
+        )
 
 
 def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
     """Runs the command on all hosts at once; the first exit code that is not 0, after the others were stopped."""
-    scripts = {host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)}
+    scripts = {
+        host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)
+    }
     for host in hosts:
         shell.must(on(host, clean_script(name)))
     for host, script in scripts.items():
@@ -81,21 +88,31 @@ def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
     ended = threading.Condition()
 
     def follow(host: str) -> None:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(on(host, scripts[host]), text=True, errors="replace", **streams) as process:
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+        }
+        with subprocess.Popen(
+            on(host, scripts[host]), text=True, errors="replace", **streams
+        ) as process:
             for line in process.stdout:
                 shell.say(f"[{host}] {line.rstrip()}")
         with ended:
             codes.append(process.returncode)
             ended.notify()
 
-    threads = [threading.Thread(target=follow, args=[host], daemon=True) for host in hosts]
+    threads = [
+        threading.Thread(target=follow, args=[host], daemon=True) for host in hosts
+    ]
     for thread in threads:
         thread.start()
     try:
         with ended:
             ended.wait_for(lambda: len(codes) == len(hosts) or any(codes))
-            own = tuple(codes)  # those that are stopped now end as they can, which says nothing
+            own = tuple(
+                codes
+            )  # those that are stopped now end as they can, which says nothing
     finally:
         if len(codes) < len(hosts):
             for host in hosts:
@@ -107,7 +124,9 @@ def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
 
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:
     if list(words) not in (["run"], ["stop"]):
-        raise flags.IllegalFlagValueError(f"{' '.join(words) or 'no word'}: expected one of run, stop")
+        raise flags.IllegalFlagValueError(
+            f"{' '.join(words) or 'no word'}: expected one of run, stop"
+        )
     required(fv, "name", "hosts")
     name, shell = slug(fv.name), Shell(fv.dry_run)
     if words[0] == "stop":
@@ -119,12 +138,24 @@ def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> i
         if code != PREEMPTED:
             return code
         shell.say(f"{name}: preempted, its state is saved; it starts again")
-    raise LaunchError(f"{name}: preempted more than --max_restarts={fv.max_restarts} times; its state is saved")
+    raise LaunchError(
+        f"{name}: preempted more than --max_restarts={fv.max_restarts} times; its state is saved"
+    )
 
 
 def _flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_list("hosts", None, "[user@]host, separated by commas; the first coordinates", flag_values=fv)
-    flags.DEFINE_string("setup", "python3 -m pip install -q -e .", "run in the copy on each host", flag_values=fv)
+    flags.DEFINE_list(
+        "hosts",
+        None,
+        "[user@]host, separated by commas; the first coordinates",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "setup",
+        "python3 -m pip install -q -e .",
+        "run in the copy on each host",
+        flag_values=fv,
+    )
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
 
 

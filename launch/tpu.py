@@ -92,7 +92,9 @@ def close(runner: Runner, end: End) -> None:
         return
     if end.code not in OVER:
         runner.ask_all("tail")
-        runner.say(f"ended with exit code {end.code}" + (f": {end.why}" if end.why else ""))
+        runner.say(
+            f"ended with exit code {end.code}" + (f": {end.why}" if end.why else "")
+        )
     if (end.code in OVER and linger >= 0) or linger == 0:
         runner.remove()
         return
@@ -128,7 +130,9 @@ def add_key(shell: Shell, tpu: Tpu) -> None:
     `tpu-vm scp` to several workers refuses a key that the agent lacks, and stalls without an agent.
     """
     flag = "--ssh-key-file="
-    own = [word.removeprefix(flag) for word in tpu.extra["ssh"] if word.startswith(flag)]
+    own = [
+        word.removeprefix(flag) for word in tpu.extra["ssh"] if word.startswith(flag)
+    ]
     key = os.path.expanduser((own or [KEY])[-1])
     if not os.path.exists(key):
         if not shell.dry_run:
@@ -155,7 +159,16 @@ def _tpu(fv: flags.FlagValues) -> Tpu:
                 f"--gcloud={text}: expected create:--FLAG or ssh:--FLAG",
             )
         extra[where].append(flag)
-    names = ("zone", "project", "accelerator", "runtime", "slices", "spot", "reserved", "network")
+    names = (
+        "zone",
+        "project",
+        "accelerator",
+        "runtime",
+        "slices",
+        "spot",
+        "reserved",
+        "network",
+    )
     names += ("service_account", "valid_until", "track")
     values = {name: fv[name].value for name in names}
     return Tpu(name=sh.slug(fv.name) if fv.name else "", extra=extra, **values)
@@ -188,9 +201,13 @@ def _flags(fv: flags.FlagValues) -> None:
     text("project", None, "default: gcloud's own")
     text("accelerator", None, "v5litepod-16, v5p-128, v6e-64, …")
     text("runtime", None, "software of the TPU VM; default: the chip's")
-    flags.DEFINE_integer("slices", 1, "joined over the data centre's network", 1, flag_values=fv)
+    flags.DEFINE_integer(
+        "slices", 1, "joined over the data centre's network", 1, flag_values=fv
+    )
     flags.DEFINE_bool("spot", False, "cheaper, and may be taken away", flag_values=fv)
-    flags.DEFINE_bool("reserved", False, "from the project's reservation", flag_values=fv)
+    flags.DEFINE_bool(
+        "reserved", False, "from the project's reservation", flag_values=fv
+    )
     text("network", None, "default: the project's")
     text("service_account", None, "default: Compute Engine's")
     _gcloud_flags(fv)
@@ -198,7 +215,9 @@ def _flags(fv: flags.FlagValues) -> None:
     _end_flags(fv)
     text("worker", "0", "of `logs`: a number, or all")
     flags.DEFINE_integer("slice", 0, "of `logs`", 0, flag_values=fv)
-    flags.DEFINE_float("poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv)
+    flags.DEFINE_float(
+        "poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv
+    )
 
 
 def _gcloud_flags(fv: flags.FlagValues) -> None:
@@ -213,7 +232,9 @@ def _gcloud_flags(fv: flags.FlagValues) -> None:
 def _set_up_flags(fv: flags.FlagValues) -> None:
     text = functools.partial(flags.DEFINE_string, flag_values=fv)
     flags.DEFINE_bool("check", True, "validate the config here first", flag_values=fv)
-    flags.DEFINE_list("extras", ["quickstart", "gcs"], "of rlhfjax, to install", flag_values=fv)
+    flags.DEFINE_list(
+        "extras", ["quickstart", "gcs"], "of rlhfjax, to install", flag_values=fv
+    )
     text("setup", None, "a script in place of the usual set-up")
     text("bucket", None, "a bucket's name; the workers read it as /bucket")
     text("logs", None, "folder for the workers' logs; default: gs://BUCKET/logs/NAME")
@@ -226,7 +247,9 @@ def _end_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
     flags.DEFINE_bool("keep", False, "never delete the TPU", flag_values=fv)
     text("linger", "15m", "from a failure to the TPU's deletion; 0: at once")
-    text("max_run_duration", "0", "then the run is stopped and the TPU deleted; 0: never")
+    text(
+        "max_run_duration", "0", "then the run is stopped and the TPU deleted; 0: never"
+    )
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ def delete(tpu: Tpu) -> list[str]:
 def lists(tpu: Tpu) -> list[list[str]]:
     """The calls that show what exists in the zone: requests, then TPU VMs."""
     place = _place(tpu)
-    return [_tpus(None, group, "list", *place) for group in ("queued-resources", "tpu-vm")]
+    return [
+        _tpus(None, group, "list", *place) for group in ("queued-resources", "tpu-vm")
+    ]
 
 
 def copy(tpu: Tpu, node: str, files: Sequence[str]) -> list[str]:
@@ -119,4 +121,7 @@ def _tpus(track: str | None, *words: str) -> list[str]:
 
 
 def _place(tpu: Tpu) -> list[str]:
-    return [f"--zone={tpu.zone}", *([f"--project={tpu.project}"] if tpu.project else [])]
+    return [
+        f"--zone={tpu.zone}",
+        *([f"--project={tpu.project}"] if tpu.project else []),
+    ]

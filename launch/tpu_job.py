@@ -42,7 +42,9 @@ _MOUNTED = "mountpoint -q /bucket"
 def setup_script(extras: Sequence[str]) -> str:
     """Installs uv, Python 3.11, JAX for TPUs and the copied code with its extras."""
     extra = f"[{','.join(extras)}]" if extras else ""
-    install = "uv pip install -q --python ~/venv/bin/python -c ~/rlhfjax/constraints/tpu.txt"
+    install = (
+        "uv pip install -q --python ~/venv/bin/python -c ~/rlhfjax/constraints/tpu.txt"
+    )
     return _all([*_UV, f"{install} 'jax[tpu]' -e ~/rlhfjax{extra}"])
 
 
@@ -56,8 +58,12 @@ def prepare_script(slice_number: int, bucket: str | None) -> str:
     lines = [line.replace("SLICE", str(slice_number)) for line in _PREPARE]
     if bucket:
         mount = f"gcsfuse --implicit-dirs {shlex.quote(bucket)} /bucket"
-        again = f"sudo -n umount -l /bucket 2> /dev/null; sudo mkdir -p /bucket; {mount}"
-        lines.append(f"sudo chown $(id -u) /bucket; {_MOUNTED} || {{ {again}; }}; {_MOUNTED}")
+        again = (
+            f"sudo -n umount -l /bucket 2> /dev/null; sudo mkdir -p /bucket; {mount}"
+        )
+        lines.append(
+            f"sudo chown $(id -u) /bucket; {_MOUNTED} || {{ {again}; }}; {_MOUNTED}"
+        )
     return "\n".join(lines)
 
 

@@ -52,7 +52,11 @@ class Look(NamedTuple):
         return self.state in TAKEN or bool(set(NODE_TAKEN) & set(self.nodes.values()))
 
     def text(self) -> str:
-        odd = [f"{node} is {state}" for node, state in self.nodes.items() if state != "READY"]
+        odd = [
+            f"{node} is {state}"
+            for node, state in self.nodes.items()
+            if state != "READY"
+        ]
         return "; ".join([str(self.state or "gone"), *odd])
 
 
@@ -62,7 +66,9 @@ class Runner:
     def __init__(self, shell: Shell, tpu: Tpu, job: Job, poll: float):
         self.shell, self.tpu, self.job, self.poll = shell, tpu, job, poll
         self.workers: dict[str, int] = {}  # of each node
-        self.folder = os.path.join(tempfile.gettempdir(), f"rlhfjax-{os.getuid()}-{tpu.name}")
+        self.folder = os.path.join(
+            tempfile.gettempdir(), f"rlhfjax-{os.getuid()}-{tpu.name}"
+        )
         self.archive = ""  # its hash
         self.generation = ""  # of the start that is followed
         self.fresh = False  # created here, and not yet active
@@ -116,7 +122,9 @@ class Runner:
 
     def _node(self, node: str) -> str:
         """A node's state; its number of workers is kept."""
-        text = self.shell.ask(gcloud.describe_node(self.tpu, node), "NOT_FOUND", self.poll)
+        text = self.shell.ask(
+            gcloud.describe_node(self.tpu, node), "NOT_FOUND", self.poll
+        )
         if text is None:
             return "gone"
         about = json.loads(text)
@@ -150,7 +158,9 @@ class Runner:
         finished = self._same(record) and record["code"] == 0
         if record["generation"] != self.generation and (begun or not finished):
             return None
-        self.say(f"{self.job.logs}/worker-0-0.json tells how its run ended; nothing is created")
+        self.say(
+            f"{self.job.logs}/worker-0-0.json tells how its run ended; nothing is created"
+        )
         if look.state is not None:
             self.remove()
         return End(code=record["code"], why=record["why"], deleted=True)
@@ -162,7 +172,9 @@ class Runner:
           LaunchError: it was there a moment ago, and nothing tells how its run ended.
         """
         if self.generation or self.fresh:
-            raise self._error("the request was deleted, and nothing tells how its run ended")
+            raise self._error(
+                "the request was deleted, and nothing tells how its run ended"
+            )
         self._create()
 
     def recreate(self, look: Look) -> None:
@@ -236,7 +248,9 @@ class Runner:
         lead = reports.get(LEAD, {})
         if lead.get("phase") != "ended":
             return None
-        if lead["generation"] == self.generation or (self._same(lead) and lead["code"] == 0):
+        if lead["generation"] == self.generation or (
+            self._same(lead) and lead["code"] == 0
+        ):
             return End(code=lead["code"], why=lead["why"])
         return None
 
@@ -249,11 +263,15 @@ class Runner:
         running = _running(lead)
         if running and not self._same(lead):
             self.generation = lead["generation"]
-            self.say("other code runs there and is followed; `stop` it to start this one")
+            self.say(
+                "other code runs there and is followed; `stop` it to start this one"
+            )
             return True
         if running or (self._same(lead) and lead["phase"] != "ended"):
             self.generation = lead["generation"]
-        elif lead.get("generation") == self.generation:  # it was lost, and had other code
+        elif (
+            lead.get("generation") == self.generation
+        ):  # it was lost, and had other code
             self.generation = ""
         self.generation = self.generation or secrets.token_hex(4)
         lacking = {number[0] for number in self._silent(reports)}
@@ -267,11 +285,15 @@ class Runner:
 
     def set_up_failure(self, reports: dict[Worker, Report]) -> End | None:
         """Stops the run where a worker could not be set up."""
-        failed = [f"{r['slice']}.{r['worker']}" for r in reports.values() if _not_set_up(r)]
+        failed = [
+            f"{r['slice']}.{r['worker']}" for r in reports.values() if _not_set_up(r)
+        ]
         if not failed:
             return None
         self.ask_all("stop")
-        return End(code=1, why=f"{worker.SET_UP_FAILED} on worker {', '.join(sorted(failed))}")
+        return End(
+            code=1, why=f"{worker.SET_UP_FAILED} on worker {', '.join(sorted(failed))}"
+        )
 
     def follow(self) -> End | None:
         """Shows the lead's log until the run ends; None where the connection ended before."""
@@ -301,7 +323,9 @@ class Runner:
 
         def ask(i: int) -> None:
             script = worker_script(verb, i, self.generation if verb == "start" else "")
-            self.shell.run(gcloud.ssh(self.tpu, self.tpu.nodes[i], script, number), keep=keep)
+            self.shell.run(
+                gcloud.ssh(self.tpu, self.tpu.nodes[i], script, number), keep=keep
+            )
 
         self._side_by_side(ask, range(self.tpu.slices) if slices is None else slices)
         return reports
@@ -317,7 +341,11 @@ class Runner:
             delete=gcloud.delete(self.tpu),
             poll=self.poll,
         )
-        files = [self._file(SENT[0]), os.path.join(folder, SENT[1]), os.path.join(folder, SENT[2])]
+        files = [
+            self._file(SENT[0]),
+            os.path.join(folder, SENT[1]),
+            os.path.join(folder, SENT[2]),
+        ]
         if not self.shell.dry_run:
             worker.write(files[1], json.dumps(description, allow_nan=False))
             shutil.copy(worker.__file__, files[2])
@@ -328,7 +356,11 @@ class Runner:
         silent = []
         for i, node in enumerate(self.tpu.nodes):
             everyone = [(i, number) for number in range(self.workers.get(node, 1))]
-            silent += [worker for worker in everyone if not self._started(reports.get(worker, {}))]
+            silent += [
+                worker
+                for worker in everyone
+                if not self._started(reports.get(worker, {}))
+            ]
         return silent
 
     def _started(self, report: Report) -> bool:
@@ -359,7 +391,9 @@ class Runner:
         """What `finish` runs where nothing is there and nothing goes wrong."""
         self.shell.show(gcloud.create(self.tpu))
         asked = [("ACTIVE", gcloud.describe(self.tpu))]
-        asked += [("READY", gcloud.describe_node(self.tpu, node)) for node in self.tpu.nodes]
+        asked += [
+            ("READY", gcloud.describe_node(self.tpu, node)) for node in self.tpu.nodes
+        ]
         for state, words in asked:
             self.shell.say(f"# until it is {state}: {shlex.join(words)}")
         self.generation = "START"

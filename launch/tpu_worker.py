@@ -38,7 +38,9 @@ FOLDER = os.path.join(HOME, "launch")
 CODE = os.path.join(HOME, "rlhfjax")
 ARCHIVE = os.path.join(HOME, "rlhfjax.tar.gz")
 DESCRIPTION = os.path.join(HOME, "rlhfjax.json")
-INSTALLED = os.path.join(FOLDER, "installed")  # the hash of archive and set-up that is installed
+INSTALLED = os.path.join(
+    FOLDER, "installed"
+)  # the hash of archive and set-up that is installed
 UNPACKED = os.path.join(FOLDER, "unpacked.json")  # the names of the archive's files
 
 
@@ -71,9 +73,14 @@ def worker_number():
     words = ["curl", "-sf", "--retry", "5", "-H", "Metadata-Flavor: Google"]
     words.append(METADATA + "agent-worker-number")
     asked = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    text = asked.stdout.strip() or (re.findall(r"-w-(\d+)$", os.uname().nodename) or [""])[0]
+    text = (
+        asked.stdout.strip()
+        or (re.findall(r"-w-(\d+)$", os.uname().nodename) or [""])[0]
+    )
     if not text.isdigit():
-        sys.exit("launch: neither the metadata nor the host's name say which worker this is")
+        sys.exit(
+            "launch: neither the metadata nor the host's name say which worker this is"
+        )
     write(kept, text)
     return int(text)
 
@@ -263,7 +270,10 @@ class Supervisor:
         write(self.place.status, json.dumps(self.status, allow_nan=False) + "\n")
 
     def run(self):
-        if "ended" in self.before and self.before["generation"] == self.wanted["generation"]:
+        if (
+            "ended" in self.before
+            and self.before["generation"] == self.wanted["generation"]
+        ):
             self.conclude(self.before["code"], self.before["why"])
             return
         code, why = self.set_up()
@@ -316,7 +326,11 @@ class Supervisor:
             else:
                 before, step = step, self.newest_step()
                 retries += 1
-                if step is None or retries > RETRIES or (before is not None and step <= before):
+                if (
+                    step is None
+                    or retries > RETRIES
+                    or (before is not None and step <= before)
+                ):
                     return code, ""
                 say(f"exit code {code} at a later checkpoint, {step}: tried again")
             self.pause()
@@ -340,7 +354,9 @@ class Supervisor:
         if self.stopped:
             return PREEMPTED
         self.told = 0.0
-        env = dict(os.environ, PATH=os.path.join(HOME, "venv/bin") + ":" + os.environ["PATH"])
+        env = dict(
+            os.environ, PATH=os.path.join(HOME, "venv/bin") + ":" + os.environ["PATH"]
+        )
         os.makedirs(CODE, exist_ok=True)
         self.child = subprocess.Popen(
             ["bash", "-c", text],
@@ -382,11 +398,18 @@ class Supervisor:
         if not workdir:
             return None
         if workdir.startswith("gs://"):
-            words = ["gcloud", "storage", "ls", workdir.rstrip("/") + "/**/commit_success.txt"]
+            words = [
+                "gcloud",
+                "storage",
+                "ls",
+                workdir.rstrip("/") + "/**/commit_success.txt",
+            ]
             names = ask(words).split()
         else:
             folder = os.path.join(CODE, workdir)
-            names = glob.glob(folder + "/checkpoints/*") + glob.glob(folder + "/*/checkpoints/*")
+            names = glob.glob(folder + "/checkpoints/*") + glob.glob(
+                folder + "/*/checkpoints/*"
+            )
         whole = re.compile(r"([^/]+)/checkpoints/(\d+)(/commit_success.txt)?$")
         found = [m.groups() for m in map(whole.search, names) if m]
         return max(((stage, int(step)) for stage, step, _ in found), default=None)
@@ -395,19 +418,25 @@ class Supervisor:
         """Why the run is over by another worker's status in the bucket; "" where it is not."""
         if not self.wanted["logs"]:
             return ""
-        for line in ask(["gcloud", "storage", "cat", self.wanted["logs"] + "/*.json"]).split("\n"):
+        for line in ask(
+            ["gcloud", "storage", "cat", self.wanted["logs"] + "/*.json"]
+        ).split("\n"):
             other = parse(line)
             over = other.get("phase") == "ended"
             over = over and other.get("generation") == self.wanted["generation"]
             if over and (other.get("lead") or other.get("why") == SET_UP_FAILED):
-                return "another worker has ended: " + (other["why"] or str(other["code"]))
+                return "another worker has ended: " + (
+                    other["why"] or str(other["code"])
+                )
         return ""
 
     # -------------------------------------------------------------- the end
 
     def conclude(self, code, why):
         """Writes the end down, uploads it, and lets the lead delete the queued resource."""
-        self.note(phase="ended", code=code, why=why, ended=time.time(), lead=self.place.lead)
+        self.note(
+            phase="ended", code=code, why=why, ended=time.time(), lead=self.place.lead
+        )
         say("the run ended with exit code {}{}".format(code, ": " + why if why else ""))
         saved = self.save()
         if not self.place.lead or self.wanted["linger"] < 0:
@@ -450,7 +479,15 @@ class Supervisor:
         if not self.wanted["logs"] or (self.upload and self.upload.poll() is None):
             return
         files = [self.place.log, self.place.status]
-        words = ["timeout", "300", "gcloud", "storage", "cp", *files, self.wanted["logs"] + "/"]
+        words = [
+            "timeout",
+            "300",
+            "gcloud",
+            "storage",
+            "cp",
+            *files,
+            self.wanted["logs"] + "/",
+        ]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         self.upload = subprocess.Popen(words, stderr=subprocess.DEVNULL, **quiet)
 
@@ -499,7 +536,11 @@ def write(file, text):
 
 def ask(words):
     """The output of a command; "" where it fails."""
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    quiet = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+    }
     try:
         return subprocess.run(words, text=True, timeout=300, **quiet).stdout
     except (OSError, subprocess.TimeoutExpired):

@@ -2,4 +2,6 @@
 
 import time
 
-BEGAN = time.time()  # of this process, but for Python's own start: what start-up is measured from
+BEGAN = (
+    time.time()
+)  # of this process, but for Python's own start: what start-up is measured from

@@ -24,11 +24,17 @@ HELP = "/reset forgets the conversation, /quit ends it"
 class Chat:
     """One conversation: the messages so far and the model that answers."""
 
-    def __init__(self, saved: store.SavedModel, *, temperature: float, max_new: int, seed: int):
+    def __init__(
+        self, saved: store.SavedModel, *, temperature: float, max_new: int, seed: int
+    ):
         if saved.model.head != "lm":
-            raise ConfigError(f"chat: this model has a {saved.model.head} head and cannot speak")
+            raise ConfigError(
+                f"chat: this model has a {saved.model.head} head and cannot speak"
+            )
         if max_new >= saved.model.config.max_length:
-            raise ConfigError(f"--max_new={max_new} leaves no room in a context of {saved.model.config.max_length}")
+            raise ConfigError(
+                f"--max_new={max_new} leaves no room in a context of {saved.model.config.max_length}"
+            )
         self.model, self.params = saved.model, saved.params
         self.tokenizer = saved.tokenizer
         self.temperature, self.max_new = temperature, max_new
@@ -46,7 +52,9 @@ class Chat:
         self._turns += 1
         limits = {"max_new": self.max_new, "eos_id": self.tokenizer.eos_id}
         rows = (jnp.asarray(tokens), jnp.asarray(segments))
-        drawn = stream(self.model, self.params, *rows, key, temperature=self.temperature, **limits)
+        drawn = stream(
+            self.model, self.params, *rows, key, temperature=self.temperature, **limits
+        )
         pieces = []
         for piece in decode_stream(self.tokenizer, drawn):
             pieces.append(piece)

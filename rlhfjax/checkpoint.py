@@ -25,7 +25,9 @@ COMMITTED = "commit_success.txt"  # what Orbax writes last into a bucket, where 
 def _checksum(x: jax.Array) -> jax.Array:
     """Sum over elements of their bits times an odd number that depends on the index, modulo 2**32."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(
+        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    )
     weights = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
     return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
 
@@ -59,7 +61,9 @@ class Checkpoints:
         """Those that are whole on the disk; a save under way is not."""
 
         def whole() -> list[int]:
-            found = [path for path in paths.children(self.directory) if path.name.isdigit()]
+            found = [
+                path for path in paths.children(self.directory) if path.name.isdigit()
+            ]
             return sorted(int(path.name) for path in found if _committed(path))
 
         return hosts.share(whole)
@@ -75,8 +79,12 @@ class Checkpoints:
         """
         json_text.validate_finite(data, f"checkpoint {step}: the position of the data")
         note = {"data": data, "checksums": checksums(state)}
-        with _disk_errors(self.directory):  # what fails may also be the save before this one
-            self._orbax.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
+        with _disk_errors(
+            self.directory
+        ):  # what fails may also be the save before this one
+            self._orbax.save_checkpointables_async(
+                step, {"state": state}, force=True, custom_metadata=note
+            )
 
     def wait(self) -> None:
         """Until the save under way, if any, is whole, on every host."""
@@ -111,7 +119,11 @@ class Checkpoints:
                 state, note = _load(self.directory / str(step), abstract)
                 return state, note["data"]
             except _Damaged as e:
-                log.warning("checkpoint %s is damaged (%s): trying the one before it", self.directory / str(step), e)
+                log.warning(
+                    "checkpoint %s is damaged (%s): trying the one before it",
+                    self.directory / str(step),
+                    e,
+                )
                 self._move_aside(step)
         if steps:
             raise CheckpointError(
@@ -135,7 +147,9 @@ def save_tree(path: Path, tree: PyTree) -> None:
     """Writes one tree of arrays, whole or not at all, in place of what was there, which goes first."""
     path, note = paths.absolute(path), {"checksums": checksums(tree)}
     with _disk_errors(path):
-        ocp.save_checkpointables(path, {"state": tree}, overwrite=True, custom_metadata=note)
+        ocp.save_checkpointables(
+            path, {"state": tree}, overwrite=True, custom_metadata=note
+        )
 
 
 def load_tree(path: Path, abstract: PyTree) -> PyTree:
@@ -171,15 +185,21 @@ class _disk_errors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: Any
+    ) -> None:
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise CheckpointError(f"saving {self.path} failed: {cause}") from error
-        if isinstance(error, ValueError | RuntimeError) and (paths.remote(self.path) or "os_error" in str(error)):
+        if isinstance(error, ValueError | RuntimeError) and (
+            paths.remote(self.path) or "os_error" in str(error)
+        ):
             reason = re.search(r": ([^:]*) \[os_error", str(error))  # TensorStore's
-            raise CheckpointError(f"saving {self.path} failed: {reason[1] if reason else _one_line(error)}") from error
+            raise CheckpointError(
+                f"saving {self.path} failed: {reason[1] if reason else _one_line(error)}"
+            ) from error
 
 
 def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
@@ -187,7 +207,9 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
     try:
         found = ocp.metadata(path, checkpointable_name="state")
         saved, note = found.metadata, found.custom_metadata
-    except Exception as e:  # Orbax and TensorStore raise many types for a file that is cut short
+    except (
+        Exception
+    ) as e:  # Orbax and TensorStore raise many types for a file that is cut short
         raise _Damaged(_one_line(e)) from e
     if saved is None or not note:
         raise _Damaged("its metadata cannot be read")
@@ -216,7 +238,10 @@ def _check_shapes(path: Path, saved: PyTree, abstract: PyTree) -> None:
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {
-        "/".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
+        "/".join(
+            str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k))))
+            for k in path
+        ): tuple(leaf.shape)
         for path, leaf in leaves
     }
 

@@ -22,8 +22,22 @@ from rlhfjax.config import write_json
 from rlhfjax.paths import Path
 
 FILE = "goodput.json"
-PARTS = ("step", "compile", "data", "eval", "checkpoint", "imports", "build", "restore", "restart", "other")
-_COMPILING = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
+PARTS = (
+    "step",
+    "compile",
+    "data",
+    "eval",
+    "checkpoint",
+    "imports",
+    "build",
+    "restore",
+    "restart",
+    "other",
+)
+_COMPILING = (
+    "/jax/core/compile/backend_compile_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+)
 
 
 class Clock:
@@ -37,7 +51,9 @@ class Clock:
 
     def __init__(self, workdir: Path):
         self._path = workdir / FILE
-        kept = hosts.share(lambda: json.loads(self._path.read_text()) if self._path.exists() else {})
+        kept = hosts.share(
+            lambda: json.loads(self._path.read_text()) if self._path.exists() else {}
+        )
         self.seconds = dict.fromkeys(PARTS, 0.0) | kept.get("seconds", {})
         self.starts = kept.get("starts", 0) + 1
         began = time.time() if Clock._counted else rlhfjax.BEGAN
@@ -80,25 +96,38 @@ class Clock:
 
     def summary(self) -> dict[str, float]:
         """goodput and seconds_PART, for the metrics."""
-        return {"goodput": self.goodput()} | {f"seconds_{name}": value for name, value in self.seconds.items()}
+        return {"goodput": self.goodput()} | {
+            f"seconds_{name}": value for name, value in self.seconds.items()
+        }
 
     def save(self) -> None:
         """Writes what a later start goes on from; belongs beside every checkpoint."""
         goodput = self.goodput()
-        kept = {"at": time.time(), "starts": self.starts, "goodput": goodput, "seconds": self.seconds}
+        kept = {
+            "at": time.time(),
+            "starts": self.starts,
+            "goodput": goodput,
+            "seconds": self.seconds,
+        }
         write_json(self._path, kept)
 
     def started(self) -> str:
         """How long this start took up to here, and what of it went where; for the log."""
         self._switch(self._part)
-        own = {name: self.seconds[name] - self._before[name] for name in PARTS if name != "restart"}
+        own = {
+            name: self.seconds[name] - self._before[name]
+            for name in PARTS
+            if name != "restart"
+        }
         return f"started in {sum(own.values()):.1f} s: {describe(own)}"
 
 
 def describe(seconds: Mapping[str, float]) -> str:
     """`compile 3.1 s, step 0.2 s`, longest first, without what is next to nothing."""
     longest = sorted(seconds.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {value:.1f} s" for name, value in longest if value >= 0.05)
+    return ", ".join(
+        f"{name} {value:.1f} s" for name, value in longest if value >= 0.05
+    )
 
 
 def _compiled(event: str, seconds: float, **_: object) -> None:

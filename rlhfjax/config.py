@@ -33,7 +33,9 @@ class CheckpointConfig:
     """When the state is saved, by steps, by time or by both; the last step always is."""
 
     every: Count = 0  # steps; 0: only at the end and on SIGTERM
-    minutes: NonNegative = 0.0  # minutes since the save before, by the first host's clock; 0: not by time
+    minutes: NonNegative = (
+        0.0  # minutes since the save before, by the first host's clock; 0: not by time
+    )
     keep_last: PositiveCount = 2  # with two, a damaged one has one before it
     keep_every: Count = 0  # steps; 0: none kept beyond keep_last
 
@@ -74,12 +76,16 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         name, _, text = item.partition("=")
         if name not in defaults:
-            raise ConfigError(f"config argument {name!r} is unknown; known: {', '.join(defaults) or 'none'}")
+            raise ConfigError(
+                f"config argument {name!r} is unknown; known: {', '.join(defaults) or 'none'}"
+            )
         kind = type(defaults[name])
         try:
             parsed[name] = _SWITCH[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise ConfigError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
+            raise ConfigError(
+                f"config argument {name}={text!r} is not of type {kind.__name__}"
+            ) from None
     return ConfigDict(parsed)
 
 
@@ -93,7 +99,9 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{where}.{name}: no such option; {where} has {', '.join(fields)}")
+            raise ConfigError(
+                f"{where}.{name}: no such option; {where} has {', '.join(fields)}"
+            )
     config: dict[str, Any] = {}
     for name, field in fields.items():
         inner = _dataclass_of(hints[name])
@@ -101,7 +109,11 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
         if inner and isinstance(value, Mapping | ConfigDict):
             value = defaults(inner, dict(value), f"{where}.{name}")
         elif inner and dataclasses.is_dataclass(value):
-            value = defaults(inner, {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)}, where)
+            value = defaults(
+                inner,
+                {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)},
+                where,
+            )
         config[name] = value
     return config
 
@@ -112,8 +124,14 @@ def fill_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     Elements of a tuple of dataclasses are filled too. An option without a default stays absent. An
     option that the dataclass does not have, and what a free-form dict holds, stay as they are.
     """
-    declared = {field.name: _declared_default(field) for field in dataclasses.fields(cls)}
-    config = {name: value for name, value in declared.items() if value is not dataclasses.MISSING}
+    declared = {
+        field.name: _declared_default(field) for field in dataclasses.fields(cls)
+    }
+    config = {
+        name: value
+        for name, value in declared.items()
+        if value is not dataclasses.MISSING
+    }
     config = to_dict(config | dict(values))
     hints = typing.get_type_hints(cls)
     return {name: _fill(hints.get(name), value) for name, value in config.items()}
@@ -143,11 +161,19 @@ def _default_of(field: dataclasses.Field, hint: Any) -> Any:
         value = None  # `build` will ask for it
     plain = _plain_type(hint)
     # a placeholder keeps the type: `--config.x=3` on an option that is None by default is still parsed as an int
-    return config_dict.placeholder(plain) if value is None and plain in (int, float, str, bool) else value
+    return (
+        config_dict.placeholder(plain)
+        if value is None and plain in (int, float, str, bool)
+        else value
+    )
 
 
 def _plain_type(hint: Any) -> type:
-    arms = [a for a in typing.get_args(hint) if a is not type(None)] if _is_union(hint) else [hint]
+    arms = (
+        [a for a in typing.get_args(hint) if a is not type(None)]
+        if _is_union(hint)
+        else [hint]
+    )
     if typing.get_origin(arms[0]) is Literal:
         return str
     return arms[0] if isinstance(arms[0], type) else object
@@ -159,10 +185,19 @@ def _is_union(hint: Any) -> bool:
 
 def _dataclass_of(hint: Any) -> type | None:
     """Returns the dataclass that a value is, may be or is several of, or None."""
-    return next((arm for arm in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(arm)), None)
+    return next(
+        (
+            arm
+            for arm in typing.get_args(hint) or (hint,)
+            if dataclasses.is_dataclass(arm)
+        ),
+        None,
+    )
 
 
-def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config"
+) -> T:
     """Returns a frozen dataclass of a config's values, strictly: an int where a float is meant is the one conversion.
 
     Raises:
@@ -180,7 +215,9 @@ def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "co
     try:  # in JSON a list may be a tuple, and an object a dataclass, strict as it is
         return _adapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as e:
-        raise ConfigError(_first_mistake(cls, e.errors(include_url=False), where)) from None
+        raise ConfigError(
+            _first_mistake(cls, e.errors(include_url=False), where)
+        ) from None
 
 
 @functools.cache
@@ -190,7 +227,11 @@ def _adapter(cls: type) -> Any:
 
 def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str) -> str:
     """Returns the message of an unknown option, if there is one, else of the first mistake."""
-    unknown = [mistake for mistake in mistakes if mistake["type"] == "unexpected_keyword_argument"]
+    unknown = [
+        mistake
+        for mistake in mistakes
+        if mistake["type"] == "unexpected_keyword_argument"
+    ]
     first = (unknown or mistakes)[0]
     *parents, place = itertools.accumulate(first["loc"], _place, initial=where)
     if unknown:
@@ -200,7 +241,9 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
         return f"{place}: a value is required"
     if first["type"] == "string_unicode":
         return f"{where}: a text in it is not Unicode"
-    return f"{place}={first['input']!r}: expected {_describe(_hint_at(cls, first['loc']))}"
+    return (
+        f"{place}={first['input']!r}: expected {_describe(_hint_at(cls, first['loc']))}"
+    )
 
 
 def _place(parent: str, part: str | int) -> str:
@@ -243,7 +286,11 @@ def _conditions(ranges: Iterable[Any]) -> Iterator[str]:
             yield part.func.__name__.replace("_", " ")
         else:
             bounds = dataclasses.asdict(part)
-            yield from (f"{sign} {bounds[name]}" for name, sign in _SIGNS.items() if bounds.get(name) is not None)
+            yield from (
+                f"{sign} {bounds[name]}"
+                for name, sign in _SIGNS.items()
+                if bounds.get(name) is not None
+            )
 
 
 def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str:
@@ -257,12 +304,18 @@ def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str
     link: BaseException | None = error
     while link is not None:
         frames = traceback.extract_tb(link.__traceback__)
-        if lines := [f.lineno for f in frames if path and os.path.abspath(f.filename) == os.path.abspath(path)]:
+        if lines := [
+            f.lineno
+            for f in frames
+            if path and os.path.abspath(f.filename) == os.path.abspath(path)
+        ]:
             return f"{path}:{lines[-1]}: {type(link).__name__}: {_flat(link)}"
         link = link.__cause__ or link.__context__
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"
-    if isinstance(error, KeyError | AttributeError):  # ml_collections names the last part only
+    if isinstance(
+        error, KeyError | AttributeError
+    ):  # ml_collections names the last part only
         name = re.search(r"\w+", str(error))
         missing = name[0] if name else ""
         close = re.search(r'Did you mean "(\w+)"', str(error))
@@ -291,5 +344,7 @@ def to_dict(config: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes whole or not at all, on the first host. Raises DataError for NaN and infinities."""
     if hosts.first():
-        text = json_text.encode(value, path, indent=2, sort_keys=True, ensure_ascii=True)
+        text = json_text.encode(
+            value, path, indent=2, sort_keys=True, ensure_ascii=True
+        )
         paths.write(path, text + "\n")

@@ -16,12 +16,19 @@ import jax
 
 from rlhfjax import optim
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.models.size import activations, kv_cache_bytes, layer_activations, parameters
+from rlhfjax.models.size import (
+    activations,
+    kv_cache_bytes,
+    layer_activations,
+    parameters,
+)
 from rlhfjax.models.transformer import Model
 from rlhfjax.roles import Role, Workload
 from rlhfjax.strategy import Need
 
-CHUNK = 2**23 * 4.0 * 3  # bytes of the logits that live at a time: see models/logprobs.py
+CHUNK = (
+    2**23 * 4.0 * 3
+)  # bytes of the logits that live at a time: see models/logprobs.py
 # Bytes per number of the layers of adapters' base; NF4 has a float32 scale per 64 numbers.
 BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5 + 4.0 / 64}
 
@@ -68,12 +75,16 @@ class Net(NamedTuple):
     @property
     def kept(self) -> float:
         """Float32 numbers beside a trained parameter: the optimizer's moments and the average."""
-        return optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
+        return (
+            optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
+        )
 
 
 def trained_nets(nets: Sequence[Net]) -> list[Net]:
     """Returns the models that have an optimizer and a trunk of their own."""
-    return [net for net in nets if net.role.optim is not None and not net.role.head_alone]
+    return [
+        net for net in nets if net.role.optim is not None and not net.role.head_alone
+    ]
 
 
 def device_bytes(
@@ -91,7 +102,9 @@ def device_bytes(
     parts = {"parameters": held / split}
     if not trained:
         return parts
-    parts["optimizer and average"] = sum(4.0 * net.trained * net.kept for net in nets) / split
+    parts["optimizer and average"] = (
+        sum(4.0 * net.trained * net.kept for net in nets) / split
+    )
     accumulators = 2 if workload.microbatches > 1 else 1
     gradients = accumulators * sum(4.0 * net.trained for net in nets) / split
     training = {"gradients": gradients} | _training(trained[0].config, workload, axes)
@@ -110,7 +123,9 @@ def rows_per_device(workload: Workload, axes: Mapping[str, int]) -> int:
     return math.ceil(workload.rows / (axes["replica"] * axes["data"] * axes["fsdp"]))
 
 
-def _training(c: TransformerConfig, workload: Workload, axes: Mapping[str, int]) -> dict[str, float]:
+def _training(
+    c: TransformerConfig, workload: Workload, axes: Mapping[str, int]
+) -> dict[str, float]:
     """Returns activations, one layer's weights whole, and the output matrix with its gradient."""
     tensor, fsdp = axes["tensor"], axes["fsdp"]
     size = 2.0 if c.dtype == "bfloat16" else 4.0
@@ -129,7 +144,9 @@ def _training(c: TransformerConfig, workload: Workload, axes: Mapping[str, int])
     }
 
 
-def cache_bytes(c: TransformerConfig, workload: Workload, axes: Mapping[str, int]) -> float:
+def cache_bytes(
+    c: TransformerConfig, workload: Workload, axes: Mapping[str, int]
+) -> float:
     """Returns the bytes of keys and values of what a device samples; 0 where nothing is sampled."""
     if not workload.decoded:
         return 0.0
@@ -144,7 +161,14 @@ def need_of(nets: Sequence[Net], workload: Workload) -> Need:
     """Returns what `mesh.strategy=auto` asks of a mesh: those that share it, and a microbatch."""
     nets = [net for net in nets if net.role.mesh == "train"]
     widths = [
-        n for net in nets for n in (net.config.n_heads, net.config.kv_heads, net.config.d_ff, net.config.vocab_size)
+        n
+        for net in nets
+        for n in (
+            net.config.n_heads,
+            net.config.kv_heads,
+            net.config.d_ff,
+            net.config.vocab_size,
+        )
     ]
     return Need(
         trained=sum(net.trained for net in nets),

@@ -19,7 +19,10 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import cloud_tpu_init, distributed  # the coordination service's client has no other way to it
+from jax._src import (
+    cloud_tpu_init,
+    distributed,
+)  # the coordination service's client has no other way to it
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,11 +40,22 @@ _COORDINATED = (
 )
 _FAILED = "rlhfjax/failed"  # the key under which a host that fails says why
 _GRACE = 2.0  # seconds that a host has to say itself what all of them found wrong
-_WAIT_MS = 7 * 24 * 3600 * 1000  # of a host for the first one, which may work for long; a lost one ends the wait
-_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Socket closed", "CoordinationService", "heartbeat")
+_WAIT_MS = (
+    7 * 24 * 3600 * 1000
+)  # of a host for the first one, which may work for long; a lost one ends the wait
+_LOST = (
+    "Gloo",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "Socket closed",
+    "CoordinationService",
+    "heartbeat",
+)
 _calls = itertools.count()
 _ending = threading.Lock()  # taken by whatever ends this process, and never given back
-_codes: list[int] = []  # the exit code of the end that has been said: one line a process, whatever happens meanwhile
+_codes: list[
+    int
+] = []  # the exit code of the end that has been said: one line a process, whatever happens meanwhile
 
 
 # ------------------------------------------------------------------ joining
@@ -83,8 +97,15 @@ def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
 
 
 def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
-    variables = (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-    known = {name: int(os.environ[variable]) for name, variable in variables if variable in os.environ}
+    variables = (
+        ("num_processes", "JAX_NUM_PROCESSES"),
+        ("process_id", "JAX_PROCESS_ID"),
+    )
+    known = {
+        name: int(os.environ[variable])
+        for name, variable in variables
+        if variable in os.environ
+    }
     detection = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
     jax.distributed.initialize(
         **known,
@@ -139,7 +160,13 @@ def _given_gpus() -> str:
     for name in names:
         value = os.environ.get(name, "")
         # Images set NVIDIA_VISIBLE_DEVICES=all whether or not there is a GPU; the device plugin writes its names.
-        if value not in ("", "0" if name == "SLURM_GPUS_ON_NODE" else "", "all", "none", "void"):
+        if value not in (
+            "",
+            "0" if name == "SLURM_GPUS_ON_NODE" else "",
+            "all",
+            "none",
+            "void",
+        ):
             return f"{name}={value}"
     return ""
 
@@ -191,7 +218,9 @@ def whole(tree: Any) -> Any:
 
 
 def _gathered(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+    if isinstance(x, jax.Array) and not (
+        x.is_fully_addressable or x.is_fully_replicated
+    ):
         return multihost_utils.process_allgather(x, tiled=True)
     return jax.device_get(x)
 
@@ -202,14 +231,23 @@ def gather(value: T) -> list[T]:
         return [value]
     said = np.frombuffer(json_text.encode(value, "hosts.gather").encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(said.size))
-    room = 1 << int(sizes.max()).bit_length()  # few sizes, each of which is compiled once
+    room = (
+        1 << int(sizes.max()).bit_length()
+    )  # few sizes, each of which is compiled once
     padded = multihost_utils.process_allgather(np.pad(said, (0, room - said.size)))
-    return [json.loads(one[:size].tobytes()) for one, size in zip(padded, sizes, strict=True)]
+    return [
+        json.loads(one[:size].tobytes())
+        for one, size in zip(padded, sizes, strict=True)
+    ]
 
 
 def anywhere(flag: bool) -> bool:
     """Whether it is so on any host; waits for all."""
-    return bool(flag) if count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return (
+        bool(flag)
+        if count() == 1
+        else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    )
 
 
 class Vote:
@@ -222,7 +260,10 @@ class Vote:
         if count() > 1:
             mesh = Mesh(np.array(jax.devices()), ("devices",))
             self._each = NamedSharding(mesh, PartitionSpec("devices"))
-            self._max = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._max = jax.jit(
+                lambda votes: votes.max(),
+                out_shardings=NamedSharding(mesh, PartitionSpec()),
+            )
             self._asked: Any = 0
 
     def __call__(self, value: int) -> int:
@@ -231,7 +272,9 @@ class Vote:
             return int(value)
         answer = int(self._asked)
         votes = np.full(jax.local_device_count(), value, np.int32)
-        self._asked = self._max(jax.make_array_from_process_local_data(self._each, votes))
+        self._asked = self._max(
+            jax.make_array_from_process_local_data(self._each, votes)
+        )
         return answer
 
 
@@ -254,7 +297,9 @@ def fail(message: str, code: int) -> NoReturn:
     try:
         told = pickle.dumps((index(), message, code))
         distributed.global_state.client.key_value_set_bytes(_FAILED, told)
-    except Exception as e:  # another host was faster, or the first one is gone: they know
+    except (
+        Exception
+    ) as e:  # another host was faster, or the first one is gone: they know
         del e
     if first():
         time.sleep(2 * _GRACE)  # it holds what the others still have to read
@@ -279,7 +324,9 @@ def _say(message: str) -> None:
 def _listen() -> None:
     """Waits until a host says that it fails, then ends this one too, unless it is about to end by itself."""
     try:
-        told = distributed.global_state.client.blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
+        told = distributed.global_state.client.blocking_key_value_get_bytes(
+            _FAILED, _WAIT_MS
+        )
     except Exception as e:  # the run is over, or the first host is gone, which `_exit_on_abort` reports
         del e
         return
@@ -308,5 +355,7 @@ def _exit_on_abort(message: str | None) -> None:
     if message is None:
         c_signal(signal.SIGABRT, None)  # SIG_DFL
         return
-    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)  # kept alive: C has only its address
+    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+        end
+    )  # kept alive: C has only its address
     c_signal(signal.SIGABRT, ctypes.cast(_exit_on_abort.handler, ctypes.c_void_p))

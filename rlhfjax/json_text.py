@@ -46,7 +46,9 @@ def validate_finite(value: Any, context: Any) -> None:
     """Raises DataError if a number of a JSON value is NaN or infinite."""
     if found := first_nonfinite(value):
         place, number = found
-        raise DataError(f"{context}: {place or 'the value'} is {number}; JSON has no such number")
+        raise DataError(
+            f"{context}: {place or 'the value'} is {number}; JSON has no such number"
+        )
 
 
 def first_nonfinite(value: Any, place: str = "") -> tuple[str, float] | None:
@@ -80,4 +82,6 @@ def null_nonfinite(value: Any) -> Any:
 
 def nan_for_null(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Returns metrics that were read, with NaN in place of null."""
-    return {name: math.nan if value is None else value for name, value in metrics.items()}
+    return {
+        name: math.nan if value is None else value for name, value in metrics.items()
+    }

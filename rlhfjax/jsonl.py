@@ -16,7 +16,9 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     A half-written last line is left out. Raises DataError for any other line that is no object.
     """
     path = paths.path(path)
-    return [row for _, row in located_rows(path, unfinished=True)] if path.exists() else []
+    return (
+        [row for _, row in located_rows(path, unfinished=True)] if path.exists() else []
+    )
 
 
 def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str, dict]]:
@@ -42,7 +44,9 @@ def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str,
                 return
             raise DataError(f"{place}: not a JSON object ({error})") from None
         if not isinstance(row, dict):
-            raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
+            raise DataError(
+                f"{place}: expected a JSON object, got {type(row).__name__}"
+            )
         yield place, row
 
 
@@ -53,5 +57,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
       DataError: a row holds NaN or an infinity; names the file, the line and the column.
     """
     if hosts.first():
-        lines = [json_text.encode(row, f"{path}:{i}") + "\n" for i, row in enumerate(rows, start=1)]
+        lines = [
+            json_text.encode(row, f"{path}:{i}") + "\n"
+            for i, row in enumerate(rows, start=1)
+        ]
         paths.write(path, "".join(lines))

@@ -52,7 +52,9 @@ def parse(argv: list[str]) -> tuple[Command, Flags] | None:
         print(_usage())
         return None
     if argv[1] not in COMMANDS:
-        raise ConfigError(f"command {argv[1]!r} is unknown; known: {', '.join(COMMANDS)}")
+        raise ConfigError(
+            f"command {argv[1]!r} is unknown; known: {', '.join(COMMANDS)}"
+        )
     command = COMMANDS[argv[1]]
     fv = _defined_flags(command, argv)
     if {"--help", "-h", "--helpfull"} & set(argv[2:]):
@@ -71,7 +73,9 @@ def _usage() -> str:
 
 def _defined_flags(command: Command, argv: list[str]) -> Flags:
     fv = Flags()
-    flags.DEFINE_bool("help", False, "show this and exit", short_name="h", flag_values=fv)
+    flags.DEFINE_bool(
+        "help", False, "show this and exit", short_name="h", flag_values=fv
+    )
     flags.DEFINE_string(
         "workdir",
         None,
@@ -95,7 +99,10 @@ def _read_flags(fv: Flags, argv: list[str]) -> list[str]:
     """
     from rlhfjax.config import explain
 
-    parts = [(*arg.partition("="), after) for arg, after in zip(argv, [*argv[1:], ""], strict=True)]
+    parts = [
+        (*arg.partition("="), after)
+        for arg, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
     named = [part for part in parts if part[0] == "--config"]
     values = [value if equals else after for _, equals, value, after in named]
     file = values[-1].partition(":")[0] if values else ""
@@ -119,7 +126,9 @@ def train(fv: Flags) -> None:
 
     _need(fv, "config", "workdir")
     if "stages" in fv.config:
-        raise ConfigError("this config is a recipe: rlhfjax run --config=… runs its stages")
+        raise ConfigError(
+            "this config is a recipe: rlhfjax run --config=… runs its stages"
+        )
     recipe.run(fv.config, _path(fv.workdir))
 
 
@@ -206,7 +215,9 @@ def import_model(fv: Flags) -> None:
     from rlhfjax.stages import stage_config
 
     _need(fv, "model", "workdir")
-    config = stage_config("import_model", init_from=fv.model, chat_template=fv.chat_template)
+    config = stage_config(
+        "import_model", init_from=fv.model, chat_template=fv.chat_template
+    )
     recipe.run(config, _path(fv.workdir))
 
 
@@ -233,7 +244,9 @@ def plan(fv: Flags) -> None:
         return
     _need(fv, "config", "topology")
     workdir = _path(fv.workdir) if fv.workdir else None
-    chosen = subject(fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model)
+    chosen = subject(
+        fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model
+    )
     if fv.topology == "search":
         slices = search.on_tpus(chosen, fv.chips, fv.compiles, fv.completions)
         rich.print(tables.searched(slices))
@@ -322,7 +335,9 @@ def _sweep_flags(fv: Flags) -> None:
         0,
         flag_values=fv,
     )
-    flags.DEFINE_bool("dry_run", False, "print the commands, run nothing", flag_values=fv)
+    flags.DEFINE_bool(
+        "dry_run", False, "print the commands, run nothing", flag_values=fv
+    )
     flags.DEFINE_list(
         "metrics",
         [],
@@ -342,8 +357,12 @@ def _model_flag(fv: Flags) -> None:
 
 def _chat_flags(fv: Flags) -> None:
     _model_flag(fv)
-    flags.DEFINE_float("temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv)
-    flags.DEFINE_integer("max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv)
+    flags.DEFINE_float(
+        "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv
+    )
     flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
     flags.DEFINE_bool("int8", False, "weights and cache in int8", flag_values=fv)
 
@@ -407,14 +426,18 @@ def _plan_flags(fv: Flags) -> None:
         1,
         flag_values=fv,
     )
-    flags.DEFINE_string("stage", None, "of a recipe; its last one that trains", flag_values=fv)
+    flags.DEFINE_string(
+        "stage", None, "of a recipe; its last one that trains", flag_values=fv
+    )
     flags.DEFINE_string(
         "model",
         "",
         "shape of an init_from that is not there: PRESET[:field=value,...]; alone: its arithmetic",
         flag_values=fv,
     )
-    flags.DEFINE_string("reward_model", "", "shape of a reward that is not there", flag_values=fv)
+    flags.DEFINE_string(
+        "reward_model", "", "shape of a reward that is not there", flag_values=fv
+    )
     flags.DEFINE_integer(
         "completions",
         2,
@@ -428,7 +451,9 @@ def _plan_flags(fv: Flags) -> None:
         "compile these alone, such as update; default: all of a step",
         flag_values=fv,
     )
-    flags.DEFINE_string("json", None, "file to write the plan to as well", flag_values=fv)
+    flags.DEFINE_string(
+        "json", None, "file to write the plan to as well", flag_values=fv
+    )
 
 
 COMMANDS = {

@@ -42,7 +42,9 @@ class MeshConfig:
     fsdp: MeshSize = 1
     tensor: MeshSize = 1
     sequence: MeshSize = 1
-    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # overrides of the strategy's table
+    rules: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # overrides of the strategy's table
     strategy: str = "given"
     devices: str = ""  # FIRST:END of all devices, such as "0:6" or "6:"; empty: all
 
@@ -53,9 +55,13 @@ class Layout:
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
-    pool: tuple[Any, ...] = ()  # the devices that there are, of which the mesh may have a part
+    pool: tuple[
+        Any, ...
+    ] = ()  # the devices that there are, of which the mesh may have a part
 
-    def spec(self, names: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+    def spec(
+        self, names: Sequence[str | None], shape: Sequence[int] | None = None
+    ) -> PartitionSpec:
         """Logical names, one a dimension, to a PartitionSpec.
 
         A mesh axis shards one dimension only: the first that asks for it keeps it, so that an activation
@@ -68,8 +74,14 @@ class Layout:
         spec: list[Any] = []
         for i, name in enumerate(names):
             if name is not None and name not in self.rules:
-                raise ConfigError(f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}")
-            axes = tuple(a for a in self.rules[name] if a not in used) if name is not None else ()
+                raise ConfigError(
+                    f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}"
+                )
+            axes = (
+                tuple(a for a in self.rules[name] if a not in used)
+                if name is not None
+                else ()
+            )
             size = math.prod(self.mesh.shape[a] for a in axes)
             if shape is not None and shape[i] % size:
                 raise ConfigError(
@@ -99,14 +111,21 @@ class Layout:
         """Host arrays, of a whole batch's shape on every host, to arrays sharded over the batch axes: each row on the
         devices that it belongs to. Of its array a host reads only the rows of its own devices."""
         sharding = self.sharding("batch")
-        return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+        return {
+            k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
+            for k, v in batch.items()
+        }
 
     def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
         """Which of the `parts` equal parts of a batch have rows that `put` reads on this host."""
         held = self.sharding("batch").addressable_devices_indices_map((size,))
         spans = {rows.indices(size)[:2] for (rows,) in held.values()}
         edges = [(size * j // parts, size * (j + 1) // parts) for j in range(parts)]
-        return tuple(j for j, (a, b) in enumerate(edges) if any(start < b and a < end for start, end in spans))
+        return tuple(
+            j
+            for j, (a, b) in enumerate(edges)
+            if any(start < b and a < end for start, end in spans)
+        )
 
     def put_rows(self, rows: Any) -> Any:
         """Returns an array with a row per row of the batch; what is on the devices already stays there."""
@@ -135,7 +154,9 @@ class Layout:
             _CURRENT.reset(token)
 
 
-_CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+_CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar(
+    "layout", default=None
+)
 
 
 def make_layout(
@@ -170,7 +191,9 @@ def make_layout(
         raise ConfigError(f"mesh {asked}: at most one size is -1")
     fixed = math.prod(s for s in sizes if s != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise ConfigError(f"mesh {asked} does not fit the {len(devices)} devices at hand")
+        raise ConfigError(
+            f"mesh {asked} does not fit the {len(devices)} devices at hand"
+        )
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
     return Layout(_mesh(sizes, devices), _rules(table, config.rules), pool)
@@ -181,20 +204,29 @@ def _some(devices: Sequence[jax.Device], which: str) -> Sequence[jax.Device]:
     if not which:
         return devices
     if hosts.count() > 1:
-        raise ConfigError(f"mesh.devices={which!r}: with several hosts a mesh has all devices, a part of each host's")
+        raise ConfigError(
+            f"mesh.devices={which!r}: with several hosts a mesh has all devices, a part of each host's"
+        )
     if re.fullmatch(r"\d*:\d*", which):
         first, end = (int(x) if x else None for x in which.split(":"))
         if chosen := devices[first:end]:
             return chosen
-    raise ConfigError(f"mesh.devices={which!r}: FIRST:END of the {len(devices)} devices at hand, such as '0:1' or '1:'")
+    raise ConfigError(
+        f"mesh.devices={which!r}: FIRST:END of the {len(devices)} devices at hand, such as '0:1' or '1:'"
+    )
 
 
 def _choose(
-    given: Mapping[str, int], devices: Sequence[jax.Device], need: Need | None, memory: float | None
+    given: Mapping[str, int],
+    devices: Sequence[jax.Device],
+    need: Need | None,
+    memory: float | None,
 ) -> tuple[str, dict[str, int]]:
     """What `auto` picks, said in the log."""
     if any(size not in (1, -1) for size in given.values()):
-        raise ConfigError(f"mesh.strategy='auto' picks the sizes itself, and {dict(given)} gives some")
+        raise ConfigError(
+            f"mesh.strategy='auto' picks the sizes itself, and {dict(given)} gives some"
+        )
     if need is None:  # nothing is split but rows, if there are any
         return "data", dict(given) | {"data": -1}
     if memory is None:
@@ -216,7 +248,10 @@ def device_memory(devices: Sequence[jax.Device]) -> float:
         raise ConfigError(
             f"mesh.strategy='auto': the memory of a {devices[0].device_kind} is not known; give the sizes"
         )
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / jax.local_device_count()
+    return (
+        float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        / jax.local_device_count()
+    )
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:
@@ -230,26 +265,39 @@ def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     """
     slices, parts = _slices(devices), {"allow_split_physical_axes": True}
     if sizes[0] % slices:
-        raise ConfigError(f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them")
+        raise ConfigError(
+            f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them"
+        )
     if slices == 1:
         placed = mesh_utils.create_device_mesh(sizes, devices, **parts)
     else:
-        within, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+        within, across = (
+            (sizes[0] // slices, *sizes[1:]),
+            (slices, *(1 for _ in sizes[1:])),
+        )
         placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, **parts)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _rules(
+    table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
     rules = dict(table)
     for name, axes in overrides.items():
         axes = (axes,) if isinstance(axes, str) else axes
         axes = () if axes is None else axes
         if name not in rules:
-            raise ConfigError(f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}")
+            raise ConfigError(
+                f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}"
+            )
         if not isinstance(axes, list | tuple):
-            raise ConfigError(f"mesh.rules.{name}={axes!r}: expected a mesh axis, several or None")
+            raise ConfigError(
+                f"mesh.rules.{name}={axes!r}: expected a mesh axis, several or None"
+            )
         if unknown := [axis for axis in axes if axis not in AXES]:
-            raise ConfigError(f"mesh.rules.{name}: unknown mesh axes {unknown}; known: {', '.join(AXES)}")
+            raise ConfigError(
+                f"mesh.rules.{name}: unknown mesh axes {unknown}; known: {', '.join(AXES)}"
+            )
         rules[name] = tuple(axes)
     return rules
 
@@ -271,18 +319,28 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     if layout is None or layout.mesh.size == 1:
         return x
     layout.spec(names)  # a wrong name is wrong at every size
-    names = [name if size > 1 else None for name, size in zip(names, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names)))
+    names = [
+        name if size > 1 else None for name, size in zip(names, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(layout.mesh, layout.spec(names))
+    )
 
 
 def shards(name: str) -> int:
     """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
-    return 1 if layout is None else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
+    return (
+        1
+        if layout is None
+        else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
+    )
 
 
 def per_device(
-    f: Callable[..., Any], arguments: Sequence[Sequence[str | None]], result: Sequence[str | None]
+    f: Callable[..., Any],
+    arguments: Sequence[Sequence[str | None]],
+    result: Sequence[str | None],
 ) -> Callable[..., Any]:
     """f run by every device on its own part of the arguments, laid over the mesh in use by the names of their axes.
 
@@ -292,4 +350,10 @@ def per_device(
     if layout is None or layout.mesh.size == 1:
         return f
     specs = tuple(layout.spec(names) for names in arguments)
-    return jax.shard_map(f, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec(result), check_vma=False)
+    return jax.shard_map(
+        f,
+        mesh=layout.mesh,
+        in_specs=specs,
+        out_specs=layout.spec(result),
+        check_vma=False,
+    )

@@ -23,9 +23,13 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.jsonl import read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 
-Pairs = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
+Pairs = Mapping[
+    str, tuple[Any, Any]
+]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
 Real = float | int
-UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, where no checkpoint asks for one
+UPLOAD_EVERY = (
+    30.0  # seconds between uploads to a bucket, where no checkpoint asks for one
+)
 
 
 # ------------------------------------------------------------------ accumulation
@@ -38,7 +42,11 @@ def add(total: Pairs, more: Pairs) -> dict[str, tuple[Any, Any]]:
     """
     out = dict(total)
     for name, (value, weight) in more.items():
-        out[name] = (out[name][0] + value, out[name][1] + weight) if name in out else (value, weight)
+        out[name] = (
+            (out[name][0] + value, out[name][1] + weight)
+            if name in out
+            else (value, weight)
+        )
     return out
 
 
@@ -61,8 +69,14 @@ def finalize(total: Pairs, prefix: str = "") -> dict[str, float]:
     Returns:
       Python floats. A metric of weight 0 was not observed, and is left out.
     """
-    sums = {name: (_sum64(value), _sum64(weight)) for name, (value, weight) in total.items()}
-    return {prefix + name: value / weight for name, (value, weight) in sums.items() if weight != 0}
+    sums = {
+        name: (_sum64(value), _sum64(weight)) for name, (value, weight) in total.items()
+    }
+    return {
+        prefix + name: value / weight
+        for name, (value, weight) in sums.items()
+        if weight != 0
+    }
 
 
 def _sum64(x: Any) -> float:
@@ -83,14 +97,21 @@ def last_values(workdir: str | os.PathLike) -> dict[str, float]:
 def _keep_until(path: Path, step: int | None) -> None:
     """Rewrites a file of lines, atomically, to those with `step` at most `step` (None: to none)."""
     if path.exists():
-        write_jsonl(path, [] if step is None else [row for row in read_jsonl(path) if row["step"] <= step])
+        write_jsonl(
+            path,
+            []
+            if step is None
+            else [row for row in read_jsonl(path) if row["step"] <= step],
+        )
 
 
 def _line(step: int, values: Mapping[str, Real]) -> str:
     """One JSON object: step first, names sorted, floats by repr, null for NaN and infinities."""
     floats = {name: float(values[name]) for name in sorted(values)}
     row = json_text.null_nonfinite(floats)
-    return json_text.encode({"step": int(step), **row}, f"metrics of step {step}") + "\n"
+    return (
+        json_text.encode({"step": int(step), **row}, f"metrics of step {step}") + "\n"
+    )
 
 
 class Writer:
@@ -131,12 +152,18 @@ class Writer:
         names = ("metrics.jsonl", "timing.jsonl")
         self._mirror = paths.Mirror(paths.path(workdir), names)
         folder = self._mirror.folder
-        self._wandb = _start_wandb(folder, paths.path(workdir), wandb) if wandb is not None else None
+        self._wandb = (
+            _start_wandb(folder, paths.path(workdir), wandb)
+            if wandb is not None
+            else None
+        )
         paths.make_folder(folder)
         for name in names:
             _keep_until(folder / name, resume_step)
             self._files[name] = (folder / name).open("a", encoding="utf-8")
-        self._tensorboard = _start_tensorboard(folder, resume_step) if tensorboard else None
+        self._tensorboard = (
+            _start_tensorboard(folder, resume_step) if tensorboard else None
+        )
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
         """Writes one line of metrics; a step may have several lines (training, evaluation)."""
@@ -188,7 +215,9 @@ class Writer:
 
 
 def _start_tensorboard(workdir: Path, resume_step: int | None) -> Any:
-    from tensorboardX import SummaryWriter  # here: half a second that `--help` need not pay
+    from tensorboardX import (
+        SummaryWriter,
+    )  # here: half a second that `--help` need not pay
 
     first = 0 if resume_step is None else resume_step + 1
     return SummaryWriter(str(workdir / "tb"), purge_step=first, flush_secs=10)
@@ -214,7 +243,13 @@ def duration(seconds: Real) -> str:
     if not math.isfinite(seconds):
         return "-"
     s = round(seconds)
-    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return (
+        f"{s}s"
+        if s < 60
+        else f"{s // 60}m{s % 60:02d}s"
+        if s < 3600
+        else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    )
 
 
 def headline(metrics: Mapping[str, Real]) -> str:
@@ -269,18 +304,30 @@ class Progress:
             interval,
             clock,
         )
-        self._stream = (sys.stderr if hosts.first() else _Nowhere()) if stream is None else stream
+        self._stream = (
+            (sys.stderr if hosts.first() else _Nowhere()) if stream is None else stream
+        )
         self._began, self._printed = clock(), -math.inf
-        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        self._first: tuple[int, float] | None = (
+            None  # step and time of the first update, after compilation
+        )
         self._count, self._text, self._bar = 0.0, "", None
         console = rich.console.Console(file=self._stream)
         if console.is_terminal:
-            columns = ("{task.description}", rich.progress.BarColumn(bar_width=None), "{task.fields[text]}")
+            columns = (
+                "{task.description}",
+                rich.progress.BarColumn(bar_width=None),
+                "{task.fields[text]}",
+            )
             self._bar = rich.progress.Progress(*columns, console=console, expand=True)
-            self._task = self._bar.add_task(title, total=total, completed=start, text="compiling")
+            self._task = self._bar.add_task(
+                title, total=total, completed=start, text="compiling"
+            )
             self._bar.start()
 
-    def update(self, step: int, metrics: Mapping[str, Real] | None = None, count: Real = 0) -> None:
+    def update(
+        self, step: int, metrics: Mapping[str, Real] | None = None, count: Real = 0
+    ) -> None:
         """Says that `step` is done, `count` units after the last update; the first call ends compilation."""
         now = self._clock()
         if self._first is None:
@@ -297,11 +344,23 @@ class Progress:
     def _describe(self, step: int, now: float, metrics: Mapping[str, Real]) -> str:
         first_step, first_time = self._first
         elapsed = now - first_time
-        eta = elapsed / (step - first_step) * (self._total - step) if step > first_step else math.inf
+        eta = (
+            elapsed / (step - first_step) * (self._total - step)
+            if step > first_step
+            else math.inf
+        )
         rate = f"{self._count / elapsed:,.0f} {self._unit}/s" if elapsed > 0 else ""
         percent = f"{100 * step / max(self._total, 1):.0f}%"
-        end = f"ETA {duration(eta)}" if step < self._total else f"took {duration(now - self._began)}"
-        return "  ".join(filter(None, (f"{step}/{self._total}", percent, headline(metrics), rate, end)))
+        end = (
+            f"ETA {duration(eta)}"
+            if step < self._total
+            else f"took {duration(now - self._began)}"
+        )
+        return "  ".join(
+            filter(
+                None, (f"{step}/{self._total}", percent, headline(metrics), rate, end)
+            )
+        )
 
     def print(self, text: str) -> None:
         """Prints a line without breaking the progress line."""

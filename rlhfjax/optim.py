@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from rlhfjax.errors import ConfigError
 from rlhfjax.ranges import Count, NonNegative, Positive, Share, ShareBelow1
 
-DECAYED = frozenset({"kernel", "tokens", "positions", "lora_a", "lora_b"})  # names of parameters
+DECAYED = frozenset(
+    {"kernel", "tokens", "positions", "lora_a", "lora_b"}
+)  # names of parameters
 NOT_DECAYED = frozenset({"scale", "bias"})
 
 
@@ -53,10 +55,16 @@ class OptimConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.moments != "float32" and (self.name == "rmsprop" or (self.name == "sgd" and not self.b1)):
-            raise ConfigError(f"optim.moments: {self.name} with b1={self.b1} has no first moment")
+        if self.moments != "float32" and (
+            self.name == "rmsprop" or (self.name == "sgd" and not self.b1)
+        ):
+            raise ConfigError(
+                f"optim.moments: {self.name} with b1={self.b1} has no first moment"
+            )
         if self.weight_decay and self.name in ("adam", "adam_tf"):
-            raise ConfigError(f"optim.weight_decay: {self.name} has none; use {self.name.replace('m', 'mw', 1)}")
+            raise ConfigError(
+                f"optim.weight_decay: {self.name} has none; use {self.name.replace('m', 'mw', 1)}"
+            )
 
 
 def kept(config: OptimConfig) -> float:
@@ -91,8 +99,14 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     warmup = config.warmup_steps
     end = config.decay_steps if config.decay_steps > 0 else total_steps
     if warmup > end:
-        raise ConfigError(f"optim.warmup_steps: {warmup} is more than the {end} steps until the end of the decay")
-    peak, start, floor = config.learning_rate, config.warmup_start, config.final_fraction
+        raise ConfigError(
+            f"optim.warmup_steps: {warmup} is more than the {end} steps until the end of the decay"
+        )
+    peak, start, floor = (
+        config.learning_rate,
+        config.warmup_start,
+        config.final_fraction,
+    )
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
@@ -159,18 +173,24 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def first_moment_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def first_moment_in(
+    dtype: str, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """The same optimiser, its first moment (or momentum) rounded to `dtype` between updates; they are in float32."""
 
     def kept(state: Any, dtype: Any) -> Any:
         names = {"mu", "trace"} & set(state._fields)
-        return state._replace(**{name: optax.tree.cast(getattr(state, name), dtype) for name in names})
+        return state._replace(
+            **{name: optax.tree.cast(getattr(state, name), dtype) for name in names}
+        )
 
     def update(grads, state, params=None):
         updates, state = tx.update(grads, kept(state, jnp.float32), params)
         return updates, kept(state, dtype)
 
-    return optax.GradientTransformation(lambda params: kept(tx.init(params), dtype), update)
+    return optax.GradientTransformation(
+        lambda params: kept(tx.init(params), dtype), update
+    )
 
 
 def decayed(params: Any) -> Any:
@@ -208,7 +228,9 @@ def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(entry, "key", entry)) for entry in path)
 
 
-def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, total_steps: int
+) -> optax.GradientTransformation:
     """clip -> moments -> decoupled decay -> -learning rate.
 
     Element-wise but for the norm, so that it runs under jit on parameters sharded in any way; its moments have the
@@ -234,4 +256,6 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         chain.insert(0, clip_by_global_norm(config.clip_norm))
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
-    return optax.chain(*chain, optax.scale_by_learning_rate(make_schedule(config, total_steps)))
+    return optax.chain(
+        *chain, optax.scale_by_learning_rate(make_schedule(config, total_steps))
+    )

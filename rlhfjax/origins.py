@@ -72,9 +72,13 @@ class Origins:
         found = []
         for name, role in self.single(roles).items():
             try:
-                found.append(Net(name, role, self.of_role(role, f"{context}.overrides").config))
+                found.append(
+                    Net(name, role, self.of_role(role, f"{context}.overrides").config)
+                )
             except CheckpointError:
-                if name == next(iter(roles)) and not isinstance(role.source, TransformerConfig):
+                if name == next(iter(roles)) and not isinstance(
+                    role.source, TransformerConfig
+                ):
                     raise
         return found
 
@@ -89,7 +93,9 @@ class Origins:
             if role.optim is not None:  # a value function starts from the first
                 models = [one._replace(suffix="") for one in models[:1]]
             for suffix, source, head in models:
-                found[name + suffix] = role._replace(source=source, head=head, scores=False)
+                found[name + suffix] = role._replace(
+                    source=source, head=head, scores=False
+                )
         return found
 
 

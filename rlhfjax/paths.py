@@ -39,11 +39,15 @@ def path(name: str | os.PathLike) -> Path:
     if not remote(name):
         return pathlib.Path(name)
     if not name.startswith(SCHEME):
-        raise ConfigError(f"{name}: accepted are paths of this machine and {SCHEME} of Google Cloud Storage")
+        raise ConfigError(
+            f"{name}: accepted are paths of this machine and {SCHEME} of Google Cloud Storage"
+        )
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise ConfigError(f"{name}: gcsfs is not installed; pip install 'rlhfjax[gcs]'") from None
+        raise ConfigError(
+            f"{name}: gcsfs is not installed; pip install 'rlhfjax[gcs]'"
+        ) from None
     # Of the two that epath reads buckets with, the one that we use too, where TensorFlow is installed as well. It would
     # remember listings; but TensorStore and other processes write there.
     os.environ.setdefault("EPATH_USE_TF", "false")
@@ -98,7 +102,11 @@ def glob(pattern: str) -> list[Path]:
     if remote(pattern):
         path(pattern)
         found = _store().glob(pattern, detail=True)
-        return [epath.Path(SCHEME + name) for name in sorted(found) if found[name]["type"] == "file"]
+        return [
+            epath.Path(SCHEME + name)
+            for name in sorted(found)
+            if found[name]["type"] == "file"
+        ]
     names = globs.glob(os.path.expanduser(pattern), recursive=True)
     return [pathlib.Path(name) for name in sorted(names) if os.path.isfile(name)]
 
@@ -171,7 +179,10 @@ def replacing(folder: Path, last: str) -> Iterator[pathlib.Path]:
     make_folder(folder.parent)
     for leftover in folder.parent.glob(f".{globs.escape(folder.name)}.tmp-*"):
         shutil.rmtree(leftover)
-    temporary, older = (folder.with_name(f".{folder.name}.tmp-{os.getpid()}{end}") for end in ("", "-older"))
+    temporary, older = (
+        folder.with_name(f".{folder.name}.tmp-{os.getpid()}{end}")
+        for end in ("", "-older")
+    )
     temporary.mkdir()
     try:
         yield temporary
@@ -187,7 +198,9 @@ def _upload(source: pathlib.Path, folder: Path, last: str) -> None:
     (folder / last).unlink(missing_ok=True)
     remove(folder)
     some = [file for file in files(source) if file != source / last]
-    _store().put(list(map(str, some)), [str(folder / file.relative_to(source)) for file in some])
+    _store().put(
+        list(map(str, some)), [str(folder / file.relative_to(source)) for file in some]
+    )
     write(folder / last, (source / last).read_bytes())
 
 
@@ -205,7 +218,10 @@ def move(folder: Path, target: Path) -> None:
     make_folder(target.parent)
     if remote(folder):
         names = files(folder)
-        _store().copy(list(map(str, names)), [str(target / name.relative_to(folder)) for name in names])
+        _store().copy(
+            list(map(str, names)),
+            [str(target / name.relative_to(folder)) for name in names],
+        )
         remove(folder)
     else:
         os.replace(folder, target)
@@ -229,7 +245,9 @@ def local(source: Path) -> pathlib.Path:
     if not target.exists():
         root = str(source).removeprefix(SCHEME)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=scratch()), source.name)
-        _store().get(list(found), [str(temporary) + name.removeprefix(root) for name in found])
+        _store().get(
+            list(found), [str(temporary) + name.removeprefix(root) for name in found]
+        )
         with contextlib.suppress(OSError):  # another thread was faster
             os.replace(temporary.parent, target.parent)
     return target
@@ -251,7 +269,9 @@ class Mirror:
     def __init__(self, target: Path, names: Iterable[str] = ()):
         """Takes over from the bucket those of the named files that are there."""
         self._target, self._temporary = target, None
-        self._sent: dict[pathlib.Path, tuple[int, int]] = {}  # size and time of what the bucket has
+        self._sent: dict[
+            pathlib.Path, tuple[int, int]
+        ] = {}  # size and time of what the bucket has
         self._synced = time.monotonic()
         self.folder = target
         if remote(target):
@@ -267,10 +287,14 @@ class Mirror:
         if self._temporary is None or time.monotonic() - self._synced < every:
             return
         for file in files(self.folder):
-            with contextlib.suppress(FileNotFoundError):  # who writes here may remove too
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # who writes here may remove too
                 state = file.stat().st_size, file.stat().st_mtime_ns
                 if not file.is_symlink() and self._sent.get(file) != state:
-                    write(self._target / file.relative_to(self.folder), file.read_bytes())
+                    write(
+                        self._target / file.relative_to(self.folder), file.read_bytes()
+                    )
                     self._sent[file] = state
         self._synced = time.monotonic()
 

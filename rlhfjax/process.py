@@ -19,7 +19,12 @@ from typing import Any, NoReturn
 from rlhfjax.errors import Preempted, UserError, first_line
 
 INTERRUPTED = 130  # what a shell makes of SIGINT
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # errors that need no traceback
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+)  # errors that need no traceback
 
 
 def run(command: Callable[[], None]) -> None:

@@ -17,7 +17,9 @@ def validate(config: TrainConfig) -> None:
     """Validates log.profile. Raises ConfigError."""
     steps = _traced_steps(config.log.profile)
     if steps and steps[0] > config.steps:
-        raise ConfigError(f"log.profile={config.log.profile!r}: there are {config.steps} steps")
+        raise ConfigError(
+            f"log.profile={config.log.profile!r}: there are {config.steps} steps"
+        )
 
 
 def _traced_steps(text: str) -> range:

@@ -19,7 +19,9 @@ import numpy as np
 from rlhfjax.mesh import Layout, in_use
 
 PyTree = Any
-Rows = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # an array, or its shape where a step is recorded
+Rows = (
+    jax.Array | np.ndarray | jax.ShapeDtypeStruct
+)  # an array, or its shape where a step is recorded
 ROWS, WHOLE = ("batch",), ()  # logical axes of an output: rows of the batch, replicated
 STATE = "state"  # an output that takes the place of the argument of that name: the same shardings
 
@@ -73,7 +75,9 @@ class Call(NamedTuple):
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """The arrays among the arguments."""
-        return [x for x in jax.tree.leaves(self.args) if isinstance(x, jax.ShapeDtypeStruct)]
+        return [
+            x for x in jax.tree.leaves(self.args) if isinstance(x, jax.ShapeDtypeStruct)
+        ]
 
 
 class Recorder:
@@ -91,7 +95,9 @@ class Recorder:
         finally:
             _RECORDER.reset(token)
 
-    def call(self, program: Program, args: tuple[Any, ...], static: Mapping[str, Any]) -> PyTree:
+    def call(
+        self, program: Program, args: tuple[Any, ...], static: Mapping[str, Any]
+    ) -> PyTree:
         layout = in_use()
         self.calls.append(Call(program.name, program.function, args, static, layout))
         if callable(program.outputs):
@@ -100,23 +106,31 @@ class Recorder:
         return _placed(shapes, program.outputs, layout, args)
 
 
-_RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+_RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
+    "recorder", default=None
+)
 
 
-def _placed(shapes: PyTree, outputs: Any, layout: Layout, args: tuple[Any, ...]) -> PyTree:
+def _placed(
+    shapes: PyTree, outputs: Any, layout: Layout, args: tuple[Any, ...]
+) -> PyTree:
     """Returns shapes with the shardings that `outputs` declares."""
     if isinstance(outputs, list):
         parts = zip(shapes, outputs, strict=True)
         return tuple(_placed(part, axes, layout, args) for part, axes in parts)
     if outputs == STATE:
-        before = next(arg for arg in args if jax.tree.structure(arg) == jax.tree.structure(shapes))
+        before = next(
+            arg for arg in args if jax.tree.structure(arg) == jax.tree.structure(shapes)
+        )
         return jax.tree.map(lambda old, new: _like(old, new), before, shapes)
     return jax.tree.map(lambda x: placed(x, layout.sharding(*outputs)), shapes)
 
 
 def _like(old: jax.ShapeDtypeStruct, new: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     if (old.shape, old.dtype) != (new.shape, new.dtype):
-        raise AssertionError(f"a program returns a state of other shapes: {old} became {new}")
+        raise AssertionError(
+            f"a program returns a state of other shapes: {old} became {new}"
+        )
     return old
 
 
@@ -153,7 +167,9 @@ def small(function: Callable[..., Any], outputs: Any = WHOLE) -> Callable[..., A
     return run
 
 
-def on_host(function: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+def on_host(
+    function: Callable[..., Any], shapes: Callable[..., Any]
+) -> Callable[..., Any]:
     """Returns a function that runs on the host; on shapes `shapes` of its arguments stands for it."""
 
     @functools.wraps(function)
@@ -172,7 +188,9 @@ def reshard(tree: PyTree, shardings: Any) -> PyTree:
     return jax.tree.map(placed, tree, shardings)
 
 
-def on_mesh(there: Layout | None, here: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+def on_mesh(
+    there: Layout | None, here: Layout, function: Callable[..., Any]
+) -> Callable[..., Any]:
     """Returns a function whose parameters live on another mesh.
 
     The rows of a batch are sent there, and rows and scalars of the result come back. Nothing waits:
@@ -182,7 +200,9 @@ def on_mesh(there: Layout | None, here: Layout, function: Callable[..., Any]) ->
         return function
 
     def home(x: Any) -> Any:
-        return reshard(x, here.sharding("batch") if getattr(x, "ndim", 0) else here.replicated)
+        return reshard(
+            x, here.sharding("batch") if getattr(x, "ndim", 0) else here.replicated
+        )
 
     def run(*rows: Any) -> Any:
         moved = reshard(rows, there.sharding("batch"))

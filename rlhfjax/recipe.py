@@ -62,7 +62,9 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return {name: check(values, name) for name, values in resolved.items()}
 
 
-def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None) -> dict[str, float]:
+def run_stage(
+    config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None
+) -> dict[str, float]:
     """Runs one stage; a finished one only answers with its metrics.
 
     Args:
@@ -70,7 +72,9 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
         a recipe's folder may be moved.
     """
     module = stages.find(config.get("stage", ""))
-    typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[config["stage"]]
+    typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[
+        config["stage"]
+    ]
     hosts.share(lambda: claim(workdir, config if record is None else record))
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
@@ -85,7 +89,12 @@ def run_stage(config: dict[str, Any], workdir: Path, record: dict[str, Any] | No
             stage = module.build(typed, layout)
         metrics = train.run(stage, typed, workdir, layout, clock)
     steps = getattr(typed, "steps", 0)
-    done = {"stage": workdir.name, "kind": typed.stage, "steps": steps, "seconds": round(time.time() - began, 1)}
+    done = {
+        "stage": workdir.name,
+        "kind": typed.stage,
+        "steps": steps,
+        "seconds": round(time.time() - began, 1),
+    }
     done["metrics"] = json_text.null_nonfinite(metrics)
     hosts.share(lambda: write_json(workdir / DONE, done))
     return metrics
@@ -99,7 +108,9 @@ def read_done(workdir: Path) -> dict[str, Any] | None:
     return done | {"metrics": json_text.nan_for_null(done["metrics"])}
 
 
-def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> dict[str, float]:
+def evaluate(
+    config: Mapping[str, Any] | ConfigDict | None, workdir: Path
+) -> dict[str, float]:
     """Runs a stage's held-out evaluations again, on its latest checkpoint; nothing in the workdir changes.
 
     Args:
@@ -110,14 +121,20 @@ def evaluate(config: Mapping[str, Any] | ConfigDict | None, workdir: Path) -> di
     """
     if config is None:
         if not (workdir / CONFIG).exists():
-            raise ConfigError(f"{workdir}: no config.json here; expected the workdir of a stage")
+            raise ConfigError(
+                f"{workdir}: no config.json here; expected the workdir of a stage"
+            )
         config = json.loads((workdir / CONFIG).read_text())
     config = to_dict(config)
     if "stages" in config:
-        raise ConfigError(f"{workdir} holds a recipe; name one of its stages: {workdir}/NN_name")
+        raise ConfigError(
+            f"{workdir} holds a recipe; name one of its stages: {workdir}/NN_name"
+        )
     module = stages.find(config.get("stage", ""))
     if not hasattr(module, "build"):
-        raise ConfigError(f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains")
+        raise ConfigError(
+            f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains"
+        )
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
     typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
     layout = layout_of(typed, Origins({}))
@@ -143,17 +160,25 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     if not names:
         raise ConfigError("recipe: `stages` is empty; expected the names of stages")
     if missing := [n for n in names if not isinstance(config.get(n), Mapping)]:
-        raise ConfigError(f"recipe: stage {missing[0]!r} is in `stages` and has no config of its own")
+        raise ConfigError(
+            f"recipe: stage {missing[0]!r} is in `stages` and has no config of its own"
+        )
     if extra := sorted(set(config) - set(names) - {"stages"}):
-        raise ConfigError(f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}")
+        raise ConfigError(
+            f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}"
+        )
     if len(set(names)) < len(names):
-        raise ConfigError(f"recipe: a name stands twice in `stages`: {', '.join(names)}")
+        raise ConfigError(
+            f"recipe: a name stands twice in `stages`: {', '.join(names)}"
+        )
     return {name: workdir / f"{i:02d}_{name}" for i, name in enumerate(names)}
 
 
 def finished(config: Mapping[str, Any], workdir: Path) -> bool:
     """Whether the recipe, or the one stage, has run to its end in this workdir."""
-    folders = stage_folders(config, workdir).values() if "stages" in config else [workdir]
+    folders = (
+        stage_folders(config, workdir).values() if "stages" in config else [workdir]
+    )
     return all((folder / DONE).exists() for folder in folders)
 
 
@@ -183,7 +208,9 @@ def check(config: Mapping[str, Any], where: str) -> Any:
     return typed
 
 
-def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> dict[str, Any]:
+def check_all(
+    configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]
+) -> dict[str, Any]:
     """Typed configs of all stages, each checked against the mesh and against the model that it will start from.
 
     Raises:
@@ -191,7 +218,11 @@ def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pa
       CheckpointError: one starts from a model that is not there and that no stage will make.
     """
     typed = {name: check(config, name) for name, config in configs.items()}
-    vocabularies = {str(folders[n]): c.vocab_size for n, c in typed.items() if hasattr(c, "vocab_size")}
+    vocabularies = {
+        str(folders[n]): c.vocab_size
+        for n, c in typed.items()
+        if hasattr(c, "vocab_size")
+    }
     earlier: dict[str, Any] = {}  # typed configs of the stages before, by folder
     for name, config in typed.items():
         origins = Origins(earlier)
@@ -199,8 +230,12 @@ def check_all(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pa
         tokens = vocabularies.get(getattr(config, "tokenizer", None), 0)
         if model_config is not None and model_config.vocab_size < tokens:
             size = model_config.vocab_size
-            raise ConfigError(f"{name}.model.vocab_size={size} is less than the tokenizer's {tokens}")
-        known = model_config is not None or config.mesh.strategy != "auto"  # else validated when the stage begins
+            raise ConfigError(
+                f"{name}.model.vocab_size={size} is less than the tokenizer's {tokens}"
+            )
+        known = (
+            model_config is not None or config.mesh.strategy != "auto"
+        )  # else validated when the stage begins
         if known and (validate := getattr(stages.find(config.stage), "validate", None)):
             validate(config, layout_of(config, origins), model_config)
         earlier[str(folders[name])] = config
@@ -261,11 +296,15 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
     before = _Options(json.loads(path.read_text()))
     now = _Options(json.loads(json_text.encode(config, path)))
     options = sorted(before.all.keys() | now.all.keys())
-    differ = [k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)]
+    differ = [
+        k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)
+    ]
     if differ:
         shown = "; ".join(f"{k}: {before.show(k)} -> {now.show(k)}" for k in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ConfigError(f"{workdir} was started with another config ({shown}{more}); use a new --workdir")
+        raise ConfigError(
+            f"{workdir} was started with another config ({shown}{more}); use a new --workdir"
+        )
 
 
 class _Options:

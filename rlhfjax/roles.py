@@ -30,16 +30,26 @@ Head = Literal["lm", "scalar"]
 class Role(NamedTuple):
     """A model that takes part in a stage."""
 
-    source: str | TransformerConfig  # where its parameters come from, or the config of a new model
+    source: (
+        str | TransformerConfig
+    )  # where its parameters come from, or the config of a new model
     head: Head = "lm"
     optim: OptimConfig | None = None  # None: frozen
-    lora: LoraConfig = LoraConfig()  # rank 0: all of a model with an optimizer is trained
+    lora: LoraConfig = (
+        LoraConfig()
+    )  # rank 0: all of a model with an optimizer is trained
     overrides: Mapping[str, Any] = {}  # changes to the model_config of `source`
     averaged: bool = False  # an EMA of what is trained is kept beside it
     mesh: Literal["train", "frozen"] = "train"
-    shares: str | None = None  # the role whose arrays it uses; its own are only those that it trains
-    scores: bool = False  # `source` is any reward: a model, or rules, a rubric, several models
-    head_alone: bool = False  # of a trained model: its trunk is that of the role it shares with
+    shares: str | None = (
+        None  # the role whose arrays it uses; its own are only those that it trains
+    )
+    scores: bool = (
+        False  # `source` is any reward: a model, or rules, a rubric, several models
+    )
+    head_alone: bool = (
+        False  # of a trained model: its trunk is that of the role it shares with
+    )
 
 
 Roles = Mapping[str, Role]
@@ -71,7 +81,11 @@ class Workload(NamedTuple):
 
 def scorers(**sources: str | None) -> dict[str, Role]:
     """Returns the roles of rewards that are only asked, those that are named."""
-    return {name: Role(source, head="scalar", scores=True) for name, source in sources.items() if source}
+    return {
+        name: Role(source, head="scalar", scores=True)
+        for name, source in sources.items()
+        if source
+    }
 
 
 def job_workload(rows: int, length: int) -> Workload:
@@ -93,7 +107,11 @@ class Sources(Descriptions, Protocol):
     """Where models come from: the disk, or shapes of models that need not be there."""
 
     def open_model(
-        self, source: str, layout: Layout, changes: Mapping[str, Any] = ..., context: str = ...
+        self,
+        source: str,
+        layout: Layout,
+        changes: Mapping[str, Any] = ...,
+        context: str = ...,
     ) -> store.Opened:
         """Returns a model whose parameters are not read yet."""
         ...
@@ -160,7 +178,9 @@ class Models:
     ):
         self._stage, self._roles, self._sources = stage, roles, sources
         other = None if frozen_mesh is None else make_layout(frozen_mesh, layout.pool)
-        self.frozen_layout = other  # of the models that are not trained; None: they share the mesh
+        self.frozen_layout = (
+            other  # of the models that are not trained; None: they share the mesh
+        )
         self._layouts = {"train": layout, "frozen": other or layout}
         self._loaded: dict[str, Loaded] = {}
         self._frozen: dict[Any, PyTree] = {}  # parameters by source and mesh
@@ -179,15 +199,25 @@ class Models:
         if isinstance(role.source, TransformerConfig):
             return Loaded(Model(role.source, role.head, role.lora), None, {}, None)
         layout = self._layouts[role.mesh]
-        opened = self.open_model(role.source, layout, role.overrides, f"{self._stage}.overrides")
+        opened = self.open_model(
+            role.source, layout, role.overrides, f"{self._stage}.overrides"
+        )
         config = opened.model.config
         lacks_head = opened.model.head != role.head
-        if lacks_head and role.lora.rank and role.head == "lm" and not config.tie_embeddings:
+        if (
+            lacks_head
+            and role.lora.rank
+            and role.head == "lm"
+            and not config.tie_embeddings
+        ):
             context = f"{self._stage}.init_from={role.source}"
             raise ConfigError(f"{context}: adapters need its head, and it has none")
         model = Model(config, role.head, role.lora)
 
-        owner, key = self._loaded.get(role.shares), _key(role.source, layout, role.overrides)
+        owner, key = (
+            self._loaded.get(role.shares),
+            _key(role.source, layout, role.overrides),
+        )
 
         def read() -> PyTree:
             kept = self._frozen.get(key) if owner is None else owner.frozen
@@ -212,7 +242,11 @@ class Models:
     # Sources for rewards, which load their models themselves.
 
     def open_model(
-        self, source: str, layout: Layout, changes: Mapping[str, Any] = {}, context: str = ""
+        self,
+        source: str,
+        layout: Layout,
+        changes: Mapping[str, Any] = {},
+        context: str = "",
     ) -> store.Opened:
         return self._sources.open_model(source, layout, changes, context)
 
@@ -228,14 +262,18 @@ class Models:
     def described(self, source: str) -> dict[str, Any] | None:
         return self._sources.described(source)
 
-    def _keep(self, source: str, layout: Layout, changes: Any, read: Callable[[], PyTree]) -> PyTree:
+    def _keep(
+        self, source: str, layout: Layout, changes: Any, read: Callable[[], PyTree]
+    ) -> PyTree:
         key = _key(source, layout, changes)
         if key not in self._frozen:
             self._frozen[key] = keep(read())
         return self._frozen[key]
 
 
-def _key(source: str, layout: Layout, changes: Mapping[str, Any]) -> tuple[str, int, str]:
+def _key(
+    source: str, layout: Layout, changes: Mapping[str, Any]
+) -> tuple[str, int, str]:
     return str(source), id(layout), repr(dict(changes))
 
 
@@ -248,12 +286,16 @@ def frozen_base(model: Model, params: PyTree) -> PyTree:
     kind = model.lora.base
     if not recording():
         return quantised.base(params, model.axes(), kind)
-    shapes = jax.eval_shape(lambda tree: quantised.base(tree, model.axes(), kind), params)
+    shapes = jax.eval_shape(
+        lambda tree: quantised.base(tree, model.axes(), kind), params
+    )
     shardings = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
 
     def held(path: Any, x: jax.ShapeDtypeStruct) -> Held:
         whole = next(iter(shardings.values())).mesh
         sharding = shardings.get(path, NamedSharding(whole, PartitionSpec()))
-        return Held(x.shape, x.dtype, sharding=sharding, owner=f"{kind} base", path=str(path))
+        return Held(
+            x.shape, x.dtype, sharding=sharding, owner=f"{kind} base", path=str(path)
+        )
 
     return jax.tree.map_with_path(held, shapes)

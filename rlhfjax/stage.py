@@ -35,7 +35,9 @@ class Finished(NamedTuple):
     models: dict[str, Any]  # {folder: store.SavedModel}
     pairs: Metrics
     files: dict[str, Any]  # {file name: what `json_text.encode` takes}
-    adapters: Mapping[str, Any] = types.MappingProxyType({})  # {folder: (model, adapters)}
+    adapters: Mapping[str, Any] = types.MappingProxyType(
+        {}
+    )  # {folder: (model, adapters)}
 
 
 class Data(NamedTuple):
@@ -63,7 +65,9 @@ class Stage:
     init: Callable[[jax.Array], TrainState]
     axes: PyTree
     start: Callable[[TrainState], TrainState]
-    step: Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]
+    step: Callable[
+        [TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
+    ]
     batch: Callable[[int], Shapes]
     open: Callable[[], Data]
     units: int
@@ -89,4 +93,7 @@ class Stage:
 
 def row_shapes(size: int, **arrays: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes of a batch: `tokens=((length,), np.int32)` has the shape [size, length]."""
-    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()}
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype)
+        for name, (shape, dtype) in arrays.items()
+    }

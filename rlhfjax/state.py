@@ -18,7 +18,9 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "extra"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "extra"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -36,7 +38,9 @@ class TrainState:
     extra: PyTree = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def create(cls, params: PyTree, tx: optax.GradientTransformation, **extra: PyTree) -> "TrainState":
+    def create(
+        cls, params: PyTree, tx: optax.GradientTransformation, **extra: PyTree
+    ) -> "TrainState":
         return cls(jnp.zeros((), jnp.int32), params, tx.init(params), extra)
 
     def replace(self, **changes: Any) -> "TrainState":
@@ -62,9 +66,12 @@ def copy_into(params: PyTree, pretrained: PyTree) -> PyTree:
     """
     if isinstance(params, Mapping):
         return {
-            name: copy_into(fresh, pretrained[name]) if name in pretrained else fresh for name, fresh in params.items()
+            name: copy_into(fresh, pretrained[name]) if name in pretrained else fresh
+            for name, fresh in params.items()
         }
-    return jax.device_put(jnp.array(pretrained, params.dtype, copy=True), params.sharding)
+    return jax.device_put(
+        jnp.array(pretrained, params.dtype, copy=True), params.sharding
+    )
 
 
 def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
@@ -80,7 +87,9 @@ def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     """
     named = {
         tuple(map(str, path)): names
-        for path, names in jax.tree.leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+        for path, names in jax.tree.leaves_with_path(
+            axes, is_leaf=lambda x: isinstance(x, tuple)
+        )
     }
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -90,7 +99,9 @@ def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
             if names is not None and len(names) == leaf.ndim:
                 return NamedSharding(layout.mesh, layout.spec(names, leaf.shape))
         if leaf.ndim >= 2:
-            raise ConfigError(f"array {'/'.join(path)} of shape {leaf.shape} has no logical axis names")
+            raise ConfigError(
+                f"array {'/'.join(path)} of shape {leaf.shape} has no logical axis names"
+            )
         return layout.replicated
 
     return jax.tree.map_with_path(place, state)
@@ -99,11 +110,15 @@ def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
 def abstract(shapes: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     """Shapes and dtypes with the shardings that the arrays will have: what a checkpoint is restored into."""
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, axes, layout)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings(shapes, axes, layout),
     )
 
 
-def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, axes: PyTree, layout: Layout) -> PyTree:
+def create_sharded(
+    init: Callable[[jax.Array], PyTree], key: jax.Array, axes: PyTree, layout: Layout
+) -> PyTree:
     """Runs `init(key)` so that every array is born in its shards; no device ever holds the whole."""
     out = shardings(jax.eval_shape(init, key), axes, layout)
     return jax.jit(init, out_shardings=out)(key)
@@ -137,19 +152,27 @@ def gradients(
     Raises:
       ConfigError: the batch does not divide into the microbatches.
     """
-    grad = jax.value_and_grad(lambda p, *rest: loss(attach(frozen or {}, p), *rest), has_aux=True)
+    grad = jax.value_and_grad(
+        lambda p, *rest: loss(attach(frozen or {}, p), *rest), has_aux=True
+    )
     if microbatches == 1:
         (_, pairs), grads = grad(params, batch, key)
         return grads, pairs
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % microbatches:
-        raise ConfigError(f"a batch of {size} does not divide into {microbatches} microbatches")
+        raise ConfigError(
+            f"a batch of {size} does not divide into {microbatches} microbatches"
+        )
     # every microbatch takes rows from all over the batch, so that each device keeps its share of each
-    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(
+        lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def add(total: PyTree, part: tuple) -> tuple[PyTree, Pairs]:
         i, micro = part
-        (_, pairs), grads = grad(params, micro, None if key is None else jax.random.fold_in(key, i))
+        (_, pairs), grads = grad(
+            params, micro, None if key is None else jax.random.fold_in(key, i)
+        )
         return jax.tree.map(lambda t, g: t + pairs["loss"][1] * g, total, grads), pairs
 
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -159,7 +182,11 @@ def gradients(
 
 
 def apply_gradients(
-    state: TrainState, grads: PyTree, tx: optax.GradientTransformation, *, skip_nonfinite: bool = False
+    state: TrainState,
+    grads: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Pairs]:
     """One optimiser update, with the global norm of the gradients as a metric.
 
@@ -174,7 +201,9 @@ def apply_gradients(
     if skip_nonfinite:
         ok = jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
         metrics = {
             "grad_norm": (jnp.where(ok, norm, 0.0), ok.astype(jnp.float32)),

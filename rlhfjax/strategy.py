@@ -23,7 +23,9 @@ AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 Rules = dict[str, tuple[str, ...]]
 
 
-def table(batch: tuple[str, ...], *, embed: str = "", tensor: str = "", time: str = "") -> Rules:
+def table(
+    batch: tuple[str, ...], *, embed: str = "", tensor: str = "", time: str = ""
+) -> Rules:
     """Rules for every logical axis name, from the mesh axes of the four that are ever split."""
     over = {"batch": batch, "time": (time,), "embed": (embed,)} | dict.fromkeys(
         ("vocab", "heads", "kv_heads", "mlp"), (tensor,)
@@ -42,7 +44,9 @@ class Strategy:
     needs: tuple[str, ...] = ()
 
 
-GENERAL = table(("replica", "data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence")
+GENERAL = table(
+    ("replica", "data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence"
+)
 STRATEGIES = {
     "data": Strategy("data", ("replica", "data"), table(("replica", "data"))),
     "fsdp": Strategy("fsdp", ("data", "fsdp"), table(("data", "fsdp"), embed="fsdp")),
@@ -92,7 +96,9 @@ def sizes(name: str, given: Mapping[str, int], slices: int = 1) -> dict[str, int
         out["replica"] = slices
     for axis, size in out.items():
         if axis not in strategy.axes and size != 1:
-            raise ConfigError(f"mesh.{axis}={size}: strategy {name!r} has {', '.join(strategy.axes)}")
+            raise ConfigError(
+                f"mesh.{axis}={size}: strategy {name!r} has {', '.join(strategy.axes)}"
+            )
         if axis in strategy.needs and size == 1:
             raise ConfigError(f"mesh.strategy={name!r} needs mesh.{axis} above 1")
     return out
@@ -110,8 +116,12 @@ class Need:
     rows: int = 1  # of the smallest batch that is split over the mesh, a microbatch
     time: int = 1
     widths: tuple[int, ...] = ()  # of the models; fsdp splits them
-    splits: tuple[int, ...] = ()  # heads, keys' heads, MLP width and vocabulary: tensor splits them
-    device_bytes: Callable[[Mapping[str, int]], float] = lambda sizes: 0.0  # by the mesh's sizes
+    splits: tuple[
+        int, ...
+    ] = ()  # heads, keys' heads, MLP width and vocabulary: tensor splits them
+    device_bytes: Callable[[Mapping[str, int]], float] = lambda sizes: (
+        0.0
+    )  # by the mesh's sizes
 
 
 class Choice(NamedTuple):
@@ -124,7 +134,9 @@ class Choice(NamedTuple):
 
 
 FULL = 0.9  # of the memory: the rest is the program's, the runtime's and fragments
-MOST_TENSOR = 8  # devices among which activations are reduced in every layer: neighbours
+MOST_TENSOR = (
+    8  # devices among which activations are reduced in every layer: neighbours
+)
 GIB = 2.0**30
 
 
@@ -139,7 +151,10 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     Raises:
       ConfigError: no mesh shares this batch and this model among so many devices.
     """
-    tried = [(name, s, need.device_bytes(s)) for name, s in _candidates(need, devices, slices)]
+    tried = [
+        (name, s, need.device_bytes(s))
+        for name, s in _candidates(need, devices, slices)
+    ]
     if not tried:
         raise ConfigError(
             f"mesh.strategy='auto': no mesh of {devices} devices divides {need.rows} rows of {need.time} slots and "
@@ -147,24 +162,43 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
         )
     fitting = [t for t in tried if t[2] <= FULL * memory]
     name, chosen, size = fitting[0] if fitting else min(tried, key=lambda t: t[2])
-    shape = " x ".join(f"{axis} {n}" for axis, n in chosen.items() if n > 1) or "one device"
-    too_large = "; ".join(f"{t[0]}: {t[2] / GIB:.3g}" for t in tried[: tried.index(fitting[0]) if fitting else None])
+    shape = (
+        " x ".join(f"{axis} {n}" for axis, n in chosen.items() if n > 1) or "one device"
+    )
+    too_large = "; ".join(
+        f"{t[0]}: {t[2] / GIB:.3g}"
+        for t in tried[: tried.index(fitting[0]) if fitting else None]
+    )
     why = (
         f"mesh.strategy=auto: {name} ({shape}): {size / GIB:.3g} GiB a device of {memory / GIB:.3g} "
         f"({need.trained:,} trained and {need.frozen:,} frozen parameters, {need.rows} rows of {need.time})"
     )
     if fitting:
-        return Choice(name, chosen, why + (f"; too large, GiB: {too_large}" if too_large else ""), True)
-    return Choice(name, chosen, why + "; by this arithmetic nothing fits, it is the smallest of what was tried", False)
+        return Choice(
+            name,
+            chosen,
+            why + (f"; too large, GiB: {too_large}" if too_large else ""),
+            True,
+        )
+    return Choice(
+        name,
+        chosen,
+        why + "; by this arithmetic nothing fits, it is the smallest of what was tried",
+        False,
+    )
 
 
-def _candidates(need: Need, devices: int, slices: int) -> Iterator[tuple[str, dict[str, int]]]:
+def _candidates(
+    need: Need, devices: int, slices: int
+) -> Iterator[tuple[str, dict[str, int]]]:
     """Meshes that divide the batch and the model, the one that says least first."""
     one = dict.fromkeys(AXES, 1)
     if devices % slices == 0 and need.rows % devices == 0:
         yield "data", one | {"replica": slices, "data": devices // slices}
     within = devices // slices
-    for sequence, tensor in itertools.product(_powers(within), _powers(min(within, MOST_TENSOR))):
+    for sequence, tensor in itertools.product(
+        _powers(within), _powers(min(within, MOST_TENSOR))
+    ):
         fsdp = within // (tensor * sequence)
         if sequence > 1 and slices > 1:
             break  # context has no replicas
@@ -176,8 +210,20 @@ def _candidates(need: Need, devices: int, slices: int) -> Iterator[tuple[str, di
             continue
         if fsdp * tensor * sequence == 1 and devices > 1:
             continue
-        name = "context" if sequence > 1 else "hsdp" if slices > 1 else "fsdp_tensor" if tensor > 1 else "fsdp"
-        yield name, one | {"replica": slices, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+        name = (
+            "context"
+            if sequence > 1
+            else "hsdp"
+            if slices > 1
+            else "fsdp_tensor"
+            if tensor > 1
+            else "fsdp"
+        )
+        yield (
+            name,
+            one
+            | {"replica": slices, "fsdp": fsdp, "tensor": tensor, "sequence": sequence},
+        )
 
 
 def _powers(most: int) -> list[int]:

@@ -41,7 +41,9 @@ class ModelTrainConfig(TrainConfig):
 
     tokenizer: str | None = None  # file or folder; None: that of `init_from`
     model: TransformerConfig | None = None  # None: the shape of `init_from`
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`'s: dropout, dtype, remat, …
+    overrides: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of `init_from`'s: dropout, dtype, remat, …
     lora: LoraConfig = LoraConfig()  # rank 0: all of the model is trained
     batch_size: Size
     microbatches: Size = 1
@@ -98,13 +100,19 @@ def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
     loaded = models[MODEL]
     if loaded.tokenizer is None:
         if config.overrides:
-            raise ConfigError(f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself")
+            raise ConfigError(
+                f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself"
+            )
         if config.tokenizer is None:
             raise ConfigError(f"{config.stage}.tokenizer: a new model needs one")
-        loaded = dataclasses.replace(loaded, tokenizer=models.tokenizer(config.tokenizer))
+        loaded = dataclasses.replace(
+            loaded, tokenizer=models.tokenizer(config.tokenizer)
+        )
     size, tokens = loaded.model.config.vocab_size, loaded.tokenizer.vocab_size
     if size < tokens:
-        raise ConfigError(f"{config.stage}.model.vocab_size={size} is less than the tokenizer's {tokens}")
+        raise ConfigError(
+            f"{config.stage}.model.vocab_size={size} is less than the tokenizer's {tokens}"
+        )
     return loaded
 
 
@@ -121,20 +129,26 @@ def train_step(
     schedule = make_schedule(config.optim, config.steps)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def update(frozen: Any, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(
+        frozen: Any, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         options = {"microbatches": config.microbatches, "frozen": frozen}
         grads, metrics = gradients(loss, state.params, batch, key, **options)
         rate = schedule(state.step)
         skip = config.on_nonfinite == "skip"
         state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
         rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(metrics, update_metrics, rate_metrics)
+        return state.replace(step=state.step + 1), merge(
+            metrics, update_metrics, rate_metrics
+        )
 
     program = Program("step", update, [STATE, WHOLE])
     return functools.partial(program, loaded.frozen), tx
 
 
-def supervised_stage(loaded: Loaded, tx: optax.GradientTransformation, **parts: Any) -> Stage:
+def supervised_stage(
+    loaded: Loaded, tx: optax.GradientTransformation, **parts: Any
+) -> Stage:
     """Returns the Stage of a model that is trained as a whole, or by its adapters.
 
     Args:
@@ -144,7 +158,10 @@ def supervised_stage(loaded: Loaded, tx: optax.GradientTransformation, **parts: 
     return Stage(
         init=lambda key: TrainState.create(model.init_trained(key), tx),
         axes=model.trained_axes(),
-        **{"start": lambda state: state.replace(params=loaded.start(state.params)), **parts},
+        **{
+            "start": lambda state: state.replace(params=loaded.start(state.params)),
+            **parts,
+        },
     )
 
 
@@ -176,12 +193,19 @@ def language_stage(
 
         def evals(state: TrainState) -> Metrics:
             params = loaded.merged(state.params)
-            return sum_over(passes.restart(), lambda b: measure(params, b), layout, config.eval_batches)
+            return sum_over(
+                passes.restart(),
+                lambda b: measure(params, b),
+                layout,
+                config.eval_batches,
+            )
 
         return Data(batches, evals, lambda state: left_behind(loaded, state.params))
 
     units = config.batch_size * config.length
-    return supervised_stage(loaded, tx, step=step, batch=lambda _: shapes, open=open_data, units=units)
+    return supervised_stage(
+        loaded, tx, step=step, batch=lambda _: shapes, open=open_data, units=units
+    )
 
 
 def language_shapes(size: int, length: int, prefix: str = "") -> Shapes:
@@ -194,13 +218,17 @@ def language_shapes(size: int, length: int, prefix: str = "") -> Shapes:
 
 def left_behind(loaded: Loaded, params: Any) -> Finished:
     """Returns what a stage leaves whose model is as it was trained."""
-    return Finished({store.FOLDER: loaded.saved(params)}, {}, {}, loaded.adapters(params))
+    return Finished(
+        {store.FOLDER: loaded.saved(params)}, {}, {}, loaded.adapters(params)
+    )
 
 
 # ------------------------------------------------------------------ validation
 
 
-def validate_training(config: Any, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate_training(
+    config: Any, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the options of a stage with one model and one loss.
 
     Args:
@@ -215,14 +243,20 @@ def validate_training(config: Any, layout: Layout, model_config: TransformerConf
         raise ConfigError(
             f"{config.stage}.batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}"
         )
-    layout.check_batch(config.batch_size // config.microbatches, f"a {config.stage} microbatch")
+    layout.check_batch(
+        config.batch_size // config.microbatches, f"a {config.stage} microbatch"
+    )
     validate_length(config.length, model_config, f"{config.stage}.length")
-    make_schedule(config.optim, config.steps)  # raises for a warm-up longer than the run
+    make_schedule(
+        config.optim, config.steps
+    )  # raises for a warm-up longer than the run
     validate_lora(config.lora, model_config)
     validate_kernel(model_config, layout, config.stage)
 
 
-def validate_streams(config: Any, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate_streams(
+    config: Any, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates a StreamConfig: as `validate_training`, and that its streams can share a batch."""
     validate_training(config, layout, model_config)
     rows_a_stream(config.batch_size, config.data_shards, config.stage)
@@ -235,10 +269,14 @@ def validate_origin(config: ModelTrainConfig) -> None:
             f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
         )
     if config.lora.rank and config.init_from is None:
-        raise ConfigError(f"{config.stage}.lora.rank={config.lora.rank}: adapters are of a trained model, `init_from`")
+        raise ConfigError(
+            f"{config.stage}.lora.rank={config.lora.rank}: adapters are of a trained model, `init_from`"
+        )
 
 
-def validate_kernel(model_config: TransformerConfig | None, layout: Layout, stage: str) -> None:
+def validate_kernel(
+    model_config: TransformerConfig | None, layout: Layout, stage: str
+) -> None:
     """Raises ConfigError for an attention without a kernel here, or one that the mesh cuts along time."""
     kernel = "einsum" if model_config is None else model_config.attention
     if layout.platform not in PLATFORMS[kernel]:
@@ -247,7 +285,9 @@ def validate_kernel(model_config: TransformerConfig | None, layout: Layout, stag
             f"devices are {layout.platform}; 'einsum' runs anywhere"
         )
     if kernel == "splash" and layout.mesh.shape["sequence"] > 1:
-        raise ConfigError(f"{stage}: model.attention='splash' needs whole sequences: mesh.sequence=1")
+        raise ConfigError(
+            f"{stage}: model.attention='splash' needs whole sequences: mesh.sequence=1"
+        )
 
 
 def validate_lora(config: LoraConfig, model_config: TransformerConfig | None) -> None:
@@ -256,17 +296,23 @@ def validate_lora(config: LoraConfig, model_config: TransformerConfig | None) ->
         Model(model_config, lora=config).trained_axes()
 
 
-def validate_length(length: int, model_config: TransformerConfig | None, context: str) -> None:
+def validate_length(
+    length: int, model_config: TransformerConfig | None, context: str
+) -> None:
     """Raises ConfigError for sequences longer than the model's context."""
     if model_config is not None and length > model_config.max_length:
         longest = model_config.max_length
-        raise ConfigError(f"{context}={length} is longer than the model's context, max_length={longest}")
+        raise ConfigError(
+            f"{context}={length} is longer than the model's context, max_length={longest}"
+        )
 
 
 # ------------------------------------------------------------------ held-out data
 
 
-def held_out_loss(model: Model, loss: Callable[..., Any], byte_lengths: np.ndarray) -> Callable[..., Metrics]:
+def held_out_loss(
+    model: Model, loss: Callable[..., Any], byte_lengths: np.ndarray
+) -> Callable[..., Metrics]:
     """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the
     same targets.
 
@@ -274,13 +320,17 @@ def held_out_loss(model: Model, loss: Callable[..., Any], byte_lengths: np.ndarr
       loss: the language-model loss, (params, batch, key) -> (scalar, metrics).
       byte_lengths: UTF-8 bytes of the text of each id of the tokenizer; ids beyond them have none.
     """
-    lengths = jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
+    lengths = (
+        jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
+    )
 
     @jax.jit
     def measure(params: Any, batch: Batch) -> Metrics:
         _, metrics = loss(params, batch, None)
         nll, _ = metrics["loss"]
-        metrics["nats_per_byte"] = nats_per_byte(nll, batch["targets"], batch["mask"], lengths)
+        metrics["nats_per_byte"] = nats_per_byte(
+            nll, batch["targets"], batch["mask"], lengths
+        )
         return {f"val_{name}": pair for name, pair in metrics.items()}
 
     return measure
@@ -308,9 +358,14 @@ def truncation_metrics(batch: Mapping[str, Any]) -> Metrics:
     pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they
       weigh 0.
     """
-    labels, valid, same = (jnp.asarray(batch[name]) for name in ("scores", "valid", "same"))
+    labels, valid, same = (
+        jnp.asarray(batch[name]) for name in ("scores", "valid", "same")
+    )
     labelled = jnp.sum(untied_pairs(labels, valid))
     return {
         "rows_cut": (jnp.sum(batch["cut"] * valid), jnp.sum(valid)),
-        "pairs_dropped": (labelled - jnp.sum(untied_pairs(labels, valid, same)), labelled),
+        "pairs_dropped": (
+            labelled - jnp.sum(untied_pairs(labels, valid, same)),
+            labelled,
+        ),
     }

@@ -31,7 +31,13 @@ from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, write_json
-from rlhfjax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted, first_line
+from rlhfjax.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    Preempted,
+    first_line,
+)
 from rlhfjax.interop import peft, store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
@@ -43,7 +49,11 @@ _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
 def run(
-    stage: Stage, config: TrainConfig, workdir: Path, layout: Layout, clock: Clock | None = None
+    stage: Stage,
+    config: TrainConfig,
+    workdir: Path,
+    layout: Layout,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """Trains a stage to its last step, from its beginning or from the workdir's latest checkpoint.
 
@@ -55,7 +65,9 @@ def run(
     """
     key = jax.random.key(config.seed)
     clock = clock or Clock(workdir)
-    batches = stage.batches  # opened before anything is written: a wrong path is corrected in place
+    batches = (
+        stage.batches
+    )  # opened before anything is written: a wrong path is corrected in place
     with (
         layout.use(),
         _stop_on_sigterm() as stopping,
@@ -66,20 +78,26 @@ def run(
         start = 0 if resumed is None else resumed
         with (
             metric.Writer(workdir, resumed, **_outputs(config)) as writer,
-            metric.Progress(config.steps, stage.unit, title=config.stage, start=start) as progress,
+            metric.Progress(
+                config.steps, stage.unit, title=config.stage, start=start
+            ) as progress,
             closing(Profile(config, workdir)) as profile,
         ):
             guard = _FiniteGuard(config, checkpoints)
             log = _MetricsLog(config, stage, writer, progress, guard, clock, start)
             clock.go_on()
             clock.save()
-            vote = hosts.Vote()  # of all hosts, so that they save and stop at the same step
+            vote = (
+                hosts.Vote()
+            )  # of all hosts, so that they save and stop at the same step
             timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
                 last = step == config.steps
                 decision = vote(_wish(stopping, timer))
                 evaluates = is_due(step, config.eval_every, last)
-                saves = decision != _GO_ON or is_due(step, config.checkpoint.every, last)
+                saves = decision != _GO_ON or is_due(
+                    step, config.checkpoint.every, last
+                )
                 if evaluates and step != resumed:
                     log.flush()
                     with clock.part("eval"):
@@ -104,7 +122,9 @@ def run(
                 with clock.part("data"):
                     batch = layout.put(next(batches))
                 with clock.part("step"):
-                    state, metrics = stage.step(state, batch, jax.random.fold_in(key, step))
+                    state, metrics = stage.step(
+                        state, batch, jax.random.fold_in(key, step)
+                    )
                 profile.after_step(step + 1, state)
                 log.later(step + 1, metrics)
     return hosts.share(lambda: metric.last_values(workdir))
@@ -126,20 +146,26 @@ def _outputs(config: TrainConfig) -> dict[str, Any]:
     return {"tensorboard": config.log.tensorboard, "wandb": wandb}
 
 
-def evaluate(stage: Stage, config: TrainConfig, workdir: Path, layout: Layout) -> dict[str, float]:
+def evaluate(
+    stage: Stage, config: TrainConfig, workdir: Path, layout: Layout
+) -> dict[str, float]:
     """The stage's held-out metrics for its latest checkpoint.
 
     Raises:
       CheckpointError: there is none.
     """
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
-        restored = checkpoints.restore(_abstract_state(stage, jax.random.key(0), layout))
+        restored = checkpoints.restore(
+            _abstract_state(stage, jax.random.key(0), layout)
+        )
     if restored is None:
         raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
     return metric.finalize(hosts.whole(stage.evals(restored[0])), f"{config.stage}/")
 
 
-def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layout) -> Any:
+def _finish(
+    stage: Stage, state: states.TrainState, workdir: Path, layout: Layout
+) -> Any:
     """Saves the stage's models and returns its last metrics.
 
     It comes before the last save, so that a run killed in between does it again.
@@ -156,7 +182,9 @@ def _finish(stage: Stage, state: states.TrainState, workdir: Path, layout: Layou
 
 def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:
     """Saves adapters as PEFT has them, on the first host; warns if PEFT lacks the model."""
-    whole = jax.device_get(jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters))
+    whole = jax.device_get(
+        jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters)
+    )
     if hosts.first():
         try:
             peft.save_peft(folder, model, whole)
@@ -179,7 +207,11 @@ class _SaveTimer:
         self._began = time.monotonic()
 
     def is_due(self) -> bool:
-        if not self._seconds or not hosts.first() or time.monotonic() - self._began < self._seconds:
+        if (
+            not self._seconds
+            or not hosts.first()
+            or time.monotonic() - self._began < self._seconds
+        ):
             return False
         self.restart()  # with several hosts the save comes one step later: ask for it once
         return True
@@ -191,7 +223,9 @@ def _first_state(
     """The state to go on from and the step it was saved at, None where the stage begins."""
     saved = checkpoints.restore(_abstract_state(stage, key, layout))
     if saved is None:
-        return stage.start(states.create_sharded(stage.init, key, stage.axes, layout)), None
+        return stage.start(
+            states.create_sharded(stage.init, key, stage.axes, layout)
+        ), None
     state, position = saved
     try:
         stage.batches.set_state(position)
@@ -284,12 +318,17 @@ class _MetricsLog:
         if steps > 0:
             seconds = (now - self._timed_at) / steps
             per_second = f"{self._stage.unit}_per_second"
-            speed = {per_second: self._stage.units / seconds, "seconds_per_step": seconds}
+            speed = {
+                per_second: self._stage.units / seconds,
+                "seconds_per_step": seconds,
+            }
             self._write_timing(step, speed)
         self._timed_at, self._timed_step = now, step
 
     def _write_timing(self, step: int, values: dict[str, float]) -> None:
-        named = {f"{self._config.stage}/{name}": value for name, value in values.items()}
+        named = {
+            f"{self._config.stage}/{name}": value for name, value in values.items()
+        }
         self._writer.timing(step, named)
 
 

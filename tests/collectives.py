@@ -29,7 +29,9 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def _walk(program: Program, computation: str, times: int, found: list[Collective]) -> None:
+def _walk(
+    program: Program, computation: str, times: int, found: list[Collective]
+) -> None:
     lines = program.computations[computation]
     for i in lines.values():
         kind = i.op.removesuffix("-start")
@@ -37,7 +39,9 @@ def _walk(program: Program, computation: str, times: int, found: list[Collective
             n = group_size(i.attributes)
             if n > 1 or kind == "collective-permute":
                 where = i.find(r'op_name="([^"]*)"') or i.name
-                found.append(Collective(kind, tuple(a.shape for a in i.result), n, times, where))
+                found.append(
+                    Collective(kind, tuple(a.shape for a in i.result), n, times, where)
+                )
         elif i.op == "while":
             rounds = program._rounds(i, lines) or 1
             _walk(program, i.find(r"body=%?([\w.\-]+)"), times * rounds, found)

@@ -41,7 +41,9 @@ def key() -> str:
     except OSError:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"jaxlib-{version('jaxlib')}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+    return (
+        f"jaxlib-{version('jaxlib')}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+    )
 
 
 def size(path: Path) -> int:

@@ -17,8 +17,12 @@ FLAGS = [
     "--xla_force_host_platform_device_count=4",
     "--xla_cpu_parallel_codegen_split_count=1",  # halves the memory maps that a program costs
 ]
-if version("jaxlib").startswith("0.10."):  # later versions stop at a flag that they do not know
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # halves the time of compiling, most of the tests' time
+if version("jaxlib").startswith(
+    "0.10."
+):  # later versions stop at a flag that they do not know
+    FLAGS += [
+        "--xla_cpu_use_fusion_emitters=false"
+    ]  # halves the time of compiling, most of the tests' time
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Small programs are compiled by the hundred and run once or twice: optimizing them costs more than it gives.
@@ -29,7 +33,9 @@ import filelock
 import jax
 import pytest
 
-gc.set_threshold(100_000, 50, 100)  # the heap is millions of objects of jax that stay: looking through it is slow
+gc.set_threshold(
+    100_000, 50, 100
+)  # the heap is millions of objects of jax that stay: looking through it is slow
 
 from rlhfjax import paths, recipe
 from rlhfjax.config import to_dict
@@ -53,7 +59,18 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 WORDS = (
     *("I", "you", "we", "they", "like", "love", "hate", "see", "want", "good", "bad"),
-    *("happy", "sad", "great", "awful", "tea", "music", "rain", "dogs", "books", "today"),
+    *(
+        "happy",
+        "sad",
+        "great",
+        "awful",
+        "tea",
+        "music",
+        "rain",
+        "dogs",
+        "books",
+        "today",
+    ),
 )
 
 
@@ -64,8 +81,13 @@ def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Pa
     for split, n in (sizes or {"train": 60, "validation": 16, "test": 16}).items():
         rows = []
         for _ in range(n):
-            turns = [" ".join(rng.choices(WORDS, k=rng.randint(1, 5))) for _ in range(4)]
-            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+            turns = [
+                " ".join(rng.choices(WORDS, k=rng.randint(1, 5))) for _ in range(4)
+            ]
+            messages = [
+                {"role": ("user", "assistant")[i % 2], "content": text}
+                for i, text in enumerate(turns)
+            ]
             rows.append(json.dumps({"messages": messages}) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(rows))
     return folder

@@ -29,7 +29,16 @@ CONTROL = "--control"
 JOBS = 2  # defects at a time
 LIMIT = 600.0  # seconds a defect; one that makes a test hang is not noticed in the way that was meant
 # What every test imports, imported once: each defect runs in a fork of a process that has them, and no line of ours.
-PRELOADED = ["pytest", "jax.numpy", "flax.linen", "optax", "grain", "orbax.checkpoint", "hypothesis", "beartype"]
+PRELOADED = [
+    "pytest",
+    "jax.numpy",
+    "flax.linen",
+    "optax",
+    "grain",
+    "orbax.checkpoint",
+    "hypothesis",
+    "beartype",
+]
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,8 @@ DEFECTS = [
     d(
         3,
         "rl/rollout.py",
-        "rollout.mask.shape[1], config.temperature)",
-        "rollout.mask.shape[1], 1.0)",
+        "        rows = (\n            rollout.tokens,\n            rollout.segments,\n            rollout.mask.shape[1],\n            config.temperature,\n        )\n",
+        "        rows = (rollout.tokens, rollout.segments, rollout.mask.shape[1], 1.0)\n",
         "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
         "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
     ),
@@ -127,8 +136,8 @@ DEFECTS = [
     d(
         3,
         "stages/ppo.py",
-        "batch.tokens[:, -r:], c.temperature)",
-        "batch.tokens[:, -r:], 1.0)",
+        '            params["policy"], hidden, batch.tokens[:, -r:], c.temperature\n',
+        '            params["policy"], hidden, batch.tokens[:, -r:], 1.0\n',
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     # 3: the sampler draws with it and reports without
@@ -150,8 +159,8 @@ DEFECTS = [
     d(
         4,
         "rl/rollout.py",
-        "keys, temperature=temperature, **limits)",
-        "keys, temperature=temperature, top_p=0.95, **limits)",
+        "        temperature=temperature,\n",
+        "        temperature=temperature,\n        top_p=0.95,\n",
         "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
     ),
     d(
@@ -229,8 +238,8 @@ DEFECTS = [
     d(
         7,
         "rl/rollout.py",
-        "keys, temperature=temperature, **limits)",
-        "keys, temperature=0.0, **limits)",
+        "        temperature=temperature,\n",
+        "        temperature=0.0,\n",
         "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
     ),
     # 8: an eos forced onto what was cut off; one token short of the limit; an eos in the padding taken for an end
@@ -284,16 +293,15 @@ DEFECTS = [
     d(
         9,
         "algos/shaping.py",
-        'score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar\n'
-        ') -> Float[Array, "b t"]:',
-        'score: Array, kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar\n) -> Float[Array, "b t"]:',
+        '    score: Float[Array, "b"],\n    kl: Float[Array, "b t"],\n    mask: Float[Array, "b t"],\n    *,\n    beta: Scalar,\n',
+        '    score: Array, kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar\n',
         "algos/test_shaping.py::test_pitfall_09_an_integer_score_is_refused",
     ),
     d(
         9,
         "rewards/gold.py",
-        "for response in responses], dtype=np.float32)",
-        "for response in responses], dtype=np.int32)",
+        "            [self.score(response) for response in responses], dtype=np.float32\n",
+        "            [self.score(response) for response in responses], dtype=np.int32\n",
         "rewards/test_gold.py::test_pitfall_09_fractional_scores_stay_fractional",
     ),
     d(
@@ -331,15 +339,15 @@ DEFECTS = [
     d(
         11,
         "metrics.py",
-        "for name, (value, weight) in sums.items() if weight != 0}",
-        "for name, (value, weight) in sums.items() if value and weight}",
+        "        if weight != 0\n",
+        "        if value and weight\n",
         "test_metrics.py::test_pitfall_11_a_value_of_zero_is_written",
     ),
     d(
         11,
         "rewards/rules.py",
-        "[self._config.failed if outcome.value is None else outcome.value for outcome in outcomes]",
-        "[outcome.value or self._config.failed for outcome in outcomes]",
+        "        scores = [\n            self._config.failed if outcome.value is None else outcome.value\n            for outcome in outcomes\n        ]\n",
+        "        scores = [outcome.value or self._config.failed for outcome in outcomes]\n",
         "rewards/test_rules.py::test_pitfall_09_fractional_rewards_and_zero_are_kept",
     ),
     # 12: the unbiased variance; the mean of rewards taken off; padding in the mean; a mean a row; no epsilon
@@ -398,8 +406,8 @@ DEFECTS = [
     d(
         13,
         "algos/advantages.py",
-        "carry = jnp.where(counted, value, next_value), jnp.where(counted, advantage, next_advantage)",
-        "carry = value, advantage",
+        "        carry = (\n            jnp.where(counted, value, next_value),\n            jnp.where(counted, advantage, next_advantage),\n        )\n",
+        "        carry = value, advantage\n",
         "algos/test_advantages.py::test_pitfall_13_what_stands_in_padding_and_holes_does_not_matter",
         "algos/test_advantages.py::test_pitfall_13_a_hole_is_no_step",
         "algos/test_advantages.py::test_pitfall_13_no_bootstrap_past_the_end",
@@ -407,8 +415,8 @@ DEFECTS = [
     d(
         13,
         "algos/advantages.py",
-        "jax.lax.scan(step, (zeros, zeros), columns",
-        "jax.lax.scan(step, (values[:, -1], zeros), columns",
+        "        step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1])\n",
+        "        step,\n        (values[:, -1], zeros),\n        columns,\n        reverse=True,\n        unroll=min(8, mask.shape[1]),\n",
         "algos/test_advantages.py::test_pitfall_13_no_bootstrap_past_the_end",
         "test_stage_ppo.py::test_pitfall_13_what_stands_after_the_eos_changes_nothing",
     ),
@@ -570,8 +578,8 @@ DEFECTS = [
     d(
         19,
         "stages/ppo.py",
-        "policy.ppo_loss(logprobs, batch.logprobs,",
-        "policy.ppo_loss(logprobs, jax.lax.stop_gradient(logprobs),",
+        "            logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip\n",
+        "            logprobs,\n            jax.lax.stop_gradient(logprobs),\n            batch.advantages,\n            mask,\n            clip=c.clip,\n",
         "test_stages.py::test_pitfall_19_epochs_move_the_policy_between_minibatches",
     ),
     d(
@@ -584,8 +592,8 @@ DEFECTS = [
     d(
         19,
         "rl/epochs.py",
-        "(jax.random.split(key, config.epochs))",
-        "(jax.random.split(key, 1)[jnp.zeros(config.epochs, int)])",
+        "        jax.random.split(key, config.epochs)\n",
+        "        jax.random.split(key, 1)[jnp.zeros(config.epochs, int)]\n",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
     d(
@@ -606,8 +614,8 @@ DEFECTS = [
     d(
         20,
         "stages/ppo.py",
-        'response_hidden(model, params["policy"], batch.tokens, batch.segments, r)',
-        'response_hidden(model, params["policy"], batch.tokens, batch.segments, r, key)',
+        '            model, params["policy"], batch.tokens, batch.segments, r\n',
+        '            model, params["policy"], batch.tokens, batch.segments, r, key\n',
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     d(
@@ -735,8 +743,8 @@ DEFECTS = [
     d(
         26,
         "rl/epochs.py",
-        'if c.unit == "sequence" else 1.0)',
-        "if False else 1.0)",
+        '    scale = c.coefficient * (\n        parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0\n    )\n',
+        '    scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if False else 1.0)\n',
         "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
@@ -775,8 +783,8 @@ DEFECTS = [
     d(
         28,
         "metrics.py",
-        "(out[name][0] + value, out[name][1] + weight) if name in out",
-        "(out[name][0] / out[name][1] + value / weight, 2.0) if name in out",
+        "            (out[name][0] + value, out[name][1] + weight)\n",
+        "            (out[name][0] / out[name][1] + value / weight, 2.0)\n",
         "test_metrics.py::test_pitfall_28_hosts_with_unequal_weights_average_exactly",
     ),
     # 29: rows numbered on each of two hosts anew
@@ -861,8 +869,8 @@ DEFECTS = [
     d(
         32,
         "train.py",
-        "saves = decision != _GO_ON or is_due(step, config.checkpoint.every, last)",
-        "saves = decision == _SAVE or is_due(step, config.checkpoint.every, last)",
+        "                saves = decision != _GO_ON or is_due(\n                    step, config.checkpoint.every, last\n                )\n",
+        "                saves = decision == _SAVE or is_due(step, config.checkpoint.every, last)\n",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
@@ -1103,8 +1111,8 @@ DEFECTS = [
     d(
         37,
         "algos/kl.py",
-        "log_ratio = jnp.maximum(log_ratio, -limit)",
-        "log_ratio = jnp.maximum(log_ratio, -jnp.inf)",
+        "        log_ratio, -limit\n",
+        "        log_ratio, -jnp.inf\n",
         "algos/test_kl.py::test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else",
         "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
     ),
@@ -1282,8 +1290,8 @@ DEFECTS = [
     d(
         41,
         "data/files.py",
-        'split == "all" or split_of(self._key_of(span, content, key)) == split:',
-        'split == "all" or split_of(content) == split:',
+        '                if (\n                    named\n                    or split == "all"\n                    or split_of(self._key_of(span, content, key)) == split\n                ):\n',
+        '                if named or split == "all" or split_of(content) == split:\n',
         "data/test_sources.py::test_pitfall_41_a_prompt_is_in_one_split",
         "data/test_sources.py::test_pitfall_41_conversations_that_begin_alike_are_in_one_split",
         "data/test_sources.py::test_pitfall_41_a_document_is_in_one_split_whatever_stands_beside_it",
@@ -1395,7 +1403,11 @@ def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
     os.chdir(copy)
     os.environ["PYTHONPATH"] = copy  # for the processes that tests start
     sys.path.insert(0, copy)
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("rlhfjax", "tests", "benchmarks")]:
+    for name in [
+        n
+        for n in sys.modules
+        if n.partition(".")[0] in ("rlhfjax", "tests", "benchmarks")
+    ]:
         del sys.modules[name]
     import pytest
 
@@ -1408,11 +1420,20 @@ def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
                 pytest.skip("has failed")
 
         def pytest_runtest_logreport(self, report):
-            if report.when == "call" and report.failed:  # a fixture or an import that breaks is no test that fails
+            if (
+                report.when == "call" and report.failed
+            ):  # a fixture or an import that breaks is no test that fails
                 failed.add(report.nodeid.partition("[")[0])
 
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        pytest.main(["-n0", "-m", "", "-p", "no:cacheprovider", "--tb=no", *tests], plugins=[Watch()])
+    with (
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(nothing),
+    ):
+        pytest.main(
+            ["-n0", "-m", "", "-p", "no:cacheprovider", "--tb=no", *tests],
+            plugins=[Watch()],
+        )
     import rlhfjax
 
     assert Path(rlhfjax.__file__).is_relative_to(copy), rlhfjax.__file__
@@ -1427,13 +1448,20 @@ def failures(tests: Sequence[str], root: Path = ROOT, **changed: str) -> set[str
         copy = Path(folder).resolve()
         for name in COPIED:
             if (root / name).is_dir():
-                shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    root / name,
+                    copy / name,
+                    ignore=shutil.ignore_patterns("__pycache__"),
+                )
             else:
                 shutil.copy(root / name, copy / name)
         for file, text in changed.items():
             (copy / "rlhfjax" / file).write_text(text)
         here, there = context.Pipe()
-        process = context.Process(target=_run_tests, args=(str(copy), [f"tests/{name}" for name in tests], there))
+        process = context.Process(
+            target=_run_tests,
+            args=(str(copy), [f"tests/{name}" for name in tests], there),
+        )
         process.start()
         there.close()
         try:
@@ -1452,14 +1480,19 @@ def _tried(defect: Defect) -> tuple[bool, str]:
     left = [name for name in defect.tests if name not in failed]
     what = re.sub(r"\s+", " ", defect.new or "(nothing)")[:60]
     verdict = f"NOT NOTICED by {', '.join(left)}" if left else "seen to fail"
-    return not left, f"{defect.pitfall:02d} {defect.file}: {what} — {verdict} ({time.monotonic() - began:.0f} s)"
+    return (
+        not left,
+        f"{defect.pitfall:02d} {defect.file}: {what} — {verdict} ({time.monotonic() - began:.0f} s)",
+    )
 
 
 def _control(defects: Sequence[Defect]) -> int:
     """The same tests in the same way, with nothing put back: none may fail."""
     tests = sorted({name for defect in defects for name in defect.tests})
     failed = failures(tests)
-    print(f"{len(tests)} tests, {len(failed)} fail without a defect: {', '.join(sorted(failed))}")
+    print(
+        f"{len(tests)} tests, {len(failed)} fail without a defect: {', '.join(sorted(failed))}"
+    )
     return 1 if failed else 0
 
 
@@ -1467,9 +1500,14 @@ def main(argv: list[str]) -> int:
     wanted = {int(number) for number in argv if number != CONTROL}
     chosen = [defect for defect in DEFECTS if not wanted or defect.pitfall in wanted]
     noticed, began = 0, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rlhfjax-defects-") as cache, ThreadPoolExecutor(JOBS) as jobs:
+    with (
+        tempfile.TemporaryDirectory(prefix="rlhfjax-defects-") as cache,
+        ThreadPoolExecutor(JOBS) as jobs,
+    ):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # what a defect does not change is compiled once
+        os.environ.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", cache
+        )  # what a defect does not change is compiled once
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         if CONTROL in argv:
             return _control(chosen)

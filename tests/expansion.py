@@ -48,7 +48,9 @@ def default_options(stage: str) -> Flat:
     return dict(sorted(_defaults(config_class(stage))))
 
 
-def _defaults(cls: type, instance: Any = None, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _defaults(
+    cls: type, instance: Any = None, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
     """Options of a dataclass with the values of an instance, or with the defaults of the class."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -104,7 +106,9 @@ def rebuilt(defaults: Flat, own: Flat) -> Flat:
 
 
 def _inside(part: str, options: Flat) -> Flat:
-    return {name: value for name, value in options.items() if name.startswith(f"{part}.")}
+    return {
+        name: value for name, value in options.items() if name.startswith(f"{part}.")
+    }
 
 
 def _instantiated(defaults: Flat, own: Flat) -> Flat:
@@ -159,12 +163,18 @@ def text_of_variants(variants: Mapping[str, Flat]) -> str:
     sections: dict[tuple[int, ...], Flat] = {}
     lines = {line for options in variants.values() for line in options.items()}
     for option, value in sorted(lines):
-        having = [i for i, one in enumerate(variants.values()) if one.get(option) == value]
+        having = [
+            i for i, one in enumerate(variants.values()) if one.get(option) == value
+        ]
         sections.setdefault(tuple(having), {})[option] = value
     names = [variant or PLAIN for variant in variants]
     parts = [f"{VARIANTS}{SEPARATOR.join(names)}\n"]
     for having in sorted(sections, key=lambda one: (-len(one), one)):
-        heading = SEPARATOR.join(names[i] for i in having) if len(having) < len(names) else ALL
+        heading = (
+            SEPARATOR.join(names[i] for i in having)
+            if len(having) < len(names)
+            else ALL
+        )
         parts.append(f"[{heading}]\n{text_of(sections[having])}")
     return "\n".join(parts)
 
@@ -183,4 +193,6 @@ def read_variants(text: str) -> dict[str, Flat]:
             option, _, value = line.partition(" = ")
             for name in having:
                 variants[name][option] = value
-    return {"" if name == PLAIN else name: options for name, options in variants.items()}
+    return {
+        "" if name == PLAIN else name: options for name, options in variants.items()
+    }

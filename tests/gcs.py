@@ -30,7 +30,10 @@ def serve() -> Iterator[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["-H", "127.0.0.1", f"--port={port}", f"--default-bucket={BUCKET}"]
-    process = subprocess.Popen([sys.executable, "-c", START, "start", "-M", "-q", *where], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "start", "-M", "-q", *where],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         _wait(process, f"http://127.0.0.1:{port}")
         yield {
@@ -47,7 +50,12 @@ def serve() -> Iterator[dict[str, str]]:
 def _wait(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + 60
     while True:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url):
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError),
+            urllib.request.urlopen(url),
+        ):
             return
-        assert process.poll() is None and time.monotonic() < deadline, "the server of buckets does not start"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the server of buckets does not start"
+        )
         time.sleep(0.05)

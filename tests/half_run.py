@@ -36,7 +36,10 @@ from rlhfjax import recipe
 from rlhfjax.config import to_dict
 from rlhfjax.errors import Preempted
 from rlhfjax.stages import stage_config
-from tests.conftest import WORDS, write_conversations  # importing it sets the flags of the tests
+from tests.conftest import (
+    WORDS,
+    write_conversations,
+)  # importing it sets the flags of the tests
 from tests.test_resume import arrays, assert_same_stage, interrupt
 
 FOLDER = Path(__file__).parent / "workdirs"
@@ -89,7 +92,9 @@ def _pretrain() -> ConfigDict:
     """A recipe: a tokenizer, and a model of 3,000 parameters."""
     model = {"vocab_size": 288, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
     config = ConfigDict({"stages": ("tokenizer", "pretrain")})
-    config.tokenizer = stage_config("tokenizer", sources=(_chats("train"),), vocab_size=288)
+    config.tokenizer = stage_config(
+        "tokenizer", sources=(_chats("train"),), vocab_size=288
+    )
     config.pretrain = stage_config(
         "pretrain",
         tokenizer="stage:tokenizer",
@@ -131,7 +136,9 @@ def _policy(stage: str, **options: Any) -> ConfigDict:
 
 def _direct(loss: str) -> ConfigDict:
     ranked = {"preferences": (RANKED,), "length": 32, "batch_size": 8}
-    return stage_config("direct", init_from=POLICY, loss={"name": loss}, **ranked, **LOOP)
+    return stage_config(
+        "direct", init_from=POLICY, loss={"name": loss}, **ranked, **LOOP
+    )
 
 
 # ------------------------------------------------------------------ what a run ends with
@@ -144,7 +151,10 @@ def end_of(variant: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     adapter = folder / "adapter" / "adapter_model.safetensors"
     if adapter.exists():
         left |= {f"adapter/{name}": x for name, x in load_file(adapter).items()}
-    return {"metrics": dict(metrics), "arrays": {name: _fingerprint(x) for name, x in left.items()}}
+    return {
+        "metrics": dict(metrics),
+        "arrays": {name: _fingerprint(x) for name, x in left.items()},
+    }
 
 
 def _fingerprint(array: np.ndarray) -> list[float]:
@@ -177,8 +187,12 @@ def make(scratch: Path) -> None:
     shutil.copytree(half, resumed)
     for variant, config in variants().items():
         with contextlib.chdir(resumed):
-            assert end_of(variant, recipe.run(config, Path(variant))) == ends[variant], variant
-        assert_same_stage(whole / trained_folder(variant), resumed / trained_folder(variant))
+            assert (
+                end_of(variant, recipe.run(config, Path(variant))) == ends[variant]
+            ), variant
+        assert_same_stage(
+            whole / trained_folder(variant), resumed / trained_folder(variant)
+        )
     FOLDER.mkdir(exist_ok=True)
     _pack(half, ARCHIVE)
     ENDS.write_text(json.dumps(ends, indent=1, sort_keys=True) + "\n")
@@ -191,9 +205,13 @@ def _write_data(folder: Path) -> None:
     for split, n in (("train", 40), ("validation", 12)):
         rows = []
         for _ in range(n):
-            texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 5))) for _ in range(4)]
+            texts = [
+                " ".join(rng.choices(WORDS, k=rng.randint(1, 5))) for _ in range(4)
+            ]
             scores = [round(rng.uniform(-1, 1), 2) for _ in texts[1:]]
-            rows.append({"prompt": texts[0], "completions": texts[1:], "scores": scores})
+            rows.append(
+                {"prompt": texts[0], "completions": texts[1:], "scores": scores}
+            )
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"ranked_{split}.jsonl").write_text("".join(lines))
 

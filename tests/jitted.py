@@ -11,9 +11,16 @@ def jitted(module: types.ModuleType) -> types.SimpleNamespace:
     functions = {
         name: f
         for name, f in vars(module).items()
-        if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith("_")
+        if inspect.isfunction(f)
+        and f.__module__ == module.__name__
+        and not name.startswith("_")
     }
-    return types.SimpleNamespace(**{name: jax.jit(f, static_argnames=_static(f)) for name, f in functions.items()})
+    return types.SimpleNamespace(
+        **{
+            name: jax.jit(f, static_argnames=_static(f))
+            for name, f in functions.items()
+        }
+    )
 
 
 def _static(function) -> tuple[str, ...]:

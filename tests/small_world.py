@@ -15,10 +15,14 @@ from rlhfjax.rl import rollout
 
 _STARTED: dict[str, tuple[Any, Any, Any]] = {}  # by config and model_config
 
-response_logprobs = jax.jit(rollout.response_logprobs, static_argnames=("model", "r", "temperature"))
+response_logprobs = jax.jit(
+    rollout.response_logprobs, static_argnames=("model", "r", "temperature")
+)
 
 
-def begin(config: Any, shape: TransformerConfig = optimum.SHAPE) -> tuple[Any, Any, Any]:
+def begin(
+    config: Any, shape: TransformerConfig = optimum.SHAPE
+) -> tuple[Any, Any, Any]:
     """(algorithm, state, reference): the algorithm is one for all calls with a config, the state is a new copy."""
     key = repr((config, shape))
     if key not in _STARTED:
@@ -35,7 +39,9 @@ def with_loss(patch: Any, module: Any, loss: Any) -> None:
     """
     minibatch_epochs = module.minibatch_epochs
 
-    def epochs(config: Any, tx: Any, model: Any, own_loss: Any, *rows: Any, **options: Any) -> Any:
+    def epochs(
+        config: Any, tx: Any, model: Any, own_loss: Any, *rows: Any, **options: Any
+    ) -> Any:
         other = functools.partial(loss, **own_loss.keywords)
         return minibatch_epochs(config, tx, model, other, *rows, **options)
 
@@ -46,5 +52,8 @@ def moved(params: Any, size: float = 0.3, seed: int = 11) -> Any:
     """Parameters some way from others."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + size * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    noisy = [
+        x + size * jax.random.normal(key, x.shape)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
     return jax.tree.unflatten(tree, noisy)

@@ -54,11 +54,34 @@ def stage_values(name: str, data: Path, workdir: Path) -> dict:
     values = recipe.resolve(config[base], folders, base) | {"optim": SGD}
     if name == "direct":
         keep = ("init_from", "preferences", "length", "batch_size", "optim", "steps")
-        values = {k: values[k] for k in keep} | {"stage": "direct", "loss": {"name": "dpo"}}
+        values = {k: values[k] for k in keep} | {
+            "stage": "direct",
+            "loss": {"name": "dpo"},
+        }
     if name == "group":
-        drop = ("value", "value_head", "gamma", "lam", "value_optim", "value_clip", "value_coefficient", "ptx", "kl")
-        values = {k: v for k, v in values.items() if k not in drop and not k.startswith("whiten")}
-        values |= {"stage": "group", "estimator": "grpo", "completions": 2, "batch_size": 8, "clip": 0.2}
+        drop = (
+            "value",
+            "value_head",
+            "gamma",
+            "lam",
+            "value_optim",
+            "value_clip",
+            "value_coefficient",
+            "ptx",
+            "kl",
+        )
+        values = {
+            k: v
+            for k, v in values.items()
+            if k not in drop and not k.startswith("whiten")
+        }
+        values |= {
+            "stage": "group",
+            "estimator": "grpo",
+            "completions": 2,
+            "batch_size": 8,
+            "clip": 0.2,
+        }
     if name in ("ppo", "group"):
         values |= {"minibatches": 2, "epochs": 1}
     if name == "ppo":
@@ -79,21 +102,29 @@ def run_steps(values: dict, mesh: dict, devices: list) -> tuple:
             batch = layout.put(next(stage.batches))
             current, pairs = stage.step(current, batch, jax.random.fold_in(key, step))
             metrics.append(finalize(jax.device_get(pairs)))
-    matrices = [x for x in jax.tree.leaves((current.params, current.opt_state)) if x.ndim >= 2]
+    matrices = [
+        x for x in jax.tree.leaves((current.params, current.opt_state)) if x.ndim >= 2
+    ]
     shares = [x.addressable_shards[0].data.size / x.size for x in matrices]
     return metrics, before, jax.device_get(current.params), shares
 
 
 def compare(one: tuple, many: tuple) -> dict:
     assert [m.keys() for m in one[0]] == [m.keys() for m in many[0]]
-    gaps = {k: abs(a[k] - b[k]) / max(1.0, abs(a[k])) for a, b in zip(one[0], many[0], strict=True) for k in a}
+    gaps = {
+        k: abs(a[k] - b[k]) / max(1.0, abs(a[k]))
+        for a, b in zip(one[0], many[0], strict=True)
+        for k in a
+    }
     worst = max(gaps, key=lambda k: gaps[k])
     params = {"params": furthest(one[2], many[2]), "moved": furthest(one[1], one[2])}
     return {"metrics": gaps[worst], "worst": worst, **params, "share": max(many[3])}
 
 
 def furthest(a: dict, b: dict) -> float:
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+    return max(
+        jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b))
+    )
 
 
 def cells(names: list[str], strategies: list[str], workdir: Path):
@@ -115,7 +146,10 @@ def prepare(workdir: Path) -> Path:
         write_conversations(workdir / "conversations")
         config = to_dict(tiny.get_config(f"data={workdir / 'conversations'}"))
         config["stages"] = [s for s in config["stages"] if s not in ("ppo", "evaluate")]
-        recipe.run({k: v for k, v in config.items() if k not in ("ppo", "evaluate")}, workdir / "finished")
+        recipe.run(
+            {k: v for k, v in config.items() if k not in ("ppo", "evaluate")},
+            workdir / "finished",
+        )
     return workdir
 
 
@@ -126,7 +160,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     options = parser.parse_args()
     workdir = prepare(options.workdir or Path(tempfile.mkdtemp()))
-    for cell in cells(options.stages.split(","), options.strategies.split(","), workdir):
+    for cell in cells(
+        options.stages.split(","), options.strategies.split(","), workdir
+    ):
         print(json.dumps(cell), flush=True)
 
 

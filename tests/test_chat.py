@@ -27,7 +27,9 @@ def saved(finished):
     return store.SavedModel(model, model.init(jax.random.key(1)), tiny.tokenizer)
 
 
-whole = jax.jit(generate, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature"))
+whole = jax.jit(
+    generate, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature")
+)
 
 
 def start(saved, temperature=0.0, max_new=6, seed=0) -> Chat:
@@ -85,7 +87,10 @@ def test_a_turn_hears_what_was_said_before_and_reset_forgets_it(saved):
 
 def talk_prompt(talk: Chat, text: str) -> tuple[np.ndarray, np.ndarray]:
     """What the model would be given for one more turn."""
-    kept, talk.messages = talk.messages, [*talk.messages, {"role": "user", "content": text}]
+    kept, talk.messages = (
+        talk.messages,
+        [*talk.messages, {"role": "user", "content": text}],
+    )
     tokens, segments = talk._prompt()
     talk.messages = kept
     return tokens[0], segments[0]
@@ -103,14 +108,24 @@ def test_each_turn_draws_anew(saved):
 def test_a_long_conversation_loses_its_oldest_turns_whole(saved):
     talk = start(saved)
     for i in range(4):
-        talk.messages += [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": f"a{i}"}]
+        talk.messages += [
+            {"role": "user", "content": f"w{i}"},
+            {"role": "assistant", "content": f"a{i}"},
+        ]
     tokens, segments = talk_prompt(talk, "last")
     real = tokens[segments > 0].tolist()
     assert len(tokens) <= saved.model.config.max_length - 6
     newest = [*talk.messages, {"role": "user", "content": "last"}]
-    suffixes = [render_prompt(talk.tokenizer, newest[i:]).tolist() for i in range(0, len(newest), 2)]
-    assert real in suffixes[1:]  # some turns are gone, whole ones, and the rest is as it was
-    assert isinstance(say(talk, "and still it answers " * 20), str)  # one turn longer than the context
+    suffixes = [
+        render_prompt(talk.tokenizer, newest[i:]).tolist()
+        for i in range(0, len(newest), 2)
+    ]
+    assert (
+        real in suffixes[1:]
+    )  # some turns are gone, whole ones, and the rest is as it was
+    assert isinstance(
+        say(talk, "and still it answers " * 20), str
+    )  # one turn longer than the context
 
 
 def test_a_prompt_is_padded_on_the_left_to_a_few_lengths(saved, finished):
@@ -123,7 +138,9 @@ def test_a_prompt_is_padded_on_the_left_to_a_few_lengths(saved, finished):
 
 
 def longer(model):
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=256))
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, max_length=256)
+    )
 
 
 def test_unfinished_characters_are_held_back(saved):
@@ -136,8 +153,12 @@ def test_unfinished_characters_are_held_back(saved):
 
 def test_a_model_that_cannot_speak_is_refused(finished, saved):
     with pytest.raises(ConfigError, match="scalar head and cannot speak"):
-        start(store.load(finished / "04_reward", make_layout(devices=jax.devices()[:1])))
-    with pytest.raises(ConfigError, match=r"--max_new=32 leaves no room in a context of 32"):
+        start(
+            store.load(finished / "04_reward", make_layout(devices=jax.devices()[:1]))
+        )
+    with pytest.raises(
+        ConfigError, match=r"--max_new=32 leaves no room in a context of 32"
+    ):
         start(saved, max_new=32)
 
 
@@ -150,7 +171,12 @@ def test_the_terminal(saved, tmp_path):
     answer = say(start(saved), "rain today")
     head, *lines = out.getvalue().splitlines()
     assert str(tmp_path / "model") in head
-    assert lines == [answer, "(a new conversation)", answer, f"(/bogus is unknown: {chat.HELP})"]
+    assert lines == [
+        answer,
+        "(a new conversation)",
+        answer,
+        f"(/bogus is unknown: {chat.HELP})",
+    ]
 
 
 def test_a_recipes_workdir_speaks_with_its_last_model(finished):
@@ -159,7 +185,14 @@ def test_a_recipes_workdir_speaks_with_its_last_model(finished):
 
 def test_a_workdir_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="no model here"):
-        chat.run(tmp_path, temperature=0.0, max_new=4, seed=0, inputs=io.StringIO(), out=io.StringIO())
+        chat.run(
+            tmp_path,
+            temperature=0.0,
+            max_new=4,
+            seed=0,
+            inputs=io.StringIO(),
+            out=io.StringIO(),
+        )
 
 
 # ------------------------------------------------------------------ what sampling draws
@@ -167,24 +200,44 @@ def test_a_workdir_without_a_model(tmp_path):
 
 def test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key(saved):
     """One seed, rows numbered over the whole batch: two hosts that hold halves of it draw from different keys."""
-    keys = [row_keys(jax.random.fold_in(jax.random.key(0), step), 64) for step in range(4)]
+    keys = [
+        row_keys(jax.random.fold_in(jax.random.key(0), step), 64) for step in range(4)
+    ]
     data = np.concatenate([np.asarray(jax.random.key_data(k)) for k in keys])
     assert len(np.unique(data, axis=0)) == 4 * 64
     small = jax.random.key_data(row_keys(jax.random.fold_in(jax.random.key(0), 0), 32))
-    np.testing.assert_array_equal(small, data[:32])  # a row's key does not depend on how many there are
+    np.testing.assert_array_equal(
+        small, data[:32]
+    )  # a row's key does not depend on how many there are
 
 
 def test_pitfall_29_equal_prompts_get_different_answers_on_every_device(saved):
     layout = make_layout()
     tokenizer = start(saved).tokenizer
     ids = render_prompt(tokenizer, [{"role": "user", "content": "rain"}])
-    rows = layout.put({"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)})
-    limits = {"max_new": 8, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "temperature": 1.0}
+    rows = layout.put(
+        {"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)}
+    )
+    limits = {
+        "max_new": 8,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "temperature": 1.0,
+    }
     params = jax.device_put(saved.params, layout.replicated)
-    draws = [sample(saved.model, params, rows["p"], rows["s"], jax.random.key(k), **limits) for k in (0, 1)]
+    draws = [
+        sample(saved.model, params, rows["p"], rows["s"], jax.random.key(k), **limits)
+        for k in (0, 1)
+    ]
     answers = np.concatenate([np.asarray(d.responses) for d in draws])
     assert len(np.unique(answers, axis=0)) == 32
     one = make_layout(devices=jax.devices()[:1])
-    alone = one.put({"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)})
-    same = sample(saved.model, saved.params, alone["p"], alone["s"], jax.random.key(0), **limits)
-    np.testing.assert_array_equal(same.responses, draws[0].responses)  # one device draws what four do
+    alone = one.put(
+        {"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)}
+    )
+    same = sample(
+        saved.model, saved.params, alone["p"], alone["s"], jax.random.key(0), **limits
+    )
+    np.testing.assert_array_equal(
+        same.responses, draws[0].responses
+    )  # one device draws what four do

@@ -28,11 +28,20 @@ EVERYTHING = CheckpointConfig(keep_last=100)
 def tree(seed: int = 0) -> dict:
     """Arrays that do not compress, so that their bytes lie in a file as they are."""
     a, b = jax.random.split(jax.random.key(seed))
-    return {"w": jax.random.normal(a, (64, 128)), "head": {"b": jax.random.normal(b, (8,))}, "step": jnp.int32(seed)}
+    return {
+        "w": jax.random.normal(a, (64, 128)),
+        "head": {"b": jax.random.normal(b, (8,))},
+        "step": jnp.int32(seed),
+    }
 
 
 def shapes(arrays: dict, sharding=None) -> dict:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), arrays)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding or x.sharding
+        ),
+        arrays,
+    )
 
 
 def save(folder: Path, steps, config: CheckpointConfig = EVERYTHING) -> None:
@@ -44,7 +53,9 @@ def save(folder: Path, steps, config: CheckpointConfig = EVERYTHING) -> None:
 
 def test_pitfall_35_a_position_that_json_cannot_hold_is_an_error(tmp_path):
     with Checkpoints(tmp_path, EVERYTHING) as checkpoints:
-        with pytest.raises(DataError, match=r"^checkpoint 3: .* of the data: rows\[1\] is nan;"):
+        with pytest.raises(
+            DataError, match=r"^checkpoint 3: .* of the data: rows\[1\] is nan;"
+        ):
             checkpoints.save(3, tree(), {"rows": [0, float("nan")]})
         assert checkpoints.steps() == []
 
@@ -55,7 +66,10 @@ def restore(folder: Path, abstract=None):
 
 
 def same(a: dict, b: dict) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def data_file(checkpoint: Path) -> Path:
@@ -98,7 +112,15 @@ def remove_all(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "state")
 
 
-DAMAGES = (truncate, flip, empty, remove_data, remove_metadata, cut_metadata, remove_all)
+DAMAGES = (
+    truncate,
+    flip,
+    empty,
+    remove_data,
+    remove_metadata,
+    cut_metadata,
+    remove_all,
+)
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -128,14 +150,22 @@ def test_one_bit_that_the_store_does_not_notice_is_noticed(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    damage, tmp_path, caplog
+):
     save(tmp_path, [1, 2, 3])
     damage(tmp_path / "checkpoints" / "3")
     with caplog.at_level(logging.WARNING, "rlhfjax"):
         state, data = restore(tmp_path)
     assert same(state, tree(2)) and data == {"position": 2}
-    said = [record.getMessage() for record in caplog.records if record.name == "rlhfjax"]
-    assert len(said) == 1 and f"{tmp_path}/checkpoints/3 is damaged" in said[0] and "\n" not in said[0]
+    said = [
+        record.getMessage() for record in caplog.records if record.name == "rlhfjax"
+    ]
+    assert (
+        len(said) == 1
+        and f"{tmp_path}/checkpoints/3 is damaged" in said[0]
+        and "\n" not in said[0]
+    )
     assert (tmp_path / "damaged_checkpoints" / "3").is_dir()
     with Checkpoints(tmp_path, EVERYTHING) as checkpoints:
         assert checkpoints.steps() == [1, 2]
@@ -147,7 +177,10 @@ def test_when_all_are_damaged_it_says_so_and_then_starts_anew(tmp_path):
     save(tmp_path, [1, 2])
     for step in ("1", "2"):
         flip(tmp_path / "checkpoints" / step)
-    with pytest.raises(CheckpointError, match="no checkpoint can be read; they were moved to damaged_checkpoints"):
+    with pytest.raises(
+        CheckpointError,
+        match="no checkpoint can be read; they were moved to damaged_checkpoints",
+    ):
         restore(tmp_path)
     assert restore(tmp_path) is None
 
@@ -155,9 +188,18 @@ def test_when_all_are_damaged_it_says_so_and_then_starts_anew(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: {**t, "w": jnp.zeros((64, 64))}, r"w is \(64, 128\) there and \(64, 64\) in this model"),
-        (lambda t: {**t, "head": {}}, r"head/b is \(8,\) there and absent in this model"),
-        (lambda t: {**t, "more": jnp.zeros(3)}, r"more is absent there and \(3,\) in this model"),
+        (
+            lambda t: {**t, "w": jnp.zeros((64, 64))},
+            r"w is \(64, 128\) there and \(64, 64\) in this model",
+        ),
+        (
+            lambda t: {**t, "head": {}},
+            r"head/b is \(8,\) there and absent in this model",
+        ),
+        (
+            lambda t: {**t, "more": jnp.zeros(3)},
+            r"more is absent there and \(3,\) in this model",
+        ),
     ],
 )
 def test_another_shape_is_an_error_that_names_the_parameter(change, said, tmp_path):
@@ -188,7 +230,9 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path):
     assert restore(tmp_path)[1] == {"position": 2}
 
 
-def test_a_save_holds_the_values_of_its_call_though_the_state_is_donated_at_once(tmp_path):
+def test_a_save_holds_the_values_of_its_call_though_the_state_is_donated_at_once(
+    tmp_path,
+):
     """The step after a save overwrites the state's buffers while the save is still under way."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -212,12 +256,25 @@ def test_a_save_holds_the_values_of_its_call_though_the_state_is_donated_at_once
 def test_sums_notice_any_element_and_any_exchange_and_no_sharding():
     x = {"w": jax.random.normal(jax.random.key(0), (8, 16))}
     swapped = {"w": x["w"].at[0, 0].set(x["w"][0, 1]).at[0, 1].set(x["w"][0, 0])}
-    bit = {"w": jnp.asarray((np.asarray(x["w"]).view(np.uint32) ^ (np.arange(128).reshape(8, 16) == 77)).view("f4"))}
-    sharding = NamedSharding(make_layout(MeshConfig(data=1, fsdp=4)).mesh, PartitionSpec("fsdp"))
+    bit = {
+        "w": jnp.asarray(
+            (
+                np.asarray(x["w"]).view(np.uint32)
+                ^ (np.arange(128).reshape(8, 16) == 77)
+            ).view("f4")
+        )
+    }
+    sharding = NamedSharding(
+        make_layout(MeshConfig(data=1, fsdp=4)).mesh, PartitionSpec("fsdp")
+    )
     assert checksums(x) != checksums(swapped)
     assert checksums(x) != checksums(bit)
     assert checksums(x) == checksums(jax.device_put(x, sharding))
-    halves = {"h": jnp.arange(6, dtype=jnp.bfloat16), "b": jnp.array([True, False]), "z": jnp.array([0.0, -0.0])}
+    halves = {
+        "h": jnp.arange(6, dtype=jnp.bfloat16),
+        "b": jnp.array([True, False]),
+        "z": jnp.array([0.0, -0.0]),
+    }
     assert len(checksums(halves)) == 3
 
 
@@ -228,11 +285,18 @@ def test_restore_onto_another_mesh_is_bitwise(tmp_path):
         checkpoints.save(1, state, {})
     four = make_layout(MeshConfig(data=1, fsdp=4))
     split = NamedSharding(four.mesh, PartitionSpec("fsdp"))
-    abstract = {**shapes(state, four.replicated), "w": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=split)}
+    abstract = {
+        **shapes(state, four.replicated),
+        "w": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=split),
+    }
     restored, _ = restore(tmp_path, abstract)
     assert same(restored, state)
-    assert restored["w"].sharding == split and restored["w"].addressable_shards[0].data.shape == (16, 128)
-    with Checkpoints(tmp_path, EVERYTHING) as checkpoints:  # and from four devices back to one
+    assert restored["w"].sharding == split and restored["w"].addressable_shards[
+        0
+    ].data.shape == (16, 128)
+    with Checkpoints(
+        tmp_path, EVERYTHING
+    ) as checkpoints:  # and from four devices back to one
         checkpoints.save(2, restored, {})
     back, _ = restore(tmp_path, shapes(state, one.replicated))
     assert same(back, state)
@@ -247,16 +311,24 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(small_disk):
-    big = {"w": jax.random.normal(jax.random.key(0), (400, 500))}  # 0.8 MB: the third does not fit
+    big = {
+        "w": jax.random.normal(jax.random.key(0), (400, 500))
+    }  # 0.8 MB: the third does not fit
     with (
-        pytest.raises(CheckpointError, match=rf"^saving {small_disk}/checkpoints failed: .*No space left") as caught,
+        pytest.raises(
+            CheckpointError,
+            match=rf"^saving {small_disk}/checkpoints failed: .*No space left",
+        ) as caught,
         Checkpoints(small_disk, EVERYTHING) as checkpoints,
     ):
         for step in range(4):
@@ -274,13 +346,18 @@ def test_what_the_disk_says_reaches_the_user_in_one_line(tmp_path, monkeypatch):
     save(tmp_path, [1])
 
     def full(*_, **__):
-        raise RuntimeError("save failed\nsomewhere") from OSError(28, "No space left on device")
+        raise RuntimeError("save failed\nsomewhere") from OSError(
+            28, "No space left on device"
+        )
 
     with Checkpoints(tmp_path, EVERYTHING) as checkpoints:
         monkeypatch.setattr(checkpoints._orbax, "save_checkpointables_async", full)
         with pytest.raises(CheckpointError) as caught:
             checkpoints.save(2, tree(2), {})
-    assert str(caught.value) == f"saving {tmp_path}/checkpoints failed: [Errno 28] No space left on device"
+    assert (
+        str(caught.value)
+        == f"saving {tmp_path}/checkpoints failed: [Errno 28] No space left on device"
+    )
     assert restore(tmp_path)[1] == {"position": 1}
 
 
@@ -312,7 +389,10 @@ def test_damaged_parameters_are_refused(damage, tmp_path):
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(
     conversations, finished, tmp_path, monkeypatch, caplog
 ):
-    values, reference = stage_values("pretrain", conversations, finished), recipe_folder(finished, "pretrain")
+    values, reference = (
+        stage_values("pretrain", conversations, finished),
+        recipe_folder(finished, "pretrain"),
+    )
     with monkeypatch.context() as patch:
         interrupt(patch, "pretrain", 5, "exception")
         with pytest.raises(_Crash):

@@ -16,7 +16,11 @@ def at(monkeypatch):
     monkeypatch.setattr(clocks.time, "time", lambda: now[0])
     monkeypatch.setattr(clocks.rlhfjax, "BEGAN", 100.0)
     monkeypatch.setattr(Clock, "_counted", False)
-    monkeypatch.setattr(clocks.jax.monitoring, "register_event_duration_secs_listener", lambda listen: None)
+    monkeypatch.setattr(
+        clocks.jax.monitoring,
+        "register_event_duration_secs_listener",
+        lambda listen: None,
+    )
     return lambda seconds: now.__setitem__(0, seconds)
 
 
@@ -32,7 +36,9 @@ def first_start(folder, at) -> Clock:
         at(107)
     with clock.part("step"):
         clocks._compiled("/jax/core/compile/backend_compile_duration", 6.0)
-        clocks._compiled("/jax/core/compile/jaxpr_trace_duration", 50.0)  # may hold others of its kind: not counted
+        clocks._compiled(
+            "/jax/core/compile/jaxpr_trace_duration", 50.0
+        )  # may hold others of its kind: not counted
         at(117)
     with clock.part("checkpoint"):
         at(120)
@@ -42,13 +48,23 @@ def first_start(folder, at) -> Clock:
 
 def test_every_second_is_in_one_part(tmp_path, at):
     clock = first_start(tmp_path, at)
-    wanted = {"imports": 3, "build": 2, "restore": 1, "data": 1, "step": 4, "compile": 6, "checkpoint": 3}
+    wanted = {
+        "imports": 3,
+        "build": 2,
+        "restore": 1,
+        "data": 1,
+        "step": 4,
+        "compile": 6,
+        "checkpoint": 3,
+    }
     assert {name: value for name, value in clock.seconds.items() if value} == wanted
     assert clock.goodput() == 4 / 20
     assert clock.started().startswith("started in 20.0 s: compile 6.0 s, step 4.0 s, ")
 
 
-def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_lost(tmp_path, at):
+def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_lost(
+    tmp_path, at
+):
     """The first start trains 30 s more and is killed; the second comes at 200 and trains for 20 s."""
     clock = first_start(tmp_path, at)
     with clock.part("step"):
@@ -58,7 +74,11 @@ def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_los
     again.go_on()
     with again.part("step"):
         at(220)
-    assert again.starts == 2 and again.seconds["restart"] == 80 and again.seconds["step"] == 24
+    assert (
+        again.starts == 2
+        and again.seconds["restart"] == 80
+        and again.seconds["step"] == 24
+    )
     assert sum(again.seconds.values()) == 220 - 100
     assert again.summary()["goodput"] == 24 / 120
     again.save()

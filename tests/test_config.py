@@ -15,7 +15,15 @@ from annotated_types import Interval
 from ml_collections import ConfigDict
 
 from rlhfjax import ranges
-from rlhfjax.config import TrainConfig, build, explain, fill_defaults, parse_arg, to_dict, write_json
+from rlhfjax.config import (
+    TrainConfig,
+    build,
+    explain,
+    fill_defaults,
+    parse_arg,
+    to_dict,
+    write_json,
+)
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.stages import config_class, names, stage_config
@@ -44,8 +52,18 @@ class Outer:
 
 
 def test_values_arrive_as_their_types():
-    made = build(Outer, {"name": "a", "rate": 2, "inner": {"size": 7}, "many": [{"size": 1}, {"how": "down"}]})
-    assert made == Outer("a", 2.0, 1, False, Inner(7, "up"), (Inner(1, "up"), Inner(3, "down")))
+    made = build(
+        Outer,
+        {
+            "name": "a",
+            "rate": 2,
+            "inner": {"size": 7},
+            "many": [{"size": 1}, {"how": "down"}],
+        },
+    )
+    assert made == Outer(
+        "a", 2.0, 1, False, Inner(7, "up"), (Inner(1, "up"), Inner(3, "down"))
+    )
     assert isinstance(made.rate, float)
 
 
@@ -54,15 +72,33 @@ def test_values_arrive_as_their_types():
     [
         ({"name": "a", "bogus": 1}, ("c.bogus", "no such option", "name, rate")),
         ({"name": "a", "inner": {"bogus": 1}}, ("c.inner.bogus", "size, how")),
-        ({"name": "a", "many": [{"size": 1}, {"bogus": 1}]}, ("c.many[1].bogus", "c.many[1] has size, how")),
+        (
+            {"name": "a", "many": [{"size": 1}, {"bogus": 1}]},
+            ("c.many[1].bogus", "c.many[1] has size, how"),
+        ),
         ({"bogus": 1}, ("c.bogus", "no such option")),
-        ({"name": "a", "many": [{}, {"size": "x"}]}, ("c.many[1].size='x': expected int",)),
+        (
+            {"name": "a", "many": [{}, {"size": "x"}]},
+            ("c.many[1].size='x': expected int",),
+        ),
         ({"name": "a", "several": [1.0]}, ("c.several[1]: a value is required",)),
-        ({"name": "a", "several": [1, 2, 3]}, ("c.several=[1, 2, 3]: expected tuple[float, float]",)),
+        (
+            {"name": "a", "several": [1, 2, 3]},
+            ("c.several=[1, 2, 3]: expected tuple[float, float]",),
+        ),
         ({"name": "a", "names": {"x": 3}}, ("c.names.x=3: expected str",)),
-        ({"name": "a", "share": 2}, ("c.share=2: expected float >= 0 and <= 1 | None",)),
-        ({"name": "a", "share": 10**400}, ("c.share=1000", "expected float >= 0 and <= 1 | None")),
-        ({"name": "a", "share": True}, ("c.share=True: expected float >= 0 and <= 1 | None",)),
+        (
+            {"name": "a", "share": 2},
+            ("c.share=2: expected float >= 0 and <= 1 | None",),
+        ),
+        (
+            {"name": "a", "share": 10**400},
+            ("c.share=1000", "expected float >= 0 and <= 1 | None"),
+        ),
+        (
+            {"name": "a", "share": True},
+            ("c.share=True: expected float >= 0 and <= 1 | None",),
+        ),
         ({"name": "\udcff"}, ("c: a text in it is not Unicode",)),
         ({"name": object()}, ("c: Object of type object is not JSON serializable",)),
         ({}, ("c.name", "required")),
@@ -73,12 +109,18 @@ def test_values_arrive_as_their_types():
         ({"name": "a", "rate": True}, ("c.rate=", "True", "float")),
         ({"name": "a", "rate": "0.1"}, ("c.rate='0.1'", "float")),
         ({"name": "a", "on": 1}, ("c.on=1", "bool")),
-        ({"name": "a", "inner": {"how": "left"}}, ("c.inner.how='left'", "'up', 'down'")),
+        (
+            {"name": "a", "inner": {"how": "left"}},
+            ("c.inner.how='left'", "'up', 'down'"),
+        ),
         ({"name": "a", "inner": 3}, ("c.inner=3", "Inner")),
         ({"name": "a", "maybe": "x"}, ("c.maybe='x'", "int")),
         ({"name": "a", "rate": math.nan}, ("c.rate=nan", "expected a finite number")),
         ({"name": "a", "inner": {"size": -math.inf}}, ("c.inner.size=-inf", "finite")),
-        ({"name": "a", "many": [{}, {"size": math.inf}]}, ("c.many[1].size=inf", "finite")),
+        (
+            {"name": "a", "many": [{}, {"size": math.inf}]},
+            ("c.many[1].size=inf", "finite"),
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_named_with_its_place(values, said):
@@ -91,15 +133,26 @@ def test_what_cannot_be_meant_is_named_with_its_place(values, said):
 
 
 def test_impossible_models_are_refused_by_their_own_dataclass():
-    shape = {"vocab_size": 9, "d_model": 16, "n_layers": 1, "n_heads": 3, "d_ff": 8, "max_length": 8}
-    with pytest.raises(ConfigError, match=r"n_heads = 3 does not divide model\.d_model = 16"):
+    shape = {
+        "vocab_size": 9,
+        "d_model": 16,
+        "n_layers": 1,
+        "n_heads": 3,
+        "d_ff": 8,
+        "max_length": 8,
+    }
+    with pytest.raises(
+        ConfigError, match=r"n_heads = 3 does not divide model\.d_model = 16"
+    ):
         build(TransformerConfig, shape)
     with pytest.raises(ConfigError, match="n_kv_heads = 3 does not divide"):
         build(TransformerConfig, shape | {"n_heads": 4, "n_kv_heads": 3})
 
 
 def test_parse_arg_types_defaults_and_mistakes():
-    parsed = parse_arg("size=tiny,seed=3,fast", size="base", seed=0, fast=False, rate=0.5)
+    parsed = parse_arg(
+        "size=tiny,seed=3,fast", size="base", seed=0, fast=False, rate=0.5
+    )
     assert parsed.to_dict() == {"size": "tiny", "seed": 3, "fast": True, "rate": 0.5}
     assert parse_arg("fast=false", fast=True).fast is False
     assert parse_arg(None, seed=1).seed == 1
@@ -117,10 +170,20 @@ def test_parse_arg_refuses_a_word_that_is_neither_true_nor_false():
 
 
 def test_stage_config_has_every_option_and_names_unknown_ones():
-    config = stage_config("ppo", init_from="a", reward="b", prompt_length=4, max_new=4, batch_size=2, steps=1)
+    config = stage_config(
+        "ppo",
+        init_from="a",
+        reward="b",
+        prompt_length=4,
+        max_new=4,
+        batch_size=2,
+        steps=1,
+    )
     assert set(config) == {f.name for f in dataclasses.fields(PPO)}
     assert config.kl.horizon == 0 and config.mesh.data == -1
-    with pytest.raises(ConfigError, match=r"ppo\.kl\.bogus: no such option; ppo\.kl has coefficient"):
+    with pytest.raises(
+        ConfigError, match=r"ppo\.kl\.bogus: no such option; ppo\.kl has coefficient"
+    ):
         stage_config("ppo", kl={"bogus": 1})
     with pytest.raises(ConfigError, match="stage 'bogus' is unknown; known: "):
         stage_config("bogus")
@@ -131,14 +194,19 @@ def test_defaults_build_back_into_the_same_dataclass(stage):
     """A config written to config.json and read again is the same config."""
     config = to_dict(tiny.get_config("data=x")[stage])
     typed = build(config_class(stage), config, stage)
-    again = build(config_class(stage), json.loads(json.dumps(dataclasses.asdict(typed))), stage)
+    again = build(
+        config_class(stage), json.loads(json.dumps(dataclasses.asdict(typed))), stage
+    )
     assert typed == again
 
 
 def test_every_stage_has_a_typed_config():
     assert set(tiny.STAGES) <= set(names())
     for name in names():
-        assert dataclasses.is_dataclass(config_class(name)) and config_class(name).__dataclass_params__.frozen
+        assert (
+            dataclasses.is_dataclass(config_class(name))
+            and config_class(name).__dataclass_params__.frozen
+        )
     assert issubclass(PPO, TrainConfig)
 
 
@@ -170,10 +238,19 @@ class Whole:
 
 def test_absent_options_are_filled_with_their_defaults():
     inner = {"width": 3, "depth": 2, "free": {}}
-    plain = {"rate": 0.5, "delay": [0.2, 0.8], "inner": inner, "perhaps": None, "several": []}
+    plain = {
+        "rate": 0.5,
+        "delay": [0.2, 0.8],
+        "inner": inner,
+        "perhaps": None,
+        "several": [],
+    }
     plain["standard"] = [{"width": 4, "depth": 2, "free": {}}]
     assert fill_defaults(Whole, {}) == plain
-    assert fill_defaults(Whole, {"steps": 7, "rate": 0.1}) == plain | {"steps": 7, "rate": 0.1}
+    assert fill_defaults(Whole, {"steps": 7, "rate": 0.1}) == plain | {
+        "steps": 7,
+        "rate": 0.1,
+    }
     assert fill_defaults(Whole, fill_defaults(Whole, {})) == plain
 
 
@@ -184,7 +261,10 @@ def test_absent_options_of_parts_and_elements_are_filled():
     filled = fill_defaults(Whole, given)
     assert filled["inner"] == {"depth": 9, "free": {}}
     assert filled["perhaps"] == {"width": 5, "depth": 2, "free": {}}
-    assert filled["several"] == [{"depth": 2, "free": {}}, {"width": 6, "depth": 7, "free": {}}]
+    assert filled["several"] == [
+        {"depth": 2, "free": {}},
+        {"width": 6, "depth": 7, "free": {}},
+    ]
 
 
 def test_what_is_unknown_or_free_form_stays_as_it_is():
@@ -197,7 +277,9 @@ def test_what_is_unknown_or_free_form_stays_as_it_is():
 def test_to_dict_is_plain_json():
     config = ConfigDict({"a": (1, 2), "b": {"c": ({"d": 1},)}})
     assert to_dict(config) == {"a": [1, 2], "b": {"c": [{"d": 1}]}}
-    assert to_dict((Part(1, free={"a": (2,)}),)) == [{"width": 1, "depth": 2, "free": {"a": [2]}}]
+    assert to_dict((Part(1, free={"a": (2,)}),)) == [
+        {"width": 1, "depth": 2, "free": {"a": [2]}}
+    ]
 
 
 def test_write_json_leaves_no_half_file(tmp_path):
@@ -227,7 +309,11 @@ def test_config_does_not_start_jax():
 # ------------------------------------------------------------------ an option set to 0 is 0
 
 PACKAGE = Path(__file__).parents[1] / "rlhfjax"
-NUMBERS = {"int", "float", *(name for name, hint in vars(ranges).items() if get_origin(hint) is Annotated)}
+NUMBERS = {
+    "int",
+    "float",
+    *(name for name, hint in vars(ranges).items() if get_origin(hint) is Annotated),
+}
 
 
 def test_no_number_has_a_default_that_stands_in_for_0():
@@ -242,7 +328,9 @@ def test_no_number_has_a_default_that_stands_in_for_0():
         for node, value in stood_in_for(nodes):
             option = isinstance(value, ast.Attribute) and value.attr in options
             if option or (isinstance(value, ast.Name) and value.id in arguments):
-                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+                found.append(
+                    f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+                )
     assert found == []
 
 
@@ -255,18 +343,28 @@ def numeric(annotation: ast.expr | None) -> bool:
 def numeric_fields(nodes: list[ast.AST]) -> set[str]:
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     statements = [statement for node in classes for statement in node.body]
-    fields = [statement for statement in statements if isinstance(statement, ast.AnnAssign)]
+    fields = [
+        statement for statement in statements if isinstance(statement, ast.AnnAssign)
+    ]
     return {ast.unparse(field.target) for field in fields if numeric(field.annotation)}
 
 
 def stood_in_for(nodes: list[ast.AST]) -> Iterator[tuple[ast.expr, ast.expr]]:
     """(expression, value) of every value that is replaced where it is false."""
-    branches = [n for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp | ast.Assert)]
+    branches = [
+        n for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp | ast.Assert)
+    ]
     filters = [n.ifs for n in nodes if isinstance(n, ast.comprehension)]
-    conditions = [node.test for node in branches] + [test for tests in filters for test in tests]
+    conditions = [node.test for node in branches] + [
+        test for tests in filters for test in tests
+    ]
     within = {node for condition in conditions for node in ast.walk(condition)}
     for node in nodes:
-        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or) and node not in within:
+        if (
+            isinstance(node, ast.BoolOp)
+            and isinstance(node.op, ast.Or)
+            and node not in within
+        ):
             if ast.unparse(node.values[-1]) not in ("0", "0.0"):
                 yield from ((node, value) for value in node.values[:-1])
         elif isinstance(node, ast.IfExp) and ast.dump(node.test) == ast.dump(node.body):

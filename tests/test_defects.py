@@ -17,7 +17,9 @@ def pitfall_tests() -> set[str]:
     found = set()
     for path in HERE.rglob("test_*.py"):
         for node in ast.walk(sources.tree(path)):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_pitfall_"):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith(
+                "test_pitfall_"
+            ):
                 found.add(f"{path.relative_to(HERE)}::{node.name}")
     return found
 
@@ -25,17 +27,23 @@ def pitfall_tests() -> set[str]:
 def test_every_test_of_a_pitfall_has_a_defect_that_it_notices():
     named = {name for defect in defects.DEFECTS for name in defect.tests}
     assert pitfall_tests() - named == set()
-    assert {name for name in named if "::test_pitfall_" in name} - pitfall_tests() == set()
+    assert {
+        name for name in named if "::test_pitfall_" in name
+    } - pitfall_tests() == set()
 
 
 def test_every_pitfall_has_a_test_of_its_own():
-    tested = {int(re.search(r"::test_pitfall_(\d\d)_", name)[1]) for name in pitfall_tests()}
+    tested = {
+        int(re.search(r"::test_pitfall_(\d\d)_", name)[1]) for name in pitfall_tests()
+    }
     assert tested | set(defects.NOT_YET) == set(range(1, LINES + 1))
     assert tested & set(defects.NOT_YET) == set()
     assert {defect.pitfall for defect in defects.DEFECTS} == tested
 
 
-@pytest.mark.parametrize("defect", defects.DEFECTS, ids=lambda d: f"{d.pitfall:02d}-{d.file}")
+@pytest.mark.parametrize(
+    "defect", defects.DEFECTS, ids=lambda d: f"{d.pitfall:02d}-{d.file}"
+)
 def test_every_defect_can_still_be_put_back(defect):
     """Its text stands in the code once, and what comes of it is Python."""
     ast.parse(defects.replaced(defect, HERE.parent))
@@ -44,4 +52,6 @@ def test_every_defect_can_still_be_put_back(defect):
 
 def test_a_text_that_is_gone_is_an_error():
     with pytest.raises(ValueError, match="has 0 x 'no such text'"):
-        defects.replaced(defects.Defect(1, "train.py", "no such text", "", ()), HERE.parent)
+        defects.replaced(
+            defects.Defect(1, "train.py", "no such text", "", ()), HERE.parent
+        )

@@ -21,13 +21,29 @@ from tests import sources
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhfjax"
 PAGE = ROOT / "docs" / "algorithms.md"
-COLUMNS = ("algorithm", "equation", "paper", "function", "config", "test", "defaults and their source")
+COLUMNS = (
+    "algorithm",
+    "equation",
+    "paper",
+    "function",
+    "config",
+    "test",
+    "defaults and their source",
+)
 
 
 def rows() -> list[dict[str, str]]:
-    tables = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    tables = [
+        line.strip("| ").split(" | ")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ")
+    ]
     assert all(len(cells) == len(COLUMNS) for cells in tables)
-    return [dict(zip(COLUMNS, cells, strict=True)) for cells in tables if tuple(cells) != COLUMNS]
+    return [
+        dict(zip(COLUMNS, cells, strict=True))
+        for cells in tables
+        if tuple(cells) != COLUMNS
+    ]
 
 
 ROWS = rows()
@@ -62,7 +78,11 @@ def test_every_test_exists():
 
 @functools.cache
 def functions_in(file: str) -> set[str]:
-    return {node.name for node in sources.tree(ROOT / file).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name
+        for node in sources.tree(ROOT / file).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_every_config_is_of_what_it_is_named_for(finished):
@@ -75,20 +95,43 @@ def test_every_config_is_of_what_it_is_named_for(finished):
             arg += f",run={finished}"
         config = runpy.run_path(str(ROOT / path))["get_config"](arg)
         options = dict(one.removeprefix("--config.").split("=") for one in overrides)
-        config.update_from_flattened_dict({name: literal(value) for name, value in options.items()})
+        config.update_from_flattened_dict(
+            {name: literal(value) for name, value in options.items()}
+        )
         config = to_dict(config)
-        stages = {name: config[name] for name in config["stages"]} if "stages" in config else {"": config}
-        typed = {name: dataclasses.asdict(recipe.check(one, name or one["stage"])) for name, one in stages.items()}
-        in_force = {f"{name}.{key}".removeprefix("."): value for name, one in typed.items() for key, value in flat(one)}
-        assert {name: in_force[name] for name in options} == {name: literal(value) for name, value in options.items()}
-        named_for = {asked[name] for name in ("stage", "estimator", "loss") if name in asked}
-        assert named_for <= set(filter(lambda value: isinstance(value, str), in_force.values())), command
+        stages = (
+            {name: config[name] for name in config["stages"]}
+            if "stages" in config
+            else {"": config}
+        )
+        typed = {
+            name: dataclasses.asdict(recipe.check(one, name or one["stage"]))
+            for name, one in stages.items()
+        }
+        in_force = {
+            f"{name}.{key}".removeprefix("."): value
+            for name, one in typed.items()
+            for key, value in flat(one)
+        }
+        assert {name: in_force[name] for name in options} == {
+            name: literal(value) for name, value in options.items()
+        }
+        named_for = {
+            asked[name] for name in ("stage", "estimator", "loss") if name in asked
+        }
+        assert named_for <= set(
+            filter(lambda value: isinstance(value, str), in_force.values())
+        ), command
 
 
 def flat(tree: dict, at: str = "") -> Iterator[tuple[str, Any]]:
     """(`a.b.c`, value) of a nested dict."""
     for name, value in tree.items():
-        yield from flat(value, f"{at}{name}.") if isinstance(value, dict) else [(f"{at}{name}", value)]
+        yield from (
+            flat(value, f"{at}{name}.")
+            if isinstance(value, dict)
+            else [(f"{at}{name}", value)]
+        )
 
 
 def literal(text: str):
@@ -101,7 +144,10 @@ def literal(text: str):
 
 def test_every_default_is_in_force():
     """`stage.option=value` is what the stage's config has when nothing is said."""
-    said = [re.findall(r"`([\w.]+)=([^`]+)`", row["defaults and their source"]) for row in ROWS]
+    said = [
+        re.findall(r"`([\w.]+)=([^`]+)`", row["defaults and their source"])
+        for row in ROWS
+    ]
     assert sum(map(len, said)) > 40
     for name, value in itertools.chain(*said):
         stage, _, option = name.partition(".")
@@ -117,12 +163,19 @@ def test_every_function_of_algos_is_reached_from_a_stage():
     package = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "algos"]
     seen = {name for path in package for name in names_in(sources.tree(path))}
     reached: set[str] = set()
-    while new := {name for name in functions if name.rpartition(".")[2] in seen} - reached:
+    while (
+        new := {name for name in functions if name.rpartition(".")[2] in seen} - reached
+    ):
         reached |= new
         seen |= {name for function in new for name in names_in(functions[function])}
     public = {name for name in functions if not name.rpartition(".")[2].startswith("_")}
     assert public - reached == set()
-    on_page = {name for row in ROWS for name in named(row["function"]) if name.startswith("algos.")}
+    on_page = {
+        name
+        for row in ROWS
+        for name in named(row["function"])
+        if name.startswith("algos.")
+    }
     assert len(on_page) > 50 and on_page <= reached
 
 
@@ -154,8 +207,12 @@ def test_no_loss_is_missing():
     for module in pkgutil.iter_modules(algos.__path__):
         loaded = importlib.import_module(f"rlhfjax.algos.{module.name}")
         for name, value in vars(loaded).items():
-            own = getattr(value, "__module__", "") == loaded.__name__ and not name.startswith("_")
+            own = getattr(
+                value, "__module__", ""
+            ) == loaded.__name__ and not name.startswith("_")
             if own and getattr(value, "__annotations__", {}).get("return") is Loss:
                 losses.add(f"algos.{module.name}.{name}")
     assert len(losses) > 25
-    assert losses - {"algos.combine.add_losses"} <= {name for row in ROWS for name in named(row["function"])}
+    assert losses - {"algos.combine.add_losses"} <= {
+        name for row in ROWS for name in named(row["function"])
+    }

@@ -20,7 +20,9 @@ from rlhfjax.errors import HostLost, first_line
         ("", "no message", "no message"),
     ],
 )
-def test_pitfall_43_the_first_line_of_an_error_is_there_without_a_message(error, line, with_kind):
+def test_pitfall_43_the_first_line_of_an_error_is_there_without_a_message(
+    error, line, with_kind
+):
     assert first_line(error) == line
     assert first_line(error, kind=True) == with_kind
 
@@ -33,7 +35,10 @@ def test_pitfall_43_hosts_that_cannot_be_joined_without_a_reason(monkeypatch):
     monkeypatch.setattr(hosts.jax.distributed, "initialize", refuse)
     monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: None)
     monkeypatch.setattr(hosts, "_exit_on_abort", lambda message: None)
-    with pytest.raises(HostLost, match=r"^the other hosts did not come within --join_timeout=3600 s \(RuntimeError\);"):
+    with pytest.raises(
+        HostLost,
+        match=r"^the other hosts did not come within --join_timeout=3600 s \(RuntimeError\);",
+    ):
         hosts.join()
 
 

@@ -69,11 +69,19 @@ def test_every_option_is_a_line_with_its_default(defaults):
         (Stage(3, delay=(0.2, 0.9)), {"steps": "3", "delay": "[0.2, 0.9]"}),
         (
             Stage(3, sources=(Source("a"), Source("b", "c"))),
-            {"steps": "3", "sources.0.spec": '"a"', "sources.1.spec": '"b"', "sources.1.split": '"c"'},
+            {
+                "steps": "3",
+                "sources.0.spec": '"a"',
+                "sources.1.spec": '"b"',
+                "sources.1.split": '"c"',
+            },
         ),
         (Stage(3, model=Model(16)), {"steps": "3", "model.width": "16"}),
         # that there is a model is a difference, so that this one is written whole
-        (Stage(3, model=Model()), {"steps": "3", "model.width": "8", "model.depth": "2"}),
+        (
+            Stage(3, model=Model()),
+            {"steps": "3", "model.width": "8", "model.depth": "2"},
+        ),
         (Stage(3, fixed=Model(8, 2)), {"steps": "3", "fixed.depth": "2"}),
         (
             Stage(3, rules={"vocab": (), "heads": {"a": 1}}),
@@ -88,7 +96,9 @@ def test_what_differs_is_written_and_gives_the_whole_again(defaults, config, own
 
 def test_a_tuple_of_few_of_many_sources_is_not_mixed_up(defaults):
     """Element 1 and element 10 share a prefix."""
-    sources = tuple(Source(str(i), "test" if i in (1, 10) else "train") for i in range(12))
+    sources = tuple(
+        Source(str(i), "test" if i in (1, 10) else "train") for i in range(12)
+    )
     options = flat(Stage(3, sources=sources))
     own = expansion.differences(defaults, options)
     splits = [option for option in own if option.endswith("split")]
@@ -98,8 +108,13 @@ def test_a_tuple_of_few_of_many_sources_is_not_mixed_up(defaults):
 
 def test_an_optional_part_that_is_there_by_default_can_be_left_out(defaults):
     by_default = {"model.width": "8", "rate": "0.5"}
-    assert expansion.differences(by_default, {"model": "null", "rate": "0.5"}) == {"model": "null"}
-    assert expansion.rebuilt(by_default, {"model": "null"}) == {"model": "null", "rate": "0.5"}
+    assert expansion.differences(by_default, {"model": "null", "rate": "0.5"}) == {
+        "model": "null"
+    }
+    assert expansion.rebuilt(by_default, {"model": "null"}) == {
+        "model": "null",
+        "rate": "0.5",
+    }
 
 
 def test_a_changed_default_is_one_line_and_none_of_an_experiment(defaults, monkeypatch):
@@ -111,7 +126,9 @@ def test_a_changed_default_is_one_line_and_none_of_an_experiment(defaults, monke
 
     monkeypatch.setattr(expansion, "config_class", lambda stage: Changed)
     after = expansion.default_options("anything")
-    old, new = (set(expansion.text_of(options).splitlines()) for options in (defaults, after))
+    old, new = (
+        set(expansion.text_of(options).splitlines()) for options in (defaults, after)
+    )
     assert (old - new, new - old) == ({"rate = 0.5"}, {"rate = 0.75"})
     assert expansion.differences(after, flat(Changed(3))) == before
 
@@ -141,6 +158,9 @@ def test_each_line_of_a_file_stands_once_under_the_variants_that_have_it():
     assert expansion.text_of_variants(VARIANTS) == TEXT
     assert expansion.read_variants(TEXT) == VARIANTS
     single = {"": {"a": "1"}}
-    assert expansion.text_of_variants(single) == "variants: no argument\n\n[every variant]\na = 1\n"
+    assert (
+        expansion.text_of_variants(single)
+        == "variants: no argument\n\n[every variant]\na = 1\n"
+    )
     for variants in (single, {"": {}, "x=1": {}}):
         assert expansion.read_variants(expansion.text_of_variants(variants)) == variants

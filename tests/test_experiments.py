@@ -45,7 +45,10 @@ def experiment_files() -> list[Path]:
     return [
         path
         for path in sorted(EXPERIMENTS.rglob("*.py"))
-        if any(isinstance(x, ast.FunctionDef) and x.name == "get_config" for x in sources.tree(path).body)
+        if any(
+            isinstance(x, ast.FunctionDef) and x.name == "get_config"
+            for x in sources.tree(path).body
+        )
     ]
 
 
@@ -59,12 +62,16 @@ def variants_of(path: Path) -> tuple[str, ...]:
     try:
         return tuple(loaded(path).get("VARIANTS", ("",)))
     except Exception:
-        return ("",)  # a file that cannot be read is its own failed test, and nobody else's
+        return (
+            "",
+        )  # a file that cannot be read is its own failed test, and nobody else's
 
 
 def golden_file(path: Path) -> Path:
     """golden/FOLDER_FILE.txt"""
-    return GOLDEN / f"{'_'.join(path.relative_to(EXPERIMENTS).with_suffix('').parts)}.txt"
+    return (
+        GOLDEN / f"{'_'.join(path.relative_to(EXPERIMENTS).with_suffix('').parts)}.txt"
+    )
 
 
 FILES = [path for path in experiment_files() if variants_of(path)]
@@ -98,7 +105,9 @@ def typed_configs(config: dict[str, Any]) -> dict[str, Any]:
             validate(typed, one_device(typed.mesh), getattr(typed, "model", None))
         return {typed.stage: typed}
     folders = recipe.stage_folders(config, Path("run"))
-    recipe.check_all({name: recipe.resolve(config[name], folders, name) for name in folders}, folders)
+    recipe.check_all(
+        {name: recipe.resolve(config[name], folders, name) for name in folders}, folders
+    )
     return {name: recipe.check(config[name], name) for name in folders}
 
 
@@ -130,7 +139,9 @@ def rebuilt(own: Flat) -> dict[str, Flat]:
         if dot:
             options[name][option] = value
     defaults = {name: defaults_of(stage) for name, stage in stages_of.items()}
-    return {name: expansion.rebuilt(defaults[name], own) for name, own in options.items()}
+    return {
+        name: expansion.rebuilt(defaults[name], own) for name, own in options.items()
+    }
 
 
 def compare(text: str, golden: Path) -> None:
@@ -140,7 +151,9 @@ def compare(text: str, golden: Path) -> None:
         golden.parent.mkdir(exist_ok=True, parents=True)
         golden.write_text(text)
     assert golden.exists(), f"{golden.name} is missing; write it with {UPDATE}"
-    assert text.splitlines() == golden.read_text().splitlines(), f"if this is meant: {UPDATE}"
+    assert text.splitlines() == golden.read_text().splitlines(), (
+        f"if this is meant: {UPDATE}"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: golden_file(path).stem)
@@ -170,15 +183,24 @@ def test_validation_and_checkpoints_come_within_the_run(path):
                 assert typed.checkpoint.every <= steps, (variant, name)
 
 
-@pytest.mark.parametrize("optim", ["sft.optim", "reward.optim", "ppo.optim", "ppo.value_optim"])
+@pytest.mark.parametrize(
+    "optim", ["sft.optim", "reward.optim", "ppo.optim", "ppo.value_optim"]
+)
 def test_a_warm_up_longer_than_the_run_is_refused_before_it(optim):
     config = copy.deepcopy(expanded(QUICKSTART, "size=smoke")[0])
     stage, name = optim.split(".")
-    updates = config[stage]["steps"] * config[stage].get("epochs", 1) * config[stage].get("minibatches", 1)
+    updates = (
+        config[stage]["steps"]
+        * config[stage].get("epochs", 1)
+        * config[stage].get("minibatches", 1)
+    )
     config[stage][name]["warmup_steps"] = updates
     typed_configs(config)
     config[stage][name]["warmup_steps"] = updates + 1
-    with pytest.raises(ConfigError, match=f"warmup_steps: {updates + 1} is more than the {updates} steps"):
+    with pytest.raises(
+        ConfigError,
+        match=f"warmup_steps: {updates + 1} is more than the {updates} steps",
+    ):
         typed_configs(config)
 
 
@@ -201,7 +223,9 @@ def test_a_change_is_a_different_line_of_the_text():
     config["sft"]["sources"][0]["min_turns"] = 0
     config["pretrain"]["model"]["d_ff"] = 44
     after = own_options(typed_configs(config))
-    changed = {key: (before.get(key), after.get(key)) for key in before.keys() | after.keys()}
+    changed = {
+        key: (before.get(key), after.get(key)) for key in before.keys() | after.keys()
+    }
     assert {key: pair for key, pair in changed.items() if pair[0] != pair[1]} == {
         "ppo.clip": (None, "0.25"),
         "reward.loss.name": (None, '"best_of_k"'),
@@ -210,10 +234,14 @@ def test_a_change_is_a_different_line_of_the_text():
     }
 
 
-@pytest.mark.parametrize("path", experiment_files(), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", experiment_files(), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_card(path):
     """The docstring is the experiment's card, and names the file in its command."""
     card = ast.get_docstring(sources.tree(path)) or ""
     for part in ("Paper: ", "Command: ", "Variants: ", "Hardware: "):
-        assert re.search(rf"^{part}", card, re.MULTILINE), f"{path.name}: its docstring has no line {part!r}"
+        assert re.search(rf"^{part}", card, re.MULTILINE), (
+            f"{path.name}: its docstring has no line {part!r}"
+        )
     assert f"--config={path.relative_to(ROOT)}" in card

@@ -21,10 +21,16 @@ class Folder:
 
     def __init__(self, folder: Path, tokenizer: Path, conversations: Path):
         self.folder, self.tokenizer = folder, tokenizer
-        self.prompts = {"spec": f"jsonl:{conversations}/train.jsonl", "kind": "messages", "split": "all"}
+        self.prompts = {
+            "spec": f"jsonl:{conversations}/train.jsonl",
+            "kind": "messages",
+            "split": "all",
+        }
 
     def run(self, stage: str, name: str, **values) -> dict[str, float]:
-        return recipe.run_stage(to_dict(stage_config(stage, **values)), self.folder / name)
+        return recipe.run_stage(
+            to_dict(stage_config(stage, **values)), self.folder / name
+        )
 
     def collect(self, name: str, policy: Path, seed: int) -> float:
         """The mean score of what a policy samples."""
@@ -33,14 +39,28 @@ class Folder:
             "eval_prompts": {"source": self.prompts, "limit": 8},
         }
         rule = "rule:tests.rewards.some_rules:letters?workers=1"
-        options = {"completions": 8, "batch_size": 16, "seed": seed, **prompts, **tiny.SAMPLING}
-        return self.run("collect", name, init_from=str(policy), labeller=rule, **options)["collect/score"]
+        options = {
+            "completions": 8,
+            "batch_size": 16,
+            "seed": seed,
+            **prompts,
+            **tiny.SAMPLING,
+        }
+        return self.run(
+            "collect", name, init_from=str(policy), labeller=rule, **options
+        )["collect/score"]
 
     def tune(self, name: str, policy: Path, keep: int) -> Path:
         """A policy fine-tuned on the best `keep` of the 8 answers to each prompt that `collected` holds."""
         kept = self.folder / f"{name}_kept"
         preferences = (str(self.folder / "collected" / "preferences"),)
-        self.run("select", kept.name, tokenizer=str(self.tokenizer), preferences=preferences, keep=keep)
+        self.run(
+            "select",
+            kept.name,
+            tokenizer=str(self.tokenizer),
+            preferences=preferences,
+            keep=keep,
+        )
         rows = {"kind": "messages", "split": "all"}
         self.run(
             "sft",
@@ -66,7 +86,9 @@ def scores(conversations, tmp_path_factory):
     config = tiny.get_config(f"data={conversations},until=sft")
     config.pretrain.model.n_layers = 2
     recipe.run(to_dict(config), run)
-    one = Folder(tmp_path_factory.mktemp("expert_iteration"), run / "00_tokenizer", conversations)
+    one = Folder(
+        tmp_path_factory.mktemp("expert_iteration"), run / "00_tokenizer", conversations
+    )
     sft = run / "02_sft"
     before = one.collect("collected", sft, seed=1)
     best = one.collect("after_best", one.tune("best", sft, keep=1), seed=2)

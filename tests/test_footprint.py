@@ -38,19 +38,31 @@ from tests import tiny
 
 # Two models. Their parameters: the embedding, which is the output matrix too; layers of attention,
 # SwiGLU and two norms; the final norm.
-SHAPE = TransformerConfig(vocab_size=320, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=32)
-WIDE = TransformerConfig(vocab_size=320, d_model=32, n_layers=1, n_heads=4, d_ff=48, max_length=32)
+SHAPE = TransformerConfig(
+    vocab_size=320, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=32
+)
+WIDE = TransformerConfig(
+    vocab_size=320, d_model=32, n_layers=1, n_heads=4, d_ff=48, max_length=32
+)
 LAYER = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
 N = 320 * 16 + 2 * LAYER + 16
 M = 320 * 32 + (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 SCALAR_N, SCALAR_M = N + 17, M + 33  # a scalar head: a weight per feature, and a bias
-LORA = LoraConfig(rank=4)  # on query and value: 4 numbers per input and per output of each
+LORA = LoraConfig(
+    rank=4
+)  # on query and value: 4 numbers per input and per output of each
 ADAPTERS_N = 2 * 2 * 4 * (16 + 16)
 ADAPTERS_M = 1 * 2 * 4 * (32 + 32)
 
 LENGTH = {"length": 32, "batch_size": 8, "steps": 1}
 SAMPLING = {"prompt_length": 24, "max_new": 8}
-POLICY = {"init_from": "lm", "reward": "wide_judge", "batch_size": 16, "steps": 1, **SAMPLING}
+POLICY = {
+    "init_from": "lm",
+    "reward": "wide_judge",
+    "batch_size": 16,
+    "steps": 1,
+    **SAMPLING,
+}
 OTHER_MESH = MeshConfig(devices="0:1")
 
 
@@ -80,8 +92,12 @@ MADE = {
     "wide": new(WIDE),
     "judge": reward.Config(init_from="lm", **LENGTH),
     "wide_judge": reward.Config(init_from="wide", **LENGTH),
-    "sum": compose.Config(members=(MemberConfig("judge"), MemberConfig("wide_judge", where="judge"))),
-    "ensemble": compose.Config(members=(MemberConfig("wide_judge"),) * 3, combine="mean"),
+    "sum": compose.Config(
+        members=(MemberConfig("judge"), MemberConfig("wide_judge", where="judge"))
+    ),
+    "ensemble": compose.Config(
+        members=(MemberConfig("wide_judge"),) * 3, combine="mean"
+    ),
     "rubric": rubric.Config(
         template="{response}",
         classes=(ClassConfig("A", 1.0), ClassConfig("B", 0.0)),
@@ -114,30 +130,88 @@ COUNTED = [
     pytest.param(new(SHAPE), N, 0, 8, 32, id="pretrain"),
     pytest.param(new(SHAPE, microbatches=4), N, 0, 2, 32, id="microbatches"),
     pytest.param(sft.Config(init_from="wide", **LENGTH), M, 0, 8, 32, id="sft"),
-    pytest.param(sft.Config(init_from="wide", lora=LORA, **LENGTH), ADAPTERS_M, M, 8, 32, id="sft-lora"),
+    pytest.param(
+        sft.Config(init_from="wide", lora=LORA, **LENGTH),
+        ADAPTERS_M,
+        M,
+        8,
+        32,
+        id="sft-lora",
+    ),
     pytest.param(MADE["wide_judge"], SCALAR_M, 0, 8, 32, id="reward"),
     # the head is trained whole, its trunk by adapters
     pytest.param(
-        reward.Config(init_from="lm", lora=LORA, **LENGTH), ADAPTERS_N + 17, SCALAR_N, 8, 32, id="reward-lora"
+        reward.Config(init_from="lm", lora=LORA, **LENGTH),
+        ADAPTERS_N + 17,
+        SCALAR_N,
+        8,
+        32,
+        id="reward-lora",
     ),
     pytest.param(a_direct(), N, N, 8, 32, id="direct"),
     pytest.param(a_direct(reference="wide"), N, M, 8, 32, id="direct-reference"),
-    pytest.param(a_direct(reference_logprobs="precomputed"), N, N, 8, 32, id="direct-precomputed"),
+    pytest.param(
+        a_direct(reference_logprobs="precomputed"), N, N, 8, 32, id="direct-precomputed"
+    ),
     pytest.param(a_direct(loss=loss("orpo")), N, 0, 8, 32, id="orpo"),
     pytest.param(a_direct(lora=LORA), ADAPTERS_N, N, 8, 32, id="direct-lora"),
-    pytest.param(a_direct(lora=LORA, reference="wide"), ADAPTERS_N, N + M, 8, 32, id="direct-lora-reference"),
-    pytest.param(a_ppo(), N + SCALAR_M, N + SCALAR_M, 8, 32, id="ppo"),
-    pytest.param(a_ppo(value="policy"), N + SCALAR_N, N + SCALAR_M, 8, 32, id="value-policy"),
-    pytest.param(a_ppo(value="shared"), N + 17, N + SCALAR_M, 8, 32, id="value-shared"),
-    pytest.param(a_ppo(reference="wide"), N + SCALAR_M, M + SCALAR_M, 8, 32, id="ppo-reference"),
-    pytest.param(a_ppo(reward="gold:sentiment", value="policy"), N + SCALAR_N, N, 8, 32, id="rules"),
-    pytest.param(a_ppo(microbatches=4, ema=0.9), N + SCALAR_M, N + SCALAR_M, 2, 32, id="ppo-microbatches"),
-    # the policy's base is its reference, the reward model's trunk the value function's
-    pytest.param(a_ppo(lora=LORA), ADAPTERS_N + ADAPTERS_M + 33, N + SCALAR_M, 8, 32, id="ppo-lora"),
     pytest.param(
-        a_ppo(lora=LORA, value="policy"), 2 * ADAPTERS_N + 17, N + SCALAR_M, 8, 32, id="ppo-lora-value-policy"
+        a_direct(lora=LORA, reference="wide"),
+        ADAPTERS_N,
+        N + M,
+        8,
+        32,
+        id="direct-lora-reference",
     ),
-    pytest.param(a_ppo(lora=LORA, value="shared"), ADAPTERS_N + 17, N + SCALAR_M, 8, 32, id="ppo-lora-value-shared"),
+    pytest.param(a_ppo(), N + SCALAR_M, N + SCALAR_M, 8, 32, id="ppo"),
+    pytest.param(
+        a_ppo(value="policy"), N + SCALAR_N, N + SCALAR_M, 8, 32, id="value-policy"
+    ),
+    pytest.param(a_ppo(value="shared"), N + 17, N + SCALAR_M, 8, 32, id="value-shared"),
+    pytest.param(
+        a_ppo(reference="wide"), N + SCALAR_M, M + SCALAR_M, 8, 32, id="ppo-reference"
+    ),
+    pytest.param(
+        a_ppo(reward="gold:sentiment", value="policy"),
+        N + SCALAR_N,
+        N,
+        8,
+        32,
+        id="rules",
+    ),
+    pytest.param(
+        a_ppo(microbatches=4, ema=0.9),
+        N + SCALAR_M,
+        N + SCALAR_M,
+        2,
+        32,
+        id="ppo-microbatches",
+    ),
+    # the policy's base is its reference, the reward model's trunk the value function's
+    pytest.param(
+        a_ppo(lora=LORA),
+        ADAPTERS_N + ADAPTERS_M + 33,
+        N + SCALAR_M,
+        8,
+        32,
+        id="ppo-lora",
+    ),
+    pytest.param(
+        a_ppo(lora=LORA, value="policy"),
+        2 * ADAPTERS_N + 17,
+        N + SCALAR_M,
+        8,
+        32,
+        id="ppo-lora-value-policy",
+    ),
+    pytest.param(
+        a_ppo(lora=LORA, value="shared"),
+        ADAPTERS_N + 17,
+        N + SCALAR_M,
+        8,
+        32,
+        id="ppo-lora-value-shared",
+    ),
     pytest.param(
         a_ppo(lora=LORA, reference="wide"),
         ADAPTERS_N + ADAPTERS_M + 33,
@@ -147,12 +221,25 @@ COUNTED = [
         id="ppo-lora-reference",
     ),
     # the value function starts from the first of several reward models
-    pytest.param(a_ppo(reward="ensemble"), N + SCALAR_M, N + 3 * SCALAR_M, 8, 32, id="ensemble"),
-    pytest.param(a_ppo(reward="sum"), N + SCALAR_N, N + 2 * SCALAR_N + SCALAR_M, 8, 32, id="sum"),
-    pytest.param(a_ppo(reward="rubric", value="shared"), N + 17, N + M, 8, 32, id="rubric"),
+    pytest.param(
+        a_ppo(reward="ensemble"), N + SCALAR_M, N + 3 * SCALAR_M, 8, 32, id="ensemble"
+    ),
+    pytest.param(
+        a_ppo(reward="sum"), N + SCALAR_N, N + 2 * SCALAR_N + SCALAR_M, 8, 32, id="sum"
+    ),
+    pytest.param(
+        a_ppo(reward="rubric", value="shared"), N + 17, N + M, 8, 32, id="rubric"
+    ),
     pytest.param(a_ppo(judge_mesh=OTHER_MESH), N + SCALAR_M, 0, 8, 32, id="judge-mesh"),
     pytest.param(a_group(), N, N + SCALAR_M, 64, 32, id="group"),
-    pytest.param(a_group(completions=8, minibatches=2, microbatches=2), N, N + SCALAR_M, 32, 32, id="group-of-8"),
+    pytest.param(
+        a_group(completions=8, minibatches=2, microbatches=2),
+        N,
+        N + SCALAR_M,
+        32,
+        32,
+        id="group-of-8",
+    ),
     pytest.param(a_group(lora=LORA), ADAPTERS_N, N + SCALAR_M, 64, 32, id="group-lora"),
     pytest.param(a_group(judge_mesh=OTHER_MESH), N, 0, 64, 32, id="group-judge-mesh"),
     # jobs train nothing
@@ -170,7 +257,13 @@ COUNTED = [
         id="collect",
     ),
     pytest.param(
-        evaluate.Config(policy="lm", baseline="wide", gold="gold:sentiment", proxy="judge", **SAMPLING),
+        evaluate.Config(
+            policy="lm",
+            baseline="wide",
+            gold="gold:sentiment",
+            proxy="judge",
+            **SAMPLING,
+        ),
         0,
         N + M + SCALAR_N,
         64,
@@ -186,7 +279,9 @@ COUNTED = [
         id="best-of-n",
     ),
     pytest.param(
-        critique.Config(init_from="lm", critic="wide", principles="p.jsonl", length=28, max_new=8),
+        critique.Config(
+            init_from="lm", critic="wide", principles="p.jsonl", length=28, max_new=8
+        ),
         0,
         N + M,
         32,
@@ -231,7 +326,10 @@ def test_human_reward_and_gold_are_models_of_a_policy_stage(config):
 def test_a_mesh_has_to_divide_every_model_on_it():
     need = need_of(a_ppo())
     assert set(need.widths) == {16, 32}
-    assert set(need.splits) == {2, 32, 320} | {4, 48}  # heads, keys' heads, MLP and vocabulary of both
+    assert set(need.splits) == {2, 32, 320} | {
+        4,
+        48,
+    }  # heads, keys' heads, MLP and vocabulary of both
     apart = need_of(a_ppo(value="policy", judge_mesh=OTHER_MESH))
     assert (set(apart.widths), set(apart.splits)) == ({16}, {2, 32, 320})
 
@@ -250,10 +348,16 @@ def test_a_recipe_counts_the_models_of_stages_before(tmp_path, caplog):
     config = to_dict(tiny.get_config("data=nowhere"))
     for name in ("sft", "ppo"):
         config[name]["mesh"] = config[name]["mesh"] | {"strategy": "auto"}
-    for reward_of in ({}, {"human": {"reward": "stage:reward"}, "gold": "stage:reward"}):
+    for reward_of in (
+        {},
+        {"human": {"reward": "stage:reward"}, "gold": "stage:reward"},
+    ):
         changed = config | {"ppo": config["ppo"] | reward_of}
         folders = recipe.stage_folders(changed, tmp_path)
-        resolved = {name: recipe.resolve(changed[name], folders, name) for name in changed["stages"]}
+        resolved = {
+            name: recipe.resolve(changed[name], folders, name)
+            for name in changed["stages"]
+        }
         with caplog.at_level(logging.INFO, "rlhfjax"):
             recipe.check_all(resolved, folders)
     assert "7,728 trained and 0 frozen parameters, 8 rows of 32" in caplog.text
@@ -326,9 +430,13 @@ def test_bytes_of_other_precisions_and_of_what_is_computed_again():
 )
 def test_bytes_of_moments(optim, numbers):
     config = OptimConfig(**optim)
-    assert parts_of(new(SHAPE, optim=config))["optimizer and average"] == 4 * numbers * N
+    assert (
+        parts_of(new(SHAPE, optim=config))["optimizer and average"] == 4 * numbers * N
+    )
     state = parts_of(a_ppo(value_optim=config, ema=0.9))["optimizer and average"]
-    assert state == 4 * (2 * N + numbers * SCALAR_M + N)  # the policy's are Adam's, and its average
+    assert state == 4 * (
+        2 * N + numbers * SCALAR_M + N
+    )  # the policy's are Adam's, and its average
 
 
 def test_bytes_of_ppo():
@@ -343,15 +451,21 @@ def test_bytes_of_ppo():
         "output matrix": OUTPUT / 2,
     }
     need = need_of(a_ppo(ema=0.9))
-    assert need.device_bytes(dict.fromkeys(AXES, 1) | {"fsdp": 4, "tensor": 2}) == sum(parts.values())
-    twice = a_ppo(ptx=PtxConfig(coefficient=1.0, ratio=2, length=32))  # 16 rows of text in a minibatch
+    assert need.device_bytes(dict.fromkeys(AXES, 1) | {"fsdp": 4, "tensor": 2}) == sum(
+        parts.values()
+    )
+    twice = a_ppo(
+        ptx=PtxConfig(coefficient=1.0, ratio=2, length=32)
+    )  # 16 rows of text in a minibatch
     assert parts_of(twice)["activations"] == 2 * 16 * ROW
 
 
 def test_completions_of_a_prompt_are_rows():
     """Eight prompts in two microbatches, each with two completions."""
     assert parts_of(a_direct(microbatches=2))["activations"] == 2 * 8 * ROW
-    assert parts_of(a_group(completions=8, minibatches=2))["activations"] == 2 * 64 * ROW
+    assert (
+        parts_of(a_group(completions=8, minibatches=2))["activations"] == 2 * 64 * ROW
+    )
 
 
 def test_a_cache_takes_the_place_of_gradients_and_activations_where_it_is_more():
@@ -370,10 +484,15 @@ def test_a_cache_takes_the_place_of_gradients_and_activations_where_it_is_more()
     in_lanes = dataclasses.replace(many, slots=64)
     assert "KV cache" not in parts_of(in_lanes)
     assert parts_of(in_lanes, moment="rollout")["KV cache"] == 64 * row
-    three = dataclasses.replace(SHAPE, n_heads=4, n_kv_heads=1)  # one head, which two devices both keep
+    three = dataclasses.replace(
+        SHAPE, n_heads=4, n_kv_heads=1
+    )  # one head, which two devices both keep
     nets = [net._replace(config=three) for net in nets_of(many)]
     axes = dict.fromkeys(AXES, 1) | {"tensor": 2}
-    assert footprint.device_bytes(nets, workload_of(many), axes)["KV cache"] == 2**15 * row / 4
+    assert (
+        footprint.device_bytes(nets, workload_of(many), axes)["KV cache"]
+        == 2**15 * row / 4
+    )
 
 
 def test_a_job_keeps_its_models():
@@ -386,4 +505,7 @@ def test_a_quantized_base_has_its_embeddings_in_float32(base, layer):
     """NF4 has a scale of four bytes for 64 numbers."""
     config = a_group(lora=dataclasses.replace(LORA, base=base))
     others = 4 * (ADAPTERS_N + SCALAR_M)
-    assert parts_of(config)["parameters"] == others + 4 * (N - 2 * LAYER) + layer * 2 * LAYER
+    assert (
+        parts_of(config)["parameters"]
+        == others + 4 * (N - 2 * LAYER) + layer * 2 * LAYER
+    )

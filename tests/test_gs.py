@@ -57,7 +57,11 @@ def test_what_was_saved_comes_back_and_what_is_not_kept_goes(bucket):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, caplog):
     save(bucket, [1, 2])
     arrays = max(
-        (file for file in paths.files(bucket / "checkpoints" / "2") if file.parent.name == "d"),
+        (
+            file
+            for file in paths.files(bucket / "checkpoints" / "2")
+            if file.parent.name == "d"
+        ),
         key=lambda file: file.stat().length,
     )
     paths.write(arrays, arrays.read_bytes()[: arrays.stat().length // 2])
@@ -66,7 +70,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, caplog
         state, data = restore(bucket)
     assert same(state, tree(1)) and data == {"position": 1}
     assert f"{bucket}/checkpoints/2 is damaged" in caplog.text
-    assert names(bucket / "damaged_checkpoints" / "2") == damaged and not (bucket / "checkpoints" / "2").exists()
+    assert (
+        names(bucket / "damaged_checkpoints" / "2") == damaged
+        and not (bucket / "checkpoints" / "2").exists()
+    )
     save(bucket, [2])  # the step can be saved again
     assert same(restore(bucket)[0], tree(2))
 
@@ -75,7 +82,10 @@ def test_a_half_written_checkpoint_is_not_one(bucket, caplog):
     """A bucket cannot rename: what a kill in the middle of a save leaves has the name already, and no COMMITTED."""
     save(bucket, [1, 2])
     (bucket / "checkpoints" / "2" / COMMITTED).unlink()
-    with caplog.at_level(logging.WARNING, "rlhfjax"), Checkpoints(bucket, EVERYTHING) as checkpoints:
+    with (
+        caplog.at_level(logging.WARNING, "rlhfjax"),
+        Checkpoints(bucket, EVERYTHING) as checkpoints,
+    ):
         assert checkpoints.steps() == [1]
         state, _ = checkpoints.restore(shapes(tree()))
         assert same(state, tree(1)) and not caplog.text
@@ -102,9 +112,18 @@ def test_flush_brings_every_line_to_the_bucket_and_a_line_alone_does_not(bucket)
         writer.write(1, {"loss": 1.0})
         writer.flush()
         writer.write(2, {"loss": 2.0})
-        assert metrics.read_jsonl(bucket / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
-    assert [row["step"] for row in metrics.read_jsonl(bucket / "metrics.jsonl")] == [1, 2]
-    assert {name.split("/")[0] for name in names(bucket)} == {"metrics.jsonl", "timing.jsonl", "tb"}
+        assert metrics.read_jsonl(bucket / "metrics.jsonl") == [
+            {"step": 1, "loss": 1.0}
+        ]
+    assert [row["step"] for row in metrics.read_jsonl(bucket / "metrics.jsonl")] == [
+        1,
+        2,
+    ]
+    assert {name.split("/")[0] for name in names(bucket)} == {
+        "metrics.jsonl",
+        "timing.jsonl",
+        "tb",
+    }
 
 
 def test_without_a_flush_lines_come_when_the_last_upload_is_old(bucket, monkeypatch):
@@ -113,7 +132,9 @@ def test_without_a_flush_lines_come_when_the_last_upload_is_old(bucket, monkeypa
         time.sleep(0.25)
         writer.write(1, {"loss": 1.0})
         writer.write(2, {"loss": 2.0})
-        assert [row["step"] for row in metrics.read_jsonl(bucket / "metrics.jsonl")] == [1]
+        assert [
+            row["step"] for row in metrics.read_jsonl(bucket / "metrics.jsonl")
+        ] == [1]
 
 
 @pytest.mark.parametrize("cut", [0, 7])
@@ -143,7 +164,9 @@ def test_lines_and_texts_are_read_as_from_a_disk(conversations, chats):
             open_source(f"jsonl:{folder}/{{split}}.jsonl", kind="messages", split=split)
             for folder in (conversations, chats)
         )
-        assert [there[i] for i in range(len(there))] == [here[i] for i in range(len(here))]
+        assert [there[i] for i in range(len(there))] == [
+            here[i] for i in range(len(here))
+        ]
     assert there.where(3) == f"{chats}/validation.jsonl:4"
     paths.write(chats / "a" / "book.txt", "one\n\ntwo\n")
     book = open_source(f"text:{chats}/**/*.txt", documents="paragraph", split="all")
@@ -158,11 +181,16 @@ def test_lines_and_texts_are_read_as_from_a_disk(conversations, chats):
 def test_a_corpus_is_prepared_in_a_bucket_once(bucket, tmp_path, monkeypatch):
     first = open_source("tfds:kjv", split="validation", data_dir=bucket)
     prepared = names(bucket)
-    assert "kjv/1.0.0/dataset_info.json" in prepared and any("array_record" in name for name in prepared)
+    assert "kjv/1.0.0/dataset_info.json" in prepared and any(
+        "array_record" in name for name in prepared
+    )
     monkeypatch.setattr(paths, "replacing", None)  # it is not written again
     again = open_source("tfds:kjv", split="validation", data_dir=bucket)
     named = open_source(f"tfds:{bucket}/kjv/1.0.0", split="validation")
-    assert first[3]["text"] == again[3]["text"] == named[3]["text"] and len(first) == len(named) > 3
+    assert (
+        first[3]["text"] == again[3]["text"] == named[3]["text"]
+        and len(first) == len(named) > 3
+    )
 
 
 def test_rankings_and_a_rules_metadata(bucket):
@@ -174,8 +202,14 @@ def test_rankings_and_a_rules_metadata(bucket):
 
 
 def test_tokenizers_are_written_and_read(bucket, tmp_path):
-    ours = train_sentencepiece(["the cat sat on the mat"] * 9, bucket / "ours", vocab_size=275)
-    assert load_tokenizer(bucket / "ours") == load_tokenizer(f"{bucket}/ours/tokenizer.model") == ours
+    ours = train_sentencepiece(
+        ["the cat sat on the mat"] * 9, bucket / "ours", vocab_size=275
+    )
+    assert (
+        load_tokenizer(bucket / "ours")
+        == load_tokenizer(f"{bucket}/ours/tokenizer.model")
+        == ours
+    )
     with pytest.raises(DataError, match=f"^{bucket}/nowhere"):
         load_tokenizer(bucket / "nowhere")
 
@@ -183,7 +217,10 @@ def test_tokenizers_are_written_and_read(bucket, tmp_path):
 def test_hugging_faces_folders_and_adapters_are_written_and_read(bucket):
     model = Model(FAMILIES["llama-gqa"])
     save_hf(bucket / "hf", model, random_params(model), shard_bytes=20_000)
-    assert len([name for name in names(bucket / "hf") if name.endswith(".safetensors")]) > 1
+    assert (
+        len([name for name in names(bucket / "hf") if name.endswith(".safetensors")])
+        > 1
+    )
     again, params = load_hf(bucket / "hf")
     assert again.config == model.config and same(params, random_params(model))
     with pytest.raises(CheckpointError, match="exists already"):
@@ -197,11 +234,18 @@ def test_hugging_faces_folders_and_adapters_are_written_and_read(bucket):
 
 
 def test_a_gguf_file_is_read(bucket, tmp_path):
-    test_gguf.write(tmp_path / "m.gguf", test_gguf.GROUPED, test_gguf.weights(2, 8, True))
+    test_gguf.write(
+        tmp_path / "m.gguf", test_gguf.GROUPED, test_gguf.weights(2, 8, True)
+    )
     paths.write(bucket / "m.gguf", (tmp_path / "m.gguf").read_bytes())
-    here, there = gguf.load_gguf(tmp_path / "m.gguf"), gguf.load_gguf(f"{bucket}/m.gguf")
+    here, there = (
+        gguf.load_gguf(tmp_path / "m.gguf"),
+        gguf.load_gguf(f"{bucket}/m.gguf"),
+    )
     assert here[0] == there[0] and same(here[1], there[1])
-    with pytest.raises(CheckpointError, match=f"^{bucket}/n.gguf: there is no such file"):
+    with pytest.raises(
+        CheckpointError, match=f"^{bucket}/n.gguf: there is no such file"
+    ):
         gguf.describe_gguf(bucket / "n.gguf")
 
 
@@ -213,15 +257,27 @@ def test_what_is_wrong_with_a_bucket_is_one_line(capsys, cloud, bucket, conversa
     assert "gs://nowhere/run/config.json: there is no such bucket" in refused(
         capsys, "run", tiny_config, "--workdir=gs://nowhere/run"
     )
-    assert "accepted are paths of this machine and gs://" in refused(capsys, "report", "--workdir=s3://bucket/run")
-    assert f"workdir {bucket} does not exist" in refused(capsys, "report", f"--workdir={bucket}")
-    assert f"{bucket}: no model here" in refused(capsys, "chat", f"--workdir={bucket}", code=1)
-    assert f"{bucket}/config.json: there is no such file" in refused(capsys, "chat", f"--model=hf:{bucket}", code=1)
+    assert "accepted are paths of this machine and gs://" in refused(
+        capsys, "report", "--workdir=s3://bucket/run"
+    )
+    assert f"workdir {bucket} does not exist" in refused(
+        capsys, "report", f"--workdir={bucket}"
+    )
+    assert f"{bucket}: no model here" in refused(
+        capsys, "chat", f"--workdir={bucket}", code=1
+    )
+    assert f"{bucket}/config.json: there is no such file" in refused(
+        capsys, "chat", f"--model=hf:{bucket}", code=1
+    )
     paths.write(bucket / "x", "")
-    assert f"--to={bucket}: it exists" in refused(capsys, "export", "--workdir=W", f"--to={bucket}")
+    assert f"--to={bucket}: it exists" in refused(
+        capsys, "export", "--workdir=W", f"--to={bucket}"
+    )
 
 
-def test_a_bucket_that_cannot_be_reached_is_one_line_and_not_one_that_is_empty(bucket, capsys, monkeypatch):
+def test_a_bucket_that_cannot_be_reached_is_one_line_and_not_one_that_is_empty(
+    bucket, capsys, monkeypatch
+):
     """A run that took an outage for an empty folder would begin anew."""
     import gcsfs
 
@@ -235,7 +291,10 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_and_not_one_that_is_empty(b
         with pytest.raises(aiohttp.ClientOSError):
             look(bucket)
     said = refused(capsys, "report", f"--workdir={bucket}", code=1)
-    assert said == "rlhfjax: Google Cloud Storage: ClientOSError: [Errno 101] Network is unreachable"
+    assert (
+        said
+        == "rlhfjax: Google Cloud Storage: ClientOSError: [Errno 101] Network is unreachable"
+    )
 
 
 def test_without_gcsfs_every_command_says_what_to_install(capsys, monkeypatch):
@@ -246,27 +305,40 @@ def test_without_gcsfs_every_command_says_what_to_install(capsys, monkeypatch):
         ("chat", "--model=hf:gs://b/x"),
     ):
         said = refused(capsys, *args)
-        assert said.startswith("rlhfjax: gs://b/x") and said.endswith("pip install 'rlhfjax[gcs]'")
+        assert said.startswith("rlhfjax: gs://b/x") and said.endswith(
+            "pip install 'rlhfjax[gcs]'"
+        )
 
 
 def test_a_sweep_keeps_its_logs_in_the_bucket_and_adds_to_them(bucket):
-    says = [sys.executable, "-c", "print('out'); import sys; print('why', file=sys.stderr); sys.exit(3)"]
+    says = [
+        sys.executable,
+        "-c",
+        "print('out'); import sys; print('why', file=sys.stderr); sys.exit(3)",
+    ]
     for _ in range(2):
         assert pool.run_all({"a": says}, bucket, say=lambda line: None) == {"a": 3}
     assert (bucket / "logs" / "a.txt").read_text() == "out\nwhy\nout\nwhy\n"
     assert command.why({"a": 3}, bucket, ["a"]) == ["a (exit code 3: why)"]
-    with pool._locked(bucket), pytest.raises(ConfigError, match=f"{bucket}: a sweep is running here"):
+    with (
+        pool._locked(bucket),
+        pytest.raises(ConfigError, match=f"{bucket}: a sweep is running here"),
+    ):
         pool.run_all({"a": says}, bucket)
 
 
 @pytest.mark.slow
-def test_a_sweep_in_a_bucket_runs_writes_its_tables_and_knows_what_is_finished(bucket, conversations, tmp_path, capsys):
+def test_a_sweep_in_a_bucket_runs_writes_its_tables_and_knows_what_is_finished(
+    bucket, conversations, tmp_path, capsys
+):
     file = write_sweep_file(tmp_path, "add({'arg.vocab': 300})", data=conversations)
     args = ("sweep", f"--config={file}", f"--workdir={bucket}/sweep")
     code, out, err = call(capsys, *args)
     assert code == 0 and f"table: {bucket}/sweep/sweep.html" in out, err
     assert "300" in (bucket / "sweep" / "sweep.csv").read_text()
-    assert (bucket / "sweep" / "vocab=300" / "tokenizer.model").exists() and (bucket / "sweep" / "logs").exists()
+    assert (bucket / "sweep" / "vocab=300" / "tokenizer.model").exists() and (
+        bucket / "sweep" / "logs"
+    ).exists()
     assert "1 runs, 1 of them finished" in call(capsys, *args)[1]
 
 
@@ -281,31 +353,56 @@ def test_a_run_leaves_there_what_it_leaves_here_and_what_reads_it_reads_it_there
     run = bucket / "run"
     recipe.run(to_dict(tiny.get_config(f"data={chats},until=reward")), run)
     for number, name in enumerate(tiny.STAGES[:5]):
-        assert_same_stage(finished / f"{number:02d}_{name}", run / f"{number:02d}_{name}")
+        assert_same_stage(
+            finished / f"{number:02d}_{name}", run / f"{number:02d}_{name}"
+        )
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert lines and (finished / "metrics.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert (
+        lines
+        and (finished / "metrics.jsonl").read_text().splitlines()[: len(lines)] == lines
+    )
 
     code, out, _ = call(capsys, "report", f"--workdir={run}")
-    assert code == 0 and f"report: {run}/report.html" in out and "pretrain" in (run / "report.html").read_text()
+    assert (
+        code == 0
+        and f"report: {run}/report.html" in out
+        and "pretrain" in (run / "report.html").read_text()
+    )
 
     code, out, _ = call(capsys, "eval", f"--workdir={run}/02_sft")
     assert code == 0 and json.loads(out) == recipe.evaluate(None, finished / "02_sft")
 
     said = []
     for folder in (finished, run):
-        options = {"temperature": 0.0, "max_new": 6, "seed": 0, "inputs": io.StringIO("hello\n"), "out": io.StringIO()}
+        options = {
+            "temperature": 0.0,
+            "max_new": 6,
+            "seed": 0,
+            "inputs": io.StringIO("hello\n"),
+            "out": io.StringIO(),
+        }
         chat.run(folder / "02_sft", **options)
         said.append(options["out"].getvalue().splitlines()[1:])
     assert said[0] == said[1] != []
 
-    assert call(capsys, "export", f"--workdir={run}/02_sft", f"--to={bucket}/hf")[0] == 0
-    assert call(capsys, "import", f"--model=hf:{bucket}/hf", f"--workdir={bucket}/ours")[0] == 0
-    saved, again = (store.load(folder, make_layout()) for folder in (run / "02_sft", bucket / "ours"))
+    assert (
+        call(capsys, "export", f"--workdir={run}/02_sft", f"--to={bucket}/hf")[0] == 0
+    )
+    assert (
+        call(capsys, "import", f"--model=hf:{bucket}/hf", f"--workdir={bucket}/ours")[0]
+        == 0
+    )
+    saved, again = (
+        store.load(folder, make_layout())
+        for folder in (run / "02_sft", bucket / "ours")
+    )
     assert same(saved.params, again.params) and saved.tokenizer == again.tokenizer
 
 
 @pytest.mark.slow
-def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(conversations, finished, bucket, monkeypatch):
+def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(
+    conversations, finished, bucket, monkeypatch
+):
     values = stage_values("sft", conversations, finished)
     with monkeypatch.context() as patch:
         interrupt(patch, "sft", 3, "sigterm")
@@ -320,27 +417,56 @@ def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(conversations,
 def test_a_killed_run_goes_on_there_to_the_same_bits(chats, finished, bucket):
     """SIGKILL, once the bucket has a checkpoint; lines after it may or may not have been uploaded."""
     arg, run = f"data={chats},until=pretrain", bucket / "run"
-    command = [sys.executable, "-m", "rlhfjax", "run", f"--config=tests/tiny.py:{arg}", f"--workdir={run}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (run / "01_pretrain" / "checkpoints" / "2" / COMMITTED).exists() and process.poll() is None:
+    command = [
+        sys.executable,
+        "-m",
+        "rlhfjax",
+        "run",
+        f"--config=tests/tiny.py:{arg}",
+        f"--workdir={run}",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    while (
+        not (run / "01_pretrain" / "checkpoints" / "2" / COMMITTED).exists()
+        and process.poll() is None
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     assert not (run / "01_pretrain" / "done.json").exists()
-    assert {row["step"] for row in metrics.read_jsonl(run / "01_pretrain" / "metrics.jsonl")} >= {1, 2}
+    assert {
+        row["step"] for row in metrics.read_jsonl(run / "01_pretrain" / "metrics.jsonl")
+    } >= {1, 2}
     recipe.run(to_dict(tiny.get_config(arg)), run)
     for number, name in enumerate(tiny.STAGES[:2]):
-        assert_same_stage(finished / f"{number:02d}_{name}", run / f"{number:02d}_{name}")
+        assert_same_stage(
+            finished / f"{number:02d}_{name}", run / f"{number:02d}_{name}"
+        )
 
 
 @pytest.mark.nightly
 def test_two_hosts_write_one_run_there(conversations, finished, bucket, tmp_path):
     """The first writes the files, each its shards of the state, and both read."""
     arg = f",only=pretrain,tokenizer={finished}/00_tokenizer"  # a Job adds shards=4
-    Job(2, tmp_path / "logs", conversations, f"--workdir={bucket}/run", command="train", arg=arg).finish()
-    recipe.run_stage(to_dict(tiny_hosts.get_config(f"data={conversations},shards=4{arg}")), tmp_path / "alone")
+    Job(
+        2,
+        tmp_path / "logs",
+        conversations,
+        f"--workdir={bucket}/run",
+        command="train",
+        arg=arg,
+    ).finish()
+    recipe.run_stage(
+        to_dict(tiny_hosts.get_config(f"data={conversations},shards=4{arg}")),
+        tmp_path / "alone",
+    )
     there = metrics.read_jsonl(bucket / "run" / "metrics.jsonl")
     assert_same_numbers(metrics.read_jsonl(tmp_path / "alone" / "metrics.jsonl"), there)
     written = names(bucket / "run")
-    assert any("ocdbt.process_1" in name for name in written) and sum("metrics.jsonl" in name for name in written) == 1
+    assert (
+        any("ocdbt.process_1" in name for name in written)
+        and sum("metrics.jsonl" in name for name in written) == 1
+    )
     assert store.load(bucket / "run", make_layout()).model.config.n_layers == 1

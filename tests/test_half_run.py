@@ -43,25 +43,36 @@ def test_a_half_run_workdir_goes_on(variant, tmp_path, monkeypatch):
 
     new_lines = (folder / "metrics.jsonl").read_bytes()
     assert new_lines.startswith(lines)
-    steps = {json.loads(line)["step"] for line in new_lines.removeprefix(lines).splitlines()}
+    steps = {
+        json.loads(line)["step"] for line in new_lines.removeprefix(lines).splitlines()
+    }
     assert steps == set(range(half_run.STOPPED + 1, half_run.STEPS + 1))
     assert times(checkpoint) == written  # a run that starts anew saves this step again
     assert not (folder / "damaged_checkpoints").exists()
     assert (folder / "done.json").exists()
-    assert_close(half_run.end_of(variant, metrics), json.loads(half_run.ENDS.read_text())[variant])
+    assert_close(
+        half_run.end_of(variant, metrics),
+        json.loads(half_run.ENDS.read_text())[variant],
+    )
 
 
 def times(folder: Path) -> dict[Path, int]:
     """Returns when each file of a folder was written."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def assert_close(end: Mapping, expected: Mapping) -> None:
     """Compares metrics by value, arrays by sum and norm; the norm is the scale of both."""
     for name, value in expected["metrics"].items():
-        np.testing.assert_allclose(end["metrics"][name], value, RTOL, ATOL, err_msg=name)
+        np.testing.assert_allclose(
+            end["metrics"][name], value, RTOL, ATOL, err_msg=name
+        )
     assert end["arrays"].keys() == expected["arrays"].keys()
     for name, (total, norm) in expected["arrays"].items():
         tolerance = RTOL * norm + ATOL
         got = end["arrays"][name]
-        np.testing.assert_allclose(got, (total, norm), rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            got, (total, norm), rtol=0, atol=tolerance, err_msg=name
+        )

@@ -61,7 +61,9 @@ def imports(name: str, files: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: a relative import, which this test does not follow"
+            assert node.level == 0, (
+                f"{name}: a relative import, which this test does not follow"
+            )
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"
                 found.add(module if module in files else node.module)

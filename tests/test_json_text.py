@@ -31,19 +31,25 @@ def strict(text: str):
 
 def dump_calls(path: Path) -> list[ast.Call]:
     """The calls of json.dump and json.dumps in a file, whatever name json is imported under."""
-    calls = [node for node in ast.walk(sources.tree(path)) if isinstance(node, ast.Call)]
+    calls = [
+        node for node in ast.walk(sources.tree(path)) if isinstance(node, ast.Call)
+    ]
     names = [(ast.unparse(call.func), call) for call in calls]
     return [call for name, call in names if re.search(r"(?<!pickle\.)\bdumps?$", name)]
 
 
 def test_pitfall_35_no_encoder_lets_nan_pass():
-    folders = [ROOT / name for name in ("rlhfjax", "launch", "benchmarks", "experiments")]
+    folders = [
+        ROOT / name for name in ("rlhfjax", "launch", "benchmarks", "experiments")
+    ]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     calls = [(path, call) for path in set(files) - FREE for call in dump_calls(path)]
     assert any(path.name == "json_text.py" for path, _ in calls)
     for path, call in calls:
         options = {word.arg: ast.unparse(word.value) for word in call.keywords}
-        assert options.get("allow_nan") == "False", f"{path}:{call.lineno}: use rlhfjax.json_text"
+        assert options.get("allow_nan") == "False", (
+            f"{path}:{call.lineno}: use rlhfjax.json_text"
+        )
 
 
 @pytest.mark.parametrize(
@@ -54,8 +60,12 @@ def test_pitfall_35_no_encoder_lets_nan_pass():
         ([{"score": np.float64("nan")}], r"\[0\]\.score is nan"),
     ],
 )
-def test_pitfall_35_a_number_that_json_lacks_is_an_error_with_its_place(tmp_path, value, place):
-    with pytest.raises(DataError, match=rf"^x\.json: {place}; JSON has no such number$"):
+def test_pitfall_35_a_number_that_json_lacks_is_an_error_with_its_place(
+    tmp_path, value, place
+):
+    with pytest.raises(
+        DataError, match=rf"^x\.json: {place}; JSON has no such number$"
+    ):
         json_text.encode(value, "x.json")
     with pytest.raises(DataError, match=r"x\.json: .*JSON has no such number"):
         write_json(tmp_path / "x.json", value)

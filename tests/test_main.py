@@ -81,7 +81,10 @@ def configs(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("bogus",), "command 'bogus' is unknown; known: train, run, sweep, eval, chat, report"),
+        (
+            ("bogus",),
+            "command 'bogus' is unknown; known: train, run, sweep, eval, chat, report",
+        ),
         (("run",), "--config is required"),
         (("train",), "--config is required"),
         (("run", TINY), "--workdir is required"),
@@ -91,29 +94,74 @@ def configs(tmp_path):
         (("eval",), "--workdir is required"),
         (("chat",), "chat: give --workdir"),
         (("report",), "--workdir is required"),
-        (("run", "--config=nowhere.py", "--workdir=W"), "--config=nowhere.py: there is no such file"),
-        (("run", "--config", "nowhere.py", "--workdir=W"), "--config=nowhere.py: there is no such file"),
+        (
+            ("run", "--config=nowhere.py", "--workdir=W"),
+            "--config=nowhere.py: there is no such file",
+        ),
+        (
+            ("run", "--config", "nowhere.py", "--workdir=W"),
+            "--config=nowhere.py: there is no such file",
+        ),
         (("run", "--config=", "--workdir=W"), "--config=: there is no such file"),
         (("run", TINY, "--workdir=W", "more"), "argument 'more' is not a flag"),
-        (("run", TINY, "--workdir=W", "--bogus=1"), "Unknown command line flag 'bogus'"),
-        (("run", TINY + ":bogus=1", "--workdir=W"), "config argument 'bogus' is unknown; known: data, steps"),
-        (("run", TINY + ":steps=x", "--workdir=W"), "config argument steps='x' is not of type int"),
-        (("run", TINY, "--workdir=W", "--config.ppo.bogus=1"), "--config.ppo.bogus: the config has no option 'bogus'"),
-        (("run", TINY, "--workdir=W", "--config.ppo.clipp=1"), "has no option 'clipp'; did you mean clip?"),
-        (("run", TINY, "--workdir=W", "--config.ppo.kl.x=1"), "--config.ppo.kl.x: the config has no option 'x'"),
+        (
+            ("run", TINY, "--workdir=W", "--bogus=1"),
+            "Unknown command line flag 'bogus'",
+        ),
+        (
+            ("run", TINY + ":bogus=1", "--workdir=W"),
+            "config argument 'bogus' is unknown; known: data, steps",
+        ),
+        (
+            ("run", TINY + ":steps=x", "--workdir=W"),
+            "config argument steps='x' is not of type int",
+        ),
+        (
+            ("run", TINY, "--workdir=W", "--config.ppo.bogus=1"),
+            "--config.ppo.bogus: the config has no option 'bogus'",
+        ),
+        (
+            ("run", TINY, "--workdir=W", "--config.ppo.clipp=1"),
+            "has no option 'clipp'; did you mean clip?",
+        ),
+        (
+            ("run", TINY, "--workdir=W", "--config.ppo.kl.x=1"),
+            "--config.ppo.kl.x: the config has no option 'x'",
+        ),
         (("run", TINY, "--workdir=W", "--config.ppo.steps=x"), "--config.ppo.steps=x"),
-        (("run", TINY, "--workdir=W", "--config.ppo.steps=1.5"), "--config.ppo.steps=1.5"),
-        (("run", TINY, "--workdir=W", "--config.ppo.kl.estimator=k9"), "ppo.kl.estimator='k9': expected one of 'k1'"),
+        (
+            ("run", TINY, "--workdir=W", "--config.ppo.steps=1.5"),
+            "--config.ppo.steps=1.5",
+        ),
+        (
+            ("run", TINY, "--workdir=W", "--config.ppo.kl.estimator=k9"),
+            "ppo.kl.estimator='k9': expected one of 'k1'",
+        ),
         (("train", TINY, "--workdir=W"), "this config is a recipe: rlhfjax run"),
-        (("run", "--config=C/stage.py", "--workdir=W"), "this config is one stage: rlhfjax train"),
+        (
+            ("run", "--config=C/stage.py", "--workdir=W"),
+            "this config is one stage: rlhfjax train",
+        ),
         (("train", "--config=C/syntax.py", "--workdir=W"), "syntax.py:1: "),
-        (("train", "--config=C/imports.py", "--workdir=W"), "imports.py:1: ModuleNotFoundError"),
-        (("train", "--config=C/divides.py", "--workdir=W"), "divides.py:2: ZeroDivisionError"),
+        (
+            ("train", "--config=C/imports.py", "--workdir=W"),
+            "imports.py:1: ModuleNotFoundError",
+        ),
+        (
+            ("train", "--config=C/divides.py", "--workdir=W"),
+            "divides.py:2: ZeroDivisionError",
+        ),
         (("train", "--config=C/value.py", "--workdir=W"), "value.py:2: ValueError"),
         (("train", "--config=C/empty.py", "--workdir=W"), "get_config"),
-        (("train", "--config=C/option.py", "--workdir=W"), "tokenizer.vocab: no such option"),
+        (
+            ("train", "--config=C/option.py", "--workdir=W"),
+            "tokenizer.vocab: no such option",
+        ),
         (("train", "--config=C/unknown.py", "--workdir=W"), "stage 'x' is unknown"),
-        (("train", "--config=C/stage.py", "--workdir=W"), "tokenizer.sources: at least one source"),
+        (
+            ("train", "--config=C/stage.py", "--workdir=W"),
+            "tokenizer.sources: at least one source",
+        ),
         (("chat", "--workdir=W", "--temperature=-1"), "--temperature=-1"),
         (("chat", "--workdir=W", "--max_new=0"), "--max_new=0"),
         (("eval", "--workdir=C"), "no config.json here"),
@@ -121,8 +169,12 @@ def configs(tmp_path):
         (("train", "--config=C/stage.py", "--workdir=C/stage.py"), "File exists"),
     ],
 )
-def test_a_command_that_cannot_be_meant_is_one_line_and_exit_code_2(args, said, configs, capsys):
-    args = [a.replace("=W", f"={configs}/run").replace("=C", f"={configs}") for a in args]
+def test_a_command_that_cannot_be_meant_is_one_line_and_exit_code_2(
+    args, said, configs, capsys
+):
+    args = [
+        a.replace("=W", f"={configs}/run").replace("=C", f"={configs}") for a in args
+    ]
     assert said in refused(capsys, *args)
     assert not list((configs / "run").rglob("done.json"))
 
@@ -140,43 +192,84 @@ def test_a_run_that_fails_is_one_line_and_exit_code_1(args, said, tmp_path, caps
 
 
 IMPOSSIBLE = [
-    ("--config.pretrain.batch_size=6", "pretrain.batch_size=6 is not divisible by the 4 devices"),
-    ("--config.pretrain.length=33", "pretrain.length=33 is longer than the model's context, max_length=32"),
-    ("--config.pretrain.model.n_heads=3", "n_heads = 3 does not divide model.d_model = 16"),
-    ("--config.pretrain.model.vocab_size=300", "pretrain.model.vocab_size=300 is less than the tokenizer's 320"),
+    (
+        "--config.pretrain.batch_size=6",
+        "pretrain.batch_size=6 is not divisible by the 4 devices",
+    ),
+    (
+        "--config.pretrain.length=33",
+        "pretrain.length=33 is longer than the model's context, max_length=32",
+    ),
+    (
+        "--config.pretrain.model.n_heads=3",
+        "n_heads = 3 does not divide model.d_model = 16",
+    ),
+    (
+        "--config.pretrain.model.vocab_size=300",
+        "pretrain.model.vocab_size=300 is less than the tokenizer's 320",
+    ),
     ("--config.pretrain.mesh.data=3", "does not fit the 4 devices"),
     ("--config.pretrain.optim.name=adaam", "optim.name"),
-    ("--config.sft.microbatches=3", "sft.batch_size=8 is not divisible by microbatches=3"),
-    ("--config.sft.microbatches=4", "a sft microbatch=2 is not divisible by the 4 devices"),
+    (
+        "--config.sft.microbatches=3",
+        "sft.batch_size=8 is not divisible by microbatches=3",
+    ),
+    (
+        "--config.sft.microbatches=4",
+        "a sft microbatch=2 is not divisible by the 4 devices",
+    ),
     ("--config.sft.length=33", "sft.length=33 is longer than the model's context"),
     ("--config.collect.completions=1", "collect.completions=1: expected int >= 2"),
     ("--config.collect.max_new=9", "collect.prompt_length + max_new=33 is longer"),
     ("--config.reward.length=33", "reward.length=33 is longer"),
-    ("--config.ppo.minibatches=3", "ppo.batch_size=16 is not divisible by minibatches=3"),
+    (
+        "--config.ppo.minibatches=3",
+        "ppo.batch_size=16 is not divisible by minibatches=3",
+    ),
     ("--config.ppo.minibatches=0", "ppo.minibatches=0: expected int >= 1"),
     ("--config.ppo.max_new=9", "ppo.prompt_length + max_new=33 is longer"),
     ("--config.ppo.temperature=0.0", "ppo.temperature=0.0: expected float >= 0.0001"),
     ("--config.ppo.kl.horizon=0", "an adaptive coefficient needs one"),
     ("--config.evaluate.batch_size=6", "evaluate.batch_size=6 is not divisible"),
     ("--config.evaluate.policy=nowhere", "nowhere: no model here"),
-    ("--config.evaluate.policy=stage:nobody", "the stages before it are tokenizer, pretrain"),
+    (
+        "--config.evaluate.policy=stage:nobody",
+        "the stages before it are tokenizer, pretrain",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("override", "said"), IMPOSSIBLE, ids=[o.removeprefix("--config.") for o, _ in IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    IMPOSSIBLE,
+    ids=[o.removeprefix("--config.") for o, _ in IMPOSSIBLE],
+)
 def test_impossible_combinations_stop_a_recipe_before_its_first_stage(
     override, said, conversations, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(recipe, "run_stage", lambda *_: pytest.fail("a stage was started"))
+    monkeypatch.setattr(
+        recipe, "run_stage", lambda *_: pytest.fail("a stage was started")
+    )
     code = 1 if "no model here" in said else 2
-    args = ("run", f"{TINY}:data={conversations}", f"--workdir={tmp_path}/run", override)
+    args = (
+        "run",
+        f"{TINY}:data={conversations}",
+        f"--workdir={tmp_path}/run",
+        override,
+    )
     assert said in refused(capsys, *args, code=code)
     assert not (tmp_path / "run").exists()
 
 
-def test_overrides_reach_the_stage_also_where_the_default_is_none(configs, capsys, monkeypatch):
+def test_overrides_reach_the_stage_also_where_the_default_is_none(
+    configs, capsys, monkeypatch
+):
     seen = {}
-    monkeypatch.setattr(recipe, "run", lambda config, workdir: seen.update(config=config, workdir=workdir))
+    monkeypatch.setattr(
+        recipe,
+        "run",
+        lambda config, workdir: seen.update(config=config, workdir=workdir),
+    )
     monkeypatch.setattr(command_line, "report", lambda fv: None)
     overrides = (
         "--config.sft.init_from=there",  # a str or None
@@ -201,7 +294,12 @@ def test_python_m_rlhfjax_is_the_same_program(tmp_path):
     """A real process: usage on stdout with code 0; a mistake is one line on stderr, no traceback, code 2."""
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     for args, code in ((["--help"], 0), (["train", f"--workdir={tmp_path}"], 2)):
-        done = subprocess.run([sys.executable, "-m", "rlhfjax", *args], capture_output=True, text=True, env=env)
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhfjax", *args],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
         assert done.returncode == code
         if code:
             assert done.stderr == "rlhfjax: --config is required\n" and not done.stdout
@@ -213,5 +311,7 @@ def test_ctrl_c_is_not_a_traceback(capsys, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command_line.COMMANDS, "report", command_line.Command(interrupted))
+    monkeypatch.setitem(
+        command_line.COMMANDS, "report", command_line.Command(interrupted)
+    )
     assert call(capsys, "report", f"--workdir={tmp_path}")[0] == 130

@@ -20,7 +20,10 @@ def test_minus_one_takes_what_is_left():
     assert sizes(make_layout()) == {"data": 4}
     assert sizes(make_layout(MeshConfig(data=1, fsdp=-1))) == {"fsdp": 4}
     assert sizes(make_layout(MeshConfig(fsdp=2))) == {"data": 2, "fsdp": 2}
-    assert sizes(make_layout(MeshConfig(data=1, fsdp=2, tensor=-1))) == {"fsdp": 2, "tensor": 2}
+    assert sizes(make_layout(MeshConfig(data=1, fsdp=2, tensor=-1))) == {
+        "fsdp": 2,
+        "tensor": 2,
+    }
     assert sizes(make_layout(devices=jax.devices()[:1])) == {}
 
 
@@ -32,9 +35,18 @@ def test_minus_one_takes_what_is_left():
         (MeshConfig(data=2), "does not fit the 4 devices"),  # two would stand idle
         (MeshConfig(fsdp=3), "does not fit the 4 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one size is -1"),
-        (MeshConfig(rules={"embed": 0}), "mesh.rules.embed=0: expected a mesh axis, several or None"),
-        (MeshConfig(rules={"embed": ""}), "mesh.rules.embed: unknown mesh axes ['']; known: replica"),
-        (MeshConfig(rules={"bogus": "data"}), "unknown logical axis 'bogus'; known: batch"),
+        (
+            MeshConfig(rules={"embed": 0}),
+            "mesh.rules.embed=0: expected a mesh axis, several or None",
+        ),
+        (
+            MeshConfig(rules={"embed": ""}),
+            "mesh.rules.embed: unknown mesh axes ['']; known: replica",
+        ),
+        (
+            MeshConfig(rules={"bogus": "data"}),
+            "unknown logical axis 'bogus'; known: batch",
+        ),
         (
             MeshConfig(rules={"embed": ("data", "bogus")}),
             "mesh.rules.embed: unknown mesh axes ['bogus']; known: replica",
@@ -52,43 +64,69 @@ def test_rules_lay_names_over_axes():
     assert layout.spec(("embed", "mlp")) == P("fsdp", "tensor")
     assert layout.spec(("heads", None, "embed")) == P("tensor", None, "fsdp")
     assert layout.spec(("layers", "positions")) == P(None, None)
-    assert make_layout(devices=jax.devices()[:1]).spec(("embed", "mlp")) in (P(None, None), P())
+    assert make_layout(devices=jax.devices()[:1]).spec(("embed", "mlp")) in (
+        P(None, None),
+        P(),
+    )
 
 
 def test_an_axis_shards_one_dimension_only_the_first_that_asks():
     """An activation's batch takes fsdp, so that its embed is whole; a parameter's embed is split."""
     layout = make_layout(MeshConfig(data=2, fsdp=2))
-    assert layout.spec(("batch", "time", "embed")) == P(("replica", "data", "fsdp"), None, None)
+    assert layout.spec(("batch", "time", "embed")) == P(
+        ("replica", "data", "fsdp"), None, None
+    )
     assert layout.spec(("embed", "embed")) == P("fsdp", None)
 
 
 def test_rules_can_be_overridden_and_switched_off():
-    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2, rules={"vocab": ("tensor", "fsdp"), "embed": None}))
+    layout = make_layout(
+        MeshConfig(
+            data=1, fsdp=2, tensor=2, rules={"vocab": ("tensor", "fsdp"), "embed": None}
+        )
+    )
     assert layout.spec(("vocab", "embed")) == P(("tensor", "fsdp"), None)
     assert layout.rules["mlp"] == DEFAULT_RULES["mlp"]
 
 
 def test_wrong_names_and_sizes_are_named():
     layout = make_layout(MeshConfig(data=1, fsdp=4))
-    with pytest.raises(ConfigError, match="logical axis 'bogus' is not in the mesh rules: batch"):
+    with pytest.raises(
+        ConfigError, match="logical axis 'bogus' is not in the mesh rules: batch"
+    ):
         layout.spec(("bogus",))
-    with pytest.raises(ConfigError, match=r"axis 'embed' of size 6 is not divisible by the 4 devices of mesh axes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"axis 'embed' of size 6 is not divisible by the 4 devices of mesh axes",
+    ):
         layout.spec(("embed", "mlp"), (6, 8))
-    assert layout.spec(("embed", "mlp"), (8, 6)) == P("fsdp", None)  # tensor has one device: 6 may stay whole
+    assert layout.spec(("embed", "mlp"), (8, 6)) == P(
+        "fsdp", None
+    )  # tensor has one device: 6 may stay whole
 
 
 def test_batches_are_shared_by_the_data_like_axes():
     layout = make_layout(MeshConfig(data=2, fsdp=2))
     assert layout.batch_shards == 4
     layout.check_batch(8)
-    with pytest.raises(ConfigError, match=r"ppo\.batch_size=6 is not divisible by the 4 devices .*replica, data, fsdp"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ppo\.batch_size=6 is not divisible by the 4 devices .*replica, data, fsdp",
+    ):
         layout.check_batch(6, "ppo.batch_size")
     placed = layout.put({"x": np.arange(8.0).reshape(8, 1)})["x"]
-    assert [s.data.ravel().tolist() for s in placed.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [s.data.ravel().tolist() for s in placed.addressable_shards] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
     np.testing.assert_array_equal(placed, np.arange(8.0).reshape(8, 1))
     again = layout.put_rows(placed)
     assert again is placed
-    assert layout.put_rows(np.arange(8.0)).sharding.spec == layout.sharding("batch").spec
+    assert (
+        layout.put_rows(np.arange(8.0)).sharding.spec == layout.sharding("batch").spec
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,17 +135,27 @@ def test_batches_are_shared_by_the_data_like_axes():
         ({"data": 4}, [0], [2, 3]),
         ({"data": 2, "fsdp": 2}, [0], [2, 3]),
         ({"data": 2, "tensor": 2}, [0, 1], [2, 3]),  # two devices with the same rows
-        ({"data": 1, "tensor": 4}, [0, 1, 2, 3], [0, 1, 2, 3]),  # `tensor` spans the hosts: all have all rows
+        (
+            {"data": 1, "tensor": 4},
+            [0, 1, 2, 3],
+            [0, 1, 2, 3],
+        ),  # `tensor` spans the hosts: all have all rows
     ],
 )
-def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(axes, first, last, monkeypatch):
+def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(
+    axes, first, last, monkeypatch
+):
     """A host with the first device, with the last two, and with two that are no neighbours, as on a TPU slice."""
     layout = make_layout(MeshConfig(**axes))
     assert layout.own_parts(8, 4) == (0, 1, 2, 3)
 
     def of_host(devices, parts):
         def held(sharding, shape):
-            return {d: index for d, index in sharding.devices_indices_map(shape).items() if d in devices}
+            return {
+                d: index
+                for d, index in sharding.devices_indices_map(shape).items()
+                if d in devices
+            }
 
         with monkeypatch.context() as patch:
             patch.setattr(NamedSharding, "addressable_devices_indices_map", held)
@@ -159,13 +207,19 @@ def test_replica_alone_lies_across_slices(replica):
     """Two slices of four, named in turn: a replica is in one slice, and every slice has as many."""
     chips = [Chip(i, i % 2) for i in range(8)]
     mesh = make_layout(MeshConfig(replica=replica, data=1, fsdp=-1), chips).mesh
-    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices).reshape(replica, -1)
-    assert slices.tolist() == [[row * 2 // replica] * (8 // replica) for row in range(replica)]
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices).reshape(
+        replica, -1
+    )
+    assert slices.tolist() == [
+        [row * 2 // replica] * (8 // replica) for row in range(replica)
+    ]
     assert {chip.id for chip in mesh.devices.flat} == set(range(8))
 
 
 def test_replica_is_a_multiple_of_the_slices():
-    with pytest.raises(ConfigError, match=r"mesh\.replica=1: the devices are in 2 slices"):
+    with pytest.raises(
+        ConfigError, match=r"mesh\.replica=1: the devices are in 2 slices"
+    ):
         make_layout(MeshConfig(), [Chip(i, i % 2) for i in range(4)])
     one_slice = make_layout(MeshConfig(), [Chip(i, 3) for i in range(4)])
     assert one_slice.mesh.shape["data"] == 4

@@ -51,14 +51,22 @@ def test_pitfall_11_a_value_of_zero_is_written(tmp_path):
 
 
 def test_lines_are_sorted_round_trip_and_are_valid_json(tmp_path):
-    values = {"b": 0.1 + 0.2, "a": float(np.float32(1) / np.float32(3)), "n": math.nan, "i": -math.inf}
+    values = {
+        "b": 0.1 + 0.2,
+        "a": float(np.float32(1) / np.float32(3)),
+        "n": math.nan,
+        "i": -math.inf,
+    }
     with metrics.Writer(tmp_path) as w:
         w.write(7, values)
         w.write(7, {"a/val": 1.0})
         w.write(8, {})
     text = (tmp_path / "metrics.jsonl").read_text()
     first, second = text.splitlines()
-    assert first == '{"step": 7, "a": 0.3333333432674408, "b": 0.30000000000000004, "i": null, "n": null}'
+    assert (
+        first
+        == '{"step": 7, "a": 0.3333333432674408, "b": 0.30000000000000004, "i": null, "n": null}'
+    )
     assert json.loads(first)["b"] == values["b"]
     assert json.loads(second) == {"step": 7, "a/val": 1.0}
 
@@ -83,7 +91,9 @@ def test_timing_stays_out_of_the_metrics(tmp_path):
         w.write(1, {"loss": 1.0})
         w.timing(1, {"tokens_per_second": 123.0})
     assert "tokens_per_second" not in (tmp_path / "metrics.jsonl").read_text()
-    assert metrics.read_jsonl(tmp_path / "timing.jsonl") == [{"step": 1, "tokens_per_second": 123.0}]
+    assert metrics.read_jsonl(tmp_path / "timing.jsonl") == [
+        {"step": 1, "tokens_per_second": 123.0}
+    ]
 
 
 def run(workdir, start, stop, resume_step=None):
@@ -102,13 +112,20 @@ def test_resume_gives_the_bytes_of_an_uninterrupted_run(tmp_path, cut):
     path.write_bytes(path.read_bytes()[: -cut or None])
     run(tmp_path / "cut", 5, 9, resume_step=4)
     assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.jsonl", "tb", "timing.jsonl"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "metrics.jsonl",
+        "tb",
+        "timing.jsonl",
+    ]
 
 
 def test_a_fresh_start_begins_with_empty_files(tmp_path):
     run(tmp_path, 0, 3)
     run(tmp_path, 0, 1)
-    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [0, 0]
+    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [
+        0,
+        0,
+    ]
 
 
 def test_a_secondary_host_writes_nothing(tmp_path):
@@ -133,7 +150,11 @@ def test_tensorboard_has_metrics_and_timings_and_purges_on_resume(tmp_path):
     with metrics.Writer(tmp_path) as w:
         w.write(3, {"sft/loss": 0.5})
         w.timing(3, {"sft/tokens_per_second": 8.0})
-    scalars = {v.tag: (e.step, v.simple_value) for e in events(tmp_path / "tb") for v in e.summary.value}
+    scalars = {
+        v.tag: (e.step, v.simple_value)
+        for e in events(tmp_path / "tb")
+        for v in e.summary.value
+    }
     assert scalars == {"sft/loss": (3, 0.5), "sft/tokens_per_second": (3, 8.0)}
     for path in (tmp_path / "tb").iterdir():
         path.unlink()
@@ -168,7 +189,11 @@ def test_wandb_gets_one_run_per_workdir_and_every_line(tmp_path, monkeypatch):
         with metrics.Writer(tmp_path, resume, wandb={"project": "p"}) as w:
             w.write(2, {"loss": 1.0})
     first, logged, end, second, *_ = Fake.calls
-    assert (first["project"], first["resume"], first["id"]) == ("p", "allow", second["id"])
+    assert (first["project"], first["resume"], first["id"]) == (
+        "p",
+        "allow",
+        second["id"],
+    )
     assert (logged, end) == ((2, {"loss": 1.0}), "finish")
 
 
@@ -182,7 +207,9 @@ class Clock:
 
 def test_progress_prints_plain_lines_at_a_bounded_rate():
     stream, clock = io.StringIO(), Clock()
-    with metrics.Progress(100, "tok", title="sft", stream=stream, interval=10, clock=clock) as p:
+    with metrics.Progress(
+        100, "tok", title="sft", stream=stream, interval=10, clock=clock
+    ) as p:
         for step in range(1, 101):
             clock.now += 1.0
             p.update(step, {"sft/loss": 2.0, "sft/lr": 1e-3}, count=500)
@@ -220,14 +247,19 @@ def test_progress_on_a_terminal_stays_on_one_line():
 
 @pytest.mark.parametrize(
     ("metrics_", "text"),
-    [({"a/loss": 1.0, "a/reward": 0.5}, "reward 0.5"), ({"loss": 1.23456}, "loss 1.235"), ({"lr": 1.0}, "")],
+    [
+        ({"a/loss": 1.0, "a/reward": 0.5}, "reward 0.5"),
+        ({"loss": 1.23456}, "loss 1.235"),
+        ({"lr": 1.0}, ""),
+    ],
 )
 def test_headline_prefers_the_reward(metrics_, text):
     assert metrics.headline(metrics_) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(9.4, "9s"), (185, "3m05s"), (59.6, "1m00s"), (7620, "2h07m"), (math.inf, "-")]
+    ("seconds", "text"),
+    [(9.4, "9s"), (185, "3m05s"), (59.6, "1m00s"), (7620, "2h07m"), (math.inf, "-")],
 )
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text

@@ -50,7 +50,14 @@ SOURCE = {"spec": "text:a", "limit": 0, "columns": {"text": "body"}}
 STAGE = stages.stage_config(
     "pretrain",
     sources=({"spec": "text:b"}, SOURCE),
-    model={"vocab_size": 9, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8, "max_length": 8},
+    model={
+        "vocab_size": 9,
+        "d_model": 8,
+        "n_layers": 1,
+        "n_heads": 2,
+        "d_ff": 8,
+        "max_length": 8,
+    },
     overrides={"dropout": 0.1},
     mesh={"rules": {"vocab": []}},
     length=8,
@@ -78,14 +85,18 @@ ABSENT = [
 
 @pytest.mark.parametrize(("place", "before", "other"), ABSENT)
 @pytest.mark.parametrize("nested", [False, True], ids=["stage", "recipe"])
-def test_an_absent_option_is_its_default_and_no_other_value(nested, place, before, other, tmp_path):
+def test_an_absent_option_is_its_default_and_no_other_value(
+    nested, place, before, other, tmp_path
+):
     config, now, changed = (to_dict(STAGE) for _ in range(3))
     drop(config, place)
     part, name = part_of(changed, place)
     part[name] = other
     shown = place.replace(".1.", "[1].")
     if nested:
-        config, now, changed = ({"stages": ["a"], "a": one} for one in (config, now, changed))
+        config, now, changed = (
+            {"stages": ["a"], "a": one} for one in (config, now, changed)
+        )
         shown = f"a.{shown}"
     workdir = started(tmp_path / "run", config)
     written = (workdir / "config.json").read_bytes()
@@ -120,7 +131,10 @@ GONE = [
     ({"gone": 3}, r"\(gone: 3 -> absent\)"),
     ({"gone": {}}, r"\(gone: {} -> absent\)"),
     ({"gone": None}, r"\(gone: None -> absent\)"),
-    ({"eval_sources": [{"spec": "text:c", "gone": 3}]}, r"eval_sources\[0\].gone: 3 -> absent"),
+    (
+        {"eval_sources": [{"spec": "text:c", "gone": 3}]},
+        r"eval_sources\[0\].gone: 3 -> absent",
+    ),
 ]
 
 
@@ -166,8 +180,12 @@ def test_the_config_of_a_stage_that_there_no_longer_is_is_compared_as_it_is(tmp_
 def test_every_option_with_a_default_is_filled(stage):
     """Against the golden form; there `x?.y` and `x[].y` are options of parts that are not there."""
     options = expansion.default_options(stage)
-    there = {k: v for k, v in options.items() if v != "required" and not {"?", "["} & set(k)}
-    given = {"stage": stage} | ({"judge": {}} if "judge.model" in options else {})  # it is required
+    there = {
+        k: v for k, v in options.items() if v != "required" and not {"?", "["} & set(k)
+    }
+    given = {"stage": stage} | (
+        {"judge": {}} if "judge.model" in options else {}
+    )  # it is required
     assert dict(expansion.flatten(recipe.with_defaults(given))) == there
 
 
@@ -178,7 +196,13 @@ def test_a_half_run_recipe_that_lacks_options_goes_on(tmp_path, monkeypatch):
     """Here an option is also absent from the elements of `sources`, as the config file has them."""
     half_run.unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
-    lacking = ("cross_document", "optim.moments", "checkpoint.minutes", "mesh.strategy", "lora")
+    lacking = (
+        "cross_document",
+        "optim.moments",
+        "checkpoint.minutes",
+        "mesh.strategy",
+        "lora",
+    )
     edit(Path("pretrain/config.json"), *(f"pretrain.{place}" for place in lacking))
     edit(Path("pretrain/01_pretrain/config.json"), *lacking)
     files = [Path("pretrain/config.json"), Path("pretrain/01_pretrain/config.json")]
@@ -186,11 +210,15 @@ def test_a_half_run_recipe_that_lacks_options_goes_on(tmp_path, monkeypatch):
     config = half_run.variants()["pretrain"]
     with config.unlocked():
         config.pretrain.optim.moments = "bfloat16"
-    with pytest.raises(ConfigError, match=r"optim.moments: absent \(float32\) -> bfloat16"):
+    with pytest.raises(
+        ConfigError, match=r"optim.moments: absent \(float32\) -> bfloat16"
+    ):
         recipe.run(config, Path("pretrain"))
     metrics = recipe.run(half_run.variants()["pretrain"], Path("pretrain"))
     expected = json.loads(half_run.ENDS.read_text())["pretrain"]["metrics"]
-    assert metrics["pretrain/val_loss"] == pytest.approx(expected["pretrain/val_loss"], rel=1e-3)
+    assert metrics["pretrain/val_loss"] == pytest.approx(
+        expected["pretrain/val_loss"], rel=1e-3
+    )
     assert [file.read_bytes() for file in files] == written
 
 
@@ -218,7 +246,9 @@ def older(finished, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_finished_recipe_only_answers_and_keeps_its_configs(older, finished, conversations):
+def test_a_finished_recipe_only_answers_and_keeps_its_configs(
+    older, finished, conversations
+):
     config = to_dict(tiny.get_config(f"data={conversations}"))
     files = [older / "config.json", *sorted(older.glob("*/config.json"))]
     written = [file.read_bytes() for file in files]
@@ -231,7 +261,9 @@ def test_a_finished_recipe_only_answers_and_keeps_its_configs(older, finished, c
 
 
 def test_eval_takes_absent_options_at_their_defaults(older, finished):
-    ours, theirs = (recipe.evaluate(None, run / "01_pretrain") for run in (older, finished))
+    ours, theirs = (
+        recipe.evaluate(None, run / "01_pretrain") for run in (older, finished)
+    )
     assert ours == theirs
 
 
@@ -242,10 +274,14 @@ def test_the_report_is_of_the_same_run(older, finished):
         assert [getattr(x, name) for x in ours] == [getattr(x, name) for x in theirs]
 
 
-def test_every_stage_on_a_finished_quickstart_takes_absent_options_at_their_defaults(older, finished, tmp_path):
+def test_every_stage_on_a_finished_quickstart_takes_absent_options_at_their_defaults(
+    older, finished, tmp_path
+):
     file = ROOT / "experiments" / "quickstart" / "stages.py"
     get_config = runpy.run_path(str(file))["get_config"]
-    ours, theirs = (json.dumps(to_dict(get_config(f"run={run}"))) for run in (older, finished))
+    ours, theirs = (
+        json.dumps(to_dict(get_config(f"run={run}"))) for run in (older, finished)
+    )
     assert ours.replace(str(older), str(finished)) == theirs
     large = shutil.ignore_patterns("checkpoints", "model")
     shutil.copytree(older, tmp_path / "run", ignore=large)
@@ -254,10 +290,18 @@ def test_every_stage_on_a_finished_quickstart_takes_absent_options_at_their_defa
 
 
 def test_a_model_is_read_and_talks(older, finished):
-    edit(older / "02_sft/model/config.json", "transformer.remat", "transformer.rope_theta")
-    ours, theirs = (store.load(run / "02_sft", make_layout()) for run in (older, finished))
+    edit(
+        older / "02_sft/model/config.json",
+        "transformer.remat",
+        "transformer.rope_theta",
+    )
+    ours, theirs = (
+        store.load(run / "02_sft", make_layout()) for run in (older, finished)
+    )
     assert ours.model == theirs.model
-    one, other = (Chat(saved, temperature=0.0, max_new=2, seed=0) for saved in (ours, theirs))
+    one, other = (
+        Chat(saved, temperature=0.0, max_new=2, seed=0) for saved in (ours, theirs)
+    )
     assert list(one.answer("hello")) == list(other.answer("hello"))
 
 

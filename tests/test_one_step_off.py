@@ -23,11 +23,15 @@ def test_it_learns_from_the_rollout_before(conversations, finished):
     """With learning rate 0 the policies are all the same: iteration i has the scores that i - 1 would have."""
     still = {"optim": {"learning_rate": 0.0}, "value_optim": {"learning_rate": 0.0}}
     now, _ = run_steps("ppo", ppo(conversations, finished, **still), ONE, steps=3)
-    off, _ = run_steps("ppo", ppo(conversations, finished, one_step_off=True, **still), ONE, steps=4)
+    off, _ = run_steps(
+        "ppo", ppo(conversations, finished, one_step_off=True, **still), ONE, steps=4
+    )
     assert [line["staleness"] for line in off] == [0, 1, 1, 1]
     for before, after in zip(now, off[1:], strict=True):
         for name in ("score", "response_length", "entropy", "value"):
-            np.testing.assert_allclose(after[name], before[name], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                after[name], before[name], rtol=1e-5, err_msg=name
+            )
     assert len({line["score"] for line in now}) == 3
 
 
@@ -36,15 +40,21 @@ def test_the_ratio_is_to_the_policy_that_sampled(conversations, finished):
     """On its own rollout a policy's first ratios are 1; on one of the iteration before they are not."""
     fast = {"optim": {"learning_rate": 1e-2, "schedule": "constant"}}
     now, _ = run_steps("ppo", ppo(conversations, finished, **fast), ONE, steps=3)
-    off, _ = run_steps("ppo", ppo(conversations, finished, one_step_off=True, **fast), ONE, steps=3)
+    off, _ = run_steps(
+        "ppo", ppo(conversations, finished, one_step_off=True, **fast), ONE, steps=3
+    )
     assert all(abs(line["first_ratio_max"] - 1) < 1e-4 for line in (*now, off[0]))
     assert all(line["first_ratio_max"] > 1.01 for line in off[1:])
 
 
 @pytest.mark.slow
-def test_the_rollout_is_saved_with_the_state(conversations, finished, tmp_path, monkeypatch):
+def test_the_rollout_is_saved_with_the_state(
+    conversations, finished, tmp_path, monkeypatch
+):
     """A run that crashed goes on to the same bits, over two devices."""
-    config = ppo(conversations, finished, steps=4, one_step_off=True, mesh={"devices": "0:2"})
+    config = ppo(
+        conversations, finished, steps=4, one_step_off=True, mesh={"devices": "0:2"}
+    )
     recipe.run_stage(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt(patch, "ppo", 3, "exception")
@@ -55,12 +65,33 @@ def test_the_rollout_is_saved_with_the_state(conversations, finished, tmp_path, 
 
 
 def test_what_has_no_ratio_is_refused(conversations, finished):
-    forward = recipe.check(ppo(conversations, finished, one_step_off=True, behaviour_logprobs="forward"), "ppo")
-    with pytest.raises(ConfigError, match=r"ppo.one_step_off: pi_old is the policy that sampled, an iteration ago"):
+    forward = recipe.check(
+        ppo(conversations, finished, one_step_off=True, behaviour_logprobs="forward"),
+        "ppo",
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"ppo.one_step_off: pi_old is the policy that sampled, an iteration ago",
+    ):
         stages.find("ppo").validate(forward, ONE, None)
     common = ppo(conversations, finished)
-    kept = ("init_from", "reward", "prompts", "eval_prompts", "prompt_length", "max_new", "temperature", "steps")
-    values = {name: common[name] for name in kept} | {"batch_size": 4, "estimator": "rloo", "one_step_off": True}
+    kept = (
+        "init_from",
+        "reward",
+        "prompts",
+        "eval_prompts",
+        "prompt_length",
+        "max_new",
+        "temperature",
+        "steps",
+    )
+    values = {name: common[name] for name in kept} | {
+        "batch_size": 4,
+        "estimator": "rloo",
+        "one_step_off": True,
+    }
     group = recipe.check(stages.stage_config("group", **values).to_dict(), "group")
-    with pytest.raises(ConfigError, match=r"group.one_step_off: rloo has no ratio to correct for it"):
+    with pytest.raises(
+        ConfigError, match=r"group.one_step_off: rloo has no ratio to correct for it"
+    ):
         stages.find("group").validate(group, ONE, None)

@@ -16,9 +16,13 @@ def test_the_analytic_optimum_is_one():
     assert best.objective == pytest.approx(optimum.BETA * log_z, abs=1e-9)
     assert best.divergence == pytest.approx(0, abs=1e-9)
     for beta in (0.2, 0.35, 0.45, 2.0):
-        other = optimum.measure(optimum.optimum(reference, rewards, beta), reference, rewards)
+        other = optimum.measure(
+            optimum.optimum(reference, rewards, beta), reference, rewards
+        )
         assert other.objective < best.objective
-        assert other.objective == pytest.approx(best.objective - optimum.BETA * other.divergence, abs=1e-9)
+        assert other.objective == pytest.approx(
+            best.objective - optimum.BETA * other.divergence, abs=1e-9
+        )
 
 
 def test_the_responses_are_all_there_are():
@@ -47,7 +51,9 @@ def reaching():
     """Every algorithm that climbs to the optimum, with the mark of its tier."""
     for name in optimum.algorithms(1):
         if name not in (*ELSEWHERE, *NORMALISED):
-            yield pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+            yield pytest.param(
+                name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly
+            )
 
 
 @pytest.mark.usefixtures("optimised")
@@ -69,7 +75,9 @@ def mean_advantages(logprobs, reference, rewards, k=8, groups=100_000):
     A = (r - mean r) / (std r + 1e-4) - beta (log pi/rho - its mean); a policy stays where it is 0.
     """
     rng, found = np.random.default_rng(0), []
-    for logp, ref, r in zip(*(np.float64(x) for x in (logprobs, reference, rewards)), strict=True):
+    for logp, ref, r in zip(
+        *(np.float64(x) for x in (logprobs, reference, rewards)), strict=True
+    ):
         p = np.exp(logp) / np.exp(logp).sum()
         drawn = rng.choice(len(p), size=(groups, k), p=p)
         score, nats = r[drawn], (logp - ref)[drawn]
@@ -86,13 +94,19 @@ def mean_advantages(logprobs, reference, rewards, k=8, groups=100_000):
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(NORMALISED[0], marks=pytest.mark.slow), pytest.param(NORMALISED[1], marks=pytest.mark.nightly)],
+    [
+        pytest.param(NORMALISED[0], marks=pytest.mark.slow),
+        pytest.param(NORMALISED[1], marks=pytest.mark.nightly),
+    ],
 )
 def test_a_standardised_score_and_a_kl_that_is_not_reach_their_own_optimum(name):
     """Where they end no response has an advantage on average; at the start and at pi* many have."""
     logprobs, reference, rewards = optimum.last(optimum.algorithms(400)[name])
     assert min(mean_advantages(reference, reference, rewards)) > 0.8
-    assert min(mean_advantages(optimum.optimum(reference, rewards), reference, rewards)) > 0.4
+    assert (
+        min(mean_advantages(optimum.optimum(reference, rewards), reference, rewards))
+        > 0.4
+    )
     assert max(mean_advantages(logprobs, reference, rewards)) < 0.15
 
 
@@ -108,7 +122,11 @@ def test_goes_elsewhere(name):
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
-    "target", [pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.5, marks=pytest.mark.nightly)]
+    "target",
+    [
+        pytest.param(0.5, marks=pytest.mark.slow),
+        pytest.param(1.5, marks=pytest.mark.nightly),
+    ],
 )
 def test_the_adaptive_coefficient_reaches_its_target(target):
     """Ziegler et al. 2019, section 2.2; over the last quarter of 400 iterations."""

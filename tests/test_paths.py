@@ -18,7 +18,11 @@ from tests import gcs
 @pytest.fixture(params=["disk", "bucket"])
 def root(request, tmp_path):
     """A folder that is empty, of both kinds."""
-    return tmp_path / "root" if request.param == "disk" else request.getfixturevalue("bucket")
+    return (
+        tmp_path / "root"
+        if request.param == "disk"
+        else request.getfixturevalue("bucket")
+    )
 
 
 def fill(folder, *names: str) -> None:
@@ -31,26 +35,44 @@ def fill(folder, *names: str) -> None:
 
 
 def test_a_local_name_is_a_plain_path_and_a_buckets_is_not(cloud):
-    assert type(paths.path("a/b")) is type(paths.path(pathlib.Path("a/b"))) is type(pathlib.Path())
+    assert (
+        type(paths.path("a/b"))
+        is type(paths.path(pathlib.Path("a/b")))
+        is type(pathlib.Path())
+    )
     there = paths.path("gs://bucket/a//b/")
-    assert isinstance(there, epath.Path) and str(there) == "gs://bucket/a/b" == str(paths.path(there))
+    assert isinstance(there, epath.Path) and str(there) == "gs://bucket/a/b" == str(
+        paths.path(there)
+    )
     assert isinstance(there, paths.Path) and isinstance(pathlib.Path("a"), paths.Path)
-    assert paths.remote(there) and not paths.remote("a/b") and not paths.remote("hf:gs://bucket/a")
+    assert (
+        paths.remote(there)
+        and not paths.remote("a/b")
+        and not paths.remote("hf:gs://bucket/a")
+    )
 
 
 def test_a_store_that_we_do_not_know_is_one_line():
-    with pytest.raises(ConfigError, match=r"^s3://bucket/x: accepted are paths of this machine and gs://"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^s3://bucket/x: accepted are paths of this machine and gs://",
+    ):
         paths.path("s3://bucket/x")
 
 
 def test_without_gcsfs_a_bucket_is_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"^gs://bucket/x: gcsfs is not installed; pip install 'rlhfjax\[gcs\]'$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^gs://bucket/x: gcsfs is not installed; pip install 'rlhfjax\[gcs\]'$",
+    ):
         paths.path("gs://bucket/x")
     assert paths.path("x") == pathlib.Path("x")
 
 
-def test_absolute_follows_links_on_a_disk_and_leaves_a_buckets_name(tmp_path, monkeypatch, cloud):
+def test_absolute_follows_links_on_a_disk_and_leaves_a_buckets_name(
+    tmp_path, monkeypatch, cloud
+):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path)
@@ -59,20 +81,36 @@ def test_absolute_follows_links_on_a_disk_and_leaves_a_buckets_name(tmp_path, mo
 
 
 def test_what_is_kept_relative_to_a_folder_is_found_again_after_both_have_moved(root):
-    fill(root, "run/03_reward/x", "run/04_compose/reward.json", "moved/03_reward/x", "moved/04_compose/reward.json")
+    fill(
+        root,
+        "run/03_reward/x",
+        "run/04_compose/reward.json",
+        "moved/03_reward/x",
+        "moved/04_compose/reward.json",
+    )
     kept = paths.relative(str(root / "run" / "03_reward"), root / "run" / "04_compose")
     assert kept == "../03_reward"
     assert paths.within(root / "moved" / "04_compose", kept).exists()
     if paths.remote(root):
-        assert str(paths.within(root / "moved" / "04_compose", kept)) == str(root / "moved" / "03_reward")
+        assert str(paths.within(root / "moved" / "04_compose", kept)) == str(
+            root / "moved" / "03_reward"
+        )
 
 
 def test_names_that_cannot_be_relative_stay_as_they_are(tmp_path, bucket):
     fill(bucket, "a/x")
-    assert paths.relative("gold:sentiment", bucket) == "gold:sentiment" == paths.relative("gold:sentiment", tmp_path)
+    assert (
+        paths.relative("gold:sentiment", bucket)
+        == "gold:sentiment"
+        == paths.relative("gold:sentiment", tmp_path)
+    )
     assert paths.relative(str(tmp_path), bucket) == str(tmp_path)
     assert paths.relative(str(bucket / "a"), tmp_path) == str(bucket / "a")
-    assert paths.within(bucket, str(tmp_path)) == tmp_path == paths.within(tmp_path / "a", str(tmp_path))
+    assert (
+        paths.within(bucket, str(tmp_path))
+        == tmp_path
+        == paths.within(tmp_path / "a", str(tmp_path))
+    )
     assert paths.within(tmp_path, str(bucket / "a")) == bucket / "a"
 
 
@@ -83,17 +121,31 @@ def test_children_are_one_level_and_files_all(root):
     assert paths.children(root) == paths.files(root) == []
     fill(root, "b", "a/x", "a/c/y", "a/c/z")
     assert [one.name for one in paths.children(root)] == ["a", "b"]
-    assert [str(one.relative_to(root)) for one in paths.files(root)] == ["a/c/y", "a/c/z", "a/x", "b"]
-    assert all(isinstance(one, type(root)) for one in [*paths.children(root), *paths.files(root)])
+    assert [str(one.relative_to(root)) for one in paths.files(root)] == [
+        "a/c/y",
+        "a/c/z",
+        "a/x",
+        "b",
+    ]
+    assert all(
+        isinstance(one, type(root))
+        for one in [*paths.children(root), *paths.files(root)]
+    )
 
 
 def test_a_file_that_another_program_wrote_is_seen(bucket, cloud):
     """gcsfs would remember that there was none."""
     fill(bucket, "b")
-    assert not (bucket / "a").exists() and [one.name for one in paths.children(bucket)] == ["b"]
+    assert not (bucket / "a").exists() and [
+        one.name for one in paths.children(bucket)
+    ] == ["b"]
     upload = f"{cloud}/upload/storage/v1/b/{gcs.BUCKET}/o?uploadType=media&name={bucket.name}/a"
-    urllib.request.urlopen(urllib.request.Request(upload, b"there", method="POST")).close()
-    assert (bucket / "a").read_text() == "there" and [one.name for one in paths.children(bucket)] == ["a", "b"]
+    urllib.request.urlopen(
+        urllib.request.Request(upload, b"there", method="POST")
+    ).close()
+    assert (bucket / "a").read_text() == "there" and [
+        one.name for one in paths.children(bucket)
+    ] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +161,9 @@ def test_a_file_that_another_program_wrote_is_seen(bucket, cloud):
 )
 def test_glob_finds_files_in_order(root, pattern, found):
     fill(root, "b.jsonl", "a.jsonl", "a.txt", "c/d.jsonl", "c/e/f.jsonl")
-    assert [str(one.relative_to(root)) for one in paths.glob(f"{root}/{pattern}")] == found
+    assert [
+        str(one.relative_to(root)) for one in paths.glob(f"{root}/{pattern}")
+    ] == found
 
 
 def test_glob_knows_the_home_folder(tmp_path, monkeypatch):
@@ -138,7 +192,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         paths.write(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "old" and [
+        one.name for one in tmp_path.iterdir()
+    ] == ["x"]
 
 
 def test_a_bucket_that_is_not_there_is_one_line(cloud):
@@ -152,7 +208,11 @@ def test_replacing_puts_a_folder_in_the_place_of_another(root):
         assert isinstance(new, pathlib.Path) and list(new.iterdir()) == []
         fill(new, "marker", "new/y", "both")
         assert (root / "f" / "old" / "x").exists()  # until the end
-    assert [str(one.relative_to(root / "f")) for one in paths.files(root / "f")] == ["both", "marker", "new/y"]
+    assert [str(one.relative_to(root / "f")) for one in paths.files(root / "f")] == [
+        "both",
+        "marker",
+        "new/y",
+    ]
     assert [one.name for one in paths.children(root)] == ["f"]
 
 
@@ -164,7 +224,9 @@ def test_replacing_leaves_the_older_folder_where_the_newer_fails(root):
     assert [str(one.relative_to(root)) for one in paths.files(root)] == ["f/marker"]
 
 
-def test_replacing_in_a_bucket_removes_the_marker_first_and_writes_it_last(bucket, monkeypatch):
+def test_replacing_in_a_bucket_removes_the_marker_first_and_writes_it_last(
+    bucket, monkeypatch
+):
     """So that a folder that has it is whole, whenever the process is killed: looked at after every request."""
     fill(bucket / "f", "marker", "a", "b")
     kind = type(paths._store())
@@ -173,15 +235,28 @@ def test_replacing_in_a_bucket_removes_the_marker_first_and_writes_it_last(bucke
     async def watched(self, method, *args, **kwargs):
         answer = await request(self, method, *args, **kwargs)
         if method in ("POST", "DELETE"):
-            listed = await request(self, "GET", "b/{}/o", gcs.BUCKET, prefix=f"{bucket.name}/f/", json_out=True)
-            seen.append({one["name"].rpartition("/")[2] for one in listed.get("items", [])})
+            listed = await request(
+                self,
+                "GET",
+                "b/{}/o",
+                gcs.BUCKET,
+                prefix=f"{bucket.name}/f/",
+                json_out=True,
+            )
+            seen.append(
+                {one["name"].rpartition("/")[2] for one in listed.get("items", [])}
+            )
         return answer
 
     monkeypatch.setattr(kind, "_call", watched)
     with paths.replacing(bucket / "f", "marker") as new:
         fill(new, "marker", "c", "d")
     monkeypatch.undo()
-    assert seen[0] == {"a", "b"} and {"c", "d"} in seen and seen[-1] == {"c", "d", "marker"}
+    assert (
+        seen[0] == {"a", "b"}
+        and {"c", "d"} in seen
+        and seen[-1] == {"c", "d", "marker"}
+    )
     assert [there for there in seen if "marker" in there] == [seen[-1]]
 
 
@@ -197,7 +272,9 @@ with paths.replacing(pathlib.Path({str(tmp_path / "f")!r}), "marker") as new:
     assert len(list(tmp_path.glob(".f.tmp-*"))) == 1 and not (tmp_path / "f").exists()
     with paths.replacing(tmp_path / "f", "marker") as new:
         (new / "marker").write_text("y")
-    assert [one.name for one in tmp_path.iterdir()] == ["f"] and (tmp_path / "f" / "marker").read_text() == "y"
+    assert [one.name for one in tmp_path.iterdir()] == ["f"] and (
+        tmp_path / "f" / "marker"
+    ).read_text() == "y"
 
 
 def test_remove_takes_everything_and_does_not_mind_nothing(root):
@@ -210,7 +287,11 @@ def test_remove_takes_everything_and_does_not_mind_nothing(root):
 def test_move_gives_a_folder_another_name(root):
     fill(root, "f/a", "f/b/c", "g")
     paths.move(root / "f", root / "h" / "i")
-    assert [str(one.relative_to(root)) for one in paths.files(root)] == ["g", "h/i/a", "h/i/b/c"]
+    assert [str(one.relative_to(root)) for one in paths.files(root)] == [
+        "g",
+        "h/i/a",
+        "h/i/b/c",
+    ]
     assert (root / "h" / "i" / "b" / "c").read_text() == "f/b/c"
 
 
@@ -225,10 +306,19 @@ def test_local_downloads_files_and_folders_once_and_anew_when_they_change(bucket
     fill(bucket, "f/a", "f/b/c", "g")
     one, folder = paths.local(bucket / "f" / "a"), paths.local(bucket / "f")
     assert (one.name, one.read_text()) == ("a", "f/a")
-    assert [str(file.relative_to(folder)) for file in paths.files(folder)] == ["a", "b/c"]
-    assert paths.local(bucket / "f" / "a") == one and paths.local(bucket / "f") == folder
+    assert [str(file.relative_to(folder)) for file in paths.files(folder)] == [
+        "a",
+        "b/c",
+    ]
+    assert (
+        paths.local(bucket / "f" / "a") == one and paths.local(bucket / "f") == folder
+    )
     paths.write(bucket / "f" / "a", "changed")
-    assert paths.local(bucket / "f" / "a").read_text() == (paths.local(bucket / "f") / "a").read_text() == "changed"
+    assert (
+        paths.local(bucket / "f" / "a").read_text()
+        == (paths.local(bucket / "f") / "a").read_text()
+        == "changed"
+    )
     assert one.read_text() == "f/a"  # who has it open keeps it
     with pytest.raises(FileNotFoundError, match="nowhere"):
         paths.local(bucket / "nowhere")
@@ -239,7 +329,13 @@ def test_downloads_go_with_the_process(bucket, tmp_path):
     fill(bucket, "x")
     code = f"from rlhfjax import paths; print(paths.local(paths.path('{bucket}/x')).read_text())"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert said.stdout == "x\n" and list(tmp_path.iterdir()) == []
 
 
@@ -250,10 +346,14 @@ def test_a_mirror_of_a_folder_on_a_disk_is_the_folder(tmp_path):
     mirror.close()
 
 
-def test_a_mirror_of_a_bucket_goes_on_with_its_files_and_brings_back_what_has_changed(bucket, monkeypatch):
+def test_a_mirror_of_a_bucket_goes_on_with_its_files_and_brings_back_what_has_changed(
+    bucket, monkeypatch
+):
     fill(bucket, "x", "y")
     mirror = paths.Mirror(bucket, ["x", "b/log", "nowhere"])
-    assert [str(one.relative_to(mirror.folder)) for one in paths.files(mirror.folder)] == ["x"]
+    assert [
+        str(one.relative_to(mirror.folder)) for one in paths.files(mirror.folder)
+    ] == ["x"]
     with (mirror.folder / "x").open("a") as file:
         file.write(" and more")
     (mirror.folder / "b").mkdir()
@@ -261,12 +361,22 @@ def test_a_mirror_of_a_bucket_goes_on_with_its_files_and_brings_back_what_has_ch
     (mirror.folder / "b" / "latest").symlink_to("log")
     assert (bucket / "x").read_text() == "x"
     mirror.sync()
-    assert [str(one.relative_to(bucket)) for one in paths.files(bucket)] == ["b/log", "x", "y"]
-    assert (bucket / "x").read_text() == "x and more" and (bucket / "b" / "log").read_text() == "line\n"
+    assert [str(one.relative_to(bucket)) for one in paths.files(bucket)] == [
+        "b/log",
+        "x",
+        "y",
+    ]
+    assert (bucket / "x").read_text() == "x and more" and (
+        bucket / "b" / "log"
+    ).read_text() == "line\n"
 
     written = []
     whole = paths.write
-    monkeypatch.setattr(paths, "write", lambda path, content: written.append(path.name) or whole(path, content))
+    monkeypatch.setattr(
+        paths,
+        "write",
+        lambda path, content: written.append(path.name) or whole(path, content),
+    )
     mirror.sync()
     assert written == []
     (mirror.folder / "b" / "log").write_text("line\nanother\n")
@@ -277,7 +387,11 @@ def test_a_mirror_of_a_bucket_goes_on_with_its_files_and_brings_back_what_has_ch
     assert written == ["log"]
     (mirror.folder / "last").write_text("")
     mirror.close()
-    assert written == ["log", "last"] and (bucket / "last").exists() and not mirror.folder.exists()
+    assert (
+        written == ["log", "last"]
+        and (bucket / "last").exists()
+        and not mirror.folder.exists()
+    )
 
 
 # ------------------------------------------------------------------ locks and refusals
@@ -285,7 +399,9 @@ def test_a_mirror_of_a_bucket_goes_on_with_its_files_and_brings_back_what_has_ch
 
 def test_a_lock_is_where_it_is_named_or_on_this_machine(tmp_path, cloud):
     assert paths.lock_file(tmp_path / "x.lock") == tmp_path / "x.lock"
-    a, b = (paths.lock_file(paths.path(f"gs://bucket/{name}/sweep.lock")) for name in "ab")
+    a, b = (
+        paths.lock_file(paths.path(f"gs://bucket/{name}/sweep.lock")) for name in "ab"
+    )
     assert a != b and a == paths.lock_file(paths.path("gs://bucket/a/sweep.lock"))
     assert isinstance(a, pathlib.Path) and a.parent.is_dir()
 
@@ -294,6 +410,11 @@ def test_what_the_cloud_refuses_is_one_line_whatever_it_is_wrapped_in():
     from gcsfs.retry import HttpError
 
     wrapped = RuntimeError("save failed")
-    wrapped.__cause__ = HttpError({"code": 403, "message": "nobody has no storage.objects.get\nmore"})
-    assert paths.refusal(wrapped) == "Google Cloud Storage: HttpError: nobody has no storage.objects.get"
+    wrapped.__cause__ = HttpError(
+        {"code": 403, "message": "nobody has no storage.objects.get\nmore"}
+    )
+    assert (
+        paths.refusal(wrapped)
+        == "Google Cloud Storage: HttpError: nobody has no storage.objects.get"
+    )
     assert paths.refusal(ValueError("ours")) == ""

@@ -24,8 +24,12 @@ def assert_same(one, other):
     (metrics_one, params_one), (metrics_other, params_other) = one, other
     for a, b in zip(metrics_one, metrics_other, strict=True):
         for metric in a:
-            np.testing.assert_allclose(b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric)
-    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_other), strict=True):
+            np.testing.assert_allclose(
+                b[metric], a[metric], rtol=2e-3, atol=2e-4, err_msg=metric
+            )
+    for a, b in zip(
+        jax.tree.leaves(params_one), jax.tree.leaves(params_other), strict=True
+    ):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
 
 
@@ -36,7 +40,9 @@ def alone(conversations, finished):
 
 
 @pytest.mark.slow
-def test_ppo_with_rollouts_on_another_mesh_is_ppo(alone, conversations, finished, monkeypatch):
+def test_ppo_with_rollouts_on_another_mesh_is_ppo(
+    alone, conversations, finished, monkeypatch
+):
     """Trained by FSDP over four devices, sampled with heads over two and rows over two: as on one device."""
     laid = []
     sampled = rollout.sampled
@@ -48,7 +54,12 @@ def test_ppo_with_rollouts_on_another_mesh_is_ppo(alone, conversations, finished
 
     monkeypatch.setattr(rollout, "sampled", spy)
     values = stage_values("ppo", conversations, finished, rollout_mesh=THERE)
-    assert_same(alone, run_steps("ppo", values, make_layout(MeshConfig(data=1, fsdp=4), jax.devices()[:4])))
+    assert_same(
+        alone,
+        run_steps(
+            "ppo", values, make_layout(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+        ),
+    )
     assert set(laid) == {("P(None, 'tensor', None)", "P(('replica', 'data', 'fsdp'),)")}
 
 
@@ -57,12 +68,21 @@ def devices_of(tree):
 
 
 @pytest.mark.nightly
-def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(alone, conversations, finished, monkeypatch):
+def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(
+    alone, conversations, finished, monkeypatch
+):
     """Policy and value function on devices 0 and 1, reward and reference on 2 and 3; the held-out numbers, too."""
     seen = []
     loaded = ppo.open_task
-    monkeypatch.setattr(ppo, "open_task", lambda *args: seen.append(loaded(*args)) or seen[-1])
-    apart = stage_values("ppo", conversations, finished, judge_mesh={"devices": "2:4", "data": 1, "fsdp": 2})
+    monkeypatch.setattr(
+        ppo, "open_task", lambda *args: seen.append(loaded(*args)) or seen[-1]
+    )
+    apart = stage_values(
+        "ppo",
+        conversations,
+        finished,
+        judge_mesh={"devices": "2:4", "data": 1, "fsdp": 2},
+    )
     two = make_layout(MeshConfig(devices="0:2", data=1, fsdp=2))
     assert_same(alone, run_steps("ppo", apart, two))
     (task,) = seen
@@ -74,33 +94,61 @@ def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(alone,
         config = recipe.check(values, "ppo")
         with layout.use():
             stage = stages.find("ppo").build(config, layout)
-            first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, layout))
-            assert devices_of(first.params) == {device.id for device in layout.mesh.devices.flat}
+            first = stage.start(
+                state.create_sharded(stage.init, jax.random.key(0), stage.axes, layout)
+            )
+            assert devices_of(first.params) == {
+                device.id for device in layout.mesh.devices.flat
+            }
             return finalize(hosts.whole(stage.evals(first)))
 
-    one, other = held_out(stage_values("ppo", conversations, finished), ONE), held_out(apart, two)
+    one, other = (
+        held_out(stage_values("ppo", conversations, finished), ONE),
+        held_out(apart, two),
+    )
     assert one.keys() == other.keys()
     for name in one:
-        np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            other[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name
+        )
 
 
 def test_a_mesh_of_some_devices():
-    assert [d.id for d in make_layout(MeshConfig(devices="1:3")).mesh.devices.flat] == [1, 2]
+    assert [d.id for d in make_layout(MeshConfig(devices="1:3")).mesh.devices.flat] == [
+        1,
+        2,
+    ]
     assert make_layout(MeshConfig(devices="3:")).mesh.size == len(jax.devices()) - 3
     for wrong in ("4", "a:b", "2:2", f"{len(jax.devices())}:"):
-        with pytest.raises(ConfigError, match=f"mesh.devices='{wrong}': FIRST:END of the {len(jax.devices())} devices"):
+        with pytest.raises(
+            ConfigError,
+            match=f"mesh.devices='{wrong}': FIRST:END of the {len(jax.devices())} devices",
+        ):
             make_layout(MeshConfig(devices=wrong))
 
 
 def test_what_cannot_be_meant_is_one_line(conversations, finished):
     for other in ("rollout_mesh", "judge_mesh"):
-        lora = stage_values("ppo", conversations, finished, lora={"rank": 2}, **{other: {}})
-        with pytest.raises(ConfigError, match=f"ppo.{other}: with adapters all share one base, on one mesh"):
+        lora = stage_values(
+            "ppo", conversations, finished, lora={"rank": 2}, **{other: {}}
+        )
+        with pytest.raises(
+            ConfigError,
+            match=f"ppo.{other}: with adapters all share one base, on one mesh",
+        ):
             validate_policy(recipe.check(lora, "ppo"), ONE, None)
     three = make_layout(MeshConfig(), jax.devices()[:3])
-    wide = recipe.check(stage_values("ppo", conversations, finished, rollout_mesh={"data": 3}), "ppo")
-    with pytest.raises(ConfigError, match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices"):
+    wide = recipe.check(
+        stage_values("ppo", conversations, finished, rollout_mesh={"data": 3}), "ppo"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices",
+    ):
         rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.Tokens(2, 0))
     values = stage_values("ppo", conversations, finished, judge_mesh={"devices": "0:3"})
-    with pytest.raises(ConfigError, match=r"ppo: the responses of an iteration, over judge_mesh,=\d+ is not divisible"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ppo: the responses of an iteration, over judge_mesh,=\d+ is not divisible",
+    ):
         ppo.build(recipe.check(values, "ppo"), make_layout(MeshConfig(devices="0:1")))

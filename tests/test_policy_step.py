@@ -43,7 +43,10 @@ def configured(request, conversations, finished):
 
 def test_a_reference_may_be_another_model_than_the_policy(configured, finished):
     _, _, task = configured
-    for params, name in ((task.reference, "01_pretrain"), (task.policy.read(), "02_sft")):
+    for params, name in (
+        (task.reference, "01_pretrain"),
+        (task.policy.read(), "02_sft"),
+    ):
         expected = store.load(finished / name, ONE).params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -117,7 +120,10 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     monkeypatch.setattr(module, "truncated", told.truncated)
     step = module.build(config, ONE).step
     assert made["sampler"] == (config, ONE, policy.model, task.tokens)
-    assert made["programs"][:2] == (config, policy.model) and made["programs"][-1] is task.tokens
+    assert (
+        made["programs"][:2] == (config, policy.model)
+        and made["programs"][-1] is task.tokens
+    )
 
     frozen, trained = {"policy": {"frozen": 1}}, {"policy": {"w": 5}}
     whole = {"policy": {"frozen": 1, "w": 5}}
@@ -125,11 +131,22 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
         frozen["value"] = {}
         trained["value"] = whole["value"] = {"v": 6}
     state = states.TrainState(jnp.int32(2), trained, None, {"kl_coefficient": 0.1})
-    batch = {name: jnp.zeros(1) for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")}
+    batch = {
+        name: jnp.zeros(1)
+        for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")
+    }
     state, metrics = step(state, batch, KEY)
     names = [name for name, _ in told.calls]
     # what needs no score is asked for before the rewards, which may be made on the host
-    assert names == ["sample", "truncated", "forward", "reward", "human", "make_experience", "update"]
+    assert names == [
+        "sample",
+        "truncated",
+        "forward",
+        "reward",
+        "human",
+        "make_experience",
+        "update",
+    ]
     given = dict(told.calls)
     params, prompts, segments, key = given["sample"]
     assert params == whole["policy"]
@@ -140,11 +157,20 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     for asked in (given["reward"], given["human"]):
         expected = (SEEN.tokens, SEEN.segments, SEEN.mask)
         assert all(a is b for a, b in zip(asked, expected, strict=True))
-    assert given["make_experience"][1] is told.known and given["make_experience"][2] is ROLLOUT
+    assert (
+        given["make_experience"][1] is told.known
+        and given["make_experience"][2] is ROLLOUT
+    )
     np.testing.assert_allclose(given["make_experience"][3], [1 + 4 / 32, 2 - 4 / 32])
     experience, text, prepared, update_key, parts = given["update"][1:]
     assert (experience, prepared) == ("experience", {"prepared": (1.0, 1.0)})
     assert text.keys() == {"tokens", "mask"} and text["mask"] is batch["ptx/mask"]
     assert parts == frozen and int(state.step) == 3
     assert not np.array_equal(jax.random.key_data(update_key), jax.random.key_data(KEY))
-    assert {"prepared", "updated", "human", "human_weight", "prompts_cut"} <= metrics.keys()
+    assert {
+        "prepared",
+        "updated",
+        "human",
+        "human_weight",
+        "prompts_cut",
+    } <= metrics.keys()

@@ -36,7 +36,12 @@ def configs() -> dict[str, type]:
         if f"{cls.__module__}.{cls.__name__}" not in found:
             found[f"{cls.__module__}.{cls.__name__}"] = cls
             hints = typing.get_type_hints(cls, include_extras=True).values()
-            left += [arm for hint in hints for arm in arms(hint) if dataclasses.is_dataclass(arm)]
+            left += [
+                arm
+                for hint in hints
+                for arm in arms(hint)
+                if dataclasses.is_dataclass(arm)
+            ]
     return found
 
 
@@ -52,8 +57,13 @@ def numbers(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def test_every_config_is_found():
-    names = {"rl.config.PolicyConfig", "config.TrainConfig"}  # only ever a part of others
-    assert len(CONFIGS) == 40 and not {f"rlhfjax.{name}" for name in names} & set(CONFIGS)
+    names = {
+        "rl.config.PolicyConfig",
+        "config.TrainConfig",
+    }  # only ever a part of others
+    assert len(CONFIGS) == 40 and not {f"rlhfjax.{name}" for name in names} & set(
+        CONFIGS
+    )
     for name in (
         "mesh.MeshConfig",
         "models.config.TransformerConfig",
@@ -67,10 +77,14 @@ def test_every_config_is_found():
 def test_every_number_has_a_range(cls):
     """With both ends: the smallest and the largest value that are meant."""
     for name, hint in numbers(cls):
-        ranges = [part for part in typing.get_args(hint)[1:] if isinstance(part, Interval)]
+        ranges = [
+            part for part in typing.get_args(hint)[1:] if isinstance(part, Interval)
+        ]
         assert len(ranges) == 1, f"{cls.__name__}.{name} has no range"
         low, high = ((ranges[0].ge, ranges[0].gt), (ranges[0].le, ranges[0].lt))
-        assert low != (None, None) and high != (None, None), f"{cls.__name__}.{name} is not bounded on both sides"
+        assert low != (None, None) and high != (None, None), (
+            f"{cls.__name__}.{name} is not bounded on both sides"
+        )
 
 
 def test_a_number_without_a_range_is_found():
@@ -94,7 +108,9 @@ def test_a_number_without_a_range_is_found():
 def test_defaults_are_in_their_ranges(cls):
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in {name for name, _ in numbers(cls)}:
-        default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+        default = next(
+            field.default for field in dataclasses.fields(cls) if field.name == name
+        )
         if default is not dataclasses.MISSING:
             assert TypeAdapter(hints[name]).validate_python(default) == default, name
 
@@ -103,8 +119,14 @@ def refused(stage: str, **values: Any) -> str:
     """Returns what `build` says of a stage's config with these values, all else being as it must."""
     cls = stages.config_class(stage)
     hints = typing.get_type_hints(cls)
-    required = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory]
-    needed = {name: NEEDED[hints[name]] for name in required} | ALSO_NEEDED.get(stage, {})
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory
+    ]
+    needed = {name: NEEDED[hints[name]] for name in required} | ALSO_NEEDED.get(
+        stage, {}
+    )
     build(cls, needed, stage)
     with pytest.raises(ConfigError) as caught:
         build(cls, needed | values, stage)
@@ -112,8 +134,19 @@ def refused(stage: str, **values: Any) -> str:
     return str(caught.value)
 
 
-MODEL = {"vocab_size": 9, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 8, "max_length": 8}
-NEEDED = {str: "x", int: 8, JudgeConfig: {"model": "x", "length": 8}}  # options without a default, by type
+MODEL = {
+    "vocab_size": 9,
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "d_ff": 8,
+    "max_length": 8,
+}
+NEEDED = {
+    str: "x",
+    int: 8,
+    JudgeConfig: {"model": "x", "length": 8},
+}  # options without a default, by type
 ALSO_NEEDED = {
     "compose": {"members": [{"reward": "x"}]},
     "tasks": {"tasks": ["chain_sum"], "size": 100},

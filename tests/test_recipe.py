@@ -17,17 +17,26 @@ def test_a_finished_recipe_only_answers(conversations, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()}
     config = to_dict(tiny.get_config(f"data={conversations}"))
     final = recipe.run(config, finished)
-    assert {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()
+    } == before
     for folder in recipe.stage_folders(config, finished).values():
         done = json.loads((folder / "done.json").read_text())
         assert done["metrics"].items() <= final.items()
 
 
 def test_the_recipes_metrics_are_those_of_all_stages_in_order(finished):
-    collected = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    collected = [
+        json.loads(line)
+        for line in (finished / "metrics.jsonl").read_text().splitlines()
+    ]
     expected = []
     for number, name in enumerate(tiny.STAGES):
-        for line in (finished / f"{number:02d}_{name}" / "metrics.jsonl").read_text().splitlines():
+        for line in (
+            (finished / f"{number:02d}_{name}" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ):
             expected.append({"stage": name, **json.loads(line)})
     assert collected == expected
     assert {row["stage"] for row in collected} == set(tiny.STAGES)
@@ -35,7 +44,10 @@ def test_the_recipes_metrics_are_those_of_all_stages_in_order(finished):
 
 def test_every_stage_says_how_much_it_cut(finished):
     """`reward/val_pairs_dropped` is there where a held-out prompt has answers that are not tied."""
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (finished / "metrics.jsonl").read_text().splitlines()
+    ]
     values = {name: value for line in lines for name, value in line.items()}
     names = {name for name in values if name.endswith(("_cut", "_dropped"))}
     assert names - {"reward/val_pairs_dropped"} == {
@@ -50,7 +62,9 @@ def test_every_stage_says_how_much_it_cut(finished):
         "evaluate/prompts_cut",
     }
     assert all(0 <= values[name] <= 1 for name in names)
-    assert values["reward/rows_cut"] == 0  # its length is that of what `collect` sampled
+    assert (
+        values["reward/rows_cut"] == 0
+    )  # its length is that of what `collect` sampled
 
 
 def jobs(monkeypatch, ran: list) -> None:
@@ -59,7 +73,9 @@ def jobs(monkeypatch, ran: list) -> None:
 
     def run(config, workdir, layout):
         ran.append(workdir.name)
-        (workdir / "metrics.jsonl").write_text(json.dumps({"step": 0, "x": config.vocab_size}) + "\n")
+        (workdir / "metrics.jsonl").write_text(
+            json.dumps({"step": 0, "x": config.vocab_size}) + "\n"
+        )
         return {f"{workdir.name}/x": float(config.vocab_size)}
 
     monkeypatch.setattr(tokenizer, "run", run)
@@ -90,15 +106,25 @@ def test_pitfall_35_a_metric_that_is_nan_is_null_in_done_json(tmp_path, monkeypa
         assert done["metrics"] == {"a/x": 0.5, "a/kl": None, "a/high": None}
 
 
-def test_a_changed_config_names_the_keys_that_differ_with_both_values(tmp_path, monkeypatch):
+def test_a_changed_config_names_the_keys_that_differ_with_both_values(
+    tmp_path, monkeypatch
+):
     ran = []
     jobs(monkeypatch, ran)
     recipe.run(two(mesh={"data": 1, "fsdp": 4}), tmp_path)
     with pytest.raises(ConfigError) as caught:
-        recipe.run(two(mesh={"data": 1, "fsdp": 2, "tensor": 2}, vocab_size=301), tmp_path)
+        recipe.run(
+            two(mesh={"data": 1, "fsdp": 2, "tensor": 2}, vocab_size=301), tmp_path
+        )
     message = str(caught.value)
-    assert "b.mesh.fsdp: 4 -> 2" in message and "b.mesh.tensor: absent (1) -> 2" in message
-    assert "b.vocab_size: 300 -> 301" in message and "a." not in message and "\n" not in message
+    assert (
+        "b.mesh.fsdp: 4 -> 2" in message and "b.mesh.tensor: absent (1) -> 2" in message
+    )
+    assert (
+        "b.vocab_size: 300 -> 301" in message
+        and "a." not in message
+        and "\n" not in message
+    )
     assert "use a new --workdir" in message and ran == ["00_a", "01_b"]
     with pytest.raises(ConfigError, match=r"vocab_size: 300 -> 9"):
         recipe.run({"stage": "tokenizer", "vocab_size": 9}, tmp_path / "00_a")
@@ -117,7 +143,12 @@ def test_a_config_that_led_nowhere_may_be_corrected_in_place(tmp_path, monkeypat
 def test_references_are_paths_of_earlier_stages(tmp_path):
     config = {"stages": ["a", "b", "c"], "a": {}, "b": {}, "c": {}}
     folders = recipe.stage_folders(config, tmp_path)
-    value = {"x": ["stage:a", {"y": "stage:b/preferences"}], "z": "jsonl:stage:a/*.jsonl", "n": 3, "t": "stage"}
+    value = {
+        "x": ["stage:a", {"y": "stage:b/preferences"}],
+        "z": "jsonl:stage:a/*.jsonl",
+        "n": 3,
+        "t": "stage",
+    }
     assert recipe.resolve(value, folders, "c") == {
         "x": [f"{tmp_path}/00_a", {"y": f"{tmp_path}/01_b/preferences"}],
         "z": f"jsonl:{tmp_path}/00_a/*.jsonl",
@@ -126,7 +157,10 @@ def test_references_are_paths_of_earlier_stages(tmp_path):
     }
     for name, target in (("b", "c"), ("b", "b"), ("a", "b"), ("c", "d")):
         earlier = {"a": "none", "b": "a", "c": "a, b"}[name]
-        with pytest.raises(ConfigError, match=f"{name} refers to 'stage:{target}'; the stages before it are {earlier}"):
+        with pytest.raises(
+            ConfigError,
+            match=f"{name} refers to 'stage:{target}'; the stages before it are {earlier}",
+        ):
             recipe.resolve(f"stage:{target}", folders, name)
 
 
@@ -136,7 +170,10 @@ def test_references_are_paths_of_earlier_stages(tmp_path):
         ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),
         ({"stages": ["a"], "a": {}, "b": {}}, "'b' is not in `stages`: a"),
         ({"stages": ["a", "a"], "a": {}}, "a name stands twice"),
-        ({"stages": ["a"], "a": {"stage": "bogus"}}, "stage 'bogus' is unknown; known: "),
+        (
+            {"stages": ["a"], "a": {"stage": "bogus"}},
+            "stage 'bogus' is unknown; known: ",
+        ),
         ({"stages": ["a"], "a": {}}, "stage '' is unknown"),
         (two(bogus=1), "b.bogus: no such option"),
         (two(vocab_size="many"), "b.vocab_size='many': expected int"),
@@ -189,7 +226,10 @@ def test_a_stage_outside_of_the_package_is_a_stage_as_any(tmp_path, monkeypatch)
     mine = stages.stage_config("my_stages:Settings", number=7)
     assert recipe.run(mine, tmp_path / "run") == {"mine/number": 7.0}
     done = strict((tmp_path / "run" / "done.json").read_text())
-    assert (done["kind"], done["metrics"]) == ("my_stages:Settings", {"mine/number": 7.0})
+    assert (done["kind"], done["metrics"]) == (
+        "my_stages:Settings",
+        {"mine/number": 7.0},
+    )
     with pytest.raises(ConfigError, match="number"):
         recipe.run({"stage": "my_stages:Settings"}, tmp_path / "again")
 
@@ -197,11 +237,23 @@ def test_a_stage_outside_of_the_package_is_a_stage_as_any(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:Config", r"stage 'no_such_module:Config': no_such_module cannot be imported"),
-        ("json:JSONDecoder", "stage 'json:JSONDecoder': json has neither build nor run"),
-        ("my_stages:Options", "stage 'my_stages:Options': my_stages has no class 'Options'"),
+        (
+            "no_such_module:Config",
+            r"stage 'no_such_module:Config': no_such_module cannot be imported",
+        ),
+        (
+            "json:JSONDecoder",
+            "stage 'json:JSONDecoder': json has neither build nor run",
+        ),
+        (
+            "my_stages:Options",
+            "stage 'my_stages:Options': my_stages has no class 'Options'",
+        ),
         ("my_stages:run", "my_stages has no class 'run'"),
-        ("my_stages", "stage 'my_stages' is unknown; .* or package.module:Config of your own"),
+        (
+            "my_stages",
+            "stage 'my_stages' is unknown; .* or package.module:Config of your own",
+        ),
     ],
 )
 def test_a_stage_outside_that_is_none_is_named(name, message, tmp_path, monkeypatch):

@@ -40,21 +40,32 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
     layout = make_layout(devices=jax.devices()[:1])
     found = {}
     for config in sorted(folder.glob("*/config.json")):
-        for path, x in jax.tree.leaves_with_path(store.load(config.parent, layout).params):
+        for path, x in jax.tree.leaves_with_path(
+            store.load(config.parent, layout).params
+        ):
             found[config.parent.name + jax.tree_util.keystr(path)] = np.asarray(x)
     return found
 
 
 def assert_same_stage(a: Path, b: Path) -> None:
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), b.name
-    for file in ("samples.jsonl", "preferences/train.jsonl", "preferences/validation.jsonl", "tokenizer.model"):
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), (
+        b.name
+    )
+    for file in (
+        "samples.jsonl",
+        "preferences/train.jsonl",
+        "preferences/validation.jsonl",
+        "tokenizer.model",
+    ):
         assert (a / file).exists() == (b / file).exists(), file
         if (a / file).exists():
             assert (a / file).read_bytes() == (b / file).read_bytes(), file
     ours, theirs = arrays(a), arrays(b)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        np.testing.assert_array_equal(ours[name].view(np.uint32), theirs[name].view(np.uint32), err_msg=name)
+        np.testing.assert_array_equal(
+            ours[name].view(np.uint32), theirs[name].view(np.uint32), err_msg=name
+        )
     if (a / "checkpoints").exists():
         assert checkpoint_note(a) == checkpoint_note(b)
 
@@ -92,10 +103,17 @@ def interrupt(monkeypatch, name: str, at: int, how: str) -> None:
     monkeypatch.setattr(module, "build", build)
 
 
-@pytest.mark.parametrize("name", ("pretrain", pytest.param("ppo", marks=pytest.mark.slow)))
-def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(name, conversations, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ("pretrain", pytest.param("ppo", marks=pytest.mark.slow))
+)
+def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(
+    name, conversations, finished, tmp_path, monkeypatch
+):
     """The fourth step (after the checkpoint of step 2) fails: step 3 is done again, from the same state and data."""
-    values, reference = stage_values(name, conversations, finished), recipe_folder(finished, name)
+    values, reference = (
+        stage_values(name, conversations, finished),
+        recipe_folder(finished, name),
+    )
     with monkeypatch.context() as patch:
         interrupt(patch, name, 3, "exception")
         with pytest.raises(_Crash):
@@ -104,21 +122,30 @@ def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(name, conversa
     recipe.run_stage(values, tmp_path / "run")
     assert_same_stage(reference, tmp_path / "run")
     if name == "pretrain":
-        assert len(checkpoint_note(tmp_path / "run")["data"]["rows"]) == 4  # the position of each of its streams
+        assert (
+            len(checkpoint_note(tmp_path / "run")["data"]["rows"]) == 4
+        )  # the position of each of its streams
 
 
-@pytest.mark.parametrize("name", ("sft", pytest.param("reward", marks=pytest.mark.nightly)))
+@pytest.mark.parametrize(
+    "name", ("sft", pytest.param("reward", marks=pytest.mark.nightly))
+)
 def test_sigterm_saves_at_that_step_and_the_run_goes_on_to_the_same_bits(
     name, conversations, finished, tmp_path, monkeypatch
 ):
-    values, reference = stage_values(name, conversations, finished), recipe_folder(finished, name)
+    values, reference = (
+        stage_values(name, conversations, finished),
+        recipe_folder(finished, name),
+    )
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt(patch, name, 2, "sigterm")
         with pytest.raises(Preempted, match="stopped at step 3: saved"):
             recipe.run_stage(values, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
-    assert signal.getsignal(signal.SIGTERM) == handler  # the loop's own is gone with the loop
+    assert (
+        signal.getsignal(signal.SIGTERM) == handler
+    )  # the loop's own is gone with the loop
     recipe.run_stage(values, tmp_path / "run")
     assert_same_stage(reference, tmp_path / "run")
 
@@ -179,7 +206,14 @@ class Run:
 
     def current(self) -> str | None:
         """The stage that has begun and is not done."""
-        return next((s for s in tiny.STAGES if self.begun(s)() and not (self.folder(s) / "done.json").exists()), None)
+        return next(
+            (
+                s
+                for s in tiny.STAGES
+                if self.begun(s)() and not (self.folder(s) / "done.json").exists()
+            ),
+            None,
+        )
 
 
 FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
@@ -192,7 +226,9 @@ FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
         pytest.param(tiny.STAGES, True, marks=pytest.mark.nightly, id="ten"),
     ],
 )
-def test_kills_in_many_stages_change_no_bit(killed, twice, conversations, finished, tmp_path):
+def test_kills_in_many_stages_change_no_bit(
+    killed, twice, conversations, finished, tmp_path
+):
     """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun; or at any time."""
     rng = random.Random(20)
     run = Run(conversations, tmp_path / "run")
@@ -204,7 +240,11 @@ def test_kills_in_many_stages_change_no_bit(killed, twice, conversations, finish
         assert code == -signal.SIGKILL, errors
 
     for stage in killed:
-        whole = (finished / run.folder(stage).name / "metrics.jsonl").read_bytes().count(b"\n")
+        whole = (
+            (finished / run.folder(stage).name / "metrics.jsonl")
+            .read_bytes()
+            .count(b"\n")
+        )
         wanted = rng.randint(1, whole - 1) if stage in TRAINED else 0
         run.start()
         if run.wait_for(lambda s=stage, n=wanted: run.begun(s)() and run.lines(s) >= n):
@@ -223,7 +263,9 @@ def test_kills_in_many_stages_change_no_bit(killed, twice, conversations, finish
 
 
 @pytest.mark.nightly
-def test_sigterm_ends_with_75_and_the_same_command_goes_on(conversations, finished, tmp_path):
+def test_sigterm_ends_with_75_and_the_same_command_goes_on(
+    conversations, finished, tmp_path
+):
     run = Run(conversations, tmp_path / "run")
     for stage in ("pretrain", "ppo"):
         run.start()

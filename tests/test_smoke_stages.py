@@ -26,7 +26,9 @@ def test_every_stage_has_a_smoke_config_that_can_be_meant(name, finished, tmp_pa
     assert getattr(typed, "steps", 0) <= 3
 
 
-def test_as_a_recipe_all_stages_are_there_once_and_some_stand_on_others(finished, tmp_path):
+def test_as_a_recipe_all_stages_are_there_once_and_some_stand_on_others(
+    finished, tmp_path
+):
     config = to_dict(GET_CONFIG(f"run={finished}"))
     assert sorted(config["stages"]) == sorted(stages.names())
     folders = recipe.stage_folders(config, tmp_path)
@@ -50,5 +52,7 @@ def test_an_unknown_stage_is_named(finished):
 def test_the_data_beside_it_is_in_the_documented_forms():
     """Two people ranked the same answers, or their agreement could not be computed."""
     rankings = read_rankings(str(FOLDER / "data" / "rankings.jsonl"))
-    people = [{one.key for one in rankings if one.labeller == who} for who in ("a", "b")]
+    people = [
+        {one.key for one in rankings if one.labeller == who} for who in ("a", "b")
+    ]
     assert len(people[0] & people[1]) >= 2

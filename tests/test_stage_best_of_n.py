@@ -17,7 +17,14 @@ from tests import tiny
 
 
 def values(conversations, finished, **changes):
-    prompts = {"source": {"spec": f"jsonl:{conversations}/test.jsonl", "kind": "messages", "split": "all"}, "limit": 5}
+    prompts = {
+        "source": {
+            "spec": f"jsonl:{conversations}/test.jsonl",
+            "kind": "messages",
+            "split": "all",
+        },
+        "limit": 5,
+    }
     defaults = {
         "init_from": str(finished / "02_sft"),
         "proxy": str(finished / "04_reward"),
@@ -52,8 +59,12 @@ def test_the_curve_is_the_mean_over_all_subsets_of_the_pool(run):
             for subset in itertools.combinations(range(6), n)
             for best in [max(subset, key=lambda i, row=row: (row["proxy"][i], i))]
         ]
-        assert line["best_of_n/proxy"] == pytest.approx(np.mean([p for p, _ in picked]), rel=1e-4)
-        assert line["best_of_n/gold"] == pytest.approx(np.mean([g for _, g in picked]), rel=1e-4, abs=1e-6)
+        assert line["best_of_n/proxy"] == pytest.approx(
+            np.mean([p for p, _ in picked]), rel=1e-4
+        )
+        assert line["best_of_n/gold"] == pytest.approx(
+            np.mean([g for _, g in picked]), rel=1e-4, abs=1e-6
+        )
         assert line["best_of_n/kl"] == pytest.approx(math.log(n) - (n - 1) / n)
         assert line["best_of_n/kl_pool"] <= line["best_of_n/kl"] + 1e-6
     assert lines[-1]["best_of_n/proxy"] > lines[0]["best_of_n/proxy"]
@@ -66,14 +77,19 @@ def test_scores_are_those_of_the_answers(run):
     assert len({row["prompt"] for row in rows}) == 5
     for row, sample in zip(rows, samples, strict=True):
         assert sample["proxy_policy"] == max(row["proxy"])
-        assert (sample["proxy_baseline"], sample["gold_baseline"]) == (row["proxy"][0], row["gold"][0])
+        assert (sample["proxy_baseline"], sample["gold_baseline"]) == (
+            row["proxy"][0],
+            row["gold"][0],
+        )
         for who in ("policy", "baseline"):
             again = scorer([sample["prompt"]], [sample[who]])[0]
             assert sample[f"gold_{who}"] == pytest.approx(float(again), abs=1e-6)
         assert row["gold"][int(np.argmax(row["proxy"]))] == sample["gold_policy"]
 
 
-def test_answers_differ_within_a_pool_and_do_not_depend_on_the_run(run, conversations, finished, tmp_path):
+def test_answers_differ_within_a_pool_and_do_not_depend_on_the_run(
+    run, conversations, finished, tmp_path
+):
     assert np.mean([len(set(row["answer"])) for row in read(run / "scores.jsonl")]) > 4
     recipe.run_stage(values(conversations, finished), tmp_path / "again")
     for file in ("metrics.jsonl", "scores.jsonl", "samples.jsonl"):
@@ -82,24 +98,34 @@ def test_answers_differ_within_a_pool_and_do_not_depend_on_the_run(run, conversa
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_pool_kl_is_that_of_drawing_from_the_pool_with_repetitions(n):
-    answers, rewards = np.array([7, 7, 3, 5, 5, 5]), np.array([1.0, 1.0, 2.0, 0.0, 0.0, 0.0])
+    answers, rewards = (
+        np.array([7, 7, 3, 5, 5, 5]),
+        np.array([1.0, 1.0, 2.0, 0.0, 0.0, 0.0]),
+    )
     p = {7: 2 / 6, 3: 1 / 6, 5: 3 / 6}
     reward = {7: 1.0, 3: 2.0, 5: 0.0}
     q = dict.fromkeys(p, 0.0)
     for draws in itertools.product(p, repeat=n):
         q[max(draws, key=reward.get)] += math.prod(p[d] for d in draws)
     kl = sum(q[a] * math.log(q[a] / p[a]) for a in q)
-    assert best_of_n.pool_kl(answers, rewards, n=n) == pytest.approx(kl, rel=1e-5, abs=1e-6)
+    assert best_of_n.pool_kl(answers, rewards, n=n) == pytest.approx(
+        kl, rel=1e-5, abs=1e-6
+    )
     assert n == 1 or kl < math.log(n) - (n - 1) / n
 
 
-@pytest.mark.parametrize("pool, sizes", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])])
+@pytest.mark.parametrize(
+    "pool, sizes",
+    [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])],
+)
 def test_sizes(pool, sizes):
     assert best_of_n.sizes(pool) == sizes
 
 
 def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path):
-    metrics = recipe.run_stage(values(conversations, finished, gold="", pool=2), tmp_path / "run")
+    metrics = recipe.run_stage(
+        values(conversations, finished, gold="", pool=2), tmp_path / "run"
+    )
     names = ("proxy", "kl", "kl_pool", "prompts_cut")
     assert metrics.keys() == {f"best_of_n/{name}" for name in names}
 
@@ -112,18 +138,26 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
         ({"max_new": 64}, "longer than the model's"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(changes, message, conversations, finished, tmp_path):
+def test_what_cannot_be_meant_is_refused(
+    changes, message, conversations, finished, tmp_path
+):
     with pytest.raises(ConfigError, match=message):
         recipe.run_stage(values(conversations, finished, **changes), tmp_path / "run")
 
 
-def test_pitfall_36_a_pool_with_an_infinite_score_is_refused(conversations, finished, tmp_path, monkeypatch):
+def test_pitfall_36_a_pool_with_an_infinite_score_is_refused(
+    conversations, finished, tmp_path, monkeypatch
+):
     """Response 1 of prompt 2 of 5 with 2 responses each: row 5 of the first batch of 8."""
     scores = np.where(np.arange(8) == 5, np.inf, 0.5)
-    monkeypatch.setattr(best_of_n, "load_reward", lambda *_: lambda tokens, segments, mask: scores)
+    monkeypatch.setattr(
+        best_of_n, "load_reward", lambda *_: lambda tokens, segments, mask: scores
+    )
     said = r"^best_of_n\.proxy=.*/04_reward: the score of prompt 2, response 1 is inf;"
     with pytest.raises(DataError, match=said):
-        recipe.run_stage(values(conversations, finished, gold="", pool=2), tmp_path / "run")
+        recipe.run_stage(
+            values(conversations, finished, gold="", pool=2), tmp_path / "run"
+        )
     assert not (tmp_path / "run" / "scores.jsonl").exists()
 
 
@@ -131,7 +165,9 @@ def test_the_report_draws_the_curve_beside_ppo(run, tmp_path):
     import shutil
 
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"stages": ["bon"], "bon": {"stage": "best_of_n"}}))
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({"stages": ["bon"], "bon": {"stage": "best_of_n"}})
+    )
     shutil.copytree(run, tmp_path / "run" / "00_bon")
     page = write_report(tmp_path / "run").read_text()
     assert "Reward and KL" in page

@@ -33,7 +33,10 @@ def read(folder, split="train"):
 
 
 def ids(row):
-    return [row["prompt_tokens"].tolist(), *(one.tolist() for one in row["completion_tokens"])]
+    return [
+        row["prompt_tokens"].tolist(),
+        *(one.tolist() for one in row["completion_tokens"]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,17 @@ def collected(conversations, finished, workdir, **changes):
     return recipe.run(values, workdir), read(workdir / "preferences")
 
 
-def test_other_labellers_change_no_data_and_their_agreement_is_reported(conversations, finished, folder, tmp_path):
+def test_other_labellers_change_no_data_and_their_agreement_is_reported(
+    conversations, finished, folder, tmp_path
+):
     others = (LENGTH, str(finished / "04_reward"))
     metrics, rows = collected(conversations, finished, tmp_path, others=others)
     for row, before in zip(rows, read(folder), strict=True):
         assert ids(row) == ids(before)
         assert row["scores"] == before["scores"]
-    rule = np.array([[len(text.split()) for text in row["completions"]] for row in rows], np.float64)
+    rule = np.array(
+        [[len(text.split()) for text in row["completions"]] for row in rows], np.float64
+    )
     gold = np.array([row["scores"] for row in rows])
     two, _ = collected(conversations, finished, tmp_path / "two", others=(LENGTH,))
     for name, value in agreement([gold, rule]).items():
@@ -62,31 +69,62 @@ def test_other_labellers_change_no_data_and_their_agreement_is_reported(conversa
 
 
 def test_a_reward_model_labels(conversations, finished, tmp_path):
-    _, rows = collected(conversations, finished, tmp_path, labeller=str(finished / "04_reward"))
+    _, rows = collected(
+        conversations, finished, tmp_path, labeller=str(finished / "04_reward")
+    )
     assert len({score for row in rows for score in row["scores"]}) > 30
 
 
 def test_answers_of_a_fixed_length_cut_at_a_token(conversations, finished, tmp_path):
     tokenizer = load_tokenizer(finished / "00_tokenizer")
-    whole = [ids(row)[1:] for row in collected(conversations, finished, tmp_path / "a", stop_at_eos=False)[1]]
-    assert {len(answer) for row in whole for answer in row} == {tiny.SAMPLING["max_new"]}
+    whole = [
+        ids(row)[1:]
+        for row in collected(
+            conversations, finished, tmp_path / "a", stop_at_eos=False
+        )[1]
+    ]
+    assert {len(answer) for row in whole for answer in row} == {
+        tiny.SAMPLING["max_new"]
+    }
     assert any(tokenizer.eos_id in answer[:-1] for row in whole for answer in row)
-    often = Counter(token for row in whole for answer in row for token in answer[3:-1] if token != tokenizer.eos_id)
+    often = Counter(
+        token
+        for row in whole
+        for answer in row
+        for token in answer[3:-1]
+        if token != tokenizer.eos_id
+    )
     stop = often.most_common(1)[0][0]
     truncate = {"token": piece(finished, stop), "after": 3}
     options = {"stop_at_eos": False, "truncate": truncate}
-    short = [ids(row)[1:] for row in collected(conversations, finished, tmp_path / "b", **options)[1]]
-    cut = [[answer[: answer.index(stop, 3) + 1] if stop in answer[3:] else answer for answer in row] for row in whole]
+    short = [
+        ids(row)[1:]
+        for row in collected(conversations, finished, tmp_path / "b", **options)[1]
+    ]
+    cut = [
+        [
+            answer[: answer.index(stop, 3) + 1] if stop in answer[3:] else answer
+            for answer in row
+        ]
+        for row in whole
+    ]
     assert short == cut != whole
 
 
 def piece(finished, token):
-    model = sentencepiece.SentencePieceProcessor(model_file=str(finished / "00_tokenizer" / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(finished / "00_tokenizer" / "tokenizer.model")
+    )
     return model.id_to_piece(token)
 
 
 def exported(folder, workdir):
-    recipe.run(stage_config("export_rankings", preferences=(str(folder),), time="2025-03-01T10:00"), workdir)
+    recipe.run(
+        stage_config(
+            "export_rankings", preferences=(str(folder),), time="2025-03-01T10:00"
+        ),
+        workdir,
+    )
     return workdir / "rankings.jsonl"
 
 
@@ -95,7 +133,9 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
     rankings = read_rankings(str(path))
     rows = read(folder) + read(folder, "validation")
     assert [one.ranks for one in rankings] == [tuple(row["ranks"]) for row in rows]
-    assert {(one.labeller, one.time) for one in rankings} == {("gold:sentiment", "2025-03-01T10:00")}
+    assert {(one.labeller, one.time) for one in rankings} == {
+        ("gold:sentiment", "2025-03-01T10:00")
+    }
     config = stage_config(
         "import_rankings",
         rankings=str(path),
@@ -104,7 +144,9 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
         validation=0.3,
     )
     metrics = recipe.run(config, tmp_path / "in")
-    back = read(tmp_path / "in" / "preferences") + read(tmp_path / "in" / "preferences", "validation")
+    back = read(tmp_path / "in" / "preferences") + read(
+        tmp_path / "in" / "preferences", "validation"
+    )
     assert sorted(map(ids, back)) == sorted(map(ids, rows))
     by_ids = {str(ids(row)): row for row in rows}
     for row in back:
@@ -116,27 +158,51 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
     assert metrics["import_rankings/rankings"] == 32
 
 
-def test_people_are_labellers_of_the_answers_they_ranked(conversations, finished, folder, tmp_path):
+def test_people_are_labellers_of_the_answers_they_ranked(
+    conversations, finished, folder, tmp_path
+):
     """`collect` with the same seed samples the same answers; the file's labels then are the gold ones."""
     path = exported(folder, tmp_path / "out")
     metrics, rows = collected(
-        conversations, finished, tmp_path / "again", labeller=f"rankings:{path}", others=("gold:sentiment",)
+        conversations,
+        finished,
+        tmp_path / "again",
+        labeller=f"rankings:{path}",
+        others=("gold:sentiment",),
     )
-    assert [list(row["ranks"]) for row in rows] == [list(row["ranks"]) for row in read(folder)]
+    assert [list(row["ranks"]) for row in rows] == [
+        list(row["ranks"]) for row in read(folder)
+    ]
     assert metrics["collect/agreement"] == metrics["collect/agreement_kappa"] == 1
-    with pytest.raises(DataError, match=r"it has no opinion about response \d of prompt \d+$"):
-        collected(conversations, finished, tmp_path / "c", labeller=f"rankings:{path}", seed=5)
+    with pytest.raises(
+        DataError, match=r"it has no opinion about response \d of prompt \d+$"
+    ):
+        collected(
+            conversations, finished, tmp_path / "c", labeller=f"rankings:{path}", seed=5
+        )
 
 
 def test_every_labeller_follows_the_protocol(finished, folder, tmp_path):
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     path = exported(folder, tmp_path)
-    tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, size=(6, 16)).astype(np.int32)
-    answers = make_answers(tokens, np.ones_like(tokens), np.ones((6, 8), np.float32), 3, tokenizer)
-    answers = answers._replace(
-        **{name: jax.numpy.asarray(getattr(answers, name)) for name in ("tokens", "segments", "mask")}
+    tokens = (
+        np.random.default_rng(0).integers(4, tiny.VOCAB, size=(6, 16)).astype(np.int32)
     )
-    for name in ("gold:sentiment", LENGTH, str(finished / "04_reward"), f"rankings:{path}"):
+    answers = make_answers(
+        tokens, np.ones_like(tokens), np.ones((6, 8), np.float32), 3, tokenizer
+    )
+    answers = answers._replace(
+        **{
+            name: jax.numpy.asarray(getattr(answers, name))
+            for name in ("tokens", "segments", "mask")
+        }
+    )
+    for name in (
+        "gold:sentiment",
+        LENGTH,
+        str(finished / "04_reward"),
+        f"rankings:{path}",
+    ):
         labeller = load_labeller(name, ONE, tokenizer)
         assert isinstance(labeller, Labeller)
         assert labeller(answers).shape == (2, 3)
@@ -152,33 +218,66 @@ ANN = {
 BOB = {"prompt": "hi", "completions": ["c", "a"], "ranking": [1, 2], "labeller": "bob"}
 
 
-def test_rankings_of_several_people_are_rows_of_their_own(finished, conversations, tmp_path):
-    more = [{"prompt": f"q {i}\u2028x", "completions": ["a b", "c"], "ranking": [1 + i % 2, 1]} for i in range(30)]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (ANN, BOB, *more)))
+def test_rankings_of_several_people_are_rows_of_their_own(
+    finished, conversations, tmp_path
+):
+    more = [
+        {
+            "prompt": f"q {i}\u2028x",
+            "completions": ["a b", "c"],
+            "ranking": [1 + i % 2, 1],
+        }
+        for i in range(30)
+    ]
+    (tmp_path / "r.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (ANN, BOB, *more))
+    )
     config = stage_config(
-        "import_rankings", rankings=f"{tmp_path}/r*.jsonl", tokenizer=str(finished / "00_tokenizer"), validation=0.3
+        "import_rankings",
+        rankings=f"{tmp_path}/r*.jsonl",
+        tokenizer=str(finished / "00_tokenizer"),
+        validation=0.3,
     )
     metrics = recipe.run(config, tmp_path / "in")
     folder = tmp_path / "in" / "preferences"
-    rows = {row["labeller"]: row for row in read(folder) + read(folder, "validation") if row["prompt"] == "hi"}
+    rows = {
+        row["labeller"]: row
+        for row in read(folder) + read(folder, "validation")
+        if row["prompt"] == "hi"
+    }
     assert list(rows["ann"]["ranks"]) == [1, 2, 2]
     tokenizer = load_tokenizer(finished / "00_tokenizer")
-    assert ids(rows["bob"])[1:] == [[*tokenizer.encode(text), tokenizer.eos_id] for text in ("c", "a")]
+    assert ids(rows["bob"])[1:] == [
+        [*tokenizer.encode(text), tokenizer.eos_id] for text in ("c", "a")
+    ]
     # ann: a > c; bob: c > a. They share that one pair and nothing else.
     assert metrics["import_rankings/agreement"] == 0
     assert metrics["import_rankings/agreement_pairs"] == 1
     assert metrics["import_rankings/labellers"] == 3
-    values = stage_values("reward", conversations, finished, preferences=(str(folder),), loss={"name": "rao_kupper"})
-    assert np.isfinite(run_steps("reward", values, ONE, steps=1)[0][0]["loss"])  # K differs between prompts
+    values = stage_values(
+        "reward",
+        conversations,
+        finished,
+        preferences=(str(folder),),
+        loss={"name": "rao_kupper"},
+    )
+    assert np.isfinite(
+        run_steps("reward", values, ONE, steps=1)[0][0]["loss"]
+    )  # K differs between prompts
 
 
 def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
     """As a text, as one user turn, and as a conversation that begins with it; by two labellers."""
-    train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path / "tokenizer", vocab_size=275)
+    train_sentencepiece(
+        ["the cat sat on the mat"] * 9, tmp_path / "tokenizer", vocab_size=275
+    )
     rows = []
     for i in range(40):
         user = {"role": "user", "content": f"hi {i}"}
-        more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"}]
+        more = [
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "no"},
+        ]
         for prompt in (f"hi {i}", [user], [user, *more]):
             rows.append(
                 {
@@ -203,14 +302,26 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
 
 def test_opinions_are_of_pairs_within_one_ranking():
     """a > b in one ranking and b > c in another say nothing of a and c; a pair has one direction, whoever is first."""
-    some = [Ranking("hi", ("b", "a"), (2, 1)), Ranking("hi", ("b", "c"), (1, 2)), Ranking("yo", ("b", "a"), (1, 1))]
-    assert opinions_of(some) == {("hi", "a", "b"): 1.0, ("hi", "b", "c"): 1.0, ("yo", "a", "b"): 0.0}
-    assert opinions_of([*some, Ranking("hi", ("a", "b"), (2, 1))])["hi", "a", "b"] == -1.0
+    some = [
+        Ranking("hi", ("b", "a"), (2, 1)),
+        Ranking("hi", ("b", "c"), (1, 2)),
+        Ranking("yo", ("b", "a"), (1, 1)),
+    ]
+    assert opinions_of(some) == {
+        ("hi", "a", "b"): 1.0,
+        ("hi", "b", "c"): 1.0,
+        ("yo", "a", "b"): 0.0,
+    }
+    assert (
+        opinions_of([*some, Ranking("hi", ("a", "b"), (2, 1))])["hi", "a", "b"] == -1.0
+    )
 
 
 def test_one_prompt_ranked_twice_is_looked_up_in_the_ranking_that_holds_the_answers():
     rankings = [Ranking("hi", ("a", "b"), (1, 2)), Ranking("hi", ("b", "c"), (1, 2))]
-    answers = Answers(None, None, None, ["hi", "hi", "yo"], [["b", "c"], ["b", "a"], ["a", "b"]])
+    answers = Answers(
+        None, None, None, ["hi", "hi", "yo"], [["b", "c"], ["b", "a"], ["a", "b"]]
+    )
     labels = RankingsLabeller(rankings)(answers)
     np.testing.assert_array_equal(labels, [[-1, -2], [-2, -1], [np.nan, np.nan]])
 
@@ -229,7 +340,9 @@ def test_one_prompt_ranked_twice_is_looked_up_in_the_ranking_that_holds_the_answ
     ],
 )
 def test_malformed_rankings_are_named_by_line(change, why, tmp_path):
-    (tmp_path / "r.jsonl").write_text(json.dumps(BOB) + "\n\n" + json.dumps(ANN | change) + "\n")
+    (tmp_path / "r.jsonl").write_text(
+        json.dumps(BOB) + "\n\n" + json.dumps(ANN | change) + "\n"
+    )
     with pytest.raises(DataError, match=rf"r\.jsonl:3: .*{why}"):
         read_rankings(str(tmp_path / "r.jsonl"))
 

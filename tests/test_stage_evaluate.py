@@ -16,23 +16,40 @@ from tests.test_stages import stage_values
 
 
 def evaluated(conversations, finished, workdir, **changes):
-    return recipe.run_stage(stage_values("evaluate", conversations, finished, **changes), workdir)
+    return recipe.run_stage(
+        stage_values("evaluate", conversations, finished, **changes), workdir
+    )
 
 
-def test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so(conversations, finished, tmp_path):
+def test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so(
+    conversations, finished, tmp_path
+):
     metrics = evaluated(conversations, finished, tmp_path / "run", temperature=0.0)
     assert "evaluate/kl" not in metrics and np.isfinite(list(metrics.values())).all()
     assert strict((tmp_path / "run" / "done.json").read_text())["metrics"] == metrics
-    assert strict((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0} | metrics
-    (kl,) = [row for row in tables.headlines(read_run(tmp_path / "run")) if row.name == "kl"]
-    assert (kl.policy, kl.note) == ("", "none: responses are greedy (temperature 0), not samples")
+    assert (
+        strict((tmp_path / "run" / "metrics.jsonl").read_text())
+        == {"step": 0} | metrics
+    )
+    (kl,) = [
+        row for row in tables.headlines(read_run(tmp_path / "run")) if row.name == "kl"
+    ]
+    assert (kl.policy, kl.note) == (
+        "",
+        "none: responses are greedy (temperature 0), not samples",
+    )
     assert kl.note in write_report(tmp_path / "run").read_text()
 
 
 def summarised(policy, baseline):
     """The metrics of made-up gold scores; the proxy has them with the other sign."""
     n = len(policy)
-    told = {"answer": ["a b"] * n, "length": np.ones(n), "ended": np.ones(n), "kl": np.arange(n)}
+    told = {
+        "answer": ["a b"] * n,
+        "length": np.ones(n),
+        "ended": np.ones(n),
+        "kl": np.arange(n),
+    }
     told |= {"cut": np.zeros(n)}
     scores = {"policy": policy, "baseline": baseline}
     answers = {who: told | {"gold": x, "proxy": -x} for who, x in scores.items()}
@@ -49,13 +66,22 @@ def test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named():
     metrics, z = summarised(policy, baseline), 1.959963984540054
     for name, won in {"gold": 11 + 1, "proxy": 3 + 1}.items():
         center, half = won + z**2 / 2, z * np.sqrt(won * (16 - won) / 16 + z**2 / 4)
-        expected = [won / 16, (center - half) / (16 + z**2), (center + half) / (16 + z**2)]
-        got = [metrics[f"{name}_win_rate{end}"] for end in ("", "_wilson_low", "_wilson_high")]
+        expected = [
+            won / 16,
+            (center - half) / (16 + z**2),
+            (center + half) / (16 + z**2),
+        ]
+        got = [
+            metrics[f"{name}_win_rate{end}"]
+            for end in ("", "_wilson_low", "_wilson_high")
+        ]
         assert got == pytest.approx(expected, abs=1e-12)
     t = scipy.stats.ttest_1samp(policy - baseline, 0.0).confidence_interval()
     got = [metrics[f"gold_difference{end}"] for end in ("", "_t_low", "_t_high")]
     assert got == pytest.approx([np.mean(policy - baseline), t.low, t.high], abs=1e-9)
-    assert t.high - t.low < 1  # unpaired, the spread of the prompts' difficulty would be in it
+    assert (
+        t.high - t.low < 1
+    )  # unpaired, the spread of the prompts' difficulty would be in it
     assert metrics["kl"] == 7.5 and metrics["prompts"] == 16
 
 
@@ -64,7 +90,9 @@ def test_one_prompt_has_a_rate_and_no_interval_of_a_mean():
     assert metrics["gold_win_rate"] == 1 and "gold_difference" not in metrics
 
 
-def test_pitfall_36_a_response_scored_nan_is_named(conversations, finished, tmp_path, monkeypatch):
+def test_pitfall_36_a_response_scored_nan_is_named(
+    conversations, finished, tmp_path, monkeypatch
+):
     """Prompt 9, the second of the second batch of 8, by the policy, which is scored first."""
     batches = itertools.count()
 
@@ -75,5 +103,8 @@ def test_pitfall_36_a_response_scored_nan_is_named(conversations, finished, tmp_
     with pytest.raises(DataError) as caught:
         evaluated(conversations, finished, tmp_path / "run", proxy=None)
     context = "evaluate.gold=gold:sentiment, responses of the policy"
-    assert str(caught.value) == f"{context}: the score of prompt 9 is nan; expected a finite number"
+    assert (
+        str(caught.value)
+        == f"{context}: the score of prompt 9 is nan; expected a finite number"
+    )
     assert not (tmp_path / "run" / "samples.jsonl").exists()

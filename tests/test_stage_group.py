@@ -36,18 +36,24 @@ from tests.test_stages import run_steps, stage_values
 
 KEY = jax.random.key(5)
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
-SGD = OptimConfig(name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0)
+SGD = OptimConfig(
+    name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0
+)
 
 
 def begin(estimator, **changes):
-    config = optimum.group_config(4, estimator=estimator, **{"optim": SGD, "batch_size": 8, **changes})
+    config = optimum.group_config(
+        4, estimator=estimator, **{"optim": SGD, "batch_size": 8, **changes}
+    )
     return small_world.begin(config)
 
 
 def iterate(algorithm, state, reference, key=KEY):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
-    state, more = algorithm.programs.update(state, episodes, {}, pairs, jax.random.fold_in(key, 1))
+    state, more = algorithm.programs.update(
+        state, episodes, {}, pairs, jax.random.fold_in(key, 1)
+    )
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
 
@@ -60,8 +66,13 @@ def scores_and_penalties(algorithm, reference, rollout, beta):
     """The score and beta log pi/rho of each answer, in numpy."""
     rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
     ref = response_logprobs(algorithm.model, reference, *rows)[0]
-    spent = ((np.asarray(rollout.logprobs, np.float64) - np.asarray(ref)) * np.asarray(rollout.mask)).sum(1)
-    return np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)), beta * spent
+    spent = (
+        (np.asarray(rollout.logprobs, np.float64) - np.asarray(ref))
+        * np.asarray(rollout.mask)
+    ).sum(1)
+    return np.asarray(
+        optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+    ), beta * spent
 
 
 # ------------------------------------------------------------------ advantages
@@ -71,26 +82,36 @@ def test_advantages_are_made_within_groups_of_consecutive_answers():
     """Against plain loops, at a policy that has left the reference, so that the KL in the reward counts."""
     algorithm, state, reference = begin("rloo")
     params = {"policy": small_world.moved(reference, 0.1)}
-    rollout, _, _ = optimum.experience(algorithm, state.replace(params=params), reference, KEY)
+    rollout, _, _ = optimum.experience(
+        algorithm, state.replace(params=params), reference, KEY
+    )
     known = algorithm.programs.forward(params, reference, rollout)
-    scores, penalties = scores_and_penalties(algorithm, reference, rollout, optimum.BETA)
+    scores, penalties = scores_and_penalties(
+        algorithm, reference, rollout, optimum.BETA
+    )
     rewards = scores - penalties
     for name in ("rloo", "grpo", "dr_grpo", "dapo"):
         algorithm, state, _ = begin(name)
-        episodes, pairs = algorithm.programs.make_experience(state, known, rollout, scores)
+        episodes, pairs = algorithm.programs.make_experience(
+            state, known, rollout, scores
+        )
         assert abs(float(pairs["kl"][0])) > 0.05
         for first in range(0, 64, 8):
             for i in range(first, first + 8):
                 others = [rewards[j] for j in range(first, first + 8)]
                 advantage = rewards[i] - np.mean(others)
                 if name == "rloo":
-                    advantage = rewards[i] - np.mean([rewards[j] for j in range(first, first + 8) if j != i])
+                    advantage = rewards[i] - np.mean(
+                        [rewards[j] for j in range(first, first + 8) if j != i]
+                    )
                 if name in ("grpo", "dapo"):
                     rows = slice(first, first + 8)
                     advantage = scores[i] - np.mean(scores[rows])
                     advantage /= np.std(scores[rows], ddof=1) + 1e-4
                     advantage -= penalties[i] - np.mean(penalties[rows])
-                assert float(episodes.advantages[i]) == pytest.approx(advantage, rel=2e-3, abs=2e-4)
+                assert float(episodes.advantages[i]) == pytest.approx(
+                    advantage, rel=2e-3, abs=2e-4
+                )
 
 
 def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
@@ -99,11 +120,17 @@ def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
 
     def by_hand(params):
-        logprobs = response_logprobs(algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE)[0]
-        return -jnp.mean(jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1))
+        logprobs = response_logprobs(
+            algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE
+        )[0]
+        return -jnp.mean(
+            jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1)
+        )
 
     loss = algorithm.programs.loss
-    ours = jax.jit(jax.grad(lambda p, beta: loss({"policy": p}, episodes, None, beta)[0]))
+    ours = jax.jit(
+        jax.grad(lambda p, beta: loss({"policy": p}, episodes, None, beta)[0])
+    )
     expected = jax.jit(jax.grad(by_hand))(reference)
     for beta in (0.0, 2.0):
         assert_close(ours(reference, beta), expected, rtol=1e-4, atol=1e-6)
@@ -114,9 +141,15 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
     algorithm, state, reference = begin("grpo", kl=optimum.in_loss("grpo"))
     state, _, _ = iterate(algorithm, state, reference)
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    groups = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask)).reshape(-1, 8)
-    expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True, ddof=1) + 1e-4)
-    np.testing.assert_allclose(episodes.advantages, expected.ravel(), rtol=1e-4, atol=1e-5)
+    groups = np.asarray(
+        optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+    ).reshape(-1, 8)
+    expected = (groups - groups.mean(1, keepdims=True)) / (
+        groups.std(1, keepdims=True, ddof=1) + 1e-4
+    )
+    np.testing.assert_allclose(
+        episodes.advantages, expected.ravel(), rtol=1e-4, atol=1e-5
+    )
     k3 = kl.k3(episodes.logprobs, episodes.ref_logprobs)
     length = episodes.mask.sum(1)
     loss = jnp.mean(-episodes.advantages + 0.4 * (k3 * episodes.mask).sum(1) / length)
@@ -126,11 +159,17 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
 
 def test_the_moving_baseline_is_the_average_of_the_iterations_before():
     """After rewards m1, m2 with decay d: baseline (d m1 + m2) / (d + 1), without the zero that it began with."""
-    algorithm, state, reference = begin("reinforce", baseline_decay=0.8, kl=optimum.KLConfig(0.0))
+    algorithm, state, reference = begin(
+        "reinforce", baseline_decay=0.8, kl=optimum.KLConfig(0.0)
+    )
     means = []
     for step in range(3):
-        rollout, episodes, pairs = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, step))
-        scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
+        rollout, episodes, pairs = optimum.experience(
+            algorithm, state, reference, jax.random.fold_in(KEY, step)
+        )
+        scores = np.asarray(
+            optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+        )
         weights = 0.8 ** np.arange(len(means))[::-1]
         baseline = np.dot(weights, means) / weights.sum() if means else 0.0
         np.testing.assert_allclose(episodes.advantages, scores - baseline, atol=1e-5)
@@ -143,12 +182,18 @@ def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
     small = dataclasses.replace(SGD, learning_rate=1e-4)
     after = []
     for minibatches in (1, 2):
-        rate = dataclasses.replace(small, learning_rate=small.learning_rate / minibatches)
+        rate = dataclasses.replace(
+            small, learning_rate=small.learning_rate / minibatches
+        )
         algorithm, state, reference = begin("rloo", minibatches=minibatches, optim=rate)
         start = jax.device_get(reference)
         state, _, _ = iterate(algorithm, state, reference)
         after.append(
-            jax.tree.map(lambda a, b: (np.asarray(a) - b) / 1e-4, jax.device_get(state.params["policy"]), start)
+            jax.tree.map(
+                lambda a, b: (np.asarray(a) - b) / 1e-4,
+                jax.device_get(state.params["policy"]),
+                start,
+            )
         )
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(after[0])) > 0.1
     assert_close(after[1], after[0], atol=0.01)
@@ -159,7 +204,10 @@ def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
 
     The rate of 0.1 is linear over the four updates.
     """
-    options = {"optim": dataclasses.replace(SGD, schedule="linear"), "baseline_decay": 0.8}
+    options = {
+        "optim": dataclasses.replace(SGD, schedule="linear"),
+        "baseline_decay": 0.8,
+    }
     options |= {"batch_size": 4, "completions": 1, "epochs": 2, "minibatches": 2}
     config = optimum.group_config(1, estimator="reinforce", **options)
     programs = group.programs(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
@@ -183,7 +231,11 @@ def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
 # ------------------------------------------------------------------ losses
 
 RATIOS = [[1.5, 0.5, 1.1], [1.5, 0.5, 1.0]]
-LENGTHS, ADVANTAGES, APART = (3, 2), (1.0, -2.0), 0.4  # APART: log pi/rho of every token
+LENGTHS, ADVANTAGES, APART = (
+    (3, 2),
+    (1.0, -2.0),
+    0.4,
+)  # APART: log pi/rho of every token
 
 
 def surrogates(low, high):
@@ -197,7 +249,12 @@ def surrogates(low, high):
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
 def test_a_surrogate_has_the_configs_clips_length_and_kl(name, place):
     config = optimum.group_config(
-        1, estimator=name, clip=0.2, clip_high=0.4, max_new=5, kl=optimum.KLConfig(0.5, place=place)
+        1,
+        estimator=name,
+        clip=0.2,
+        clip_high=0.4,
+        max_new=5,
+        kl=optimum.KLConfig(0.5, place=place),
     )
     logprobs = jnp.full((2, 3), -1.0)
     mask = jnp.arange(3) < jnp.array(LENGTHS)[:, None]
@@ -213,7 +270,8 @@ def test_a_surrogate_has_the_configs_clips_length_and_kl(name, place):
     rows = surrogates(0.2, 0.4 if name == "dapo" else 0.2)
     k3 = np.exp(-APART) - 1 + APART
     expected = {
-        "grpo": np.mean([np.mean(row) for row in rows]) + (0.3 * k3 if place == "loss" else 0.0),
+        "grpo": np.mean([np.mean(row) for row in rows])
+        + (0.3 * k3 if place == "loss" else 0.0),
         "dr_grpo": sum(sum(row) for row in rows) / (2 * 5),
         "dapo": sum(sum(row) for row in rows) / 5,
     }
@@ -232,9 +290,14 @@ def test_entropy_and_kl_join_the_loss_of_dapo():
     def terms(params):
         rows = (tokens, segments, 2, TEMPERATURE)
         logprobs, entropy = response_logprobs(algorithm.model, params, *rows)
-        others = {"advantages": jnp.array([1.0, -3.0]), "ref_logprobs": logprobs - APART}
+        others = {
+            "advantages": jnp.array([1.0, -3.0]),
+            "ref_logprobs": logprobs - APART,
+        }
         batch = group.Experience(tokens, segments, mask, logprobs, **others)
-        return algorithm.programs.loss({"policy": params}, batch, None, 0.7)[0], entropy.mean()
+        return algorithm.programs.loss({"policy": params}, batch, None, 0.7)[
+            0
+        ], entropy.mean()
 
     loss, entropy = terms(reference)
     assert float(entropy) > 0.5
@@ -255,7 +318,12 @@ def two_groups():
     tokens = jnp.array([[1, 3, EOS, PAD]] * 4 + [[1, 4, 4, 4]] * 3 + [[1, 4, 5, EOS]])
     mask = (tokens[:, 2:] != PAD).astype(jnp.float32)
     segments = (tokens != PAD).astype(jnp.int32)
-    logprobs = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
+    logprobs = (
+        response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[
+            0
+        ]
+        * mask
+    )
     rollout = Rollout(tokens, segments, mask, logprobs)
     return rollout, algorithm.programs.forward(state.params, reference, rollout)
 
@@ -265,7 +333,9 @@ def crafted(estimator, beta=0.0, nats=0.0, **changes):
 
     Answers are `nats` [8] likelier than under the reference, at their first token.
     """
-    algorithm, state, _ = begin(estimator, **SMALL | {"kl": optimum.KLConfig(beta)}, **changes)
+    algorithm, state, _ = begin(
+        estimator, **SMALL | {"kl": optimum.KLConfig(beta)}, **changes
+    )
     rollout, known = two_groups()
     known = known._replace(ref_logprobs=known.logprobs.at[:, 0].add(-nats))
     scores = jnp.array([0.5] * 4 + [0.1, 0.2, 0.3, 0.4])
@@ -294,7 +364,9 @@ def test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone(estimato
     metrics = finalize(jax.device_get(pairs))
     assert metrics["informative"] == 0.5
     assert metrics["kl"] == pytest.approx(0.25, rel=1e-5)
-    assert metrics["group_std"] == pytest.approx(np.std([0.1, 0.2, 0.3, 0.4]) / 2, rel=1e-5)
+    assert metrics["group_std"] == pytest.approx(
+        np.std([0.1, 0.2, 0.3, 0.4]) / 2, rel=1e-5
+    )
     counted, _ = crafted(estimator, beta=0.5, nats=nats, only_informative=True)
     np.testing.assert_array_equal(counted.mask[:4], 0)
 
@@ -302,10 +374,16 @@ def test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone(estimato
 def test_overlong_answers_are_left_out_or_penalised():
     episodes, pairs = crafted("dapo", overlong="leave_out")
     np.testing.assert_array_equal(episodes.mask.sum(1), [1, 1, 1, 1, 0, 0, 0, 2])
-    assert finalize(jax.device_get(pairs))["response_length"] == 12 / 8  # what was sampled, not what counts
+    assert (
+        finalize(jax.device_get(pairs))["response_length"] == 12 / 8
+    )  # what was sampled, not what counts
     _, pairs = crafted("dapo", overlong_soft=1)  # two tokens of two: -1
-    assert finalize(jax.device_get(pairs))["reward"] == pytest.approx((4 * 0.5 + 1.0 - 4) / 8)
-    assert finalize(jax.device_get(pairs))["score"] == pytest.approx((4 * 0.5 + 1.0) / 8)
+    assert finalize(jax.device_get(pairs))["reward"] == pytest.approx(
+        (4 * 0.5 + 1.0 - 4) / 8
+    )
+    assert finalize(jax.device_get(pairs))["score"] == pytest.approx(
+        (4 * 0.5 + 1.0) / 8
+    )
 
 
 def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
@@ -334,7 +412,9 @@ def test_repeated_prompts_are_consecutive_and_resumable():
             self.n = state
 
     stream = Repeated(Counting(), 2)
-    np.testing.assert_array_equal(next(stream)["prompts"], [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]])
+    np.testing.assert_array_equal(
+        next(stream)["prompts"], [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]]
+    )
     position, second = stream.get_state(), next(stream)["prompts"]
     stream.set_state(position)
     np.testing.assert_array_equal(next(stream)["prompts"], second)
@@ -346,20 +426,39 @@ def test_repeated_prompts_are_consecutive_and_resumable():
 def group_values(conversations, finished, estimator, **changes):
     """The tiny recipe's PPO as a group stage."""
     known = {f.name for f in dataclasses.fields(group.Config)}
-    values = {k: v for k, v in stage_values("ppo", conversations, finished).items() if k in known}
-    own = {"stage": "group", "estimator": estimator, "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2}
+    values = {
+        k: v
+        for k, v in stage_values("ppo", conversations, finished).items()
+        if k in known
+    }
+    own = {
+        "stage": "group",
+        "estimator": estimator,
+        "batch_size": 4,
+        "completions": 4,
+        "epochs": 1,
+        "minibatches": 2,
+    }
     if estimator == "grpo":
         own["kl"] = {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}
     return values | own | changes
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in group.ESTIMATORS if name != "grpo"]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in group.ESTIMATORS
+    if name != "grpo"
+]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", *OTHERS])
-def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, conversations, finished):
+def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(
+    estimator, conversations, finished
+):
     """Temperature 0.9, policy == reference. Pitfall 7: the answers of one group are not copies of each other."""
-    values = group_values(conversations, finished, estimator, minibatches=1, ptx={}, log={})
+    values = group_values(
+        conversations, finished, estimator, minibatches=1, ptx={}, log={}
+    )
     assert values["temperature"] == 0.9
     metrics, _ = run_steps("group", values, ONE, steps=1)
     assert abs(metrics[0]["first_ratio_max"] - 1) < 2e-5
@@ -370,8 +469,12 @@ def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(estimator, c
 
 def test_a_human_reward_is_added_less_and_less_by_hand():
     config = HumanConfig(reward="x", weight=0.5, factor=0.25)
-    scores, pairs = with_human(config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2))
-    np.testing.assert_allclose(scores, [1 + 8 / 32, 2 - 16 / 32])  # 0.5 * 0.25^2 = 1 / 32
+    scores, pairs = with_human(
+        config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2)
+    )
+    np.testing.assert_allclose(
+        scores, [1 + 8 / 32, 2 - 16 / 32]
+    )  # 0.5 * 0.25^2 = 1 / 32
     assert finalize(jax.device_get(pairs)) == {"human": -4, "human_weight": 1 / 32}
 
 
@@ -380,7 +483,9 @@ def with_a_human(conversations, finished):
     """(what was called, metrics) of two steps of RLOO whose reward and human reward are one rule."""
     rule = "rule:tests.rewards.some_rules:letters?workers=1"
     human = {"reward": rule, "weight": 0.5, "factor": 0.25}
-    values = group_values(conversations, finished, "rloo", reward=rule, ptx={}, human=human)
+    values = group_values(
+        conversations, finished, "rloo", reward=rule, ptx={}, human=human
+    )
     called = []
 
     def told(name, function):
@@ -409,7 +514,9 @@ def test_a_stage_adds_its_human_reward(with_a_human):
     for step, metrics in enumerate(with_a_human[1]):
         weight = 0.5 * 0.25**step
         assert metrics["human_weight"] == weight and metrics["human"] > 0
-        assert metrics["score"] == pytest.approx((1 + weight) * metrics["human"], abs=1e-6)
+        assert metrics["score"] == pytest.approx(
+            (1 + weight) * metrics["human"], abs=1e-6
+        )
 
 
 @pytest.mark.nightly
@@ -429,13 +536,17 @@ def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finis
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
     results = []
     for microbatches in (1, 4):
-        values = group_values(conversations, finished, "dapo", optim=sgd, microbatches=microbatches)
+        values = group_values(
+            conversations, finished, "dapo", optim=sgd, microbatches=microbatches
+        )
         results.append(run_steps("group", values, ONE, steps=1)[1])
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
-def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(conversations, finished, tmp_path, monkeypatch):
+def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(
+    conversations, finished, tmp_path, monkeypatch
+):
     """REINFORCE carries the most: moving baseline, KL coefficient, average of weights, two data positions."""
     values = group_values(conversations, finished, "reinforce", steps=4)
     recipe.run_stage(values, tmp_path / "whole")
@@ -452,14 +563,23 @@ def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(conversa
 
 REFUSED = {
     "compares at least 2": {"completions": 1, "batch_size": 8},
-    "there can be grpo": {"estimator": "grpo", "kl": {"place": "loss", "estimator": "k3"}},
-    "put it in the reward": {"estimator": "dr_grpo", "kl": {"place": "loss", "estimator": "k3"}},
+    "there can be grpo": {
+        "estimator": "grpo",
+        "kl": {"place": "loss", "estimator": "k3"},
+    },
+    "put it in the reward": {
+        "estimator": "dr_grpo",
+        "kl": {"place": "loss", "estimator": "k3"},
+    },
     "there can be sequence": {"kl": {"place": "loss", "estimator": "k1"}},
     "a mean over tokens, dapo's": {"entropy_coefficient": 0.1},
     "it lies within": {"overlong_soft": 9},
     "every answer hits": {"overlong": "leave_out", "stop_at_eos": False},
     "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},
-    "baseline_decay=1.0: expected float >= 0 and < 1": {"estimator": "reinforce", "baseline_decay": 1.0},
+    "baseline_decay=1.0: expected float >= 0 and < 1": {
+        "estimator": "reinforce",
+        "baseline_decay": 1.0,
+    },
     "has no groups": {"estimator": "reinforce", "only_informative": True},
     "batch_size times completions=16": {"minibatches": 3},
 }
@@ -467,7 +587,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_meant_is_refused(message):
-    options = {"init_from": "x", "reward": "y", "prompt_length": 24, "max_new": 8, "batch_size": 4, "steps": 2}
+    options = {
+        "init_from": "x",
+        "reward": "y",
+        "prompt_length": 24,
+        "max_new": 8,
+        "batch_size": 4,
+        "steps": 2,
+    }
     values = stages.stage_config("group", **options | REFUSED[message])
     with pytest.raises(ConfigError, match=message) as refused:
         group.validate(recipe.check(to_dict(values), "group"), ONE, None)
@@ -476,6 +603,16 @@ def test_what_cannot_be_meant_is_refused(message):
 
 def test_the_estimators_are_those_of_algos():
     assert group.ESTIMATORS["grpo"].advantages is estimators.grpo_advantages
-    options = {"init_from": "x", "reward": "y", "prompt_length": 8, "max_new": 8, "batch_size": 4, "steps": 1}
+    options = {
+        "init_from": "x",
+        "reward": "y",
+        "prompt_length": 8,
+        "max_new": 8,
+        "batch_size": 4,
+        "steps": 1,
+    }
     with pytest.raises(ConfigError, match="expected one of 'rloo'"):
-        recipe.check({**to_dict(stages.stage_config("group", **options)), "estimator": "ppo"}, "group")
+        recipe.check(
+            {**to_dict(stages.stage_config("group", **options)), "estimator": "ppo"},
+            "group",
+        )

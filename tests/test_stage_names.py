@@ -34,7 +34,9 @@ def named(path: Path, known: set[str]) -> set[str]:
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        words |= {name.split(".")[2] for name in modules if name.startswith("rlhfjax.stages.")}
+        words |= {
+            name.split(".")[2] for name in modules if name.startswith("rlhfjax.stages.")
+        }
     return known & words
 
 
@@ -52,7 +54,9 @@ PARTS = (
 @pytest.mark.parametrize("part", PARTS)
 def test_it_names_no_stage(part):
     place = ROOT / part
-    files = [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.html")]
+    files = (
+        [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.html")]
+    )
     known = set(stages.names())
     found = {str(path.relative_to(ROOT)): named(path, known) for path in files}
     assert {path: names for path, names in found.items() if names} == {

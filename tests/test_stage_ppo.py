@@ -34,8 +34,17 @@ from tests.small_world import moved, response_logprobs
 from tests.test_stages import run_steps, stage_values
 
 KEY = jax.random.key(7)
-SGD = OptimConfig(name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0)
-PLAIN = {"optim": SGD, "value_optim": SGD, "batch_size": 32, "epochs": 1, "minibatches": 1, "whiten_advantages": "none"}
+SGD = OptimConfig(
+    name="sgd", learning_rate=0.1, b1=0.0, schedule="constant", clip_norm=0.0
+)
+PLAIN = {
+    "optim": SGD,
+    "value_optim": SGD,
+    "batch_size": 32,
+    "epochs": 1,
+    "minibatches": 1,
+    "whiten_advantages": "none",
+}
 
 
 def begin(shape=optimum.SHAPE, steps=4, **changes):
@@ -46,7 +55,9 @@ def iterate(algorithm, state, reference, key=KEY, text=None):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
     update_key = jax.random.fold_in(key, 1)
-    state, more = algorithm.programs.update(state, episodes, text or {}, pairs, update_key)
+    state, more = algorithm.programs.update(
+        state, episodes, text or {}, pairs, update_key
+    )
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
 
@@ -61,7 +72,8 @@ def assert_close(a, b, **tolerance):
 
 def apart(a, b):
     return max(
-        float(np.abs(np.asarray(x) - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        float(np.abs(np.asarray(x) - y).max())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -80,7 +92,9 @@ def test_forward_logprobs_make_the_first_ratio_one_in_bfloat16():
     shape = dataclasses.replace(optimum.SHAPE, dtype="bfloat16")
     _, episodes, metrics = iterate(*begin(shape, behaviour_logprobs="forward"))
     assert metrics["first_ratio_max"] == pytest.approx(1, abs=1e-5)
-    assert episodes.logprobs.dtype == jnp.float32  # pitfall 16: a KL of bfloat16 numbers is noise
+    assert (
+        episodes.logprobs.dtype == jnp.float32
+    )  # pitfall 16: a KL of bfloat16 numbers is noise
     rollout, sampled, _ = optimum.experience(*begin(shape), KEY)
     np.testing.assert_array_equal(sampled.logprobs, rollout.logprobs)
 
@@ -97,11 +111,18 @@ def test_pitfall_20_dropout_is_off_in_ppo():
 
 
 def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
-    algorithm, state, reference = begin(optim=dataclasses.replace(SGD, learning_rate=3.0))
+    algorithm, state, reference = begin(
+        optim=dataclasses.replace(SGD, learning_rate=3.0)
+    )
     state, _, _ = iterate(algorithm, state, reference)
-    rollout, _, _ = optimum.experience(algorithm, state, reference, jax.random.fold_in(KEY, 2))
+    rollout, _, _ = optimum.experience(
+        algorithm, state, reference, jax.random.fold_in(KEY, 2)
+    )
     rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
-    now, before = (response_logprobs(algorithm.model, p, *rows)[0] for p in (state.params["policy"], reference))
+    now, before = (
+        response_logprobs(algorithm.model, p, *rows)[0]
+        for p in (state.params["policy"], reference)
+    )
     np.testing.assert_allclose(rollout.logprobs, now * rollout.mask, atol=1e-5)
     assert apart(rollout.logprobs, before * rollout.mask) > 1e-2
 
@@ -109,8 +130,14 @@ def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
 def test_pitfall_07_every_iteration_draws_anew():
     """Two steps differ, and so do the many answers to one prompt within a step; one step is always the same."""
     algorithm, state, reference = begin()
-    keys = (jax.random.fold_in(KEY, 0), jax.random.fold_in(KEY, 1), jax.random.fold_in(KEY, 0))
-    first, second, again = (optimum.experience(algorithm, state, reference, k)[0].responses for k in keys)
+    keys = (
+        jax.random.fold_in(KEY, 0),
+        jax.random.fold_in(KEY, 1),
+        jax.random.fold_in(KEY, 0),
+    )
+    first, second, again = (
+        optimum.experience(algorithm, state, reference, k)[0].responses for k in keys
+    )
     np.testing.assert_array_equal(first, again)
     assert np.mean(np.asarray(first != second)) > 0.3
     assert len(np.unique(np.asarray(first)[:16], axis=0)) > 5
@@ -125,10 +152,22 @@ def three_responses():
     algorithm, state, reference = begin(batch_size=3, lam=1.0)
     tokens = jnp.array([[1, 3, 4, EOS], [1, 3, EOS, PAD], [1, 4, 5, 5]])
     mask = jnp.array([[1.0, 1], [1, 0], [1, 1]])
-    segments = jnp.concatenate([jnp.ones((3, 2), jnp.int32), mask.astype(jnp.int32)], axis=1)
-    logprobs = response_logprobs(algorithm.model, moved(reference), tokens, segments, 2, TEMPERATURE)[0] * mask
+    segments = jnp.concatenate(
+        [jnp.ones((3, 2), jnp.int32), mask.astype(jnp.int32)], axis=1
+    )
+    logprobs = (
+        response_logprobs(
+            algorithm.model, moved(reference), tokens, segments, 2, TEMPERATURE
+        )[0]
+        * mask
+    )
     rollout = Rollout(tokens, segments, mask, logprobs)
-    ref = response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[0] * mask
+    ref = (
+        response_logprobs(algorithm.model, reference, tokens, segments, 2, TEMPERATURE)[
+            0
+        ]
+        * mask
+    )
     known = algorithm.programs.forward(state.params, reference, rollout)
     return rollout, known, np.asarray(logprobs - ref, np.float64)
 
@@ -153,22 +192,38 @@ def test_pitfall_10_the_score_is_on_the_last_response_token():
     scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
     ended = np.asarray(rollout.mask)[:, 1] == 0
     assert ended.any() and not ended.all()
-    expected = np.where(ended[:, None], np.stack([scores, 0 * scores], 1), np.stack([0 * scores, scores], 1))
+    expected = np.where(
+        ended[:, None],
+        np.stack([scores, 0 * scores], 1),
+        np.stack([0 * scores, scores], 1),
+    )
     np.testing.assert_allclose(episodes.advantages, expected, atol=1e-6)
 
 
 def test_the_penalty_is_beta_times_the_estimate_at_every_token():
-    for estimator, value in {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(-d) - 1 + d}.items():
+    for estimator, value in {
+        "k1": lambda d: d,
+        "k2": lambda d: d**2 / 2,
+        "k3": lambda d: np.exp(-d) - 1 + d,
+    }.items():
         episodes, metrics, scores, d = by_hand(kl=KLConfig(0.3, estimator=estimator))
         rewards = -0.3 * value(d)
         rewards[[0, 1, 2], [1, 0, 1]] += scores
-        np.testing.assert_allclose(episodes.returns, to_go(rewards) * np.array([[1, 1], [1, 0], [1, 1]]), atol=1e-5)
-        assert metrics["kl"] == pytest.approx(d.sum(1).mean(), abs=1e-5)  # pitfall 15: of sequences, and k1
+        np.testing.assert_allclose(
+            episodes.returns,
+            to_go(rewards) * np.array([[1, 1], [1, 0], [1, 1]]),
+            atol=1e-5,
+        )
+        assert metrics["kl"] == pytest.approx(
+            d.sum(1).mean(), abs=1e-5
+        )  # pitfall 15: of sequences, and k1
 
 
 def test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening():
     """Only the third response did not end; rewards are whitened with their mean kept, over real tokens."""
-    episodes, metrics, scores, d = by_hand(whiten_rewards="batch", missing_eos="penalty", missing_eos_value=2.0)
+    episodes, metrics, scores, d = by_hand(
+        whiten_rewards="batch", missing_eos="penalty", missing_eos_value=2.0
+    )
     rewards = -optimum.BETA * d
     rewards[[0, 1, 2], [1, 0, 1]] += scores - np.array([0, 0, 2.0])
     real = np.array([[1, 1], [1, 0], [1, 1]], bool)
@@ -179,7 +234,9 @@ def test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening():
 
 
 def test_replaced_and_clipped_scores():
-    episodes, _, _, _ = by_hand(kl=KLConfig(0.0), missing_eos="replace", missing_eos_value=-3.0, score_clip=1.0)
+    episodes, _, _, _ = by_hand(
+        kl=KLConfig(0.0), missing_eos="replace", missing_eos_value=-3.0, score_clip=1.0
+    )
     np.testing.assert_allclose(episodes.returns[:, 0], [0.7, -1.0, -1.0], atol=1e-6)
 
 
@@ -189,19 +246,32 @@ def test_truncation_and_rejection(stop):
 
     Id 0 may be a full stop.
     """
-    config = optimum.ppo_config(4, **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)})
+    config = optimum.ppo_config(
+        4,
+        **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)},
+    )
     ids = Tokens(EOS, PAD, stop=stop)
-    tokens = jnp.array([[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]])
-    rollout = Rollout(tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0))
+    tokens = jnp.array(
+        [[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]]
+    )
+    rollout = Rollout(
+        tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0)
+    )
     seen = truncated(config, ids, rollout)
-    expected = [[1, 3, 4, stop, PAD, PAD], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]]
+    expected = [
+        [1, 3, 4, stop, PAD, PAD],
+        [1, 3, stop, 4, 5, EOS],
+        [1, 4, 4, 4, 4, stop],
+    ]
     np.testing.assert_array_equal(seen.tokens, expected)
     np.testing.assert_array_equal(seen.mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(seen.segments[:, 2:], seen.mask)
     shaped, _, pairs = shape_rewards(config, ids, jnp.array([0.5, 0.6, 0.7]), rollout)
     np.testing.assert_allclose(shaped, [0.5, -1.0, 0.7])
     assert finalize(jax.device_get(pairs))["accepted"] == pytest.approx(2 / 3)
-    np.testing.assert_array_equal(rollout.mask, 1)  # the policy is trained on all that it sampled
+    np.testing.assert_array_equal(
+        rollout.mask, 1
+    )  # the policy is trained on all that it sampled
 
 
 def test_without_a_stop_at_eos_every_response_is_as_long():
@@ -213,19 +283,41 @@ def test_without_a_stop_at_eos_every_response_is_as_long():
 
 # ------------------------------------------------------------------ an iteration, by a loop
 
-LENGTHS = (3, 2, 1, 3)  # of four responses, of which the second and the third end with an eos
-GAMMA, LAM, BETA = 0.9, 0.7, 0.11  # BETA: a KL coefficient that has moved away from the config's
+LENGTHS = (
+    3,
+    2,
+    1,
+    3,
+)  # of four responses, of which the second and the third end with an eos
+GAMMA, LAM, BETA = (
+    0.9,
+    0.7,
+    0.11,
+)  # BETA: a KL coefficient that has moved away from the config's
 
 
 def without_models(**changes):
     """(programs, state, known, rollout, scores): four responses, made-up logprobs and values."""
-    own = {"batch_size": 4, "max_new": 3, "gamma": GAMMA, "lam": LAM, "kl": KLConfig(0.5)}
+    own = {
+        "batch_size": 4,
+        "max_new": 3,
+        "gamma": GAMMA,
+        "lam": LAM,
+        "kl": KLConfig(0.5),
+    }
     config = optimum.ppo_config(4, **PLAIN | own | changes)
     model = Model(optimum.SHAPE)
-    programs = ppo.programs(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    programs = ppo.programs(
+        config, model, Model(model.config, "scalar"), Tokens(EOS, PAD)
+    )
     seen = {name: jnp.zeros((4, 3)) for name in ("advantages", "returns")}
-    params = {"policy": {**seen, "together": jnp.zeros((4, 4))}, "value": {"beta": jnp.zeros(())}}
-    state = states.TrainState.create(params, programs.tx, kl_coefficient=jnp.float32(BETA))
+    params = {
+        "policy": {**seen, "together": jnp.zeros((4, 4))},
+        "value": {"beta": jnp.zeros(())},
+    }
+    state = states.TrainState.create(
+        params, programs.tx, kl_coefficient=jnp.float32(BETA)
+    )
     mask = np.arange(3) < np.array(LENGTHS)[:, None]
     responses = np.where(mask, [[3, 4, 5], [3, EOS, 0], [EOS, 0, 0], [5, 5, 4]], PAD)
     numbered = np.arange(4)[:, None]  # the prompt is the number of the response
@@ -233,7 +325,9 @@ def without_models(**changes):
     segments = np.concatenate([np.ones((4, 1)), mask], axis=1)
     numbers = np.random.default_rng(3).normal(size=(3, 4, 3)) * mask
     known = ppo.Forward(*jnp.float32(numbers))
-    rollout = Rollout(jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs)
+    rollout = Rollout(
+        jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs
+    )
     return programs, state, known, rollout, jnp.array([0.7, -1.6, 0.25, 2.0])
 
 
@@ -283,12 +377,16 @@ def whitened_by_hand(rows, keep_mean):
 @pytest.mark.parametrize("place", ["reward", "loss"])
 def test_the_experience_of_an_iteration_equals_a_loop(place):
     """With the KL in the loss no token is charged for it; the logged mean reward is."""
-    programs, state, known, rollout, scores = without_models(kl=KLConfig(0.5, place=place))
+    programs, state, known, rollout, scores = without_models(
+        kl=KLConfig(0.5, place=place)
+    )
     episodes, pairs = programs.make_experience(state, known, rollout, scores)
     rewards, values = rewards_by_hand(known, scores), ragged(known.values)
     charged = rewards if place == "reward" else rewards_by_hand(known, scores, beta=0.0)
     advantages, returns = gae_by_hand(charged, values)
-    np.testing.assert_allclose(episodes.advantages, padded(advantages), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        episodes.advantages, padded(advantages), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(episodes.returns, padded(returns), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(episodes.logprobs, known.logprobs)
     np.testing.assert_array_equal(episodes.values, known.values)
@@ -318,35 +416,52 @@ def gradients_tell(params, batch, key, beta):
     total += jnp.sum(policy["returns"] * (who.T @ batch.returns))
     total += jnp.sum(policy["together"] * jnp.outer(who.sum(0), who.sum(0)))
     total += params["value"]["beta"] * beta
-    return total, {"loss": (total, one), "approx_kl": (one, one), "ratio_max": (one, one)}
+    return total, {
+        "loss": (total, one),
+        "approx_kl": (one, one),
+        "ratio_max": (one, one),
+    }
 
 
 @pytest.mark.parametrize("rewards_in", ["none", "batch", "minibatch"])
 def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in, monkeypatch):
     """Returns follow whitened rewards; advantages are whitened after that, over the minibatch."""
-    options = {"whiten_rewards": rewards_in, "whiten_advantages": "minibatch", "minibatches": 2}
+    options = {
+        "whiten_rewards": rewards_in,
+        "whiten_advantages": "minibatch",
+        "minibatches": 2,
+    }
     programs, state, known, rollout, scores = without_models(**options)
     episodes, pairs = programs.make_experience(state, known, rollout, scores)
     small_world.with_loss(monkeypatch, ppo, gradients_tell)
     state, _ = programs.update(state, episodes, {}, pairs, KEY)
     # sgd at 0.1 moves by -0.1 g
     told = {name: np.asarray(x) / -0.1 for name, x in state.params["policy"].items()}
-    assert float(state.params["value"]["beta"]) == pytest.approx(-0.1 * 2 * BETA)  # two updates
+    assert float(state.params["value"]["beta"]) == pytest.approx(
+        -0.1 * 2 * BETA
+    )  # two updates
     rewards = rewards_by_hand(known, scores)
     if rewards_in == "batch":
         rewards = whitened_by_hand(rewards, keep_mean=True)
     halves = {tuple(np.flatnonzero(row > 0.5)) for row in told["together"]}
     assert len(halves) == 2 and sorted(joined(halves)) == [0, 1, 2, 3]
     for half in halves:
-        some, values = [rewards[i] for i in half], [ragged(known.values)[i] for i in half]
+        some, values = (
+            [rewards[i] for i in half],
+            [ragged(known.values)[i] for i in half],
+        )
         if rewards_in == "minibatch":
             some = whitened_by_hand(some, keep_mean=True)
         advantages, returns = gae_by_hand(some, values)
         rows = list(half)
-        np.testing.assert_allclose(told["returns"][rows], padded(returns), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            told["returns"][rows], padded(returns), rtol=1e-4, atol=1e-5
+        )
         advantages = whitened_by_hand(advantages, keep_mean=False)
         expected = padded(advantages)
-        np.testing.assert_allclose(told["advantages"][rows], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            told["advantages"][rows], expected, rtol=1e-4, atol=1e-5
+        )
 
 
 # ------------------------------------------------------------------ losses
@@ -356,21 +471,30 @@ def every_response(algorithm, policy, reference):
     """All responses to both prompts as one Experience; a row's mask is its probability, a weight."""
     tokens, mask = optimum.responses()
     n = len(tokens)
-    whole = jnp.concatenate([jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (2, 1))], axis=1)
+    whole = jnp.concatenate(
+        [jnp.repeat(jnp.asarray(PROMPTS), n, 0), jnp.tile(tokens, (2, 1))], axis=1
+    )
     counted = jnp.tile(mask, (2, 1))
-    segments = jnp.concatenate([jnp.ones_like(counted), counted], axis=1).astype(jnp.int32)
+    segments = jnp.concatenate([jnp.ones_like(counted), counted], axis=1).astype(
+        jnp.int32
+    )
     logprobs, ref = (
-        response_logprobs(algorithm.model, p, whole, segments, 2, TEMPERATURE)[0] for p in (policy, reference)
+        response_logprobs(algorithm.model, p, whole, segments, 2, TEMPERATURE)[0]
+        for p in (policy, reference)
     )
     weights = counted * jnp.exp((logprobs * counted).sum(1, keepdims=True))
     zeros = jnp.zeros_like(counted)
-    return ppo.Experience(whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref)
+    return ppo.Experience(
+        whole, segments, weights, logprobs, zeros, zeros, zeros, ref_logprobs=ref
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
     """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
-    algorithm, state, reference = begin(kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0)
+    algorithm, state, reference = begin(
+        kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0
+    )
     policy = moved(reference)
     batch = every_response(algorithm, policy, reference)
 
@@ -379,13 +503,21 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
         return algorithm.programs.loss(both, batch, None, 0.5)[0]
 
     def exact(params):
-        hidden = [response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2) for p in (params, reference)]
-        logits = [algorithm.model.logits(p, h) for p, h in zip((params, reference), hidden, strict=True)]
+        hidden = [
+            response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2)
+            for p in (params, reference)
+        ]
+        logits = [
+            algorithm.model.logits(p, h)
+            for p, h in zip((params, reference), hidden, strict=True)
+        ]
         log_pi, log_rho = (jax.nn.log_softmax(x / TEMPERATURE) for x in logits)
         kl = jnp.sum(jnp.exp(log_pi) * (log_pi - log_rho), axis=-1)
         return 0.5 * jnp.sum(batch.mask * kl) / batch.mask.sum()
 
-    ours, true = jax.jit(lambda params: (jax.grad(loss)(params), jax.grad(exact)(params)))(policy)
+    ours, true = jax.jit(
+        lambda params: (jax.grad(loss)(params), jax.grad(exact)(params))
+    )(policy)
     assert float(optax.global_norm(true)) > 0.05
     assert_close(ours, true, rtol=1e-3, atol=2e-5)
 
@@ -393,7 +525,9 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
 def test_pitfall_18_value_and_policy_losses_share_one_weight():
     """So do the entropy bonus, and the KL in the loss at the coefficient it has come to."""
     options = {"value_coefficient": 0.3, "entropy_coefficient": 0.5}
-    algorithm, state, reference = begin(**options, kl=KLConfig(0.2, place="loss", estimator="k2"))
+    algorithm, state, reference = begin(
+        **options, kl=KLConfig(0.2, place="loss", estimator="k2")
+    )
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
     episodes = episodes._replace(ref_logprobs=episodes.ref_logprobs - 0.3)
     loss, pairs = jax.jit(algorithm.programs.loss)(state.params, episodes, None, 0.7)
@@ -402,11 +536,15 @@ def test_pitfall_18_value_and_policy_losses_share_one_weight():
     losses = ("policy_loss", "value_loss", "entropy_loss", "kl_loss")
     assert {float(pairs[name][1]) for name in ("loss", *losses)} == {tokens}
     error = np.asarray((episodes.values - episodes.returns) * episodes.mask)
-    assert float(pairs["value_loss"][0]) == pytest.approx(0.5 * (error**2).sum(), rel=1e-5)
+    assert float(pairs["value_loss"][0]) == pytest.approx(
+        0.5 * (error**2).sum(), rel=1e-5
+    )
     terms = {name: float(pairs[name][0]) for name in losses}
     assert terms["kl_loss"] == pytest.approx(0.3**2 / 2 * tokens, rel=1e-3)
     assert float(pairs["entropy"][0]) > 1
-    assert terms["entropy_loss"] == pytest.approx(-0.5 * float(pairs["entropy"][0]), rel=1e-6)
+    assert terms["entropy_loss"] == pytest.approx(
+        -0.5 * float(pairs["entropy"][0]), rel=1e-6
+    )
     total = terms["policy_loss"] + 0.3 * terms["value_loss"]
     total += terms["entropy_loss"] + 0.7 * terms["kl_loss"]
     assert float(loss) == pytest.approx(total / tokens, rel=1e-5)
@@ -440,23 +578,34 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     """The last token's advantage is score - V: nothing is added for a state after it, whatever the pads hold."""
     algorithm, state, reference = begin(kl=KLConfig(0.0))
     head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
-    state = state.replace(params={**state.params, "value": {**state.params["value"], "head": head}})
+    state = state.replace(
+        params={**state.params, "value": {**state.params["value"], "head": head}}
+    )
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
     scores = optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
     last = np.asarray(rollout.mask).sum(1).astype(int) - 1
     assert set(last) == {0, 1}
-    at_end = [np.take_along_axis(np.asarray(x), last[:, None], 1)[:, 0] for x in (episodes.advantages, episodes.values)]
+    at_end = [
+        np.take_along_axis(np.asarray(x), last[:, None], 1)[:, 0]
+        for x in (episodes.advantages, episodes.values)
+    ]
     assert np.abs(at_end[1]).min() > 1e-3
     np.testing.assert_allclose(at_end[0], np.asarray(scores) - at_end[1], atol=1e-5)
     other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
     known = algorithm.programs.forward(state.params, reference, other)
     changed, _ = algorithm.programs.make_experience(state, known, other, scores)
     for name in ("advantages", "returns", "values"):
-        np.testing.assert_array_equal(np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0)
-        np.testing.assert_allclose(getattr(changed, name), getattr(episodes, name), atol=1e-6)
+        np.testing.assert_array_equal(
+            np.asarray(getattr(changed, name))[np.asarray(episodes.mask) == 0], 0
+        )
+        np.testing.assert_allclose(
+            getattr(changed, name), getattr(episodes, name), atol=1e-6
+        )
     loss = algorithm.programs.loss
     gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch, None)[0]))
-    assert_close(*(gradient(state.params, batch) for batch in (episodes, changed)), atol=1e-6)
+    assert_close(
+        *(gradient(state.params, batch) for batch in (episodes, changed)), atol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -478,13 +627,20 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
         config = dataclasses.replace(algorithm.config, value_coefficient=coefficient)
         critic = Model(algorithm.model.config, "scalar")
         other = ppo.programs(config, algorithm.model, critic, algorithm.tokens)
-        params = {**state.params, "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}}}
-        return jax.jit(jax.grad(lambda p: other.loss(p, episodes, None)[0]))(params)["policy"]
+        params = {
+            **state.params,
+            "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}},
+        }
+        return jax.jit(jax.grad(lambda p: other.loss(p, episodes, None)[0]))(params)[
+            "policy"
+        ]
 
     assert apart(trunk(0.0), trunk(1.0)) > 1e-3
     explained = []
     for step in range(12):
-        state, _, metrics = iterate(algorithm, state, reference, jax.random.fold_in(KEY, step))
+        state, _, metrics = iterate(
+            algorithm, state, reference, jax.random.fold_in(KEY, step)
+        )
         explained.append(metrics["value_explained_variance"])
     assert explained[0] < 0.05 < 0.2 < explained[-1]
 
@@ -492,29 +648,41 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
 # ------------------------------------------------------------------ epochs
 
 
-def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates(monkeypatch):
+def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updates(
+    monkeypatch,
+):
     """Two updates in each of two iterations: linear from the rate to 0 over 4, so 1 + 3/4 of it."""
     rates = {
         "optim": dataclasses.replace(SGD, learning_rate=0.1, schedule="linear"),
         "value_optim": dataclasses.replace(SGD, learning_rate=0.01, schedule="linear"),
     }
-    config = optimum.ppo_config(2, **PLAIN | rates | {"batch_size": 4, "minibatches": 2})
+    config = optimum.ppo_config(
+        2, **PLAIN | rates | {"batch_size": 4, "minibatches": 2}
+    )
     model = Model(optimum.SHAPE)
-    programs = ppo.programs(config, model, Model(model.config, "scalar"), Tokens(EOS, PAD))
+    programs = ppo.programs(
+        config, model, Model(model.config, "scalar"), Tokens(EOS, PAD)
+    )
 
     def loss(params, batch, key, beta):
         one = (jnp.ones(()), jnp.ones(()))
-        return 3 * params["policy"] + 4 * params["value"], dict.fromkeys(("loss", "ratio_max"), one)
+        return 3 * params["policy"] + 4 * params["value"], dict.fromkeys(
+            ("loss", "ratio_max"), one
+        )
 
     small_world.with_loss(monkeypatch, ppo, loss)
     params = {"policy": jnp.zeros(()), "value": jnp.zeros(())}
-    state = states.TrainState.create(params, programs.tx, kl_coefficient=jnp.float32(0.0))
+    state = states.TrainState.create(
+        params, programs.tx, kl_coefficient=jnp.float32(0.0)
+    )
     kl = (jnp.zeros(()), jnp.ones(()))
     zeros = jnp.zeros((4, 1))
     batch = ppo.Experience(*[zeros] * 7)
     state, metrics = programs.update(state, batch, {}, {"kl": kl}, KEY)
     moves = {name: float(x) for name, x in state.params.items()}
-    assert moves == pytest.approx({"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6)
+    assert moves == pytest.approx(
+        {"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6
+    )
     found = finalize(jax.device_get(metrics))
     norms = {"policy_grad_norm": 3.0, "value_grad_norm": 4.0, "grad_norm": 5.0}
     assert {name: found[name] for name in norms} == pytest.approx(norms, rel=1e-6)
@@ -524,7 +692,9 @@ def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updat
 def test_an_iteration_ends_with_the_coefficient_and_the_average():
     """8 episodes of 80, a mean KL of 2.2 for 2: beta (1 + 0.1 * 8 / 80). EMA: 0.9 * 1 + 0.1 * 2."""
     options = {"batch_size": 2, "completions": 4, "ema": 0.9}
-    config = optimum.group_config(1, **options, kl=KLConfig(0.5, target=2.0, horizon=80))
+    config = optimum.group_config(
+        1, **options, kl=KLConfig(0.5, target=2.0, horizon=80)
+    )
     tx = optax.sgd(1.0)
     extra = {"kl_coefficient": jnp.float32(0.3), "ema": {"policy": jnp.float32(1.0)}}
     state = states.TrainState.create({"policy": jnp.float32(2.0)}, tx, **extra)
@@ -536,7 +706,9 @@ def test_an_iteration_ends_with_the_coefficient_and_the_average():
 
 
 @pytest.mark.parametrize("on_nonfinite", ["error", "skip"])
-def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(on_nonfinite):
+def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(
+    on_nonfinite,
+):
     options = {"batch_size": 4, "minibatches": 2, "on_nonfinite": on_nonfinite}
     config = optimum.ppo_config(1, **PLAIN | options)
 
@@ -547,9 +719,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(on_n
 
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
-    state, metrics = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    state, metrics = epochs.minibatch_epochs(
+        config, tx, model, loss, state, jnp.arange(4), {}, KEY
+    )
     left_out = on_nonfinite == "skip"
-    assert float(state.params["policy"]) == pytest.approx(-1.0 if left_out else np.nan, nan_ok=True)
+    assert float(state.params["policy"]) == pytest.approx(
+        -1.0 if left_out else np.nan, nan_ok=True
+    )
     assert ("skipped" in metrics) == left_out
 
 
@@ -578,7 +754,9 @@ def test_early_stop_that_is_not_reached_changes_nothing():
     assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(("total", "tokens", "applied"), [(0.75, 3.0, 4), (0.75, 1.0, 0)])
+@pytest.mark.parametrize(
+    ("total", "tokens", "applied"), [(0.75, 3.0, 4), (0.75, 1.0, 0)]
+)
 def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
     """A sum of 0.75 nats over 3 tokens is 0.25 per token: below a target of 1/2."""
     options = {"batch_size": 4, "epochs": 2, "minibatches": 2, "target_kl": 0.5}
@@ -591,7 +769,9 @@ def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
 
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
-    state, _ = epochs.minibatch_epochs(config, tx, model, loss, state, jnp.arange(4), {}, KEY)
+    state, _ = epochs.minibatch_epochs(
+        config, tx, model, loss, state, jnp.arange(4), {}, KEY
+    )
     assert float(state.params["policy"]) == applied  # 1 per update
 
 
@@ -599,31 +779,50 @@ def test_early_stop_is_of_one_iteration():
     algorithm, state, reference = begin(epochs=4, target_kl=1e-9)
     shares = []
     for step in range(2):
-        state, _, metrics = iterate(algorithm, state, reference, jax.random.fold_in(KEY, step))
+        state, _, metrics = iterate(
+            algorithm, state, reference, jax.random.fold_in(KEY, step)
+        )
         shares.append(metrics["updated"])
     assert shares == [1 / 4, 1 / 4]
 
 
 def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
     """The parameter [i, j] counts how often episodes i and j were in one minibatch."""
-    n, config = 8, optimum.ppo_config(1, **PLAIN | {"batch_size": 8, "epochs": 3, "minibatches": 4})
+    n, config = (
+        8,
+        optimum.ppo_config(
+            1, **PLAIN | {"batch_size": 8, "epochs": 3, "minibatches": 4}
+        ),
+    )
 
     def loss(params, ids, key):
         row = jax.nn.one_hot(ids, n).sum(0)
         one = (jnp.ones(()), jnp.ones(()))
-        return -jnp.sum(params["policy"] * row[:, None] * row), {"loss": one, "approx_kl": one, "ratio_max": one}
+        return -jnp.sum(params["policy"] * row[:, None] * row), {
+            "loss": one,
+            "approx_kl": one,
+            "ratio_max": one,
+        }
 
     tx = optax.sgd(1.0)
     state = states.TrainState.create({"policy": jnp.zeros((n, n))}, tx)
-    state, _ = epochs.minibatch_epochs(config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), {}, KEY)
+    state, _ = epochs.minibatch_epochs(
+        config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), {}, KEY
+    )
     together = np.asarray(state.params["policy"])
     np.testing.assert_array_equal(np.diag(together), 3)
-    np.testing.assert_array_equal(together.sum(1), 6)  # itself and one other, three times
+    np.testing.assert_array_equal(
+        together.sum(1), 6
+    )  # itself and one other, three times
     assert (together == 1).any()  # not the same companion in every epoch
 
 
-@pytest.mark.parametrize(("unit", "added"), [("token", 1.5 * 10), ("sequence", 1.5 * 10 * 4 / 2)])
-def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added, monkeypatch):
+@pytest.mark.parametrize(
+    ("unit", "added"), [("token", 1.5 * 10), ("sequence", 1.5 * 10 * 4 / 2)]
+)
+def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
+    unit, added, monkeypatch
+):
     """4 tokens in 2 sequences: the mean over sequences of sums is twice the mean over tokens."""
 
     def mean_of_ten(model):
@@ -631,31 +830,48 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(unit, added,
         return lambda params, batch, key: (10 * params["w"], {"loss": pair})
 
     monkeypatch.setattr(epochs, "_text_loss", mean_of_ten)
-    config = optimum.ppo_config(1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)})
+    config = optimum.ppo_config(
+        1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)}
+    )
     text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
     params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
     model = Model(optimum.SHAPE)
     grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
     assert float(grads["policy"]["w"]) == 7.0 + added
-    assert finalize(jax.device_get(pairs)) == {"ptx_loss": 10.0}  # nats per token, either way
+    assert finalize(jax.device_get(pairs)) == {
+        "ptx_loss": 10.0
+    }  # nats per token, either way
 
 
 @pytest.mark.parametrize("unit, microbatches", [("token", 1), ("sequence", 2)])
-def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(unit, microbatches):
+def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(
+    unit, microbatches
+):
     """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
     gamma = 1.5
     tokens = jax.random.randint(jax.random.key(1), (64, 4), 1, 6)
-    mask = (jnp.arange(4) < jnp.where(jnp.arange(64) % 2, 4, 2)[:, None]).astype(jnp.float32)
+    mask = (jnp.arange(4) < jnp.where(jnp.arange(64) % 2, 4, 2)[:, None]).astype(
+        jnp.float32
+    )
     segments = jnp.ones_like(tokens)
-    text = {"tokens": tokens, "targets": tokens[:, ::-1], "mask": mask, "segments": segments}
+    text = {
+        "tokens": tokens,
+        "targets": tokens[:, ::-1],
+        "mask": mask,
+        "segments": segments,
+    }
     text["positions"] = jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32)
     algorithm, state, reference = begin()
     loss = pretrain.language_loss(algorithm.model)
     grads = jax.jit(jax.grad(lambda p: loss(p, text, None)[0]))(reference)
-    scale = gamma * (3.0 if unit == "sequence" else 1.0)  # 3 tokens a sequence on average
+    scale = gamma * (
+        3.0 if unit == "sequence" else 1.0
+    )  # 3 tokens a sequence on average
     plain = copy(iterate(algorithm, state, reference)[0].params["policy"])
     expected = jax.tree.map(lambda p, g: p - 0.1 * scale * g, plain, grads)
-    mixed = begin(ptx=PtxConfig(coefficient=gamma, unit=unit, ratio=2), microbatches=microbatches)
+    mixed = begin(
+        ptx=PtxConfig(coefficient=gamma, unit=unit, ratio=2), microbatches=microbatches
+    )
     state, _, metrics = iterate(*mixed, text=text)
     assert_close(state.params["policy"], expected, rtol=1e-4, atol=2e-6)
     assert metrics["ptx_loss"] > 0
@@ -687,7 +903,9 @@ def test_where_the_value_function_begins(head, conversations, finished):
     layout = make_layout(MeshConfig(), jax.devices()[:1])
     with layout.use():
         stage = stages.find("ppo").build(recipe.check(values, "ppo"), layout)
-        value = stage.start(states.create_sharded(stage.init, KEY, stage.axes, layout)).params["value"]
+        value = stage.start(
+            states.create_sharded(stage.init, KEY, stage.axes, layout)
+        ).params["value"]
     reward = store.load(finished / "04_reward", layout).params
     assert_close(value["backbone"], reward["backbone"])
     kernel = np.asarray(value["head"]["kernel"])
@@ -707,7 +925,9 @@ def test_the_average_begins_at_the_policy_and_is_what_is_kept(conversations, fin
     with layout.use():
         stage = stages.find("ppo").build(recipe.check(values, "ppo"), layout)
         state = stage.start(states.create_sharded(stage.init, KEY, stage.axes, layout))
-    assert_close(state.extra["ema"]["policy"], store.load(finished / "02_sft", layout).params)
+    assert_close(
+        state.extra["ema"]["policy"], store.load(finished / "02_sft", layout).params
+    )
     average = {"policy": jax.tree.map(lambda x: x + 1, state.extra["ema"]["policy"])}
     kept = stage.finish(state.replace(extra={**state.extra, "ema": average})).models
     assert_close(kept["model"].params, average["policy"])
@@ -735,17 +955,24 @@ def test_four_devices_give_what_one_gives_with_every_option(conversations, finis
 
 REFUSED = {
     "in the reward: k1, k2, k3": {"kl": {"estimator": "sequence"}},
-    "stays 0 whatever the target": {"kl": {"coefficient": 0.0, "target": 2.0, "horizon": 100}},
+    "stays 0 whatever the target": {
+        "kl": {"coefficient": 0.0, "target": 2.0, "horizon": 100}
+    },
     "needs one; 10 to 20": {"kl": {"target": 2.0}},
     "is the group stage's": {"kl": {"place": "loss", "estimator": "grpo"}},
     "no response has an end": {"missing_eos": "penalty", "stop_at_eos": False},
     "a response has max_new": {"truncate": {"token": ".", "after": 8}},
     "it stops later updates": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
-    "advantages exist only there": {"whiten_rewards": "minibatch", "whiten_advantages": "batch"},
+    "advantages exist only there": {
+        "whiten_rewards": "minibatch",
+        "whiten_advantages": "batch",
+    },
     "ema=1.0: expected float >= 0 and < 1": {"ema": 1.0},
     "lam=1.5: expected float >= 0 and <= 1": {"lam": 1.5},
     "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},
-    "ptx.ratio=0: expected int >= 1": {"ptx": {"coefficient": 1.0, "ratio": 0, "length": 32}},
+    "ptx.ratio=0: expected int >= 1": {
+        "ptx": {"coefficient": 1.0, "ratio": 0, "length": 32}
+    },
     "temperature=0.0: expected float >= 0.0001": {"temperature": 0.0},
     "epochs=0: expected int >= 1": {"epochs": 0},
     "not divisible": {"minibatches": 3},
@@ -755,7 +982,14 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_meant_is_refused(message):
     values = stages.stage_config(
-        "ppo", init_from="x", reward="y", prompt_length=24, max_new=8, batch_size=16, steps=2, **REFUSED[message]
+        "ppo",
+        init_from="x",
+        reward="y",
+        prompt_length=24,
+        max_new=8,
+        batch_size=16,
+        steps=2,
+        **REFUSED[message],
     )
     with pytest.raises(ConfigError, match=message) as refused:
         one = make_layout(MeshConfig(), jax.devices()[:1])

@@ -20,23 +20,39 @@ from tests.test_stages import stage_values
 
 def of_ppo(values):
     """PPO's values as those of this stage: what its value function has is left out."""
-    own = {"value", "value_head", "value_clip", "value_coefficient", "value_optim", "gamma", "lam"}
+    own = {
+        "value",
+        "value_head",
+        "value_clip",
+        "value_coefficient",
+        "value_optim",
+        "gamma",
+        "lam",
+    }
     own |= {"whiten_rewards", "whiten_advantages"}
-    return {name: x for name, x in values.items() if name not in own} | {"stage": "reinforce_pp"}
+    return {name: x for name, x in values.items() if name not in own} | {
+        "stage": "reinforce_pp"
+    }
 
 
 def test_what_every_token_learns_from_equals_a_loop():
     """The score minus beta times the KL that is still to come, normalized over the batch."""
     algorithm, state, reference = small_world.begin(optimum.reinforce_pp_config(1))
     state = state.replace(params=small_world.moved(state.params))
-    rollout, experience, metrics = optimum.experience(algorithm, state, reference, jax.random.key(0))
+    rollout, experience, metrics = optimum.experience(
+        algorithm, state, reference, jax.random.key(0)
+    )
     known = jax.device_get(algorithm.programs.forward(state.params, reference, rollout))
     scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
     mask = np.asarray(rollout.mask)
     to_come = np.zeros(mask.shape)
     for i, row in enumerate(mask):
         for t in range(len(row)):
-            nats = sum(known.logprobs[i, s] - known.ref_logprobs[i, s] for s in range(t, len(row)) if row[s])
+            nats = sum(
+                known.logprobs[i, s] - known.ref_logprobs[i, s]
+                for s in range(t, len(row))
+                if row[s]
+            )
             to_come[i, t] = scores[i] - optimum.BETA * nats
     counted = to_come[mask > 0]
     expected = np.where(mask > 0, (to_come - counted.mean()) / counted.std(), 0)
@@ -47,18 +63,38 @@ def test_what_every_token_learns_from_equals_a_loop():
 def test_it_is_planned_and_placed():
     """The recorder finds its programs; its memory is that of the group estimators'."""
     nowhere = to_dict(tiny.get_config("data=nowhere"))
-    values = {**nowhere, "stages": (*nowhere["stages"], "reinforce_pp"), "reinforce_pp": of_ppo(nowhere["ppo"])}
+    values = {
+        **nowhere,
+        "stages": (*nowhere["stages"], "reinforce_pp"),
+        "reinforce_pp": of_ppo(nowhere["ppo"]),
+    }
     subject = shapes.subject(values, "reinforce_pp")
     planned = programs.sketch(subject, make_layout(MeshConfig())).programs
-    assert [p.name for p in planned] == ["rollout", "know", "score", "prepare", "update"]
+    assert [p.name for p in planned] == [
+        "rollout",
+        "know",
+        "score",
+        "prepare",
+        "update",
+    ]
     assert [net.name for net in subject.nets] == ["policy", "reference", "reward"]
-    auto = recipe.check(of_ppo(nowhere["ppo"]) | {"mesh": {"strategy": "auto"}}, "reinforce_pp")
-    folders = {"stage:sft": nowhere["sft"], "stage:reward": nowhere["reward"], "stage:pretrain": nowhere["pretrain"]}
-    origins = Origins({name: recipe.check(config, name) for name, config in folders.items()})
+    auto = recipe.check(
+        of_ppo(nowhere["ppo"]) | {"mesh": {"strategy": "auto"}}, "reinforce_pp"
+    )
+    folders = {
+        "stage:sft": nowhere["sft"],
+        "stage:reward": nowhere["reward"],
+        "stage:pretrain": nowhere["pretrain"],
+    }
+    origins = Origins(
+        {name: recipe.check(config, name) for name, config in folders.items()}
+    )
     assert recipe.layout_of(auto, origins).mesh.shape["data"] == len(jax.devices())
 
 
-def test_it_resumes_bit_for_bit_and_is_reported(conversations, finished, tmp_path, monkeypatch):
+def test_it_resumes_bit_for_bit_and_is_reported(
+    conversations, finished, tmp_path, monkeypatch
+):
     values = of_ppo(stage_values("ppo", conversations, finished, steps=4))
     recipe.run_stage(values, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Preempted):

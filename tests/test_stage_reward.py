@@ -31,7 +31,10 @@ from tests.test_stages import run_steps, stage_values
 __all__ = ["lopsided", "separable"]
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
-OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("soft", "rao_kupper", "plackett_luce")]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in ("soft", "rao_kupper", "plackett_luce")
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +43,26 @@ def saved(finished):
 
 
 def chats(conversations, split):
-    return {"spec": f"jsonl:{conversations}/{split}.jsonl", "kind": "messages", "split": "all"}
+    return {
+        "spec": f"jsonl:{conversations}/{split}.jsonl",
+        "kind": "messages",
+        "split": "all",
+    }
 
 
 def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_path):
     """Of two rankings one is of completions that differ after the row's end; the loss is that of
     the other."""
-    tokenizer = train_sentencepiece(["the cat sat on the mat"] * 9, tmp_path, vocab_size=275)
+    tokenizer = train_sentencepiece(
+        ["the cat sat on the mat"] * 9, tmp_path, vocab_size=275
+    )
     start = list(range(20, 30))
     rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
              "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
     model = Model(
-        TransformerConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8),
+        TransformerConfig(
+            vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8
+        ),
         "scalar",
     )
     params = model.init(jax.random.key(1))
@@ -59,7 +70,11 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_
 
     def of(*chosen):
         source = Rows([rows[i] for i in chosen], "preferences")
-        batch = next(loader.preference_batches(source, tokenizer, batch_size=len(chosen), length=8, train=False))
+        batch = next(
+            loader.preference_batches(
+                source, tokenizer, batch_size=len(chosen), length=8, train=False
+            )
+        )
         return loss(params, jax.tree.map(jnp.asarray, batch), None)
 
     (both, pairs), (alone, _) = of(0, 1), of(1)
@@ -70,21 +85,39 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_
 
 
 @pytest.mark.parametrize("name", ["margin", *OTHERS])
-def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(name, conversations, finished, lopsided):
+def test_pitfall_17_every_loss_accumulates_exactly_in_the_stage(
+    name, conversations, finished, lopsided
+):
     """Prompts have two to four answers, some of them tied."""
     sgd = {"name": "sgd", "learning_rate": 1e-2, "b1": 0.0, "schedule": "constant"}
-    changes = {"preferences": (str(lopsided),), "optim": sgd, "checkpoint": {}, "log": {}}
+    changes = {
+        "preferences": (str(lopsided),),
+        "optim": sgd,
+        "checkpoint": {},
+        "log": {},
+    }
     results = [
         run_steps(
             "reward",
-            stage_values("reward", conversations, finished, loss={"name": name}, microbatches=n, **changes),
+            stage_values(
+                "reward",
+                conversations,
+                finished,
+                loss={"name": name},
+                microbatches=n,
+                **changes,
+            ),
             ONE,
             steps=1,
         )
         for n in (1, 4)
     ]
-    np.testing.assert_allclose(results[1][0][0]["loss"], results[0][0][0]["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
+    np.testing.assert_allclose(
+        results[1][0][0]["loss"], results[0][0][0]["loss"], rtol=1e-5
+    )
+    for a, b in zip(
+        jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True
+    ):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
 
 
@@ -92,7 +125,9 @@ def started(values):
     """The stage and the state before its first step."""
     config = recipe.check(values, "reward")
     stage = stages.find("reward").build(config, ONE)
-    return stage, stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+    return stage, stage.start(
+        state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,16 +148,32 @@ def rewards_of_rows(model, params, tokenizer, rows, length):
 
 
 def validation_rows(finished):
-    lines = (finished / "03_collect" / "preferences" / "validation.jsonl").read_text().splitlines()
-    return [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
+    lines = (
+        (finished / "03_collect" / "preferences" / "validation.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    return [
+        (row["prompt_tokens"], ids)
+        for row in map(json.loads, lines)
+        for ids in row["completion_tokens"]
+    ]
 
 
-@pytest.mark.parametrize("how", ["none", pytest.param("mean", marks=pytest.mark.nightly), "mean_std"])
-def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(how, conversations, finished):
-    stage, first = started(stage_values("reward", conversations, finished, normalise_before=how))
+@pytest.mark.parametrize(
+    "how", ["none", pytest.param("mean", marks=pytest.mark.nightly), "mean_std"]
+)
+def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(
+    how, conversations, finished
+):
+    stage, first = started(
+        stage_values("reward", conversations, finished, normalise_before=how)
+    )
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     model = store.describe(store.find(finished / "04_reward"))
-    values = rewards_of_rows(model, first.params, tokenizer, validation_rows(finished), 32)
+    values = rewards_of_rows(
+        model, first.params, tokenizer, validation_rows(finished), 32
+    )
     if how == "none":
         assert abs(values.mean()) > 1e-3
         assert abs(values.std() - 1) > 1e-3
@@ -139,7 +190,9 @@ def demonstration_rows(conversations, split, tokenizer, length=32):
     for line in (conversations / f"{split}.jsonl").read_text().splitlines():
         messages = json.loads(line)["messages"]
         answer = [*tokenizer.encode(messages[-1]["content"]), tokenizer.eos_id]
-        prompt = chat.render_prompt(tokenizer, messages[:-1], max_tokens=max(16, length - len(answer)))
+        prompt = chat.render_prompt(
+            tokenizer, messages[:-1], max_tokens=max(16, length - len(answer))
+        )
         rows.append((prompt, answer))
     return rows
 
@@ -147,61 +200,107 @@ def demonstration_rows(conversations, split, tokenizer, length=32):
 def test_demonstrations_score_0_when_normalised_on_them(conversations, finished):
     """What is logged is of the rewards before: means of demonstrations and of held-out answers."""
     demonstrations = (chats(conversations, "test"),)
-    values = stage_values("reward", conversations, finished, normalise="demonstrations", demonstrations=demonstrations)
+    values = stage_values(
+        "reward",
+        conversations,
+        finished,
+        normalise="demonstrations",
+        demonstrations=demonstrations,
+    )
     stage, first = started(values)
     finished_stage = stage.finish(first)
     kept = finished_stage.models["model"]
     model, params, tokenizer = kept.model, kept.params, kept.tokenizer
     rows = demonstration_rows(conversations, "test", tokenizer)
-    np.testing.assert_allclose(rewards_of_rows(model, params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+    np.testing.assert_allclose(
+        rewards_of_rows(model, params, tokenizer, rows, 32).mean(), 0, atol=2e-5
+    )
     before = rewards_of_rows(model, first.params, tokenizer, rows, 32)
     assert abs(before.mean()) > 1e-3
-    answers = rewards_of_rows(model, first.params, tokenizer, validation_rows(finished), 32)
+    answers = rewards_of_rows(
+        model, first.params, tokenizer, validation_rows(finished), 32
+    )
     means = {"demonstration_mean": before.mean(), "reference_mean": answers.mean()}
     logged = finalize(jax.device_get(finished_stage.pairs))
     uncut = demonstration_rows(conversations, "test", tokenizer, length=1000)
-    cut = [len(whole) > len(prompt) for (whole, _), (prompt, _) in zip(uncut, rows, strict=True)]
+    cut = [
+        len(whole) > len(prompt)
+        for (whole, _), (prompt, _) in zip(uncut, rows, strict=True)
+    ]
     means |= {"demonstrations_cut": np.mean(cut)}
-    assert logged == pytest.approx(means | {"reference_std": answers.std()}, rel=1e-3, abs=2e-5)
-    np.testing.assert_array_equal(params["head"]["kernel"], first.params["head"]["kernel"])
+    assert logged == pytest.approx(
+        means | {"reference_std": answers.std()}, rel=1e-3, abs=2e-5
+    )
+    np.testing.assert_array_equal(
+        params["head"]["kernel"], first.params["head"]["kernel"]
+    )
 
 
 def test_demonstrations_without_their_sources_are_refused(conversations, finished):
     with pytest.raises(ConfigError, match="demonstrations"):
-        started(stage_values("reward", conversations, finished, normalise="demonstrations"))
+        started(
+            stage_values("reward", conversations, finished, normalise="demonstrations")
+        )
 
 
 def test_pitfall_36_a_reward_of_nan_centres_nothing(finished, tmp_path, monkeypatch):
     """Only a completion that exists counts; a mean of NaN would be the bias of the new model."""
-    rewards, valid = np.array([[1.0, np.nan], [np.nan, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]])
+    rewards, valid = (
+        np.array([[1.0, np.nan], [np.nan, 2.0]]),
+        np.array([[1.0, 0.0], [1.0, 1.0]]),
+    )
     samples = {"rewards": rewards, "valid": valid}
     monkeypatch.setattr(stages.find("recentre"), "_samples", lambda *_: samples)
-    said = r"^recentre\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
+    said = (
+        r"^recentre\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
+    )
     with pytest.raises(DataError, match=said):
         recentre(finished, tmp_path, preferences=("anything",), length=32)
     assert not (tmp_path / "recentred" / "model").exists()
 
 
 def recentre(finished, tmp_path, **values):
-    config = stage_config("recentre", init_from=str(finished / "04_reward"), batch_size=8, **values)
+    config = stage_config(
+        "recentre", init_from=str(finished / "04_reward"), batch_size=8, **values
+    )
     recipe.run(config, tmp_path / "recentred")
     return store.load(tmp_path / "recentred", ONE)
 
 
 def test_recentring_moves_the_bias_alone(conversations, finished, saved, tmp_path):
-    new = recentre(finished, tmp_path, demonstrations=(chats(conversations, "validation"),), length=32)
+    new = recentre(
+        finished,
+        tmp_path,
+        demonstrations=(chats(conversations, "validation"),),
+        length=32,
+    )
     before, after = (jax.tree.map(np.asarray, one.params) for one in (saved, new))
     assert before["head"].pop("bias") != after["head"].pop("bias")
     jax.tree.map(np.testing.assert_array_equal, before, after)
     tokenizer = new.tokenizer
     rows = demonstration_rows(conversations, "validation", tokenizer)
-    np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+    np.testing.assert_allclose(
+        rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5
+    )
 
 
-def test_recentring_on_a_policys_answers_and_on_completions(conversations, finished, saved, tmp_path):
-    sampling = {k: tiny.SAMPLING[k] for k in ("prompt_length", "max_new", "temperature")}
-    prompts = {"source": chats(conversations, "test"), "limit": 6}  # fewer than a batch: fillers must not count
-    new = recentre(finished, tmp_path / "a", policy=str(finished / "02_sft"), prompts=prompts, **sampling)
+def test_recentring_on_a_policys_answers_and_on_completions(
+    conversations, finished, saved, tmp_path
+):
+    sampling = {
+        k: tiny.SAMPLING[k] for k in ("prompt_length", "max_new", "temperature")
+    }
+    prompts = {
+        "source": chats(conversations, "test"),
+        "limit": 6,
+    }  # fewer than a batch: fillers must not count
+    new = recentre(
+        finished,
+        tmp_path / "a",
+        policy=str(finished / "02_sft"),
+        prompts=prompts,
+        **sampling,
+    )
     again = stage_config(
         "recentre", init_from=str(tmp_path / "a" / "recentred"), batch_size=8, policy=str(finished / "02_sft"),
         prompts=prompts, **sampling,
@@ -210,14 +309,26 @@ def test_recentring_on_a_policys_answers_and_on_completions(conversations, finis
     assert float(new.params["head"]["bias"]) != float(saved.params["head"]["bias"])
     folder = str(finished / "03_collect" / "preferences")
     new = recentre(finished, tmp_path / "b", preferences=(folder,), length=32)
-    lines = (finished / "03_collect" / "preferences" / "train.jsonl").read_text().splitlines()
-    rows = [(row["prompt_tokens"], ids) for row in map(json.loads, lines) for ids in row["completion_tokens"]]
+    lines = (
+        (finished / "03_collect" / "preferences" / "train.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    rows = [
+        (row["prompt_tokens"], ids)
+        for row in map(json.loads, lines)
+        for ids in row["completion_tokens"]
+    ]
     tokenizer = new.tokenizer
-    np.testing.assert_allclose(rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5)
+    np.testing.assert_allclose(
+        rewards_of_rows(new.model, new.params, tokenizer, rows, 32).mean(), 0, atol=2e-5
+    )
 
 
 def test_recentring_needs_exactly_one_kind_of_samples(finished, tmp_path):
-    with pytest.raises(ConfigError, match="one of policy, preferences and demonstrations"):
+    with pytest.raises(
+        ConfigError, match="one of policy, preferences and demonstrations"
+    ):
         recentre(finished, tmp_path, length=32)
 
 
@@ -229,20 +340,31 @@ def members(finished, saved, tmp_path_factory):
     """Three reward models of one shape: the trained one and two with other heads."""
     folder = tmp_path_factory.mktemp("members")
     for i in range(3):
-        params = {**saved.params, "head": saved.model.init(jax.random.key(i))["head"]} if i else saved.params
-        store.save(folder / f"m{i}" / "model", store.SavedModel(saved.model, params, saved.tokenizer))
+        params = (
+            {**saved.params, "head": saved.model.init(jax.random.key(i))["head"]}
+            if i
+            else saved.params
+        )
+        store.save(
+            folder / f"m{i}" / "model",
+            store.SavedModel(saved.model, params, saved.tokenizer),
+        )
     return [str(folder / f"m{i}") for i in range(3)]
 
 
 def rows_to_score(n=8):
-    tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, size=(n, 32)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0).integers(4, tiny.VOCAB, size=(n, 32)).astype(np.int32)
+    )
     segments = np.ones((n, 32), np.int32)
     segments[::2, 28:] = 0
     return tokens, segments, np.ones((n, 8), np.float32)
 
 
 def composed(members, tmp_path, **options):
-    config = stage_config("compose", members=tuple({"reward": m} for m in members), **options)
+    config = stage_config(
+        "compose", members=tuple({"reward": m} for m in members), **options
+    )
     recipe.run(config, tmp_path)
     return tmp_path
 
@@ -253,7 +375,11 @@ def one_by_one(members):
     scores = []
     for name in members:
         one = store.load(name, ONE)
-        scores.append(np.asarray(ModelReward(one.model, one.params)(*map(jnp.asarray, rows_to_score()))))
+        scores.append(
+            np.asarray(
+                ModelReward(one.model, one.params)(*map(jnp.asarray, rows_to_score()))
+            )
+        )
     return np.array(scores, np.float64)
 
 
@@ -261,18 +387,31 @@ FOUR = make_layout(MeshConfig(data=2, fsdp=2))
 BY = ("mean-one", "worst-four", "pessimistic-four")
 
 
-@pytest.mark.parametrize("how, layout", [("mean", ONE), ("worst", FOUR), ("pessimistic", FOUR)], ids=BY)
-def test_an_ensembles_score_is_what_its_members_give_one_by_one(how, layout, one_by_one, members, tmp_path):
+@pytest.mark.parametrize(
+    "how, layout", [("mean", ONE), ("worst", FOUR), ("pessimistic", FOUR)], ids=BY
+)
+def test_an_ensembles_score_is_what_its_members_give_one_by_one(
+    how, layout, one_by_one, members, tmp_path
+):
     tokenizer = load_tokenizer(store.find(members[0]))
     folder = composed(members, tmp_path, combine=how, coefficient=0.7)
     tokens, segments, mask = rows_to_score()
     placed = layout.put({"tokens": tokens, "segments": segments, "mask": mask})
     with layout.use():
         reward = load_reward(str(folder), layout, tokenizer)
-        scores, pairs = score(reward, placed["tokens"], placed["segments"], placed["mask"])
+        scores, pairs = score(
+            reward, placed["tokens"], placed["segments"], placed["mask"]
+        )
         plain = reward(placed["tokens"], placed["segments"], placed["mask"])
-    mean, std = one_by_one.mean(0), np.sqrt(((one_by_one - one_by_one.mean(0)) ** 2).mean(0))
-    expected = {"mean": mean, "worst": one_by_one.min(0), "pessimistic": mean - 0.7 * std}[how]
+    mean, std = (
+        one_by_one.mean(0),
+        np.sqrt(((one_by_one - one_by_one.mean(0)) ** 2).mean(0)),
+    )
+    expected = {
+        "mean": mean,
+        "worst": one_by_one.min(0),
+        "pessimistic": mean - 0.7 * std,
+    }[how]
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(plain, scores)
     total, weight = pairs["reward_disagreement"]
@@ -284,9 +423,17 @@ def test_an_ensemble_costs_one_forward_whatever_its_size(members, tmp_path):
     tokenizer = load_tokenizer(store.find(members[0]))
     products = []
     for some in (members[:2], members):
-        reward = load_reward(str(composed(some, tmp_path / str(len(some)), combine="mean")), ONE, tokenizer)
+        reward = load_reward(
+            str(composed(some, tmp_path / str(len(some)), combine="mean")),
+            ONE,
+            tokenizer,
+        )
         tokens, segments, _ = map(jnp.asarray, rows_to_score())
-        products.append(str(jax.make_jaxpr(reward._rewards)(reward.stacked, tokens, segments)).count("dot_general"))
+        products.append(
+            str(
+                jax.make_jaxpr(reward._rewards)(reward.stacked, tokens, segments)
+            ).count("dot_general")
+        )
     assert products[0] == products[1] > 0
 
 
@@ -299,7 +446,9 @@ def test_the_workdir_of_an_ensemble_can_be_moved(members, tmp_path, saved):
     (tmp_path / "run").rename(tmp_path / "moved")
     reward = load_reward(str(tmp_path / "moved" / "ensemble"), ONE, saved.tokenizer)
     rows = tuple(map(jnp.asarray, rows_to_score()))
-    np.testing.assert_allclose(reward(*rows), ModelReward(saved.model, saved.params)(*rows), rtol=1e-5)
+    np.testing.assert_allclose(
+        reward(*rows), ModelReward(saved.model, saved.params)(*rows), rtol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -310,7 +459,9 @@ def test_a_policy_trains_on_an_ensemble_and_its_value_starts_from_the_first_memb
     values = stage_values("ppo", conversations, finished, reward=str(folder))
     config = recipe.check(values, "ppo")
     stage = stages.find("ppo").build(config, ONE)
-    first = stage.start(state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE))
+    first = stage.start(
+        state.create_sharded(stage.init, jax.random.key(0), stage.axes, ONE)
+    )
     expected = store.load(members[0], ONE).params
     jax.tree.map(np.testing.assert_array_equal, first.params["value"], expected)
     metrics, _ = run_steps("ppo", values, ONE, steps=1)
@@ -325,7 +476,9 @@ def test_what_is_no_ensemble_is_refused(members, finished, tmp_path):
         load_reward(str(folder), ONE, load_tokenizer(store.find(members[0])))
     with pytest.raises(ConfigError, match="weight and where"):
         config = {"reward": members[0], "weight": 2.0}, {"reward": members[1]}
-        recipe.run(stage_config("compose", members=config, combine="mean"), tmp_path / "c")
+        recipe.run(
+            stage_config("compose", members=config, combine="mean"), tmp_path / "c"
+        )
 
 
 def test_a_weighted_sum_adds_its_members_and_reports_each(members, tmp_path):

@@ -25,13 +25,20 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [{"slots": 8}, {"prompt_buckets": 4}], ids=["slots", "buckets"])
+@pytest.mark.parametrize(
+    "options", [{"slots": 8}, {"prompt_buckets": 4}], ids=["slots", "buckets"]
+)
 def test_collect_draws_the_same_answers(options, conversations, finished, tmp_path):
     recipe.run(stage_values("collect", conversations, finished, **options), tmp_path)
-    one, other = (read_preferences(folder / "preferences", "train") for folder in (tmp_path, finished / "03_collect"))
+    one, other = (
+        read_preferences(folder / "preferences", "train")
+        for folder in (tmp_path, finished / "03_collect")
+    )
     assert len(one) == len(other) == 24
     for i in range(len(one)):
-        for a, b in zip(one[i]["completion_tokens"], other[i]["completion_tokens"], strict=True):
+        for a, b in zip(
+            one[i]["completion_tokens"], other[i]["completion_tokens"], strict=True
+        ):
             np.testing.assert_array_equal(a, b)
 
 
@@ -41,7 +48,10 @@ def test_buckets_by_hand():
         segments = np.arange(10)[None] >= 10 - np.array([[0], [longest]])
         assert bucket(segments.astype(np.int32), 4) == width
     assert bucket(np.ones((1, 10), np.int32), 1) == 10
-    with pytest.raises(ConfigError, match=r"collect.prompt_buckets=11: 1 \(one width\) to prompt_length=10"):
+    with pytest.raises(
+        ConfigError,
+        match=r"collect.prompt_buckets=11: 1 \(one width\) to prompt_length=10",
+    ):
         validate_buckets(11, 10, "collect")
 
 
@@ -66,32 +76,63 @@ class Questions:
 def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
     """Prompts one at a time, short and long ones in turn: two programs, and rollouts of one width."""
     saved = store.load(finished / "02_sft", ONE)
-    sampling = Sampling(24, 3, 1.234, 1, buckets=2)  # a temperature of nobody else's: nothing is compiled yet
+    sampling = Sampling(
+        24, 3, 1.234, 1, buckets=2
+    )  # a temperature of nobody else's: nothing is compiled yet
     with caplog.at_level("INFO", "rlhfjax"), ONE.use():
-        found = answers(Questions((1, 2, 9, 1, 9, 2)), saved, saved.tokenizer, sampling, jax.random.key(0), ONE)
+        found = answers(
+            Questions((1, 2, 9, 1, 9, 2)),
+            saved,
+            saved.tokenizer,
+            sampling,
+            jax.random.key(0),
+            ONE,
+        )
         rollouts = [drawn for drawn, *_ in found]
     lengths = [int(drawn.segments[:, :24].sum()) for drawn in rollouts]
-    assert [length > 12 for length in lengths] == [False, False, True, False, True, False]
+    assert [length > 12 for length in lengths] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     said = [line for line in caplog.messages if "the sampler is compiled" in line]
-    assert [line.split("prompts of ")[1].split(" tokens")[0] for line in said] == ["12", "24"]
+    assert [line.split("prompts of ")[1].split(" tokens")[0] for line in said] == [
+        "12",
+        "24",
+    ]
     assert {drawn.tokens.shape for drawn in rollouts} == {(1, 27)}
     for drawn, length in zip(rollouts, lengths, strict=True):
-        np.testing.assert_array_equal(drawn.segments[0, :24], np.arange(24) >= 24 - length)
+        np.testing.assert_array_equal(
+            drawn.segments[0, :24], np.arange(24) >= 24 - length
+        )
 
 
 @pytest.mark.slow
 def test_evaluate_draws_the_same_answers(conversations, finished, tmp_path):
-    recipe.run(stage_values("evaluate", conversations, finished, slots=4, prompt_buckets=3), tmp_path)
+    recipe.run(
+        stage_values("evaluate", conversations, finished, slots=4, prompt_buckets=3),
+        tmp_path,
+    )
     for name in ("policy", "baseline"):
-        one, other = (lines(folder / "samples.jsonl") for folder in (tmp_path, finished / "06_evaluate"))
+        one, other = (
+            lines(folder / "samples.jsonl")
+            for folder in (tmp_path, finished / "06_evaluate")
+        )
         assert [row[name] for row in one] == [row[name] for row in other]
 
 
-def test_a_pool_is_the_same_in_slots_and_without_shared_prompts(conversations, finished, tmp_path, monkeypatch):
+def test_a_pool_is_the_same_in_slots_and_without_shared_prompts(
+    conversations, finished, tmp_path, monkeypatch
+):
     recipe.run_stage(pools.values(conversations, finished, slots=4), tmp_path / "slots")
     monkeypatch.setattr(best_of_n, "_same_prompt", lambda config: 1)
     recipe.run_stage(pools.values(conversations, finished), tmp_path / "alone")
-    one, other = (lines(tmp_path / folder / "scores.jsonl") for folder in ("slots", "alone"))
+    one, other = (
+        lines(tmp_path / folder / "scores.jsonl") for folder in ("slots", "alone")
+    )
     for a, b in zip(one, other, strict=True):
         assert a["length"] == b["length"]
         assert a["answer"] == b["answer"]
@@ -101,17 +142,32 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
     """For every batch of every pool: groups of gcd(pool, batch) rows do not straddle prompts."""
     for pool in range(1, 13):
         for batch in range(1, 13):
-            config = best_of_n.Config(init_from="", proxy="", prompt_length=1, max_new=1, pool=pool, batch_size=batch)
+            config = best_of_n.Config(
+                init_from="",
+                proxy="",
+                prompt_length=1,
+                max_new=1,
+                pool=pool,
+                batch_size=batch,
+            )
             each = best_of_n._same_prompt(config)
             for first in range(0, 5 * pool, batch):
-                prompts = np.minimum(np.arange(first, first + batch), 5 * pool - 1) // pool
+                prompts = (
+                    np.minimum(np.arange(first, first + batch), 5 * pool - 1) // pool
+                )
                 assert (prompts.reshape(-1, each) == prompts[::each, None]).all()
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param({"slots": 8}, marks=pytest.mark.nightly)], ids=["all", "slots"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"slots": 8}, marks=pytest.mark.nightly)],
+    ids=["all", "slots"],
+)
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
     """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
-    got, params = run_steps("group", group_values(conversations, finished, "rloo", **changes), ONE)
+    got, params = run_steps(
+        "group", group_values(conversations, finished, "rloo", **changes), ONE
+    )
     sampled, shared = rollout.sampled, []
 
     def alone(*args, each):
@@ -119,11 +175,15 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
         return sampled(*args)
 
     monkeypatch.setattr(rollout, "sampled", alone)
-    expected, same = run_steps("group", group_values(conversations, finished, "rloo"), ONE)
+    expected, same = run_steps(
+        "group", group_values(conversations, finished, "rloo"), ONE
+    )
     assert shared == [4, 4]
     for a, b in zip(got, expected, strict=True):
         for metric in b:
-            np.testing.assert_allclose(a[metric], b[metric], rtol=1e-4, atol=1e-5, err_msg=metric)
+            np.testing.assert_allclose(
+                a[metric], b[metric], rtol=1e-4, atol=1e-5, err_msg=metric
+            )
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
@@ -132,10 +192,16 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
     ("stage", "slots", "message"),
     [
         ("ppo", -4, "ppo.slots=-4: expected int >= 0"),
-        ("collect", 3, "collect.slots=3: 0 .off., or at least the 4 answers to a prompt"),
+        (
+            "collect",
+            3,
+            "collect.slots=3: 0 .off., or at least the 4 answers to a prompt",
+        ),
         ("evaluate", 6, "evaluate.slots=6 is not divisible by the 4 devices"),
     ],
 )
-def test_slots_that_cannot_be_are_refused(stage, slots, message, conversations, finished, tmp_path):
+def test_slots_that_cannot_be_are_refused(
+    stage, slots, message, conversations, finished, tmp_path
+):
     with pytest.raises(ConfigError, match=message):
         recipe.run(stage_values(stage, conversations, finished, slots=slots), tmp_path)

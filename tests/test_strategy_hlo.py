@@ -45,7 +45,11 @@ STRATEGIES = {
 }
 GRADIENTS = {("all-reduce", "parameter"), ("all-reduce", "scalar")}
 FSDP = GRADIENTS | {("all-gather", "parameter")}
-TENSOR = FSDP | {("all-reduce", "activation"), ("all-reduce", "softmax"), ("all-reduce", "rows")}
+TENSOR = FSDP | {
+    ("all-reduce", "activation"),
+    ("all-reduce", "softmax"),
+    ("all-reduce", "rows"),
+}
 KEYS = {("all-gather", "keys"), ("all-reduce", "keys")}  # and of their gradients
 EXPECTED = {
     "data": GRADIENTS,
@@ -64,7 +68,11 @@ def sketched(stage, mesh, devices=None, **changes):
     config[stage]["mesh"] |= mesh
     layout = make_layout(MeshConfig(**mesh), devices)
     subject = shapes.subject(config, stage)
-    return subject.model, dict(layout.mesh.shape), programs.sketch(subject, layout).programs
+    return (
+        subject.model,
+        dict(layout.mesh.shape),
+        programs.sketch(subject, layout).programs,
+    )
 
 
 @functools.cache
@@ -76,14 +84,18 @@ def parameter_shapes(model, fsdp, tensor):
         other = x.shape if x.ndim < 3 else (x.shape[0], math.prod(x.shape[1:]))
         for shape in (flat, other):
             for cut in itertools.product((1, fsdp, tensor), repeat=len(shape)):
-                found.add(tuple(sorted(n // c for n, c in zip(shape, cut, strict=True))))
+                found.add(
+                    tuple(sorted(n // c for n, c in zip(shape, cut, strict=True)))
+                )
     return found
 
 
 def kind_of_array(shape, model, mesh):
     """What an array of a collective is, by its shape alone."""
     core = tuple(sorted(n for n in shape if n > 1))
-    rows = BATCH // (mesh["replica"] * mesh["data"] * mesh["fsdp"]) * TIME  # of one device, if sequences are whole
+    rows = (
+        BATCH // (mesh["replica"] * mesh["data"] * mesh["fsdp"]) * TIME
+    )  # of one device, if sequences are whole
     mine = rows // mesh["sequence"]
     sizes = {
         mine * model.d_model: "activation",
@@ -99,7 +111,9 @@ def kind_of_array(shape, model, mesh):
 
 
 def said(found: list[Collective], model, mesh):
-    return {(x.kind, kind_of_array(shape, model, mesh)) for x in found for shape in x.shapes}
+    return {
+        (x.kind, kind_of_array(shape, model, mesh)) for x in found for shape in x.shapes
+    }
 
 
 def small_chunks(monkeypatch, mesh):
@@ -113,13 +127,23 @@ def assert_state_stays_split(program, compiled, mesh):
     """Every matrix of parameters and moments is 1 / (fsdp x tensor) of itself, before the step and after it."""
     state = [x for x in program.inputs if isinstance(x, Held) and x.owner == "state"]
     share = mesh["fsdp"] * mesh["tensor"]
-    for x, after in zip(state, jax.tree.leaves(compiled.output_shardings[0]), strict=True):
+    for x, after in zip(
+        state, jax.tree.leaves(compiled.output_shardings[0]), strict=True
+    ):
         assert after.is_equivalent_to(x.sharding, len(x.shape))
         if len(x.shape) >= 2:
-            assert math.prod(x.sharding.shard_shape(x.shape)) * share == math.prod(x.shape)
+            assert math.prod(x.sharding.shard_shape(x.shape)) * share == math.prod(
+                x.shape
+            )
 
 
-@pytest.mark.parametrize("name", [n if n in ("fsdp", "context") else pytest.param(n, marks=SLOW) for n in STRATEGIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("fsdp", "context") else pytest.param(n, marks=SLOW)
+        for n in STRATEGIES
+    ],
+)
 def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised):
     small_chunks(monkeypatch, STRATEGIES[name])
     model, mesh, (step,) = sketched("sft", STRATEGIES[name])
@@ -127,13 +151,27 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised
     found = collectives(compiled.as_text())
     assert said(found, model, mesh) == EXPECTED[name]
     assert_state_stays_split(step, compiled, mesh)
-    summed = sum(math.prod(s) for x in found for s in x.shapes if x.kind == "all-reduce" and len(s) == 2)
-    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))) if x.ndim > 1)
-    if name in ("data", "fsdp"):  # the tied matrix's two gradients, as embedding and as output, are summed apart
+    summed = sum(
+        math.prod(s)
+        for x in found
+        for s in x.shapes
+        if x.kind == "all-reduce" and len(s) == 2
+    )
+    size = sum(
+        x.size
+        for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0)))
+        if x.ndim > 1
+    )
+    if name in (
+        "data",
+        "fsdp",
+    ):  # the tied matrix's two gradients, as embedding and as output, are summed apart
         assert summed == size + model.vocab_size * model.d_model
         assert {x.times for x in found} == {1}
     gathered = [x for x in found if x.kind == "all-gather"]
-    if name == "hsdp":  # parameters never cross from replica to replica; their gradients' parts do
+    if (
+        name == "hsdp"
+    ):  # parameters never cross from replica to replica; their gradients' parts do
         assert {x.devices for x in gathered} == {mesh["fsdp"]}
 
 
@@ -146,7 +184,9 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised)
     """
     changes = {"batch_size": 2 * BATCH}
     alone = sketched("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
-    expected = [Program(p.lower().compile().as_text()).cost().flops for p in alone]  # one chunk: nothing is padded
+    expected = [
+        Program(p.lower().compile().as_text()).cost().flops for p in alone
+    ]  # one chunk: nothing is padded
     small_chunks(monkeypatch, STRATEGIES[name])
     model, mesh, many = sketched("ppo", STRATEGIES[name], **changes)
     vocab = {model.vocab_size, model.vocab_size // mesh["tensor"]}
@@ -156,8 +196,13 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised)
         text = compiled.as_text()
         for x in collectives(text):
             for shape in x.shapes:
-                assert not vocab & set(shape) or tuple(sorted(n for n in shape if n > 1)) in known, (program.name, x)
+                assert (
+                    not vocab & set(shape)
+                    or tuple(sorted(n for n in shape if n > 1)) in known
+                ), (program.name, x)
         if program.name == "update":
             assert_state_stays_split(program, compiled, mesh)
         if mesh["sequence"] == 1 or program.name in ("know", "update"):
-            assert Program(text).cost().flops * DEVICES == pytest.approx(flops, rel=0.01), program.name
+            assert Program(text).cost().flops * DEVICES == pytest.approx(
+                flops, rel=0.01
+            ), program.name

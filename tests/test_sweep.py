@@ -41,13 +41,20 @@ def sweep(add):
 
 def write(folder: Path, *lines: str, data: object = "nowhere") -> str:
     file = folder / "tokenizer.py"
-    file.write_text(FILE.format(data=data, body="".join(f"    {line}\n" for line in lines)))
+    file.write_text(
+        FILE.format(data=data, body="".join(f"    {line}\n" for line in lines))
+    )
     return str(file)
 
 
 def test_combinators_by_hand():
     a, b = grid("a", 1, 2), grid("b", "x", "y")
-    assert product(a, b) == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
+    assert product(a, b) == [
+        {"a": 1, "b": "x"},
+        {"a": 1, "b": "y"},
+        {"a": 2, "b": "x"},
+        {"a": 2, "b": "y"},
+    ]
     assert product() == [{}]
     assert zipped(a, b) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
     assert chain(a, b) == [{"a": 1}, {"a": 2}, {"b": "x"}, {"b": "y"}]
@@ -60,8 +67,14 @@ def test_combinators_by_hand():
 
 
 def test_a_runs_name_says_its_overrides_and_fits_a_path():
-    assert name_of({"ppo.kl.coefficient": 0.05, "arg.seed": 1}) == "ppo.kl.coefficient=0.05,seed=1"
-    assert name_of({"a": True, "b": (1, 2)}) == f"a=true,b=-1,-2--{_hash('a=true,b=(1, 2)')}"
+    assert (
+        name_of({"ppo.kl.coefficient": 0.05, "arg.seed": 1})
+        == "ppo.kl.coefficient=0.05,seed=1"
+    )
+    assert (
+        name_of({"a": True, "b": (1, 2)})
+        == f"a=true,b=-1,-2--{_hash('a=true,b=(1, 2)')}"
+    )
     assert name_of({}) == "base"
     slashes, dots = name_of({"init_from": "runs/a"}), name_of({"init_from": "runs-a"})
     assert "/" not in slashes and slashes != dots
@@ -78,7 +91,9 @@ def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
     from rlhfjax import recipe
 
     seen = []
-    monkeypatch.setattr(recipe, "run", lambda config, workdir: seen.append((to_dict(config), workdir)))
+    monkeypatch.setattr(
+        recipe, "run", lambda config, workdir: seen.append((to_dict(config), workdir))
+    )
     monkeypatch.setattr(command_line, "report", lambda fv: None)
     file = tmp_path / "swept.py"
     file.write_text(
@@ -93,7 +108,10 @@ def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
     for run in runs:
         command_line.main(["rlhfjax", *run.command])
         assert seen.pop() == (run.config, run.workdir)
-    assert runs[0].config["ppo"]["kl"]["coefficient"] == 1.0 and runs[2].config["ppo"]["kl"]["coefficient"] == 1e-5
+    assert (
+        runs[0].config["ppo"]["kl"]["coefficient"] == 1.0
+        and runs[2].config["ppo"]["kl"]["coefficient"] == 1e-5
+    )
     assert runs[1].config["sft"]["seed"] == runs[1].config["ppo"]["seed"] == 1
     assert runs[0].config["pretrain"]["model"]["d_model"] == 64  # size=smoke stays
     assert runs[0].config["pretrain"]["model"]["n_kv_heads"] == 1
@@ -136,7 +154,10 @@ def test_a_changed_experiment_is_not_mixed_with_finished_runs(tmp_path):
     (run.workdir / "done.json").write_text("{}")
     assert expand(file, tmp_path / "sweep")[0].finished
     Path(file).write_text(Path(file).read_text().replace("vocab=270", "vocab=280"))
-    with pytest.raises(ConfigError, match=r"seed=1 was started with another config \(vocab_size: 270 -> 280\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"seed=1 was started with another config \(vocab_size: 270 -> 280\)",
+    ):
         expand(file, tmp_path / "sweep")
 
 
@@ -147,8 +168,12 @@ def python(code: str) -> list[str]:
 def test_at_most_so_many_at_a_time_and_a_failure_stops_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "POLL", 0.02)
     mark = f"p = {str(tmp_path)!r} + '/live' + str(os.getpid()); open(p, 'w'); time.sleep(0.2)\n"
-    count = "print(len([x for x in os.listdir(%r) if x.startswith('live')])); os.remove(p)" % str(tmp_path)  # noqa: UP031
-    commands = {str(i): python(mark + count + ("; sys.exit(3)" if i == 1 else "")) for i in range(5)}
+    live = f"[x for x in os.listdir({str(tmp_path)!r}) if x.startswith('live')]"
+    count = f"print(len({live})); os.remove(p)"
+    commands = {
+        str(i): python(mark + count + ("; sys.exit(3)" if i == 1 else ""))
+        for i in range(5)
+    }
     said = []
     codes = pool.run_all(commands, tmp_path, parallel=2, say=said.append)
     assert codes == {"0": 0, "1": 3, "2": 0, "3": 0, "4": 0}
@@ -166,18 +191,29 @@ def test_no_two_running_commands_have_one_slot(tmp_path):
     assert used == {"0", "1"}
 
 
-def test_slices_in_turn_keep_their_tpus_and_delete_them_at_the_end(tmp_path, monkeypatch, capsys):
+def test_slices_in_turn_keep_their_tpus_and_delete_them_at_the_end(
+    tmp_path, monkeypatch, capsys
+):
     """Three runs on two TPUs: every run on a kept one, then one `down` for each."""
     stub = [sys.executable, "-c", "import sys; print(*sys.argv[1:])"]
     file = write(tmp_path, "for one in grid('vocab_size', 280, 290, 300): add(one)")
     monkeypatch.setattr(command, "TPU", tuple(stub))
-    options = command.Options(launcher=(*stub, "run", "--name={name}", "--zone=z", "--spot", "--"), slices_in_turn=2)
+    options = command.Options(
+        launcher=(*stub, "run", "--name={name}", "--zone=z", "--spot", "--"),
+        slices_in_turn=2,
+    )
     command.sweep(file, tmp_path / "kl", {}, options)
-    logs = [pool.log_of(tmp_path / "kl", f"vocab_size={n}").read_text() for n in (280, 290, 300)]
+    logs = [
+        pool.log_of(tmp_path / "kl", f"vocab_size={n}").read_text()
+        for n in (280, 290, 300)
+    ]
     assert all(" --zone=z --spot --keep -- rlhfjax train " in log for log in logs)
     assert {log.split()[1] for log in logs} == {"--name=kl-0", "--name=kl-1"}
     out = capsys.readouterr().out
-    assert all(f"down --name=kl-{slot} --zone=z\n" in out for slot in (0, 1)) and out.count(" down ") == 2
+    assert (
+        all(f"down --name=kl-{slot} --zone=z\n" in out for slot in (0, 1))
+        and out.count(" down ") == 2
+    )
     with pytest.raises(ConfigError, match="expected --launcher='tpu"):
         command.sweep(file, tmp_path / "kl", {}, command.Options(slices_in_turn=2))
 
@@ -187,15 +223,22 @@ def test_a_preempted_run_starts_again(tmp_path):
     assert pool.run_all({"a": python(once)}, tmp_path, say=lambda _: None) == {"a": 0}
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)],
+)
 def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
     saves = (
         "def save(*_): time.sleep(0.3); open(%r + '/saved', 'a').write('x'); sys.exit(75)\n"  # noqa: UP031
-        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)" % str(tmp_path)
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
+        % str(tmp_path)
     )
 
     def stop():
-        while not all("ready" in log.read_text() for log in [pool.log_of(tmp_path, "a"), pool.log_of(tmp_path, "b")]):
+        while not all(
+            "ready" in log.read_text()
+            for log in [pool.log_of(tmp_path, "a"), pool.log_of(tmp_path, "b")]
+        ):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
@@ -206,7 +249,12 @@ def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
     thread = threading.Thread(target=stop)
     thread.start()
     with pytest.raises(raised):
-        pool.run_all(dict.fromkeys("abc", python(saves)), tmp_path, parallel=2, say=lambda _: None)
+        pool.run_all(
+            dict.fromkeys("abc", python(saves)),
+            tmp_path,
+            parallel=2,
+            say=lambda _: None,
+        )
     thread.join()
     assert (tmp_path / "saved").read_text() == "xx"
     assert not pool.log_of(tmp_path, "c").exists()
@@ -237,10 +285,20 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
     lines = "for one in chain(product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)): add(one)"
     file = write(tmp_path, lines, data=conversations)
     workdir = tmp_path / "sweep"
-    args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={workdir}", "--parallel=2"]
+    args = [
+        "rlhfjax",
+        "sweep",
+        f"--config={file}",
+        f"--workdir={workdir}",
+        "--parallel=2",
+    ]
     command_line.main([*args, "--dry_run"])
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 2 and all(" -m rlhfjax train --config=" in line for line in out) and not workdir.exists()
+    assert (
+        len(out) == 2
+        and all(" -m rlhfjax train --config=" in line for line in out)
+        and not workdir.exists()
+    )
     with pytest.raises(SystemExit) as caught:
         command_line.main(args)
     err = capsys.readouterr().err
@@ -257,27 +315,54 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
     assert float(rows["vocab_size=300,seed=0"]["vocab_size"]) == 300
     before = (workdir / "vocab_size=300,seed=0" / "done.json").stat().st_mtime_ns
     with pytest.raises(SystemExit):
-        command_line.main([*args, "--launcher=false"])  # which fails at once, whatever it is to run
+        command_line.main(
+            [*args, "--launcher=false"]
+        )  # which fails at once, whatever it is to run
     out = capsys.readouterr().out
-    assert "2 runs, 1 of them finished" in out and "vocab_size=9999: failed with exit code 1" in out
-    assert (workdir / "vocab_size=300,seed=0" / "done.json").stat().st_mtime_ns == before
+    assert (
+        "2 runs, 1 of them finished" in out
+        and "vocab_size=9999: failed with exit code 1" in out
+    )
+    assert (
+        workdir / "vocab_size=300,seed=0" / "done.json"
+    ).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [
         ("local", f"{sys.executable} -m"),
-        ("slurm --gpus_per_node=8", f"{sys.executable} -m launch.slurm submit --wait --name={{}} --gpus_per_node=8 --"),
-        ("tpu --zone=z --", f"{sys.executable} -m launch.tpu run --name={{}} --zone=z --"),
-        ("gke --name=x-{name}", f"{sys.executable} -m launch.gke submit --name={{}} --name=x-{{}} --"),
-        ("ssh --hosts='a b'", f"{sys.executable} -m launch.ssh run --name={{}} '--hosts=a b' --"),
+        (
+            "slurm --gpus_per_node=8",
+            f"{sys.executable} -m launch.slurm submit --wait --name={{}} --gpus_per_node=8 --",
+        ),
+        (
+            "tpu --zone=z --",
+            f"{sys.executable} -m launch.tpu run --name={{}} --zone=z --",
+        ),
+        (
+            "gke --name=x-{name}",
+            f"{sys.executable} -m launch.gke submit --name={{}} --name=x-{{}} --",
+        ),
+        (
+            "ssh --hosts='a b'",
+            f"{sys.executable} -m launch.ssh run --name={{}} '--hosts=a b' --",
+        ),
         ("env A=1 {name}", "env A=1 {}"),
     ],
 )
-def test_a_launcher_takes_the_runs_command_after_its_own(launcher, words, tmp_path, capsys, monkeypatch):
+def test_a_launcher_takes_the_runs_command_after_its_own(
+    launcher, words, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     file = write(tmp_path, "add({'vocab_size': 280})")
-    args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={tmp_path}", "--dry_run"]
+    args = [
+        "rlhfjax",
+        "sweep",
+        f"--config={file}",
+        f"--workdir={tmp_path}",
+        "--dry_run",
+    ]
     command_line.main([*args, f"--launcher={launcher}"])
     assert capsys.readouterr().out == (
         words.replace("{}", "vocab_size=280")
@@ -288,18 +373,33 @@ def test_a_launcher_takes_the_runs_command_after_its_own(launcher, words, tmp_pa
 @pytest.mark.parametrize(
     ("launcher", "said"),
     [
-        ("slrum --nodes=2", "expected local, tpu, gke, slurm, ssh, or a command that is installed"),
+        (
+            "slrum --nodes=2",
+            "expected local, tpu, gke, slurm, ssh, or a command that is installed",
+        ),
         ("", "expected local, tpu, gke, slurm, ssh, or a command that is installed"),
         ("env 'a", "no closing quotation"),
-        ("tpu --zone=z", "launch/tpu.py is not in this folder; expected to run in the repository's"),
+        (
+            "tpu --zone=z",
+            "launch/tpu.py is not in this folder; expected to run in the repository's",
+        ),
     ],
 )
-def test_a_launcher_that_is_none_is_one_line(launcher, said, tmp_path, monkeypatch, capsys):
+def test_a_launcher_that_is_none_is_one_line(
+    launcher, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, "add({'vocab_size': 280})")
     with pytest.raises(SystemExit) as caught:
         command_line.main(
-            ["rlhfjax", "sweep", f"--config={file}", "--workdir=a", f"--launcher={launcher}", "--dry_run"]
+            [
+                "rlhfjax",
+                "sweep",
+                f"--config={file}",
+                "--workdir=a",
+                f"--launcher={launcher}",
+                "--dry_run",
+            ]
         )
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1 and said in err
@@ -336,7 +436,9 @@ esac
 """
 
 
-def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(tmp_path, monkeypatch, capsys):
+def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
+    tmp_path, monkeypatch, capsys
+):
     """All runs are submitted, then one call asks for all states; a cluster that does not answer is asked again."""
     (tmp_path / "jobs").mkdir()
     kubectl = tmp_path / "kubectl"
@@ -348,33 +450,62 @@ def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     file = write(tmp_path, "for one in grid('vocab_size', 280, 290): add(one)")
     launcher = "gke --context=c --image=i --topology=4x4 --queue=tpu --poll=0 --nocheck"
-    args = ["rlhfjax", "sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}", f"--launcher={launcher}"]
+    args = [
+        "rlhfjax",
+        "sweep",
+        f"--config={file}",
+        f"--workdir={tmp_path / 'sweep'}",
+        f"--launcher={launcher}",
+    ]
     with pytest.raises(SystemExit) as caught:
         command_line.main(args)
     out, err = capsys.readouterr()
-    assert caught.value.code == 1 and "1 of 2 runs failed: vocab_size=290 (exit code 1" in err
+    assert (
+        caught.value.code == 1
+        and "1 of 2 runs failed: vocab_size=290 (exit code 1" in err
+    )
     assert "2 of 2 runs are submitted" in out and "vocab_size=280: Completed" in out
     assert "does not answer, and is asked again" in out
-    looks = [line for line in (tmp_path / "calls").read_text().splitlines() if line.endswith("--output=json")]
+    looks = [
+        line
+        for line in (tmp_path / "calls").read_text().splitlines()
+        if line.endswith("--output=json")
+    ]
     jobs = " ".join(slug(f"vocab_size={n}") for n in (280, 290))
-    assert looks[-1] == f"--context=c get jobset {jobs} --ignore-not-found --output=json"
+    assert (
+        looks[-1] == f"--context=c get jobset {jobs} --ignore-not-found --output=json"
+    )
 
 
 def test_every_launcher_of_the_folder_is_known():
     """launch/ takes the words, and asks for what is missing; a folder's file that is no launcher has no `act`."""
     for name, words in command.WORDS.items():
         done = subprocess.run(
-            [sys.executable, "-m", f"launch.{name}", *words, "--", "true"], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", f"launch.{name}", *words, "--", "true"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.stderr == "launch: --name is required\n"
-    files = {file.stem for file in (ROOT / "launch").glob("*.py") if "def act(" in file.read_text()}
+    files = {
+        file.stem
+        for file in (ROOT / "launch").glob("*.py")
+        if "def act(" in file.read_text()
+    }
     assert files == set(command.WORDS)
 
 
-def made_up(seed: int, kl: float, value: float | None, status: str = "done") -> results.Result:
+def made_up(
+    seed: int, kl: float, value: float | None, status: str = "done"
+) -> results.Result:
     metrics = {} if value is None else {"ppo/gold": value, "ppo/kl": 2 * value}
     return results.Result(
-        f"kl={kl},seed={seed}", {"ppo.kl": kl}, {"arg.seed": seed}, status, metrics, ("ppo/gold",) if metrics else ()
+        f"kl={kl},seed={seed}",
+        {"ppo.kl": kl},
+        {"arg.seed": seed},
+        status,
+        metrics,
+        ("ppo/gold",) if metrics else (),
     )
 
 
@@ -393,25 +524,39 @@ def test_mean_and_spread_over_the_finished_seeds_by_hand():
     rows = results.summary(RESULTS)
     three, one = rows["ppo.kl = 0.1"]["ppo/gold"], rows["ppo.kl = 0.2"]["ppo/gold"]
     assert (three.n, three.mean, three.low, three.high) == (3, 3.0, 1.0, 6.0)
-    assert three.std == pytest.approx(7**0.5) and three.std == statistics.stdev([1, 2, 6])
+    assert three.std == pytest.approx(7**0.5) and three.std == statistics.stdev(
+        [1, 2, 6]
+    )
     assert str(three) == "3 ± 2.65"
-    assert (one.n, one.mean, str(one)) == (1, 5.0, "5")  # one seed has no spread; the unfinished one does not count
+    assert (one.n, one.mean, str(one)) == (
+        1,
+        5.0,
+        "5",
+    )  # one seed has no spread; the unfinished one does not count
     assert rows["ppo.kl = 0.1"]["ppo/kl"].mean == 6.0
 
 
 def test_tables_and_page(tmp_path):
     page = results.write_sweep(tmp_path, RESULTS).read_text()
-    assert "<td>ppo.kl = 0.1</td>" in page and "3 ± 2.65" in page and "4 of 6 runs finished" in page
+    assert (
+        "<td>ppo.kl = 0.1</td>" in page
+        and "3 ± 2.65" in page
+        and "4 of 6 runs finished" in page
+    )
     assert page.count("<svg ") == 1 and "ppo/kl" not in page  # the telling metric alone
     assert "http" not in page.replace("http://www.w3.org", "")
     with (tmp_path / "sweep_groups.csv").open() as f:
         rows = list(csv.DictReader(f))
-    assert [(row["ppo.kl"], row["metric"], row["n"], row["mean"]) for row in rows[:2]] == [
+    assert [
+        (row["ppo.kl"], row["metric"], row["n"], row["mean"]) for row in rows[:2]
+    ] == [
         ("0.1", "ppo/gold", "3", "3.0"),
         ("0.1", "ppo/kl", "3", "6.0"),
     ]
     assert "ppo/kl" in results.write_sweep(tmp_path, RESULTS, ["ppo/kl"]).read_text()
-    with pytest.raises(ConfigError, match="--metrics=bogus: no run has it; known: ppo/gold, ppo/kl"):
+    with pytest.raises(
+        ConfigError, match="--metrics=bogus: no run has it; known: ppo/gold, ppo/kl"
+    ):
         results.write_sweep(tmp_path, RESULTS, ["bogus"])
     for none in ([], [made_up(0, 0.1, None, "waiting")]):
         assert "0 of" in results.write_sweep(tmp_path, none).read_text()
@@ -419,7 +564,10 @@ def test_tables_and_page(tmp_path):
 
 def test_pitfall_35_a_cell_of_what_is_not_finite_is_empty(tmp_path):
     results.write_sweep(tmp_path, [made_up(0, 0.1, float("nan")), made_up(0, 0.2, 5.0)])
-    with (tmp_path / "sweep.csv").open() as runs, (tmp_path / "sweep_groups.csv").open() as rows:
+    with (
+        (tmp_path / "sweep.csv").open() as runs,
+        (tmp_path / "sweep_groups.csv").open() as rows,
+    ):
         assert [row["ppo/gold"] for row in csv.DictReader(runs)] == ["", "5.0"]
         gold = [row for row in csv.DictReader(rows) if row["metric"] == "ppo/gold"]
     found = [(row["mean"], row["std"]) for row in gold]
@@ -442,7 +590,10 @@ def test_groups_that_differ_at_their_end_are_told_apart_in_a_figure():
     names = [f"sft.init_from = {'long/' * 9}model, kl = 0.{i}" for i in range(2)]
     svg = figures.spread({name: [1.0, 2.0] for name in names})
     label = "…" + ("long/" * 9 + "model")[-29:]
-    assert svg.count(f">{label}<") == 2 and svg.count(">kl = 0.0<") == svg.count(">kl = 0.1<") == 1
+    assert (
+        svg.count(f">{label}<") == 2
+        and svg.count(">kl = 0.0<") == svg.count(">kl = 0.1<") == 1
+    )
 
 
 def test_a_recipes_results_are_those_of_its_stages(finished):
@@ -450,5 +601,7 @@ def test_a_recipes_results_are_those_of_its_stages(finished):
     done = json.loads((finished / "06_evaluate" / "done.json").read_text())["metrics"]
     assert result.status == "done" and result.group == results.BASE
     assert result.metrics["evaluate/gold_win_rate"] == done["evaluate/gold_win_rate"]
-    assert "ppo/loss" in result.metrics and result.telling[0] == "evaluate/gold_win_rate"
+    assert (
+        "ppo/loss" in result.metrics and result.telling[0] == "evaluate/gold_win_rate"
+    )
     assert results.read_result(finished.parent, "nothing", {}, {}).status == "waiting"

@@ -44,7 +44,13 @@ class Numbers:
         self.position = state["position"]
 
 
-def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, keys: list | None = None) -> Stage:
+def fake_stage(
+    events: list,
+    *,
+    skip: bool = False,
+    poison: int | None = None,
+    keys: list | None = None,
+) -> Stage:
     """Learns w towards the mean of what it sees; `poison` is the batch whose gradient is NaN; `keys` takes the keys."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -55,7 +61,10 @@ def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, k
             bad = jnp.where(x[0, 0] == poison, jnp.nan, 1.0)
             grads, loss = {"w": grads["w"] * bad}, loss * bad
         state, more = states.apply_gradients(state, grads, TX, skip_nonfinite=skip)
-        return state.replace(step=state.step + 1), {"loss": (loss, jnp.ones(())), **more}
+        return state.replace(step=state.step + 1), {
+            "loss": (loss, jnp.ones(())),
+            **more,
+        }
 
     def step(state, batch, key):
         events.append(f"step {int(state.step)}")
@@ -69,7 +78,9 @@ def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, k
 
     def finish(state):
         events.append(f"finish {int(state.step)}")
-        return Finished({}, {"end": (1.0, 1.0)}, {"left.json": {"step": int(state.step)}})
+        return Finished(
+            {}, {"end": (1.0, 1.0)}, {"left.json": {"step": int(state.step)}}
+        )
 
     return Stage(
         init=lambda key: TrainState.create({"w": jnp.zeros(4)}, TX),
@@ -86,7 +97,18 @@ def fake_stage(events: list, *, skip: bool = False, poison: int | None = None, k
 def run(tmp_path, monkeypatch):
     """run(stage, **config) -> last metrics; saves, reads and writes go into the stage's events."""
 
-    def go(stage, events=None, *, steps=5, every=0, minutes=0.0, log=1, eval_every=0, keep=100, **more):
+    def go(
+        stage,
+        events=None,
+        *,
+        steps=5,
+        every=0,
+        minutes=0.0,
+        log=1,
+        eval_every=0,
+        keep=100,
+        **more,
+    ):
         config = TrainConfig(
             stage="fake",
             steps=steps,
@@ -101,7 +123,10 @@ def run(tmp_path, monkeypatch):
                 patch.setattr(
                     Checkpoints,
                     "save",
-                    lambda self, step, state, data: (events.append(f"save {step}"), save(self, step, state, data))[1],
+                    lambda self, step, state, data: (
+                        events.append(f"save {step}"),
+                        save(self, step, state, data),
+                    )[1],
                 )
 
                 def reading(self):
@@ -116,7 +141,9 @@ def run(tmp_path, monkeypatch):
 
 
 def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_the_order_of_the_loop(run):
@@ -133,7 +160,9 @@ def test_the_order_of_the_loop(run):
     ]
 
 
-def test_a_checkpoint_by_time_comes_after_its_minutes_and_counts_from_the_last_one(run, monkeypatch, tmp_path):
+def test_a_checkpoint_by_time_comes_after_its_minutes_and_counts_from_the_last_one(
+    run, monkeypatch, tmp_path
+):
     """Steps of 40 s: one minute has passed after two steps, and the save of step 3 starts the minute again."""
     events, reads = [], itertools.count()
     stage, now = fake_stage(events), [0.0]
@@ -142,16 +171,28 @@ def test_a_checkpoint_by_time_comes_after_its_minutes_and_counts_from_the_last_o
         now[0] += 40.0
         return stage.step(*args)
 
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now[0] + 1e-6 * next(reads)))
+    monkeypatch.setattr(
+        train,
+        "time",
+        types.SimpleNamespace(monotonic=lambda: now[0] + 1e-6 * next(reads)),
+    )
     timed = dataclasses.replace(stage, step=step)
     run(timed, events, steps=8, every=3, minutes=1.0)
-    assert [event for event in events if event.startswith("save")] == ["save 2", "save 3", "save 5", "save 6", "save 8"]
+    assert [event for event in events if event.startswith("save")] == [
+        "save 2",
+        "save 3",
+        "save 5",
+        "save 6",
+        "save 8",
+    ]
     assert (tmp_path / "checkpoints" / "5").is_dir()
 
 
 def test_without_minutes_no_checkpoint_comes_by_time(run, monkeypatch):
     events, clock = [], iter(range(0, 10**9, 10**5))
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        train, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+    )
     run(fake_stage(events), events, steps=3)
     assert [event for event in events if event.startswith("save")] == ["save 3"]
 
@@ -162,18 +203,29 @@ def test_every_step_is_logged_and_the_last_one_too(run, tmp_path):
         *((2, True), (3, False), (4, True)),
         *((5, True), (5, False), (5, False)),
     ]
-    assert last["fake/end"] == 1.0 and {"fake/loss", "fake/val", "fake/grad_norm"} <= set(last)
+    assert last["fake/end"] == 1.0 and {
+        "fake/loss",
+        "fake/val",
+        "fake/grad_norm",
+    } <= set(last)
     assert json.loads((tmp_path / "left.json").read_text()) == {"step": 5}
     *rates, goodput = timing(tmp_path)
-    per_step = [row["fake/tokens_per_second"] * row["fake/seconds_per_step"] for row in rates]
+    per_step = [
+        row["fake/tokens_per_second"] * row["fake/seconds_per_step"] for row in rates
+    ]
     np.testing.assert_allclose(per_step, 2)  # the stage's units
-    assert all(set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"} for row in rates)
+    assert all(
+        set(row) == {"step", "fake/tokens_per_second", "fake/seconds_per_step"}
+        for row in rates
+    )
     assert goodput["step"] == 5 and 0 < goodput["fake/goodput"] < 1
     assert not (tmp_path / "tb").exists()  # log.tensorboard=False
 
 
 def timing(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()
+    ]
 
 
 def test_a_resume_neither_replays_nor_skips_a_batch(run, tmp_path):
@@ -183,7 +235,9 @@ def test_a_resume_neither_replays_nor_skips_a_batch(run, tmp_path):
         path.rename(tmp_path / f"old_{path.name}")
     events = []
     assert run(fake_stage(events), events, steps=6, every=2) == whole
-    assert events[:2] == ["next 5", "step 4"] and "start" not in events  # from the checkpoint of step 4
+    assert (
+        events[:2] == ["next 5", "step 4"] and "start" not in events
+    )  # from the checkpoint of step 4
     assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 
@@ -194,7 +248,9 @@ def test_progress_counts_from_where_a_run_resumes(run, tmp_path, capsys):
     run(fake_stage([]), steps=4, every=2)
     err = capsys.readouterr().err.splitlines()
     assert err[0].startswith("fake started in ")
-    assert err[1].startswith("fake 3/4  75%  loss") and err[-1].startswith("fake 4/4  100%  loss")
+    assert err[1].startswith("fake 3/4  75%  loss") and err[-1].startswith(
+        "fake 4/4  100%  loss"
+    )
 
 
 def test_a_run_that_ended_before_its_marker_does_nothing_again(run):
@@ -223,10 +279,16 @@ def test_a_nan_stops_the_run_and_names_step_and_last_good_checkpoint(run, tmp_pa
     assert str(caught.value) == (
         f"fake/grad_norm is nan at step 4; the last good checkpoint is {tmp_path}/checkpoints/3"
     )
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "1",
+        "2",
+        "3",
+    ]
     assert max(row["step"] for row in lines(tmp_path)) == 3
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        state, _ = checkpoints.restore(states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT))
+        state, _ = checkpoints.restore(
+            states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT)
+        )
     assert np.isfinite(state.params["w"]).all()
 
 
@@ -249,11 +311,16 @@ def test_parameters_that_overflow_are_never_saved(run, tmp_path):
 
     def step(state, batch, key):
         state, pairs = stage.step(state, batch, key)
-        return state.replace(params={"w": state.params["w"] + (jnp.inf if int(state.step) == 3 else 0.0)}), pairs
+        return state.replace(
+            params={"w": state.params["w"] + (jnp.inf if int(state.step) == 3 else 0.0)}
+        ), pairs
 
     for policy in ("error", "skip"):
         broken = dataclasses.replace(stage, step=step)
-        with pytest.raises(NonFiniteError, match=r"the state of fake is no longer finite at step 3; .*checkpoints/2$"):
+        with pytest.raises(
+            NonFiniteError,
+            match=r"the state of fake is no longer finite at step 3; .*checkpoints/2$",
+        ):
             run(broken, steps=5, every=1, on_nonfinite=policy)
         assert not (tmp_path / "checkpoints" / "3").exists()
 
@@ -266,7 +333,9 @@ def test_skip_leaves_the_state_as_it_was_and_counts(run, tmp_path):
     saved = []
     for n in (5, 3, 2):
         with Checkpoints(tmp_path, CheckpointConfig(keep_last=100)) as checkpoints:
-            state, _ = checkpoints.restore(states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT))
+            state, _ = checkpoints.restore(
+                states.abstract(fake_stage([]).init(None), {"w": (None,)}, LAYOUT)
+            )
         saved.append(np.asarray(state.params["w"]))
         for later in [s for s in checkpoints.steps() if s > {5: 3, 3: 2, 2: 0}[n]]:
             (tmp_path / "checkpoints" / str(later)).rename(tmp_path / f"old_{later}")
@@ -280,7 +349,9 @@ def test_evaluate_needs_a_checkpoint_and_changes_nothing(run, tmp_path):
         train.evaluate(fake_stage([]), config, tmp_path, LAYOUT)
     last = run(fake_stage([]), steps=2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert train.evaluate(fake_stage([]), config, tmp_path, LAYOUT) == {"fake/val": last["fake/val"]}
+    assert train.evaluate(fake_stage([]), config, tmp_path, LAYOUT) == {
+        "fake/val": last["fake/val"]
+    }
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 

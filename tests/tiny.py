@@ -19,9 +19,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, data="", steps=6, until=STAGES[-1])
 
     def chats(split):
-        return {"spec": f"jsonl:{arg.data}/{split}.jsonl", "kind": "messages", "split": "all"}
+        return {
+            "spec": f"jsonl:{arg.data}/{split}.jsonl",
+            "kind": "messages",
+            "split": "all",
+        }
 
-    loop = {"steps": arg.steps, "eval_every": 2, "checkpoint": {"every": 2, "keep_last": 2}, "log": {"every": 1}}
+    loop = {
+        "steps": arg.steps,
+        "eval_every": 2,
+        "checkpoint": {"every": 2, "keep_last": 2},
+        "log": {"every": 1},
+    }
     packed = {
         "sources": (chats("train"),),
         "eval_sources": (chats("validation"),),
@@ -31,9 +40,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
         **loop,
     }
     config = ConfigDict({"stages": STAGES})
-    config.tokenizer = stage_config("tokenizer", sources=(chats("train"),), vocab_size=VOCAB)
-    shape = {"vocab_size": VOCAB, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 32, "max_length": 32}
-    config.pretrain = stage_config("pretrain", tokenizer="stage:tokenizer", model=shape, data_shards=4, **packed)
+    config.tokenizer = stage_config(
+        "tokenizer", sources=(chats("train"),), vocab_size=VOCAB
+    )
+    shape = {
+        "vocab_size": VOCAB,
+        "d_model": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "d_ff": 32,
+        "max_length": 32,
+    }
+    config.pretrain = stage_config(
+        "pretrain", tokenizer="stage:tokenizer", model=shape, data_shards=4, **packed
+    )
     config.sft = stage_config("sft", init_from="stage:pretrain", **packed)
     config.collect = stage_config(
         "collect",
@@ -64,7 +84,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         epochs=2,
         minibatches=2,
         kl={"coefficient": 0.1, "target": 2.0, "horizon": 160},
-        ptx={"coefficient": 0.5, "ratio": 1, "length": 32, "sources": (chats("train"),)},
+        ptx={
+            "coefficient": 0.5,
+            "ratio": 1,
+            "length": 32,
+            "sources": (chats("train"),),
+        },
         ema=0.9,
         optim=OPTIM,
         value_optim=OPTIM,

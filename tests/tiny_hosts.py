@@ -11,7 +11,11 @@ from rlhfjax.stages import stage_config
 from tests import tiny
 
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "group", "direct")
-LOOP = {"eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensorboard": False}}
+LOOP = {
+    "eval_every": 0,
+    "checkpoint": {"every": 0},
+    "log": {"every": 1, "tensorboard": False},
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -21,7 +25,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     loop = {"steps": arg.steps, "optim": tiny.OPTIM, **LOOP}
     for name in ("pretrain", "sft", "reward", "ppo"):
         config[name].update(LOOP)
-    config.ppo.update({"gold": "", "ptx": {"coefficient": 0.0}, "ema": 0.0, "epochs": 1})
+    config.ppo.update(
+        {"gold": "", "ptx": {"coefficient": 0.0}, "ema": 0.0, "epochs": 1}
+    )
     prompts = {"prompts": config.ppo.prompts, "eval_prompts": config.ppo.eval_prompts}
     config.group = stage_config(
         "group",
@@ -41,7 +47,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=8,
         **loop,
     )
-    for name in ("pretrain", "reward", "direct"):  # sft has one stream, of which every host makes all
+    for name in (
+        "pretrain",
+        "reward",
+        "direct",
+    ):  # sft has one stream, of which every host makes all
         config[name].data_shards = arg.shards
     config.stages = STAGES
     if arg.only:

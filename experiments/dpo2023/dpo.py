@@ -18,7 +18,10 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-BETA = {"tldr": 0.5, "sentiment": 0.1}  # appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
+BETA = {
+    "tldr": 0.5,
+    "sentiment": 0.1,
+}  # appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
 WITHOUT_REFERENCE = ("orpo", "simpo")
 VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
 
@@ -26,13 +29,17 @@ VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, task="tldr", size="paper", loss="dpo", beta=0.0, seed=0)
     if arg.task not in BETA or arg.size not in ("paper", "toy"):
-        raise ConfigError(f"task={arg.task},size={arg.size}: tasks are {', '.join(BETA)}; sizes are paper, toy")
+        raise ConfigError(
+            f"task={arg.task},size={arg.size}: tasks are {', '.join(BETA)}; sizes are paper, toy"
+        )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def loss(arg: ConfigDict) -> dict:
     """The paper's loss, or another with its own hyper-parameters."""
-    own = BETA[arg.task] if arg.loss == "dpo" else None  # None: the default of that loss
+    own = (
+        BETA[arg.task] if arg.loss == "dpo" else None
+    )  # None: the default of that loss
     return {"name": arg.loss, "beta": arg.beta or own}
 
 
@@ -63,7 +70,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "direct",
         init_from=f"runs/dpo2023/{arg.task}/sft",  # section 4: a model fine-tuned on the preferred answers or texts
-        preferences=(f"jsonl:data/{arg.task}/{{split}}*.jsonl",),  # rows of prompt, completions and scores
+        preferences=(
+            f"jsonl:data/{arg.task}/{{split}}*.jsonl",
+        ),  # rows of prompt, completions and scores
         loss=loss(arg),
         reference_logprobs="live" if arg.loss in WITHOUT_REFERENCE else "precomputed",
         eval_every=150,
@@ -87,9 +96,13 @@ def toy(arg: ConfigDict) -> ConfigDict:
         loss=loss(arg),
         optim=optim(learning_rate=2e-4, warmup_steps=8),
     )
-    best_of_n = TOY["best_of_n"](arg.seed, proxy="gold:sentiment")  # the labeller itself: the most picking can buy
+    best_of_n = TOY["best_of_n"](
+        arg.seed, proxy="gold:sentiment"
+    )  # the labeller itself: the most picking can buy
     evaluate = TOY["evaluate"](arg.seed, policy="stage:dpo", proxy=None)
-    return TOY["add"](config, collect=collect, dpo=dpo, best_of_n=best_of_n, evaluate=evaluate)
+    return TOY["add"](
+        config, collect=collect, dpo=dpo, best_of_n=best_of_n, evaluate=evaluate
+    )
 
 
 def sweep(add) -> None:

@@ -26,7 +26,9 @@ VARIANTS = ("", "rounds=3", "size=toy")
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="full", rounds=2, completions=8, keep=1, seed=0)
     if arg.size not in SIZES or arg.rounds < 1:
-        raise ConfigError(f"size={arg.size},rounds={arg.rounds}: sizes are full, toy; at least 1 round")
+        raise ConfigError(
+            f"size={arg.size},rounds={arg.rounds}: sizes are full, toy; at least 1 round"
+        )
     config = base(arg, until="collect")
     policy = "sft"
     for i in range(1, arg.rounds + 1):
@@ -43,19 +45,26 @@ def base(arg: ConfigDict, until: str | None = None) -> ConfigDict:
 
 def add_round(config: ConfigDict, arg: ConfigDict, policy: str, i: int) -> str:
     """collect_i from a policy, select_i, sft_i from that policy; the name of what comes out."""
-    quickstart, changes = base(arg), {"init_from": f"stage:{policy}", "seed": arg.seed + i}
+    quickstart, changes = (
+        base(arg),
+        {"init_from": f"stage:{policy}", "seed": arg.seed + i},
+    )
     collect, tuned = quickstart.collect, quickstart.sft
     collect.update(completions=arg.completions, **changes)
     if arg.size == "toy":
         collect.prompts.limit = 384
     collect.prompts.per_conversation = 3
     preferences = (f"stage:collect_{i}/preferences",)
-    select = stage_config("select", preferences=preferences, tokenizer="stage:tokenizer", keep=arg.keep)
+    select = stage_config(
+        "select", preferences=preferences, tokenizer="stage:tokenizer", keep=arg.keep
+    )
     rows = {"kind": "messages", "split": "all"}
     tuned.update(
         sources=({"spec": f"jsonl:stage:select_{i}/train.jsonl", **rows},),
         eval_sources=({"spec": f"jsonl:stage:select_{i}/validation.jsonl", **rows},),
         **changes,
     )
-    TOY["add"](config, **{f"collect_{i}": collect, f"select_{i}": select, f"sft_{i}": tuned})
+    TOY["add"](
+        config, **{f"collect_{i}": collect, f"select_{i}": select, f"sft_{i}": tuned}
+    )
     return f"sft_{i}"

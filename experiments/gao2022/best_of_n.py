@@ -27,18 +27,32 @@ VARIANTS = ("", "proxy=3m", "proxy=3b", "pool=60000", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, pool=1000, seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b") or arg.proxy not in PROXY["SIZES"]:
+    arg = parse_arg(
+        arg, size="paper", policy="1.2b", proxy="85m", pairs=0, pool=1000, seed=0
+    )
+    if (
+        arg.size not in ("paper", "toy")
+        or arg.policy not in ("1.2b", "6b")
+        or arg.proxy not in PROXY["SIZES"]
+    ):
         raise ConfigError(
             f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
             f"proxies are {', '.join(PROXY['SIZES'])}"
         )
-    return toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]) if arg.size == "toy" else paper(arg)
+    return (
+        toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
+        if arg.size == "toy"
+        else paper(arg)
+    )
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
     pairs = arg.pairs or COLLECT["PAIRS"]
-    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt", "split": "validation"}
+    prompts = {
+        "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
+        "kind": "prompt",
+        "split": "validation",
+    }
     return stage_config(
         "best_of_n",
         init_from=f"runs/gao2022/{arg.policy}/sft",
@@ -56,5 +70,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
     """Pools of 512 answers to 64 held-out prompts."""
-    best_of_n = TOY["best_of_n"](seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512)
+    best_of_n = TOY["best_of_n"](
+        seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512
+    )
     return TOY["add"](PROXY["toy"](seed, pairs), best_of_n=best_of_n)

@@ -21,19 +21,30 @@ HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 VARIANTS = ("", "pairs=2000", "size=toy")
 
-PAIRS, HELD_OUT = 90_000, 10_000  # section 2: 100,000 comparisons, 10 % of them held out
-PROMPT, ANSWER = 1024, 256  # InstructGPT's "1k" prompts; table 1 (appendix C): 256 timesteps a rollout, tokens here
+PAIRS, HELD_OUT = (
+    90_000,
+    10_000,
+)  # section 2: 100,000 comparisons, 10 % of them held out
+PROMPT, ANSWER = (
+    1024,
+    256,
+)  # InstructGPT's "1k" prompts; table 1 (appendix C): 256 timesteps a rollout, tokens here
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="paper", policy="1.2b", pairs=0, seed=0)
     if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b"):
-        raise ConfigError(f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are 1.2b, 6b")
+        raise ConfigError(
+            f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are 1.2b, 6b"
+        )
     return toy(arg.seed, arg.pairs or TOY_PAIRS) if arg.size == "toy" else paper(arg)
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt"}
+    prompts = {
+        "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
+        "kind": "prompt",
+    }
     return stage_config(
         "collect",
         init_from=f"runs/gao2022/{arg.policy}/sft",
@@ -58,5 +69,7 @@ def toy(seed: int, pairs: int = TOY_PAIRS) -> ConfigDict:
     """Pairs of the toy policy's answers, ordered by the toy's gold model."""
     config = runpy.run_path(str(HERE / "gold.py"))["toy"](seed)
     # seed + 1: other answers than the gold model's
-    collect = TOY["collect"](seed + 1, completions=2, prompts=pairs, held_out=192, labeller="stage:gold")
+    collect = TOY["collect"](
+        seed + 1, completions=2, prompts=pairs, held_out=192, labeller="stage:gold"
+    )
     return TOY["add"](config, collect=collect)

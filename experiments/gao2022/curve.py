@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 Point = dict[str, float]  # d, proxy, gold
-FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"best_of_n": lambda d: d, "ppo": np.log}
+FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "best_of_n": lambda d: d,
+    "ppo": np.log,
+}
 
 
 def points(workdir: Path, stage: str) -> list[Point]:
@@ -26,10 +29,20 @@ def points(workdir: Path, stage: str) -> list[Point]:
     """
     prefix = "val_" if stage == "ppo" else ""
     names = {name: f"{stage}/{prefix}{name}" for name in ("kl", "proxy", "gold")}
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     found = [{name: row.get(key) for name, key in names.items()} for row in rows]
     found = [row for row in found if None not in row.values()]
-    return [{"d": math.sqrt(max(row["kl"], 0.0)), "proxy": row["proxy"], "gold": row["gold"]} for row in found]
+    return [
+        {
+            "d": math.sqrt(max(row["kl"], 0.0)),
+            "proxy": row["proxy"],
+            "gold": row["gold"],
+        }
+        for row in found
+    ]
 
 
 def start(workdir: Path) -> Point | None:
@@ -37,7 +50,11 @@ def start(workdir: Path) -> Point | None:
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row: dict[str, Any] = json.loads(line)
         if "evaluate/gold_baseline" in row:
-            return {"d": 0.0, "proxy": row["evaluate/proxy_baseline"], "gold": row["evaluate/gold_baseline"]}
+            return {
+                "d": 0.0,
+                "proxy": row["evaluate/proxy_baseline"],
+                "gold": row["evaluate/gold_baseline"],
+            }
     return None
 
 
@@ -46,7 +63,11 @@ def fit(d: np.ndarray, gain: np.ndarray, stage: str) -> tuple[float, float, floa
     columns = np.stack([d, -d * FORMS[stage](d)], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
     left = gain - columns @ np.array([alpha, beta])
-    return float(alpha), float(beta), float(1 - left @ left / np.sum((gain - gain.mean()) ** 2))
+    return (
+        float(alpha),
+        float(beta),
+        float(1 - left @ left / np.sum((gain - gain.mean()) ** 2)),
+    )
 
 
 def peak(alpha: float, beta: float, stage: str) -> float:
@@ -66,9 +87,13 @@ def main() -> None:
         later = [point for point in curve if point["d"] > 0]
         print(f"{stage}\n  sqrt(KL)     KL   proxy    gold")
         for point in [first, *later]:
-            print(f"  {point['d']:8.3f} {point['d'] ** 2:6.2f} {point['proxy']:7.3f} {point['gold']:7.3f}")
+            print(
+                f"  {point['d']:8.3f} {point['d'] ** 2:6.2f} {point['proxy']:7.3f} {point['gold']:7.3f}"
+            )
         d, gold = (np.array([point[name] for point in later]) for name in ("d", "gold"))
-        print(f"  highest gold score: {gold.max():.3f}, at sqrt(KL) {d[gold.argmax()]:.2f}")
+        print(
+            f"  highest gold score: {gold.max():.3f}, at sqrt(KL) {d[gold.argmax()]:.2f}"
+        )
         if len(later) > 2:
             alpha, beta, r2 = fit(d, gold - first["gold"], stage)
             print(

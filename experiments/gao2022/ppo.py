@@ -32,8 +32,14 @@ RATE = {"1.2b": 2.0e-4, "6b": 1.2e-4}  # GPT-3's table 2.1
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, kl=0.0, seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in RATE or arg.proxy not in PROXY["SIZES"]:
+    arg = parse_arg(
+        arg, size="paper", policy="1.2b", proxy="85m", pairs=0, kl=0.0, seed=0
+    )
+    if (
+        arg.size not in ("paper", "toy")
+        or arg.policy not in RATE
+        or arg.proxy not in PROXY["SIZES"]
+    ):
         raise ConfigError(
             f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are "
             f"{', '.join(RATE)}; proxies are {', '.join(PROXY['SIZES'])}"
@@ -59,7 +65,10 @@ def algorithm(arg: ConfigDict) -> dict:
 
 def paper(arg: ConfigDict) -> ConfigDict:
     pairs = arg.pairs or COLLECT["PAIRS"]
-    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt"}
+    prompts = {
+        "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
+        "kind": "prompt",
+    }
     optim = {
         "name": "adam",
         "learning_rate": MULTIPLIER * RATE[arg.policy],
@@ -75,7 +84,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
         reward=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
         gold="runs/gao2022/gold",
         prompts={"source": prompts},
-        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": 512},  # our choice
+        eval_prompts={
+            "source": {**prompts, "split": "validation"},
+            "limit": 512,
+        },  # our choice
         prompt_length=COLLECT["PROMPT"],
         max_new=COLLECT["ANSWER"],
         batch_size=BATCH,
@@ -93,7 +105,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 def toy(arg: ConfigDict) -> ConfigDict:
     """The toy's proxy, PPO without a penalty until it is over-optimised, best-of-n beside it."""
-    config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
+    config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](
+        arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]
+    )
     optim = {"learning_rate": 5e-4, "schedule": "constant"}
     policy = TOY["policy"](
         "ppo",
@@ -108,7 +122,9 @@ def toy(arg: ConfigDict) -> ConfigDict:
         **TOY["loop"](60, evals=20),
         **algorithm(arg),
     )
-    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", gold="stage:gold", proxy="stage:proxy")
+    evaluate = TOY["evaluate"](
+        arg.seed, policy="stage:ppo", gold="stage:gold", proxy="stage:proxy"
+    )
     return TOY["add"](config, ppo=policy, evaluate=evaluate)
 
 

@@ -44,12 +44,20 @@ SIZES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b") or arg.proxy not in SIZES:
+    if (
+        arg.size not in ("paper", "toy")
+        or arg.policy not in ("1.2b", "6b")
+        or arg.proxy not in SIZES
+    ):
         raise ConfigError(
             f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
             f"proxies are {', '.join(SIZES)}"
         )
-    return toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]) if arg.size == "toy" else paper(arg)
+    return (
+        toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
+        if arg.size == "toy"
+        else paper(arg)
+    )
 
 
 def paper(arg: ConfigDict) -> ConfigDict:

@@ -36,7 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def paper(arg: ConfigDict) -> ConfigDict:
     """Two epochs on InstructGPT's demonstrations; all else is unpublished: InstructGPT's appendix C.3."""
     other = runpy.run_path(str(HERE.parent / "instructgpt" / "sft.py"))
-    return other["get_config"](f"size={POLICIES[arg.policy]},role=start,seed={arg.seed}")
+    return other["get_config"](
+        f"size={POLICIES[arg.policy]},role=start,seed={arg.seed}"
+    )
 
 
 def toy(seed: int) -> ConfigDict:

@@ -18,14 +18,21 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-GROUP, BATCH = 64, 1024  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
+GROUP, BATCH = (
+    64,
+    1024,
+)  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
 QUESTIONS = 144_000  # section 4.2: "around 144K questions"
 VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="paper", estimator="grpo", seed=0)
-    if arg.size not in ("paper", "toy") or arg.estimator not in ("grpo", "dr_grpo", "dapo"):
+    if arg.size not in ("paper", "toy") or arg.estimator not in (
+        "grpo",
+        "dr_grpo",
+        "dapo",
+    ):
         raise ConfigError(
             f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators grpo, dr_grpo, dapo"
         )
@@ -39,7 +46,12 @@ def loss(arg: ConfigDict) -> dict:
         "grpo": {"kl": {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}},
         "dr_grpo": {"kl": {"coefficient": 0.0}},
         # clip-higher, overlong answers left out, groups without a difference not counted: sections 3.1, 3.2, 3.4
-        "dapo": {"kl": {"coefficient": 0.0}, "clip_high": 0.28, "overlong": "leave_out", "only_informative": True},
+        "dapo": {
+            "kl": {"coefficient": 0.0},
+            "clip_high": 0.28,
+            "overlong": "leave_out",
+            "only_informative": True,
+        },
     }
     # epsilon is not stated by DeepSeekMath; 0.2 is TRL's default, and DAPO's lower one
     return {"estimator": arg.estimator, "clip": 0.2, **own[arg.estimator]}
@@ -50,8 +62,20 @@ def paper(arg: ConfigDict) -> ConfigDict:
         "group",
         init_from="runs/grpo2024/instruct",  # DeepSeekMath-Instruct 7B
         reward="runs/grpo2024/reward",  # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
-        prompts={"source": {"spec": "jsonl:data/math/prompts*.jsonl", "kind": "prompt", "split": "all"}},
-        eval_prompts={"source": {"spec": "jsonl:data/math/validation*.jsonl", "kind": "prompt", "split": "all"}},
+        prompts={
+            "source": {
+                "spec": "jsonl:data/math/prompts*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        },
+        eval_prompts={
+            "source": {
+                "spec": "jsonl:data/math/validation*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        },
         completions=GROUP,
         batch_size=BATCH // GROUP,
         epochs=1,  # section 4.2: a single update after each exploration
@@ -59,7 +83,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompt_length=512,  # unpublished; 1024 is the limit of the whole, halved here
         max_new=512,  # section 4.2: maximal length 1024
         temperature=1.0,  # unpublished; our choice
-        steps=QUESTIONS // (BATCH // GROUP),  # unpublished; one pass over the questions, our choice
+        steps=QUESTIONS
+        // (BATCH // GROUP),  # unpublished; one pass over the questions, our choice
         eval_every=100,
         checkpoint={"every": 100, "minutes": 15.0},
         log={"every": 1},
@@ -83,8 +108,15 @@ def toy(arg: ConfigDict) -> ConfigDict:
         completions=8,
         batch_size=8,
         missing_eos="penalty",  # as the quickstart: a small model has to learn to end
-        optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 4, "warmup_start": 0.1},
+        optim={
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+            "warmup_steps": 4,
+            "warmup_start": 0.1,
+        },
         **TOY["loop"](24),
         **loss(arg),
     )
-    return TOY["add"](config, policy=policy, evaluate=TOY["evaluate"](arg.seed, policy="stage:policy"))
+    return TOY["add"](
+        config, policy=policy, evaluate=TOY["evaluate"](arg.seed, policy="stage:policy")
+    )

@@ -37,7 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def algorithm(**changes) -> dict:
     """The paper's table of hyper-parameters, which is the code's as well; policy and value share an optimiser."""
-    optim = SFT["optim"](schedule="linear", **changes)  # the table, and the code's loop, whatever its flag says
+    optim = SFT["optim"](
+        schedule="linear", **changes
+    )  # the table, and the code's loop, whatever its flag says
     return {
         "value": "reward",  # detail 22: a network of its own, from the reward model
         "value_head": "loaded",
@@ -63,14 +65,22 @@ def algorithm(**changes) -> dict:
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    posts = {"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"}  # detail 21: SFT's prompts again
+    posts = {
+        "spec": "jsonl:data/tldr/sft_{split}*.jsonl",
+        "kind": "messages",
+    }  # detail 21: SFT's prompts again
     return stage_config(
         "ppo",
         init_from=f"runs/huang2024/{arg.size}/sft",
         reward=f"runs/huang2024/{arg.size}/reward",
         prompts={"source": posts},
-        eval_prompts={"source": {**posts, "split": "validation"}, "limit": 512},  # our choice
-        prompt_length=SFT["PROMPT"],  # the code cuts a post at a paragraph; here it loses its beginning
+        eval_prompts={
+            "source": {**posts, "split": "validation"},
+            "limit": 512,
+        },  # our choice
+        prompt_length=SFT[
+            "PROMPT"
+        ],  # the code cuts a post at a paragraph; here it loses its beginning
         max_new=SFT["RESPONSE"],
         batch_size=BATCH,
         steps=EPISODES // BATCH,

@@ -49,7 +49,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         "reward",
         init_from=f"runs/huang2024/{arg.size}/sft",
         preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),
-        demonstrations=({"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"},),  # code: the whole split
+        demonstrations=(
+            {"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"},
+        ),  # code: the whole split
         length=LENGTH,
         batch_size=batch,
         steps=COMPARISONS // batch,  # one epoch
@@ -65,4 +67,8 @@ def toy(seed: int) -> ConfigDict:
     collect = TOY["collect"](seed, completions=2, prompts=1024, held_out=192)
     demonstrations = ({**collect.eval_prompts.source, "split": "validation"},)
     own = {"demonstrations": demonstrations, **algorithm(learning_rate=1e-3)}
-    return TOY["add"](SFT["toy"](seed), collect=collect, reward=TOY["ranked"]("reward", collect, batch_size=16, **own))
+    return TOY["add"](
+        SFT["toy"](seed),
+        collect=collect,
+        reward=TOY["ranked"]("reward", collect, batch_size=16, **own),
+    )

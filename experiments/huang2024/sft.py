@@ -22,7 +22,15 @@ from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-VARIANTS = ("", "size=2.8b", "size=6.9b", "init=random", "size=2.8b,init=random", "size=6.9b,init=random", "size=toy")
+VARIANTS = (
+    "",
+    "size=2.8b",
+    "size=6.9b",
+    "init=random",
+    "size=2.8b,init=random",
+    "size=6.9b,init=random",
+    "size=toy",
+)
 
 EPISODES = 116_722  # TL;DR's training split
 PROMPT, RESPONSE = 512, 53  # details 2 and 4
@@ -32,7 +40,9 @@ SIZES = ("1b", "2.8b", "6.9b")  # of Pythia
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size="1b", init="pythia", seed=44413)
     if arg.size not in (*SIZES, "toy") or arg.init not in ("pythia", "random"):
-        raise ConfigError(f"size={arg.size},init={arg.init}: sizes are {', '.join(SIZES)}, toy; init pythia, random")
+        raise ConfigError(
+            f"size={arg.size},init={arg.init}: sizes are {', '.join(SIZES)}, toy; init pythia, random"
+        )
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
@@ -55,9 +65,16 @@ def optim(**changes) -> dict:
 def origin(arg: ConfigDict) -> dict:
     """Where the first parameters come from."""
     if arg.init == "pythia":
-        return {"init_from": f"runs/huang2024/pythia-{arg.size}-deduped"}  # a folder of a model, see README.md
-    shape = preset(f"pythia-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full")
-    return {"model": dataclasses.asdict(shape), "tokenizer": "data/pythia/tokenizer.model"}
+        return {
+            "init_from": f"runs/huang2024/pythia-{arg.size}-deduped"
+        }  # a folder of a model, see README.md
+    shape = preset(
+        f"pythia-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full"
+    )
+    return {
+        "model": dataclasses.asdict(shape),
+        "tokenizer": "data/pythia/tokenizer.model",
+    }
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
@@ -70,7 +87,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # code learns the tokens of both; this stage the summary's alone.
         sources=(summaries,),
         eval_sources=({**summaries, "split": "validation"},),
-        length=PROMPT + RESPONSE,  # detail 5: at most 562 without our template's markers
+        length=PROMPT
+        + RESPONSE,  # detail 5: at most 562 without our template's markers
         batch_size=batch,  # rows; short posts share one
         steps=EPISODES // batch,  # one epoch
         eval_every=100,

@@ -34,7 +34,10 @@ VARIANTS = (
 EPISODES = 256_000  # C.4: "256k"; whether that is 256,000 or 262,144 is unpublished
 BATCH, MINIBATCH = 512, 64  # C.4
 ITERATIONS = EPISODES // BATCH
-GAMMA = {"paper": 27.8, "toy": 1.0}  # C.4, for all sizes, see `ptx`; too much for the toy, see README.md
+GAMMA = {
+    "paper": 27.8,
+    "toy": 1.0,
+}  # C.4, for all sizes, see `ptx`; too much for the toy, see README.md
 # C.4 gives no learning rate of the policy. E.9 sweeps 2.55e-6 to 2.55e-5 for 1.3B and 6B, in log-linear steps, and
 # says that without the mix everything above 8.05e-6 diverged: that middle of the sweep is our choice. For 175B it tried
 # 2.55e-6 and 3.74e-6; which one was chosen (by labelers' ratings) is unpublished: the lower one.
@@ -64,7 +67,11 @@ def algorithm() -> dict:
         "whiten_rewards": "none",  # unpublished
         "whiten_advantages": "minibatch",  # unpublished; Ziegler et al. 2019, their code
         "temperature": 1.0,  # C.4
-        "kl": {"coefficient": 0.02, "place": "reward", "estimator": "k1"},  # C.4, per token, fixed; eq. 2
+        "kl": {
+            "coefficient": 0.02,
+            "place": "reward",
+            "estimator": "k1",
+        },  # C.4, per token, fixed; eq. 2
     }
 
 
@@ -93,32 +100,47 @@ def ptx(arg: ConfigDict, **changes) -> dict:
     if not arg.ptx:
         return {}
     gamma = arg.gamma or GAMMA["toy" if arg.size == "toy" else "paper"]
-    return {"coefficient": gamma, "unit": "token", "ratio": 8, **changes}  # C.4: 8 examples an episode
+    return {
+        "coefficient": gamma,
+        "unit": "token",
+        "ratio": 8,
+        **changes,
+    }  # C.4: 8 examples an episode
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
     warmup = 10 * (BATCH // MINIBATCH)
     text = {"spec": "jsonl:data/pretraining/{split}*.jsonl", "kind": "text"}
     # Table 6: 31,144 prompts of customers, 16,185 for validation.
-    prompts = {"spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl", "kind": "prompt"}
+    prompts = {
+        "spec": "jsonl:data/instructgpt/prompts_{split}*.jsonl",
+        "kind": "prompt",
+    }
     return stage_config(
         "ppo",
         init_from=f"runs/instructgpt/{arg.size}/start",  # C.3; the reference too
         reward="runs/instructgpt/6.7b/reward",
         prompts={"source": prompts},
-        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": 512},  # our choice
+        eval_prompts={
+            "source": {**prompts, "split": "validation"},
+            "limit": 512,
+        },  # our choice
         prompt_length=1024,  # appendix C: "1k"; longer prompts were dropped, here they lose their oldest turns
         max_new=1024,  # appendix C: "1k"
         batch_size=BATCH,
         steps=ITERATIONS,
         # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
-        mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}} if arg.size == "175b" else {},
+        mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}}
+        if arg.size == "175b"
+        else {},
         eval_every=25,
         checkpoint={"every": 25, "minutes": 15.0},
         log={"every": 1},
         seed=arg.seed,
         ema=0.992,  # C.4; an average over iterations: of which steps it is one is unpublished
-        ptx=ptx(arg, length=2048, sources=(text,)),  # unpublished; the context of pretraining
+        ptx=ptx(
+            arg, length=2048, sources=(text,)
+        ),  # unpublished; the context of pretraining
         optim=optim(warmup, learning_rate=LEARNING_RATE[arg.size]),
         value_optim=optim(warmup, learning_rate=VALUE_LEARNING_RATE[arg.size]),
         **algorithm(),
@@ -129,13 +151,18 @@ def toy(arg: ConfigDict) -> ConfigDict:
     """The toy's reward model, then PPO-ptx with the quickstart's text, and both against the start."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](arg.seed)
     steps = 32
-    warmup = BATCH // MINIBATCH  # one iteration; the paper's share of the run is less than that
-    policy = TOY["policy"](
+    warmup = (
+        BATCH // MINIBATCH
+    )  # one iteration; the paper's share of the run is less than that
+    policy = TOY[
+        "policy"
+    ](
         "ppo",
         arg.seed,
         batch_size=64,
         missing_eos="penalty",  # the paper names nothing of the kind; a small model has to learn to end
-        ema=1 - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
+        ema=1
+        - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
         ptx=ptx(arg, length=config.pretrain.length, sources=config.pretrain.sources),
         optim=optim(warmup, learning_rate=5e-4),
         value_optim=optim(warmup, learning_rate=5e-4),

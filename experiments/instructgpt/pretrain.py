@@ -69,9 +69,17 @@ def paper(arg: ConfigDict) -> ConfigDict:
         tokenizer="data/gpt3/tokenizer.model",  # theirs: GPT-2's byte-level BPE of 50,257; here SentencePiece
         # bfloat16 for fp16 (InstructGPT, appendix C); the sampler, PPO and the reward model inherit it from here.
         # Every second layer of GPT-3 is locally banded sparse attention; all of ours are dense.
-        model=dataclasses.asdict(preset(f"gpt3-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full")),
+        model=dataclasses.asdict(
+            preset(f"gpt3-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full")
+        ),
         sources=({"spec": "jsonl:data/pretraining/{split}*.jsonl", "kind": "text"},),
-        eval_sources=({"spec": "jsonl:data/pretraining/{split}*.jsonl", "kind": "text", "split": "validation"},),
+        eval_sources=(
+            {
+                "spec": "jsonl:data/pretraining/{split}*.jsonl",
+                "kind": "text",
+                "split": "validation",
+            },
+        ),
         eval_batches=8,
         length=LENGTH,
         cross_document=True,  # appendix B: documents are packed, without a mask between them
@@ -90,7 +98,12 @@ def toy(seed: int) -> ConfigDict:
     config = TOY["quickstart"](seed, until="sft")
     steps, rows = config.pretrain.steps, config.pretrain.batch_size
     config.pretrain.model.update(
-        positions="learned", norm="layernorm", mlp="gelu", bias=True, scale_residual_init=True, d_ff=256
+        positions="learned",
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        scale_residual_init=True,
+        d_ff=256,
     )
     config.pretrain.cross_document = True
     # The same shares of the run: 0.125 % of it is no update here, hence 2 %; decay over 260 of 300 billion tokens.

@@ -39,7 +39,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def algorithm(**changes) -> dict:
     """What does not depend on the size."""
     return {
-        "loss": {"name": "kwise"},  # eq. 1: all pairs of a prompt are one element; ties are dropped
+        "loss": {
+            "name": "kwise"
+        },  # eq. 1: all pairs of a prompt are one element; ties are dropped
         "normalise": "demonstrations",  # section 3.5: a bias so that the labelers' demonstrations score 0 on average
         "optim": {
             "name": "adam",
@@ -64,8 +66,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # OpenBookQA, QuAC, RACE and Winogrande, and that SFT gives similar results: SFT, for its data are at hand.
         init_from="runs/instructgpt/6.7b/sft",
         overrides={"dropout": 0.0},  # unpublished; SFT's 0.2 would come along
-        preferences=("jsonl:data/instructgpt/comparisons_{split}*.jsonl",),  # K of 4 to 9 answers (section 3.5)
-        demonstrations=({"spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl", "kind": "messages"},),
+        preferences=(
+            "jsonl:data/instructgpt/comparisons_{split}*.jsonl",
+        ),  # K of 4 to 9 answers (section 3.5)
+        demonstrations=(
+            {
+                "spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl",
+                "kind": "messages",
+            },
+        ),
         length=LENGTH,
         batch_size=BATCH,
         steps=steps,
@@ -86,4 +95,8 @@ def toy(seed: int) -> ConfigDict:
         "demonstrations": ({**collect.eval_prompts.source, "split": "validation"},),
         **algorithm(learning_rate=1e-3),
     }
-    return TOY["add"](config, collect=collect, reward=TOY["ranked"]("reward", collect, batch_size=16, **own))
+    return TOY["add"](
+        config,
+        collect=collect,
+        reward=TOY["ranked"]("reward", collect, batch_size=16, **own),
+    )

@@ -30,7 +30,11 @@ VARIANTS = (
     "size=toy",
 )
 
-SIZES = ("1.3b", "6.7b", "175b")  # "6B" in the paper; that this is GPT-3 6.7B is an inference
+SIZES = (
+    "1.3b",
+    "6.7b",
+    "175b",
+)  # "6B" in the paper; that this is GPT-3 6.7B is an inference
 DEMONSTRATIONS = 11_295 + 1_430  # table 6: by labelers and by customers
 BATCH = {"1.3b": 32, "6.7b": 32, "175b": 8}  # C.1 and C.3, demonstrations
 EPOCHS = {"baseline": 16, "start": 2}  # C.1; C.3
@@ -71,7 +75,10 @@ def optim(**changes) -> dict:
 
 def paper(arg: ConfigDict) -> ConfigDict:
     updates = DEMONSTRATIONS * EPOCHS[arg.role] // BATCH[arg.size]
-    source = {"spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl", "kind": "messages"}
+    source = {
+        "spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl",
+        "kind": "messages",
+    }
     return stage_config(
         "sft",
         init_from=f"runs/gpt3/{arg.size}",  # pretrain.py beside this file
@@ -81,7 +88,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it is left out.
         sources=(source,),
         # A batch of two rows: more devices share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
-        mesh={"data": 1, "fsdp": 2, "tensor": -1, "rules": {"vocab": ()}} if arg.size == "175b" else {},
+        mesh={"data": 1, "fsdp": 2, "tensor": -1, "rules": {"vocab": ()}}
+        if arg.size == "175b"
+        else {},
         eval_sources=({**source, "split": "validation"},),  # table 6: 1,550 + 103
         length=LENGTH,
         batch_size=BATCH[arg.size] // A_ROW,
@@ -89,7 +98,11 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # C.1 chooses among checkpoints, and among 7 learning rates (175B: 5), by the reward model's score on validation
         # prompts, not by validation loss, which is lowest after one epoch. Here every epoch is evaluated and kept.
         eval_every=updates // EPOCHS[arg.role],
-        checkpoint={"every": updates // EPOCHS[arg.role], "keep_every": updates // EPOCHS[arg.role], "minutes": 15.0},
+        checkpoint={
+            "every": updates // EPOCHS[arg.role],
+            "keep_every": updates // EPOCHS[arg.role],
+            "minutes": 15.0,
+        },
         seed=arg.seed,
         optim=optim(learning_rate=LEARNING_RATE[arg.role][arg.size]),
     )

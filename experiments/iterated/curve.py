@@ -29,12 +29,20 @@ def rounds(workdir: Path) -> list[dict[str, float]]:
     rows = []
     while (now := last.get(f"evaluate_{len(rows) + 1}")) is not None:
         k = len(rows) + 1
-        row = {column: now.get(f"evaluate/{metric}") for column, metric in METRICS.items()}
+        row = {
+            column: now.get(f"evaluate/{metric}") for column, metric in METRICS.items()
+        }
         row["reward_val_accuracy"] = last[f"reward_{k}"].get("reward/val_accuracy")
-        rows.append({column: value for column, value in row.items() if value is not None})
+        rows.append(
+            {column: value for column, value in row.items() if value is not None}
+        )
     if rows:
         first = last["evaluate_1"]
-        start = {"gold": first["evaluate/gold_baseline"], "gold_win_rate": 0.5, "kl": 0.0}
+        start = {
+            "gold": first["evaluate/gold_baseline"],
+            "gold_win_rate": 0.5,
+            "kl": 0.0,
+        }
         rows.insert(0, start)
     return rows
 
@@ -43,7 +51,13 @@ def main() -> None:
     print("round  " + "  ".join(COLUMNS))
     for k, row in enumerate(rounds(Path(sys.argv[1]))):
         cells = [f"{row[name]:.3f}" if name in row else "" for name in COLUMNS]
-        print(f"{k:5d}  " + "  ".join(f"{cell:>{len(name)}}" for cell, name in zip(cells, COLUMNS, strict=True)))
+        print(
+            f"{k:5d}  "
+            + "  ".join(
+                f"{cell:>{len(name)}}"
+                for cell, name in zip(cells, COLUMNS, strict=True)
+            )
+        )
 
 
 if __name__ == "__main__":

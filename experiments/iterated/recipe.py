@@ -35,21 +35,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if toy:
         shrink(base)
     names = [f"{stage}_{k}" for k in range(1, arg.rounds + 1) for stage in ROUND]
-    config = ConfigDict({"stages": (*START, *names), **{name: base[name] for name in START}})
+    config = ConfigDict(
+        {"stages": (*START, *names), **{name: base[name] for name in START}}
+    )
     for k in range(1, arg.rounds + 1):
-        config.update({f"{stage}_{k}": one for stage, one in one_round(base, k).items()})
+        config.update(
+            {f"{stage}_{k}": one for stage, one in one_round(base, k).items()}
+        )
     return config
 
 
 def one_round(base: ConfigDict, k: int) -> dict[str, ConfigDict]:
     """The stages of round k, from 1."""
-    collect, reward, ppo, evaluate = (ConfigDict(base[name].to_dict()) for name in ROUND)
+    collect, reward, ppo, evaluate = (
+        ConfigDict(base[name].to_dict()) for name in ROUND
+    )
     last = "stage:sft" if k == 1 else f"stage:ppo_{k - 1}"
-    seed = base.collect.seed + 1000 * k  # every round other draws, and other prefixes of the conversations
+    seed = (
+        base.collect.seed + 1000 * k
+    )  # every round other draws, and other prefixes of the conversations
     collect.update(init_from=last, seed=seed)
-    reward.update(preferences=tuple(f"stage:collect_{i}/preferences" for i in range(1, k + 1)))
-    ppo.update(init_from=last, reference="stage:sft", reward=f"stage:reward_{k}", seed=seed)
-    evaluate.update(policy=f"stage:ppo_{k}", baseline="stage:sft", proxy=f"stage:reward_{k}")
+    reward.update(
+        preferences=tuple(f"stage:collect_{i}/preferences" for i in range(1, k + 1))
+    )
+    ppo.update(
+        init_from=last, reference="stage:sft", reward=f"stage:reward_{k}", seed=seed
+    )
+    evaluate.update(
+        policy=f"stage:ppo_{k}", baseline="stage:sft", proxy=f"stage:reward_{k}"
+    )
     return {"collect": collect, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 
 

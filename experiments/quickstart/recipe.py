@@ -24,7 +24,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     vocab, prompt, answer = 2048, 64, 32
 
     def chats(split, **options):
-        return {"spec": "tfds:chitchat", "kind": "messages", "split": split, "min_turns": 4, **options}
+        return {
+            "spec": "tfds:chitchat",
+            "kind": "messages",
+            "split": split,
+            "min_turns": 4,
+            **options,
+        }
 
     text = ({"spec": "tfds:kjv", "split": "train"}, chats("train"))
     sampling = {"prompt_length": prompt, "max_new": answer, "temperature": 1.0}
@@ -51,7 +57,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_every=30 if smoke else 200,
         checkpoint={"every": 30 if smoke else 200},
         seed=arg.seed,
-        optim={"learning_rate": 3e-3, "warmup_steps": 20, "final_fraction": 0.1, "weight_decay": 0.1},
+        optim={
+            "learning_rate": 3e-3,
+            "warmup_steps": 20,
+            "final_fraction": 0.1,
+            "weight_decay": 0.1,
+        },
     )
     config.sft = stage_config(
         "sft",
@@ -65,7 +76,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_every=20 if smoke else 100,
         checkpoint={"every": 20 if smoke else 100},
         seed=arg.seed,
-        optim={"learning_rate": 1e-3, "warmup_steps": 10, "final_fraction": 0.1, "weight_decay": 0.1},
+        optim={
+            "learning_rate": 1e-3,
+            "warmup_steps": 10,
+            "final_fraction": 0.1,
+            "weight_decay": 0.1,
+        },
     )
     config.collect = stage_config(
         "collect",
@@ -109,8 +125,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
         checkpoint={"every": 3 if smoke else 8},
         log={"every": 1},
         seed=arg.seed,
-        optim={"learning_rate": 2e-4, "schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1},
-        value_optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 8, "warmup_start": 0.1},
+        optim={
+            "learning_rate": 2e-4,
+            "schedule": "constant",
+            "warmup_steps": 8,
+            "warmup_start": 0.1,
+        },
+        value_optim={
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+            "warmup_steps": 8,
+            "warmup_start": 0.1,
+        },
         **sampling,
     )
     config.evaluate = stage_config(

@@ -25,7 +25,10 @@ from rlhfjax.stages import stage_config
 VARIANTS = ()  # it needs a finished run
 DATA = Path(__file__).parent / "data"
 STEPS, ROWS = 2, 16
-CLASSES = ({"option": "A", "reward": 1.0, "name": "kind"}, {"option": "B", "reward": -1.0, "name": "unkind"})
+CLASSES = (
+    {"option": "A", "reward": 1.0, "name": "kind"},
+    {"option": "B", "reward": -1.0, "name": "unkind"},
+)
 RUBRIC = "Is this answer kind?\n{response}\n(A) yes (B) no"
 
 
@@ -34,22 +37,34 @@ def get_config(arg: str | None = None) -> ConfigDict:
     configs = smoke(Path(arg.run))
     if arg.stage == "all":
         together(configs)
-        return ConfigDict({"stages": tuple(configs)} | {name: stage_config(**one) for name, one in configs.items()})
+        return ConfigDict(
+            {"stages": tuple(configs)}
+            | {name: stage_config(**one) for name, one in configs.items()}
+        )
     if arg.stage not in configs:
         known = ", ".join(stages.names())
-        raise ConfigError(f"stage={arg.stage}: it has no smoke config here, or is no stage; stages are {known}")
+        raise ConfigError(
+            f"stage={arg.stage}: it has no smoke config here, or is no stage; stages are {known}"
+        )
     return stage_config(**configs[arg.stage])
 
 
 def together(configs: dict[str, dict[str, Any]]) -> None:
     """As a recipe, some stages take what others have just made."""
-    rewards = {name: {"reward": f"stage:{name}", "name": name} for name in ("recentre", "rubric", "tamer")}
+    rewards = {
+        name: {"reward": f"stage:{name}", "name": name}
+        for name in ("recentre", "rubric", "tamer")
+    }
     gold = {"reward": "gold:sentiment", "name": "gold", "weight": 0.5}
     configs["compose"]["members"] = (*rewards.values(), gold)
     configs["group"] |= {"reward": "stage:compose", "human": {"reward": "stage:tamer"}}
     configs["collect"]["labeller"] = "stage:feedback"
     configs["import_rankings"]["rankings"] = "stage:export_rankings/rankings.jsonl"
-    selected = {"spec": "jsonl:stage:select/train.jsonl", "kind": "messages", "split": "all"}
+    selected = {
+        "spec": "jsonl:stage:select/train.jsonl",
+        "kind": "messages",
+        "split": "all",
+    }
     configs["sft"]["sources"] = (selected,)
 
 
@@ -59,15 +74,40 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
     at = {name: str(folder) for name, folder in recipe.stage_folders(base, run).items()}
     preferences = (f"{at['collect']}/preferences",)
     collect = base["collect"]
-    sampling = {name: collect[name] for name in ("prompt_length", "max_new", "temperature")}
-    prompts, held_out = ({**collect[name], "limit": ROWS} for name in ("prompts", "eval_prompts"))
+    sampling = {
+        name: collect[name] for name in ("prompt_length", "max_new", "temperature")
+    }
+    prompts, held_out = (
+        {**collect[name], "limit": ROWS} for name in ("prompts", "eval_prompts")
+    )
     length = base["reward"]["length"]
-    judge = {"model": at["sft"], "length": base["pretrain"]["model"]["max_length"], "batch_size": ROWS}
-    loop = {"steps": STEPS, "eval_every": 0, "checkpoint": {"every": 0}, "log": {"every": 1, "tensorboard": False}}
+    judge = {
+        "model": at["sft"],
+        "length": base["pretrain"]["model"]["max_length"],
+        "batch_size": ROWS,
+    }
+    loop = {
+        "steps": STEPS,
+        "eval_every": 0,
+        "checkpoint": {"every": 0},
+        "log": {"every": 1, "tensorboard": False},
+    }
     optim = {"learning_rate": 1e-4}
-    ranked = {"preferences": preferences, "length": length, "batch_size": ROWS, "optim": optim, **loop}
+    ranked = {
+        "preferences": preferences,
+        "length": length,
+        "batch_size": ROWS,
+        "optim": optim,
+        **loop,
+    }
     text = {"batch_size": ROWS, "eval_batches": 1, "optim": optim, **loop}
-    sampled = {"prompts": prompts, "eval_prompts": held_out, "optim": optim, **loop, **sampling}
+    sampled = {
+        "prompts": prompts,
+        "eval_prompts": held_out,
+        "optim": optim,
+        **loop,
+        **sampling,
+    }
     chosen = {
         "tokenizer": {},
         "tasks": {"tasks": ("chain_sum", "spell_backward"), "size": 20},
@@ -95,9 +135,16 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         "rubric": {"judge": judge, "template": RUBRIC, "classes": CLASSES},
         "feedback": {"judge": judge, "principles": str(DATA / "principles.txt")},
         "compose": {
-            "members": ({"reward": at["reward"], "name": "model"}, {"reward": "gold:sentiment", "weight": 0.5})
+            "members": (
+                {"reward": at["reward"], "name": "model"},
+                {"reward": "gold:sentiment", "weight": 0.5},
+            )
         },
-        "collect": {"prompts": prompts, "eval_prompts": {**held_out, "limit": 4}, "batch_size": 4},
+        "collect": {
+            "prompts": prompts,
+            "eval_prompts": {**held_out, "limit": 4},
+            "batch_size": 4,
+        },
         "export_rankings": {"preferences": preferences},
         "import_rankings": {
             "rankings": str(DATA / "rankings.jsonl"),
@@ -114,10 +161,31 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
             "max_new": sampling["max_new"] // 2,
             "batch_size": ROWS,
         },
-        "direct": {"init_from": at["sft"], "reference_logprobs": "precomputed", **ranked},
-        "group": {"init_from": at["sft"], "reward": at["reward"], "batch_size": 4, "completions": 4, **sampled},
-        "reinforce_pp": {"init_from": at["sft"], "reward": at["reward"], "batch_size": ROWS, **sampled},
-        "ppo": {"batch_size": ROWS, "minibatches": 2, "epochs": 1, "value_optim": optim, **sampled},
+        "direct": {
+            "init_from": at["sft"],
+            "reference_logprobs": "precomputed",
+            **ranked,
+        },
+        "group": {
+            "init_from": at["sft"],
+            "reward": at["reward"],
+            "batch_size": 4,
+            "completions": 4,
+            **sampled,
+        },
+        "reinforce_pp": {
+            "init_from": at["sft"],
+            "reward": at["reward"],
+            "batch_size": ROWS,
+            **sampled,
+        },
+        "ppo": {
+            "batch_size": ROWS,
+            "minibatches": 2,
+            "epochs": 1,
+            "value_optim": optim,
+            **sampled,
+        },
         "best_of_n": {
             "init_from": at["sft"],
             "proxy": at["reward"],
@@ -129,15 +197,26 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         },
         "evaluate": {"prompts": held_out, "batch_size": ROWS},
     }
-    return {name: {"stage": name} | base.get(name, {}) | options for name, options in chosen.items()}
+    return {
+        name: {"stage": name} | base.get(name, {}) | options
+        for name, options in chosen.items()
+    }
 
 
 def finished(run: Path) -> dict[str, Any]:
     """The config of a finished quickstart with every option, its `stage:` references resolved."""
-    config = json.loads((run / recipe.CONFIG).read_text()) if (run / recipe.CONFIG).is_file() else {}
+    config = (
+        json.loads((run / recipe.CONFIG).read_text())
+        if (run / recipe.CONFIG).is_file()
+        else {}
+    )
     folders = recipe.stage_folders(config, run) if "stages" in config else {}
-    if not folders or not all((folder / recipe.DONE).is_file() for folder in folders.values()):
-        raise ConfigError(f"run={run}: expected the workdir of a quickstart that has run to its end")
+    if not folders or not all(
+        (folder / recipe.DONE).is_file() for folder in folders.values()
+    ):
+        raise ConfigError(
+            f"run={run}: expected the workdir of a quickstart that has run to its end"
+        )
     config = recipe.with_defaults(config)
     stages_of = {name: recipe.resolve(config[name], folders, name) for name in folders}
     return {"stages": config["stages"], **stages_of}

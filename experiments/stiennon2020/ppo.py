@@ -41,7 +41,9 @@ def algorithm(arg: ConfigDict) -> dict:
         "epochs": 4,  # appendix B.1
         "gamma": 1.0,  # appendix B.1
         "lam": 0.95,  # appendix B.1
-        "kl": {"coefficient": arg.beta},  # appendix B.1: 0.05, fixed; in the reward of every token
+        "kl": {
+            "coefficient": arg.beta
+        },  # appendix B.1: 0.05, fixed; in the reward of every token
         # The paper does not state what follows. One minibatch an epoch, both clips and the value's coefficient are
         # those of the same authors' earlier code (Ziegler et al. 2019), the score of an answer without an end that of
         # Huang et al. 2024 (N+ details, 23), whitened advantages that of both; rewards are as they come in the latter.
@@ -58,7 +60,13 @@ def algorithm(arg: ConfigDict) -> dict:
 
 def paper(arg: ConfigDict) -> ConfigDict:
     def prompts(split):
-        return {"source": {"spec": f"jsonl:data/tldr/prompts_{split}*.jsonl", "kind": "prompt", "split": "all"}}
+        return {
+            "source": {
+                "spec": f"jsonl:data/tldr/prompts_{split}*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        }
 
     optim = SFT["adam"](LEARNING_RATE[arg.size], "linear")  # appendix B.1
     return stage_config(
@@ -87,10 +95,21 @@ def toy(arg: ConfigDict) -> ConfigDict:
     config = REWARD["toy"](arg)
     sampling = SFT["sampling"](arg)
     optim = SFT["adam"](1e-3, "linear")
-    own = {"optim": optim, "value_optim": optim, **algorithm(arg), **sampling, **TOY["loop"](24)}
+    own = {
+        "optim": optim,
+        "value_optim": optim,
+        **algorithm(arg),
+        **sampling,
+        **TOY["loop"](24),
+    }
     ppo = TOY["policy"]("ppo", arg.seed, batch_size=64, **own)
     best_of_n = TOY["best_of_n"](arg.seed, proxy="stage:reward", **sampling)  # table 10
-    return TOY["add"](config, ppo=ppo, best_of_n=best_of_n, evaluate=TOY["evaluate"](arg.seed, **sampling))
+    return TOY["add"](
+        config,
+        ppo=ppo,
+        best_of_n=best_of_n,
+        evaluate=TOY["evaluate"](arg.seed, **sampling),
+    )
 
 
 def sweep(add) -> None:

@@ -44,8 +44,11 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # appendix B.1: the supervised model with a new head; of std 1 / (d + 1) as printed, of 1 / sqrt(d + 1) here and
         # in the code
         init_from=f"runs/stiennon2020/{arg.size}/sft",
-        preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),  # rows of prompt, two completions and scores
-        length=SFT["POST"] + 128,  # the released code: a reward model reads up to 128 tokens of summary
+        preferences=(
+            "jsonl:data/tldr/comparisons_{split}*.jsonl",
+        ),  # rows of prompt, two completions and scores
+        length=SFT["POST"]
+        + 128,  # the released code: a reward model reads up to 128 tokens of summary
         batch_size=64,  # appendix B.1
         steps=COMPARISONS // 64,  # one epoch, appendix B.1
         overrides={"dtype": "bfloat16", "dropout": 0.0},  # see sft.py
@@ -53,14 +56,24 @@ def paper(arg: ConfigDict) -> ConfigDict:
         checkpoint={"every": 300, "minutes": 15.0},
         seed=arg.seed,
         optim=SFT["adam"](LEARNING_RATE[arg.size], "cosine"),  # appendix B.1
-        **algorithm(({"spec": "jsonl:data/tldr/validation*.jsonl", "kind": "messages", "split": "all"},)),
+        **algorithm(
+            (
+                {
+                    "spec": "jsonl:data/tldr/validation*.jsonl",
+                    "kind": "messages",
+                    "split": "all",
+                },
+            )
+        ),
     )
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
     """The small model's answers in pairs, compared by the quickstart's labeller; people's own answers score 0."""
     config = SFT["toy"](arg)
-    collect = TOY["collect"](arg.seed, completions=2, prompts=2048, held_out=96, **SFT["sampling"](arg))
+    collect = TOY["collect"](
+        arg.seed, completions=2, prompts=2048, held_out=96, **SFT["sampling"](arg)
+    )
     reward = TOY["ranked"](
         "reward",
         collect,

@@ -55,7 +55,13 @@ def adam(learning_rate: float, schedule: str) -> dict:
 
 def paper(arg: ConfigDict) -> ConfigDict:
     def posts(split):
-        return ({"spec": f"jsonl:data/tldr/{split}*.jsonl", "kind": "messages", "split": "all"},)
+        return (
+            {
+                "spec": f"jsonl:data/tldr/{split}*.jsonl",
+                "kind": "messages",
+                "split": "all",
+            },
+        )
 
     return stage_config(
         "sft",
@@ -65,7 +71,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
         length=POST + SUMMARY,
         batch_size=128,  # appendix B.1; ours are rows, of which one may hold two short posts
         steps=POSTS // 128,  # one epoch, appendix B.1
-        overrides={"dtype": "bfloat16", "dropout": 0.0},  # the paper: fp16; dropout unpublished, none is GPT-3's
+        overrides={
+            "dtype": "bfloat16",
+            "dropout": 0.0,
+        },  # the paper: fp16; dropout unpublished, none is GPT-3's
         eval_every=100,
         checkpoint={"every": 300, "minutes": 15.0},
         seed=arg.seed,

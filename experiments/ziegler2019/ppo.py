@@ -81,7 +81,13 @@ def paper(arg: ConfigDict) -> ConfigDict:
     data = "books" if kind == "style" else arg.task
 
     def prompts(split):
-        return {"source": {"spec": f"jsonl:data/{data}/prompts_{split}*.jsonl", "kind": "prompt", "split": "all"}}
+        return {
+            "source": {
+                "spec": f"jsonl:data/{data}/prompts_{split}*.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        }
 
     return stage_config(
         "ppo",
@@ -113,8 +119,16 @@ def toy(arg: ConfigDict) -> ConfigDict:
     """The small reward model's recipe, then PPO against it and an evaluation."""
     config = REWARD["toy"](arg)
     optim, sampling = REWARD["optim"](5e-4), REWARD["sampling"](arg)
-    own = {"optim": optim, "value_optim": optim, **algorithm(arg, batch_size=64), **sampling, **TOY["loop"](24)}
+    own = {
+        "optim": optim,
+        "value_optim": optim,
+        **algorithm(arg, batch_size=64),
+        **sampling,
+        **TOY["loop"](24),
+    }
     ppo = TOY["policy"]("ppo", arg.seed, **own)
     kept = {name: sampling[name] for name in TOY["SAMPLING"]}
-    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **kept)  # there an answer ends by itself
+    evaluate = TOY["evaluate"](
+        arg.seed, policy="stage:ppo", **kept
+    )  # there an answer ends by itself
     return TOY["add"](config, ppo=ppo, evaluate=evaluate)

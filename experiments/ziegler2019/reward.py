@@ -25,17 +25,29 @@ VARIANTS = tuple(
     for rest in ("", ",numbers=code", ",size=toy")
 )
 KIND = SFT["KIND"]
-MODEL = {"paper": "774m", "code": "124m"}  # section 2.1; the code was released for, and tested with, the smallest GPT-2
+MODEL = {
+    "paper": "774m",
+    "code": "124m",
+}  # section 2.1; the code was released for, and tested with, the smallest GPT-2
 # Tokens. Style: queries of 32 to 64 (the code: 64), continued by 24; summaries: queries of up to 500, answered by 75
 # (section 3 and launch.py). Our chat template adds bos, the two markers and an eos to a query.
 QUERY = {"style": 64 + 4, "summary": 500 + 4}
 RESPONSE = {"style": 24, "summary": 75}
-TEMPERATURE = {"sentiment": 0.7, "descriptiveness": 0.7, "cnndm": 0.5, "tldr": 0.7}  # section 3 and launch.py
+TEMPERATURE = {
+    "sentiment": 0.7,
+    "descriptiveness": 0.7,
+    "cnndm": 0.5,
+    "tldr": 0.7,
+}  # section 3 and launch.py
 NUMBERS = {
     # learning rate and batch: section 2.2; labels: 5,000 for style (10,000 and 20,000 are no better), 60,000 for
     # summaries (section 3)
     ("paper", "style"): {"learning_rate": 1.77e-5, "batch_size": 8, "labels": 5_000},
-    ("paper", "summary"): {"learning_rate": 1.77e-5, "batch_size": 32, "labels": 60_000},
+    ("paper", "summary"): {
+        "learning_rate": 1.77e-5,
+        "batch_size": 32,
+        "labels": 60_000,
+    },
     # launch.py
     ("code", "style"): {"learning_rate": 5e-5, "batch_size": 32, "labels": 4_992},
     ("code", "summary"): {"learning_rate": 2.5e-5, "batch_size": 16, "labels": 46_000},
@@ -49,7 +61,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def check(arg: ConfigDict) -> None:
-    if arg.task not in KIND or arg.size not in ("paper", "toy") or arg.numbers not in MODEL:
+    if (
+        arg.task not in KIND
+        or arg.size not in ("paper", "toy")
+        or arg.numbers not in MODEL
+    ):
         raise ConfigError(
             f"task={arg.task},size={arg.size},numbers={arg.numbers}: tasks are {', '.join(KIND)}; sizes paper, toy; "
             f"numbers {', '.join(MODEL)}"
@@ -105,9 +121,13 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """A small language model's answers, four to a prompt, the best picked by the quickstart's labeller."""
     config = SFT["toy"](arg)
-    collect = TOY["collect"](arg.seed, completions=4, prompts=1024, held_out=96, **sampling(arg))
+    collect = TOY["collect"](
+        arg.seed, completions=4, prompts=1024, held_out=96, **sampling(arg)
+    )
     # section 2.2, for style: 8
-    reward = TOY["ranked"]("reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss())
+    reward = TOY["ranked"](
+        "reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss()
+    )
     return TOY["add"](config, collect=collect, reward=reward)
 
 

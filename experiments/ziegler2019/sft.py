@@ -20,22 +20,37 @@ from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 VARIANTS = ("", "task=cnndm", "task=tldr", "size=toy", "task=tldr,size=toy")
-KIND = {"sentiment": "style", "descriptiveness": "style", "cnndm": "summary", "tldr": "summary"}
+KIND = {
+    "sentiment": "style",
+    "descriptiveness": "style",
+    "cnndm": "summary",
+    "tldr": "summary",
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, task="sentiment", size="paper", seed=0)
     if arg.task not in KIND or arg.size not in ("paper", "toy"):
-        raise ConfigError(f"task={arg.task},size={arg.size}: tasks are {', '.join(KIND)}; sizes are paper, toy")
+        raise ConfigError(
+            f"task={arg.task},size={arg.size}: tasks are {', '.join(KIND)}; sizes are paper, toy"
+        )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def data(arg: ConfigDict) -> dict:
     """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by the sft stage."""
-    kind, folder = ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
+    kind, folder = (
+        ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
+    )
 
     def split(name):
-        return ({"spec": f"jsonl:data/{folder}/{{split}}*.jsonl", "kind": kind, "split": name},)
+        return (
+            {
+                "spec": f"jsonl:data/{folder}/{{split}}*.jsonl",
+                "kind": kind,
+                "split": name,
+            },
+        )
 
     return {"sources": split("train"), "eval_sources": split("validation")}
 

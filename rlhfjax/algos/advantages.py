@@ -42,17 +42,24 @@ def gae(
         next_value, next_advantage = carry
         reward, value, counted = inputs
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
-        carry = jnp.where(counted, value, next_value), jnp.where(counted, advantage, next_advantage)
+        carry = (
+            jnp.where(counted, value, next_value),
+            jnp.where(counted, advantage, next_advantage),
+        )
         return carry, jnp.where(counted, advantage, 0)
 
     zeros = jnp.zeros_like(values[:, 0])
     columns = rewards.T, values.T, mask.T > 0
-    _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1]))
+    _, advantages = jax.lax.scan(
+        step, (zeros, zeros), columns, reverse=True, unroll=min(8, mask.shape[1])
+    )
     advantages = advantages.T
     return advantages, jnp.where(mask > 0, advantages + values, 0)
 
 
-def reinforce_pp(rewards: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b t"]:
+def reinforce_pp(
+    rewards: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Float[Array, "b t"]:
     """REINFORCE++: the reward to come, normalized over all counted tokens of the batch.
 
       G_t = sum_{s >= t} r_s

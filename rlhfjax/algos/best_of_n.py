@@ -8,7 +8,9 @@ from jax import Array
 from jaxtyping import Float
 
 
-def best_of_n_reward(proxy: Float[Array, "N"], gold: Float[Array, "N"], *, n: int) -> Float[Array, ""]:
+def best_of_n_reward(
+    proxy: Float[Array, "N"], gold: Float[Array, "N"], *, n: int
+) -> Float[Array, ""]:
     """Unbiased estimate of E[gold of the best of n by proxy], from a pool of N >= n samples of one prompt.
 
     With the pool sorted by proxy, S_1 worst: sum_{i=n}^{N} C(i-1, n-1) / C(N, n) gold(S_i), the mean over all subsets
@@ -23,8 +25,12 @@ def best_of_n_reward(proxy: Float[Array, "N"], gold: Float[Array, "N"], *, n: in
     if not 1 <= n <= pool:
         raise ValueError(f"best of {n} from a pool of {pool}: n must be in 1..{pool}")
     # From the top: w_N = n / N, w_{i-1} = w_i (i - n) / (i - 1). In Python's doubles: N is static and may be 60,000.
-    weights = itertools.accumulate(range(pool, 1, -1), lambda w, i: w * max(i - n, 0) / (i - 1), initial=n / pool)
-    return jnp.dot(jnp.asarray(list(weights), gold.dtype)[::-1], gold[jnp.argsort(proxy)])
+    weights = itertools.accumulate(
+        range(pool, 1, -1), lambda w, i: w * max(i - n, 0) / (i - 1), initial=n / pool
+    )
+    return jnp.dot(
+        jnp.asarray(list(weights), gold.dtype)[::-1], gold[jnp.argsort(proxy)]
+    )
 
 
 def best_of_n_kl(n: int) -> float:
@@ -35,7 +41,9 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n_distribution(p: Float[Array, "m"], rewards: Float[Array, "m"], *, n: int) -> Float[Array, "m"]:
+def best_of_n_distribution(
+    p: Float[Array, "m"], rewards: Float[Array, "m"], *, n: int
+) -> Float[Array, "m"]:
     """q_i, the probability that outcome i is the best of n draws from p; ties are broken at random.
 
     With F_i = P(r <= r_i), t_i = P(r = r_i), G_i = F_i - t_i:

@@ -17,12 +17,16 @@ from rlhfjax.algos.preference import pair_metrics
 from rlhfjax.algos.types import Loss, Scalar
 
 
-def sequence_logprobs(logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b"]:
+def sequence_logprobs(
+    logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Float[Array, "b"]:
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t), nats."""
     return masked_sum(logprobs, mask, axis=1)
 
 
-def mean_logprobs(logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b"]:
+def mean_logprobs(
+    logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Float[Array, "b"]:
     """1/|y| log pi(y | x), nats per token."""
     return masked_mean(logprobs, mask, axis=1)
 
@@ -49,7 +53,9 @@ def dpo_loss(
 
     Source: Rafailov et al. 2023, eq. 7.
     """
-    return cdpo_loss(chosen, rejected, ref_chosen, ref_rejected, weight, beta=beta, smoothing=0.0)
+    return cdpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, weight, beta=beta, smoothing=0.0
+    )
 
 
 def cdpo_loss(
@@ -66,9 +72,14 @@ def cdpo_loss(
 
     Source: Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    reward_w, reward_l = _implicit(chosen, ref_chosen, weight, beta), _implicit(rejected, ref_rejected, weight, beta)
+    reward_w, reward_l = (
+        _implicit(chosen, ref_chosen, weight, beta),
+        _implicit(rejected, ref_rejected, weight, beta),
+    )
     margin = reward_w - reward_l
-    loss = -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
+    loss = -(1 - smoothing) * jax.nn.log_sigmoid(
+        margin
+    ) - smoothing * jax.nn.log_sigmoid(-margin)
     return _pairwise(loss, reward_w, reward_l, weight)
 
 
@@ -87,8 +98,13 @@ def ipo_loss(
 
     Source: Azar et al. 2023, eq. 17.
     """
-    reward_w, reward_l = _implicit(chosen, ref_chosen, weight, beta), _implicit(rejected, ref_rejected, weight, beta)
-    return _pairwise(((reward_w - reward_l) / beta - 1 / (2 * beta)) ** 2, reward_w, reward_l, weight)
+    reward_w, reward_l = (
+        _implicit(chosen, ref_chosen, weight, beta),
+        _implicit(rejected, ref_rejected, weight, beta),
+    )
+    return _pairwise(
+        ((reward_w - reward_l) / beta - 1 / (2 * beta)) ** 2, reward_w, reward_l, weight
+    )
 
 
 def simpo_loss(
@@ -109,12 +125,20 @@ def simpo_loss(
 
     Source: Meng et al. 2024, eq. 6.
     """
-    reward_w, reward_l = (beta * jnp.where(weight > 0, x, 0) for x in (chosen, rejected))
-    return _pairwise(-jax.nn.log_sigmoid(reward_w - reward_l - margin), reward_w, reward_l, weight)
+    reward_w, reward_l = (
+        beta * jnp.where(weight > 0, x, 0) for x in (chosen, rejected)
+    )
+    return _pairwise(
+        -jax.nn.log_sigmoid(reward_w - reward_l - margin), reward_w, reward_l, weight
+    )
 
 
 def orpo_loss(
-    chosen: Float[Array, "n"], rejected: Float[Array, "n"], weight: Float[Array, "n"], *, beta: Scalar
+    chosen: Float[Array, "n"],
+    rejected: Float[Array, "n"],
+    weight: Float[Array, "n"],
+    *,
+    beta: Scalar,
 ) -> Loss:
     """-log P(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), odds(y) = P / (1 - P); no reference.
 
@@ -136,7 +160,10 @@ def orpo_loss(
     at_limit = jnp.maximum(chosen, rejected) >= CERTAIN
     metrics |= {
         "nll": (masked_sum(-chosen, weight), jnp.sum(weight)),
-        "odds_clamped": (masked_sum(at_limit.astype(weight.dtype), weight), jnp.sum(weight)),
+        "odds_clamped": (
+            masked_sum(at_limit.astype(weight.dtype), weight),
+            jnp.sum(weight),
+        ),
     }
     return scalar, metrics
 
@@ -187,7 +214,9 @@ def kto_loss(
     reward = _implicit(logprobs, ref_logprobs, weight, beta)
     z = beta * lax.stop_gradient(jnp.asarray(kl))
     missing, excess = jax.nn.sigmoid(z - reward), jax.nn.sigmoid(reward - z)
-    loss = jnp.where(desirable > 0, desirable_weight * missing, undesirable_weight * excess)
+    loss = jnp.where(
+        desirable > 0, desirable_weight * missing, undesirable_weight * excess
+    )
     good, bad = weight * (desirable > 0), weight * (desirable <= 0)
     total, count = masked_sum(loss, weight), jnp.sum(weight)
     metrics = {
@@ -199,13 +228,17 @@ def kto_loss(
 
 
 def kto_kl(
-    mismatched: Float[Array, "n"], ref_mismatched: Float[Array, "n"], weight: Float[Array, "n"]
+    mismatched: Float[Array, "n"],
+    ref_mismatched: Float[Array, "n"],
+    weight: Float[Array, "n"],
 ) -> Float[Array, ""]:
     """z = max(0, mean of log pi/rho (y' | x)) over responses y' paired with another example's prompt; no gradient.
 
     Source: Ethayarajh et al. 2024 (KTO).
     """
-    return lax.stop_gradient(jnp.maximum(0, masked_mean(mismatched - ref_mismatched, weight)))
+    return lax.stop_gradient(
+        jnp.maximum(0, masked_mean(mismatched - ref_mismatched, weight))
+    )
 
 
 def _implicit(logprobs, ref_logprobs, weight, beta):

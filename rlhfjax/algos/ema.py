@@ -8,10 +8,15 @@ from rlhfjax.algos.types import Scalar
 
 
 def ema_update(
-    average: PyTree[Float[Array, "..."], "T"], params: PyTree[Float[Array, "..."], "T"], *, decay: Scalar
+    average: PyTree[Float[Array, "..."], "T"],
+    params: PyTree[Float[Array, "..."], "T"],
+    *,
+    decay: Scalar,
 ) -> PyTree[Float[Array, "..."], "T"]:
     """a <- decay a + (1 - decay) theta, leaf by leaf; a starts as the initial weights (no bias correction).
 
     Source: Ouyang et al. 2022, appendix C.4 (decay 0.992).
     """
-    return jax.tree.map(lambda a, theta: decay * a + (1 - decay) * theta, average, params)
+    return jax.tree.map(
+        lambda a, theta: decay * a + (1 - decay) * theta, average, params
+    )

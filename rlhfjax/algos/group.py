@@ -39,7 +39,10 @@ def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
 
 
 def grpo_advantages(
-    rewards: Float[Array, "p k"], penalties: Float[Array, "p k"] | None = None, *, eps: float = 1e-4
+    rewards: Float[Array, "p k"],
+    penalties: Float[Array, "p k"] | None = None,
+    *,
+    eps: float = 1e-4,
 ) -> Float[Array, "p k"]:
     """A_i = (r_i - mean_j r_j) / (std_j r_j + eps) - (c_i - mean_j c_j).
 
@@ -70,7 +73,9 @@ def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     return _deviations(rewards)
 
 
-def moving_baseline(baseline: Scalar, rewards: Float[Array, "b"], *, decay: Scalar) -> Float[Array, ""]:
+def moving_baseline(
+    baseline: Scalar, rewards: Float[Array, "b"], *, decay: Scalar
+) -> Float[Array, ""]:
     """b <- decay b + (1 - decay) mean r: REINFORCE's baseline, to be subtracted from the *next* batch's rewards.
 
     Source: Williams 1992 (reinforcement comparison).
@@ -88,7 +93,11 @@ def informative(rewards: Float[Array, "p k"]) -> Bool[Array, "p"]:
     return jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1)
 
 
-def rloo_loss(logprobs: Float[Array, "b t"], advantages: Float[Array, "b"], mask: Float[Array, "b t"]) -> Loss:
+def rloo_loss(
+    logprobs: Float[Array, "b t"],
+    advantages: Float[Array, "b"],
+    mask: Float[Array, "b t"],
+) -> Loss:
     """-A_i log pi(y_i | x), the *sum* over the response's tokens, mean over responses.
 
     A response is one action of a bandit; with `moving_baseline` for the group's mean, this is REINFORCE with baseline.
@@ -101,12 +110,19 @@ def rloo_loss(logprobs: Float[Array, "b t"], advantages: Float[Array, "b"], mask
 
 
 def clipped_surrogate(
-    log_ratios: Float[Array, "b t"], advantages: Float[Array, "b"], *, clip_low: float, clip_high: float
+    log_ratios: Float[Array, "b t"],
+    advantages: Float[Array, "b"],
+    *,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """-min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i), and 1 where the clipped term is the active one."""
     ratio = jnp.exp(log_ratios)
     advantages = lax.stop_gradient(advantages)[:, None]
-    plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    plain, clipped = (
+        -advantages * ratio,
+        -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high),
+    )
     return jnp.maximum(plain, clipped), (clipped > plain).astype(ratio.dtype)
 
 
@@ -139,8 +155,13 @@ def grpo_loss(
     Source: Shao et al. 2024, eq. 3 and 4.
     """
     log_ratios = log_ratio(logprobs, old_logprobs, mask)
-    surrogate, clipped = clipped_surrogate(log_ratios, advantages, clip_low=clip, clip_high=clip)
-    kept, ref_kept = jnp.where(mask > 0, logprobs, 0), jnp.where(mask > 0, ref_logprobs, 0)
+    surrogate, clipped = clipped_surrogate(
+        log_ratios, advantages, clip_low=clip, clip_high=clip
+    )
+    kept, ref_kept = (
+        jnp.where(mask > 0, logprobs, 0),
+        jnp.where(mask > 0, ref_logprobs, 0),
+    )
     kl = k3(kept, ref_kept)
     total, weight = sequence_token_mean(surrogate + beta * kl, mask)
     metrics = {
@@ -169,7 +190,9 @@ def dr_grpo_loss(
     Source: Liu et al. 2025, "Understanding R1-Zero-like training".
     """
     log_ratios = log_ratio(logprobs, old_logprobs, mask)
-    surrogate, clipped = clipped_surrogate(log_ratios, advantages, clip_low=clip, clip_high=clip)
+    surrogate, clipped = clipped_surrogate(
+        log_ratios, advantages, clip_low=clip, clip_high=clip
+    )
     total, responses = sequence_mean(surrogate, mask)
     metrics = {
         "loss": (total, responses * length),
@@ -195,7 +218,9 @@ def dapo_loss(
     Source: Yu et al. 2025 (DAPO), eq. 8.
     """
     log_ratios = log_ratio(logprobs, old_logprobs, mask)
-    surrogate, clipped = clipped_surrogate(log_ratios, advantages, clip_low=clip_low, clip_high=clip_high)
+    surrogate, clipped = clipped_surrogate(
+        log_ratios, advantages, clip_low=clip_low, clip_high=clip_high
+    )
     total, weight = token_mean(surrogate, mask)
     metrics = {
         "loss": (total, weight),

@@ -15,7 +15,9 @@ from rlhfjax.algos.masked import divide, masked_sum, token_mean
 from rlhfjax.algos.types import Loss, Scalar
 
 
-def _log_ratio(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def _log_ratio(
+    logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
     """log pi/rho. A difference of bfloat16 logprobs is noise (3 significant digits), hence the refusal."""
     for x in (logprobs, ref_logprobs):
         if jnp.finfo(x.dtype).bits < 32:
@@ -23,7 +25,9 @@ def _log_ratio(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -
     return logprobs - ref_logprobs
 
 
-def k1(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def k1(
+    logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
     """k1 = log pi/rho. E_pi[k1] = KL(pi || rho); may be negative; high variance.
 
     Source: Schulman 2020, "Approximating KL divergence".
@@ -31,7 +35,9 @@ def k1(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[
     return _log_ratio(logprobs, ref_logprobs)
 
 
-def k2(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def k2(
+    logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
     """k2 = (log pi/rho)^2 / 2. Never negative, biased; its *gradient* is that of the KL, in expectation.
 
     Source: Schulman 2020, "Approximating KL divergence".
@@ -39,7 +45,9 @@ def k2(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[
     return _log_ratio(logprobs, ref_logprobs) ** 2 / 2
 
 
-def k3(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def k3(
+    logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
     """k3 = rho/pi - 1 - log rho/pi. E_pi[k3] = KL(pi || rho); never negative; low variance.
 
     Below -80 log pi/rho counts as -80, so that rho/pi is finite; the gradient there is 0.
@@ -50,11 +58,15 @@ def k3(logprobs: Float[Array, "*n"], ref_logprobs: Float[Array, "*n"]) -> Float[
 
 
 def _k3(log_ratio: Float[Array, "*n"], limit: float) -> Float[Array, "*n"]:
-    log_ratio = jnp.maximum(log_ratio, -limit)  # the other side is linear: it keeps its gradient
+    log_ratio = jnp.maximum(
+        log_ratio, -limit
+    )  # the other side is linear: it keeps its gradient
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def sequence_kl(kl: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Float[Array, "b"]:
+def sequence_kl(
+    kl: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Float[Array, "b"]:
     """sum_t kl_t over the response, nats: with k1, log pi(y|x)/rho(y|x). Its mean is what a controller is fed."""
     return masked_sum(kl, mask, axis=1)
 
@@ -100,10 +112,16 @@ def kl_loss_k1(
 
     Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
     """
-    return _ratio_weighted(lambda log_ratio: log_ratio, logprobs, old_logprobs, ref_logprobs, mask)
+    return _ratio_weighted(
+        lambda log_ratio: log_ratio, logprobs, old_logprobs, ref_logprobs, mask
+    )
 
 
-def kl_loss_k2(logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Loss:
+def kl_loss_k2(
+    logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
+) -> Loss:
     """mean_t of k2; on-policy its gradient is that of the KL: E[log(pi/rho) grad log pi] = grad KL.
 
     The *value* is not the KL; the metric "kl" is (k1).
@@ -112,7 +130,10 @@ def kl_loss_k2(logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"],
     """
     kept = jnp.where(mask > 0, logprobs, 0), jnp.where(mask > 0, ref_logprobs, 0)
     total, weight = token_mean(k2(*kept), mask)
-    return divide(total, weight), {"loss": (total, weight), "kl": token_mean(k1(*kept), mask)}
+    return divide(total, weight), {
+        "loss": (total, weight),
+        "kl": token_mean(k1(*kept), mask),
+    }
 
 
 def kl_loss_k3(
@@ -128,11 +149,15 @@ def kl_loss_k3(
     Source: DeepSeek-V3.2 (2025), "unbiased KL estimate"; Tang & Munos 2025.
     """
     k3_of = functools.partial(_k3, limit=HALF)
-    return _ratio_weighted(k3_of, logprobs, old_logprobs, ref_logprobs, mask, lowest=-HALF)
+    return _ratio_weighted(
+        k3_of, logprobs, old_logprobs, ref_logprobs, mask, lowest=-HALF
+    )
 
 
 def kl_loss_sequence(
-    logprobs: Float[Array, "b t"], ref_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
+    logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
 ) -> Loss:
     """mean over responses of log pi(y|x)/rho(y|x), with the exact on-policy gradient of the sequence KL.
 
@@ -166,7 +191,9 @@ def _ratio_weighted(
 
     Metrics loss, kl (the estimate alone), kl_clamped (the share of tokens with a clamp in either).
     """
-    logprobs, old_logprobs, ref_logprobs = (jnp.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
+    logprobs, old_logprobs, ref_logprobs = (
+        jnp.where(mask > 0, x, 0) for x in (logprobs, old_logprobs, ref_logprobs)
+    )
     log_ratio = _log_ratio(logprobs, ref_logprobs)
     moved = logprobs - lax.stop_gradient(old_logprobs)
     kl, ratio = estimator(log_ratio), jnp.exp(clamp(moved, limit=HALF))

@@ -15,7 +15,9 @@ LIMIT = 80.0
 """Nats. e^80 = 5.5e34 leaves room for an advantage and for a sum over some thousand tokens."""
 
 
-def clamp(log_ratios: Float[Array, "*n"], *, limit: float = LIMIT) -> Float[Array, "*n"]:
+def clamp(
+    log_ratios: Float[Array, "*n"], *, limit: float = LIMIT
+) -> Float[Array, "*n"]:
     """min(max(x, -limit), limit): the same bits within, where the gradient is 1; beyond it is 0."""
     return jnp.clip(log_ratios, -limit, limit)
 

@@ -15,12 +15,16 @@ def divide(total: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Float[Array
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
 
 
-def masked_sum(x: Float[Array, "*n"], mask: Float[Array, "*n"], axis: int | None = None) -> Float[Array, "..."]:
+def masked_sum(
+    x: Float[Array, "*n"], mask: Float[Array, "*n"], axis: int | None = None
+) -> Float[Array, "..."]:
     """sum_i m_i x_i, over `axis` or over everything."""
     return jnp.sum(jnp.where(mask > 0, x, 0) * mask, axis=axis)
 
 
-def masked_mean(x: Float[Array, "*n"], mask: Float[Array, "*n"], axis: int | None = None) -> Float[Array, "..."]:
+def masked_mean(
+    x: Float[Array, "*n"], mask: Float[Array, "*n"], axis: int | None = None
+) -> Float[Array, "..."]:
     """sum_i m_i x_i / sum_i m_i, over `axis` or over everything; 0 where nothing counts."""
     return divide(masked_sum(x, mask, axis), jnp.sum(mask, axis=axis))
 
@@ -30,7 +34,9 @@ def masked_var(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, 
 
     tf.nn.moments, which lm-human-preferences whitens with, is biased too; torch.var is not. One entry has variance 0.
     """
-    x = jnp.where(mask > 0, x, 0)  # before squaring: behind the mask, infinity would have a NaN gradient
+    x = jnp.where(
+        mask > 0, x, 0
+    )  # before squaring: behind the mask, infinity would have a NaN gradient
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -41,10 +47,14 @@ def masked_std(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, 
 
 def masked_max(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, ""]:
     """max of x_i over m_i > 0; 0 where nothing counts."""
-    return jnp.where(jnp.any(mask > 0), jnp.max(jnp.where(mask > 0, x, -jnp.inf)), 0).astype(x.dtype)
+    return jnp.where(
+        jnp.any(mask > 0), jnp.max(jnp.where(mask > 0, x, -jnp.inf)), 0
+    ).astype(x.dtype)
 
 
-def whiten(x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8) -> Float[Array, "*n"]:
+def whiten(
+    x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8
+) -> Float[Array, "*n"]:
     """(x - mean) / sqrt(var + eps) over the masked entries, 0 elsewhere: what PPO does to *advantages*.
 
     Args:
@@ -59,7 +69,9 @@ def whiten(x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8
     return jnp.where(mask > 0, (x - mean) * lax.rsqrt(masked_var(x, mask) + eps), 0)
 
 
-def whiten_keep_mean(x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8) -> Float[Array, "*n"]:
+def whiten_keep_mean(
+    x: Float[Array, "*n"], mask: Float[Array, "*n"], *, eps: float = 1e-8
+) -> Float[Array, "*n"]:
     """(x - mean) / sqrt(var + eps) + mean over the masked entries, 0 elsewhere: what PPO does to *rewards*.
 
     Shifting the mean of rewards would change what is optimal (the return of a longer response would change by its
@@ -89,4 +101,6 @@ def sequence_mean(x: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
 
 def sequence_token_mean(x: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
     """(sum, weight) of the mean over rows of the *mean* over their tokens: GRPO's 1/G sum_i 1/|o_i| sum_t."""
-    return jnp.sum(masked_mean(x, mask, axis=1)), jnp.sum(jnp.any(mask > 0, axis=1).astype(x.dtype))
+    return jnp.sum(masked_mean(x, mask, axis=1)), jnp.sum(
+        jnp.any(mask > 0, axis=1).astype(x.dtype)
+    )

@@ -22,7 +22,9 @@ def gain_and_bias(
     return gain, mean - gain * masked_mean(rewards, mask)
 
 
-def centring_bias(rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar = 0.0) -> Float[Array, ""]:
+def centring_bias(
+    rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar = 0.0
+) -> Float[Array, ""]:
     """b such that r + b has the given mean: on demonstrations (InstructGPT), or on new samples to recentre.
 
     Source: Ouyang et al. 2022, appendix C.2; Stiennon et al. 2020, section 3.4 (references score 0).
@@ -43,7 +45,9 @@ def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
     return jnp.min(rewards, axis=0)
 
 
-def ensemble_pessimistic(rewards: Float[Array, "m b"], *, coefficient: Scalar) -> Float[Array, "b"]:
+def ensemble_pessimistic(
+    rewards: Float[Array, "m b"], *, coefficient: Scalar
+) -> Float[Array, "b"]:
     """mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimisation.
 
     Source: Coste et al. 2023 (which penalises the variance; the std has the reward's unit).

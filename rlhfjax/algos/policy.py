@@ -10,7 +10,9 @@ from rlhfjax.algos.types import Loss, Scalar
 
 
 def log_ratio(
-    logprobs: Float[Array, "b t"], old_logprobs: Float[Array, "b t"], mask: Float[Array, "b t"]
+    logprobs: Float[Array, "b t"],
+    old_logprobs: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
 ) -> Float[Array, "b t"]:
     """log pi/pi_old on counted tokens, 0 elsewhere (so that padding has no gradient).
 
@@ -20,7 +22,9 @@ def log_ratio(
     return jnp.where(mask > 0, clamp(logprobs - lax.stop_gradient(old_logprobs)), 0)
 
 
-def ratio_metrics(log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]) -> dict[str, tuple[Array, Array]]:
+def ratio_metrics(
+    log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> dict[str, tuple[Array, Array]]:
     """How far the policy has moved from the one that sampled, as four metrics.
 
     approx_kl: k3 of KL(pi_old || pi), E_old[pi/pi_old - 1 - log pi/pi_old], nats per token: between
@@ -77,7 +81,9 @@ def ppo_loss(
     return divide(total, weight), metrics
 
 
-def entropy_bonus(entropy: Float[Array, "b t"], mask: Float[Array, "b t"], *, coefficient: Scalar) -> Loss:
+def entropy_bonus(
+    entropy: Float[Array, "b t"], mask: Float[Array, "b t"], *, coefficient: Scalar
+) -> Loss:
     """-coefficient H(pi(. | x, y_<t)), mean over tokens; metric entropy in nats per token.
 
     Source: Schulman et al. 2017, eq. 9 (the term S).

@@ -27,7 +27,9 @@ def distinct_pairs(
 
 
 def untied_pairs(
-    labels: Float[Array, "p k"], valid: Float[Array, "p k"], same: Int[Array, "p k"] | None = None
+    labels: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
+    same: Int[Array, "p k"] | None = None,
 ) -> Float[Array, "p k k"]:
     """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labelled
     strictly better."""
@@ -36,7 +38,9 @@ def untied_pairs(
     return (distinct_pairs(valid, same) & better).astype(valid.dtype)
 
 
-def reward_differences(rewards: Float[Array, "p k"], valid: Float[Array, "p k"]) -> Float[Array, "p k k"]:
+def reward_differences(
+    rewards: Float[Array, "p k"], valid: Float[Array, "p k"]
+) -> Float[Array, "p k k"]:
     """r_w - r_l at [p, w, l]; what stands at invalid completions has no gradient."""
     rewards = jnp.where(valid > 0, rewards, 0)
     return rewards[:, :, None] - rewards[:, None, :]
@@ -69,11 +73,19 @@ def kwise_loss(
     differences = reward_differences(rewards, valid)
     n_pairs = jnp.sum(pairs, axis=(1, 2))
     nll = jnp.sum(pairs * -jax.nn.log_sigmoid(differences), axis=(1, 2))
-    total, weight = jnp.sum(divide(nll, n_pairs)), jnp.sum((n_pairs > 0).astype(nll.dtype))
-    return divide(total, weight), {"loss": (total, weight), **pair_metrics(differences, pairs)}
+    total, weight = (
+        jnp.sum(divide(nll, n_pairs)),
+        jnp.sum((n_pairs > 0).astype(nll.dtype)),
+    )
+    return divide(total, weight), {
+        "loss": (total, weight),
+        **pair_metrics(differences, pairs),
+    }
 
 
-def pair_metrics(differences: Float[Array, "..."], pairs: Float[Array, "..."]) -> Metrics:
+def pair_metrics(
+    differences: Float[Array, "..."], pairs: Float[Array, "..."]
+) -> Metrics:
     """accuracy: share of pairs with r_w > r_l (equal rewards count one half); margin: mean r_w - r_l. Weight: pairs."""
     correct = (differences > 0) + 0.5 * (differences == 0)
     weight = jnp.sum(pairs)

@@ -14,7 +14,9 @@ from rlhfjax.algos.preference import pair_metrics, reward_differences, untied_pa
 from rlhfjax.algos.types import Loss, Scalar
 
 
-def bradley_terry_loss(chosen: Float[Array, "n"], rejected: Float[Array, "n"], weight: Float[Array, "n"]) -> Loss:
+def bradley_terry_loss(
+    chosen: Float[Array, "n"], rejected: Float[Array, "n"], weight: Float[Array, "n"]
+) -> Loss:
     """-log sigmoid(r_w - r_l), mean over pairs. Metrics loss, accuracy, margin.
 
     Source: Bradley & Terry 1952; Stiennon et al. 2020, section 3.4.
@@ -23,17 +25,26 @@ def bradley_terry_loss(chosen: Float[Array, "n"], rejected: Float[Array, "n"], w
 
 
 def margin_loss(
-    chosen: Float[Array, "n"], rejected: Float[Array, "n"], margin: Float[Array, "n"], weight: Float[Array, "n"]
+    chosen: Float[Array, "n"],
+    rejected: Float[Array, "n"],
+    margin: Float[Array, "n"],
+    weight: Float[Array, "n"],
 ) -> Loss:
     """-log sigmoid(r_w - r_l - m), m larger the clearer the labeller's preference (a column of the data).
 
     Source: Touvron et al. 2023 (Llama 2), eq. 2 and table 27 (m = 1, 2/3, 1/3, 0).
     """
-    return _pair_loss(lambda d: -jax.nn.log_sigmoid(d - margin), chosen, rejected, weight)
+    return _pair_loss(
+        lambda d: -jax.nn.log_sigmoid(d - margin), chosen, rejected, weight
+    )
 
 
 def smoothed_loss(
-    chosen: Float[Array, "n"], rejected: Float[Array, "n"], weight: Float[Array, "n"], *, smoothing: Scalar
+    chosen: Float[Array, "n"],
+    rejected: Float[Array, "n"],
+    weight: Float[Array, "n"],
+    *,
+    smoothing: Scalar,
 ) -> Loss:
     """-(1 - eps) log sigmoid(r_w - r_l) - eps log sigmoid(r_l - r_w): labels are wrong with probability eps.
 
@@ -41,13 +52,18 @@ def smoothed_loss(
     """
 
     def loss(d):
-        return -(1 - smoothing) * jax.nn.log_sigmoid(d) - smoothing * jax.nn.log_sigmoid(-d)
+        return -(1 - smoothing) * jax.nn.log_sigmoid(
+            d
+        ) - smoothing * jax.nn.log_sigmoid(-d)
 
     return _pair_loss(loss, chosen, rejected, weight)
 
 
 def soft_label_loss(
-    a: Float[Array, "n"], b: Float[Array, "n"], probability: Float[Array, "n"], weight: Float[Array, "n"]
+    a: Float[Array, "n"],
+    b: Float[Array, "n"],
+    probability: Float[Array, "n"],
+    weight: Float[Array, "n"],
 ) -> Loss:
     """-p log sigmoid(r_a - r_b) - (1 - p) log sigmoid(r_b - r_a), p the probability that a is better; a tie is 1/2.
 
@@ -56,14 +72,24 @@ def soft_label_loss(
     Source: Nakano et al. 2021 (WebGPT; ties as soft 50 % labels); Bai et al. 2022, Constitutional AI.
     """
     difference = jnp.where(weight > 0, a - b, 0)
-    loss = -probability * jax.nn.log_sigmoid(difference) - (1 - probability) * jax.nn.log_sigmoid(-difference)
+    loss = -probability * jax.nn.log_sigmoid(difference) - (
+        1 - probability
+    ) * jax.nn.log_sigmoid(-difference)
     total, count = masked_sum(loss, weight), jnp.sum(weight)
     sign = jnp.where(weight > 0, jnp.sign(probability - 0.5), 0)
-    return divide(total, count), {"loss": (total, count), **pair_metrics(sign * difference, weight * jnp.abs(sign))}
+    return divide(total, count), {
+        "loss": (total, count),
+        **pair_metrics(sign * difference, weight * jnp.abs(sign)),
+    }
 
 
 def rao_kupper_loss(
-    a: Float[Array, "n"], b: Float[Array, "n"], outcome: Float[Array, "n"], weight: Float[Array, "n"], *, eta: Scalar
+    a: Float[Array, "n"],
+    b: Float[Array, "n"],
+    outcome: Float[Array, "n"],
+    weight: Float[Array, "n"],
+    *,
+    eta: Scalar,
 ) -> Loss:
     """Bradley-Terry with ties as outcomes of their own: minus the log of, with d = r_a - r_b and eta > 0,
 
@@ -78,15 +104,23 @@ def rao_kupper_loss(
     Source: Rao & Kupper 1967 (eta = log theta).
     """
     difference = jnp.where(weight > 0, a - b, 0)
-    a_wins, b_wins = jax.nn.log_sigmoid(difference - eta), jax.nn.log_sigmoid(-difference - eta)
+    a_wins, b_wins = (
+        jax.nn.log_sigmoid(difference - eta),
+        jax.nn.log_sigmoid(-difference - eta),
+    )
     tie = jnp.log(jnp.expm1(2 * jnp.asarray(eta, difference.dtype))) + a_wins + b_wins
     loss = -jnp.where(outcome > 0.5, a_wins, jnp.where(outcome < 0.5, b_wins, tie))
     total, count = masked_sum(loss, weight), jnp.sum(weight)
     sign = jnp.where(weight > 0, jnp.sign(outcome - 0.5), 0)
-    return divide(total, count), {"loss": (total, count), **pair_metrics(sign * difference, weight * jnp.abs(sign))}
+    return divide(total, count), {
+        "loss": (total, count),
+        **pair_metrics(sign * difference, weight * jnp.abs(sign)),
+    }
 
 
-def best_of_k_loss(rewards: Float[Array, "p k"], best: Int[Array, "p"], valid: Float[Array, "p k"]) -> Loss:
+def best_of_k_loss(
+    rewards: Float[Array, "p k"], best: Int[Array, "p"], valid: Float[Array, "p k"]
+) -> Loss:
     """-log softmax_k(r)[best]: the labeller picks the best of K. Metrics loss, accuracy (the argmax is the best).
 
     A prompt whose best is not valid, or that has no other completion, has weight 0.
@@ -101,7 +135,10 @@ def best_of_k_loss(rewards: Float[Array, "p k"], best: Int[Array, "p"], valid: F
     weight = usable.astype(valid.dtype)
     total, count = masked_sum(loss, weight), jnp.sum(weight)
     correct = (jnp.argmax(logits, axis=1) == best).astype(valid.dtype)
-    return divide(total, count), {"loss": (total, count), "accuracy": (masked_sum(correct, weight), count)}
+    return divide(total, count), {
+        "loss": (total, count),
+        "accuracy": (masked_sum(correct, weight), count),
+    }
 
 
 def plackett_luce_loss(
@@ -133,10 +170,16 @@ def plackett_luce_loss(
     nll = jnp.sum(jax.nn.logsumexp(against, axis=2), axis=1)
     usable = jnp.any(pairs > 0, axis=(1, 2)).astype(nll.dtype)
     total, count = masked_sum(nll, usable), jnp.sum(usable)
-    return divide(total, count), {"loss": (total, count), **pair_metrics(differences, pairs)}
+    return divide(total, count), {
+        "loss": (total, count),
+        **pair_metrics(differences, pairs),
+    }
 
 
 def _pair_loss(function, chosen, rejected, weight) -> Loss:
     difference = jnp.where(weight > 0, chosen - rejected, 0)
     total, count = masked_sum(function(difference), weight), jnp.sum(weight)
-    return divide(total, count), {"loss": (total, count), **pair_metrics(difference, weight)}
+    return divide(total, count), {
+        "loss": (total, count),
+        **pair_metrics(difference, weight),
+    }

@@ -13,7 +13,11 @@ from rlhfjax.algos.types import Scalar
 
 
 def token_rewards(
-    score: Float[Array, "b"], kl: Float[Array, "b t"], mask: Float[Array, "b t"], *, beta: Scalar
+    score: Float[Array, "b"],
+    kl: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
+    *,
+    beta: Scalar,
 ) -> Float[Array, "b t"]:
     """r_t = -beta kl_t + [t is the last response token] score.
 
@@ -31,12 +35,16 @@ def token_rewards(
     return jnp.where(mask > 0, score[:, None] * last_token(mask) - beta * kl, 0)
 
 
-def has_token(tokens: Int[Array, "b t"], mask: Float[Array, "b t"], token_id: int) -> Bool[Array, "b"]:
+def has_token(
+    tokens: Int[Array, "b t"], mask: Float[Array, "b t"], token_id: int
+) -> Bool[Array, "b"]:
     """Whether `token_id` occurs among the counted tokens of each row (the EOS: whether the response ended)."""
     return jnp.any((tokens == token_id) & (mask > 0), axis=1)
 
 
-def replace_missing_eos(score: Float[Array, "b"], ended: Bool[Array, "b"], *, value: Scalar) -> Float[Array, "b"]:
+def replace_missing_eos(
+    score: Float[Array, "b"], ended: Bool[Array, "b"], *, value: Scalar
+) -> Float[Array, "b"]:
     """score where the response ended, `value` (-1 in the paper) where it hit the length limit. The "EOS trick".
 
     Source: Huang et al. 2024 (N+ details), detail 23.
@@ -44,7 +52,9 @@ def replace_missing_eos(score: Float[Array, "b"], ended: Bool[Array, "b"], *, va
     return jnp.where(ended, score, value)
 
 
-def penalise_missing_eos(score: Float[Array, "b"], ended: Bool[Array, "b"], *, penalty: Scalar) -> Float[Array, "b"]:
+def penalise_missing_eos(
+    score: Float[Array, "b"], ended: Bool[Array, "b"], *, penalty: Scalar
+) -> Float[Array, "b"]:
     """score where the response ended, score - penalty where it hit the length limit.
 
     Source: TRL's `missing_eos_penalty`.
@@ -75,7 +85,9 @@ def truncate_mask(
     return jnp.where(passed > 0, 0, mask), jnp.any(stop, axis=1)
 
 
-def reject(score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scalar) -> Float[Array, "b"]:
+def reject(
+    score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scalar
+) -> Float[Array, "b"]:
     """score where accepted, the fixed `value` (-1) where not: "no full stop in 16..24" is worth -1, whatever is said.
 
     Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `penalty_reward_value`.
@@ -83,7 +95,9 @@ def reject(score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scala
     return jnp.where(accepted, score, value)
 
 
-def overlong_penalty(mask: Float[Array, "b t"], *, limit: int, soft: int) -> Float[Array, "b"]:
+def overlong_penalty(
+    mask: Float[Array, "b t"], *, limit: int, soft: int
+) -> Float[Array, "b"]:
     """0 up to limit - soft tokens, then linearly down to -1 at limit, -1 beyond: added to the score.
 
     Source: Yu et al. 2025 (DAPO), eq. 13 (limit 20480, soft 4096).

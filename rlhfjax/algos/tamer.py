@@ -13,7 +13,12 @@ from rlhfjax.algos.types import Loss, Scalar
 
 
 def uniform_credit(
-    starts: Float[Array, "t"], ends: Float[Array, "t"], times: Float[Array, "f"], *, low: float, high: float
+    starts: Float[Array, "t"],
+    ends: Float[Array, "t"],
+    times: Float[Array, "f"],
+    *,
+    low: float,
+    high: float,
 ) -> Float[Array, "f t"]:
     """c_{f,i} = share of the delays in [low, high] that point into step i: human reaction is uniformly late.
 
@@ -27,7 +32,12 @@ def uniform_credit(
 
 
 def gamma_credit(
-    starts: Float[Array, "t"], ends: Float[Array, "t"], times: Float[Array, "f"], *, shape: float, scale: float
+    starts: Float[Array, "t"],
+    ends: Float[Array, "t"],
+    times: Float[Array, "f"],
+    *,
+    shape: float,
+    scale: float,
 ) -> Float[Array, "f t"]:
     """c_{f,i} = F(times_f - starts_i) - F(times_f - ends_i), F the CDF of a Gamma(shape, scale) delay.
 
@@ -60,7 +70,10 @@ def tamer_loss(
     """
     error = feedback - credit @ predictions
     total, count = masked_sum(error**2, weight), jnp.sum(weight)
-    return divide(total, count), {"loss": (total, count), "error": (masked_sum(jnp.abs(error), weight), count)}
+    return divide(total, count), {
+        "loss": (total, count),
+        "error": (masked_sum(jnp.abs(error), weight), count),
+    }
 
 
 def deep_tamer_loss(
@@ -76,10 +89,15 @@ def deep_tamer_loss(
     credit = credit * weight[:, None]
     error = predictions[None, :] - feedback[:, None]
     total, count = masked_sum(error**2, credit), jnp.sum(credit)
-    return divide(total, count), {"loss": (total, count), "error": (masked_sum(jnp.abs(error), credit), count)}
+    return divide(total, count), {
+        "loss": (total, count),
+        "error": (masked_sum(jnp.abs(error), credit), count),
+    }
 
 
-def reward_addition(reward: Float[Array, "..."], human: Float[Array, "..."], *, weight: Scalar) -> Float[Array, "..."]:
+def reward_addition(
+    reward: Float[Array, "..."], human: Float[Array, "..."], *, weight: Scalar
+) -> Float[Array, "..."]:
     """R'(s, a) = R(s, a) + weight H(s, a): TAMER+RL, method 1; the weight is annealed to 0.
 
     Source: Knox & Stone 2010.
@@ -87,7 +105,9 @@ def reward_addition(reward: Float[Array, "..."], human: Float[Array, "..."], *, 
     return reward + weight * human
 
 
-def annealed(weight: Scalar, *, factor: Scalar, iteration: Int[Array, ""] | int) -> Scalar:
+def annealed(
+    weight: Scalar, *, factor: Scalar, iteration: Int[Array, ""] | int
+) -> Scalar:
     """weight factor^iteration: multiplied by `factor` (0.98 and the like) once per iteration.
 
     Source: Knox & Stone 2010, who anneal per episode.

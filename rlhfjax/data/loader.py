@@ -32,7 +32,9 @@ from rlhfjax.errors import CheckpointError, ConfigError, DataError
 Batch = dict[str, np.ndarray]
 Weighted = Source | Sequence[Source] | Sequence[tuple[Source, float]]
 Encode = Callable[[int, dict[str, Any]], Any]
-Pack = Callable[[grain.IterDataset, int, int], grain.IterDataset]  # (examples, rows of a batch, seed) -> rows
+Pack = Callable[
+    [grain.IterDataset, int, int], grain.IterDataset
+]  # (examples, rows of a batch, seed) -> rows
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def rows_a_stream(batch_size: int, count: int, where: str = "loader") -> int:
     if batch_size < 1:
         raise ConfigError(f"{where}: batch_size={batch_size} is below 1")
     if count < 1 or batch_size % count:
-        raise ConfigError(f"{where}.data_shards={count}: as many streams cannot share {batch_size} rows equally")
+        raise ConfigError(
+            f"{where}.data_shards={count}: as many streams cannot share {batch_size} rows equally"
+        )
     return batch_size // count
 
 
@@ -73,7 +77,12 @@ class Batches(Iterator[Batch]):
         skipped: int = 0,
     ):
         self.skipped = skipped
-        self._rows, self._filler, self._size, self._identity = rows, filler, size, identity
+        self._rows, self._filler, self._size, self._identity = (
+            rows,
+            filler,
+            size,
+            identity,
+        )
         self._iterator = iter(rows)
 
     def __next__(self) -> Batch:
@@ -114,7 +123,9 @@ class ShardedBatches(Iterator[Batch]):
       identity: what a saved state has to agree with.
     """
 
-    def __init__(self, streams: Mapping[int, Batches], count: int, identity: Mapping[str, Any]):
+    def __init__(
+        self, streams: Mapping[int, Batches], count: int, identity: Mapping[str, Any]
+    ):
         if not streams:
             raise ConfigError("loader: a process has to run one stream at least")
         self.skipped = next(iter(streams.values())).skipped
@@ -123,7 +134,10 @@ class ShardedBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         shares = {j: next(stream) for j, stream in self._streams.items()}
         like = next(iter(shares.values()))
-        batch = {name: np.zeros((self._count, *share.shape), share.dtype) for name, share in like.items()}
+        batch = {
+            name: np.zeros((self._count, *share.shape), share.dtype)
+            for name, share in like.items()
+        }
         for j, share in shares.items():
             for name, rows in share.items():
                 batch[name][j] = rows
@@ -131,9 +145,14 @@ class ShardedBatches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """Where all streams stand, of those elsewhere by the word of who runs them: all hosts call it at one place."""
-        stand = {str(j): stream.get_state()["rows"] for j, stream in self._streams.items()}
+        stand = {
+            str(j): stream.get_state()["rows"] for j, stream in self._streams.items()
+        }
         stand = {j: rows for one in hosts.gather(stand) for j, rows in one.items()}
-        return {"loader": dict(self._identity), "rows": [stand[str(j)] for j in range(self._count)]}
+        return {
+            "loader": dict(self._identity),
+            "rows": [stand[str(j)] for j in range(self._count)],
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where a state was taken, however its streams were shared out; raises as `Batches` does."""
@@ -172,12 +191,20 @@ def pretrain_batches(
     def pack(documents: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
         rows = packing.concatenate_and_split(documents, length=length)
         if train:  # neighbours out of one long document should not make a batch
-            rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=16 * size, seed=seed)
-        return rows.map(lambda row: packing.to_row(row, pad_id=tokenizer.pad_id, cross_document=cross_document))
+            rows = grain.experimental.WindowShuffleIterDataset(
+                rows, window_size=16 * size, seed=seed
+            )
+        return rows.map(
+            lambda row: packing.to_row(
+                row, pad_id=tokenizer.pad_id, cross_document=cross_document
+            )
+        )
 
     sources = _check(source, ("text", "messages", "mixed"), length)
     order = _Order(batch_size, seed, train, shards)
-    identity = _identity("pretrain", sources, length, order) | {"cross_document": cross_document}
+    identity = _identity("pretrain", sources, length, order) | {
+        "cross_document": cross_document
+    }
     return _batches(sources, encode, pack, _blank(tokenizer), order, identity)
 
 
@@ -197,21 +224,34 @@ def sft_batches(
     counts the examples of each row that lost tokens.
     """
     sources = _check(source, ("messages",), length)
-    if not any(turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)):
+    if not any(
+        turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)
+    ):
         raise DataError("sft: no conversation has an assistant turn to learn")
 
     def encode(_: int, row: dict[str, Any]) -> list[np.ndarray]:
         return examples.fine_tuning(tokenizer, row, length)
 
-    def pack(conversations: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
+    def pack(
+        conversations: grain.IterDataset, size: int, seed: int
+    ) -> grain.IterDataset:
         bins = max(4 * size, 64)  # more open rows leave less padding
         rows = packing.flatten(conversations)
-        rows = packing.first_fit(rows, length=length, bins=bins, seed=seed if train else None)
+        rows = packing.first_fit(
+            rows, length=length, bins=bins, seed=seed if train else None
+        )
         arrays = lambda row: packing.to_row(row, pad_id=tokenizer.pad_id)  # noqa: E731
         return rows.map(lambda row: arrays(row) | packing.examples_cut(row))
 
     order = _Order(batch_size, seed, train, shards)
-    return _batches(sources, encode, pack, _blank(tokenizer), order, _identity("sft", sources, length, order))
+    return _batches(
+        sources,
+        encode,
+        pack,
+        _blank(tokenizer),
+        order,
+        _identity("sft", sources, length, order),
+    )
 
 
 def prompt_batches(
@@ -233,8 +273,14 @@ def prompt_batches(
     def encode(index: int, row: dict[str, Any]) -> Batch:
         whole = chat.render_prompt(tokenizer, row["messages"])
         cut = len(whole) > length
-        tokens = chat.render_prompt(tokenizer, row["messages"], max_tokens=length) if cut else whole
-        (prompts,), (segments,) = pad_left([tokens], length=length, pad_id=tokenizer.pad_id)
+        tokens = (
+            chat.render_prompt(tokenizer, row["messages"], max_tokens=length)
+            if cut
+            else whole
+        )
+        (prompts,), (segments,) = pad_left(
+            [tokens], length=length, pad_id=tokenizer.pad_id
+        )
         return {
             "prompts": prompts,
             "segments": segments,
@@ -245,7 +291,14 @@ def prompt_batches(
     sources = _check(source, ("prompt",), length)
     order = _Order(batch_size, seed, train)
     filler = lambda row: row | {"index": np.int32(-1)}  # noqa: E731
-    return _batches(sources, encode, _unpacked, filler, order, _identity("prompts", sources, length, order))
+    return _batches(
+        sources,
+        encode,
+        _unpacked,
+        filler,
+        order,
+        _identity("prompts", sources, length, order),
+    )
 
 
 def preference_batches(
@@ -270,12 +323,17 @@ def preference_batches(
         k = max(len(source[i]["completions"]) for i in range(len(source)))
 
     def encode(index: int, row: dict[str, Any]) -> Batch:
-        arrays = examples.preference(tokenizer, row, k=k, length=length, where=source.where(index))
+        arrays = examples.preference(
+            tokenizer, row, k=k, length=length, where=source.where(index)
+        )
         return arrays | {"index": np.int32(index)}
 
     def filler(row: Batch) -> Batch:
         empty = {name: np.zeros_like(value) for name, value in row.items()}
-        return empty | {"tokens": np.full_like(row["tokens"], tokenizer.pad_id), "index": np.int32(-1)}
+        return empty | {
+            "tokens": np.full_like(row["tokens"], tokenizer.pad_id),
+            "index": np.int32(-1),
+        }
 
     order = _Order(batch_size, seed, train, shards)
     identity = _identity("preferences", sources, length, order) | {"k": k}
@@ -315,7 +373,11 @@ def _batches(
     skipped = sum(one.skipped for one, _ in sources)
 
     def stream(j: int) -> Batches:
-        rows = pack(_mixed(encoded, order, j).to_iter_dataset(_INLINE), size, order.seed + 104729 * j)
+        rows = pack(
+            _mixed(encoded, order, j).to_iter_dataset(_INLINE),
+            size,
+            order.seed + 104729 * j,
+        )
         return Batches(rows, filler, size=size, identity=identity, skipped=skipped)
 
     if shards.count == 1:
@@ -328,21 +390,33 @@ def _unpacked(examples: grain.IterDataset, size: int, seed: int) -> grain.IterDa
     return examples
 
 
-def _mixed(encoded: list[tuple[Encoded, float]], order: _Order, j: int) -> grain.MapDataset:
+def _mixed(
+    encoded: list[tuple[Encoded, float]], order: _Order, j: int
+) -> grain.MapDataset:
     """Stream j's examples: shuffled, for ever and mixed by weight, or everything once in order.
 
     Each source is shared out by itself, so that every stream is mixed by the same weights.
     """
     if not order.train:
-        return grain.MapDataset.concatenate([grain.MapDataset.source(one) for one, _ in encoded])
+        return grain.MapDataset.concatenate(
+            [grain.MapDataset.source(one) for one, _ in encoded]
+        )
     parts = [
-        grain.MapDataset.source(one).shuffle(seed=(order.seed + 7919 * i) % 2**31).repeat()[j :: order.streams.count]
+        grain.MapDataset.source(one)
+        .shuffle(seed=(order.seed + 7919 * i) % 2**31)
+        .repeat()[j :: order.streams.count]
         for i, (one, _) in enumerate(encoded)
     ]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=[weight for _, weight in encoded])
+    return (
+        parts[0]
+        if len(parts) == 1
+        else grain.MapDataset.mix(parts, weights=[weight for _, weight in encoded])
+    )
 
 
-def _check(source: Weighted, kinds: Sequence[str], length: int) -> list[tuple[Source, float]]:
+def _check(
+    source: Weighted, kinds: Sequence[str], length: int
+) -> list[tuple[Source, float]]:
     """(source, weight) pairs. Raises ConfigError for a kind or a length that the loader cannot use."""
     if isinstance(source, Source):
         pairs = [(source, 1.0)]
@@ -352,20 +426,33 @@ def _check(source: Weighted, kinds: Sequence[str], length: int) -> list[tuple[So
         pairs = [(one, float(weight)) for one, weight in source]
     for one, weight in pairs:
         if one.kind not in kinds:
-            raise ConfigError(f"loader: needs rows of kind {' or '.join(kinds)}, got {one.kind}")
+            raise ConfigError(
+                f"loader: needs rows of kind {' or '.join(kinds)}, got {one.kind}"
+            )
         if weight <= 0:
-            raise ConfigError(f"loader: the weight of a source must be positive, got {weight}")
+            raise ConfigError(
+                f"loader: the weight of a source must be positive, got {weight}"
+            )
     if length < 4:
         raise ConfigError(f"loader: length must be at least 4, got {length}")
     return pairs
 
 
-def _identity(kind: str, sources: list[tuple[Source, float]], length: int, order: _Order) -> dict[str, Any]:
+def _identity(
+    kind: str, sources: list[tuple[Source, float]], length: int, order: _Order
+) -> dict[str, Any]:
     """What a saved state has to agree with. One stream has no name in it, as before there were several."""
     sizes = [[len(one), weight] for one, weight in sources]
-    identity = {"batch_size": order.batch_size, "kind": kind, "source_rows": sizes, "length": length}
+    identity = {
+        "batch_size": order.batch_size,
+        "kind": kind,
+        "source_rows": sizes,
+        "length": length,
+    }
     identity |= {"seed": order.seed, "train": order.train}
-    return identity | ({"data_shards": order.streams.count} if order.streams.count > 1 else {})
+    return identity | (
+        {"data_shards": order.streams.count} if order.streams.count > 1 else {}
+    )
 
 
 def _check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -373,7 +460,9 @@ def _check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     saved, ours = ({"data_shards": 1} | one for one in (saved, _as_json(identity)))
     for name in ours:
         if saved.get(name) != ours[name]:
-            raise CheckpointError(f"data iterator: saved with {name}={saved.get(name)}, now {name}={ours[name]}")
+            raise CheckpointError(
+                f"data iterator: saved with {name}={saved.get(name)}, now {name}={ours[name]}"
+            )
 
 
 def _as_json(value: Any) -> Any:
@@ -383,7 +472,10 @@ def _as_json(value: Any) -> Any:
 
 def _blank(tokenizer: Tokenizer) -> Callable[[Batch], Batch]:
     def filler(row: Batch) -> Batch:
-        pads = {name: np.full_like(row[name], tokenizer.pad_id) for name in ("tokens", "targets")}
+        pads = {
+            name: np.full_like(row[name], tokenizer.pad_id)
+            for name in ("tokens", "targets")
+        }
         return {name: np.zeros_like(value) for name, value in row.items()} | pads
 
     return filler

@@ -61,7 +61,9 @@ def _donors(keys: Sequence[Hashable]) -> list[int]:
         rows_of.setdefault(key, []).append(row)
     groups = list(rows_of.values())
     if len(groups) < 2:
-        raise DataError(f"kto: all {len(keys)} rows have one prompt; answers to another are needed")
+        raise DataError(
+            f"kto: all {len(keys)} rows have one prompt; answers to another are needed"
+        )
     donors = [0] * len(keys)
     for number, rows in enumerate(groups):
         others = groups[(number + len(groups) // 2) % len(groups)]

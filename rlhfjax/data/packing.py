@@ -26,16 +26,22 @@ def flatten(examples: grain.IterDataset) -> grain.IterDataset:
     return grain.experimental.FlatMapIterDataset(examples, _Flatten())
 
 
-def concatenate_and_split(examples: grain.IterDataset, *, length: int) -> grain.IterDataset:
+def concatenate_and_split(
+    examples: grain.IterDataset, *, length: int
+) -> grain.IterDataset:
     """Full rows: an example that does not fit goes on in the next row, as a segment of its own from position 0.
 
     Targets were taken within each example before it was split, so none is lost or crosses an example.
     """
     examples = examples.map(lambda example: {_FEATURE: example})
-    return grain.experimental.ConcatThenSplitIterDataset(examples, length_struct={_FEATURE: length})
+    return grain.experimental.ConcatThenSplitIterDataset(
+        examples, length_struct={_FEATURE: length}
+    )
 
 
-def first_fit(examples: grain.IterDataset, *, length: int, bins: int, seed: int | None) -> grain.IterDataset:
+def first_fit(
+    examples: grain.IterDataset, *, length: int, bins: int, seed: int | None
+) -> grain.IterDataset:
     """Whole examples, each in the first of `bins` open rows with room for it; rows are shuffled if there is a seed."""
     return grain.experimental.FirstFitPackIterDataset(
         examples,
@@ -48,11 +54,17 @@ def first_fit(examples: grain.IterDataset, *, length: int, bins: int, seed: int 
 
 def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False) -> Row:
     """The arrays of one packed row; with `cross_document` the whole row is one segment, as in GPT-3."""
-    example, segments = packed[_FEATURE], packed[f"{_FEATURE}_segment_ids"].astype(np.int32)
+    example, segments = (
+        packed[_FEATURE],
+        packed[f"{_FEATURE}_segment_ids"].astype(np.int32),
+    )
     positions = packed[f"{_FEATURE}_positions"].astype(np.int32)
     real = segments > 0
     if cross_document:
-        segments, positions = real.astype(np.int32), np.arange(len(real), dtype=np.int32) * real
+        segments, positions = (
+            real.astype(np.int32),
+            np.arange(len(real), dtype=np.int32) * real,
+        )
     return {
         "tokens": np.where(real, example[:, 0], pad_id).astype(np.int32),
         "targets": np.where(real, example[:, 1], pad_id).astype(np.int32),

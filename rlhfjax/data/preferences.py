@@ -53,18 +53,31 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(rows) for split, rows in self._rows.items()}
+        return {
+            split: self._generate_examples(rows) for split, rows in self._rows.items()
+        }
 
     def _generate_examples(self, rows):
         for i, row in enumerate(rows):
             flat = [token for ids in row["completion_tokens"] for token in ids]
-            stored = {name: row[name] for name in ("prompt", "prompt_tokens", "completions", "scores", "ranks")}
+            stored = {
+                name: row[name]
+                for name in (
+                    "prompt",
+                    "prompt_tokens",
+                    "completions",
+                    "scores",
+                    "ranks",
+                )
+            }
             yield (
                 i,
                 stored
                 | {
                     "tokens": np.array(flat, np.int32),
-                    "token_counts": np.array([len(ids) for ids in row["completion_tokens"]], np.int32),
+                    "token_counts": np.array(
+                        [len(ids) for ids in row["completion_tokens"]], np.int32
+                    ),
                     "labeller": row["labeller"],
                 },
             )
@@ -76,7 +89,9 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
     return [order.index(score) + 1 for score in scores]
 
 
-def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeller: str) -> None:
+def write_preferences(
+    folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeller: str
+) -> None:
     """Writes ranked completions, atomically: the folder appears complete or not at all, replacing an older one.
 
     Args:
@@ -89,7 +104,10 @@ def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[R
     """
     folder = paths.path(folder)
     paths.make_folder(folder.parent)
-    rows = {split: [_row(one, labeller, split, i) for i, one in enumerate(some)] for split, some in splits.items()}
+    rows = {
+        split: [_row(one, labeller, split, i) for i, one in enumerate(some)]
+        for split, some in splits.items()
+    }
     for split, some in rows.items():
         if not some:
             raise DataError(f"preferences: no rows in split {split!r}")
@@ -112,7 +130,9 @@ def write_preferences(folder: str | os.PathLike, splits: Mapping[str, Iterable[R
 def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
     """The rows of a split, of kind preferences, in the order written. Raises DataError when there are none."""
     if not (paths.path(folder) / INFO).is_file():
-        raise DataError(f"preferences: {folder} holds no dataset; the collect stage writes one")
+        raise DataError(
+            f"preferences: {folder} holds no dataset; the collect stage writes one"
+        )
     return open_source(f"tfds:{os.fspath(folder)}", kind="preferences", split=split)
 
 
@@ -122,7 +142,9 @@ def _row(row: Row, labeller: str, split: str, index: int) -> Row:
             raise BadRow("no column 'completion_tokens'")
         row = normalise("preferences", row, {})
     except BadRow as reason:
-        raise DataError(f"preferences: split {split!r} row {index}: {reason}") from reason
+        raise DataError(
+            f"preferences: split {split!r} row {index}: {reason}"
+        ) from reason
     with np.errstate(over="ignore"):  # an infinity is refused where it is written
         # What ArrayRecord keeps, so that the twin is equal.
         scores = [float(np.float32(score)) for score in row["scores"]]

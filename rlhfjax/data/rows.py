@@ -29,7 +29,14 @@ COLUMNS = {
 }
 PAIR = ("prompt", "chosen", "rejected")
 _STORED = {
-    "preferences": ("prompt_tokens", "completion_tokens", "tokens", "token_counts", "ranks", "labeller"),
+    "preferences": (
+        "prompt_tokens",
+        "completion_tokens",
+        "tokens",
+        "token_counts",
+        "ranks",
+        "labeller",
+    ),
     "messages": ("prompt_tokens", "response_tokens"),
 }
 
@@ -42,7 +49,13 @@ def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> 
     """The split of a document, from a stable hash of its key: the same on every machine, for ever."""
     digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if share < test else "validation" if share < test + validation else "train"
+    return (
+        "test"
+        if share < test
+        else "validation"
+        if share < test + validation
+        else "train"
+    )
 
 
 def split_key(kind: str, row: Row) -> str:
@@ -68,7 +81,9 @@ def check_kind(kind: str, columns: Mapping[str, str]) -> None:
         raise ConfigError(f"source: kind {kind!r} is none of {', '.join(COLUMNS)}")
     for ours, theirs in columns.items():
         if not isinstance(theirs, str) or not theirs:
-            raise ConfigError(f"source: columns[{ours!r}] must be the name of a column, got {theirs!r}")
+            raise ConfigError(
+                f"source: columns[{ours!r}] must be the name of a column, got {theirs!r}"
+            )
 
 
 def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
@@ -86,10 +101,14 @@ def normalise(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> 
     """
     for name in required_columns(kind, columns):
         if name not in raw:
-            raise BadRow(f"no column {name!r}, found {', '.join(map(str, raw)) or 'none'}")
+            raise BadRow(
+                f"no column {name!r}, found {', '.join(map(str, raw)) or 'none'}"
+            )
     take = {ours: _plain(raw[theirs]) for ours, theirs in columns.items()}
     stored = (*COLUMNS[kind], *_STORED.get(kind, ()))
-    take |= {ours: _plain(raw[ours]) for ours in stored if ours not in take and ours in raw}
+    take |= {
+        ours: _plain(raw[ours]) for ours in stored if ours not in take and ours in raw
+    }
     return _FORMS[kind](take)
 
 
@@ -101,7 +120,9 @@ def _messages(row: Row) -> Row:
     row = row | {"messages": _turns(row["messages"], "messages")}
     if ("prompt_tokens" in row) != ("response_tokens" in row):
         raise BadRow("prompt_tokens and response_tokens go together, found one alone")
-    return row | {name: _ids(row[name], name) for name in _STORED["messages"] if name in row}
+    return row | {
+        name: _ids(row[name], name) for name in _STORED["messages"] if name in row
+    }
 
 
 def _prompt(row: Row) -> Row:
@@ -118,15 +139,29 @@ def _prompt_turns(value: Any) -> list[chat.Message]:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             parsed = None
-        is_chat = isinstance(parsed, list) and parsed and all(isinstance(one, dict) for one in parsed)
-        value = parsed if is_chat else [{"role": "user", "content": _string(value, "prompt")}]
+        is_chat = (
+            isinstance(parsed, list)
+            and parsed
+            and all(isinstance(one, dict) for one in parsed)
+        )
+        value = (
+            parsed
+            if is_chat
+            else [{"role": "user", "content": _string(value, "prompt")}]
+        )
     return _turns(value, "prompt")
 
 
 def _preferences(row: Row) -> Row:
     if "chosen" in row:
-        row |= {"completions": [row.pop("chosen"), row.pop("rejected")], "scores": [1.0, 0.0]}
-    completions = [_string(text, "completions", empty=True) for text in _list(row["completions"], "completions")]
+        row |= {
+            "completions": [row.pop("chosen"), row.pop("rejected")],
+            "scores": [1.0, 0.0],
+        }
+    completions = [
+        _string(text, "completions", empty=True)
+        for text in _list(row["completions"], "completions")
+    ]
     scores = [_number(score) for score in _list(row["scores"], "scores")]
     if len(completions) < 2:
         raise BadRow(f"a prompt needs at least 2 completions, got {len(completions)}")
@@ -135,7 +170,11 @@ def _preferences(row: Row) -> Row:
     if not isinstance(row["prompt"], str):
         row["messages"] = _prompt(dict(row))["messages"]
         row["prompt"] = chat.to_text(row["messages"])
-    row |= {"prompt": _string(row["prompt"], "prompt"), "completions": completions, "scores": scores}
+    row |= {
+        "prompt": _string(row["prompt"], "prompt"),
+        "completions": completions,
+        "scores": scores,
+    }
     return row | _stored_tokens(row, len(completions))
 
 
@@ -148,10 +187,16 @@ def _stored_tokens(row: Row, k: int) -> Row:
         raise BadRow("prompt_tokens and completion_tokens go together, found one alone")
     if "prompt_tokens" not in row:
         return {}
-    completions = [_ids(ids, "completion_tokens") for ids in _list(row["completion_tokens"], "completion_tokens")]
+    completions = [
+        _ids(ids, "completion_tokens")
+        for ids in _list(row["completion_tokens"], "completion_tokens")
+    ]
     if len(completions) != k:
         raise BadRow(f"{k} completions but {len(completions)} completion_tokens")
-    return {"prompt_tokens": _ids(row["prompt_tokens"], "prompt_tokens"), "completion_tokens": completions}
+    return {
+        "prompt_tokens": _ids(row["prompt_tokens"], "prompt_tokens"),
+        "completion_tokens": completions,
+    }
 
 
 def _turns(value: Any, column: str) -> list[chat.Message]:
@@ -160,9 +205,15 @@ def _turns(value: Any, column: str) -> list[chat.Message]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise BadRow(f"column {column!r} is neither a list of messages nor its JSON ({error.msg})") from error
-    if isinstance(value, Mapping) and {"role", "content"} <= set(value):  # a TFDS Sequence of a dict
-        pairs = zip(_list(value["role"], column), _list(value["content"], column), strict=True)
+            raise BadRow(
+                f"column {column!r} is neither a list of messages nor its JSON ({error.msg})"
+            ) from error
+    if isinstance(value, Mapping) and {"role", "content"} <= set(
+        value
+    ):  # a TFDS Sequence of a dict
+        pairs = zip(
+            _list(value["role"], column), _list(value["content"], column), strict=True
+        )
         value = [{"role": role, "content": content} for role, content in pairs]
     turns = [_message(message, column) for message in _list(value, column)]
     if not turns:
@@ -172,10 +223,14 @@ def _turns(value: Any, column: str) -> list[chat.Message]:
 
 def _message(value: Any, column: str) -> chat.Message:
     if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
-        raise BadRow(f"column {column!r}: a message needs 'role' and 'content', got {str(value)[:60]!r}")
+        raise BadRow(
+            f"column {column!r}: a message needs 'role' and 'content', got {str(value)[:60]!r}"
+        )
     role = _string(value["role"], "role")
     if role not in chat.ROLES:
-        raise BadRow(f"column {column!r}: role {role!r} is none of {', '.join(chat.ROLES)}")
+        raise BadRow(
+            f"column {column!r}: role {role!r} is none of {', '.join(chat.ROLES)}"
+        )
     return {"role": role, "content": _string(value["content"], "content")}
 
 
@@ -198,7 +253,9 @@ def _string(value: Any, column: str, empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise BadRow(f"column {column!r} has a lone surrogate at character {error.start}") from error
+        raise BadRow(
+            f"column {column!r} has a lone surrogate at character {error.start}"
+        ) from error
     return value
 
 
@@ -209,14 +266,20 @@ def _list(value: Any, column: str) -> list:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.number)
+        or not math.isfinite(value)
+    ):
         raise BadRow(f"column 'scores' must hold finite numbers, got {value!r}")
     return float(value)
 
 
 def _ids(value: Any, column: str) -> np.ndarray:
     array = np.asarray(value if hasattr(value, "__len__") else None)
-    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0):
+    if array.size and (
+        array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0
+    ):
         raise BadRow(f"column {column!r} must hold non-negative integers")
     return array.astype(np.int32).reshape(-1)
 

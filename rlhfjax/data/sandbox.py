@@ -20,7 +20,9 @@ def compile_template(source: str, where: str) -> jinja2.Template:
       DataError: it is not Jinja.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
     )
     now = datetime.datetime.now()
     environment.filters["tojson"] = _to_json
@@ -33,8 +35,14 @@ def compile_template(source: str, where: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise DataError(f"{where}: the chat template is not Jinja: {error.message}{line}") from None
+        line = (
+            f", line {error.lineno}"
+            if isinstance(error, jinja2.TemplateSyntaxError)
+            else ""
+        )
+        raise DataError(
+            f"{where}: the chat template is not Jinja: {error.message}{line}"
+        ) from None
 
 
 class _Generation(jinja2.ext.Extension):
@@ -45,7 +53,9 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(
+            self.call_method("_inside"), [], [], body
+        ).set_lineno(line)
 
     def _inside(self, caller: Callable[[], str]) -> str:
         return caller()
@@ -54,7 +64,9 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's namespace without its way out of the sandbox: no name starts with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any):  # so that `namespace(self=...)` works, as in Jinja
+    def __init__(
+        *args: Any, **kwargs: Any
+    ):  # so that `namespace(self=...)` works, as in Jinja
         names = dict(*args[1:], **kwargs)
         for name in names:
             _Namespace._check(name)
@@ -75,6 +87,16 @@ def _raise(message: str) -> None:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys=False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

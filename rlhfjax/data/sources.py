@@ -19,7 +19,14 @@ import tensorflow_datasets as tfds
 
 from rlhfjax import paths
 from rlhfjax.data import corpora, files
-from rlhfjax.data.rows import BadRow, Row, check_kind, normalise, required_columns, split_key
+from rlhfjax.data.rows import (
+    BadRow,
+    Row,
+    check_kind,
+    normalise,
+    required_columns,
+    split_key,
+)
 from rlhfjax.errors import ConfigError, DataError
 
 
@@ -70,26 +77,41 @@ def open_source(
     """
     scheme, _, rest = spec.partition(":")
     if scheme not in ("tfds", "jsonl", "text") or not rest:
-        raise ConfigError(f"source {spec!r}: expected tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB")
+        raise ConfigError(
+            f"source {spec!r}: expected tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"
+        )
     if on_bad_row not in ("error", "skip"):
-        raise ConfigError(f"source {spec!r}: on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+        raise ConfigError(
+            f"source {spec!r}: on_bad_row must be 'error' or 'skip', got {on_bad_row!r}"
+        )
     if not validate and (on_bad_row == "skip" or min_turns):
-        raise ConfigError(f"source {spec!r}: on_bad_row='skip' and min_turns need validate=True")
+        raise ConfigError(
+            f"source {spec!r}: on_bad_row='skip' and min_turns need validate=True"
+        )
     columns = dict(columns or {})
-    kind = kind or (corpora.DEFAULT_KIND.get(rest, "text") if scheme == "tfds" else "text")
+    kind = kind or (
+        corpora.DEFAULT_KIND.get(rest, "text") if scheme == "tfds" else "text"
+    )
     check_kind(kind, columns)
     key = lambda record: split_key(kind, normalise(kind, record, columns))  # noqa: E731
     if scheme == "tfds":
-        records: files.Records = _open_tfds(spec, rest, split, data_dir, required_columns(kind, columns))
+        records: files.Records = _open_tfds(
+            spec, rest, split, data_dir, required_columns(kind, columns)
+        )
     elif scheme == "jsonl":
         records = files.JsonLines(spec, rest, split, key)
     else:
         records = files.TextFiles(spec, rest, split, key, documents)
     source = CheckedSource(records, kind, columns)
     if validate:
-        source.validate(skip=on_bad_row == "skip", keep=lambda row: len(row.get("messages", ())) >= min_turns)
+        source.validate(
+            skip=on_bad_row == "skip",
+            keep=lambda row: len(row.get("messages", ())) >= min_turns,
+        )
     if not len(source):
-        raise DataError(f"source {spec!r}, split {split!r}: no rows are left of {len(records)}{records.hint}")
+        raise DataError(
+            f"source {spec!r}, split {split!r}: no rows are left of {len(records)}{records.hint}"
+        )
     return source
 
 
@@ -110,7 +132,9 @@ class CheckedSource:
                     indices.append(index)
             except BadRow as reason:
                 if not skip:
-                    raise DataError(f"{self._records.where(index)}: {reason}") from reason
+                    raise DataError(
+                        f"{self._records.where(index)}: {reason}"
+                    ) from reason
                 self.skipped += 1
         self._indices = indices
 
@@ -164,7 +188,9 @@ class Concatenated:
         kinds = {source.kind for source in sources}
         self.kind = kinds.pop() if len(kinds) == 1 else "mixed"
         self.skipped = sum(source.skipped for source in sources)
-        self._ends = [sum(len(s) for s in self.sources[: i + 1]) for i in range(len(self.sources))]
+        self._ends = [
+            sum(len(s) for s in self.sources[: i + 1]) for i in range(len(self.sources))
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -194,7 +220,9 @@ def texts(*sources: Source) -> Iterator[str]:
             else:
                 yield from (message["content"] for message in row.get("messages", ()))
                 prompt = () if "messages" in row else (row["prompt"],)
-                yield from (text for text in (*prompt, *row.get("completions", ())) if text)
+                yield from (
+                    text for text in (*prompt, *row.get("completions", ())) if text
+                )
 
 
 class _TfdsRecords:
@@ -213,18 +241,26 @@ class _TfdsRecords:
         return f"{self._name} record {index}"
 
 
-def _open_tfds(spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]) -> _TfdsRecords:
+def _open_tfds(
+    spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]
+) -> _TfdsRecords:
     builder = _tfds_builder(spec, name, data_dir)
     missing = [column for column in needed if column not in builder.info.features]
     if missing:
         found = ", ".join(builder.info.features)
-        raise DataError(f"source {spec!r}: no column {missing[0]!r}, found {found}; map it with columns=")
+        raise DataError(
+            f"source {spec!r}: no column {missing[0]!r}, found {found}; map it with columns="
+        )
     try:
         data = builder.as_data_source(split=split)
     except NotImplementedError as error:
-        raise DataError(f"source {spec!r}: {builder.data_dir} is not in array_record format; remove it") from error
+        raise DataError(
+            f"source {spec!r}: {builder.data_dir} is not in array_record format; remove it"
+        ) from error
     except (ValueError, KeyError) as error:
-        raise DataError(f"source {spec!r}: no split {split!r}, found {', '.join(builder.info.splits)}") from error
+        raise DataError(
+            f"source {spec!r}: no split {split!r}, found {', '.join(builder.info.splits)}"
+        ) from error
     return _TfdsRecords(f"tfds:{builder.name}[{split}]", data)
 
 
@@ -237,5 +273,7 @@ def _tfds_builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuild
         builder = make(data_dir=os.fspath(corpora.writable(data_dir)))
     except (tfds.core.DatasetNotFoundError, ImportError) as error:
         names = ", ".join(corpora.BUILDERS)
-        raise DataError(f"source {spec!r}: no such TFDS dataset or folder (our own: {names})") from error
+        raise DataError(
+            f"source {spec!r}: no such TFDS dataset or folder (our own: {names})"
+        ) from error
     return corpora.prepare_for(data_dir, builder)

@@ -64,7 +64,10 @@ class Piece:
     text: str = ""
     token: int | None = None
     said: int | None = None  # index of the message
-    trim: tuple[bool, bool] = (False, False)  # whether its content loses blanks on the left, on the right
+    trim: tuple[bool, bool] = (
+        False,
+        False,
+    )  # whether its content loses blanks on the left, on the right
     answer: bool = False  # the assistant has to produce it
 
     def fill(self, messages: Sequence[Message]) -> str:
@@ -103,16 +106,24 @@ class Template:
     ):
         self.source, self.where = source, where
         self._specials, self._names, self._decode = dict(specials), dict(names), decode
-        self._encode = functools.lru_cache(1024)(encode)  # a conversation that is cut is rendered several times
+        self._encode = functools.lru_cache(1024)(
+            encode
+        )  # a conversation that is cut is rendered several times
         self._jinja = compile_template(source, where)
         longest_first = sorted(self._specials, key=len, reverse=True)
-        self._splitter = re.compile("|".join([f"({_ANSWER}|{_SAID}", *map(re.escape, longest_first)]) + ")")
+        self._splitter = re.compile(
+            "|".join([f"({_ANSWER}|{_SAID}", *map(re.escape, longest_first)]) + ")"
+        )
         self._known: dict[tuple[tuple[str, ...], bool], tuple[Piece, ...]] = {}
 
     @functools.cached_property
     def end_id(self) -> int:
         """The special token that ends the assistant's turn."""
-        return next(p.token for p in reversed(self.pieces(("user", "assistant"))) if p.answer and p.token is not None)
+        return next(
+            p.token
+            for p in reversed(self.pieces(("user", "assistant")))
+            if p.answer and p.token is not None
+        )
 
     @functools.cached_property
     def written(self) -> frozenset[int]:
@@ -122,7 +133,9 @@ class Template:
     def text(self, messages: Sequence[Message], *, cue: bool = False) -> str:
         """What the source renders; with `cue` up to the assistant's next word. DataError where it refuses."""
         if not self.source:
-            raise DataError(f"{self.where}: it has no chat template; accepted: {', '.join(BUILT_IN)} or Jinja source")
+            raise DataError(
+                f"{self.where}: it has no chat template; accepted: {', '.join(BUILT_IN)} or Jinja source"
+            )
         try:
             return self._jinja.render(
                 messages=[dict(m) for m in messages],
@@ -131,10 +144,14 @@ class Template:
                 documents=None,
                 **self._names,
             )
-        except Exception as error:  # a template is a program of someone else's and may raise anything
+        except (
+            Exception
+        ) as error:  # a template is a program of someone else's and may raise anything
             raise self._error(first_line(error)) from None
 
-    def render(self, messages: Sequence[Message], *, cue: bool = False) -> tuple[list[int], list[float]]:
+    def render(
+        self, messages: Sequence[Message], *, cue: bool = False
+    ) -> tuple[list[int], list[float]]:
         """Tokens, and the loss mask: 1 on what the assistant has to produce, its end of turn included.
 
         They are cut where an answer starts, so that a rendered prompt is the beginning of the rendered conversation.
@@ -144,19 +161,33 @@ class Template:
         """
         for message in messages:
             if message["role"] not in ROLES:
-                raise DataError(f"chat: role {message['role']!r} is none of {', '.join(ROLES)}")
+                raise DataError(
+                    f"chat: role {message['role']!r} is none of {', '.join(ROLES)}"
+                )
         pieces = self.pieces(tuple(message["role"] for message in messages), cue)
-        plain = self.source == OURS  # of which it is known, and which every conversation of our own models goes through
-        if not plain and "".join(piece.fill(messages) for piece in pieces) != self.text(messages, cue=cue):
+        plain = (
+            self.source == OURS
+        )  # of which it is known, and which every conversation of our own models goes through
+        if not plain and "".join(piece.fill(messages) for piece in pieces) != self.text(
+            messages, cue=cue
+        ):
             raise self._error("it changes what a message says, more than trimming it")
         return self._tokens(pieces, messages)
 
-    def edges(self, messages: Sequence[Message], said: int, *, cue: bool = False) -> tuple[int, int]:
+    def edges(
+        self, messages: Sequence[Message], said: int, *, cue: bool = False
+    ) -> tuple[int, int]:
         """How many tokens stand before the content of message `said`, and how many between it and the answer."""
         pieces = self.pieces(tuple(message["role"] for message in messages), cue)
         at = next(i for i, piece in enumerate(pieces) if piece.said == said)
-        end = next((i for i, piece in enumerate(pieces) if i > at and piece.answer), len(pieces))
-        before, between = self._tokens(pieces[:at], messages)[0], self._tokens(pieces[at + 1 : end], messages)[0]
+        end = next(
+            (i for i, piece in enumerate(pieces) if i > at and piece.answer),
+            len(pieces),
+        )
+        before, between = (
+            self._tokens(pieces[:at], messages)[0],
+            self._tokens(pieces[at + 1 : end], messages)[0],
+        )
         whole = self._tokens(pieces[:end], messages)[0]
         return common_prefix(whole, before), common_prefix(whole[::-1], between[::-1])
 
@@ -167,15 +198,25 @@ class Template:
         """
         codes, joints = self._joints
         runs = itertools.groupby((int(i) for i in ids), key=codes.get)
-        text = "".join(code * len(list(run)) if code else self._decode(list(run)) for code, run in runs)
-        first, *rest = re.split(f"({'|'.join(map(re.escape, joints))})", text) if joints else [text]
+        text = "".join(
+            code * len(list(run)) if code else self._decode(list(run))
+            for code, run in runs
+        )
+        first, *rest = (
+            re.split(f"({'|'.join(map(re.escape, joints))})", text)
+            if joints
+            else [text]
+        )
         turns = [{"role": "user", "content": first}] if first.strip() else []
         for joint, content in zip(rest[::2], rest[1::2], strict=True):
             if joints[joint] or not turns:
                 turns.append({"role": joints[joint] or "user", "content": content})
             else:
                 turns[-1]["content"] += content
-        return [turn | {"content": re.sub("[\ud800-\udfff]", "", turn["content"])} for turn in turns]
+        return [
+            turn | {"content": re.sub("[\ud800-\udfff]", "", turn["content"])}
+            for turn in turns
+        ]
 
     def pieces(self, roles: tuple[str, ...], cue: bool = False) -> tuple[Piece, ...]:
         """The template for messages in these roles, cut."""
@@ -206,35 +247,54 @@ class Template:
             else:
                 pieces.append(Piece(part, answer=answering))
         if said != list(range(len(roles))):
-            raise self._error(f"it does not say each message of {'/'.join(roles)} once and in order")
+            raise self._error(
+                f"it does not say each message of {'/'.join(roles)} once and in order"
+            )
         if len(ends) != roles.count("assistant") or len(set(ends)) > 1:
             raise self._error("no one special token ends each turn of the assistant")
         return tuple(pieces)
 
     def _with_answers_marked(self, roles: tuple[str, ...], cue: bool) -> str:
-        missing = [marker for marker in MARKERS.get(self.source, ()) if marker not in self._specials]
+        missing = [
+            marker
+            for marker in MARKERS.get(self.source, ())
+            if marker not in self._specials
+        ]
         if missing:
-            raise DataError(f"{self.where}: this chat template needs a token of its own for {missing[0]!r}")
+            raise DataError(
+                f"{self.where}: this chat template needs a token of its own for {missing[0]!r}"
+            )
         whole = self._probe(roles, cue)
         for i in reversed([i for i, role in enumerate(roles) if role == "assistant"]):
             prompt = self._probe(roles[:i], True)
             if not whole.startswith(prompt):
-                raise self._error("the assistant's turn does not start where its generation prompt ends")
+                raise self._error(
+                    "the assistant's turn does not start where its generation prompt ends"
+                )
             whole = prompt + _ANSWER + whole[len(prompt) :]
         return whole
 
     def _probe(self, roles: tuple[str, ...], cue: bool) -> str:
         contents = (f"{_EDGE}{_OPEN}{i}{_CLOSE}{_EDGE}" for i in range(len(roles)))
-        return self.text([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], cue=cue)
+        return self.text(
+            [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)],
+            cue=cue,
+        )
 
-    def _tokens(self, pieces: Iterable[Piece], messages: Sequence[Message]) -> tuple[list[int], list[float]]:
+    def _tokens(
+        self, pieces: Iterable[Piece], messages: Sequence[Message]
+    ) -> tuple[list[int], list[float]]:
         tokens: list[int] = []
         mask: list[float] = []
         before = "nothing"
-        for (token, answer), group in itertools.groupby(pieces, key=lambda piece: (piece.token, piece.answer)):
+        for (token, answer), group in itertools.groupby(
+            pieces, key=lambda piece: (piece.token, piece.answer)
+        ):
             run = list(group)  # text between two special tokens is encoded as one
             text = "".join(piece.fill(messages) for piece in run)
-            ids = [token] * len(run) if token is not None else self._encode(text, before)
+            ids = (
+                [token] * len(run) if token is not None else self._encode(text, before)
+            )
             before = "text" if token is None else "special"
             tokens += ids
             mask += [float(answer)] * len(ids)
@@ -248,21 +308,44 @@ class Template:
         """
         speaks: dict[tuple[Piece, ...], str | None] = {}
         for roles, cue in itertools.product(_sequences(3), (True, False)):
-            with contextlib.suppress(DataError):  # not every template takes every sequence
+            with contextlib.suppress(
+                DataError
+            ):  # not every template takes every sequence
                 joint: tuple[Piece, ...] = ()
-                for piece in (dataclasses.replace(p, answer=False) for p in self.pieces(roles, cue)):
+                for piece in (
+                    dataclasses.replace(p, answer=False)
+                    for p in self.pieces(roles, cue)
+                ):
                     if piece.said is None:
                         joint += (piece,)
                         continue
                     speaks[joint] = speaks.get(joint) or roles[piece.said]
                     joint = ()
                 speaks[joint] = speaks.get(joint) or ("assistant" if cue else None)
-        used = sorted({piece.token for joint in speaks for piece in joint if piece.token is not None})
+        used = sorted(
+            {
+                piece.token
+                for joint in speaks
+                for piece in joint
+                if piece.token is not None
+            }
+        )
         codes = {token: chr(_FIRST_SPECIAL + i) for i, token in enumerate(used)}
-        spelled = {"".join(codes.get(p.token, p.text) for p in joint): role for joint, role in speaks.items()}
-        ends = sorted((text for text, role in spelled.items() if text and role is None), key=len, reverse=True)
-        for text, role in list(spelled.items()):  # a turn may open where the one before it was cut off
-            opening = next((text[len(end) :] for end in ends if text.startswith(end)), "")
+        spelled = {
+            "".join(codes.get(p.token, p.text) for p in joint): role
+            for joint, role in speaks.items()
+        }
+        ends = sorted(
+            (text for text, role in spelled.items() if text and role is None),
+            key=len,
+            reverse=True,
+        )
+        for text, role in list(
+            spelled.items()
+        ):  # a turn may open where the one before it was cut off
+            opening = next(
+                (text[len(end) :] for end in ends if text.startswith(end)), ""
+            )
             if opening and opening[0] in codes.values():
                 spelled.setdefault(opening, role)
         longest_first = sorted(filter(None, spelled), key=len, reverse=True)
@@ -276,9 +359,14 @@ class Template:
 
 
 def _sequences(longest: int) -> Iterable[tuple[str, ...]]:
-    return itertools.chain.from_iterable(itertools.product(ROLES, repeat=n) for n in range(longest + 1))
+    return itertools.chain.from_iterable(
+        itertools.product(ROLES, repeat=n) for n in range(longest + 1)
+    )
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Returns how many ids two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+        min(len(a), len(b)),
+    )

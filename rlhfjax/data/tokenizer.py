@@ -73,23 +73,46 @@ class SentencePieceTokenizer:
             self._model = paths.path(path).read_bytes() if model is None else model
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{path}: not a SentencePiece model ({first_line(error)})") from error
+            raise DataError(
+                f"{path}: not a SentencePiece model ({first_line(error)})"
+            ) from error
         sp = self._sp
         self.vocab_size = sp.get_piece_size()
-        self.pad_id, self.bos_id, self.eos_id, self.unk_id = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
+            sp.pad_id(),
+            sp.bos_id(),
+            sp.eos_id(),
+            sp.unk_id(),
+        )
         specials = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         if min(specials) < 0 or len(set(specials)) < 4:
-            raise DataError(f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}")
+            raise DataError(
+                f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
+            )
         self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         markers = [piece for piece in self._ids if re.fullmatch(r"<\|[^|]+\|>", piece)]
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
-        self.template = self._template([*markers, *map(sp.id_to_piece, specials[1:3])], str(path))
-        self._space_ids = [self._ids.get(f"<0x{byte:02X}>", self.unk_id) for byte in _SPACE.encode()]
+        self.template = self._template(
+            [*markers, *map(sp.id_to_piece, specials[1:3])], str(path)
+        )
+        self._space_ids = [
+            self._ids.get(f"<0x{byte:02X}>", self.unk_id) for byte in _SPACE.encode()
+        ]
 
     def _template(self, specials: list[str], where: str) -> Template:
         bos, eos = specials[-2:]
-        ids, names = {piece: self._ids[piece] for piece in specials}, {"bos_token": bos, "eos_token": eos}
-        return Template(OURS, specials=ids, names=names, encode=self._encode_run, decode=self.decode, where=where)
+        ids, names = (
+            {piece: self._ids[piece] for piece in specials},
+            {"bos_token": bos, "eos_token": eos},
+        )
+        return Template(
+            OURS,
+            specials=ids,
+            names=names,
+            encode=self._encode_run,
+            decode=self.decode,
+            where=where,
+        )
 
     def _encode_run(self, text: str, before: str) -> list[int]:
         return self.encode(text)
@@ -114,7 +137,9 @@ class SentencePieceTokenizer:
             if match.group() == _SPACE:
                 ids += self._space_ids
             else:  # cut within the marker, so that neither half is one
-                ids += self._sp.encode(match.group()[:2]) + self._sp.encode(match.group()[2:])
+                ids += self._sp.encode(match.group()[:2]) + self._sp.encode(
+                    match.group()[2:]
+                )
             start = match.end()
         return ids + self._sp.encode(text[start:])
 
@@ -125,19 +150,27 @@ class SentencePieceTokenizer:
     def token_id(self, piece: str) -> int:
         """The id of one piece, for instance a chat marker. Raises DataError when it is not in the vocabulary."""
         if piece not in self._ids:
-            raise DataError(f"tokenizer: no piece {piece!r} among its {self.vocab_size}; train it with that marker")
+            raise DataError(
+                f"tokenizer: no piece {piece!r} among its {self.vocab_size}; train it with that marker"
+            )
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers; see
         `Tokenizer`."""
-        return np.array([self._byte_length(i) for i in range(self.vocab_size)], np.int32)
+        return np.array(
+            [self._byte_length(i) for i in range(self.vocab_size)], np.int32
+        )
 
     def _byte_length(self, i: int) -> int:
         piece = self._sp.id_to_piece(i)
         if self._sp.is_byte(i):
             return 1
-        if self._sp.is_control(i) or self._sp.is_unknown(i) or re.fullmatch(r"<\|[^|]+\|>", piece):
+        if (
+            self._sp.is_control(i)
+            or self._sp.is_unknown(i)
+            or re.fullmatch(r"<\|[^|]+\|>", piece)
+        ):
             return 0
         return len(piece.replace(_SPACE, " ").encode())
 
@@ -204,7 +237,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
 
 
-def _publish(model: bytes, path: str | os.PathLike, sample: list[str]) -> SentencePieceTokenizer:
+def _publish(
+    model: bytes, path: str | os.PathLike, sample: list[str]
+) -> SentencePieceTokenizer:
     path = paths.path(path)
     path = path if path.suffix == ".model" else path / MODEL_FILE
     tokenizer = SentencePieceTokenizer(path, model)
@@ -218,7 +253,9 @@ def _check_round_trip(tokenizer: SentencePieceTokenizer, texts: Iterable[str]) -
     for text in texts:
         back = tokenizer.decode(tokenizer.encode(text))
         if back != text:
-            raise DataError(f"tokenizer: {text[:60]!r} comes back from the round trip as {back[:60]!r}")
+            raise DataError(
+                f"tokenizer: {text[:60]!r} comes back from the round trip as {back[:60]!r}"
+            )
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -226,7 +263,9 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.splitlines():
             while len(line.encode()) > _SENTENCE_BYTES:
-                window = line[: _SENTENCE_BYTES // 4]  # a character is at most four bytes
+                window = line[
+                    : _SENTENCE_BYTES // 4
+                ]  # a character is at most four bytes
                 cut = window.rfind(" ") if window.rfind(" ") > 0 else len(window)
                 yield line[:cut]
                 line = line[cut:]

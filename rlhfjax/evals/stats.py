@@ -46,7 +46,9 @@ def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:
     Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4.
     """
     if not 0 <= wins <= n or n < 1:
-        raise ValueError(f"{wins} wins of {n}: expected at least one comparison, and as many wins at most")
+        raise ValueError(
+            f"{wins} wins of {n}: expected at least one comparison, and as many wins at most"
+        )
     p, z = wins / n, statistics.NormalDist().inv_cdf((1 + level) / 2)
     center = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -80,12 +82,18 @@ def win_rate(
     """
     validate_scores(policy, "win rate, policy")
     validate_scores(baseline, "win rate, baseline")
-    outcomes = (np.sign(policy.astype(np.float64) - baseline.astype(np.float64)) + 1) / 2
+    outcomes = (
+        np.sign(policy.astype(np.float64) - baseline.astype(np.float64)) + 1
+    ) / 2
     return wilson(float(outcomes.sum()), len(outcomes), level=level)
 
 
 def mean_interval(
-    values: Num[np.ndarray, " n"], *, level: float = 0.95, resamples: int = 9_999, seed: int = 0
+    values: Num[np.ndarray, " n"],
+    *,
+    level: float = 0.95,
+    resamples: int = 9_999,
+    seed: int = 0,
 ) -> Interval:
     """Returns the mean of independent values with its interval: BCa, or Student's for few values.
 
@@ -109,7 +117,9 @@ def mean_interval(
     Source: Efron 1987; Efron and Tibshirani 1993, section 14.3.
     """
     if len(values) < 2:
-        raise ValueError(f"values: {len(values)}; the interval of a mean needs at least 2")
+        raise ValueError(
+            f"values: {len(values)}; the interval of a mean needs at least 2"
+        )
     validate_scores(values, "interval of a mean")
     x = np.sort(values.astype(np.float64))
     if len(x) >= BCA_LEAST and x[0] < x[-1]:
@@ -172,11 +182,16 @@ def validate_scores(
     first = tuple(np.argwhere(bad)[0].tolist())
     prompt, *response = first
     place = f"prompt {prompt}" + (f", response {response[0]}" if response else "")
-    raise DataError(f"{context}: the score of {place} is {scores[first]}; expected a finite number")
+    raise DataError(
+        f"{context}: the score of {place} is {scores[first]}; expected a finite number"
+    )
 
 
 def margins(
-    scores: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+    scores: Scores,
+    labels: Scores,
+    valid: Scores | None = None,
+    same: Scores | None = None,
 ) -> Float[np.ndarray, " pairs"]:
     """Score of the better completion minus score of the worse, for all pairs of one prompt.
 
@@ -199,7 +214,10 @@ def margins(
 
 
 def pairwise_accuracy(
-    scores: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+    scores: Scores,
+    labels: Scores,
+    valid: Scores | None = None,
+    same: Scores | None = None,
 ) -> tuple[float, float]:
     """Of the pairs that the labels order, how many the scores order alike; equal scores are half right.
 
@@ -213,7 +231,10 @@ def pairwise_accuracy(
 
 
 def length_accuracy(
-    lengths: Scores, labels: Scores, valid: Scores | None = None, same: Scores | None = None
+    lengths: Scores,
+    labels: Scores,
+    valid: Scores | None = None,
+    same: Scores | None = None,
 ) -> tuple[float, float]:
     """The accuracy of a judge who knows no more than that longer is better, as (correct, pairs).
 
@@ -245,7 +266,10 @@ class Calibration:
 
     def as_dict(self) -> dict:
         """As JSON has it: what the report draws."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in dataclasses.asdict(self).items()
+        }
 
 
 def calibration(margin: Float[np.ndarray, " pairs"], *, bins: int = 10) -> Calibration:
@@ -267,7 +291,12 @@ def calibration(margin: Float[np.ndarray, " pairs"], *, bins: int = 10) -> Calib
     stated = np.bincount(which, weights=confidence, minlength=bins)[used] / count[used]
     accuracy = np.bincount(which, weights=right, minlength=bins)[used] / count[used]
     ece = float(np.sum(count[used] * np.abs(accuracy - stated)) / max(margin.size, 1))
-    return Calibration(tuple(stated.tolist()), tuple(accuracy.tolist()), tuple(count[used].tolist()), ece)
+    return Calibration(
+        tuple(stated.tolist()),
+        tuple(accuracy.tolist()),
+        tuple(count[used].tolist()),
+        ece,
+    )
 
 
 def best_of_n_kl(n: int) -> float:

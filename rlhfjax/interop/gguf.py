@@ -66,15 +66,23 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     reader, metadata = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _described(path, reader, metadata)
-    _check(path, {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}, _shapes(config))
+    _check(
+        path,
+        {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()},
+        _shapes(config),
+    )
 
     def read(name):
         tensor = tensors[name]
         try:  # a copy: float32 tensors come as views of the file
-            return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            return np.array(
+                gguf.dequantize(tensor.data, tensor.tensor_type), np.float32
+            )
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise CheckpointError(f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantise") from None
+            raise CheckpointError(
+                f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantise"
+            ) from None
 
     shapes, rows = _rows(config)
     found = {}
@@ -83,11 +91,15 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
         for ending, heads in HALF_SPLIT.items():
             if row.theirs.endswith(ending):
                 tensor = half_split(tensor, getattr(config, heads))
-        found[row.ours[0]] = np.ascontiguousarray(row.split(tensor, [shapes[row.ours[0]]])[0])
+        found[row.ours[0]] = np.ascontiguousarray(
+            row.split(tensor, [shapes[row.ours[0]]])[0]
+        )
     return config, names.nested(found)
 
 
-def half_split(weight: Float[np.ndarray, "rows d"], heads: int) -> Float[np.ndarray, "rows d"]:
+def half_split(
+    weight: Float[np.ndarray, "rows d"], heads: int
+) -> Float[np.ndarray, "rows d"]:
     """A query or key matrix [out, in] with its rows put back from llama.cpp's order into ours.
 
     llama.cpp rotates neighbours, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}). So its converter
@@ -95,7 +107,9 @@ def half_split(weight: Float[np.ndarray, "rows d"], heads: int) -> Float[np.ndar
     w.reshape(heads, 2, k/2, d).swapaxes(1, 2); keys with the number of key heads. This is the way back.
     """
     rows, d = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, d).swapaxes(1, 2).reshape(rows, d)
+    )
 
 
 def _rows(c: TransformerConfig) -> tuple[dict[str, names.Shape], list[names.Row]]:
@@ -117,34 +131,56 @@ def _check(path, found, expected):
             raise CheckpointError(f"{path}: there is no tensor {name}")
     for name, shape in found.items():
         if name not in expected:
-            why = ": it scales the frequencies of RoPE" if name == "rope_freqs.weight" else ""
-            raise CheckpointError(f"{path}: our Transformer has no place for the tensor {name}{why}")
+            why = (
+                ": it scales the frequencies of RoPE"
+                if name == "rope_freqs.weight"
+                else ""
+            )
+            raise CheckpointError(
+                f"{path}: our Transformer has no place for the tensor {name}{why}"
+            )
         if shape != expected[name]:
-            raise CheckpointError(f"{path}: {name} is {list(shape)}, and by the metadata {list(expected[name])}")
+            raise CheckpointError(
+                f"{path}: {name} is {list(shape)}, and by the metadata {list(expected[name])}"
+            )
 
 
-def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> TransformerConfig:
+def _config(
+    path: str | Path, metadata: dict[str, Any], tied: bool
+) -> TransformerConfig:
     """The config that the metadata describe; refuses what they say beyond it.
 
     Only llama.* bears on the model: general.* and the rest tell where a file came from, tokenizer.* is the tokenizer's.
     """
     if (architecture := metadata.get("general.architecture")) != "llama":
-        raise CheckpointError(f"{path}: general.architecture is {architecture!r}: accepted is 'llama'")
+        raise CheckpointError(
+            f"{path}: general.architecture is {architecture!r}: accepted is 'llama'"
+        )
     if (kind := metadata.get("general.type", "model")) != "model":
         raise CheckpointError(f"{path}: general.type is {kind!r}: accepted is 'model'")
     if (parts := metadata.get("split.count", 1)) > 1:
-        raise CheckpointError(f"{path}: split.count is {parts}: merge the parts first (llama-gguf-split --merge)")
+        raise CheckpointError(
+            f"{path}: split.count is {parts}: merge the parts first (llama-gguf-split --merge)"
+        )
     for key, value in metadata.items():
         name = key.removeprefix("llama.")
-        if key != name and name not in KEYS and (name not in NEUTRAL or value != NEUTRAL[name]):
-            raise CheckpointError(f"{path}: our Transformer cannot do what {key} = {value!r} says")
+        if (
+            key != name
+            and name not in KEYS
+            and (name not in NEUTRAL or value != NEUTRAL[name])
+        ):
+            raise CheckpointError(
+                f"{path}: our Transformer cannot do what {key} = {value!r} says"
+            )
 
     def value(name, default=None):
         found = metadata.get(f"llama.{name}", default)
         if found is None:
             raise CheckpointError(f"{path}: there is no llama.{name}")
         if type(found) is not KEYS[name]:  # lists of one number a layer, for one
-            raise CheckpointError(f"{path}: llama.{name} is {found!r}: expected one {KEYS[name].__name__}")
+            raise CheckpointError(
+                f"{path}: llama.{name} is {found!r}: expected one {KEYS[name].__name__}"
+            )
         # Stored as float32: the decimal that was meant, 1e-05 and not 9.999999747378752e-06.
         return float(str(np.float32(found))) if KEYS[name] is float else found
 
@@ -152,7 +188,9 @@ def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> Transform
     head_dim = value("attention.key_length", d_model // max(n_heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if value(name, head_dim) != head_dim:
-            raise CheckpointError(f"{path}: llama.{name} is {value(name)}, and the width of a head is {head_dim}")
+            raise CheckpointError(
+                f"{path}: llama.{name} is {value(name)}, and the width of a head is {head_dim}"
+            )
     try:
         fields = {
             "vocab_size": value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
@@ -172,11 +210,19 @@ def _config(path: str | Path, metadata: dict[str, Any], tied: bool) -> Transform
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _described(path: str | Path, reader: Any, metadata: dict[str, Any]) -> TransformerConfig:
-    return _config(path, metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+def _described(
+    path: str | Path, reader: Any, metadata: dict[str, Any]
+) -> TransformerConfig:
+    return _config(
+        path,
+        metadata,
+        tied=all(tensor.name != "output.weight" for tensor in reader.tensors),
+    )
 
 
-def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[str, Any]]:
+def open_gguf(
+    path: str | Path, *, tokenizer: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The reader of a file and its metadata; of the tokenizer's keys the length alone, or with `tokenizer` these whole.
 
     Raises:
@@ -187,15 +233,26 @@ def open_gguf(path: str | Path, *, tokenizer: bool = False) -> tuple[Any, dict[s
     try:
         reader = gguf.GGUFReader(paths.local(paths.path(path)))
         metadata = {
-            key: field.contents() if tokenizer or not key.startswith("tokenizer.") else len(field.data)
+            key: field.contents()
+            if tokenizer or not key.startswith("tokenizer.")
+            else len(field.data)
             for key, field in reader.fields.items()
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, LookupError, OverflowError) as error:  # the reader has no errors of its own
-        raise CheckpointError(f"{path}: not a whole GGUF file: {first_line(error)}") from None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        OverflowError,
+    ) as error:  # the reader has no errors of its own
+        raise CheckpointError(
+            f"{path}: not a whole GGUF file: {first_line(error)}"
+        ) from None
     if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: its bytes are in the other order than this machine's")
+        raise CheckpointError(
+            f"{path}: its bytes are in the other order than this machine's"
+        )
     return reader, metadata
 
 
@@ -203,5 +260,7 @@ def _package(path):
     try:
         import gguf
     except ImportError:
-        raise ConfigError(f"{path}: the gguf package is not installed; pip install 'rlhfjax[gguf]'") from None
+        raise ConfigError(
+            f"{path}: the gguf package is not installed; pip install 'rlhfjax[gguf]'"
+        ) from None
     return gguf

@@ -33,7 +33,11 @@ from rlhfjax.paths import Path
 Params = dict[str, Any]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours, and safetensors' name of it
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}  # ours, and safetensors' name of it
 SHARD_BYTES = 5 * 10**9
 COMPARED = 1024  # rows of two matrices that are looked at together
 
@@ -109,13 +113,19 @@ def save_hf(
     parts = _parts(rows, sizes, shard_bytes)
     with _errors(folder), paths.replacing(folder, "config.json") as temporary:
         for file, part in parts.items():
-            tensors = {row.theirs: _cast(row, [read(path) for path in row.ours], dtype) for row in part}
+            tensors = {
+                row.theirs: _cast(row, [read(path) for path in row.ours], dtype)
+                for row in part
+            }
             save_file(tensors, temporary / file, metadata={"format": "pt"})
             del tensors  # before the next are made
         if len(parts) > 1:
             total = sum(sizes.values())
             files = {row.theirs: file for file, part in parts.items() for row in part}
-            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+            write_json(
+                temporary / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": files},
+            )
         write_json(temporary / "config.json", description)
         if tokenizer is not None:
             tokenizer.save(temporary)
@@ -138,18 +148,24 @@ class _Files:
             index = _read_index(folder / INDEX)
             parts = sorted(set(index.values()))
         else:
-            raise CheckpointError(f"{folder}: there is no {WEIGHTS} and no {INDEX}; other formats are not read")
+            raise CheckpointError(
+                f"{folder}: there is no {WEIGHTS} and no {INDEX}; other formats are not read"
+            )
         for part in parts:
             self._open(folder / part)
         for name in (self.file.keys() ^ index.keys()) if index else ():
-            raise CheckpointError(f"{folder / INDEX}: {name} is not in both the index and its files")
+            raise CheckpointError(
+                f"{folder / INDEX}: {name} is not in both the index and its files"
+            )
 
     def _open(self, path):
         try:
             self.open[path] = safe_open(paths.local(path), framework="numpy")
         except (OSError, SafetensorError) as error:
             why = first_line(error)
-            raise CheckpointError(f"{path}: not a whole safetensors file: {why}") from None
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file: {why}"
+            ) from None
         self.file |= dict.fromkeys(self.open[path].keys(), path)
 
     def slice(self, name: str) -> Any:
@@ -175,15 +191,21 @@ def _read_index(path):
             return found
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
-    raise CheckpointError(f"{path}: expected a JSON object with weight_map: file names by tensor")
+    raise CheckpointError(
+        f"{path}: expected a JSON object with weight_map: file names by tensor"
+    )
 
 
-def _check(files: _Files, table: names.Table, model: Model, shapes: Mapping[str, Shape]) -> list[Row]:
+def _check(
+    files: _Files, table: names.Table, model: Model, shapes: Mapping[str, Shape]
+) -> list[Row]:
     """The rows of a model, when the files hold exactly their tensors; before any of them is read."""
     bare = not any(name.startswith(table.prefix) for name in files.file)
     prefix = "" if bare else table.prefix
     rows = names.rows(table, model.head, shapes, prefix)
-    expected = {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
+    expected = {
+        row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows
+    }
     for name in expected:
         if name not in files.file:
             raise CheckpointError(f"{files.folder}: there is no tensor {name}")
@@ -191,49 +213,67 @@ def _check(files: _Files, table: names.Table, model: Model, shapes: Mapping[str,
         if name in expected:
             _check_tensor(file, name, files.slice(name), expected[name])
         elif not _needless(files, table, name, prefix, model):
-            raise CheckpointError(f"{file}: our Transformer has no place for the tensor {name}")
+            raise CheckpointError(
+                f"{file}: our Transformer has no place for the tensor {name}"
+            )
     return rows
 
 
 def _check_tensor(file, name, tensor, shape):
     if tuple(tensor.get_shape()) != shape:
-        raise CheckpointError(f"{file}: {name} is {tensor.get_shape()}, and by config.json {list(shape)}")
+        raise CheckpointError(
+            f"{file}: {name} is {tensor.get_shape()}, and by config.json {list(shape)}"
+        )
     if tensor.get_dtype() not in DTYPES.values():
         kind, accepted = tensor.get_dtype(), ", ".join(DTYPES.values())
-        raise CheckpointError(f"{file}: {name} is of type {kind}: accepted are {accepted}")
+        raise CheckpointError(
+            f"{file}: {name} is of type {kind}: accepted are {accepted}"
+        )
 
 
 def _needless(files, table, name, prefix, model):
     """Whether a tensor is a known buffer, or the output matrix once more where it is tied to the embedding."""
-    if any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in table.buffers):
+    if any(
+        re.fullmatch(re.escape(prefix) + pattern, name) for pattern in table.buffers
+    ):
         return True
     if name != table.output or model.head != "lm":
         return False
     embedding = prefix + table.trunk[0].theirs
     if not files.same(name, embedding):
-        raise CheckpointError(f"{files.file[name]}: {name} differs from {embedding}, to which config.json ties it")
+        raise CheckpointError(
+            f"{files.file[name]}: {name} differs from {embedding}, to which config.json ties it"
+        )
     return True
 
 
 def _put_row(row, files, shapes, put):
     """One tensor's arrays, put; the tensor is gone when they are."""
     arrays = row.split(files.read(row.theirs), [shapes[path] for path in row.ours])
-    return {path: put(path, array) for path, array in zip(row.ours, arrays, strict=True)}
+    return {
+        path: put(path, array) for path, array in zip(row.ours, arrays, strict=True)
+    }
 
 
 def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray], Any]:
     """put(path, array): one array in its shards, each made float32 for itself, or in the host's memory."""
     if layout is None:
-        return lambda _, array: np.ascontiguousarray(array, np.float32).reshape(array.shape)
+        return lambda _, array: np.ascontiguousarray(array, np.float32).reshape(
+            array.shape
+        )
     abstract = model.shapes()
     shardings = names.leaves(state.shardings(abstract, model.axes(), layout))
 
     def put(path, array):
         def shard(index):
-            return np.ascontiguousarray(array[index], np.float32).reshape(array[index].shape)
+            return np.ascontiguousarray(array[index], np.float32).reshape(
+                array[index].shape
+            )
 
         # Waited for: transfers under way would keep their tensors.
-        return jax.block_until_ready(jax.make_array_from_callback(array.shape, shardings[path], shard))
+        return jax.block_until_ready(
+            jax.make_array_from_callback(array.shape, shardings[path], shard)
+        )
 
     return put
 
@@ -241,24 +281,33 @@ def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray],
 # ------------------------------------------------------------------ writing
 
 
-def _reading(stacked: bool, params: Params) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+def _reading(
+    stacked: bool, params: Params
+) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
     """The shapes of the arrays by path, layers taken apart, and what reads one into the host's memory."""
     leaves = names.leaves(params)
     where = {}  # path -> (path of the leaf, layer within it)
     for path, leaf in leaves.items():
         if stacked and path.startswith("backbone/layers/"):
             rest = path.removeprefix("backbone/layers/")
-            where |= {f"backbone/layers/layer_{i}/{rest}": (path, i) for i in range(leaf.shape[0])}
+            where |= {
+                f"backbone/layers/layer_{i}/{rest}": (path, i)
+                for i in range(leaf.shape[0])
+            }
         else:
             where[path] = path, None
-    shapes = {name: leaves[path].shape[i is not None :] for name, (path, i) in where.items()}
+    shapes = {
+        name: leaves[path].shape[i is not None :] for name, (path, i) in where.items()
+    }
 
     def read(name):
         path, i = where[name]
         leaf = leaves[path]
         if i is None or isinstance(leaf, np.ndarray):
             return np.asarray(leaf if i is None else leaf[i])
-        return np.asarray(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False))  # one program for all layers
+        return np.asarray(
+            jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+        )  # one program for all layers
 
     return shapes, read
 
@@ -268,9 +317,13 @@ def _check_params(leaves, expected):
         found = list(leaves[path].shape) if path in leaves else "absent"
         wanted = list(expected[path]) if path in expected else "absent"
         if found != wanted:
-            raise CheckpointError(f"the parameters are not this model's: {path} is {found}, and in the model {wanted}")
+            raise CheckpointError(
+                f"the parameters are not this model's: {path} is {found}, and in the model {wanted}"
+            )
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
-        raise CheckpointError("the parameters lie on the devices of several processes: export them from one")
+        raise CheckpointError(
+            "the parameters lie on the devices of several processes: export them from one"
+        )
 
 
 def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
@@ -279,8 +332,12 @@ def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
     norm = params["backbone"].get("norm", {})
     kernel = np.asarray(head["kernel"], np.float64)
     if bias and "bias" in norm and kernel.any():
-        moved = np.asarray(norm["bias"], np.float64) + bias * kernel / kernel.dot(kernel)
-        backbone = params["backbone"] | {"norm": norm | {"bias": moved.astype(np.float32)}}
+        moved = np.asarray(norm["bias"], np.float64) + bias * kernel / kernel.dot(
+            kernel
+        )
+        backbone = params["backbone"] | {
+            "norm": norm | {"bias": moved.astype(np.float32)}
+        }
         return {"backbone": backbone, "head": head}, 0.0
     if bias and not drop:
         raise ConfigError(
@@ -293,7 +350,9 @@ def _bytes(row: Row, shapes: Mapping[str, Shape], dtype: str) -> int:
     return np.dtype(dtype).itemsize * sum(math.prod(shapes[path]) for path in row.ours)
 
 
-def _parts(rows: list[Row], sizes: Mapping[str, int], limit: int) -> dict[str, list[Row]]:
+def _parts(
+    rows: list[Row], sizes: Mapping[str, int], limit: int
+) -> dict[str, list[Row]]:
     """Rows by file, in order, each file as full as its limit of bytes lets it be."""
     parts, size = [[]], 0
     for row in rows:
@@ -304,14 +363,19 @@ def _parts(rows: list[Row], sizes: Mapping[str, int], limit: int) -> dict[str, l
         size += sizes[row.theirs]
     if len(parts) == 1:
         return {WEIGHTS: parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+    return {
+        f"model-{i:05d}-of-{len(parts):05d}.safetensors": part
+        for i, part in enumerate(parts, 1)
+    }
 
 
 def _cast(row: Row, arrays: list[np.ndarray], dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         tensor = row.join(arrays).astype(dtype, copy=False)
     if not np.isfinite(tensor).all():
-        raise CheckpointError(f"{', '.join(row.ours)} ({row.theirs}): not all numbers are finite in {dtype}")
+        raise CheckpointError(
+            f"{', '.join(row.ours)} ({row.theirs}): not all numbers are finite in {dtype}"
+        )
     return tensor
 
 
@@ -320,4 +384,6 @@ def _errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} could not be written: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{folder} could not be written: {first_line(error)}"
+        ) from error

@@ -30,12 +30,19 @@ NEUTRAL: dict[str, tuple] = {
     "is_decoder": (False, True),  # all of ours are
     "is_encoder_decoder": (False,),
     "pruned_heads": ({},),
-    **{f"rope_{outer}.{key}": ("default",) for outer in ("parameters", "scaling") for key in ("rope_type", "type")},
+    **{
+        f"rope_{outer}.{key}": ("default",)
+        for outer in ("parameters", "scaling")
+        for key in ("rope_type", "type")
+    },
     "tie_encoder_decoder": (False,),
     "use_bfloat16": (False,),
 }
 # Names of activations in `transformers`, the one that we write first. Its OpenAI-GPT calls the tanh form "gelu".
-ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast"), "gelu_exact": ("gelu",)}
+ACTIVATIONS = {
+    "gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast"),
+    "gelu_exact": ("gelu",),
+}
 OPENAI_ACTIVATIONS = {"gelu": ("gelu",)}
 
 
@@ -54,12 +61,16 @@ class Said:
         if kind is float and type(value) is int:
             value = float(value)
         if value is not default and type(value) is not kind:
-            raise CheckpointError(f"{self.path}: {key} is {value!r}: expected {kind.__name__}")
+            raise CheckpointError(
+                f"{self.path}: {key} is {value!r}: expected {kind.__name__}"
+            )
         return value
 
     def refuse(self, key: str, value: Any, accepted: str = "") -> CheckpointError:
         accepted = f"; accepted is {accepted}" if accepted else ""
-        return CheckpointError(f"{self.path}: our Transformer cannot do what {key} = {value!r} says{accepted}")
+        return CheckpointError(
+            f"{self.path}: our Transformer cannot do what {key} = {value!r} says{accepted}"
+        )
 
     def same(self, kind: type, default: Any, *keys: str) -> Any:
         """The one value of several keys that we have one field for."""
@@ -69,7 +80,9 @@ class Said:
                 raise self.refuse(key, value, f"that of {keys[0]}, {values[0]!r}")
         return values[0]
 
-    def activation(self, key: str, default: str, accepted: Mapping[str, tuple[str, ...]]) -> str:
+    def activation(
+        self, key: str, default: str, accepted: Mapping[str, tuple[str, ...]]
+    ) -> str:
         """Our name of an activation."""
         name = self.take(key, str, default)
         for ours, theirs in accepted.items():
@@ -77,7 +90,12 @@ class Said:
                 return ours
         raise self.refuse(key, name, " or ".join(map(repr, sum(accepted.values(), ()))))
 
-    def rope(self, theta: str = "rope_theta", fraction: str = "partial_rotary_factor", default: float = 1.0) -> dict:
+    def rope(
+        self,
+        theta: str = "rope_theta",
+        fraction: str = "partial_rotary_factor",
+        default: float = 1.0,
+    ) -> dict:
         """RoPE's base and the share of each head that it turns; any kind but the plain one stays to be refused.
 
         transformers 5 has them in `rope_parameters`; 4 in keys of their own (GPT-NeoX under two names, of which one is
@@ -86,14 +104,20 @@ class Said:
         outer = ("rope_parameters", "rope_scaling")
         for name in outer:
             inner = self.take(name, dict, {})
-            self.left |= {f"{name}.{key}": value for key, value in inner.items() if value is not None}
+            self.left |= {
+                f"{name}.{key}": value
+                for key, value in inner.items()
+                if value is not None
+            }
 
         def places(key):
             return (key, *(f"{name}.{key}" for name in outer))
 
         return {
             "rope_theta": self._agreed(10000.0, theta, *places("rope_theta")),
-            "rope_fraction": self._agreed(default, fraction, *places("partial_rotary_factor")),
+            "rope_fraction": self._agreed(
+                default, fraction, *places("partial_rotary_factor")
+            ),
         }
 
     def _agreed(self, default, *keys):
@@ -132,7 +156,10 @@ class Family:
 
 
 def _read_llama(said, _):
-    return {"bias": said.same(bool, False, "attention_bias", "mlp_bias"), **_whole_rope(said)}
+    return {
+        "bias": said.same(bool, False, "attention_bias", "mlp_bias"),
+        **_whole_rope(said),
+    }
 
 
 def _whole_rope(said):
@@ -143,7 +170,12 @@ def _whole_rope(said):
 
 
 def _write_llama(c):
-    return {"attention_bias": c.bias, "mlp_bias": c.bias, "hidden_act": "silu", "rope_theta": c.rope_theta}
+    return {
+        "attention_bias": c.bias,
+        "mlp_bias": c.bias,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+    }
 
 
 def _read_qwen2(said, _):
@@ -151,13 +183,19 @@ def _read_qwen2(said, _):
         raise said.refuse("layer_types", sorted(kinds), "'full_attention'")
     if said.take("use_sliding_window", bool, False):
         raise said.refuse("use_sliding_window", True, "false")
-    said.take("sliding_window", int, None)  # of no effect without it, and named in every release
+    said.take(
+        "sliding_window", int, None
+    )  # of no effect without it, and named in every release
     said.take("max_window_layers", int, None)
     return _whole_rope(said)
 
 
 def _write_qwen2(c):
-    return {"hidden_act": "silu", "rope_theta": c.rope_theta, "use_sliding_window": False}
+    return {
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "use_sliding_window": False,
+    }
 
 
 def _read_gpt2(said, fields):
@@ -169,7 +207,10 @@ def _read_gpt2(said, fields):
 
 
 def _write_gpt2(c):
-    return _gpt_dropout(c) | {"activation_function": ACTIVATIONS.get(c.mlp, ("",))[0], "n_inner": c.d_ff}
+    return _gpt_dropout(c) | {
+        "activation_function": ACTIVATIONS.get(c.mlp, ("",))[0],
+        "n_inner": c.d_ff,
+    }
 
 
 def _read_openai(said, fields):
@@ -192,7 +233,9 @@ def _read_neox(said, _):
     return {
         "dropout": said.same(float, 0.0, "hidden_dropout", "attention_dropout"),
         "mlp": said.activation("hidden_act", "gelu", ACTIVATIONS),
-        "residual": "parallel" if said.take("use_parallel_residual", bool, True) else "pre_norm",
+        "residual": "parallel"
+        if said.take("use_parallel_residual", bool, True)
+        else "pre_norm",
         **said.rope("rotary_emb_base", "rotary_pct", 0.25),
     }
 
@@ -219,7 +262,11 @@ _KEYS = {
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
 }
-_LLAMA_KEYS = _KEYS | {"n_kv_heads": "num_key_value_heads", "d_head": "head_dim", "norm_eps": "rms_norm_eps"}
+_LLAMA_KEYS = _KEYS | {
+    "n_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "norm_eps": "rms_norm_eps",
+}
 _GPT_KEYS = {
     "vocab_size": "vocab_size",
     "d_model": "n_embd",
@@ -230,10 +277,21 @@ _GPT_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
     "norm_eps": "layer_norm_epsilon",
 }
-_LLAMA_DEFAULTS = {"init_std": 0.02, "tie_embeddings": False, "n_kv_heads": None, "d_head": None, "norm_eps": 1e-6}
+_LLAMA_DEFAULTS = {
+    "init_std": 0.02,
+    "tie_embeddings": False,
+    "n_kv_heads": None,
+    "d_head": None,
+    "norm_eps": 1e-6,
+}
 _GPT_DEFAULTS = {"init_std": 0.02, "tie_embeddings": True, "norm_eps": 1e-5}
 _LLAMA_FIXED = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
-_GPT_FIXED = {"positions": "learned", "norm": "layernorm", "bias": True, "scale_residual_init": True}
+_GPT_FIXED = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "bias": True,
+    "scale_residual_init": True,
+}
 _LLAMA_NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)}
 
 # In the order in which an export tries them.
@@ -244,7 +302,8 @@ FAMILIES: dict[str, Family] = {
         keys=_LLAMA_KEYS,
         defaults=_LLAMA_DEFAULTS,
         fixed=_LLAMA_FIXED,
-        neutral=_LLAMA_NEUTRAL | {"rope_interleaved": (False,)},  # false: halves are rotated, as ours are
+        neutral=_LLAMA_NEUTRAL
+        | {"rope_interleaved": (False,)},  # false: halves are rotated, as ours are
         read=_read_llama,
         write=_write_llama,
     ),
@@ -264,7 +323,10 @@ FAMILIES: dict[str, Family] = {
         keys=_GPT_KEYS,
         defaults=_GPT_DEFAULTS,
         fixed=_GPT_FIXED,
-        neutral={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+        neutral={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+        },
         read=_read_gpt2,
         write=_write_gpt2,
     ),

@@ -46,26 +46,49 @@ class Row:
         """Ours, from theirs; views where numpy can."""
         matrix = tensor.T if self.inputs and self.out_first else tensor
         n_in = math.prod(shapes[0][: self.inputs])
-        parts = np.split(matrix.reshape(n_in, self._groups(shapes[0]), -1), len(shapes), axis=-1)
+        parts = np.split(
+            matrix.reshape(n_in, self._groups(shapes[0]), -1), len(shapes), axis=-1
+        )
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Theirs, from ours; contiguous, which safetensors takes for granted."""
         n_in = math.prod(arrays[0].shape[: self.inputs])
         parts = [array.reshape(n_in, self._groups(array.shape), -1) for array in arrays]
-        matrix = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)).reshape(n_in, -1)
+        matrix = (
+            parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        ).reshape(n_in, -1)
         tensor = matrix.T if self.inputs and self.out_first else matrix
-        return np.ascontiguousarray(tensor.reshape(self.shape([array.shape for array in arrays])))
+        return np.ascontiguousarray(
+            tensor.reshape(self.shape([array.shape for array in arrays]))
+        )
 
     def _groups(self, shape):
         return shape[self.inputs] if self.by_head else 1
 
 
-def _dense(theirs: str, *ours: str, inputs: int = 1, out_first: bool = True, by_head: bool = False) -> tuple[Row, Row]:
+def _dense(
+    theirs: str,
+    *ours: str,
+    inputs: int = 1,
+    out_first: bool = True,
+    by_head: bool = False,
+) -> tuple[Row, Row]:
     """A projection: weight and bias."""
     return (
-        Row(f"{theirs}.weight", tuple(f"{path}/kernel" for path in ours), inputs, out_first, by_head),
-        Row(f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), inputs=0, by_head=by_head),
+        Row(
+            f"{theirs}.weight",
+            tuple(f"{path}/kernel" for path in ours),
+            inputs,
+            out_first,
+            by_head,
+        ),
+        Row(
+            f"{theirs}.bias",
+            tuple(f"{path}/bias" for path in ours),
+            inputs=0,
+            by_head=by_head,
+        ),
     )
 
 
@@ -74,7 +97,9 @@ def _conv1d(theirs: str, *ours: str, inputs: int = 1) -> tuple[Row, Row]:
 
 
 def _norm(theirs: str, ours: str) -> tuple[Row, Row]:
-    return Row(f"{theirs}.weight", (f"{ours}/scale",), inputs=0), Row(f"{theirs}.bias", (f"{ours}/bias",), inputs=0)
+    return Row(f"{theirs}.weight", (f"{ours}/scale",), inputs=0), Row(
+        f"{theirs}.bias", (f"{ours}/bias",), inputs=0
+    )
 
 
 def _embedding(theirs: str, ours: str) -> Row:
@@ -93,7 +118,9 @@ class Table:
     trunk: tuple[Row, ...]
     layer: tuple[Row, ...]
     output: str  # the language model's output matrix, [v, d]
-    buffers: tuple[str, ...] = ()  # patterns of what old files hold beside parameters, within the prefix
+    buffers: tuple[
+        str, ...
+    ] = ()  # patterns of what old files hold beside parameters, within the prefix
 
 
 _LLAMA = Table(
@@ -130,7 +157,11 @@ TABLES: dict[str, Table] = {
     "gpt2": Table(
         prefix="transformer.",
         layers="h.{i}.",
-        trunk=(_embedding("wte", "tokens"), _embedding("wpe", "positions"), *_norm("ln_f", "norm")),
+        trunk=(
+            _embedding("wte", "tokens"),
+            _embedding("wpe", "positions"),
+            *_norm("ln_f", "norm"),
+        ),
         layer=_GPT_LAYER,
         output="lm_head.weight",
         buffers=_GPT_BUFFERS,
@@ -138,7 +169,10 @@ TABLES: dict[str, Table] = {
     "openai-gpt": Table(
         prefix="transformer.",
         layers="h.{i}.",
-        trunk=(_embedding("tokens_embed", "tokens"), _embedding("positions_embed", "positions")),
+        trunk=(
+            _embedding("tokens_embed", "tokens"),
+            _embedding("positions_embed", "positions"),
+        ),
         layer=_GPT_LAYER,
         output="lm_head.weight",
         buffers=(*_GPT_BUFFERS, "position_ids"),
@@ -180,7 +214,9 @@ GGUF = Table(
 )
 
 
-def rows(table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | None = None) -> list[Row]:
+def rows(
+    table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | None = None
+) -> list[Row]:
     """The rows of a whole model, layers unstacked, in the order of its parts.
 
     Args:
@@ -191,19 +227,29 @@ def rows(table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | Non
     prefix = table.prefix if prefix is None else prefix
     found = [_within(row, prefix, "backbone/") for row in table.trunk]
     for i in range(sum(path.endswith("norm_1/scale") for path in shapes)):
-        found += [_within(row, prefix + table.layers.format(i=i), f"backbone/layers/layer_{i}/") for row in table.layer]
-    found.append(Row("score.weight" if head == "scalar" else table.output, ("head/kernel",)))
+        found += [
+            _within(
+                row, prefix + table.layers.format(i=i), f"backbone/layers/layer_{i}/"
+            )
+            for row in table.layer
+        ]
+    found.append(
+        Row("score.weight" if head == "scalar" else table.output, ("head/kernel",))
+    )
     return [row for row in found if row.ours[0] in shapes]
 
 
 def _within(row, theirs, ours):
-    return dataclasses.replace(row, theirs=theirs + row.theirs, ours=tuple(ours + path for path in row.ours))
+    return dataclasses.replace(
+        row, theirs=theirs + row.theirs, ours=tuple(ours + path for path in row.ours)
+    )
 
 
 def leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a parameter tree by path, keys joined by "/"."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -212,7 +258,9 @@ def nested(found: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in found.items():
         *folders, name = path.split("/")
-        functools.reduce(lambda level, folder: level.setdefault(folder, {}), folders, tree)[name] = leaf
+        functools.reduce(
+            lambda level, folder: level.setdefault(folder, {}), folders, tree
+        )[name] = leaf
     return tree
 
 

@@ -34,7 +34,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 BIAS = "rlhfjax_reward_bias"  # in the file's metadata: the constant of a reward, for which their score has no place
-PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "peft_type": "LORA"}  # all that we read
+PLAIN = {
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "peft_type": "LORA",
+}  # all that we read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +64,28 @@ class _Module:
         a = np.concatenate([part[0].reshape(-1, rank).T for part in have])
         return np.ascontiguousarray(a), self._row().join(blocks)
 
-    def split(self, theirs: Adapter, rank: int, shapes: list[tuple[int, ...]]) -> list[Adapter | None]:
+    def split(
+        self, theirs: Adapter, rank: int, shapes: list[tuple[int, ...]]
+    ) -> list[Adapter | None]:
         """The inverse of `join`; one of rank r that its parts share is an adapter of each of them."""
         a, b = theirs
         n = a.shape[0] // rank
-        blocks = self._row().split(b, [(a.shape[0], *shape[self.row.inputs :]) for shape in shapes])
+        blocks = self._row().split(
+            b, [(a.shape[0], *shape[self.row.inputs :]) for shape in shapes]
+        )
         pieces = [block.reshape(n, rank, *block.shape[1:]) for block in blocks]
         used = [[i for i in range(n) if piece[i].any()] for piece in pieces]
         if not any(used):  # as it was born, with B = 0
             used = [[i] for i in range(n)] if n == len(pieces) else [[0]] * len(pieces)
         if a.shape[0] % rank or max(map(len, used)) > 1:
-            raise CheckpointError(f"{self.name}: an adapter of rank {a.shape[0]} is not one of rank {rank} a part")
+            raise CheckpointError(
+                f"{self.name}: an adapter of rank {a.shape[0]} is not one of rank {rank} a part"
+            )
         inputs = [shape[: self.row.inputs] for shape in shapes]
         return [
-            (a[i[0] * rank : (i[0] + 1) * rank].T.reshape(*width, rank), piece[i[0]]) if i else None
+            (a[i[0] * rank : (i[0] + 1) * rank].T.reshape(*width, rank), piece[i[0]])
+            if i
+            else None
             for i, piece, width in zip(used, pieces, inputs, strict=True)
         ]
 
@@ -81,7 +94,9 @@ class _Module:
         return dataclasses.replace(self.row, inputs=1, out_first=True)
 
 
-def save_peft(folder: Path, model: Model, adapters: Params, base: str | None = None) -> None:
+def save_peft(
+    folder: Path, model: Model, adapters: Params, base: str | None = None
+) -> None:
     """Writes the adapters of a model, and a reward's head as the `score` that is saved with them.
 
     Args:
@@ -98,7 +113,10 @@ def save_peft(folder: Path, model: Model, adapters: Params, base: str | None = N
         parts = [found.get(place) for place in module.ours]
         if any(part is not None for part in parts):
             a, b = module.join(parts)
-            tensors |= {f"{PREFIX}{module.name}.lora_A.weight": a, f"{PREFIX}{module.name}.lora_B.weight": b}
+            tensors |= {
+                f"{PREFIX}{module.name}.lora_A.weight": a,
+                f"{PREFIX}{module.name}.lora_B.weight": b,
+            }
             ranks[module.name] = a.shape[0]
     metadata = {"format": "pt"}
     if model.head == "scalar":
@@ -121,7 +139,9 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
     said, tensors, bias = _read(folder)
     for key, value in PLAIN.items():
         if said.get(key, value) != value:
-            raise CheckpointError(f"{folder / CONFIG}: {key} is {said[key]!r}: accepted is {value!r}")
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} is {said[key]!r}: accepted is {value!r}"
+            )
     rank, alpha = said["r"], said["lora_alpha"]
     shapes = _shapes(model)
     found: dict[Place, Adapter] = {}
@@ -130,15 +150,33 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
         if names[0] in tensors and names[1] in tensors:
             _check_scale(folder, module.name, said)
             theirs = tuple(np.asarray(tensors.pop(name), np.float32) for name in names)
-            parts = module.split(theirs, rank, [shapes[name] for _, name in module.ours])
-            found |= {place: part for place, part in zip(module.ours, parts, strict=True) if part is not None}
+            parts = module.split(
+                theirs, rank, [shapes[name] for _, name in module.ours]
+            )
+            found |= {
+                place: part
+                for place, part in zip(module.ours, parts, strict=True)
+                if part is not None
+            }
     head = {}
     if model.head == "scalar" and SCORE in tensors:
-        head = {"head": {"kernel": np.asarray(tensors.pop(SCORE), np.float32)[0], "bias": np.float32(bias)}}
+        head = {
+            "head": {
+                "kernel": np.asarray(tensors.pop(SCORE), np.float32)[0],
+                "bias": np.float32(bias),
+            }
+        }
     if tensors or not found:
-        raise CheckpointError(f"{folder / WEIGHTS}: this model has no place for {next(iter(tensors), 'no adapter')}")
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: this model has no place for {next(iter(tensors), 'no adapter')}"
+        )
     targets = _targets(model, set(found))
-    values = {"rank": rank, "alpha": alpha, "targets": targets, "dropout": said.get("lora_dropout", 0.0)}
+    values = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "dropout": said.get("lora_dropout", 0.0),
+    }
     config = build(LoraConfig, values, str(folder / CONFIG))
     return dataclasses.replace(model, lora=config), _stacked(model, found) | head
 
@@ -148,7 +186,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
         said = json.loads((folder / CONFIG).read_text())
         weights = paths.local(folder / WEIGHTS)
         tensors, metadata = load_file(weights), _metadata(weights)
-        return {"r": said["r"], "lora_alpha": said["lora_alpha"], **said}, tensors, float(metadata.get(BIAS, 0.0))
+        return (
+            {"r": said["r"], "lora_alpha": said["lora_alpha"], **said},
+            tensors,
+            float(metadata.get(BIAS, 0.0)),
+        )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(e)})",
@@ -167,7 +209,9 @@ def _modules(model: Model) -> tuple[str, list[_Module]]:
     kernels = [row for row in table.layer if row.ours[0].endswith("/kernel")]
     return family, [
         _Module(
-            table.prefix + table.layers.format(i=i) + row.theirs.removesuffix(".weight"),
+            table.prefix
+            + table.layers.format(i=i)
+            + row.theirs.removesuffix(".weight"),
             row,
             tuple((i, path.removesuffix("/kernel")) for path in row.ours),
         )
@@ -176,10 +220,16 @@ def _modules(model: Model) -> tuple[str, list[_Module]]:
     ]
 
 
-def _describe(model: Model, family: str, ranks: dict[str, int], base: str | None) -> dict[str, Any]:
+def _describe(
+    model: Model, family: str, ranks: dict[str, int], base: str | None
+) -> dict[str, Any]:
     c = model.lora
     names = {name.rsplit(".", 1)[-1] for name in ranks}
-    every = [module.name for module in _modules(model)[1] if module.name.rsplit(".", 1)[-1] in names]
+    every = [
+        module.name
+        for module in _modules(model)[1]
+        if module.name.rsplit(".", 1)[-1] in names
+    ]
     wider = {name: rank for name, rank in ranks.items() if rank != c.rank}
     return {
         **PLAIN,
@@ -200,18 +250,39 @@ def _describe(model: Model, family: str, ranks: dict[str, int], base: str | None
 
 def _check_scale(folder: Path, name: str, said: dict[str, Any]) -> None:
     def pattern(key, default):
-        return next((x for end, x in (said.get(key) or {}).items() if f".{name}".endswith(f".{end}")), default)
+        return next(
+            (
+                x
+                for end, x in (said.get(key) or {}).items()
+                if f".{name}".endswith(f".{end}")
+            ),
+            default,
+        )
 
-    scale = pattern("alpha_pattern", said["lora_alpha"]) / pattern("rank_pattern", said["r"])
+    scale = pattern("alpha_pattern", said["lora_alpha"]) / pattern(
+        "rank_pattern", said["r"]
+    )
     if not np.isclose(scale, said["lora_alpha"] / said["r"]):
-        raise CheckpointError(f"{folder / CONFIG}: {name} has a scale of its own, {scale}, where ours have one for all")
+        raise CheckpointError(
+            f"{folder / CONFIG}: {name} has a scale of its own, {scale}, where ours have one for all"
+        )
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Of the kernels of a layer, by projection."""
-    start, shapes = "backbone/layers/layer_0/", shapes_of(Model(dataclasses.replace(model.config, scan_layers=False)))
-    kernels = {path: shape for path, shape in shapes.items() if path.startswith(start) and path.endswith("/kernel")}
-    return {path.removeprefix(start).removesuffix("/kernel"): shape for path, shape in kernels.items()}
+    start, shapes = (
+        "backbone/layers/layer_0/",
+        shapes_of(Model(dataclasses.replace(model.config, scan_layers=False))),
+    )
+    kernels = {
+        path: shape
+        for path, shape in shapes.items()
+        if path.startswith(start) and path.endswith("/kernel")
+    }
+    return {
+        path.removeprefix(start).removesuffix("/kernel"): shape
+        for path, shape in kernels.items()
+    }
 
 
 def _targets(model: Model, places: set[Place]) -> str:
@@ -220,7 +291,9 @@ def _targets(model: Model, places: set[Place]) -> str:
     if len(places) == len(names) * model.config.n_layers:
         return "|".join(sorted(names))
     if model.config.scan_layers:
-        raise ConfigError("adapters in some layers alone do not go with scan_layers, where all layers are one")
+        raise ConfigError(
+            "adapters in some layers alone do not go with scan_layers, where all layers are one"
+        )
     return "|".join(sorted(f"layer_{i}/{name}$" for i, name in places))
 
 
@@ -229,13 +302,24 @@ def _unstacked(model: Model, adapters: Params) -> dict[Place, Adapter]:
     layers = adapters["backbone"]["layers"]
     if model.config.scan_layers:
         found = dict(_pairs(layers, ()))
-        return {(i, name): (a[i], b[i]) for name, (a, b) in found.items() for i in range(model.config.n_layers)}
-    return {(int(k.split("_")[1]), name): pair for k, layer in layers.items() for name, pair in _pairs(layer, ())}
+        return {
+            (i, name): (a[i], b[i])
+            for name, (a, b) in found.items()
+            for i in range(model.config.n_layers)
+        }
+    return {
+        (int(k.split("_")[1]), name): pair
+        for k, layer in layers.items()
+        for name, pair in _pairs(layer, ())
+    }
 
 
 def _pairs(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[str, Adapter]]:
     if lora.NAMES[0] in tree:
-        yield "/".join(path), tuple(np.asarray(tree[name], np.float32) for name in lora.NAMES)
+        yield (
+            "/".join(path),
+            tuple(np.asarray(tree[name], np.float32) for name in lora.NAMES),
+        )
         return
     for name, inner in tree.items():
         yield from _pairs(inner, (*path, name))
@@ -245,8 +329,17 @@ def _stacked(model: Model, found: dict[Place, Adapter]) -> Params:
     """The inverse of `_unstacked`."""
     if model.config.scan_layers:
         names, layers = {name for _, name in found}, range(model.config.n_layers)
-        paths = {name: [np.stack(x) for x in zip(*(found[i, name] for i in layers), strict=True)] for name in names}
+        paths = {
+            name: [
+                np.stack(x) for x in zip(*(found[i, name] for i in layers), strict=True)
+            ]
+            for name in names
+        }
     else:
         paths = {f"layer_{i}/{name}": pair for (i, name), pair in found.items()}
-    leaves = {f"{path}/{name}": x for path, pair in paths.items() for name, x in zip(lora.NAMES, pair, strict=True)}
+    leaves = {
+        f"{path}/{name}": x
+        for path, pair in paths.items()
+        for name, x in zip(lora.NAMES, pair, strict=True)
+    }
     return {"backbone": {"layers": nested(leaves)}}

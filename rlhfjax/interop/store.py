@@ -24,7 +24,9 @@ from rlhfjax.paths import Path
 log = logging.getLogger("rlhfjax")
 PyTree = Any
 FOLDER = "model"
-REWARD = "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
+REWARD = (
+    "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,10 @@ def save(folder: Path, saved: SavedModel) -> None:
 
     def end() -> None:
         saved.tokenizer.save(folder)
-        description = {"head": saved.model.head, "transformer": dataclasses.asdict(saved.model.config)}
+        description = {
+            "head": saved.model.head,
+            "transformer": dataclasses.asdict(saved.model.config),
+        }
         write_json(folder / "config.json", description)
 
     hosts.share(begin)
@@ -73,7 +78,12 @@ def load(path: str | Path, layout: Layout) -> SavedModel:
     return SavedModel(opened.model, opened.params(), opened.tokenizer)
 
 
-def open_model(path: str | Path, layout: Layout, changes: Mapping[str, Any] | None = None, context: str = "") -> Opened:
+def open_model(
+    path: str | Path,
+    layout: Layout,
+    changes: Mapping[str, Any] | None = None,
+    context: str = "",
+) -> Opened:
     """Returns the model that `load` would read, without its parameters.
 
     Args:
@@ -90,7 +100,10 @@ def open_model(path: str | Path, layout: Layout, changes: Mapping[str, Any] | No
             return there.params(layout)
     else:
         folder = find(path)
-        model, tokenizer = _here(describe(folder), layout, folder), load_tokenizer(folder)
+        model, tokenizer = (
+            _here(describe(folder), layout, folder),
+            load_tokenizer(folder),
+        )
 
         def read() -> PyTree:
             abstract = state.abstract(model.shapes(), model.axes(), layout)
@@ -105,9 +118,14 @@ def _here(model: Model, layout: Layout, folder: Path) -> Model:
     if platform in PLATFORMS[kernel]:
         return model
     log.warning(
-        "%s: these %s devices have no %r attention; read as 'einsum', the same function", folder, platform, kernel
+        "%s: these %s devices have no %r attention; read as 'einsum', the same function",
+        folder,
+        platform,
+        kernel,
     )
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, attention="einsum"))
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, attention="einsum")
+    )
 
 
 def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
@@ -118,12 +136,18 @@ def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
     """
     if not changes:
         return model
-    config = build(TransformerConfig, dataclasses.asdict(model.config) | dict(changes), context)
+    config = build(
+        TransformerConfig, dataclasses.asdict(model.config) | dict(changes), context
+    )
     other = dataclasses.replace(model, config=config)
-    given = jax.eval_shape(lambda params: _restacked(params, model, other), model.shapes())
+    given = jax.eval_shape(
+        lambda params: _restacked(params, model, other), model.shapes()
+    )
     if other.shapes() != given:
         names = ", ".join(sorted(changes))
-        raise ConfigError(f"{context}: {names} would make another model of it, of other parameters")
+        raise ConfigError(
+            f"{context}: {names} would make another model of it, of other parameters"
+        )
     return other
 
 
@@ -136,8 +160,12 @@ def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:
 
 def int8(saved: SavedModel) -> SavedModel:
     """The model to sample from with int8 weights and an int8 cache; see `models.quantised`, which has the error."""
-    params = jax.jit(lambda params: quantised.weights(params, saved.model.axes()))(saved.params)
-    return SavedModel(dataclasses.replace(saved.model, int8_cache=True), params, saved.tokenizer)
+    params = jax.jit(lambda params: quantised.weights(params, saved.model.axes()))(
+        saved.params
+    )
+    return SavedModel(
+        dataclasses.replace(saved.model, int8_cache=True), params, saved.tokenizer
+    )
 
 
 def describe(path: str | Path) -> Model:
@@ -146,7 +174,10 @@ def describe(path: str | Path) -> Model:
         return there.model
     folder = find(path)
     description = json.loads((folder / "config.json").read_text())
-    return Model(build(TransformerConfig, description["transformer"], f"{folder}/config.json"), description["head"])
+    return Model(
+        build(TransformerConfig, description["transformer"], f"{folder}/config.json"),
+        description["head"],
+    )
 
 
 def described(path: str) -> dict[str, Any] | None:
@@ -165,7 +196,9 @@ def found(path: str | Path) -> str:
 
 def numbered(workdir: Path) -> list[Path]:
     """The folders NN_name of a recipe's stages, in order."""
-    return [folder for folder in paths.children(workdir) if re.match(r"\d\d_", folder.name)]
+    return [
+        folder for folder in paths.children(workdir) if re.match(r"\d\d_", folder.name)
+    ]
 
 
 def find(path: str | Path) -> Path:
@@ -175,8 +208,14 @@ def find(path: str | Path) -> Path:
       CheckpointError: none of them holds a model.
     """
     path = paths.path(path)
-    candidates = [path, path / FOLDER, *(stage / FOLDER for stage in reversed(numbered(path)))]
+    candidates = [
+        path,
+        path / FOLDER,
+        *(stage / FOLDER for stage in reversed(numbered(path))),
+    ]
     for folder in candidates:
         if (folder / "config.json").exists() and (folder / "params").exists():
             return folder
-    raise CheckpointError(f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with params/")
+    raise CheckpointError(
+        f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with params/"
+    )

@@ -16,7 +16,9 @@ MASKED = -1e30  # finite: a row of nothing but masked scores stays free of NaN
 QUERY_BLOCK = 128  # queries a block; a block sees only the keys up to its own end, so about half the work is skipped
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+def dropout(
+    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "..."]:
     """Inverted dropout: x * Bernoulli(1 - rate) / (1 - rate); the identity without a key or a rate."""
     if key is None or rate == 0.0:
         return x
@@ -34,7 +36,8 @@ def rope_tables(
 
 
 def rotate(
-    x: Float[Array, "b h t k"], tables: tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
+    x: Float[Array, "b h t k"],
+    tables: tuple[Float[Array, "b t half"], Float[Array, "b t half"]],
 ) -> Float[Array, "b h t k"]:
     """Rotate each pair (x_i, x_{i + half}) by its position's angle: the half-split layout of Hugging Face's Llama.
 
@@ -46,7 +49,11 @@ def rotate(
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     # Halves change places by a reversed axis: a concatenation of them costs several times as much on a CPU.
     sign = jnp.array([-1.0, 1.0])[:, None]
-    return (pairs * cos + pairs[..., ::-1, :] * (sin * sign)).reshape(x.shape).astype(x.dtype)
+    return (
+        (pairs * cos + pairs[..., ::-1, :] * (sin * sign))
+        .reshape(x.shape)
+        .astype(x.dtype)
+    )
 
 
 @jax.custom_vjp
@@ -62,13 +69,22 @@ def _attend_forward(q, k, v, allowed, drop):
     b, h, t, d = q.shape
     g, s = k.shape[1:3]
     grouped = (q * d**-0.5).reshape(b, g, h // g, t, d)
-    scores = jnp.einsum("bgrtd,bgsd->bgrts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bgrtd,bgsd->bgrts", grouped, k, preferred_element_type=jnp.float32
+    )
     scores = jnp.where(allowed[:, None], scores.reshape(b, h, t, s), MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)  # dividing the [t, d] output costs less than dividing the [t, s] weights
+    total = weights.sum(
+        -1, keepdims=True
+    )  # dividing the [t, d] output costs less than dividing the [t, s] weights
     weights = weights.astype(v.dtype)
     kept = _times(weights, drop).reshape(b, g, h // g, t, s)
-    out = jnp.einsum("bgrts,bgsd->bgrtd", kept, v, preferred_element_type=jnp.float32).reshape(b, h, t, d) / total
+    out = (
+        jnp.einsum(
+            "bgrts,bgsd->bgrtd", kept, v, preferred_element_type=jnp.float32
+        ).reshape(b, h, t, d)
+        / total
+    )
     out = out.astype(q.dtype)
     return out, (grouped, k, v, drop, weights, total, out)
 
@@ -82,11 +98,17 @@ def _attend_backward(saved, d_out):
     b, h, t, d = out.shape
     g, s = k.shape[1:3]
     d_sum = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True) / total
-    d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(q.shape)
+    d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(
+        q.shape
+    )
     kept = _times(weights, drop).reshape(b, g, h // g, t, s)
     d_v = transposed(jnp.einsum("bgrtd,bgrts->bgds", d_out, kept))
-    d_kept = jnp.einsum("bgrtd,bgsd->bgrts", d_out, v, preferred_element_type=jnp.float32).reshape(b, h, t, s)
-    d_scores = (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
+    d_kept = jnp.einsum(
+        "bgrtd,bgsd->bgrts", d_out, v, preferred_element_type=jnp.float32
+    ).reshape(b, h, t, s)
+    d_scores = (
+        (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
+    )
     d_scores = jax.lax.optimization_barrier(d_scores)
     d_q = jnp.einsum("bgrts,bgsd->bgrtd", d_scores, k) * d**-0.5
     d_k = transposed(jnp.einsum("bgrtd,bgrts->bgds", q, d_scores))
@@ -134,8 +156,20 @@ def causal_attention(
         seen = slice(None), slice(None), slice(0, stop)
         drop = None
         if key is not None and rate > 0:
-            drop = dropout(jnp.ones((*q.shape[:2], stop - start, stop)), rate, jax.random.fold_in(key, i))
-        blocks.append(_attend(q[:, :, start:stop], k[seen], v[seen], allowed(segments, start, stop), drop))
+            drop = dropout(
+                jnp.ones((*q.shape[:2], stop - start, stop)),
+                rate,
+                jax.random.fold_in(key, i),
+            )
+        blocks.append(
+            _attend(
+                q[:, :, start:stop],
+                k[seen],
+                v[seen],
+                allowed(segments, start, stop),
+                drop,
+            )
+        )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
@@ -159,8 +193,18 @@ def _cached_int8(q, k, v, valid):
     b, h, d = q.shape
     g = k.values.shape[1]
     grouped = (q * d**-0.5).reshape(b, g, h // g, d)
-    scores = jnp.einsum("bghd,bgsd->bghs", grouped, k.values.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bghd,bgsd->bghs",
+        grouped,
+        k.values.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
     scores = jnp.where(valid[:, None, None], scores * k.scale[:, :, None], MASKED)
     weights = (jax.nn.softmax(scores, axis=-1) * v.scale[:, :, None]).astype(q.dtype)
-    out = jnp.einsum("bghs,bgsd->bghd", weights, v.values.astype(q.dtype), preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bghs,bgsd->bghd",
+        weights,
+        v.values.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return out.astype(q.dtype).reshape(b, h, d)

@@ -48,7 +48,9 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
 def _parameter(module, name, std, shape, axes):
     """A float32 normal(std) parameter, or a constant where `std` is an initialiser; `axes` name its dimensions."""
     make = nn.initializers.normal(std) if isinstance(std, float) else std
-    return module.param(name, lambda *args: Named(make(*args), axes), shape, jnp.float32)
+    return module.param(
+        name, lambda *args: Named(make(*args), axes), shape, jnp.float32
+    )
 
 
 class Norm(nn.Module):
@@ -59,14 +61,22 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         wide = x.astype(jnp.float32)
-        scale = _parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
+        scale = _parameter(
+            self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",)
+        )
         if self.config.norm == "rmsnorm":
             size = jnp.square(wide).mean(-1, keepdims=True)
-            return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale).astype(x.dtype)
-        bias = _parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],), ("embed",))
+            return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale).astype(
+                x.dtype
+            )
+        bias = _parameter(
+            self, "bias", nn.initializers.zeros, (x.shape[-1],), ("embed",)
+        )
         wide = wide - wide.mean(-1, keepdims=True)
         size = jnp.square(wide).mean(-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale + bias).astype(x.dtype)
+        return (
+            wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale + bias
+        ).astype(x.dtype)
 
 
 def everything(x):
@@ -93,24 +103,46 @@ class Project(nn.Module):
         x = x.reshape(*x.shape[:2], flat.shape[0])
         if jnp.issubdtype(kernel.dtype, jnp.integer):
             scale = self.get_variable("params", "kernel" + quantised.SCALE)
-            y = quantised.linear(x, flat, scale.reshape(*scale.shape[: scale.ndim - len(out_shape)], flat.shape[1]))
+            y = quantised.linear(
+                x,
+                flat,
+                scale.reshape(
+                    *scale.shape[: scale.ndim - len(out_shape)], flat.shape[1]
+                ),
+            )
         else:
             y = linear(x, flat.astype(x.dtype))
-        if self.lora.rank and (self.is_initializing() or self.has_variable("params", NAMES[0])):
+        if self.lora.rank and (
+            self.is_initializing() or self.has_variable("params", NAMES[0])
+        ):
             y = y + self._low_rank(x)
         y = y.reshape(*x.shape[:2], *out_shape)
         if not self.bias:
             return y
-        return y + _parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes).astype(x.dtype)
+        return y + _parameter(
+            self, "bias", nn.initializers.zeros, out_shape, out_axes
+        ).astype(x.dtype)
 
     def _low_rank(self, x):
         """(alpha / r) (x A) B, x first dropped out; A ~ U(-1/sqrt(in), 1/sqrt(in)) as in loralib, and B = 0."""
         c, n = self.lora, self.inputs
         width = x.shape[-1]
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=range(n), out_axis=n)
-        a = _parameter(self, NAMES[0], uniform, (*self.shape[:n], c.rank), (*self.axes[:n], None))
-        b = _parameter(self, NAMES[1], nn.initializers.zeros, (c.rank, *self.shape[n:]), (None, *self.axes[n:]))
-        x = dropout(x, c.dropout, self.make_rng("lora") if self.has_rng("lora") else None)
+        uniform = nn.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=range(n), out_axis=n
+        )
+        a = _parameter(
+            self, NAMES[0], uniform, (*self.shape[:n], c.rank), (*self.axes[:n], None)
+        )
+        b = _parameter(
+            self,
+            NAMES[1],
+            nn.initializers.zeros,
+            (c.rank, *self.shape[n:]),
+            (None, *self.axes[n:]),
+        )
+        x = dropout(
+            x, c.dropout, self.make_rng("lora") if self.has_rng("lora") else None
+        )
         inner = linear(x, a.astype(x.dtype).reshape(width, c.rank)) * c.scale
         return linear(inner, b.astype(x.dtype).reshape(c.rank, -1))
 
@@ -131,16 +163,22 @@ class Attention(nn.Module):
         def project(name, x, heads, axis, rope, time=None):
             shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
             bias = c.bias or c.qkv_bias
-            y = Project(shape, axes, float(c.init_std), bias, lora=self.lora, name=name)(x).swapaxes(1, 2)
+            y = Project(
+                shape, axes, float(c.init_std), bias, lora=self.lora, name=name
+            )(x).swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, time, "head_dim"))
 
         # Devices that share a sequence have their own queries and all keys and values: gathered once, here.
-        q = project("query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope), time="time")
+        q = project(
+            "query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope), time="time"
+        )
         k = project("key", x, c.kv_heads, "kv_heads", rope)
         v = project("value", x, c.kv_heads, "kv_heads", None)
         shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
-        out = Project(shape, axes, residual_std(c), c.bias, inputs=2, lora=self.lora, name="out")
+        out = Project(
+            shape, axes, residual_std(c), c.bias, inputs=2, lora=self.lora, name="out"
+        )
         return out(attend(q, k, v).swapaxes(1, 2))
 
 
@@ -161,11 +199,19 @@ class MLP(nn.Module):
             return Project(shape, axes, std, c.bias, lora=self.lora, name=name)
 
         def grow(name):
-            return project(name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std))(x)
+            return project(
+                name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std)
+            )(x)
 
-        y = nn.silu(grow("gate")) * grow("up") if c.mlp == "swiglu" else GELU[c.mlp](grow("up"))
+        y = (
+            nn.silu(grow("gate")) * grow("up")
+            if c.mlp == "swiglu"
+            else GELU[c.mlp](grow("up"))
+        )
         y = constrain(y, ("batch", "time", "mlp"))
-        return project("down", (c.d_ff, c.d_model), ("mlp", "embed"), residual_std(c))(y)
+        return project("down", (c.d_ff, c.d_model), ("mlp", "embed"), residual_std(c))(
+            y
+        )
 
 
 class Block(nn.Module):
@@ -175,19 +221,27 @@ class Block(nn.Module):
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
-    def __call__(self, x, rope, attend: Callable, key=None, pick: Callable = everything):
+    def __call__(
+        self, x, rope, attend: Callable, key=None, pick: Callable = everything
+    ):
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
         norm_1, norm_2 = Norm(c, name="norm_1"), Norm(c, name="norm_2")
 
         def attention(x):
-            return dropout(Attention(c, self.lora, name="attention")(x, rope, attend, pick), c.dropout, keys[0])
+            return dropout(
+                Attention(c, self.lora, name="attention")(x, rope, attend, pick),
+                c.dropout,
+                keys[0],
+            )
 
         def mlp(x):
             return dropout(MLP(c, self.lora, name="mlp")(x), c.dropout, keys[1])
 
         if c.residual == "parallel":
-            return constrain(pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x))), RESIDUAL)
+            return constrain(
+                pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x))), RESIDUAL
+            )
         if c.residual == "post_norm":
             x = constrain(norm_1(pick(x) + attention(x)), RESIDUAL)
             return constrain(norm_2(x + mlp(x)), RESIDUAL)
@@ -204,19 +258,43 @@ class Embed(nn.Module):
     def __call__(self, tokens, positions):
         c = self.config
         std = float(c.init_std)
-        table = _parameter(self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed"))
+        table = _parameter(
+            self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed")
+        )
         # Rows are looked up in a table whose width is whole: left to itself the partitioner makes every device look up
         # its columns of the whole batch.
         rows = ("vocab", None)
         if table.dtype == jnp.int8:
-            scale = _parameter(self, "tokens" + quantised.SCALE, nn.initializers.ones, (c.vocab_size,), ("vocab",))
-            rows = [jnp.take(x, tokens, axis=0, mode="clip") for x in (table, scale[:, None])]
+            scale = _parameter(
+                self,
+                "tokens" + quantised.SCALE,
+                nn.initializers.ones,
+                (c.vocab_size,),
+                ("vocab",),
+            )
+            rows = [
+                jnp.take(x, tokens, axis=0, mode="clip")
+                for x in (table, scale[:, None])
+            ]
             x = (rows[0].astype(jnp.float32) * rows[1]).astype(c.dtype)
         else:
-            x = jnp.take(constrain(table.astype(c.dtype), rows), tokens, axis=0, mode="clip")
+            x = jnp.take(
+                constrain(table.astype(c.dtype), rows), tokens, axis=0, mode="clip"
+            )
         if c.positions == "learned":
-            places = _parameter(self, "positions", std, (c.max_length, c.d_model), ("positions", "embed"))
-            x = x + jnp.take(constrain(places.astype(c.dtype), (None, None)), positions, axis=0, mode="clip")
+            places = _parameter(
+                self,
+                "positions",
+                std,
+                (c.max_length, c.d_model),
+                ("positions", "embed"),
+            )
+            x = x + jnp.take(
+                constrain(places.astype(c.dtype), (None, None)),
+                positions,
+                axis=0,
+                mode="clip",
+            )
         return x
 
 
@@ -228,7 +306,13 @@ class Unembed(nn.Module):
     @nn.compact
     def __call__(self):
         c = self.config
-        return _parameter(self, "kernel", float(c.init_std), (c.d_model, c.vocab_size), ("embed", "vocab"))
+        return _parameter(
+            self,
+            "kernel",
+            float(c.init_std),
+            (c.d_model, c.vocab_size),
+            ("embed", "vocab"),
+        )
 
 
 class ScalarHead(nn.Module):
@@ -238,7 +322,9 @@ class ScalarHead(nn.Module):
 
     @nn.compact
     def __call__(self):
-        kernel = _parameter(self, "kernel", (self.width + 1) ** -0.5, (self.width,), ("embed",))
+        kernel = _parameter(
+            self, "kernel", (self.width + 1) ** -0.5, (self.width,), ("embed",)
+        )
         return kernel, _parameter(self, "bias", nn.initializers.zeros, (), ())
 
 

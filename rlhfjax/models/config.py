@@ -4,7 +4,16 @@ import dataclasses
 from typing import Literal
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.ranges import Depth, NormEpsilon, Positive, PositiveShare, RopeTheta, ShareBelow1, Size, Tokens
+from rlhfjax.ranges import (
+    Depth,
+    NormEpsilon,
+    Positive,
+    PositiveShare,
+    RopeTheta,
+    ShareBelow1,
+    Size,
+    Tokens,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +42,20 @@ class TransformerConfig:
     rope_fraction: PositiveShare = 1.0  # of each head, its first dimensions: what is rotated; the rest has no positions
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: NormEpsilon = 1e-5
-    mlp: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"  # "gelu" is its tanh form, "gelu_exact" x Phi(x)
+    mlp: Literal["swiglu", "gelu", "gelu_exact"] = (
+        "swiglu"  # "gelu" is its tanh form, "gelu_exact" x Phi(x)
+    )
     residual: Literal["pre_norm", "post_norm", "parallel"] = "pre_norm"
     bias: bool = False  # of every projection
     qkv_bias: bool = False  # of query, key and value, where `bias` is off
     tie_embeddings: bool = True
-    dropout: ShareBelow1 = 0.0  # of the embedding, the attention weights and both residual branches
+    dropout: ShareBelow1 = (
+        0.0  # of the embedding, the attention weights and both residual branches
+    )
     init_std: Positive = 0.02
-    scale_residual_init: bool = False  # GPT-2: residual projections start 1/sqrt(2 n_layers) smaller
+    scale_residual_init: bool = (
+        False  # GPT-2: residual projections start 1/sqrt(2 n_layers) smaller
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     # what of a layer is made again in the backward pass: nothing; all but products with weights; all; "offload" is
@@ -65,9 +80,13 @@ class TransformerConfig:
                 "model.positions = 'rope' rotates pairs, so it must be even and at least 2"
             )
         if self.attention != "einsum" and self.dropout:
-            raise ConfigError(f"model.attention = {self.attention!r} has no dropout: model.dropout is {self.dropout}")
+            raise ConfigError(
+                f"model.attention = {self.attention!r} has no dropout: model.dropout is {self.dropout}"
+            )
         if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ConfigError(f"model.attention = 'cudnn' is for model.dtype = 'bfloat16', not {self.dtype!r}")
+            raise ConfigError(
+                f"model.attention = 'cudnn' is for model.dtype = 'bfloat16', not {self.dtype!r}"
+            )
 
     @property
     def kv_heads(self) -> int:

@@ -6,7 +6,10 @@ slots of padding (segment 0), whose output is of no use to anyone, and without d
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.mesh import per_device
@@ -14,7 +17,11 @@ from rlhfjax.models.attention import allowed
 
 LANES = 128  # a splash block is a multiple of this; sequences are padded to one
 BLOCKS = (512, 256, 128)
-PLATFORMS = {"einsum": ("cpu", "gpu", "cuda", "rocm", "tpu"), "cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
+PLATFORMS = {
+    "einsum": ("cpu", "gpu", "cuda", "rocm", "tpu"),
+    "cudnn": ("gpu", "cuda"),
+    "splash": ("tpu",),
+}
 
 
 def cudnn_attention(
@@ -28,7 +35,9 @@ def cudnn_attention(
     t = q.shape[2]
     rows = (x.swapaxes(1, 2) for x in (q, k, v))
     mask = None if segments is None else allowed(segments, 0, t)[:, None]
-    out = jax.nn.dot_product_attention(*rows, mask=mask, is_causal=True, implementation=implementation)
+    out = jax.nn.dot_product_attention(
+        *rows, mask=mask, is_causal=True, implementation=implementation
+    )
     return out.swapaxes(1, 2)
 
 
@@ -51,20 +60,40 @@ def splash_attention(
 
     def own(q, k, v, segments):
         kernel = _kernel(q.shape[1], t + more, interpret)
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * d**-0.5, k, v))
+        q, k, v = (
+            jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * d**-0.5, k, v)
+        )
         ids = jnp.pad(segments, ((0, 0), (0, more)))
         out = jax.vmap(kernel)(q, k, v, splash_attention_kernel.SegmentIds(ids, ids))
         return out[:, :, :t].astype(q.dtype)
 
-    heads, kv_heads = ("batch", "heads", None, "head_dim"), ("batch", "kv_heads", None, "head_dim")
-    return per_device(own, (heads, kv_heads, kv_heads, ("batch", None)), heads)(q, k, v, segments)
+    heads, kv_heads = (
+        ("batch", "heads", None, "head_dim"),
+        ("batch", "kv_heads", None, "head_dim"),
+    )
+    return per_device(own, (heads, kv_heads, kv_heads, ("batch", None)), heads)(
+        q, k, v, segments
+    )
 
 
 def _kernel(heads: int, time: int, interpret: bool):
     block = next(size for size in BLOCKS if time % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash_attention_kernel.BlockSizes(**{f"block_{name}": block for name in names})
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((time, time))] * heads)
+    names = (
+        "q",
+        "kv",
+        "kv_compute",
+        "q_dkv",
+        "kv_dkv",
+        "kv_dkv_compute",
+        "q_dq",
+        "kv_dq",
+    )
+    sizes = splash_attention_kernel.BlockSizes(
+        **{f"block_{name}": block for name in names}
+    )
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.CausalMask((time, time))] * heads
+    )
     return splash_attention_kernel.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )

@@ -11,7 +11,9 @@ def transposed(x: Float[Array, "*b x y"]) -> Float[Array, "*b y x"]:
 
 
 @jax.custom_vjp
-def linear(x: Float[Array, "b t x"], kernel: Float[Array, "x y"]) -> Float[Array, "b t y"]:
+def linear(
+    x: Float[Array, "b t x"], kernel: Float[Array, "x y"]
+) -> Float[Array, "b t y"]:
     """x . kernel.
 
     The gradient is autodiff's, dx = dy . kernel^T and dkernel = x^T . dy, with two choices of its own. dy is made

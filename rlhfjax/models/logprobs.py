@@ -21,7 +21,9 @@ CHUNK_ELEMENTS = 2**23  # logits of one chunk on one device: 32 MiB in float32
 SHARDS = ("batch", "time")  # the two axes that `apart` puts first
 
 
-def unembed(hidden: Float[Array, "... d"], output: Num[Array, "x y"], tied: bool) -> Float[Array, "... v"]:
+def unembed(
+    hidden: Float[Array, "... d"], output: Num[Array, "x y"], tied: bool
+) -> Float[Array, "... v"]:
     """Logits in float32: hidden . output^T (tied, output [v, d]) or hidden . output ([d, v])."""
     return jnp.einsum(
         "...d,vd->...v" if tied else "...d,dv->...v",
@@ -49,7 +51,9 @@ def apart(local: Callable[..., Any], hidden, output, tied: bool, *rows):
 
     def split(x):
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(m, batch // m, n, (time + padding) // n, *x.shape[2:]).swapaxes(1, 2)
+        x = x.reshape(m, batch // m, n, (time + padding) // n, *x.shape[2:]).swapaxes(
+            1, 2
+        )
         return constrain(x, (*SHARDS, *[None] * (x.ndim - 2)))
 
     def join(x):
@@ -57,8 +61,12 @@ def apart(local: Callable[..., Any], hidden, output, tied: bool, *rows):
         return constrain(x, (*SHARDS, *[None] * (x.ndim - 2)))
 
     # One a device, as it is whole there anyway; one new axis, not two, whose sum is one reduction.
-    copies = jnp.broadcast_to(output, (m * n, *output.shape)).reshape(m, n, *output.shape)
-    copies = constrain(copies, (*SHARDS, *(("vocab", None) if tied else (None, "vocab"))))
+    copies = jnp.broadcast_to(output, (m * n, *output.shape)).reshape(
+        m, n, *output.shape
+    )
+    copies = constrain(
+        copies, (*SHARDS, *(("vocab", None) if tied else (None, "vocab")))
+    )
     return jax.vmap(jax.vmap(local))(split(hidden), copies, *map(split, rows)), join
 
 
@@ -100,11 +108,17 @@ def _cross_entropy(hidden, output, targets, mask, tied):
             x, y, m = chunk
             logits = unembed(x, output, tied)
             picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-            return total + ((jax.nn.logsumexp(logits, axis=-1) - picked) * m).sum(), None
+            return total + (
+                (jax.nn.logsumexp(logits, axis=-1) - picked) * m
+            ).sum(), None
 
-        return _scan(step, jnp.zeros((), jnp.float32), hidden, output, tied, targets, mask)[0]
+        return _scan(
+            step, jnp.zeros((), jnp.float32), hidden, output, tied, targets, mask
+        )[0]
 
-    return apart(local, hidden, output.astype(hidden.dtype), tied, targets, mask)[0].sum()
+    return apart(local, hidden, output.astype(hidden.dtype), tied, targets, mask)[
+        0
+    ].sum()
 
 
 def _cross_entropy_forward(hidden, output, targets, mask, tied):
@@ -113,7 +127,11 @@ def _cross_entropy_forward(hidden, output, targets, mask, tied):
     parts, join = apart(local, hidden, output.astype(hidden.dtype), tied, targets, mask)
     total, d_output, d_hidden, nll = parts
     d_output = d_output.reshape(-1, *d_output.shape[2:]).sum(0)
-    return total.sum(), (join(d_hidden), transposed(d_output) if tied else d_output, join(nll))
+    return total.sum(), (
+        join(d_hidden),
+        transposed(d_output) if tied else d_output,
+        join(nll),
+    )
 
 
 def _loss_and_gradient(tied, hidden, output, targets, mask):
@@ -126,16 +144,25 @@ def _loss_and_gradient(tied, hidden, output, targets, mask):
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
         hit = jnp.arange(logits.shape[-1]) == y[..., None]
-        d_logits = ((jnp.exp(logits - lse[..., None]) - hit) * m[..., None]).astype(hidden.dtype)
+        d_logits = ((jnp.exp(logits - lse[..., None]) - hit) * m[..., None]).astype(
+            hidden.dtype
+        )
         # Made once, then multiplied from either side; [d, v] and a transposition at the end, because it is cheaper to
         # transpose the narrow operand x than d_logits.
         d_logits = jax.lax.optimization_barrier(d_logits)
         d_x = jnp.einsum("btv,vd->btd" if tied else "btv,dv->btd", d_logits, output)
-        d_output += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        d_output += jnp.einsum(
+            "btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32
+        )
         return (total + (nll * m).sum(), d_output), (d_x, nll)
 
-    zeros = jnp.zeros((), jnp.float32), jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32)
-    (total, d_output), (d_hidden, nll) = _scan(step, zeros, hidden, output, tied, targets, mask)
+    zeros = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros(output.shape[::-1] if tied else output.shape, jnp.float32),
+    )
+    (total, d_output), (d_hidden, nll) = _scan(
+        step, zeros, hidden, output, tied, targets, mask
+    )
     return total, d_output, d_hidden, nll
 
 
@@ -189,7 +216,9 @@ def logprobs(
             return None, (logprob, -(jnp.exp(every) * every).sum(-1))
 
         whole = _chunks(hidden, output, tied) == 1
-        return _scan(step if whole else jax.checkpoint(step), None, hidden, output, tied, targets)[1]
+        return _scan(
+            step if whole else jax.checkpoint(step), None, hidden, output, tied, targets
+        )[1]
 
     parts, join = apart(local, hidden, output, tied, targets)
     return jax.tree.map(join, parts)

@@ -35,15 +35,21 @@ class LoraConfig:
     # query and value (section 4.2), QLoRA all of them: "attention|mlp"
     targets: str = "attention/(query|value)"
     dropout: ShareBelow1 = 0.0  # of the adapters' input
-    base: Literal["float32", "int8", "nf4"] = "float32"  # the frozen kernels of the layers (models.quantised)
+    base: Literal["float32", "int8", "nf4"] = (
+        "float32"  # the frozen kernels of the layers (models.quantised)
+    )
 
     def __post_init__(self):
         if self.base != "float32" and not self.rank:
-            raise ConfigError(f"lora.base={self.base!r}: a base is quantised under adapters, and lora.rank=0 has none")
+            raise ConfigError(
+                f"lora.base={self.base!r}: a base is quantised under adapters, and lora.rank=0 has none"
+            )
         try:
             re.compile(self.targets)
         except re.error as e:
-            raise ConfigError(f"lora.targets={self.targets!r} is no regular expression: {e}") from None
+            raise ConfigError(
+                f"lora.targets={self.targets!r} is no regular expression: {e}"
+            ) from None
 
     @property
     def scale(self) -> float:
@@ -53,7 +59,11 @@ class LoraConfig:
 
 def base(tree: Params) -> Params:
     """A tree without adapters."""
-    return {k: base(v) if isinstance(v, dict) else v for k, v in tree.items() if k not in NAMES}
+    return {
+        k: base(v) if isinstance(v, dict) else v
+        for k, v in tree.items()
+        if k not in NAMES
+    }
 
 
 def adapters(config: LoraConfig, tree: Params) -> Params:
@@ -65,15 +75,25 @@ def adapters(config: LoraConfig, tree: Params) -> Params:
     paths: list[str] = []
     found = _adapters(config, tree, "", paths)
     if not found:
-        raise ConfigError(f"lora.targets={config.targets!r} is found in none of {', '.join(paths)}")
+        raise ConfigError(
+            f"lora.targets={config.targets!r} is found in none of {', '.join(paths)}"
+        )
     return found
 
 
 def _adapters(config: LoraConfig, tree: Params, path: str, paths: list[str]) -> Params:
     if NAMES[0] in tree:
         paths.append(path)
-        return {name: tree[name] for name in NAMES} if re.search(config.targets, path) else {}
-    parts = {k: _adapters(config, v, f"{path}/{k}".lstrip("/"), paths) for k, v in tree.items() if isinstance(v, dict)}
+        return (
+            {name: tree[name] for name in NAMES}
+            if re.search(config.targets, path)
+            else {}
+        )
+    parts = {
+        k: _adapters(config, v, f"{path}/{k}".lstrip("/"), paths)
+        for k, v in tree.items()
+        if isinstance(v, dict)
+    }
     return {k: part for k, part in parts.items() if part}
 
 
@@ -83,7 +103,9 @@ def merge(config: LoraConfig, params: Params) -> Params:
     Layers that are stacked (a first axis "layers" everywhere) stay so.
     """
     if NAMES[0] not in params:
-        return {k: merge(config, v) if isinstance(v, dict) else v for k, v in params.items()}
+        return {
+            k: merge(config, v) if isinstance(v, dict) else v for k, v in params.items()
+        }
     kernel, a, b = params["kernel"], *(params[name] for name in NAMES)
 
     def product(a, b):

@@ -20,7 +20,12 @@ GPT1 = {
 }
 # GPT-2 (Radford et al. 2019, Table 2 and the released hparams): norms before, and one more at the end; context 1024.
 # Residual projections start smaller by 1/sqrt(number of residual layers) (section 2.3).
-GPT2 = GPT1 | {"vocab_size": 50257, "max_length": 1024, "residual": "pre_norm", "scale_residual_init": True}
+GPT2 = GPT1 | {
+    "vocab_size": 50257,
+    "max_length": 1024,
+    "residual": "pre_norm",
+    "scale_residual_init": True,
+}
 # GPT-3 (Brown et al. 2020, section 2.1): "the same model and architecture as GPT-2", context 2048. Every second layer
 # of theirs is locally banded sparse; ours are all dense. The paper names no dropout.
 GPT3 = GPT2 | {"max_length": 2048, "dropout": 0.0}
@@ -44,13 +49,25 @@ PYTHIA = {
     "scale_residual_init": True,
 }
 # Qwen2.5 (Qwen Team 2024, section 2 and Table 1; config.json of the release): a Llama with biases on query, key, value.
-QWEN2 = {"vocab_size": 151936, "max_length": 32768, "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+QWEN2 = {
+    "vocab_size": 151936,
+    "max_length": 32768,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "qkv_bias": True,
+}
 # SmolLM2 (config.json of each release): a Llama with a tied output; grouped keys but for the largest.
 SMOLLM2 = {"vocab_size": 49152, "max_length": 8192, "rope_theta": 100000.0}
 
 
-def _shape(family: dict, n_layers: int, d_model: int, n_heads: int, d_ff: int, **more: Any) -> dict:
-    return family | {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "d_ff": d_ff} | more
+def _shape(
+    family: dict, n_layers: int, d_model: int, n_heads: int, d_ff: int, **more: Any
+) -> dict:
+    return (
+        family
+        | {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "d_ff": d_ff}
+        | more
+    )
 
 
 def _gpt(family: dict, n_layers: int, d_model: int, n_heads: int, **more: Any) -> dict:
@@ -104,5 +121,7 @@ def preset(name: str, **changes: Any) -> TransformerConfig:
     Raises ConfigError for a name that is not in PRESETS or a field that TransformerConfig lacks.
     """
     if name not in PRESETS:
-        raise ConfigError(f"model preset {name!r} is unknown: accepted are {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"model preset {name!r} is unknown: accepted are {', '.join(PRESETS)}"
+        )
     return build(TransformerConfig, {**PRESETS[name], **changes}, "model")

@@ -29,9 +29,28 @@ LARGEST = 127.0
 BLOCK = 64  # inputs that share a scale in NF4; their greatest common divisor with the width where that is no multiple
 # the quantiles of a standard normal that share its mass equally, scaled to [-1, 1], 0 among them: QLoRA, appendix E
 NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+    ),
+    *(
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+    ),
+    *(
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
 )
 
 
@@ -99,7 +118,9 @@ def _quantised(params: Params, axes: Params, kind: str) -> Params:
         elif not jnp.issubdtype(value.dtype, jnp.floating):
             raise ConfigError(f"quantised: {name} is {value.dtype} already")
         else:
-            out[name], out[name + SCALE] = absmax(value, shared) if kind == "int8" else _nf4(value, shared)
+            out[name], out[name + SCALE] = (
+                absmax(value, shared) if kind == "int8" else _nf4(value, shared)
+            )
     return out
 
 
@@ -136,17 +157,27 @@ def wide(params: Params, axes: Params) -> Params:
     return out
 
 
-def _wide(values: Integer[Array, "..."], scale: Float[Array, "..."], inputs: tuple[int, ...]) -> Float[Array, "..."]:
+def _wide(
+    values: Integer[Array, "..."], scale: Float[Array, "..."], inputs: tuple[int, ...]
+) -> Float[Array, "..."]:
     if values.dtype == jnp.int8:
         return values * jnp.expand_dims(scale, inputs)
     if inputs[0]:
-        return jax.vmap(lambda v, s: _wide(v, s, tuple(i - 1 for i in inputs)))(values, scale)
+        return jax.vmap(lambda v, s: _wide(v, s, tuple(i - 1 for i in inputs)))(
+            values, scale
+        )
     outputs = math.prod(values.shape[len(inputs) :])
-    return _from_nf4(values.reshape(-1, outputs), scale.reshape(-1, outputs)).reshape(values.shape)
+    return _from_nf4(values.reshape(-1, outputs), scale.reshape(-1, outputs)).reshape(
+        values.shape
+    )
 
 
-def _from_nf4(values: UInt4[Array, "x y"], scale: Float[Array, "n y"]) -> Float[Array, "x y"]:
-    blocks = jnp.array(NF4)[values.astype(jnp.int32)].reshape(scale.shape[0], -1, scale.shape[1])
+def _from_nf4(
+    values: UInt4[Array, "x y"], scale: Float[Array, "n y"]
+) -> Float[Array, "x y"]:
+    blocks = jnp.array(NF4)[values.astype(jnp.int32)].reshape(
+        scale.shape[0], -1, scale.shape[1]
+    )
     return (blocks * scale[:, None]).reshape(values.shape)
 
 
@@ -157,7 +188,11 @@ def linear(
     x: Float[Array, "b t x"], kernel: Integer[Array, "x y"], scale: Float[Array, "..."]
 ) -> Float[Array, "b t y"]:
     """x . kernel in x's dtype, of a kernel in int8 (scale [y]) or NF4 (scale [x / block, y])."""
-    return linear_int8(x, kernel, scale) if kernel.dtype == jnp.int8 else linear_nf4(x, kernel, scale)
+    return (
+        linear_int8(x, kernel, scale)
+        if kernel.dtype == jnp.int8
+        else linear_nf4(x, kernel, scale)
+    )
 
 
 def linear_int8(
@@ -175,7 +210,9 @@ def linear_nf4(
 
 
 def _int8_product(x, kernel, scale):
-    return (jnp.einsum("btx,xy->bty", x, kernel.astype(x.dtype)).astype(jnp.float32) * scale).astype(x.dtype)
+    return (
+        jnp.einsum("btx,xy->bty", x, kernel.astype(x.dtype)).astype(jnp.float32) * scale
+    ).astype(x.dtype)
 
 
 def _nf4_product(x, kernel, scale):

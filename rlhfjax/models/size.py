@@ -19,12 +19,18 @@ def parameters(c: TransformerConfig, head: str = "lm") -> int:
     attention += (q + 2 * kv) * (c.bias or c.qkv_bias) + d * c.bias
     grown = 2 if c.mlp == "swiglu" else 1
     mlp = (grown + 1) * d * f + (grown * f + d) * c.bias
-    outside = v * d + (c.max_length * d if c.positions == "learned" else 0) + norm * c.final_norm
+    outside = (
+        v * d
+        + (c.max_length * d if c.positions == "learned" else 0)
+        + norm * c.final_norm
+    )
     outside += d + 1 if head == "scalar" else 0 if c.tie_embeddings else d * v
     return c.n_layers * (attention + mlp + 2 * norm) + outside
 
 
-def layer_activations(c: TransformerConfig, batch: int, time: int, size: Number = 2.0) -> dict[str, Number]:
+def layer_activations(
+    c: TransformerConfig, batch: int, time: int, size: Number = 2.0
+) -> dict[str, Number]:
     """Bytes of what the backward pass of one layer reads, by part, where nothing is computed again.
 
     For GPT's shape with dropout it is eq. 1 of Korthikanti et al. 2022, s b h (34 + 5 a s / h) with s time, b batch, h
@@ -37,7 +43,11 @@ def layer_activations(c: TransformerConfig, batch: int, time: int, size: Number 
       size: bytes of a number, 2 for bf16 and fp16.
     """
     tokens, drop = batch * time, c.dropout > 0
-    q, kv, scores = c.n_heads * c.head_dim, c.kv_heads * c.head_dim, batch * c.n_heads * time * time
+    q, kv, scores = (
+        c.n_heads * c.head_dim,
+        c.kv_heads * c.head_dim,
+        batch * c.n_heads * time * time,
+    )
     # input; query; key; value; input of the output projection; mask of its dropout
     attention = tokens * (size * (c.d_model + 2 * q + 2 * kv) + drop * c.d_model)
     hidden = 4 if c.mlp == "swiglu" else 2
@@ -49,7 +59,9 @@ def layer_activations(c: TransformerConfig, batch: int, time: int, size: Number 
     }
 
 
-def activations(c: TransformerConfig, batch: int, time: int, size: Number = 2.0) -> Number:
+def activations(
+    c: TransformerConfig, batch: int, time: int, size: Number = 2.0
+) -> Number:
     """`layer_activations` of all layers, as the config's remat keeps them: all, each layer's input ("full").
 
     "dots" is none of both: what it keeps is for the compiler to say, and this is the upper bound.
@@ -59,6 +71,8 @@ def activations(c: TransformerConfig, batch: int, time: int, size: Number = 2.0)
     return c.n_layers * sum(layer_activations(c, batch, time, size).values())
 
 
-def kv_cache_bytes(c: TransformerConfig, batch: int, length: int, size: Number = 2.0) -> Number:
+def kv_cache_bytes(
+    c: TransformerConfig, batch: int, length: int, size: Number = 2.0
+) -> Number:
     """2 (keys and values) x layers x kv_heads x head_dim x length x batch numbers."""
     return 2 * c.n_layers * c.kv_heads * c.head_dim * length * batch * size

@@ -23,13 +23,26 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import constrain
 from rlhfjax.models import blocks, logprobs, lora, quantised
-from rlhfjax.models.attention import cached_attention, causal_attention, dropout, rope_tables
+from rlhfjax.models.attention import (
+    cached_attention,
+    causal_attention,
+    dropout,
+    rope_tables,
+)
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.quantised import SCALE, Quantised
 
-__all__ = ["Cache", "Model", "TransformerConfig", "last_slot", "positions_of", "stacked", "unstacked"]
+__all__ = [
+    "Cache",
+    "Model",
+    "TransformerConfig",
+    "last_slot",
+    "positions_of",
+    "stacked",
+    "unstacked",
+]
 
 Params = dict[str, Any]
 
@@ -45,28 +58,39 @@ class Cache(NamedTuple):
 def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Position of each token within its segment, counting real tokens from 0; 0 on padding (segment 0)."""
     slot = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-    before = jnp.concatenate([jnp.zeros_like(segments[:, :1]), segments[:, :-1]], axis=1)
+    before = jnp.concatenate(
+        [jnp.zeros_like(segments[:, :1]), segments[:, :-1]], axis=1
+    )
     start = jax.lax.cummax(jnp.where(segments != before, slot, 0), axis=1)
     return jnp.where(segments > 0, slot - start, 0)
 
 
 def last_slot(segments: Int[Array, "b t"]) -> Int[Array, " b"]:
     """The slot of the last real token of each row (slot t - 1 where a row has none)."""
-    return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
+    return (
+        segments.shape[1]
+        - 1
+        - jnp.argmax(segments[:, ::-1] > 0, axis=1).astype(jnp.int32)
+    )
 
 
 def stacked(params: Params) -> Params:
     """The parameters of a model whose layers are scanned, from those of one whose layers stand one by one."""
     layers = params["backbone"]["layers"]
     one_by_one = [layers[f"layer_{i}"] for i in range(len(layers))]
-    return params | {"backbone": params["backbone"] | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)}}
+    return params | {
+        "backbone": params["backbone"]
+        | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)}
+    }
 
 
 def unstacked(params: Params) -> Params:
     """The way back of `stacked`."""
     layers = params["backbone"]["layers"]
     n = jax.tree.leaves(layers)[0].shape[0]
-    one_by_one = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)}
+    one_by_one = {
+        f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)
+    }
     return params | {"backbone": params["backbone"] | {"layers": one_by_one}}
 
 
@@ -74,7 +98,11 @@ def _write(cached: Any, new: jax.Array, slot: Any) -> Any:
     """A layer's keys or values [b, g, t, k] into the slots from `slot` on."""
     if isinstance(cached, Quantised):
         new = quantised.absmax(new, (3,))
-        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot, 2), cached, new)
+        return jax.tree.map(
+            lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot, 2),
+            cached,
+            new,
+        )
     return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, 2)
 
 
@@ -82,7 +110,9 @@ ATTENTION = {"cudnn": cudnn_attention, "splash": splash_attention}
 REMAT = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
 }
 
 
@@ -141,13 +171,19 @@ class Model:
 
     def _axes(self):
         boxed = _boxed_shapes(self)
-        tree = jax.tree.map(lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named))
+        tree = jax.tree.map(
+            lambda p: p.names, boxed, is_leaf=lambda x: isinstance(x, blocks.Named)
+        )
         if self.config.scan_layers:
 
             def stacked(t):
                 return ("layers", *t)
 
-            layers = jax.tree.map(stacked, tree["backbone"]["layers"], is_leaf=lambda x: isinstance(x, tuple))
+            layers = jax.tree.map(
+                stacked,
+                tree["backbone"]["layers"],
+                is_leaf=lambda x: isinstance(x, tuple),
+            )
             tree["backbone"]["layers"] = layers
         return tree
 
@@ -165,15 +201,28 @@ class Model:
             return self._block.init(k, x, rope, attend)["params"]
 
         keys = jax.random.split(layer_key, c.n_layers)
-        layers = jax.vmap(one)(keys) if c.scan_layers else {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
-        backbone = {"embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"], "layers": layers}
+        layers = (
+            jax.vmap(one)(keys)
+            if c.scan_layers
+            else {f"layer_{i}": one(keys[i]) for i in range(c.n_layers)}
+        )
+        backbone = {
+            "embed": blocks.Embed(c).init(embed_key, tokens, tokens)["params"],
+            "layers": layers,
+        }
         if c.final_norm:
             backbone["norm"] = blocks.Norm(c).init(key, x)["params"]
         if self.head == "scalar":
-            return {"backbone": backbone, "head": blocks.ScalarHead(c.d_model).init(head_key)["params"]}
+            return {
+                "backbone": backbone,
+                "head": blocks.ScalarHead(c.d_model).init(head_key)["params"],
+            }
         if c.tie_embeddings:
             return {"backbone": backbone}
-        return {"backbone": backbone, "head": blocks.Unembed(c).init(head_key)["params"]}
+        return {
+            "backbone": backbone,
+            "head": blocks.Unembed(c).init(head_key)["params"],
+        }
 
     # ------------------------------------------------------------------ forward
 
@@ -192,7 +241,9 @@ class Model:
         Raises ConfigError when the sequence is longer than the model's context.
         """
         if positions is None:
-            positions = positions_of(jnp.ones_like(tokens) if segments is None else segments)
+            positions = positions_of(
+                jnp.ones_like(tokens) if segments is None else segments
+            )
         x, _, layer = self._begin(params, tokens, positions, segments, key)
         x = self._run(self._remat(layer), params, x, self.config.n_layers)
         return self._norm(params, x)
@@ -218,22 +269,30 @@ class Model:
 
         if c.scan_layers or (key is not None and self.drops):
             return pick(self.hidden(params, tokens, segments=segments, key=key))[:, 0]
-        x, rope, layer = self._begin(params, tokens, positions_of(segments), segments, None)
+        x, rope, layer = self._begin(
+            params, tokens, positions_of(segments), segments, None
+        )
         x = self._run(self._remat(layer), params, x, c.n_layers - 1)
 
         def attend(q, k, v):
             return cached_attention(q[:, :, 0], k, v, segments > 0)[:, :, None]
 
-        x = self._block.apply({"params": self._layer(params, c.n_layers - 1)}, x, rope, attend, pick=pick)
+        x = self._block.apply(
+            {"params": self._layer(params, c.n_layers - 1)}, x, rope, attend, pick=pick
+        )
         return self._norm(params, x)[:, 0]
 
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    def logits(
+        self, params: Params, hidden: Float[Array, "*b d"]
+    ) -> Float[Array, "*b v"]:
         """Float32 logits of hidden states."""
         output, scale = self._output_and_scale(params)
         logits = logprobs.unembed(hidden, output, self._tied)
         return logits if scale is None else logits * scale
 
-    def scalar(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+    def scalar(
+        self, params: Params, hidden: Float[Array, "*b d"]
+    ) -> Float[Array, "*b"]:
         """Float32 scalar (a value or a reward) of hidden states."""
         head = params["head"]
         return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
@@ -247,7 +306,9 @@ class Model:
     ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
         """log p(target) and entropy (nats) under softmax(logits / temperature); see models.logprobs."""
         output = self._output(params)
-        return logprobs.logprobs(hidden, output, targets, float(temperature), tied=self._tied)
+        return logprobs.logprobs(
+            hidden, output, targets, float(temperature), tied=self._tied
+        )
 
     def cross_entropy(
         self,
@@ -257,7 +318,9 @@ class Model:
         mask: Float[Array, "b t"],
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Summed masked negative log-likelihood (nats) and its weight; see models.logprobs."""
-        return logprobs.cross_entropy(hidden, self._output(params), targets, mask, tied=self._tied)
+        return logprobs.cross_entropy(
+            hidden, self._output(params), targets, mask, tied=self._tied
+        )
 
     # ------------------------------------------------------------------ with a cache
 
@@ -268,14 +331,20 @@ class Model:
 
         def empty() -> Any:
             if self.int8_cache:
-                return Quantised(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32))
+                return Quantised(
+                    jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
+                )
             return jnp.zeros(shape, c.dtype)
 
         k, v = (tuple(empty() for _ in range(c.n_layers)) for _ in range(2))
         return Cache(k, v, jnp.zeros((batch, length), bool))
 
     def prefill(
-        self, params: Params, tokens: Int[Array, "b p"], segments: Int[Array, "b p"], cache: Cache
+        self,
+        params: Params,
+        tokens: Int[Array, "b p"],
+        segments: Int[Array, "b p"],
+        cache: Cache,
     ) -> tuple[Float[Array, "b d"], Cache]:
         """Run left-padded prompts, fill slots 0 .. p-1; returns the hidden state of the last slot and the cache."""
         positions = positions_of(segments)
@@ -303,7 +372,9 @@ class Model:
         """One token a row, all written to the same cache slot; returns its hidden state and the cache."""
         x = self._embed(params, token[:, None], position[:, None], None)
         rope = self._rope(position[:, None])
-        valid = jax.lax.dynamic_update_slice(cache.valid, jnp.ones((token.shape[0], 1), bool), (0, slot))
+        valid = jax.lax.dynamic_update_slice(
+            cache.valid, jnp.ones((token.shape[0], 1), bool), (0, slot)
+        )
         k, v = list(cache.k), list(cache.v)
         for i in range(self.config.n_layers):
 
@@ -332,15 +403,27 @@ class Model:
     def _output(self, params):
         """The matrix that makes logits, in float32 where it is int8."""
         output, scale = self._output_and_scale(params)
-        return output if scale is None else output * (scale[:, None] if self._tied else scale)
+        return (
+            output
+            if scale is None
+            else output * (scale[:, None] if self._tied else scale)
+        )
 
     def _output_and_scale(self, params):
-        tree, name = (params["backbone"]["embed"], "tokens") if self._tied else (params["head"], "kernel")
+        tree, name = (
+            (params["backbone"]["embed"], "tokens")
+            if self._tied
+            else (params["head"], "kernel")
+        )
         return tree[name], tree.get(name + SCALE)
 
     def _rope(self, positions):
         c = self.config
-        return rope_tables(positions, c.rope_dim, float(c.rope_theta)) if c.positions == "rope" else None
+        return (
+            rope_tables(positions, c.rope_dim, float(c.rope_theta))
+            if c.positions == "rope"
+            else None
+        )
 
     def _begin(self, params, tokens, positions, segments, key):
         """The embedded tokens, the tables of their positions, and layer(x, parameters, index)."""
@@ -366,16 +449,26 @@ class Model:
 
     def _embed(self, params, tokens, positions, key):
         c = self.config
-        x = blocks.Embed(c).apply({"params": params["backbone"]["embed"]}, tokens, positions)
+        x = blocks.Embed(c).apply(
+            {"params": params["backbone"]["embed"]}, tokens, positions
+        )
         return constrain(dropout(x, c.dropout, key), blocks.RESIDUAL)
 
     def _norm(self, params, x):
         c = self.config
-        return blocks.Norm(c).apply({"params": params["backbone"]["norm"]}, x) if c.final_norm else x
+        return (
+            blocks.Norm(c).apply({"params": params["backbone"]["norm"]}, x)
+            if c.final_norm
+            else x
+        )
 
     def _layer(self, params, i):
         layers = params["backbone"]["layers"]
-        return jax.tree.map(lambda p: p[i], layers) if self.config.scan_layers else layers[f"layer_{i}"]
+        return (
+            jax.tree.map(lambda p: p[i], layers)
+            if self.config.scan_layers
+            else layers[f"layer_{i}"]
+        )
 
     def _remat(self, layer):
         if self.config.remat == "none":

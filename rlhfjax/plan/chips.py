@@ -36,7 +36,16 @@ CHIPS = {
         Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, 3.125e9, f"{DOCS}/v5e"),
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, f"{DOCS}/v5p"),
         Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, f"{DOCS}/v6e"),
-        Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 12.5e9, f"{DOCS}/tpu7x", devices=2),
+        Chip(
+            "tpu7x",
+            192 * GIB,
+            2307e12,
+            7380e9,
+            600e9,
+            12.5e9,
+            f"{DOCS}/tpu7x",
+            devices=2,
+        ),
     )
 }
 

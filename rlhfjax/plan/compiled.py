@@ -40,7 +40,9 @@ class Measured:
     elsewhere: float = 0.0  # bytes a device that other programs of the step hold meanwhile: frozen models, state
 
 
-def measure(program: Program, target: Target, ask: Compile, held: Sequence[Held] = ()) -> Measured:
+def measure(
+    program: Program, target: Target, ask: Compile, held: Sequence[Held] = ()
+) -> Measured:
     """Has one program compiled, and reads the answer.
 
     Args:
@@ -55,7 +57,11 @@ def measure(program: Program, target: Target, ask: Compile, held: Sequence[Held]
         room = float(said[1]) * 2**30
     enough = None if room is None else answer.memory.peak + elsewhere <= room
     cost = None if answer.refused else module.cost()
-    work = _work(cost, program.passes * program.model_flops / program.devices) if cost else None
+    work = (
+        _work(cost, program.passes * program.model_flops / program.devices)
+        if cost
+        else None
+    )
     return Measured(
         program.name,
         answer.memory,
@@ -77,8 +83,14 @@ def here(program: Program) -> Answer:
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     temporaries, aliased = stats.temp_size_in_bytes, stats.alias_size_in_bytes
-    peak = max(arguments + temporaries + outputs - aliased, getattr(stats, "peak_memory_in_bytes", 0))
-    return Answer(Memory(*map(float, (arguments, temporaries, outputs, aliased, peak))), compiled.as_text())
+    peak = max(
+        arguments + temporaries + outputs - aliased,
+        getattr(stats, "peak_memory_in_bytes", 0),
+    )
+    return Answer(
+        Memory(*map(float, (arguments, temporaries, outputs, aliased, peak))),
+        compiled.as_text(),
+    )
 
 
 def _work(cost: Cost, least: float) -> Work:
@@ -89,8 +101,16 @@ def _work(cost: Cost, least: float) -> Work:
 def beside(program: Program, held: Sequence[Held]) -> float:
     """Returns bytes per device of what is held on the program's devices and is no argument of it."""
     own = {_place(x) for x in jax.tree.leaves(program.inputs) if isinstance(x, Held)}
-    devices = {device for x in jax.tree.leaves(program.inputs) for device in x.sharding.device_set}
-    others = {_place(x): x for x in held if _place(x) not in own and not devices.isdisjoint(x.sharding.device_set)}
+    devices = {
+        device
+        for x in jax.tree.leaves(program.inputs)
+        for device in x.sharding.device_set
+    }
+    others = {
+        _place(x): x
+        for x in held
+        if _place(x) not in own and not devices.isdisjoint(x.sharding.device_set)
+    }
     return sharded_bytes(others)
 
 

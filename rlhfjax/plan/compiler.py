@@ -25,7 +25,9 @@ from rlhfjax.plan.topology import quiet, target
 
 HBM = "0"  # its number among the compiler's memory spaces
 _POLL = 0.05  # seconds
-_ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(?:, color (\d+))?, page \d+, (.*):$", re.MULTILINE)
+_ALLOCATION = re.compile(
+    r"^allocation \d+: size (\d+)(?:, color (\d+))?, page \d+, (.*):$", re.MULTILINE
+)
 
 
 class Job(NamedTuple):
@@ -55,7 +57,9 @@ class Answer(NamedTuple):
     memory: Memory
     text: str  # the program, optimised and scheduled
     refused: str = ""  # its words, where the program does not fit
-    live: tuple[tuple[str, float], ...] = ()  # what lives at the moment of the most: (instruction{index}, bytes)
+    live: tuple[
+        tuple[str, float], ...
+    ] = ()  # what lives at the moment of the most: (instruction{index}, bytes)
 
 
 def ask(job: Job) -> Answer:
@@ -64,7 +68,10 @@ def ask(job: Job) -> Answer:
     Raises:
       UserError: the compiler fails for another reason than memory, in its own words.
     """
-    with tempfile.TemporaryDirectory(prefix="rlhfjax-plan-") as name, _compiling(job, name) as (process, connection):
+    with (
+        tempfile.TemporaryDirectory(prefix="rlhfjax-plan-") as name,
+        _compiling(job, name) as (process, connection),
+    ):
         folder, said = paths.path(name), None
         while said is None:
             if (answer := _whole(folder)) is not None:
@@ -72,11 +79,16 @@ def ask(job: Job) -> Answer:
             if connection.poll(_POLL):
                 said = _last_words(connection)
             elif not process.is_alive():
-                said = _last_words(connection) or f"its process ended with {process.exitcode}"
+                said = (
+                    _last_words(connection)
+                    or f"its process ended with {process.exitcode}"
+                )
         if not said and (answer := _whole(folder)) is not None:
             return answer
         if "RESOURCE_EXHAUSTED" in said and _find(folder, ""):
-            return _decided(folder, first_line(said).removeprefix("RESOURCE_EXHAUSTED: "))
+            return _decided(
+                folder, first_line(said).removeprefix("RESOURCE_EXHAUSTED: ")
+            )
         where = f"plan: the TPU compiler on {job.program} of {job.subject.name}"
         raise UserError(f"{where}: {first_line(said)}")
 
@@ -103,11 +115,15 @@ def _compiling(job: Job, folder: str) -> Iterator[tuple[BaseProcess, Connection]
 
 def _compile(job: Job, folder: str, connection: Connection) -> None:
     """Sends what the compiler refuses, and nothing where it does not."""
-    jax.config.update("jax_enable_compilation_cache", False)  # a program that is found there has no files
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # a program that is found there has no files
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         layout = layout_for(job.subject, target(job.topology, job.slices))
-        programs = {p.name: p for p in sketch(job.subject, layout, job.completions).programs}
+        programs = {
+            p.name: p for p in sketch(job.subject, layout, job.completions).programs
+        }
         lowered = programs[job.program].lower()
         with quiet():
             lowered.compile(compiler_options=options(folder))
@@ -130,7 +146,11 @@ def _last_words(connection: Connection) -> str:
 
 def _whole(folder: Path) -> Answer | None:
     """What the compiler decided, once it has written all of it: its last file is that of the program again."""
-    sizes = [path.stat().st_size for part in ("", "_after_buffer_assignment") for path in _find(folder, part)]
+    sizes = [
+        path.stat().st_size
+        for part in ("", "_after_buffer_assignment")
+        for path in _find(folder, part)
+    ]
     if len(sizes) < 2 or sizes[0] != sizes[1] or not sizes[0]:
         return None
     return _decided(folder)
@@ -138,19 +158,25 @@ def _whole(folder: Path) -> Answer | None:
 
 def _decided(folder: Path, refused: str = "") -> Answer:
     assignment, text, ranges = (
-        _find(folder, part)[0].read_text() for part in ("-buffer-assignment", "", "-live-range")
+        _find(folder, part)[0].read_text()
+        for part in ("-buffer-assignment", "", "-live-range")
     )
     return Answer(_memory(assignment), text, refused, _peak(ranges))
 
 
 def _find(folder: Path, part: str) -> list[Path]:
-    return list(folder.glob(f"*.after_optimizations{part}.txt"))  # one, or none yet: one program is compiled
+    return list(
+        folder.glob(f"*.after_optimizations{part}.txt")
+    )  # one, or none yet: one program is compiled
 
 
 def _peak(ranges: str) -> tuple[tuple[str, float], ...]:
     """The values that live at the moment of the most, VMEM's among them, the largest first."""
     at = ranges.partition("(peak):")[2].partition("Stack trace")[0]
-    return tuple((name, float(size)) for name, size in re.findall(r"^\s+(\S+): (\d+) bytes", at, re.MULTILINE))
+    return tuple(
+        (name, float(size))
+        for name, size in re.findall(r"^\s+(\S+): (\d+) bytes", at, re.MULTILINE)
+    )
 
 
 def _memory(assignment: str) -> Memory:
@@ -167,5 +193,7 @@ def _memory(assignment: str) -> Memory:
         sizes["outputs"] += float(size) * left
         sizes["aliased"] += float(size) * (given and left)
         sizes["temporaries"] += float(size) * what.startswith("preallocated-temp")
-    peak = sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
+    peak = (
+        sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
+    )
     return Memory(**sizes, peak=peak)

@@ -30,7 +30,13 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions: int = 2, part: str = "") -> Estimate:
+def estimate(
+    subject: Subject,
+    axes: Mapping[str, int],
+    chip: Chip,
+    completions: int = 2,
+    part: str = "",
+) -> Estimate:
     """Returns the estimate of a stage on a mesh with these axes.
 
     FSDP gathers weights for every pass and scatters gradients once per microbatch, whole layers at a time.
@@ -42,7 +48,9 @@ def estimate(subject: Subject, axes: Mapping[str, int], chip: Chip, completions:
     workload = subject.workload(completions)
     nets = [net for net in subject.nets if net.role.mesh == "train"]
     parts = footprint.device_bytes(nets, workload, axes, part)
-    return Estimate(parts, _seconds(subject, workload, axes, chip, completions), workload.units)
+    return Estimate(
+        parts, _seconds(subject, workload, axes, chip, completions), workload.units
+    )
 
 
 def smallest_batch(subject: Subject) -> int:
@@ -50,7 +58,13 @@ def smallest_batch(subject: Subject) -> int:
     return subject.workload().batch
 
 
-def _seconds(subject: Subject, workload: Workload, axes: Mapping[str, int], chip: Chip, completions: int) -> float:
+def _seconds(
+    subject: Subject,
+    workload: Workload,
+    axes: Mapping[str, int],
+    chip: Chip,
+    completions: int,
+) -> float:
     """Rooflines of the passes forward and backward, and of decoding, one after the other."""
     model, devices = subject.model, math.prod(axes.values())
     trained = footprint.trained_nets(subject.nets)
@@ -66,7 +80,9 @@ def _seconds(subject: Subject, workload: Workload, axes: Mapping[str, int], chip
     if workload.decoded:
         size = 2.0 if model.dtype == "bfloat16" else 4.0
         weights = trained[0].numbers * size / axes["tensor"]
-        cache = footprint.cache_bytes(model, workload, axes) / 2  # half full, on average
+        cache = (
+            footprint.cache_bytes(model, workload, axes) / 2
+        )  # half full, on average
         gather = weights * (axes["fsdp"] - 1) / axes["fsdp"]
         decoding = Work(0, weights + cache, gather, 0).times(workload.sampled)
         seconds += chips.roofline(decoding, chip).seconds
@@ -77,16 +93,23 @@ def _pass_bytes(net: Net, axes: Mapping[str, int]) -> Work:
     """Of one microbatch: weights are gathered forward and backward, gradients scattered, and summed over replicas."""
     size = 2.0 if net.config.dtype == "bfloat16" else 4.0
     n, fsdp, data = net.numbers / axes["tensor"], axes["fsdp"], axes["data"]
-    ici = n * (2 * size + 4.0) * (fsdp - 1) / fsdp + 2 * 4.0 * n / fsdp * (data - 1) / data
+    ici = (
+        n * (2 * size + 4.0) * (fsdp - 1) / fsdp
+        + 2 * 4.0 * n / fsdp * (data - 1) / data
+    )
     replica = axes["replica"]
     dcn = 2 * 4.0 * n / fsdp * (replica - 1) / replica
     return Work(0, 3 * n * size + 12.0 * n / fsdp, ici, dcn)
 
 
-def _tensor_bytes(subject: Subject, workload: Workload, axes: Mapping[str, int]) -> float:
+def _tensor_bytes(
+    subject: Subject, workload: Workload, axes: Mapping[str, int]
+) -> float:
     """Megatron's all-reduces: two per layer forward and two backward, and two more where it is computed again."""
     c, t = subject.model, axes["tensor"]
     rows = footprint.rows_per_device(workload, axes)
     size = 2.0 if c.dtype == "bfloat16" else 4.0
     times = 6 if c.remat == "full" else 4
-    return times * c.n_layers * 2 * (t - 1) / t * rows * workload.length * c.d_model * size
+    return (
+        times * c.n_layers * 2 * (t - 1) / t * rows * workload.length * c.d_model * size
+    )

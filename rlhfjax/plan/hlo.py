@@ -18,12 +18,30 @@ from collections import Counter
 from collections.abc import Iterable
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota", "domain"}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "iota",
+    "domain",
+}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLS = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +98,12 @@ class Cost:
         for key, n in other.sent.items():
             sent[key] += n * times
         unknown = self.unknown_loops + other.unknown_loops
-        return Cost(self.flops + other.flops * times, self.hbm + other.hbm * times, sent, unknown)
+        return Cost(
+            self.flops + other.flops * times,
+            self.hbm + other.hbm * times,
+            sent,
+            unknown,
+        )
 
     def link(self, link: str) -> float:
         """Bytes sent over "ici" or "dcn"."""
@@ -109,14 +132,18 @@ class Program:
         self._channels.clear()
         return self._cost(self.entry)
 
-    def buffers(self, live: Iterable[tuple[str, float]] = (), most: int = 8) -> list[tuple[str, float]]:
+    def buffers(
+        self, live: Iterable[tuple[str, float]] = (), most: int = 8
+    ) -> list[tuple[str, float]]:
         """The largest buffers in HBM as (what it is, bytes), the largest first.
 
         Args:
           live: those that are there at once, as `instruction{index}` and bytes; where the compiler does not say which,
             every result that is not inside of a fusion counts.
         """
-        known = {name: i for lines in self.computations.values() for name, i in lines.items()}
+        known = {
+            name: i for lines in self.computations.values() for name, i in lines.items()
+        }
         named: Counter = Counter()
         for value, size in live:
             name, _, index = value.rstrip("}").partition("{")
@@ -133,7 +160,11 @@ class Program:
             if computation in fused:
                 continue
             for i in lines.values():
-                skip = i.op in FREE - {"parameter"} or i.op in ("while", "call", "conditional") or "-done" in i.op
+                skip = (
+                    i.op in FREE - {"parameter"}
+                    or i.op in ("while", "call", "conditional")
+                    or "-done" in i.op
+                )
                 if skip or (i.op == "parameter" and computation != self.entry):
                     continue
                 for array in i.result:
@@ -158,13 +189,19 @@ class Program:
             body = self._cost(i.find(r"body=%?([\w.\-]+)") or "")
             return Cost(unknown_loops=int(rounds is None)).plus(body, rounds or 1)
         if i.op == "conditional":
-            return max((self._cost(c) for c in called), key=lambda c: (c.flops, c.hbm), default=Cost())
+            return max(
+                (self._cost(c) for c in called),
+                key=lambda c: (c.flops, c.hbm),
+                default=Cost(),
+            )
         if i.op in ("async-update", "async-done"):
             return Cost()  # what began with async-start, and was counted there
         if i.op in ("call", "async-start"):
             return functools.reduce(Cost.plus, (self._cost(c) for c in called), Cost())
         if i.op == "fusion":
-            inner = functools.reduce(Cost.plus, (self._inside(c) for c in called), Cost())
+            inner = functools.reduce(
+                Cost.plus, (self._inside(c) for c in called), Cost()
+            )
             return inner.plus(Cost(hbm=self._fusion_bytes(i, lines, called[0])))
         return self._inside_one(i, lines).plus(Cost(hbm=_bytes(i, lines)))
 
@@ -174,28 +211,45 @@ class Program:
         scatter = computation.startswith("all-reduce-scatter")
         for i in lines.values():
             if i.op == "fusion":
-                total = functools.reduce(Cost.plus, (self._inside(c) for c in _called(i)), total)
+                total = functools.reduce(
+                    Cost.plus, (self._inside(c) for c in _called(i)), total
+                )
             else:
                 total = total.plus(self._inside_one(i, lines, scatter))
         return total
 
-    def _inside_one(self, i: Instruction, lines: dict[str, Instruction], scatter: bool = False) -> Cost:
+    def _inside_one(
+        self, i: Instruction, lines: dict[str, Instruction], scatter: bool = False
+    ) -> Cost:
         if i.op in ("dot", "convolution"):
-            return Cost(flops=_dot(i, lines) if i.op == "dot" else _convolution(i, lines))
+            return Cost(
+                flops=_dot(i, lines) if i.op == "dot" else _convolution(i, lines)
+            )
         if i.op == "send" and "megascale" in i.attributes:
-            kind = (i.find(r'_xla_megascale_transfer_type="(\w+)"') or "send").lower().replace("_", "-")
+            kind = (
+                (i.find(r'_xla_megascale_transfer_type="(\w+)"') or "send")
+                .lower()
+                .replace("_", "-")
+            )
             return Cost(sent=Counter({(kind, "dcn"): i.result[0].size}))
         kind = i.op.removesuffix("-start")
         if kind not in COLLECTIVES:
             return Cost()
         given = sum(lines[name].size for name in i.operands if name in lines)
-        channel = (i.find(r"channel_id=(\d+)"), given)  # channels of different programs' parts may have one number
+        channel = (
+            i.find(r"channel_id=(\d+)"),
+            given,
+        )  # channels of different programs' parts may have one number
         if channel in self._channels:
             return Cost()
         if channel[0] is not None:
             self._channels.add(channel)
         kind = "reduce-scatter" if scatter and kind == "all-reduce" else kind
-        return Cost(sent=Counter({(kind, "ici"): sent_bytes(kind, given, group_size(i.attributes))}))
+        return Cost(
+            sent=Counter(
+                {(kind, "ici"): sent_bytes(kind, given, group_size(i.attributes))}
+            )
+        )
 
     def _rounds(self, loop: Instruction, lines: dict[str, Instruction]) -> int | None:
         """How often a loop runs: as XLA knows it, or the bound that its condition compares a counter with.
@@ -208,17 +262,28 @@ class Program:
         seen, bounds = [condition], []
         for name in seen:
             for i in self.computations.get(name, {}).values():
-                if i.op == "constant" and i.result[0].dtype == "s32" and not i.result[0].shape:
+                if (
+                    i.op == "constant"
+                    and i.result[0].dtype == "s32"
+                    and not i.result[0].shape
+                ):
                     bounds.append(int(i.operands[0]))
                 if i.op == "get-tuple-element":
-                    bounds += _given(lines, loop.operands[0], int(i.find(r"index=(\d+)") or 0))
+                    bounds += _given(
+                        lines, loop.operands[0], int(i.find(r"index=(\d+)") or 0)
+                    )
                 seen += [c for c in _called(i) if c not in seen]
         return max(bounds, default=None)
 
-    def _fusion_bytes(self, i: Instruction, lines: dict[str, Instruction], called: str) -> float:
+    def _fusion_bytes(
+        self, i: Instruction, lines: dict[str, Instruction], called: str
+    ) -> float:
         """Operands, of sliced ones the slices, and the result, of one updated in place the update."""
         inner = self.computations[called]
-        parameters = sorted((p for p in inner.values() if p.op == "parameter"), key=lambda p: int(p.operands[0]))
+        parameters = sorted(
+            (p for p in inner.values() if p.op == "parameter"),
+            key=lambda p: int(p.operands[0]),
+        )
         read = sum(
             self._read(called, p.name)
             for p, name in zip(parameters, i.operands, strict=False)
@@ -228,7 +293,9 @@ class Program:
         written = i.hbm
         for u in updates:
             if written and u.size <= i.size:
-                written += inner[u.operands[1]].size - u.size if u.operands[1] in inner else 0
+                written += (
+                    inner[u.operands[1]].size - u.size if u.operands[1] in inner else 0
+                )
         return float(read + max(written, 0))
 
     def _read(self, computation: str, name: str) -> float:
@@ -244,7 +311,11 @@ class Program:
                     total += self._read(computation, user.name)
                 elif user.op == "fusion":
                     inner = self.computations[_called(user)[0]]
-                    own = next(p.name for p in inner.values() if p.op == "parameter" and p.operands[0] == str(position))
+                    own = next(
+                        p.name
+                        for p in inner.values()
+                        if p.op == "parameter" and p.operands[0] == str(position)
+                    )
                     total += self._read(_called(user)[0], own)
                 elif not (user.op == "dynamic-update-slice" and position == 0):
                     total += lines[name].size
@@ -257,7 +328,10 @@ def _instruction(name: str, rest: str) -> Instruction:
     op, rest = rest.strip().split("(", 1)
     inside, attributes = _balanced("(" + rest)
     arrays = tuple(
-        Array(m[1], tuple(map(int, filter(None, m[2].split(",")))), "S(" in (m[3] or "")) for m in _ARRAY.finditer(kind)
+        Array(
+            m[1], tuple(map(int, filter(None, m[2].split(",")))), "S(" in (m[3] or "")
+        )
+        for m in _ARRAY.finditer(kind)
     )
     parts = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", inside[1:-1]).split(",")
     operands = tuple(p.split()[-1].lstrip("%") for p in parts if p.strip())
@@ -280,7 +354,11 @@ def _called(i: Instruction) -> list[str]:
     names: list[str] = []
     for match in _CALLS.finditer(i.attributes):
         rest = i.attributes[match.end() :]
-        inside = rest[1 : rest.index("}")] if rest.startswith("{") else re.split(r"[,\s]", rest, maxsplit=1)[0]
+        inside = (
+            rest[1 : rest.index("}")]
+            if rest.startswith("{")
+            else re.split(r"[,\s]", rest, maxsplit=1)[0]
+        )
         names += [n.strip().lstrip("%") for n in inside.split(",")]
     return names
 
@@ -293,8 +371,17 @@ def _given(lines: dict[str, Instruction], name: str, index: int) -> list[int]:
     part = lines.get(made.operands[index])
     while part is not None and part.op in ("copy", "bitcast"):
         part = lines.get(part.operands[0])
-    whole = part is not None and part.op == "constant" and part.result[0].dtype == "s32" and not part.result[0].shape
-    return [int(part.operands[0])] if part is not None and whole and int(part.operands[0]) > 0 else []
+    whole = (
+        part is not None
+        and part.op == "constant"
+        and part.result[0].dtype == "s32"
+        and not part.result[0].shape
+    )
+    return (
+        [int(part.operands[0])]
+        if part is not None and whole and int(part.operands[0]) > 0
+        else []
+    )
 
 
 def _label(i: Instruction, array: Array) -> str:
@@ -307,9 +394,15 @@ def _where(i: Instruction) -> str:
 
 def _bytes(i: Instruction, lines: dict[str, Instruction]) -> float:
     """Bytes from and to HBM of one operation outside of fusions."""
-    if i.op in FREE or i.op.endswith("-start") or i.op in ("send", "recv", "send-done", "recv-done"):
+    if (
+        i.op in FREE
+        or i.op.endswith("-start")
+        or i.op in ("send", "recv", "send-done", "recv-done")
+    ):
         return 0.0
-    if i.op == "custom-call" and i.find(r'custom_call_target="(AllocateBuffer|AsyncCollective\w+|ConcatBitcast)"'):
+    if i.op == "custom-call" and i.find(
+        r'custom_call_target="(AllocateBuffer|AsyncCollective\w+|ConcatBitcast)"'
+    ):
         return 0.0
     if i.op.endswith("-done") or i.op in ("dynamic-slice", "slice", "gather"):
         return i.size
@@ -321,7 +414,11 @@ def _bytes(i: Instruction, lines: dict[str, Instruction]) -> float:
 def _dot(i: Instruction, lines: dict[str, Instruction]) -> float:
     left = lines[i.operands[0]].result[0].shape
     contracted = (i.find(r"lhs_contracting_dims=\{([\d,]*)\}") or "").split(",")
-    return 2.0 * math.prod(i.result[0].shape) * math.prod(left[int(d)] for d in contracted if d)
+    return (
+        2.0
+        * math.prod(i.result[0].shape)
+        * math.prod(left[int(d)] for d in contracted if d)
+    )
 
 
 def _convolution(i: Instruction, lines: dict[str, Instruction]) -> float:
@@ -331,11 +428,19 @@ def _convolution(i: Instruction, lines: dict[str, Instruction]) -> float:
     """
     spec = i.find(r"dim_labels=([\w]+_[\w]+->[\w]+)") or ""
     inputs, kernel, output = re.split(r"_|->", spec)
-    shapes = [lines[name].result[0].shape for name in i.operands[:2]] + [i.result[0].shape]
-    sizes = [
-        dict(zip(labels, shape, strict=True)) for labels, shape in zip((inputs, kernel, output), shapes, strict=True)
+    shapes = [lines[name].result[0].shape for name in i.operands[:2]] + [
+        i.result[0].shape
     ]
-    window = {k: v.split("x") for k, v in re.findall(r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or "")}
+    sizes = [
+        dict(zip(labels, shape, strict=True))
+        for labels, shape in zip((inputs, kernel, output), shapes, strict=True)
+    ]
+    window = {
+        k: v.split("x")
+        for k, v in re.findall(
+            r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or ""
+        )
+    }
     pairs = 1
     for n, d in enumerate(sorted(label for label in output if label.isdigit())):
         pairs *= _pairs(sizes[0][d], sizes[2][d], {k: v[n] for k, v in window.items()})
@@ -374,7 +479,10 @@ def group_size(attributes: str) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{}]*)?\s*\{([^}]*)\}", attributes):
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{}]*)?\s*\{([^}]*)\}",
+        attributes,
+    ):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or axes[axis]) for axis, part in parts)

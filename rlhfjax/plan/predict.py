@@ -27,12 +27,18 @@ class Plan:
     sketch: Sketch
     programs: list[Measured]
     completions: int = 2
-    left_out: list[str] = dataclasses.field(default_factory=list)  # programs that were not asked for
+    left_out: list[str] = dataclasses.field(
+        default_factory=list
+    )  # programs that were not asked for
 
     @property
     def fits(self) -> bool | None:
         """Whether every program does; None where the capacity of the devices is unknown."""
-        return None if any(p.fits is None for p in self.programs) else all(p.fits for p in self.programs)
+        return (
+            None
+            if any(p.fits is None for p in self.programs)
+            else all(p.fits for p in self.programs)
+        )
 
     @property
     def step_seconds(self) -> float | None:
@@ -46,7 +52,9 @@ class Plan:
         seconds, chip = self.step_seconds, self.target.chip
         if seconds is None or chip is None:
             return None
-        return chips.mfu(sum(p.model_flops for p in self.programs), seconds, self.target.chips, chip)
+        return chips.mfu(
+            sum(p.model_flops for p in self.programs), seconds, self.target.chips, chip
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON; bytes and seconds are a device's, FLOPs named model_flops those of the whole mesh."""
@@ -64,7 +72,9 @@ class Plan:
             "advice": advice(self),
             "steps": s.steps,
             "tokens_per_step": s.tokens,
-            "six_n_d": chips.training_flops(memory.parameters(self.subject.model), s.tokens),
+            "six_n_d": chips.training_flops(
+                memory.parameters(self.subject.model), s.tokens
+            ),
             "programs": [_program(p) for p in self.programs],
             "left_out": self.left_out,
         }
@@ -80,7 +90,13 @@ class Plan:
         return out
 
 
-def make(subject: Subject, target: Target, completions: int = 2, stop: bool = False, only: Sequence[str] = ()) -> Plan:
+def make(
+    subject: Subject,
+    target: Target,
+    completions: int = 2,
+    stop: bool = False,
+    only: Sequence[str] = (),
+) -> Plan:
     """Compiles every program of a stage; nothing runs.
 
     Args:
@@ -91,13 +107,19 @@ def make(subject: Subject, target: Target, completions: int = 2, stop: bool = Fa
     drawn = sketch(subject, layout, completions)
     names = [program.name for program in drawn.programs]
     if unknown := [name for name in only if name not in names]:
-        raise ConfigError(f"--programs={unknown[0]}: the programs of {subject.name} are {', '.join(names)}")
-    drawn = drawn._replace(programs=[p for p in drawn.programs if not only or p.name in only])
+        raise ConfigError(
+            f"--programs={unknown[0]}: the programs of {subject.name} are {', '.join(names)}"
+        )
+    drawn = drawn._replace(
+        programs=[p for p in drawn.programs if not only or p.name in only]
+    )
 
     def ask(program: Program) -> Answer:
         if not target.topology:
             return here(program)
-        return compiler.ask(Job(subject, target.topology, target.slices, completions, program.name))
+        return compiler.ask(
+            Job(subject, target.topology, target.slices, completions, program.name)
+        )
 
     if stop:
         drawn.programs.sort(key=lambda program: -sharded_bytes(program.inputs))
@@ -107,14 +129,19 @@ def make(subject: Subject, target: Target, completions: int = 2, stop: bool = Fa
         if stop and measured[-1].fits is False:
             break
     left_out = [name for name in names if name not in {p.name for p in drawn.programs}]
-    return Plan(subject, target, dict(layout.mesh.shape), drawn, measured, completions, left_out)
+    return Plan(
+        subject, target, dict(layout.mesh.shape), drawn, measured, completions, left_out
+    )
 
 
 def advice(plan: Plan) -> list[str]:
     """What would make it fit, with numbers; empty where it fits. See `advise`."""
     if plan.fits is not False:
         return []
-    worst = max((p for p in plan.programs if not p.fits), key=lambda p: p.memory.peak + p.elsewhere)
+    worst = max(
+        (p for p in plan.programs if not p.fits),
+        key=lambda p: p.memory.peak + p.elsewhere,
+    )
     return advise(plan.subject, plan.mesh, worst, plan.completions)
 
 
@@ -131,7 +158,10 @@ def _program(p: Measured) -> dict[str, Any]:
     if p.refused:
         out["compiler"] = p.refused
     if p.cost is not None:
-        sent = [{"kind": kind, "link": link, "bytes": n} for (kind, link), n in sorted(p.cost.sent.items())]
+        sent = [
+            {"kind": kind, "link": link, "bytes": n}
+            for (kind, link), n in sorted(p.cost.sent.items())
+        ]
         out |= {"flops": p.cost.flops, "hbm_bytes": p.cost.hbm, "collectives": sent}
         out["loops_of_unknown_length"] = p.cost.unknown_loops
     if p.roofline is not None:

@@ -31,7 +31,9 @@ class Program(NamedTuple):
     lower: Callable[[], Any]  # -> jax.stages.Lowered
     inputs: PyTree  # ShapeDtypeStructs with shardings
     devices: int  # of its mesh
-    model_flops: float  # of the whole mesh, what the mathematics needs: see `chips.token_flops`
+    model_flops: (
+        float  # of the whole mesh, what the mathematics needs: see `chips.token_flops`
+    )
     passes: float = 1.0  # so many times those are computed, at least: see `passes`
 
 
@@ -43,7 +45,9 @@ class Sketch(NamedTuple):
     steps: int
     batch: int  # sequences of the largest forward-backward pass, for the table by hand
     time: int
-    held: list[Held]  # what is on the devices all the time, whichever program runs: state and frozen models
+    held: list[
+        Held
+    ]  # what is on the devices all the time, whichever program runs: state and frozen models
 
 
 def layout_for(subject: Subject, target: Target) -> Layout:
@@ -69,7 +73,8 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
         state = hold(state, "state")
         rows = layout.sharding("batch")
         batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in stage.batch(completions).items()
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+            for name, x in stage.batch(completions).items()
         }
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
         stage.step(state, batch, key)
@@ -88,7 +93,9 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
         for call in _named(recorder.calls)
     ]
     held = [*jax.tree.leaves(state), *recorder.held]
-    return Sketch(programs, workload.units, config.steps, workload.rows, workload.length, held)
+    return Sketch(
+        programs, workload.units, config.steps, workload.rows, workload.length, held
+    )
 
 
 def _named(calls: list[Call]) -> Iterator[Call]:
@@ -117,7 +124,9 @@ def passes_of(subject: Subject, completions: int = 2) -> Iterator[tuple[Pass, Ne
     for one in subject.workload(completions).passes:
         for net in subject.nets:
             suffix = net.name.removeprefix(one.role)
-            if net.name == one.role or (net.name.startswith(one.role) and suffix.startswith("_")):
+            if net.name == one.role or (
+                net.name.startswith(one.role) and suffix.startswith("_")
+            ):
                 yield one._replace(program=one.program + suffix), net
 
 
@@ -126,7 +135,11 @@ def step_flops(subject: Subject, completions: int = 2) -> dict[str, float]:
     a training step."""
     flops: dict[str, float] = {}
     for one, net in passes_of(subject, completions):
-        each = float(chips.token_flops(parameters(net.config, net.role.head), net.config, one.length))
+        each = float(
+            chips.token_flops(
+                parameters(net.config, net.role.head), net.config, one.length
+            )
+        )
         share = 1.0 if one.trains else 1 / 3
         flops[one.program] = flops.get(one.program, 0.0) + one.tokens * each * share
     return flops

@@ -25,7 +25,17 @@ from rlhfjax.strategy import FULL
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # What Cloud TPU calls these slices; v4, v5p and TPU7x come in hosts of four chips.
-CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+CUBES = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+)
 SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
 
 
@@ -66,17 +76,27 @@ class Search:
     def rate(self, c: Candidate) -> float:
         """Tokens per chip-second by the compiled program; by arithmetic where its work could not be read."""
         plan = self.plans[c.topology]
-        return plan.sketch.tokens / plan.step_seconds / c.chips if plan.step_seconds else c.expected_rate
+        return (
+            plan.sketch.tokens / plan.step_seconds / c.chips
+            if plan.step_seconds
+            else c.expected_rate
+        )
 
     @property
     def fewest(self) -> Candidate | None:
         """The slice with the fewest chips that fits."""
-        return min((c for c in self.candidates if self.fits(c)), key=lambda c: (c.chips, -self.rate(c)), default=None)
+        return min(
+            (c for c in self.candidates if self.fits(c)),
+            key=lambda c: (c.chips, -self.rate(c)),
+            default=None,
+        )
 
     @property
     def best(self) -> Candidate | None:
         """The slice with the most tokens per chip-second, of those that fit."""
-        return max((c for c in self.candidates if self.fits(c)), key=self.rate, default=None)
+        return max(
+            (c for c in self.candidates if self.fits(c)), key=self.rate, default=None
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -92,15 +112,32 @@ class Search:
         }
 
     def _row(self, c: Candidate) -> dict[str, Any]:
-        out = {"topology": c.topology, "chips": c.chips, "mesh": {a: getattr(c.mesh, a) for a in AXES}}
-        out |= {"rules": dict(c.mesh.rules), "expected_bytes": c.expected.bytes, "capacity": c.capacity}
+        out = {
+            "topology": c.topology,
+            "chips": c.chips,
+            "mesh": {a: getattr(c.mesh, a) for a in AXES},
+        }
+        out |= {
+            "rules": dict(c.mesh.rules),
+            "expected_bytes": c.expected.bytes,
+            "capacity": c.capacity,
+        }
         out |= {"expected_tokens_per_chip_second": c.expected_rate}
         if c.topology in self.plans:
-            out |= {"fits": self.fits(c), "tokens_per_chip_second": self.rate(c) if self.fits(c) else None}
+            out |= {
+                "fits": self.fits(c),
+                "tokens_per_chip_second": self.rate(c) if self.fits(c) else None,
+            }
         return out
 
 
-def search(subject: Subject, chips: Sequence[str], compiled: Compile, most: int = 8, completions: int = 2) -> Search:
+def search(
+    subject: Subject,
+    chips: Sequence[str],
+    compiled: Compile,
+    most: int = 8,
+    completions: int = 2,
+) -> Search:
     """Looks through the slices of some chips.
 
     Args:
@@ -135,7 +172,9 @@ def search(subject: Subject, chips: Sequence[str], compiled: Compile, most: int 
     return out
 
 
-def on_tpus(subject: Subject, chips: Sequence[str], most: int = 8, completions: int = 2) -> Search:
+def on_tpus(
+    subject: Subject, chips: Sequence[str], most: int = 8, completions: int = 2
+) -> Search:
     """`search` with the TPU compiler; a slice's programs are compiled up to the first that does not fit."""
 
     def compiled(c: Candidate) -> Plan:
@@ -155,7 +194,9 @@ class _Limit(Exception):
     """No compilation is left."""
 
 
-def candidates(subject: Subject, chip: str, completions: int = 2) -> Iterator[Candidate]:
+def candidates(
+    subject: Subject, chip: str, completions: int = 2
+) -> Iterator[Candidate]:
     """A chip's slices that the stage can be laid over, the smallest first."""
     if chip not in CHIPS:
         raise ConfigError(f"--chips={chip}: chips are {', '.join(CHIPS)}")
@@ -166,7 +207,9 @@ def candidates(subject: Subject, chip: str, completions: int = 2) -> Iterator[Ca
         if mesh is not None:
             axes = {axis: getattr(mesh, axis) for axis in AXES}
             expected = estimate(subject, axes, spec, completions)
-            yield Candidate(f"{chip}:{shape}", n, mesh, expected, spec.hbm / spec.devices)
+            yield Candidate(
+                f"{chip}:{shape}", n, mesh, expected, spec.hbm / spec.devices
+            )
 
 
 def mesh_for(subject: Subject, devices: int) -> MeshConfig | None:
@@ -180,13 +223,19 @@ def mesh_for(subject: Subject, devices: int) -> MeshConfig | None:
         fixed = math.prod(n for n in _axes(given).values() if n != -1)
         if devices % fixed or (fixed != devices and -1 not in _axes(given).values()):
             return None
-        filled = {axis: devices // fixed if n == -1 else n for axis, n in _axes(given).items()}
+        filled = {
+            axis: devices // fixed if n == -1 else n for axis, n in _axes(given).items()
+        }
         return _possible(subject, dataclasses.replace(given, **filled))
     fsdp = math.gcd(smallest_batch(subject), devices)
-    return _possible(subject, dataclasses.replace(given, data=1, fsdp=fsdp, tensor=devices // fsdp))
+    return _possible(
+        subject, dataclasses.replace(given, data=1, fsdp=fsdp, tensor=devices // fsdp)
+    )
 
 
-def smallest(ordered: Sequence[Candidate], fits: Callable[[Candidate], bool]) -> Candidate | None:
+def smallest(
+    ordered: Sequence[Candidate], fits: Callable[[Candidate], bool]
+) -> Candidate | None:
     """The first that fits, of candidates in the order of their size: down or up from where arithmetic expects it."""
     if not ordered:
         return None
@@ -208,8 +257,18 @@ def promising(found: Search) -> Candidate | None:
     rates: list[tuple[float, Candidate]] = []
     for c in found.candidates:
         known = [k for k in found.candidates if found.fits(k) and _chip(k) == _chip(c)]
-        if c.topology not in found.plans and known and c.chips > min(k.chips for k in known):
-            rates.append((c.expected_rate * min(found.rate(k) / k.expected_rate for k in known), c))
+        if (
+            c.topology not in found.plans
+            and known
+            and c.chips > min(k.chips for k in known)
+        ):
+            rates.append(
+                (
+                    c.expected_rate
+                    * min(found.rate(k) / k.expected_rate for k in known),
+                    c,
+                )
+            )
     rate, top = max(rates, key=lambda pair: pair[0], default=(0.0, None))
     return top if rate > found.rate(found.best) else None
 
@@ -233,7 +292,9 @@ def _possible(subject: Subject, mesh: MeshConfig) -> MeshConfig | None:
         return None
     shapes = [net.config for net in subject.nets]
     for m in shapes:
-        if m.d_model % mesh.fsdp or any(n % mesh.tensor for n in (m.n_heads, m.kv_heads, m.d_ff)):
+        if m.d_model % mesh.fsdp or any(
+            n % mesh.tensor for n in (m.n_heads, m.kv_heads, m.d_ff)
+        ):
             return None
     split = "tensor" in mesh.rules.get("vocab", DEFAULT_RULES["vocab"])
     if split and any(m.vocab_size % mesh.tensor for m in shapes):

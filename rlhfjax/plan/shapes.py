@@ -35,7 +35,11 @@ class Shapes:
         self.models, self._origins = dict(models), origins
 
     def open_model(
-        self, source: str, layout: Layout, changes: Mapping[str, Any] = {}, context: str = ""
+        self,
+        source: str,
+        layout: Layout,
+        changes: Mapping[str, Any] = {},
+        context: str = "",
     ) -> store.Opened:
         model = store.overridden(self.models[source], changes, context)
 
@@ -59,7 +63,9 @@ class Shapes:
     def changed(self, **fields: Any) -> "Shapes":
         """Returns the same models with other options."""
         models = {
-            source: dataclasses.replace(model, config=dataclasses.replace(model.config, **fields))
+            source: dataclasses.replace(
+                model, config=dataclasses.replace(model.config, **fields)
+            )
             for source, model in self.models.items()
         }
         return Shapes(models, self._origins)
@@ -102,11 +108,18 @@ class Subject(NamedTuple):
     def nets(self) -> list[Net]:
         """The models that take part, the one that the stage is about first."""
         own = roles_of(self.config)
-        return [Net(name, self._now(role, own.get(name)), self._config(role)) for name, role in self.roles.items()]
+        return [
+            Net(name, self._now(role, own.get(name)), self._config(role))
+            for name, role in self.roles.items()
+        ]
 
     def _now(self, role: Role, declared: Role | None) -> Role:
         """Returns a role with what the config, which may have been changed, says of it."""
-        return role if declared is None else declared._replace(source=role.source, scores=False)
+        return (
+            role
+            if declared is None
+            else declared._replace(source=role.source, scores=False)
+        )
 
     def _config(self, role: Role) -> TransformerConfig:
         if isinstance(role.source, TransformerConfig):
@@ -132,9 +145,13 @@ class Subject(NamedTuple):
         """Returns the stage with other options of all its models."""
         config, sources = self.config, self.sources.changed(**fields)
         if getattr(config, "model", None) is not None:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+            config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, **fields)
+            )
         if overrides := getattr(config, "overrides", None):
-            changed = {name: fields.get(name, value) for name, value in overrides.items()}
+            changed = {
+                name: fields.get(name, value) for name, value in overrides.items()
+            }
             config = dataclasses.replace(config, overrides=changed)
         return self._replace(config=config, sources=sources)
 
@@ -144,11 +161,19 @@ def parse_model(text: str) -> TransformerConfig:
     name, _, changes = text.partition(":")
     shape = preset(name)
     fields = {k: v for k, v in dataclasses.asdict(shape).items() if v is not None}
-    return build(TransformerConfig, dataclasses.asdict(shape) | dict(parse_arg(changes, **fields)), "model")
+    return build(
+        TransformerConfig,
+        dataclasses.asdict(shape) | dict(parse_arg(changes, **fields)),
+        "model",
+    )
 
 
 def subject(
-    config: Any, stage: str | None = None, workdir: Path | None = None, model: str = "", reward_model: str = ""
+    config: Any,
+    stage: str | None = None,
+    workdir: Path | None = None,
+    model: str = "",
+    reward_model: str = "",
 ) -> Subject:
     """Returns the stage that is planned: the config's own, or of a recipe the one of that name (by default its last).
 
@@ -163,21 +188,32 @@ def subject(
     if "stages" not in values:
         values = {"stages": [values.get("stage", "")], values.get("stage", ""): values}
     folders = recipe.stage_folders(values, folder)
-    trains = [n for n in folders if hasattr(stages.find(values[n].get("stage", "")), "build")]
+    trains = [
+        n for n in folders if hasattr(stages.find(values[n].get("stage", "")), "build")
+    ]
     name = stage or (trains[-1] if trains else "")
     if name not in trains:
-        raise ConfigError(f"--stage={name}: the stages that train are {', '.join(trains) or 'none'}")
+        raise ConfigError(
+            f"--stage={name}: the stages that train are {', '.join(trains) or 'none'}"
+        )
     typed = {n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders}
     chosen = typed[name]
     origins = Origins({str(folders[n]): c for n, c in typed.items()})
     models: dict[str, Model] = {}
     roles: dict[str, Role] = {}
     for declared, role in roles_of(chosen).items():
-        flag, given = ("--reward_model", reward_model) if role.scores else ("--model", model)
+        flag, given = (
+            ("--reward_model", reward_model) if role.scores else ("--model", model)
+        )
         for role_name, one in origins.single({declared: role}).items():
             roles[role_name] = one
-            if not isinstance(one.source, TransformerConfig) and one.source not in models:
-                models[one.source] = _find(origins, one, f"{name}: {role_name}", flag, given)
+            if (
+                not isinstance(one.source, TransformerConfig)
+                and one.source not in models
+            ):
+                models[one.source] = _find(
+                    origins, one, f"{name}: {role_name}", flag, given
+                )
     return Subject(name, chosen, Shapes(models, origins), roles)
 
 

@@ -20,7 +20,12 @@ def everything(plan: Plan) -> RenderableType:
     """All tables of a plan, the verdict last."""
     s, model = plan.sketch, plan.subject.model
     by_compiler = hbm(plan), buffers(plan), work(plan)
-    return Group(by_precision(model), by_hand(model, s.batch, s.time), *by_compiler, verdict(plan))
+    return Group(
+        by_precision(model),
+        by_hand(model, s.batch, s.time),
+        *by_compiler,
+        verdict(plan),
+    )
 
 
 def arithmetic(c: TransformerConfig) -> RenderableType:
@@ -34,36 +39,65 @@ def gb(n: Number) -> str:
 
 def by_precision(c: TransformerConfig) -> Table:
     """Weights alone; and weights, gradients and optimiser state."""
-    table = Table(title=f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)", title_justify="left")
+    table = Table(
+        title=f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)",
+        title_justify="left",
+    )
     for name in ("all at", "weights", *(f"train: {o}" for o in memory.OPTIMIZERS)):
         table.add_column(name, justify="left" if name == "all at" else "right")
     for row in memory.by_precision(c):
-        table.add_row(row["precision"], *(gb(row[k]) for k in ("weights", *memory.OPTIMIZERS)))
+        table.add_row(
+            row["precision"], *(gb(row[k]) for k in ("weights", *memory.OPTIMIZERS))
+        )
     return table
 
 
 def by_hand(c: TransformerConfig, batch: int, time: int) -> Table:
     """What grows with the batch, on one device if there were no other: the arithmetic of `memory.py`."""
     size = 2.0 if c.dtype == "bfloat16" else 4.0
-    table = Table(title=f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}", title_justify="left")
+    table = Table(
+        title=f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}",
+        title_justify="left",
+    )
     for name in ("what", "arithmetic", "GB"):
         table.add_column(name, justify="right" if name == "GB" else "left")
     kept = f"what the backward pass reads, remat={c.remat}"
     published = memory.korthikanti(c, batch, time)
     table.add_row("activations", kept, gb(activations(c, batch, time, size)))
-    table.add_row("  Korthikanti et al., eq. 1", "L s b h (34 + 5 a s / h): GPT, 2 bytes", gb(published))
-    table.add_row("logits", "b t v float32, if they were whole", gb(memory.logits_bytes(c, batch, time)))
-    table.add_row("KV cache", "2 L kv_heads head_dim t b", gb(kv_cache_bytes(c, batch, time, size)))
+    table.add_row(
+        "  Korthikanti et al., eq. 1",
+        "L s b h (34 + 5 a s / h): GPT, 2 bytes",
+        gb(published),
+    )
+    table.add_row(
+        "logits",
+        "b t v float32, if they were whole",
+        gb(memory.logits_bytes(c, batch, time)),
+    )
+    table.add_row(
+        "KV cache",
+        "2 L kv_heads head_dim t b",
+        gb(kv_cache_bytes(c, batch, time, size)),
+    )
     return table
 
 
 def textbook(c: TransformerConfig) -> Table:
     """The textbook's figures beside what is needed."""
-    table = Table(title="As the textbook has it for Llama-2-7B (7e9 parameters)", title_justify="left")
+    table = Table(
+        title="As the textbook has it for Llama-2-7B (7e9 parameters)",
+        title_justify="left",
+    )
     for name in ("what", "textbook", "arithmetic", "needed, GB", "of"):
         table.add_column(name)
     for line in memory.textbook(c):
-        table.add_row(line.what, f"{line.textbook:.2f} {line.unit}", line.how, gb(line.needed), line.why)
+        table.add_row(
+            line.what,
+            f"{line.textbook:.2f} {line.unit}",
+            line.how,
+            gb(line.needed),
+            line.why,
+        )
     return table
 
 
@@ -71,7 +105,16 @@ def hbm(plan: Plan) -> Table:
     axes = ", ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
     title = f"Memory per device, GiB: {plan.target.name} ({axes}), by {plan.target.compiler}"
     table = Table(title=title, title_justify="left")
-    for name in ("program", "arguments", "temporaries", "outputs", "peak", "elsewhere", "capacity", "fits"):
+    for name in (
+        "program",
+        "arguments",
+        "temporaries",
+        "outputs",
+        "peak",
+        "elsewhere",
+        "capacity",
+        "fits",
+    ):
         table.add_column(name, justify="left" if name == "program" else "right")
     for p in plan.programs:
         m, capacity = p.memory, "unknown" if p.capacity is None else gib(p.capacity)
@@ -84,7 +127,9 @@ def hbm(plan: Plan) -> Table:
 def buffers(plan: Plan) -> Table:
     """Of the program with the highest peak."""
     worst = max(plan.programs, key=lambda p: p.memory.peak)
-    table = Table(title=f"Largest buffers of {worst.name}, GiB a device", title_justify="left")
+    table = Table(
+        title=f"Largest buffers of {worst.name}, GiB a device", title_justify="left"
+    )
     table.add_column("what", overflow="fold")
     table.add_column("GiB", justify="right")
     for what, size in worst.buffers[:6]:
@@ -93,31 +138,89 @@ def buffers(plan: Plan) -> Table:
 
 
 def work(plan: Plan) -> Table:
-    table = Table(title="Work of a device in a step, and its roofline", title_justify="left")
-    for name in ("program", "TFLOP", "HBM GB", "ICI GB", "DCN GB", "collectives", "ms", "bound"):
-        table.add_column(name, justify="left" if name in ("program", "collectives", "bound") else "right")
+    table = Table(
+        title="Work of a device in a step, and its roofline", title_justify="left"
+    )
+    for name in (
+        "program",
+        "TFLOP",
+        "HBM GB",
+        "ICI GB",
+        "DCN GB",
+        "collectives",
+        "ms",
+        "bound",
+    ):
+        table.add_column(
+            name,
+            justify="left" if name in ("program", "collectives", "bound") else "right",
+        )
     for p in plan.programs:
         if p.cost is None:
             table.add_row(p.name, *(["-"] * 7))
             continue
-        kinds = ", ".join(f"{kind} {n / GB:.2f}" for (kind, _), n in sorted(p.cost.sent.items()) if n > 1e7) or "none"
-        roof = ("?", "?") if p.roofline is None else (f"{1e3 * p.roofline.seconds:.1f}", p.roofline.bound)
+        kinds = (
+            ", ".join(
+                f"{kind} {n / GB:.2f}"
+                for (kind, _), n in sorted(p.cost.sent.items())
+                if n > 1e7
+            )
+            or "none"
+        )
+        roof = (
+            ("?", "?")
+            if p.roofline is None
+            else (f"{1e3 * p.roofline.seconds:.1f}", p.roofline.bound)
+        )
         links = (f"{p.cost.link(link) / GB:.2f}" for link in ("ici", "dcn"))
-        table.add_row(p.name, f"{p.cost.flops / 1e12:.2f}", f"{p.cost.hbm / GB:.2f}", *links, kinds, *roof)
+        table.add_row(
+            p.name,
+            f"{p.cost.flops / 1e12:.2f}",
+            f"{p.cost.hbm / GB:.2f}",
+            *links,
+            kinds,
+            *roof,
+        )
     return table
 
 
 def searched(found: Search) -> RenderableType:
     """Every slice that was considered, by arithmetic and by the compiler; the answers last."""
-    table = Table(title="Slices: GiB a device, and tokens per chip-second", title_justify="left")
-    for name in ("slice", "mesh", "GiB, by hand", "compiled", "of", "fits", "tokens, by hand", "compiled"):
-        table.add_column(name, justify="left" if name in ("slice", "mesh") else "right", no_wrap=name == "slice")
+    table = Table(
+        title="Slices: GiB a device, and tokens per chip-second", title_justify="left"
+    )
+    for name in (
+        "slice",
+        "mesh",
+        "GiB, by hand",
+        "compiled",
+        "of",
+        "fits",
+        "tokens, by hand",
+        "compiled",
+    ):
+        table.add_column(
+            name,
+            justify="left" if name in ("slice", "mesh") else "right",
+            no_wrap=name == "slice",
+        )
     for c in found.candidates:
         plan = found.plans.get(c.topology)
-        need = "-" if plan is None else gib(max(p.memory.peak + p.elsewhere for p in plan.programs))
+        need = (
+            "-"
+            if plan is None
+            else gib(max(p.memory.peak + p.elsewhere for p in plan.programs))
+        )
         fits = "-" if plan is None else {True: "yes", False: "no", None: "?"}[plan.fits]
         rate = f"{found.rate(c):,.0f}" if found.fits(c) else "-"
-        row = (gib(c.expected.bytes), need, gib(c.capacity), fits, f"{c.expected_rate:,.0f}", rate)
+        row = (
+            gib(c.expected.bytes),
+            need,
+            gib(c.capacity),
+            fits,
+            f"{c.expected_rate:,.0f}",
+            rate,
+        )
         table.add_row(c.topology, mesh_flags(c.mesh), *row)
     return Group(table, answers(found))
 
@@ -136,24 +239,39 @@ def answers(found: Search) -> str:
         lines.append("None of those compiled fits.")
     lines.append(f"Compiled {len(found.plans)} of {len(found.candidates)} slices.")
     if found.exhausted:
-        lines.append("--compiles was reached: what is not compiled may be smaller or better.")
+        lines.append(
+            "--compiles was reached: what is not compiled may be smaller or better."
+        )
     return "\n".join(lines)
 
 
 def mesh_flags(mesh: MeshConfig) -> str:
     axes = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
-    return ", ".join([*axes, *(f"{name} whole" for name, over in mesh.rules.items() if not over)]) or "one device"
+    return (
+        ", ".join(
+            [*axes, *(f"{name} whole" for name, over in mesh.rules.items() if not over)]
+        )
+        or "one device"
+    )
 
 
 def verdict(plan: Plan) -> str:
     """Lines for the end: fits or not and what would help; time, utilisation and cost."""
-    words = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is unknown: no capacity is."}
+    words = {
+        True: "It fits.",
+        False: "It does not fit.",
+        None: "Whether it fits is unknown: no capacity is.",
+    }
     lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
     lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
     if plan.left_out:
-        lines.append(f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}.")
+        lines.append(
+            f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}."
+        )
     s, n = plan.sketch, parameters(plan.subject.model)
-    lines.append(f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens.")
+    lines.append(
+        f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens."
+    )
     if plan.step_seconds is not None and plan.mfu is not None:
         seconds = plan.step_seconds
         hours = seconds * s.steps / 3600
@@ -163,5 +281,7 @@ def verdict(plan: Plan) -> str:
             "A lower bound of the time: everything that can overlap does."
         )
     if unknown := sum(p.cost.unknown_loops for p in plan.programs if p.cost):
-        lines.append(f"Loops whose number of rounds the program does not say, counted once: {unknown}.")
+        lines.append(
+            f"Loops whose number of rounds the program does not say, counted once: {unknown}."
+        )
     return "\n".join(line.replace("[", "\\[") for line in lines)

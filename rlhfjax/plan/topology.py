@@ -28,7 +28,9 @@ class Target(NamedTuple):
 
     name: str
     devices: Sequence[jax.Device]
-    chip: Chip | None  # None where nothing is known of the speed: a CPU, an unlisted GPU
+    chip: (
+        Chip | None
+    )  # None where nothing is known of the speed: a CPU, an unlisted GPU
     capacity: float | None  # bytes a device, None where unknown
     topology: str = ""  # of a TPU that need not be here; empty: the devices at hand
     slices: int = 1
@@ -59,13 +61,17 @@ def target(topology: str, slices: int = 1) -> Target:
             f"chips are {', '.join(CHIPS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("plan: compiling for a TPU needs its compiler: pip install 'rlhfjax[plan]'")
+        raise ConfigError(
+            "plan: compiling for a TPU needs its compiler: pip install 'rlhfjax[plan]'"
+        )
     options = {"num_slices": slices} if slices > 1 else {}
     if family == "v4":  # JAX's own choice on v4: both cores of a chip as one device
         options["chip_config_name"] = "megacore"
     try:
         with quiet():
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+            devices = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, **options
+            ).devices
     except Exception as e:  # libtpu answers with several types
         raise ConfigError(f"--topology={topology}: {first_line(e)}") from None
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
@@ -77,7 +83,12 @@ def target(topology: str, slices: int = 1) -> Target:
 def _here() -> Target:
     devices = jax.devices()
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return Target(f"{len(devices)} x {devices[0].device_kind}", devices, None, float(limit) if limit else None)
+    return Target(
+        f"{len(devices)} x {devices[0].device_kind}",
+        devices,
+        None,
+        float(limit) if limit else None,
+    )
 
 
 @contextlib.contextmanager
@@ -90,7 +101,11 @@ def quiet() -> Iterator[None]:
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
     before = dict(os.environ)
-    flags = [f for f in before.get("XLA_FLAGS", "").split() if not f.startswith(("--xla_cpu", "--xla_gpu"))]
+    flags = [
+        f
+        for f in before.get("XLA_FLAGS", "").split()
+        if not f.startswith(("--xla_cpu", "--xla_gpu"))
+    ]
     os.environ.update(_QUIET | before | {"XLA_FLAGS": " ".join(flags)})
     try:
         yield

@@ -58,7 +58,9 @@ def environment() -> jinja2.Environment:
 
 def _json(value: Any) -> str:
     """JSON for people; null for a number that is not finite."""
-    return json_text.encode(json_text.null_nonfinite(value), REPORT, indent=2, default=str)
+    return json_text.encode(
+        json_text.null_nonfinite(value), REPORT, indent=2, default=str
+    )
 
 
 def render(run: Run) -> str:
@@ -78,14 +80,25 @@ def render(run: Run) -> str:
             times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
             panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
             frontiers=frontiers(run),
-            policies=[(*figures.mark(i), stage.name) for i, stage in enumerate(policies(run))],
+            policies=[
+                (*figures.mark(i), stage.name) for i, stage in enumerate(policies(run))
+            ],
             pools=[stage.name for stage in pools(run)],
-            calibrations=[(s.name, s.calibration, Markup(figures.reliability(s.calibration))) for s in calibrated(run)],
+            calibrations=[
+                (s.name, s.calibration, Markup(figures.reliability(s.calibration)))
+                for s in calibrated(run)
+            ],
             histograms=histograms(run),
             comparisons=[
-                (stage, stage.samples[:FEW], stage.samples[FEW:MANY]) for stage in run.stages if compares(stage)
+                (stage, stage.samples[:FEW], stage.samples[FEW:MANY])
+                for stage in run.stages
+                if compares(stage)
             ],
-            examples=[(s, s.samples[:FEW]) for s in run.stages if s.samples and not compares(s)],
+            examples=[
+                (s, s.samples[:FEW])
+                for s in run.stages
+                if s.samples and not compares(s)
+            ],
         )
     )
 
@@ -102,15 +115,21 @@ def panels(stage: Stage) -> list[Panel]:
 
     A metric that was seen only once is no curve, and only in the tables.
     """
-    curves = {name: curve for name, curve in stage.curves.items() if len(set(curve[0])) > 1}
-    names = dict.fromkeys([*(n for n in tables.TELLING if n in curves), *sorted(curves)])
+    curves = {
+        name: curve for name, curve in stage.curves.items() if len(set(curve[0])) > 1
+    }
+    names = dict.fromkeys(
+        [*(n for n in tables.TELLING if n in curves), *sorted(curves)]
+    )
     bases = list(dict.fromkeys(name.removeprefix("val_") for name in names))
     return [_panel(base, curves) for base in bases]
 
 
 def _panel(base: str, curves: dict) -> Panel:
     train, val = curves.get(base), curves.get(f"val_{base}")
-    last = ["" if curve is None else tables.number(curve[1][-1]) for curve in (train, val)]
+    last = [
+        "" if curve is None else tables.number(curve[1][-1]) for curve in (train, val)
+    ]
     return Panel(base, *last, Markup(figures.curves(train, val)))
 
 
@@ -130,7 +149,9 @@ def frontiers(run: Run) -> list[Markup]:
 def policies(run: Run) -> list[Stage]:
     """The stages that trained a policy on a reward: those whose validations have its KL and its
     proxy or gold reward."""
-    return [stage for stage in run.stages if _path(stage, "proxy") or _path(stage, "gold")]
+    return [
+        stage for stage in run.stages if _path(stage, "proxy") or _path(stage, "gold")
+    ]
 
 
 def pools(run: Run) -> list[Stage]:
@@ -141,10 +162,16 @@ def pools(run: Run) -> list[Stage]:
 def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]]:
     """The lines of metrics that have both KL and reward, finite, as columns, in order."""
     names = (f"{prefix}kl", f"{prefix}{key}")
-    kl, reward = (dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in names)
+    kl, reward = (
+        dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in names
+    )
     measured = {step: (kl[step], reward[step]) for step in kl if step in reward}
     both = [step for step, values in measured.items() if np.isfinite(values).all()]
-    return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]} if both else {}
+    return (
+        {"kl": [kl[step] for step in both], key: [reward[step] for step in both]}
+        if both
+        else {}
+    )
 
 
 def _end(run: Run, key: str) -> Curve | None:
@@ -159,12 +186,18 @@ def _end(run: Run, key: str) -> Curve | None:
 
 
 def calibrated(run: Run) -> list[Stage]:
-    return [stage for stage in run.stages if stage.calibration and stage.calibration.get("count")]
+    return [
+        stage
+        for stage in run.stages
+        if stage.calibration and stage.calibration.get("count")
+    ]
 
 
 def compares(stage: Stage) -> bool:
     """Whether the stage's samples are answers of two models to the same prompts."""
-    return bool(stage.samples) and all({"prompt", "baseline", "policy"} <= row.keys() for row in stage.samples)
+    return bool(stage.samples) and all(
+        {"prompt", "baseline", "policy"} <= row.keys() for row in stage.samples
+    )
 
 
 def histograms(run: Run) -> list[tuple[str, Markup]]:
@@ -172,13 +205,27 @@ def histograms(run: Run) -> list[tuple[str, Markup]]:
     stages = [stage for stage in run.comparisons if compares(stage)]
     out = []
     for key in ("gold", "proxy"):
-        rows = [row for row in (stages[-1].samples if stages else []) if _scored(row, key)]
+        rows = [
+            row for row in (stages[-1].samples if stages else []) if _scored(row, key)
+        ]
         if len(rows) >= 10:
-            columns = ([float(row[f"{key}_{who}"]) for row in rows] for who in ("baseline", "policy"))
-            out.append((f"{key} reward", Markup(figures.distributions(*columns, f"{key} reward of an answer"))))
+            columns = (
+                [float(row[f"{key}_{who}"]) for row in rows]
+                for who in ("baseline", "policy")
+            )
+            out.append(
+                (
+                    f"{key} reward",
+                    Markup(
+                        figures.distributions(*columns, f"{key} reward of an answer")
+                    ),
+                )
+            )
     return out
 
 
 def _scored(row: dict, key: str) -> bool:
     values = row.get(f"{key}_baseline"), row.get(f"{key}_policy")
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    )

@@ -36,7 +36,10 @@ class Result:
 
     @property
     def group(self) -> str:
-        return ", ".join(f"{option} = {value}" for option, value in self.setting.items()) or BASE
+        return (
+            ", ".join(f"{option} = {value}" for option, value in self.setting.items())
+            or BASE
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,14 @@ class Statistic:
     high: float
 
     def __str__(self) -> str:
-        return tables.number(self.mean) + ("" if self.n < 2 else f" ± {tables.number(self.std)}")
+        return tables.number(self.mean) + (
+            "" if self.n < 2 else f" ± {tables.number(self.std)}"
+        )
 
 
-def read_result(folder: Path, name: str, setting: Mapping[str, Any], seeds: Mapping[str, Any]) -> Result:
+def read_result(
+    folder: Path, name: str, setting: Mapping[str, Any], seeds: Mapping[str, Any]
+) -> Result:
     """Reads the run in folder/name, as far as it has come."""
     workdir = folder / name
     try:
@@ -65,12 +72,29 @@ def read_result(folder: Path, name: str, setting: Mapping[str, Any], seeds: Mapp
     except ConfigError:  # it has not begun
         return Result(name, dict(setting), dict(seeds), "waiting", {})
     done = all(stage.status == "done" for stage in run.stages)
-    prefix = {stage.name: f"{stage.name}/" if len(run.stages) > 1 else "" for stage in run.stages}
-    metrics = {prefix[stage.name] + key: value for stage in run.stages for key, value in stage.last.items()}
+    prefix = {
+        stage.name: f"{stage.name}/" if len(run.stages) > 1 else ""
+        for stage in run.stages
+    }
+    metrics = {
+        prefix[stage.name] + key: value
+        for stage in run.stages
+        for key, value in stage.last.items()
+    }
     last = [stage for stage in run.stages if stage.last][-1:]
-    telling = tuple(prefix[stage.name] + key for stage in last for key in tables.telling(stage))
+    telling = tuple(
+        prefix[stage.name] + key for stage in last for key in tables.telling(stage)
+    )
     page = f"{name}/{REPORT}" if (workdir / REPORT).exists() else ""
-    return Result(name, dict(setting), dict(seeds), "done" if done else "unfinished", metrics, telling, page)
+    return Result(
+        name,
+        dict(setting),
+        dict(seeds),
+        "done" if done else "unfinished",
+        metrics,
+        telling,
+        page,
+    )
 
 
 def statistic(values: Sequence[float]) -> Statistic:
@@ -92,8 +116,12 @@ def summary(results: Sequence[Result]) -> dict[str, dict[str, Statistic]]:
     """{group: {metric: its statistic over the finished runs that have it}}."""
     return {
         group: {
-            name: statistic([result.metrics[name] for result in members if name in result.metrics])
-            for name in dict.fromkeys(name for result in members for name in result.metrics)
+            name: statistic(
+                [result.metrics[name] for result in members if name in result.metrics]
+            )
+            for name in dict.fromkeys(
+                name for result in members for name in result.metrics
+            )
         }
         for group, members in groups(results).items()
     }
@@ -108,11 +136,17 @@ def shown(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[str]:
     finished = [result for result in results if result.status == "done"]
     known = dict.fromkeys(name for result in finished for name in result.metrics)
     if finished and (missing := [name for name in metrics if name not in known]):
-        raise ConfigError(f"--metrics={missing[0]}: no run has it; known: {', '.join(known)}")
-    return list(metrics or dict.fromkeys(name for result in finished for name in result.telling))
+        raise ConfigError(
+            f"--metrics={missing[0]}: no run has it; known: {', '.join(known)}"
+        )
+    return list(
+        metrics or dict.fromkeys(name for result in finished for name in result.telling)
+    )
 
 
-def write_sweep(folder: Path, results: Sequence[Result], metrics: Sequence[str] = ()) -> Path:
+def write_sweep(
+    folder: Path, results: Sequence[Result], metrics: Sequence[str] = ()
+) -> Path:
     """Writes sweep.csv, a row a run; sweep_groups.csv, a row a group and metric; and sweep.html. Returns its path.
 
     Raises: as `shown`.
@@ -120,11 +154,16 @@ def write_sweep(folder: Path, results: Sequence[Result], metrics: Sequence[str] 
     names = shown(results, metrics)
     paths.write(folder / RUNS, _csv(run_rows(results)))
     paths.write(folder / GROUPS, _csv(group_rows(results)))
-    return paths.write(folder / PAGE, render(paths.absolute(folder).name, results, names))
+    return paths.write(
+        folder / PAGE, render(paths.absolute(folder).name, results, names)
+    )
 
 
 def run_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    return [{"run": r.name, "status": r.status, **r.setting, **r.seeds, **r.metrics} for r in results]
+    return [
+        {"run": r.name, "status": r.status, **r.setting, **r.seeds, **r.metrics}
+        for r in results
+    ]
 
 
 def group_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -159,20 +198,30 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
             metrics=metrics,
             rows=rows,
             sizes={group: len(members) for group, members in groups(results).items()},
-            panels=[(name, Markup(figures.spread(*points(results, name)))) for name in metrics],
+            panels=[
+                (name, Markup(figures.spread(*points(results, name))))
+                for name in metrics
+            ],
         )
     )
 
 
-def points(results: Sequence[Result], metric: str) -> tuple[dict[str, list[float]], list[float] | None]:
+def points(
+    results: Sequence[Result], metric: str
+) -> tuple[dict[str, list[float]], list[float] | None]:
     """The values of a metric by group, and the groups' places on a number line where one number tells them apart."""
     values = {
-        group: [result.metrics[metric] for result in members if metric in result.metrics]
+        group: [
+            result.metrics[metric] for result in members if metric in result.metrics
+        ]
         for group, members in groups(results).items()
     }
     settings = {result.group: result.setting for result in results}
     one = {option for setting in settings.values() for option in setting}
     numbers = [value for setting in settings.values() for value in setting.values()]
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+    numeric = all(
+        isinstance(value, int | float) and not isinstance(value, bool)
+        for value in numbers
+    )
     is_line = len(one) == 1 and numeric and len(numbers) == len(settings) > 1
     return values, [float(value) for value in numbers] if is_line else None

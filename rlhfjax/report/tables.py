@@ -32,9 +32,19 @@ TELLING = (
 )  # fmt: skip
 # What an interval's ends are called after NAME_, and the interval on paper. Plain ends are those
 # of a workdir whose metrics do not say which interval they are of.
-INTERVALS = {"wilson": "Wilson", "bca": "BCa", "t": "Student's t", "": "percentile bootstrap"}
+INTERVALS = {
+    "wilson": "Wilson",
+    "bca": "BCa",
+    "t": "Student's t",
+    "": "percentile bootstrap",
+}
 GREEDY = "none: responses are greedy (temperature 0), not samples"
-CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")  # the headline rows that stand large at the top
+CARDS = (
+    "gold_win_rate",
+    "gold",
+    "kl",
+    "distinct_2",
+)  # the headline rows that stand large at the top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +82,9 @@ def headlines(run: Run) -> list[Headline]:
     metrics = stages[-1].last
     bases = [name.removesuffix("_policy").removesuffix("_baseline") for name in metrics]
     names = dict.fromkeys(bases)
-    ends = {end for name in names for method in INTERVALS for end in _ends(name, method)}
+    ends = {
+        end for name in names for method in INTERVALS for end in _ends(name, method)
+    }
     rows = [_headline(name, metrics) for name in names if name not in ends]
     if "kl" not in metrics and stages[-1].config.get("temperature") == 0:
         rows.append(Headline("kl", LABELS["kl"], baseline="", policy="", note=GREEDY))
@@ -87,7 +99,10 @@ def _ends(name: str, method: str) -> tuple[str, str]:
 
 def _headline(name: str, metrics: dict[str, float]) -> Headline:
     percent = name in PERCENT
-    baseline, policy = metrics.get(f"{name}_baseline"), metrics.get(f"{name}_policy", metrics.get(name))
+    baseline, policy = (
+        metrics.get(f"{name}_baseline"),
+        metrics.get(f"{name}_policy", metrics.get(name)),
+    )
     note = _interval(name, metrics)
     if not note and name.startswith("distinct") and baseline and policy is not None:
         note = f"{policy / baseline:.0%} of the baseline's"
@@ -107,8 +122,16 @@ def _interval(name: str, metrics: dict[str, float]) -> str:
 
 def stage_row(stage: Stage) -> dict[str, str]:
     """A row of the stage table."""
-    steps = f"{stage.steps:,}" if stage.status == "done" else f"{stage.steps:,} of {stage.total:,}"
-    rates = {name.removesuffix("_per_second"): v for name, v in stage.rates.items() if name.endswith("_per_second")}
+    steps = (
+        f"{stage.steps:,}"
+        if stage.status == "done"
+        else f"{stage.steps:,} of {stage.total:,}"
+    )
+    rates = {
+        name.removesuffix("_per_second"): v
+        for name, v in stage.rates.items()
+        if name.endswith("_per_second")
+    }
     speed = [f"{number(value)} {unit}/s" for unit, value in rates.items()]
     return {
         "name": stage.name,
@@ -117,16 +140,23 @@ def stage_row(stage: Stage) -> dict[str, str]:
         "steps": steps if stage.total else "",
         "time": "" if stage.seconds is None else duration(stage.seconds),
         "speed": speed[0] if speed else "",
-        "metrics": ", ".join(f"{name} {number(stage.last[name])}" for name in telling(stage)),
+        "metrics": ", ".join(
+            f"{name} {number(stage.last[name])}" for name in telling(stage)
+        ),
     }
 
 
 def goodput_row(stage: Stage) -> dict[str, str]:
     """A row of the table of where the time went; the start is all that comes before the first step but compiling."""
     seconds = dict(stage.goodput["seconds"])
-    seconds["start"] = sum(seconds.pop(name) for name in ("imports", "build", "restore"))
+    seconds["start"] = sum(
+        seconds.pop(name) for name in ("imports", "build", "restore")
+    )
     times = {name: duration(value) for name, value in seconds.items()}
-    share, starts = number(stage.goodput["goodput"], percent=True), str(stage.goodput["starts"])
+    share, starts = (
+        number(stage.goodput["goodput"], percent=True),
+        str(stage.goodput["starts"]),
+    )
     return {"name": stage.name, "goodput": share, "starts": starts, **times}
 
 

@@ -19,18 +19,39 @@ def summary_table(workdir: str | os.PathLike) -> Group:
     Raises: as `write_report`.
     """
     run = read_run(paths.path(workdir))
-    stages = Table(title="stages", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    stages = Table(
+        title="stages",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for column in STAGE_COLUMNS:
-        stages.add_column(column, justify="right" if column in ("steps", "time", "speed") else "left")
+        stages.add_column(
+            column, justify="right" if column in ("steps", "time", "speed") else "left"
+        )
     for stage in run.stages:
         row = tables.stage_row(stage)
         stages.add_row(*(Text(row[column]) for column in STAGE_COLUMNS))
     headlines = tables.headlines(run)
     if not headlines:
         return Group(stages)
-    result = Table(title="held-out prompts", title_justify="left", box=None, pad_edge=False, header_style="dim")
-    for column, justify in (("", "left"), ("baseline", "right"), ("policy", "right"), ("", "left")):
+    result = Table(
+        title="held-out prompts",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    for column, justify in (
+        ("", "left"),
+        ("baseline", "right"),
+        ("policy", "right"),
+        ("", "left"),
+    ):
         result.add_column(column, justify=justify)
     for row in headlines:
-        result.add_row(*(Text(x) for x in (row.label, row.baseline, row.policy, row.note)))
+        result.add_row(
+            *(Text(x) for x in (row.label, row.baseline, row.policy, row.note))
+        )
     return Group(stages, Text(), result)

@@ -11,7 +11,9 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
 
-Curve = tuple[list[float | int], list[float]]  # steps (or KLs), values; NaN where a value was not finite
+Curve = tuple[
+    list[float | int], list[float]
+]  # steps (or KLs), values; NaN where a value was not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Run:
 
 
 def _has_both(metrics: dict[str, float]) -> bool:
-    names = [name.removesuffix("_policy") for name in metrics if name.endswith("_policy")]
+    names = [
+        name.removesuffix("_policy") for name in metrics if name.endswith("_policy")
+    ]
     return any(f"{name}_baseline" in metrics for name in names)
 
 
@@ -63,12 +67,19 @@ def read_run(workdir: Path) -> Run:
         raise ConfigError(f"workdir {workdir} does not exist")
     config = _read_json(workdir / "config.json")
     if "stages" in config:
-        folders = [(name, workdir / f"{i:02d}_{name}") for i, name in enumerate(config["stages"])]
-        stages = [read_stage(name, folder, config.get(name) or {}) for name, folder in folders]
+        folders = [
+            (name, workdir / f"{i:02d}_{name}")
+            for i, name in enumerate(config["stages"])
+        ]
+        stages = [
+            read_stage(name, folder, config.get(name) or {}) for name, folder in folders
+        ]
     elif (workdir / "config.json").exists() or (workdir / "metrics.jsonl").exists():
         stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
     else:
-        raise ConfigError(f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl")
+        raise ConfigError(
+            f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl"
+        )
     return Run(paths.absolute(workdir).name, stages)
 
 
@@ -78,7 +89,9 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
     done = _read_json(folder / "done.json")
     rows = read_jsonl(folder / "metrics.jsonl")
     curves = _curves(rows)
-    last = {name: values[-1] for name, (_, values) in curves.items()} | _numbers(done.get("metrics", {}))
+    last = {name: values[-1] for name, (_, values) in curves.items()} | _numbers(
+        done.get("metrics", {})
+    )
     timings = _curves(read_jsonl(folder / "timing.jsonl"))
     return Stage(
         name=name,
@@ -89,7 +102,9 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
         seconds=done.get("seconds"),
         last=last,
         curves=curves,
-        rates={name: statistics.median(values) for name, (_, values) in timings.items()},
+        rates={
+            name: statistics.median(values) for name, (_, values) in timings.items()
+        },
         samples=read_jsonl(folder / "samples.jsonl"),
         calibration=_read_json(folder / "calibration.json") or done.get("calibration"),
         config=config,

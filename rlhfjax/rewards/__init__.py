@@ -22,7 +22,9 @@ class Scorer(Protocol):
       float32 [n]. A score depends on its own prompt and response only.
     """
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray: ...
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> np.ndarray: ...
 
 
 SCORERS: dict[str, Callable[[], Scorer]] = {"gold:sentiment": Sentiment}
@@ -38,5 +40,7 @@ def load_scorer(name: str) -> Scorer:
     if name.startswith(rules.PREFIX):
         return rules.Rule(rules.parse(name))
     if name not in SCORERS:
-        raise ConfigError(f"scorer {name!r} is unknown; known are {', '.join(sorted(SCORERS))}")
+        raise ConfigError(
+            f"scorer {name!r} is unknown; known are {', '.join(sorted(SCORERS))}"
+        )
     return SCORERS[name]()

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-Scores = Float[np.ndarray, "p k"]  # higher is better, NaN where there is no completion or no opinion
+Scores = Float[
+    np.ndarray, "p k"
+]  # higher is better, NaN where there is no completion or no opinion
 OPINIONS = (-1, 0, 1)
 
 
@@ -19,7 +21,9 @@ def opinions(scores: Scores) -> Float[np.ndarray, " pairs"]:
     return np.sign(scores[:, i].astype(np.float64) - scores[:, j]).ravel()
 
 
-def pair_agreement(a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
+def pair_agreement(
+    a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]
+) -> tuple[float, float]:
     """(agreements, pairs): over the pairs that both have an opinion about, ties included.
 
     The same opinion counts 1; a tie against a preference 1/2; opposite preferences 0.
@@ -31,7 +35,9 @@ def pair_agreement(a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"
     return float(np.sum(1 - np.abs(a[both] - b[both]) / 2)), float(both.sum())
 
 
-def untied_agreement(a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
+def untied_agreement(
+    a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]
+) -> tuple[float, float]:
     """(agreements, pairs) over the pairs that neither calls a tie."""
     both = ~(np.isnan(a) | np.isnan(b)) & (a != 0) & (b != 0)
     return float(np.sum(a[both] == b[both])), float(both.sum())
@@ -66,15 +72,26 @@ def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, floa
       agreement_untied: over pairs that neither calls a tie; agreement_kappa: Fleiss'; agreement_pairs: how many pairs
       of completions at least two labellers judged. Numbers that nothing was observed for are left out.
     """
-    return agreement_of([opinions(x) for x in (labels.values() if isinstance(labels, Mapping) else labels)])
+    return agreement_of(
+        [
+            opinions(x)
+            for x in (labels.values() if isinstance(labels, Mapping) else labels)
+        ]
+    )
 
 
 def agreement_of(rows: Sequence[Float[np.ndarray, " pairs"]]) -> dict[str, float]:
     """`agreement` of opinions about the same pairs, a row a labeller."""
     couples = list(itertools.combinations(rows, 2))
     counts = np.array([sum((row == c).astype(int) for row in rows) for c in OPINIONS]).T
-    out = {"agreement_kappa": fleiss_kappa(counts), "agreement_pairs": float(np.sum(counts.sum(1) >= 2))}
-    for name, measure in (("agreement", pair_agreement), ("agreement_untied", untied_agreement)):
+    out = {
+        "agreement_kappa": fleiss_kappa(counts),
+        "agreement_pairs": float(np.sum(counts.sum(1) >= 2)),
+    }
+    for name, measure in (
+        ("agreement", pair_agreement),
+        ("agreement_untied", untied_agreement),
+    ):
         total, weight = np.sum([measure(a, b) for a, b in couples], axis=0)
         out[name] = float(total / weight) if weight else float("nan")
     return {name: value for name, value in out.items() if np.isfinite(value)}

@@ -20,19 +20,29 @@ PyTree = Any
 
 def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> PyTree:
     """Parameters of r' = gain r + bias: both go into the scalar head."""
-    head = {"kernel": params["head"]["kernel"] * gain, "bias": params["head"]["bias"] * gain + bias}
+    head = {
+        "kernel": params["head"]["kernel"] * gain,
+        "bias": params["head"]["bias"] * gain + bias,
+    }
     return {**params, "head": head}
 
 
-def normalise(params: PyTree, judged: dict[str, np.ndarray], how: str) -> tuple[PyTree, Metrics]:
+def normalise(
+    params: PyTree, judged: dict[str, np.ndarray], how: str
+) -> tuple[PyTree, Metrics]:
     """Folds gain and bias into the scalar head: r' = gain r + bias has mean 0 (and std 1) on the completions.
 
     Args:
       judged: `rewards` of completions under these parameters, and `valid`, 1 on completions that exist.
       how: none, mean (InstructGPT C.2, on whatever the completions are), or mean_std (Ziegler 2019; N-details).
     """
-    rewards, valid = (jnp.asarray(judged[name], jnp.float32).ravel() for name in ("rewards", "valid"))
-    pairs = {"reference_mean": (masked_mean(rewards, valid), 1.0), "reference_std": (masked_std(rewards, valid), 1.0)}
+    rewards, valid = (
+        jnp.asarray(judged[name], jnp.float32).ravel() for name in ("rewards", "valid")
+    )
+    pairs = {
+        "reference_mean": (masked_mean(rewards, valid), 1.0),
+        "reference_std": (masked_std(rewards, valid), 1.0),
+    }
     if how == "none":
         return params, pairs
     if how == "mean_std":
@@ -53,15 +63,25 @@ def demonstrations(
     Raises:
       DataError: no conversation has an answer.
     """
-    rows = [row for i in range(len(source)) if (row := _demonstration(source[i]["messages"], tokenizer, length))]
+    rows = [
+        row
+        for i in range(len(source))
+        if (row := _demonstration(source[i]["messages"], tokenizer, length))
+    ]
     if not rows:
-        raise DataError("demonstrations: no conversation has an assistant turn after a user's")
+        raise DataError(
+            "demonstrations: no conversation has an assistant turn after a user's"
+        )
     return list(_batched(rows, batch_size))
 
 
-def _demonstration(messages: list[chat.Message], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray] | None:
+def _demonstration(
+    messages: list[chat.Message], tokenizer: Tokenizer, length: int
+) -> dict[str, np.ndarray] | None:
     roles = [message["role"] for message in messages]
-    ends = [j for j in range(1, len(roles)) if roles[j - 1 : j + 1] == ["user", "assistant"]]
+    ends = [
+        j for j in range(1, len(roles)) if roles[j - 1 : j + 1] == ["user", "assistant"]
+    ]
     if not ends:
         return None
     prompt = chat.render_prompt(tokenizer, messages[: ends[-1]])
@@ -74,7 +94,9 @@ def _demonstration(messages: list[chat.Message], tokenizer: Tokenizer, length: i
     return examples.preference(tokenizer, native, k=1, length=length)
 
 
-def _batched(rows: list[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, np.ndarray]]:
+def _batched(
+    rows: list[dict[str, np.ndarray]], size: int
+) -> Iterator[dict[str, np.ndarray]]:
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         blank = some[0] | {"valid": np.zeros_like(some[0]["valid"])}

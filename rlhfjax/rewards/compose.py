@@ -38,12 +38,20 @@ class ComposeConfig:
 
     def __post_init__(self):
         if len(self.members) < (1 if self.combine == "sum" else 2):
-            raise ConfigError(f'compose.members: combine="{self.combine}" needs more than {len(self.members)}')
-        if self.combine != "sum" and any(m.weight != 1.0 or m.where for m in self.members):
-            raise ConfigError(f'compose.members: weight and where are of combine="sum", not of "{self.combine}"')
+            raise ConfigError(
+                f'compose.members: combine="{self.combine}" needs more than {len(self.members)}'
+            )
+        if self.combine != "sum" and any(
+            m.weight != 1.0 or m.where for m in self.members
+        ):
+            raise ConfigError(
+                f'compose.members: weight and where are of combine="sum", not of "{self.combine}"'
+            )
         labels = [member_name(i, m) for i, m in enumerate(self.members)]
         if len(set(labels)) < len(labels):
-            raise ConfigError(f"compose.members: a name stands twice: {', '.join(labels)}")
+            raise ConfigError(
+                f"compose.members: a name stands twice: {', '.join(labels)}"
+            )
 
 
 def member_name(i: int, member: MemberConfig) -> str:
@@ -61,7 +69,10 @@ def save(folder: Path, config: ComposeConfig) -> None:
 def read(values: Mapping[str, Any], folder: Path) -> ComposeConfig:
     """Returns what a folder's reward.json describes, its members as they are reached from here."""
     config = build(ComposeConfig, values, str(folder / FILE))
-    members = [dataclasses.replace(one, reward=found(one.reward, folder)) for one in config.members]
+    members = [
+        dataclasses.replace(one, reward=found(one.reward, folder))
+        for one in config.members
+    ]
     return dataclasses.replace(config, members=tuple(members))
 
 
@@ -85,7 +96,11 @@ def make(
             )
     params = [member.params for member in members]
     return ensemble.EnsembleReward(
-        members[0].model, params, how=config.combine, coefficient=config.coefficient, program=program
+        members[0].model,
+        params,
+        how=config.combine,
+        coefficient=config.coefficient,
+        program=program,
     )
 
 
@@ -96,19 +111,27 @@ class WeightedSum:
     that is, where it is not everywhere; and the members' own metrics, as METRIC_NAME.
     """
 
-    def __init__(self, config: ComposeConfig, members: list[Reward], where: list[Reward | None]):
+    def __init__(
+        self, config: ComposeConfig, members: list[Reward], where: list[Reward | None]
+    ):
         self._config, self._members, self._where = config, members, where
 
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         return self.with_metrics(tokens, segments, mask)[0]
 
-    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
+    def with_metrics(
+        self, tokens: Rows, segments: Rows, mask: Rows
+    ) -> tuple[Rows, Pairs]:
         scored = [score_one(member, tokens, segments, mask) for member in self._members]
         counts = [where and where(tokens, segments, mask) for where in self._where]
         shapes = score_shapes(tokens, segments, mask)
-        return on_host(self._sum, lambda *_: (shapes, {}))(scored, counts, mask.shape[0])
+        return on_host(self._sum, lambda *_: (shapes, {}))(
+            scored, counts, mask.shape[0]
+        )
 
-    def _sum(self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int) -> tuple[Rows, Pairs]:
+    def _sum(
+        self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int
+    ) -> tuple[Rows, Pairs]:
         """Adds the members' scores [n] with their weights, where they count."""
         total, pairs = np.zeros(n, np.float32), {}
         parts = zip(self._config.members, scored, counted, strict=True)
@@ -118,7 +141,10 @@ class WeightedSum:
             total = total + np.float32(member.weight) * scores
             name = member_name(i, member)
             pairs |= {f"{key}_{name}": pair for key, pair in own.items()}
-            pairs[f"score_{name}"] = (np.float32(scores.sum()), np.float32(counts.sum()))
+            pairs[f"score_{name}"] = (
+                np.float32(scores.sum()),
+                np.float32(counts.sum()),
+            )
             if where is not None:
                 pairs[f"applied_{name}"] = (np.float32(counts.sum()), np.float32(n))
         return total, pairs

@@ -32,8 +32,12 @@ class DenseReward(ModelReward):
 
     def __init__(self, model: Model, params: PyTree, program: str = "score"):
         super().__init__(model, params)
-        self._dense = Program(program, jax.jit(functools.partial(token_rewards, model)), ROWS)
-        total = jax.jit(lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1))
+        self._dense = Program(
+            program, jax.jit(functools.partial(token_rewards, model)), ROWS
+        )
+        total = jax.jit(
+            lambda rewards, mask: jnp.sum(jnp.where(mask > 0, rewards, 0), axis=1)
+        )
         self._sum = Program(f"{program}_sum", total, ROWS)
 
     def per_token(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:

@@ -18,7 +18,9 @@ Pairs = dict[str, tuple[Any, Any]]
 COMBINE = ("mean", "worst", "pessimistic")
 
 
-def combine(rewards: Float[Array, "m n"], how: str, coefficient: float) -> Float[Array, " n"]:
+def combine(
+    rewards: Float[Array, "m n"], how: str, coefficient: float
+) -> Float[Array, " n"]:
     """mean_m r_m, min_m r_m, or mean_m r_m - coefficient std_m r_m (pessimistic)."""
     if how == "worst":
         return normalise.ensemble_worst(rewards)
@@ -33,17 +35,28 @@ def stack(members: list[PyTree]) -> PyTree:
     def place(x: Any) -> Any:
         placed = x.sharding
         return (
-            NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec)) if isinstance(placed, NamedSharding) else None
+            NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+            if isinstance(placed, NamedSharding)
+            else None
         )
 
     shardings = jax.tree.map(place, members[0])
     if recording():
         return jax.tree.map(
-            lambda x, s: Held((len(members), *x.shape), x.dtype, sharding=s, owner=x.owner, path=f"stacked {x.path}"),
+            lambda x, s: Held(
+                (len(members), *x.shape),
+                x.dtype,
+                sharding=s,
+                owner=x.owner,
+                path=f"stacked {x.path}",
+            ),
             members[0],
             shardings,
         )
-    return jax.jit(lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees), out_shardings=shardings)(members)
+    return jax.jit(
+        lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees),
+        out_shardings=shardings,
+    )(members)
 
 
 class EnsembleReward(ModelReward):
@@ -68,13 +81,19 @@ class EnsembleReward(ModelReward):
         self.stacked = keep(stack(members))
         by_member = (None, "batch")
         self._all = Program(program, jax.jit(self._rewards), by_member)
-        one = jax.jit(functools.partial(combine, how=how, coefficient=float(coefficient)))
+        one = jax.jit(
+            functools.partial(combine, how=how, coefficient=float(coefficient))
+        )
         self._combine = Program(f"{program}_combine", one, ROWS)
         spread = jax.jit(lambda rewards: normalise.ensemble_disagreement(rewards).sum())
         self._spread = Program(f"{program}_spread", spread)
 
-    def _rewards(self, stacked: PyTree, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        return jax.vmap(lambda params: sequence_rewards(self.model, params, tokens, segments))(stacked)
+    def _rewards(
+        self, stacked: PyTree, tokens: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        return jax.vmap(
+            lambda params: sequence_rewards(self.model, params, tokens, segments)
+        )(stacked)
 
     def members(self, tokens: Rows, segments: Rows) -> Rows:
         """Every member's rewards [m, n]."""
@@ -84,8 +103,15 @@ class EnsembleReward(ModelReward):
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._combine(self.members(tokens, segments))
 
-    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
+    def with_metrics(
+        self, tokens: Rows, segments: Rows, mask: Rows
+    ) -> tuple[Rows, Pairs]:
         """Scores, and the mean standard deviation over members as `reward_disagreement`."""
         rewards = self.members(tokens, segments)
-        pairs = {"reward_disagreement": (self._spread(rewards), jnp.float32(rewards.shape[1]))}
+        pairs = {
+            "reward_disagreement": (
+                self._spread(rewards),
+                jnp.float32(rewards.shape[1]),
+            )
+        }
         return self._combine(rewards), pairs

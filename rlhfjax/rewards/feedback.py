@@ -25,7 +25,14 @@ from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Share, TokensOrNone
-from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
+from rlhfjax.rewards.judge import (
+    Judge,
+    JudgeConfig,
+    ask,
+    class_probabilities,
+    load_judge,
+    readable,
+)
 from rlhfjax.rewards.labellers import Answers
 from rlhfjax.rewards.responses import Pairs, found
 from rlhfjax.roles import DISK, Sources
@@ -47,14 +54,21 @@ class FeedbackConfig:
     principles: str  # a file with one principle a line: "Which of these responses is more helpful?"
     template: str = TEMPLATE  # with {prompt}, {principle}, {a} and {b}
     thought: TokensOrNone = 0  # tokens of a chain of thought before the choice; 0: none
-    clamp: tuple[Share, Share] = (0.0, 1.0)  # of probabilities; (0.4, 0.6) with a chain of thought
+    clamp: tuple[Share, Share] = (
+        0.0,
+        1.0,
+    )  # of probabilities; (0.4, 0.6) with a chain of thought
     seed: Seed = 0
 
     def __post_init__(self):
         low, high = self.clamp
         if low >= high or abs(low + high - 1) > 1e-9:
-            raise ConfigError(f"feedback.clamp={self.clamp}: bounds (x, 1 - x) with x below 1/2 are needed")
-        if missing := [name for name in ("prompt", "a", "b") if f"{{{name}}}" not in self.template]:
+            raise ConfigError(
+                f"feedback.clamp={self.clamp}: bounds (x, 1 - x) with x below 1/2 are needed"
+            )
+        if missing := [
+            name for name in ("prompt", "a", "b") if f"{{{name}}}" not in self.template
+        ]:
             raise ConfigError(f"feedback.template: it has no {{{missing[0]}}}")
 
 
@@ -67,7 +81,10 @@ class Feedback:
 
     def __init__(self, config: FeedbackConfig, judge: Judge):
         self._config, self._judge = config, judge
-        self._asked, self._cut = 0, 0  # questions so far, and those whose texts were cut
+        self._asked, self._cut = (
+            0,
+            0,
+        )  # questions so far, and those whose texts were cut
         self.principles = read_lines(config.principles)
 
     def __call__(self, answers: Answers) -> np.ndarray:
@@ -83,32 +100,55 @@ class Feedback:
         fit."""
         return {"judge_cut": (float(self._cut), float(self._asked))}
 
-    def comparisons(self, answers: Answers) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    def comparisons(
+        self, answers: Answers
+    ) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         """Every (prompt, i, j), i < j, and the probability [n] that i is better, clamped."""
         pairs = list(itertools.combinations(range(answers.k), 2))
         places = [(row, i, j) for row in range(len(answers.prompts)) for i, j in pairs]
         swapped = [(row, j, i) for row, i, j in places]
-        chances = self._first_is_better(answers, places), 1 - self._first_is_better(answers, swapped)
+        chances = (
+            self._first_is_better(answers, places),
+            1 - self._first_is_better(answers, swapped),
+        )
         low, high = (min(max(x, CERTAIN), 1 - CERTAIN) for x in self._config.clamp)
         return places, np.clip((chances[0] + chances[1]) / 2, low, high)
 
-    def _first_is_better(self, answers: Answers, places: list[tuple[int, int, int]]) -> np.ndarray:
+    def _first_is_better(
+        self, answers: Answers, places: list[tuple[int, int, int]]
+    ) -> np.ndarray:
         """p(A), the first of each pair being A; [n]."""
         questions = []
         room = self._judge.room(OPTIONS, self._config.thought)
         for row, i, j in places:
             prompt, texts = answers.prompts[row], answers.completions[row]
-            principle = choose(self.principles, self._config.seed, prompt, *sorted((texts[i], texts[j])))
-            values = {"prompt": readable(prompt), "principle": principle, "a": texts[i], "b": texts[j]}
+            principle = choose(
+                self.principles,
+                self._config.seed,
+                prompt,
+                *sorted((texts[i], texts[j])),
+            )
+            values = {
+                "prompt": readable(prompt),
+                "principle": principle,
+                "a": texts[i],
+                "b": texts[j],
+            }
             spoken = (self._judge.tokenizer, self._config.template)
             question, cut = ask(*spoken, room, whole=("principle",), **values)
             questions.append(question)
             self._asked, self._cut = self._asked + 1, self._cut + cut
         openings: list[list[int]] = []
         if self._config.thought:
-            options = {"max_new": self._config.thought, "temperature": 0.0, "seed": self._config.seed}
+            options = {
+                "max_new": self._config.thought,
+                "temperature": 0.0,
+                "seed": self._config.seed,
+            }
             openings = self._judge.answer(questions, **options)
-        return class_probabilities(self._judge.logprobs(questions, OPTIONS, openings))[:, 0]
+        return class_probabilities(self._judge.logprobs(questions, OPTIONS, openings))[
+            :, 0
+        ]
 
 
 def choose(lines: list[str], *key: Any) -> str:
@@ -119,7 +159,11 @@ def choose(lines: list[str], *key: Any) -> str:
 
 def read_lines(path: str) -> list[str]:
     try:
-        lines = [line.strip() for line in paths.path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [
+            line.strip()
+            for line in paths.path(path).read_text(encoding="utf-8").split("\n")
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"principles: {path} cannot be read ({error})") from None
     if not lines:
@@ -127,7 +171,9 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def load(values: Mapping[str, Any], folder: Path, layout: Layout, sources: Sources = DISK) -> Feedback:
+def load(
+    values: Mapping[str, Any], folder: Path, layout: Layout, sources: Sources = DISK
+) -> Feedback:
     config = build(FeedbackConfig, values, str(folder / "reward.json"))
     config = dataclasses.replace(config, principles=found(config.principles, folder))
     return Feedback(config, load_judge(config.judge, folder, layout, sources))

@@ -16,7 +16,10 @@ from rlhfjax.evals.text import repeated_n, words
 REPEATED_WORDS_ALLOWED = 0.25  # share of an answer's words that is there a second time: 95 % of human turns have less
 LONG_FROM_WORDS = 30  # 86 % of human turns in chitchat are no longer
 PER_LONG_WORD = 0.05
-STACK_SHARE, STACK_FROM = 1 / 3, 2  # positive words beyond a third of the answer, and beyond two, are stacked
+STACK_SHARE, STACK_FROM = (
+    1 / 3,
+    2,
+)  # positive words beyond a third of the answer, and beyond two, are stacked
 PER_STACKED_WORD = 0.2
 
 
@@ -55,7 +58,9 @@ class Sentiment:
         """Scores each response, float32 [n]; the prompts must be as many."""
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
-        return np.array([self.score(response) for response in responses], dtype=np.float32)
+        return np.array(
+            [self.score(response) for response in responses], dtype=np.float32
+        )
 
     def score(self, answer: str) -> float:
         """The gold reward of one answer, at most 1."""
@@ -66,10 +71,18 @@ class Sentiment:
         """The terms of the formula by name: `sentiment`, and the penalties, which are subtracted."""
         tokens = words(answer)
         if not tokens:
-            return {"sentiment": 0.0, "empty": 1.0, "repeated": 0.0, "long": 0.0, "stacked": 0.0}
+            return {
+                "sentiment": 0.0,
+                "empty": 1.0,
+                "repeated": 0.0,
+                "long": 0.0,
+                "stacked": 0.0,
+            }
         positive = sum(self._vader.lexicon.get(token, 0.0) > 0 for token in tokens)
         stacked = positive - max(STACK_FROM, STACK_SHARE * len(tokens))
-        again = max(0.0, repeated_n(answer, 1) - REPEATED_WORDS_ALLOWED) + repeated_n(answer, 2)
+        again = max(0.0, repeated_n(answer, 1) - REPEATED_WORDS_ALLOWED) + repeated_n(
+            answer, 2
+        )
         return {
             "sentiment": float(self._vader.polarity_scores(answer)["compound"]),
             "empty": 0.0,

@@ -40,9 +40,13 @@ class JudgeConfig:
     batch_size: Size = 32  # rows of a forward pass
 
 
-def load_judge(config: JudgeConfig, folder: Path, layout: Layout, sources: Sources = DISK) -> "Judge":
+def load_judge(
+    config: JudgeConfig, folder: Path, layout: Layout, sources: Sources = DISK
+) -> "Judge":
     """Returns the judge that a folder's reward.json names."""
-    return Judge(dataclasses.replace(config, model=found(config.model, folder)), layout, sources)
+    return Judge(
+        dataclasses.replace(config, model=found(config.model, folder)), layout, sources
+    )
 
 
 class Judge:
@@ -55,9 +59,13 @@ class Judge:
     def __init__(self, config: JudgeConfig, layout: Layout, sources: Sources = DISK):
         saved = sources.load(config.model, layout)
         if saved.model.head != "lm":
-            raise ConfigError(f"judge.model={config.model}: a language model is needed, this one has another head")
+            raise ConfigError(
+                f"judge.model={config.model}: a language model is needed, this one has another head"
+            )
         if config.length > saved.model.config.max_length:
-            raise ConfigError(f"judge.length={config.length} is more than the model's {saved.model.config.max_length}")
+            raise ConfigError(
+                f"judge.length={config.length} is more than the model's {saved.model.config.max_length}"
+            )
         layout.check_batch(config.batch_size, "judge.batch_size")
         self.tokenizer: Tokenizer = saved.tokenizer
         self._config, self._layout = config, layout
@@ -70,7 +78,10 @@ class Judge:
         return self._config.length - thought - longest
 
     def logprobs(
-        self, questions: Sequence[Conversation], options: Sequence[str], openings: Sequence[Sequence[int]] = ()
+        self,
+        questions: Sequence[Conversation],
+        options: Sequence[str],
+        openings: Sequence[Sequence[int]] = (),
     ) -> Float[np.ndarray, "n o"]:
         """log p(option_o | question_n): the sum over the option's tokens, nats.
 
@@ -85,13 +96,21 @@ class Judge:
         for i, question in enumerate(questions):
             opening = list(openings[i]) if openings else []
             most = prompt_room(room, len(opening))
-            prompt = chat.render_prompt(self.tokenizer, question, max_tokens=most).tolist()
+            prompt = chat.render_prompt(
+                self.tokenizer, question, max_tokens=most
+            ).tolist()
             opening = opening[max(0, len(prompt) + len(opening) - room) :]
             rows += [(prompt + opening, end) for end in ends]
-        return np.concatenate(list(self._batches(rows))).reshape(len(questions), len(ends))
+        return np.concatenate(list(self._batches(rows))).reshape(
+            len(questions), len(ends)
+        )
 
     def _batches(self, rows):
-        size, length, pad = self._config.batch_size, self._config.length, self.tokenizer.pad_id
+        size, length, pad = (
+            self._config.batch_size,
+            self._config.length,
+            self.tokenizer.pad_id,
+        )
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             texts = [[*prompt, *end] for prompt, end in some]
@@ -100,42 +119,78 @@ class Judge:
             mask = segments.astype(np.float32)
             for i, (prompt, _) in enumerate(some):
                 mask[i, : len(prompt)] = 0
-            placed = self._layout.put({"tokens": tokens, "segments": segments, "mask": mask})
+            placed = self._layout.put(
+                {"tokens": tokens, "segments": segments, "mask": mask}
+            )
             with self._layout.use():
-                out = self._score(self._params, placed["tokens"], placed["segments"], placed["mask"])
+                out = self._score(
+                    self._params, placed["tokens"], placed["segments"], placed["mask"]
+                )
             yield np.asarray(hosts.whole(out), np.float64)[: len(some)]
 
     def answer(
-        self, questions: Sequence[Conversation], *, max_new: int, temperature: float, seed: int
+        self,
+        questions: Sequence[Conversation],
+        *,
+        max_new: int,
+        temperature: float,
+        seed: int,
     ) -> list[list[int]]:
         """What the model says to each conversation: ids, without the eos. Row i is drawn with fold_in(key(seed), i)."""
         size, room = self._config.batch_size, self._config.length - max_new
-        limits = {"max_new": max_new, "eos_id": self.tokenizer.eos_id, "pad_id": self.tokenizer.pad_id}
+        limits = {
+            "max_new": max_new,
+            "eos_id": self.tokenizer.eos_id,
+            "pad_id": self.tokenizer.pad_id,
+        }
         out: list[list[int]] = []
         for start in range(0, len(questions), size):
             some = questions[start : start + size]
-            asked = [chat.render_prompt(self.tokenizer, one, max_tokens=room) for one in some]
+            asked = [
+                chat.render_prompt(self.tokenizer, one, max_tokens=room) for one in some
+            ]
             asked += asked[-1:] * (size - len(some))
             prompts, segments = pad_left(asked, length=room, pad_id=limits["pad_id"])
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(start, start + size))
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+                jnp.arange(start, start + size)
+            )
             placed = self._layout.put({"prompts": prompts, "segments": segments})
             with self._layout.use():
                 samples = _generate(
-                    self._model, self._params, placed["prompts"], placed["segments"], keys, temperature, **limits
+                    self._model,
+                    self._params,
+                    placed["prompts"],
+                    placed["segments"],
+                    keys,
+                    temperature,
+                    **limits,
                 )
             tokens, mask = hosts.whole((samples.tokens, samples.mask))
-            rows = [row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)]
-            out += [[token for token in row if token != limits["eos_id"]] for row in rows[: len(some)]]
+            rows = [
+                row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)
+            ]
+            out += [
+                [token for token in row if token != limits["eos_id"]]
+                for row in rows[: len(some)]
+            ]
         return out
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "max_new", "eos_id", "pad_id"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "temperature", "max_new", "eos_id", "pad_id")
+)
 def _generate(model, params, prompts, segments, keys, temperature, **limits):
-    return generate(model, params, prompts, segments, keys, temperature=temperature, **limits)
+    return generate(
+        model, params, prompts, segments, keys, temperature=temperature, **limits
+    )
 
 
 def span_logprobs(
-    model: Model, params: dict, tokens: Int[Array, "n t"], segments: Int[Array, "n t"], mask: Float[Array, "n t"]
+    model: Model,
+    params: dict,
+    tokens: Int[Array, "n t"],
+    segments: Int[Array, "n t"],
+    mask: Float[Array, "n t"],
 ) -> Float[Array, " n"]:
     """sum over the tokens where mask is 1 of log p(token | what is before it), nats."""
     hidden = model.hidden(params, tokens, segments=segments)
@@ -152,8 +207,17 @@ def class_probabilities(logprobs: Float[np.ndarray, "n o"]) -> Float[np.ndarray,
 def readable(prompt: str) -> str:
     """A prompt in the chat template as people read it: `User: …`, a line a turn, without the last, empty one."""
     first, *rest = re.split(r"<\|(user|assistant|system)\|>", prompt)
-    turns = [(role.capitalize(), text) for role, text in zip(rest[::2], rest[1::2], strict=True) if text.strip()]
-    return "\n".join([*([first] if first.strip() else []), *(f"{role}: {text}" for role, text in turns)])
+    turns = [
+        (role.capitalize(), text)
+        for role, text in zip(rest[::2], rest[1::2], strict=True)
+        if text.strip()
+    ]
+    return "\n".join(
+        [
+            *([first] if first.strip() else []),
+            *(f"{role}: {text}" for role, text in turns),
+        ]
+    )
 
 
 def ask(
@@ -184,8 +248,12 @@ def ask(
         return _question(filled), False
     used = [name for name in values if name not in whole and f"{{{name}}}" in template]
     words = {name: tokenizer.encode(values[name]) for name in used}
-    room = max_tokens - _size(tokenizer, fill(template, **values | dict.fromkeys(words, "")))
-    while over > 0 and room >= len(words):  # again, where parts take more tokens than they did
+    room = max_tokens - _size(
+        tokenizer, fill(template, **values | dict.fromkeys(words, ""))
+    )
+    while over > 0 and room >= len(
+        words
+    ):  # again, where parts take more tokens than they did
         filled = fill(template, **values | _parts(tokenizer, words, room))
         over = _size(tokenizer, filled) - max_tokens
         room -= over
@@ -205,7 +273,9 @@ def _size(tokenizer: Tokenizer, text: str) -> int:
     return len(chat.render_prompt(tokenizer, _question(text)))
 
 
-def _parts(tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int) -> dict[str, str]:
+def _parts(
+    tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int
+) -> dict[str, str]:
     """The texts of values cut to `room` tokens together; see `ask`."""
     others = [len(ids) for name, ids in words.items() if name != "prompt"]
     prompt = min(len(words.get("prompt", ())), prompt_room(room, sum(others)))
@@ -220,4 +290,8 @@ def _parts(tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int) -> d
 
 def fill(template: str, **values: str) -> str:
     """Puts values into `{name}` of a template, all at once, so that a value with braces stays as it is."""
-    return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda m: values[m.group()[1:-1]], template)
+    return re.sub(
+        "|".join(rf"\{{{name}\}}" for name in values),
+        lambda m: values[m.group()[1:-1]],
+        template,
+    )

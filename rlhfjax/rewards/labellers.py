@@ -27,7 +27,9 @@ class Answers(NamedTuple):
         return len(self.completions[0])
 
 
-def make_answers(tokens: Any, segments: Any, mask: Any, k: int, tokenizer: Tokenizer) -> Answers:
+def make_answers(
+    tokens: Any, segments: Any, mask: Any, k: int, tokenizer: Tokenizer
+) -> Answers:
     """Answers out of a rollout whose rows are k to a prompt."""
     host = (np.asarray(x) for x in hosts.whole((tokens, segments, mask)))
     prompts, completions = texts(tokenizer, *host)
@@ -54,7 +56,9 @@ class RewardLabeller:
         self._reward = reward
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        scores = hosts.whole(self._reward(answers.tokens, answers.segments, answers.mask))
+        scores = hosts.whole(
+            self._reward(answers.tokens, answers.segments, answers.mask)
+        )
         return np.asarray(scores, np.float64).reshape(-1, answers.k)
 
 
@@ -67,11 +71,21 @@ class RankingsLabeller:
     def __init__(self, rankings: list[Ranking]):
         self._ranks: dict[str, list[dict[str, int]]] = {}
         for one in rankings:
-            self._ranks.setdefault(one.key, []).append(dict(zip(one.completions, one.ranks, strict=True)))
+            self._ranks.setdefault(one.key, []).append(
+                dict(zip(one.completions, one.ranks, strict=True))
+            )
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        return np.array([self._label(*row) for row in zip(answers.prompts, answers.completions, strict=True)])
+        return np.array(
+            [
+                self._label(*row)
+                for row in zip(answers.prompts, answers.completions, strict=True)
+            ]
+        )
 
     def _label(self, prompt: str, texts: list[str]) -> list[float]:
-        known = max(self._ranks.get(prompt, [{}]), key=lambda ranks: sum(text in ranks for text in texts))
+        known = max(
+            self._ranks.get(prompt, [{}]),
+            key=lambda ranks: sum(text in ranks for text in texts),
+        )
         return [-float(known.get(text, float("nan"))) for text in texts]

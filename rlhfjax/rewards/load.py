@@ -18,7 +18,15 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.rewards import SCORERS, compose, dense, feedback, load_scorer, rubric, rules
+from rlhfjax.rewards import (
+    SCORERS,
+    compose,
+    dense,
+    feedback,
+    load_scorer,
+    rubric,
+    rules,
+)
 from rlhfjax.rewards.labellers import Labeller, RankingsLabeller, RewardLabeller
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.rankings import by_labeller, read_rankings
@@ -85,16 +93,24 @@ def _compose(
 
     def member(name: str, number: int) -> Reward:
         own = f"{program}_{number}"
-        stacked = config.combine != "sum" and not is_text(name) and sources.described(name) is None
+        stacked = (
+            config.combine != "sum"
+            and not is_text(name)
+            and sources.described(name) is None
+        )
         if not stacked:
             return load_reward(name, layout, tokenizer, sources, own)
-        opened = sources.open_model(name, layout)  # an ensemble copies its members into one tree
+        opened = sources.open_model(
+            name, layout
+        )  # an ensemble copies its members into one tree
         saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
         return _model(saved, tokenizer, name, own)
 
     members = [member(one.reward, i) for i, one in enumerate(config.members)]
     where = [
-        load_reward(one.where, layout, tokenizer, sources, f"{program}_where_{i}") if one.where else None
+        load_reward(one.where, layout, tokenizer, sources, f"{program}_where_{i}")
+        if one.where
+        else None
         for i, one in enumerate(config.members)
     ]
     return compose.make(config, members, where, program)
@@ -121,12 +137,16 @@ def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored
         for i, member in enumerate(values["members"]):
             for key, part in (("reward", f"_{i}"), ("where", f"_where_{i}")):
                 if member.get(key):
-                    found_models += models_of(found(member[key], folder), sources, suffix + part)
+                    found_models += models_of(
+                        found(member[key], folder), sources, suffix + part
+                    )
         return found_models
     return [Scored(suffix, found(values["judge"]["model"], folder), "lm")]
 
 
-def load_labeller(name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK) -> Labeller:
+def load_labeller(
+    name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
+) -> Labeller:
     """Returns the labeller of that name: `rankings:GLOB[@LABELLER]`, AI feedback, or any reward.
 
     Raises:
@@ -146,5 +166,7 @@ def _people(name: str) -> RankingsLabeller:
     people = by_labeller(read_rankings(pattern))
     if who not in people and (who or len(people) > 1):
         known = ", ".join(people)
-        raise ConfigError(f"labeller {name!r}: name one of {known} as rankings:GLOB@LABELLER")
+        raise ConfigError(
+            f"labeller {name!r}: name one of {known} as rankings:GLOB@LABELLER"
+        )
     return RankingsLabeller(people[who or next(iter(people))])

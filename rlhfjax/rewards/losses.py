@@ -35,11 +35,23 @@ class LossConfig:
     """
 
     name: Literal[
-        "kwise", "bradley_terry", "smoothed", "margin", "soft", "half_ties", "rao_kupper", "plackett_luce", "best_of_k"
+        "kwise",
+        "bradley_terry",
+        "smoothed",
+        "margin",
+        "soft",
+        "half_ties",
+        "rao_kupper",
+        "plackett_luce",
+        "best_of_k",
     ] = "kwise"
-    smoothing: ShareBelowHalf = 0.1  # of `smoothed`: cDPO's and Wang et al.'s usual value
+    smoothing: ShareBelowHalf = (
+        0.1  # of `smoothed`: cDPO's and Wang et al.'s usual value
+    )
     margin: NonNegative = 1.0  # of `margin`: reward units a unit of label difference
-    label_scale: Finite = 1.0  # of `soft`: 1 where a label is a log-probability, as judges give
+    label_scale: Finite = (
+        1.0  # of `soft`: 1 where a label is a log-probability, as judges give
+    )
     eta: Positive = 0.5  # of `rao_kupper`: rewards closer than about this are called equal; ours, the paper fits it
 
 
@@ -68,7 +80,10 @@ def ordered_pairs(
     """Reward of the better, of the worse, label difference and weight of every untied pair; n = p k k."""
     weight = untied_pairs(labels, valid, same)
     rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
-    better, worse = (jnp.broadcast_to(x, weight.shape) for x in (rewards[:, :, None], rewards[:, None, :]))
+    better, worse = (
+        jnp.broadcast_to(x, weight.shape)
+        for x in (rewards[:, :, None], rewards[:, None, :])
+    )
     gaps = labels[:, :, None] - labels[:, None, :]
     return better.ravel(), worse.ravel(), gaps.ravel(), weight.ravel()
 
@@ -83,7 +98,12 @@ def all_pairs(
     i, j = jnp.triu_indices(rewards.shape[1], k=1)
     rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
     weight = distinct_pairs(valid, same)[:, i, j].astype(rewards.dtype)
-    return rewards[:, i].ravel(), rewards[:, j].ravel(), (labels[:, i] - labels[:, j]).ravel(), weight.ravel()
+    return (
+        rewards[:, i].ravel(),
+        rewards[:, j].ravel(),
+        (labels[:, i] - labels[:, j]).ravel(),
+        weight.ravel(),
+    )
 
 
 def _bradley_terry(
@@ -132,7 +152,9 @@ def _soft(
     return ranking.soft_label_loss(a, b, jax.nn.sigmoid(label_scale * gaps), weight)
 
 
-def _half_ties(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None) -> Loss:
+def _half_ties(
+    rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None
+) -> Loss:
     a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
     return ranking.soft_label_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight)
 
@@ -149,7 +171,9 @@ def _rao_kupper(
     return ranking.rao_kupper_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight, eta=eta)
 
 
-def _best_of_k(rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None) -> Loss:
+def _best_of_k(
+    rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None
+) -> Loss:
     """A prompt whose best is tied names no best, and has weight 0. What has the best's tokens does
     not compete."""
     labels = jnp.where(valid > 0, labels, -jnp.inf)

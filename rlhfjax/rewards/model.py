@@ -31,7 +31,9 @@ class ModelReward:
 
     def __init__(self, model: Model, params: PyTree, program: str = "score"):
         self.model, self.params = model, params
-        self._score = Program(program, jax.jit(functools.partial(sequence_rewards, model)), ROWS)
+        self._score = Program(
+            program, jax.jit(functools.partial(sequence_rewards, model)), ROWS
+        )
 
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""

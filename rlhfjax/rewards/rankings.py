@@ -37,7 +37,9 @@ class Ranking(NamedTuple):
     @property
     def key(self) -> str:
         """The same for equal prompts."""
-        return self.prompt if isinstance(self.prompt, str) else chat.to_text(self.prompt)
+        return (
+            self.prompt if isinstance(self.prompt, str) else chat.to_text(self.prompt)
+        )
 
 
 def read_rankings(pattern: str) -> list[Ranking]:
@@ -65,27 +67,49 @@ def write_rankings(path: Path, rankings: Iterable[Ranking]) -> None:
     """Writes rankings as JSON lines, whole or not at all."""
     rows = []
     for one in rankings:
-        row = {"prompt": one.prompt, "completions": list(one.completions), "ranking": list(one.ranks)}
-        row |= {name: value for name in ("labeller", "time") if (value := getattr(one, name))}
+        row = {
+            "prompt": one.prompt,
+            "completions": list(one.completions),
+            "ranking": list(one.ranks),
+        }
+        row |= {
+            name: value
+            for name in ("labeller", "time")
+            if (value := getattr(one, name))
+        }
         rows.append(row)
     write_jsonl(path, rows)
 
 
 def from_row(row: Mapping[str, Any], labeller: str = "") -> Ranking:
     """The ranking in a row of a preference folder (or of its twin in JSON lines)."""
-    ranks = [int(rank) for rank in row["ranks"]] if "ranks" in row else ranks_of([float(x) for x in row["scores"]])
+    ranks = (
+        [int(rank) for rank in row["ranks"]]
+        if "ranks" in row
+        else ranks_of([float(x) for x in row["scores"]])
+    )
     prompt = row.get("messages") or row["prompt"]
-    return Ranking(prompt, tuple(row["completions"]), tuple(ranks), row.get("labeller") or labeller)
+    return Ranking(
+        prompt, tuple(row["completions"]), tuple(ranks), row.get("labeller") or labeller
+    )
 
 
 def _parse(row: Mapping[str, Any]) -> Ranking:
-    if missing := [name for name in ("prompt", "completions", "ranking") if name not in row]:
+    if missing := [
+        name for name in ("prompt", "completions", "ranking") if name not in row
+    ]:
         raise ValueError(f"no {missing[0]!r}, found {', '.join(row) or 'nothing'}")
     completions, ranks = _texts(row["completions"]), row["ranking"]
-    if not isinstance(ranks, list) or any(type(rank) is not int or rank < 1 for rank in ranks):
-        raise ValueError(f"'ranking' must be a list of whole numbers from 1, the best; got {ranks!r}")
+    if not isinstance(ranks, list) or any(
+        type(rank) is not int or rank < 1 for rank in ranks
+    ):
+        raise ValueError(
+            f"'ranking' must be a list of whole numbers from 1, the best; got {ranks!r}"
+        )
     if len(ranks) != len(completions) or len(ranks) < 2:
-        raise ValueError(f"{len(completions)} completions and {len(ranks)} ranks; at least 2, and one each, are needed")
+        raise ValueError(
+            f"{len(completions)} completions and {len(ranks)} ranks; at least 2, and one each, are needed"
+        )
     labeller, time = row.get("labeller", ""), row.get("time", "")
     if not isinstance(labeller, str):
         raise ValueError(f"'labeller' must be text, got {labeller!r}")
@@ -95,7 +119,9 @@ def _parse(row: Mapping[str, Any]) -> Ranking:
 
 
 def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or any(not isinstance(value, str) for value in values):
+    if not isinstance(values, list) or any(
+        not isinstance(value, str) for value in values
+    ):
         raise ValueError("'completions' must be a list of texts")
     return tuple(values)
 
@@ -105,7 +131,9 @@ def _prompt(value: Any) -> Prompt:
         return value
     if isinstance(value, list) and value and all(_is_message(one) for one in value):
         return value
-    raise ValueError("'prompt' must be text or a list of messages with 'role' and 'content'")
+    raise ValueError(
+        "'prompt' must be text or a list of messages with 'role' and 'content'"
+    )
 
 
 def _is_message(value: Any) -> bool:

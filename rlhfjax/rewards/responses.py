@@ -17,9 +17,13 @@ from rlhfjax.programs import Rows, on_host
 from rlhfjax.rewards import Scorer
 from rlhfjax.roles import REWARD
 
-Reward = Callable[[Any, Any, Any], Any]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
+Reward = Callable[
+    [Any, Any, Any], Any
+]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
 Pairs = dict[str, tuple[Any, Any]]
-FILE = REWARD  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
+FILE = (
+    REWARD  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
+)
 
 
 class TextReward:
@@ -31,11 +35,15 @@ class TextReward:
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         return on_host(self._scores, score_shapes)(tokens, segments, mask)
 
-    def with_metrics(self, tokens: Rows, segments: Rows, mask: Rows) -> tuple[Rows, Pairs]:
+    def with_metrics(
+        self, tokens: Rows, segments: Rows, mask: Rows
+    ) -> tuple[Rows, Pairs]:
         """Scores, and what the scorer says of them where it says anything."""
         if not hasattr(self.scorer, "with_metrics"):
             return self(tokens, segments, mask), {}
-        scored = on_host(self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {}))
+        scored = on_host(
+            self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {})
+        )
         return scored(tokens, segments, mask)
 
     def _scores(self, *arrays: jax.Array) -> np.ndarray:
@@ -71,7 +79,10 @@ def texts(
         chat.prompt_text(tokenizer, row[seg > 0].tolist())
         for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)
     ]
-    responses = [tokenizer.decode(row[keep > 0].tolist()) for row, keep in zip(tokens[:, p:], mask, strict=True)]
+    responses = [
+        tokenizer.decode(row[keep > 0].tolist())
+        for row, keep in zip(tokens[:, p:], mask, strict=True)
+    ]
     return prompts, responses
 
 
@@ -88,6 +99,10 @@ def found(name: str, folder: Path) -> str:
 
 def check_scalar(saved: store.SavedModel, tokenizer: Tokenizer, name: str) -> None:
     if saved.model.head != "scalar":
-        raise ConfigError(f"{name}: a reward model is needed, this one has a {saved.model.head} head")
+        raise ConfigError(
+            f"{name}: a reward model is needed, this one has a {saved.model.head} head"
+        )
     if saved.model.config.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"{name}: the reward model has another vocabulary than the policy")
+        raise ConfigError(
+            f"{name}: the reward model has another vocabulary than the policy"
+        )

@@ -17,7 +17,14 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Finite
-from rlhfjax.rewards.judge import Judge, JudgeConfig, ask, class_probabilities, load_judge, readable
+from rlhfjax.rewards.judge import (
+    Judge,
+    JudgeConfig,
+    ask,
+    class_probabilities,
+    load_judge,
+    readable,
+)
 from rlhfjax.rewards.responses import Pairs, Reward, TextReward
 from rlhfjax.roles import Sources
 
@@ -41,7 +48,9 @@ class RubricConfig:
         if "{response}" not in self.template:
             raise ConfigError("rubric.template: it has no {response}")
         if len(self.classes) < 2:
-            raise ConfigError(f"rubric.classes: a choice needs at least 2, got {len(self.classes)}")
+            raise ConfigError(
+                f"rubric.classes: a choice needs at least 2, got {len(self.classes)}"
+            )
 
 
 class Rubric:
@@ -54,7 +63,9 @@ class Rubric:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         return self.with_metrics(prompts, responses)[0]
 
-    def with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, Pairs]:
+    def with_metrics(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[np.ndarray, Pairs]:
         chances, cut = self.probabilities(prompts, responses)
         n = float(len(responses))
         scores = chances @ np.array([one.reward for one in self._config.classes])
@@ -94,4 +105,6 @@ def load(
     program: str,
 ) -> Reward:
     config = build(RubricConfig, values, str(folder / "reward.json"))
-    return TextReward(Rubric(config, load_judge(config.judge, folder, layout, sources)), tokenizer)
+    return TextReward(
+        Rubric(config, load_judge(config.judge, folder, layout, sources)), tokenizer
+    )

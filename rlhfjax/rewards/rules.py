@@ -54,7 +54,9 @@ def parse(name: str) -> RuleConfig:
             try:
                 values[option] = kind(values[option])
             except ValueError:
-                raise ConfigError(f"{name}: {option}={values[option]!r} is no {kind.__name__}") from None
+                raise ConfigError(
+                    f"{name}: {option}={values[option]!r} is no {kind.__name__}"
+                ) from None
     return build(RuleConfig, {"function": function, **values}, PREFIX.rstrip(":"))
 
 
@@ -75,7 +77,9 @@ class Rule:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         return self.with_metrics(prompts, responses)[0]
 
-    def with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, Pairs]:
+    def with_metrics(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[np.ndarray, Pairs]:
         """Scores float32 [n]; rule_failed and rule_timed_out, shares of the samples."""
         outcomes = self.outcomes(prompts, responses)
         failed = [outcome for outcome in outcomes if outcome.value is None]
@@ -85,21 +89,33 @@ class Rule:
                 "rule %s: %d of %d samples failed and score %g; the first: %s",
                 self._config.function, len(failed), len(outcomes), self._config.failed, failed[0].error,
             )  # fmt: skip
-        scores = [self._config.failed if outcome.value is None else outcome.value for outcome in outcomes]
+        scores = [
+            self._config.failed if outcome.value is None else outcome.value
+            for outcome in outcomes
+        ]
         n = float(len(outcomes))
         return np.array(scores, np.float32), {
             "rule_failed": (float(len(failed)), n),
             "rule_timed_out": (float(late), n),
         }
 
-    def outcomes(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+    def outcomes(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> list[Outcome]:
         """What became of every sample: a value, or why there is none."""
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
         known = [self._lookup(prompt) for prompt in prompts]
-        calls = [(p, r, m) for p, r, m in zip(prompts, responses, known, strict=True) if m is not None]
+        calls = [
+            (p, r, m)
+            for p, r, m in zip(prompts, responses, known, strict=True)
+            if m is not None
+        ]
         ran = iter(self._pool.map(calls))
-        return [Outcome(None, "no metadata for its prompt") if m is None else next(ran) for m in known]
+        return [
+            Outcome(None, "no metadata for its prompt") if m is None else next(ran)
+            for m in known
+        ]
 
     def _lookup(self, prompt: str) -> Mapping[str, Any] | None:
         return {} if self._metadata is None else self._metadata.get(question(prompt))
@@ -127,9 +143,13 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
         for place, row in located_rows(path):
             try:
                 prompt = row.pop("prompt")
-                key = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
+                key = (
+                    prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                ).strip()
             except (KeyError, AttributeError, TypeError, IndexError):
-                raise DataError(f"{place}: expected a JSON object with a 'prompt'") from None
+                raise DataError(
+                    f"{place}: expected a JSON object with a 'prompt'"
+                ) from None
             if found.setdefault(key, row) != row:
                 twice = f"the prompt {key[:60]!r} stands twice with different metadata"
                 raise DataError(f"{place}: {twice}")

@@ -19,7 +19,9 @@ def gym() -> Any:
     try:
         import reasoning_gym
     except ImportError:
-        raise DataError("tasks: reasoning-gym is not installed; pip install 'rlhfjax[tasks]'") from None
+        raise DataError(
+            "tasks: reasoning-gym is not installed; pip install 'rlhfjax[tasks]'"
+        ) from None
     return reasoning_gym
 
 
@@ -57,7 +59,9 @@ def score(prompt: str, response: str, metadata: Mapping[str, Any]) -> float:
     entries = dataset(metadata["task"], metadata["size"], metadata["seed"])
     entry = entries[metadata["index"]]
     if str(entry["answer"]) != metadata["answer"]:
-        raise DataError("the task has changed since the prompts were written; another version of reasoning-gym?")
+        raise DataError(
+            "the task has changed since the prompts were written; another version of reasoning-gym?"
+        )
     return float(entries.score_answer(extract(response), entry))
 
 

@@ -53,7 +53,11 @@ def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Outcome:
         number = float(value)
     except Exception as error:
         return Outcome(None, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return Outcome(number) if math.isfinite(number) else Outcome(None, f"returned {number}")
+    return (
+        Outcome(number)
+        if math.isfinite(number)
+        else Outcome(None, f"returned {number}")
+    )
 
 
 def _serve(connection: Connection, name: str) -> None:
@@ -70,7 +74,9 @@ def _serve(connection: Connection, name: str) -> None:
 
 class _Worker:
     def __init__(self, name: str):
-        context = multiprocessing.get_context("spawn")  # a fork would share the accelerator's threads and locks
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would share the accelerator's threads and locks
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, name), daemon=True)
         self.process.start()
@@ -114,14 +120,18 @@ class Pool:
 
     def _listen(self, outcomes: list[Outcome | None]) -> None:
         """Waits for the next answer or deadline, and takes down what there is."""
-        active = {w.connection: w for w in self._workers if w.item is not None or not w.ready}
+        active = {
+            w.connection: w for w in self._workers if w.item is not None or not w.ready
+        }
         left = min(worker.deadline for worker in active.values()) - time.monotonic()
         heard = wait(list(active), timeout=max(0.0, left))
         for connection, worker in active.items():
             if connection in heard:
                 self._hear(worker, outcomes)
             elif time.monotonic() > worker.deadline:
-                self._replace(worker, outcomes, f"{TIMED_OUT} after {self._timeout:g} s")
+                self._replace(
+                    worker, outcomes, f"{TIMED_OUT} after {self._timeout:g} s"
+                )
 
     def _hear(self, worker: _Worker, outcomes: list[Outcome | None]) -> None:
         try:
@@ -134,10 +144,14 @@ class Pool:
         else:
             outcomes[worker.item], worker.item = answer, None
 
-    def _replace(self, worker: _Worker, outcomes: list[Outcome | None], error: str) -> None:
+    def _replace(
+        self, worker: _Worker, outcomes: list[Outcome | None], error: str
+    ) -> None:
         worker.stop()
         if not worker.ready:
-            raise DataError(f"rule {self._name!r}: a process that should run it did not come up ({error})")
+            raise DataError(
+                f"rule {self._name!r}: a process that should run it did not come up ({error})"
+            )
         outcomes[worker.item] = Outcome(None, error)
         self._workers[self._workers.index(worker)] = _Worker(self._name)
 

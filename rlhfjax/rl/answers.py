@@ -35,7 +35,9 @@ class Sampling(NamedTuple):
 def validate_buckets(buckets: int, length: int, stage: str) -> None:
     """Raises ConfigError unless the prompts' width can be cut into so many parts."""
     if buckets > length:
-        raise ConfigError(f"{stage}.prompt_buckets={buckets}: 1 (one width) to prompt_length={length}")
+        raise ConfigError(
+            f"{stage}.prompt_buckets={buckets}: 1 (one width) to prompt_length={length}"
+        )
 
 
 def bucket(segments: np.ndarray, buckets: int) -> int:
@@ -68,18 +70,35 @@ def answers(
     The index is -1 where a prompt only fills the batch; `cut` is 1 where a prompt lost tokens to
     fit. Batch i is drawn with fold_in(key, i), so that the same key gives the same answers.
     """
-    stop = tokenizer.token_id(sampling.truncate.token) if sampling.truncate.token else None
+    stop = (
+        tokenizer.token_id(sampling.truncate.token) if sampling.truncate.token else None
+    )
     eos = tokenizer.eos_id if sampling.stop_at_eos else -1
     options = {"batch_size": sampling.batch_size, "length": sampling.prompt_length}
     limits = {"max_new": sampling.max_new, "eos_id": eos, "pad_id": tokenizer.pad_id}
     limits |= {"each": sampling.each, "slots": sampling.slots}
-    for i, batch in enumerate(loader.prompt_batches(source, tokenizer, train=False, **options)):
+    for i, batch in enumerate(
+        loader.prompt_batches(source, tokenizer, train=False, **options)
+    ):
         width = bucket(batch["segments"], sampling.buckets)
         placed = layout.put(
-            {k: np.repeat(batch[k][:, -width:], sampling.each, axis=0) for k in ("prompts", "segments")}
+            {
+                k: np.repeat(batch[k][:, -width:], sampling.each, axis=0)
+                for k in ("prompts", "segments")
+            }
         )
-        rows: tuple[Any, ...] = (placed["prompts"], placed["segments"], jax.random.fold_in(key, i))
-        rollout = sample(policy.model, policy.params, *rows, temperature=sampling.temperature, **limits)
+        rows: tuple[Any, ...] = (
+            placed["prompts"],
+            placed["segments"],
+            jax.random.fold_in(key, i),
+        )
+        rollout = sample(
+            policy.model,
+            policy.params,
+            *rows,
+            temperature=sampling.temperature,
+            **limits,
+        )
         rollout = widened(rollout, sampling.prompt_length - width, tokenizer.pad_id)
         if stop is not None:
             rollout = cut(rollout, stop, sampling.truncate.after, tokenizer.pad_id)

@@ -32,7 +32,9 @@ from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 class KLConfig:
     """The penalty on log pi / pi_ref. With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
 
-    coefficient: NonNegative = 0.05  # reward units per nat; the first one where it adapts
+    coefficient: NonNegative = (
+        0.05  # reward units per nat; the first one where it adapts
+    )
     target: NonNegative = 0.0  # nats per sequence; 0: the coefficient is fixed
     horizon: Count = 0  # episodes; 10 to 20 batches
     place: Literal["reward", "loss"] = "reward"
@@ -50,7 +52,9 @@ class TruncateConfig:
     """
 
     token: str = ""  # a piece of the tokenizer, such as a full stop; empty: off
-    after: TokensOrNone = 0  # the first response position that may be it (Ziegler: 16 of 24)
+    after: TokensOrNone = (
+        0  # the first response position that may be it (Ziegler: 16 of 24)
+    )
     value: Finite = -1.0  # the score where there is none
 
 
@@ -63,7 +67,9 @@ class HumanConfig:
 
     reward: str = ""  # a tamer stage's workdir, or any reward; empty: none
     weight: Finite = 1.0  # reward units a unit of H, in the first iteration
-    factor: PositiveShare = 0.98  # "and the like", Knox & Stone 2010, who anneal an episode
+    factor: PositiveShare = (
+        0.98  # "and the like", Knox & Stone 2010, who anneal an episode
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,9 @@ class PolicyConfig(TrainConfig):
     behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
     batch_size: Size
     slots: SizeOrNone = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
-    rollout_mesh: MeshConfig | None = None  # of the same devices, for sampling; None: the mesh of training
+    rollout_mesh: MeshConfig | None = (
+        None  # of the same devices, for sampling; None: the mesh of training
+    )
     # of reward and reference, on devices of their own: mesh.devices="0:6", judge_mesh.devices="6:8"; None: the policy's
     judge_mesh: MeshConfig | None = None
     # learn from the responses of the iteration before, while new ones are sampled and the host makes rewards
@@ -97,7 +105,9 @@ class PolicyConfig(TrainConfig):
     entropy_coefficient: NonNegative = 0.0
     truncate: TruncateConfig = TruncateConfig()
     missing_eos: Literal["none", "penalty", "replace"] = "none"
-    missing_eos_value: Finite = 1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
+    missing_eos_value: Finite = (
+        1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
+    )
     score_clip: NonNegative = 0.0  # 0: none
     kl: KLConfig = KLConfig()
     ptx: PtxConfig = PtxConfig()
@@ -129,8 +139,15 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
     mesh = "train" if config.judge_mesh is None else "frozen"
     scorer = Role("", head="scalar", mesh=mesh, scores=True)
     found = {
-        "policy": Role(config.init_from, optim=config.optim, lora=config.lora, averaged=bool(config.ema)),
-        "reference": Role(config.reference or config.init_from, mesh=mesh, shares=shares),
+        "policy": Role(
+            config.init_from,
+            optim=config.optim,
+            lora=config.lora,
+            averaged=bool(config.ema),
+        ),
+        "reference": Role(
+            config.reference or config.init_from, mesh=mesh, shares=shares
+        ),
         "reward": scorer._replace(source=config.reward),
         "human": scorer._replace(source=config.human.reward),
         "gold": scorer._replace(source=config.gold, mesh="train"),
@@ -138,7 +155,9 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
     return {name: role for name, role in found.items() if role.source}
 
 
-def policy_workload(config: PolicyConfig, completions: int = 1, values: tuple[str, ...] = ()) -> Workload:
+def policy_workload(
+    config: PolicyConfig, completions: int = 1, values: tuple[str, ...] = ()
+) -> Workload:
     """Returns what an iteration computes. Consecutive rows that share a prompt prefill it once.
 
     Args:
@@ -147,7 +166,9 @@ def policy_workload(config: PolicyConfig, completions: int = 1, values: tuple[st
     """
     length = config.prompt_length + config.max_new
     tokens = config.episodes * length
-    sampled = config.batch_size * config.prompt_length + config.episodes * config.max_new
+    sampled = (
+        config.batch_size * config.prompt_length + config.episodes * config.max_new
+    )
     microbatches = config.minibatches * config.microbatches
     reference = "know" if config.judge_mesh is None else "ref_logprobs"
     passes = [
@@ -156,14 +177,21 @@ def policy_workload(config: PolicyConfig, completions: int = 1, values: tuple[st
         *(Pass("know", role, tokens, length) for role in values),
         Pass("score", "reward", tokens, length),
         Pass("human", "human", tokens, length),
-        *(Pass("update", role, config.epochs * tokens, length, True) for role in ("policy", *values)),
+        *(
+            Pass("update", role, config.epochs * tokens, length, True)
+            for role in ("policy", *values)
+        ),
     ]
     if config.behaviour_logprobs == "forward":
         passes.append(Pass("know", "policy", tokens, length))
     text = config.ptx.ratio if config.ptx.coefficient else 0
     if text:
         text_tokens = config.episodes * text * config.ptx.length
-        passes.append(Pass("update", "policy", config.epochs * text_tokens, config.ptx.length, True))
+        passes.append(
+            Pass(
+                "update", "policy", config.epochs * text_tokens, config.ptx.length, True
+            )
+        )
     return Workload(
         rows=config.episodes * max(text, 1) // microbatches,
         batch=config.episodes // microbatches,
@@ -177,20 +205,35 @@ def policy_workload(config: PolicyConfig, completions: int = 1, values: tuple[st
     )
 
 
-def validate_policy(config: PolicyConfig, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate_policy(
+    config: PolicyConfig, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the options of every policy stage. Raises ConfigError for the first that is invalid."""
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
     validate_slots(config.slots, config.each, layout, name)
-    validate_length(config.prompt_length + config.max_new, model_config, f"{name}.prompt_length + max_new")
+    validate_length(
+        config.prompt_length + config.max_new,
+        model_config,
+        f"{name}.prompt_length + max_new",
+    )
     if config.episodes % (config.minibatches * config.microbatches):
-        what = "batch_size" if config.episodes == config.batch_size else "batch_size times completions"
+        what = (
+            "batch_size"
+            if config.episodes == config.batch_size
+            else "batch_size times completions"
+        )
         raise ConfigError(
             f"{name}.{what}={config.episodes} is not divisible by minibatches={config.minibatches} times "
             f"microbatches={config.microbatches}"
         )
-    layout.check_batch(config.episodes // config.minibatches // config.microbatches, f"a {name} microbatch")
-    make_schedule(config.optim, config.updates)  # raises for a warm-up longer than the run
+    layout.check_batch(
+        config.episodes // config.minibatches // config.microbatches,
+        f"a {name} microbatch",
+    )
+    make_schedule(
+        config.optim, config.updates
+    )  # raises for a warm-up longer than the run
     validate_lora(config.lora, model_config)
     validate_kernel(model_config, layout, name)
     if config.lora.dropout:
@@ -199,7 +242,9 @@ def validate_policy(config: PolicyConfig, layout: Layout, model_config: Transfor
         )
     for other in ("rollout_mesh", "judge_mesh"):
         if getattr(config, other) is not None and config.lora.rank:
-            raise ConfigError(f"{name}.{other}: with adapters all share one base, on one mesh")
+            raise ConfigError(
+                f"{name}.{other}: with adapters all share one base, on one mesh"
+            )
     if config.one_step_off and config.behaviour_logprobs != "sampler":
         raise ConfigError(
             f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behaviour_logprobs='sampler'"
@@ -207,34 +252,50 @@ def validate_policy(config: PolicyConfig, layout: Layout, model_config: Transfor
     _validate_kl(config.kl, f"{name}.kl")
     _validate_score(config)
     if config.target_kl and config.epochs * config.minibatches == 1:
-        raise ConfigError(f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one")
+        raise ConfigError(
+            f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one"
+        )
     if config.ptx.coefficient:
-        rows_a_stream(config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx")
+        rows_a_stream(
+            config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx"
+        )
 
 
 def _validate_kl(config: KLConfig, where: str) -> None:
     if config.target and not config.horizon:
-        raise ConfigError(f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size")
+        raise ConfigError(
+            f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size"
+        )
     if config.target and not config.coefficient:
-        raise ConfigError(f"{where}.coefficient=0 stays 0 whatever the target: it is multiplied")
+        raise ConfigError(
+            f"{where}.coefficient=0 stays 0 whatever the target: it is multiplied"
+        )
     if config.place == "reward" and config.estimator not in ("k1", "k2", "k3"):
-        raise ConfigError(f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3")
+        raise ConfigError(
+            f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3"
+        )
 
 
 def _validate_score(config: PolicyConfig) -> None:
     name = config.stage
     if config.missing_eos != "none" and not config.stop_at_eos:
-        raise ConfigError(f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end")
+        raise ConfigError(
+            f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end"
+        )
     validate_truncate(config.truncate, config.max_new, name)
 
 
 def validate_slots(slots: int, each: int, layout: Layout, name: str) -> None:
     """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
     if 0 < slots < each:
-        raise ConfigError(f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt")
+        raise ConfigError(
+            f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt"
+        )
     layout.check_batch(slots, f"{name}.slots")
 
 
 def validate_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
     if config.token and config.after >= max_new:
-        raise ConfigError(f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens")
+        raise ConfigError(
+            f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens"
+        )

@@ -22,7 +22,9 @@ PyTree = Any
 HELD_OUT = 2**31  # the random stream of batch 0; the seeds of training steps are below
 
 
-def held_out(config: PolicyConfig, task: Task, layout: Layout) -> Callable[[TrainState], Metrics]:
+def held_out(
+    config: PolicyConfig, task: Task, layout: Layout
+) -> Callable[[TrainState], Metrics]:
     """Returns a function state -> reward, KL to the reference and length of responses to held-out
     prompts; the draws are always the same."""
     prompts = held_out_prompts(config.eval_prompts, task.tokenizer, config)
@@ -33,13 +35,20 @@ def held_out(config: PolicyConfig, task: Task, layout: Layout) -> Callable[[Trai
     def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
         r = rollout.mask.shape[1]
         ref_logprobs, _ = response_logprobs(
-            policy.model, reference, rollout.tokens, rollout.segments, r, config.temperature
+            policy.model,
+            reference,
+            rollout.tokens,
+            rollout.segments,
+            r,
+            config.temperature,
         )
         return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
     kl_to_reference = task.on_frozen(functools.partial(sequence_kl, task.reference))
 
-    def measure(params: PyTree, batch: dict[str, np.ndarray], number: int) -> dict[str, Any]:
+    def measure(
+        params: PyTree, batch: dict[str, np.ndarray], number: int
+    ) -> dict[str, Any]:
         on_devices = layout.put(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), HELD_OUT + number)
         rows = (on_devices["prompts"], on_devices["segments"], key)
@@ -50,10 +59,14 @@ def held_out(config: PolicyConfig, task: Task, layout: Layout) -> Callable[[Trai
             "val_kl": kl_to_reference(rollout),
             "val_proxy": reward(*seen),
             "val_response_length": rollout.mask.sum(1),
-            "val_eos_rate": shaping.has_token(rollout.responses, rollout.mask, task.tokenizer.eos_id),
+            "val_eos_rate": shaping.has_token(
+                rollout.responses, rollout.mask, task.tokenizer.eos_id
+            ),
             "val_prompts_cut": batch["cut"],
         }
-        return measured if task.gold is None else measured | {"val_gold": task.gold(*seen)}
+        return (
+            measured if task.gold is None else measured | {"val_gold": task.gold(*seen)}
+        )
 
     def evals(state: TrainState) -> Metrics:
         params, total = policy.merged(state.params["policy"]), {}
@@ -61,7 +74,9 @@ def held_out(config: PolicyConfig, task: Task, layout: Layout) -> Callable[[Trai
             real = (batch["index"] >= 0).astype(np.float32)
             for name, values in measure(params, batch, i).items():
                 host = np.asarray(hosts.whole(values), np.float32)
-                total = merge(total, {name: (float((host * real).sum()), float(real.sum()))})
+                total = merge(
+                    total, {name: (float((host * real).sum()), float(real.sum()))}
+                )
         return total
 
     return evals

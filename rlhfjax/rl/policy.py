@@ -10,7 +10,13 @@ import optax
 from rlhfjax.interop import store
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.held_out import held_out
-from rlhfjax.rl.prompts import Repeated, prompt_batches, prompt_shapes, text_shapes, with_ptx
+from rlhfjax.rl.prompts import (
+    Repeated,
+    prompt_batches,
+    prompt_shapes,
+    text_shapes,
+    with_ptx,
+)
 from rlhfjax.rl.rollout import AHEAD, Rollout
 from rlhfjax.rl.task import Task
 from rlhfjax.roles import Loaded
@@ -54,8 +60,15 @@ def policy_stage(
         models = {store.FOLDER: task.policy.saved(trained), **also(state)}
         return Finished(models, {}, {}, task.policy.adapters(trained))
 
-    rows = {AHEAD: dict.fromkeys(Rollout._fields, ("batch", None))} if config.one_step_off else {}
-    shapes = {**prompt_shapes(episodes, config.prompt_length), **text_shapes(config.ptx, episodes)}
+    rows = (
+        {AHEAD: dict.fromkeys(Rollout._fields, ("batch", None))}
+        if config.one_step_off
+        else {}
+    )
+    shapes = {
+        **prompt_shapes(episodes, config.prompt_length),
+        **text_shapes(config.ptx, episodes),
+    }
 
     def init_params(key: jax.Array) -> dict[str, PyTree]:
         others = init_others(key)

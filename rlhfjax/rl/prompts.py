@@ -39,10 +39,16 @@ def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
     return Limited(source, config.limit) if config.limit else source
 
 
-def prompt_batches(config: PromptConfig, tokenizer: Tokenizer, stage: Any) -> loader.Batches:
+def prompt_batches(
+    config: PromptConfig, tokenizer: Tokenizer, stage: Any
+) -> loader.Batches:
     """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
-    options = {"batch_size": stage.batch_size, "length": stage.prompt_length, "seed": stage.seed}
+    options = {
+        "batch_size": stage.batch_size,
+        "length": stage.prompt_length,
+        "seed": stage.seed,
+    }
     return loader.prompt_batches(source, tokenizer, train=True, **options)
 
 
@@ -53,7 +59,10 @@ class Repeated:
         self._batches, self._times = batches, times
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return {name: np.repeat(rows, self._times, axis=0) for name, rows in next(self._batches).items()}
+        return {
+            name: np.repeat(rows, self._times, axis=0)
+            for name, rows in next(self._batches).items()
+        }
 
     def get_state(self) -> Any:
         return self._batches.get_state()
@@ -62,13 +71,17 @@ class Repeated:
         self._batches.set_state(state)
 
 
-def held_out_prompts(config: PromptConfig, tokenizer: Tokenizer, stage: Any) -> loader.Batches:
+def held_out_prompts(
+    config: PromptConfig, tokenizer: Tokenizer, stage: Any
+) -> loader.Batches:
     """One pass over held-out prompts, in order."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
     size = stage.episodes
     if len(source) < size:
         size = min(size, -(-len(source) // 8) * 8)
-    return loader.prompt_batches(source, tokenizer, train=False, batch_size=size, length=stage.prompt_length)
+    return loader.prompt_batches(
+        source, tokenizer, train=False, batch_size=size, length=stage.prompt_length
+    )
 
 
 def prompt_shapes(size: int, length: int) -> Shapes:
@@ -85,7 +98,11 @@ def prompt_shapes(size: int, length: int) -> Shapes:
 
 def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
     """Returns the share of an iteration's prompts that lost tokens."""
-    return {"prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(batch["cut"])}
+    return {
+        "prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(
+            batch["cut"]
+        )
+    }
 
 
 # ------------------------------------------------------------------ PPO-ptx: text beside the prompts
@@ -100,7 +117,9 @@ class PtxConfig:
 
     coefficient: NonNegative = 0.0  # 0: off
     unit: Literal["token", "sequence"] = "token"
-    ratio: Size = 8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
+    ratio: Size = (
+        8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
+    )
     length: TokensOrNone = 0  # tokens of a sequence
     data_shards: Size = 1  # streams that the text comes in, as of a StreamConfig
     sources: tuple[SourceConfig, ...] = ()
@@ -110,10 +129,17 @@ class Together:
     """Several streams of batches as one, `{name}/` before the arrays of each but the first."""
 
     def __init__(self, first: Batches, **others: Batches):
-        self._streams = {"": first, **{f"{name}/": stream for name, stream in others.items()}}
+        self._streams = {
+            "": first,
+            **{f"{name}/": stream for name, stream in others.items()},
+        }
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return {prefix + k: v for prefix, stream in self._streams.items() for k, v in next(stream).items()}
+        return {
+            prefix + k: v
+            for prefix, stream in self._streams.items()
+            for k, v in next(stream).items()
+        }
 
     def __iter__(self) -> "Together":
         return self
@@ -132,22 +158,39 @@ class Together:
             stream.set_state(state[prefix])
 
 
-def with_ptx(config: PtxConfig, prompts: Batches, tokenizer: Tokenizer, stage: Any, layout: Layout) -> Batches:
+def with_ptx(
+    config: PtxConfig,
+    prompts: Batches,
+    tokenizer: Tokenizer,
+    stage: Any,
+    layout: Layout,
+) -> Batches:
     """Prompts, and where the mix is on the text of an iteration beside them."""
     if not config.coefficient:
         return prompts
     if not config.length:
-        raise ConfigError(f"{stage.stage}.ptx.length: the mix needs the length of its sequences")
+        raise ConfigError(
+            f"{stage.stage}.ptx.length: the mix needs the length of its sequences"
+        )
     size = stage.episodes * config.ratio
     source = open_sources(config.sources, f"{stage.stage}.ptx.sources")
     own = own_shards(config.data_shards, size, layout)
-    options = {"batch_size": size, "length": config.length, "seed": stage.seed + 1, "shards": own}
+    options = {
+        "batch_size": size,
+        "length": config.length,
+        "seed": stage.seed + 1,
+        "shards": own,
+    }
     return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))
 
 
 def text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the text of an iteration: what stands in a batch beside its prompts."""
-    return {name.removeprefix("ptx/"): x for name, x in batch.items() if name.startswith("ptx/")}
+    return {
+        name.removeprefix("ptx/"): x
+        for name, x in batch.items()
+        if name.startswith("ptx/")
+    }
 
 
 def text_shapes(config: PtxConfig, episodes: int) -> Shapes:

@@ -22,14 +22,23 @@ def shape_rewards(
     mask, metrics = rollout.mask, {}
     ended = shaping.has_token(rollout.responses, mask, tokens.eos)
     if config.missing_eos == "penalty":
-        scores = shaping.penalise_missing_eos(scores, ended, penalty=config.missing_eos_value)
+        scores = shaping.penalise_missing_eos(
+            scores, ended, penalty=config.missing_eos_value
+        )
     elif config.missing_eos == "replace":
-        scores = shaping.replace_missing_eos(scores, ended, value=config.missing_eos_value)
+        scores = shaping.replace_missing_eos(
+            scores, ended, value=config.missing_eos_value
+        )
     if tokens.stop is not None:
         after = config.truncate.after
-        _, found = shaping.truncate_mask(rollout.responses, mask, token_id=tokens.stop, after=after)
+        _, found = shaping.truncate_mask(
+            rollout.responses, mask, token_id=tokens.stop, after=after
+        )
         scores = shaping.reject(scores, found, value=config.truncate.value)
-        metrics["accepted"] = (found.astype(jnp.float32).sum(), jnp.float32(found.shape[0]))
+        metrics["accepted"] = (
+            found.astype(jnp.float32).sum(),
+            jnp.float32(found.shape[0]),
+        )
     if config.score_clip:
         scores = shaping.clip_score(scores, limit=config.score_clip)
     return scores, ended, metrics
@@ -72,7 +81,9 @@ def kl_penalty(
     return per_token, kl.sequence_kl(log_ratio, mask)
 
 
-def kl_loss(config: KLConfig, logprobs: Float[Array, "b r"], batch: Any) -> tuple[jax.Array, Metrics]:
+def kl_loss(
+    config: KLConfig, logprobs: Float[Array, "b r"], batch: Any
+) -> tuple[jax.Array, Metrics]:
     """Returns the KL to the reference as a loss, and kl_clamped where its estimator has a clamp.
 
     The loss's weight is the number of responses for `sequence`, of tokens for others.
@@ -88,15 +99,26 @@ def kl_loss(config: KLConfig, logprobs: Float[Array, "b r"], batch: Any) -> tupl
     return scalar, {name: pair for name, pair in metrics.items() if name != "kl"}
 
 
-def with_human(config: HumanConfig, scores: Any, human: Any, step: Any) -> tuple[Any, Metrics]:
+def with_human(
+    config: HumanConfig, scores: Any, human: Any, step: Any
+) -> tuple[Any, Metrics]:
     """Returns R + w H of every response, w annealed by the iteration; the mean of H and w as metrics."""
-    return small(functools.partial(_with_human, config), [ROWS, WHOLE])(scores, human, step)
+    return small(functools.partial(_with_human, config), [ROWS, WHOLE])(
+        scores, human, step
+    )
 
 
-def _with_human(config: HumanConfig, scores: Any, human: Any, step: jax.Array) -> tuple[jax.Array, Metrics]:
+def _with_human(
+    config: HumanConfig, scores: Any, human: Any, step: jax.Array
+) -> tuple[jax.Array, Metrics]:
     first, factor = jnp.float32(config.weight), jnp.float32(config.factor)
     weight = tamer.annealed(first, factor=factor, iteration=step)
     human = jnp.asarray(human, jnp.float32)
-    metrics = {"human": (human.sum(), jnp.float32(human.size)), "human_weight": (weight, jnp.ones(()))}
-    total = tamer.reward_addition(jnp.asarray(scores, jnp.float32), human, weight=weight)
+    metrics = {
+        "human": (human.sum(), jnp.float32(human.size)),
+        "human_weight": (weight, jnp.ones(())),
+    }
+    total = tamer.reward_addition(
+        jnp.asarray(scores, jnp.float32), human, weight=weight
+    )
     return total, metrics

@@ -32,7 +32,10 @@ from rlhfjax.state import TrainState
 
 PyTree = Any
 AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
-UPDATE, FIRST = 1, 2  # random streams of an iteration; the rollout's is the iteration's key itself
+UPDATE, FIRST = (
+    1,
+    2,
+)  # random streams of an iteration; the rollout's is the iteration's key itself
 
 
 class Rollout(NamedTuple):
@@ -61,8 +64,12 @@ class Programs(NamedTuple):
 
     forward: Program  # (params, reference, rollout) -> Forward
     ref_logprobs: Program  # (reference, rollout) -> [b, r]
-    make_experience: Program  # (state, Forward, rollout, scores) -> (experience, metrics)
-    update: Program  # (state, experience, text, metrics, key, frozen) -> (state, metrics)
+    make_experience: (
+        Program  # (state, Forward, rollout, scores) -> (experience, metrics)
+    )
+    update: (
+        Program  # (state, experience, text, metrics, key, frozen) -> (state, metrics)
+    )
     loss: Callable[..., Any]  # (params, minibatch, key, beta) -> (scalar, metrics)
     whiten: Callable[..., Any]  # minibatch -> minibatch
     tx: optax.GradientTransformation
@@ -108,7 +115,18 @@ def row_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature", "each", "slots"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "model",
+        "max_new",
+        "eos_id",
+        "pad_id",
+        "temperature",
+        "each",
+        "slots",
+    ),
+)
 def sample(
     model: Model,
     params: PyTree,
@@ -132,12 +150,27 @@ def sample(
     keys = row_keys(key, prompts.shape[0])
     limits = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
     limits |= {"each": each, "slots": slots}
-    out = generate(model, params, prompts[::each], segments[::each], keys, temperature=temperature, **limits)
+    out = generate(
+        model,
+        params,
+        prompts[::each],
+        segments[::each],
+        keys,
+        temperature=temperature,
+        **limits,
+    )
     tokens = jnp.concatenate([prompts, out.tokens], axis=1)
-    return Rollout(tokens, jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1), out.mask, out.logprobs)
+    return Rollout(
+        tokens,
+        jnp.concatenate([segments, out.mask.astype(segments.dtype)], axis=1),
+        out.mask,
+        out.logprobs,
+    )
 
 
-def _shapes(model: Model, params: PyTree, prompts: Any, *_: Any, max_new: int, **__: Any) -> Rollout:
+def _shapes(
+    model: Model, params: PyTree, prompts: Any, *_: Any, max_new: int, **__: Any
+) -> Rollout:
     """Returns the shapes of a rollout: tracing its unrolled layers takes as long as all the rest."""
     rows = in_use().sharding("batch")
     b, p = prompts.shape
@@ -156,7 +189,9 @@ def _shapes(model: Model, params: PyTree, prompts: Any, *_: Any, max_new: int, *
 _SAMPLE = Program("rollout", sample, _shapes)
 
 
-def make_sampler(config: PolicyConfig, layout: Layout, model: Model, tokens: Tokens) -> Callable[..., Rollout]:
+def make_sampler(
+    config: PolicyConfig, layout: Layout, model: Model, tokens: Tokens
+) -> Callable[..., Rollout]:
     """Returns a function (params, prompts, segments, key) -> a response to every row.
 
     With `rollout_mesh` the policy's weights are laid out anew, from devices to devices, before
@@ -217,11 +252,15 @@ def sampled(
 @functools.partial(jax.jit, static_argnames=("token_id", "after", "pad_id"))
 def cut(rollout: Rollout, token_id: int, after: int, pad_id: int) -> Rollout:
     """Responses up to the first `token_id` at or after response position `after`; what follows it becomes padding."""
-    mask, _ = truncate_mask(rollout.responses, rollout.mask, token_id=token_id, after=after)
+    mask, _ = truncate_mask(
+        rollout.responses, rollout.mask, token_id=token_id, after=after
+    )
     p = rollout.tokens.shape[1] - mask.shape[1]
     responses = jnp.where(mask > 0, rollout.responses, pad_id)
     tokens = jnp.concatenate([rollout.tokens[:, :p], responses], axis=1)
-    segments = jnp.concatenate([rollout.segments[:, :p], mask.astype(rollout.segments.dtype)], axis=1)
+    segments = jnp.concatenate(
+        [rollout.segments[:, :p], mask.astype(rollout.segments.dtype)], axis=1
+    )
     return Rollout(tokens, segments, mask, rollout.logprobs * mask)
 
 
@@ -248,7 +287,12 @@ def response_hidden(
 
 
 def response_logprobs(
-    model: Model, params: PyTree, tokens: Int[Array, "b p_r"], segments: Int[Array, "b p_r"], r: int, temperature: float
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "b p_r"],
+    segments: Int[Array, "b p_r"],
+    r: int,
+    temperature: float,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"]]:
     """log pi(y_t | x, y_<t) and the entropy at each response slot, nats, at the sampling temperature."""
     hidden = response_hidden(model, params, tokens, segments, r)
@@ -259,14 +303,22 @@ def logprobs_with(config: PolicyConfig, model: Model) -> Callable[..., Any]:
     """Returns a function (params, rollout) -> log pi of its responses [b, r], as the sampler has them."""
 
     def logprobs_of(params: PyTree, rollout: Rollout) -> jax.Array:
-        rows = (rollout.tokens, rollout.segments, rollout.mask.shape[1], config.temperature)
+        rows = (
+            rollout.tokens,
+            rollout.segments,
+            rollout.mask.shape[1],
+            config.temperature,
+        )
         return response_logprobs(model, params, *rows)[0]
 
     return logprobs_of
 
 
 def behavior_logprobs(
-    config: PolicyConfig, logprobs_of: Callable[..., Any], policy: PyTree, rollout: Rollout
+    config: PolicyConfig,
+    logprobs_of: Callable[..., Any],
+    policy: PyTree,
+    rollout: Rollout,
 ) -> jax.Array:
     """Returns log pi_old of the response tokens, 0 elsewhere: the sampler's, or a forward pass's."""
     if config.behaviour_logprobs == "sampler":
@@ -311,7 +363,9 @@ def stream(key: Any, number: int) -> Any:
 
 def without_next(state: TrainState) -> TrainState:
     """Returns the state without a rollout that it carries, as programs take it."""
-    return state.replace(extra={name: x for name, x in state.extra.items() if name != AHEAD})
+    return state.replace(
+        extra={name: x for name, x in state.extra.items() if name != AHEAD}
+    )
 
 
 def with_next(state: TrainState, drawn: Drawn) -> tuple[TrainState, Metrics]:

@@ -30,7 +30,9 @@ class Task(NamedTuple):
     human: Reward | None = None  # added to the reward, with a weight that is annealed
     gold: Reward | None = None  # measures held-out responses
     layout: Layout | None = None  # the mesh of training
-    frozen_layout: Layout | None = None  # of rewards and reference, if not that of training
+    frozen_layout: Layout | None = (
+        None  # of rewards and reference, if not that of training
+    )
 
     def forward(self, programs: Any) -> Callable[..., Any]:
         """Returns a function (params, rollout) -> what forward passes give of a rollout.
@@ -38,8 +40,12 @@ class Task(NamedTuple):
         It is dispatched before the rewards, which may be made on the host meanwhile.
         """
         if self.frozen_layout is None:
-            return lambda params, rollout: programs.forward(params, self.reference, rollout)
-        of_reference = self.on_frozen(functools.partial(programs.ref_logprobs, self.reference))
+            return lambda params, rollout: programs.forward(
+                params, self.reference, rollout
+            )
+        of_reference = self.on_frozen(
+            functools.partial(programs.ref_logprobs, self.reference)
+        )
 
         def forward(params: PyTree, rollout: Any) -> Any:
             known = programs.forward(params, None, rollout)
@@ -47,7 +53,9 @@ class Task(NamedTuple):
 
         return forward
 
-    def score(self, config: PolicyConfig, scored: Any, step: Any) -> tuple[Any, Metrics]:
+    def score(
+        self, config: PolicyConfig, scored: Any, step: Any
+    ) -> tuple[Any, Metrics]:
         """Returns the scores [b] of what the reward sees, and the rewards' own metrics.
 
         A human reward is added with its weight at this step.
@@ -65,7 +73,9 @@ class Task(NamedTuple):
         return on_mesh(self.frozen_layout, self.layout, function)
 
 
-def open_task(config: PolicyConfig, roles: Roles, layout: Layout, sources: Sources) -> Task:
+def open_task(
+    config: PolicyConfig, roles: Roles, layout: Layout, sources: Sources
+) -> Task:
     """Loads the policy, its reference and the rewards.
 
     Raises:
@@ -76,12 +86,21 @@ def open_task(config: PolicyConfig, roles: Roles, layout: Layout, sources: Sourc
     if policy.source_head != "lm":
         context = f"{config.stage}.init_from={config.init_from}"
         head = policy.source_head
-        raise ConfigError(f"{context}: a policy is needed, this model has a {head} head")
+        raise ConfigError(
+            f"{context}: a policy is needed, this model has a {head} head"
+        )
     if frozen is not None:
-        frozen.check_batch(config.episodes, f"{config.stage}: the responses of an iteration, over judge_mesh,")
+        frozen.check_batch(
+            config.episodes,
+            f"{config.stage}: the responses of an iteration, over judge_mesh,",
+        )
 
     def load(name: str, where: Layout, program: str) -> Reward | None:
-        return load_reward(name, where, policy.tokenizer, models, program) if name else None
+        return (
+            load_reward(name, where, policy.tokenizer, models, program)
+            if name
+            else None
+        )
 
     return Task(
         policy=policy,

@@ -14,9 +14,13 @@ BLOCK = 64  # tokens a block of the two-level inverse CDF
 def check(temperature: float, top_k: int, top_p: float) -> None:
     """Raises ConfigError unless temperature >= 0, top_k >= 0 and 0 < top_p <= 1."""
     if not temperature >= 0:
-        raise ConfigError(f"temperature is {temperature}: it must be 0 (greedy) or above")
+        raise ConfigError(
+            f"temperature is {temperature}: it must be 0 (greedy) or above"
+        )
     if isinstance(top_k, bool) or int(top_k) != top_k or top_k < 0:
-        raise ConfigError(f"top_k is {top_k}: it must be 0 (off) or a positive whole number")
+        raise ConfigError(
+            f"top_k is {top_k}: it must be 0 (off) or a positive whole number"
+        )
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}: it must be above 0 and at most 1 (off)")
 
@@ -52,7 +56,9 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     """
     b, v = logits.shape
     n = shards("vocab")
-    blocks = -(-v // (n * BLOCK)) * n  # as many on each device: logits that are split stay so
+    blocks = (
+        -(-v // (n * BLOCK)) * n
+    )  # as many on each device: logits that are split stay so
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v)))
     weights = constrain(weights, ("batch", "vocab")).reshape(b, blocks, BLOCK)
@@ -60,17 +66,28 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     rest = u * ends[:, -1]
     block = _first_above(ends, rest)
     inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    rest -= jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    rest -= jnp.where(
+        block > 0,
+        jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0],
+        0.0,
+    )
     return block * BLOCK + _first_above(jnp.cumsum(inside, axis=-1), rest)
 
 
 def _first_above(ends, x):
     """First index of each non-decreasing row whose value is above x; where none is, the last that adds anything."""
-    return jnp.minimum((ends <= x[:, None]).sum(-1), (ends < ends[:, -1:]).sum(-1)).astype(jnp.int32)
+    return jnp.minimum(
+        (ends <= x[:, None]).sum(-1), (ends < ends[:, -1:]).sum(-1)
+    ).astype(jnp.int32)
 
 
 def choose(
-    logits: Float[Array, "b v"], u: Float[Array, " b"], *, temperature: float, top_k: int, top_p: float
+    logits: Float[Array, "b v"],
+    u: Float[Array, " b"],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """A token a row and its logprob under the distribution drawn from (temperature, then top-k, then top-p).
 

@@ -66,9 +66,13 @@ def continuous(
 
     def draw(hidden, row, step, samples):
         """Token number `step` of each row, written down; the row becomes n where it was the last."""
-        token, logprob = pick(model.logits(params, hidden), u.at[step, row].get(mode="clip"))
+        token, logprob = pick(
+            model.logits(params, hidden), u.at[step, row].get(mode="clip")
+        )
         new = Samples(token, jnp.ones_like(logprob), logprob)
-        samples = jax.tree.map(lambda x, y: x.at[row, step].set(y, mode="drop"), samples, new)
+        samples = jax.tree.map(
+            lambda x, y: x.at[row, step].set(y, mode="drop"), samples, new
+        )
         return token, jnp.where((token == eos_id) | (step == r - 1), n, row), samples
 
     def refill(s: _State) -> _State:
@@ -83,13 +87,16 @@ def continuous(
         rows = jnp.where(rows < n, rows, n)
         cache = _put(s.cache, fresh, free, s.time % ring)
         row, step, token = (
-            x.at[free].set(y) for x, y in ((s.row, rows), (s.step, jnp.ones_like(rows)), (s.token, token))
+            x.at[free].set(y)
+            for x, y in ((s.row, rows), (s.step, jnp.ones_like(rows)), (s.token, token))
         )
         return _State(s.time, s.asked + group, row, step, token, cache, samples)
 
     def advance(s: _State) -> _State:
         position = lengths.at[s.row].get(mode="clip") + s.step - 1
-        hidden, cache = model.decode(params, s.token, position, (p + s.time) % ring, s.cache)
+        hidden, cache = model.decode(
+            params, s.token, position, (p + s.time) % ring, s.cache
+        )
         token, row, samples = draw(hidden, s.row, s.step, s.samples)
         return _State(s.time + 1, s.asked, row, s.step + 1, token, cache, samples)
 
@@ -100,24 +107,42 @@ def continuous(
         return (s.row < n).any()
 
     def turn(s: _State) -> _State:
-        return jax.lax.while_loop(lambda s: answering(s) & ~refillable(s), advance, refill(s))
+        return jax.lax.while_loop(
+            lambda s: answering(s) & ~refillable(s), advance, refill(s)
+        )
 
     idle, zero = jnp.full(slots, n), jnp.zeros((), jnp.int32)
     empty = Samples.empty(n, r, pad_id)
-    start = _State(zero, zero, idle, jnp.zeros_like(idle), jnp.zeros_like(idle), model.init_cache(slots, ring), empty)
-    return jax.lax.while_loop(lambda s: answering(s) | (s.asked < n), turn, start).samples
+    start = _State(
+        zero,
+        zero,
+        idle,
+        jnp.zeros_like(idle),
+        jnp.zeros_like(idle),
+        model.init_cache(slots, ring),
+        empty,
+    )
+    return jax.lax.while_loop(
+        lambda s: answering(s) | (s.asked < n), turn, start
+    ).samples
 
 
 def repeat(tree: Any, each: int) -> Any:
     """Every row of every array `each` times, one after the other."""
-    return tree if each == 1 else jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), tree)
+    return (
+        tree if each == 1 else jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), tree)
+    )
 
 
-def _put(cache: Cache, fresh: Cache, slots: Int[Array, " m"], shift: Int[Array, ""]) -> Cache:
+def _put(
+    cache: Cache, fresh: Cache, slots: Int[Array, " m"], shift: Int[Array, ""]
+) -> Cache:
     """`fresh`, turned by `shift` places, in the place of some slots' rings."""
 
     def put(axis, old, new):
         return old.at[slots].set(jnp.roll(new, shift, axis), unique_indices=True)
 
-    k, v = jax.tree.map(functools.partial(put, 2), (cache.k, cache.v), (fresh.k, fresh.v))
+    k, v = jax.tree.map(
+        functools.partial(put, 2), (cache.k, cache.v), (fresh.k, fresh.v)
+    )
     return Cache(k, v, put(1, cache.valid, fresh.valid))

@@ -62,24 +62,36 @@ def generate(
     """
     check(temperature, top_k, top_p)
     if eos_id == pad_id:
-        raise ConfigError(f"eos_id and pad_id are both {eos_id}: a response's end would be taken for padding")
+        raise ConfigError(
+            f"eos_id and pad_id are both {eos_id}: a response's end would be taken for padding"
+        )
     (b, p), n = tokens.shape, keys.shape[0]
     _check_length(model, p, max_new)
     check_rows(b, n, each, slots)
     if isinstance(tokens, jax.core.Tracer):  # that is, once a shape
-        log.info("the sampler is compiled for %d prompts of %d tokens, %d responses of %d", b, p, n, max_new)
+        log.info(
+            "the sampler is compiled for %d prompts of %d tokens, %d responses of %d",
+            b,
+            p,
+            n,
+            max_new,
+        )
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
     u = uniforms(keys, max_new)
     ends = {"eos_id": eos_id, "pad_id": pad_id}
     if 0 < slots < n:
-        return continuous(model, params, tokens, segments, u, pick, slots=slots, each=each, **ends)
+        return continuous(
+            model, params, tokens, segments, u, pick, slots=slots, each=each, **ends
+        )
     return _static(model, params, tokens, segments, u, pick, each=each, **ends)
 
 
 def check_rows(prompts: int, rows: int, each: int, slots: int, where: str = "") -> None:
     """Raises ConfigError unless every prompt has `each` >= 1 rows, and the slots (0: off) hold those of one prompt."""
     if each < 1 or rows != prompts * each:
-        raise ConfigError(f"{where}each is {each}: {prompts} prompts and {rows} keys are given")
+        raise ConfigError(
+            f"{where}each is {each}: {prompts} prompts and {rows} keys are given"
+        )
     if slots < 0 or 0 < slots < each:
         raise ConfigError(
             f"{where}slots is {slots}: it must be 0 (off) or hold at least the {each} responses to a prompt"
@@ -102,20 +114,29 @@ def _static(model, params, tokens, segments, u, pick, *, each, eos_id, pad_id):
         return (s.step < max_new) & ~s.done.all()
 
     def advance(s: _Loop) -> _Loop:
-        hidden, cache = model.decode(params, s.token, length + s.step - 1, p + s.step - 1, s.cache)
+        hidden, cache = model.decode(
+            params, s.token, length + s.step - 1, p + s.step - 1, s.cache
+        )
         token, done, samples = draw(s.step, hidden, s.done, s.samples)
         return _Loop(s.step + 1, token, done, cache, samples)
 
     # The last token drawn is never run through the model, so it needs no slot.
-    hidden, cache = repeat(model.prefill(params, tokens, segments, model.init_cache(b, p + max_new - 1)), each)
-    token, done, samples = draw(0, hidden, jnp.zeros(n, bool), Samples.empty(n, max_new, pad_id))
+    hidden, cache = repeat(
+        model.prefill(params, tokens, segments, model.init_cache(b, p + max_new - 1)),
+        each,
+    )
+    token, done, samples = draw(
+        0, hidden, jnp.zeros(n, bool), Samples.empty(n, max_new, pad_id)
+    )
     start = _Loop(jnp.ones((), jnp.int32), token, done, cache, samples)
     return jax.lax.while_loop(unfinished, advance, start).samples
 
 
 def _write(samples, step, column):
     def put(rows, new):
-        return jax.lax.dynamic_update_slice(rows, new[:, None].astype(rows.dtype), (0, step))
+        return jax.lax.dynamic_update_slice(
+            rows, new[:, None].astype(rows.dtype), (0, step)
+        )
 
     return jax.tree.map(put, samples, column)
 
@@ -149,7 +170,16 @@ def stream(
     """
     check(temperature, top_k, top_p)
     _check_length(model, tokens.shape[1], max_new)
-    return _stream(model, params, tokens, segments, key, max_new, eos_id, (temperature, top_k, top_p))
+    return _stream(
+        model,
+        params,
+        tokens,
+        segments,
+        key,
+        max_new,
+        eos_id,
+        (temperature, top_k, top_p),
+    )
 
 
 def _stream(model, params, tokens, segments, key, max_new, eos_id, settings):
@@ -161,19 +191,29 @@ def _stream(model, params, tokens, segments, key, max_new, eos_id, settings):
         yield int(token[0])
         if int(token[0]) == eos_id or step + 1 == max_new:
             return
-        hidden, cache = _advance(model, params, token, length + step, jnp.int32(p + step), cache)
+        hidden, cache = _advance(
+            model, params, token, length + step, jnp.int32(p + step), cache
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _first(model, slots, params, tokens, segments):
-    return model.prefill(params, tokens, segments, model.init_cache(tokens.shape[0], slots))
+    return model.prefill(
+        params, tokens, segments, model.init_cache(tokens.shape[0], slots)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next_token(model, settings, params, hidden, key, step):
     temperature, top_k, top_p = settings
     u = jax.random.uniform(jax.random.fold_in(key, step))[None]
-    return choose(model.logits(params, hidden), u, temperature=temperature, top_k=top_k, top_p=top_p)[0]
+    return choose(
+        model.logits(params, hidden),
+        u,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)

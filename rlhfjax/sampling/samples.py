@@ -12,11 +12,15 @@ class Samples(NamedTuple):
 
     tokens: Int[Array, "b r"]  # pad_id after the end
     mask: Float[Array, "b r"]  # 1 on response tokens, the eos included
-    logprobs: Float[Array, "b r"]  # nats, of the distribution sampled from; 0 where the mask is 0
+    logprobs: Float[
+        Array, "b r"
+    ]  # nats, of the distribution sampled from; 0 where the mask is 0
 
     @classmethod
     def empty(cls, b: int, r: int, pad_id: int) -> "Samples":
-        return cls(jnp.full((b, r), pad_id, jnp.int32), jnp.zeros((b, r)), jnp.zeros((b, r)))
+        return cls(
+            jnp.full((b, r), pad_id, jnp.int32), jnp.zeros((b, r)), jnp.zeros((b, r))
+        )
 
 
 def uniforms(keys: Key[Array, " b"], steps: int) -> Float[Array, "r b"]:

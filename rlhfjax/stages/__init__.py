@@ -40,7 +40,9 @@ def find(name: str) -> ModuleType:
         return _outside(name, module)
     if name not in names():
         known = ", ".join(names())
-        raise ConfigError(f"stage {name!r} is unknown; known: {known}, or package.module:Config of your own")
+        raise ConfigError(
+            f"stage {name!r} is unknown; known: {known}, or package.module:Config of your own"
+        )
     return importlib.import_module(f"rlhfjax.stages.{name}")
 
 
@@ -49,9 +51,13 @@ def _outside(name: str, module: str) -> ModuleType:
     try:
         found = importlib.import_module(module)
     except Exception as e:
-        raise ConfigError(f"stage {name!r}: {module} cannot be imported ({first_line(e, kind=True)})") from e
+        raise ConfigError(
+            f"stage {name!r}: {module} cannot be imported ({first_line(e, kind=True)})"
+        ) from e
     if not (hasattr(found, "build") or hasattr(found, "run")):
-        raise ConfigError(f"stage {name!r}: {module} has neither build nor run; see rlhfjax/stages/__init__.py")
+        raise ConfigError(
+            f"stage {name!r}: {module} has neither build nor run; see rlhfjax/stages/__init__.py"
+        )
     return found
 
 
@@ -70,4 +76,6 @@ def stage_config(stage: str, **values: Any) -> ConfigDict:
     Raises:
       ConfigError: an option that the stage does not have.
     """
-    return config_dict.create(**defaults(config_class(stage), {"stage": stage, **values}, where=stage))
+    return config_dict.create(
+        **defaults(config_class(stage), {"stage": stage, **values}, where=stage)
+    )

@@ -18,7 +18,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rlhfjax import hosts
-from rlhfjax.algos.best_of_n import best_of_n_distribution, best_of_n_kl, best_of_n_reward
+from rlhfjax.algos.best_of_n import (
+    best_of_n_distribution,
+    best_of_n_kl,
+    best_of_n_reward,
+)
 from rlhfjax.data import loader
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.evals import stats
@@ -60,18 +64,27 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    return {"policy": Role(config.init_from), **scorers(proxy=config.proxy, gold=config.gold)}
+    return {
+        "policy": Role(config.init_from),
+        **scorers(proxy=config.proxy, gold=config.gold),
+    }
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
     return job_workload(config.batch_size, config.prompt_length + config.max_new)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
     validate_slots(config.slots, _same_prompt(config), layout, "best_of_n")
-    validate_length(config.prompt_length + config.max_new, model_config, "best_of_n.prompt_length + max_new")
+    validate_length(
+        config.prompt_length + config.max_new,
+        model_config,
+        "best_of_n.prompt_length + max_new",
+    )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -118,14 +131,22 @@ def curve_point(pool: Pool, n: int) -> dict[str, float]:
     proxy = jnp.asarray(pool["proxy"], jnp.float32)
     estimate = jax.jit(jax.vmap(lambda p, g: best_of_n_reward(p, g, n=n)))
     rewards = {
-        name: estimate(proxy, jnp.asarray(pool[name], jnp.float32)) for name in ("proxy", "gold") if name in pool
+        name: estimate(proxy, jnp.asarray(pool[name], jnp.float32))
+        for name in ("proxy", "gold")
+        if name in pool
     }
-    kls = [pool_kl(*row, n=n) for row in zip(pool["answer"], pool["proxy"], strict=True)]
-    values = {name: float(np.mean(np.asarray(x, np.float64))) for name, x in rewards.items()}
+    kls = [
+        pool_kl(*row, n=n) for row in zip(pool["answer"], pool["proxy"], strict=True)
+    ]
+    values = {
+        name: float(np.mean(np.asarray(x, np.float64))) for name, x in rewards.items()
+    }
     return values | {"kl": best_of_n_kl(n), "kl_pool": float(np.mean(kls))}
 
 
-def pool_kl(answers: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *, n: int) -> float:
+def pool_kl(
+    answers: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *, n: int
+) -> float:
     """KL(best-of-n || p) in nats, p being how often each distinct answer stands in the pool.
 
     Args:
@@ -134,9 +155,14 @@ def pool_kl(answers: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *,
     """
     _, first, counts = np.unique(answers, return_index=True, return_counts=True)
     p = jnp.asarray(counts / counts.sum(), jnp.float32)
-    q = np.asarray(best_of_n_distribution(p, jnp.asarray(rewards[first], jnp.float32), n=n), np.float64)
+    q = np.asarray(
+        best_of_n_distribution(p, jnp.asarray(rewards[first], jnp.float32), n=n),
+        np.float64,
+    )
     chosen = q > 0
-    return float(np.sum(q[chosen] * np.log(q[chosen] / np.asarray(p, np.float64)[chosen])))
+    return float(
+        np.sum(q[chosen] * np.log(q[chosen] / np.asarray(p, np.float64)[chosen]))
+    )
 
 
 def _pools(
@@ -157,33 +183,60 @@ def _pools(
     with Progress(total, "answers", title="best_of_n") as progress:
         for i, first in enumerate(range(0, total, config.batch_size)):
             count = min(config.batch_size, total - first)
-            rows = np.minimum(np.arange(first, first + config.batch_size), total - 1) // config.pool
+            rows = (
+                np.minimum(np.arange(first, first + config.batch_size), total - 1)
+                // config.pool
+            )
             rollout = _sample(
-                config, policy, tokenizer, {k: encoded[k][rows] for k in ("prompts", "segments")}, i, layout
+                config,
+                policy,
+                tokenizer,
+                {k: encoded[k][rows] for k in ("prompts", "segments")},
+                i,
+                layout,
             )
             for name, reward in rewards.items():
-                parts[name] += hosts.whole(reward(rollout.tokens, rollout.segments, rollout.mask))[:count].tolist()
+                parts[name] += hosts.whole(
+                    reward(rollout.tokens, rollout.segments, rollout.mask)
+                )[:count].tolist()
             host = hosts.whole(rollout)
             asked, said = texts(tokenizer, host.tokens, host.segments, host.mask)
             prompts += [
-                text for text, row in zip(asked, range(first, first + count), strict=False) if not row % config.pool
+                text
+                for text, row in zip(asked, range(first, first + count), strict=False)
+                if not row % config.pool
             ]
             answers += said[:count]
             parts["length"] += host.mask.sum(1)[:count].tolist()
-            parts["answer"] += [ids[keep > 0].tobytes() for ids, keep in zip(host.responses, host.mask, strict=True)][
-                :count
-            ]
+            parts["answer"] += [
+                ids[keep > 0].tobytes()
+                for ids, keep in zip(host.responses, host.mask, strict=True)
+            ][:count]
             progress.update(first + count, count=count)
-    _, parts["answer"] = np.unique(np.array(parts["answer"], object), return_inverse=True)
+    _, parts["answer"] = np.unique(
+        np.array(parts["answer"], object), return_inverse=True
+    )
     shape = (len(source), config.pool)
     kinds = {"length": np.int64, "answer": np.int64}
-    pool = {name: np.array(x, kinds.get(name, np.float64)).reshape(shape) for name, x in parts.items()}
+    pool = {
+        name: np.array(x, kinds.get(name, np.float64)).reshape(shape)
+        for name, x in parts.items()
+    }
     pool["cut"] = encoded["cut"]
-    return prompts, [answers[i * config.pool : (i + 1) * config.pool] for i in range(len(source))], pool
+    return (
+        prompts,
+        [answers[i * config.pool : (i + 1) * config.pool] for i in range(len(source))],
+        pool,
+    )
 
 
 def _sample(
-    config: Config, policy: store.SavedModel, tokenizer: Any, prompts: Pool, number: int, layout: Layout
+    config: Config,
+    policy: store.SavedModel,
+    tokenizer: Any,
+    prompts: Pool,
+    number: int,
+    layout: Layout,
 ) -> Rollout:
     placed = layout.put(prompts)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -208,17 +261,29 @@ def _same_prompt(config: Config) -> int:
 
 
 def _score_rows(prompts: list[str], pool: Pool) -> list[dict[str, Any]]:
-    return [{"prompt": text} | {name: x[i].tolist() for name, x in pool.items()} for i, text in enumerate(prompts)]
+    return [
+        {"prompt": text} | {name: x[i].tolist() for name, x in pool.items()}
+        for i, text in enumerate(prompts)
+    ]
 
 
-def _sample_rows(prompts: list[str], answers: list[list[str]], pool: Pool) -> list[dict[str, Any]]:
+def _sample_rows(
+    prompts: list[str], answers: list[list[str]], pool: Pool
+) -> list[dict[str, Any]]:
     """As the evaluation writes them: the policy is best-of-N, the baseline the first answer of the pool."""
     rows = []
     for i, prompt in enumerate(prompts):
         best = int(np.argmax(pool["proxy"][i]))
-        row: dict[str, Any] = {"prompt": prompt, "policy": answers[i][best], "baseline": answers[i][0]}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "policy": answers[i][best],
+            "baseline": answers[i][0],
+        }
         for name in ("gold", "proxy"):
             if name in pool:
-                row |= {f"{name}_policy": pool[name][i, best], f"{name}_baseline": pool[name][i, 0]}
+                row |= {
+                    f"{name}_policy": pool[name][i, best],
+                    f"{name}_baseline": pool[name][i, 0],
+                }
         rows.append(row)
     return rows

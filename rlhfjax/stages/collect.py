@@ -38,7 +38,9 @@ class Config:
     stage: str = "collect"
     init_from: str  # the policy that answers
     labeller: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
-    others: tuple[str, ...] = ()  # label the same answers, for inter-labeller agreement alone
+    others: tuple[
+        str, ...
+    ] = ()  # label the same answers, for inter-labeller agreement alone
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()  # become the validation split
     completions: Several = 4  # K; InstructGPT: 4 to 9
@@ -58,19 +60,30 @@ class Config:
 
 def roles(config: Config) -> dict[str, Role]:
     others = {f"other_{i}": name for i, name in enumerate(config.others)}
-    return {"policy": Role(config.init_from), **scorers(labeller=config.labeller, **others)}
+    return {
+        "policy": Role(config.init_from),
+        **scorers(labeller=config.labeller, **others),
+    }
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
     return job_workload(config.batch_size, config.prompt_length + config.max_new)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.check_batch(config.batch_size * config.completions, "collect.batch_size times completions")
+    layout.check_batch(
+        config.batch_size * config.completions, "collect.batch_size times completions"
+    )
     validate_slots(config.slots, config.completions, layout, "collect")
     validate_buckets(config.prompt_buckets, config.prompt_length, "collect")
-    validate_length(config.prompt_length + config.max_new, model_config, "collect.prompt_length + max_new")
+    validate_length(
+        config.prompt_length + config.max_new,
+        model_config,
+        "collect.prompt_length + max_new",
+    )
     validate_truncate(config.truncate, config.max_new, "collect")
 
 
@@ -80,21 +93,31 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     validate(config, layout, policy.model.config)
     policy = store.int8(policy) if config.int8 else policy
     tokenizer = policy.tokenizer
-    labellers = [load_labeller(name, layout, tokenizer) for name in (config.labeller, *config.others)]
+    labellers = [
+        load_labeller(name, layout, tokenizer)
+        for name in (config.labeller, *config.others)
+    ]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}
     with layout.use():
         splits = {
             split: _answers(config, number, one, policy, tokenizer, labellers, layout)
             for number, (split, one) in enumerate(prompts.items())
         }
-    hosts.share(lambda: write_preferences(workdir / FOLDER, splits, labeller=config.labeller))
+    hosts.share(
+        lambda: write_preferences(workdir / FOLDER, splits, labeller=config.labeller)
+    )
     metrics = _describe(splits)
     for labeller in labellers:
         if hasattr(labeller, "metrics"):
             metrics |= finalize(labeller.metrics(), "collect/")
     if config.others:
-        labels = [np.array([row["labels"][i] for row in splits["train"]]) for i in range(len(labellers))]
-        metrics |= {f"collect/{name}": value for name, value in agreement(labels).items()}
+        labels = [
+            np.array([row["labels"][i] for row in splits["train"]])
+            for i in range(len(labellers))
+        ]
+        metrics |= {
+            f"collect/{name}": value for name, value in agreement(labels).items()
+        }
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -111,14 +134,28 @@ def _answers(
 ) -> list[dict[str, Any]]:
     source = open_prompts(prompts, "collect.prompts", seed=config.seed)
     lengths = (config.prompt_length, config.max_new)
-    more = {"slots": config.slots, "stop_at_eos": config.stop_at_eos, "truncate": config.truncate}
+    more = {
+        "slots": config.slots,
+        "stop_at_eos": config.stop_at_eos,
+        "truncate": config.truncate,
+    }
     more |= {"buckets": config.prompt_buckets}
-    sampling = Sampling(*lengths, config.temperature, config.batch_size, each=config.completions, **more)
+    sampling = Sampling(
+        *lengths, config.temperature, config.batch_size, each=config.completions, **more
+    )
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []
     with Progress(len(source), "prompts", title="collect") as progress:
-        for rollout, index, cut in answers(source, policy, tokenizer, sampling, key, layout):
-            some = make_answers(rollout.tokens, rollout.segments, rollout.mask, config.completions, tokenizer)
+        for rollout, index, cut in answers(
+            source, policy, tokenizer, sampling, key, layout
+        ):
+            some = make_answers(
+                rollout.tokens,
+                rollout.segments,
+                rollout.mask,
+                config.completions,
+                tokenizer,
+            )
             labels = np.stack([labeller(some) for labeller in labellers])
             _validate_opinions(config, labels[0], index)
             rows += _rows(hosts.whole(rollout), some, labels, index, cut)
@@ -132,7 +169,9 @@ def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) ->
     if len(missing):
         row, response = missing[0]
         place = f"response {response} of prompt {index[row]}"
-        raise DataError(f"collect.labeller={config.labeller}: it has no opinion about {place}")
+        raise DataError(
+            f"collect.labeller={config.labeller}: it has no opinion about {place}"
+        )
 
 
 def _rows(
@@ -150,10 +189,13 @@ def _rows(
         rows.append(
             {
                 "prompt": some.prompts[i],
-                "prompt_tokens": rollout.tokens[first, :p][rollout.segments[first, :p] > 0].tolist(),
+                "prompt_tokens": rollout.tokens[first, :p][
+                    rollout.segments[first, :p] > 0
+                ].tolist(),
                 "completions": some.completions[i],
                 "completion_tokens": [
-                    rollout.responses[j][rollout.mask[j] > 0].tolist() for j in range(first, first + k)
+                    rollout.responses[j][rollout.mask[j] > 0].tolist()
+                    for j in range(first, first + k)
                 ],
                 "scores": labels[0, i].tolist(),
                 "labels": labels[:, i],

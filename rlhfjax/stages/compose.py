@@ -28,7 +28,9 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _own(config: Config) -> ComposeConfig:
-    return ComposeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)})
+    return ComposeConfig(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)}
+    )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:

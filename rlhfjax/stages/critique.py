@@ -35,14 +35,18 @@ SPLITS = ("train", "validation")
 class Config:
     stage: str = "critique"
     init_from: str  # the policy that answers
-    critic: str | None = None  # criticises and revises; None: the policy itself, as in the paper
+    critic: str | None = (
+        None  # criticises and revises; None: the policy itself, as in the paper
+    )
     prompts: PromptConfig = PromptConfig()
     principles: str  # a file of JSON lines
     rounds: PositiveCount = 1  # revisions; the paper: 4
     length: Tokens  # conversation and answer, tokens; the prompt of a longer one loses its beginning
     max_new: Tokens  # tokens of an answer, a critique, a revision
     temperature: Temperature = 1.0
-    validation: ProperShare = 0.1  # share of the prompts, by a stable hash of their first user turn
+    validation: ProperShare = (
+        0.1  # share of the prompts, by a stable hash of their first user turn
+    )
     batch_size: Size = 32
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
@@ -57,12 +61,16 @@ def workload(config: Config, completions: int = 1) -> Workload:
     return job_workload(config.batch_size, config.length)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "critique.batch_size")
     validate_length(config.length, model_config, "critique.length")
     if config.max_new >= config.length:
-        raise ConfigError(f"critique.max_new={config.max_new}: expected less than length={config.length}")
+        raise ConfigError(
+            f"critique.max_new={config.max_new}: expected less than length={config.length}"
+        )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -71,7 +79,11 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     principles = read_principles(config.principles)
     options = {"length": config.length, "batch_size": config.batch_size}
     policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
-    critic = policy if config.critic is None else Judge(JudgeConfig(model=config.critic, **options), layout)
+    critic = (
+        policy
+        if config.critic is None
+        else Judge(JudgeConfig(model=config.critic, **options), layout)
+    )
     source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
     prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
     cut: set[int] = set()
@@ -81,22 +93,35 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         turns after it."""
         room, asked = config.length - config.max_new, []
         for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
-            asked.append(chat.shorten_conversation(speaker.tokenizer, prompt, rest, room))
+            asked.append(
+                chat.shorten_conversation(speaker.tokenizer, prompt, rest, room)
+            )
             cut.update([i] if asked[-1] != [*prompt, *rest] else [])
         return asked
 
     drafts = [_say(config, policy, fitted(policy, [[] for _ in prompts]), 0)]
     critiques: list[list[str]] = []
     for number in range(config.rounds):
-        chosen = [principles[int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))] for p in prompts]
+        chosen = [
+            principles[
+                int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))
+            ]
+            for p in prompts
+        ]
         after = [
             [_turn("assistant", draft), _turn("user", principle["critique"])]
             for draft, principle in zip(drafts[-1], chosen, strict=True)
         ]
         critiques.append(_say(config, critic, fitted(critic, after), 2 * number + 1))
         after = [
-            [*before, _turn("assistant", critique), _turn("user", principle["revision"])]
-            for before, critique, principle in zip(after, critiques[-1], chosen, strict=True)
+            [
+                *before,
+                _turn("assistant", critique),
+                _turn("user", principle["revision"]),
+            ]
+            for before, critique, principle in zip(
+                after, critiques[-1], chosen, strict=True
+            )
         ]
         drafts.append(_say(config, critic, fitted(critic, after), 2 * number + 2))
     metrics = _write(config, workdir, prompts, drafts, critiques)
@@ -116,7 +141,9 @@ def read_principles(path: str) -> list[dict[str, str]]:
     for place, row in located_rows(paths.path(path)):
         requests = [row.get(name) for name in ("critique", "revision")]
         if not all(isinstance(request, str) and request for request in requests):
-            raise DataError(f'{place}: expected {{"critique": …, "revision": …}}, got {str(row)[:60]!r}')
+            raise DataError(
+                f'{place}: expected {{"critique": …, "revision": …}}, got {str(row)[:60]!r}'
+            )
         principles.append(row)
     if not principles:
         raise DataError(f"principles: {path} is empty; one a line is expected")
@@ -131,30 +158,46 @@ def _turn(role: str, content: str) -> chat.Message:
     return {"role": role, "content": content}
 
 
-def _say(config: Config, speaker: Judge, questions: list[Conversation], draw: int) -> list[str]:
+def _say(
+    config: Config, speaker: Judge, questions: list[Conversation], draw: int
+) -> list[str]:
     """The speaker's answers as text; the draw numbers what is asked, so that no two share their randomness."""
     seed = (config.seed * 1_000_003 + draw) % 2**31
-    ids = speaker.answer(questions, max_new=config.max_new, temperature=config.temperature, seed=seed)
+    ids = speaker.answer(
+        questions, max_new=config.max_new, temperature=config.temperature, seed=seed
+    )
     return [speaker.tokenizer.decode(one).strip() for one in ids]
 
 
 def _write(
-    config: Config, workdir: Path, prompts: list[Conversation], drafts: list[list[str]], critiques: list[list[str]]
+    config: Config,
+    workdir: Path,
+    prompts: list[Conversation],
+    drafts: list[list[str]],
+    critiques: list[list[str]],
 ) -> dict[str, float]:
     """An empty last draft is no example and is left out, and counted."""
     kept: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     everything = []
     for i, prompt in enumerate(prompts):
         everything.append(
-            {"messages": prompt, "drafts": [d[i] for d in drafts], "critiques": [c[i] for c in critiques]}
+            {
+                "messages": prompt,
+                "drafts": [d[i] for d in drafts],
+                "critiques": [c[i] for c in critiques],
+            }
         )
         if drafts[-1][i]:
             split = split_of(opening(prompt), validation=config.validation, test=0.0)
             held_out = split == "validation"
-            kept[SPLITS[held_out]].append({"messages": [*prompt, _turn("assistant", drafts[-1][i])]})
+            kept[SPLITS[held_out]].append(
+                {"messages": [*prompt, _turn("assistant", drafts[-1][i])]}
+            )
     for split, rows in {**kept, "revisions": everything}.items():
         write_jsonl(workdir / f"{split}.jsonl", rows)
-    changed = sum(first != last for first, last in zip(drafts[0], drafts[-1], strict=True))
+    changed = sum(
+        first != last for first, last in zip(drafts[0], drafts[-1], strict=True)
+    )
     return {
         "critique/prompts": float(len(prompts)),
         "critique/empty": float(len(prompts) - sum(map(len, kept.values()))),

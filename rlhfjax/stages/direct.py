@@ -56,7 +56,10 @@ from rlhfjax.supervised import (
 
 PyTree = Any
 Arrays = dict[str, Any]
-REFERENCE, OTHERS = "reference", "mismatched/"  # the name, and the prefix, of what is added to a batch
+REFERENCE, OTHERS = (
+    "reference",
+    "mismatched/",
+)  # the name, and the prefix, of what is added to a batch
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 _BETA = {"simpo": 2.0}  # others: 0.1
@@ -72,7 +75,9 @@ class LossConfig:
     margin: NonNegative = 1.0  # simpo: gamma, in units of reward; the paper's gamma / beta is 0.3 to 1.6, by the model
     desirable_weight: NonNegative = 1.0  # kto: lambda_D
     undesirable_weight: NonNegative = 1.0  # kto: lambda_U
-    desirable_above: Finite | None = None  # kto: answers scored above are desirable, others not; None: by pairs
+    desirable_above: Finite | None = (
+        None  # kto: answers scored above are desirable, others not; None: by pairs
+    )
 
     @property
     def strength(self) -> float:
@@ -105,7 +110,9 @@ class Config(StreamConfig):
     batch_size: Size  # prompts, each with all of its pairs; DPO: 64 pairs
     loss: LossConfig = LossConfig()
     reference: str | None = None  # None: init_from
-    reference_logprobs: Literal["live", "precomputed"] = "live"  # precomputed: one pass over the data, before training
+    reference_logprobs: Literal["live", "precomputed"] = (
+        "live"  # precomputed: one pass over the data, before training
+    )
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -115,7 +122,9 @@ def roles(config: Config) -> dict[str, Role]:
     if config.reference is not None:
         return trained | {REFERENCE: Role(config.reference)}
     shares = MODEL if config.lora.rank else None
-    return trained | {REFERENCE: Role(config.init_from, overrides=config.overrides, shares=shares)}
+    return trained | {
+        REFERENCE: Role(config.init_from, overrides=config.overrides, shares=shares)
+    }
 
 
 def workload(config: Config, completions: int = 2) -> Workload:
@@ -130,13 +139,23 @@ def workload(config: Config, completions: int = 2) -> Workload:
     return step._replace(passes=(*before, *step.passes))
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_streams(config, layout, model_config)
     name = config.loss.name
-    if config.loss.needs_reference and config.init_from is None and config.reference is None:
-        raise ConfigError(f"direct.reference: {name} needs one, and there is no init_from to take its place")
-    if not config.loss.needs_reference and (config.reference or config.reference_logprobs != "live"):
+    if (
+        config.loss.needs_reference
+        and config.init_from is None
+        and config.reference is None
+    ):
+        raise ConfigError(
+            f"direct.reference: {name} needs one, and there is no init_from to take its place"
+        )
+    if not config.loss.needs_reference and (
+        config.reference or config.reference_logprobs != "live"
+    ):
         raise ConfigError(f"direct.reference: {name} has no reference")
 
 
@@ -145,7 +164,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     loaded = load_trained(config, models)
     model, tokenizer = loaded.model, loaded.tokenizer
     validate(config, layout, model.config)
-    reference = _reference(config, loaded, models) if config.loss.needs_reference else None
+    reference = (
+        _reference(config, loaded, models) if config.loss.needs_reference else None
+    )
     loss = direct_loss(model, config.loss)
     train, tx = train_step(config, loaded, loss)
     mismatched = Program("mismatched", total_logprobs(model, config.microbatches), ROWS)
@@ -160,13 +181,24 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         return train(state, batch, key)
 
     def open_data() -> Data:
-        rows, held_out = (open_preferences(config.preferences, split, "direct") for split in ("train", "validation"))
+        rows, held_out = (
+            open_preferences(config.preferences, split, "direct")
+            for split in ("train", "validation")
+        )
         own = own_shards(config.data_shards, config.batch_size, layout)
         batches = _batches(config, rows, tokenizer, train=True, shards=own)
         if config.reference_logprobs == "precomputed":
             in_order = _batches(config, rows, tokenizer, train=False)
-            batches = _Precomputed(batches, lambda: reference_table(reference, in_order, layout))
-        evals = _held_out(config, loaded, reference, _batches(config, held_out, tokenizer, train=False), layout)
+            batches = _Precomputed(
+                batches, lambda: reference_table(reference, in_order, layout)
+            )
+        evals = _held_out(
+            config,
+            loaded,
+            reference,
+            _batches(config, held_out, tokenizer, train=False),
+            layout,
+        )
         return Data(batches, evals, lambda state: left_behind(loaded, state.params))
 
     return supervised_stage(
@@ -182,7 +214,11 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
 def _batch_shapes(config: Config, completions: int) -> Shapes:
     own = preference_shapes(config.batch_size, completions, config.length)
-    others = {f"{OTHERS}{name}": x for name, x in own.items()} if config.loss.name == "kto" else {}
+    others = (
+        {f"{OTHERS}{name}": x for name, x in own.items()}
+        if config.loss.name == "kto"
+        else {}
+    )
     shapes = {**own, **others}
     if config.reference_logprobs == "precomputed":
         prefixes = ("", OTHERS) if others else ("",)
@@ -190,11 +226,15 @@ def _batch_shapes(config: Config, completions: int) -> Shapes:
     return shapes
 
 
-def direct_loss(model: Model, config: LossConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
+def direct_loss(
+    model: Model, config: LossConfig
+) -> Callable[..., tuple[jax.Array, Metrics]]:
     """(params, batch, key) -> the loss of `make_loss` on a batch with its reference log-probabilities."""
     loss = make_loss(config)
 
-    def of_batch(params: PyTree, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def of_batch(
+        params: PyTree, batch: Arrays, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         key = key if model.drops else None
         total, mean = answer_logprobs(model, params, batch, key)
         scalar, pairs = loss(_answers(batch, total, mean))
@@ -209,29 +249,45 @@ def answer_logprobs(
     """log pi(y | x) and its mean over tokens, [b, k] each, of all answers of a batch."""
     logprobs, mask = completion_logprobs(model, params, batch, key)
     shape = batch["lengths"].shape
-    return sequence_logprobs(logprobs, mask).reshape(shape), mean_logprobs(logprobs, mask).reshape(shape)
+    return sequence_logprobs(logprobs, mask).reshape(shape), mean_logprobs(
+        logprobs, mask
+    ).reshape(shape)
 
 
 def _answers(batch: Arrays, total: Any, mean: Any) -> Answers:
-    valid = batch["valid"] * (batch["lengths"] > 0)  # an answer without tokens has no log-probability to speak of
+    valid = batch["valid"] * (
+        batch["lengths"] > 0
+    )  # an answer without tokens has no log-probability to speak of
     reference = batch.get(REFERENCE, jnp.zeros_like(total))
     kl = batch["kl"][0] if "kl" in batch else jnp.zeros(())
     return Answers(total, mean, reference, batch["scores"], valid, kl, batch["same"])
 
 
-def _batches(config: Config, source: Source, tokenizer: Tokenizer, **options: Any) -> Any:
+def _batches(
+    config: Config, source: Source, tokenizer: Tokenizer, **options: Any
+) -> Any:
     """Ranked answers; for KTO, beside them, the same prompts with the answers to others."""
-    options |= {"batch_size": config.batch_size, "length": config.length, "seed": config.seed}
+    options |= {
+        "batch_size": config.batch_size,
+        "length": config.length,
+        "seed": config.seed,
+    }
     batches = loader.preference_batches(source, tokenizer, **options)
     if config.loss.name != "kto":
         return batches
-    others = loader.preference_batches(Mismatched(source, tokenizer), tokenizer, **options)
+    others = loader.preference_batches(
+        Mismatched(source, tokenizer), tokenizer, **options
+    )
     return Together(batches, **{OTHERS[:-1]: others})
 
 
 def _split(batch: Arrays) -> tuple[Arrays, Arrays]:
     """A batch, and what it has beside it of mismatched prompts and answers."""
-    others = {name.removeprefix(OTHERS): x for name, x in batch.items() if name.startswith(OTHERS)}
+    others = {
+        name.removeprefix(OTHERS): x
+        for name, x in batch.items()
+        if name.startswith(OTHERS)
+    }
     return {name: x for name, x in batch.items() if not name.startswith(OTHERS)}, others
 
 
@@ -250,17 +306,23 @@ def total_logprobs(model: Model, parts: int) -> Callable[[PyTree, Arrays], jax.A
     return jax.jit(lambda params, batch: _in_parts(model, params, batch, parts)[0])
 
 
-def _in_parts(model: Model, params: PyTree, batch: Arrays, parts: int) -> tuple[jax.Array, jax.Array]:
+def _in_parts(
+    model: Model, params: PyTree, batch: Arrays, parts: int
+) -> tuple[jax.Array, jax.Array]:
     """`answer_logprobs` without gradient or dropout, a microbatch at a time."""
     rows = {name: batch[name] for name in ("tokens", "segments", "lengths")}
     if parts == 1:
         return answer_logprobs(model, params, rows)
-    rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)  # as `state.gradients` does
+    rows = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows
+    )  # as `state.gradients` does
     out = jax.lax.map(lambda some: answer_logprobs(model, params, some), rows)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
-def response_slots(segments: Int[Array, "n t"], lengths: Int[Array, " n"]) -> Float[Array, "n s"]:
+def response_slots(
+    segments: Int[Array, "n t"], lengths: Int[Array, " n"]
+) -> Float[Array, "n s"]:
     """1 at slots 0 .. t - 2 whose *next* token is the response's, its eos included: the last `lengths` real tokens."""
     end = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
     slot = jnp.arange(1, segments.shape[1])
@@ -268,7 +330,10 @@ def response_slots(segments: Int[Array, "n t"], lengths: Int[Array, " n"]) -> Fl
 
 
 def completion_logprobs(
-    model: Model, params: PyTree, batch: dict[str, jax.Array], key: jax.Array | None = None
+    model: Model,
+    params: PyTree,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None = None,
 ) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
     """log pi(y_t | x, y_<t) of every completion, and the mask of its tokens; n = b k rows, s = t - 1.
 
@@ -276,7 +341,10 @@ def completion_logprobs(
       batch: of `loader.preference_batches`: tokens, segments [b, k, t], lengths [b, k].
       key: turns dropout on.
     """
-    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments"))
+    tokens, segments = (
+        batch[name].reshape(-1, batch[name].shape[-1])
+        for name in ("tokens", "segments")
+    )
     hidden = model.hidden(params, tokens, segments=segments, key=key)
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
     return logprobs, response_slots(segments, batch["lengths"].reshape(-1))
@@ -285,7 +353,9 @@ def completion_logprobs(
 # ------------------------------------------------------------------ the reference
 
 
-def _reference(config: Config, loaded: Loaded, models: Models) -> Callable[[Arrays], Arrays]:
+def _reference(
+    config: Config, loaded: Loaded, models: Models
+) -> Callable[[Arrays], Arrays]:
     """Returns a function batch -> {"reference": log rho(y | x) [b, k]} of a batch on the devices, and
     the same of what is mismatched."""
     rho = models[REFERENCE]
@@ -308,7 +378,9 @@ def _reference(config: Config, loaded: Loaded, models: Models) -> Callable[[Arra
     return reference
 
 
-def reference_table(reference: Callable[[Arrays], Arrays], batches: Any, layout: Layout) -> dict[str, np.ndarray]:
+def reference_table(
+    reference: Callable[[Arrays], Arrays], batches: Any, layout: Layout
+) -> dict[str, np.ndarray]:
     """Returns {name: [rows, k]} for every row of the data, in one pass over them in order."""
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches.restart():
@@ -328,7 +400,9 @@ class _Precomputed:
         if self._table is None:
             self._table = self._make()
         batch = next(self._batches)
-        return batch | {name: rows[batch["index"]] for name, rows in self._table.items()}
+        return batch | {
+            name: rows[batch["index"]] for name, rows in self._table.items()
+        }
 
     def get_state(self) -> Any:
         return self._batches.get_state()
@@ -344,7 +418,11 @@ def _held_out(
     config: Config, loaded: Loaded, reference: Any, batches: Any, layout: Layout
 ) -> Callable[[TrainState], Metrics]:
     """state -> the loss and the implicit reward's accuracy on held-out answers; the reference is asked once."""
-    measure = jax.jit(lambda params, batch: _in_parts(loaded.model, params, batch, config.microbatches))
+    measure = jax.jit(
+        lambda params, batch: _in_parts(
+            loaded.model, params, batch, config.microbatches
+        )
+    )
     known: list[Arrays] = []  # by batch: the reference's log-probabilities
 
     def evals(state: TrainState) -> Metrics:
@@ -354,15 +432,26 @@ def _held_out(
                 break
             placed = layout.put(batch)
             if i == len(known):
-                known.append(hosts.whole(reference(placed)) if reference is not None else {})
+                known.append(
+                    hosts.whole(reference(placed)) if reference is not None else {}
+                )
             own, others = _split(placed)
             params = loaded.merged(state.params)
             total, mean = hosts.whole(measure(params, own))
             part = batch | known[i] | {"total": total, "mean": mean}
             if others:
                 part[f"{OTHERS}total"] = hosts.whole(measure(params, others)[0])
-            parts.append({name: x for name, x in part.items() if name.split("/")[-1] not in ("tokens", "segments")})
-        return held_out_metrics(config.loss, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+            parts.append(
+                {
+                    name: x
+                    for name, x in part.items()
+                    if name.split("/")[-1] not in ("tokens", "segments")
+                }
+            )
+        return held_out_metrics(
+            config.loss,
+            {name: np.concatenate([p[name] for p in parts]) for name in parts[0]},
+        )
 
     return evals
 
@@ -377,10 +466,16 @@ def held_out_metrics(config: LossConfig, rows: Arrays) -> Metrics:
     labels = (answers.scores, answers.valid, answers.same)
     judged = [np.asarray(x) for x in (implicit_rewards(config, answers), *labels)]
     margins = stats.margins(*judged)
-    return {f"val_{name}": pair for name, pair in {**pairs, **truncation_metrics(rows)}.items()} | {
+    return {
+        f"val_{name}": pair
+        for name, pair in {**pairs, **truncation_metrics(rows)}.items()
+    } | {
         "val_accuracy": stats.pairwise_accuracy(*judged),
         "val_margin": (float(margins.sum()), float(margins.size)),
-        "val_length_accuracy": (stats.length_baseline(np.asarray(rows["lengths"]), *judged[1:]), 1.0),
+        "val_length_accuracy": (
+            stats.length_baseline(np.asarray(rows["lengths"]), *judged[1:]),
+            1.0,
+        ),
     }
 
 
@@ -401,7 +496,9 @@ def implicit_rewards(config: LossConfig, answers: Answers) -> Float[Array, "p k"
         return config.strength * answers.mean
     if config.name == "orpo":
         mean = jnp.where(answers.valid > 0, answers.mean, -1.0)
-        return config.strength * direct_losses.log_odds(mean.ravel()).reshape(mean.shape)
+        return config.strength * direct_losses.log_odds(mean.ravel()).reshape(
+            mean.shape
+        )
     return config.strength * (answers.total - answers.reference)
 
 
@@ -409,18 +506,28 @@ def pair_weights(answers: Answers) -> Float[Array, "p k k"]:
     """1 / (untied pairs of the prompt) at [p, w, l] where answer w is another one than l and scored
     better; else 0."""
     pairs = untied_pairs(answers.scores, answers.valid, answers.same)
-    return divide(pairs, jnp.broadcast_to(pairs.sum((1, 2), keepdims=True), pairs.shape))
+    return divide(
+        pairs, jnp.broadcast_to(pairs.sum((1, 2), keepdims=True), pairs.shape)
+    )
 
 
-def _pairs(values: Float[Array, "p k"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+def _pairs(
+    values: Float[Array, "p k"],
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """What a value is for the better and for the worse answer of every pair; n = p k k."""
     shape = (*values.shape, values.shape[1])
-    better, worse = (jnp.broadcast_to(x, shape) for x in (values[:, :, None], values[:, None, :]))
+    better, worse = (
+        jnp.broadcast_to(x, shape) for x in (values[:, :, None], values[:, None, :])
+    )
     return better.ravel(), worse.ravel()
 
 
 def _with_reference(answers: Answers) -> tuple[Float[Array, " n"], ...]:
-    return *_pairs(answers.total), *_pairs(answers.reference), pair_weights(answers).ravel()
+    return (
+        *_pairs(answers.total),
+        *_pairs(answers.reference),
+        pair_weights(answers).ravel(),
+    )
 
 
 def _dpo(config: LossConfig, answers: Answers) -> Loss:
@@ -428,7 +535,9 @@ def _dpo(config: LossConfig, answers: Answers) -> Loss:
 
 
 def _cdpo(config: LossConfig, answers: Answers) -> Loss:
-    return direct_losses.cdpo_loss(*_with_reference(answers), beta=config.strength, smoothing=config.smoothing)
+    return direct_losses.cdpo_loss(
+        *_with_reference(answers), beta=config.strength, smoothing=config.smoothing
+    )
 
 
 def _ipo(config: LossConfig, answers: Answers) -> Loss:
@@ -436,12 +545,16 @@ def _ipo(config: LossConfig, answers: Answers) -> Loss:
 
 
 def _orpo(config: LossConfig, answers: Answers) -> Loss:
-    return direct_losses.orpo_loss(*_pairs(answers.mean), pair_weights(answers).ravel(), beta=config.strength)
+    return direct_losses.orpo_loss(
+        *_pairs(answers.mean), pair_weights(answers).ravel(), beta=config.strength
+    )
 
 
 def _simpo(config: LossConfig, answers: Answers) -> Loss:
     weight = pair_weights(answers).ravel()
-    return direct_losses.simpo_loss(*_pairs(answers.mean), weight, beta=config.strength, margin=config.margin)
+    return direct_losses.simpo_loss(
+        *_pairs(answers.mean), weight, beta=config.strength, margin=config.margin
+    )
 
 
 def _kto(config: LossConfig, answers: Answers) -> Loss:
@@ -458,10 +571,14 @@ def _kto(config: LossConfig, answers: Answers) -> Loss:
         undesirable_weight=config.undesirable_weight,
     )
     differences = reward_differences(implicit_rewards(config, answers), answers.valid)
-    return loss, metrics | pair_metrics(differences, pair_weights(answers)) | {"kl": (answers.kl, jnp.ones(()))}
+    return loss, metrics | pair_metrics(differences, pair_weights(answers)) | {
+        "kl": (answers.kl, jnp.ones(()))
+    }
 
 
-def _desirability(config: LossConfig, answers: Answers) -> tuple[Float[Array, "p k"], Float[Array, "p k"]]:
+def _desirability(
+    config: LossConfig, answers: Answers
+) -> tuple[Float[Array, "p k"], Float[Array, "p k"]]:
     """How much each answer counts as desirable and as undesirable.
 
     By pairs, as the paper makes labels of preferences: the better of a pair is desirable, the worse is not, and an
@@ -474,4 +591,11 @@ def _desirability(config: LossConfig, answers: Answers) -> tuple[Float[Array, "p
     return answers.valid * above, answers.valid * ~above
 
 
-_LOSSES = {"dpo": _dpo, "cdpo": _cdpo, "ipo": _ipo, "kto": _kto, "orpo": _orpo, "simpo": _simpo}
+_LOSSES = {
+    "dpo": _dpo,
+    "cdpo": _cdpo,
+    "ipo": _ipo,
+    "kto": _kto,
+    "orpo": _orpo,
+    "simpo": _simpo,
+}

@@ -70,22 +70,33 @@ def workload(config: Config, completions: int = 1) -> Workload:
     return job_workload(config.batch_size, config.prompt_length + config.max_new)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
     validate_slots(config.slots, 1, layout, "evaluate")
     validate_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
-    validate_length(config.prompt_length + config.max_new, model_config, "evaluate.prompt_length + max_new")
+    validate_length(
+        config.prompt_length + config.max_new,
+        model_config,
+        "evaluate.prompt_length + max_new",
+    )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes metrics.jsonl and samples.jsonl (both answers to every prompt with their scores)."""
-    models = {name: store.load(getattr(config, name), layout) for name in ("policy", "baseline")}
+    models = {
+        name: store.load(getattr(config, name), layout)
+        for name in ("policy", "baseline")
+    }
     for saved in models.values():
         validate(config, layout, saved.model.config)
     tokenizer = models["policy"].tokenizer
     if models["policy"].tokenizer != models["baseline"].tokenizer:
-        raise ConfigError("evaluate: policy and baseline have different tokenizers; a KL between them means nothing")
+        raise ConfigError(
+            "evaluate: policy and baseline have different tokenizers; a KL between them means nothing"
+        )
     rewards = {"gold": load_reward(config.gold, layout, tokenizer)}
     if config.proxy:
         rewards["proxy"] = load_reward(config.proxy, layout, tokenizer)
@@ -125,17 +136,31 @@ def _answer(
         if config.temperature > 0:
             measured["kl"] = _sequence_kl(reference, rollout, config.temperature)
         rollout, measured = hosts.whole((rollout, measured))
-        prompts, answered = texts(tokenizer, rollout.tokens, rollout.segments, rollout.mask)
-        ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(axis=1)
-        measured |= {"prompt": prompts, "answer": answered, "length": rollout.mask.sum(1), "ended": ended}
+        prompts, answered = texts(
+            tokenizer, rollout.tokens, rollout.segments, rollout.mask
+        )
+        ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(
+            axis=1
+        )
+        measured |= {
+            "prompt": prompts,
+            "answer": answered,
+            "length": rollout.mask.sum(1),
+            "ended": ended,
+        }
         measured |= {"cut": cut}
         real = np.flatnonzero(index >= 0)
         for name, values in measured.items():
             parts.setdefault(name, []).extend(values[i] for i in real)
-    return {k: v if isinstance(v[0], str) else np.array(v, np.float64) for k, v in parts.items()}
+    return {
+        k: v if isinstance(v[0], str) else np.array(v, np.float64)
+        for k, v in parts.items()
+    }
 
 
-def _sequence_kl(reference: store.SavedModel, rollout: Rollout, temperature: float) -> jax.Array:
+def _sequence_kl(
+    reference: store.SavedModel, rollout: Rollout, temperature: float
+) -> jax.Array:
     """log pi(y|x) / pi_ref(y|x) of each response, nats; the temperature is above 0."""
     model, params, r = reference.model, reference.params, rollout.mask.shape[1]
     tokens, segments = rollout.tokens, rollout.segments
@@ -172,16 +197,27 @@ def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _with_interval(name: str, interval: stats.Interval) -> dict[str, float]:
     """NAME, and the ends of its interval, whose names say which interval it is."""
     prefix = f"{name}_{interval.method.lower()}"
-    return {name: interval.value, f"{prefix}_low": interval.low, f"{prefix}_high": interval.high}
+    return {
+        name: interval.value,
+        f"{prefix}_low": interval.low,
+        f"{prefix}_high": interval.high,
+    }
 
 
 def _write_samples(path: Path, answers: dict[str, dict[str, Any]]) -> None:
     policy, baseline = answers["policy"], answers["baseline"]
     rows = []
     for i, prompt in enumerate(policy["prompt"]):
-        row = {"prompt": prompt, "policy": policy["answer"][i], "baseline": baseline["answer"][i]}
+        row = {
+            "prompt": prompt,
+            "policy": policy["answer"][i],
+            "baseline": baseline["answer"][i],
+        }
         for score in ("gold", "proxy"):
             if score in policy:
-                row |= {f"{score}_policy": float(policy[score][i]), f"{score}_baseline": float(baseline[score][i])}
+                row |= {
+                    f"{score}_policy": float(policy[score][i]),
+                    f"{score}_baseline": float(baseline[score][i]),
+                }
         rows.append(row)
     write_jsonl(path, rows)

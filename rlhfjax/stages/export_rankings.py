@@ -31,7 +31,11 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     if not config.splits:
         raise ConfigError("export_rankings.splits: at least one is needed")
     sources = [open_preferences(config.preferences, split) for split in config.splits]
-    rankings = [from_row(source[i])._replace(time=config.time) for source in sources for i in range(len(source))]
+    rankings = [
+        from_row(source[i])._replace(time=config.time)
+        for source in sources
+        for i in range(len(source))
+    ]
     write_rankings(workdir / FILE, rankings)
     metrics = {"export_rankings/rankings": float(len(rankings))}
     with Writer(workdir) as writer:

@@ -24,7 +24,12 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.ranges import Positive, PositiveCount, ShareBelow1, Size, TokensOrNone
-from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
+from rlhfjax.rl.config import (
+    PolicyConfig,
+    policy_roles,
+    policy_workload,
+    validate_policy,
+)
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics, text_of
@@ -60,15 +65,21 @@ class Config(PolicyConfig):
 
     stage: str = "group"
     estimator: Literal["rloo", "grpo", "dr_grpo", "dapo", "reinforce"] = "rloo"
-    completions: Size = 4  # K, answers to a prompt; an iteration has batch_size times K episodes
+    completions: Size = (
+        4  # K, answers to a prompt; an iteration has batch_size times K episodes
+    )
     epochs: PositiveCount = 1
     minibatches: Size = 1
     clip: Positive = 0.2
     clip_high: Positive = 0.28  # of dapo; DAPO, section 4.1
     baseline_decay: ShareBelow1 = 0.9  # of reinforce, an iteration
-    overlong: Literal["keep", "leave_out"] = "keep"  # what hit the length limit in the loss; DAPO leaves it out
+    overlong: Literal["keep", "leave_out"] = (
+        "keep"  # what hit the length limit in the loss; DAPO leaves it out
+    )
     overlong_soft: TokensOrNone = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
-    only_informative: bool = False  # groups of equal scores (without a KL) do not count in the mean
+    only_informative: bool = (
+        False  # groups of equal scores (without a KL) do not count in the mean
+    )
 
     @property
     def episodes(self) -> int:
@@ -96,11 +107,15 @@ class Experience(NamedTuple):
     ref_logprobs: Any  # [b, r]
 
 
-def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
+def _reinforce(
+    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
+) -> tuple[jax.Array, Metrics]:
     return group.rloo_loss(logprobs, batch.advantages, batch.mask)
 
 
-def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
+def _grpo(
+    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
+) -> tuple[jax.Array, Metrics]:
     """With the KL in the reward there is none here."""
     rows = (logprobs, batch.logprobs, batch.ref_logprobs, batch.advantages, batch.mask)
     in_loss = c.kl.place == "loss"
@@ -109,12 +124,16 @@ def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple
     return scalar, {name: pair for name, pair in pairs.items() if name not in left_out}
 
 
-def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
+def _dr_grpo(
+    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
+) -> tuple[jax.Array, Metrics]:
     rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
     return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new)
 
 
-def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> tuple[jax.Array, Metrics]:
+def _dapo(
+    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
+) -> tuple[jax.Array, Metrics]:
     rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
     return group.dapo_loss(*rows, clip_low=c.clip, clip_high=c.clip_high)
 
@@ -140,27 +159,41 @@ roles = policy_roles
 workload = policy_workload
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     name, estimator = config.estimator, ESTIMATORS[config.estimator]
     if config.completions == 1 and estimator.advantages is not None:
-        raise ConfigError(f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt")
+        raise ConfigError(
+            f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt"
+        )
     if config.kl.place == "loss" and config.kl.estimator not in estimator.kl_losses:
         known = ", ".join(estimator.kl_losses) or "none (put it in the reward)"
-        raise ConfigError(f"group.kl.estimator={config.kl.estimator!r}: in the loss of {name} there can be {known}")
+        raise ConfigError(
+            f"group.kl.estimator={config.kl.estimator!r}: in the loss of {name} there can be {known}"
+        )
     if config.entropy_coefficient and name != "dapo":
         raise ConfigError(
             f"group.entropy_coefficient: a bonus per token joins a mean over tokens, dapo's, not {name}'s"
         )
     if config.overlong_soft > config.max_new:
-        raise ConfigError(f"group.overlong_soft={config.overlong_soft}: it lies within max_new={config.max_new} tokens")
+        raise ConfigError(
+            f"group.overlong_soft={config.overlong_soft}: it lies within max_new={config.max_new} tokens"
+        )
     if config.overlong == "leave_out" and not config.stop_at_eos:
-        raise ConfigError('group.overlong="leave_out": with stop_at_eos=False every answer hits the length limit')
+        raise ConfigError(
+            'group.overlong="leave_out": with stop_at_eos=False every answer hits the length limit'
+        )
     if config.one_step_off and estimator.loss is _reinforce:
-        raise ConfigError(f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have")
+        raise ConfigError(
+            f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have"
+        )
     if config.only_informative and estimator.advantages is None:
-        raise ConfigError("group.only_informative: reinforce has no groups, equal rewards may be worth learning from")
+        raise ConfigError(
+            "group.only_informative: reinforce has no groups, equal rewards may be worth learning from"
+        )
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
@@ -181,9 +214,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = made.make_experience(state, known, rollout, scores)
         text, update_key = text_of(batch), stream(key, UPDATE)
-        state, update_metrics = made.update(state, experience, text, metrics, update_key, frozen)
+        state, update_metrics = made.update(
+            state, experience, text, metrics, update_key, frozen
+        )
         state, staleness = with_next(state, drawn)
-        return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
+        return state, merge(
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch)
+        )
 
     extra = {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
     return policy_stage(config, task, made.tx, step, extra=extra)
@@ -211,7 +248,9 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         old_logprobs, ref_logprobs, _ = known
         shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
         if c.overlong_soft:
-            shaped = shaped + shaping.overlong_penalty(mask, limit=c.max_new, soft=c.overlong_soft)
+            shaped = shaped + shaping.overlong_penalty(
+                mask, limit=c.max_new, soft=c.overlong_soft
+            )
         penalty, sequence_kl = kl_penalty(c.kl, old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
         penalties = beta * kl.sequence_kl(penalty, mask)
@@ -247,25 +286,41 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
             return estimator.advantages(scores, penalties).reshape(-1)
         # the average of the iterations before this one, free of the zero that it began with
         weight = 1 - c.baseline_decay ** state.step.astype(jnp.float32)
-        return (scores - penalties).reshape(-1) - masked.divide(state.extra["baseline"], weight)
+        return (scores - penalties).reshape(-1) - masked.divide(
+            state.extra["baseline"], weight
+        )
 
     # ------------------------------------------------------------------ minibatch epochs
 
     def loss(
-        params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+        params: PyTree,
+        batch: Experience,
+        key: jax.Array | None,
+        beta: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, Metrics]:
         """The estimator's surrogate, and what joins it: KL in the loss, entropy bonus."""
         mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(model, params["policy"], batch.tokens, batch.segments, r)
-        logprobs, entropy = model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
+        hidden = response_hidden(
+            model, params["policy"], batch.tokens, batch.segments, r
+        )
+        logprobs, entropy = model.logprobs(
+            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
+        )
         terms = {"policy": (1.0, estimator.loss(c, logprobs, batch, beta))}
         if c.entropy_coefficient:
-            terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
+            terms["entropy"] = (
+                1.0,
+                policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient),
+            )
         if c.kl.place == "loss" and c.kl.estimator != "grpo":
             terms["kl"] = (beta, kl_loss(c.kl, logprobs, batch))
         total, metrics = add_losses(**terms)
-        ratios = policy.ratio_metrics(policy.log_ratio(logprobs, batch.logprobs, mask), mask)
-        return total, ratios | metrics | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+        ratios = policy.ratio_metrics(
+            policy.log_ratio(logprobs, batch.logprobs, mask), mask
+        )
+        return total, ratios | metrics | {
+            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        }
 
     def update(
         state: TrainState,
@@ -278,10 +333,14 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         """The epochs of an iteration, then its KL coefficient, averages and baseline."""
         of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
         rows = (state, experience, text, key)
-        state, update_metrics = minibatch_epochs(c, tx, model, of_minibatch, *rows, frozen=frozen)
+        state, update_metrics = minibatch_epochs(
+            c, tx, model, of_minibatch, *rows, frozen=frozen
+        )
         if "baseline" in state.extra:
             total, n = metrics["advantage_reward"]
-            decayed = group.moving_baseline(state.extra["baseline"], (total / n)[None], decay=c.baseline_decay)
+            decayed = group.moving_baseline(
+                state.extra["baseline"], (total / n)[None], decay=c.baseline_decay
+            )
             state = state.replace(extra={**state.extra, "baseline": decayed})
         return end_iteration(c, state, metrics), update_metrics
 

@@ -34,7 +34,9 @@ class Config:
     rankings: str  # a glob
     tokenizer: str  # file or folder
     answers: tuple[str, ...] = ()  # folders that `collect` wrote
-    validation: ProperShare = 0.05  # share of the prompts, by a stable hash of their first user turn
+    validation: ProperShare = (
+        0.05  # share of the prompts, by a stable hash of their first user turn
+    )
     mesh: MeshConfig = MeshConfig()
 
 
@@ -47,12 +49,18 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for one in rankings:
         key = one.prompt if isinstance(one.prompt, str) else opening(one.prompt)
         held_out = split_of(key, validation=config.validation, test=0.0) == "validation"
-        splits["validation" if held_out else "train"].append(_row(one, tokenizer, native))
+        splits["validation" if held_out else "train"].append(
+            _row(one, tokenizer, native)
+        )
     for split, rows in splits.items():
         if not rows:
-            raise DataError(f"import_rankings: {len(rankings)} rankings leave no {split} prompt; change `validation`")
+            raise DataError(
+                f"import_rankings: {len(rankings)} rankings leave no {split} prompt; change `validation`"
+            )
     write_preferences(workdir / FOLDER, splits, labeller="unnamed")
-    metrics = {f"import_rankings/{name}": value for name, value in describe(rankings).items()}
+    metrics = {
+        f"import_rankings/{name}": value for name, value in describe(rankings).items()
+    }
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -61,7 +69,12 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 def describe(rankings: list[Ranking]) -> dict[str, float]:
     """How many rankings, labellers and comparisons, how many of the pairs are ties, and how far labellers agree."""
     people = by_labeller(rankings)
-    pairs = [(a, b) for one in rankings for i, a in enumerate(one.ranks) for b in one.ranks[i + 1 :]]
+    pairs = [
+        (a, b)
+        for one in rankings
+        for i, a in enumerate(one.ranks)
+        for b in one.ranks[i + 1 :]
+    ]
     out = {
         "rankings": float(len(rankings)),
         "labellers": float(len(people)),
@@ -87,7 +100,9 @@ def opinions_of(rankings: list[Ranking]) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def _native(folders: tuple[str, ...]) -> dict[str, tuple[list[int], dict[str, list[int]]]]:
+def _native(
+    folders: tuple[str, ...],
+) -> dict[str, tuple[list[int], dict[str, list[int]]]]:
     """{prompt: (its ids, {completion: its ids})} of what was sampled."""
     found: dict[str, tuple[list[int], dict[str, list[int]]]] = {}
     for folder in folders:
@@ -96,18 +111,28 @@ def _native(folders: tuple[str, ...]) -> dict[str, tuple[list[int], dict[str, li
             for row in (source[i] for i in range(len(source))):
                 ids = [one.tolist() for one in row["completion_tokens"]]
                 texts = dict(zip(row["completions"], ids, strict=True))
-                found.setdefault(row["prompt"], (row["prompt_tokens"].tolist(), {}))[1].update(texts)
+                found.setdefault(row["prompt"], (row["prompt_tokens"].tolist(), {}))[
+                    1
+                ].update(texts)
     return found
 
 
 def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str, Any]:
     if native:
-        if one.key not in native or any(text not in native[one.key][1] for text in one.completions):
-            raise DataError(f"import_rankings.answers: they lack a ranked answer to {one.key[:60]!r}")
+        if one.key not in native or any(
+            text not in native[one.key][1] for text in one.completions
+        ):
+            raise DataError(
+                f"import_rankings.answers: they lack a ranked answer to {one.key[:60]!r}"
+            )
         prompt, ids = native[one.key]
         completions = [ids[text] for text in one.completions]
     else:
-        messages = one.prompt if isinstance(one.prompt, list) else [{"role": "user", "content": one.prompt}]
+        messages = (
+            one.prompt
+            if isinstance(one.prompt, list)
+            else [{"role": "user", "content": one.prompt}]
+        )
         prompt = chat.render_prompt(tokenizer, messages).tolist()
         completions = [chat.answer_tokens(tokenizer, text) for text in one.completions]
     return {

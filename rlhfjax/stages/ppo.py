@@ -24,7 +24,12 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.ranges import NonNegative, Positive, PositiveCount, Share, Size
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
+from rlhfjax.rl.config import (
+    PolicyConfig,
+    policy_roles,
+    policy_workload,
+    validate_policy,
+)
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics, text_of
@@ -71,14 +76,18 @@ class Config(PolicyConfig):
     value_coefficient: NonNegative = 0.1
     gamma: Share = 1.0
     lam: Share = 0.95
-    whiten_rewards: Literal["none", "batch", "minibatch"] = "none"  # in a minibatch: lm-human-preferences
+    whiten_rewards: Literal["none", "batch", "minibatch"] = (
+        "none"  # in a minibatch: lm-human-preferences
+    )
     whiten_advantages: Literal["none", "batch", "minibatch"] = "minibatch"
     value_optim: OptimConfig = OptimConfig()
 
 
 def roles(config: Config) -> dict[str, Role]:
     """Returns the roles of every policy stage, and the value function."""
-    critic = Role(config.init_from, head="scalar", optim=config.value_optim, lora=config.lora)
+    critic = Role(
+        config.init_from, head="scalar", optim=config.value_optim, lora=config.lora
+    )
     shares = "reward" if config.value == "reward" else "policy"
     if config.value == "reward":
         critic = critic._replace(source=config.reward, scores=True)
@@ -88,10 +97,14 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return policy_workload(config, values=() if config.value == "shared" else ("value",))
+    return policy_workload(
+        config, values=() if config.value == "shared" else ("value",)
+    )
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     make_schedule(config.value_optim, config.updates)
@@ -100,7 +113,9 @@ def validate(config: Config, layout: Layout, model_config: TransformerConfig | N
             "ppo.whiten_advantages: where rewards are whitened in a minibatch, advantages exist only there"
         )
     if config.kl.place == "loss" and config.kl.estimator == "grpo":
-        raise ConfigError("ppo.kl.estimator=\"grpo\" is the group stage's; in PPO's loss: k1, k2, k3, sequence")
+        raise ConfigError(
+            "ppo.kl.estimator=\"grpo\" is the group stage's; in PPO's loss: k1, k2, k3, sequence"
+        )
 
 
 class Experience(NamedTuple):
@@ -113,7 +128,9 @@ class Experience(NamedTuple):
     values: Any  # [b, r]
     advantages: Any  # [b, r]
     returns: Any  # [b, r]
-    rewards: Any = None  # [b, r], where advantages are made from them in every minibatch
+    rewards: Any = (
+        None  # [b, r], where advantages are made from them in every minibatch
+    )
     ref_logprobs: Any = None  # [b, r], where the KL is in the loss
 
 
@@ -136,9 +153,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = made.make_experience(state, known, rollout, scores)
         text, update_key = text_of(batch), stream(key, UPDATE)
-        state, update_metrics = made.update(state, experience, text, metrics, update_key, frozen)
+        state, update_metrics = made.update(
+            state, experience, text, metrics, update_key, frozen
+        )
         state, staleness = with_next(state, drawn)
-        return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
+        return state, merge(
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch)
+        )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
         fresh = critic.model.init_trained(jax.random.fold_in(key, 1))
@@ -149,7 +170,11 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         return state.replace(params=state.params | {"value": value_params})
 
     def also(state: TrainState) -> dict[str, Any]:
-        return {} if config.value == "shared" else {"value": critic.saved(state.params["value"])}
+        return (
+            {}
+            if config.value == "shared"
+            else {"value": critic.saved(state.params["value"])}
+        )
 
     return policy_stage(
         config,
@@ -171,7 +196,10 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
             "policy": make_optimizer(c.optim, c.updates),
             "value": make_optimizer(c.value_optim, c.updates),
         },
-        lambda params: {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in params.items()},
+        lambda params: {
+            name: jax.tree.map(lambda _, n=name: n, tree)
+            for name, tree in params.items()
+        },
     )
 
     logprobs_of = logprobs_with(c, model)
@@ -179,8 +207,14 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
     # ------------------------------------------------------------------ score -> advantages
 
     def values_of(params: PyTree, batch: Any) -> jax.Array:
-        trunk, trunk_params = (model, params["policy"]) if c.value == "shared" else (critic, params["value"])
-        hidden = response_hidden(trunk, trunk_params, batch.tokens, batch.segments, batch.mask.shape[1])
+        trunk, trunk_params = (
+            (model, params["policy"])
+            if c.value == "shared"
+            else (critic, params["value"])
+        )
+        hidden = response_hidden(
+            trunk, trunk_params, batch.tokens, batch.segments, batch.mask.shape[1]
+        )
         return critic.scalar(params["value"], hidden)
 
     def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
@@ -202,7 +236,9 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         rewards = shaping.token_rewards(shaped, penalty, mask, beta=beta)
         if c.whiten_rewards == "batch":
             rewards = masked.whiten_keep_mean(rewards, mask)
-        advantage, returns = advantages.gae(rewards, values, mask, gamma=c.gamma, lam=c.lam)
+        advantage, returns = advantages.gae(
+            rewards, values, mask, gamma=c.gamma, lam=c.lam
+        )
         if c.whiten_advantages == "batch":
             advantage = masked.whiten(advantage, mask)
         metrics |= rollout_metrics(scores, shaped, beta, sequence_kl, ended, mask)
@@ -228,37 +264,65 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
     def whiten(batch: Experience) -> Experience:
         if c.whiten_rewards == "minibatch":
             rewards = masked.whiten_keep_mean(batch.rewards, batch.mask)
-            advantage, returns = advantages.gae(rewards, batch.values, batch.mask, gamma=c.gamma, lam=c.lam)
+            advantage, returns = advantages.gae(
+                rewards, batch.values, batch.mask, gamma=c.gamma, lam=c.lam
+            )
             batch = batch._replace(advantages=advantage, returns=returns)
         if c.whiten_advantages == "minibatch":
-            batch = batch._replace(advantages=masked.whiten(batch.advantages, batch.mask))
+            batch = batch._replace(
+                advantages=masked.whiten(batch.advantages, batch.mask)
+            )
         return batch
 
     def loss(
-        params: PyTree, batch: Experience, key: jax.Array | None, beta: jax.Array | float = 0.0
+        params: PyTree,
+        batch: Experience,
+        key: jax.Array | None,
+        beta: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, Metrics]:
         """Clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy, mean over tokens.
 
         beta weighs the KL to the reference where that is in the loss.
         """
         mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(model, params["policy"], batch.tokens, batch.segments, r)
-        logprobs, entropy = model.logprobs(params["policy"], hidden, batch.tokens[:, -r:], c.temperature)
-        values = critic.scalar(params["value"], hidden) if c.value == "shared" else values_of(params, batch)
-        policy_terms = policy.ppo_loss(logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip)
+        hidden = response_hidden(
+            model, params["policy"], batch.tokens, batch.segments, r
+        )
+        logprobs, entropy = model.logprobs(
+            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
+        )
+        values = (
+            critic.scalar(params["value"], hidden)
+            if c.value == "shared"
+            else values_of(params, batch)
+        )
+        policy_terms = policy.ppo_loss(
+            logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
+        )
         if c.value_clip:
             rows = (values, batch.values, batch.returns, mask)
             value_terms = value.clipped_value_loss(*rows, clip=c.value_clip)
         else:
             value_terms = value.value_loss(values, batch.returns, mask)
-        terms = {"policy": (1.0, policy_terms), "value": (c.value_coefficient, value_terms)}
+        terms = {
+            "policy": (1.0, policy_terms),
+            "value": (c.value_coefficient, value_terms),
+        }
         if c.entropy_coefficient:
-            terms["entropy"] = (1.0, policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient))
+            terms["entropy"] = (
+                1.0,
+                policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient),
+            )
         if c.kl.place == "loss":  # weighted by tokens, as the terms that it joins
             scalar, pairs = kl_loss(c.kl, logprobs, batch)
-            terms["kl"] = (beta, (scalar, {**pairs, "loss": (pairs["loss"][0], mask.sum())}))
+            terms["kl"] = (
+                beta,
+                (scalar, {**pairs, "loss": (pairs["loss"][0], mask.sum())}),
+            )
         total, metrics = add_losses(**terms)
-        return total, metrics | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+        return total, metrics | {
+            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        }
 
     def update(
         state: TrainState,
@@ -271,7 +335,9 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         """The epochs of an iteration, then its KL coefficient and averages."""
         of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
         rows = (state, experience, text, key)
-        state, update_metrics = minibatch_epochs(c, tx, model, of_minibatch, *rows, whiten, frozen)
+        state, update_metrics = minibatch_epochs(
+            c, tx, model, of_minibatch, *rows, whiten, frozen
+        )
         return end_iteration(c, state, metrics), update_metrics
 
     return programs_of(logprobs_of, forward, make_experience, update, loss, tx, whiten)
@@ -285,7 +351,9 @@ def _value_function(config: Config, task: Task) -> Loaded:
     policy = task.policy
     if config.value == "reward":
         if not isinstance(task.reward, ModelReward):
-            raise ConfigError(f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"')
+            raise ConfigError(
+                f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"'
+            )
         config_of_value, params = task.reward.model.config, task.reward.params
         read = lambda: dict(params)  # noqa: E731
     else:
@@ -294,7 +362,9 @@ def _value_function(config: Config, task: Task) -> Loaded:
     frozen = {}
     if config.lora.rank and config.value != "shared":
         frozen = {"backbone": read()["backbone"]}
-    return Loaded(Model(config_of_value, "scalar", config.lora), task.tokenizer, frozen, read)
+    return Loaded(
+        Model(config_of_value, "scalar", config.lora), task.tokenizer, frozen, read
+    )
 
 
 def _own(config: Config, tree: PyTree) -> PyTree:
@@ -305,7 +375,9 @@ def _own(config: Config, tree: PyTree) -> PyTree:
 def _start_value(config: Config, critic: Loaded, params: PyTree) -> PyTree:
     """Returns fresh parameters with the pretrained ones and the head that the config names in them."""
     pretrained = {} if config.value == "shared" else critic.read()
-    if config.value_head == "zero" or (config.value_head == "loaded" and "head" not in pretrained):
+    if config.value_head == "zero" or (
+        config.value_head == "loaded" and "head" not in pretrained
+    ):
         width = critic.model.config.d_model
         pretrained["head"] = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
     elif config.value_head == "normal":

@@ -50,29 +50,45 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    options = {"batch_size": config.batch_size, "length": config.length, "cross_document": config.cross_document}
+    options = {
+        "batch_size": config.batch_size,
+        "length": config.length,
+        "cross_document": config.cross_document,
+    }
 
     def streams(tokenizer: Any) -> tuple[Any, Any]:
         train = open_sources(config.sources, "pretrain.sources")
         held_out = open_sources(config.eval_sources, "eval_sources")
         own = own_shards(config.data_shards, config.batch_size, layout)
         return (
-            loader.pretrain_batches(train, tokenizer, seed=config.seed, shards=own, **options),
-            loader.pretrain_batches(held_out, tokenizer, seed=0, train=False, **options),
+            loader.pretrain_batches(
+                train, tokenizer, seed=config.seed, shards=own, **options
+            ),
+            loader.pretrain_batches(
+                held_out, tokenizer, seed=0, train=False, **options
+            ),
         )
 
     shapes = language_shapes(config.batch_size, config.length)
-    return language_stage(config, layout, roles(config), sources, language_loss, streams, shapes)
+    return language_stage(
+        config, layout, roles(config), sources, language_loss, streams, shapes
+    )
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked
     targets, nats per token."""
 
-    def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         key = key if model.drops else None
-        hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
-        nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
+        hidden = model.hidden(
+            params, batch["tokens"], batch["positions"], batch["segments"], key
+        )
+        nll, weight = model.cross_entropy(
+            params, hidden, batch["targets"], batch["mask"]
+        )
         return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
 
     return loss

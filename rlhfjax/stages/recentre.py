@@ -42,7 +42,9 @@ class Config:
     prompt_length: TokensOrNone = 0  # of `policy`
     max_new: TokensOrNone = 0  # of `policy`
     temperature: Temperature = 1.0
-    length: TokensOrNone = 0  # prompt and response, of `preferences` and `demonstrations`
+    length: TokensOrNone = (
+        0  # prompt and response, of `preferences` and `demonstrations`
+    )
     batch_size: Size
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
@@ -58,15 +60,23 @@ def workload(config: Config, completions: int = 1) -> Workload:
     return job_workload(config.batch_size, sampled if config.policy else config.length)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     if sum(map(bool, (config.policy, config.preferences, config.demonstrations))) != 1:
-        raise ConfigError("recentre: give the samples by one of policy, preferences and demonstrations")
+        raise ConfigError(
+            "recentre: give the samples by one of policy, preferences and demonstrations"
+        )
     needed = ("prompt_length", "max_new") if config.policy else ("length",)
     if missing := [name for name in needed if getattr(config, name) < 1]:
         raise ConfigError(f"recentre.{missing[0]}: a value is required")
     layout.check_batch(config.batch_size, "recentre.batch_size")
-    validate_length(sum(getattr(config, name) for name in needed), model_config, f"recentre.{' + '.join(needed)}")
+    validate_length(
+        sum(getattr(config, name) for name in needed),
+        model_config,
+        f"recentre.{' + '.join(needed)}",
+    )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -81,7 +91,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         params, pairs = centre.normalise(saved.params, samples, "mean")
         pairs = {
             **pairs,
-            "rows_cut": (np.sum(samples["cut"] * samples["valid"]), np.sum(samples["valid"])),
+            "rows_cut": (
+                np.sum(samples["cut"] * samples["valid"]),
+                np.sum(samples["valid"]),
+            ),
         }
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
     metrics = finalize(hosts.whole(pairs), "recentre/")
@@ -90,7 +103,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     return metrics
 
 
-def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
+def _samples(
+    config: Config, saved: store.SavedModel, layout: Layout
+) -> dict[str, np.ndarray]:
     """Rewards of the samples, which of them exist, and which lost tokens."""
     tokenizer = saved.tokenizer
     if config.policy:
@@ -98,7 +113,10 @@ def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
     options = {"batch_size": config.batch_size, "length": config.length}
     if config.preferences:
         batches = loader.preference_batches(
-            open_preferences(config.preferences, "train"), tokenizer, train=False, **options
+            open_preferences(config.preferences, "train"),
+            tokenizer,
+            train=False,
+            **options,
         )
     else:
         source = open_sources(config.demonstrations, "recentre.demonstrations")
@@ -106,13 +124,17 @@ def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
     return make_judge(saved.model, layout)(saved.params, batches)
 
 
-def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[str, np.ndarray]:
+def _sampled(
+    config: Config, saved: store.SavedModel, layout: Layout
+) -> dict[str, np.ndarray]:
     policy = store.load(config.policy, layout)
     tokenizer = policy.tokenizer
     if policy.tokenizer != saved.tokenizer:
         raise ConfigError("recentre: policy and reward model have different tokenizers")
     source = open_prompts(config.prompts, "recentre.prompts", seed=config.seed)
-    sampling = Sampling(config.prompt_length, config.max_new, config.temperature, config.batch_size)
+    sampling = Sampling(
+        config.prompt_length, config.max_new, config.temperature, config.batch_size
+    )
     reward, key = ModelReward(saved.model, saved.params), jax.random.key(config.seed)
     parts = [
         (
@@ -124,5 +146,7 @@ def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> dict[st
     ]
     return {
         name: np.concatenate(values)
-        for name, values in zip(("rewards", "valid", "cut"), zip(*parts, strict=True), strict=True)
+        for name, values in zip(
+            ("rewards", "valid", "cut"), zip(*parts, strict=True), strict=True
+        )
     }

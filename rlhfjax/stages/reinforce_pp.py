@@ -20,7 +20,12 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import make_optimizer
 from rlhfjax.ranges import Positive, PositiveCount, Size
-from rlhfjax.rl.config import PolicyConfig, policy_roles, policy_workload, validate_policy
+from rlhfjax.rl.config import (
+    PolicyConfig,
+    policy_roles,
+    policy_workload,
+    validate_policy,
+)
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics, text_of
@@ -64,11 +69,15 @@ roles = policy_roles
 workload = policy_workload
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     if config.kl.place != "reward":
-        raise ConfigError("reinforce_pp.kl.place: the KL is in the reward; in the loss it is GRPO's or PPO's")
+        raise ConfigError(
+            "reinforce_pp.kl.place: the KL is in the reward; in the loss it is GRPO's or PPO's"
+        )
 
 
 class Experience(NamedTuple):
@@ -99,9 +108,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = made.make_experience(state, known, rollout, scores)
         text, update_key = text_of(batch), stream(key, UPDATE)
-        state, update_metrics = made.update(state, experience, text, metrics, update_key, frozen)
+        state, update_metrics = made.update(
+            state, experience, text, metrics, update_key, frozen
+        )
         state, staleness = with_next(state, drawn)
-        return state, merge(reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch))
+        return state, merge(
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch)
+        )
 
     return policy_stage(config, task, made.tx, step)
 
@@ -143,16 +156,26 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
     def loss(params: PyTree, batch: Experience, key: None) -> tuple[jax.Array, Metrics]:
         """Clipped policy loss - entropy_coefficient x entropy, mean over tokens."""
         mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(model, params["policy"], batch.tokens, batch.segments, r)
+        hidden = response_hidden(
+            model, params["policy"], batch.tokens, batch.segments, r
+        )
         targets = batch.tokens[:, -r:]
-        logprobs, entropy = model.logprobs(params["policy"], hidden, targets, c.temperature)
-        surrogate = policy.ppo_loss(logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip)
+        logprobs, entropy = model.logprobs(
+            params["policy"], hidden, targets, c.temperature
+        )
+        surrogate = policy.ppo_loss(
+            logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
+        )
         terms = {"policy": (1.0, surrogate)}
         if c.entropy_coefficient:
-            bonus = policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient)
+            bonus = policy.entropy_bonus(
+                entropy, mask, coefficient=c.entropy_coefficient
+            )
             terms["entropy"] = (1.0, bonus)
         total, metrics = add_losses(**terms)
-        return total, metrics | {"entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)}
+        return total, metrics | {
+            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        }
 
     def update(
         state: TrainState,
@@ -164,7 +187,9 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
     ) -> tuple[TrainState, Metrics]:
         """The epochs of an iteration, then its KL coefficient and averages."""
         rows = (state, experience, text, key)
-        state, update_metrics = minibatch_epochs(c, tx, model, loss, *rows, frozen=frozen)
+        state, update_metrics = minibatch_epochs(
+            c, tx, model, loss, *rows, frozen=frozen
+        )
         return end_iteration(c, state, metrics), update_metrics
 
     return programs_of(logprobs_of, forward, make_experience, update, loss, tx)

@@ -57,9 +57,13 @@ class Config(StreamConfig):
     length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: Size  # prompts; InstructGPT: 64 (C.2)
     loss: LossConfig = LossConfig()
-    normalise_before: Literal["none", "mean", "mean_std"] = "none"  # N-details: mean_std before training as well
+    normalise_before: Literal["none", "mean", "mean_std"] = (
+        "none"  # N-details: mean_std before training as well
+    )
     normalise: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
-    demonstrations: tuple[SourceConfig, ...] = ()  # whose answers score 0, for normalise="demonstrations"
+    demonstrations: tuple[
+        SourceConfig, ...
+    ] = ()  # whose answers score 0, for normalise="demonstrations"
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -70,11 +74,15 @@ def workload(config: Config, completions: int = 2) -> Workload:
     return supervised_workload(config, completions)
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_streams(config, layout, model_config)
     if (config.normalise == "demonstrations") != bool(config.demonstrations):
-        raise ConfigError('reward.demonstrations: sources go together with reward.normalise="demonstrations"')
+        raise ConfigError(
+            'reward.demonstrations: sources go together with reward.normalise="demonstrations"'
+        )
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
@@ -86,7 +94,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     step, tx = train_step(config, loaded, loss)
     rewards_of = make_judge(model, layout)
 
-    def judge(trained: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def judge(
+        trained: Any, batches: Iterable[dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         return rewards_of(loaded.merged(trained), batches)
 
     @functools.cache
@@ -100,22 +110,30 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         if config.normalise_before == "none":
             return state
         judged = judge(state.params, held_out().restart())
-        return state.replace(params=centre.normalise(state.params, judged, config.normalise_before)[0])
+        return state.replace(
+            params=centre.normalise(state.params, judged, config.normalise_before)[0]
+        )
 
     def open_data() -> Data:
         options = {"batch_size": config.batch_size, "length": config.length}
         source = open_preferences(config.preferences, "train")
         own = own_shards(config.data_shards, config.batch_size, layout)
-        batches = loader.preference_batches(source, tokenizer, seed=config.seed, shards=own, **options)
+        batches = loader.preference_batches(
+            source, tokenizer, seed=config.seed, shards=own, **options
+        )
         passes = held_out()
 
         def evals(state: TrainState) -> Metrics:
-            return held_out_metrics(judge(state.params, passes.restart()), of_completions)
+            return held_out_metrics(
+                judge(state.params, passes.restart()), of_completions
+            )
 
         def finish(state: TrainState) -> Finished:
             judged = judge(state.params, passes.restart())
             params, metrics = _normalised(config, loaded, state.params, judged, judge)
-            margins = stats.margins(judged["rewards"], *(judged[name] for name in LABELS))
+            margins = stats.margins(
+                judged["rewards"], *(judged[name] for name in LABELS)
+            )
             files = {"calibration.json": stats.calibration(margins).as_dict()}
             return left_behind(loaded, params)._replace(pairs=metrics, files=files)
 
@@ -126,7 +144,9 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         tx,
         start=start,
         step=step,
-        batch=lambda completions: preference_shapes(config.batch_size, completions, config.length),
+        batch=lambda completions: preference_shapes(
+            config.batch_size, completions, config.length
+        ),
         open=open_data,
         units=config.batch_size,
         unit="prompts",
@@ -150,7 +170,11 @@ def preference_shapes(size: int, completions: int, length: int) -> Shapes:
 
 
 def _normalised(
-    config: Config, loaded: Loaded, params: Any, judged: dict[str, np.ndarray], judge: Callable[..., Any]
+    config: Config,
+    loaded: Loaded,
+    params: Any,
+    judged: dict[str, np.ndarray],
+    judge: Callable[..., Any],
 ) -> tuple[Any, Metrics]:
     if config.normalise != "demonstrations":
         return centre.normalise(params, judged, config.normalise)
@@ -167,21 +191,30 @@ def _normalised(
     }
 
 
-def completion_rewards(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+def completion_rewards(
+    model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None
+) -> jax.Array:
     """Rewards [b, k] of every completion, one forward pass each."""
     b, k, t = batch["tokens"].shape
     rows = (batch["tokens"].reshape(b * k, t), batch["segments"].reshape(b * k, t))
     return sequence_rewards(model, params, *rows, key).reshape(b, k)
 
 
-def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array, Metrics]]:
+def reward_loss(
+    model: Model, loss: RewardLoss
+) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Every such loss is one of differences of rewards: the head's bias has gradient 0, exactly 0 and not rounding's
     (which Adam would scale up to whole steps). Normalisation alone sets it."""
 
-    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def of_batch(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         key = key if model.drops else None
         head = params["head"]
-        params = {**params, "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])}}
+        params = {
+            **params,
+            "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])},
+        }
         rewards = completion_rewards(model, params, batch, key)
         scalar, pairs = loss(rewards, *(batch[name] for name in LABELS))
         return scalar, {**pairs, **truncation_metrics(batch)}
@@ -191,13 +224,20 @@ def reward_loss(model: Model, loss: RewardLoss) -> Callable[..., tuple[jax.Array
 
 def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarray]]:
     """(params, batches of completions) -> their rewards, beside what the batches say of them."""
-    rewards_of = jax.jit(lambda params, batch: completion_rewards(model, params, batch, None))
+    rewards_of = jax.jit(
+        lambda params, batch: completion_rewards(model, params, batch, None)
+    )
 
-    def judge(params: Any, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def judge(
+        params: Any, batches: Iterable[dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         parts = []
         for batch in batches:
             rewards = hosts.whole(rewards_of(params, layout.put(batch)))
-            parts.append({"rewards": rewards} | {k: batch[k] for k in (*LABELS, "lengths", "cut")})
+            parts.append(
+                {"rewards": rewards}
+                | {k: batch[k] for k in (*LABELS, "lengths", "cut")}
+            )
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     return judge

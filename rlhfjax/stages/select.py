@@ -45,10 +45,18 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for split in SPLITS:
         source = open_preferences(config.preferences, split, "select")
         rows = [source[i] for i in range(len(source))]
-        chosen = [best(row, keep=config.keep, min_score=config.min_score) for row in rows]
+        chosen = [
+            best(row, keep=config.keep, min_score=config.min_score) for row in rows
+        ]
         if not any(chosen):
-            raise DataError(f"select: no answer of split {split!r} scores {config.min_score} or more")
-        selected = [selected_row(tokenizer, row, i) for row, some in zip(rows, chosen, strict=True) for i in some]
+            raise DataError(
+                f"select: no answer of split {split!r} scores {config.min_score} or more"
+            )
+        selected = [
+            selected_row(tokenizer, row, i)
+            for row, some in zip(rows, chosen, strict=True)
+            for i in some
+        ]
         write_jsonl(workdir / f"{split}.jsonl", selected)
         if split == "train":
             metrics = _describe(rows, chosen, selected)
@@ -66,7 +74,12 @@ def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
     for i in np.argsort(-np.asarray(row["scores"]), kind="stable").tolist():
         enough = min_score is None or row["scores"][i] >= min_score
         repeated = any(row["completions"][i] == row["completions"][j] for j in chosen)
-        if enough and not repeated and row["completions"][i].strip() and len(chosen) < keep:
+        if (
+            enough
+            and not repeated
+            and row["completions"][i].strip()
+            and len(chosen) < keep
+        ):
             chosen.append(i)
     return chosen
 
@@ -89,12 +102,18 @@ def messages_of(tokenizer: Tokenizer, prompt: list[int]) -> list[chat.Message]:
     return [message for message in messages if message["content"].strip()]
 
 
-def _describe(rows: list[Row], chosen: list[list[int]], selected: list[dict[str, Any]]) -> dict[str, float]:
+def _describe(
+    rows: list[Row], chosen: list[list[int]], selected: list[dict[str, Any]]
+) -> dict[str, float]:
     return {
         "select/rows": float(len(selected)),
         "select/prompts": float(sum(map(bool, chosen))),
         "select/kept": len(selected) / sum(len(row["scores"]) for row in rows),
         "select/score": float(np.mean([row["score"] for row in selected])),
-        "select/score_before": float(np.mean([score for row in rows for score in row["scores"]])),
-        "select/response_length": float(np.mean([len(row["response_tokens"]) for row in selected])),
+        "select/score_before": float(
+            np.mean([score for row in rows for score in row["scores"]])
+        ),
+        "select/response_length": float(
+            np.mean([len(row["response_tokens"]) for row in selected])
+        ),
     }

@@ -57,13 +57,17 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         held_out = open_sources(config.eval_sources, "sft.eval_sources")
         own = own_shards(config.data_shards, config.batch_size, layout)
         return (
-            loader.sft_batches(train, tokenizer, seed=config.seed, shards=own, **options),
+            loader.sft_batches(
+                train, tokenizer, seed=config.seed, shards=own, **options
+            ),
             loader.sft_batches(held_out, tokenizer, seed=0, train=False, **options),
         )
 
     shapes = language_shapes(config.batch_size, config.length)
     shapes = {**shapes, **row_shapes(config.batch_size, cut=((), np.float32))}
-    return language_stage(config, layout, roles(config), sources, language_loss, streams, shapes)
+    return language_stage(
+        config, layout, roles(config), sources, language_loss, streams, shapes
+    )
 
 
 def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Metrics]]:
@@ -73,10 +77,16 @@ def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Metrics]]:
     Its metrics are the loss, and the share of examples that lost tokens.
     """
 
-    def loss(params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         key = key if model.drops else None
-        hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segments"], key)
-        nll, weight = model.cross_entropy(params, hidden, batch["targets"], batch["mask"])
+        hidden = model.hidden(
+            params, batch["tokens"], batch["positions"], batch["segments"], key
+        )
+        nll, weight = model.cross_entropy(
+            params, hidden, batch["targets"], batch["mask"]
+        )
         examples = jnp.sum((batch["positions"] == 0) & (batch["segments"] > 0))
         examples_cut = (jnp.sum(batch["cut"]), examples.astype(jnp.float32))
         metrics = {"loss": (nll, weight), "examples_cut": examples_cut}

@@ -59,9 +59,17 @@ class Config(ModelTrainConfig):
     length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it, beside its response
     loss: Literal["tamer", "deep_tamer"] = "tamer"
     seconds_per_token: Seconds = 0.25  # how fast the answer appeared
-    credit: Literal["uniform", "gamma"] = "uniform"  # the distribution of a person's delay
-    delay: tuple[NonNegative, NonNegative] = (0.2, 0.8)  # of uniform: seconds; Knox & Stone 2009
-    gamma: tuple[Positive, Positive] = (2.0, 0.28)  # of gamma: shape, scale in seconds; Knox & Stone
+    credit: Literal["uniform", "gamma"] = (
+        "uniform"  # the distribution of a person's delay
+    )
+    delay: tuple[NonNegative, NonNegative] = (
+        0.2,
+        0.8,
+    )  # of uniform: seconds; Knox & Stone 2009
+    gamma: tuple[Positive, Positive] = (
+        2.0,
+        0.28,
+    )  # of gamma: shape, scale in seconds; Knox & Stone
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
@@ -72,14 +80,20 @@ def roles(config: Config) -> dict[str, Role]:
     return {MODEL: trained_role(config, head="scalar")}
 
 
-def validate(config: Config, layout: Layout, model_config: TransformerConfig | None) -> None:
+def validate(
+    config: Config, layout: Layout, model_config: TransformerConfig | None
+) -> None:
     """Validates the config. Raises ConfigError."""
     validate_training(config, layout, model_config)
     if config.lora.dropout:
-        raise ConfigError(f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout")
+        raise ConfigError(
+            f"tamer.lora.dropout={config.lora.dropout}: the regression has no dropout"
+        )
     low, high = config.delay
     if low >= high:
-        raise ConfigError(f"tamer.delay={config.delay}: expected (low, high) with low < high")
+        raise ConfigError(
+            f"tamer.delay={config.delay}: expected (low, high) with low < high"
+        )
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -95,15 +109,28 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     step, tx = train_step(config, loaded, loss)
 
     def open_data() -> Data:
-        rows, held_out = (read_feedback(path, tokenizer, config.length) for path in (config.feedback, config.held_out))
-        measure = jax.jit(lambda params, batch: {f"val_{k}": v for k, v in loss(params, batch, None)[1].items()})
+        rows, held_out = (
+            read_feedback(path, tokenizer, config.length)
+            for path in (config.feedback, config.held_out)
+        )
+        measure = jax.jit(
+            lambda params, batch: {
+                f"val_{k}": v for k, v in loss(params, batch, None)[1].items()
+            }
+        )
 
         def evals(state: TrainState) -> Metrics:
             params = loaded.merged(state.params)
-            return sum_over(passes(held_out, config.batch_size), lambda batch: measure(params, batch), layout)
+            return sum_over(
+                passes(held_out, config.batch_size),
+                lambda batch: measure(params, batch),
+                layout,
+            )
 
         def finish(state: TrainState) -> Finished:
-            return left_behind(loaded, state.params)._replace(files={FILE: describe(config)})
+            return left_behind(loaded, state.params)._replace(
+                files={FILE: describe(config)}
+            )
 
         return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)
 
@@ -134,7 +161,9 @@ def _batch_shapes(config: Config, values: int) -> Shapes:
     )
 
 
-def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
+def feedback_loss(
+    model: Model, config: Config
+) -> Callable[..., tuple[jax.Array, Metrics]]:
     """(params, batch, key) -> mean over all feedback of the batch, whichever answer it was given to."""
     one = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}[config.loss]
     credit_of = credit_by(config)
@@ -147,11 +176,16 @@ def feedback_loss(model: Model, config: Config) -> Callable[..., tuple[jax.Array
         credit = credit_of(starts, starts + config.seconds_per_token, times)
         return one(jnp.where(shown, rewards, 0), credit * shown, values, weight)[1]
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         rewards = token_rewards(model, params, batch["tokens"], batch["segments"])
         names = ("first", "count", "times", "values", "weight")
         metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))
-        pairs = {name: (total.sum(), weight.sum()) for name, (total, weight) in metrics.items()}
+        pairs = {
+            name: (total.sum(), weight.sum())
+            for name, (total, weight) in metrics.items()
+        }
         real = (batch["weight"].sum(1) > 0).astype(jnp.float32)
         pairs["rows_cut"] = (jnp.sum(batch["cut"] * real), jnp.sum(real))
         return divide(*pairs["loss"]), pairs
@@ -182,14 +216,20 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
         try:
             given = np.array(row["feedback"], np.float32).reshape(-1, 2)
             prompt, response = row["prompt"], row["response"]
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = (
+                [{"role": "user", "content": prompt}]
+                if isinstance(prompt, str)
+                else prompt
+            )
             answer = chat.answer_tokens(tokenizer, response)
             start = chat.render_prompt(tokenizer, messages).tolist()
         except (ValueError, KeyError, TypeError, AttributeError) as why:
             shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
             raise DataError(f"{place}: expected {shape} ({why})") from None
         if not len(given) or not np.all(np.isfinite(given)):
-            raise DataError(f"{place}: 'feedback' must hold at least one pair of finite numbers")
+            raise DataError(
+                f"{place}: 'feedback' must hold at least one pair of finite numbers"
+            )
         found.append((start, answer, given))
     if not found:
         raise DataError(f"tamer: {path} holds no feedback")
@@ -206,7 +246,9 @@ def _arrays(
     length: int,
 ) -> Batch:
     """One answer's arrays. Where prompt and answer do not fit they are cut as those of rankings."""
-    fitted = chat.shorten_prompt(tokenizer, prompt, examples.prompt_room(length, len(answer)))
+    fitted = chat.shorten_prompt(
+        tokenizer, prompt, examples.prompt_room(length, len(answer))
+    )
     shown = answer[: length - len(fitted)]
     ids = [*fitted, *shown]
     (tokens,), (segments,) = pad_right([ids], length=length, pad_id=tokenizer.pad_id)
@@ -244,7 +286,10 @@ class Shuffled:
     def __next__(self) -> Batch:
         n = len(self._rows)
         places = range(self._taken, self._taken + self._size)
-        orders = {e: np.random.default_rng([self._seed, e]).permutation(n) for e in {place // n for place in places}}
+        orders = {
+            e: np.random.default_rng([self._seed, e]).permutation(n)
+            for e in {place // n for place in places}
+        }
         self._taken += self._size
         return _stack([self._rows[orders[place // n][place % n]] for place in places])
 
@@ -253,5 +298,7 @@ class Shuffled:
 
     def set_state(self, state: dict[str, int]) -> None:
         if (state["rows"], state["seed"]) != (len(self._rows), self._seed):
-            raise ValueError(f"saved with {state['rows']} rows and seed {state['seed']}")
+            raise ValueError(
+                f"saved with {state['rows']} rows and seed {state['seed']}"
+            )
         self._taken = state["taken"]

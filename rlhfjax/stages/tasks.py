@@ -27,7 +27,9 @@ ON_ONE_HOST = True
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     stage: str = "tasks"
-    tasks: tuple[str, ...] = ()  # of reasoning-gym: chain_sum, spell_backward, word_sorting, …
+    tasks: tuple[
+        str, ...
+    ] = ()  # of reasoning-gym: chain_sum, spell_backward, word_sorting, …
     size: PositiveCount  # prompts of each task, all splits together
     held_out: ShareBelowHalf = 0.1  # share of them in validation, and in test
     seed: Seed = 0
@@ -35,9 +37,13 @@ class Config:
 
     def __post_init__(self):
         if not self.tasks:
-            raise ConfigError("tasks.tasks: at least one of reasoning-gym's is needed, chain_sum for instance")
+            raise ConfigError(
+                "tasks.tasks: at least one of reasoning-gym's is needed, chain_sum for instance"
+            )
         if int(self.size * self.held_out) < 1:
-            raise ConfigError(f"tasks.held_out={self.held_out} of size={self.size}: a share of at least one prompt")
+            raise ConfigError(
+                f"tasks.held_out={self.held_out} of size={self.size}: a share of at least one prompt"
+            )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -47,13 +53,21 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     seen: set[str] = set()
     for task in config.tasks:
         for i, row in enumerate(rows(task, config.size, config.seed)):
-            split = "test" if i < held_out else "validation" if i < 2 * held_out else "train"
+            split = (
+                "test"
+                if i < held_out
+                else "validation"
+                if i < 2 * held_out
+                else "train"
+            )
             if row["prompt"].strip() not in seen:
                 seen.add(row["prompt"].strip())
                 splits[split].append(row)
     for split, some in splits.items():
         if not some:
-            raise DataError(f"tasks: {', '.join(config.tasks)} repeat themselves; nothing is left for {split}")
+            raise DataError(
+                f"tasks: {', '.join(config.tasks)} repeat themselves; nothing is left for {split}"
+            )
         paths.make_folder(workdir / FOLDER)
         write_jsonl(workdir / FOLDER / f"{split}.jsonl", some)
     metrics = {f"tasks/{split}": float(len(some)) for split, some in splits.items()}

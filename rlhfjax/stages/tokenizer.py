@@ -26,12 +26,18 @@ class Config:
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes workdir/tokenizer.model; returns its size and how many bytes a token stands for on the corpus' start."""
     source = open_sources(config.sources, "tokenizer.sources")
-    tokenizer = train_sentencepiece(texts(source), workdir, vocab_size=config.vocab_size, model_type=config.model_type)
+    tokenizer = train_sentencepiece(
+        texts(source),
+        workdir,
+        vocab_size=config.vocab_size,
+        model_type=config.model_type,
+    )
     sample = [text for _, text in zip(range(2000), texts(source), strict=False)]
     tokens = sum(len(tokenizer.encode(text)) for text in sample)
     metrics = {
         "tokenizer/vocab_size": float(tokenizer.vocab_size),
-        "tokenizer/bytes_per_token": sum(len(text.encode()) for text in sample) / tokens,
+        "tokenizer/bytes_per_token": sum(len(text.encode()) for text in sample)
+        / tokens,
     }
     with Writer(workdir) as writer:
         writer.write(0, metrics)

@@ -42,7 +42,9 @@ def zipped(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:
     """
     lists = [list(sweep) for sweep in sweeps]
     if len({len(one) for one in lists}) > 1:
-        raise ConfigError(f"zipped: sweeps of lengths {', '.join(str(len(one)) for one in lists)}; expected one length")
+        raise ConfigError(
+            f"zipped: sweeps of lengths {', '.join(str(len(one)) for one in lists)}; expected one length"
+        )
     return [_merged(parts) for parts in zip(*lists, strict=True)]
 
 
@@ -60,6 +62,8 @@ def _merged(parts: Iterable[Mapping[str, Any]]) -> Overrides:
     merged: Overrides = {}
     for part in parts:
         if twice := sorted(merged.keys() & part.keys()):
-            raise ConfigError(f"sweep: {twice[0]!r} is set by two of the sweeps that are combined")
+            raise ConfigError(
+                f"sweep: {twice[0]!r} is set by two of the sweeps that are combined"
+            )
         merged |= part
     return merged

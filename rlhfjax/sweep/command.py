@@ -18,7 +18,12 @@ from rlhfjax.sweep.expand import Run, expand
 LOCAL = ("local",)
 # What is in launch/, each with its words that start a run: they wait for its end, but for gke's, which leave it to the
 # cluster's queue.
-WORDS = {"tpu": ("run",), "gke": ("submit",), "slurm": ("submit", "--wait"), "ssh": ("run",)}
+WORDS = {
+    "tpu": ("run",),
+    "gke": ("submit",),
+    "slurm": ("submit", "--wait"),
+    "ssh": ("run",),
+}
 GKE = (sys.executable, "-m", "launch.gke")
 TPU = (sys.executable, "-m", "launch.tpu")
 
@@ -55,15 +60,29 @@ def launcher(text: str) -> tuple[str, ...]:
         return LOCAL
     if first in WORDS:
         if not (file := paths.path("launch") / f"{first}.py").is_file():
-            raise ConfigError(f"--launcher={first}: {file} is not in this folder; expected to run in the repository's")
+            raise ConfigError(
+                f"--launcher={first}: {file} is not in this folder; expected to run in the repository's"
+            )
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
-        return (sys.executable, "-m", f"launch.{first}", *WORDS[first], "--name={name}", *flags, "--")
+        return (
+            sys.executable,
+            "-m",
+            f"launch.{first}",
+            *WORDS[first],
+            "--name={name}",
+            *flags,
+            "--",
+        )
     if not shutil.which(first):
-        raise ConfigError(f"--launcher={text}: expected local, {', '.join(WORDS)}, or a command that is installed")
+        raise ConfigError(
+            f"--launcher={text}: expected local, {', '.join(WORDS)}, or a command that is installed"
+        )
     return (first, *flags)
 
 
-def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options) -> None:
+def sweep(
+    config: str, workdir: Path, given: Mapping[str, Any], options: Options
+) -> None:
     """Runs a sweep, or goes on with it; finished runs are not run again.
 
     Raises:
@@ -74,16 +93,28 @@ def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options
     if options.slices_in_turn:
         options = in_turn(options, workdir)
     runs = expand(config, workdir, given)
-    commands = {run.name: whole_command(run, options.launcher) for run in runs if not run.finished}
+    commands = {
+        run.name: whole_command(run, options.launcher)
+        for run in runs
+        if not run.finished
+    }
     if options.dry_run:
         for run in runs:
-            print(f"# {run.name} is finished" if run.finished else shlex.join(commands[run.name]))
+            print(
+                f"# {run.name} is finished"
+                if run.finished
+                else shlex.join(commands[run.name])
+            )
         return
-    print(f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}")
+    print(
+        f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}"
+    )
     try:
         if options.launcher[:3] == GKE:
             jobs = {name: job_name(options.launcher, name) for name in commands}
-            codes = queued.run_all(commands, jobs, states_command(options.launcher), workdir)
+            codes = queued.run_all(
+                commands, jobs, states_command(options.launcher), workdir
+            )
         else:
             codes = pool.run_all(commands, workdir, options.parallel)
         for words in down_commands(options, len(commands)):
@@ -91,19 +122,28 @@ def sweep(config: str, workdir: Path, given: Mapping[str, Any], options: Options
             subprocess.run(words, stdin=subprocess.DEVNULL)
     except (KeyboardInterrupt, Preempted):
         for words in down_commands(options, len(commands)):
-            print(f"a TPU is left, on which its run goes on; to delete it: {shlex.join(words)}")
+            print(
+                f"a TPU is left, on which its run goes on; to delete it: {shlex.join(words)}"
+            )
         raise
     finally:
         print(f"table: {collect(runs, workdir, options.metrics)}")
     if failed := [name for name, code in codes.items() if code]:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(why(codes, workdir, failed)))
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed: "
+            + "; ".join(why(codes, workdir, failed))
+        )
 
 
 def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
     """The words that start a run: with this interpreter here, or as the launcher's `rlhfjax …`."""
     if tuple(launcher) == LOCAL:
         return [sys.executable, "-m", "rlhfjax", *run.command]
-    return [*(word.replace("{name}", run.name) for word in launcher), "rlhfjax", *run.command]
+    return [
+        *(word.replace("{name}", run.name) for word in launcher),
+        "rlhfjax",
+        *run.command,
+    ]
 
 
 def job_name(launcher: Sequence[str], name: str) -> str:
@@ -114,7 +154,11 @@ def job_name(launcher: Sequence[str], name: str) -> str:
 
 def states_command(launcher: Sequence[str]) -> list[str]:
     """The words that print the states of GKE's jobs, where and how often the launcher's words say."""
-    where = [word for word in launcher if word.startswith(("--context=", "--namespace=", "--poll="))]
+    where = [
+        word
+        for word in launcher
+        if word.startswith(("--context=", "--namespace=", "--poll="))
+    ]
     return [*GKE, "states", *where]
 
 
@@ -125,27 +169,42 @@ def in_turn(options: Options, workdir: Path) -> Options:
       ConfigError: the launcher is not that of TPU VMs.
     """
     if options.launcher[:3] != TPU:
-        raise ConfigError("--slices_in_turn: expected --launcher='tpu …', whose TPUs it keeps from run to run")
+        raise ConfigError(
+            "--slices_in_turn: expected --launcher='tpu …', whose TPUs it keeps from run to run"
+        )
     flags = [word for word in options.launcher[4:-1] if not word.startswith("--name=")]
     name = f"--name={workdir.name}-{pool.SLOT}"
     launcher = (*TPU, "run", name, *flags, "--keep", "--")
-    return dataclasses.replace(options, launcher=launcher, parallel=options.slices_in_turn)
+    return dataclasses.replace(
+        options, launcher=launcher, parallel=options.slices_in_turn
+    )
 
 
 def down_commands(options: Options, runs: int) -> list[list[str]]:
     """The commands that delete the TPUs which took the runs in turn; none where each run had its own."""
-    where = [word for word in options.launcher if word.startswith(("--zone=", "--project="))]
+    where = [
+        word for word in options.launcher if word.startswith(("--zone=", "--project="))
+    ]
     name = job_name(options.launcher, "")
     slots = range(min(options.slices_in_turn, runs))
-    return [[*TPU, "down", f"--name={name.replace(pool.SLOT, str(slot))}", *where] for slot in slots]
+    return [
+        [*TPU, "down", f"--name={name.replace(pool.SLOT, str(slot))}", *where]
+        for slot in slots
+    ]
 
 
 def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> Path:
     """Writes the sweep's tables and page from what its runs have left so far; returns the page."""
     results = []
     for run in runs:
-        seeds = {option: value for option, value in run.overrides.items() if is_seed(option)}
-        setting = {option: value for option, value in run.overrides.items() if not is_seed(option)}
+        seeds = {
+            option: value for option, value in run.overrides.items() if is_seed(option)
+        }
+        setting = {
+            option: value
+            for option, value in run.overrides.items()
+            if not is_seed(option)
+        }
         results.append(read_result(workdir, run.name, setting, seeds))
     return write_sweep(workdir, results, metrics)
 
@@ -155,7 +214,13 @@ def why(codes: Mapping[str, int], workdir: Path, failed: Sequence[str]) -> list[
     said = []
     for name in failed:
         log = pool.log_of(workdir, name)
-        lines = log.read_bytes().decode(errors="replace").split("\n") if log.exists() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+        lines = (
+            log.read_bytes().decode(errors="replace").split("\n")
+            if log.exists()
+            else []
+        )
+        last = next(
+            (line.strip() for line in reversed(lines) if line.strip()), "no output"
+        )
         said.append(f"{name} ({pool.describe(codes[name])}: {last})")
     return said

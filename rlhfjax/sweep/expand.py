@@ -38,7 +38,9 @@ class Run:
         return recipe.finished(self.config, self.workdir)
 
 
-def expand(config: str, workdir: Path, given: Mapping[str, Any] | None = None) -> list[Run]:
+def expand(
+    config: str, workdir: Path, given: Mapping[str, Any] | None = None
+) -> list[Run]:
     """The runs of a sweep, in the file's order.
 
     Args:
@@ -53,10 +55,15 @@ def expand(config: str, workdir: Path, given: Mapping[str, Any] | None = None) -
     if not callable(loaded.get("sweep")):
         raise ConfigError(f"{file}: it has no sweep(add), which says what to run")
     found: list[Overrides] = []
-    _guarded(file, lambda: loaded["sweep"](lambda overrides: found.append(dict(overrides))))
+    _guarded(
+        file, lambda: loaded["sweep"](lambda overrides: found.append(dict(overrides)))
+    )
     if not found:
         raise ConfigError(f"{file}: its sweep(add) added nothing")
-    runs = [_run(file, loaded["get_config"], arg, given or {}, overrides, workdir) for overrides in found]
+    runs = [
+        _run(file, loaded["get_config"], arg, given or {}, overrides, workdir)
+        for overrides in found
+    ]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{file}: its sweep adds {twice[0]} twice")
@@ -74,8 +81,14 @@ def _run(
     workdir: Path,
 ) -> Run:
     name = name_of(overrides)
-    arguments = {key.removeprefix(ARG): value for key, value in overrides.items() if key.startswith(ARG)}
-    options = {key: value for key, value in overrides.items() if not key.startswith(ARG)}
+    arguments = {
+        key.removeprefix(ARG): value
+        for key, value in overrides.items()
+        if key.startswith(ARG)
+    }
+    options = {
+        key: value for key, value in overrides.items() if not key.startswith(ARG)
+    }
     if both := sorted(options.keys() & given.keys()):
         raise ConfigError(f"--config.{both[0]}: this option is what the sweep varies")
     options = dict(given) | options
@@ -87,8 +100,15 @@ def _run(
     if "stages" not in values:
         recipe.check(values, values.get("stage", "config"))
     source = f"--config={file}:{text}" if text else f"--config={file}"
-    options = [f"--config.{key}={literal(key, value)}" for key, value in options.items()]
-    command = ("run" if "stages" in values else "train", source, f"--workdir={workdir / name}", *options)
+    options = [
+        f"--config.{key}={literal(key, value)}" for key, value in options.items()
+    ]
+    command = (
+        "run" if "stages" in values else "train",
+        source,
+        f"--workdir={workdir / name}",
+        *options,
+    )
     return Run(name, overrides, workdir / name, command, values)
 
 
@@ -110,8 +130,15 @@ def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
     """
     for item in filter(None, arg.split(",")):
         if item.partition("=")[0] in arguments:
-            raise ConfigError(f"--config=…:{item}: this argument is what the sweep varies")
-    return ",".join([*filter(None, [arg]), *(f"{key}={literal(key, value)}" for key, value in arguments.items())])
+            raise ConfigError(
+                f"--config=…:{item}: this argument is what the sweep varies"
+            )
+    return ",".join(
+        [
+            *filter(None, [arg]),
+            *(f"{key}={literal(key, value)}" for key, value in arguments.items()),
+        ]
+    )
 
 
 def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -131,7 +158,9 @@ def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         try:
             node[last] = value
         except (TypeError, ValueError):
-            raise ConfigError(f"sweep: {key}={value!r} is not of type {type(node[last]).__name__}") from None
+            raise ConfigError(
+                f"sweep: {key}={value!r} is not of type {type(node[last]).__name__}"
+            ) from None
     return config
 
 
@@ -145,7 +174,9 @@ def literal(key: str, value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float | str | tuple):
         return value if isinstance(value, str) else repr(value)
-    raise ConfigError(f"sweep: {key}={value!r}: expected a number, a text, a bool or a tuple of them")
+    raise ConfigError(
+        f"sweep: {key}={value!r}: expected a number, a text, a bool or a tuple of them"
+    )
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:
@@ -153,8 +184,16 @@ def name_of(overrides: Mapping[str, Any]) -> str:
 
     What no path should hold is replaced, and what is long cut off; then a hash of the whole keeps it apart from others.
     """
-    whole = ",".join(f"{key.removeprefix(ARG)}={literal(key, value)}" for key, value in overrides.items()) or "base"
+    whole = (
+        ",".join(
+            f"{key.removeprefix(ARG)}={literal(key, value)}"
+            for key, value in overrides.items()
+        )
+        or "base"
+    )
     name = re.sub(r"[^\w.=,+-]+", "-", whole)
     if name == whole and len(name) <= LONGEST and not name.startswith("."):
         return name
-    return f"{name.lstrip('.')[:LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return (
+        f"{name.lstrip('.')[:LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    )

@@ -28,7 +28,10 @@ GRACE = 600.0  # seconds that a run has to save
 
 
 def run_all(
-    commands: Mapping[str, Sequence[str]], folder: Path, parallel: int = 1, say: Callable[[str], None] = print
+    commands: Mapping[str, Sequence[str]],
+    folder: Path,
+    parallel: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, int]:
     """Runs every command, at most `parallel` at a time, its output appended to `folder/logs/NAME.txt`.
 
@@ -46,17 +49,27 @@ def run_all(
     slots = list(range(parallel))
     with _locked(folder) as lock, _signals() as received:
         try:
-            while (waiting or running) and not received.came.wait(POLL if running else 0):
+            while (waiting or running) and not received.came.wait(
+                POLL if running else 0
+            ):
                 here.sync(UPLOAD_EVERY)
                 for name, code, slot, seconds in _ended(running):
                     slots.append(slot)
                     if code == Preempted.exit_code:
-                        say(f"{name}: preempted after {duration(seconds)}; it starts again")
+                        say(
+                            f"{name}: preempted after {duration(seconds)}; it starts again"
+                        )
                         waiting.append(name)
                         continue
                     codes[name] = code
-                    how = "done" if code == 0 else f"failed with {describe(code)}, see {log_of(folder, name)};"
-                    say(f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}")
+                    how = (
+                        "done"
+                        if code == 0
+                        else f"failed with {describe(code)}, see {log_of(folder, name)};"
+                    )
+                    say(
+                        f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}"
+                    )
                 while waiting and len(running) < parallel:
                     name = waiting.popleft()
                     slot = slots.pop(0)
@@ -65,7 +78,9 @@ def run_all(
                     running[name] = _Running(process, slot, time.monotonic())
         finally:
             if running:
-                say(f"stopping {len(running)} of {len(commands)} runs; once more to kill them")
+                say(
+                    f"stopping {len(running)} of {len(commands)} runs; once more to kill them"
+                )
             _stop([run.process for run in running.values()], received)
             here.close()
     if received.all:
@@ -97,7 +112,9 @@ def _start(command: Sequence[str], log: Path, lock: IO) -> subprocess.Popen:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock.fileno()],  # held until the last process has ended, also where this one is killed
+            pass_fds=[
+                lock.fileno()
+            ],  # held until the last process has ended, also where this one is killed
         )
 
 
@@ -148,7 +165,10 @@ def _signals() -> Iterator[_Received]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, received) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, received)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:
@@ -162,5 +182,7 @@ def _locked(folder: Path) -> Iterator[IO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: a sweep is running here; wait for it, or stop its processes") from None
+            raise ConfigError(
+                f"{folder}: a sweep is running here; wait for it, or stop its processes"
+            ) from None
         yield file

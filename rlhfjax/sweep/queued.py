@@ -11,7 +11,11 @@ from rlhfjax.paths import Path
 from rlhfjax.sweep import pool
 
 POLL = 30.0  # seconds between looks at the states
-CODES = {"Completed": 0, "Failed": 1, "Missing": 1}  # of the states in which a job has ended
+CODES = {
+    "Completed": 0,
+    "Failed": 1,
+    "Missing": 1,
+}  # of the states in which a job has ended
 
 
 def run_all(
@@ -50,25 +54,35 @@ def run_all(
     return codes
 
 
-def _submit(commands: Mapping[str, Sequence[str]], folder: Path, say: Callable[[str], None]) -> dict[str, int]:
+def _submit(
+    commands: Mapping[str, Sequence[str]], folder: Path, say: Callable[[str], None]
+) -> dict[str, int]:
     """Submits one run after the other; returns {run: exit code} of those that were not accepted."""
     failed: dict[str, int] = {}
     here = paths.Mirror(folder, [f"{pool.LOGS}/{name}.txt" for name in commands])
     paths.make_folder(here.folder / pool.LOGS)
     for name, command in commands.items():
         with pool.log_of(here.folder, name).open("a") as log:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            ).returncode
         if code:
             failed[name] = code
-            say(f"{name}: not submitted ({pool.describe(code)}), see {pool.log_of(folder, name)}")
-    say(f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them to the cluster")
+            say(
+                f"{name}: not submitted ({pool.describe(code)}), see {pool.log_of(folder, name)}"
+            )
+    say(
+        f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them to the cluster"
+    )
     here.close()
     return failed
 
 
 def _ask(states: Sequence[str], jobs: Sequence[str]) -> tuple[dict[str, str], str]:
     """({job: state}, ""), or ({}, why the cluster did not answer): that says nothing about the jobs."""
-    done = subprocess.run([*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     try:
         if done.returncode == 0:
             return json.loads(done.stdout), ""

@@ -9,7 +9,9 @@ from rlhfjax.algos.advantages import gae, reinforce_pp
 
 jit_gae = jax.jit(lambda r, v, m, gamma, lam: gae(r, v, m, gamma=gamma, lam=lam))
 jit_reinforce_pp = jax.jit(reinforce_pp)
-MASKS = st.lists(st.booleans(), min_size=18, max_size=18).map(lambda m: np.array(m, np.float32).reshape(3, 6))
+MASKS = st.lists(st.booleans(), min_size=18, max_size=18).map(
+    lambda m: np.array(m, np.float32).reshape(3, 6)
+)
 
 
 def loop_gae(rewards, values, mask, gamma, lam):
@@ -21,13 +23,17 @@ def loop_gae(rewards, values, mask, gamma, lam):
         v = [float(values[i, j]) for j in slots] + [0.0]
         delta = [r[n] + gamma * v[n + 1] - v[n] for n in range(len(slots))]
         for n, j in enumerate(slots):
-            advantages[i, j] = sum((gamma * lam) ** (m - n) * delta[m] for m in range(n, len(slots)))
+            advantages[i, j] = sum(
+                (gamma * lam) ** (m - n) * delta[m] for m in range(n, len(slots))
+            )
     return advantages
 
 
 def random_inputs(shape=(3, 6)):
     rng = np.random.default_rng(0)
-    return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(
+        np.float32
+    )
 
 
 def test_by_hand():
@@ -49,21 +55,32 @@ def test_by_hand():
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_equals_the_definition_on_any_mask(mask, gamma, lam):
     rewards, values = random_inputs()
-    advantages, returns = jit_gae(jnp.array(rewards), jnp.array(values), jnp.array(mask), gamma, lam)
+    advantages, returns = jit_gae(
+        jnp.array(rewards), jnp.array(values), jnp.array(mask), gamma, lam
+    )
     expected = loop_gae(rewards, values, mask, gamma, lam)
     np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(returns, (expected + values) * mask, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        returns, (expected + values) * mask, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e30, -7.0])
 def test_pitfall_13_what_stands_in_padding_and_holes_does_not_matter(garbage):
     rewards, values = random_inputs()
-    mask = np.array([[1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], np.float32)
+    mask = np.array(
+        [[1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], np.float32
+    )
     expected = loop_gae(rewards, values, mask, 0.99, 0.95)
-    spoilt = [jnp.array(np.where(mask > 0, x, garbage), jnp.float32) for x in (rewards, values)]
+    spoilt = [
+        jnp.array(np.where(mask > 0, x, garbage), jnp.float32)
+        for x in (rewards, values)
+    ]
     advantages, returns = jit_gae(*spoilt, jnp.array(mask), 0.99, 0.95)
     np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(returns, (expected + values) * mask, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        returns, (expected + values) * mask, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_pitfall_13_a_hole_is_no_step():
@@ -89,10 +106,15 @@ def test_pitfall_13_no_bootstrap_past_the_end():
 @pytest.mark.parametrize("left, right", [(0, 4), (3, 2)])
 def test_padding_columns_change_nothing(left, right):
     rewards, values = random_inputs()
-    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], np.float32)
+    mask = np.array(
+        [[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], np.float32
+    )
     plain = jit_gae(jnp.array(rewards), jnp.array(values), jnp.array(mask), 0.9, 0.8)
     pad = [(0, 0), (left, right)]
-    inputs = [jnp.array(np.pad(x, pad, constant_values=c)) for x, c in ((rewards, 3), (values, 5), (mask, 0))]
+    inputs = [
+        jnp.array(np.pad(x, pad, constant_values=c))
+        for x, c in ((rewards, 3), (values, 5), (mask, 0))
+    ]
     padded = jit_gae(*inputs, 0.9, 0.8)
     for a, b in zip(plain, padded, strict=True):
         np.testing.assert_allclose(a, b[:, left : left + 6], rtol=1e-6)
@@ -124,12 +146,16 @@ def test_reinforce_pp_equals_the_loop_on_any_mask(mask):
     to_come = np.zeros(mask.shape)
     for i in range(len(mask)):
         for t in range(mask.shape[1]):
-            to_come[i, t] = sum(rewards[i, s] for s in range(t, mask.shape[1]) if mask[i, s])
+            to_come[i, t] = sum(
+                rewards[i, s] for s in range(t, mask.shape[1]) if mask[i, s]
+            )
     counted = to_come[mask > 0]
     spread = np.sqrt(counted.var() + 1e-8) if counted.size else 1.0
     mean = counted.mean() if counted.size else 0.0
     expected = np.where(mask > 0, (to_come - mean) / spread, 0)
-    np.testing.assert_allclose(jit_reinforce_pp(rewards, mask), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jit_reinforce_pp(rewards, mask), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_reinforce_pp_normalizes_over_the_whole_batch():

@@ -11,8 +11,14 @@ from rlhfjax.algos import best_of_n
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
 def test_estimate_is_the_mean_over_all_subsets(n):
     rng = np.random.default_rng(11)
-    proxy, gold = rng.normal(size=7).astype(np.float32), rng.normal(size=7).astype(np.float32)
-    best = [gold[max(subset, key=lambda i: proxy[i])] for subset in itertools.combinations(range(7), n)]
+    proxy, gold = (
+        rng.normal(size=7).astype(np.float32),
+        rng.normal(size=7).astype(np.float32),
+    )
+    best = [
+        gold[max(subset, key=lambda i: proxy[i])]
+        for subset in itertools.combinations(range(7), n)
+    ]
     estimate = best_of_n.best_of_n_reward(jnp.array(proxy), jnp.array(gold), n=n)
     np.testing.assert_allclose(estimate, np.mean(best, dtype=np.float64), rtol=1e-5)
 
@@ -27,7 +33,9 @@ def test_estimate_by_hand():
 def test_estimate_of_a_large_pool(n):
     # The expected largest of n of the ranks 1..N is n (N + 1) / (n + 1).
     ranks = jnp.arange(1, 20001, dtype=jnp.float32)
-    np.testing.assert_allclose(best_of_n.best_of_n_reward(ranks, ranks, n=n), n * 20001 / (n + 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        best_of_n.best_of_n_reward(ranks, ranks, n=n), n * 20001 / (n + 1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("n", [0, 4])
@@ -36,7 +44,10 @@ def test_n_is_within_the_pool(n):
         best_of_n.best_of_n_reward(jnp.ones(3), jnp.ones(3), n=n)
 
 
-@pytest.mark.parametrize("n, nats", [(1, 0), (2, 0.193), (4, 0.636), (64, 3.175), (256, 4.549), (60000, 10.00)])
+@pytest.mark.parametrize(
+    "n, nats",
+    [(1, 0), (2, 0.193), (4, 0.636), (64, 3.175), (256, 4.549), (60000, 10.00)],
+)
 def test_kl_formula_has_the_papers_values(n, nats):
     np.testing.assert_allclose(best_of_n.best_of_n_kl(n), nats, atol=3e-3)
 
@@ -68,12 +79,19 @@ def test_pitfall_34_the_distribution_of_many_unlikely_outcomes(n):
         gains.append((up_to**n - below**n) / (up_to - below))
     found = best_of_n.best_of_n_distribution(jnp.array(p), jnp.array(rewards), n=n)
     found, expected = np.asarray(found, np.float64), np.array(gains)
-    np.testing.assert_allclose((found / p)[counted], expected[counted], rtol=1e-5, atol=1e-20)
+    np.testing.assert_allclose(
+        (found / p)[counted], expected[counted], rtol=1e-5, atol=1e-20
+    )
     np.testing.assert_allclose(found.sum(), 1, atol=1e-6)
 
 
 def exact_kl(m, n):
-    q = np.array(best_of_n.best_of_n_distribution(jnp.full(m, 1 / m), jnp.arange(m, dtype=jnp.float32), n=n), float)
+    q = np.array(
+        best_of_n.best_of_n_distribution(
+            jnp.full(m, 1 / m), jnp.arange(m, dtype=jnp.float32), n=n
+        ),
+        float,
+    )
     q = q[q > 0]
     return float(np.sum(q * np.log(q * m)))
 

@@ -32,7 +32,10 @@ def test_two_metrics_of_one_name_are_refused():
 
 def test_ema_by_hand():
     # 0.992 * 1 + 0.008 * 2, twice: 1.008, then 0.992 * 1.008 + 0.016 = 1.015936.
-    average, params = {"w": jnp.ones(2), "b": {"c": jnp.zeros(())}}, {"w": jnp.full(2, 2.0), "b": {"c": jnp.ones(())}}
+    average, params = (
+        {"w": jnp.ones(2), "b": {"c": jnp.zeros(())}},
+        {"w": jnp.full(2, 2.0), "b": {"c": jnp.ones(())}},
+    )
     once = ema_update(average, params, decay=0.992)
     twice = ema_update(once, params, decay=0.992)
     np.testing.assert_allclose(once["w"], 1.008, rtol=1e-6)

@@ -22,7 +22,11 @@ def random_pairs(n=6):
 
 
 def loop(function, columns, weight):
-    losses = [function(*map(float, row)) for row, w in zip(zip(*columns, strict=True), weight, strict=True) if w]
+    losses = [
+        function(*map(float, row))
+        for row, w in zip(zip(*columns, strict=True), weight, strict=True)
+        if w
+    ]
     return sum(losses) / len(losses)
 
 
@@ -31,7 +35,10 @@ def gap(w, l, ref_w, ref_l):
 
 
 def test_sequence_and_mean_logprobs():
-    logprobs, mask = jnp.array([[-1.0, -2.0, -9.0], [-4.0, -1.0, -1.0]]), jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    logprobs, mask = (
+        jnp.array([[-1.0, -2.0, -9.0], [-4.0, -1.0, -1.0]]),
+        jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]),
+    )
     np.testing.assert_allclose(direct.sequence_logprobs(logprobs, mask), [-3, -6])
     np.testing.assert_allclose(direct.mean_logprobs(logprobs, mask), [-1.5, -2])
 
@@ -39,7 +46,12 @@ def test_sequence_and_mean_logprobs():
 def test_dpo_by_hand():
     # beta = 1/2; chosen rose by 2 nats, rejected fell by 1: rewards 1 and -1/2, -log sigmoid(1.5) = 0.201413.
     loss, metrics = direct.dpo_loss(
-        jnp.array([-8.0]), jnp.array([-6.0]), jnp.array([-10.0]), jnp.array([-5.0]), jnp.ones(1), beta=0.5
+        jnp.array([-8.0]),
+        jnp.array([-6.0]),
+        jnp.array([-10.0]),
+        jnp.array([-5.0]),
+        jnp.ones(1),
+        beta=0.5,
     )
     np.testing.assert_allclose(loss, 0.2014133, rtol=1e-5)
     found = {name: float(total / weight) for name, (total, weight) in metrics.items()}
@@ -49,7 +61,9 @@ def test_dpo_by_hand():
 
 def test_dpo_at_the_reference_is_log_2_with_gradient_beta_over_2():
     w, l = jnp.array([-8.0]), jnp.array([-6.0])
-    loss, gradient = jax.value_and_grad(lambda x: direct.dpo_loss(x, l, w, l, jnp.ones(1), beta=0.3)[0])(w)
+    loss, gradient = jax.value_and_grad(
+        lambda x: direct.dpo_loss(x, l, w, l, jnp.ones(1), beta=0.3)[0]
+    )(w)
     np.testing.assert_allclose([loss, gradient[0]], [math.log(2), -0.15], rtol=1e-6)
 
 
@@ -60,9 +74,14 @@ CASES = {
     ),
     "cdpo": (
         lambda *x: direct.cdpo_loss(*x, beta=0.2, smoothing=0.1),
-        lambda *x: -0.9 * log_sigmoid(0.2 * gap(*x)) - 0.1 * log_sigmoid(-0.2 * gap(*x)),
+        lambda *x: (
+            -0.9 * log_sigmoid(0.2 * gap(*x)) - 0.1 * log_sigmoid(-0.2 * gap(*x))
+        ),
     ),
-    "ipo": (lambda *x: direct.ipo_loss(*x, beta=0.2), lambda *x: (gap(*x) - 1 / 0.4) ** 2),
+    "ipo": (
+        lambda *x: direct.ipo_loss(*x, beta=0.2),
+        lambda *x: (gap(*x) - 1 / 0.4) ** 2,
+    ),
     "simpo": (
         lambda w, l, rw, rl, m: direct.simpo_loss(w, l, m, beta=2.0, margin=1.6),
         lambda w, l, rw, rl: -log_sigmoid(2 * w - 2 * l - 1.6),
@@ -71,7 +90,11 @@ CASES = {
         lambda w, l, rw, rl, m: direct.orpo_loss(w, l, m, beta=0.1),
         lambda w, l, rw, rl: (
             -w
-            - 0.1 * log_sigmoid(math.log(math.exp(w) / (1 - math.exp(w))) - math.log(math.exp(l) / (1 - math.exp(l))))
+            - 0.1
+            * log_sigmoid(
+                math.log(math.exp(w) / (1 - math.exp(w)))
+                - math.log(math.exp(l) / (1 - math.exp(l)))
+            )
         ),
     ),
 }
@@ -98,32 +121,44 @@ def test_equals_the_loop(name):
         "chosen_reward": lambda w, l, rw, rl: implicit(name, w, rw),
         "rejected_reward": lambda w, l, rw, rl: implicit(name, l, rl),
         "margin": lambda w, l, rw, rl: implicit(name, w, rw) - implicit(name, l, rl),
-        "accuracy": lambda w, l, rw, rl: float(implicit(name, w, rw) > implicit(name, l, rl)),
+        "accuracy": lambda w, l, rw, rl: float(
+            implicit(name, w, rw) > implicit(name, l, rl)
+        ),
     }
     for metric, of_pair in rewards.items():
         total, pairs = metrics[metric]
-        np.testing.assert_allclose(total / pairs, loop(of_pair, columns, weight), rtol=1e-5)
+        np.testing.assert_allclose(
+            total / pairs, loop(of_pair, columns, weight), rtol=1e-5
+        )
 
 
 def test_cdpo_has_its_minimum_at_the_log_odds():
     # -(1 - eps) log sigmoid(m) - eps log sigmoid(-m) is least at m = log((1 - eps) / eps): dpo has no minimum.
     zero = jnp.zeros(1)
-    gradient = jax.grad(lambda x: direct.cdpo_loss(x, zero, zero, zero, jnp.ones(1), beta=1.0, smoothing=0.1)[0])
+    gradient = jax.grad(
+        lambda x: direct.cdpo_loss(
+            x, zero, zero, zero, jnp.ones(1), beta=1.0, smoothing=0.1
+        )[0]
+    )
     np.testing.assert_allclose(gradient(jnp.array([math.log(9)])), 0, atol=1e-6)
 
 
 def test_ipo_has_its_minimum_at_a_gap_of_half_a_beta_inverse():
     zero = jnp.zeros(1)
-    loss, gradient = jax.value_and_grad(lambda x: direct.ipo_loss(x, zero, zero, zero, jnp.ones(1), beta=0.1)[0])(
-        jnp.array([5.0])
-    )
+    loss, gradient = jax.value_and_grad(
+        lambda x: direct.ipo_loss(x, zero, zero, zero, jnp.ones(1), beta=0.1)[0]
+    )(jnp.array([5.0]))
     np.testing.assert_allclose([loss, gradient[0]], [0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.25, 0.5, 0.999])
 def test_log_odds(p):
     expected = math.log(p) - math.log1p(-p)
-    np.testing.assert_allclose(direct.log_odds(jnp.log(jnp.array([p]))), [expected], rtol=1e-3 if p > 0.99 else 1e-5)
+    np.testing.assert_allclose(
+        direct.log_odds(jnp.log(jnp.array([p]))),
+        [expected],
+        rtol=1e-3 if p > 0.99 else 1e-5,
+    )
 
 
 def test_pitfall_37_log_odds_of_a_certain_response_are_80():
@@ -153,9 +188,10 @@ def test_pitfall_37_orpo_with_an_empty_response_by_hand():
 
 def test_reference_logprobs_are_constants():
     *columns, weight = map(jnp.array, random_pairs())
-    gradients = jax.grad(lambda rw, rl: direct.dpo_loss(*columns[:2], rw, rl, weight, beta=0.2)[0], argnums=(0, 1))(
-        *columns[2:]
-    )
+    gradients = jax.grad(
+        lambda rw, rl: direct.dpo_loss(*columns[:2], rw, rl, weight, beta=0.2)[0],
+        argnums=(0, 1),
+    )(*columns[2:])
     for gradient in gradients:
         np.testing.assert_array_equal(gradient, 0)
 
@@ -183,19 +219,27 @@ def test_pitfall_34_kto_of_a_clear_response_keeps_its_digits():
     ones = jnp.ones(1)
 
     def loss(x, desirable):
-        return direct.kto_loss(x, jnp.zeros(1), desirable * ones, ones, kl=0.0, beta=1.0)[0]
+        return direct.kto_loss(
+            x, jnp.zeros(1), desirable * ones, ones, kl=0.0, beta=1.0
+        )[0]
 
     for desirable, r in ((1.0, 25.0), (0.0, -25.0)):
         found, slope = jax.value_and_grad(loss)(jnp.array([r]), desirable)
         np.testing.assert_allclose(found, math.exp(-25), rtol=1e-5)
-        np.testing.assert_allclose(slope[0], -math.copysign(math.exp(-25), r), rtol=1e-5)
+        np.testing.assert_allclose(
+            slope[0], -math.copysign(math.exp(-25), r), rtol=1e-5
+        )
 
 
 def test_kto_moves_the_two_kinds_apart():
     gradient = jax.grad(
-        lambda x: direct.kto_loss(x, jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.ones(2), kl=0.0, beta=0.1)[0]
+        lambda x: direct.kto_loss(
+            x, jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.ones(2), kl=0.0, beta=0.1
+        )[0]
     )(jnp.zeros(2))
-    np.testing.assert_allclose(gradient, [-0.1 / 4 / 2, 0.1 / 4 / 2], rtol=1e-5)  # beta sigmoid'(0), over 2
+    np.testing.assert_allclose(
+        gradient, [-0.1 / 4 / 2, 0.1 / 4 / 2], rtol=1e-5
+    )  # beta sigmoid'(0), over 2
 
 
 def test_kto_reference_point():
@@ -217,7 +261,13 @@ def test_dpo_on_all_preferences_has_the_tilted_reference_as_its_optimum():
 
     def loss(logits):
         p = jax.nn.log_softmax(logits)
-        return direct.dpo_loss(p[w], p[l], reference[w], reference[l], weight, beta=beta)[0]
+        return direct.dpo_loss(
+            p[w], p[l], reference[w], reference[l], weight, beta=beta
+        )[0]
 
-    logits = jax.lax.fori_loop(0, 1000, lambda _, x: x - 10.0 * jax.grad(loss)(x), reference)
-    np.testing.assert_allclose(jax.nn.softmax(logits), jax.nn.softmax(reference + reward / beta), rtol=1e-3)
+    logits = jax.lax.fori_loop(
+        0, 1000, lambda _, x: x - 10.0 * jax.grad(loss)(x), reference
+    )
+    np.testing.assert_allclose(
+        jax.nn.softmax(logits), jax.nn.softmax(reference + reward / beta), rtol=1e-3
+    )

@@ -25,12 +25,18 @@ def gradient(function):
 
 def logits_of(seed):
     rng = np.random.default_rng(seed)
-    return {"first": jnp.array(rng.normal(size=3)), "second": jnp.array(rng.normal(size=(3, 3)))}
+    return {
+        "first": jnp.array(rng.normal(size=3)),
+        "second": jnp.array(rng.normal(size=(3, 3))),
+    }
 
 
 def token_logprobs(logits):
     """log pi of both tokens of every sentence [9, 2]."""
-    first, second = jax.nn.log_softmax(logits["first"]), jax.nn.log_softmax(logits["second"])
+    first, second = (
+        jax.nn.log_softmax(logits["first"]),
+        jax.nn.log_softmax(logits["second"]),
+    )
     a, b = SENTENCES.T
     return jnp.stack([first[a], second[a, b]], axis=1)
 
@@ -42,7 +48,9 @@ def world():
         logprobs, ref = token_logprobs(theta), token_logprobs(reference)
         p = jnp.exp(logprobs.sum(axis=1))
         np.testing.assert_allclose(p.sum(), 1)
-        yield types.SimpleNamespace(theta=theta, logprobs=logprobs, ref=ref, p=p, mask=MASK.astype(jnp.float64))
+        yield types.SimpleNamespace(
+            theta=theta, logprobs=logprobs, ref=ref, p=p, mask=MASK.astype(jnp.float64)
+        )
 
 
 def sequence_kl(logits, ref, p=None):
@@ -65,20 +73,26 @@ def expected_gradient(loss, world):
 
     def surrogate(logits):
         logprobs = token_logprobs(logits)
-        per_sentence = jax.vmap(lambda *row: loss(*(x[None] for x in row)))(logprobs, world.logprobs, world.ref)
+        per_sentence = jax.vmap(lambda *row: loss(*(x[None] for x in row)))(
+            logprobs, world.logprobs, world.ref
+        )
         return jnp.sum(world.p * per_sentence)
 
     return gradient(surrogate)(world.theta)
 
 
 def assert_same(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12), a, b
+    )
 
 
 @pytest.mark.parametrize("estimator", [kl.k1, kl.k3])
 def test_pitfall_16_k1_and_k3_are_unbiased(world, estimator):
     per_sentence = kl.sequence_kl(estimator(world.logprobs, world.ref), world.mask)
-    np.testing.assert_allclose(jnp.sum(world.p * per_sentence), sequence_kl(world.theta, world.ref), rtol=1e-12)
+    np.testing.assert_allclose(
+        jnp.sum(world.p * per_sentence), sequence_kl(world.theta, world.ref), rtol=1e-12
+    )
 
 
 def test_k3_has_less_variance_than_k1_near_the_reference(world):
@@ -100,7 +114,9 @@ TOKEN_LOSSES = {
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_pitfall_16_kl_in_the_loss_has_the_gradient_of_the_kl(world, name):
     # The losses are means over the 2 tokens.
-    exact = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta) / 2)(world.theta)
+    exact = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta) / 2)(
+        world.theta
+    )
     assert_same(expected_gradient(TOKEN_LOSSES[name], world), exact)
 
 
@@ -109,25 +125,36 @@ def test_pitfall_16_the_sequence_loss_has_the_whole_gradient_and_value(world):
     exact = gradient(lambda x: sequence_kl(x, world.ref))(world.theta)
     assert_same(expected_gradient(loss, world), exact)
     value = jnp.sum(
-        world.p * jax.vmap(lambda *r: loss(*(x[None] for x in r)))(world.logprobs, world.logprobs, world.ref)
+        world.p
+        * jax.vmap(lambda *r: loss(*(x[None] for x in r)))(
+            world.logprobs, world.logprobs, world.ref
+        )
     )
     np.testing.assert_allclose(value, sequence_kl(world.theta, world.ref), rtol=1e-12)
     # It differs from the token-level one in `first` (which prefixes are visited), as the docstring says.
-    at_states = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta))(world.theta)
+    at_states = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta))(
+        world.theta
+    )
     assert float(jnp.max(jnp.abs(exact["first"] - at_states["first"]))) > 1e-2
 
 
 def test_the_bare_k3_of_grpo_has_the_gradient_of_the_other_kl(world):
     def loss(new, old, ref):
         zero = jnp.zeros(1, new.dtype)
-        return group.grpo_loss(new, old, ref, zero, jnp.ones_like(new), clip=0.2, beta=1.0)[0]
+        return group.grpo_loss(
+            new, old, ref, zero, jnp.ones_like(new), clip=0.2, beta=1.0
+        )[0]
 
-    flipped = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta, flipped=True) / 2)(world.theta)
+    flipped = gradient(
+        lambda x: token_kl_at_fixed_states(x, world.ref, world.theta, flipped=True) / 2
+    )(world.theta)
     assert_same(expected_gradient(loss, world), flipped)
 
 
 def expected_reward_gradient(world):
-    return gradient(lambda x: jnp.sum(jnp.exp(token_logprobs(x).sum(1)) * REWARDS))(world.theta)
+    return gradient(lambda x: jnp.sum(jnp.exp(token_logprobs(x).sum(1)) * REWARDS))(
+        world.theta
+    )
 
 
 def expected_group_gradient(world, advantages_of, k):
@@ -162,7 +189,11 @@ def test_grpo_with_two_samples_only_sees_who_won(world):
     of = lambda power: expected_group_gradient(  # noqa: E731
         world, lambda r: group.grpo_advantages(r**power, eps=1e-12), 2
     )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), of(3), of(1))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9),
+        of(3),
+        of(1),
+    )
 
 
 @pytest.mark.parametrize("baseline", [0.0, 1.7])
@@ -171,7 +202,9 @@ def test_reinforce_with_any_constant_baseline_is_unbiased(world, baseline):
         logprobs = token_logprobs(logits)
 
         def one(row, reward):
-            return group.rloo_loss(row[None], reward[None] - baseline, jnp.ones((1, 2)))[0]
+            return group.rloo_loss(
+                row[None], reward[None] - baseline, jnp.ones((1, 2))
+            )[0]
 
         return jnp.sum(world.p * jax.vmap(one)(logprobs, jnp.array(REWARDS)))
 
@@ -188,20 +221,36 @@ def test_ppo_with_gae_has_the_gradient_of_reward_minus_kl(world, lam):
     rewards = shaping.token_rewards(jnp.array(REWARDS), k1, world.mask, beta=beta)
     total = rewards.sum(1)
     start = jnp.sum(world.p * total)
-    after = jnp.sum((jnp.exp(world.logprobs[:, 1]) * rewards[:, 1]).reshape(3, 3), axis=1)
+    after = jnp.sum(
+        (jnp.exp(world.logprobs[:, 1]) * rewards[:, 1]).reshape(3, 3), axis=1
+    )
     exact_values = jnp.stack([jnp.full(9, start), after[SENTENCES[:, 0]]], axis=1)
     values = (
-        exact_values if lam == 0.0 else jnp.array(np.random.default_rng(23).normal(size=2))[None] + 0 * exact_values
+        exact_values
+        if lam == 0.0
+        else jnp.array(np.random.default_rng(23).normal(size=2))[None]
+        + 0 * exact_values
     )
     advantage, _ = advantages.gae(rewards, values, world.mask, gamma=1.0, lam=lam)
 
     def surrogate(logits):
-        one = lambda new, old, a: policy.ppo_loss(new[None], old[None], a[None], jnp.ones((1, 2)), clip=0.2)[0]  # noqa: E731
-        return jnp.sum(world.p * jax.vmap(one)(token_logprobs(logits), world.logprobs, advantage))
+        def one(new, old, a):
+            mask = jnp.ones((1, 2))
+            return policy.ppo_loss(new[None], old[None], a[None], mask, clip=0.2)[0]
+
+        return jnp.sum(
+            world.p * jax.vmap(one)(token_logprobs(logits), world.logprobs, advantage)
+        )
 
     def objective(logits):
         logprobs = token_logprobs(logits)
-        return -jnp.sum(jnp.exp(logprobs.sum(1)) * (REWARDS - beta * (logprobs - world.ref).sum(1))) / 2
+        return (
+            -jnp.sum(
+                jnp.exp(logprobs.sum(1))
+                * (REWARDS - beta * (logprobs - world.ref).sum(1))
+            )
+            / 2
+        )
 
     assert_same(gradient(surrogate)(world.theta), gradient(objective)(world.theta))
 
@@ -220,25 +269,35 @@ def climb_ppo(logits, key, baseline):
     old, ref = jax.nn.log_softmax(logits)[arms][:, None], RHO[arms][:, None]
     mask = jnp.ones((N, 1))
     rewards = shaping.token_rewards(ARM_REWARD[arms], kl.k1(old, ref), mask, beta=BETA)
-    advantage, _ = advantages.gae(rewards, jnp.full((N, 1), baseline), mask, gamma=1.0, lam=0.95)
+    advantage, _ = advantages.gae(
+        rewards, jnp.full((N, 1), baseline), mask, gamma=1.0, lam=0.95
+    )
 
     def loss(x):
-        return policy.ppo_loss(jax.nn.log_softmax(x)[arms][:, None], old, advantage, mask, clip=0.2)[0]
+        return policy.ppo_loss(
+            jax.nn.log_softmax(x)[arms][:, None], old, advantage, mask, clip=0.2
+        )[0]
 
     def epoch(_, x):
         return x - 0.1 * jax.grad(loss)(x)
 
-    return jax.lax.fori_loop(0, 4, epoch, logits), group.moving_baseline(baseline, rewards[:, 0], decay=0.9)
+    return jax.lax.fori_loop(0, 4, epoch, logits), group.moving_baseline(
+        baseline, rewards[:, 0], decay=0.9
+    )
 
 
 def climb_rloo(logits, key, baseline):
     arms = jax.random.categorical(key, logits, shape=(N,))
     old, ref = jax.nn.log_softmax(logits)[arms][:, None], RHO[arms][:, None]
-    rewards = ARM_REWARD[arms] - BETA * kl.sequence_kl(kl.k1(old, ref), jnp.ones((N, 1)))
+    rewards = ARM_REWARD[arms] - BETA * kl.sequence_kl(
+        kl.k1(old, ref), jnp.ones((N, 1))
+    )
     advantage = group.rloo_advantages(rewards.reshape(-1, K)).reshape(-1)
 
     def loss(x):
-        return group.rloo_loss(jax.nn.log_softmax(x)[arms][:, None], advantage, jnp.ones((N, 1)))[0]
+        return group.rloo_loss(
+            jax.nn.log_softmax(x)[arms][:, None], advantage, jnp.ones((N, 1))
+        )[0]
 
     return logits - 0.3 * jax.grad(loss)(logits), baseline
 
@@ -247,17 +306,27 @@ def climb_group_with_kl_in_the_loss(logits, key, baseline):
     """Dr. GRPO's advantages, DAPO's loss, and k3 in the loss with its right gradient. (r - mean is (K-1)/K of r's.)"""
     arms = jax.random.categorical(key, logits, shape=(N,))
     old, ref = jax.nn.log_softmax(logits)[arms][:, None], RHO[arms][:, None]
-    advantage = group.dr_grpo_advantages(ARM_REWARD[arms].reshape(-1, K)).reshape(-1) * K / (K - 1)
+    advantage = (
+        group.dr_grpo_advantages(ARM_REWARD[arms].reshape(-1, K)).reshape(-1)
+        * K
+        / (K - 1)
+    )
 
     def loss(x):
         new, mask = jax.nn.log_softmax(x)[arms][:, None], jnp.ones((N, 1))
-        surrogate, _ = group.dapo_loss(new, old, advantage, mask, clip_low=0.2, clip_high=0.2)
+        surrogate, _ = group.dapo_loss(
+            new, old, advantage, mask, clip_low=0.2, clip_high=0.2
+        )
         return surrogate + BETA * kl.kl_loss_k3(new, old, ref, mask)[0]
 
     return logits - 0.3 * jax.grad(loss)(logits), baseline
 
 
-@pytest.mark.parametrize("method", [climb_ppo, climb_rloo, climb_group_with_kl_in_the_loss], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "method",
+    [climb_ppo, climb_rloo, climb_group_with_kl_in_the_loss],
+    ids=lambda f: f.__name__,
+)
 def test_climbs_to_the_tilted_reference(method):
     def step(carry, key):
         logits, baseline = method(carry[0], key, carry[1])
@@ -265,7 +334,9 @@ def test_climbs_to_the_tilted_reference(method):
 
     keys = jax.random.split(jax.random.key(0), 600)
     _, path = jax.lax.scan(step, (RHO, jnp.float32(0)), keys)
-    reached = jax.nn.softmax(path[-200:]).mean(axis=0)  # the last third, averaged: what is left is sampling noise
+    reached = jax.nn.softmax(path[-200:]).mean(
+        axis=0
+    )  # the last third, averaged: what is left is sampling noise
     optimum = jax.nn.softmax(RHO + ARM_REWARD / BETA)
     np.testing.assert_allclose(reached, optimum, atol=0.02)
     reward = lambda p: float(jnp.sum(p * ARM_REWARD))  # noqa: E731

@@ -31,17 +31,28 @@ def loop_terms(new, old, reference, advantages, mask, low, high, beta):
                 ratio = np.exp(float(new[i, j]) - float(old[i, j]))
                 a, bounded = float(advantages[i]), min(max(ratio, 1 - low), 1 + high)
                 inverse = np.exp(float(reference[i, j]) - float(new[i, j]))
-                row.append(-min(ratio * a, bounded * a) + beta * (inverse - np.log(inverse) - 1))
+                row.append(
+                    -min(ratio * a, bounded * a)
+                    + beta * (inverse - np.log(inverse) - 1)
+                )
         rows.append(row)
     return rows
 
 
 def test_advantages_by_hand():
     # mean 3. Leave-one-out: 1 - (2 + 6)/2 = -3, 2 - 7/2 = -1.5, 6 - 3/2 = 4.5.
-    np.testing.assert_allclose(group.rloo_advantages(REWARDS), [[-3, -1.5, 4.5], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        group.rloo_advantages(REWARDS), [[-3, -1.5, 4.5], [0, 0, 0]], rtol=1e-6
+    )
     # unbiased variance ((-2)^2 + (-1)^2 + 3^2) / 2 = 7, std 2.645751.
-    np.testing.assert_allclose(group.grpo_advantages(REWARDS, eps=0.0)[0], np.array([-2, -1, 3]) / 2.6457513, rtol=1e-5)
-    np.testing.assert_allclose(group.dr_grpo_advantages(REWARDS), [[-2, -1, 3], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        group.grpo_advantages(REWARDS, eps=0.0)[0],
+        np.array([-2, -1, 3]) / 2.6457513,
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        group.dr_grpo_advantages(REWARDS), [[-2, -1, 3], [0, 0, 0]], rtol=1e-6
+    )
 
 
 def test_pitfall_12_equal_rewards_of_a_group_give_no_advantage_and_no_nan():
@@ -57,13 +68,19 @@ def test_pitfall_38_a_kl_in_the_reward_is_not_divided_by_the_std():
     of_kl = np.array([0.075, 0.025, -0.025, -0.075])
     unit = 0.5 / (0.5773503 + 1e-4)
     expected = [of_kl, np.array([unit, -unit, -unit, unit]) + of_kl]
-    np.testing.assert_allclose(group.grpo_advantages(rewards, penalties), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        group.grpo_advantages(rewards, penalties), expected, rtol=1e-5
+    )
     without = group.grpo_advantages(rewards)
-    np.testing.assert_array_equal(group.grpo_advantages(rewards, 0 * penalties), without)
+    np.testing.assert_array_equal(
+        group.grpo_advantages(rewards, 0 * penalties), without
+    )
 
 
 @pytest.mark.parametrize(
-    "function", [group.rloo_advantages, group.grpo_advantages, group.dr_grpo_advantages], ids=lambda f: f.__name__
+    "function",
+    [group.rloo_advantages, group.grpo_advantages, group.dr_grpo_advantages],
+    ids=lambda f: f.__name__,
 )
 def test_advantages_are_within_the_prompt(function):
     both = function(jnp.array([[1.0, 2.0, 6.0, 0.0], [100.0, 50.0, 80.0, 60.0]]))
@@ -78,9 +95,15 @@ def test_advantages_are_within_the_prompt(function):
 def test_rloo_is_the_mean_of_the_others_for_any_group_size(k):
     rewards = np.random.default_rng(8).normal(size=(5, k)).astype(np.float32)
     expected = [
-        [row[i] - np.mean([row[j] for j in range(k) if j != i], dtype=np.float64) for i in range(k)] for row in rewards
+        [
+            row[i] - np.mean([row[j] for j in range(k) if j != i], dtype=np.float64)
+            for i in range(k)
+        ]
+        for row in rewards
     ]
-    np.testing.assert_allclose(group.rloo_advantages(jnp.array(rewards)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        group.rloo_advantages(jnp.array(rewards)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_informative_groups():
@@ -88,13 +111,17 @@ def test_informative_groups():
 
 
 def test_moving_baseline_by_hand():
-    np.testing.assert_allclose(group.moving_baseline(2.0, jnp.array([1.0, 3.0, 8.0]), decay=0.9), 1.8 + 0.4)
+    np.testing.assert_allclose(
+        group.moving_baseline(2.0, jnp.array([1.0, 3.0, 8.0]), decay=0.9), 1.8 + 0.4
+    )
 
 
 def test_rloo_loss_by_hand():
     # Sums of logprobs -3 and -4: -(2 * -3 + -1 * -4) / 2 = 1.
     loss, metrics = group.rloo_loss(
-        jnp.array([[-1.0, -2.0], [-4.0, -jnp.inf]]), jnp.array([2.0, -1.0]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
+        jnp.array([[-1.0, -2.0], [-4.0, -jnp.inf]]),
+        jnp.array([2.0, -1.0]),
+        jnp.array([[1.0, 1.0], [1.0, 0.0]]),
     )
     np.testing.assert_allclose(loss, 1.0)
     assert float(metrics["loss"][1]) == 2
@@ -103,7 +130,9 @@ def test_rloo_loss_by_hand():
 def test_grpo_equals_the_loop():
     new, old, reference, advantages, mask = random_batch()
     rows = loop_terms(new, old, reference, advantages, mask, 0.2, 0.2, 0.04)
-    loss, metrics = group.grpo_loss(*map(jnp.array, (new, old, reference, advantages, mask)), clip=0.2, beta=0.04)
+    loss, metrics = group.grpo_loss(
+        *map(jnp.array, (new, old, reference, advantages, mask)), clip=0.2, beta=0.04
+    )
     np.testing.assert_allclose(loss, np.mean([np.mean(row) for row in rows]), rtol=1e-5)
     inverse = np.exp(reference.astype(np.float64) - new)
     kl = ((inverse - 1 - np.log(inverse)) * mask).sum() / mask.sum()
@@ -113,7 +142,9 @@ def test_grpo_equals_the_loop():
 def test_dr_grpo_divides_by_a_constant_length():
     new, old, reference, advantages, mask = random_batch()
     rows = loop_terms(new, old, reference, advantages, mask, 0.2, 0.2, 0.0)
-    loss, metrics = group.dr_grpo_loss(*map(jnp.array, (new, old, advantages, mask)), clip=0.2, length=64)
+    loss, metrics = group.dr_grpo_loss(
+        *map(jnp.array, (new, old, advantages, mask)), clip=0.2, length=64
+    )
     np.testing.assert_allclose(loss, sum(map(sum, rows)) / (4 * 64), rtol=1e-5)
     assert float(metrics["loss"][1]) == 4 * 64
 
@@ -121,7 +152,9 @@ def test_dr_grpo_divides_by_a_constant_length():
 def test_dapo_is_a_token_mean_with_the_higher_clip_above():
     new, old, reference, advantages, mask = random_batch()
     rows = loop_terms(new, old, reference, advantages, mask, 0.2, 0.28, 0.0)
-    loss, metrics = group.dapo_loss(*map(jnp.array, (new, old, advantages, mask)), clip_low=0.2, clip_high=0.28)
+    loss, metrics = group.dapo_loss(
+        *map(jnp.array, (new, old, advantages, mask)), clip_low=0.2, clip_high=0.28
+    )
     np.testing.assert_allclose(loss, sum(map(sum, rows)) / mask.sum(), rtol=1e-5)
     assert float(metrics["loss"][1]) == mask.sum()
 
@@ -130,8 +163,12 @@ def test_clip_higher_by_hand():
     # A = 1, ratio 1.25: below 1 + 0.28 it still has a gradient, at 1 + 0.2 it is clipped.
     new, old = jnp.log(jnp.array([[1.25]])), jnp.zeros((1, 1))
     one, mask = jnp.ones(1), jnp.ones((1, 1))
-    wide = jax.grad(lambda x: group.dapo_loss(x, old, one, mask, clip_low=0.2, clip_high=0.28)[0])(new)
-    narrow = jax.grad(lambda x: group.dapo_loss(x, old, one, mask, clip_low=0.2, clip_high=0.2)[0])(new)
+    wide = jax.grad(
+        lambda x: group.dapo_loss(x, old, one, mask, clip_low=0.2, clip_high=0.28)[0]
+    )(new)
+    narrow = jax.grad(
+        lambda x: group.dapo_loss(x, old, one, mask, clip_low=0.2, clip_high=0.2)[0]
+    )(new)
     np.testing.assert_allclose([wide[0, 0], narrow[0, 0]], [-1.25, 0], rtol=1e-6)
 
 
@@ -144,7 +181,17 @@ def test_the_three_losses_weigh_a_long_response_differently():
         gradient = jax.grad(lambda x: loss(x)[0])(logprobs)
         return float(gradient[0].sum() / gradient.sum())
 
-    grpo = share(lambda x: group.grpo_loss(x, logprobs, logprobs, advantages, mask, clip=0.2, beta=0.0))
-    dapo = share(lambda x: group.dapo_loss(x, logprobs, advantages, mask, clip_low=0.2, clip_high=0.2))
-    dr_grpo = share(lambda x: group.dr_grpo_loss(x, logprobs, advantages, mask, clip=0.2, length=4))
+    grpo = share(
+        lambda x: group.grpo_loss(
+            x, logprobs, logprobs, advantages, mask, clip=0.2, beta=0.0
+        )
+    )
+    dapo = share(
+        lambda x: group.dapo_loss(
+            x, logprobs, advantages, mask, clip_low=0.2, clip_high=0.2
+        )
+    )
+    dr_grpo = share(
+        lambda x: group.dr_grpo_loss(x, logprobs, advantages, mask, clip=0.2, length=4)
+    )
     np.testing.assert_allclose([grpo, dapo, dr_grpo], [1 / 2, 4 / 5, 4 / 5], rtol=1e-6)

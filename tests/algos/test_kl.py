@@ -21,7 +21,9 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("estimator", [kl.k1, kl.k3])
-def test_pitfall_16_the_expectation_is_the_kl_to_the_reference_and_not_its_inverse(estimator):
+def test_pitfall_16_the_expectation_is_the_kl_to_the_reference_and_not_its_inverse(
+    estimator,
+):
     expectation = np.sum(P * np.array(estimator(jnp.log(P), jnp.log(Q))))
     np.testing.assert_allclose(expectation, EXACT, rtol=1e-5)
 
@@ -40,7 +42,9 @@ def test_pitfall_16_no_clamp_kills_the_gradient():
     log_ratio = jnp.array([-15.0, -3.0, 0.5, 30.0])
     gradient = jax.grad(lambda x: kl.k3(x, jnp.zeros(4)).sum())(log_ratio)
     np.testing.assert_allclose(gradient, 1 - np.exp(-np.array(log_ratio)), rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(lambda x: kl.k2(x, jnp.zeros(4)).sum())(log_ratio), log_ratio)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: kl.k2(x, jnp.zeros(4)).sum())(log_ratio), log_ratio
+    )
 
 
 def test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else():
@@ -59,7 +63,9 @@ def test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else():
 def test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted(loss, at_limit):
     # log pi/pi_old = 100 and log pi/rho = -100: e^40 times the estimate; float32 has no e^200.
     # The second token is at pi = pi_old = rho and has 0; the third does not count.
-    logprobs, old, reference = (jnp.array([[x, -1.0, 0.0]]) for x in (-100.0, -200.0, 0.0))
+    logprobs, old, reference = (
+        jnp.array([[x, -1.0, 0.0]]) for x in (-100.0, -200.0, 0.0)
+    )
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     mask = jnp.array([[1.0, 1.0, 0.0]])
     (value, metrics), gradient = value_and_grad(logprobs, old, reference, mask)
@@ -71,7 +77,9 @@ def test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted(loss, at_limit):
 def test_k3_of_a_tiny_step_is_not_rounding_noise():
     # (e^-x - 1 + x) = x^2 / 2 - x^3 / 6 + ...; exp(-x) - 1 + x in float32 would be off by 10 times at x = 1e-4.
     x = jnp.array([1e-4, -1e-4, 1e-3])
-    np.testing.assert_allclose(kl.k3(x, jnp.zeros(3)), np.array(x, np.float64) ** 2 / 2, rtol=5e-3)
+    np.testing.assert_allclose(
+        kl.k3(x, jnp.zeros(3)), np.array(x, np.float64) ** 2 / 2, rtol=5e-3
+    )
 
 
 @hypothesis.given(st.lists(st.floats(-20, 0, width=32), min_size=6, max_size=6))
@@ -115,5 +123,7 @@ def test_adaptive_controller_reaches_its_target(target):
     # A policy whose KL answers to beta as 0.6 / beta (so that 6 nats need beta = 0.1), K_beta = 0.1, 400 updates.
     beta = jnp.float32(0.15)
     for _ in range(400):
-        beta = kl.adaptive_kl(beta, 0.6 / beta, target=target, horizon=10000.0, episodes=1000)
+        beta = kl.adaptive_kl(
+            beta, 0.6 / beta, target=target, horizon=10000.0, episodes=1000
+        )
     np.testing.assert_allclose(0.6 / beta, target, rtol=0.01)

@@ -7,7 +7,9 @@ import pytest
 
 from rlhfjax.algos import masked
 
-MASKS = st.lists(st.booleans(), min_size=20, max_size=20).map(lambda m: np.array(m, np.float32).reshape(4, 5))
+MASKS = st.lists(st.booleans(), min_size=20, max_size=20).map(
+    lambda m: np.array(m, np.float32).reshape(4, 5)
+)
 VALUES = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=20).map(
     lambda x: np.array(x, np.float32).reshape(4, 5)
 )
@@ -16,7 +18,12 @@ MASK = jnp.array([[1.0, 1.0, 1.0, 0.0]])
 
 
 def counted(x, mask):
-    return [float(x[i, j]) for i in range(x.shape[0]) for j in range(x.shape[1]) if mask[i, j] > 0]
+    return [
+        float(x[i, j])
+        for i in range(x.shape[0])
+        for j in range(x.shape[1])
+        if mask[i, j] > 0
+    ]
 
 
 def loop_moments(values):
@@ -37,7 +44,9 @@ def test_reductions_are_those_of_the_counted_entries(x, mask):
     x, mask = jnp.array(x), jnp.array(mask)
     np.testing.assert_allclose(masked.masked_sum(x, mask), total, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(masked.masked_mean(x, mask), mean, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(masked.masked_var(x, mask), variance, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(
+        masked.masked_var(x, mask), variance, rtol=1e-4, atol=1e-2
+    )
     largest = max(counted(x, mask), default=0.0)
     np.testing.assert_allclose(masked.masked_max(x, mask), largest, rtol=1e-6)
 
@@ -56,24 +65,33 @@ def test_last_token_is_the_last_counted_slot(mask):
 
 def test_axis():
     # Row 1: (1 + 3) / 2 = 2; row 2 has nothing.
-    x, mask = jnp.array([[1.0, 9.0, 3.0], [4.0, 5.0, 6.0]]), jnp.array([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    x, mask = (
+        jnp.array([[1.0, 9.0, 3.0], [4.0, 5.0, 6.0]]),
+        jnp.array([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]),
+    )
     np.testing.assert_allclose(masked.masked_mean(x, mask, axis=1), [2.0, 0.0])
     np.testing.assert_allclose(masked.masked_sum(x, mask, axis=0), [1.0, 0.0, 3.0])
 
 
 def test_whiten_by_hand():
     # Mean 2, biased variance ((-1)^2 + 0 + 1^2) / 3 = 2/3, std 0.8165: -1 / 0.8165 = -1.2247.
-    np.testing.assert_allclose(masked.whiten(X, MASK), [[-1.224745, 0.0, 1.224745, 0.0]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        masked.whiten(X, MASK), [[-1.224745, 0.0, 1.224745, 0.0]], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_pitfall_12_variance_is_biased():
-    np.testing.assert_allclose(masked.masked_var(X, MASK), 2 / 3, rtol=1e-6)  # the unbiased one would be 1
+    np.testing.assert_allclose(
+        masked.masked_var(X, MASK), 2 / 3, rtol=1e-6
+    )  # the unbiased one would be 1
     np.testing.assert_allclose(masked.masked_std(X, MASK), 0.8164966, rtol=1e-6)
 
 
 def test_pitfall_12_rewards_keep_their_mean_and_advantages_lose_it():
     kept, shifted = masked.whiten_keep_mean(X, MASK), masked.whiten(X, MASK)
-    np.testing.assert_allclose(kept, [[2 - 1.224745, 2.0, 2 + 1.224745, 0.0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        kept, [[2 - 1.224745, 2.0, 2 + 1.224745, 0.0]], rtol=1e-5
+    )
     np.testing.assert_allclose(masked.masked_mean(kept, MASK), 2.0, rtol=1e-6)
     np.testing.assert_allclose(masked.masked_mean(shifted, MASK), 0.0, atol=1e-6)
 
@@ -89,10 +107,15 @@ def test_pitfall_12_whitening_is_over_the_whole_batch_without_padding(function):
     np.testing.assert_allclose(function(x, mask), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("function, one", [(masked.whiten, 0.0), (masked.whiten_keep_mean, 7.0)])
+@pytest.mark.parametrize(
+    "function, one", [(masked.whiten, 0.0), (masked.whiten_keep_mean, 7.0)]
+)
 def test_pitfall_12_one_token_has_no_variance_to_divide_by(function, one):
     np.testing.assert_allclose(
-        function(jnp.array([[7.0, 3.0]]), jnp.array([[1.0, 0.0]])), [[one, 0.0]], rtol=1e-6, atol=1e-6
+        function(jnp.array([[7.0, 3.0]]), jnp.array([[1.0, 0.0]])),
+        [[one, 0.0]],
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 

@@ -24,7 +24,9 @@ def test_normalised_rewards_have_the_target_moments():
 
 
 def test_pitfall_12_equal_rewards_are_shifted_and_not_divided():
-    gain, bias = normalise.gain_and_bias(jnp.full(3, 7.0), jnp.ones(3), mean=0.0, std=1.0)
+    gain, bias = normalise.gain_and_bias(
+        jnp.full(3, 7.0), jnp.ones(3), mean=0.0, std=1.0
+    )
     np.testing.assert_allclose([gain, bias], [1, -7])
 
 
@@ -39,7 +41,9 @@ def test_ensembles_by_hand():
     np.testing.assert_allclose(normalise.ensemble_mean(rewards), [2, 2])
     np.testing.assert_allclose(normalise.ensemble_worst(rewards), [1, 2])
     np.testing.assert_allclose(normalise.ensemble_disagreement(rewards), [1, 0])
-    np.testing.assert_allclose(normalise.ensemble_pessimistic(rewards, coefficient=0.5), [1.5, 2])
+    np.testing.assert_allclose(
+        normalise.ensemble_pessimistic(rewards, coefficient=0.5), [1.5, 2]
+    )
     # 1 and 4 have mean 2.5 and std 1.5, not 2.25: 2.5 - 2 * 1.5.
     spread = jnp.array([[1.0], [4.0]])
     np.testing.assert_allclose(normalise.ensemble_disagreement(spread), [1.5])

@@ -61,14 +61,20 @@ def test_by_hand():
 
 
 @hypothesis.given(
-    st.lists(st.integers(0, 3), min_size=20, max_size=20), st.lists(st.booleans(), min_size=20, max_size=20)
+    st.lists(st.integers(0, 3), min_size=20, max_size=20),
+    st.lists(st.booleans(), min_size=20, max_size=20),
 )
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_equals_the_loop_for_any_ties_and_group_sizes(labels, valid):
     rewards = np.random.default_rng(4).normal(size=(4, 5)).astype(np.float32)
     rewards[0, 1] = rewards[0, 3]
-    labels, valid = np.array(labels, np.float32).reshape(4, 5), np.array(valid, np.float32).reshape(4, 5)
-    loss, metrics = preference.kwise_loss(jnp.array(rewards), jnp.array(labels), jnp.array(valid))
+    labels, valid = (
+        np.array(labels, np.float32).reshape(4, 5),
+        np.array(valid, np.float32).reshape(4, 5),
+    )
+    loss, metrics = preference.kwise_loss(
+        jnp.array(rewards), jnp.array(labels), jnp.array(valid)
+    )
     prompts, correct, margin, n_pairs = loop_kwise(rewards, labels, valid)
     np.testing.assert_allclose(loss, sum(prompts) / max(len(prompts), 1), rtol=1e-5)
     assert float(metrics["loss"][1]) == len(prompts)
@@ -78,29 +84,44 @@ def test_equals_the_loop_for_any_ties_and_group_sizes(labels, valid):
 
 def test_a_prompt_counts_once_whatever_its_k():
     # The pair's loss is log 2 in both prompts; K = 2 and K = 4 weigh alike, and so do their gradients in total.
-    rewards, labels = jnp.zeros((2, 4)), jnp.array([[1.0, 0.0, 9.0, 9.0], [3.0, 2.0, 1.0, 0.0]])
+    rewards, labels = (
+        jnp.zeros((2, 4)),
+        jnp.array([[1.0, 0.0, 9.0, 9.0], [3.0, 2.0, 1.0, 0.0]]),
+    )
     valid = jnp.array([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    gradient = np.array(jax.grad(lambda r: preference.kwise_loss(r, labels, valid)[0])(rewards))
+    gradient = np.array(
+        jax.grad(lambda r: preference.kwise_loss(r, labels, valid)[0])(rewards)
+    )
     # d/dr of log 2's: -1/2 per pair on the winner. Prompt 1: 1 pair, half the mean: -1/4. Prompt 2: the best is in 3
     # of 6 pairs: -1/2 * 3/6 * 1/2 = -1/8, the next wins 2 and loses 1: -1/24, and mirrored.
-    np.testing.assert_allclose(gradient, [[-1 / 4, 1 / 4, 0, 0], [-1 / 8, -1 / 24, 1 / 24, 1 / 8]], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient, [[-1 / 4, 1 / 4, 0, 0], [-1 / 8, -1 / 24, 1 / 24, 1 / 8]], rtol=1e-5
+    )
 
 
 def test_ranks_are_labels_negated():
     rewards = jnp.array([[0.3, -0.2, 1.0]])
-    by_score, _ = preference.kwise_loss(rewards, jnp.array([[0.9, 0.1, 0.5]]), jnp.ones((1, 3)))
-    by_rank, _ = preference.kwise_loss(rewards, -jnp.array([[1.0, 3.0, 2.0]]), jnp.ones((1, 3)))
+    by_score, _ = preference.kwise_loss(
+        rewards, jnp.array([[0.9, 0.1, 0.5]]), jnp.ones((1, 3))
+    )
+    by_rank, _ = preference.kwise_loss(
+        rewards, -jnp.array([[1.0, 3.0, 2.0]]), jnp.ones((1, 3))
+    )
     np.testing.assert_allclose(by_score, by_rank)
 
 
 def test_an_absent_completion_is_nowhere():
     rewards = jnp.array([[0.3, -0.2, jnp.nan]])
     labels, valid = jnp.array([[1.0, 0.0, jnp.nan]]), jnp.array([[1.0, 1.0, 0.0]])
-    (loss, _), gradient = jax.value_and_grad(preference.kwise_loss, has_aux=True)(rewards, labels, valid)
+    (loss, _), gradient = jax.value_and_grad(preference.kwise_loss, has_aux=True)(
+        rewards, labels, valid
+    )
     np.testing.assert_allclose(loss, np.log1p(np.exp(-0.5)), rtol=1e-6)
     assert np.all(np.isfinite(gradient)) and gradient[0, 2] == 0
 
 
 def test_large_differences_do_not_overflow():
-    loss, _ = preference.kwise_loss(jnp.array([[-500.0, 500.0]]), jnp.array([[1.0, 0.0]]), jnp.ones((1, 2)))
+    loss, _ = preference.kwise_loss(
+        jnp.array([[-500.0, 500.0]]), jnp.array([[1.0, 0.0]]), jnp.ones((1, 2))
+    )
     np.testing.assert_allclose(loss, 1000.0)

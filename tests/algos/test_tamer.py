@@ -21,7 +21,9 @@ def test_gamma_credit_equals_the_integral_of_the_density():
     for start, end in zip(np.array(STARTS), np.array(ENDS), strict=True):
         grid = np.linspace(start, end, 2001)
         delay = np.maximum(time - (grid[1:] + grid[:-1]) / 2, 0)
-        expected.append(np.sum(delay * np.exp(-delay / scale) / scale**2 * np.diff(grid)))
+        expected.append(
+            np.sum(delay * np.exp(-delay / scale) / scale**2 * np.diff(grid))
+        )
     credit = tamer.gamma_credit(STARTS, ENDS, jnp.array([time]), shape=2.0, scale=scale)
     np.testing.assert_allclose(credit[0], expected, rtol=1e-3, atol=1e-5)
 
@@ -38,15 +40,22 @@ def test_pitfall_34_gamma_credit_of_late_feedback_keeps_its_digits():
 def test_credit_adds_up_to_1_over_a_long_past_and_the_future_has_none():
     starts = jnp.arange(-20.0, 20.0, 0.25)
     for credit in (
-        tamer.uniform_credit(starts, starts + 0.25, jnp.array([1.1]), low=0.2, high=0.8),
-        tamer.gamma_credit(starts, starts + 0.25, jnp.array([1.1]), shape=2.0, scale=0.28),
+        tamer.uniform_credit(
+            starts, starts + 0.25, jnp.array([1.1]), low=0.2, high=0.8
+        ),
+        tamer.gamma_credit(
+            starts, starts + 0.25, jnp.array([1.1]), shape=2.0, scale=0.28
+        ),
     ):
         np.testing.assert_allclose(credit.sum(), 1, rtol=1e-4)
         assert np.all(np.array(credit)[0, np.array(starts) > 1.1] == 0)
 
 
 def test_losses_by_hand():
-    predictions, credit = jnp.array([1.0, 3.0]), jnp.array([[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
+    predictions, credit = (
+        jnp.array([1.0, 3.0]),
+        jnp.array([[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]),
+    )
     feedback, weight = jnp.array([1.0, 5.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])
     # Together: 1 - 2 = -1 and 5 - 3 = 2: (1 + 4) / 2.
     loss, metrics = tamer.tamer_loss(predictions, credit, feedback, weight)
@@ -69,7 +78,11 @@ def test_delayed_feedback_is_credited_to_the_action_that_earned_it():
     feedback, weight = jnp.array(true[actions], jnp.float32), jnp.ones(400)
 
     def fit(credit):
-        step = jax.jit(jax.grad(lambda h: tamer.tamer_loss(h[actions], credit, feedback, weight)[0]))
+        step = jax.jit(
+            jax.grad(
+                lambda h: tamer.tamer_loss(h[actions], credit, feedback, weight)[0]
+            )
+        )
         h = jnp.zeros(4)
         for _ in range(100):
             h = h - 0.3 * step(h)
@@ -83,7 +96,10 @@ def test_delayed_feedback_is_credited_to_the_action_that_earned_it():
 
 def test_tamer_rl_by_hand():
     np.testing.assert_allclose(
-        tamer.reward_addition(jnp.array([1.0, 0.0]), jnp.array([-1.0, 2.0]), weight=0.5), [0.5, 1]
+        tamer.reward_addition(
+            jnp.array([1.0, 0.0]), jnp.array([-1.0, 2.0]), weight=0.5
+        ),
+        [0.5, 1],
     )
     # 2, then half of it, then half of that.
     weights = [float(tamer.annealed(2.0, factor=0.5, iteration=i)) for i in range(3)]

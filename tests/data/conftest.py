@@ -33,9 +33,15 @@ def sentence(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(WORDS, k=words)) + rng.choice(".?!")
 
 
-def conversation(rng: random.Random, turns: int, longest: int = 12) -> list[dict[str, str]]:
+def conversation(
+    rng: random.Random, turns: int, longest: int = 12
+) -> list[dict[str, str]]:
     return [
-        {"role": ("user", "assistant")[i % 2], "content": sentence(rng, rng.randint(1, longest))} for i in range(turns)
+        {
+            "role": ("user", "assistant")[i % 2],
+            "content": sentence(rng, rng.randint(1, longest)),
+        }
+        for i in range(turns)
     ]
 
 
@@ -43,7 +49,9 @@ def conversation(rng: random.Random, turns: int, longest: int = 12) -> list[dict
 def tokenizer(tmp_path_factory):
     rng = random.Random(0)
     texts = [sentence(rng, 10) for _ in range(300)]
-    return train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=330)
+    return train_sentencepiece(
+        texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=330
+    )
 
 
 @pytest.fixture(scope="session")
@@ -55,13 +63,18 @@ def talk():
 @pytest.fixture(scope="session")
 def conversations():
     rng = random.Random(1)
-    return Rows([{"messages": conversation(rng, rng.randint(2, 9))} for _ in range(23)], "messages")
+    return Rows(
+        [{"messages": conversation(rng, rng.randint(2, 9))} for _ in range(23)],
+        "messages",
+    )
 
 
 @pytest.fixture(scope="session")
 def documents():
     rng = random.Random(2)
-    return Rows([{"text": sentence(rng, rng.randint(1, 60))} for _ in range(19)], "text")
+    return Rows(
+        [{"text": sentence(rng, rng.randint(1, 60))} for _ in range(19)], "text"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +83,13 @@ def rankings(tokenizer):
     rows = []
     for i in range(9):
         texts = [sentence(rng, rng.randint(1, 6)) for _ in range(2 + i % 3)]
-        rows.append({"prompt": sentence(rng, 5), "completions": texts, "scores": [float(len(t)) for t in texts]})
+        rows.append(
+            {
+                "prompt": sentence(rng, 5),
+                "completions": texts,
+                "scores": [float(len(t)) for t in texts],
+            }
+        )
     return Rows(rows, "preferences")
 
 

@@ -36,7 +36,16 @@ def ids(tokenizer, *parts):
 
 def test_render_is_bos_then_marker_content_eos_a_turn(tokenizer):
     tokens, mask = render(tokenizer, CHAT[:2])
-    expected = ids(tokenizer, "bos", "<|user|>", "who sat?", "eos", "<|assistant|>", "the cat.", "eos")
+    expected = ids(
+        tokenizer,
+        "bos",
+        "<|user|>",
+        "who sat?",
+        "eos",
+        "<|assistant|>",
+        "the cat.",
+        "eos",
+    )
     assert tokens.tolist() == expected
     answer = len(tokenizer.encode("the cat.")) + 1
     assert mask.tolist() == [0.0] * (len(expected) - answer) + [1.0] * answer
@@ -45,52 +54,87 @@ def test_render_is_bos_then_marker_content_eos_a_turn(tokenizer):
 
 def test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else(tokenizer):
     tokens, mask = render(tokenizer, [SYSTEM, *CHAT])
-    assert tokens[mask == 1].tolist() == ids(tokenizer, "the cat.", "eos", "a dog, happy.", "eos")
+    assert tokens[mask == 1].tolist() == ids(
+        tokenizer, "the cat.", "eos", "a dog, happy.", "eos"
+    )
 
 
 def test_a_prompt_is_the_beginning_of_the_rendered_conversation(tokenizer):
     prompt = render_prompt(tokenizer, CHAT[:3])
     whole, mask = render(tokenizer, CHAT)
     assert whole[: len(prompt)].tolist() == prompt.tolist()
-    assert mask[len(prompt)] == 1 and mask[len(prompt) - 1] == 0  # the first token to sample is the first target
+    assert (
+        mask[len(prompt)] == 1 and mask[len(prompt) - 1] == 0
+    )  # the first token to sample is the first target
 
 
 def test_a_prompt_drops_its_oldest_turns_until_it_fits(tokenizer):
-    whole, short = render_prompt(tokenizer, CHAT[:3]), render_prompt(tokenizer, CHAT[2:3])
-    assert render_prompt(tokenizer, CHAT[:3], max_tokens=len(whole)).tolist() == whole.tolist()
-    assert render_prompt(tokenizer, CHAT[:3], max_tokens=len(whole) - 1).tolist() == short.tolist()
+    whole, short = (
+        render_prompt(tokenizer, CHAT[:3]),
+        render_prompt(tokenizer, CHAT[2:3]),
+    )
+    assert (
+        render_prompt(tokenizer, CHAT[:3], max_tokens=len(whole)).tolist()
+        == whole.tolist()
+    )
+    assert (
+        render_prompt(tokenizer, CHAT[:3], max_tokens=len(whole) - 1).tolist()
+        == short.tolist()
+    )
 
 
 def test_a_system_message_stays_when_turns_go(tokenizer):
     kept = render_prompt(tokenizer, [SYSTEM, CHAT[2]])
-    assert render_prompt(tokenizer, [SYSTEM, *CHAT[:3]], max_tokens=len(kept)).tolist() == kept.tolist()
+    assert (
+        render_prompt(tokenizer, [SYSTEM, *CHAT[:3]], max_tokens=len(kept)).tolist()
+        == kept.tolist()
+    )
 
 
 def test_a_last_turn_that_is_too_long_keeps_its_end(tokenizer):
     content = tokenizer.encode("a bird sang on the tree, happy.")
-    prompt = render_prompt(tokenizer, [{"role": "user", "content": tokenizer.decode(content)}], max_tokens=8)
-    bos, user, eos, assistant = ids(tokenizer, "bos", "<|user|>", "eos", "<|assistant|>")
+    prompt = render_prompt(
+        tokenizer,
+        [{"role": "user", "content": tokenizer.decode(content)}],
+        max_tokens=8,
+    )
+    bos, user, eos, assistant = ids(
+        tokenizer, "bos", "<|user|>", "eos", "<|assistant|>"
+    )
     assert prompt.tolist() == [bos, user, *content[-4:], eos, assistant]
     for room in (3, 4):  # four are bos and the markup of a turn
-        with pytest.raises(DataError, match=f"length of {room} leaves no room for a single token"):
+        with pytest.raises(
+            DataError, match=f"length of {room} leaves no room for a single token"
+        ):
             render_prompt(tokenizer, CHAT[:1], max_tokens=room)
 
 
 def test_pitfall_39_a_stored_prompt_is_cut_as_the_conversation_that_it_is(tokenizer):
     """The oldest turns go whole; the system message and the header of the last turn stay, then its
     end."""
-    messages = [SYSTEM, *CHAT[:2], {"role": "user", "content": "a bird sang on the tree, happy."}]
+    messages = [
+        SYSTEM,
+        *CHAT[:2],
+        {"role": "user", "content": "a bird sang on the tree, happy."},
+    ]
     whole = render_prompt(tokenizer, messages)
     for room in range(len(whole) + 1, 16, -1):
         cut = shorten_prompt(tokenizer, whole.tolist(), room)
-        assert cut == render_prompt(tokenizer, messages, max_tokens=room).tolist() and len(cut) <= room
-    bos, system, user, eos, assistant = ids(tokenizer, "bos", "<|system|>", "<|user|>", "eos", "<|assistant|>")
+        assert (
+            cut == render_prompt(tokenizer, messages, max_tokens=room).tolist()
+            and len(cut) <= room
+        )
+    bos, system, user, eos, assistant = ids(
+        tokenizer, "bos", "<|system|>", "<|user|>", "eos", "<|assistant|>"
+    )
     head = [bos, system, *tokenizer.encode("we sang."), eos, user]
     assert cut[: len(head)] == head and cut[-2:] == [eos, assistant] and len(cut) == 17
 
 
 def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
-    bos, user, eos, assistant = ids(tokenizer, "bos", "<|user|>", "eos", "<|assistant|>")
+    bos, user, eos, assistant = ids(
+        tokenizer, "bos", "<|user|>", "eos", "<|assistant|>"
+    )
     # Cut before, in the middle of a word: encoding its text anew gives other ids.
     odd = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in b"the cat sat"]
     assert shorten_prompt(tokenizer, [bos, user, *odd, eos, assistant], 8) == [
@@ -112,13 +156,19 @@ def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
 def test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened(tokenizer):
     """A critic is asked about a question and an answer; the question gets shorter, and neither is
     left out."""
-    question = {"role": "user", "content": "a bird sang on the tree, happy. who ran on the mat?"}
+    question = {
+        "role": "user",
+        "content": "a bird sang on the tree, happy. who ran on the mat?",
+    }
     prompt, after = (
         [SYSTEM, *CHAT[:2], question],
         [CHAT[3], {"role": "user", "content": "was that happy?"}],
     )
     whole = [*prompt, *after]
-    sizes = [len(render_prompt(tokenizer, [SYSTEM, *one])) for one in (whole[1:], [question, *after])]
+    sizes = [
+        len(render_prompt(tokenizer, [SYSTEM, *one]))
+        for one in (whole[1:], [question, *after])
+    ]
     assert shorten_conversation(tokenizer, prompt, after, sizes[0]) == whole
     assert shorten_conversation(tokenizer, prompt, after, sizes[0] - 1) == [
         SYSTEM,
@@ -126,7 +176,9 @@ def test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened(token
         *after,
     ]
     for less in (1, 5, 9):
-        system, cut, *rest = shorten_conversation(tokenizer, prompt, after, sizes[1] - less)
+        system, cut, *rest = shorten_conversation(
+            tokenizer, prompt, after, sizes[1] - less
+        )
         assert (system, rest) == (SYSTEM, after)
         assert question["content"].endswith(cut["content"]) and cut["content"]
         assert len(render_prompt(tokenizer, [system, cut, *rest])) <= sizes[1] - less
@@ -144,7 +196,10 @@ def test_a_message_cannot_open_a_turn_of_its_own(tokenizer):
 
 
 def test_consecutive_messages_of_one_role_are_one_turn():
-    messages = [{"role": r, "content": c} for r, c in [("user", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")]]
+    messages = [
+        {"role": r, "content": c}
+        for r, c in [("user", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")]
+    ]
     assert [m["content"] for m in merge_turns(messages)] == ["a\nb", "c", "d"]
     assert messages[0]["content"] == "a"  # the caller's messages are left alone
 
@@ -154,5 +209,7 @@ def test_to_text_names_the_speakers():
 
 
 def test_an_unknown_role_is_an_error(tokenizer):
-    with pytest.raises(DataError, match="role 'tool' is none of user, assistant, system"):
+    with pytest.raises(
+        DataError, match="role 'tool' is none of user, assistant, system"
+    ):
         render(tokenizer, [{"role": "tool", "content": "x"}])

@@ -9,7 +9,14 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from rlhfjax.chat import decode_stream
 from rlhfjax.data import chat, hf_tokenizer
@@ -18,8 +25,17 @@ from rlhfjax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_token
 from rlhfjax.errors import DataError
 from tests.needs import needs
 
-SMOLLM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]  # ids 0, 1, 2, 3, as SmolLM2 has them
-CONFIG = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+SMOLLM = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<repo_name>",
+]  # ids 0, 1, 2, 3, as SmolLM2 has them
+CONFIG = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 TEXTS = ["the cat sat on the mat, who ran? a happy dog sang.", "é🙂 <|im_end|> 12 345"]
 
 
@@ -29,7 +45,10 @@ def byte_bpe(specials=SMOLLM, **options) -> tokenizers.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+        vocab_size=340,
+        special_tokens=list(specials),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 9, trainer)
     return backend
@@ -44,17 +63,42 @@ ZEPHYR = (
 def llama2(scheme: str) -> tokenizers.Tokenizer:
     """BPE over characters with a fallback to bytes, in Llama 2's layout: specials, bytes, characters, merges."""
     characters = sorted(set("".join(TEXTS)) - {" ", "é", "🙂"} | {"▁"})
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *characters, "▁t", "▁th", "▁the", "▁c"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *characters,
+        "▁t",
+        "▁th",
+        "▁the",
+        "▁c",
+    ]
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "c")]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    bpe = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    bpe = models.BPE(
+        vocab=vocabulary,
+        merges=merges,
+        byte_fallback=True,
+        unk_token="<unk>",
+        fuse_unk=True,
+    )
     backend = tokenizers.Tokenizer(bpe)
     if scheme == "legacy":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=scheme, split=False
+        )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return backend
@@ -62,16 +106,25 @@ def llama2(scheme: str) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def smollm() -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(byte_bpe(), CONFIG | {"pad_token": "<|im_end|>"}, template="chatml")
+    return HuggingFaceTokenizer(
+        byte_bpe(), CONFIG | {"pad_token": "<|im_end|>"}, template="chatml"
+    )
 
 
 LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-ANY_TEXT = st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*SMOLLM, "Ġ", "  ", "\r\n", "<|", "the cat"])))
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.sampled_from([*SMOLLM, "Ġ", "  ", "\r\n", "<|", "the cat"]),
+    )
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(parts=ANY_TEXT)
-def test_any_text_survives_the_round_trip_without_specials_and_its_bytes_add_up(smollm, parts):
+def test_any_text_survives_the_round_trip_without_specials_and_its_bytes_add_up(
+    smollm, parts
+):
     text = "".join(parts)
     ids = smollm.encode(text)
     assert smollm.decode(ids) == text
@@ -82,10 +135,15 @@ def test_any_text_survives_the_round_trip_without_specials_and_its_bytes_add_up(
 def test_the_protocol_and_the_specials(smollm):
     assert isinstance(smollm, Tokenizer)
     assert (smollm.unk_id, smollm.bos_id, smollm.eos_id) == (0, 1, 2)
-    assert smollm.vocab_size == smollm._backend.get_vocab_size() and smollm.token_id("<repo_name>") == 3
+    assert (
+        smollm.vocab_size == smollm._backend.get_vocab_size()
+        and smollm.token_id("<repo_name>") == 3
+    )
     assert not smollm.byte_lengths()[:4].any() and smollm.byte_lengths()[4:].all()
     ids = [*smollm.encode("the cat"), 1, 2, 0, 3]
-    assert smollm.decode(ids) == "the cat<repo_name>"  # pad, bos and eos are dropped, another special shows
+    assert (
+        smollm.decode(ids) == "the cat<repo_name>"
+    )  # pad, bos and eos are dropped, another special shows
     with pytest.raises(DataError, match=r"no piece '<\|tool\|>' among its 3"):
         smollm.token_id("<|tool|>")
 
@@ -94,19 +152,52 @@ def test_the_protocol_and_the_specials(smollm):
     "specials, config, template, pad, eos",
     [
         # SmolLM2: the file's pad is its eos; <|endoftext|>, which its chats do not use, takes its place.
-        (SMOLLM, CONFIG | {"pad_token": "<|im_end|>"}, "chatml", "<|endoftext|>", "<|im_end|>"),
+        (
+            SMOLLM,
+            CONFIG | {"pad_token": "<|im_end|>"},
+            "chatml",
+            "<|endoftext|>",
+            "<|im_end|>",
+        ),
         # Qwen2.5: the file says it right. The base model's eos ends documents; a chat's turn ends otherwise.
-        (SMOLLM, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, "chatml", "<|endoftext|>", "<|im_end|>"),
+        (
+            SMOLLM,
+            {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+            "chatml",
+            "<|endoftext|>",
+            "<|im_end|>",
+        ),
         # GPT-2 has one special for everything: the byte 0xFF, which no text contains, is left.
-        (["<|endoftext|>"], {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, "", "ÿ", "<|endoftext|>"),
+        (
+            ["<|endoftext|>"],
+            {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+            "",
+            "ÿ",
+            "<|endoftext|>",
+        ),
         # Pythia has one that is called a padding.
-        (["<|endoftext|>", "<|padding|>"], {"eos_token": "<|endoftext|>"}, "", "<|padding|>", "<|endoftext|>"),
+        (
+            ["<|endoftext|>", "<|padding|>"],
+            {"eos_token": "<|endoftext|>"},
+            "",
+            "<|padding|>",
+            "<|endoftext|>",
+        ),
     ],
 )
-def test_pitfall_02_the_pad_is_never_the_eos(specials, config, template, pad, eos, tmp_path):
+def test_pitfall_02_the_pad_is_never_the_eos(
+    specials, config, template, pad, eos, tmp_path
+):
     tokenizer = HuggingFaceTokenizer(byte_bpe(specials), config, template=template)
-    assert tokenizer.pad_id == tokenizer.token_id(pad) != tokenizer.eos_id == tokenizer.token_id(eos)
-    assert tokenizer.decode(tokenizer.encode("ÿé🙂\u00ff")) == "ÿé🙂\u00ff"  # whatever the pad is, no text has it
+    assert (
+        tokenizer.pad_id
+        == tokenizer.token_id(pad)
+        != tokenizer.eos_id
+        == tokenizer.token_id(eos)
+    )
+    assert (
+        tokenizer.decode(tokenizer.encode("ÿé🙂\u00ff")) == "ÿé🙂\u00ff"
+    )  # whatever the pad is, no text has it
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
 
@@ -118,17 +209,32 @@ def test_a_special_that_the_rules_arrive_at_is_cut(tmp_path):
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))
     tokenizer = HuggingFaceTokenizer(backend, {"eos_token": "endmark"})
     assert tokenizer.eos_id not in tokenizer.encode("an,endmark endmark,endmark")
-    assert tokenizer.decode(tokenizer.encode("an,endmark endmark,endmark")) == "an,endmark endmark,endmark"
+    assert (
+        tokenizer.decode(tokenizer.encode("an,endmark endmark,endmark"))
+        == "an,endmark endmark,endmark"
+    )
 
 
 def test_an_added_token_that_is_no_special_is_text_and_one_that_the_template_writes_is_not():
     backend = byte_bpe(SMOLLM[:1])
-    backend.add_tokens([AddedToken("\t\t", normalized=False), AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-    tokenizer = HuggingFaceTokenizer(backend, {"eos_token": "<|endoftext|>"}, template="chatml")
-    tabs, start, end = (tokenizer.token_id(piece) for piece in ("\t\t", "<|im_start|>", "<|im_end|>"))
+    backend.add_tokens(
+        [
+            AddedToken("\t\t", normalized=False),
+            AddedToken("<|im_start|>"),
+            AddedToken("<|im_end|>"),
+        ]
+    )
+    tokenizer = HuggingFaceTokenizer(
+        backend, {"eos_token": "<|endoftext|>"}, template="chatml"
+    )
+    tabs, start, end = (
+        tokenizer.token_id(piece) for piece in ("\t\t", "<|im_start|>", "<|im_end|>")
+    )
     ids = tokenizer.encode("the\t\t<|im_start|>cat<|im_end|>")
     assert tabs in ids and start not in ids and end not in ids
-    assert tokenizer.byte_lengths()[ids].sum() == len("the\t\t<|im_start|>cat<|im_end|>")
+    assert tokenizer.byte_lengths()[ids].sum() == len(
+        "the\t\t<|im_start|>cat<|im_end|>"
+    )
     assert tokenizer.eos_id == end
 
 
@@ -142,7 +248,9 @@ def test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes():
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))
     tokenizer = HuggingFaceTokenizer(backend, {"eos_token": "<|endoftext|>"})
     assert tokenizer.decode([first]) == "今é"
-    assert tokenizer.byte_lengths()[[first, first + 1, tokenizer.token_id("Ġ")]].tolist() == [
+    assert tokenizer.byte_lengths()[
+        [first, first + 1, tokenizer.token_id("Ġ")]
+    ].tolist() == [
         5,
         0,
         1,
@@ -151,14 +259,23 @@ def test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes():
 
 def test_what_is_saved_is_what_is_read(smollm, tmp_path):
     smollm.save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         again = load_tokenizer(path)
         assert again == smollm and hash(again) == hash(smollm)
     assert again.template.source == smollm.template.source
-    copied = pickle.loads(pickle.dumps(smollm))  # a pickled backend alone would take specials in a text for specials
-    assert copied == smollm and copied.encode("<|im_end|>") == smollm.encode("<|im_end|>")
-    assert smollm != HuggingFaceTokenizer(byte_bpe(), CONFIG, template="{{ bos_token }}" + smollm.template.source)
+    copied = pickle.loads(
+        pickle.dumps(smollm)
+    )  # a pickled backend alone would take specials in a text for specials
+    assert copied == smollm and copied.encode("<|im_end|>") == smollm.encode(
+        "<|im_end|>"
+    )
+    assert smollm != HuggingFaceTokenizer(
+        byte_bpe(), CONFIG, template="{{ bos_token }}" + smollm.template.source
+    )
 
 
 def test_the_template_is_found_where_hugging_face_puts_it(smollm, tmp_path):
@@ -166,12 +283,21 @@ def test_the_template_is_found_where_hugging_face_puts_it(smollm, tmp_path):
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
     source = config.pop("chat_template")
-    names = {name: config.pop(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    path.write_text(json.dumps(config | {"chat_template": [{"name": "default", "template": source}]}))
+    names = {
+        name: config.pop(name)
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
+    path.write_text(
+        json.dumps(
+            config | {"chat_template": [{"name": "default", "template": source}]}
+        )
+    )
     objects = {name: {"content": text, "lstrip": False} for name, text in names.items()}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(objects))
     assert load_tokenizer(tmp_path) == smollm
-    (tmp_path / "chat_template.jinja").write_text(source.replace("user", "user") + "{# newer #}")
+    (tmp_path / "chat_template.jinja").write_text(
+        source.replace("user", "user") + "{# newer #}"
+    )
     assert load_tokenizer(tmp_path).template.source.endswith("{# newer #}")
 
 
@@ -181,22 +307,35 @@ def test_llama_2s_blanks(scheme):
     tokenizer = HuggingFaceTokenizer(llama2(scheme), LLAMA2, template="llama2")
     alone = ["t", "h", "e"] if scheme == "never" else ["▁the"]
     assert [tokenizer._backend.id_to_token(i) for i in tokenizer.encode("the")] == alone
-    assert tokenizer.pad_id == tokenizer.token_id("<unk>") and tokenizer.eos_id == tokenizer.token_id("</s>")
-    tokens, _ = chat.render(tokenizer, [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cé"}])
+    assert tokenizer.pad_id == tokenizer.token_id(
+        "<unk>"
+    ) and tokenizer.eos_id == tokenizer.token_id("</s>")
+    tokens, _ = chat.render(
+        tokenizer,
+        [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cé"}],
+    )
     shown = [tokenizer._backend.id_to_token(int(i)) for i in tokens]
-    opening = ["<s>", "▁", "<0x5B>"] if scheme in ("always", "legacy") else ["<s>", "<0x5B>"]
+    opening = (
+        ["<s>", "▁", "<0x5B>"] if scheme in ("always", "legacy") else ["<s>", "<0x5B>"]
+    )
     assert shown[: len(opening)] == opening and "▁the" in shown
     assert shown[-5:] == ["▁c", "<0xC3>", "<0xA9>", "▁", "</s>"]
     text = "the é🙂 </s>"
     ids = tokenizer.encode(text)
     assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == text
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + (scheme != "never")
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + (
+        scheme != "never"
+    )
 
 
 def test_a_streamed_answer_holds_unfinished_characters_back(smollm):
     text = "the cat 🙂 é!"
     pieces = list(decode_stream(smollm, [*smollm.encode(text), smollm.eos_id]))
-    assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces) and len(pieces) > 3
+    assert (
+        "".join(pieces) == text
+        and all("\ufffd" not in piece for piece in pieces)
+        and len(pieces) > 3
+    )
 
 
 def test_errors_are_one_line(smollm, tmp_path):
@@ -206,21 +345,34 @@ def test_errors_are_one_line(smollm, tmp_path):
         load_tokenizer(tmp_path)
     smollm.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]x")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: expected a JSON object"):
+    with pytest.raises(
+        DataError, match=r"tokenizer_config\.json: expected a JSON object"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(tmp_path)
-    words = tokenizers.Tokenizer(models.WordLevel({"the": 0, "<eos>": 1}, unk_token="the"))
-    with pytest.raises(DataError, match="WordLevel with decoder none; accepted: BPE with a ByteLevel"):
+    words = tokenizers.Tokenizer(
+        models.WordLevel({"the": 0, "<eos>": 1}, unk_token="the")
+    )
+    with pytest.raises(
+        DataError, match="WordLevel with decoder none; accepted: BPE with a ByteLevel"
+    ):
         HuggingFaceTokenizer(words, {"eos_token": "<eos>"})
     with pytest.raises(DataError, match="neither an eos_token nor a chat template"):
         HuggingFaceTokenizer(byte_bpe(), {})
     with pytest.raises(DataError, match="no token is free to be the pad"):
-        HuggingFaceTokenizer(llama2("first"), {"eos_token": "<unk>", "bos_token": "<s>", "unk_token": "</s>"})
+        HuggingFaceTokenizer(
+            llama2("first"),
+            {"eos_token": "<unk>", "bos_token": "<s>", "unk_token": "</s>"},
+        )
     swallowing = byte_bpe(SMOLLM[:1])
-    swallowing.add_special_tokens([AddedToken("<|im_start|>", rstrip=True), AddedToken("<|im_end|>")])
-    with pytest.raises(DataError, match=r"'<\|im_start\|>' of its chat template swallows the blanks"):
+    swallowing.add_special_tokens(
+        [AddedToken("<|im_start|>", rstrip=True), AddedToken("<|im_end|>")]
+    )
+    with pytest.raises(
+        DataError, match=r"'<\|im_start\|>' of its chat template swallows the blanks"
+    ):
         HuggingFaceTokenizer(swallowing, CONFIG, template="chatml")
 
 
@@ -237,14 +389,23 @@ def test_transformers_reads_what_is_saved_and_encodes_the_same(smollm, tmp_path)
     smollm.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
-    for name, (template, scheme) in enumerate(itertools.product(("llama2", ZEPHYR), ("first", "always", "legacy"))):
+    for name, (template, scheme) in enumerate(
+        itertools.product(("llama2", ZEPHYR), ("first", "always", "legacy"))
+    ):
         tokenizer = HuggingFaceTokenizer(llama2(scheme), LLAMA2, template=template)
         (tmp_path / str(name)).mkdir()
         tokenizer.save(tmp_path / str(name))
-        messages = [{"role": r, "content": c} for r, c in [("user", "the cat"), ("assistant", "the é"), ("user", "on")]]
-        ids = AutoTokenizer.from_pretrained(tmp_path / str(name)).apply_chat_template(messages, return_dict=False)
+        messages = [
+            {"role": r, "content": c}
+            for r, c in [("user", "the cat"), ("assistant", "the é"), ("user", "on")]
+        ]
+        ids = AutoTokenizer.from_pretrained(tmp_path / str(name)).apply_chat_template(
+            messages, return_dict=False
+        )
         assert chat.render(tokenizer, messages)[0].tolist() == ids
     for text in [*TEXTS, "a  b\n\n c<|im_start|>", " é\r\n🙂"]:
-        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         assert ids == smollm.encode(text)
         assert theirs.decode(ids) == text

@@ -8,7 +8,12 @@ import pytest
 
 from rlhfjax.data import chat
 from rlhfjax.data.examples import Encoded, Prompts
-from rlhfjax.data.loader import preference_batches, pretrain_batches, prompt_batches, sft_batches
+from rlhfjax.data.loader import (
+    preference_batches,
+    pretrain_batches,
+    prompt_batches,
+    sft_batches,
+)
 from rlhfjax.data.sources import Rows
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
 
@@ -20,16 +25,24 @@ def make(tokenizer, conversations, documents, rankings):
     """make(kind, **options) -> Batches, of every kind of loader."""
     prompts = Prompts(conversations, per_conversation=2)
     loaders = {
-        "pretrain": lambda **o: pretrain_batches(documents, tokenizer, **({"length": 16} | o)),
+        "pretrain": lambda **o: pretrain_batches(
+            documents, tokenizer, **({"length": 16} | o)
+        ),
         "mixed": lambda **o: pretrain_batches(
             [(documents, 3.0), (conversations, 1.0)], tokenizer, **({"length": 16} | o)
         ),
         "cross_document": lambda **o: pretrain_batches(
             documents, tokenizer, cross_document=True, **({"length": 16} | o)
         ),
-        "sft": lambda **o: sft_batches(conversations, tokenizer, **({"length": 48} | o)),
-        "prompts": lambda **o: prompt_batches(prompts, tokenizer, **({"length": 24} | o)),
-        "preferences": lambda **o: preference_batches(rankings, tokenizer, **({"length": 24} | o)),
+        "sft": lambda **o: sft_batches(
+            conversations, tokenizer, **({"length": 48} | o)
+        ),
+        "prompts": lambda **o: prompt_batches(
+            prompts, tokenizer, **({"length": 24} | o)
+        ),
+        "preferences": lambda **o: preference_batches(
+            rankings, tokenizer, **({"length": 24} | o)
+        ),
     }
     return lambda kind, **options: loaders[kind](**({"batch_size": 4} | options))
 
@@ -65,7 +78,12 @@ def test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch(make
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_pass_can_be_restored_anywhere_up_to_its_end(make, kind):
-    running, restored, whole, states = make(kind, train=False), make(kind, train=False), [], []
+    running, restored, whole, states = (
+        make(kind, train=False),
+        make(kind, train=False),
+        [],
+        [],
+    )
     while True:
         states.append(running.get_state())
         if (batch := next(running, None)) is None:
@@ -84,14 +102,18 @@ def test_the_seed_decides_the_order_and_epochs_differ(make, kind):
     assert_equal(take(make(kind, seed=1), 12), first)
     other = take(make(kind, seed=2), 12)
     name = "prompts" if kind == "prompts" else "tokens"
-    assert not all(np.array_equal(a[name], b[name]) for a, b in zip(first, other, strict=True))
+    assert not all(
+        np.array_equal(a[name], b[name]) for a, b in zip(first, other, strict=True)
+    )
 
 
 def test_every_epoch_holds_every_prompt_once_in_a_new_order(make):
     batches = make("prompts", batch_size=1)
     state_free = make("prompts", batch_size=1, train=False)
     count = len(list(state_free))
-    epochs = [[int(batch["index"][0]) for batch in take(batches, count)] for _ in range(3)]
+    epochs = [
+        [int(batch["index"][0]) for batch in take(batches, count)] for _ in range(3)
+    ]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
@@ -102,22 +124,35 @@ def real_segments(batches):
         for row in range(len(batch["tokens"])):
             for segment in range(1, batch["segments"][row].max() + 1):
                 where = batch["segments"][row] == segment
-                yield [batch[name][row][where] for name in ("tokens", "targets", "mask", "positions")]
+                yield [
+                    batch[name][row][where]
+                    for name in ("tokens", "targets", "mask", "positions")
+                ]
 
 
-def test_packed_documents_hold_every_target_once_and_never_cross(make, tokenizer, documents):
+def test_packed_documents_hold_every_target_once_and_never_cross(
+    make, tokenizer, documents
+):
     # Reference: every document's (input, target) pairs, counted with a plain loop.
     expected = []
     for row in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id]
         expected += list(itertools.pairwise(ids))
     found = []
-    for tokens, targets, mask, positions in real_segments(make("pretrain", train=False)):
+    for tokens, targets, mask, positions in real_segments(
+        make("pretrain", train=False)
+    ):
         assert positions.tolist() == list(range(len(tokens)))
-        assert targets[:-1].tolist() == tokens[1:].tolist()  # the next token, within the segment
-        assert (tokens[1:] != tokenizer.bos_id).all() and mask.all()  # a new document is a new segment
+        assert (
+            targets[:-1].tolist() == tokens[1:].tolist()
+        )  # the next token, within the segment
+        assert (
+            tokens[1:] != tokenizer.bos_id
+        ).all() and mask.all()  # a new document is a new segment
         found += list(zip(tokens.tolist(), targets.tolist(), strict=True))
-    assert found == expected  # in order, none lost where a document goes on in the next row
+    assert (
+        found == expected
+    )  # in order, none lost where a document goes on in the next row
 
 
 def test_cross_document_rows_are_one_stream(make, tokenizer, documents):
@@ -130,7 +165,10 @@ def test_cross_document_rows_are_one_stream(make, tokenizer, documents):
     targets = np.concatenate([batch["targets"].reshape(-1) for batch in batches])[kept]
     assert tokens.tolist() == stream
     assert targets.tolist() == [*stream[1:], tokenizer.bos_id]
-    assert all((batch["positions"] == np.arange(16) * batch["segments"]).all() for batch in batches)
+    assert all(
+        (batch["positions"] == np.arange(16) * batch["segments"]).all()
+        for batch in batches
+    )
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
@@ -141,7 +179,9 @@ def test_padding_counts_for_nothing_whatever_the_batch_size(make, tokenizer, kin
         assert {batch["tokens"].shape[0] for batch in batches} == {size}
         for batch in batches:
             empty = batch["segments"] == 0
-            assert not batch["mask"][empty].any() and not batch["positions"][empty].any()
+            assert (
+                not batch["mask"][empty].any() and not batch["positions"][empty].any()
+            )
             assert (batch["tokens"][empty] == tokenizer.pad_id).all()
             assert (batch["targets"][empty] == tokenizer.pad_id).all()
         weights.add(sum(batch["mask"].sum() for batch in batches))
@@ -150,12 +190,15 @@ def test_padding_counts_for_nothing_whatever_the_batch_size(make, tokenizer, kin
 
 def test_pitfall_02_eos_is_a_target_that_counts(make, tokenizer, documents):
     ends = sum(
-        float(batch["mask"][batch["targets"] == tokenizer.eos_id].sum()) for batch in make("pretrain", train=False)
+        float(batch["mask"][batch["targets"] == tokenizer.eos_id].sum())
+        for batch in make("pretrain", train=False)
     )
     assert ends == len(documents)
 
 
-def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(make, tokenizer, conversations):
+def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(
+    make, tokenizer, conversations
+):
     expected = [
         (*tokenizer.encode(turn["content"]), tokenizer.eos_id)
         for row in conversations
@@ -163,8 +206,12 @@ def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(make, tokenizer, c
         if turn["role"] == "assistant"
     ]
     found = []
-    for tokens, targets, mask, positions in real_segments(make("sft", train=False, length=64)):
-        assert tokens[0] == tokenizer.bos_id and tokens[1] == tokenizer.token_id(chat.ROLES["user"])
+    for tokens, targets, mask, positions in real_segments(
+        make("sft", train=False, length=64)
+    ):
+        assert tokens[0] == tokenizer.bos_id and tokens[1] == tokenizer.token_id(
+            chat.ROLES["user"]
+        )
         assert positions.tolist() == list(range(len(tokens)))
         assert targets[:-1].tolist() == tokens[1:].tolist()
         answers = np.split(np.arange(len(mask)), np.flatnonzero(np.diff(mask)) + 1)
@@ -178,16 +225,22 @@ def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(make, tokenizer, c
 def test_mixing_follows_the_weights(make, tokenizer):
     # Conversations carry markers, plain documents do not: count how many documents of each kind begin.
     batches = take(make("mixed"), 120)
-    starts = np.concatenate([batch["targets"][batch["tokens"] == tokenizer.bos_id] for batch in batches])
+    starts = np.concatenate(
+        [batch["targets"][batch["tokens"] == tokenizer.bos_id] for batch in batches]
+    )
     share = (starts == tokenizer.token_id(chat.ROLES["user"])).mean()
     assert abs(share - 0.25) < 0.02
 
 
-def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(make, tokenizer, conversations):
+def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(
+    make, tokenizer, conversations
+):
     prompts = Prompts(conversations, per_conversation=2)
     seen = []
     for batch in make("prompts", train=False):
-        for row, segments, index in zip(batch["prompts"], batch["segments"], batch["index"], strict=True):
+        for row, segments, index in zip(
+            batch["prompts"], batch["segments"], batch["index"], strict=True
+        ):
             size = int(segments.sum())
             assert segments.tolist() == [0] * (24 - size) + [1] * size
             assert (row[: 24 - size] == tokenizer.pad_id).all()
@@ -195,7 +248,10 @@ def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(make, token
                 seen.append(int(index))
                 messages = prompts[int(index)]["messages"]
                 assert messages[-1]["role"] == "user"
-                assert row[24 - size :].tolist() == chat.render_prompt(tokenizer, messages, max_tokens=24).tolist()
+                assert (
+                    row[24 - size :].tolist()
+                    == chat.render_prompt(tokenizer, messages, max_tokens=24).tolist()
+                )
             else:
                 assert row.tolist() == batch["prompts"][0].tolist()
     assert seen == list(range(len(prompts)))
@@ -206,13 +262,23 @@ def test_pitfall_39_what_was_cut_is_counted_in_the_batches(tokenizer):
         return {"role": "user", "content": text}
 
     long, short = user("the cat sat on the mat. " * 4), user("who?")
-    prompts = Rows([{"prompt": [long]}, {"prompt": [short]}, {"prompt": [long]}], "prompt")
-    batch = next(prompt_batches(prompts, tokenizer, batch_size=4, length=16, train=False))
+    prompts = Rows(
+        [{"prompt": [long]}, {"prompt": [short]}, {"prompt": [long]}], "prompt"
+    )
+    batch = next(
+        prompt_batches(prompts, tokenizer, batch_size=4, length=16, train=False)
+    )
     assert batch["cut"].tolist() == [1, 0, 1, 1]  # the last only fills
     answer = {"role": "assistant", "content": "yes."}
-    talks = Rows([{"messages": [turn, answer]} for turn in (long, short, short, long, short)], "messages")
+    talks = Rows(
+        [{"messages": [turn, answer]} for turn in (long, short, short, long, short)],
+        "messages",
+    )
     batches = list(sft_batches(talks, tokenizer, batch_size=3, length=16, train=False))
-    cut, segments = (np.concatenate([batch[name] for batch in batches]) for name in ("cut", "segments"))
+    cut, segments = (
+        np.concatenate([batch[name] for batch in batches])
+        for name in ("cut", "segments")
+    )
     assert cut.sum() == 2 and segments.max(1).sum() == 5
     # A row that the long one fills has no other example, and the rest of them were not cut.
     assert [count > 0 for count in cut] == [(row == 1).all() for row in segments]
@@ -220,10 +286,14 @@ def test_pitfall_39_what_was_cut_is_counted_in_the_batches(tokenizer):
 
 def test_prompts_are_prefixes_and_the_seed_chooses_them(conversations):
     every = Prompts(conversations, per_conversation=None)
-    assert len(every) == sum(turn["role"] == "user" for row in conversations for turn in row["messages"])
+    assert len(every) == sum(
+        turn["role"] == "user" for row in conversations for turn in row["messages"]
+    )
     one, other = Prompts(conversations, seed=0), Prompts(conversations, seed=1)
     assert len(one) == len(conversations)
-    assert [row["messages"] for row in one] == [row["messages"] for row in Prompts(conversations, seed=0)]
+    assert [row["messages"] for row in one] == [
+        row["messages"] for row in Prompts(conversations, seed=0)
+    ]
     assert [row["messages"] for row in one] != [row["messages"] for row in other]
     for i, row in enumerate(one):
         assert conversations[i]["messages"][: len(row["messages"])] == row["messages"]
@@ -233,24 +303,34 @@ def test_prompts_are_prefixes_and_the_seed_chooses_them(conversations):
 
 def test_completions_of_a_prompt_are_one_element(make, tokenizer, rankings):
     batches = list(make("preferences", train=False))
-    assert batches[0]["tokens"].shape == (4, 4, 24) and len(batches) == 3  # 9 prompts by 4
+    assert (
+        batches[0]["tokens"].shape == (4, 4, 24) and len(batches) == 3
+    )  # 9 prompts by 4
     for batch in batches:
         for i, index in enumerate(batch["index"]):
             if index < 0:
                 assert not batch["valid"][i].any() and not batch["segments"][i].any()
                 continue
             row = rankings[int(index)]
-            prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]).tolist()
+            prompt = chat.render_prompt(
+                tokenizer, [{"role": "user", "content": row["prompt"]}]
+            ).tolist()
             k = len(row["completions"])
             assert batch["valid"][i].tolist() == [1.0] * k + [0.0] * (4 - k)
             assert batch["scores"][i, :k].tolist() == row["scores"]
-            longest = max(len(tokenizer.encode(text)) + 1 for text in row["completions"])
+            longest = max(
+                len(tokenizer.encode(text)) + 1 for text in row["completions"]
+            )
             prompt = prompt[-max(1, 24 - longest) :]
             for j, text in enumerate(row["completions"]):
                 response = [*tokenizer.encode(text), tokenizer.eos_id]
                 size = len(prompt) + len(response)
-                assert batch["tokens"][i, j].tolist() == prompt + response + [tokenizer.pad_id] * (24 - size)
-                assert batch["segments"][i, j].tolist() == [1] * size + [0] * (24 - size)
+                assert batch["tokens"][i, j].tolist() == prompt + response + [
+                    tokenizer.pad_id
+                ] * (24 - size)
+                assert batch["segments"][i, j].tolist() == [1] * size + [0] * (
+                    24 - size
+                )
                 assert batch["lengths"][i, j] == len(response)
 
 
@@ -259,25 +339,54 @@ def test_pitfall_06_stored_ids_are_used_as_they_were_sampled(tokenizer):
     odd = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in b"the"]
     assert tokenizer.decode(odd) == "the" and tokenizer.encode("the") != odd
     row = {"prompt": "the", "completions": ["the", ""], "scores": [1.0, 2.0]}
-    row |= {"prompt_tokens": [tokenizer.bos_id, *odd], "completion_tokens": [odd, [tokenizer.eos_id]]}
-    batch = next(preference_batches(Rows([row], "preferences"), tokenizer, batch_size=1, length=8, train=False))
-    assert batch["tokens"][0, 0].tolist() == [tokenizer.bos_id, *odd, *odd, tokenizer.pad_id]
+    row |= {
+        "prompt_tokens": [tokenizer.bos_id, *odd],
+        "completion_tokens": [odd, [tokenizer.eos_id]],
+    }
+    batch = next(
+        preference_batches(
+            Rows([row], "preferences"), tokenizer, batch_size=1, length=8, train=False
+        )
+    )
+    assert batch["tokens"][0, 0].tolist() == [
+        tokenizer.bos_id,
+        *odd,
+        *odd,
+        tokenizer.pad_id,
+    ]
     assert batch["lengths"][0].tolist() == [3, 1]
 
 
 def test_completions_that_do_not_fit(tokenizer):
     def batch(prompt, completions, length):
-        row = {"prompt": "p", "completions": ["a"] * len(completions), "scores": [0.0] * len(completions)}
-        rows = Rows([row | {"prompt_tokens": prompt, "completion_tokens": completions}], "preferences")
-        return next(preference_batches(rows, tokenizer, batch_size=1, length=length, train=False))
+        row = {
+            "prompt": "p",
+            "completions": ["a"] * len(completions),
+            "scores": [0.0] * len(completions),
+        }
+        rows = Rows(
+            [row | {"prompt_tokens": prompt, "completion_tokens": completions}],
+            "preferences",
+        )
+        return next(
+            preference_batches(
+                rows, tokenizer, batch_size=1, length=length, train=False
+            )
+        )
 
-    cut = batch([11, 12, 13, 14], [[21, 22, 23], [31]], 5)  # the prompt loses 11, 12 for both
+    cut = batch(
+        [11, 12, 13, 14], [[21, 22, 23], [31]], 5
+    )  # the prompt loses 11, 12 for both
     assert cut["tokens"][0].tolist() == [[13, 14, 21, 22, 23], [13, 14, 31, 0, 0]]
-    cut = batch([11, 12], [[21, 22, 23, 24, 25], [31]], 4)  # half of the row is the prompt's
+    cut = batch(
+        [11, 12], [[21, 22, 23, 24, 25], [31]], 4
+    )  # half of the row is the prompt's
     assert cut["tokens"][0].tolist() == [[11, 12, 21, 22], [11, 12, 31, 0]]
     assert cut["lengths"][0].tolist() == [2, 1]
     assert cut["cut"][0].tolist() == [1, 0]
-    with pytest.raises(DataError, match="row 0: token id 99999 is outside the tokenizer's vocabulary"):
+    with pytest.raises(
+        DataError, match="row 0: token id 99999 is outside the tokenizer's vocabulary"
+    ):
         batch([99999], [[1], [2]], 4)
 
 
@@ -291,7 +400,9 @@ def test_a_state_of_other_data_or_settings_is_refused(make):
         make("sft").set_state(state)
 
 
-def test_impossible_arguments_are_config_errors(make, tokenizer, documents, conversations):
+def test_impossible_arguments_are_config_errors(
+    make, tokenizer, documents, conversations
+):
     with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
         make("pretrain", batch_size=0)
     with pytest.raises(ConfigError, match="needs rows of kind messages, got text"):

@@ -27,7 +27,11 @@ ROWS = [
 
 @pytest.fixture
 def folder(tmp_path):
-    write_preferences(tmp_path / "data", {"train": ROWS, "validation": ROWS[:2]}, labeller="simulated: length")
+    write_preferences(
+        tmp_path / "data",
+        {"train": ROWS, "validation": ROWS[:2]},
+        labeller="simulated: length",
+    )
     return tmp_path / "data"
 
 
@@ -48,7 +52,9 @@ def test_what_is_written_is_read_in_order_with_native_ids(folder):
     for i, row in enumerate(source):
         for name in ("prompt", "prompt_tokens", "completions", "completion_tokens"):
             assert plain(row)[name] == ROWS[i][name]
-        np.testing.assert_array_equal(np.float32(row["scores"]), np.float32(ROWS[i]["scores"]))
+        np.testing.assert_array_equal(
+            np.float32(row["scores"]), np.float32(ROWS[i]["scores"])
+        )
         assert row["labeller"] == "simulated: length"
 
 
@@ -56,14 +62,18 @@ def test_the_twin_in_json_lines_holds_the_same_rows(folder):
     twin = open_source(f"jsonl:{folder}/{{split}}.jsonl", kind="preferences")
     native = read_preferences(folder)
     assert [plain(row) for row in twin] == [plain(row) for row in native]
-    assert "\u201cone\u201d" in (folder / "train.jsonl").read_text(encoding="utf-8")  # for people: no escapes
+    assert "\u201cone\u201d" in (folder / "train.jsonl").read_text(
+        encoding="utf-8"
+    )  # for people: no escapes
 
 
 def test_tfds_itself_reads_the_folder(folder):
     builder = tfds.builder_from_directory(folder)
     rows = list(builder.as_data_source(split="train"))
     assert len(rows) == 11 and rows[3]["tokens"].tolist() == [5, 6, 2, 2, 10, 11, 12]
-    assert rows[3]["token_counts"].tolist() == [3, 1, 3] and rows[3]["ranks"].tolist() == [1, 1, 2]
+    assert rows[3]["token_counts"].tolist() == [3, 1, 3] and rows[3][
+        "ranks"
+    ].tolist() == [1, 1, 2]
 
 
 def test_ties_share_a_rank():
@@ -72,8 +82,14 @@ def test_ties_share_a_rank():
 
 def test_writing_again_replaces_the_older_rows(folder):
     write_preferences(folder, {"train": ROWS[:3]}, labeller="other")
-    assert len(read_preferences(folder)) == 3 and not (folder / "validation.jsonl").exists()
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".data.lock", "data"]
+    assert (
+        len(read_preferences(folder)) == 3
+        and not (folder / "validation.jsonl").exists()
+    )
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        ".data.lock",
+        "data",
+    ]
 
 
 KILLED = """
@@ -93,13 +109,17 @@ preferences.write_preferences(sys.argv[1], {"train": [row]}, labeller="x")
 
 def test_a_kill_while_writing_leaves_no_folder_and_the_next_write_cleans_up(tmp_path):
     target = tmp_path / "data"
-    process = subprocess.run([sys.executable, "-c", KILLED, os.fspath(target)], check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, os.fspath(target)], check=False
+    )
     assert process.returncode == -signal.SIGKILL and not target.exists()
     with pytest.raises(DataError, match="holds no dataset"):
         read_preferences(target)
     assert list(tmp_path.glob(".data.tmp-*"))
     write_preferences(target, {"train": ROWS}, labeller="x")
-    assert len(read_preferences(target)) == 11 and not list(tmp_path.glob(".data.tmp-*"))
+    assert len(read_preferences(target)) == 11 and not list(
+        tmp_path.glob(".data.tmp-*")
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,18 +133,24 @@ def test_a_kill_while_writing_leaves_no_folder_and_the_next_write_cleans_up(tmp_
 )
 def test_a_malformed_row_is_named_and_nothing_is_written(tmp_path, change, why):
     with pytest.raises(DataError, match=f"split 'train' row 1: .*{why}"):
-        write_preferences(tmp_path / "data", {"train": [ROWS[0], ROWS[2] | change]}, labeller="x")
+        write_preferences(
+            tmp_path / "data", {"train": [ROWS[0], ROWS[2] | change]}, labeller="x"
+        )
     assert not (tmp_path / "data").exists()
 
 
 def test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error(tmp_path):
     """1e39 is finite as it comes and infinite as ArrayRecord keeps it, which JSON cannot hold."""
     row = ROWS[2] | {"scores": [1.0, 1e39]}
-    with pytest.raises(DataError, match=r"data/train\.jsonl:2: scores\[1\] is inf; JSON has no"):
+    with pytest.raises(
+        DataError, match=r"data/train\.jsonl:2: scores\[1\] is inf; JSON has no"
+    ):
         write_preferences(tmp_path / "data", {"train": [ROWS[0], row]}, labeller="x")
     assert not (tmp_path / "data").exists()
 
 
 def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no rows in split 'validation'"):
-        write_preferences(tmp_path / "data", {"train": ROWS, "validation": []}, labeller="x")
+        write_preferences(
+            tmp_path / "data", {"train": ROWS, "validation": []}, labeller="x"
+        )

@@ -12,13 +12,22 @@ import pytest
 
 from rlhfjax import hosts
 from rlhfjax.data import chat, examples, packing
-from rlhfjax.data.loader import Shards, preference_batches, pretrain_batches, sft_batches
+from rlhfjax.data.loader import (
+    Shards,
+    preference_batches,
+    pretrain_batches,
+    sft_batches,
+)
 from rlhfjax.data.sources import Rows
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 
 KINDS = ("pretrain", "mixed", "cross_document", "sft", "preferences")
-SPLITS = {1: [(0, 1, 2, 3)], 2: [(0, 1), (2, 3)], 4: [(0,), (1,), (2,), (3,)]}  # streams by host, of so many hosts
+SPLITS = {
+    1: [(0, 1, 2, 3)],
+    2: [(0, 1), (2, 3)],
+    4: [(0,), (1,), (2,), (3,)],
+}  # streams by host, of so many hosts
 
 
 @pytest.fixture
@@ -26,10 +35,16 @@ def make(tokenizer, conversations, documents, rankings):
     """make(kind, **options) -> batches of 8 rows."""
     loaders = {
         "pretrain": lambda **o: pretrain_batches(documents, tokenizer, length=16, **o),
-        "mixed": lambda **o: pretrain_batches([(documents, 3.0), (conversations, 1.0)], tokenizer, length=16, **o),
-        "cross_document": lambda **o: pretrain_batches(documents, tokenizer, length=16, cross_document=True, **o),
+        "mixed": lambda **o: pretrain_batches(
+            [(documents, 3.0), (conversations, 1.0)], tokenizer, length=16, **o
+        ),
+        "cross_document": lambda **o: pretrain_batches(
+            documents, tokenizer, length=16, cross_document=True, **o
+        ),
         "sft": lambda **o: sft_batches(conversations, tokenizer, length=48, **o),
-        "preferences": lambda **o: preference_batches(rankings, tokenizer, length=24, **o),
+        "preferences": lambda **o: preference_batches(
+            rankings, tokenizer, length=24, **o
+        ),
     }
     return lambda kind, **options: loaders[kind](**({"batch_size": 8} | options))
 
@@ -49,7 +64,11 @@ def assert_equal(ours, theirs):
 
 def on_hosts(monkeypatch, jobs):
     """The results of a job a host, run at the same time; `hosts.gather` is what it is between processes."""
-    said, barrier, this = [None] * len(jobs), threading.Barrier(len(jobs), timeout=60), threading.local()
+    said, barrier, this = (
+        [None] * len(jobs),
+        threading.Barrier(len(jobs), timeout=60),
+        threading.local(),
+    )
 
     def gather(value):
         said[this.host] = json.loads(json.dumps(value))
@@ -76,7 +95,9 @@ def row_order(count, seed):
 
 
 @pytest.mark.parametrize("streams", (1, 2, 4))
-def test_stream_j_has_every_streams_th_of_the_one_order_in_its_rows_of_every_batch(make, rankings, streams):
+def test_stream_j_has_every_streams_th_of_the_one_order_in_its_rows_of_every_batch(
+    make, rankings, streams
+):
     order = [row_order(len(rankings), 5)[i] for i in range(40)]
     batches = make("preferences", seed=5, shards=Shards(streams, tuple(range(streams))))
     found = [batch["index"].reshape(streams, -1) for batch in take(batches, 5)]
@@ -87,8 +108,12 @@ def test_stream_j_has_every_streams_th_of_the_one_order_in_its_rows_of_every_bat
 def packed_documents(tokenizer, documents, order, seed, size):
     ids = [examples.document(tokenizer, documents[i]) for i in order]
     pairs = [examples.shifted(one, np.ones(len(one), np.float32)) for one in ids]
-    rows = packing.concatenate_and_split(grain.MapDataset.source(pairs).to_iter_dataset(), length=16)
-    return grain.experimental.WindowShuffleIterDataset(rows, window_size=16 * size, seed=seed)
+    rows = packing.concatenate_and_split(
+        grain.MapDataset.source(pairs).to_iter_dataset(), length=16
+    )
+    return grain.experimental.WindowShuffleIterDataset(
+        rows, window_size=16 * size, seed=seed
+    )
 
 
 def packed_conversations(tokenizer, conversations, order, seed, size):
@@ -97,10 +122,17 @@ def packed_conversations(tokenizer, conversations, order, seed, size):
     return packing.first_fit(single, length=48, bins=64, seed=seed)
 
 
-@pytest.mark.parametrize(("streams", "kind"), [(1, "pretrain"), (4, "pretrain"), (4, "sft")])
-def test_every_stream_packs_and_shuffles_by_itself(make, tokenizer, documents, conversations, kind, streams):
+@pytest.mark.parametrize(
+    ("streams", "kind"), [(1, "pretrain"), (4, "pretrain"), (4, "sft")]
+)
+def test_every_stream_packs_and_shuffles_by_itself(
+    make, tokenizer, documents, conversations, kind, streams
+):
     """Reference: a stream's part of the order, packed and shuffled as everything was before there were streams."""
-    source, pack = {"pretrain": (documents, packed_documents), "sft": (conversations, packed_conversations)}[kind]
+    source, pack = {
+        "pretrain": (documents, packed_documents),
+        "sft": (conversations, packed_conversations),
+    }[kind]
     order, size = [row_order(len(source), 3)[i] for i in range(400)], 8 // streams
     found = take(make(kind, seed=3, shards=Shards(streams, tuple(range(streams)))), 6)
     for j in range(streams):
@@ -108,14 +140,28 @@ def test_every_stream_packs_and_shuffles_by_itself(make, tokenizer, documents, c
         packed = take(rows, 6 * size)
         expected = [packing.to_row(row, pad_id=tokenizer.pad_id) for row in packed]
         if kind == "sft":
-            expected = [a | packing.examples_cut(b) for a, b in zip(expected, packed, strict=True)]
-        ours = [{k: x[j * size + i] for k, x in batch.items()} for batch in found for i in range(size)]
+            expected = [
+                a | packing.examples_cut(b)
+                for a, b in zip(expected, packed, strict=True)
+            ]
+        ours = [
+            {k: x[j * size + i] for k, x in batch.items()}
+            for batch in found
+            for i in range(size)
+        ]
         assert_equal(ours, expected)
 
 
 def test_the_position_of_one_stream_has_the_form_of_before_there_were_several(make):
     """Checkpoints from then can be gone on from."""
-    loader = {"batch_size": 8, "kind": "sft", "source_rows": [[23, 1.0]], "length": 48, "seed": 0, "train": True}
+    loader = {
+        "batch_size": 8,
+        "kind": "sft",
+        "source_rows": [[23, 1.0]],
+        "length": 48,
+        "seed": 0,
+        "train": True,
+    }
     state = make("sft").get_state()
     assert state.keys() == {"loader", "rows"} and state["loader"] == loader
     assert state["rows"].keys() == {"parent", "next_row", "counter"}
@@ -125,18 +171,29 @@ def test_streams_are_disjoint_and_hold_every_document_once_an_epoch(tokenizer):
     """16 documents of 4 inputs each, so that a row is a document; 2 streams have 8 each of an epoch. 16 batches of 2
     rows are 2 epochs, and a window of shuffling is 16 rows of a stream: every document comes exactly twice."""
     words = ("the", "a", "cat", "dog", "bird", "sat", "ran", "sang")
-    texts = [" ".join(some) for n in (1, 2, 3) for some in itertools.permutations(words, n)]
+    texts = [
+        " ".join(some) for n in (1, 2, 3) for some in itertools.permutations(words, n)
+    ]
     texts = [text for text in texts if len(tokenizer.encode(text)) == 3][:16]
     documents = Rows([{"text": text} for text in texts], "text")
-    batches = pretrain_batches(documents, tokenizer, batch_size=2, length=4, shards=Shards(2, (0, 1)))
-    found = [[tokenizer.decode(row[1:].tolist()) for row in batch["tokens"]] for batch in take(batches, 16)]
+    batches = pretrain_batches(
+        documents, tokenizer, batch_size=2, length=4, shards=Shards(2, (0, 1))
+    )
+    found = [
+        [tokenizer.decode(row[1:].tolist()) for row in batch["tokens"]]
+        for batch in take(batches, 16)
+    ]
     assert sorted(text for rows in found for text in rows) == sorted(texts * 2)
     order = [texts[row_order(16, 0)[i]] for i in range(32)]
     for j in (0, 1):
         mine = [rows[j] for rows in found]
         assert sorted(mine) == sorted(order[j::2])
-        assert not set(order[:16][j::2]) & set(order[:16][1 - j :: 2])  # an epoch's halves
-    assert [rows[0] for rows in found] != order[0::2]  # shuffled once more, within the window
+        assert not set(order[:16][j::2]) & set(
+            order[:16][1 - j :: 2]
+        )  # an epoch's halves
+    assert [rows[0] for rows in found] != order[
+        0::2
+    ]  # shuffled once more, within the window
 
 
 def test_every_stream_is_mixed_by_the_same_weights(make, tokenizer):
@@ -144,16 +201,26 @@ def test_every_stream_is_mixed_by_the_same_weights(make, tokenizer):
     found = take(make("mixed", shards=Shards(4, (0, 1, 2, 3))), 100)
     for j in range(4):
         rows = slice(2 * j, 2 * j + 2)
-        tokens, targets = (np.concatenate([batch[k][rows] for batch in found]) for k in ("tokens", "targets"))
-        share = (targets[tokens == tokenizer.bos_id] == tokenizer.token_id(chat.ROLES["user"])).mean()
+        tokens, targets = (
+            np.concatenate([batch[k][rows] for batch in found])
+            for k in ("tokens", "targets")
+        )
+        share = (
+            targets[tokens == tokenizer.bos_id]
+            == tokenizer.token_id(chat.ROLES["user"])
+        ).mean()
         assert abs(share - 0.25) < 0.02
 
 
 # ------------------------------------------------------------------ several hosts
 
 
-@pytest.mark.parametrize(("count", "kind"), [(2, "pretrain"), *((4, kind) for kind in KINDS)])
-def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(make, kind, count):
+@pytest.mark.parametrize(
+    ("count", "kind"), [(2, "pretrain"), *((4, kind) for kind in KINDS)]
+)
+def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(
+    make, kind, count
+):
     whole = take(make(kind, shards=Shards(4, SPLITS[1][0])), 4)
     parts = [take(make(kind, shards=Shards(4, own)), 4) for own in SPLITS[count]]
     size = 8 // count
@@ -162,15 +229,32 @@ def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(make, k
             for host, part in enumerate(parts):
                 own = slice(host * size, (host + 1) * size)
                 np.testing.assert_array_equal(part[i][name][own], rows[own])
-                assert part[i][name].dtype == rows.dtype and part[i][name].shape == rows.shape
-                assert not np.delete(part[i][name], own, axis=0).any()  # zeros, and nobody's rows
-            assert (rows[:size].any() and rows[size : 2 * size].any()) or name in ("scores", "cut")
+                assert (
+                    part[i][name].dtype == rows.dtype
+                    and part[i][name].shape == rows.shape
+                )
+                assert not np.delete(
+                    part[i][name], own, axis=0
+                ).any()  # zeros, and nobody's rows
+            assert (rows[:size].any() and rows[size : 2 * size].any()) or name in (
+                "scores",
+                "cut",
+            )
 
 
 @pytest.mark.parametrize(
-    ("kind", "done"), [("pretrain", 20), ("mixed", 20), ("sft", 3), ("preferences", 3), ("preferences", 0)]
+    ("kind", "done"),
+    [
+        ("pretrain", 20),
+        ("mixed", 20),
+        ("sft", 3),
+        ("preferences", 3),
+        ("preferences", 0),
+    ],
 )
-def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(make, kind, done, monkeypatch):
+def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(
+    make, kind, done, monkeypatch
+):
     def host(own, state=None):
         def job():
             batches = make(kind, shards=Shards(4, own))
@@ -185,24 +269,37 @@ def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(m
 
     ((alone, going_on),) = on_hosts(monkeypatch, [host(SPLITS[1][0])])
     expected = take(going_on, 4)
-    states = [state for state, _ in on_hosts(monkeypatch, [host(own) for own in SPLITS[2]])]
-    assert states == [alone, alone]  # each host knows all of it: whichever writes it down
+    states = [
+        state for state, _ in on_hosts(monkeypatch, [host(own) for own in SPLITS[2]])
+    ]
+    assert states == [
+        alone,
+        alone,
+    ]  # each host knows all of it: whichever writes it down
     state = json.loads(json.dumps(alone))
     assert len(state["rows"]) == 4
-    if kind in ("pretrain", "mixed"):  # beyond a window of shuffling, documents of unequal length behind them
+    if kind in (
+        "pretrain",
+        "mixed",
+    ):  # beyond a window of shuffling, documents of unequal length behind them
         assert all(one != other for one, other in itertools.pairwise(state["rows"]))
     ends = []
     for splits in (SPLITS[1], SPLITS[4], [(0, 3), (1, 2)]):
         results = on_hosts(monkeypatch, [host(own, state) for own in splits])
         ends += [end for _, end in results]
         parts = zip(*(batches for batches, _ in results), strict=True)
-        assembled = [{name: sum(part[name] for part in some) for name in some[0]} for some in parts]
+        assembled = [
+            {name: sum(part[name] for part in some) for name in some[0]}
+            for some in parts
+        ]
         assert_equal(assembled, expected)
     assert all(end == ends[0] for end in ends) and ends[0] != state
 
 
 @pytest.mark.parametrize("kind", ("pretrain", "sft", "preferences"))
-def test_a_host_does_not_encode_what_is_not_its_own(kind, tokenizer, talk, monkeypatch, tmp_path):
+def test_a_host_does_not_encode_what_is_not_its_own(
+    kind, tokenizer, talk, monkeypatch, tmp_path
+):
     """Texts that the tokenizer is asked for, each with its row's number: those of the two halves are disjoint, and
     together they are all."""
     rng, asked = random.Random(0), []
@@ -211,17 +308,27 @@ def test_a_host_does_not_encode_what_is_not_its_own(kind, tokenizer, talk, monke
         for turn in messages:
             turn["content"] += f" {i}"
     sources = {
-        "pretrain": Rows([{"text": messages[0]["content"]} for messages in chats], "text"),
+        "pretrain": Rows(
+            [{"text": messages[0]["content"]} for messages in chats], "text"
+        ),
         "sft": Rows([{"messages": messages} for messages in chats], "messages"),
         "preferences": Rows(
             [
-                {"prompt": m[0]["content"], "completions": [m[1]["content"], m[3]["content"]], "scores": [0.0, 1.0]}
+                {
+                    "prompt": m[0]["content"],
+                    "completions": [m[1]["content"], m[3]["content"]],
+                    "scores": [0.0, 1.0],
+                }
                 for m in chats
             ],
             "preferences",
         ),
     }
-    load = {"pretrain": pretrain_batches, "sft": sft_batches, "preferences": preference_batches}[kind]
+    load = {
+        "pretrain": pretrain_batches,
+        "sft": sft_batches,
+        "preferences": preference_batches,
+    }[kind]
     tokenizer.save(tmp_path)
     encode = type(tokenizer).encode
 
@@ -232,12 +339,17 @@ def test_a_host_does_not_encode_what_is_not_its_own(kind, tokenizer, talk, monke
     def by(own):
         asked.clear()
         fresh = load_tokenizer(tmp_path)  # a chat template keeps what it has encoded
-        take(load(sources[kind], fresh, batch_size=8, length=48, shards=Shards(4, own)), 2)
+        take(
+            load(sources[kind], fresh, batch_size=8, length=48, shards=Shards(4, own)),
+            2,
+        )
         return [text for text in asked if text[-1].isdigit()]
 
     monkeypatch.setattr(type(tokenizer), "encode", counted)
     everything, *halves = by((0, 1, 2, 3)), by((0, 1)), by((2, 3))
-    assert set(halves[0]) | set(halves[1]) == set(everything) and not set(halves[0]) & set(halves[1])
+    assert set(halves[0]) | set(halves[1]) == set(everything) and not set(
+        halves[0]
+    ) & set(halves[1])
     assert len(everything) == sum(map(len, halves)) > 30
     assert all(0.4 < len(one) / len(everything) < 0.6 for one in halves)
 
@@ -247,11 +359,16 @@ def test_a_host_does_not_encode_what_is_not_its_own(kind, tokenizer, talk, monke
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_pass_is_whole_on_every_host(make, kind):
-    assert_equal(list(make(kind, train=False, shards=Shards(4, (1,)))), list(make(kind, train=False)))
+    assert_equal(
+        list(make(kind, train=False, shards=Shards(4, (1,)))),
+        list(make(kind, train=False)),
+    )
 
 
 def test_streams_that_cannot_share_a_batch_are_refused(make):
-    with pytest.raises(ConfigError, match="data_shards=3: as many streams cannot share 8 rows equally"):
+    with pytest.raises(
+        ConfigError, match="data_shards=3: as many streams cannot share 8 rows equally"
+    ):
         make("pretrain", shards=Shards(3, (0, 1, 2)))
     with pytest.raises(ConfigError, match="data_shards=16"):
         make("sft", shards=Shards(16, (0,)))
@@ -263,9 +380,17 @@ def test_streams_that_cannot_share_a_batch_are_refused(make):
 
 def test_a_position_of_other_streams_is_refused(make):
     one, four = make("pretrain"), make("pretrain", shards=Shards(4, SPLITS[1][0]))
-    with pytest.raises(CheckpointError, match="saved with data_shards=1, now data_shards=4"):
+    with pytest.raises(
+        CheckpointError, match="saved with data_shards=1, now data_shards=4"
+    ):
         four.set_state(one.get_state())
-    with pytest.raises(CheckpointError, match="saved with data_shards=4, now data_shards=1"):
+    with pytest.raises(
+        CheckpointError, match="saved with data_shards=4, now data_shards=1"
+    ):
         one.set_state(four.get_state())
-    with pytest.raises(CheckpointError, match="saved with batch_size=8, now batch_size=4"):
-        make("pretrain", batch_size=4, shards=Shards(4, (0,))).set_state(four.get_state())
+    with pytest.raises(
+        CheckpointError, match="saved with batch_size=8, now batch_size=4"
+    ):
+        make("pretrain", batch_size=4, shards=Shards(4, (0,))).set_state(
+            four.get_state()
+        )

@@ -7,10 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfjax.data import tokenizer as module
-from rlhfjax.data.tokenizer import MARKERS, SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from rlhfjax.data.tokenizer import (
+    MARKERS,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from rlhfjax.errors import ConfigError, DataError
 
-ANY_TEXT = st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*MARKERS, "\u2581", "  ", "\r\n", "<|", "<pad>"])))
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.sampled_from([*MARKERS, "\u2581", "  ", "\r\n", "<|", "<pad>"]),
+    )
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -20,7 +31,12 @@ def test_any_text_survives_the_round_trip_without_specials(tokenizer, parts):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     forbidden = {tokenizer.token_id(marker) for marker in MARKERS}
-    forbidden |= {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id}
+    forbidden |= {
+        tokenizer.pad_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.unk_id,
+    }
     assert not forbidden & set(ids)
 
 
@@ -28,40 +44,66 @@ def test_any_text_survives_the_round_trip_without_specials(tokenizer, parts):
 @given(parts=ANY_TEXT)
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer, parts):
     text = "".join(parts)
-    assert tokenizer.byte_lengths()[np.array(tokenizer.encode(text), int)].sum() == len(text.encode())
+    assert tokenizer.byte_lengths()[np.array(tokenizer.encode(text), int)].sum() == len(
+        text.encode()
+    )
 
 
 def test_specials_and_markers_have_no_bytes(tokenizer):
     lengths = tokenizer.byte_lengths()
     specials = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id]
-    assert not lengths[specials + [tokenizer.token_id(marker) for marker in MARKERS]].any()
+    assert not lengths[
+        specials + [tokenizer.token_id(marker) for marker in MARKERS]
+    ].any()
     assert isinstance(tokenizer, Tokenizer)
 
 
 def test_pitfall_02_pad_bos_eos_and_unk_are_four_ids(tokenizer, tmp_path):
-    assert len({tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id}) == 4
-    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
-    with open(tmp_path / "padless.model", "wb") as file:  # SentencePiece's defaults: no pad at all
+    assert (
+        len({tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id})
+        == 4
+    )
+    options = {
+        "vocab_size": 300,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "minloglevel": 2,
+    }
+    with open(
+        tmp_path / "padless.model", "wb"
+    ) as file:  # SentencePiece's defaults: no pad at all
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat"] * 9), model_writer=file, hard_vocab_limit=False, **options
+            sentence_iterator=iter(["the cat sat on the mat"] * 9),
+            model_writer=file,
+            hard_vocab_limit=False,
+            **options,
         )
-    with pytest.raises(DataError, match="pad, bos, eos and unk must be four distinct ids"):
+    with pytest.raises(
+        DataError, match="pad, bos, eos and unk must be four distinct ids"
+    ):
         SentencePieceTokenizer(tmp_path / "padless.model")
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_is_deterministic_to_the_byte(tmp_path, model_type):
-    texts = ["the cat sat on the mat\nthe dog ran under the tree", "what a happy bird sang, who knows"] * 20
+    texts = [
+        "the cat sat on the mat\nthe dog ran under the tree",
+        "what a happy bird sang, who knows",
+    ] * 20
     models = []
     for run in ("a", "b"):
-        train_sentencepiece(texts, tmp_path / run, vocab_size=290, model_type=model_type)
+        train_sentencepiece(
+            texts, tmp_path / run, vocab_size=290, model_type=model_type
+        )
         models.append((tmp_path / run / "tokenizer.model").read_bytes())
     assert models[0] == models[1]
 
 
 def test_a_line_longer_than_sentencepiece_accepts_is_not_dropped(tmp_path):
     # The only text is one line of 40 kB: the trainer alone would see nothing and fail.
-    tokenizer = train_sentencepiece(["quixotic zephyr " * 2500], tmp_path, vocab_size=300)
+    tokenizer = train_sentencepiece(
+        ["quixotic zephyr " * 2500], tmp_path, vocab_size=300
+    )
     assert len(tokenizer.encode("quixotic zephyr")) <= 4
     unbroken = train_sentencepiece(["abcdéfgh" * 2500], tmp_path, vocab_size=280)
     assert len(unbroken.encode("abcdéfgh")) < 8

@@ -14,7 +14,9 @@ Z = 1.959963984540054  # the normal quantile of 0.975
 
 
 def test_win_rate_counts_ties_as_half():
-    rate = stats.win_rate(np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 2.0, 4.0, -1.0]))
+    rate = stats.win_rate(
+        np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 2.0, 4.0, -1.0])
+    )
     assert rate.value == (1 + 0.5 + 0 + 1) / 4
 
 
@@ -31,21 +33,28 @@ def test_win_rates_of_two_policies_against_each_other_add_to_one():
     a, b = np.random.default_rng(0).integers(0, 4, size=(2, 50))
     ours, theirs = stats.win_rate(a, b), stats.win_rate(b, a)
     assert ours.value + theirs.value == pytest.approx(1.0)
-    assert (ours.low, ours.high) == pytest.approx((1 - theirs.high, 1 - theirs.low), abs=1e-12)
+    assert (ours.low, ours.high) == pytest.approx(
+        (1 - theirs.high, 1 - theirs.low), abs=1e-12
+    )
 
 
 def test_win_rate_compares_the_responses_to_one_prompt():
     """Shuffled scores are other pairs: what wins every prompt by a little loses a third of them."""
     baseline = np.array([0.0, 10.0, 20.0])
     assert stats.win_rate(baseline + 1, baseline).value == 1
-    assert stats.win_rate(np.roll(baseline + 1, 1), baseline).value == pytest.approx(1 / 3)
+    assert stats.win_rate(np.roll(baseline + 1, 1), baseline).value == pytest.approx(
+        1 / 3
+    )
 
 
 def test_pitfall_36_sixteen_wins_of_sixteen_by_hand():
     """p = 1: (1 + z^2 / 32 - z sqrt(z^2 / 1024)) / (1 + z^2 / 16) = 16 / (16 + z^2) = 0.80639."""
     got = stats.win_rate(np.ones(16), np.zeros(16))
     assert (got.value, got.high) == (1.0, 1.0)
-    assert got.low == pytest.approx(16 / (16 + Z**2), abs=1e-12) and round(got.low, 5) == 0.80639
+    assert (
+        got.low == pytest.approx(16 / (16 + Z**2), abs=1e-12)
+        and round(got.low, 5) == 0.80639
+    )
     none = stats.win_rate(np.zeros(16), np.ones(16))
     assert (none.value, none.low) == (0.0, 0.0)
     assert none.high == pytest.approx(Z**2 / (16 + Z**2), abs=1e-12)
@@ -53,16 +62,22 @@ def test_pitfall_36_sixteen_wins_of_sixteen_by_hand():
     tied = stats.win_rate(np.array([1.0, 1.0, 0.0, 0.0]), np.zeros(4))
     half = Z * math.sqrt(0.75 * 0.25 / 4 + Z**2 / 64)
     ends = [(0.75 + Z**2 / 8 + sign * half) / (1 + Z**2 / 4) for sign in (-1, 1)]
-    assert tied.value == 0.75 and (tied.low, tied.high) == pytest.approx(ends, abs=1e-12)
+    assert tied.value == 0.75 and (tied.low, tied.high) == pytest.approx(
+        ends, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_pitfall_36_wilson_is_scipys(level):
     for n in (1, 2, 16, 200):
         for wins in {0, 1, n // 3, n // 2, n - 1, n}:
-            theirs = scipy.stats.binomtest(wins, n).proportion_ci(level, method="wilson")
+            theirs = scipy.stats.binomtest(wins, n).proportion_ci(
+                level, method="wilson"
+            )
             got = stats.wilson(wins, n, level=level)
-            assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+            assert (got.low, got.high) == pytest.approx(
+                (theirs.low, theirs.high), abs=1e-12
+            )
 
 
 def test_pitfall_36_a_win_rate_near_one_is_covered():
@@ -120,10 +135,14 @@ def test_pitfall_36_the_interval_of_few_or_equal_values_is_students():
     got = stats.mean_interval(np.array([1.0, 2.0, 6.0]))
     half = 4.302652729911275 * math.sqrt(7 / 3)
     assert got.method == "t"
-    assert (got.value, got.low, got.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-9)
+    assert (got.value, got.low, got.high) == pytest.approx(
+        (3.0, 3 - half, 3 + half), rel=1e-9
+    )
     equal = stats.mean_interval(np.full(40, 0.1))
     assert equal.method == "t"
-    assert (equal.low, equal.value, equal.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-12)
+    assert (equal.low, equal.value, equal.high) == pytest.approx(
+        (0.1, 0.1, 0.1), abs=1e-12
+    )
 
 
 def test_pitfall_36_nothing_has_no_interval():
@@ -131,23 +150,36 @@ def test_pitfall_36_nothing_has_no_interval():
     with pytest.raises(ValueError, match="at least one comparison"):
         stats.win_rate(none, none)
     for wins, n in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match=f"{wins} wins of {n}: expected at least one"):
+        with pytest.raises(
+            ValueError, match=f"{wins} wins of {n}: expected at least one"
+        ):
             stats.wilson(wins, n)
     for few in (none, np.ones(1)):
-        with pytest.raises(ValueError, match=f"{len(few)}; the interval of a mean needs"):
+        with pytest.raises(
+            ValueError, match=f"{len(few)}; the interval of a mean needs"
+        ):
             stats.mean_interval(few)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_pitfall_36_a_score_that_is_not_finite_is_refused_not_compared(bad):
     scores = np.array([1.0, 0.0, bad, bad])
-    for whose, pair in (("policy", (scores, np.zeros(4))), ("baseline", (np.zeros(4), scores))):
-        with pytest.raises(DataError, match=rf"^win rate, {whose}: .* of prompt 2 is {bad};"):
+    for whose, pair in (
+        ("policy", (scores, np.zeros(4))),
+        ("baseline", (np.zeros(4), scores)),
+    ):
+        with pytest.raises(
+            DataError, match=rf"^win rate, {whose}: .* of prompt 2 is {bad};"
+        ):
             stats.win_rate(*pair)
-    with pytest.raises(DataError, match=rf"^interval of a mean: the score of prompt 2 is {bad};"):
+    with pytest.raises(
+        DataError, match=rf"^interval of a mean: the score of prompt 2 is {bad};"
+    ):
         stats.mean_interval(scores)
     table = np.array([[1.0, bad], [0.0, bad]])
-    with pytest.raises(DataError, match=rf"^x: the score of prompt 1, response 1 is {bad};"):
+    with pytest.raises(
+        DataError, match=rf"^x: the score of prompt 1, response 1 is {bad};"
+    ):
         stats.validate_scores(table, "x", valid=np.array([[1, 0], [1, 1]]))
     stats.validate_scores(table, "x", valid=np.array([[1, 0], [1, 0]]))
 
@@ -176,7 +208,9 @@ def test_pairwise_accuracy_matches_a_plain_loop():
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(0, 5, size=(2, 30, 4))
     valid = rng.integers(0, 2, size=(30, 4))
-    assert stats.pairwise_accuracy(scores, labels, valid) == loop_accuracy(scores, labels, valid)
+    assert stats.pairwise_accuracy(scores, labels, valid) == loop_accuracy(
+        scores, labels, valid
+    )
 
 
 def test_padding_that_holds_nan_does_not_count():
@@ -199,12 +233,18 @@ def test_pitfall_39_pairs_of_completions_with_the_same_tokens_do_not_count():
     )
     assert stats.margins(scores, labels, None, same).tolist() == [-2.0, 2.0]
     assert stats.pairwise_accuracy(scores, labels, np.ones((1, 3)), same) == (1.0, 2.0)
-    assert stats.length_accuracy(np.array([[9, 9, 1]]), labels, None, same) == (2.0, 2.0)
+    assert stats.length_accuracy(np.array([[9, 9, 1]]), labels, None, same) == (
+        2.0,
+        2.0,
+    )
     assert stats.length_baseline(np.array([[9, 9, 1]]), labels, None, same) == 1.0
 
 
 def test_length_baseline_takes_the_better_direction():
-    lengths, labels = np.array([[9, 5, 1]]), np.array([[0.0, 1.0, 2.0]])  # shorter is better, always
+    lengths, labels = (
+        np.array([[9, 5, 1]]),
+        np.array([[0.0, 1.0, 2.0]]),
+    )  # shorter is better, always
     assert stats.length_accuracy(lengths, labels) == (0.0, 3.0)
     assert stats.length_baseline(lengths, labels) == 1.0
     assert stats.length_baseline(lengths, np.zeros((1, 3))) == 0.5
@@ -232,7 +272,9 @@ def test_calibration_of_true_bradley_terry_labels_is_near_zero():
     won = rng.random(50_000) < 1 / (1 + np.exp(-difference))
     margin = np.where(won, difference, -difference)
     assert stats.calibration(margin).ece < 0.01
-    assert stats.calibration(3 * margin).ece > 0.05  # the same ranking, stated too confidently
+    assert (
+        stats.calibration(3 * margin).ece > 0.05
+    )  # the same ranking, stated too confidently
 
 
 def test_calibration_holds_extremes():

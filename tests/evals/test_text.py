@@ -27,7 +27,10 @@ def test_words_keep_apostrophes_and_drop_punctuation():
     [
         ("今天天气真不错", list("今天天气真不错")),  # 7 characters, 6 of them different
         ("今天。天気、ｶﾅ々!", list("今天天気ｶﾅ々")),
-        ("コーヒーを飲む・カフェ゛", list("コーヒーを飲むカフェ")),  # a dot and a lone voicing mark are no words
+        (
+            "コーヒーを飲む・カフェ゛",
+            list("コーヒーを飲むカフェ"),
+        ),  # a dot and a lone voicing mark are no words
         ("我的iPhone15很好, don't", ["我", "的", "iphone15", "很", "好", "don't"]),
         ("\U00020000\U0002a6df字", ["\U00020000", "\U0002a6df", "字"]),
         ("안녕하세요 세계", ["안녕하세요", "세계"]),  # Korean puts blanks between words
@@ -62,7 +65,9 @@ def test_distinct_n_counts_over_the_set():
 
 def test_one_answer_to_every_prompt_is_a_collapse_that_shows():
     assert text.distinct_n(["i love that so much"] * 10, 2) == pytest.approx(0.1)
-    assert text.distinct_n(["great"] * 10, 2) == 0.0  # too short to have bigrams: not diverse either
+    assert (
+        text.distinct_n(["great"] * 10, 2) == 0.0
+    )  # too short to have bigrams: not diverse either
     assert text.distinct_n([], 2) == 0.0
 
 
@@ -81,7 +86,9 @@ def test_repeated_n_by_hand():
 def test_describe():
     figures = text.describe(["a b a b", "", "c d"])
     assert figures["words"] == 2.0
-    assert figures["words_p95"] == pytest.approx(3.8)  # sorted 0 2 4; the 95th percentile lies at 1.9 of [0, 2]
+    assert figures["words_p95"] == pytest.approx(
+        3.8
+    )  # sorted 0 2 4; the 95th percentile lies at 1.9 of [0, 2]
     assert figures["empty"] == pytest.approx(1 / 3)
     assert figures["repeated_2"] == pytest.approx(1 / 9)
     assert figures["distinct_2"] == pytest.approx(3 / 4)

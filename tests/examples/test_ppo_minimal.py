@@ -97,7 +97,9 @@ def stage_values(config, conversations, finished):
 
 
 @pytest.mark.parametrize("epochs, minibatches", [(1, 1), (2, 2)])
-def test_it_computes_what_the_stage_does(epochs, minibatches, conversations, finished, tmp_path):
+def test_it_computes_what_the_stage_does(
+    epochs, minibatches, conversations, finished, tmp_path
+):
     """Every metric of the first three iterations, and the policy after them.
 
     With one epoch of one minibatch these are the first three updates. Only with more does the
@@ -105,7 +107,9 @@ def test_it_computes_what_the_stage_does(epochs, minibatches, conversations, fin
     """
     policy, reward = load(finished / "02_sft"), load(finished / "04_reward")
     tokenizer = policy.tokenizer
-    config = tiny_config(tokenizer.eos_id, tokenizer.pad_id, epochs=epochs, minibatches=minibatches)
+    config = tiny_config(
+        tokenizer.eos_id, tokenizer.pad_id, epochs=epochs, minibatches=minibatches
+    )
     prompts = prompt_batches(
         Prompts(open_conversations(conversations)),
         tokenizer,
@@ -113,7 +117,9 @@ def test_it_computes_what_the_stage_does(epochs, minibatches, conversations, fin
         length=config.prompt_length,
         seed=config.seed,
     )
-    iterations = ppo_minimal.train(policy.model, config, policy.params, reward.params, prompts)
+    iterations = ppo_minimal.train(
+        policy.model, config, policy.params, reward.params, prompts
+    )
     iterations = list(iterations)
     recipe.run(stage_values(config, conversations, finished), tmp_path / "ppo")
     stage_metrics = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
@@ -125,12 +131,18 @@ def test_it_computes_what_the_stage_does(epochs, minibatches, conversations, fin
         assert {"loss", "policy_loss", "value_loss", "kl", "score"} <= metrics.keys()
         for name, value in metrics.items():
             expected = row[f"ppo/{name}"]
-            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=ROUNDING, err_msg=name)
+            np.testing.assert_allclose(
+                value, expected, rtol=1e-5, atol=ROUNDING, err_msg=name
+            )
 
     _, trained, last_metrics = iterations[-1]
     stage_policy = load(tmp_path / "ppo").params
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), trained, stage_policy)
-    clips_act = last_metrics["clip_fraction"] > 0 and last_metrics["value_clip_fraction"] > 0
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), trained, stage_policy
+    )
+    clips_act = (
+        last_metrics["clip_fraction"] > 0 and last_metrics["value_clip_fraction"] > 0
+    )
     assert clips_act == (epochs * minibatches > 1)
 
 

@@ -40,11 +40,16 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
     """Returns the config of every variant by its name, on what the tiny recipe left in `finished`."""
     config = to_dict(tiny.get_config(f"data={conversations},steps=2"))
     folders = recipe.stage_folders(config, finished)
-    stages = {name: recipe.resolve(config[name], folders, name) for name in config["stages"]}
+    stages = {
+        name: recipe.resolve(config[name], folders, name) for name in config["stages"]
+    }
     ppo = stages["ppo"]
     preferences = (str(folders["collect"] / "preferences"),)
     sampling = {name: ppo[name] for name in ("prompt_length", "max_new", "temperature")}
-    loop = {name: ppo[name] for name in ("steps", "eval_every", "checkpoint", "log", "optim")}
+    loop = {
+        name: ppo[name]
+        for name in ("steps", "eval_every", "checkpoint", "log", "optim")
+    }
     held_out = ppo["eval_prompts"]
     plain = {"ptx": {"coefficient": 0.0}, "ema": 0.0}
     members = ({"reward": ppo["reward"]}, {"reward": "gold:sentiment", "weight": 0.5})
@@ -55,7 +60,8 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         "sft lora": stages["sft"] | {"lora": LORA},
         "sft nf4": stages["sft"] | {"lora": {**LORA, "base": "nf4"}},
         "reward": stages["reward"],
-        "reward before": stages["reward"] | {"normalise_before": "mean_std", "lora": LORA},
+        "reward before": stages["reward"]
+        | {"normalise_before": "mean_std", "lora": LORA},
         "collect": stages["collect"],
         "compose": {"stage": "compose", "members": members},
         "ensemble": {"stage": "compose", "members": twins, "combine": "pessimistic"},
@@ -80,13 +86,17 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         },
         "ppo": ppo,
         "ppo shared": ppo | plain | {"value": "shared", "value_head": "normal"},
-        "ppo policy value": ppo | plain | {"value": "policy", "entropy_coefficient": 0.01},
+        "ppo policy value": ppo
+        | plain
+        | {"value": "policy", "entropy_coefficient": 0.01},
         "ppo lora": ppo | {"lora": LORA, "behaviour_logprobs": "forward"},
         "ppo int8": ppo | plain | {"lora": {**LORA, "base": "int8"}, "value": "policy"},
         "ppo one_step_off": ppo | {"one_step_off": True},
         "ppo slots": ppo | plain | {"slots": 8},
         "ppo rollout_mesh": ppo | plain | {"rollout_mesh": {"data": 2, "tensor": 2}},
-        "ppo judge_mesh": ppo | plain | {"mesh": ONE_DEVICE, "judge_mesh": OTHER_DEVICES},
+        "ppo judge_mesh": ppo
+        | plain
+        | {"mesh": ONE_DEVICE, "judge_mesh": OTHER_DEVICES},
         "ppo text": ppo | plain | {"reward": "gold:sentiment", "value": "policy"},
         "ppo human": ppo | plain | {"human": {"reward": ppo["reward"]}},
         "ppo compose": ppo | plain | {"reward": "compose", "value": "policy"},
@@ -104,9 +114,21 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         },
         "ppo kl loss": ppo
         | plain
-        | {"kl": {"place": "loss", "estimator": "k3"}, "whiten_advantages": "batch", "value_clip": 0.0},
+        | {
+            "kl": {"place": "loss", "estimator": "k3"},
+            "whiten_advantages": "batch",
+            "value_clip": 0.0,
+        },
     }
-    shared = set(ppo) - {"value", "value_head", "value_clip", "value_coefficient", "value_optim", "gamma", "lam"}
+    shared = set(ppo) - {
+        "value",
+        "value_head",
+        "value_clip",
+        "value_coefficient",
+        "value_optim",
+        "gamma",
+        "lam",
+    }
     shared -= {"whiten_rewards", "whiten_advantages", "clip"}
     group = {name: ppo[name] for name in shared}
     group |= plain | {"stage": "group", "batch_size": 4, "completions": 4, "epochs": 1}
@@ -120,13 +142,27 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         "kl": {"place": "loss", "estimator": "k2"},
         "ema": 0.9,
     }
-    found["group grpo kl"] = group | {"estimator": "grpo", "kl": {"place": "loss", "estimator": "grpo"}}
-    direct = {"stage": "direct", "init_from": ppo["init_from"], "preferences": preferences}
+    found["group grpo kl"] = group | {
+        "estimator": "grpo",
+        "kl": {"place": "loss", "estimator": "grpo"},
+    }
+    direct = {
+        "stage": "direct",
+        "init_from": ppo["init_from"],
+        "preferences": preferences,
+    }
     direct |= {"length": 32, "batch_size": 8, **loop}
     for name in DIRECT:
         found[f"direct {name}"] = direct | {"loss": {"name": name}}
-    found["direct precomputed"] = direct | {"reference_logprobs": "precomputed", "microbatches": 2}
-    found["direct lora"] = direct | {"lora": LORA, "loss": {"name": "kto"}, "reference": ppo["init_from"]}
+    found["direct precomputed"] = direct | {
+        "reference_logprobs": "precomputed",
+        "microbatches": 2,
+    }
+    found["direct lora"] = direct | {
+        "lora": LORA,
+        "loss": {"name": "kto"},
+        "reference": ppo["init_from"],
+    }
     feedback = Path(__file__).parents[2] / "experiments/quickstart/data/feedback.jsonl"
     found["tamer"] = {
         "stage": "tamer",
@@ -140,7 +176,9 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run(values: dict[str, Any], workdir: Path, made: Path) -> tuple[list[str], dict[str, float]]:
+def run(
+    values: dict[str, Any], workdir: Path, made: Path
+) -> tuple[list[str], dict[str, float]]:
     """Runs a variant. Returns the digests of its larger programs, sorted, and its last metrics.
 
     Args:
@@ -196,7 +234,11 @@ def digest(text: str) -> str:
 
 def read() -> dict[str, list[str]]:
     """Returns the digests by variant; the first line names the version of jax."""
-    lines = [line.partition(": ") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line.partition(": ")
+        for line in TABLE.read_text().splitlines()
+        if not line.startswith("#")
+    ]
     return {name: text.split() for name, _, text in lines}
 
 
@@ -215,11 +257,15 @@ def main(words: list[str]) -> None:
             needed = variant in ("compose", "ensemble")
             if words and not needed and not any(word in variant for word in words):
                 continue
-            known[variant], metrics[variant] = run(values, Path(name) / re.sub(r"\W", "_", variant), Path(name))
+            known[variant], metrics[variant] = run(
+                values, Path(name) / re.sub(r"\W", "_", variant), Path(name)
+            )
             print(variant, len(known[variant]), flush=True)
     rows = [f"{variant}: {' '.join(digests)}" for variant, digests in known.items()]
     head = ["# Written by python -m tests.frozen.programs", f"jax: {jax.__version__}"]
-    TABLE.write_text("\n".join([*head, *(row for row in rows if not row.startswith("jax:"))]) + "\n")
+    TABLE.write_text(
+        "\n".join([*head, *(row for row in rows if not row.startswith("jax:"))]) + "\n"
+    )
     METRICS.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 

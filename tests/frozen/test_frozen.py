@@ -21,7 +21,9 @@ RTOL, ATOL = 1e-2, 1e-3
 def names():
     for name in programs.read():
         if name != "jax":
-            yield pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly)
+            yield pytest.param(
+                name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly
+            )
 
 
 @pytest.mark.parametrize("name", names())
@@ -34,7 +36,9 @@ def test_a_stage_runs_the_programs_that_it_ran(name, conversations, finished, tm
     reward = found[name].get("reward")
     if reward in ("compose", "ensemble"):
         recipe.run_stage(found[reward], tmp_path / reward)
-    digests, metrics = programs.run(found[name], tmp_path / re.sub(r"\W", "_", name), tmp_path)
+    digests, metrics = programs.run(
+        found[name], tmp_path / re.sub(r"\W", "_", name), tmp_path
+    )
     assert digests == table[name]
     before = json.loads(programs.METRICS.read_text())[name]
     assert metrics == pytest.approx(before, rel=RTOL, abs=ATOL, nan_ok=True)

@@ -27,7 +27,9 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TINY = TransformerConfig(vocab_size=len(BYTES) + 5, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=64)
+TINY = TransformerConfig(
+    vocab_size=len(BYTES) + 5, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_length=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,21 @@ def hf(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "tiny"
     model = Model(TINY)
     save_hf(folder, model, model.init(jax.random.key(0)))
-    backend = tokenizers.Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(BYTES)}, merges=[]))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={text: i for i, text in enumerate(BYTES)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIALS)
     backend.save(str(folder / "tokenizer.json"))
-    said = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": CHATML}))
+    said = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**said, "chat_template": CHATML})
+    )
     return folder
 
 
@@ -64,15 +74,22 @@ def gguf(tmp_path_factory):
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
     tensors = ggufs.weights(ggufs.HEADS, ggufs.D // ggufs.HEADS, tied=True)
     rng = np.random.default_rng(3)
-    tensors["token_embd.weight"] = rng.normal(0, 0.3, (len(BYTES) + 1, ggufs.D)).astype(np.float32)
+    tensors["token_embd.weight"] = rng.normal(0, 0.3, (len(BYTES) + 1, ggufs.D)).astype(
+        np.float32
+    )
     return ggufs.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", metadata, tensors)
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in (a, b)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(jax.tree.map(np.asarray, tree) for tree in (a, b)),
+    )
 
 
-def test_a_gguf_file_and_the_package_that_holds_it_are_the_model_of_load_gguf(gguf, tmp_path, monkeypatch):
+def test_a_gguf_file_and_the_package_that_holds_it_are_the_model_of_load_gguf(
+    gguf, tmp_path, monkeypatch
+):
     package = tmp_path / "some_llm"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -85,7 +102,10 @@ def test_a_gguf_file_and_the_package_that_holds_it_are_the_model_of_load_gguf(gg
         same(saved.params, params)
         assert saved.tokenizer.encode("cab") == [BYTES.index("c"), len(BYTES)]
     (package / "more.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"pip:some-llm: one GGUF file is needed.*more\.gguf, weights\.gguf"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pip:some-llm: one GGUF file is needed.*more\.gguf, weights\.gguf",
+    ):
         store.describe("pip:some-llm")
 
 
@@ -98,8 +118,14 @@ def test_foreign_parameters_lie_in_their_shards(hf, gguf):
         assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
-def test_a_stage_begins_with_a_foreign_model_and_leaves_one_of_ours(hf, conversations, tmp_path):
-    chats = {"spec": f"jsonl:{conversations}/train.jsonl", "kind": "messages", "split": "all"}
+def test_a_stage_begins_with_a_foreign_model_and_leaves_one_of_ours(
+    hf, conversations, tmp_path
+):
+    chats = {
+        "spec": f"jsonl:{conversations}/train.jsonl",
+        "kind": "messages",
+        "split": "all",
+    }
     sft = stage_config(
         "sft", init_from=f"hf:{hf}", sources=(chats,), eval_sources=(chats,), length=48, batch_size=8, steps=1,
         eval_batches=1, optim={"learning_rate": 0.0},
@@ -113,27 +139,54 @@ def test_a_stage_begins_with_a_foreign_model_and_leaves_one_of_ours(hf, conversa
 
 def test_import_and_export_bring_back_the_same_model(hf, tmp_path, capsys):
     main(["rlhfjax", "import", f"--model=hf:{hf}", f"--workdir={tmp_path / 'ours'}"])
-    main(["rlhfjax", "export", f"--workdir={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"])
+    main(
+        [
+            "rlhfjax",
+            "export",
+            f"--workdir={tmp_path / 'ours'}",
+            f"--to={tmp_path / 'theirs'}",
+        ]
+    )
     (model, params), (before, given) = load_hf(tmp_path / "theirs"), load_hf(hf)
     assert model == before
     same(params, given)
-    tokens = [store.load(f"hf:{folder}", make_layout()).tokenizer for folder in (hf, tmp_path / "theirs")]
+    tokens = [
+        store.load(f"hf:{folder}", make_layout()).tokenizer
+        for folder in (hf, tmp_path / "theirs")
+    ]
     assert tokens[0] == tokens[1]
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] == 2
+    assert (
+        json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"]
+        == 2
+    )
     with pytest.raises(SystemExit, match="2"):
-        main(["rlhfjax", "export", f"--workdir={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"])
+        main(
+            [
+                "rlhfjax",
+                "export",
+                f"--workdir={tmp_path / 'ours'}",
+                f"--to={tmp_path / 'theirs'}",
+            ]
+        )
     assert "it exists" in capsys.readouterr().err
 
 
 def test_another_chat_template(hf, tmp_path, capsys):
     command = ["rlhfjax", "import", f"--model=hf:{hf}"]
-    mine = CHATML.replace("'\n' + m['content']", "': ' + m['content']").replace("assistant\n", "assistant: ")
+    mine = CHATML.replace("'\n' + m['content']", "': ' + m['content']").replace(
+        "assistant\n", "assistant: "
+    )
     (tmp_path / "mine.jinja").write_text(mine)
-    for template, name in ((str(tmp_path / "mine.jinja"), "mine"), ("chatml", "chatml")):
+    for template, name in (
+        (str(tmp_path / "mine.jinja"), "mine"),
+        ("chatml", "chatml"),
+    ):
         main([*command, f"--workdir={tmp_path / name}", f"--chat_template={template}"])
     texts = {}
     for name in ("mine", "chatml"):
-        tokenizer = store.load(tmp_path / name, make_layout(devices=jax.devices()[:1])).tokenizer
+        tokenizer = store.load(
+            tmp_path / name, make_layout(devices=jax.devices()[:1])
+        ).tokenizer
         ids = render(tokenizer, [{"role": "user", "content": "a"}])[0].tolist()
         texts[name] = tokenizer.template.text([{"role": "user", "content": "a"}])
         assert ids.count(2) == 1
@@ -147,14 +200,23 @@ def test_another_chat_template(hf, tmp_path, capsys):
 def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
     layout = make_layout(devices=jax.devices()[:1])
     saved = store.load(f"hf:{hf}", layout)
-    opened = store.open_model(f"hf:{hf}", layout, {"scan_layers": True, "remat": "full"}, "x")
+    opened = store.open_model(
+        f"hf:{hf}", layout, {"scan_layers": True, "remat": "full"}, "x"
+    )
     scanned = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
-    assert scanned.model.config == dataclasses.replace(TINY, scan_layers=True, remat="full")
+    assert scanned.model.config == dataclasses.replace(
+        TINY, scan_layers=True, remat="full"
+    )
     tokens = jax.numpy.arange(10)[None]
     hidden = [one.model.hidden(one.params, tokens) for one in (saved, scanned)]
     np.testing.assert_allclose(*hidden, atol=1e-6)
     store.save(tmp_path / "scanned", scanned)
-    same(store.open_model(tmp_path / "scanned", layout, {"scan_layers": False}, "x").params(), saved.params)
+    same(
+        store.open_model(
+            tmp_path / "scanned", layout, {"scan_layers": False}, "x"
+        ).params(),
+        saved.params,
+    )
     with pytest.raises(ConfigError, match="x: n_layers would make another model"):
         store.open_model(f"hf:{hf}", layout, {"n_layers": 1}, "x")
     with pytest.raises(ConfigError, match="layers_n"):
@@ -166,13 +228,25 @@ def test_int8_for_sampling(hf, finished, conversations, tmp_path):
     saved = store.load(finished / "02_sft", make_layout(devices=jax.devices()[:1]))
     small = store.int8(saved)
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(small.params) if leaf.ndim > 1}
-    assert "int8" in kinds and small.model.int8_cache and small.model.config == saved.model.config
+    assert (
+        "int8" in kinds
+        and small.model.int8_cache
+        and small.model.config == saved.model.config
+    )
     tokens = jax.numpy.arange(4, 16)[None]
     exact, near = (
-        np.asarray(one.model.logits(one.params, one.model.hidden(one.params, tokens))) for one in (saved, small)
+        np.asarray(one.model.logits(one.params, one.model.hidden(one.params, tokens)))
+        for one in (saved, small)
     )
     assert 0 < np.abs(near - exact).max() < 0.1 * exact.std()
-    chats = {"source": {"spec": f"jsonl:{conversations}/train.jsonl", "kind": "messages", "split": "all"}, "limit": 8}
+    chats = {
+        "source": {
+            "spec": f"jsonl:{conversations}/train.jsonl",
+            "kind": "messages",
+            "split": "all",
+        },
+        "limit": 8,
+    }
     collect = stage_config(
         "collect", init_from=str(finished / "02_sft"), labeller="gold:sentiment", prompts=chats, eval_prompts=chats,
         batch_size=8, prompt_length=24, max_new=8, int8=True,

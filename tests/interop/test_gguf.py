@@ -38,7 +38,11 @@ PASSAGE = np.random.default_rng(1).integers(0, 61, 40)
 
 def permute(w, n_head):
     """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
-    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    return (
+        w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(w.shape)
+    )
 
 
 def weights(n_kv, width, tied):
@@ -70,10 +74,21 @@ def weights(n_kv, width, tied):
     return out
 
 
-def write(path, metadata, tensors, quantised=(), architecture="llama", order=gguf.GGUFEndian.LITTLE):
+def write(
+    path,
+    metadata,
+    tensors,
+    quantised=(),
+    architecture="llama",
+    order=gguf.GGUFEndian.LITTLE,
+):
     """A GGUF file; `quantised` names the tensors that are written as Q8_0."""
     writer = gguf.GGUFWriter(path, architecture, endianess=order)
-    kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+    kinds = {
+        int: gguf.GGUFValueType.UINT32,
+        float: gguf.GGUFValueType.FLOAT32,
+        str: gguf.GGUFValueType.STRING,
+    }
     for key, value in metadata.items():
         if isinstance(value, list):
             writer.add_array(key, value)
@@ -96,7 +111,9 @@ def q8_0(w):
     """w as Q8_0 has it: every 32 numbers share d = max |w| / 127, kept in half precision (ggml's quantize_row_q8_0)."""
     blocks = w.reshape(-1, 32)
     d = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    return (np.round(blocks / d) * d.astype(np.float16).astype(np.float32)).reshape(w.shape)
+    return (np.round(blocks / d) * d.astype(np.float16).astype(np.float32)).reshape(
+        w.shape
+    )
 
 
 def llama_cpp(w, tokens, n_kv, width, theta):
@@ -114,7 +131,10 @@ def llama_cpp(w, tokens, n_kv, width, theta):
 
     x = w["token_embd.weight"][tokens]
     for i in range(LAYERS):
-        layer = {name: w[f"blk.{i}.{name}.weight"] for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        layer = {
+            name: w[f"blk.{i}.{name}.weight"]
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output")
+        }
         y = norm(x, w[f"blk.{i}.attn_norm.weight"])
         q = rope((y @ layer["attn_q"].T).reshape(t, HEADS, width))
         k = rope((y @ layer["attn_k"].T).reshape(t, n_kv, width))
@@ -127,20 +147,36 @@ def llama_cpp(w, tokens, n_kv, width, theta):
         x = x + np.concatenate(heads, -1) @ layer["attn_output"].T
         y = norm(x, w[f"blk.{i}.ffn_norm.weight"])
         gate = y @ w[f"blk.{i}.ffn_gate.weight"].T
-        x = x + gate / (1 + np.exp(-gate)) * (y @ w[f"blk.{i}.ffn_up.weight"].T) @ w[f"blk.{i}.ffn_down.weight"].T
-    return norm(x, w["output_norm.weight"]) @ w.get("output.weight", w["token_embd.weight"]).T
+        x = (
+            x
+            + gate
+            / (1 + np.exp(-gate))
+            * (y @ w[f"blk.{i}.ffn_up.weight"].T)
+            @ w[f"blk.{i}.ffn_down.weight"].T
+        )
+    return (
+        norm(x, w["output_norm.weight"])
+        @ w.get("output.weight", w["token_embd.weight"]).T
+    )
 
 
 def ours(config, params, tokens):
     model = Model(config)
-    run = jax.jit(lambda params, tokens: model.logits(params, model.hidden(params, tokens)))
+    run = jax.jit(
+        lambda params, tokens: model.logits(params, model.hidden(params, tokens))
+    )
     return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)[None]), np.float64)[0]
 
 
 def nats(logits, tokens):
     """Mean negative log-likelihood of every token but the first, nats."""
     logits = logits[:-1] - logits[:-1].max(-1, keepdims=True)
-    return float(np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(tokens) - 1), tokens[1:]]))
+    return float(
+        np.mean(
+            np.log(np.exp(logits).sum(-1))
+            - logits[np.arange(len(tokens) - 1), tokens[1:]]
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +204,16 @@ def test_half_split_by_hand():
 
 def test_the_config_and_the_tree_are_those_of_the_file(grouped):
     _, config, params, _ = grouped
-    assert config == TransformerConfig(61, D, LAYERS, HEADS, FF, 48, n_kv_heads=2, rope_theta=500.0, norm_eps=EPS)
+    assert config == TransformerConfig(
+        61, D, LAYERS, HEADS, FF, 48, n_kv_heads=2, rope_theta=500.0, norm_eps=EPS
+    )
     init = jax.eval_shape(Model(config).init, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), init)
-    assert all(type(x) is np.ndarray for x in jax.tree.leaves(params))  # nothing is left of the mapped file
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), init
+    )
+    assert all(
+        type(x) is np.ndarray for x in jax.tree.leaves(params)
+    )  # nothing is left of the mapped file
 
 
 def test_quantised_untied_and_wide_heads(tmp_path):
@@ -180,34 +222,72 @@ def test_quantised_untied_and_wide_heads(tmp_path):
     quantised = [name for name in w if "norm" not in name]
     config, params = load_gguf(write(tmp_path / "wide.gguf", WIDE, w, quantised))
     assert config == TransformerConfig(
-        61, D, LAYERS, HEADS, FF, 48, n_kv_heads=4, d_head=16, norm_eps=EPS, tie_embeddings=False
+        61,
+        D,
+        LAYERS,
+        HEADS,
+        FF,
+        48,
+        n_kv_heads=4,
+        d_head=16,
+        norm_eps=EPS,
+        tie_embeddings=False,
     )
     rounded = {name: q8_0(x) if name in quantised else x for name, x in w.items()}
     theirs = llama_cpp(rounded, PASSAGE, n_kv=4, width=16, theta=10000.0)
     logits = ours(config, params, PASSAGE)
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
     assert nats(logits, PASSAGE) == pytest.approx(nats(theirs, PASSAGE), abs=1e-5)
-    assert np.abs(llama_cpp(w, PASSAGE, n_kv=4, width=16, theta=10000.0) - theirs).max() > 1e-3  # rounding shows
+    assert (
+        np.abs(llama_cpp(w, PASSAGE, n_kv=4, width=16, theta=10000.0) - theirs).max()
+        > 1e-3
+    )  # rounding shows
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("llama.rope.scaling.type", "linear", "cannot do what llama.rope.scaling.type = 'linear' says"),
+        (
+            "llama.rope.scaling.type",
+            "linear",
+            "cannot do what llama.rope.scaling.type = 'linear' says",
+        ),
         ("llama.rope.scaling.factor", 4.0, "llama.rope.scaling.factor = 4.0"),
         ("llama.expert_count", 8, "llama.expert_count = 8"),
-        ("llama.attention.sliding_window", 4096, "llama.attention.sliding_window = 4096"),
-        ("llama.rope.dimension_count", 4, "llama.rope.dimension_count is 4, and the width of a head is 8"),
-        ("llama.attention.head_count_kv", 3, "model.n_kv_heads = 3 does not divide model.n_heads = 4"),
-        ("llama.attention.head_count_kv", [2, 2], r"head_count_kv is \[2, 2\]: expected one int"),
-        ("llama.vocab_size", 62, r"token_embd.weight is \[61, 32\], and by the metadata \[62, 32\]"),
+        (
+            "llama.attention.sliding_window",
+            4096,
+            "llama.attention.sliding_window = 4096",
+        ),
+        (
+            "llama.rope.dimension_count",
+            4,
+            "llama.rope.dimension_count is 4, and the width of a head is 8",
+        ),
+        (
+            "llama.attention.head_count_kv",
+            3,
+            "model.n_kv_heads = 3 does not divide model.n_heads = 4",
+        ),
+        (
+            "llama.attention.head_count_kv",
+            [2, 2],
+            r"head_count_kv is \[2, 2\]: expected one int",
+        ),
+        (
+            "llama.vocab_size",
+            62,
+            r"token_embd.weight is \[61, 32\], and by the metadata \[62, 32\]",
+        ),
         ("llama.feed_forward_length", None, "there is no llama.feed_forward_length"),
         ("llama.block_count", 3, "there is no tensor blk.2.attn_norm.weight"),
         ("general.type", "adapter", "general.type is 'adapter': accepted is 'model'"),
         ("split.count", 2, "split.count is 2: merge the parts first"),
     ],
 )
-def test_metadata_that_our_transformer_cannot_express_are_refused(tmp_path, grouped, key, value, message):
+def test_metadata_that_our_transformer_cannot_express_are_refused(
+    tmp_path, grouped, key, value, message
+):
     metadata = {k: v for k, v in (GROUPED | {key: value}).items() if v is not None}
     with pytest.raises(CheckpointError, match=rf"^\S*x\.gguf: .*{message}"):
         load_gguf(write(tmp_path / "x.gguf", metadata, grouped[0]))
@@ -217,29 +297,61 @@ def test_metadata_that_our_transformer_cannot_express_are_refused(tmp_path, grou
     ("name", "tensor", "message"),
     [
         ("blk.1.attn_k.weight", None, "there is no tensor blk.1.attn_k.weight"),
-        ("blk.1.attn_k.weight", np.zeros((32, 32), np.float32), r"attn_k.weight is \[32, 32\], .* \[16, 32\]"),
-        ("blk.0.attn_q.bias", np.zeros(32, np.float32), "no place for the tensor blk.0.attn_q.bias"),
-        ("rope_freqs.weight", np.ones(4, np.float32), "rope_freqs.weight: it scales the frequencies of RoPE"),
-        ("blk.0.ffn_up.weight", np.zeros((64, 32), np.int32), "blk.0.ffn_up.weight is of type I32"),
+        (
+            "blk.1.attn_k.weight",
+            np.zeros((32, 32), np.float32),
+            r"attn_k.weight is \[32, 32\], .* \[16, 32\]",
+        ),
+        (
+            "blk.0.attn_q.bias",
+            np.zeros(32, np.float32),
+            "no place for the tensor blk.0.attn_q.bias",
+        ),
+        (
+            "rope_freqs.weight",
+            np.ones(4, np.float32),
+            "rope_freqs.weight: it scales the frequencies of RoPE",
+        ),
+        (
+            "blk.0.ffn_up.weight",
+            np.zeros((64, 32), np.int32),
+            "blk.0.ffn_up.weight is of type I32",
+        ),
     ],
 )
-def test_tensors_other_than_the_expected_are_refused(tmp_path, grouped, name, tensor, message):
+def test_tensors_other_than_the_expected_are_refused(
+    tmp_path, grouped, name, tensor, message
+):
     tensors = {k: v for k, v in (grouped[0] | {name: tensor}).items() if v is not None}
     with pytest.raises(CheckpointError, match=rf"^\S*x\.gguf: .*{message}"):
         load_gguf(write(tmp_path / "x.gguf", GROUPED, tensors))
 
 
 def test_values_that_change_nothing_are_accepted(tmp_path, grouped):
-    more = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "general.name": "tiny"}
-    assert load_gguf(write(tmp_path / "x.gguf", GROUPED | more, grouped[0]))[0] == grouped[1]
+    more = {
+        "llama.rope.scaling.type": "none",
+        "llama.expert_count": 0,
+        "general.name": "tiny",
+    }
+    assert (
+        load_gguf(write(tmp_path / "x.gguf", GROUPED | more, grouped[0]))[0]
+        == grouped[1]
+    )
 
 
 def test_other_files_are_refused(tmp_path, grouped):
     other = write(tmp_path / "other.gguf", {}, {}, architecture="qwen2")
-    with pytest.raises(CheckpointError, match=r"other.gguf: general.architecture is 'qwen2': accepted is 'llama'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"other.gguf: general.architecture is 'qwen2': accepted is 'llama'",
+    ):
         load_gguf(other)
-    swapped = write(tmp_path / "swapped.gguf", GROUPED, grouped[0], order=gguf.GGUFEndian.BIG)
-    with pytest.raises(CheckpointError, match=r"swapped.gguf: its bytes are in the other order"):
+    swapped = write(
+        tmp_path / "swapped.gguf", GROUPED, grouped[0], order=gguf.GGUFEndian.BIG
+    )
+    with pytest.raises(
+        CheckpointError, match=r"swapped.gguf: its bytes are in the other order"
+    ):
         load_gguf(swapped)
     with pytest.raises(CheckpointError, match=r"none.gguf: there is no such file"):
         load_gguf(tmp_path / "none.gguf")
@@ -252,12 +364,17 @@ def test_other_files_are_refused(tmp_path, grouped):
         *(whole[:n] for n in (4, 9, 30, 100, 700, len(whole) - 40)),
     ):
         broken.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"broken.gguf: not a whole GGUF file: .") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"broken.gguf: not a whole GGUF file: ."
+        ) as caught:
             load_gguf(broken)
         assert "\n" not in str(caught.value)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"x.gguf: the gguf package is not installed; pip install 'rlhfjax\[gguf\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"x.gguf: the gguf package is not installed; pip install 'rlhfjax\[gguf\]'",
+    ):
         load_gguf("x.gguf")

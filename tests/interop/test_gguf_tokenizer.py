@@ -21,7 +21,10 @@ from rlhfjax.models import Model, TransformerConfig
 from tests.needs import needs
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEXTS = ["The cat's 12345 mats aren't NEW,\n\n  who ran?  DON'T ", "été e\u0301te\u0301 ½ 三四五 🙂\t\tx\r\n"]
+TEXTS = [
+    "The cat's 12345 mats aren't NEW,\n\n  who ran?  DON'T ",
+    "été e\u0301te\u0301 ½ 三四五 🙂\t\tx\r\n",
+]
 CHAT = [
     {"role": "user", "content": "Who sat?"},
     {"role": "assistant", "content": "The cat."},
@@ -32,10 +35,15 @@ CHAT = [
 def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a small byte-level BPE that cuts nowhere, so that a pre-tokenizer has work to do."""
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=380, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=380,
+        special_tokens=SPECIALS,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 5, trainer)
     model = json.loads(backend.to_str())["model"]
@@ -93,24 +101,47 @@ def test_the_merges_and_the_specials_are_the_files(tmp_path):
     tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", "gpt-2"))
     vocabulary, merges = trained()
     plain = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.pre_tokenizer, plain.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     for text in TEXTS:
         assert tokenizer.encode(text) == plain.encode(text).ids
-    assert max(len(plain.encode(text).ids) / len(text.encode()) for text in TEXTS) < 0.9  # merges there were
-    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
+    assert (
+        max(len(plain.encode(text).ids) / len(text.encode()) for text in TEXTS) < 0.9
+    )  # merges there were
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        0,
+        1,
+        2,
+        0,
+    )
     assert tokenizer.template.source == CHATML
     ids = chat.render_prompt(tokenizer, CHAT).tolist()
-    assert ids.count(1) == 4 and ids.count(2) == 3 and tokenizer.template.messages(ids)[:-1] == CHAT
+    assert (
+        ids.count(1) == 4
+        and ids.count(2) == 3
+        and tokenizer.template.messages(ids)[:-1] == CHAT
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": "llama"}, r"tokenizer.ggml.model is 'llama'; accepted: 'gpt2', that is byte-level BPE"),
-        ({"pre": "deepseek-llm"}, r"tokenizer.ggml.pre is 'deepseek-llm'; accepted: gpt-2, llama-bpe"),
+        (
+            {"model": "llama"},
+            r"tokenizer.ggml.model is 'llama'; accepted: 'gpt2', that is byte-level BPE",
+        ),
+        (
+            {"pre": "deepseek-llm"},
+            r"tokenizer.ggml.pre is 'deepseek-llm'; accepted: gpt-2, llama-bpe",
+        ),
         ({"token_merges": None}, r"there is no tokenizer.ggml.merges"),
         ({"token_merges": ["a zz"]}, r"tokenizer.ggml.merges do not fit the tokens"),
-        ({"token_types": [3]}, r"tokenizer.ggml: \d+ tokens, \d+ of them distinct, and 1 types"),
+        (
+            {"token_types": [3]},
+            r"tokenizer.ggml: \d+ tokens, \d+ of them distinct, and 1 types",
+        ),
         ({"eos_token_id": 9999}, r"tokenizer.ggml.eos_token_id is 9999, of \d+ tokens"),
     ],
 )
@@ -125,15 +156,27 @@ def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
     """It stops at <|im_end|> and shows none of the template."""
     tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf"))
     config = TransformerConfig(
-        vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, d_ff=16, max_length=64, init_std=0.5
+        vocab_size=tokenizer.vocab_size,
+        d_model=16,
+        n_layers=1,
+        n_heads=2,
+        d_ff=16,
+        max_length=64,
+        init_std=0.5,
     )
     model = Model(config, "lm")
-    store.save(tmp_path / "model", store.SavedModel(model, model.init(jax.random.key(0)), tokenizer))
+    store.save(
+        tmp_path / "model",
+        store.SavedModel(model, model.init(jax.random.key(0)), tokenizer),
+    )
     saved = store.load(tmp_path, make_layout(devices=jax.devices()[:1]))
     assert saved.tokenizer == tokenizer
     talk = talking.Chat(saved, temperature=1.0, max_new=8, seed=0)
     answer = "".join(talk.answer("Who sat?"))
-    assert talk.messages == [{"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": answer}]
+    assert talk.messages == [
+        {"role": "user", "content": "Who sat?"},
+        {"role": "assistant", "content": answer},
+    ]
     assert answer and "<|im_" not in answer
 
 
@@ -148,8 +191,15 @@ def smollm2():
 @needs_smollm2
 @pytest.mark.smollm2
 def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
-    assert (smollm2.vocab_size, smollm2.unk_id, smollm2.bos_id, smollm2.eos_id) == (49152, 0, 1, 2)
-    assert smollm2.pad_id == smollm2.token_id("<|endoftext|>") == 0  # the file says 2, which is its eos
+    assert (smollm2.vocab_size, smollm2.unk_id, smollm2.bos_id, smollm2.eos_id) == (
+        49152,
+        0,
+        1,
+        2,
+    )
+    assert (
+        smollm2.pad_id == smollm2.token_id("<|endoftext|>") == 0
+    )  # the file says 2, which is its eos
     ids = chat.render_prompt(smollm2, CHAT).tolist()
     # fmt: off
     assert ids == [  # what transformers makes of the same tokenizer.json
@@ -164,7 +214,10 @@ def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
         "<|im_start|>user\nAnd who ran?<|im_end|>\n<|im_start|>assistant\n"
     )
     tokens, mask = chat.render(smollm2, CHAT)
-    assert smollm2._backend.decode(tokens[mask > 0].tolist(), skip_special_tokens=False) == "The cat.<|im_end|>"
+    assert (
+        smollm2._backend.decode(tokens[mask > 0].tolist(), skip_special_tokens=False)
+        == "The cat.<|im_end|>"
+    )
     assert smollm2.template.messages(ids)[:-1] == CHAT
 
 
@@ -172,8 +225,12 @@ def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
 @pytest.mark.smollm2
 def test_smollm2_has_no_piece_for_six_control_characters_and_leaves_them_out(smollm2):
     """Of the first planes of Unicode all else comes back; what cannot be spelled is dropped, as transformers does."""
-    lost = [i for i in range(0x3000) if smollm2.decode(smollm2.encode(chr(i))) != chr(i)]
+    lost = [
+        i for i in range(0x3000) if smollm2.decode(smollm2.encode(chr(i))) != chr(i)
+    ]
     assert lost == [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D]
     text = "Café 🙂 三四五 1234 <|im_end|>\r\n\tx"
-    assert smollm2.decode(smollm2.encode(text)) == text and smollm2.eos_id not in smollm2.encode(text)
+    assert smollm2.decode(
+        smollm2.encode(text)
+    ) == text and smollm2.eos_id not in smollm2.encode(text)
     assert smollm2.byte_lengths()[smollm2.encode(text)].sum() == len(text.encode())

@@ -25,7 +25,9 @@ FAMILIES = families.FAMILIES | {
     "gpt1": dataclasses.replace(families.FAMILIES["gpt1"], d_ff=4 * 24),
     "neox": dataclasses.replace(families.FAMILIES["neox"], d_head=None, d_model=32),
     "llama-bias": dataclasses.replace(families.FAMILIES["llama"], bias=True),
-    "qwen2-untied": dataclasses.replace(families.FAMILIES["qwen2"], tie_embeddings=False),
+    "qwen2-untied": dataclasses.replace(
+        families.FAMILIES["qwen2"], tie_embeddings=False
+    ),
 }
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -62,7 +64,9 @@ SMOLLM2 = {  # config.json of HuggingFaceTB/SmolLM2-135M-Instruct
     "rope_theta": 100000,
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
-    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "transformers.js_config": {
+        "kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}
+    },
     "transformers_version": "4.42.3",
     "use_cache": True,
     "vocab_size": 49152,
@@ -145,12 +149,17 @@ def random_params(model, seed=0):
     """A tree of normal numbers, made by numpy: nothing is compiled."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes
+    )
 
 
 def stacked(params):
     layers = params["backbone"]["layers"].values()
-    return params | {"backbone": params["backbone"] | {"layers": jax.tree.map(lambda *x: np.stack(x), *layers)}}
+    return params | {
+        "backbone": params["backbone"]
+        | {"layers": jax.tree.map(lambda *x: np.stack(x), *layers)}
+    }
 
 
 def assert_same(ours, theirs):
@@ -182,7 +191,11 @@ def altered(folder, tmp_path, config=None, **tensors):
     values = json.loads((folder / "config.json").read_text()) | (config or {})
     (new / "config.json").write_text(json.dumps(values))
     found = load_file(folder / "model.safetensors") | tensors
-    save_file({k: v for k, v in found.items() if v is not None}, new / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in found.items() if v is not None},
+        new / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return new
 
 
@@ -197,15 +210,27 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, name):
     save_hf(tmp_path / "one", model, params)
     again, found = load_hf(tmp_path / "one", None)
     assert_same(params, found)
-    trained = {"init_std": again.config.init_std, "scale_residual_init": again.config.scale_residual_init}
+    trained = {
+        "init_std": again.config.init_std,
+        "scale_residual_init": again.config.scale_residual_init,
+    }
     assert again == Model(dataclasses.replace(model.config, **trained))
-    assert json.loads((tmp_path / "one/config.json").read_text())["architectures"] == [ARCHITECTURES[name]]
+    assert json.loads((tmp_path / "one/config.json").read_text())["architectures"] == [
+        ARCHITECTURES[name]
+    ]
 
     scanned = Model(dataclasses.replace(model.config, scan_layers=True))
-    save_hf(tmp_path / "parts", scanned, jax.tree.map(jax.numpy.asarray, stacked(params)), shard_bytes=8000)
+    save_hf(
+        tmp_path / "parts",
+        scanned,
+        jax.tree.map(jax.numpy.asarray, stacked(params)),
+        shard_bytes=8000,
+    )
     assert_same(params, load_hf(tmp_path / "parts", None)[1])
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(4 * x.size for x in jax.tree.leaves(params))
+    assert index["metadata"]["total_size"] == sum(
+        4 * x.size for x in jax.tree.leaves(params)
+    )
     whole = load_file(tmp_path / "one/model.safetensors")
     assert index["weight_map"].keys() == whole.keys()
     for file in set(index["weight_map"].values()):
@@ -214,7 +239,10 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, name):
         for tensor, x in tensors.items():
             assert index["weight_map"][tensor] == file
             np.testing.assert_array_equal(x, whole[tensor])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "parts"]  # nothing temporary is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "one",
+        "parts",
+    ]  # nothing temporary is left
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -236,29 +264,47 @@ def test_rows_by_hand():
     paths, shapes = ("q", "k", "v"), [(3, 2, 2)] * 3
     conv = Row("c_attn", paths, out_first=False)
     assert conv.shape(shapes) == (3, 12)
-    np.testing.assert_array_equal(conv.join([q, k, v])[1], [4, 5, 6, 7, 104, 105, 106, 107, 204, 205, 206, 207])
+    np.testing.assert_array_equal(
+        conv.join([q, k, v])[1], [4, 5, 6, 7, 104, 105, 106, 107, 204, 205, 206, 207]
+    )
     neox = Row("query_key_value", paths, by_head=True)
     assert neox.shape(shapes) == (12, 3)
-    np.testing.assert_array_equal(neox.join([q, k, v])[:, 1], [4, 5, 104, 105, 204, 205, 6, 7, 106, 107, 206, 207])
+    np.testing.assert_array_equal(
+        neox.join([q, k, v])[:, 1], [4, 5, 104, 105, 204, 205, 6, 7, 106, 107, 206, 207]
+    )
     for row in (conv, neox):
-        for ours, again in zip((q, k, v), row.split(row.join([q, k, v]), shapes), strict=True):
+        for ours, again in zip(
+            (q, k, v), row.split(row.join([q, k, v]), shapes), strict=True
+        ):
             np.testing.assert_array_equal(ours, again)
     out = Row("dense", ("out",), inputs=2)  # [h, k, d]
     kernel = np.arange(12.0).reshape(2, 2, 3)
     assert out.shape([kernel.shape]) == (3, 4)
-    np.testing.assert_array_equal(out.join([kernel]), [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
+    np.testing.assert_array_equal(
+        out.join([kernel]), [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    )
     bias = Row("bias", paths, inputs=0, by_head=True)
-    np.testing.assert_array_equal(bias.join([q[0], k[0], v[0]]), neox.join([q, k, v])[:, 0])
+    np.testing.assert_array_equal(
+        bias.join([q[0], k[0], v[0]]), neox.join([q, k, v])[:, 0]
+    )
 
 
 # ------------------------------------------------------------------ config.json
 
 
 def test_configs_of_releases(tmp_path):
-    releases = {"smollm2-135m": SMOLLM2, "gpt2-124m": GPT2, "pythia-1b": PYTHIA, "qwen2.5-0.5b": QWEN}
+    releases = {
+        "smollm2-135m": SMOLLM2,
+        "gpt2-124m": GPT2,
+        "pythia-1b": PYTHIA,
+        "qwen2.5-0.5b": QWEN,
+    }
     for name, values in releases.items():
         config = described(tmp_path, values).config
-        began = {"init_std": config.init_std, "scale_residual_init": config.scale_residual_init}
+        began = {
+            "init_std": config.init_std,
+            "scale_residual_init": config.scale_residual_init,
+        }
         assert config == preset(name, **began), name
 
 
@@ -266,57 +312,148 @@ def test_every_preset_is_of_a_family(tmp_path):
     for name in PRESETS:
         config = preset(name, dropout=0.0)
         values = write(Model(config), "float32", {})[1]
-        began = {"init_std": config.init_std, "scale_residual_init": config.scale_residual_init}
-        assert dataclasses.replace(described(tmp_path, values).config, **began) == config, name
+        began = {
+            "init_std": config.init_std,
+            "scale_residual_init": config.scale_residual_init,
+        }
+        assert (
+            dataclasses.replace(described(tmp_path, values).config, **began) == config
+        ), name
 
 
 def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
     new = {k: v for k, v in PYTHIA.items() if not k.startswith("rotary")}
-    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+    new |= {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+        }
+    }
     config = described(tmp_path, new).config
     assert (config.rope_theta, config.rope_fraction) == (500.0, 0.5)
-    assert config == described(tmp_path, PYTHIA | {"rotary_emb_base": 500, "rotary_pct": 0.5}).config
-    both = {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rope_theta": 500.0, "rotary_emb_base": 500}  # 4.57
+    assert (
+        config
+        == described(
+            tmp_path, PYTHIA | {"rotary_emb_base": 500, "rotary_pct": 0.5}
+        ).config
+    )
+    both = {
+        "rotary_pct": 0.5,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 500.0,
+        "rotary_emb_base": 500,
+    }  # 4.57
     assert config == described(tmp_path, PYTHIA | both).config
-    silent = described(tmp_path, {k: v for k, v in PYTHIA.items() if not k.startswith("rotary")}).config
+    silent = described(
+        tmp_path, {k: v for k, v in PYTHIA.items() if not k.startswith("rotary")}
+    ).config
     assert (silent.rope_theta, silent.rope_fraction) == (10000.0, 0.25)
 
 
 @pytest.mark.parametrize(
     ("base", "change", "message"),
     [
-        (SMOLLM2, {"architectures": ["MistralForCausalLM"]}, r"architectures = \['MistralForCausalLM'\].*Qwen2ForCau"),
+        (
+            SMOLLM2,
+            {"architectures": ["MistralForCausalLM"]},
+            r"architectures = \['MistralForCausalLM'\].*Qwen2ForCau",
+        ),
         (SMOLLM2, {"architectures": None}, r"architectures = \[\]"),
-        (SMOLLM2, {"model_type": "mistral"}, "model_type = 'mistral' says; accepted is 'llama'"),
-        (SMOLLM2, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type = 'llama3'"),
-        (SMOLLM2, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type = 'linear'"),
-        (SMOLLM2, {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn'"),
+        (
+            SMOLLM2,
+            {"model_type": "mistral"},
+            "model_type = 'mistral' says; accepted is 'llama'",
+        ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.rope_type = 'llama3'",
+        ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling.type = 'linear'",
+        ),
+        (
+            SMOLLM2,
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.rope_type = 'yarn'",
+        ),
         (SMOLLM2, {"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor = 2.0"),
-        (SMOLLM2, {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters.rope_theta = 5.0 .* elsewhere, 100000.0"),
+        (
+            SMOLLM2,
+            {"rope_parameters": {"rope_theta": 5.0}},
+            "rope_parameters.rope_theta = 5.0 .* elsewhere, 100000.0",
+        ),
         (SMOLLM2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        (SMOLLM2, {"attention_bias": True}, "mlp_bias = False .* that of attention_bias, True"),
+        (
+            SMOLLM2,
+            {"attention_bias": True},
+            "mlp_bias = False .* that of attention_bias, True",
+        ),
         (SMOLLM2, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (SMOLLM2, {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-        (SMOLLM2, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = "),
+        (
+            SMOLLM2,
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config = ",
+        ),
         (SMOLLM2, {"auto_map": {"AutoModelForCausalLM": "x.py"}}, "auto_map = "),
         (SMOLLM2, {"sliding_window": 4096}, "sliding_window = 4096"),
         (SMOLLM2, {"hidden_size": None}, "there is no hidden_size"),
         (SMOLLM2, {"hidden_size": "576"}, "hidden_size is '576': expected int"),
-        (SMOLLM2, {"num_key_value_heads": 2}, "model.n_kv_heads = 2 does not divide model.n_heads = 9"),
-        (SMOLLM2, {"architectures": ["LlamaForSequenceClassification"]}, "id2label = '2 labels' .* one"),
+        (
+            SMOLLM2,
+            {"num_key_value_heads": 2},
+            "model.n_kv_heads = 2 does not divide model.n_heads = 9",
+        ),
+        (
+            SMOLLM2,
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "id2label = '2 labels' .* one",
+        ),
         (QWEN, {"use_sliding_window": True}, "use_sliding_window = True"),
-        (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* 'full_attention'"),
-        (GPT2, {"activation_function": "relu"}, "activation_function = 'relu' .*'gelu_new'"),
-        (GPT2, {"attn_pdrop": 0.0}, "attn_pdrop = 0.0 says; accepted is that of resid_pdrop, 0.1"),
-        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        (
+            QWEN,
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types = .* 'full_attention'",
+        ),
+        (
+            GPT2,
+            {"activation_function": "relu"},
+            "activation_function = 'relu' .*'gelu_new'",
+        ),
+        (
+            GPT2,
+            {"attn_pdrop": 0.0},
+            "attn_pdrop = 0.0 says; accepted is that of resid_pdrop, 0.1",
+        ),
+        (
+            GPT2,
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True",
+        ),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention = True"),
         (PYTHIA, {"attention_bias": False}, "attention_bias = False"),
-        (PYTHIA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 .* elsewhere, 0.25"),
-        (PYTHIA, {"rotary_pct": 0.012}, "model.rope_fraction = 0.012 of a head of 256 is 3"),
+        (
+            PYTHIA,
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor = 0.5 .* elsewhere, 0.25",
+        ),
+        (
+            PYTHIA,
+            {"rotary_pct": 0.012},
+            "model.rope_fraction = 0.012 of a head of 256 is 3",
+        ),
     ],
 )
-def test_configs_that_our_transformer_cannot_express_are_refused(tmp_path, base, change, message):
-    with pytest.raises(CheckpointError, match=rf"^\S*config\.json: .*{message}") as caught:
+def test_configs_that_our_transformer_cannot_express_are_refused(
+    tmp_path, base, change, message
+):
+    with pytest.raises(
+        CheckpointError, match=rf"^\S*config\.json: .*{message}"
+    ) as caught:
         described(tmp_path, base | change)
     assert "\n" not in str(caught.value)
 
@@ -337,7 +474,10 @@ def test_configs_that_our_transformer_cannot_express_are_refused(tmp_path, base,
 )
 def test_models_of_no_family_are_not_written(tmp_path, name, change):
     config = dataclasses.replace(FAMILIES[name], **change)
-    with pytest.raises(ConfigError, match="no architecture in llama, qwen2, gpt2, openai-gpt, gpt_neox is Transf"):
+    with pytest.raises(
+        ConfigError,
+        match="no architecture in llama, qwen2, gpt2, openai-gpt, gpt_neox is Transf",
+    ):
         save_hf(tmp_path / "x", Model(config), {})
     assert not list(tmp_path.iterdir())
 
@@ -349,17 +489,38 @@ def test_models_of_no_family_are_not_written(tmp_path, name, change):
     ("tensors", "message"),
     [
         ({"model.norm.weight": None}, "there is no tensor model.norm.weight"),
-        ({"model.layers.1.mlp.up_proj.weight": None}, "there is no tensor model.layers.1.mlp.up_proj.weight"),
-        ({"model.layers.2.x": np.zeros(2, np.float32)}, "has no place for the tensor model.layers.2.x"),
-        ({"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}, "no place for the tensor .*q_proj.bias"),
-        ({"score.weight": np.zeros((1, 24), np.float32)}, "no place for the tensor score.weight"),
+        (
+            {"model.layers.1.mlp.up_proj.weight": None},
+            "there is no tensor model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            {"model.layers.2.x": np.zeros(2, np.float32)},
+            "has no place for the tensor model.layers.2.x",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)},
+            "no place for the tensor .*q_proj.bias",
+        ),
+        (
+            {"score.weight": np.zeros((1, 24), np.float32)},
+            "no place for the tensor score.weight",
+        ),
         (
             {"model.layers.0.self_attn.k_proj.weight": np.zeros((24, 16), np.float32)},
             r"k_proj.weight is \[24, 16\], and by config.json \[16, 24\]",
         ),
-        ({"model.norm.weight": np.zeros(24, np.int8)}, "model.norm.weight is of type I8: accepted are F32, F16, BF16"),
-        ({"lm_head.weight": np.zeros((61, 24), np.float32)}, "lm_head.weight differs from model.embed_tokens.weight"),
-        ({"lm_head.weight": np.zeros((60, 24), np.float32)}, "lm_head.weight differs from model.embed_tokens.weight"),
+        (
+            {"model.norm.weight": np.zeros(24, np.int8)},
+            "model.norm.weight is of type I8: accepted are F32, F16, BF16",
+        ),
+        (
+            {"lm_head.weight": np.zeros((61, 24), np.float32)},
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ),
+        (
+            {"lm_head.weight": np.zeros((60, 24), np.float32)},
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ),
     ],
 )
 def test_tensors_other_than_the_expected_are_refused(small, tmp_path, tensors, message):
@@ -385,7 +546,10 @@ def test_gpt2_as_it_was_released_has_bare_names_and_masks(tmp_path):
     save_hf(tmp_path / "x", model, params)
     file = tmp_path / "x/model.safetensors"
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
-    tensors |= {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 32, 32), np.float32)) for i in range(2)}
+    tensors |= {
+        f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 32, 32), np.float32))
+        for i in range(2)
+    }
     save_file(tensors, file)
     assert_same(params, load_hf(tmp_path / "x", None)[1])
 
@@ -402,22 +566,39 @@ def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     part = folder / json.loads(index.read_text())["weight_map"]["model.norm.weight"]
     whole, listed = part.read_bytes(), index.read_text()
     part.write_bytes(whole[:-20])
-    with pytest.raises(CheckpointError, match=rf"{part.name}: not a whole safetensors file: .") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"{part.name}: not a whole safetensors file: ."
+    ) as caught:
         load_hf(folder, None)
     assert "\n" not in str(caught.value)
     part.unlink()
-    with pytest.raises(CheckpointError, match=rf"{part.name}: not a whole safetensors file: No such file"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{part.name}: not a whole safetensors file: No such file",
+    ):
         load_hf(folder, None)
     part.write_bytes(whole)
-    for text in ("[]", "{", '{"weight_map": {"a": "../secret.safetensors"}}', '{"weight_map": 3}'):
+    for text in (
+        "[]",
+        "{",
+        '{"weight_map": {"a": "../secret.safetensors"}}',
+        '{"weight_map": 3}',
+    ):
         index.write_text(text)
-        with pytest.raises(CheckpointError, match=r"index.json: expected a JSON object with weight_map"):
+        with pytest.raises(
+            CheckpointError, match=r"index.json: expected a JSON object with weight_map"
+        ):
             load_hf(folder, None)
     index.write_text(listed.replace("model.norm.weight", "model.nor.weight"))
-    with pytest.raises(CheckpointError, match=r"index.json: model.nor\S*.weight is not in both"):
+    with pytest.raises(
+        CheckpointError, match=r"index.json: model.nor\S*.weight is not in both"
+    ):
         load_hf(folder, None)
     index.unlink()
-    with pytest.raises(CheckpointError, match=r"x: there is no model.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"x: there is no model.safetensors and no model.safetensors.index.json",
+    ):
         load_hf(folder, None)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not JSON: ."):
@@ -431,25 +612,42 @@ def test_what_cannot_be_written_leaves_nothing(small, tmp_path):
     _, model, params = small
 
     def save(change=None, *args, **more):
-        save_hf(tmp_path / "x", model, jax.tree.map(lambda x: x, params) if change is None else change, *args, **more)
+        save_hf(
+            tmp_path / "x",
+            model,
+            jax.tree.map(lambda x: x, params) if change is None else change,
+            *args,
+            **more,
+        )
 
     big = jax.tree.map(lambda x: x * 1e6, params)
     with pytest.raises(CheckpointError, match=r"not all numbers are finite in float16"):
         save(big, "float16", shard_bytes=8000)
-    with pytest.raises(ConfigError, match=r"dtype is 'int8': accepted are float32, float16, bfloat16"):
+    with pytest.raises(
+        ConfigError, match=r"dtype is 'int8': accepted are float32, float16, bfloat16"
+    ):
         save(None, "int8")
-    with pytest.raises(CheckpointError, match=r"not this model's: head/kernel is \[24\], and in the model absent"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"not this model's: head/kernel is \[24\], and in the model absent",
+    ):
         save(params | {"head": {"kernel": np.zeros(24)}})
-    with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is 61: the vocabulary has 61 ids"):
+    with pytest.raises(
+        ConfigError, match=r"special_ids\['pad'\] is 61: the vocabulary has 61 ids"
+    ):
         save(special_ids={"pad": 61})
-    with pytest.raises(ConfigError, match=r"special_ids\['mask'\]: accepted are pad, bos, eos"):
+    with pytest.raises(
+        ConfigError, match=r"special_ids\['mask'\]: accepted are pad, bos, eos"
+    ):
         save(special_ids={"mask": 1})
     assert not list(tmp_path.iterdir())
 
 
 def test_ids_are_those_given_and_no_others(small, tmp_path):
     _, model, params = small
-    save_hf(tmp_path / "x", model, params, special_ids={"pad": 0, "bos": None, "eos": 2})
+    save_hf(
+        tmp_path / "x", model, params, special_ids={"pad": 0, "bos": None, "eos": 2}
+    )
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert {k: v for k, v in config.items() if k.endswith("token_id")} == {
         "pad_token_id": 0,
@@ -466,17 +664,30 @@ def test_a_rewards_constant_is_dropped_by_name_only_and_comes_back(tmp_path):
     params = random_params(model)
     constant = float(params["head"]["bias"])
     ids = {"pad": 0}
-    with pytest.raises(ConfigError, match=rf"the reward's constant, {constant:.6g}, .* pass drop_bias=True"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"the reward's constant, {constant:.6g}, .* pass drop_bias=True",
+    ):
         save_hf(tmp_path / "x", model, params, special_ids=ids)
     with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is missing"):
         save_hf(tmp_path / "x", model, params, drop_bias=True)
     with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is 2, bos or eos too"):
-        save_hf(tmp_path / "x", model, params, special_ids={"pad": 2, "eos": 2}, drop_bias=True)
+        save_hf(
+            tmp_path / "x",
+            model,
+            params,
+            special_ids={"pad": 2, "eos": 2},
+            drop_bias=True,
+        )
     save_hf(tmp_path / "x", model, params, special_ids=ids, drop_bias=True)
     config = json.loads((tmp_path / "x/config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
+    assert (
+        config["architectures"] == ["LlamaForSequenceClassification"]
+        and len(config["id2label"]) == 1
+    )
     np.testing.assert_array_equal(
-        load_file(tmp_path / "x/model.safetensors")["score.weight"], params["head"]["kernel"][None]
+        load_file(tmp_path / "x/model.safetensors")["score.weight"],
+        params["head"]["kernel"][None],
     )
     again, found = load_hf(tmp_path / "x", None)
     assert again.head == "scalar"
@@ -494,7 +705,9 @@ def test_a_rewards_constant_goes_into_a_final_layernorm(tmp_path):
     y = np.random.default_rng(1).normal(size=(5, 24))
     theirs = (y + found["backbone"]["norm"]["bias"]) @ kernel
     np.testing.assert_allclose(
-        theirs, (y + params["backbone"]["norm"]["bias"]) @ kernel + params["head"]["bias"], atol=1e-6
+        theirs,
+        (y + params["backbone"]["norm"]["bias"]) @ kernel + params["head"]["bias"],
+        atol=1e-6,
     )
 
 
@@ -509,15 +722,21 @@ def test_each_array_is_born_in_its_shards(tmp_path):
     layout = make_layout(MeshConfig(data=1, fsdp=-1, tensor=2))
     found = load_hf(folder, layout)[1]
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    assert jax.tree.map(lambda x: x.sharding, found) == state.shardings(abstract, model.axes(), layout)
+    assert jax.tree.map(lambda x: x.sharding, found) == state.shardings(
+        abstract, model.axes(), layout
+    )
     assert_same(params, jax.device_get(found))
     kernel = found["backbone"]["layers"]["layer_0"]["attention"]["query"]["kernel"]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(24 // layout.mesh.shape["fsdp"], 2, 8)}
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {
+        (24 // layout.mesh.shape["fsdp"], 2, 8)
+    }
 
 
 def test_the_host_holds_about_one_tensor(tmp_path):
     """Thirty tensors of one size: reading makes a few at a time, writing one shard's."""
-    config = TransformerConfig(512, 256, 4, 4, 512, 32, d_head=128)  # matrices of 256 x 512 numbers
+    config = TransformerConfig(
+        512, 256, 4, 4, 512, 32, d_head=128
+    )  # matrices of 256 x 512 numbers
     model = Model(config)
     params = random_params(model)
     tensor, whole = 256 * 512 * 4, sum(x.nbytes for x in jax.tree.leaves(params))
@@ -532,9 +751,13 @@ def test_the_host_holds_about_one_tensor(tmp_path):
         finally:
             tracemalloc.stop()
 
-    most = peak(lambda: save_hf(tmp_path / "x", model, params, shard_bytes=4 * tensor))[0]
+    most = peak(lambda: save_hf(tmp_path / "x", model, params, shard_bytes=4 * tensor))[
+        0
+    ]
     assert most < 8 * tensor  # a shard, and what its last tensor is made of
     for layout in (None, make_layout(MeshConfig(data=1, fsdp=-1))):
         beside, found = peak(lambda layout=layout: load_hf(tmp_path / "x", layout))[1:]
-        assert beside < 2.5 * tensor  # what there was for a time and is not in the result
+        assert (
+            beside < 2.5 * tensor
+        )  # what there was for a time and is not in the result
         assert_same(params, jax.device_get(found[1]))

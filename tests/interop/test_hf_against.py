@@ -14,7 +14,10 @@ from rlhfjax.sampling.generate import generate
 from tests.interop.test_hf import FAMILIES, random_params
 from tests.needs import needs
 
-pytestmark = [pytest.mark.transformers, needs("torch", "transformers", extra="transformers")]
+pytestmark = [
+    pytest.mark.transformers,
+    needs("torch", "transformers", extra="transformers"),
+]
 
 VOCAB, CONTEXT, NEW = 61, 96, 64
 LLAMA = {
@@ -25,20 +28,45 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": CONTEXT,
 }
-GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": CONTEXT,
+}
 KINDS = {  # what is built: the class of the config, and its values
     "llama": ("LlamaConfig", LLAMA),
     "smollm2": (
         "LlamaConfig",
-        LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 500.0, "rms_norm_eps": 0.01},
+        LLAMA
+        | {
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_theta": 500.0,
+            "rms_norm_eps": 0.01,
+        },
     ),
-    "llama-bias-wide": ("LlamaConfig", LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
-    "qwen2": ("Qwen2Config", LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    "llama-bias-wide": (
+        "LlamaConfig",
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    "qwen2": (
+        "Qwen2Config",
+        LLAMA
+        | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6},
+    ),
     "qwen2-untied": ("Qwen2Config", LLAMA | {"num_key_value_heads": 1}),
     "gpt2": ("GPT2Config", GPT),
     "gpt2-untied": (
         "GPT2Config",
-        GPT | {"tie_word_embeddings": False, "n_inner": 48, "activation_function": "gelu", "layer_norm_epsilon": 0.01},
+        GPT
+        | {
+            "tie_word_embeddings": False,
+            "n_inner": 48,
+            "activation_function": "gelu",
+            "layer_norm_epsilon": 0.01,
+        },
     ),
     "gpt1": ("OpenAIGPTConfig", GPT),
     "pythia": ("GPTNeoXConfig", LLAMA),  # a quarter of each head is rotated
@@ -73,7 +101,9 @@ def transformers():
 def build(torch, transformers, kind, auto="AutoModelForCausalLM", **more):
     """A model of theirs, every parameter random (biases and scales too): a tensor in the wrong place shows."""
     name, values = KINDS[kind]
-    config = getattr(transformers, name)(**values, bos_token_id=None, eos_token_id=None, **more)
+    config = getattr(transformers, name)(
+        **values, bos_token_id=None, eos_token_id=None, **more
+    )
     model = getattr(transformers, auto).from_config(config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -87,13 +117,21 @@ def tokens(rows, length, seed=1):
 
 
 def logits(model, params, x):
-    return np.asarray(jax.jit(lambda p, x: model.logits(p, model.hidden(p, x)))(params, jnp.asarray(x, jnp.int32)))
+    return np.asarray(
+        jax.jit(lambda p, x: model.logits(p, model.hidden(p, x)))(
+            params, jnp.asarray(x, jnp.int32)
+        )
+    )
 
 
 def scores(model, params, x, segments):
     """The scalars of last tokens, which `transformers` calls logits too."""
-    run = jax.jit(lambda p, x, segments: model.scalar(p, model.last_hidden(p, x, segments)))
-    return np.asarray(run(params, jnp.asarray(x, jnp.int32), jnp.asarray(segments, jnp.int32)))
+    run = jax.jit(
+        lambda p, x, segments: model.scalar(p, model.last_hidden(p, x, segments))
+    )
+    return np.asarray(
+        run(params, jnp.asarray(x, jnp.int32), jnp.asarray(segments, jnp.int32))
+    )
 
 
 def their_logits(torch, model, x):
@@ -102,7 +140,9 @@ def their_logits(torch, model, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_theirs_is_ours_and_ours_is_theirs(torch, transformers, tmp_path, kind, optimised):
+def test_theirs_is_ours_and_ours_is_theirs(
+    torch, transformers, tmp_path, kind, optimised
+):
     """Loaded: equal logits, and the same greedy continuation. Saved again: bit for bit what they had."""
     theirs = build(torch, transformers, kind)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
@@ -115,7 +155,9 @@ def test_theirs_is_ours_and_ours_is_theirs(torch, transformers, tmp_path, kind, 
 
     prompt = tokens(2, 8, seed=2)
     with torch.no_grad():
-        greedy = theirs.generate(torch.tensor(prompt), do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+        greedy = theirs.generate(
+            torch.tensor(prompt), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+        )
     ours = generate(
         model,
         jax.tree.map(jnp.asarray, params),
@@ -130,7 +172,9 @@ def test_theirs_is_ours_and_ours_is_theirs(torch, transformers, tmp_path, kind, 
     np.testing.assert_array_equal(ours.tokens, greedy[:, 8:])
 
     save_hf(tmp_path / "ours", model, params)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(report.values()), report
     assert type(again) is type(theirs)
     state = theirs.state_dict()
@@ -145,15 +189,29 @@ def test_ours_exported_has_our_logits(torch, transformers, tmp_path, name):
     """Models that were never theirs, layers stacked, in several files."""
     model = Model(dataclasses.replace(FAMILIES[name], scan_layers=True))
     params = random_params(model)
-    save_hf(tmp_path / "x", model, params, shard_bytes=8000, special_ids={"pad": 0, "eos": 2})
+    save_hf(
+        tmp_path / "x",
+        model,
+        params,
+        shard_bytes=8000,
+        special_ids={"pad": 0, "eos": 2},
+    )
     assert (tmp_path / "x/model.safetensors.index.json").exists()
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "x", output_loading_info=True
+    )
     assert not any(report.values()), report
-    assert (theirs.config.pad_token_id, theirs.config.bos_token_id, theirs.config.eos_token_id) == (0, None, 2)
+    assert (
+        theirs.config.pad_token_id,
+        theirs.config.bos_token_id,
+        theirs.config.eos_token_id,
+    ) == (0, None, 2)
     x = tokens(3, 30)
     expected = logits(model, params, x)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(their_logits(torch, theirs.eval(), x), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        their_logits(torch, theirs.eval(), x), expected, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -173,14 +231,25 @@ def test_a_reward_scores_the_same_there(torch, transformers, tmp_path, name):
     x = tokens(4, 30) * mask
     ours = scores(model, params, x, mask) - (0 if folds else params["head"]["bias"])
     with torch.no_grad():
-        found = theirs.eval()(torch.tensor(x), attention_mask=torch.tensor(mask.astype(np.int64))).logits
+        found = theirs.eval()(
+            torch.tensor(x), attention_mask=torch.tensor(mask.astype(np.int64))
+        ).logits
     assert found.shape == (4, 1) and np.std(ours) > 0.1
     np.testing.assert_allclose(found[:, 0].numpy(), ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "smollm2", "qwen2", "gpt2", "gpt1", "pythia"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "smollm2", "qwen2", "gpt2", "gpt1", "pythia"]
+)
 def test_their_reward_scores_the_same_here(torch, transformers, tmp_path, kind):
-    theirs = build(torch, transformers, kind, "AutoModelForSequenceClassification", num_labels=1, pad_token_id=0)
+    theirs = build(
+        torch,
+        transformers,
+        kind,
+        "AutoModelForSequenceClassification",
+        num_labels=1,
+        pad_token_id=0,
+    )
     theirs.save_pretrained(tmp_path / "x")
     model, params = load_hf(tmp_path / "x", None)
     assert model.head == "scalar" and params["head"]["bias"] == 0
@@ -194,13 +263,19 @@ def test_half_precision_comes_as_it_is_there(torch, transformers, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = load_hf(tmp_path / "theirs", None)
     save_hf(tmp_path / "ours", model, params, "bfloat16")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype="auto"
+    )
     assert again.dtype == torch.bfloat16
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    wide = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "theirs", dtype=torch.float32
+    )
     x = tokens(2, 20)
-    np.testing.assert_allclose(logits(model, params, x), their_logits(torch, wide.eval(), x), atol=1e-4)
+    np.testing.assert_allclose(
+        logits(model, params, x), their_logits(torch, wide.eval(), x), atol=1e-4
+    )
 
 
 def test_their_config_says_what_ours_said(transformers, tmp_path):
@@ -211,5 +286,8 @@ def test_their_config_says_what_ours_said(transformers, tmp_path):
         theirs = transformers.AutoConfig.from_pretrained(tmp_path / name)
         theirs.save_pretrained(tmp_path / name)
         written = json.loads((tmp_path / name / "config.json").read_text())
-        assert config.positions == "learned" or written.keys() & {"rope_parameters", "rope_theta"}
+        assert config.positions == "learned" or written.keys() & {
+            "rope_parameters",
+            "rope_theta",
+        }
         assert load_hf(tmp_path / name, None)[0].config.rope_theta == config.rope_theta

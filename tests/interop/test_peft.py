@@ -20,19 +20,28 @@ from tests.needs import needs
 
 NAMES = ("llama-gqa", "gpt2", "neox", "qwen2")
 ALL = LoraConfig(rank=3, alpha=6.0, targets="attention|mlp", dropout=0.1)
-SOME = LoraConfig(rank=2, alpha=5.0)  # query and value: two thirds of a fused projection
+SOME = LoraConfig(
+    rank=2, alpha=5.0
+)  # query and value: two thirds of a fused projection
 ONE_LAYER = LoraConfig(rank=2, alpha=5.0, targets="layer_1/(attention/key|mlp/down)")
 
 
 def random_adapters(model, seed=3):
     """Adapters (and a scalar head) of numbers that are not 0."""
-    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init_trained, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(
+        jax.eval_shape(model.init_trained, jax.random.key(0))
+    )
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves])
+    return jax.tree.unflatten(
+        tree, [rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves]
+    )
 
 
 def paths(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 @pytest.mark.parametrize("scan", (False, True))
@@ -40,14 +49,18 @@ def paths(tree):
 def test_what_was_saved_is_loaded(name, scan, tmp_path):
     """Bit for bit, whichever projections share a tensor of theirs; a reward's head with its constant too."""
     config = dataclasses.replace(FAMILIES[name], scan_layers=scan)
-    for i, (adapted, head) in enumerate(((ALL, "lm"), (SOME, "scalar"), (ONE_LAYER, "lm"))):
+    for i, (adapted, head) in enumerate(
+        ((ALL, "lm"), (SOME, "scalar"), (ONE_LAYER, "lm"))
+    ):
         if scan and adapted is ONE_LAYER:
             continue
         model = Model(config, head, adapted)
         adapters = random_adapters(model)
         save_peft(tmp_path / str(i), model, adapters)
         again, loaded = load_peft(tmp_path / str(i), Model(config, head))
-        assert dataclasses.replace(again.lora, targets="") == dataclasses.replace(adapted, targets="")
+        assert dataclasses.replace(again.lora, targets="") == dataclasses.replace(
+            adapted, targets=""
+        )
         assert jax.eval_shape(again.init_trained, jax.random.key(0)) == jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), adapters
         )
@@ -59,15 +72,27 @@ def test_what_was_saved_is_loaded(name, scan, tmp_path):
 
 def test_names_and_shapes_are_pefts(tmp_path):
     model = Model(FAMILIES["llama-gqa"], lora=SOME)
-    save_peft(tmp_path, model, random_adapters(model), base="HuggingFaceTB/SmolLM2-135M")
+    save_peft(
+        tmp_path, model, random_adapters(model), base="HuggingFaceTB/SmolLM2-135M"
+    )
     start = "base_model.model.model.layers.1.self_attn"
     tensors, c = load_file(tmp_path / WEIGHTS), FAMILIES["llama-gqa"]
     assert tensors[f"{start}.q_proj.lora_A.weight"].shape == (2, c.d_model)
-    assert tensors[f"{start}.v_proj.lora_B.weight"].shape == (c.kv_heads * c.head_dim, 2)
+    assert tensors[f"{start}.v_proj.lora_B.weight"].shape == (
+        c.kv_heads * c.head_dim,
+        2,
+    )
     assert len(tensors) == 8
     said = json.loads((tmp_path / CONFIG).read_text())
-    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (2, 5.0, ["q_proj", "v_proj"])
-    assert said["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M" and not said["fan_in_fan_out"]
+    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (
+        2,
+        5.0,
+        ["q_proj", "v_proj"],
+    )
+    assert (
+        said["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M"
+        and not said["fan_in_fan_out"]
+    )
 
 
 def test_a_fused_projection_has_the_product_of_its_parts(tmp_path):
@@ -75,21 +100,35 @@ def test_a_fused_projection_has_the_product_of_its_parts(tmp_path):
     model = Model(FAMILIES["gpt2"], lora=SOME)
     adapters = random_adapters(model)
     save_peft(tmp_path, model, adapters)
-    tensors, said = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    tensors, said = (
+        load_file(tmp_path / WEIGHTS),
+        json.loads((tmp_path / CONFIG).read_text()),
+    )
     start = "base_model.model.transformer.h.0.attn.c_attn"
     a, b = (tensors[f"{start}.lora_{letter}.weight"] for letter in "AB")
-    assert said["rank_pattern"]["transformer.h.0.attn.c_attn"] == a.shape[0] == 4 and said["fan_in_fan_out"]
+    assert (
+        said["rank_pattern"]["transformer.h.0.attn.c_attn"] == a.shape[0] == 4
+        and said["fan_in_fan_out"]
+    )
     assert said["alpha_pattern"]["transformer.h.0.attn.c_attn"] == 10.0
     layer = adapters["backbone"]["layers"]["layer_0"]["attention"]
-    delta = {n: np.tensordot(x["lora_a"], x["lora_b"], 1).reshape(24, 24) for n, x in layer.items()}
-    expected = np.concatenate([delta["query"], np.zeros((24, 24)), delta["value"]], axis=1)
+    delta = {
+        n: np.tensordot(x["lora_a"], x["lora_b"], 1).reshape(24, 24)
+        for n, x in layer.items()
+    }
+    expected = np.concatenate(
+        [delta["query"], np.zeros((24, 24)), delta["value"]], axis=1
+    )
     np.testing.assert_allclose((b @ a).T, expected, atol=1e-6)
 
 
 def test_what_ours_cannot_be_is_one_line(tmp_path):
     model = Model(FAMILIES["gpt2"], lora=SOME)
     save_peft(tmp_path, model, random_adapters(model))
-    said, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    said, tensors = (
+        json.loads((tmp_path / CONFIG).read_text()),
+        load_file(tmp_path / WEIGHTS),
+    )
 
     def refused(message, changes={}, more={}, plain=model):  # noqa: B006
         (tmp_path / CONFIG).write_text(json.dumps(said | changes))
@@ -99,12 +138,18 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
 
     refused("use_dora is True: accepted is False", {"use_dora": True})
     refused("use_rslora is True", {"use_rslora": True})
-    refused(r"transformer.h.0.attn.c_attn has a scale of its own, 4.0", {"alpha_pattern": {"c_attn": 16.0}})
+    refused(
+        r"transformer.h.0.attn.c_attn has a scale of its own, 4.0",
+        {"alpha_pattern": {"c_attn": 16.0}},
+    )
     fused = "base_model.model.transformer.h.1.attn.c_attn.lora_"
     mixed = {f"{fused}B.weight": np.ones_like(tensors[f"{fused}B.weight"])}
-    refused("h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 a part", more=mixed)
     refused(
-        "has no place for base_model.model.lm_head", more={"base_model.model.lm_head.lora_A.weight": np.ones((2, 4))}
+        "h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 a part", more=mixed
+    )
+    refused(
+        "has no place for base_model.model.lm_head",
+        more={"base_model.model.lm_head.lora_A.weight": np.ones((2, 4))},
     )
     refused("has no place for base_model", plain=Model(FAMILIES["llama"]))
     (tmp_path / CONFIG).unlink()
@@ -130,7 +175,9 @@ def peft():
 
 def logits(model, params, x):
     params = jax.tree.map(jnp.asarray, params)
-    return np.asarray(model.logits(params, model.hidden(params, jnp.asarray(x, jnp.int32))))
+    return np.asarray(
+        model.logits(params, model.hidden(params, jnp.asarray(x, jnp.int32)))
+    )
 
 
 def their_logits(model, x):
@@ -142,7 +189,9 @@ def their_logits(model, x):
 
 @needs_peft
 @pytest.mark.transformers
-@pytest.mark.parametrize("lora", (ALL, SOME, ONE_LAYER), ids=("all", "some", "one-layer"))
+@pytest.mark.parametrize(
+    "lora", (ALL, SOME, ONE_LAYER), ids=("all", "some", "one-layer")
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_pefts_logits_with_our_adapters_are_ours(peft, name, lora, tmp_path):
     import transformers
@@ -158,7 +207,9 @@ def test_pefts_logits_with_our_adapters_are_ours(peft, name, lora, tmp_path):
     expected = logits(model, attach(base, adapters), x)
     assert np.abs(expected - without).max() > 0.1
     np.testing.assert_allclose(their_logits(adapted, x), expected, atol=1e-4)
-    np.testing.assert_allclose(their_logits(adapted.merge_and_unload(), x), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        their_logits(adapted.merge_and_unload(), x), expected, atol=1e-4
+    )
 
 
 @needs_peft
@@ -169,9 +220,13 @@ def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
     import torch
     import transformers
 
-    save_hf(tmp_path / "base", Model(FAMILIES[name]), random_params(Model(FAMILIES[name])))
+    save_hf(
+        tmp_path / "base", Model(FAMILIES[name]), random_params(Model(FAMILIES[name]))
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(plain, config)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -184,7 +239,9 @@ def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
     assert model.lora.rank == 4 and model.lora.scale == 1.5
     x = np.random.default_rng(0).integers(1, 61, (2, 12))
     expected = their_logits(adapted, x)
-    np.testing.assert_allclose(logits(model, attach(base, adapters), x), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(model, attach(base, adapters), x), expected, atol=1e-4
+    )
     assert np.abs(logits(model, base, x) - expected).max() > 0.1
 
 
@@ -195,11 +252,25 @@ def test_a_rewards_head_comes_with_its_adapter(peft, tmp_path):
 
     model = Model(FAMILIES["llama"], "scalar", SOME)
     base, adapters = random_params(model), random_adapters(model)
-    save_hf(tmp_path / "base", Model(model.config, "scalar"), base, special_ids={"pad": 0}, drop_bias=True)
+    save_hf(
+        tmp_path / "base",
+        Model(model.config, "scalar"),
+        base,
+        special_ids={"pad": 0},
+        drop_bias=True,
+    )
     save_peft(tmp_path / "adapter", model, adapters)
     auto = transformers.AutoModelForSequenceClassification
-    adapted = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     x = np.random.default_rng(0).integers(1, 61, (2, 12))
-    params, rows = jax.tree.map(jnp.asarray, attach(base, adapters)), jnp.asarray(x, jnp.int32)
-    ours = model.scalar(params, model.last_hidden(params, rows, jnp.ones_like(rows))) - adapters["head"]["bias"]
+    params, rows = (
+        jax.tree.map(jnp.asarray, attach(base, adapters)),
+        jnp.asarray(x, jnp.int32),
+    )
+    ours = (
+        model.scalar(params, model.last_hidden(params, rows, jnp.ones_like(rows)))
+        - adapters["head"]["bias"]
+    )
     np.testing.assert_allclose(their_logits(adapted, x)[:, 0], ours, atol=1e-4)

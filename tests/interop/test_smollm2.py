@@ -37,7 +37,11 @@ def smollm2():
 
 def test_its_shape_is_the_presets(smollm2):
     said = ("init_std",)  # of training alone: a GGUF file does not tell
-    want = {k: v for k, v in dataclasses.asdict(preset("smollm2-135m")).items() if k not in said}
+    want = {
+        k: v
+        for k, v in dataclasses.asdict(preset("smollm2-135m")).items()
+        if k not in said
+    }
     assert want.items() <= dataclasses.asdict(smollm2.model.config).items()
 
 
@@ -46,7 +50,9 @@ def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):
     pieces = list(talk.answer("What is the capital of France?"))
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 5
-    assert "Rome" in "".join(talk.answer("And of Italy?"))  # it knows what was asked before
+    assert "Rome" in "".join(
+        talk.answer("And of Italy?")
+    )  # it knows what was asked before
 
 
 def nats(saved, text):
@@ -59,7 +65,9 @@ def nats(saved, text):
 def test_perplexity_of_a_passage(smollm2):
     """The number in the README; far higher where Q and K are left in llama.cpp's order (test_gguf.py)."""
     each = np.asarray(nats(smollm2, PASSAGE))
-    print(f"{len(each)} tokens, {each.mean():.4f} nats a token, perplexity {np.exp(each.mean()):.2f}")
+    print(
+        f"{len(each)} tokens, {each.mean():.4f} nats a token, perplexity {np.exp(each.mean()):.2f}"
+    )
     assert abs(each.mean() - 4.6406) < 1e-3
 
 
@@ -83,9 +91,13 @@ def test_transformers_loads_what_we_export(smollm2, tmp_path: Path):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     ids = ids if isinstance(ids, list) else ids["input_ids"]
     assert ids == chat.render_prompt(smollm2.tokenizer, messages).tolist()
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", torch_dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     tokens = jnp.asarray(ids)[None]
-    ours = smollm2.model.logits(smollm2.params, smollm2.model.hidden(smollm2.params, tokens))[0]
+    ours = smollm2.model.logits(
+        smollm2.params, smollm2.model.hidden(smollm2.params, tokens)
+    )[0]
     np.testing.assert_allclose(ours, theirs, atol=1e-3)  # of logits of about 20

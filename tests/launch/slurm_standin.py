@@ -17,7 +17,16 @@ from pathlib import Path
 
 ROOT = Path(os.environ["STANDIN"])
 OPTIONS = {
-    "sbatch": {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "account"}
+    "sbatch": {
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+        "partition",
+        "account",
+    }
     | {"output", "open-mode", "export", "dependency", "signal", "requeue"},
     "srun": {"unbuffered", "output", "export", "kill-on-bad-exit", "cpus-per-task"},
     "scontrol": set(),
@@ -33,7 +42,11 @@ def fail(tool: str, text: str) -> None:
 
 
 def options(tool: str, words: list[str]) -> dict[str, str]:
-    found = {word[2:].partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
+    found = {
+        word[2:].partition("=")[0]: word.partition("=")[2]
+        for word in words
+        if word.startswith("--")
+    }
     if unknown := set(found) - OPTIONS[tool]:
         fail(tool, f"unrecognized option '--{unknown.pop()}'")
     return found
@@ -41,7 +54,10 @@ def options(tool: str, words: list[str]) -> dict[str, str]:
 
 def sbatch(words: list[str]) -> None:
     text = Path(words[0]).read_text()
-    asked = options("sbatch", [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH ")])
+    asked = options(
+        "sbatch",
+        [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH ")],
+    )
     if asked.get("partition") == "nowhere":
         print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
         fail("sbatch", "Batch job submission failed: Invalid partition name specified")
@@ -52,7 +68,13 @@ def sbatch(words: list[str]) -> None:
     (job / "state").write_text("PENDING")
     with (job / "errors").open("w") as log:
         words = [sys.executable, __file__, "_controller", job.name]
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     print(f"Submitted batch job {job.name}")
 
 
@@ -60,20 +82,32 @@ def _controller(words: list[str]) -> None:
     """Runs the script until it ends without having been requeued."""
     job = ROOT / words[0]
     asked = json.loads((job / "asked").read_text())
-    env = {name: os.environ[name] for name in ("HOME", "PATH", "STANDIN")}  # --export=NONE
-    env |= {"SLURM_JOB_ID": job.name, "SLURM_JOB_NUM_NODES": asked["nodes"], "SLURM_NTASKS": asked["nodes"]}
+    env = {
+        name: os.environ[name] for name in ("HOME", "PATH", "STANDIN")
+    }  # --export=NONE
+    env |= {
+        "SLURM_JOB_ID": job.name,
+        "SLURM_JOB_NUM_NODES": asked["nodes"],
+        "SLURM_NTASKS": asked["nodes"],
+    }
     env |= {"SLURM_JOB_NODELIST": f"n[0-{int(asked['nodes']) - 1}]"}
-    time.sleep(0.1)  # submitit names its pickle once it knows the job; a job that has begun looks again after a second
+    time.sleep(
+        0.1
+    )  # submitit names its pickle once it knows the job; a job that has begun looks again after a second
     while True:
         (job / "state").write_text("RUNNING")
         with Path(asked["output"].replace("%j", job.name)).open("a") as out:
-            code = subprocess.run(["bash", job / "script"], env=env, stdout=out, stderr=out).returncode
+            code = subprocess.run(
+                ["bash", job / "script"], env=env, stdout=out, stderr=out
+            ).returncode
         if not (job / "requeued").exists():
             break
         (job / "requeued").unlink()
     cancelled = (job / "state").read_text() == "CANCELLED"
     (job / "code").write_text(str(code))
-    (job / "state").write_text("CANCELLED" if cancelled else "FAILED" if code else "COMPLETED")
+    (job / "state").write_text(
+        "CANCELLED" if cancelled else "FAILED" if code else "COMPLETED"
+    )
 
 
 def srun(words: list[str]) -> None:
@@ -82,12 +116,24 @@ def srun(words: list[str]) -> None:
     cut = next(i for i, word in enumerate(words) if not word.startswith("--"))
     asked = options("srun", words[:cut])
     job = ROOT / os.environ["SLURM_JOB_ID"]
-    env = {k: v for k, v in os.environ.items() if asked["export"] == "ALL" or k.startswith("SLURM_")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if asked["export"] == "ALL" or k.startswith("SLURM_")
+    }
     nodes = []
     for i in range(int(env["SLURM_NTASKS"])):
-        own = env | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i), "SLURM_LOCALID": "0"}
-        with Path(asked["output"].replace("%j", job.name).replace("%t", str(i))).open("a") as out:
-            node = subprocess.Popen(words[cut:], env=own, stdout=out, stderr=out, start_new_session=True)
+        own = env | {
+            "SLURM_PROCID": str(i),
+            "SLURM_NODEID": str(i),
+            "SLURM_LOCALID": "0",
+        }
+        with Path(asked["output"].replace("%j", job.name).replace("%t", str(i))).open(
+            "a"
+        ) as out:
+            node = subprocess.Popen(
+                words[cut:], env=own, stdout=out, stderr=out, start_new_session=True
+            )
         nodes.append(node)
     (job / "pids").write_text(" ".join(str(node.pid) for node in nodes))
     (job / "pids").rename(job / "nodes")  # whole from the first moment
@@ -113,7 +159,9 @@ def sacct(words: list[str]) -> None:
 
 def scancel(words: list[str]) -> None:
     asked = options("scancel", words)
-    jobs = [ROOT / word for word in words if word.isdigit()] or list(ROOT.glob("[0-9]*"))
+    jobs = [ROOT / word for word in words if word.isdigit()] or list(
+        ROOT.glob("[0-9]*")
+    )
     for job in jobs:
         if "signal" in asked:
             _send(job, signal.Signals[f"SIG{asked['signal']}"])

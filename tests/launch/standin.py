@@ -24,7 +24,11 @@ import sys
 ROOT = os.environ["STANDIN"]
 TABLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gcloud_flags.json")
 # https://cloud.google.com/tpu/docs/runtimes
-IMAGES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5"}
+IMAGES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+}
 IMAGES["v6e"] = "v2-alpha-tpuv6e"
 
 
@@ -54,8 +58,12 @@ def main():
     pairs = [word[2:].partition("=") for word in words if word.startswith("--")]
     flags = {name: value for name, _, value in pairs}
     table = load(TABLE, None)
-    command = next((c for c in table["commands"] if plain[: c.count(" ") + 1] == c.split()), None)
-    if command is None or set(flags) - set(table["commands"][command]) - set(table["everywhere"]):
+    command = next(
+        (c for c in table["commands"] if plain[: c.count(" ") + 1] == c.split()), None
+    )
+    if command is None or set(flags) - set(table["commands"][command]) - set(
+        table["everywhere"]
+    ):
         fail(f"unrecognized arguments: {words}", 2)
     rest = plain[command.count(" ") + 1 :]
     if command == "secrets versions access":
@@ -66,7 +74,9 @@ def main():
         fail("zone is required", 2)
     else:
         group, verb = command.split()[-2:]
-        globals()["describe_node" if (group, verb) == ("tpu-vm", "describe") else verb](rest, flags)
+        globals()["describe_node" if (group, verb) == ("tpu-vm", "describe") else verb](
+            rest, flags
+        )
 
 
 # ------------------------------------------------------------------ queued resources
@@ -78,7 +88,9 @@ def create(names, flags):
     image = IMAGES[flags["accelerator-type"].rpartition("-")[0]]
     if flags["runtime-version"] != image:
         fail(f"INVALID_ARGUMENT: {flags['runtime-version']} is not for this chip")
-    if ("node-id" in flags) == ("node-count" in flags) or flags.get("node-count") == "1":
+    if ("node-id" in flags) == ("node-count" in flags) or flags.get(
+        "node-count"
+    ) == "1":
         fail("exactly one of node-id and node-count, the latter above 1", 2)
     if load("states", None):
         fail("ALREADY_EXISTS")
@@ -86,7 +98,9 @@ def create(names, flags):
     save("states", scenario.get("states", ["ACTIVE"]))
     save("scenario.json", scenario | {"nodes": {}})
     count = int(flags.get("node-count", 0))
-    nodes = [f"{flags.get('node-prefix')}-{i}" for i in range(count)] or [flags["node-id"]]
+    nodes = [f"{flags.get('node-prefix')}-{i}" for i in range(count)] or [
+        flags["node-id"]
+    ]
     for node in nodes:
         for worker in range(scenario.get("workers", 1)):
             os.makedirs(os.path.join(ROOT, node, str(worker)))
@@ -110,7 +124,9 @@ def describe_node(names, flags):
     state = load("scenario.json", {}).get("nodes", {}).get(names[0], "READY")
     if not os.path.isdir(os.path.join(ROOT, names[0])):
         fail("NOT_FOUND")
-    print(json.dumps({"state": state, "networkEndpoints": [{} for _ in homes(names[0])]}))
+    print(
+        json.dumps({"state": state, "networkEndpoints": [{} for _ in homes(names[0])]})
+    )
 
 
 def delete(names, flags):
@@ -132,8 +148,12 @@ def end_processes(node):
     for home in homes(node):
         folder = os.path.join(home, "launch")
         for file in os.listdir(folder) if os.path.isdir(folder) else ():
-            status = load(os.path.join(folder, file), {}) if file.endswith(".json") else {}
-            for pid in (status.get("pid"), -status.get("child", 0)) if "pid" in status else ():
+            status = (
+                load(os.path.join(folder, file), {}) if file.endswith(".json") else {}
+            )
+            for pid in (
+                (status.get("pid"), -status.get("child", 0)) if "pid" in status else ()
+            ):
                 try:
                     if pid:
                         os.kill(pid, 9)
@@ -146,12 +166,18 @@ def end_processes(node):
 
 def homes(node):
     folder = os.path.join(ROOT, node)
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.isdigit()]
+    return [
+        os.path.join(folder, name)
+        for name in sorted(os.listdir(folder))
+        if name.isdigit()
+    ]
 
 
 def reached(node, flags):
     """The homes of the workers that a command reaches, and whether all of those meant answer."""
-    if load("states", ["none"])[0] != "ACTIVE" or not os.path.isdir(os.path.join(ROOT, node)):
+    if load("states", ["none"])[0] != "ACTIVE" or not os.path.isdir(
+        os.path.join(ROOT, node)
+    ):
         fail(f"{node} is not there")
     scenario = load("scenario.json", {})
     state = scenario.get("nodes", {}).get(node, "READY")
@@ -161,7 +187,9 @@ def reached(node, flags):
     if flags.get("worker", "0") != "all":
         meant = [meant[int(flags.get("worker", "0"))]]
     late = scenario.get("late", {})
-    missing = [home for home in meant if late.get(f"{node}.{os.path.basename(home)}", 0) > 0]
+    missing = [
+        home for home in meant if late.get(f"{node}.{os.path.basename(home)}", 0) > 0
+    ]
     for home in missing:
         late[f"{node}.{os.path.basename(home)}"] -= 1
     if missing:
@@ -173,7 +201,9 @@ def scp(names, flags):
     node = names[-1].partition(":")[0]
     there, whole = reached(node, flags)
     if len(homes(node)) > 1 and not os.path.exists(os.path.join(ROOT, "key-in-agent")):
-        fail('SSH Key is not present in the SSH agent. Please run "ssh-add …" to add it.')
+        fail(
+            'SSH Key is not present in the SSH agent. Please run "ssh-add …" to add it.'
+        )
     for home in there:
         for file in names[:-1]:
             to = os.path.join(home, os.path.basename(file))

@@ -23,7 +23,9 @@ def commands(pattern: str) -> list[str]:
         blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
         quoted = re.findall(r"`([^`\n]+)`", text)
         found += [
-            line.partition("  #")[0].partition(" | ")[0] for line in (*blocks, *quoted) if re.match(pattern, line)
+            line.partition("  #")[0].partition(" | ")[0]
+            for line in (*blocks, *quoted)
+            if re.match(pattern, line)
         ]
     return sorted(set(found))
 
@@ -43,9 +45,14 @@ def test_a_documented_launcher_parses(line):
 @pytest.mark.parametrize("line", commands(r"rlhfjax sweep .*--launcher"))
 def test_a_documented_sweep_parses_and_so_does_its_launcher(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(line.replace("--config=…", "--config=experiments/quickstart/recipe.py"))
+    words = shlex.split(
+        line.replace("--config=…", "--config=experiments/quickstart/recipe.py")
+    )
     if "…" in words:  # a quote that leaves words out
-        words = [*(word for word in words if word != "…"), "--config=experiments/quickstart/recipe.py"]
+        words = [
+            *(word for word in words if word != "…"),
+            "--config=experiments/quickstart/recipe.py",
+        ]
     command, fv = main.parse(words)
     assert command.run is main.sweep
     name, *rest = shlex.split(fv.launcher)

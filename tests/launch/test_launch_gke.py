@@ -19,7 +19,12 @@ HERE = Path(__file__).parent
 SCHEMA = json.loads((HERE / "jobset.schema.json").read_text())
 KUEUE = json.loads((HERE / "kueue.schema.json").read_text())
 KUBERNETES = ("1.29", "1.37")  # the oldest and newest that are looked at
-COMMAND = ("rlhfjax", "run", "--config=experiments/quickstart/recipe.py", "--workdir=gs://b/runs/a")
+COMMAND = (
+    "rlhfjax",
+    "run",
+    "--config=experiments/quickstart/recipe.py",
+    "--workdir=gs://b/runs/a",
+)
 PLAIN = manifests.Job("a", "image:1", COMMAND, "v5e", "4x4")
 FULL = manifests.Job(
     name="a",
@@ -46,10 +51,20 @@ def validate(manifest: dict) -> None:
         spec = replicated["template"]["spec"]
         pod = spec["template"]
         for version in KUBERNETES:
-            job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
+            job = {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": "x"},
+                "spec": spec,
+            }
             kubernetes_validate.validate(job, version, strict=True)
             metadata = {"name": "x", **pod.get("metadata", {})}
-            whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
+            whole = {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": metadata,
+                "spec": pod["spec"],
+            }
             kubernetes_validate.validate(whole, version, strict=True)
 
 
@@ -65,7 +80,10 @@ BREAK = [
     ("spec.replicatedJobs.0.template.spec.podFailurePolicy.rules.0.action", 4),
     ("spec.replicatedJobs.0.template.spec.template.spec.nodeSelectors", {}),
     ("spec.replicatedJobs.0.template.spec.template.spec.containers.0.env.0.val", "x"),
-    ("spec.replicatedJobs.0.template.spec.template.spec.volumes.0.csi.volumeAttributes", "b"),
+    (
+        "spec.replicatedJobs.0.template.spec.template.spec.volumes.0.csi.volumeAttributes",
+        "b",
+    ),
 ]
 
 
@@ -85,7 +103,11 @@ def test_a_slice_has_one_pod_per_host():
     """4x4x4 = 64 chips, 4 a host: 16 pods; each asks for its host's 4 chips."""
     spec = manifests.manifest(FULL)["spec"]["replicatedJobs"][0]
     assert spec["replicas"] == 2
-    assert spec["template"]["spec"]["parallelism"] == spec["template"]["spec"]["completions"] == 16
+    assert (
+        spec["template"]["spec"]["parallelism"]
+        == spec["template"]["spec"]["completions"]
+        == 16
+    )
     pod = spec["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"] == {
@@ -106,30 +128,46 @@ def test_preemption_restarts_without_limit_and_a_failure_ends_it():
         [rule[key] for rule in job["podFailurePolicy"]["rules"] if key in rule]
         for key in ("onExitCodes", "onPodConditions")
     )
-    assert exits == [{"operator": "In", "values": [75]}] and conditions[0][0]["type"] == "DisruptionTarget"
+    assert (
+        exits == [{"operator": "In", "values": [75]}]
+        and conditions[0][0]["type"] == "DisruptionTarget"
+    )
     assert all(rule["action"] == "FailJob" for rule in job["podFailurePolicy"]["rules"])
-    assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
+    assert (
+        job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
+    )
     (rule,) = spec["failurePolicy"]["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule[
+        "onJobFailureReasons"
+    ] == ["PodFailurePolicy"]
     assert spec["failurePolicy"]["maxRestarts"] == 0
 
 
 def test_a_secret_is_a_reference():
-    env = manifests.manifest(FULL)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][
-        0
-    ]["env"]
+    env = manifests.manifest(FULL)["spec"]["replicatedJobs"][0]["template"]["spec"][
+        "template"
+    ]["spec"]["containers"][0]["env"]
     assert env == [
         {"name": "RLHFJAX_JOIN", "value": "1"},
         {"name": "XLA_FLAGS", "value": "--x=1"},
-        {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}},
-        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "HF_TOKEN"}}},
+        {
+            "name": "WANDB_API_KEY",
+            "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}},
+        },
+        {
+            "name": "HF_TOKEN",
+            "valueFrom": {"secretKeyRef": {"name": "hf", "key": "HF_TOKEN"}},
+        },
     ]
 
 
 def test_kueue_admits_all_pods_together():
     """The queue and the priority are labels of the JobSet; without a queue Kueue leaves the job alone."""
     labels = manifests.manifest(FULL)["metadata"]["labels"]
-    assert labels == {"kueue.x-k8s.io/queue-name": "tpu", "kueue.x-k8s.io/priority-class": "high"}
+    assert labels == {
+        "kueue.x-k8s.io/queue-name": "tpu",
+        "kueue.x-k8s.io/priority-class": "high",
+    }
     assert "labels" not in manifests.manifest(PLAIN)["metadata"]
 
 
@@ -146,14 +184,19 @@ def test_a_container_is_privileged_only_where_that_is_asked_for():
 
 @pytest.mark.parametrize("spot", [False, True])
 def test_queues_are_valid_and_hold_their_quota(spot):
-    flavor, cluster_queue, local_queue = manifests.queues("tpu", "v6e", "4x4", 64, "research", spot)
+    flavor, cluster_queue, local_queue = manifests.queues(
+        "tpu", "v6e", "4x4", 64, "research", spot
+    )
     for item in (flavor, cluster_queue, local_queue):
         jsonschema.validate(item, KUEUE[item["kind"]])
     labels = flavor["spec"]["nodeLabels"]
     assert labels["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
     assert ("cloud.google.com/gke-spot" in labels) == spot
     (flavors,) = cluster_queue["spec"]["resourceGroups"][0]["flavors"]
-    assert flavors == {"name": "tpu", "resources": [{"name": "google.com/tpu", "nominalQuota": 64}]}
+    assert flavors == {
+        "name": "tpu",
+        "resources": [{"name": "google.com/tpu", "nominalQuota": 64}],
+    }
     assert local_queue["metadata"] == {"name": "tpu", "namespace": "research"}
     broken = json.loads(json.dumps(cluster_queue))
     broken["spec"]["resourceGroups"][0]["flavours"] = []
@@ -164,31 +207,72 @@ def test_queues_are_valid_and_hold_their_quota(spot):
 def test_several_slices_of_one_host_are_refused():
     """GKE joins multi-host slices alone: the pods of such a job would never find each other."""
     manifests.validate(FULL)
-    with pytest.raises(ValueError, match="--slices=2 of --topology=2x2: GKE joins slices of several hosts alone"):
+    with pytest.raises(
+        ValueError,
+        match="--slices=2 of --topology=2x2: GKE joins slices of several hosts alone",
+    ):
         manifests.validate(manifests.Job("a", "i", (), "v5e", "2x2", slices=2))
 
 
 def test_a_pool_is_scaled_from_zero_and_is_deleted_by_its_last_line():
     job = manifests.Job("tpu", "", (), "v5e", "4x4", spot=True)
-    create, delete = manifests.pool_commands(job, ["--cluster=c", "--region=r-1"], "r-1-a", "p")
+    create, delete = manifests.pool_commands(
+        job, ["--cluster=c", "--region=r-1"], "r-1-a", "p"
+    )
     assert create == [
-        *("gcloud", "container", "node-pools", "create", "tpu-0", "--cluster=c", "--region=r-1"),
-        *("--node-locations=r-1-a", "--machine-type=ct5lp-hightpu-4t", "--enable-autoscaling"),
-        *("--num-nodes=0", "--max-nodes=4", "--tpu-topology=4x4", "--spot", "--project=p"),
+        *(
+            "gcloud",
+            "container",
+            "node-pools",
+            "create",
+            "tpu-0",
+            "--cluster=c",
+            "--region=r-1",
+        ),
+        *(
+            "--node-locations=r-1-a",
+            "--machine-type=ct5lp-hightpu-4t",
+            "--enable-autoscaling",
+        ),
+        *(
+            "--num-nodes=0",
+            "--max-nodes=4",
+            "--tpu-topology=4x4",
+            "--spot",
+            "--project=p",
+        ),
     ]
-    assert delete[:6] == ["gcloud", "container", "node-pools", "delete", "tpu-0", "--cluster=c"]
+    assert delete[:6] == [
+        "gcloud",
+        "container",
+        "node-pools",
+        "delete",
+        "tpu-0",
+        "--cluster=c",
+    ]
 
 
 def test_a_pool_of_tpu7x_has_a_placement_policy_in_the_place_of_a_topology():
     job = manifests.Job("tpu", "", (), "tpu7x", "4x4x4")
-    policy, create, _ = manifests.pool_commands(job, ["--cluster=c", "--region=r-1"], "r-1-a", None)
-    assert policy[4:6] == ["workload-policy", "tpu-policy"] and "--accelerator-topology=4x4x4" in policy
-    assert "--placement-policy=tpu-policy" in create and not any("tpu-topology" in word for word in create)
+    policy, create, _ = manifests.pool_commands(
+        job, ["--cluster=c", "--region=r-1"], "r-1-a", None
+    )
+    assert (
+        policy[4:6] == ["workload-policy", "tpu-policy"]
+        and "--accelerator-topology=4x4x4" in policy
+    )
+    assert "--placement-policy=tpu-policy" in create and not any(
+        "tpu-topology" in word for word in create
+    )
 
 
 def test_a_host_has_the_chips_of_a_machine_type():
-    with pytest.raises(ValueError, match="--chips_per_host=2: a host of v5e has 1, 4, 8 chips"):
-        manifests.pool_commands(manifests.Job("a", "", (), "v5e", "4x4", chips_per_host=2), [], "z", None)
+    with pytest.raises(
+        ValueError, match="--chips_per_host=2: a host of v5e has 1, 4, 8 chips"
+    ):
+        manifests.pool_commands(
+            manifests.Job("a", "", (), "v5e", "4x4", chips_per_host=2), [], "z", None
+        )
 
 
 KUBECTL = """#!/bin/sh
@@ -239,11 +323,19 @@ def calls(cluster: Path) -> list[str]:
     """The verbs that kubectl was asked, with what `get` was asked for."""
     path = cluster / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
-    words = [[word for word in line.split() if not word.startswith("--")] for line in lines]
+    words = [
+        [word for word in line.split() if not word.startswith("--")] for line in lines
+    ]
     return [" ".join(line[:2]) if line[0] == "get" else line[0] for line in words]
 
 
-HEAD = ["--name=a", "--image=image:1", "--topology=4x4", "--poll=0", "--secret=HF_TOKEN=hf"]
+HEAD = [
+    "--name=a",
+    "--image=image:1",
+    "--topology=4x4",
+    "--poll=0",
+    "--secret=HF_TOKEN=hf",
+]
 RUN = [*HEAD, "--nocheck", "--", *COMMAND]
 
 
@@ -257,7 +349,10 @@ def test_a_job_is_followed_to_its_end_through_restarts(end, code, cluster, capsy
     assert calls(cluster) == ["get deployment", "get jobset", "apply", *looks]
     applied = json.loads((cluster / "applied.json").read_text())
     validate(applied)
-    assert "local-secret-value" not in out + json.dumps(applied) and "training\n***\n" in out
+    assert (
+        "local-secret-value" not in out + json.dumps(applied)
+        and "training\n***\n" in out
+    )
 
 
 def test_runs_in_a_bucket_share_what_they_compile(cluster, capsys):
@@ -265,20 +360,41 @@ def test_runs_in_a_bucket_share_what_they_compile(cluster, capsys):
     own = "--env=JAX_COMPILATION_CACHE_DIR=gs://b/mine"
     for flags, expected in (([], "gs://b/cache"), ([own], "gs://b/mine")):
         _, printed, _ = call(capsys, "manifest", *HEAD, *flags, "--", *COMMAND)
-        pod = json.loads(printed)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-        values = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+        pod = json.loads(printed)["spec"]["replicatedJobs"][0]["template"]["spec"][
+            "template"
+        ]["spec"]
+        values = {
+            variable["name"]: variable.get("value")
+            for variable in pod["containers"][0]["env"]
+        }
         assert values["JAX_COMPILATION_CACHE_DIR"] == expected
-    _, printed, _ = call(capsys, "manifest", *HEAD, "--", "rlhfjax", "run", "--workdir=/bucket/a")
+    _, printed, _ = call(
+        capsys, "manifest", *HEAD, "--", "rlhfjax", "run", "--workdir=/bucket/a"
+    )
     assert "JAX_COMPILATION_CACHE_DIR" not in printed
 
 
 def test_a_config_that_cannot_run_creates_no_job(cluster, capsys):
-    command = ["rlhfjax", "run", "--config=experiments/quickstart/recipe.py", "--config.ppo.clipp=1"]
-    code, _, err = call(capsys, "submit", *HEAD, "--", *command, "--workdir=gs://b/runs/a")
-    assert code == 1 and "clip" in err and err.endswith("nothing was created\n") and calls(cluster) == []
+    command = [
+        "rlhfjax",
+        "run",
+        "--config=experiments/quickstart/recipe.py",
+        "--config.ppo.clipp=1",
+    ]
+    code, _, err = call(
+        capsys, "submit", *HEAD, "--", *command, "--workdir=gs://b/runs/a"
+    )
+    assert (
+        code == 1
+        and "clip" in err
+        and err.endswith("nothing was created\n")
+        and calls(cluster) == []
+    )
 
 
-def test_submit_leaves_the_job_to_the_cluster_and_a_second_time_to_itself(cluster, capsys):
+def test_submit_leaves_the_job_to_the_cluster_and_a_second_time_to_itself(
+    cluster, capsys
+):
     assert call(capsys, "submit", *RUN)[0] == call(capsys, "submit", *RUN)[0] == 0
     assert calls(cluster) == ["get deployment", "get jobset", "apply"] * 2
     assert not (cluster / "looks").exists()
@@ -288,7 +404,9 @@ def test_a_job_that_has_ended_is_replaced(cluster, capsys):
     """A sweep starts its failed runs again: the end of the one before is not theirs."""
     (cluster / "ended").write_text("Failed")
     code, out, _ = call(capsys, "run", *RUN)
-    assert code == 0 and out.startswith("+ kubectl delete jobset a --ignore-not-found\n")
+    assert code == 0 and out.startswith(
+        "+ kubectl delete jobset a --ignore-not-found\n"
+    )
     assert calls(cluster)[1:4] == ["get jobset", "delete", "apply"]
 
 
@@ -305,7 +423,9 @@ def test_a_deleted_job_is_not_waited_for(cluster, capsys):
         ("registry/jobset/jobset:v0.5.2", "has JobSet 0.5: expected 0.6 or later"),
     ],
 )
-def test_a_cluster_without_the_rules_of_the_manifest_is_refused(image, error, cluster, capsys):
+def test_a_cluster_without_the_rules_of_the_manifest_is_refused(
+    image, error, cluster, capsys
+):
     (cluster / "jobset").unlink()
     if image:
         (cluster / "jobset").write_text(image)
@@ -323,7 +443,9 @@ def test_context_and_namespace_go_with_every_call(cluster, capsys):
     lines = (cluster / "calls").read_text().splitlines()
     assert all(line.startswith("--context=c ") for line in lines)
     # JobSet's controller has a namespace of its own.
-    assert all(("--namespace=n" in line) != ("get deployment" in line) for line in lines)
+    assert all(
+        ("--namespace=n" in line) != ("get deployment" in line) for line in lines
+    )
 
 
 def test_states_of_many_jobs_are_one_call(cluster, capsys):
@@ -336,12 +458,23 @@ def test_states_of_many_jobs_are_one_call(cluster, capsys):
             "status": {"terminalState": end} if end else {},
         }
 
-    items = [item("a"), item("b", suspend=True), item("c", end="Failed"), item("kl-0-1-3b41d2", end="Completed")]
+    items = [
+        item("a"),
+        item("b", suspend=True),
+        item("c", end="Failed"),
+        item("kl-0-1-3b41d2", end="Completed"),
+    ]
     items[3]["metadata"]["name"] = gke.slug("kl=0.1")
     (cluster / "states.json").write_text(json.dumps({"kind": "List", "items": items}))
     code, out, _ = call(capsys, "states", "a", "b", "c", "kl=0.1", "d")
     assert code == 0 and len(calls(cluster)) == 1
-    assert json.loads(out) == {"a": "Running", "b": "Queued", "c": "Failed", "kl=0.1": "Completed", "d": "Missing"}
+    assert json.loads(out) == {
+        "a": "Running",
+        "b": "Queued",
+        "c": "Failed",
+        "kl=0.1": "Completed",
+        "d": "Missing",
+    }
     (cluster / "states.json").write_text(json.dumps(items[2] | {"kind": "JobSet"}))
     assert json.loads(call(capsys, "states", "c")[1]) == {"c": "Failed"}
 
@@ -361,17 +494,25 @@ def test_manifest_and_dry_run_print_what_would_be_applied(cluster, capsys):
     _, printed, _ = call(capsys, "manifest", *RUN)
     _, dry, _ = call(capsys, "run", "--dry_run", *RUN)
     assert not (cluster / "calls").exists()
-    assert dry.startswith(printed) and "\nkubectl apply --filename=-\nkubectl logs --follow" in dry
+    assert (
+        dry.startswith(printed)
+        and "\nkubectl apply --filename=-\nkubectl logs --follow" in dry
+    )
     call(capsys, "run", *RUN)
     assert json.loads((cluster / "applied.json").read_text()) == json.loads(printed)
 
 
 def test_queue_and_pool_print_what_makes_them(cluster, capsys):
-    code, out, _ = call(capsys, "queue", "--name=tpu", "--topology=4x4", "--chips=64", "--namespace=n")
+    code, out, _ = call(
+        capsys, "queue", "--name=tpu", "--topology=4x4", "--chips=64", "--namespace=n"
+    )
     assert code == 0 and out.count('"kind"') == 3 and '"namespace": "n"' in out
     where = ["--cluster=c", "--region=r-1", "--zone=r-1-a"]
     code, out, _ = call(capsys, "pool", "--name=tpu", "--topology=4x4", *where)
-    assert code == 0 and [line.split()[3] for line in out.splitlines()] == ["create", "delete"]
+    assert code == 0 and [line.split()[3] for line in out.splitlines()] == [
+        "create",
+        "delete",
+    ]
     assert not (cluster / "calls").exists()
 
 
@@ -379,16 +520,38 @@ def test_queue_and_pool_print_what_makes_them(cluster, capsys):
     ("args", "error"),
     [
         (["fly"], "expected one of run, submit, manifest"),
-        (["run", "--name=a", "--image=i", "--topology=1x1", "--", "true"], "1 chips are no multiple of 4 per host"),
-        (["run", "--name=a", "--image=i", "--topology=4by4", "--", "true"], "expected sides in chips, such as 4x4"),
-        (["run", "--name=a", "--image=i", "--topology=2x2", "--slices=2", "--", "true"], "expected a larger topology"),
+        (
+            ["run", "--name=a", "--image=i", "--topology=1x1", "--", "true"],
+            "1 chips are no multiple of 4 per host",
+        ),
+        (
+            ["run", "--name=a", "--image=i", "--topology=4by4", "--", "true"],
+            "expected sides in chips, such as 4x4",
+        ),
+        (
+            [
+                "run",
+                "--name=a",
+                "--image=i",
+                "--topology=2x2",
+                "--slices=2",
+                "--",
+                "true",
+            ],
+            "expected a larger topology",
+        ),
         (["run", "--name=a", "--topology=4x4", "--", "true"], "--image is required"),
         (["logs", "a"], "expected one of"),
     ],
 )
 def test_what_is_invalid_is_one_line(args, error, cluster, capsys):
     code, _, err = call(capsys, *args)
-    assert code == 2 and error in err and err.count("\n") == 1 and not (cluster / "calls").exists()
+    assert (
+        code == 2
+        and error in err
+        and err.count("\n") == 1
+        and not (cluster / "calls").exists()
+    )
 
 
 def test_the_image_installs_what_its_commands_need():
@@ -396,6 +559,10 @@ def test_the_image_installs_what_its_commands_need():
     text = (HERE.parents[1] / "Dockerfile").read_text()
     extras = re.search(r"^ARG EXTRAS=(.*)$", text, re.MULTILINE)[1].split(",")
     project = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(extras) <= set(project["optional-dependencies"]) and {"tpu", "gcs", "quickstart"} <= set(extras)
+    assert set(extras) <= set(project["optional-dependencies"]) and {
+        "tpu",
+        "gcs",
+        "quickstart",
+    } <= set(extras)
     constraints = re.search(r"^ARG CONSTRAINTS=(.*)$", text, re.MULTILINE)[1]
     assert (HERE.parents[1] / constraints).is_file()

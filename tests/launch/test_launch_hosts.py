@@ -82,16 +82,30 @@ def test_one_code_for_many_hosts():
 
 
 def test_a_dry_run_of_ssh_calls_nothing(tools, capsys):
-    code, out, _ = call(capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b")
+    code, out, _ = call(
+        capsys, ssh, *HOSTS, "--dry_run", "--", "rlhfjax", "run", "--workdir=a b"
+    )
     assert code == 0 and not (tools / "h1").exists()
-    assert out.count("\nssh ") == 6 and out.count("\nscp ") == 2 and out.startswith("# packs what git tracks into ")
+    assert (
+        out.count("\nssh ") == 6
+        and out.count("\nscp ") == 2
+        and out.startswith("# packs what git tracks into ")
+    )
 
 
 def test_launchers_agree_with_rlhfjax_and_need_nothing_of_it():
     assert Preempted.exit_code == shell.PREEMPTED
     code = "import sys, launch.gke, launch.slurm, launch.ssh, launch.tpu; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"jax", "rlhfjax", "numpy"} & {name.partition(".")[0] for name in done.stdout.split()}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"jax", "rlhfjax", "numpy"} & {
+        name.partition(".")[0] for name in done.stdout.split()
+    }
 
 
 SECRETS = {
@@ -111,17 +125,28 @@ def test_secrets_are_hidden_and_other_words_are_not():
         "password: abcdefgh",
         "MY_SECRET_2=abcdefgh",
     ):
-        assert "abcdefgh" not in shell.redact(said, {}) and "***" in shell.redact(said, {})
-    for said in ("tokenizer=stage:tokenizer", "tokens: 1234567", "--config.ppo.tokenizer=runs/tokenizer", "key=value"):
+        assert "abcdefgh" not in shell.redact(said, {}) and "***" in shell.redact(
+            said, {}
+        )
+    for said in (
+        "tokenizer=stage:tokenizer",
+        "tokens: 1234567",
+        "--config.ppo.tokenizer=runs/tokenizer",
+        "key=value",
+    ):
         assert shell.redact(said, {}) == said
 
 
 def test_what_a_command_prints_is_redacted_too(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf-secret-value")
     lines = []
-    code = shell.Shell(out=lines.append).run(["sh", "-c", 'echo "using $HF_TOKEN"; exit 4'])
+    code = shell.Shell(out=lines.append).run(
+        ["sh", "-c", 'echo "using $HF_TOKEN"; exit 4']
+    )
     assert code == 4 and lines[-1] == "using ***"
-    with pytest.raises(shell.LaunchError, match="there-is-no-such-program is not installed"):
+    with pytest.raises(
+        shell.LaunchError, match="there-is-no-such-program is not installed"
+    ):
         shell.Shell(out=lines.append).run(["there-is-no-such-program"])
 
 
@@ -129,7 +154,13 @@ def test_names_are_those_that_clouds_take_and_no_two_become_one():
     """By hand: printf 'kl=0.1,seed=1' | sha256sum."""
     assert shell.slug("kl-5") == "kl-5" and shell.slug("a" * 40) == "a" * 40
     assert shell.slug("kl=0.1,seed=1") == "kl-0-1-seed-1-698fae"
-    alike = ["kl=0.1", "kl=-0.1", "KL=0.1", "kl-0-1", *(f"{'model.' * 10}n_layers=2,seed={seed}" for seed in (0, 1))]
+    alike = [
+        "kl=0.1",
+        "kl=-0.1",
+        "KL=0.1",
+        "kl-0-1",
+        *(f"{'model.' * 10}n_layers=2,seed={seed}" for seed in (0, 1)),
+    ]
     made = [shell.slug(name) for name in alike]
     assert len(set(made)) == len(alike) and max(map(len, made)) == 40
     assert all(shell.SLUG.fullmatch(name) for name in made)

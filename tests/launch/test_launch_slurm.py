@@ -73,7 +73,12 @@ def call(cluster, capsys):
 
     def call(word: str, *args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
-            shell.launch("", slurm._flags, slurm.act, ["launch.slurm", word, f"--folder={cluster}/files", *args])
+            shell.launch(
+                "",
+                slurm._flags,
+                slurm.act,
+                ["launch.slurm", word, f"--folder={cluster}/files", *args],
+            )
         out, err = capsys.readouterr()
         return caught.value.code, out, err
 
@@ -90,7 +95,11 @@ def log(cluster: Path, node: int = 0) -> list[str]:
 
 def made(cluster: Path, tool: str) -> list[str]:
     file = cluster / "calls"
-    return [line for line in file.read_text().splitlines() if line.startswith(tool)] if file.exists() else []
+    return (
+        [line for line in file.read_text().splitlines() if line.startswith(tool)]
+        if file.exists()
+        else []
+    )
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -107,23 +116,39 @@ def test_the_commands_exit_code_is_the_launchers_and_slurms(code, cluster, call)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "said"), [(1, ["none", "none", "none"]), (2, [f"n0:{65536 - 4096 + 7}", "2", "0"])], ids=["one", "two"]
+    ("nodes", "said"),
+    [(1, ["none", "none", "none"]), (2, [f"n0:{65536 - 4096 + 7}", "2", "0"])],
+    ids=["one", "two"],
 )
 def test_processes_are_told_of_each_other(nodes, said, cluster, call):
-    script = "".join(f"echo ${{JAX_{name}:-none}};" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+    script = "".join(
+        f"echo ${{JAX_{name}:-none}};"
+        for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    )
     assert call("submit", *JOB, f"--nodes={nodes}", *sh(script))[0] == 0
-    assert log(cluster) == said and [log(cluster, i)[-1] for i in range(1, nodes)] == ["1"] * (nodes - 1)
+    assert log(cluster) == said and [log(cluster, i)[-1] for i in range(1, nodes)] == [
+        "1"
+    ] * (nodes - 1)
 
 
-def test_a_job_has_the_clusters_environment_and_this_interpreters_programs(cluster, call, monkeypatch):
+def test_a_job_has_the_clusters_environment_and_this_interpreters_programs(
+    cluster, call, monkeypatch
+):
     monkeypatch.setenv("MINE", "mine")
     assert call("submit", *JOB, *sh('echo "${MINE:-none}"; command -v python'))[0] == 0
     assert log(cluster) == ["none", str(Path(sys.executable).parent / "python")]
 
 
 def test_options_of_sbatch_and_srun_and_lines_of_the_script_go_through(call):
-    options = ["--sbatch=mem=0", "--sbatch=exclusive", "--srun=--container-image=x.sqsh", "--setup=module load cuda"]
-    code, out, _ = call("script", "--name=a", "--gpus_per_node=8", *options, *sh("true"))
+    options = [
+        "--sbatch=mem=0",
+        "--sbatch=exclusive",
+        "--srun=--container-image=x.sqsh",
+        "--setup=module load cuda",
+    ]
+    code, out, _ = call(
+        "script", "--name=a", "--gpus_per_node=8", *options, *sh("true")
+    )
     lines = out.splitlines()
     assert code == 0 and "#SBATCH --mem=0" in lines and "#SBATCH --exclusive" in lines
     (srun,) = [line for line in lines if line.startswith("srun ")]
@@ -140,9 +165,16 @@ def test_options_of_sbatch_and_srun_and_lines_of_the_script_go_through(call):
         (["--sbatch=a b=c"], "expected KEY=VALUE or KEY"),
     ],
 )
-def test_what_would_waste_a_node_or_break_a_restart_is_refused(args, error, cluster, call):
+def test_what_would_waste_a_node_or_break_a_restart_is_refused(
+    args, error, cluster, call
+):
     code, _, err = call("submit", "--name=a", *args, *sh("true"))
-    assert code == 1 and error in err and err.count("\n") == 1 and not made(cluster, "sbatch")
+    assert (
+        code == 1
+        and error in err
+        and err.count("\n") == 1
+        and not made(cluster, "sbatch")
+    )
 
 
 def test_a_job_is_requeued_where_it_was_preempted(cluster, call):
@@ -154,13 +186,22 @@ def test_a_job_is_requeued_where_it_was_preempted(cluster, call):
     sleep $SLURM_PROCID; echo again"""
     code, _, _ = call("submit", *JOB, "--nodes=2", *sh(script))
     assert code == 0 and made(cluster, "scontrol") == ["scontrol requeue 7"]
-    assert log(cluster) == ["launch: preempted; restart 1 of 20", "again"] and log(cluster, 1) == ["again"]
+    assert log(cluster) == ["launch: preempted; restart 1 of 20", "again"] and log(
+        cluster, 1
+    ) == ["again"]
 
 
 def test_a_job_is_not_requeued_for_ever(cluster, call):
     code, _, err = call("submit", *JOB, "--max_restarts=2", *sh("echo start; exit 75"))
-    assert code == 1 and err == "launch: a: preempted more than --max_restarts=2 times; its state is saved\n"
-    assert log(cluster).count("start") == 3 and made(cluster, "scontrol") == ["scontrol requeue 7"] * 2
+    assert (
+        code == 1
+        and err
+        == "launch: a: preempted more than --max_restarts=2 times; its state is saved\n"
+    )
+    assert (
+        log(cluster).count("start") == 3
+        and made(cluster, "scontrol") == ["scontrol requeue 7"] * 2
+    )
 
 
 def once_it_runs(cluster: Path, *words: str) -> threading.Thread:
@@ -181,21 +222,34 @@ COUNTING = ["--nodes=2", "--", sys.executable, "-S", "-c"]
 
 
 @pytest.mark.parametrize("number", ["USR2", "TERM"])
-def test_what_is_out_of_time_or_preempted_saves_and_ends_as_if_it_had_not_been(number, cluster, call):
+def test_what_is_out_of_time_or_preempted_saves_and_ends_as_if_it_had_not_been(
+    number, cluster, call
+):
     """SIGUSR2 comes before the time is up, to every process; SIGTERM before the machines are taken away."""
     thread = once_it_runs(cluster, "scancel", f"--signal={number}", "7")
-    assert call("submit", *JOB, *COUNTING, f"import os; os.chdir({str(cluster)!r})\n{COUNT}")[0] == 0
+    assert (
+        call(
+            "submit", *JOB, *COUNTING, f"import os; os.chdir({str(cluster)!r})\n{COUNT}"
+        )[0]
+        == 0
+    )
     thread.join()
     assert made(cluster, "scontrol") == ["scontrol requeue 7"]
     for node in range(2):
-        first, *_, second, last = [line for line in log(cluster, node) if not line.startswith("launch:")]
+        first, *_, second, last = [
+            line for line in log(cluster, node) if not line.startswith("launch:")
+        ]
         assert (first, second, last) == ("from 0", "from 1", "counted to 40")
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(cluster, call, monkeypatch):
     thread = once_it_runs(cluster, "scancel", "--name=a", "--me")
-    monkeypatch.setattr(sys.modules["submitit"].SlurmJob, "_results_timeout_s", 1)  # for a file system to be slow
-    code, out, _ = call("submit", *JOB, *COUNTING, f"import os; os.chdir({str(cluster)!r})\n{COUNT}")
+    monkeypatch.setattr(
+        sys.modules["submitit"].SlurmJob, "_results_timeout_s", 1
+    )  # for a file system to be slow
+    code, out, _ = call(
+        "submit", *JOB, *COUNTING, f"import os; os.chdir({str(cluster)!r})\n{COUNT}"
+    )
     thread.join()
     assert code == 1 and "job 7 is CANCELLED; " in out and not made(cluster, "scontrol")
     assert (cluster / "0").read_text() == "1"
@@ -214,20 +268,35 @@ def test_a_dry_run_is_what_was_submitted(cluster, call, monkeypatch):
 
 
 def test_the_script_asks_for_what_was_asked(call):
-    asked = ["--nodes=4", "--gpus_per_node=8", "--cpus_per_task=6", "--partition=p", "--account=b", "--grace=60"]
+    asked = [
+        "--nodes=4",
+        "--gpus_per_node=8",
+        "--cpus_per_task=6",
+        "--partition=p",
+        "--account=b",
+        "--grace=60",
+    ]
     _, script, _ = call("script", "--name=a", *asked, "--time=1-02:30:00", *sh("true"))
     for line in (
         "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=6", "partition=p", "account=b", "time=1590",
         "signal=USR2@60", "requeue", "dependency=singleton", "export=NONE", "job-name=a", "open-mode=append",
     ):  # fmt: skip
         assert f"\n#SBATCH --{line}\n" in script
-    assert "--cpus-per-task=6 " in script.partition("\nsrun ")[2] and "wckey" not in script
+    assert (
+        "--cpus-per-task=6 " in script.partition("\nsrun ")[2] and "wckey" not in script
+    )
     _, script, _ = call("script", "--name=a", *sh("true"))
-    assert not any(word in script for word in ("cpus-per-task", "gpus", "account", "partition"))
+    assert not any(
+        word in script for word in ("cpus-per-task", "gpus", "account", "partition")
+    )
 
 
 def test_times_in_minutes_by_hand():
-    assert [slurm.minutes(time) for time in ("00:30:00", "24:00:00", "2-01:00:30")] == [30, 1440, 48 * 60 + 61]
+    assert [slurm.minutes(time) for time in ("00:30:00", "24:00:00", "2-01:00:30")] == [
+        30,
+        1440,
+        48 * 60 + 61,
+    ]
     for bad in ("30", "1:30", "1-2", ""):
         with pytest.raises(shell.flags.Error, match="expected HH:MM:SS or D-HH:MM:SS"):
             slurm.minutes(bad)
@@ -238,14 +307,23 @@ def test_what_slurm_refuses_is_one_line(cluster, call, monkeypatch):
     said = "launch: sbatch: error: Batch job submission failed: Invalid partition name specified\n"
     assert (code, out, err) == (1, "", said)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert call("submit", *JOB, *sh("true"))[2] == "launch: sbatch is not installed on this machine, or not in PATH\n"
+    assert (
+        call("submit", *JOB, *sh("true"))[2]
+        == "launch: sbatch is not installed on this machine, or not in PATH\n"
+    )
     monkeypatch.setitem(sys.modules, "submitit", None)
     code, _, err = call("script", *JOB, *sh("true"))
-    assert code == 1 and err.startswith("launch: submitit is not installed in this Python: ") and err.count("\n") == 1
+    assert (
+        code == 1
+        and err.startswith("launch: submitit is not installed in this Python: ")
+        and err.count("\n") == 1
+    )
 
 
 def test_what_a_tool_says_last_is_there_without_output():
-    assert shell.last_line("sbatch: error: a\nsbatch: error: b\n\n") == "sbatch: error: b"
+    assert (
+        shell.last_line("sbatch: error: a\nsbatch: error: b\n\n") == "sbatch: error: b"
+    )
     assert shell.last_line("") == shell.last_line(" \n") == ""
 
 
@@ -259,16 +337,35 @@ def test_a_command_that_is_not_there_and_secrets_in_its_log(cluster, call, monke
 
 
 def test_down_cancels_the_jobs_of_the_name(call):
-    assert call("down", "--name=A b", "--dry_run")[1] == f"scancel --name={shell.slug('A b')} --me\n"
+    assert (
+        call("down", "--name=A b", "--dry_run")[1]
+        == f"scancel --name={shell.slug('A b')} --me\n"
+    )
 
 
 @pytest.mark.nightly
-def test_a_run_that_was_out_of_time_ends_with_the_bytes_of_one_that_was_not(conversations, cluster, call):
+def test_a_run_that_was_out_of_time_ends_with_the_bytes_of_one_that_was_not(
+    conversations, cluster, call
+):
     """Stopped after six of 24 steps, by Slurm's signal; the folders of both runs are compared."""
-    recipe.run_stage(to_dict(tiny_hosts.get_config(f"data={conversations}").tokenizer), cluster / "tokenizer")
+    recipe.run_stage(
+        to_dict(tiny_hosts.get_config(f"data={conversations}").tokenizer),
+        cluster / "tokenizer",
+    )
     config = f"tests/tiny_hosts.py:data={conversations},only=pretrain,tokenizer={cluster}/tokenizer"
-    words = [sys.executable, "-m", "rlhfjax", "train", f"--config={config}", "--config.steps=24"]
-    env = [f"--env={name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
+    words = [
+        sys.executable,
+        "-m",
+        "rlhfjax",
+        "train",
+        f"--config={config}",
+        "--config.steps=24",
+    ]
+    env = [
+        f"--env={name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith("JAX_")
+    ]
     args = [*JOB, *env, "--", *words, "--config.checkpoint.every=4"]
 
     def stop() -> None:

@@ -7,15 +7,33 @@ import pytest
 
 from rlhfjax.models import TransformerConfig
 
-SIZE = {"vocab_size": 61, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 40, "max_length": 32, "init_std": 0.3}
+SIZE = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "d_ff": 40,
+    "max_length": 32,
+    "init_std": 0.3,
+}
 FAMILIES = {
     "llama": TransformerConfig(**SIZE, tie_embeddings=False),
     "llama-gqa": TransformerConfig(**SIZE, n_kv_heads=2, rope_theta=500.0, d_head=8),
     "gpt2": TransformerConfig(
-        **SIZE, positions="learned", norm="layernorm", mlp="gelu", bias=True, scale_residual_init=True
+        **SIZE,
+        positions="learned",
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        scale_residual_init=True,
     ),
     "gpt1": TransformerConfig(
-        **SIZE, positions="learned", norm="layernorm", mlp="gelu", bias=True, residual="post_norm"
+        **SIZE,
+        positions="learned",
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        residual="post_norm",
     ),
     "neox": TransformerConfig(
         **SIZE,
@@ -27,16 +45,26 @@ FAMILIES = {
         d_head=16,
         tie_embeddings=False,
     ),
-    "qwen2": TransformerConfig(**SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6),
+    "qwen2": TransformerConfig(
+        **SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6
+    ),
 }
 # Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied output).
 DISTINCT = tuple(name for name in FAMILIES if name != "llama")
 # For what compiles much: two families that differ in positions, norms, heads and biases at once, the others among the
 # slow proofs.
-MOSTLY_SLOW = [pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow) for name in FAMILIES]
+MOSTLY_SLOW = [
+    pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow)
+    for name in FAMILIES
+]
 
 
-STD = {"scale": 0.1, "bias": 0.1, "lora_a": 0.15, "lora_b": 0.1}  # of all others init_std
+STD = {
+    "scale": 0.1,
+    "bias": 0.1,
+    "lora_a": 0.15,
+    "lora_b": 0.1,
+}  # of all others init_std
 
 
 def random_params(model, seed=0):
@@ -69,9 +97,15 @@ def shaken(params, seed=7):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        tree,
+        [
+            x + 0.1 * jax.random.normal(k, x.shape)
+            for x, k in zip(leaves, keys, strict=True)
+        ],
     )
 
 
 def tokens(batch, length, seed=1, vocab=61):
-    return jnp.asarray(np.random.default_rng(seed).integers(2, vocab, (batch, length)), jnp.int32)
+    return jnp.asarray(
+        np.random.default_rng(seed).integers(2, vocab, (batch, length)), jnp.int32
+    )

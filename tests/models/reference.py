@@ -11,7 +11,10 @@ def forward(params, config, row, segments=None, positions=None):
     t = len(row)
     segments = np.ones(t, int) if segments is None else np.asarray(segments)
     if positions is None:
-        positions = [int((segments[:i] == segments[i]).sum()) if segments[i] else 0 for i in range(t)]
+        positions = [
+            int((segments[:i] == segments[i]).sum()) if segments[i] else 0
+            for i in range(t)
+        ]
     embed = p["backbone"]["embed"]
     x = [embed["tokens"][token].copy() for token in row]
     if config.positions == "learned":
@@ -22,11 +25,19 @@ def forward(params, config, row, segments=None, positions=None):
     if config.residual != "post_norm":
         x = [norm(p["backbone"]["norm"], config, y) for y in x]
     hidden = np.stack(x)
-    return hidden @ (embed["tokens"].T if config.tie_embeddings else p["head"]["kernel"])
+    return hidden @ (
+        embed["tokens"].T if config.tie_embeddings else p["head"]["kernel"]
+    )
 
 
 def pre_norm(p, config, x, segments, positions):
-    mixed = attention(p["attention"], config, [norm(p["norm_1"], config, y) for y in x], segments, positions)
+    mixed = attention(
+        p["attention"],
+        config,
+        [norm(p["norm_1"], config, y) for y in x],
+        segments,
+        positions,
+    )
     x = [y + z for y, z in zip(x, mixed, strict=True)]
     return [y + mlp(p["mlp"], config, norm(p["norm_2"], config, y)) for y in x]
 
@@ -38,8 +49,17 @@ def post_norm(p, config, x, segments, positions):
 
 
 def parallel(p, config, x, segments, positions):
-    mixed = attention(p["attention"], config, [norm(p["norm_1"], config, y) for y in x], segments, positions)
-    return [y + z + mlp(p["mlp"], config, norm(p["norm_2"], config, y)) for y, z in zip(x, mixed, strict=True)]
+    mixed = attention(
+        p["attention"],
+        config,
+        [norm(p["norm_1"], config, y) for y in x],
+        segments,
+        positions,
+    )
+    return [
+        y + z + mlp(p["mlp"], config, norm(p["norm_2"], config, y))
+        for y, z in zip(x, mixed, strict=True)
+    ]
 
 
 LAYER = {"pre_norm": pre_norm, "post_norm": post_norm, "parallel": parallel}
@@ -60,10 +80,15 @@ def affine(p, x):
 def mlp(p, config, x):
     if config.mlp == "gelu":  # the tanh form of GPT-2
         up = affine(p["up"], x)
-        return affine(p["down"], 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))))
+        return affine(
+            p["down"],
+            0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))),
+        )
     if config.mlp == "gelu_exact":
         up = affine(p["up"], x)
-        return affine(p["down"], np.array([u * (1 + math.erf(u / math.sqrt(2))) / 2 for u in up]))
+        return affine(
+            p["down"], np.array([u * (1 + math.erf(u / math.sqrt(2))) / 2 for u in up])
+        )
     gate = affine(p["gate"], x)
     return affine(p["down"], gate / (1 + np.exp(-gate)) * affine(p["up"], x))
 
@@ -74,7 +99,9 @@ def rope(x, position, config):
     half = n // 2
     turned = x.copy()
     for i in range(half):
-        z = complex(x[i], x[i + half]) * np.exp(1j * position * config.rope_theta ** (-2 * i / n))
+        z = complex(x[i], x[i + half]) * np.exp(
+            1j * position * config.rope_theta ** (-2 * i / n)
+        )
         turned[i], turned[i + half] = z.real, z.imag
     return turned
 
@@ -83,18 +110,30 @@ def attention(p, config, x, segments, positions):
     heads, per = config.n_heads, config.n_heads // config.kv_heads
     out = []
     for i, query_input in enumerate(x):
-        seen = [j for j in range(i + 1) if j == i or (segments[j] == segments[i] and segments[j] > 0)]
+        seen = [
+            j
+            for j in range(i + 1)
+            if j == i or (segments[j] == segments[i] and segments[j] > 0)
+        ]
         mixed = []
         for h in range(heads):
             q = project(p["query"], query_input, h)
             keys = [project(p["key"], x[j], h // per) for j in seen]
             if config.positions == "rope":
                 q = rope(q, positions[i], config)
-                keys = [rope(k, positions[j], config) for k, j in zip(keys, seen, strict=True)]
+                keys = [
+                    rope(k, positions[j], config)
+                    for k, j in zip(keys, seen, strict=True)
+                ]
             scores = np.array([q @ k / np.sqrt(config.head_dim) for k in keys])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            mixed.append(sum(w * project(p["value"], x[j], h // per) for w, j in zip(weights, seen, strict=True)))
+            mixed.append(
+                sum(
+                    w * project(p["value"], x[j], h // per)
+                    for w, j in zip(weights, seen, strict=True)
+                )
+            )
         y = sum(mixed[h] @ p["out"]["kernel"][h] for h in range(heads))
         out.append(y + p["out"].get("bias", 0.0))
     return out
@@ -105,4 +144,7 @@ def project(p, x, h):
 
 
 def _float64(tree):
-    return {k: _float64(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()}
+    return {
+        k: _float64(v) if isinstance(v, dict) else np.asarray(v, np.float64)
+        for k, v in tree.items()
+    }

@@ -85,13 +85,18 @@ def test_dropout_keeps_the_mean_and_the_rate():
     x = jnp.full((200, 200), 3.0)
     got = np.asarray(dropout(x, 0.25, jax.random.key(0)))
     assert set(np.unique(got)) == {0.0, 4.0}
-    np.testing.assert_allclose((got == 0).mean(), 0.25, atol=0.01)  # 40,000 draws: standard error 0.002
+    np.testing.assert_allclose(
+        (got == 0).mean(), 0.25, atol=0.01
+    )  # 40,000 draws: standard error 0.002
     np.testing.assert_array_equal(dropout(x, 0.25, None), x)
 
 
 def test_rope_depends_on_distance_only():
     """<R(m) q, R(n) k> is a function of m - n (Su et al. 2021, eq. 11); a rotation keeps the norm."""
-    q, k = (jax.random.normal(key, (1, 1, 1, 16)) for key in jax.random.split(jax.random.key(0)))
+    q, k = (
+        jax.random.normal(key, (1, 1, 1, 16))
+        for key in jax.random.split(jax.random.key(0))
+    )
 
     @jax.jit
     def turn(x, at):
@@ -100,9 +105,13 @@ def test_rope_depends_on_distance_only():
     def product(m, n):
         return float((np.asarray(turn(q, m)) * np.asarray(turn(k, n))).sum())
 
-    np.testing.assert_allclose([product(9, 4), product(105, 100)], product(5, 0), rtol=1e-4)
+    np.testing.assert_allclose(
+        [product(9, 4), product(105, 100)], product(5, 0), rtol=1e-4
+    )
     assert abs(product(6, 0) - product(5, 0)) > 1e-3
-    np.testing.assert_allclose(np.linalg.norm(turn(q, 77)), np.linalg.norm(q), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(turn(q, 77)), np.linalg.norm(q), rtol=1e-6
+    )
     np.testing.assert_array_equal(turn(q, 0), q)
 
 
@@ -110,7 +119,9 @@ def test_rope_by_hand():
     """Position 2, width 4, theta 100: pairs (x0, x2) by 2 rad and (x1, x3) by 2 / 10 rad."""
     x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
     got = rotate(x, rope_tables(jnp.array([[2]]), 4, 100.0)).ravel()
-    np.testing.assert_allclose(got, [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], rtol=1e-6)
+    np.testing.assert_allclose(
+        got, [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], rtol=1e-6
+    )
 
 
 def test_a_part_of_a_head_is_rotated():

@@ -34,7 +34,9 @@ def llama():
 def batch(lengths=LENGTHS, seed=1, width=PROMPT):
     """Left-padded prompts with NEW tokens after each, and their segments; what pads is not one id but any."""
     slots = jnp.arange(width + NEW)[None]
-    return tokens(len(lengths), width + NEW, seed), (slots >= width - jnp.array(lengths)[:, None]).astype(jnp.int32)
+    return tokens(len(lengths), width + NEW, seed), (
+        slots >= width - jnp.array(lengths)[:, None]
+    ).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,7 +55,9 @@ def cached(model, params, rows, segments):
     first, cache = model.prefill(params, rows[:, :width], segments[:, :width], cache)
 
     def step(cache, i):
-        hidden, cache = model.decode(params, rows[:, width + i], length + i, width + i, cache)
+        hidden, cache = model.decode(
+            params, rows[:, width + i], length + i, width + i, cache
+        )
         return cache, hidden
 
     rest = jax.lax.scan(step, cache, jnp.arange(NEW - 1))[1]
@@ -79,7 +83,10 @@ def test_cached_is_uncached_in_bf16(llama):
     rows, segments = batch()
     got, expected = (f(narrow, params, rows, segments) for f in (cached, whole))
     apart = np.abs(got - expected)
-    assert apart.mean() < np.abs(expected - whole(model, params, rows, segments)).mean() and apart.max() < 0.3
+    assert (
+        apart.mean() < np.abs(expected - whole(model, params, rows, segments)).mean()
+        and apart.max() < 0.3
+    )
 
 
 def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
@@ -88,7 +95,8 @@ def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
     params = random_params(model)
     options = {"compiler_options": {"xla_allow_excess_precision": False}}
     got, expected = (
-        jax.jit(f.__wrapped__, static_argnums=0, **options)(model, params, *batch()) for f in (cached, whole)
+        jax.jit(f.__wrapped__, static_argnums=0, **options)(model, params, *batch())
+        for f in (cached, whole)
     )
     apart = np.abs(got - expected)
     assert apart.mean() < 1e-3 and apart.max() < 0.05
@@ -101,18 +109,27 @@ def test_a_row_does_not_depend_on_its_neighbours(llama):
     together = np.asarray(cached(model, params, rows, segments))
     other_rows, other_segments = batch((4, 6, 1, 7), seed=9)
     for i in range(4):
-        among = cached(model, params, other_rows.at[i].set(rows[i]), other_segments.at[i].set(segments[i]))
+        among = cached(
+            model,
+            params,
+            other_rows.at[i].set(rows[i]),
+            other_segments.at[i].set(segments[i]),
+        )
         np.testing.assert_array_equal(among[i], together[i])
     order = jnp.array([2, 0, 3, 1])
     moved = cached(model, params, rows[order], segments[order])
     np.testing.assert_allclose(moved, together[order], rtol=1e-6, atol=1e-5)
     alone = cached(model, params, rows[1:2], segments[1:2])
     np.testing.assert_allclose(alone[0], together[1], rtol=1e-6, atol=1e-5)
-    wider = cached(model, params, *(jnp.pad(x, ((0, 0), (3, 0))) for x in (rows, segments)))
+    wider = cached(
+        model, params, *(jnp.pad(x, ((0, 0), (3, 0))) for x in (rows, segments))
+    )
     np.testing.assert_allclose(wider, together, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gpt1", "neox"])  # the three residual forms
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "gpt1", "neox"]
+)  # the three residual forms
 def test_the_last_slot_is_that_of_the_whole(family):
     """Value and gradient, of rows padded on either side; the last layer is computed at that slot alone."""
     model = Model(FAMILIES[family])
@@ -135,4 +152,8 @@ def test_the_last_slot_is_that_of_the_whole(family):
         return [jax.value_and_grad(f, has_aux=True)(params) for f in (picked, alone)]
 
     expected, got = value_and_grads(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+        got,
+        expected,
+    )

@@ -32,11 +32,15 @@ def case(tied):
 def plain_logprobs(hidden, output, targets, tied, temperature=1.0):
     logits = hidden @ (output.T if tied else output) / temperature
     logp = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], -(jnp.exp(logp) * logp).sum(-1)
+    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], -(
+        jnp.exp(logp) * logp
+    ).sum(-1)
 
 
 def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b
+    )
 
 
 @CASES
@@ -49,11 +53,16 @@ def test_cross_entropy_is_plain(tied, chunk, monkeypatch):
         return 1.7 * nll, weight
 
     def expected(hidden, output, mask):
-        return -1.7 * (plain_logprobs(hidden, output, targets, tied)[0] * mask).sum(), mask.sum()
+        return -1.7 * (
+            plain_logprobs(hidden, output, targets, tied)[0] * mask
+        ).sum(), mask.sum()
 
     @jax.jit
     def both(*args):
-        return [jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*args) for f in (got, expected)]
+        return [
+            jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*args)
+            for f in (got, expected)
+        ]
 
     close(*both(hidden, output, mask))
 
@@ -65,7 +74,9 @@ def test_logprobs_are_plain(tied, chunk, monkeypatch):
 
     def weighted(fn):
         def loss(hidden, output):
-            logprob, entropy = fn(hidden, output, targets, tied=tied, temperature=TEMPERATURE)
+            logprob, entropy = fn(
+                hidden, output, targets, tied=tied, temperature=TEMPERATURE
+            )
             return (logprob * mask).sum() + 0.3 * (entropy**2).sum(), (logprob, entropy)
 
         return loss
@@ -73,7 +84,10 @@ def test_logprobs_are_plain(tied, chunk, monkeypatch):
     @jax.jit
     def both(*args):
         functions = chunked.logprobs, plain_logprobs
-        return [jax.value_and_grad(weighted(f), (0, 1), has_aux=True)(*args) for f in functions]
+        return [
+            jax.value_and_grad(weighted(f), (0, 1), has_aux=True)(*args)
+            for f in functions
+        ]
 
     close(*both(hidden, output))
 
@@ -81,7 +95,9 @@ def test_logprobs_are_plain(tied, chunk, monkeypatch):
 def test_cross_entropy_by_hand():
     """Logits (0, ln 3): p = (1/4, 3/4); target 1 costs ln(4/3), target 0 costs ln 4, and the masked row nothing."""
     hidden, output = jnp.ones((1, 3, 1)), jnp.array([[0.0], [np.log(3.0)]])
-    total, weight = chunked.cross_entropy(hidden, output, jnp.array([[1, 0, 0]]), jnp.array([[1.0, 1, 0]]), tied=True)
+    total, weight = chunked.cross_entropy(
+        hidden, output, jnp.array([[1, 0, 0]]), jnp.array([[1.0, 1, 0]]), tied=True
+    )
     np.testing.assert_allclose(total, np.log(4 / 3) + np.log(4), rtol=1e-6)
     assert float(weight) == 2.0
 
@@ -108,21 +124,34 @@ HALF_ULP = 2.0**-15  # of 800 in float32, the error of its logsumexp
 
 @pytest.mark.parametrize("offset", [-800.0, -300.0, 0.0, 800.0])
 @pytest.mark.parametrize("size", [1, 10**6], ids=["chunks of 1", "one chunk"])
-def test_pitfall_34_the_entropy_of_large_logits_does_not_cancel(offset, size, monkeypatch):
+def test_pitfall_34_the_entropy_of_large_logits_does_not_cancel(
+    offset, size, monkeypatch
+):
     """Two of three tokens alike: ln 2. A sharp row: 2 e^-30 (30 + 1). Four tokens alike: ln 4."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", size)
-    rows = [[800.0, -800.0, 800.0, -800.0], [0.0, -30.0, -30.0, -800.0], [0.0, 0.0, 0.0, 0.0]]
+    rows = [
+        [800.0, -800.0, 800.0, -800.0],
+        [0.0, -30.0, -30.0, -800.0],
+        [0.0, 0.0, 0.0, 0.0],
+    ]
     rows = jnp.array(rows)
     found = entropy_of(rows + jnp.array([[0.0], [offset], [offset]]))
     np.testing.assert_allclose(found[0], np.log(2), atol=HALF_ULP, rtol=0)
     # The likeliest token's own term, 2 e^-30, is lost: its log-probability rounds to 0.
-    np.testing.assert_allclose(found[1], 2 * np.exp(-30) * 31, atol=2.01 * np.exp(-30), rtol=0)
-    np.testing.assert_allclose(found[2], np.log(4), atol=HALF_ULP * 1.1 if offset else 1e-7, rtol=0)
+    np.testing.assert_allclose(
+        found[1], 2 * np.exp(-30) * 31, atol=2.01 * np.exp(-30), rtol=0
+    )
+    np.testing.assert_allclose(
+        found[2], np.log(4), atol=HALF_ULP * 1.1 if offset else 1e-7, rtol=0
+    )
 
 
 def test_pitfall_34_the_gradient_of_the_entropy_of_large_logits():
     rng = np.random.default_rng(3)
-    scales, offsets = np.array([[1.0], [5.0], [1.0]]), np.array([[-300.0], [0.0], [300.0]])
+    scales, offsets = (
+        np.array([[1.0], [5.0], [1.0]]),
+        np.array([[-300.0], [0.0], [300.0]]),
+    )
     rows = jnp.array(rng.normal(size=(3, 5)) * scales + offsets, jnp.float32)
     gradient = jax.grad(lambda x: entropy_of(x).sum())(rows)
     for row, ours, found in zip(rows, entropy_of(rows), gradient, strict=True):
@@ -151,7 +180,9 @@ def test_pitfall_24_a_token_outside_the_mask_has_no_gradient():
         return chunked.cross_entropy(hidden, output, targets, mask, tied=True)[0]
 
     gradient = jax.grad(loss)(jnp.ones((1, 2, 1)))
-    np.testing.assert_allclose(gradient.ravel(), [(3 / 4 - 1) * np.log(3.0), 0.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient.ravel(), [(3 / 4 - 1) * np.log(3.0), 0.0], rtol=1e-6
+    )
 
 
 def test_whole_logits_never_live(monkeypatch, optimised):
@@ -161,23 +192,37 @@ def test_whole_logits_never_live(monkeypatch, optimised):
     targets, mask = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32))
 
     def temp(fn):
-        return jax.jit(jax.grad(fn, (0, 1))).lower(hidden, output).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(fn, (0, 1)))
+            .lower(hidden, output)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     whole = 4 * 32 * 1024 * 4
-    assert temp(lambda h, o: chunked.cross_entropy(h, o, targets, mask, tied=True)[0]) < whole / 2
+    assert (
+        temp(lambda h, o: chunked.cross_entropy(h, o, targets, mask, tied=True)[0])
+        < whole / 2
+    )
     assert temp(lambda h, o: plain_logprobs(h, o, targets, True)[0].sum()) > whole
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 def test_linear_gradient_is_autodiffs(shape):
     keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, 4, shape[0])), jax.random.normal(keys[1], shape)
+    x, kernel = (
+        jax.random.normal(keys[0], (2, 4, shape[0])),
+        jax.random.normal(keys[1], shape),
+    )
     weight = jax.random.normal(keys[2], (2, 4, shape[1]))
 
     @jax.jit
     def both(x, kernel):
         functions = linear, lambda x, kernel: x @ kernel
-        losses = [lambda x, kernel, f=f: (f(x, kernel) ** 2 * weight).sum() for f in functions]
+        losses = [
+            lambda x, kernel, f=f: (f(x, kernel) ** 2 * weight).sum() for f in functions
+        ]
         return [jax.grad(loss, (0, 1))(x, kernel) for loss in losses]
 
     close(*both(x, kernel))
@@ -192,36 +237,55 @@ def test_linear_gradient_is_autodiffs(shape):
         ({"data": 1, "fsdp": 2, "sequence": 2}, False),
     ],
 )
-def test_devices_add_their_gradients_once_not_in_every_chunk(axes, tied, monkeypatch, optimised):
+def test_devices_add_their_gradients_once_not_in_every_chunk(
+    axes, tied, monkeypatch, optimised
+):
     """Loss and gradients are one device's; of the loop's collectives none is as large as the output matrix's gradient.
 
     Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 slots are no multiple of two devices'.
     """
     b, t, d, v = 8, 13, 16, 64
     keys = jax.random.split(jax.random.key(0), 4)
-    hidden, targets = jax.random.normal(keys[0], (b, t, d)), jax.random.randint(keys[1], (b, t), 0, v)
+    hidden, targets = (
+        jax.random.normal(keys[0], (b, t, d)),
+        jax.random.randint(keys[1], (b, t), 0, v),
+    )
     output = jax.random.normal(keys[2], (v, d) if tied else (d, v))
     mask = (jax.random.uniform(keys[3], (b, t)) > 0.3).astype(jnp.float32)
 
     def loss(hidden, output, targets, mask):
         nll, weight = chunked.cross_entropy(hidden, output, targets, mask, tied=tied)
-        logprob, entropy = chunked.logprobs(hidden, output, targets, TEMPERATURE, tied=tied)
+        logprob, entropy = chunked.logprobs(
+            hidden, output, targets, TEMPERATURE, tied=tied
+        )
         return nll / weight + ((logprob + 0.1 * entropy**2) * mask).mean()
 
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, output, targets, mask)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # every slot a chunk
     layout = make_layout(MeshConfig(**axes))
     names = ("vocab", "embed") if tied else ("embed", "vocab")
-    args = [jax.device_put(x, layout.sharding("batch")) for x in (hidden, targets, mask)]
+    args = [
+        jax.device_put(x, layout.sharding("batch")) for x in (hidden, targets, mask)
+    ]
     args.insert(1, jax.device_put(output, layout.sharding(*names)))
     out = layout.replicated, (layout.sharding("batch"), layout.sharding(*names))
     with layout.use():
-        program = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=out).lower(*args).compile()
+        program = (
+            jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=out)
+            .lower(*args)
+            .compile()
+        )
     close(program(*args), expected)
     found = collectives(program.as_text())
     # a softmax over `tensor` needs its devices in every chunk
     assert max(x.times for x in found) == (13 if "tensor" in axes else 1)
     assert all(x.elements <= 2 * b * d for x in found if x.times > 1)
     matrix = d * v // axes.get("tensor", 1)
-    sums = [x for x in found if x.kind == "all-reduce" for shape in x.shapes if np.prod(shape) == matrix]
+    sums = [
+        x
+        for x in found
+        if x.kind == "all-reduce"
+        for shape in x.shapes
+        if np.prod(shape) == matrix
+    ]
     assert len(sums) == 2  # one of each function's

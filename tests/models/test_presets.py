@@ -32,7 +32,9 @@ def neox(l, d, v):
 
 def llama(l, d, f, v, group=1, embeddings=1):
     """2 d^2 of queries and out, 2 d^2/group of keys and values, 3 d f of MLP and 2 d of norms a layer; no biases."""
-    return l * (2 * d**2 + 2 * d**2 // group + 3 * d * f + 2 * d) + embeddings * v * d + d
+    return (
+        l * (2 * d**2 + 2 * d**2 // group + 3 * d * f + 2 * d) + embeddings * v * d + d
+    )
 
 
 def qwen2(l, d, f, v, group):
@@ -115,14 +117,32 @@ def test_every_option_of_the_architecture_is_some_presets():
     hints = get_type_hints(TransformerConfig)
     for name in ("positions", "norm", "mlp", "residual"):
         assert {getattr(c, name) for c in configs} == set(get_args(hints[name]))
-    for name in ("n_kv_heads", "rope_theta", "rope_fraction", "norm_eps", "bias", "qkv_bias", "tie_embeddings"):
+    for name in (
+        "n_kv_heads",
+        "rope_theta",
+        "rope_fraction",
+        "norm_eps",
+        "bias",
+        "qkv_bias",
+        "tie_embeddings",
+    ):
         assert len({getattr(c, name) for c in configs}) > 1, name
 
 
 def test_the_family_table_names_every_preset():
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text().partition("\n## ")[0]
-    cells = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ")][1:]
-    assert [name for cell in cells for name in cell.replace("`", "").split()] == [*list(PRESETS)[2:], "tiny", "small"]
+    page = (
+        (Path(__file__).parents[2] / "docs" / "models.md")
+        .read_text()
+        .partition("\n## ")[0]
+    )
+    cells = [
+        line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ")
+    ][1:]
+    assert [name for cell in cells for name in cell.replace("`", "").split()] == [
+        *list(PRESETS)[2:],
+        "tiny",
+        "small",
+    ]
 
 
 def test_changes_and_their_errors():

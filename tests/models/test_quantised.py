@@ -15,10 +15,24 @@ from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantised
 from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
 from rlhfjax.models.quantised import absmax, linear_int8, linear_nf4
 from rlhfjax.sampling import generate
-from tests.models.families import FAMILIES, MOSTLY_SLOW, random_params, random_trained, tokens
+from tests.models.families import (
+    FAMILIES,
+    MOSTLY_SLOW,
+    random_params,
+    random_trained,
+    tokens,
+)
 from tests.sampling.test_generate import EOS, PAD, keys, left_padded, teacher_forced
 
-WIDE = TransformerConfig(vocab_size=512, d_model=256, n_layers=2, n_heads=4, d_ff=512, max_length=64, n_kv_heads=2)
+WIDE = TransformerConfig(
+    vocab_size=512,
+    d_model=256,
+    n_layers=2,
+    n_heads=4,
+    d_ff=512,
+    max_length=64,
+    n_kv_heads=2,
+)
 
 
 def test_absmax_by_hand():
@@ -35,7 +49,9 @@ def test_a_product_is_that_of_the_dequantised_kernel_and_so_is_its_gradient():
     q = jax.jit(lambda kernel: absmax(kernel, (0,)))(kernel)
     wide = np.asarray(q.values) * np.asarray(q.scale)
     assert np.abs(wide - kernel).max() <= q.scale.max() / 2 + 1e-7
-    (got, slope), (expected, slope_wide) = products_and_gradients(linear_int8, q, wide, x)
+    (got, slope), (expected, slope_wide) = products_and_gradients(
+        linear_int8, q, wide, x
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-5)
 
@@ -57,12 +73,17 @@ def nf4_by_loops(x, block):
         own = x[n * block : (n + 1) * block, j]
         scales[n, j] = np.abs(own).max()
         for i, value in enumerate(own):
-            codes[n * block + i, j] = np.argmin(np.abs(value / scales[n, j] - np.array(quantised.NF4)))
+            codes[n * block + i, j] = np.argmin(
+                np.abs(value / scales[n, j] - np.array(quantised.NF4))
+            )
     return codes, scales
 
 
 def test_nf4_is_the_nearest_value_of_its_block():
-    for width, block in ((128, 64), (96, 32)):  # blocks of 64, or of what 64 and the width have in common
+    for width, block in (
+        (128, 64),
+        (96, 32),
+    ):  # blocks of 64, or of what 64 and the width have in common
         x = np.asarray(jax.random.normal(jax.random.key(width), (width, 3)))
         codes, scales = nf4_by_loops(x, block)
         got = jax.jit(quantised.nf4)(x)
@@ -88,8 +109,12 @@ def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
     q = jax.jit(quantised.nf4)(kernel)
     values = np.array(quantised.NF4, np.float32)[np.asarray(q.values, int)]
     wide = values * np.repeat(np.asarray(q.scale), 64, axis=0)
-    assert 0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12  # of a standard deviation of 1
-    (got, slope), (expected, slope_wide) = products_and_gradients(linear_nf4, q, wide, x)
+    assert (
+        0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12
+    )  # of a standard deviation of 1
+    (got, slope), (expected, slope_wide) = products_and_gradients(
+        linear_nf4, q, wide, x
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-4)
 
@@ -103,15 +128,25 @@ def quantised_base(model, kind, params):
 def test_a_backward_pass_keeps_no_wide_kernel(kind):
     """What is saved for the gradient of a model on a quantised base: no float array of a kernel's size."""
     model = Model(FAMILIES["llama-gqa"])
-    params = jax.eval_shape(functools.partial(quantised_base, model, kind), model.shapes())
-    kernels = [x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
-    assert len(kernels) == 7 * model.config.n_layers and all(jnp.issubdtype(x.dtype, jnp.integer) for x in kernels)
+    params = jax.eval_shape(
+        functools.partial(quantised_base, model, kind), model.shapes()
+    )
+    kernels = [
+        x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"
+    ]
+    assert len(kernels) == 7 * model.config.n_layers and all(
+        jnp.issubdtype(x.dtype, jnp.integer) for x in kernels
+    )
     embedded = jax.ShapeDtypeStruct((1, 2, model.config.d_model), jnp.float32)
 
     def saved_by(layer, x):
         rope = rope_tables(jnp.arange(2)[None], model.config.rope_dim, 1e4)
         block = blocks.Block(model.config)
-        return jax.tree.leaves(jax.vjp(lambda x: block.apply({"params": layer}, x, rope, causal_attention), x)[1])
+        return jax.tree.leaves(
+            jax.vjp(
+                lambda x: block.apply({"params": layer}, x, rope, causal_attention), x
+            )[1]
+        )
 
     saved = jax.eval_shape(saved_by, params["backbone"]["layers"]["layer_0"], embedded)
     smallest = min(x.size for x in kernels)
@@ -129,12 +164,18 @@ def logits_of(model, params, rows):
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     """Every projection, the embedding and the output matrix; no kernel is left in floats."""
     model = Model(FAMILIES[family])
-    params = jax.jit(lambda params: quantised.weights(params, model.axes()))(random_params(model))
-    floats = {p[-1].key for p, x in jax.tree.leaves_with_path(params) if x.dtype != jnp.int8}
+    params = jax.jit(lambda params: quantised.weights(params, model.axes()))(
+        random_params(model)
+    )
+    floats = {
+        p[-1].key for p, x in jax.tree.leaves_with_path(params) if x.dtype != jnp.int8
+    }
     assert floats <= {"bias", "scale", "positions", "kernel_scale", "tokens_scale"}
     rows = tokens(2, 9)
     plain = quantised.wide(params, model.axes())
-    np.testing.assert_allclose(logits_of(model, params, rows), logits_of(model, plain, rows), atol=2e-4)
+    np.testing.assert_allclose(
+        logits_of(model, params, rows), logits_of(model, plain, rows), atol=2e-4
+    )
     hidden = model.hidden(params, rows)
     got, expected = (model.logprobs(p, hidden, rows)[0] for p in (params, plain))
     np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -144,14 +185,22 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
 def test_scanned_layers_have_a_scale_each():
     model = Model(dataclasses.replace(FAMILIES["llama-gqa"], scan_layers=True))
     params = model.init(jax.random.key(0))
-    out = quantised.weights(params, model.axes())["backbone"]["layers"]["attention"]["out"]
+    out = quantised.weights(params, model.axes())["backbone"]["layers"]["attention"][
+        "out"
+    ]
     kernel = params["backbone"]["layers"]["attention"]["out"]["kernel"]
-    np.testing.assert_allclose(out["kernel_scale"], np.abs(kernel).max((1, 2)) / 127, rtol=1e-6)
+    np.testing.assert_allclose(
+        out["kernel_scale"], np.abs(kernel).max((1, 2)) / 127, rtol=1e-6
+    )
 
 
 def test_wide_by_hand():
     """q = (64, -127) of scale 2 / 127 is (1.0079, -2); what stands beside it stays."""
-    tree = {"kernel": jnp.array([[64], [-127]], jnp.int8), "kernel_scale": jnp.array([2 / 127]), "bias": jnp.ones(1)}
+    tree = {
+        "kernel": jnp.array([[64], [-127]], jnp.int8),
+        "kernel_scale": jnp.array([2 / 127]),
+        "bias": jnp.ones(1),
+    }
     got = quantised.wide(tree, {"kernel": ("embed", "mlp"), "bias": ("mlp",)})
     np.testing.assert_allclose(got["kernel"], [[128 / 127], [-2]], rtol=1e-6)
     assert got.keys() == {"kernel", "bias"}
@@ -160,7 +209,10 @@ def test_wide_by_hand():
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_adapters_learn_on_a_quantised_base(kind):
     """QLoRA's split: the adapters' gradient on a quantised base is that on the same base in floats."""
-    model = Model(FAMILIES["llama-gqa"], lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind))
+    model = Model(
+        FAMILIES["llama-gqa"],
+        lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind),
+    )
     own, base = random_trained(model), quantised_base(model, kind, random_params(model))
     wide = jax.jit(lambda base: quantised.wide(base, model.axes()))(base)
     rows = tokens(2, 8)
@@ -169,7 +221,9 @@ def test_adapters_learn_on_a_quantised_base(kind):
     @jax.grad
     def gradient(own, base):
         params = state.attach(base, own)
-        return model.cross_entropy(params, model.hidden(params, rows), rows, jnp.ones((2, 8)))[0]
+        return model.cross_entropy(
+            params, model.hidden(params, rows), rows, jnp.ones((2, 8))
+        )[0]
 
     got, expected = gradient(own, base), gradient(own, wide)
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(got)) > 0.1
@@ -193,7 +247,17 @@ def test_what_is_int8_already_is_refused():
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("each", "slots"))
 def sampled(model, params, prompts, segments, keys, **how):
-    return generate(model, params, prompts, segments, keys, max_new=10, eos_id=EOS, pad_id=PAD, **how)
+    return generate(
+        model,
+        params,
+        prompts,
+        segments,
+        keys,
+        max_new=10,
+        eos_id=EOS,
+        pad_id=PAD,
+        **how,
+    )
 
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():
@@ -206,14 +270,19 @@ def test_an_int8_cache_samples_from_nearly_the_same_distribution():
     each_twice = tuple(jnp.repeat(x, 2, axis=0) for x in rows)
     static = sampled(model, params, *each_twice, own)
     for how in ({"each": 2}, {"each": 2, "slots": 3}):
-        np.testing.assert_array_equal(sampled(model, params, *rows, own, **how).tokens, static.tokens)
+        np.testing.assert_array_equal(
+            sampled(model, params, *rows, own, **how).tokens, static.tokens
+        )
     expected = teacher_forced(Model(config), params, *each_twice, static, 1.0)
     error = np.abs(np.asarray(static.logprobs) - np.asarray(expected)).max()
     assert 1e-5 < error < 0.1
 
 
 def test_int8_attention_is_that_of_the_dequantised_cache():
-    q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 4, 8), (3, 2, 9, 8), (3, 2, 9, 8)]))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate([(3, 4, 8), (3, 2, 9, 8), (3, 2, 9, 8)])
+    )
     valid = jnp.arange(9)[None] < jnp.array([[9], [1], [5]])
 
     @jax.jit
@@ -240,7 +309,12 @@ def test_how_far_logits_move(what, limit):
         other = decoded(model, quantised.weights(params, model.axes()), rows)
     else:
         other = decoded(dataclasses.replace(model, int8_cache=True), params, rows)
-    error = float(jnp.sqrt(jnp.square(other - plain).mean() / jnp.square(plain - plain.mean(-1, keepdims=True)).mean()))
+    error = float(
+        jnp.sqrt(
+            jnp.square(other - plain).mean()
+            / jnp.square(plain - plain.mean(-1, keepdims=True)).mean()
+        )
+    )
     assert 0 < error < limit
 
 
@@ -248,7 +322,11 @@ def test_how_far_logits_move(what, limit):
 def decoded(model, params, rows):
     """Logits of the last of 24 tokens, 8 of them decoded one by one."""
     b, p = 4, 16
-    hidden, cache = model.prefill(params, rows[:, :p], jnp.ones((b, p), jnp.int32), model.init_cache(b, 24))
+    hidden, cache = model.prefill(
+        params, rows[:, :p], jnp.ones((b, p), jnp.int32), model.init_cache(b, 24)
+    )
     for i in range(p, 24):
-        hidden, cache = model.decode(params, rows[:, i], jnp.full(b, i), jnp.int32(i), cache)
+        hidden, cache = model.decode(
+            params, rows[:, i], jnp.full(b, i), jnp.int32(i), cache
+        )
     return model.logits(params, hidden)

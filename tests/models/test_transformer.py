@@ -44,7 +44,9 @@ def logits_of(model, params, rows, segments=None, key=None):
 def loss_and_grad(model, params, segments, key=None):
     def loss(p):
         hidden = model.hidden(p, tokens(2, 9), segments=segments, key=key)
-        return model.cross_entropy(p, hidden, tokens(2, 9, seed=3), (segments > 0).astype(jnp.float32))[0]
+        return model.cross_entropy(
+            p, hidden, tokens(2, 9, seed=3), (segments > 0).astype(jnp.float32)
+        )[0]
 
     return jax.value_and_grad(loss)(params)
 
@@ -59,14 +61,18 @@ def test_forward_is_the_papers(model, params):
     for i in range(3):
         expected = forward(params, model.config, np.asarray(rows[i]), segments[i])
         real = np.array(segments[i]) > 0
-        np.testing.assert_allclose(np.asarray(got[i])[real], expected[real], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(
+            np.asarray(got[i])[real], expected[real], rtol=2e-5, atol=2e-5
+        )
 
 
 def test_no_segments_are_one_document():
     model = Model(FAMILIES["llama-gqa"])
     params, rows = random_params(model), tokens(3, 12)
     expected = logits_of(model, params, rows, jnp.array([ONE] * 3))
-    np.testing.assert_allclose(logits_of(model, params, rows), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        logits_of(model, params, rows), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_causal_by_gradient():
@@ -79,9 +85,16 @@ def test_causal_by_gradient():
     # A row of the table of its own for each slot, so that the gradient says which slot mattered.
     def out(own, t):
         backbone = params["backbone"] | {"embed": {"tokens": own}}
-        return wide.hidden(params | {"backbone": backbone}, jnp.arange(8)[None])[0, t].sum() ** 2
+        return (
+            wide.hidden(params | {"backbone": backbone}, jnp.arange(8)[None])[
+                0, t
+            ].sum()
+            ** 2
+        )
 
-    gradients = jax.jit(jax.vmap(jax.grad(out), (None, 0)))(table[tokens(1, 8)[0]], slots)
+    gradients = jax.jit(jax.vmap(jax.grad(out), (None, 0)))(
+        table[tokens(1, 8)[0]], slots
+    )
     for t, gradient in zip(slots, gradients, strict=True):
         size = np.abs(np.asarray(gradient)).max(-1)
         assert (size[: t + 1] > 0).all()
@@ -91,14 +104,21 @@ def test_causal_by_gradient():
 def test_packed_is_unpacked(model, params):
     """Three documents in one row give what each gives at the beginning of a row of its own."""
     row, packed = np.asarray(tokens(1, 12)), np.array([PACKED])
-    together = logits_of(model, params, jnp.asarray(row.repeat(3, 0)), jnp.asarray(packed.repeat(3, 0)))[0]
+    together = logits_of(
+        model, params, jnp.asarray(row.repeat(3, 0)), jnp.asarray(packed.repeat(3, 0))
+    )[0]
     places = [np.flatnonzero(packed[0] == document) for document in (1, 2, 3)]
-    rows, segments = np.asarray(tokens(3, 12, seed=2)).copy(), np.zeros((3, 12), np.int32)
+    rows, segments = (
+        np.asarray(tokens(3, 12, seed=2)).copy(),
+        np.zeros((3, 12), np.int32),
+    )
     for i, where in enumerate(places):
         rows[i, : len(where)], segments[i, : len(where)] = row[0, where], 1
     alone = logits_of(model, params, jnp.asarray(rows), jnp.asarray(segments))
     for i, where in enumerate(places):
-        np.testing.assert_allclose(together[where], alone[i, : len(where)], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            together[where], alone[i, : len(where)], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_pitfall_01_left_padding_changes_nothing(model, params):
@@ -110,7 +130,9 @@ def test_pitfall_01_left_padding_changes_nothing(model, params):
         rows[i, pad : pad + 6], segments[i, pad : pad + 6] = row, 1
     got = logits_of(model, params, jnp.asarray(rows), jnp.asarray(segments))
     for i, pad in enumerate(padding):
-        np.testing.assert_allclose(got[i, pad : pad + 6], got[0, :6], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            got[i, pad : pad + 6], got[0, :6], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_pitfall_01_positions_count_real_tokens():
@@ -123,7 +145,9 @@ def test_pitfall_01_positions_count_real_tokens():
 def test_a_row_of_padding_is_finite(family):
     """Not NaN in the value or in the gradient, which one NaN anywhere would poison."""
     model = Model(FAMILIES[family])
-    value_and_grad = loss_and_grad(model, random_params(model), jnp.array([[0] * 9, [1] * 9]))
+    value_and_grad = loss_and_grad(
+        model, random_params(model), jnp.array([[0] * 9, [1] * 9])
+    )
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(value_and_grad))
 
 
@@ -134,10 +158,15 @@ def test_grouped_heads_are_repeated_heads():
     repeated = jax.tree.map(lambda x: x, params)
     for layer in repeated["backbone"]["layers"].values():
         for name in ("key", "value"):
-            layer["attention"][name]["kernel"] = jnp.repeat(layer["attention"][name]["kernel"], 2, axis=1)
+            layer["attention"][name]["kernel"] = jnp.repeat(
+                layer["attention"][name]["kernel"], 2, axis=1
+            )
     rows = tokens(3, 12), jnp.array([PACKED] * 3)
     np.testing.assert_allclose(
-        logits_of(grouped, params, *rows), logits_of(full, repeated, *rows), rtol=2e-5, atol=2e-5
+        logits_of(grouped, params, *rows),
+        logits_of(full, repeated, *rows),
+        rtol=2e-5,
+        atol=2e-5,
     )
 
 
@@ -157,7 +186,10 @@ def with_options(**options):
 
 def test_scanned_layers_begin_as_unrolled_ones():
     """Same seed, same parameters."""
-    unrolled, scanned = (jax.jit(with_options(scan_layers=scan).init)(jax.random.key(0)) for scan in (False, True))
+    unrolled, scanned = (
+        jax.jit(with_options(scan_layers=scan).init)(jax.random.key(0))
+        for scan in (False, True)
+    )
     jax.tree.map(np.testing.assert_array_equal, stack(unrolled), scanned)
 
 
@@ -165,16 +197,24 @@ def test_scanned_is_unrolled():
     unrolled, scanned = with_options(), with_options(scan_layers=True)
     params, rows = random_params(unrolled), (tokens(3, 12), jnp.array([PACKED] * 3))
     np.testing.assert_allclose(
-        logits_of(scanned, stack(params), *rows), logits_of(unrolled, params, *rows), rtol=1e-5, atol=1e-5
+        logits_of(scanned, stack(params), *rows),
+        logits_of(unrolled, params, *rows),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan"), [("none", True), ("dots", False), ("full", True), ("offload", False)], ids=str
+    ("remat", "scan"),
+    [("none", True), ("dots", False), ("full", True), ("offload", False)],
+    ids=str,
 )
 def test_scan_and_remat_change_only_what_is_compiled_and_kept(remat, scan):
     """The same loss and gradients as of layers that are unrolled and kept, with dropout."""
-    plain, other = with_options(dropout=0.2), with_options(dropout=0.2, remat=remat, scan_layers=scan)
+    plain, other = (
+        with_options(dropout=0.2),
+        with_options(dropout=0.2, remat=remat, scan_layers=scan),
+    )
     params, key = random_params(plain), jax.random.key(5)
     value, grad = loss_and_grad(plain, params, TWO_DOCUMENTS, key)
     params, grad = (stack(params), stack(grad)) if scan else (params, grad)
@@ -198,7 +238,9 @@ def narrow(model):
     return Model(dataclasses.replace(model.config, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "neox"])  # a tied output and one of its own
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "neox"]
+)  # a tied output and one of its own
 def test_logits_bf16_are_float32(family):
     model = Model(FAMILIES[family])
     params, rows = random_params(model), (tokens(3, 12), jnp.array([ONE] * 3))
@@ -207,7 +249,10 @@ def test_logits_bf16_are_float32(family):
     assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).any()
     # bf16 has 8 bits: about 1% of the logits' size
     exact = logits_of(model, params, *rows)
-    assert float(jnp.abs(logits - exact).mean()) < 0.02 * float(jnp.abs(exact).mean()) + 0.02
+    assert (
+        float(jnp.abs(logits - exact).mean())
+        < 0.02 * float(jnp.abs(exact).mean()) + 0.02
+    )
 
     def parts(params):
         hidden = narrow(model).hidden(params, tokens(2, 9))
@@ -225,7 +270,9 @@ def test_bf16_gradients_are_float32(family):
     grad = loss_and_grad(narrow(model), params, TWO_DOCUMENTS)[1]
     assert {x.dtype for x in jax.tree.leaves(grad)} == {jnp.dtype("float32")}
     exact = loss_and_grad(model, params, TWO_DOCUMENTS)[1]
-    for a, b in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (grad, exact)), strict=True):
+    for a, b in zip(
+        *(map(np.asarray, jax.tree.leaves(tree)) for tree in (grad, exact)), strict=True
+    ):
         cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum() + 1e-12)
         # A key bias shifts every score of a query alike: its gradient is 0 but for rounding.
         assert float(cosine) > 0.97 or float(np.abs(b).max()) < 1e-3
@@ -239,20 +286,32 @@ def dropping():
     """(a model with dropout, the same without, parameters, rows)."""
     model = Model(FAMILIES["gpt1"])
     config = dataclasses.replace(model.config, dropout=0.5)
-    return Model(config), model, random_params(model), (tokens(3, 12), jnp.array([ONE] * 3))
+    return (
+        Model(config),
+        model,
+        random_params(model),
+        (tokens(3, 12), jnp.array([ONE] * 3)),
+    )
 
 
 def test_pitfall_20_no_dropout_without_a_key(dropping):
     dropping, model, params, rows = dropping
-    np.testing.assert_array_equal(logits_of(dropping, params, *rows), logits_of(model, params, *rows))
+    np.testing.assert_array_equal(
+        logits_of(dropping, params, *rows), logits_of(model, params, *rows)
+    )
 
 
 def test_dropout_with_a_key(dropping):
     dropping, model, params, rows = dropping
-    one, same, other = (logits_of(dropping, params, *rows, jax.random.key(i)) for i in (0, 0, 1))
+    one, same, other = (
+        logits_of(dropping, params, *rows, jax.random.key(i)) for i in (0, 0, 1)
+    )
     np.testing.assert_array_equal(one, same)
     assert float(jnp.abs(one - other).max()) > 0.1
-    np.testing.assert_array_equal(logits_of(model, params, *rows, jax.random.key(0)), logits_of(model, params, *rows))
+    np.testing.assert_array_equal(
+        logits_of(model, params, *rows, jax.random.key(0)),
+        logits_of(model, params, *rows),
+    )
 
 
 def zeros(model):
@@ -266,7 +325,11 @@ def dropped_out(model, params):
 
 def test_dropout_differs_between_the_branches_of_a_parallel_layer():
     """Attention and MLP both give 1: an entry keeps none, one or both, where one mask would leave none or both."""
-    model = Model(dataclasses.replace(FAMILIES["neox"], dropout=0.5, d_model=256, n_layers=1, norm_eps=1.0))
+    model = Model(
+        dataclasses.replace(
+            FAMILIES["neox"], dropout=0.5, d_model=256, n_layers=1, norm_eps=1.0
+        )
+    )
     params = zeros(model)
     layer = params["backbone"]["layers"]["layer_0"]
     layer["attention"]["out"]["bias"] = layer["mlp"]["down"]["bias"] = jnp.ones(256)
@@ -298,15 +361,28 @@ def test_init_standard_deviations():
     )  # fmt: skip
     params = jax.jit(Model(config).init)(jax.random.key(0))
     layer, other = (params["backbone"]["layers"][f"layer_{i}"] for i in range(2))
-    for kernel in (layer["attention"]["query"], layer["attention"]["value"], layer["mlp"]["up"], params["head"]):
+    for kernel in (
+        layer["attention"]["query"],
+        layer["attention"]["value"],
+        layer["mlp"]["up"],
+        params["head"],
+    ):
         np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.03)
     for table in params["backbone"]["embed"].values():
         np.testing.assert_allclose(np.std(table), 0.02, rtol=0.03)
-    for kernel in (layer["attention"]["out"], layer["mlp"]["down"]):  # 2 residual layers a block, 2 blocks: / 2
+    for kernel in (
+        layer["attention"]["out"],
+        layer["mlp"]["down"],
+    ):  # 2 residual layers a block, 2 blocks: / 2
         np.testing.assert_allclose(np.std(kernel["kernel"]), 0.01, rtol=0.03)
         assert not np.asarray(kernel["bias"]).any()
     np.testing.assert_array_equal(layer["norm_1"]["scale"], np.ones(128))
-    assert np.abs(np.asarray(layer["mlp"]["up"]["kernel"] - other["mlp"]["up"]["kernel"])).max() > 0.01
+    assert (
+        np.abs(
+            np.asarray(layer["mlp"]["up"]["kernel"] - other["mlp"]["up"]["kernel"])
+        ).max()
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,23 +390,39 @@ def test_init_standard_deviations():
     [
         ("llama", set()),
         ("qwen2", {"query", "key", "value"}),
-        *[(family, {"query", "key", "value", "out", "up", "down"}) for family in ("gpt1", "gpt2", "neox")],
+        *[
+            (family, {"query", "key", "value", "out", "up", "down"})
+            for family in ("gpt1", "gpt2", "neox")
+        ],
     ],
 )
 def test_which_projections_have_a_bias(family, biased):
     for layer in Model(FAMILIES[family]).shapes()["backbone"]["layers"].values():
         projections = layer["attention"] | layer["mlp"]
-        assert {name for name, leaves in projections.items() if "bias" in leaves} == biased
+        assert {
+            name for name, leaves in projections.items() if "bias" in leaves
+        } == biased
 
 
 def test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one():
     config = dataclasses.replace(FAMILIES["llama"], d_model=4096, n_layers=1, d_ff=4)
     head = jax.jit(lambda k: Model(config, "scalar").init(k)["head"])
-    np.testing.assert_allclose(np.std(head(jax.random.key(0))["kernel"]), 4097**-0.5, rtol=0.05)
+    np.testing.assert_allclose(
+        np.std(head(jax.random.key(0))["kernel"]), 4097**-0.5, rtol=0.05
+    )
     assert float(head(jax.random.key(0))["bias"]) == 0.0
     # The seed decides the head: the same twice, another with another seed.
-    np.testing.assert_array_equal(head(jax.random.key(3))["kernel"], head(jax.random.key(3))["kernel"])
-    assert np.abs(np.asarray(head(jax.random.key(3))["kernel"] - head(jax.random.key(4))["kernel"])).max() > 0
+    np.testing.assert_array_equal(
+        head(jax.random.key(3))["kernel"], head(jax.random.key(3))["kernel"]
+    )
+    assert (
+        np.abs(
+            np.asarray(
+                head(jax.random.key(3))["kernel"] - head(jax.random.key(4))["kernel"]
+            )
+        ).max()
+        > 0
+    )
 
 
 def test_scalar_is_hidden_times_kernel_plus_bias():
@@ -339,9 +431,14 @@ def test_scalar_is_hidden_times_kernel_plus_bias():
     hidden = jax.random.normal(jax.random.key(0), (2, 5, model.config.d_model))
     got = model.scalar(params, hidden)
     assert got.shape == (2, 5) and got.dtype == jnp.float32
-    kernel, bias = np.asarray(params["head"]["kernel"], np.float64), float(params["head"]["bias"])
+    kernel, bias = (
+        np.asarray(params["head"]["kernel"], np.float64),
+        float(params["head"]["bias"]),
+    )
     hidden = np.asarray(hidden, np.float64)
-    size = np.abs(hidden) @ np.abs(kernel) + abs(bias)  # of what is summed: float32 rounds each term of it
+    size = np.abs(hidden) @ np.abs(kernel) + abs(
+        bias
+    )  # of what is summed: float32 rounds each term of it
     assert (np.abs(got - (hidden @ kernel + bias)) < 1e-6 * size).all()
 
 
@@ -353,7 +450,9 @@ def test_a_language_models_backbone_fits_a_scalar_model(family):
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
-    ("family", "head"), [*((family, "lm") for family in DISTINCT), ("gpt1", "scalar")], ids=lambda x: x
+    ("family", "head"),
+    [*((family, "lm") for family in DISTINCT), ("gpt1", "scalar")],
+    ids=lambda x: x,
 )
 def test_every_parameter_has_axis_names(family, head, scan):
     model = Model(dataclasses.replace(FAMILIES[family], scan_layers=scan), head)
@@ -363,12 +462,22 @@ def test_every_parameter_has_axis_names(family, head, scan):
         assert len(names) == x.ndim
         assert all(name in known for name in names)
     if scan:
-        assert model.axes()["backbone"]["layers"]["mlp"]["up"]["kernel"] == ("layers", "embed", "mlp")
+        assert model.axes()["backbone"]["layers"]["mlp"]["up"]["kernel"] == (
+            "layers",
+            "embed",
+            "mlp",
+        )
 
 
-@pytest.mark.parametrize(("scan", "lora"), [(False, LoraConfig(rank=2)), (True, LoraConfig())], ids=["lora", "scan"])
+@pytest.mark.parametrize(
+    ("scan", "lora"),
+    [(False, LoraConfig(rank=2)), (True, LoraConfig())],
+    ids=["lora", "scan"],
+)
 def test_shapes_are_those_of_init_and_every_caller_has_a_tree_of_its_own(scan, lora):
-    model = Model(dataclasses.replace(FAMILIES["llama"], scan_layers=scan), "scalar", lora)
+    model = Model(
+        dataclasses.replace(FAMILIES["llama"], scan_layers=scan), "scalar", lora
+    )
     pairs = [(model.init, model.shapes), (model.init_trained, model.trained_shapes)]
     for init, shapes in pairs:
         assert shapes() == jax.eval_shape(init, jax.random.key(0))
@@ -397,7 +506,9 @@ def test_four_devices_are_one(family, mesh, scan):
     rows, targets = tokens(4, 8), tokens(4, 8, seed=2)
 
     def loss(p, rows, targets):
-        return model.cross_entropy(p, model.hidden(p, rows), targets, jnp.ones((4, 8)))[0]
+        return model.cross_entropy(p, model.hidden(p, rows), targets, jnp.ones((4, 8)))[
+            0
+        ]
 
     expected = jax.jit(jax.value_and_grad(loss))(params, rows, targets)
     layout = make_layout(MeshConfig(**mesh), jax.devices()[:4])
@@ -408,7 +519,9 @@ def test_four_devices_are_one(family, mesh, scan):
 
     sharded = jax.tree.map(put, names, params, is_leaf=lambda x: isinstance(x, tuple))
     with layout.use():
-        got = jax.jit(jax.value_and_grad(loss))(sharded, *(put(("batch",), x) for x in (rows, targets)))
+        got = jax.jit(jax.value_and_grad(loss))(
+            sharded, *(put(("batch",), x) for x in (rows, targets))
+        )
 
     def close(a, b):
         return np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
@@ -424,16 +537,28 @@ def test_four_devices_are_one(family, mesh, scan):
     [
         ({"n_heads": 5}, "n_heads = 5 does not divide model.d_model = 24"),
         ({"n_kv_heads": 3}, "n_kv_heads = 3 does not divide"),
-        ({"d_head": 7}, "of a head of 7 is 7: model.positions = 'rope' rotates pairs, so it must be even"),
+        (
+            {"d_head": 7},
+            "of a head of 7 is 7: model.positions = 'rope' rotates pairs, so it must be even",
+        ),
         ({"rope_fraction": 0.25}, "model.rope_fraction = 0.25 of a head of 6 is 1"),
         ({"rope_fraction": 0.1}, "at least 2"),
-        ({"rope_fraction": 0.0}, "model.rope_fraction=0.0: expected float > 0 and <= 1"),
-        ({"rope_fraction": 1.5}, "model.rope_fraction=1.5: expected float > 0 and <= 1"),
+        (
+            {"rope_fraction": 0.0},
+            "model.rope_fraction=0.0: expected float > 0 and <= 1",
+        ),
+        (
+            {"rope_fraction": 1.5},
+            "model.rope_fraction=1.5: expected float > 0 and <= 1",
+        ),
         ({"dropout": 1.0}, "model.dropout=1.0: expected float >= 0 and < 1"),
         ({"n_layers": 0}, "model.n_layers=0: expected int >= 1"),
         ({"d_head": -2}, "model.d_head=-2: expected int >= 1"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0: expected float >= 1.2e-38 and <= 1"),
-        ({"norm": "other"}, "model.norm='other': expected one of 'rmsnorm', 'layernorm'"),
+        (
+            {"norm": "other"},
+            "model.norm='other': expected one of 'rmsnorm', 'layernorm'",
+        ),
     ],
 )
 def test_impossible_configs_say_why(change, words):
@@ -445,7 +570,11 @@ def test_impossible_configs_say_why(change, words):
 def test_a_config_from_before_an_option_is_that_model_still():
     """A saved model's config.json names the options of its day; later ones stand at what was then the only way."""
     later = {"rope_fraction": 1.0, "residual": "pre_norm", "qkv_bias": False}
-    saved = {name: value for name, value in dataclasses.asdict(FAMILIES["gpt2"]).items() if name not in later}
+    saved = {
+        name: value
+        for name, value in dataclasses.asdict(FAMILIES["gpt2"]).items()
+        if name not in later
+    }
     assert build(TransformerConfig, saved) == FAMILIES["gpt2"]
     assert {name: getattr(FAMILIES["gpt2"], name) for name in later} == later
 
@@ -453,7 +582,9 @@ def test_a_config_from_before_an_option_is_that_model_still():
 def test_too_long_a_sequence_says_so():
     model = Model(FAMILIES["llama"])
     with pytest.raises(ConfigError, match="33 tokens is longer than model"):
-        jax.eval_shape(model.hidden, model.shapes(), jax.ShapeDtypeStruct((1, 33), jnp.int32))
+        jax.eval_shape(
+            model.hidden, model.shapes(), jax.ShapeDtypeStruct((1, 33), jnp.int32)
+        )
 
 
 def test_unknown_head():

@@ -31,7 +31,9 @@ class Given(NamedTuple):
     """What jax hands to a compiler."""
 
     module: str  # StableHLO
-    options: dict[str, dict[str, str]]  # those that differ from XLA's defaults, in three groups
+    options: dict[
+        str, dict[str, str]
+    ]  # those that differ from XLA's defaults, in three groups
     devices: list[int]  # ids, in the order of the mesh
 
 
@@ -58,11 +60,16 @@ def received(lowered: jax.stages.Lowered, options: dict[str, Any]) -> Given:
         raise Stop(Given(str(module), _described(compile_options), ids))
 
     try:
-        with _optimizing(), mock.patch.object(jax_compiler, "compile_or_get_cached", stop):
+        with (
+            _optimizing(),
+            mock.patch.object(jax_compiler, "compile_or_get_cached", stop),
+        ):
             lowered.compile(compiler_options=options)
     except Stop as e:
         return e.args[0]
-    raise AssertionError("jax did not call compile_or_get_cached: adapt tests/plan/fingerprint.py")
+    raise AssertionError(
+        "jax did not call compile_or_get_cached: adapt tests/plan/fingerprint.py"
+    )
 
 
 def module_digest(text: str) -> str:
@@ -77,7 +84,9 @@ def module_digest(text: str) -> str:
     for match, end in zip(found, ends, strict=True):
         chunks[match[1]] = body[match.start() : end].rstrip()
     if len(chunks) != len(found) or "main" not in chunks:
-        raise AssertionError("the module's text has another form: adapt tests/plan/fingerprint.py")
+        raise AssertionError(
+            "the module's text has another form: adapt tests/plan/fingerprint.py"
+        )
 
     @functools.cache
     def of(name: str) -> str:
@@ -108,7 +117,10 @@ def _optimizing() -> Iterator[None]:
 def _described(options: Any) -> dict[str, dict[str, str]]:
     """Returns compile options by name, where they are not XLA's defaults."""
     plain = type(options)()
-    build, plain_build = options.executable_build_options, plain.executable_build_options
+    build, plain_build = (
+        options.executable_build_options,
+        plain.executable_build_options,
+    )
     return {
         "options": _differences(options, plain),
         "build": _differences(build, plain_build),

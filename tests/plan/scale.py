@@ -69,7 +69,9 @@ def rows() -> list[Row]:
     for line in (ROOT / "experiments" / "README.md").read_text().splitlines():
         cells = [cell.strip(" `") for cell in line.split("|")[1:-1]]
         if len(cells) == 4 and cells[0].startswith("experiments/"):
-            flags = dict(flag.removeprefix("--").split("=", 1) for flag in cells[3].split())
+            flags = dict(
+                flag.removeprefix("--").split("=", 1) for flag in cells[3].split()
+            )
             found.append(Row(cells[0], cells[1], cells[2], flags))
     return found
 
@@ -99,11 +101,19 @@ def check_it_fits(row: Row, names: tuple[str, ...], out: Path) -> None:
     Raises AssertionError, with the row's config, unless all of them fit.
     """
     flags = [f"--{name}={value}" for name, value in row.flags.items()]
-    where = [f"--config={ROOT / row.config}", f"--topology={row.topology}", f"--json={out}"]
+    where = [
+        f"--config={ROOT / row.config}",
+        f"--topology={row.topology}",
+        f"--json={out}",
+    ]
     try:
-        command_line.main(["rlhfjax", "plan", *where, *flags, f"--programs={','.join(names)}"])
+        command_line.main(
+            ["rlhfjax", "plan", *where, *flags, f"--programs={','.join(names)}"]
+        )
     except (ConfigError, SystemExit) as e:
-        raise AssertionError(f"{row.config} on {row.topology} cannot be planned: {e}") from e
+        raise AssertionError(
+            f"{row.config} on {row.topology} cannot be planned: {e}"
+        ) from e
     plan = json.loads(out.read_text())
     compiled = [program["name"] for program in plan["programs"]]
     assert compiled == list(names), f"{row.config}: {compiled} were compiled"
@@ -156,7 +166,11 @@ def read() -> Table:
 
 def write(table: Table) -> None:
     """Writes the rows that there are, in the order of experiments/README.md."""
-    known = [f"{row.name} {table.digests[row.name]}" for row in ROWS if row.name in table.digests]
+    known = [
+        f"{row.name} {table.digests[row.name]}"
+        for row in ROWS
+        if row.name in table.digests
+    ]
     comment = f"# Written by {COMMAND}: programs that were compiled and fit."
     head = [comment, f"libtpu {table.libtpu}"]
     new = TABLE.with_suffix(".new")
@@ -181,7 +195,9 @@ def update(words: list[str]) -> int:
     table = read()
     if table.libtpu != libtpu():
         table = Table(libtpu(), {})
-    chosen = [row for row in ROWS if not words or any(word in row.name for word in words)]
+    chosen = [
+        row for row in ROWS if not words or any(word in row.name for word in words)
+    ]
     failed = 0
     for n, (row, outcome) in enumerate(outcomes(chosen, table), start=1):
         table.digests.pop(row.name, None)
@@ -191,7 +207,9 @@ def update(words: list[str]) -> int:
             table.digests[row.name] = outcome.digest
         write(table)
         print(f"[{n}/{len(chosen)}] {row.name}: {describe(outcome)}", flush=True)
-    print(f"{TABLE.name}: {len(table.digests)} of {len(ROWS)} rows, libtpu {table.libtpu}")
+    print(
+        f"{TABLE.name}: {len(table.digests)} of {len(ROWS)} rows, libtpu {table.libtpu}"
+    )
     return failed
 
 
@@ -199,7 +217,10 @@ def outcomes(chosen: list[Row], table: Table) -> Iterator[tuple[Row, Outcome]]:
     """Yields each row with its outcome, in the order in which they are done."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(AT_A_TIME, mp_context=context) as pool:
-        waiting = {pool.submit(judge, row, table.digests.get(row.name, "")): row for row in chosen}
+        waiting = {
+            pool.submit(judge, row, table.digests.get(row.name, "")): row
+            for row in chosen
+        }
         for done in concurrent.futures.as_completed(waiting):
             yield waiting[done], done.result()
 

@@ -13,5 +13,8 @@ def subject_of(config: Any, **models: TransformerConfig) -> Subject:
     origins = Origins({})
     roles = origins.single(roles_of(config))
     heads = {role.source: role.head for role in roles.values() if role.optim is None}
-    known = {source: Model(shape, heads.get(source, "lm")) for source, shape in models.items()}
+    known = {
+        source: Model(shape, heads.get(source, "lm"))
+        for source, shape in models.items()
+    }
     return Subject(config.stage, config, Shapes(known, origins), roles)

@@ -6,7 +6,9 @@ from rlhfjax.models.presets import preset
 from rlhfjax.plan import chips
 from rlhfjax.plan.chips import CHIPS, Chip, Work
 
-CHIP = Chip("toy", hbm=1.0, flops=100.0, hbm_bandwidth=10.0, ici=4.0, dcn=1.0, source="")
+CHIP = Chip(
+    "toy", hbm=1.0, flops=100.0, hbm_bandwidth=10.0, ici=4.0, dcn=1.0, source=""
+)
 
 
 @pytest.mark.parametrize(

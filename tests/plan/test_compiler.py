@@ -62,11 +62,19 @@ def test_an_answer_is_read_when_all_of_it_is_written(tmp_path: Path):
     write("_after_buffer_assignment", "HloMod")
     assert compiler._whole(tmp_path) is None
     write("_after_buffer_assignment", "HloModule jit_f\n")
-    assert compiler._whole(tmp_path) == (compiler._memory(ASSIGNMENT), "HloModule jit_f\n", "", LIVE)
+    assert compiler._whole(tmp_path) == (
+        compiler._memory(ASSIGNMENT),
+        "HloModule jit_f\n",
+        "",
+        LIVE,
+    )
 
 
 def test_what_fails_otherwise_is_one_line():
-    with pytest.raises(UserError, match=r"plan: the TPU compiler on sample of sft: 'sample'|pip install"):
+    with pytest.raises(
+        UserError,
+        match=r"plan: the TPU compiler on sample of sft: 'sample'|pip install",
+    ):
         compiler.ask(job("sft", "sample"))
 
 
@@ -83,7 +91,9 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimised):
     answer = compiler.ask(asked)
     target = topology.target("v5e:2x2")
     layout = programs.layout_for(asked.subject, target)
-    (whole,) = (p for p in programs.sketch(asked.subject, layout).programs if p.name == program)
+    (whole,) = (
+        p for p in programs.sketch(asked.subject, layout).programs if p.name == program
+    )
     with topology.quiet():
         done = whole.lower().compile()
     stats = done.memory_analysis()
@@ -98,14 +108,29 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimised):
 @pytest.mark.slow
 def test_what_does_not_fit_is_known_to_the_byte():
     """A layer of 2^32 numbers and its moments on one chip: refused, and the sum of the buffers is what libtpu says."""
-    asked = job("pretrain", "step", {"data": 1}, "v5e:1x1", d_model=8192, d_ff=65536, n_heads=64, scan_layers=True)
+    asked = job(
+        "pretrain",
+        "step",
+        {"data": 1},
+        "v5e:1x1",
+        d_model=8192,
+        d_ff=65536,
+        n_heads=64,
+        scan_layers=True,
+    )
     answer = compiler.ask(asked)
     said = float(answer.refused.partition("temporaries (")[2].partition("G)")[0])
     assert "exceeds available HBM (15.75G)" in answer.refused
     assert answer.memory.peak / 2**30 == pytest.approx(said, abs=0.01)
     measured = compiled.measure(
-        programs.sketch(asked.subject, programs.layout_for(asked.subject, topology.target("v5e:1x1"))).programs[0],
+        programs.sketch(
+            asked.subject,
+            programs.layout_for(asked.subject, topology.target("v5e:1x1")),
+        ).programs[0],
         topology.target("v5e:1x1"),
         lambda _: answer,
     )
-    assert measured.fits is False and max(size for _, size in measured.buffers) >= 4 * 8192 * 65536
+    assert (
+        measured.fits is False
+        and max(size for _, size in measured.buffers) >= 4 * 8192 * 65536
+    )

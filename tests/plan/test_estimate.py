@@ -27,13 +27,23 @@ JUDGE = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
 
 
 def an_sft(model=SHAPE, **changes):
-    config = sft.Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes)
+    config = sft.Config(
+        init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes
+    )
     return subject_of(config, x=model)
 
 
 def a_ppo(**changes):
-    options = {"batch_size": 64, "prompt_length": 1024, "max_new": 1024, "steps": 10, "minibatches": 8} | changes
-    return subject_of(ppo.Config(init_from="x", reward="r", **options), x=SHAPE, r=JUDGE)
+    options = {
+        "batch_size": 64,
+        "prompt_length": 1024,
+        "max_new": 1024,
+        "steps": 10,
+        "minibatches": 8,
+    } | changes
+    return subject_of(
+        ppo.Config(init_from="x", reward="r", **options), x=SHAPE, r=JUDGE
+    )
 
 
 def in_memory(subject, axes=ONE):
@@ -43,21 +53,36 @@ def in_memory(subject, axes=ONE):
 
 def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
     parts = estimate.estimate(an_sft(), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
-    assert parts["parameters"] == 4 * N / 16 and parts["optimizer and average"] == 8 * N / 16
+    assert (
+        parts["parameters"] == 4 * N / 16
+        and parts["optimizer and average"] == 8 * N / 16
+    )
     assert parts["gradients"] == 4 * N / 16
     # 64 rows over 16 devices: of each the inputs of 24 layers, and all of one layer
     a_layer = sum(memory.layer_activations(SHAPE, 4, 2048).values())
     assert parts["activations"] == 24 * 2 * 4 * 2048 * 2048 + a_layer
-    again = estimate.estimate(an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts
+    again = estimate.estimate(
+        an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]
+    ).parts
     half = an_sft(optim=OptimConfig(moments="bfloat16"))
-    assert estimate.estimate(half, {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts["optimizer and average"] == 6 * N / 16
-    assert again["activations"] == parts["activations"] / 4 and again["gradients"] == 2 * parts["gradients"]
+    assert (
+        estimate.estimate(half, {**ONE, "fsdp": 16}, CHIPS["v5e"]).parts[
+            "optimizer and average"
+        ]
+        == 6 * N / 16
+    )
+    assert (
+        again["activations"] == parts["activations"] / 4
+        and again["gradients"] == 2 * parts["gradients"]
+    )
 
 
 def test_ppo_has_four_models_and_an_average():
     judge = memory.parameters(JUDGE, "scalar")
     assert in_memory(a_ppo(ema=0.9)) == 4 * (2 * N + 2 * judge)
-    parts = estimate.estimate(a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout").parts
+    parts = estimate.estimate(
+        a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout"
+    ).parts
     assert parts["optimizer and average"] == 4 * (3 * N + 2 * judge) / 8
     # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers
     assert parts["KV cache"] == size.kv_cache_bytes(SHAPE, 8, 2048)
@@ -115,9 +140,17 @@ def test_advice_names_what_fits_and_by_how_much():
     lines = advice.advise(subject, axes, refused(2 * now / GIB))
     said = "\n".join(lines)
     assert f"step needs {2 * now / GIB:.1f} GiB a device of 16.0" in lines[0]
-    full = estimate.estimate(an_sft(dataclasses.replace(wide, remat="full")), axes, CHIPS["v5e"]).bytes
-    assert f"remat=full of the model (now none): {2 * full / GIB:.1f} GiB, not enough alone" in said
-    assert "--config.microbatches=4 (now 1)" in said and "--config.mesh.fsdp=16 (now data 16, fsdp 1)" in said
+    full = estimate.estimate(
+        an_sft(dataclasses.replace(wide, remat="full")), axes, CHIPS["v5e"]
+    ).bytes
+    assert (
+        f"remat=full of the model (now none): {2 * full / GIB:.1f} GiB, not enough alone"
+        in said
+    )
+    assert (
+        "--config.microbatches=4 (now 1)" in said
+        and "--config.mesh.fsdp=16 (now data 16, fsdp 1)" in said
+    )
     together = an_sft(SHAPE, microbatches=4)
     best = estimate.estimate(together, {**ONE, "fsdp": 16}, CHIPS["v5e"]).bytes
     assert f"all of this together: {2 * best / GIB:.1f} GiB, fits" in said
@@ -133,11 +166,22 @@ def test_what_the_mesh_forbids_is_not_advised():
 def test_advice_is_for_the_program_that_does_not_fit():
     """Smaller microbatches help an update by its activations, and a rollout, whose cache they are no part of, not."""
     subject, axes = a_ppo(minibatches=1, batch_size=512), {**ONE, "fsdp": 8}
-    parts = {part: estimate.estimate(subject, axes, CHIPS["v5e"], part=part) for part in ("rollout", "update")}
-    assert "KV cache" in parts["rollout"].parts and "KV cache" not in parts["update"].parts
+    parts = {
+        part: estimate.estimate(subject, axes, CHIPS["v5e"], part=part)
+        for part in ("rollout", "update")
+    }
+    assert (
+        "KV cache" in parts["rollout"].parts and "KV cache" not in parts["update"].parts
+    )
     for part, helped in (("rollout", False), ("update", True)):
-        (line,) = (x for x in advice.advise(subject, axes, refused(20.0, name=part)) if "smaller microbatches" in x)
-        assert (float(line.partition(": ")[2].partition("): ")[2].partition(" GiB")[0]) < 20) == helped, line
+        (line,) = (
+            x
+            for x in advice.advise(subject, axes, refused(20.0, name=part))
+            if "smaller microbatches" in x
+        )
+        assert (
+            float(line.partition(": ")[2].partition("): ")[2].partition(" GiB")[0]) < 20
+        ) == helped, line
 
 
 def test_frozen_models_are_beside_an_update():
@@ -145,7 +189,10 @@ def test_frozen_models_are_beside_an_update():
     subject = shapes.subject(to_dict(tiny.get_config("data=nowhere")), "ppo")
     drawn = programs.sketch(subject, make_layout(MeshConfig()))
     left = {p.name: beside(p, drawn.held) for p in drawn.programs}
-    one, judge = 4 * memory.parameters(subject.model), 4 * memory.parameters(subject.model, "scalar")
+    one, judge = (
+        4 * memory.parameters(subject.model),
+        4 * memory.parameters(subject.model, "scalar"),
+    )
     assert left["update"] == one + judge
     # policy and value function with two moments each, the policy's average; counters
     state = 4 * one + 3 * judge

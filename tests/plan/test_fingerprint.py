@@ -13,11 +13,15 @@ from tests.plan import fingerprint
 MESH = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
 
-OTHER_MESH = jax.sharding.Mesh(MESH.devices[::-1], MESH.axis_names, axis_types=MESH.axis_types)
+OTHER_MESH = jax.sharding.Mesh(
+    MESH.devices[::-1], MESH.axis_names, axis_types=MESH.axis_types
+)
 
 
 def rows(n=8, dtype=jnp.float32, axes=("x",), mesh=MESH):
-    return jax.ShapeDtypeStruct((n, 16), dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+    return jax.ShapeDtypeStruct(
+        (n, 16), dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+    )
 
 
 def work(x):
@@ -48,7 +52,9 @@ def other_constant(x):
 
 def digest(function=work, x=None, options=None, facts=None, **how):
     lowered = jax.jit(function, **how).lower(x or rows())
-    return fingerprint.digest(lowered, options or {"xla_dump_to": ""}, **(facts or {"libtpu": "1"}))
+    return fingerprint.digest(
+        lowered, options or {"xla_dump_to": ""}, **(facts or {"libtpu": "1"})
+    )
 
 
 def test_names_and_what_was_lowered_before_change_nothing():
@@ -95,7 +101,11 @@ def test_options_by_hand():
     """Only what differs from the defaults counts; where this machine has CUDA does not."""
     defaults = {"xla_level": 3, "xla_gpu_cuda_data_dir": "", "optimization_level": 0}
     plain = types.SimpleNamespace(**defaults, device_assignment=None)
-    changed = {"xla_level": 0, "xla_gpu_cuda_data_dir": "/cuda", "device_assignment": object()}
+    changed = {
+        "xla_level": 0,
+        "xla_gpu_cuda_data_dir": "/cuda",
+        "device_assignment": object(),
+    }
     options = types.SimpleNamespace(**defaults | changed)
     assert fingerprint._differences(options, plain) == {"xla_level": "0"}
 
@@ -120,7 +130,9 @@ SQUARE = DOUBLE.replace("add", "multiply")
 
 def module(name="f", mesh="mesh", result="", first="a", second="b", functions=None):
     functions = functions or DOUBLE.format("a") + SQUARE.format("b")
-    return fingerprint.module_digest(MODULE.format(name, mesh, result, first, second, functions))
+    return fingerprint.module_digest(
+        MODULE.format(name, mesh, result, first, second, functions)
+    )
 
 
 def test_a_module_by_hand():
@@ -133,6 +145,8 @@ def test_a_module_by_hand():
     assert module(first="b", second="a") != expected
     twice = module(second="a")
     assert twice != expected
-    assert module(second="c", functions=DOUBLE.format("a") + DOUBLE.format("c")) == twice
+    assert (
+        module(second="c", functions=DOUBLE.format("a") + DOUBLE.format("c")) == twice
+    )
     wide = SQUARE.format("b").replace("f32", "f64")
     assert module(functions=DOUBLE.format("a") + wide) != expected

@@ -13,7 +13,8 @@ LLAMA = preset("llama2-7b")
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [*((name, "lm") for name in PRESETS), ("small", "scalar"), ("gpt1", "scalar")]
+    ("name", "head"),
+    [*((name, "lm") for name in PRESETS), ("small", "scalar"), ("gpt1", "scalar")],
 )
 def test_the_count_by_hand_is_that_of_the_model(name, head):
     config = preset(name, scan_layers=True)
@@ -29,7 +30,11 @@ def test_llama_2_7b_by_hand():
 def test_the_textbook_figures():
     lines = {line.what.strip(): line for line in memory.textbook(LLAMA)}
     printed = {
-        "inference, fp32": ("GiB", 26.1, 26.95),  # the last: really needed, GB of 10^9, 6.738e9 parameters
+        "inference, fp32": (
+            "GiB",
+            26.1,
+            26.95,
+        ),  # the last: really needed, GB of 10^9, 6.738e9 parameters
         "inference, fp16": ("GiB", 13.0, 13.48),
         "inference, int8": ("GiB", 6.5, 6.74),
         "inference, int4": ("GiB", 3.26, 3.37),
@@ -70,7 +75,10 @@ def test_korthikanti_in_parallel_and_recomputed():
     c, sbh = preset("gpt3-175b"), 2048 * 12288
     assert 5 * c.n_heads * 2048 / c.d_model == 80  # section 5: "5as/h = 80" for GPT-3
     assert memory.korthikanti(c, 1, 2048, tensor=8) == 96 * sbh * (10 + 24 / 8 + 80 / 8)
-    assert memory.korthikanti(c, 1, 2048, tensor=8, sequence_parallel=True) == 96 * sbh * (34 + 80) / 8
+    assert (
+        memory.korthikanti(c, 1, 2048, tensor=8, sequence_parallel=True)
+        == 96 * sbh * (34 + 80) / 8
+    )
     assert memory.korthikanti(c, 1, 2048, recompute="selective") == 96 * sbh * 34
     assert memory.korthikanti(c, 1, 2048, recompute="full") == 96 * sbh * 2
     with pytest.raises(ConfigError, match="none, selective, full"):
@@ -93,17 +101,30 @@ def test_every_precision_and_optimiser():
     n = memory.parameters(LLAMA)
     rows = {row["precision"]: row for row in memory.by_precision(LLAMA)}
     assert list(rows) == ["fp32", "bf16", "fp16", "int8", "int4", "bf16 + fp32 master"]
-    assert rows["fp32"]["adamw"] == 16 * n and rows["int8"]["adamw"] == 4 * n and rows["bf16"]["sgd"] == 4 * n
-    assert rows["bf16 + fp32 master"]["adamw"] == 16 * n  # Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12
+    assert (
+        rows["fp32"]["adamw"] == 16 * n
+        and rows["int8"]["adamw"] == 4 * n
+        and rows["bf16"]["sgd"] == 4 * n
+    )
+    assert (
+        rows["bf16 + fp32 master"]["adamw"] == 16 * n
+    )  # Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12
     assert rows["int4"]["weights"] == n / 2
 
 
 def test_cache_and_logits():
-    assert size.kv_cache_bytes(LLAMA, 1, 4096) == 2 * memory.GIB  # 2 x 32 x 4096 x 4096 x 2
-    assert size.kv_cache_bytes(preset("llama2-70b"), 1, 4096) == 1.25 * memory.GIB  # 8 of 64 heads
+    assert (
+        size.kv_cache_bytes(LLAMA, 1, 4096) == 2 * memory.GIB
+    )  # 2 x 32 x 4096 x 4096 x 2
+    assert (
+        size.kv_cache_bytes(preset("llama2-70b"), 1, 4096) == 1.25 * memory.GIB
+    )  # 8 of 64 heads
     assert memory.logits_bytes(LLAMA, 1, 2048) == 2048 * 32000 * 4
 
 
 def test_remat_keeps_the_inputs_of_layers():
-    assert size.activations(preset("llama2-7b", remat="full"), 1, 2048) == 32 * 2 * 2048 * 4096
+    assert (
+        size.activations(preset("llama2-7b", remat="full"), 1, 2048)
+        == 32 * 2 * 2048 * 4096
+    )
     assert size.activations(LLAMA, 1, 2048) == 18_656_264_192

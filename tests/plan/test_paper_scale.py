@@ -24,7 +24,12 @@ from tests.test_experiments import experiment_files
 
 # Nothing to plan: stages that do not train, and toys.
 UNPLANNED = {
-    *("expert_iteration/recipe.py", "gao2022/best_of_n.py", "gao2022/collect.py", "iterated/recipe.py"),
+    *(
+        "expert_iteration/recipe.py",
+        "gao2022/best_of_n.py",
+        "gao2022/collect.py",
+        "iterated/recipe.py",
+    ),
     *("quickstart/recipe.py", "quickstart/stages.py", "smollm2/recipe.py"),
 }
 
@@ -44,11 +49,20 @@ def test_a_paper_scale_config_fits_by_arithmetic(row):
         chips *= int(n)
     assert row.topology.partition(":")[2] in search.SLICES[chip.name]
     mesh = search.mesh_for(subject, chips * chip.devices)
-    assert mesh is not None, f"{row.config}: its mesh does not divide {chips} chips, its batch or its models"
-    assert mesh.rules == subject.config.mesh.rules, f"{row.config}: the vocabulary is not divided by mesh.tensor"
+    assert mesh is not None, (
+        f"{row.config}: its mesh does not divide {chips} chips, its batch or its models"
+    )
+    assert mesh.rules == subject.config.mesh.rules, (
+        f"{row.config}: the vocabulary is not divided by mesh.tensor"
+    )
     axes = {axis: getattr(mesh, axis) for axis in AXES}
-    need, room = estimate.estimate(subject, axes, chip, completions).bytes / GIB, chip.hbm / chip.devices / GIB
-    assert need <= 0.8 * room, f"{row.config} on {row.topology}: {need:.1f} GiB of {room:.0f}"
+    need, room = (
+        estimate.estimate(subject, axes, chip, completions).bytes / GIB,
+        chip.hbm / chip.devices / GIB,
+    )
+    assert need <= 0.8 * room, (
+        f"{row.config} on {row.topology}: {need:.1f} GiB of {room:.0f}"
+    )
     assert row.gib == f"{need:.1f} / {room:.0f}"
 
 
@@ -58,23 +72,37 @@ def test_every_config_of_a_paper_has_its_place():
     assert listed | UNPLANNED == files and not listed & UNPLANNED
     sizes = {"1.3b", "6.7b", "175b"}
     for file in ("ppo", "sft"):
-        assert {name.partition("size=")[2] for name in NAMES if name.startswith(f"instructgpt/{file}.py")} == sizes
+        assert {
+            name.partition("size=")[2]
+            for name in NAMES
+            if name.startswith(f"instructgpt/{file}.py")
+        } == sizes
 
 
 def test_a_config_that_does_not_fit_is_named():
     """The same row on a quarter of the chips: the failure says which config, and by how much."""
     row = next(row for row in ROWS if "instructgpt/ppo.py:size=6.7b" in row.config)
-    smaller = row._replace(topology="v5p:2x2x1", flags=row.flags | {"config.mesh.fsdp": "4"})
-    with pytest.raises(AssertionError, match=r"instructgpt/ppo\.py:size=6\.7b on v5p:2x2x1: \d+\.\d GiB of 95"):
+    smaller = row._replace(
+        topology="v5p:2x2x1", flags=row.flags | {"config.mesh.fsdp": "4"}
+    )
+    with pytest.raises(
+        AssertionError,
+        match=r"instructgpt/ppo\.py:size=6\.7b on v5p:2x2x1: \d+\.\d GiB of 95",
+    ):
         test_a_paper_scale_config_fits_by_arithmetic(smaller)
 
 
 def test_the_table_is_of_rows_that_there_are_and_of_the_tested_libtpu():
     table = scale.read()
     stale = set(table.digests) - set(NAMES)
-    assert not stale, f"{scale.TABLE.name}: experiments/README.md has no {stale}: {scale.COMMAND}"
+    assert not stale, (
+        f"{scale.TABLE.name}: experiments/README.md has no {stale}: {scale.COMMAND}"
+    )
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in table.digests.values())
-    assert f"libtpu=={table.libtpu}" in (ROOT / "constraints/py311.txt").read_text().splitlines()
+    assert (
+        f"libtpu=={table.libtpu}"
+        in (ROOT / "constraints/py311.txt").read_text().splitlines()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -91,10 +119,16 @@ def digest_of(shared) -> Callable[[Row], str]:
     return of
 
 
-def new_rows(table: scale.Table, digest_of: Callable[[Row], str], row: Row) -> list[Row]:
+def new_rows(
+    table: scale.Table, digest_of: Callable[[Row], str], row: Row
+) -> list[Row]:
     """The rows whose program is not that of the table. Workers begin at rows of their own."""
     start = ROWS.index(row)
-    return [x for x in ROWS[start:] + ROWS[:start] if table.digests.get(x.name) != digest_of(x)]
+    return [
+        x
+        for x in ROWS[start:] + ROWS[:start]
+        if table.digests.get(x.name) != digest_of(x)
+    ]
 
 
 @needs("libtpu", extra="plan")
@@ -115,7 +149,9 @@ def test_a_paper_scale_config_trains_where_it_says(row, digest_of, tmp_path):
         )
     check_it_fits(row, (scale.trains(planned(row)[0]),), tmp_path / "plan.json")
     line = f"{row.name} {digest}"
-    warnings.warn(f"new, and it fits; commit its line of {scale.TABLE.name}: {line}", stacklevel=1)
+    warnings.warn(
+        f"new, and it fits; commit its line of {scale.TABLE.name}: {line}", stacklevel=1
+    )
 
 
 @pytest.fixture
@@ -125,7 +161,9 @@ def judge(monkeypatch, tmp_path):
 
     def first_row(new: int, table: dict[str, str]) -> list[str]:
         compiled, here = [], sys.modules[__name__]
-        monkeypatch.setattr(here, "check_it_fits", lambda row, *_: compiled.append(row.name))
+        monkeypatch.setattr(
+            here, "check_it_fits", lambda row, *_: compiled.append(row.name)
+        )
         monkeypatch.setattr(scale, "read", lambda: scale.Table("0.1", table))
 
         def digest_of(row: Row) -> str:

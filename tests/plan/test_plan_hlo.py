@@ -57,7 +57,13 @@ ENTRY %main (a: (s32[], f32[4,8], f32[10,8,8])) -> f32[16,8] {
 def test_buffers_that_live_at_once():
     """As the compiler lists them: of a result with several parts the one that is meant, on the chip none, alike ones
     together."""
-    live = (("loop{2}", 2560.0), ("q{}", 512.0), ("whole{}", 256.0), ("again{}", 256.0), ("layer{}", 256.0))
+    live = (
+        ("loop{2}", 2560.0),
+        ("q{}", 512.0),
+        ("whole{}", 256.0),
+        ("again{}", 256.0),
+        ("layer{}", 256.0),
+    )
     assert Program(TEXT).buffers(live) == [
         ("f32[10,8,8] loop", 2560.0),
         ("f32[16,8] jit(f)/wide", 512.0),
@@ -81,7 +87,11 @@ def test_a_program_by_hand():
         ("all-gather", "ici"): 128 * 3,  # once: one channel
         ("all-reduce", "dcn"): 128,
     }
-    assert (cost.link("ici"), cost.link("dcn"), cost.unknown_loops) == (10 * 192 + 384, 128, 0)
+    assert (cost.link("ici"), cost.link("dcn"), cost.unknown_loops) == (
+        10 * 192 + 384,
+        128,
+        0,
+    )
 
 
 def test_what_is_asynchronous_is_counted_where_it_begins():
@@ -114,7 +124,10 @@ def test_buffers_by_size_with_what_they_are():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", 2),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", 4),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}", 4),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}",
+            4,
+        ),
         ("channel_id=3", 1),
     ],
 )
@@ -161,7 +174,15 @@ ENTRY %main (l: f32[4,8]) -> f32[4,6] {{
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_real_models_products_are_those_of_the_formula(scan):
     """A forward pass: 2 N + 4 L H Q T a token, N the parameters that are multiplied; layers in a loop or not."""
-    c = preset("tiny", n_layers=3, d_model=64, n_heads=2, d_ff=96, vocab_size=256, scan_layers=scan)
+    c = preset(
+        "tiny",
+        n_layers=3,
+        d_model=64,
+        n_heads=2,
+        d_ff=96,
+        vocab_size=256,
+        scan_layers=scan,
+    )
     model, tokens = Model(c), jnp.zeros((2, 32), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
 

@@ -19,7 +19,9 @@ from rlhfjax.stages import group
 from tests import tiny
 from tests.needs import needs
 
-A_CHIP = topology.Target("v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm, "v5e:1x1")
+A_CHIP = topology.Target(
+    "v5e:1x1", jax.devices()[:1], CHIPS["v5e"], CHIPS["v5e"].hbm, "v5e:1x1"
+)
 NOTHING = compiler.Memory(0.0, 0.0, 0.0, 0.0, 0.0)
 BIG_BUFFER = """
 ENTRY %main (p: f32[1024]) -> f32[1024] {
@@ -35,18 +37,31 @@ def tiny_sft(**changes):
 
 
 def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
-    argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=here", f"--json={tmp_path}/plan.json"]
+    argv = [
+        "--config=tests/tiny.py:data=nowhere",
+        "--stage=sft",
+        "--topology=here",
+        f"--json={tmp_path}/plan.json",
+    ]
     main.main(["rlhfjax", "plan", *argv])
     said = capsys.readouterr().out
     assert "By hand: 7,728 parameters" in said and "Memory per device" in said
     assert f"by jaxlib {jaxlib.__version__}" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["compiler"] == f"jaxlib {jaxlib.__version__}"
-    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (7_728, 8 * 32, 6)
+    assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (
+        7_728,
+        8 * 32,
+        6,
+    )
     assert plan["six_n_d"] == 6 * 7_728 * 256
     (step,) = plan["programs"]
     # parameters and two moments in float32, the batch's five arrays, three counters and the key
-    assert step["memory"]["arguments"] == pytest.approx(3 * 4 * 7_728 + 5 * 4 * 256, abs=64) or plan["devices"] > 1
+    assert (
+        step["memory"]["arguments"]
+        == pytest.approx(3 * 4 * 7_728 + 5 * 4 * 256, abs=64)
+        or plan["devices"] > 1
+    )
     assert step["fits"] is None and step["flops"] > 0 and step["largest_buffers"]
 
 
@@ -54,12 +69,24 @@ def test_a_part_of_a_step(monkeypatch):
     """Two of PPO's five programs: what is left out is named, and no time is made of a part."""
     chosen = shapes.subject(tiny_sft(), "ppo")
     asked = []
-    monkeypatch.setattr(compiler, "ask", lambda job: asked.append(job.program) or compiler.Answer(NOTHING, BIG_BUFFER))
+    monkeypatch.setattr(
+        compiler,
+        "ask",
+        lambda job: asked.append(job.program) or compiler.Answer(NOTHING, BIG_BUFFER),
+    )
     plan = predict.make(chosen, A_CHIP, only=["know", "update"])
     assert [p.name for p in plan.programs] == asked == ["know", "update"]
-    assert plan.left_out == plan.as_dict()["left_out"] == ["rollout", "score", "prepare"]
-    assert plan.step_seconds is None and "in none of these numbers: rollout, score, prepare" in tables.verdict(plan)
-    with pytest.raises(ConfigError, match="--programs=step: the programs of ppo are rollout, know, score"):
+    assert (
+        plan.left_out == plan.as_dict()["left_out"] == ["rollout", "score", "prepare"]
+    )
+    assert (
+        plan.step_seconds is None
+        and "in none of these numbers: rollout, score, prepare" in tables.verdict(plan)
+    )
+    with pytest.raises(
+        ConfigError,
+        match="--programs=step: the programs of ppo are rollout, know, score",
+    ):
         predict.make(chosen, A_CHIP, only=["step"])
 
 
@@ -74,7 +101,9 @@ def test_the_arithmetic_alone(capsys):
     [
         ("v9:2x2", "expected CHIP:SHAPE such as v5e:4x4.*chips are v4, v5e"),
         ("v5e", "expected CHIP:SHAPE"),
-        pytest.param("v5e:3x5", "v5e:3x5: .*divisible", marks=[needs_libtpu, pytest.mark.slow]),
+        pytest.param(
+            "v5e:3x5", "v5e:3x5: .*divisible", marks=[needs_libtpu, pytest.mark.slow]
+        ),
     ],
 )
 def test_topologies_that_there_are_not(name, said):
@@ -96,14 +125,23 @@ REFUSAL = (  # libtpu's words
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     said = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
-    monkeypatch.setattr(compiler, "ask", lambda job: compiler.Answer(said, BIG_BUFFER, REFUSAL))
+    monkeypatch.setattr(
+        compiler, "ask", lambda job: compiler.Answer(said, BIG_BUFFER, REFUSAL)
+    )
     plan = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP)
     (step,) = plan.programs
     assert plan.fits is False and step.cost is None and plan.step_seconds is None
-    assert step.memory == said and step.buffers == [("f32[1024] p", 4096.0), ("f32[1024] jit(f)/sum", 4096.0)]
+    assert step.memory == said and step.buffers == [
+        ("f32[1024] p", 4096.0),
+        ("f32[1024] jit(f)/sum", 4096.0),
+    ]
     assert step.capacity == pytest.approx(15.75 * 2**30)
-    assert re.search(r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0])
-    assert "It does not fit." in tables.verdict(plan) and "CompileTimeHbmOom" in tables.verdict(plan)
+    assert re.search(
+        r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0]
+    )
+    assert "It does not fit." in tables.verdict(
+        plan
+    ) and "CompileTimeHbmOom" in tables.verdict(plan)
     assert plan.as_dict()["programs"][0]["compiler"] == REFUSAL
 
 
@@ -111,7 +149,9 @@ def test_what_other_programs_hold_counts(monkeypatch):
     """PPO's rollout takes 15 GiB, and beside it lie the value function, the reference and the reward."""
     fits = compiler.Memory(1.0, 1.0, 1.0, 1.0, CHIPS["v5e"].hbm - 10_000)
     monkeypatch.setattr(compiler, "ask", lambda job: compiler.Answer(fits, BIG_BUFFER))
-    (rollout,) = predict.make(shapes.subject(tiny_sft(), "ppo"), A_CHIP, only=["rollout"]).programs
+    (rollout,) = predict.make(
+        shapes.subject(tiny_sft(), "ppo"), A_CHIP, only=["rollout"]
+    ).programs
     assert rollout.elsewhere > 3 * 4 * 10_000 and rollout.fits is False
     (step,) = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP).programs
     assert step.elsewhere == 0 and step.fits
@@ -120,21 +160,46 @@ def test_what_other_programs_hold_counts(monkeypatch):
 def test_products_take_at_least_what_the_mathematics_needs():
     """Loops of unknown length are counted once: of 5 FLOPs in the text and 12 in the equations, 12."""
     cost = compiled.Cost(flops=5.0, hbm=7.0)
-    assert compiled._work(cost, 12.0) == (12.0, 7.0, 0.0, 0.0) and compiled._work(cost, 2.0).flops == 5.0
+    assert (
+        compiled._work(cost, 12.0) == (12.0, 7.0, 0.0, 0.0)
+        and compiled._work(cost, 2.0).flops == 5.0
+    )
 
 
 def test_time_and_cost_from_a_roofline():
     """100 steps of 2 s on 16 chips: 200 s, 16 x 200 / 3600 chip-hours; MFU is FLOPs over 2 s of 16 peaks."""
     chosen, chip = shapes.subject(tiny_sft(), "sft"), CHIPS["v5e"]
     target = topology.Target("v5e:4x4", [None] * 16, chip, chip.hbm)
-    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh))._replace(steps=100, tokens=1000)
+    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh))._replace(
+        steps=100, tokens=1000
+    )
     roof = compiled.Roofline(compute=2.0, hbm=1.0, ici=0.5, dcn=0.0)
     memory = compiled.Memory(1.0, 1.0, 1.0, 1.0, 2.0)
-    step = compiled.Measured("step", memory, chip.hbm, True, compiled.Cost(), [], roof, 0.4 * 32 * chip.flops, 0.0)
+    step = compiled.Measured(
+        "step",
+        memory,
+        chip.hbm,
+        True,
+        compiled.Cost(),
+        [],
+        roof,
+        0.4 * 32 * chip.flops,
+        0.0,
+    )
     out = predict.Plan(chosen, target, {}, drawn, [step]).as_dict()
-    assert out["step_seconds"] == 2.0 and out["tokens_per_second"] == 500 and out["mfu"] == pytest.approx(0.4)
-    assert out["hours"] == pytest.approx(200 / 3600) and out["chip_hours"] == pytest.approx(16 * 200 / 3600)
-    assert out["fits"] is True and out["advice"] == [] and out["programs"][0]["bound"] == "compute"
+    assert (
+        out["step_seconds"] == 2.0
+        and out["tokens_per_second"] == 500
+        and out["mfu"] == pytest.approx(0.4)
+    )
+    assert out["hours"] == pytest.approx(200 / 3600) and out[
+        "chip_hours"
+    ] == pytest.approx(16 * 200 / 3600)
+    assert (
+        out["fits"] is True
+        and out["advice"] == []
+        and out["programs"][0]["bound"] == "compute"
+    )
 
 
 @needs_libtpu
@@ -146,8 +211,15 @@ def test_a_tpu_across_two_slices():
     """
     config = tiny_sft()
     config["pretrain"]["mesh"] |= {"replica": 2, "fsdp": 4, "data": 1}
-    config["pretrain"]["model"] |= {"scan_layers": True, "d_model": 512, "d_ff": 1024, "n_heads": 4}
-    plan = predict.make(shapes.subject(config, "pretrain"), topology.target("v5e:2x2", 2))
+    config["pretrain"]["model"] |= {
+        "scan_layers": True,
+        "d_model": 512,
+        "d_ff": 1024,
+        "n_heads": 4,
+    }
+    plan = predict.make(
+        shapes.subject(config, "pretrain"), topology.target("v5e:2x2", 2)
+    )
     (step,) = plan.programs
     assert plan.fits and len(plan.target.devices) == 8 and plan.target.chips == 8
     assert {link for _, link in step.cost.sent} == {"ici", "dcn"}
@@ -164,18 +236,26 @@ def test_a_tpu_across_two_slices():
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_chip_answers(name):
     target = topology.target(name)
-    assert target.chips == 4 and len(target.devices) == (8 if name.startswith("tpu7x") else 4)
-    assert target.capacity == CHIPS[name.split(":")[0]].hbm / (2 if name.startswith("tpu7x") else 1)
+    assert target.chips == 4 and len(target.devices) == (
+        8 if name.startswith("tpu7x") else 4
+    )
+    assert target.capacity == CHIPS[name.split(":")[0]].hbm / (
+        2 if name.startswith("tpu7x") else 1
+    )
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_an_axis_may_lie_along_a_part_of_a_side():
     """32 of 4 x 4 x 4 chips: half the slice, whose chips are neighbours."""
-    mesh = make_layout(MeshConfig(data=1, fsdp=2, tensor=32), topology.target("v5p:4x4x4").devices).mesh
+    mesh = make_layout(
+        MeshConfig(data=1, fsdp=2, tensor=32), topology.target("v5p:4x4x4").devices
+    ).mesh
     assert mesh.shape["fsdp"] == 2 and mesh.shape["tensor"] == 32
     for half in mesh.devices.reshape(2, 32):
-        assert sorted(len({chip.coords[side] for chip in half}) for side in range(3)) == [2, 4, 4]
+        assert sorted(
+            len({chip.coords[side] for chip in half}) for side in range(3)
+        ) == [2, 4, 4]
 
 
 @needs_libtpu
@@ -183,16 +263,36 @@ def test_an_axis_may_lie_along_a_part_of_a_side():
 def test_a_group_with_adapters_on_a_tpu():
     """Every program compiles, and the base is no part of what is sent to be summed."""
     config = to_dict(tiny.get_config("data=nowhere"))
-    own = {"stage": "group", "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2, "lora": {"rank": 2}}
+    own = {
+        "stage": "group",
+        "batch_size": 4,
+        "completions": 4,
+        "epochs": 1,
+        "minibatches": 2,
+        "lora": {"rank": 2},
+    }
     known = {f.name for f in dataclasses.fields(group.Config)}
-    config |= {"stages": (*config["stages"], "group"), "group": {k: v for k, v in config["ppo"].items() if k in known}}
+    config |= {
+        "stages": (*config["stages"], "group"),
+        "group": {k: v for k, v in config["ppo"].items() if k in known},
+    }
     config["group"] |= own
     config["group"]["mesh"] |= {"data": 2, "fsdp": 2}
     plan = predict.make(shapes.subject(config, "group"), topology.target("v5e:2x2"))
-    assert [p.name for p in plan.programs] == ["rollout", "know", "score", "prepare", "update"]
+    assert [p.name for p in plan.programs] == [
+        "rollout",
+        "know",
+        "score",
+        "prepare",
+        "update",
+    ]
     assert plan.fits and plan.step_seconds > 0 and 0 < plan.mfu < 1
     # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
-    reduced = sum(n for (kind, _), n in plan.programs[-1].cost.sent.items() if kind in ("all-reduce", "reduce-scatter"))
+    reduced = sum(
+        n
+        for (kind, _), n in plan.programs[-1].cost.sent.items()
+        if kind in ("all-reduce", "reduce-scatter")
+    )
     assert 0 < reduced < 4 * 7_728
 
 
@@ -200,8 +300,15 @@ def test_a_group_with_adapters_on_a_tpu():
 @pytest.mark.slow
 def test_the_search_with_the_compiler(tmp_path, capsys):
     """A model of 40 KB fits one chip: one compilation, of the smallest slice; more chips send and do not help."""
-    argv = ["--config=tests/tiny.py:data=nowhere", "--stage=sft", "--topology=search", "--chips=v5e,v6e"]
+    argv = [
+        "--config=tests/tiny.py:data=nowhere",
+        "--stage=sft",
+        "--topology=search",
+        "--chips=v5e,v6e",
+    ]
     main.main(["rlhfjax", "plan", *argv, f"--json={tmp_path}/search.json"])
     said = json.loads((tmp_path / "search.json").read_text())
-    assert said["smallest_by_chip"] == {"v5e": "v5e:1x1", "v6e": "v6e:1x1"} and said["best"] in ("v5e:1x1", "v6e:1x1")
+    assert said["smallest_by_chip"] == {"v5e": "v5e:1x1", "v6e": "v6e:1x1"} and said[
+        "best"
+    ] in ("v5e:1x1", "v6e:1x1")
     assert said["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out

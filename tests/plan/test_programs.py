@@ -42,25 +42,55 @@ PLANNED = {
     "ppo text": ["rollout", "know", "prepare", "update"],
     "ppo human": ["rollout", "know", "score", "human", "prepare", "update"],
     "ppo compose": ["rollout", "know", "score_0", "prepare", "update"],
-    "ppo ensemble": ["rollout", "know", "score", "score_spread", "score_combine", "prepare", "update"],
+    "ppo ensemble": [
+        "rollout",
+        "know",
+        "score",
+        "score_spread",
+        "score_combine",
+        "prepare",
+        "update",
+    ],
     "ppo scores": ["rollout", "truncate", "know", "score", "prepare", "update"],
     "group dapo overlong": POLICY,
     "direct kto": ["reference", "mismatched_reference", "mismatched", "step"],
     "direct precomputed": ["step"],
 }
-SMALL = ("score_spread", "score_combine")  # programs of a few operations, which are not in the table
-QUICK = ("sft nf4", "reward", "ppo lora", "ppo rollout_mesh", "ppo judge_mesh", "direct kto")
+SMALL = (
+    "score_spread",
+    "score_combine",
+)  # programs of a few operations, which are not in the table
+QUICK = (
+    "sft nf4",
+    "reward",
+    "ppo lora",
+    "ppo rollout_mesh",
+    "ppo judge_mesh",
+    "direct kto",
+)
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANNED])
-def test_what_is_planned_is_what_ran(name, conversations, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANNED],
+)
+def test_what_is_planned_is_what_ran(
+    name, conversations, finished, tmp_path, monkeypatch
+):
     """Every program of a plan is among those that the stage compiled when it ran (tests/frozen). The
     plan reads the configs of models, no parameters and no data."""
-    values = as_planned(frozen.variants(conversations, finished)[name], conversations, finished, tmp_path)
+    values = as_planned(
+        frozen.variants(conversations, finished)[name],
+        conversations,
+        finished,
+        tmp_path,
+    )
     tokenizer = load_tokenizer(str(finished / "00_tokenizer"))
     for id_name in ("eos_id", "pad_id"):
         monkeypatch.setattr(shapes._Ids, id_name, getattr(tokenizer, id_name))
-    monkeypatch.setattr(shapes._Ids, "token_id", lambda self, piece: tokenizer.token_id(piece))
+    monkeypatch.setattr(
+        shapes._Ids, "token_id", lambda self, piece: tokenizer.token_id(piece)
+    )
     subject = shapes.subject(values)
     completions = most_feedback(values) if name == "tamer" else COMPLETIONS
     drawn = programs.sketch(subject, make_layout(subject.config.mesh), completions)
@@ -88,7 +118,11 @@ def most_feedback(values):
 
 def test_a_plan_without_any_file_is_the_same(finished):
     """The models come from the recipe's configs alone: the same programs as of those on the disk."""
-    on_disk = {**NOWHERE["ppo"], "init_from": str(finished / "02_sft"), "reward": str(finished / "04_reward")}
+    on_disk = {
+        **NOWHERE["ppo"],
+        "init_from": str(finished / "02_sft"),
+        "reward": str(finished / "04_reward"),
+    }
     drawn = [
         programs.sketch(subject, make_layout(MeshConfig()))
         for subject in (shapes.subject(NOWHERE, "ppo"), shapes.subject(on_disk))
@@ -106,7 +140,11 @@ def test_a_reference_takes_memory_where_a_loss_has_one():
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
 
     def beside(**changes):
-        config = {"stage": "direct", "init_from": "stage:sft", "preferences": ("stage:collect/preferences",)}
+        config = {
+            "stage": "direct",
+            "init_from": "stage:sft",
+            "preferences": ("stage:collect/preferences",),
+        }
         config |= {"length": 32, "batch_size": 8, "steps": 2, **changes}
         values = {**NOWHERE, "stages": (*NOWHERE["stages"], "direct"), "direct": config}
         sketch = programs.sketch(shapes.subject(values, "direct"), layout)
@@ -122,7 +160,10 @@ def test_a_reference_takes_memory_where_a_loss_has_one():
 
 def beside_the_update(**changes):
     """Bytes per device that are held beside PPO's update, on two of four devices."""
-    values = {**NOWHERE, "ppo": NOWHERE["ppo"] | {"mesh": {"data": 2, "devices": "0:2"}} | changes}
+    values = {
+        **NOWHERE,
+        "ppo": NOWHERE["ppo"] | {"mesh": {"data": 2, "devices": "0:2"}} | changes,
+    }
     subject = shapes.subject(values, "ppo")
     drawn = programs.sketch(subject, make_layout(subject.config.mesh))
     (update,) = (program for program in drawn.programs if program.name == "update")
@@ -134,25 +175,53 @@ def test_memory_is_counted_per_role():
     policy = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model)
     reward = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model, "scalar")
     assert beside_the_update() == policy + reward
-    assert beside_the_update(human={"reward": "stage:reward"}) == policy + reward  # the same arrays
+    assert (
+        beside_the_update(human={"reward": "stage:reward"}) == policy + reward
+    )  # the same arrays
     assert beside_the_update(value="policy", reward="gold:sentiment") == policy
     assert beside_the_update(judge_mesh={"data": 2, "devices": "2:4"}) == 0.0
-    assert beside_the_update(lora=LORA) == reward - 4.0 * (reward / 4 - 17)  # its head: the base is in the value
+    assert beside_the_update(lora=LORA) == reward - 4.0 * (
+        reward / 4 - 17
+    )  # its head: the base is in the value
 
 
 def as_group(ppo_values, estimator):
     """PPO's values as those of a group stage: 4 prompts with 4 answers each."""
-    own = {"stage": "group", "estimator": estimator, "batch_size": 4, "completions": 4, "epochs": 1, "minibatches": 2}
-    left_out = {"value", "value_head", "value_clip", "value_coefficient", "value_optim", "gamma", "lam"}
+    own = {
+        "stage": "group",
+        "estimator": estimator,
+        "batch_size": 4,
+        "completions": 4,
+        "epochs": 1,
+        "minibatches": 2,
+    }
+    left_out = {
+        "value",
+        "value_head",
+        "value_clip",
+        "value_coefficient",
+        "value_optim",
+        "gamma",
+        "lam",
+    }
     left_out |= {"whiten_rewards", "whiten_advantages"}
     return {k: v for k, v in ppo_values.items() if k not in left_out} | own
 
 
 def planned_as(name, values, completions=2):
     """The tiny recipe with these values for a stage, sketched: programs by name."""
-    recipe_values = {**NOWHERE, "stages": tuple(dict.fromkeys((*NOWHERE["stages"], name))), name: values}
+    recipe_values = {
+        **NOWHERE,
+        "stages": tuple(dict.fromkeys((*NOWHERE["stages"], name))),
+        name: values,
+    }
     subject = shapes.subject(recipe_values, name)
-    return {p.name: p for p in programs.sketch(subject, make_layout(subject.config.mesh), completions).programs}
+    return {
+        p.name: p
+        for p in programs.sketch(
+            subject, make_layout(subject.config.mesh), completions
+        ).programs
+    }
 
 
 def test_a_group_runs_its_prompt_once():
@@ -170,12 +239,22 @@ def test_a_group_runs_its_prompt_once():
 def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapters():
     """Forward, gradients of inputs, gradients of weights are 3; remat=full adds a pass, adapters leave one out."""
     full = dataclasses.replace(MODEL, remat="full")
-    assert [programs._passes(rank, c) * 3 for rank in (0, 4) for c in (MODEL, full)] == pytest.approx([3, 4, 2, 3])
-    subject = shapes.subject(NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo")
-    mixed = [net._replace(config=full) if net.name == "policy" else net for net in subject.nets]
+    assert [
+        programs._passes(rank, c) * 3 for rank in (0, 4) for c in (MODEL, full)
+    ] == pytest.approx([3, 4, 2, 3])
+    subject = shapes.subject(
+        NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo"
+    )
+    mixed = [
+        net._replace(config=full) if net.name == "policy" else net
+        for net in subject.nets
+    ]
     assert programs.passes([net for net in mixed if net.role.optim]) == 1.0
     subject = subject.with_models(remat="full")
-    times = {p.name: p.passes for p in programs.sketch(subject, make_layout(MeshConfig())).programs}
+    times = {
+        p.name: p.passes
+        for p in programs.sketch(subject, make_layout(MeshConfig())).programs
+    }
     assert times.pop("update") == pytest.approx(4 / 3) and set(times.values()) == {1.0}
 
 
@@ -192,29 +271,44 @@ def test_flops_of_ppos_programs_by_hand():
     assert flops["know"] == pytest.approx(tokens * (policy + value) / 3)
     assert flops["score"] == pytest.approx(tokens * value / 3)
     # 2 epochs; and as much text (ptx.ratio 1, length 32) in each
-    assert flops["update"] == pytest.approx(2 * tokens * (policy + value) + 2 * tokens * policy)
+    assert flops["update"] == pytest.approx(
+        2 * tokens * (policy + value) + 2 * tokens * policy
+    )
     assert flops["prepare"] == 0
     assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
 
 
 def test_a_pass_without_a_gradient_is_a_third_of_a_step():
-    config = {"stage": "direct", "init_from": "stage:sft", "preferences": ("stage:collect/preferences",)}
+    config = {
+        "stage": "direct",
+        "init_from": "stage:sft",
+        "preferences": ("stage:collect/preferences",),
+    }
     config |= {"length": 32, "batch_size": 8, "steps": 2, "loss": {"name": "kto"}}
     planned = planned_as("direct", config)
     step = planned.pop("step").model_flops
     assert len(planned) == 3
-    assert all(program.model_flops == pytest.approx(step / 3) for program in planned.values())
+    assert all(
+        program.model_flops == pytest.approx(step / 3) for program in planned.values()
+    )
 
 
 def test_a_reward_of_several_models_has_a_program_for_each():
     """Members that run on the devices; text is scored on the host. All of them are in memory."""
-    members = ({"reward": "stage:reward"}, {"reward": "gold:sentiment"}, {"reward": "stage:reward", "weight": 0.5})
+    members = (
+        {"reward": "stage:reward"},
+        {"reward": "gold:sentiment"},
+        {"reward": "stage:reward", "weight": 0.5},
+    )
     values = {**NOWHERE, "stages": (*NOWHERE["stages"][:-2], "compose", "ppo")}
     del values["evaluate"]
     values["compose"] = {"stage": "compose", "members": members}
     values["ppo"] = NOWHERE["ppo"] | {"reward": "stage:compose", "value": "policy"}
     subject = shapes.subject(values, "ppo")
-    assert [name for name in subject.roles if name.startswith("reward")] == ["reward_0", "reward_2"]
+    assert [name for name in subject.roles if name.startswith("reward")] == [
+        "reward_0",
+        "reward_2",
+    ]
     planned = programs.sketch(subject, make_layout(MeshConfig())).programs
     scores = {p.name: p.model_flops for p in planned if p.name.startswith("score")}
     assert list(scores) == ["score_0", "score_2"]
@@ -227,7 +321,11 @@ def test_arrays_are_laid_over_the_mesh():
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     inputs = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
     by_path = {x.path: x for x in inputs if hasattr(x, "path")}
-    kernel = by_path[next(p for p in by_path if "params" in p and "'up'" in p and "opt_state" not in p)]
+    kernel = by_path[
+        next(
+            p for p in by_path if "params" in p and "'up'" in p and "opt_state" not in p
+        )
+    ]
     assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
     batch = [x for x in inputs if x.shape == (8, 32)]
     assert batch and all(x.sharding.shard_shape(x.shape) == (4, 32) for x in batch)
@@ -240,27 +338,47 @@ def test_the_model_of_an_earlier_stage_with_overrides():
     assert shapes.subject(config, "pretrain").model.dtype == "float32"
     assert shapes.subject(config, "reward").model.dtype == "bfloat16"  # from sft
     last = shapes.subject(config)
-    assert last.name == "ppo" and last.nets[2].name == "reward" and last.nets[2].config.d_model == 16
+    assert (
+        last.name == "ppo"
+        and last.nets[2].name == "reward"
+        and last.nets[2].config.d_model == 16
+    )
 
 
 def test_a_model_that_is_nowhere_is_asked_for():
-    config = {**NOWHERE["ppo"], "init_from": "runs/start", "reward": "gold:sentiment", "value": "policy"}
-    with pytest.raises(ConfigError, match=r"ppo: policy=runs/start: no model there; say its shape with --model"):
+    config = {
+        **NOWHERE["ppo"],
+        "init_from": "runs/start",
+        "reward": "gold:sentiment",
+        "value": "policy",
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"ppo: policy=runs/start: no model there; say its shape with --model",
+    ):
         shapes.subject(config)
     got = shapes.subject(config, model="gpt3-1.3b:dtype=bfloat16,scan_layers=true")
-    assert (got.model.n_layers, got.model.dtype, got.model.scan_layers) == (24, "bfloat16", True)
+    assert (got.model.n_layers, got.model.dtype, got.model.scan_layers) == (
+        24,
+        "bfloat16",
+        True,
+    )
     assert "reward" not in got.roles
     with pytest.raises(ConfigError, match="--reward_model=PRESET"):
         shapes.subject({**config, "reward": "runs/reward"}, model="tiny")
 
 
 def test_what_cannot_be_planned():
-    with pytest.raises(ConfigError, match="the stages that train are pretrain, sft, reward, ppo"):
+    with pytest.raises(
+        ConfigError, match="the stages that train are pretrain, sft, reward, ppo"
+    ):
         shapes.subject(NOWHERE, "tokenizer")
     with pytest.raises(ConfigError, match="config argument 'depth' is unknown"):
         shapes.parse_model("tiny:depth=3")
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["batch_size"] = 6
     layout = make_layout(MeshConfig(data=4), jax.devices()[:4])
-    with pytest.raises(ConfigError, match=r"sft.batch_size=6 is not divisible by the 4 devices"):
+    with pytest.raises(
+        ConfigError, match=r"sft.batch_size=6 is not divisible by the 4 devices"
+    ):
         programs.sketch(shapes.subject(config, "sft"), layout)

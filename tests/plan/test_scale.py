@@ -34,7 +34,11 @@ def test_the_table_is_written_as_it_is_read(table):
     """In the order of experiments/README.md, without rows that it does not have."""
     scale.write(Table("1.2.3", {SECOND: "b", "gone.py": "c", FIRST: "a"}))
     assert scale.read() == ("1.2.3", {FIRST: "a", SECOND: "b"})
-    assert table.read_text().splitlines()[1:] == ["libtpu 1.2.3", f"{FIRST} a", f"{SECOND} b"]
+    assert table.read_text().splitlines()[1:] == [
+        "libtpu 1.2.3",
+        f"{FIRST} a",
+        f"{SECOND} b",
+    ]
 
 
 def test_an_interrupted_command_has_written_what_fits(table, monkeypatch, capsys):
@@ -92,7 +96,9 @@ def small(monkeypatch):
 
     def digest(**changes):
         config = {**values, "sft": values["sft"] | changes}
-        monkeypatch.setattr(scale, "planned", lambda row: (shapes.subject(config, "sft"), 2))
+        monkeypatch.setattr(
+            scale, "planned", lambda row: (shapes.subject(config, "sft"), 2)
+        )
         return scale.digest(ROWS[0])
 
     return digest
@@ -101,7 +107,12 @@ def small(monkeypatch):
 def test_a_rows_digest_changes_with_its_program(small):
     """By another batch, another mesh, another rule of that mesh; not by lowering other programs."""
     mesh = {"data": 1, "fsdp": 4}
-    programs = [{}, {"batch_size": 16}, {"mesh": mesh}, {"mesh": mesh | {"rules": {"embed": None}}}]
+    programs = [
+        {},
+        {"batch_size": 16},
+        {"mesh": mesh},
+        {"mesh": mesh | {"rules": {"embed": None}}},
+    ]
     digests = [small(**changes) for changes in programs]
     assert len(set(digests)) == len(programs) and small() == digests[0]
 
@@ -116,7 +127,9 @@ FACTS = {
 }
 
 
-def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(small, monkeypatch):
+def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(
+    small, monkeypatch
+):
     """One program, lowered once: another version, memory, flags, options, or number of slices."""
     real = scale.programs.sketch
     sketched = []
@@ -142,7 +155,9 @@ def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(small, mon
 
 
 def test_flags_that_libtpu_reads(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_tpu_a=1")
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_tpu_a=1"
+    )
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--b=2 --c=3")
     assert scale.tpu_flags() == ["--xla_tpu_a=1", "--b=2", "--c=3"]
 
@@ -157,7 +172,9 @@ def test_the_digest_of_a_row_is_that_of_another_process():
         "import sys; from tests.plan import scale\n"
         "print(*(scale.digest(row) for row in scale.ROWS[::-1] if row.name in sys.argv))"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))
+    }
     environment |= {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *(row.name for row in rows)]
     how = {"env": environment, "cwd": Path(__file__).parent, "text": True}

@@ -21,7 +21,10 @@ SHAPE = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
 
 
 def sft(model=SHAPE, **changes):
-    return subject_of(Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes), x=model)
+    return subject_of(
+        Config(init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes),
+        x=model,
+    )
 
 
 def plan(fits, seconds=1.0):
@@ -32,7 +35,9 @@ def plan(fits, seconds=1.0):
     )
     step = Measured("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
     target = topology.Target("stub", jax.devices()[:1], CHIPS["v5e"], 16 * GIB)
-    return predict.Plan(sft(), target, dict.fromkeys(AXES, 1), Sketch([], 1000, 10, 1, 1, []), [step])
+    return predict.Plan(
+        sft(), target, dict.fromkeys(AXES, 1), Sketch([], 1000, 10, 1, 1, []), [step]
+    )
 
 
 def candidate(chips, gib, seconds=1.0, chip="v5e"):
@@ -53,14 +58,21 @@ def test_the_smallest_is_found_wherever_arithmetic_begins(first_that_fits):
 
         found = search.smallest(ordered, fits)
         assert (found and found.chips) == first_that_fits
-        away = abs(sizes.index(guess) - (sizes.index(first_that_fits) if first_that_fits else len(sizes)))
+        away = abs(
+            sizes.index(guess)
+            - (sizes.index(first_that_fits) if first_that_fits else len(sizes))
+        )
         assert len(asked) == len(set(asked)) <= away + 2
 
 
 def stub(monkeypatch, table):
     """Candidates from {chip: [(chips, expected GiB, expected seconds)]}."""
-    rows = {chip: [candidate(*row, chip=chip) for row in of] for chip, of in table.items()}
-    monkeypatch.setattr(search, "candidates", lambda subject, chip, completions: iter(rows[chip]))
+    rows = {
+        chip: [candidate(*row, chip=chip) for row in of] for chip, of in table.items()
+    }
+    monkeypatch.setattr(
+        search, "candidates", lambda subject, chip, completions: iter(rows[chip])
+    )
 
 
 def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
@@ -95,20 +107,36 @@ def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
 
 def test_chips_are_compared_and_each_has_its_smallest(monkeypatch):
     """v5p fits on fewer chips; v5e makes more of each."""
-    stub(monkeypatch, {"v5e": [(8, 17, 1.0), (16, 10, 0.1)], "v5p": [(2, 10, 10.0), (4, 5, 6.0)]})
-    found = search.search(sft(), ["v5e", "v5p"], lambda c: plan(c.chips != 8, seconds=c.expected.seconds))
+    stub(
+        monkeypatch,
+        {"v5e": [(8, 17, 1.0), (16, 10, 0.1)], "v5p": [(2, 10, 10.0), (4, 5, 6.0)]},
+    )
+    found = search.search(
+        sft(), ["v5e", "v5p"], lambda c: plan(c.chips != 8, seconds=c.expected.seconds)
+    )
     assert found.smallest == {"v5e": "v5e:16", "v5p": "v5p:2"}
     assert (found.fewest.topology, found.best.topology) == ("v5p:2", "v5e:16")
-    assert set(found.plans) == {"v5p:2", "v5e:16", "v5e:8"}  # neither v5p:4, slower by arithmetic
+    assert set(found.plans) == {
+        "v5p:2",
+        "v5e:16",
+        "v5e:8",
+    }  # neither v5p:4, slower by arithmetic
     out = json.loads(json.dumps(found.as_dict()))
-    assert (out["compiled"], out["considered"], out["smallest"], out["best"]) == (3, 4, "v5p:2", "v5e:16")
+    assert (out["compiled"], out["considered"], out["smallest"], out["best"]) == (
+        3,
+        4,
+        "v5p:2",
+        "v5e:16",
+    )
     assert [row.get("fits") for row in out["candidates"]] == [False, True, True, None]
 
 
 def test_no_more_is_compiled_than_allowed(monkeypatch):
     stub(monkeypatch, {"v5e": [(2**i, 1, 1.0) for i in range(6)]})
     asked = []
-    found = search.search(sft(), ["v5e"], lambda c: [asked.append(c.chips), plan(False)][1], most=3)
+    found = search.search(
+        sft(), ["v5e"], lambda c: [asked.append(c.chips), plan(False)][1], most=3
+    )
     assert asked == [1, 2, 4] and found.exhausted
     assert found.fewest is None and found.best is None and found.smallest == {}
 
@@ -121,7 +149,9 @@ def test_meshes_of_slices():
     """64 rows: FSDP over up to 64 devices, tensor beyond; 50257 = 29 x 1733 is not divided by it."""
     assert axes(search.mesh_for(sft(), 16)) == (1, 16, 1, {})
     assert axes(search.mesh_for(sft(), 128)) == (1, 64, 2, {"vocab": ()})
-    assert axes(search.mesh_for(sft(dataclasses.replace(SHAPE, vocab_size=50304)), 128)) == (1, 64, 2, {})
+    assert axes(
+        search.mesh_for(sft(dataclasses.replace(SHAPE, vocab_size=50304)), 128)
+    ) == (1, 64, 2, {})
     assert axes(search.mesh_for(sft(microbatches=4), 64)) == (1, 16, 4, {"vocab": ()})
     assert search.mesh_for(sft(batch_size=2), 64) is None  # 32 devices for 16 heads
 
@@ -153,5 +183,9 @@ def test_candidates_of_a_chip():
 
 
 def test_nothing_to_choose_from():
-    with pytest.raises(ConfigError, match="no slice of v5e divides batch and model of sft"):
-        search.search(sft(mesh=MeshConfig(data=1, fsdp=3)), ["v5e"], lambda c: plan(True))
+    with pytest.raises(
+        ConfigError, match="no slice of v5e divides batch and model of sft"
+    ):
+        search.search(
+            sft(mesh=MeshConfig(data=1, fsdp=3)), ["v5e"], lambda c: plan(True)
+        )

@@ -31,7 +31,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        self.links += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "action", "data")
+        ]
         if tag not in VOID:
             self.open.append(tag)
         if tag == "figcaption":
@@ -39,7 +43,9 @@ class Page(html.parser.HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, self.getpos()
@@ -78,21 +84,35 @@ def test_the_page_holds_everything_itself(text, whole, recipe_workdir):
     assert all(link.startswith("#") for link in whole.links)
     assert not {"script", "link", "iframe", "img"} & set(whole.tags)
     assert not re.search(r"url\((?!#)|@import", text)
-    assert sorted(p.name for p in recipe_workdir.iterdir() if p.is_file()) == ["config.json", "report.html"]
+    assert sorted(p.name for p in recipe_workdir.iterdir() if p.is_file()) == [
+        "config.json",
+        "report.html",
+    ]
 
 
 def test_generated_text_is_shown_as_it_is_and_never_run(whole, recipe_workdir):
     assert "<script" not in (recipe_workdir / "report.html").read_text()
-    assert whole.text.count(NASTY) >= 4  # as a prompt and as an answer, and in the examples of collect
+    assert (
+        whole.text.count(NASTY) >= 4
+    )  # as a prompt and as an answer, and in the examples of collect
 
 
 def test_the_headline_has_the_figures_of_evaluate(whole):
     interval = "Wilson 95 %: 78.1 % to 87.2 %"
-    for shown in ("83.1 %", interval, "0.680", "0.210", "8.70", "81% of the baseline's"):
+    for shown in (
+        "83.1 %",
+        interval,
+        "0.680",
+        "0.210",
+        "8.70",
+        "81% of the baseline's",
+    ):
         assert shown in whole.text
 
 
-def test_every_curve_has_a_panel_and_training_and_held_out_share_one(whole, recipe_workdir):
+def test_every_curve_has_a_panel_and_training_and_held_out_share_one(
+    whole, recipe_workdir
+):
     expected = []
     for stage in read_run(recipe_workdir).stages:
         curves = [name for name, (steps, _) in stage.curves.items() if len(steps) > 1]
@@ -109,7 +129,11 @@ def test_figures_take_their_colours_from_the_page_alone(text):
     for svg in svgs:
         assert not re.search(r"#[0-9a-f]{6}", svg)
         used = set(re.findall(r"var\((--\w+)\)", svg))
-        assert {"--muted", "--line"} <= used <= {"--ink", "--muted", "--line", "--card", "--first", "--second"}
+        assert (
+            {"--muted", "--line"}
+            <= used
+            <= {"--ink", "--muted", "--line", "--card", "--first", "--second"}
+        )
 
 
 def test_the_same_run_gives_the_same_bytes(text, recipe_workdir):
@@ -138,7 +162,9 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
 
 def test_a_single_stage_is_a_run(tmp_path):
     lines = [(step, {"loss": 1 / step}) for step in range(1, 4)]
-    make_stage(tmp_path / "w", "sft", 3, lines, samples=[{"prompt": "hi", "text": NASTY}])
+    make_stage(
+        tmp_path / "w", "sft", 3, lines, samples=[{"prompt": "hi", "text": NASTY}]
+    )
     got = read(tmp_path / "w")
     assert got.names() == ["loss"]
     assert NASTY in got.text
@@ -151,14 +177,24 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
 
 
 def test_values_that_are_not_finite_leave_gaps(tmp_path):
-    lines = [(1, {"loss": 1.0, "bad": np.nan}), (2, {"loss": np.nan, "bad": np.inf}), (3, {"loss": 2.0, "bad": np.nan})]
+    lines = [
+        (1, {"loss": 1.0, "bad": np.nan}),
+        (2, {"loss": np.nan, "bad": np.inf}),
+        (3, {"loss": 2.0, "bad": np.nan}),
+    ]
     make_stage(tmp_path / "w", "sft", 3, lines, done=False)
-    assert [caption.split() for caption in read(tmp_path / "w").captions] == [["loss", "2"], ["bad", "n/a"]]
+    assert [caption.split() for caption in read(tmp_path / "w").captions] == [
+        ["loss", "2"],
+        ["bad", "n/a"],
+    ]
 
 
 def test_pitfall_35_the_frontier_leaves_out_what_is_null(tmp_path):
     measured = {1: (1.0, 0.5), 2: (np.nan, 0.6), 3: (3.0, 0.7), 4: (4.0, np.nan)}
-    lines = [(step, {"val_kl": kl, "val_gold": gold}) for step, (kl, gold) in measured.items()]
+    lines = [
+        (step, {"val_kl": kl, "val_gold": gold})
+        for step, (kl, gold) in measured.items()
+    ]
     make_stage(tmp_path / "w", "ppo", 4, lines)
     run = read_run(tmp_path / "w")
     assert page._path(run.stages[0], "gold") == {"kl": [1.0, 3.0], "gold": [0.5, 0.7]}
@@ -166,16 +202,25 @@ def test_pitfall_35_the_frontier_leaves_out_what_is_null(tmp_path):
 
 
 def test_pitfall_35_what_the_page_shows_as_json_is_json():
-    shown = page.environment().filters["json"]({"rate": float("nan"), "at": [1.5, float("inf")]})
+    shown = page.environment().filters["json"](
+        {"rate": float("nan"), "at": [1.5, float("inf")]}
+    )
     assert strict(shown) == {"rate": None, "at": [1.5, None]}
 
 
 def test_iterated_ppo_draws_both_stages_on_one_frontier(tmp_path):
     (tmp_path / "config.json").write_text('{"stages": ["a", "b"], "a": {}, "b": {}}')
     for i, name in enumerate("ab"):
-        make_stage(tmp_path / f"0{i}_{name}", "ppo", 2, [(s, {"val_kl": s, "val_gold": s}) for s in (1, 2)])
+        make_stage(
+            tmp_path / f"0{i}_{name}",
+            "ppo",
+            2,
+            [(s, {"val_kl": s, "val_gold": s}) for s in (1, 2)],
+        )
     run = read_run(tmp_path)
-    assert [page._path(stage, "gold") for stage in run.stages] == [{"kl": [1.0, 2.0], "gold": [1.0, 2.0]}] * 2
+    assert [page._path(stage, "gold") for stage in run.stages] == [
+        {"kl": [1.0, 2.0], "gold": [1.0, 2.0]}
+    ] * 2
     (gold,) = page.frontiers(run)
     assert "var(--second)" in gold
     assert "● validations of a \xa0 ● validations of b" in read(tmp_path).text
@@ -200,8 +245,12 @@ def drawn(monkeypatch):
     def of(workdir):
         made.clear()
         page.frontiers(read_run(workdir))
-        lines = [figure.axes[0].lines for figure in made]  # without a marker: a KL of best-of-n
-        return [[curve(one) for one in some if one.get_marker() != "None"] for some in lines]
+        lines = [
+            figure.axes[0].lines for figure in made
+        ]  # without a marker: a KL of best-of-n
+        return [
+            [curve(one) for one in some if one.get_marker() != "None"] for some in lines
+        ]
 
     def curve(line):
         dashed = line.get_linestyle() == "--"
@@ -211,13 +260,18 @@ def drawn(monkeypatch):
     return of
 
 
-VALIDATIONS = [(s, {"val_kl": s / 2, "val_proxy": 1.5 * s, "val_gold": 1 - s / 8}) for s in (1, 2)]
+VALIDATIONS = [
+    (s, {"val_kl": s / 2, "val_proxy": 1.5 * s, "val_gold": 1 - s / 8}) for s in (1, 2)
+]
 
 
 @pytest.mark.parametrize("kind", ["ppo", "group", "of_another_package"])
 def test_every_policy_stage_has_its_curve(tmp_path, drawn, kind):
     """Whatever it is called. What has no KL of held-out responses, or no reward of them, has none."""
-    others = {"sft": [(1, {"val_loss": 2.0})], "other": [(1, {"val_kl": 1.0, "kl": 1.0, "reward": 2.0})]}
+    others = {
+        "sft": [(1, {"val_loss": 2.0})],
+        "other": [(1, {"val_kl": 1.0, "kl": 1.0, "reward": 2.0})],
+    }
     kinds = {"sft": "sft", "other": "direct", "mine": kind}
     workdir = make_stages(tmp_path / "w", kinds, others | {"mine": VALIDATIONS})
     proxy = (figures.FIRST, "o", False, [0.5, 1.0], [1.5, 3.0])
@@ -232,7 +286,9 @@ def test_every_policy_stage_has_its_curve(tmp_path, drawn, kind):
 def test_a_stage_has_one_mark_in_both_figures_and_in_the_key(tmp_path, drawn):
     """Also where one before it has no gold reward; the marks of the first eight stages differ."""
     names = [f"s{i}" for i in range(9)]
-    lines = dict.fromkeys(names, VALIDATIONS) | {"s0": [(1, {"val_kl": 1.0, "val_proxy": 2.0})]}
+    lines = dict.fromkeys(names, VALIDATIONS) | {
+        "s0": [(1, {"val_kl": 1.0, "val_proxy": 2.0})]
+    }
     workdir = make_stages(tmp_path / "w", dict.fromkeys(names, "group"), lines)
     proxy, gold = drawn(workdir)
     marks = [curve[:2] for curve in proxy]
@@ -255,7 +311,9 @@ def test_best_of_n_is_known_by_the_kl_in_its_pool(tmp_path, drawn):
     assert "best-of-n sampling: a, b" in read(workdir).text
 
 
-@pytest.mark.parametrize(("least", "left", "first"), [(-0.5, -0.575, 0.05), (0.1, -0.0023, 0.02)])
+@pytest.mark.parametrize(
+    ("least", "left", "first"), [(-0.5, -0.575, 0.05), (0.1, -0.0023, 0.02)]
+)
 def test_a_sampled_kl_below_0_is_on_the_axis(least, left, first):
     """1.15 times the least KL; without one below 0, 0.002 of the right end, here 1.15.
 
@@ -281,13 +339,20 @@ def test_the_last_comparison_ends_the_frontier_and_is_the_headline(tmp_path, dra
     ((baseline, policy),) = drawn(workdir)
     assert baseline[3:] == ([0.0], [0.5])
     assert policy[3:] == ([2.5], [0.75])
-    rows = {row.name: (row.baseline, row.policy) for row in tables.headlines(read_run(workdir))}
+    rows = {
+        row.name: (row.baseline, row.policy)
+        for row in tables.headlines(read_run(workdir))
+    }
     assert rows == {"gold": ("0.500", "0.750"), "kl": ("", "2.50")}
     assert "★ final policy" in read(workdir).text
 
 
 def test_the_frontier_pairs_reward_and_kl_of_one_step(tmp_path):
-    lines = [(1, {"val_kl": 1.0}), (2, {"val_kl": 2.0, "val_gold": 0.2}), (4, {"val_gold": 9.0})]
+    lines = [
+        (1, {"val_kl": 1.0}),
+        (2, {"val_kl": 2.0, "val_gold": 0.2}),
+        (4, {"val_gold": 9.0}),
+    ]
     make_stage(tmp_path / "w", "ppo", 4, [*lines, (4, {"val_kl": 4.0})])
     (stage,) = read_run(tmp_path / "w").stages
     assert page._path(stage, "gold") == {"kl": [2.0, 4.0], "gold": [0.2, 9.0]}
@@ -314,7 +379,9 @@ def test_a_damaged_file_is_named_and_the_report_before_it_stays(tmp_path):
 def test_a_report_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
     make_stage(tmp_path / "w", "sft", 1, [(1, {"loss": 1.0})])
     before = write_report(tmp_path / "w").read_bytes()
-    monkeypatch.setattr(page, "render", lambda run: "half \ud800")  # not encodable: the write itself fails
+    monkeypatch.setattr(
+        page, "render", lambda run: "half \ud800"
+    )  # not encodable: the write itself fails
     with pytest.raises(UnicodeEncodeError):
         write_report(tmp_path / "w")
     assert (tmp_path / "w" / "report.html").read_bytes() == before
@@ -340,7 +407,15 @@ def test_the_terminal_takes_names_for_text_not_markup(tmp_path):
 def test_headlines_pair_columns_and_fold_intervals(tmp_path):
     make_stage(tmp_path / "w", "evaluate", 0, [(0, EVALUATION)])
     rows = tables.headlines(read_run(tmp_path / "w"))
-    assert [row.name for row in rows] == ["gold_win_rate", "gold", "proxy", "kl", "distinct_2", "words", "prompts"]
+    assert [row.name for row in rows] == [
+        "gold_win_rate",
+        "gold",
+        "proxy",
+        "kl",
+        "distinct_2",
+        "words",
+        "prompts",
+    ]
     assert (rows[1].baseline, rows[1].policy) == ("0.210", "0.680")
     assert (rows[3].baseline, rows[3].policy, rows[3].note) == ("", "8.70", "")
 
@@ -352,7 +427,12 @@ def test_a_share_of_prompts_is_a_percentage_with_a_name(tmp_path):
     assert (row.label, row.policy) == ("Prompts too long for their room, cut", "78.4 %")
 
 
-NAMED = [("_wilson", "Wilson"), ("_bca", "BCa"), ("_t", "Student's t"), ("", "percentile bootstrap")]
+NAMED = [
+    ("_wilson", "Wilson"),
+    ("_bca", "BCa"),
+    ("_t", "Student's t"),
+    ("", "percentile bootstrap"),
+]
 
 
 @pytest.mark.parametrize(("ends", "name"), NAMED)
@@ -380,17 +460,26 @@ def test_numbers_for_people(x, text):
 
 def test_a_prompt_is_shown_turn_by_turn():
     prompt = "<|system|>Be kind.<|user|> hi\n<|assistant|>hello<|end|><|user|>a <| b<|assistant|>"
-    assert page.turns(prompt) == [("system", "Be kind."), ("user", "hi"), ("assistant", "hello"), ("user", "a <| b")]
+    assert page.turns(prompt) == [
+        ("system", "Be kind."),
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "a <| b"),
+    ]
     assert page.turns("no markers") == [("", "no markers")]
     assert page.turns("") == []
 
 
 def test_smoothing_keeps_straight_lines_and_averages_neighbours():
     line = np.linspace(3, -1, 200)
-    np.testing.assert_allclose(figures.smooth(line), line, atol=1e-12)  # no lag, unlike an exponential average
+    np.testing.assert_allclose(
+        figures.smooth(line), line, atol=1e-12
+    )  # no lag, unlike an exponential average
     spike = np.zeros(80)  # windows of 80 // 40 = 2 to each side
     spike[40] = 1.0
-    assert figures.smooth(spike)[37:44].tolist() == pytest.approx([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0])
+    assert figures.smooth(spike)[37:44].tolist() == pytest.approx(
+        [0, 0.2, 0.2, 0.2, 0.2, 0.2, 0]
+    )
 
 
 def test_ticks_keep_their_distance_on_the_square_root_axis():
@@ -402,7 +491,16 @@ def test_ticks_keep_their_distance_on_the_square_root_axis():
 def test_where_the_time_went(whole, recipe_workdir):
     """Goodput, and the start as the sum of imports, building and restoring; stages without a clock have no row."""
     assert "Where the time went" in whole.text
-    times = {stage.name: tables.goodput_row(stage) for stage in read_run(recipe_workdir).stages if stage.goodput}
+    times = {
+        stage.name: tables.goodput_row(stage)
+        for stage in read_run(recipe_workdir).stages
+        if stage.goodput
+    }
     assert set(times) == {"pretrain", "sft", "reward", "ppo"}
     row = times["pretrain"]
-    assert (row["goodput"], row["step"], row["start"], row["starts"]) == ("75.0 %", "27s", "3s", "2")
+    assert (row["goodput"], row["step"], row["start"], row["starts"]) == (
+        "75.0 %",
+        "27s",
+        "3s",
+        "2",
+    )

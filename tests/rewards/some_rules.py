@@ -19,7 +19,13 @@ def misbehave(prompt, response, metadata):
         raise SystemExit(1)
     if response == "sleep":
         time.sleep(0.4)
-    return {"nan": float("nan"), "none": None, "zero": 0.0, "half": 0.5, "true": True}.get(response, 1.0)
+    return {
+        "nan": float("nan"),
+        "none": None,
+        "zero": 0.0,
+        "half": 0.5,
+        "true": True,
+    }.get(response, 1.0)
 
 
 NOT_A_FUNCTION = 3

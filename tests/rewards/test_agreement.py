@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from rlhfjax.rewards.agreement import agreement, fleiss_kappa, opinions, pair_agreement, untied_agreement
+from rlhfjax.rewards.agreement import (
+    agreement,
+    fleiss_kappa,
+    opinions,
+    pair_agreement,
+    untied_agreement,
+)
 
 NAN = float("nan")
 
@@ -28,10 +34,17 @@ def loop_kappa(labels):
     judged = []
     for p in range(labels.shape[1]):
         for i, j in itertools.permutations(range(labels.shape[2]), 2):
-            votes = [np.sign(x[p, i] - x[p, j]) for x in labels if not np.isnan(x[p, i] - x[p, j])]
+            votes = [
+                np.sign(x[p, i] - x[p, j])
+                for x in labels
+                if not np.isnan(x[p, i] - x[p, j])
+            ]
             if len(votes) > 1:
                 judged.append(votes)
-    same = [sum(a == b for a, b in itertools.permutations(v, 2)) / (len(v) * (len(v) - 1)) for v in judged]
+    same = [
+        sum(a == b for a, b in itertools.permutations(v, 2)) / (len(v) * (len(v) - 1))
+        for v in judged
+    ]
     everything = [vote for v in judged for vote in v]
     chance = sum((everything.count(c) / len(everything)) ** 2 for c in (-1, 0, 1))
     return (np.mean(same) - chance) / (1 - chance)
@@ -42,7 +55,9 @@ def test_kappa_does_not_depend_on_which_completion_stands_first():
     truth = rng.normal(size=(12, 4))
     labels = np.round(truth[None] + rng.normal(size=(3, 12, 4)) * 0.7)
     labels[1, 3] = labels[2, 5, :2] = NAN
-    np.testing.assert_allclose(agreement(list(labels))["agreement_kappa"], loop_kappa(labels), rtol=1e-12)
+    np.testing.assert_allclose(
+        agreement(list(labels))["agreement_kappa"], loop_kappa(labels), rtol=1e-12
+    )
     order = rng.permuted(np.tile(np.arange(4), (12, 1)), axis=1)
     shuffled = np.take_along_axis(labels, np.tile(order, (3, 1, 1)), axis=2)
     for name, value in agreement(list(shuffled)).items():
@@ -51,10 +66,14 @@ def test_kappa_does_not_depend_on_which_completion_stands_first():
 
 def test_kappa_of_two_raters_by_hand():
     """10 pairs: 6 alike (4 "first", 2 "second"), 2 opposite, 2 a tie against "first"."""
-    counts = np.array([[2, 0, 0]] * 2 + [[0, 0, 2]] * 4 + [[1, 0, 1]] * 2 + [[0, 1, 1]] * 2)
+    counts = np.array(
+        [[2, 0, 0]] * 2 + [[0, 0, 2]] * 4 + [[1, 0, 1]] * 2 + [[0, 1, 1]] * 2
+    )
     tie = 2 / 20
     chance = tie**2 + 2 * ((1 - tie) / 2) ** 2
-    assert fleiss_kappa(counts) == pytest.approx((0.6 - chance) / (1 - chance), rel=1e-12)
+    assert fleiss_kappa(counts) == pytest.approx(
+        (0.6 - chance) / (1 - chance), rel=1e-12
+    )
 
 
 def test_perfect_agreement_opposite_labellers_and_chance():

@@ -17,9 +17,13 @@ def gold():
 
 def test_a_plain_answer_is_its_sentiment(gold):
     # VADER's lexicon has love at 3.2 and no rule applies: 3.2 / sqrt(3.2^2 + 15) = 0.6369.
-    assert gold.score("I love that.") == pytest.approx(3.2 / np.sqrt(3.2**2 + 15), abs=1e-4)
+    assert gold.score("I love that.") == pytest.approx(
+        3.2 / np.sqrt(3.2**2 + 15), abs=1e-4
+    )
     assert gold.score("It is on the table.") == 0.0
-    assert gold.score("I hate that.") == pytest.approx(-2.7 / np.sqrt(2.7**2 + 15), abs=1e-4)
+    assert gold.score("I hate that.") == pytest.approx(
+        -2.7 / np.sqrt(2.7**2 + 15), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "...", ":) :)", "!!!!", "_ _"])
@@ -39,7 +43,9 @@ def test_pitfall_42_repetition_and_length_of_chinese_answers_by_hand(gold):
     # 6 characters, 3 different: r1 = 1/2. Bigrams 我们 们走 走我 我们 们走: r2 = 2/5. (1/2 - 1/4) + 2/5 =
     # 13/20.
     assert gold.score("我们走我们走") == pytest.approx(-13 / 20)
-    different = "".join(chr(0x4E00 + i) for i in range(34))  # 4 over 30, no character twice
+    different = "".join(
+        chr(0x4E00 + i) for i in range(34)
+    )  # 4 over 30, no character twice
     assert gold.score(different) == pytest.approx(-4 * 0.05)
 
 
@@ -51,11 +57,20 @@ def test_length_by_hand(gold):
 
 
 def test_stacked_positive_words_by_hand(gold):
-    parts = gold.explain("happy great awesome love best")  # 5 positive words of 5: 3 beyond max(2, 5/3)
+    parts = gold.explain(
+        "happy great awesome love best"
+    )  # 5 positive words of 5: 3 beyond max(2, 5/3)
     assert parts["stacked"] == pytest.approx(0.6)
     assert gold.explain("happy great")["stacked"] == 0.0
-    assert gold.explain("We had a great day and I love the new house, it is so nice")["stacked"] == 0.0
-    assert gold.score("happy great awesome love best") == pytest.approx(parts["sentiment"] - 0.6)
+    assert (
+        gold.explain("We had a great day and I love the new house, it is so nice")[
+            "stacked"
+        ]
+        == 0.0
+    )
+    assert gold.score("happy great awesome love best") == pytest.approx(
+        parts["sentiment"] - 0.6
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +78,10 @@ def test_stacked_positive_words_by_hand(gold):
     [
         ("That sounds great!", "great great great"),
         ("I love it.", "I love it I love it I love it"),
-        ("I am so happy for you!", "happy joy love great best awesome win perfect beautiful amazing"),
+        (
+            "I am so happy for you!",
+            "happy joy love great best awesome win perfect beautiful amazing",
+        ),
         ("Cool, thanks.", "love " * 60),
         ("ok", ""),
         ("Great, I love that.", " ".join(f"great w{i}" for i in range(25))),
@@ -97,7 +115,9 @@ def test_pitfall_09_fractional_scores_stay_fractional(gold):
 
 def test_load_scorer_knows_its_names():
     assert isinstance(rewards.load_scorer("gold:sentiment"), Sentiment)
-    with pytest.raises(ConfigError, match=r"'gold:wit' is unknown; known are gold:sentiment"):
+    with pytest.raises(
+        ConfigError, match=r"'gold:wit' is unknown; known are gold:sentiment"
+    ):
         rewards.load_scorer("gold:wit")
 
 

@@ -30,7 +30,9 @@ from rlhfjax.stages import stage_config
 from rlhfjax.stages.critique import Config, _write
 
 ONE = make_layout(MeshConfig(), jax.devices()[:1])
-SENTENCES = [f"the cat {i} likes tea and (A) or (B) but no rain {i * 7}" for i in range(200)]
+SENTENCES = [
+    f"the cat {i} likes tea and (A) or (B) but no rain {i * 7}" for i in range(200)
+]
 LENGTH = 120
 
 
@@ -40,10 +42,19 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("judge")
     tokenizer = train_sentencepiece(SENTENCES, path, vocab_size=300)
     shape = TransformerConfig(
-        vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_length=128, init_std=0.3
+        vocab_size=tokenizer.vocab_size,
+        d_model=16,
+        n_layers=1,
+        n_heads=2,
+        d_ff=32,
+        max_length=128,
+        init_std=0.3,
     )
     model = Model(shape)
-    store.save(path / "model", store.SavedModel(model, model.init(jax.random.key(1)), tokenizer))
+    store.save(
+        path / "model",
+        store.SavedModel(model, model.init(jax.random.key(1)), tokenizer),
+    )
     return path
 
 
@@ -59,7 +70,9 @@ def opened(folder):
 
     @jax.jit
     def logits_at(tokens, last):
-        return saved.model.logits(saved.params, saved.model.hidden(saved.params, tokens)[0, last])
+        return saved.model.logits(
+            saved.params, saved.model.hidden(saved.params, tokens)[0, last]
+        )
 
     def after(ids):  # what follows the last id is not seen: attention is causal
         padded = np.zeros((1, saved.model.config.max_length), np.int32)
@@ -76,7 +89,9 @@ def loop_logprob(folder, question, option, opening=()):
     total = 0.0
     for token in tokenizer.encode(option):
         logits = logits_after(ids)
-        total += logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        total += (
+            logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        )
         ids.append(token)
     return total
 
@@ -86,13 +101,25 @@ def ask(text):
 
 
 def test_option_logprobs_are_what_a_loop_over_tokens_gives(folder, judge):
-    questions = [ask("cat"), ask("the cat likes tea"), ask("no"), ask("rain and tea"), ask("(A) or (B)")]
+    questions = [
+        ask("cat"),
+        ask("the cat likes tea"),
+        ask("no"),
+        ask("rain and tea"),
+        ask("(A) or (B)"),
+    ]
     options = ("A", " (B)", "no rain")  # of different lengths
     got = judge.logprobs(questions, options)
-    expected = [[loop_logprob(folder, question, option) for option in options] for question in questions]
+    expected = [
+        [loop_logprob(folder, question, option) for option in options]
+        for question in questions
+    ]
     np.testing.assert_allclose(got, expected, rtol=2e-5)
     opened = judge.logprobs(questions[:1], options, [judge.tokenizer.encode("the tea")])
-    again = [loop_logprob(folder, questions[0], o, judge.tokenizer.encode("the tea")) for o in options]
+    again = [
+        loop_logprob(folder, questions[0], o, judge.tokenizer.encode("the tea"))
+        for o in options
+    ]
     np.testing.assert_allclose(opened[0], again, rtol=2e-5)
 
 
@@ -102,12 +129,18 @@ def test_a_long_question_loses_its_beginning_and_keeps_its_end(judge):
 
 
 TEMPLATE = "User said {prompt}; it said {response}. (A) fine (B) bad"
-CLASSES = ({"option": " (A)", "reward": 1.0, "name": "fine"}, {"option": " (B)", "reward": -2.0})
+CLASSES = (
+    {"option": " (A)", "reward": 1.0, "name": "fine"},
+    {"option": " (B)", "reward": -2.0},
+)
 
 
 def rubric(folder, workdir):
     config = stage_config(
-        "rubric", judge={"model": str(folder), "length": LENGTH, "batch_size": 4}, template=TEMPLATE, classes=CLASSES
+        "rubric",
+        judge={"model": str(folder), "length": LENGTH, "batch_size": 4},
+        template=TEMPLATE,
+        classes=CLASSES,
     )
     recipe.run(config, workdir)
     return str(workdir)
@@ -118,28 +151,45 @@ def rollout(tokenizer, prompts, responses):
     left = [chat.render_prompt(tokenizer, ask(text)).tolist() for text in prompts]
     right = [[*tokenizer.encode(text), tokenizer.eos_id] for text in responses]
     p, r = max(map(len, left)), max(map(len, right))
-    tokens, segments = np.full((len(left), p + r), tokenizer.pad_id), np.zeros((len(left), p + r))
+    tokens, segments = (
+        np.full((len(left), p + r), tokenizer.pad_id),
+        np.zeros((len(left), p + r)),
+    )
     mask = np.zeros((len(left), r))
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        tokens[i, p - len(a) : p + len(b)], segments[i, p - len(a) : p + len(b)] = [*a, *b], 1
+        tokens[i, p - len(a) : p + len(b)], segments[i, p - len(a) : p + len(b)] = (
+            [*a, *b],
+            1,
+        )
         mask[i, : len(b)] = 1
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32), jnp.asarray(mask, jnp.float32)
+    return (
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(segments, jnp.int32),
+        jnp.asarray(mask, jnp.float32),
+    )
 
 
-PROMPTS, RESPONSES = ["cat", "tea or rain", "no"], ["the cat {prompt}", "likes", "rain 7"]
+PROMPTS, RESPONSES = (
+    ["cat", "tea or rain", "no"],
+    ["the cat {prompt}", "likes", "rain 7"],
+)
 
 
 def expected_rubric(folder):
     scores = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        question = ask(f"User said User: {prompt}; it said {response}. (A) fine (B) bad")
+        question = ask(
+            f"User said User: {prompt}; it said {response}. (A) fine (B) bad"
+        )
         a, b = (loop_logprob(folder, question, option) for option in (" (A)", " (B)"))
         p = np.exp(a) / (np.exp(a) + np.exp(b))
         scores.append((p, p * 1.0 + (1 - p) * -2.0))
     return np.array(scores).T
 
 
-def test_a_rubrics_reward_is_the_expected_reward_of_its_classes(folder, judge, tmp_path):
+def test_a_rubrics_reward_is_the_expected_reward_of_its_classes(
+    folder, judge, tmp_path
+):
     reward = load_reward(rubric(folder, tmp_path), ONE, judge.tokenizer)
     scores, pairs = score(reward, *rollout(judge.tokenizer, PROMPTS, RESPONSES))
     chance, expected = expected_rubric(folder)
@@ -182,25 +232,44 @@ def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
     prompt, a, b = ("the cat likes tea " * 20, "rain and no rain " * 20, "no tea")
 
     def size(**values):
-        return len(chat.render_prompt(tokenizer, [{"role": "user", "content": fill(template, **values)}]))
+        return len(
+            chat.render_prompt(
+                tokenizer, [{"role": "user", "content": fill(template, **values)}]
+            )
+        )
 
     whole = {"prompt": "the cat", "a": "rain", "b": b}
     question, cut = judge_module.ask(tokenizer, template, size(**whole), **whole)
     assert not cut and question[0]["content"] == fill(template, **whole)
     room = 90
-    ((question,), cut) = judge_module.ask(tokenizer, template, room, prompt=prompt, a=a, b=b)
+    ((question,), cut) = judge_module.ask(
+        tokenizer, template, room, prompt=prompt, a=a, b=b
+    )
     before, rest = question["content"].removeprefix("Is it fine? ").split(" said ")
     first, second = rest.removesuffix(". (A) yes (B) no").split(" or ")
-    assert cut and prompt.endswith(before) and a.startswith(first) and second == b and first
+    assert (
+        cut
+        and prompt.endswith(before)
+        and a.startswith(first)
+        and second == b
+        and first
+    )
     # Within a token or two of the seams: all of the room, one half of it the prompt's.
     free = room - size(prompt="", a="", b="")
     assert room - 4 <= size(prompt=before, a=first, b=second) <= room
     assert abs(len(tokenizer.encode(before)) - free // 2) <= 4
-    with pytest.raises(ConfigError, match=r"judge\.length: 20 tokens .* do not hold the template 'Is it fine\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"judge\.length: 20 tokens .* do not hold the template 'Is it fine\?",
+    ):
         judge_module.ask(tokenizer, template, 20, prompt=prompt, a=a, b=b)
-    (question,), cut = judge_module.ask(tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b)
+    (question,), cut = judge_module.ask(
+        tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b
+    )
     assert cut and question["content"].endswith(b)
-    (question,), _ = judge_module.ask(tokenizer, "{a}", 40, prompt=prompt, a=a)  # no room for what is not in it
+    (question,), _ = judge_module.ask(
+        tokenizer, "{a}", 40, prompt=prompt, a=a
+    )  # no room for what is not in it
     assert len(chat.render_prompt(tokenizer, [question])) >= 38
 
 
@@ -211,13 +280,19 @@ def test_pitfall_39_a_long_thought_does_not_take_the_question(folder, judge):
     kept = thought[len(thought) - (judge.room([" (A)"]) - len(prompt)) :]
     assert 0 < len(kept) < len(thought)
     got = judge.logprobs([question], [" (A)"], [thought])[0, 0]
-    np.testing.assert_allclose(got, loop_logprob(folder, question, " (A)", kept), rtol=1e-4)
+    np.testing.assert_allclose(
+        got, loop_logprob(folder, question, " (A)", kept), rtol=1e-4
+    )
 
 
-def test_pitfall_39_a_rubric_counts_the_questions_it_had_to_cut(folder, judge, tmp_path):
+def test_pitfall_39_a_rubric_counts_the_questions_it_had_to_cut(
+    folder, judge, tmp_path
+):
     reward = load_reward(rubric(folder, tmp_path), ONE, judge.tokenizer)
     long = "tea and rain " * 40
-    _, pairs = reward.scorer.with_metrics(["<|user|>cat<|assistant|>"] * 2, ["no", long])
+    _, pairs = reward.scorer.with_metrics(
+        ["<|user|>cat<|assistant|>"] * 2, ["no", long]
+    )
     assert pairs["judge_cut"] == (1.0, 2.0)
 
 
@@ -235,10 +310,18 @@ def principles(tmp_path):
 
 def answers(*rows):
     empty = np.zeros((0, 0))
-    return Answers(empty, empty, empty, [f"<|user|>{p}<|assistant|>" for p, _ in rows], [list(c) for _, c in rows])
+    return Answers(
+        empty,
+        empty,
+        empty,
+        [f"<|user|>{p}<|assistant|>" for p, _ in rows],
+        [list(c) for _, c in rows],
+    )
 
 
-SOME = answers(("cat", ("the cat", "rain 3 {a}")), ("tea", ("no", "likes tea and rain")))
+SOME = answers(
+    ("cat", ("the cat", "rain 3 {a}")), ("tea", ("no", "likes tea and rain"))
+)
 THREE = answers(("cat", ("the cat", "rain 3", "no tea")))
 SHORT = "{prompt} {principle} (A) {a} (B) {b}"
 
@@ -255,7 +338,9 @@ def make(folder, principles, **options):
 
 def loop_preference(folder, prompt, a, b, seed=0):
     """Both orders averaged, the principle by hash of the item."""
-    principle = choose(PRINCIPLES, seed, f"<|user|>{prompt}<|assistant|>", *sorted((a, b)))
+    principle = choose(
+        PRINCIPLES, seed, f"<|user|>{prompt}<|assistant|>", *sorted((a, b))
+    )
     total = 0.0
     for first, second, mine in ((a, b, 0), (b, a, 1)):
         question = ask(f"User: {prompt} {principle} (A) {first} (B) {second}")
@@ -264,15 +349,23 @@ def loop_preference(folder, prompt, a, b, seed=0):
     return total
 
 
-def test_feedback_averages_both_orders_and_soft_labels_hold_it_exactly(folder, principles):
+def test_feedback_averages_both_orders_and_soft_labels_hold_it_exactly(
+    folder, principles
+):
     labels = make(folder, principles)(SOME)
-    for i, (prompt, texts) in enumerate((("cat", SOME.completions[0]), ("tea", SOME.completions[1]))):
+    for i, (prompt, texts) in enumerate(
+        (("cat", SOME.completions[0]), ("tea", SOME.completions[1]))
+    ):
         p = loop_preference(folder, prompt, *texts)
-        np.testing.assert_allclose(1 / (1 + np.exp(labels[i, 1] - labels[i, 0])), p, rtol=1e-4)
+        np.testing.assert_allclose(
+            1 / (1 + np.exp(labels[i, 1] - labels[i, 0])), p, rtol=1e-4
+        )
         assert abs(p - 0.5) > 1e-3
 
 
-def test_a_judge_that_likes_a_letter_has_no_opinion_about_equal_answers(folder, principles):
+def test_a_judge_that_likes_a_letter_has_no_opinion_about_equal_answers(
+    folder, principles
+):
     labels = make(folder, principles)(answers(("cat", ("the same", "the same"))))
     np.testing.assert_allclose(labels, 0, atol=1e-6)
 
@@ -289,15 +382,22 @@ def test_labels_of_three_answers_fit_the_log_odds_in_least_squares(folder, princ
     labels = make(folder, principles)(THREE)[0]
     rows, odds = [], []
     for i, j in itertools.combinations(range(3), 2):
-        p = loop_preference(folder, "cat", THREE.completions[0][i], THREE.completions[0][j])
+        p = loop_preference(
+            folder, "cat", THREE.completions[0][i], THREE.completions[0][j]
+        )
         rows.append([(n == i) - (n == j) for n in range(3)])
         odds.append(np.log(p / (1 - p)))
-    fit = np.linalg.lstsq(np.array([*rows, [1, 1, 1]], float), np.array([*odds, 0.0]), rcond=None)[0]
+    fit = np.linalg.lstsq(
+        np.array([*rows, [1, 1, 1]], float), np.array([*odds, 0.0]), rcond=None
+    )[0]
     np.testing.assert_allclose(labels, fit, rtol=1e-3, atol=1e-5)
 
 
 def test_a_chain_of_thought_comes_before_the_choice_and_is_clamped(folder, principles):
-    places, plain = make(folder, principles)(SOME), make(folder, principles).comparisons(SOME)[1]
+    places, plain = (
+        make(folder, principles)(SOME),
+        make(folder, principles).comparisons(SOME)[1],
+    )
     _, thought = make(folder, principles, thought=5).comparisons(SOME)
     assert np.max(np.abs(thought - plain)) > 1e-4
     _, clamped = make(folder, principles, clamp=(0.499, 0.501)).comparisons(SOME)
@@ -317,10 +417,21 @@ def test_principles_are_drawn_by_item_and_seed(folder, principles):
 
 
 def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"cat {i}"}) + "\n" for i in range(8)))
-    prompts = {"source": {"spec": f"jsonl:{tmp_path}/p.jsonl", "kind": "prompt", "split": "all"}}
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"cat {i}"}) + "\n" for i in range(8))
+    )
+    prompts = {
+        "source": {
+            "spec": f"jsonl:{tmp_path}/p.jsonl",
+            "kind": "prompt",
+            "split": "all",
+        }
+    }
     judge = {"model": str(folder), "length": LENGTH, "batch_size": 8}
-    recipe.run(stage_config("feedback", judge=judge, principles=principles, template=SHORT), tmp_path / "judge")
+    recipe.run(
+        stage_config("feedback", judge=judge, principles=principles, template=SHORT),
+        tmp_path / "judge",
+    )
     config = stage_config(
         "collect",
         init_from=str(folder),
@@ -337,7 +448,9 @@ def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
     tokenizer = Judge(JudgeConfig(model=str(folder), length=LENGTH), ONE).tokenizer
     labeller = load_labeller(str(tmp_path / "judge"), ONE, tokenizer)
     for row in (source[i] for i in range(3)):
-        again = labeller(answers(("x", row["completions"]))._replace(prompts=[row["prompt"]]))
+        again = labeller(
+            answers(("x", row["completions"]))._replace(prompts=[row["prompt"]])
+        )
         np.testing.assert_allclose(row["scores"], again[0], rtol=1e-3, atol=1e-5)
 
 
@@ -347,13 +460,22 @@ def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
 def critique(folder, tmp_path, name, prompts=None, **options):
     rows = prompts or [{"prompt": f"cat {i}"} for i in range(12)]
     (tmp_path / "c.jsonl").write_text(
-        "".join(json.dumps({"critique": f"say {i}", "revision": f"rewrite {i}"}) + "\n" for i in range(2))
+        "".join(
+            json.dumps({"critique": f"say {i}", "revision": f"rewrite {i}"}) + "\n"
+            for i in range(2)
+        )
     )
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = stage_config(
         "critique",
         init_from=str(folder),
-        prompts={"source": {"spec": f"jsonl:{tmp_path}/p.jsonl", "kind": "prompt", "split": "all"}},
+        prompts={
+            "source": {
+                "spec": f"jsonl:{tmp_path}/p.jsonl",
+                "kind": "prompt",
+                "split": "all",
+            }
+        },
         principles=str(tmp_path / "c.jsonl"),
         length=64,
         max_new=4,
@@ -397,15 +519,23 @@ def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path)
             ]
             then = [*asked, {"role": "assistant", "content": row["critiques"][number]},
                     {"role": "user", "content": f"rewrite {i}"}]  # fmt: skip
-            found.append((say(asked), say(then)) == (row["critiques"][number], row["drafts"][number + 1]))
+            found.append(
+                (say(asked), say(then))
+                == (row["critiques"][number], row["drafts"][number + 1])
+            )
         assert any(found)
     assert metrics["critique/prompts"] == 12
-    sft = open_source(f"jsonl:{workdir}/{{split}}.jsonl", kind="messages", split="train")
+    sft = open_source(
+        f"jsonl:{workdir}/{{split}}.jsonl", kind="messages", split="train"
+    )
     last = {row["messages"][0]["content"]: row["drafts"][-1] for row in rows}
     for i in range(len(sft)):
         question, answer = sft[i]["messages"]
         assert answer["content"] == last[question["content"]]
-    kept = sum(len((workdir / f"{s}.jsonl").read_text().splitlines()) for s in ("train", "validation"))
+    kept = sum(
+        len((workdir / f"{s}.jsonl").read_text().splitlines())
+        for s in ("train", "validation")
+    )
     assert kept == 12 - metrics["critique/empty"]
 
 
@@ -426,10 +556,15 @@ def test_pitfall_39_a_critic_sees_the_draft_of_a_long_prompt(folder, tmp_path):
     drafts, critiques, revisions = asked
     for i in range(4):
         assert [turn["role"] for turn in critiques[i]] == ["user", "assistant", "user"]
-        assert [turn["content"] for turn in critiques[i][1:]] in [["draft 0", f"say {j}"] for j in range(2)]
+        assert [turn["content"] for turn in critiques[i][1:]] in [
+            ["draft 0", f"say {j}"] for j in range(2)
+        ]
         assert len(revisions[i]) == 5 and revisions[i][3]["content"] == "draft 1"
         for question in (drafts[i], critiques[i], revisions[i]):
-            assert long[i]["prompt"].endswith(question[0]["content"]) and question[0]["content"].strip()
+            assert (
+                long[i]["prompt"].endswith(question[0]["content"])
+                and question[0]["content"].strip()
+            )
 
 
 def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
@@ -439,7 +574,10 @@ def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
     config = Config(init_from="a", principles="b", length=9, max_new=4, validation=0.3)
     _write(config, tmp_path, prompts, [["no"] * 80], [])
     found = [
-        [json.loads(line)["messages"][0]["content"] for line in (tmp_path / f"{split}.jsonl").open()]
+        [
+            json.loads(line)["messages"][0]["content"]
+            for line in (tmp_path / f"{split}.jsonl").open()
+        ]
         for split in ("train", "validation")
     ]
     assert len(found[0]) + len(found[1]) == 80 and len(found[1]) > 6
@@ -448,15 +586,18 @@ def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
 
 def test_revisions_do_not_depend_on_the_batch_size(folder, tmp_path):
     files = [
-        (critique(folder, tmp_path, f"b{size}", batch_size=size, seed=3)[1] / "revisions.jsonl").read_text()
+        (
+            critique(folder, tmp_path, f"b{size}", batch_size=size, seed=3)[1]
+            / "revisions.jsonl"
+        ).read_text()
         for size in (4, 8)
     ]
     assert files[0] == files[1]
 
 
 def test_texts_for_judges():
-    assert readable("<|system|>be nice<|user|>hi\nyou<|assistant|>yes<|user|>so?<|assistant|>") == (
-        "System: be nice\nUser: hi\nyou\nAssistant: yes\nUser: so?"
-    )
+    assert readable(
+        "<|system|>be nice<|user|>hi\nyou<|assistant|>yes<|user|>so?<|assistant|>"
+    ) == ("System: be nice\nUser: hi\nyou\nAssistant: yes\nUser: so?")
     assert readable("plain") == "plain"
     assert fill("{a} {b} {c}", a="{b}", b="x") == "{b} x {c}"

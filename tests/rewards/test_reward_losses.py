@@ -29,7 +29,12 @@ def log_sigmoid(x):
 def pairs_of(p, same):
     """(i, j) of valid completions with other tokens, i < j."""
     ids = [i for i in range(K) if VALID[p, i]]
-    return [(i, j) for n, i in enumerate(ids) for j in ids[n + 1 :] if same is None or same[p, i] != same[p, j]]
+    return [
+        (i, j)
+        for n, i in enumerate(ids)
+        for j in ids[n + 1 :]
+        if same is None or same[p, i] != same[p, j]
+    ]
 
 
 def reference(name, config, same=None):
@@ -40,7 +45,11 @@ def reference(name, config, same=None):
         ids = [i for i in range(K) if VALID[p, i]]
         if name == "best_of_k":
             best = [i for i in ids if y[i] == max(y[j] for j in ids)]
-            ids = [i for i in ids if i == best[0] or same is None or same[p, i] != same[p, best[0]]]
+            ids = [
+                i
+                for i in ids
+                if i == best[0] or same is None or same[p, i] != same[p, best[0]]
+            ]
             if len(best) == 1 and len(ids) > 1:
                 total += np.log(sum(np.exp(r[i]) for i in ids)) - r[best[0]]
                 weight += 1
@@ -49,19 +58,34 @@ def reference(name, config, same=None):
             if any(y[i] != y[j] for i, j in pairs_of(p, same)):
                 weight += 1
                 for i in ids:
-                    worse = [j for j in ids if y[j] < y[i] and (same is None or same[p, j] != same[p, i])]
-                    total += np.log(np.exp(r[i]) + sum(np.exp(r[j]) for j in worse)) - r[i]
+                    worse = [
+                        j
+                        for j in ids
+                        if y[j] < y[i] and (same is None or same[p, j] != same[p, i])
+                    ]
+                    total += (
+                        np.log(np.exp(r[i]) + sum(np.exp(r[j]) for j in worse)) - r[i]
+                    )
             continue
         own, count = 0.0, 0
         for i, j in pairs_of(p, same):
             d, gap = r[i] - r[j], y[i] - y[j]
             if name in ("soft", "half_ties"):
-                q = 1 / (1 + np.exp(-config.label_scale * gap)) if name == "soft" else (np.sign(gap) + 1) / 2
-                own, count = own - q * log_sigmoid(d) - (1 - q) * log_sigmoid(-d), count + 1
+                q = (
+                    1 / (1 + np.exp(-config.label_scale * gap))
+                    if name == "soft"
+                    else (np.sign(gap) + 1) / 2
+                )
+                own, count = (
+                    own - q * log_sigmoid(d) - (1 - q) * log_sigmoid(-d),
+                    count + 1,
+                )
                 continue
             if name == "rao_kupper":
                 wins, loses = (1 / (1 + np.exp(-(x - config.eta))) for x in (d, -d))
-                own -= np.log(wins if gap > 0 else loses if gap < 0 else 1 - wins - loses)
+                own -= np.log(
+                    wins if gap > 0 else loses if gap < 0 else 1 - wins - loses
+                )
                 count += 1
                 continue
             if gap == 0:
@@ -69,11 +93,18 @@ def reference(name, config, same=None):
             d = d if gap > 0 else -d
             count += 1
             if name == "smoothed":
-                own -= (1 - config.smoothing) * log_sigmoid(d) + config.smoothing * log_sigmoid(-d)
+                own -= (1 - config.smoothing) * log_sigmoid(
+                    d
+                ) + config.smoothing * log_sigmoid(-d)
             else:
-                own -= log_sigmoid(d - (config.margin * abs(gap) if name == "margin" else 0.0))
+                own -= log_sigmoid(
+                    d - (config.margin * abs(gap) if name == "margin" else 0.0)
+                )
         if name == "kwise":
-            total, weight = total + (own / count if count else 0.0), weight + bool(count)
+            total, weight = (
+                total + (own / count if count else 0.0),
+                weight + bool(count),
+            )
         else:
             total, weight = total + own, weight + count
     return total, weight
@@ -97,7 +128,11 @@ def test_the_default_is_instructgpts_loss_itself():
 @pytest.mark.parametrize("name", NAMES)
 def test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch(name):
     features = RNG.normal(size=(P, K, 3)).astype(np.float32)
-    batch = {"x": jnp.asarray(features), "labels": jnp.asarray(LABELS), "valid": jnp.asarray(VALID)}
+    batch = {
+        "x": jnp.asarray(features),
+        "labels": jnp.asarray(LABELS),
+        "valid": jnp.asarray(VALID),
+    }
     loss = make_loss(LossConfig(name=name))
 
     def of_batch(params, part, key):
@@ -106,13 +141,17 @@ def test_pitfall_17_microbatches_of_unequal_pair_counts_accumulate_to_the_batch(
     params = {"w": jnp.asarray([0.3, -0.2, 0.5])}
     whole, pairs = state.gradients(of_batch, params, batch, None)
     for microbatches in (2, 4, 8):
-        some, parts = state.gradients(of_batch, params, batch, None, microbatches=microbatches)
+        some, parts = state.gradients(
+            of_batch, params, batch, None, microbatches=microbatches
+        )
         np.testing.assert_allclose(some["w"], whole["w"], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(parts["loss"], pairs["loss"], rtol=1e-6)
 
 
 TWINS = np.arange(P * K, dtype=np.int32).reshape(P, K) % K
-TWINS[0, 3] = TWINS[3, 1] = TWINS[4, 2] = TWINS[1, 1] = 0  # the last is a prompt of K = 2
+TWINS[0, 3] = TWINS[3, 1] = TWINS[4, 2] = TWINS[1, 1] = (
+    0  # the last is a prompt of K = 2
+)
 TWINS[7, :] = 0
 NO_TWINS = np.tile(np.arange(K, dtype=np.int32), (P, 1))
 
@@ -125,8 +164,13 @@ def test_pitfall_39_a_pair_of_completions_with_the_same_tokens_weighs_nothing(na
     _, metrics = loss(REWARDS, LABELS, VALID, TWINS)
     total, weight = reference(name, LossConfig(name=name), TWINS)
     np.testing.assert_allclose(metrics["loss"][0], total, rtol=2e-6)
-    assert float(metrics["loss"][1]) == weight < reference(name, LossConfig(name=name))[1]
-    without, given = loss(REWARDS, LABELS, VALID), loss(REWARDS, LABELS, VALID, NO_TWINS)
+    assert (
+        float(metrics["loss"][1]) == weight < reference(name, LossConfig(name=name))[1]
+    )
+    without, given = (
+        loss(REWARDS, LABELS, VALID),
+        loss(REWARDS, LABELS, VALID, NO_TWINS),
+    )
     assert float(without[0]) == float(given[0])
     pair = np.array([[1.0, -1.0]], np.float32)
     scalar, metrics = loss(pair, pair, np.ones_like(pair), np.zeros((1, 2), np.int32))
@@ -134,10 +178,16 @@ def test_pitfall_39_a_pair_of_completions_with_the_same_tokens_weighs_nothing(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stands_at_completions_that_do_not_exist_reaches_neither_loss_nor_gradient(name):
+def test_what_stands_at_completions_that_do_not_exist_reaches_neither_loss_nor_gradient(
+    name,
+):
     loss = make_loss(LossConfig(name=name))
-    junk_r, junk_l = (np.where(VALID > 0, x, np.float32(np.nan)) for x in (REWARDS, LABELS))
-    value, grad = jax.value_and_grad(lambda r, y: loss(r, y, VALID_J)[0])(jnp.asarray(REWARDS), jnp.asarray(LABELS))
+    junk_r, junk_l = (
+        np.where(VALID > 0, x, np.float32(np.nan)) for x in (REWARDS, LABELS)
+    )
+    value, grad = jax.value_and_grad(lambda r, y: loss(r, y, VALID_J)[0])(
+        jnp.asarray(REWARDS), jnp.asarray(LABELS)
+    )
     junk_value, junk_grad = jax.value_and_grad(lambda r, y: loss(r, y, VALID_J)[0])(
         jnp.asarray(junk_r), jnp.asarray(junk_l)
     )
@@ -148,13 +198,19 @@ def test_what_stands_at_completions_that_do_not_exist_reaches_neither_loss_nor_g
 
 def test_the_best_of_a_prompt_is_dropped_when_two_share_it():
     labels = jnp.array([[2.0, 2.0, 0.0], [2.0, 1.0, 0.0]])
-    _, metrics = make_loss(LossConfig(name="best_of_k"))(jnp.zeros((2, 3)), labels, jnp.ones((2, 3)))
+    _, metrics = make_loss(LossConfig(name="best_of_k"))(
+        jnp.zeros((2, 3)), labels, jnp.ones((2, 3))
+    )
     assert float(metrics["loss"][1]) == 1
     np.testing.assert_allclose(metrics["loss"][0], np.log(3), rtol=1e-6)
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ConfigError, match=r"loss\.eta=0\.0: expected float >= 1\.2e-38"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.eta=0\.0: expected float >= 1\.2e-38"
+    ):
         build(LossConfig, {"name": "rao_kupper", "eta": 0.0}, "loss")
-    with pytest.raises(ConfigError, match=r"loss\.smoothing=0\.6: expected float >= 0 and < 0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.smoothing=0\.6: expected float >= 0 and < 0\.5"
+    ):
         build(LossConfig, {"name": "smoothed", "smoothing": 0.6}, "loss")

@@ -22,23 +22,53 @@ def misbehaving():
     rule.close()
 
 
-def test_every_failure_is_a_score_and_is_reported_and_the_others_are_right(misbehaving, caplog):
-    responses = ["fine", "raise", "half", "hang", "die", "zero", "leave", "nan", "none", "true", "hang", "fine", "zero"]
+def test_every_failure_is_a_score_and_is_reported_and_the_others_are_right(
+    misbehaving, caplog
+):
+    responses = [
+        "fine",
+        "raise",
+        "half",
+        "hang",
+        "die",
+        "zero",
+        "leave",
+        "nan",
+        "none",
+        "true",
+        "hang",
+        "fine",
+        "zero",
+    ]
     with caplog.at_level(logging.WARNING, "rlhfjax"):
         began = time.monotonic()
         scores, pairs = misbehaving.with_metrics(["p"] * len(responses), responses)
         assert time.monotonic() - began < 60
-    np.testing.assert_array_equal(scores, [1, -1, 0.5, -1, -1, 0, -1, -1, -1, 1, -1, 1, 0])
+    np.testing.assert_array_equal(
+        scores, [1, -1, 0.5, -1, -1, 0, -1, -1, -1, 1, -1, 1, 0]
+    )
     assert pairs == {"rule_failed": (7.0, 13.0), "rule_timed_out": (2.0, 13.0)}
-    assert "7 of 13 samples failed and score -1; the first: ValueError: no number here" in caplog.text
-    errors = [one.error for one in misbehaving.outcomes(["p"] * 4, ["raise", "die", "nan", "none"])]
-    assert errors[:3] == ["ValueError: no number here", "its process died", "returned nan"]
+    assert (
+        "7 of 13 samples failed and score -1; the first: ValueError: no number here"
+        in caplog.text
+    )
+    errors = [
+        one.error
+        for one in misbehaving.outcomes(["p"] * 4, ["raise", "die", "nan", "none"])
+    ]
+    assert errors[:3] == [
+        "ValueError: no number here",
+        "its process died",
+        "returned nan",
+    ]
     assert errors[3].startswith("TypeError")
 
 
 def test_after_failures_the_pool_works_on(misbehaving):
     for _ in range(2):
-        np.testing.assert_array_equal(misbehaving(["p"] * 3, ["half", "die", "zero"]), np.float32([0.5, -1, 0]))
+        np.testing.assert_array_equal(
+            misbehaving(["p"] * 3, ["half", "die", "zero"]), np.float32([0.5, -1, 0])
+        )
 
 
 def test_samples_run_side_by_side(misbehaving):
@@ -61,12 +91,22 @@ def test_metadata_is_found_by_the_last_question(tmp_path):
         {"prompt": "one?", "bonus": 10.0, "text": "a\u2028b"},
         {"prompt": [{"role": "user", "content": "two?"}], "bonus": 20.0},
     ]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    rule = load_scorer(f"rule:{HERE}:words?workers=1&failed=-7&metadata={tmp_path}/*.jsonl")
-    prompts = ["<|user|>one?<|assistant|>", "<|system|>s<|user|>one?<|assistant|>x<|user|>two?<|assistant|>", "three?"]
+    (tmp_path / "m.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    rule = load_scorer(
+        f"rule:{HERE}:words?workers=1&failed=-7&metadata={tmp_path}/*.jsonl"
+    )
+    prompts = [
+        "<|user|>one?<|assistant|>",
+        "<|system|>s<|user|>one?<|assistant|>x<|user|>two?<|assistant|>",
+        "three?",
+    ]
     np.testing.assert_array_equal(rule(prompts, ["a b", "a", "a"]), [12, 21, -7])
     assert rule.outcomes(prompts[2:], ["a"])[0].error == "no metadata for its prompt"
-    (tmp_path / "n.jsonl").write_text(json.dumps({"prompt": "one?", "bonus": 0.0}) + "\n")
+    (tmp_path / "n.jsonl").write_text(
+        json.dumps({"prompt": "one?", "bonus": 0.0}) + "\n"
+    )
     with pytest.raises(DataError, match=r"n\.jsonl:1: .*stands twice"):
         rules.read_metadata(f"{tmp_path}/*.jsonl")
 
@@ -77,7 +117,9 @@ def test_questions_of_prompts():
 
 
 def test_names_are_read_strictly():
-    assert parse("rule:a.b:c?timeout=2&failed=-1&workers=3") == RuleConfig("a.b:c", 2.0, -1.0, 3)
+    assert parse("rule:a.b:c?timeout=2&failed=-1&workers=3") == RuleConfig(
+        "a.b:c", 2.0, -1.0, 3
+    )
     for name, match in (
         ("rule:a:b?speed=3", "speed"),
         ("rule:a:b?timeout=fast", "timeout='fast' is no float"),

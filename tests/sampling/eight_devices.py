@@ -21,7 +21,14 @@ from tests.models.families import shaken
 from tests.sampling.test_generate import PAD, keys, left_padded
 
 CONFIG = TransformerConfig(
-    vocab_size=16, d_model=32, n_layers=1, n_heads=8, n_kv_heads=4, d_ff=48, max_length=32, init_std=0.3
+    vocab_size=16,
+    d_model=32,
+    n_layers=1,
+    n_heads=8,
+    n_kv_heads=4,
+    d_ff=48,
+    max_length=32,
+    init_std=0.3,
 )
 PROMPTS, PLACES, NEW, EOS = 16, 15, 9, 7
 CASES = (
@@ -40,11 +47,17 @@ def main():
         drawn = keys(PROMPTS * way.get("each", 1))
 
         def sample(*x, way=way):
-            return generate(model, *x, max_new=NEW, eos_id=EOS, pad_id=PAD, temperature=4.0, **way)
+            return generate(
+                model, *x, max_new=NEW, eos_id=EOS, pad_id=PAD, temperature=4.0, **way
+            )
 
         one = jax.device_get(jax.jit(sample)(params, *prompts, drawn))
         layout = make_layout(MeshConfig(**mesh))
-        placed = jax.tree.map(lambda x, n, to=layout: jax.device_put(x, to.sharding(*n)), params, model.axes())
+        placed = jax.tree.map(
+            lambda x, n, to=layout: jax.device_put(x, to.sharding(*n)),
+            params,
+            model.axes(),
+        )
         rows = [jax.device_put(x, layout.sharding("batch")) for x in (*prompts, drawn)]
         with layout.use():
             program = jax.jit(sample).lower(placed, *rows).compile()
@@ -53,7 +66,8 @@ def main():
             "tokens": bool((got.tokens == one.tokens).all()),
             "logprobs": float(np.abs(got.logprobs - one.logprobs).max()),
             "lengths": len(set(one.mask.sum(1).tolist())),
-            "whole": f"f32[{way.get('slots') or len(drawn)},4,{PLACES},4]" in program.as_text(),
+            "whole": f"f32[{way.get('slots') or len(drawn)},4,{PLACES},4]"
+            in program.as_text(),
         }
         print(json.dumps(line))
 

@@ -37,7 +37,9 @@ def test_a_removed_token_is_never_drawn():
     """Not at u = 0, not just below 1, and not where rounding leaves the CDF's end below u times the total."""
     logits = np.full(200, -np.inf)
     logits[[5, 70, 130]] = 0.0, 1.0, -20.0
-    u = np.concatenate([[0.0, 1e-30, np.nextafter(np.float32(1), np.float32(0))], grid(1000)]).astype(np.float32)
+    u = np.concatenate(
+        [[0.0, 1e-30, np.nextafter(np.float32(1), np.float32(0))], grid(1000)]
+    ).astype(np.float32)
     tokens = np.asarray(cdf(rows(logits, len(u)), u))
     assert set(tokens.tolist()) <= {5, 70, 130}
     assert tokens[0] == 5
@@ -65,7 +67,9 @@ def test_temperature_is_a_power_of_the_probabilities(temperature):
     p = np.array([0.6, 0.3, 0.1])
     expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
     n = 5000
-    token, logprob = drawn(rows(np.log(p), n), grid(n), temperature=temperature, top_k=0, top_p=1.0)
+    token, logprob = drawn(
+        rows(np.log(p), n), grid(n), temperature=temperature, top_k=0, top_p=1.0
+    )
     np.testing.assert_allclose(np.bincount(np.asarray(token)) / n, expected, atol=1e-3)
     np.testing.assert_allclose(np.exp(logprob), expected[np.asarray(token)], rtol=1e-5)
 
@@ -91,21 +95,29 @@ SHUFFLED = np.array([0.10, 0.40, 0.05, 0.30, 0.15])
 def test_truncation_is_exactly_renormalised(top_k, top_p, kept):
     """Which tokens are ever drawn, how often, and their logprobs: those of the distribution sampled from."""
     n = 4000
-    token, logprob = drawn(rows(np.log(SHUFFLED), n), grid(n), temperature=1.0, top_k=top_k, top_p=top_p)
+    token, logprob = drawn(
+        rows(np.log(SHUFFLED), n), grid(n), temperature=1.0, top_k=top_k, top_p=top_p
+    )
     expected = np.where(np.isin(np.arange(5), kept), SHUFFLED, 0)
     expected /= expected.sum()
-    np.testing.assert_allclose(np.bincount(np.asarray(token), minlength=5) / n, expected, atol=1e-3)
+    np.testing.assert_allclose(
+        np.bincount(np.asarray(token), minlength=5) / n, expected, atol=1e-3
+    )
     np.testing.assert_allclose(np.exp(logprob), expected[np.asarray(token)], rtol=1e-5)
 
 
 def test_ties_stay_together():
-    kept = jax.jit(lambda x: (keep_top_k(x, 1), keep_top_p(x, 0.3)))(rows(np.log([0.25] * 4), 1))
+    kept = jax.jit(lambda x: (keep_top_k(x, 1), keep_top_p(x, 0.3)))(
+        rows(np.log([0.25] * 4), 1)
+    )
     assert np.isfinite(kept).all()
 
 
 def test_greedy_is_the_first_largest_with_its_plain_logprob():
     logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 0.0, 1.0]])
-    token, logprob = drawn(logits, jnp.array([0.9, 0.9]), temperature=0.0, top_k=2, top_p=0.5)
+    token, logprob = drawn(
+        logits, jnp.array([0.9, 0.9]), temperature=0.0, top_k=2, top_p=0.5
+    )
     assert token.tolist() == [1, 0]
     expected = [2 - np.log(1 + 2 * np.exp(2)), 3 - np.log(np.exp(3) + 1 + np.exp(1))]
     np.testing.assert_allclose(logprob, expected, rtol=1e-6)

@@ -16,9 +16,22 @@ from rlhfjax.models import Model
 from rlhfjax.sampling import Samples, generate
 from rlhfjax.sampling.continuous import refill_size
 from tests.models.families import FAMILIES, random_params
-from tests.sampling.test_generate import EOS, NEW, PAD, decided, keys, left_padded, rigged, run, teacher_forced
+from tests.sampling.test_generate import (
+    EOS,
+    NEW,
+    PAD,
+    decided,
+    keys,
+    left_padded,
+    rigged,
+    run,
+    teacher_forced,
+)
 
-FIRST = [pytest.param(name, marks=[] if name == "llama-gqa" else pytest.mark.slow) for name in FAMILIES]
+FIRST = [
+    pytest.param(name, marks=[] if name == "llama-gqa" else pytest.mark.slow)
+    for name in FAMILIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +56,22 @@ def ended_by(samples, eos):
     """Samples without an end, as they are when the token `eos` is one."""
     tokens = np.asarray(samples.tokens)
     mask = (np.cumsum(tokens == eos, axis=1) - (tokens == eos)) == 0
-    return Samples(np.where(mask, tokens, PAD), mask.astype(np.float32), np.where(mask, samples.logprobs, 0))
+    return Samples(
+        np.where(mask, tokens, PAD),
+        mask.astype(np.float32),
+        np.where(mask, samples.logprobs, 0),
+    )
 
 
 def eos_that_ends(samples):
     """The token that ends the most responses at different places: lengths with a spread, whatever the parameters."""
-    lengths = {t: ended_by(samples, t).mask.sum(1).astype(int).tolist() for t in range(2, 61)}
-    return max(lengths, key=lambda t: len(set(lengths[t])) + 0.01 * sum(x < NEW for x in lengths[t]))
+    lengths = {
+        t: ended_by(samples, t).mask.sum(1).astype(int).tolist() for t in range(2, 61)
+    }
+    return max(
+        lengths,
+        key=lambda t: len(set(lengths[t])) + 0.01 * sum(x < NEW for x in lengths[t]),
+    )
 
 
 LENGTHS = (7, 1, 4, 6, 2, 5, 3, 7, 1, 1, 6)
@@ -92,14 +114,22 @@ def test_random_lengths_are_the_static_ones(gpt2):
     Prompts are in the order they came, whatever the order in which they end.
     """
     model, params = gpt2
-    settings = {"eos_id": 52, "each": 2, "temperature": 2.0}  # a token that comes at every place
+    settings = {
+        "eos_id": 52,
+        "each": 2,
+        "temperature": 2.0,
+    }  # a token that comes at every place
     ended = set()
     for seed in range(10):
         lengths = np.random.default_rng(seed).integers(1, 8, 12)
         rows, drawn = left_padded(tuple(lengths)), keys(24, seed)
         expected = run(model, params, *rows, drawn, **settings)
-        sure = decided(model, params, *repeated(rows, 2), drawn, expected, temperature=2.0)
-        assert_same(run(model, params, *rows, drawn, slots=16, **settings), expected, sure)
+        sure = decided(
+            model, params, *repeated(rows, 2), drawn, expected, temperature=2.0
+        )
+        assert_same(
+            run(model, params, *rows, drawn, slots=16, **settings), expected, sure
+        )
         ended |= set(np.asarray(expected.mask).sum(1).tolist())
     assert ended == set(range(1, NEW + 1))
     assert refill_size(16, 2) == 2
@@ -112,7 +142,9 @@ def test_every_number_of_slots_gives_the_same(gpt2, slots, max_new):
     rows, drawn = left_padded((7, 1, 4, 6, 2, 5, 3, 7)), keys(8)
     expected = run(model, params, *rows, drawn, max_new=max_new)
     sure = decided(model, params, *rows, drawn, expected)
-    assert_same(run(model, params, *rows, drawn, max_new=max_new, slots=slots), expected, sure)
+    assert_same(
+        run(model, params, *rows, drawn, max_new=max_new, slots=slots), expected, sure
+    )
 
 
 def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
@@ -130,8 +162,16 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
         return decode(self, params, token, position, slot, cache)
 
     monkeypatch.setattr(Model, "decode", counted)
-    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0, "slots": 2}
-    samples = jax.jit(lambda *x: generate(model, *x, **settings))(params, *rows, keys(6))
+    settings = {
+        "max_new": NEW,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "temperature": 0.0,
+        "slots": 2,
+    }
+    samples = jax.jit(lambda *x: generate(model, *x, **settings))(
+        params, *rows, keys(6)
+    )
     jax.block_until_ready(samples)
     jax.effects_barrier()
     assert len(calls) == 5
@@ -140,16 +180,28 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
 
 def test_a_group_needs_slots_for_all_of_it(gpt2):
-    with pytest.raises(ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"):
+    with pytest.raises(
+        ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"
+    ):
         run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
 
 
 @pytest.mark.slow
 def test_eight_devices_sample_what_one_does():
     """Rows split over 8 devices, and heads over 4 of them; static and continuous. The cache stays split."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     command = [sys.executable, "-m", "tests.sampling.eight_devices"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == 3

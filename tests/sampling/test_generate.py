@@ -17,7 +17,10 @@ from tests.models.families import DISTINCT, FAMILIES, MOSTLY_SLOW, random_params
 
 EOS, PAD, NEW, PROMPT = 1, 0, 10, 7
 LENGTHS = (7, 1, 4, 6)
-UNIT = [("llama-gqa", 1.3), ("gpt2", 0.0)]  # families and temperatures that are not left to the slow proofs
+UNIT = [
+    ("llama-gqa", 1.3),
+    ("gpt2", 0.0),
+]  # families and temperatures that are not left to the slow proofs
 
 
 @pytest.fixture(scope="module", params=MOSTLY_SLOW)
@@ -33,27 +36,52 @@ def gpt2():
 
 
 def left_padded(lengths=LENGTHS, width=PROMPT):
-    segments = (np.arange(width)[None] >= width - np.array(lengths)[:, None]).astype(np.int32)
-    return jnp.asarray(np.where(segments > 0, tokens(len(lengths), width), PAD)), jnp.asarray(segments)
+    segments = (np.arange(width)[None] >= width - np.array(lengths)[:, None]).astype(
+        np.int32
+    )
+    return jnp.asarray(
+        np.where(segments > 0, tokens(len(lengths), width), PAD)
+    ), jnp.asarray(segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def keys(n, seed=3):
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+        jnp.arange(n)
+    )
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("max_new", "eos_id", "temperature", "top_k", "top_p", "each", "slots")
+    jax.jit,
+    static_argnums=0,
+    static_argnames=(
+        "max_new",
+        "eos_id",
+        "temperature",
+        "top_k",
+        "top_p",
+        "each",
+        "slots",
+    ),
 )
 def run(model, params, prompts, segments, keys, **settings):
-    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8} | settings
+    settings = {
+        "max_new": NEW,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "temperature": 0.8,
+    } | settings
     return generate(model, params, prompts, segments, keys, **settings)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def draws(keys, steps):
     """[n, steps]: the uniform numbers that each row's tokens are drawn with, from its key and the step alone."""
-    return jax.vmap(lambda key: jnp.stack([jax.random.uniform(jax.random.fold_in(key, i)) for i in range(steps)]))(keys)
+    return jax.vmap(
+        lambda key: jnp.stack(
+            [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(steps)]
+        )
+    )(keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -62,12 +90,22 @@ def forced_logits(model, params, prompts, segments, samples, temperature):
     rows = jnp.concatenate([prompts, samples.tokens], axis=1)
     seen = jnp.concatenate([segments, samples.mask.astype(jnp.int32)], axis=1)
     width = prompts.shape[1]
-    return model.logits(params, model.hidden(params, rows, segments=seen)[:, width - 1 : -1]) / temperature
+    return (
+        model.logits(
+            params, model.hidden(params, rows, segments=seen)[:, width - 1 : -1]
+        )
+        / temperature
+    )
 
 
 def teacher_forced(model, params, prompts, segments, samples, temperature):
-    logits = np.asarray(forced_logits(model, params, prompts, segments, samples, temperature), np.float64)
-    picked = np.take_along_axis(logits, np.asarray(samples.tokens)[..., None], -1)[..., 0]
+    logits = np.asarray(
+        forced_logits(model, params, prompts, segments, samples, temperature),
+        np.float64,
+    )
+    picked = np.take_along_axis(logits, np.asarray(samples.tokens)[..., None], -1)[
+        ..., 0
+    ]
     return (picked - np.log(np.exp(logits).sum(-1))) * np.asarray(samples.mask)
 
 
@@ -76,7 +114,10 @@ def decided(model, params, prompts, segments, drawn, samples, temperature=0.8):
 
     Where u lies on the edge between two tokens of the CDF, another order of summation may draw the other one.
     """
-    logits = np.asarray(forced_logits(model, params, prompts, segments, samples, temperature), np.float64)
+    logits = np.asarray(
+        forced_logits(model, params, prompts, segments, samples, temperature),
+        np.float64,
+    )
     edges = np.cumsum(np.exp(logits), axis=-1)
     u = np.asarray(draws(drawn, samples.tokens.shape[1]))
     far = np.abs(edges / edges[..., -1:] - u[..., None]).min(-1) > 1e-5
@@ -100,7 +141,9 @@ def test_pitfall_03_logprobs_carry_the_temperature(gpt2):
     model, params = gpt2
     prompts, segments = left_padded()
     samples = run(model, params, prompts, segments, keys(4))
-    right, wrong = (teacher_forced(model, params, prompts, segments, samples, t) for t in (0.8, 1.0))
+    right, wrong = (
+        teacher_forced(model, params, prompts, segments, samples, t) for t in (0.8, 1.0)
+    )
     np.testing.assert_allclose(samples.logprobs, right, atol=1e-5)
     assert np.abs(samples.logprobs - wrong).max() > 0.1
 
@@ -109,18 +152,26 @@ def test_pitfall_03_logprobs_carry_the_temperature(gpt2):
 def next_token(model, params, rows, segments, at, u, temperature):
     """Token and logprob after slot `at` of every row, by a pass over the whole rows."""
     hidden = model.hidden(params, rows, segments=segments)
-    logits = model.logits(params, jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0])
+    logits = model.logits(
+        params, jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
+    )
     return choose(logits, u, temperature=temperature, top_k=0, top_p=1.0)
 
 
 def uncached(model, params, prompts, segments, keys, temperature):
     """The sampler again without a cache: the whole row through the model for each token."""
-    width, done, u = prompts.shape[1], np.zeros(len(prompts), bool), np.asarray(draws(keys, NEW))
+    width, done, u = (
+        prompts.shape[1],
+        np.zeros(len(prompts), bool),
+        np.asarray(draws(keys, NEW)),
+    )
     rows, seen = (np.pad(x, ((0, 0), (0, NEW))) for x in (prompts, segments))
     mask, logprobs = np.zeros((len(rows), NEW)), np.zeros((len(rows), NEW))
     for step in range(NEW):
         at = np.full(len(rows), width + step - 1)
-        token, logprob = next_token(model, params, rows, seen, at, u[:, step], temperature=temperature)
+        token, logprob = next_token(
+            model, params, rows, seen, at, u[:, step], temperature=temperature
+        )
         live = ~done
         rows[:, width + step] = np.where(live, token, PAD)
         seen[:, width + step] = mask[:, step] = live
@@ -132,7 +183,11 @@ def uncached(model, params, prompts, segments, keys, temperature):
 @pytest.mark.parametrize(
     ("family", "temperature"),
     [
-        pytest.param(family, temperature, marks=[] if (family, temperature) in UNIT else pytest.mark.slow)
+        pytest.param(
+            family,
+            temperature,
+            marks=[] if (family, temperature) in UNIT else pytest.mark.slow,
+        )
         for family in DISTINCT
         for temperature in (0.0, 1.3)
     ],
@@ -153,13 +208,20 @@ def test_a_row_depends_on_its_own_prompt_and_key_alone(gpt2):
     prompts, segments = left_padded()
     together = run(model, params, prompts, segments, keys(4))
     for i in range(4):
-        alone = run(model, params, prompts[i : i + 1], segments[i : i + 1], keys(4)[i : i + 1])
+        alone = run(
+            model, params, prompts[i : i + 1], segments[i : i + 1], keys(4)[i : i + 1]
+        )
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-5)
     order = jnp.array([2, 0, 3, 1])
     moved = run(model, params, prompts[order], segments[order], keys(4)[order])
     np.testing.assert_array_equal(moved.tokens, together.tokens[order])
-    wider = run(model, params, *(jnp.pad(x, ((0, 0), (3, 0))) for x in (prompts, segments)), keys(4))
+    wider = run(
+        model,
+        params,
+        *(jnp.pad(x, ((0, 0), (3, 0))) for x in (prompts, segments)),
+        keys(4),
+    )
     np.testing.assert_array_equal(wider.tokens, together.tokens)
 
 
@@ -167,11 +229,17 @@ def test_pitfall_07_keys_make_the_draw(gpt2):
     """Equal keys repeat, other keys differ, and rows with one prompt but own keys differ among themselves."""
     model, params = gpt2
     prompts, segments = (jnp.repeat(x[:1], 4, axis=0) for x in left_padded())
-    one, again, other = (run(model, params, prompts, segments, keys(4, seed)).tokens for seed in (3, 3, 4))
+    one, again, other = (
+        run(model, params, prompts, segments, keys(4, seed)).tokens
+        for seed in (3, 3, 4)
+    )
     np.testing.assert_array_equal(one, again)
     assert (np.asarray(one) != np.asarray(other)).any()
     assert len({tuple(row) for row in np.asarray(one).tolist()}) == 4
-    greedy = [run(model, params, prompts, segments, keys(4, s), temperature=0.0).tokens for s in (3, 4)]
+    greedy = [
+        run(model, params, prompts, segments, keys(4, s), temperature=0.0).tokens
+        for s in (3, 4)
+    ]
     np.testing.assert_array_equal(*greedy)
 
 
@@ -182,8 +250,14 @@ def rigged(gpt2, script):
     embed = params["backbone"]["embed"]
     # Small, so that the choice is clear but not certain and every logprob is below 0.
     table = 0.2 * jax.random.normal(jax.random.key(0), embed["tokens"].shape)
-    embed["tokens"] = jnp.zeros_like(table).at[jnp.array(script)].set(table[jnp.array(script)])
-    embed["positions"] = embed["positions"].at[: len(script)].set(100 * embed["tokens"][jnp.array(script)])
+    embed["tokens"] = (
+        jnp.zeros_like(table).at[jnp.array(script)].set(table[jnp.array(script)])
+    )
+    embed["positions"] = (
+        embed["positions"]
+        .at[: len(script)]
+        .set(100 * embed["tokens"][jnp.array(script)])
+    )
     params["backbone"]["norm"]["scale"] = jnp.ones(model.config.d_model)
     return model, params
 
@@ -197,10 +271,19 @@ def test_pitfall_08_the_end(gpt2):
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, *range(16, 16 + NEW)])
     prompts, segments = left_padded((4, 3, 1, 7))
     samples = run(model, params, prompts, segments, keys(4), temperature=0.0)
-    ended = [[13, 14, EOS], [12, 13, 14, EOS], [10, 11, 12, 13, 14, EOS], list(range(16, 16 + NEW))]
+    ended = [
+        [13, 14, EOS],
+        [12, 13, 14, EOS],
+        [10, 11, 12, 13, 14, EOS],
+        list(range(16, 16 + NEW)),
+    ]
     assert samples.tokens.tolist() == [row + [PAD] * (NEW - len(row)) for row in ended]
-    assert samples.mask.tolist() == [[1] * len(row) + [0] * (NEW - len(row)) for row in ended]
-    np.testing.assert_array_equal(np.asarray(samples.logprobs) == 0, np.asarray(samples.mask) == 0)
+    assert samples.mask.tolist() == [
+        [1] * len(row) + [0] * (NEW - len(row)) for row in ended
+    ]
+    np.testing.assert_array_equal(
+        np.asarray(samples.logprobs) == 0, np.asarray(samples.mask) == 0
+    )
 
 
 def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
@@ -215,7 +298,9 @@ def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
 
     monkeypatch.setattr(Model, "decode", counted)
     settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0}
-    samples = jax.jit(lambda *x: generate(model, *x, **settings))(params, prompts, segments, keys(2))
+    samples = jax.jit(lambda *x: generate(model, *x, **settings))(
+        params, prompts, segments, keys(2)
+    )
     jax.block_until_ready(samples)
     jax.effects_barrier()
     assert calls == [PROMPT, PROMPT + 1, PROMPT + 2]
@@ -227,11 +312,15 @@ def test_pitfall_04_truncated_logprobs_are_those_sampled_from(gpt2):
     model, params = gpt2
     prompts, segments = left_padded()
     samples = run(model, params, prompts, segments, keys(4), top_k=3, temperature=1.0)
-    logits = np.asarray(forced_logits(model, params, prompts, segments, samples, 1.0), np.float64)
+    logits = np.asarray(
+        forced_logits(model, params, prompts, segments, samples, 1.0), np.float64
+    )
     for i, step in zip(*np.nonzero(np.asarray(samples.mask)), strict=True):
         best = np.sort(np.exp(logits[i, step]))[-3:]
         chosen = np.exp(logits[i, step, samples.tokens[i, step]])
-        np.testing.assert_allclose(samples.logprobs[i, step], np.log(chosen / best.sum()), atol=1e-4)
+        np.testing.assert_allclose(
+            samples.logprobs[i, step], np.log(chosen / best.sum()), atol=1e-4
+        )
         assert chosen >= best[0] * (1 - 1e-5)
 
 
@@ -271,7 +360,10 @@ def test_four_devices_sample_what_one_does(gpt2):
     settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
     with layout.use():
         got = jax.jit(lambda *x: generate(model, *x, **settings))(
-            jax.device_put(params, layout.replicated), put(prompts), put(segments), put(keys(4))
+            jax.device_put(params, layout.replicated),
+            put(prompts),
+            put(segments),
+            put(keys(4)),
         )
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
@@ -284,7 +376,10 @@ def test_four_devices_sample_what_one_does(gpt2):
         ({"each": 0}, "each is 0"),
         ({"slots": -1}, "slots is -1: it must be 0"),
         ({"max_new": 0}, "max_new is 0"),
-        ({"max_new": 26}, "prompt of 7 and a response of 26 tokens exceed model.max_length = 32"),
+        (
+            {"max_new": 26},
+            "prompt of 7 and a response of 26 tokens exceed model.max_length = 32",
+        ),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
@@ -304,7 +399,15 @@ def test_every_shape_is_compiled_once_and_logged(caplog):
     model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1))
     params = random_params(model)
     jitted = jax.jit(lambda *x: generate(model, *x, max_new=1, eos_id=EOS, pad_id=PAD))
-    for lengths, width in (((7, 1, 4, 6), 7), ((2, 2, 3, 1), 7), ((9, 1, 4, 6), 9), ((1, 1, 1, 1), 7)):
+    for lengths, width in (
+        ((7, 1, 4, 6), 7),
+        ((2, 2, 3, 1), 7),
+        ((9, 1, 4, 6), 9),
+        ((1, 1, 1, 1), 7),
+    ):
         jitted(params, *left_padded(lengths, width), keys(4))
     said = [r.getMessage() for r in caplog.records if "sampler" in r.getMessage()]
-    assert said == [f"the sampler is compiled for 4 prompts of {p} tokens, 4 responses of 1" for p in (7, 9)]
+    assert said == [
+        f"the sampler is compiled for 4 prompts of {p} tokens, 4 responses of 1"
+        for p in (7, 9)
+    ]

@@ -12,11 +12,27 @@ from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.sampling import generate
 
 # Sizes that make an array known by its shape.
-CONFIG = TransformerConfig(vocab_size=97, d_model=24, n_layers=2, n_heads=4, d_ff=40, max_length=64, n_kv_heads=2)
+CONFIG = TransformerConfig(
+    vocab_size=97,
+    d_model=24,
+    n_layers=2,
+    n_heads=4,
+    d_ff=40,
+    max_length=64,
+    n_kv_heads=2,
+)
 PROMPTS, PROMPT, NEW = 34, 19, 11
 PLACES = PROMPT + NEW - 1
 IN_PLACE = {"dynamic-update-slice", "scatter"}
-NO_WORK = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call", "conditional"}
+NO_WORK = {
+    "parameter",
+    "get-tuple-element",
+    "bitcast",
+    "tuple",
+    "while",
+    "call",
+    "conditional",
+}
 
 
 @functools.cache
@@ -27,7 +43,12 @@ def compiled_text(each=1, slots=0):
     params = model.shapes()
     rows = jax.ShapeDtypeStruct((PROMPTS, PROMPT), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), PROMPTS * each))
-    return jax.jit(lambda *x: generate(model, *x, **settings)).lower(params, rows, rows, keys).compile().as_text()
+    return (
+        jax.jit(lambda *x: generate(model, *x, **settings))
+        .lower(params, rows, rows, keys)
+        .compile()
+        .as_text()
+    )
 
 
 def computations(text):
@@ -37,7 +58,9 @@ def computations(text):
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
             name = header[2]
             found[name], entry = [], name if header[1] else entry
-        elif made := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\S+|\(.*?\)) ([\w\-]+)\(", line):
+        elif made := re.match(
+            r"\s+(?:ROOT )?%?[\w.\-]+ = (\S+|\(.*?\)) ([\w\-]+)\(", line
+        ):
             called = re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", line)
             found[name].append((made[1], made[2], called))
     return found, entry
@@ -54,24 +77,45 @@ def inside(found, names):
 
 
 def sizes(shape):
-    return [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
+    return [
+        math.prod(map(int, filter(None, dims.split(","))))
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shape)
+    ]
 
 
 def copies(text, size):
     """Instructions within loops that make an array of `size` elements otherwise than by an update in place."""
     found, entry = computations(text)
-    bodies = inside(found, [b for name in found for _, op, called in found[name] if op == "while" for b in called])
+    bodies = inside(
+        found,
+        [
+            b
+            for name in found
+            for _, op, called in found[name]
+            if op == "while"
+            for b in called
+        ],
+    )
     assert bodies
     wrong = []
     for name in bodies - {entry}:
         for shape, op, called in found[name]:
-            inner = {o for c in called for _, o, _ in found[c]} if op == "fusion" else {op}
-            if not shape.startswith("(") and size in sizes(shape) and not inner & IN_PLACE and not {op} & NO_WORK:
+            inner = (
+                {o for c in called for _, o, _ in found[c]} if op == "fusion" else {op}
+            )
+            if (
+                not shape.startswith("(")
+                and size in sizes(shape)
+                and not inner & IN_PLACE
+                and not {op} & NO_WORK
+            ):
                 wrong.append((name, shape, op))
     return wrong
 
 
-@pytest.mark.parametrize(("each", "slots", "rows"), [(1, 0, 34), (2, 0, 68), (2, 16, 16)])
+@pytest.mark.parametrize(
+    ("each", "slots", "rows"), [(1, 0, 34), (2, 0, 68), (2, 16, 16)]
+)
 def test_the_cache_is_never_copied_in_a_loop(each, slots, rows, optimised):
     """Not in a step, nor in a refill: one layer's keys are [rows, 2, places, 6], and only updates in place make them.
 
@@ -98,11 +142,15 @@ def test_prefill_makes_logits_of_the_last_slot_alone(each, slots, optimised):
     """No array with a vocabulary axis is larger than one row of logits a row of the batch."""
     text = compiled_text(each, slots)
     largest = max(max(sizes(s)) for s in re.findall(r"\w+\[[\d,]*\b97\b[\d,]*\]", text))
-    assert largest <= max(PROMPTS * (97 + 31), 97 * CONFIG.d_model)  # blocks of the inverse CDF pad 97 to 128
+    assert largest <= max(
+        PROMPTS * (97 + 31), 97 * CONFIG.d_model
+    )  # blocks of the inverse CDF pad 97 to 128
 
 
 def test_a_shared_prompt_is_prefilled_once(optimised):
     """The prompt's activations, [prompts, time, d], do not grow with the answers to it."""
     text = compiled_text(2, 0)
     assert re.search(rf"\[{PROMPTS},{PROMPT},24\]|\[{PROMPTS * PROMPT},24\]", text)
-    assert not re.search(rf"\[{2 * PROMPTS},{PROMPT},24\]|\[{2 * PROMPTS * PROMPT},24\]", text)
+    assert not re.search(
+        rf"\[{2 * PROMPTS},{PROMPT},24\]|\[{2 * PROMPTS * PROMPT},24\]", text
+    )
