@@ -3,7 +3,7 @@
     python -m benchmarks.optimum            the table of docs/optimum.md
     python -m benchmarks.optimum --controller   the adaptive KL coefficient against its target
 
-Responses are at most two tokens of six, to two prompts; every one of them has a fixed random reward. What maximises
+Responses are at most two tokens of six, to two prompts; every one of them has a fixed random reward. What maximizes
 E[r] - beta KL(pi || rho) is then known exactly, a prompt at a time:
 
     pi*(y) = rho(y) exp(r(y) / beta) / Z,  and for all pi  E[r] - beta KL(pi || rho) = beta log Z - beta KL(pi || pi*)
@@ -136,7 +136,7 @@ def settings(steps: int, **changes: Any) -> dict[str, Any]:
         "init_from": "",
         "reward": "",
         "prompt_length": 2,
-        "max_new": LENGTH,
+        "max_new_tokens": LENGTH,
         "temperature": TEMPERATURE,
     }
     return {**common, "steps": steps, "optim": optim, "kl": KLConfig(BETA), **changes}

@@ -172,7 +172,7 @@ def prepare(folder: Path, shape: Any) -> None:
     write_preferences(
         folder / "preferences",
         {"train": [row], "validation": [row]},
-        labeller="made up",
+        labeler="made up",
     )
     for head in ("lm", "scalar"):
         model = Model(shape, head)
@@ -212,7 +212,7 @@ def stage_values(
         "prompts": {"source": chats},
         "eval_prompts": {"source": chats},
         "prompt_length": w["prompt"],
-        "max_new": w["new"],
+        "max_new_tokens": w["new"],
         "stop_at_eos": False,  # as the peers: no response ends early
         "epochs": w["epochs"],
         "minibatches": w["minibatches"],
@@ -280,7 +280,7 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
     model = Model(shape)
     params = jax.jit(model.init)(jax.random.key(0))
     data = Data(prompts(w, shape.vocab_size), meter)
-    limits = {"max_new": w["new"], "eos_id": 2, "pad_id": 0, "temperature": 1.0}
+    limits = {"max_new_tokens": w["new"], "eos_id": 2, "pad_id": 0, "temperature": 1.0}
     for step in range(w["warmup"] + w["steps"] + 1):
         batch = next(data)
         key = jax.random.key(step)

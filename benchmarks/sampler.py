@@ -7,7 +7,7 @@ measured in the same rounds. A decode step has to read every weight and the whol
 and row, and 4 a head's width for every place of the cache; the roofline is the longer of the two times.
 
 Lengths with a long tail are made by a rule on the eos: at every step its logit is set to where its probability is
-1 / mean, so that lengths are geometric with that mean, up to max_new. Both ways of batching draw the same tokens.
+1 / mean, so that lengths are geometric with that mean, up to max_new_tokens. Both ways of batching draw the same tokens.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from rlhfjax.sampling import Samples, generate
 PAD, EOS = 0, 2
 ROWS, PROMPT, NEW = 64, 64, 64  # the workload `generate` of benchmarks.run
 COPY, SQUARE = 2**26, 2048  # float32 numbers copied; side of the matrices
-TAIL = {"prompts": 256, "slots": 32, "mean": 32, "new": 192}
-SHARED = {"prompts": 16, "each": 4, "prompt": 192}
+TAIL = {"prompts": 256, "decode_batch": 32, "mean": 32, "new": 192}
+SHARED = {"prompts": 16, "samples_per_prompt": 4, "prompt": 192}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,23 @@ class LongTail(Model):
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("new", "eos", "each", "slots")
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("new", "eos", "samples_per_prompt", "decode_batch"),
 )
 def sample(
     model: Model, params: Any, prompts: jax.Array, keys: jax.Array, **how: Any
 ) -> Samples:
-    settings = {"max_new": how["new"], "eos_id": how.get("eos", -1), "pad_id": PAD}
-    rows = {name: how[name] for name in ("each", "slots") if name in how}
+    settings = {
+        "max_new_tokens": how["new"],
+        "eos_id": how.get("eos", -1),
+        "pad_id": PAD,
+    }
+    rows = {
+        name: how[name]
+        for name in ("samples_per_prompt", "decode_batch")
+        if name in how
+    }
     return generate(
         model, params, prompts, jnp.ones_like(prompts), keys, **settings, **rows
     )
@@ -108,16 +118,20 @@ def workloads(shape: TransformerConfig) -> dict[str, Callable[[], Any]]:
         (prompts(ROWS), keys(ROWS)),
         (prompts(TAIL["prompts"]), keys(TAIL["prompts"])),
     )
-    few, each, slots = (
+    few, samples_per_prompt, decode_batch = (
         prompts(SHARED["prompts"], SHARED["prompt"]),
-        SHARED["each"],
-        TAIL["slots"],
+        SHARED["samples_per_prompt"],
+        TAIL["decode_batch"],
     )
-    repeated, drawn = jnp.repeat(few, each, axis=0), keys(SHARED["prompts"] * each)
+    repeated, drawn = (
+        jnp.repeat(few, samples_per_prompt, axis=0),
+        keys(SHARED["prompts"] * samples_per_prompt),
+    )
 
     def in_batches() -> list[Samples]:
         parts = [
-            [x[i : i + slots] for x in many] for i in range(0, TAIL["prompts"], slots)
+            [x[i : i + decode_batch] for x in many]
+            for i in range(0, TAIL["prompts"], decode_batch)
         ]
         return [
             sample(tailed, params, *part, new=TAIL["new"], eos=EOS) for part in parts
@@ -129,10 +143,12 @@ def workloads(shape: TransformerConfig) -> dict[str, Callable[[], Any]]:
         "static": in_batches,
         "at once": lambda: sample(tailed, params, *many, new=TAIL["new"], eos=EOS),
         "continuous": lambda: sample(
-            tailed, params, *many, new=TAIL["new"], eos=EOS, slots=slots
+            tailed, params, *many, new=TAIL["new"], eos=EOS, decode_batch=decode_batch
         ),
         "repeated": lambda: sample(model, params, repeated, drawn, new=NEW),
-        "shared": lambda: sample(model, params, few, drawn, new=NEW, each=each),
+        "shared": lambda: sample(
+            model, params, few, drawn, new=NEW, samples_per_prompt=samples_per_prompt
+        ),
     }
 
 
@@ -161,8 +177,8 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
     step = (t["generate"] - t["prefill"]) / (NEW - 1)
     flops, moved = step_cost(shape, ROWS, PROMPT + NEW - 1)
     best = max(flops / peak, moved / bandwidth)
-    rows = drawn.reshape(-1, TAIL["slots"])
-    useful = drawn.sum() / (rows.max(1).sum() * TAIL["slots"])
+    rows = drawn.reshape(-1, TAIL["decode_batch"])
+    useful = drawn.sum() / (rows.max(1).sum() * TAIL["decode_batch"])
     lines = [
         ("this machine: a copy", f"{bandwidth / 1e9:.1f} GB/s"),
         (

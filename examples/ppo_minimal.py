@@ -99,7 +99,7 @@ def sample(model, config, params, prompts_bp, attention_mask_bp, key):
         prompts_bp,
         attention_mask_bp,
         jax.vmap(jax.random.fold_in, (None, 0))(key, rows_b),
-        max_new=config.response_length,
+        max_new_tokens=config.response_length,
         eos_id=config.eos_id,
         pad_id=config.pad_id,
         temperature=config.temperature,

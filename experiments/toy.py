@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rlhfjax.stages import stage_config
 
 QUICKSTART = Path(__file__).parent / "quickstart" / "recipe.py"
-SAMPLING = ("prompt_length", "max_new", "temperature")
+SAMPLING = ("prompt_length", "max_new_tokens", "temperature")
 
 
 def quickstart(
@@ -38,7 +38,7 @@ def add(config: ConfigDict, **stages: ConfigDict) -> ConfigDict:
 
 
 def sampling(seed: int = 0) -> dict[str, Any]:
-    """prompt_length, max_new and temperature of the quickstart."""
+    """prompt_length, max_new_tokens and temperature of the quickstart."""
     return {name: quickstart(seed).collect[name] for name in SAMPLING}
 
 
@@ -54,7 +54,7 @@ def loop(steps: int, evals: int = 3) -> dict[str, Any]:
 
 
 def tuned(seed: int = 0) -> ConfigDict:
-    """The quickstart up to SFT, trained for several times as long: a labeller is to tell its answers apart."""
+    """The quickstart up to SFT, trained for several times as long: a labeler is to tell its answers apart."""
     config = quickstart(seed, until="collect")
     config.pretrain.update(loop(300))
     config.sft.update(loop(150))
@@ -62,11 +62,11 @@ def tuned(seed: int = 0) -> ConfigDict:
 
 
 def collect(
-    seed: int, completions: int, prompts: int, held_out: int, **changes: Any
+    seed: int, samples_per_prompt: int, prompts: int, held_out: int, **changes: Any
 ) -> ConfigDict:
     """The quickstart's `collect`: so many answers to each of so many prompts."""
     config = quickstart(seed).collect
-    config.update({"completions": completions, **changes})
+    config.update({"samples_per_prompt": samples_per_prompt, **changes})
     config.prompts.limit, config.eval_prompts.limit = prompts, held_out
     return config
 
@@ -78,7 +78,7 @@ def ranked(
     options = {
         "init_from": "stage:sft",
         "preferences": ("stage:collect/preferences",),
-        "length": collect.prompt_length + collect.max_new,
+        "length": collect.prompt_length + collect.max_new_tokens,
         "batch_size": batch_size,
         "seed": collect.seed,
         **loop(collect.prompts.limit // batch_size, evals),

@@ -20,7 +20,7 @@ from launch.shell import PREEMPTED
 _STOP = (
     signal.SIGUSR2,
     signal.SIGTERM,
-)  # before the time is up; on pre-emption, or when the job is cancelled
+)  # before the time is up; on pre-emption, or when the job is canceled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _forget_results(here: Any) -> None:
 
 
 def _goes_on(job: str) -> bool:
-    """Whether the job is running; not so where Slurm is cancelling it, or has requeued it already."""
+    """Whether the job is running; not so where Slurm is canceling it, or has requeued it already."""
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     return (
         subprocess.run(words, capture_output=True, text=True).stdout.strip()

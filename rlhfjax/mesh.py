@@ -259,7 +259,7 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Neighbours along the axes within a slice; between slices, which only DCN connects, along `replica` alone.
+    """Neighbors along the axes within a slice; between slices, which only DCN connects, along `replica` alone.
 
     An axis lies along whole sides of a slice where that is possible, else along a part of one: 32 of 4 x 4 x 4 chips.
     """

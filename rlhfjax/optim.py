@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, from a config to an optax transformation."""
+"""Optimizers and learning-rate schedules, from a config to an optax transformation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ NOT_DECAYED = frozenset({"scale", "bias"})
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser. Steps are *updates* of the parameters: not microsteps, not PPO iterations, not examples.
+    """One optimizer. Steps are *updates* of the parameters: not microsteps, not PPO iterations, not examples.
 
     Attributes:
       name: adamw, adam; adamw_tf, adam_tf (epsilon outside of the bias correction, as TensorFlow has it); rmsprop
@@ -68,7 +68,7 @@ class OptimConfig:
 
 
 def kept(config: OptimConfig) -> float:
-    """Float32 numbers that the optimiser keeps of a parameter; a moment in bfloat16 is half of one."""
+    """Float32 numbers that the optimizer keeps of a parameter; a moment in bfloat16 is half of one."""
     first = config.name != "rmsprop" and not (config.name == "sgd" and config.b1 == 0)
     second = config.name != "sgd"
     return first * (0.5 if config.moments == "bfloat16" else 1.0) + second
@@ -158,7 +158,7 @@ def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """g <- g min(1, limit / ||g||), with the norm over the whole tree.
 
-    One multiplication that XLA fuses into the optimiser's own pass. A norm of 0 is safe; whether it is finite is
+    One multiplication that XLA fuses into the optimizer's own pass. A norm of 0 is safe; whether it is finite is
     for the caller to check.
 
     Source: Pascanu et al. 2013, algorithm 1.
@@ -176,7 +176,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 def first_moment_in(
     dtype: str, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The same optimiser, its first moment (or momentum) rounded to `dtype` between updates; they are in float32."""
+    """The same optimizer, its first moment (or momentum) rounded to `dtype` between updates; they are in float32."""
 
     def kept(state: Any, dtype: Any) -> Any:
         names = {"mu", "trace"} & set(state._fields)

@@ -21,6 +21,7 @@ from rlhfjax.mesh import Layout, make_layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
+from rlhfjax.renamed import config_with_present_names
 
 DONE = "done.json"
 CONFIG = "config.json"
@@ -124,7 +125,7 @@ def evaluate(
             raise ConfigError(
                 f"{workdir}: no config.json here; expected the workdir of a stage"
             )
-        config = json.loads((workdir / CONFIG).read_text())
+        config = config_with_present_names(json.loads((workdir / CONFIG).read_text()))
     config = to_dict(config)
     if "stages" in config:
         raise ConfigError(
@@ -293,7 +294,7 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / CONFIG
     if not path.exists() or _nothing_but_configs(workdir):
         return
-    before = _Options(json.loads(path.read_text()))
+    before = _Options(config_with_present_names(json.loads(path.read_text())))
     now = _Options(json.loads(json_text.encode(config, path)))
     options = sorted(before.all.keys() | now.all.keys())
     differ = [

@@ -15,7 +15,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig, make_layout
-from rlhfjax.models import lora, quantised
+from rlhfjax.models import lora, quantized
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
@@ -153,7 +153,7 @@ class Loaded:
         """Returns what a stage leaves for others: float32 parameters, adapters merged into their base."""
         params, model = self.merged(trained), self.model
         if model.lora.rank:
-            params = lora.merge(model.lora, quantised.wide(params, model.axes()))
+            params = lora.merge(model.lora, quantized.wide(params, model.axes()))
             model = Model(model.config, model.head)
         return store.SavedModel(model, params, self.tokenizer)
 
@@ -285,9 +285,9 @@ def frozen_base(model: Model, params: PyTree) -> PyTree:
     """Returns parameters as the base of a model's adapters: with `lora.base` its kernels quantized."""
     kind = model.lora.base
     if not recording():
-        return quantised.base(params, model.axes(), kind)
+        return quantized.base(params, model.axes(), kind)
     shapes = jax.eval_shape(
-        lambda tree: quantised.base(tree, model.axes(), kind), params
+        lambda tree: quantized.base(tree, model.axes(), kind), params
     )
     shardings = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
 

@@ -77,7 +77,7 @@ def copy_into(params: PyTree, pretrained: PyTree) -> PyTree:
 def shardings(state: PyTree, axes: PyTree, layout: Layout) -> PyTree:
     """Shardings of a whole state from the logical axes of its parameters.
 
-    Optimiser moments and averages are laid out as the parameter whose path they end in.
+    Optimizer moments and averages are laid out as the parameter whose path they end in.
 
     Args:
       state: TrainState of arrays or ShapeDtypeStructs.
@@ -188,9 +188,9 @@ def apply_gradients(
     *,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Pairs]:
-    """One optimiser update, with the global norm of the gradients as a metric.
+    """One optimizer update, with the global norm of the gradients as a metric.
 
-    skip_nonfinite leaves parameters and optimiser as they were when the norm is NaN or infinite, and counts it;
+    skip_nonfinite leaves parameters and optimizer as they were when the norm is NaN or infinite, and counts it;
     otherwise the loop stops on the reported norm.
     """
     norm = optax.global_norm(grads)

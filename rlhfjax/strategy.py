@@ -134,9 +134,7 @@ class Choice(NamedTuple):
 
 
 FULL = 0.9  # of the memory: the rest is the program's, the runtime's and fragments
-MOST_TENSOR = (
-    8  # devices among which activations are reduced in every layer: neighbours
-)
+MOST_TENSOR = 8  # devices among which activations are reduced in every layer: neighbors
 GIB = 2.0**30
 
 

@@ -361,11 +361,11 @@ def truncation_metrics(batch: Mapping[str, Any]) -> Metrics:
     labels, valid, same = (
         jnp.asarray(batch[name]) for name in ("scores", "valid", "same")
     )
-    labelled = jnp.sum(untied_pairs(labels, valid))
+    labeled = jnp.sum(untied_pairs(labels, valid))
     return {
         "rows_cut": (jnp.sum(batch["cut"] * valid), jnp.sum(valid)),
         "pairs_dropped": (
-            labelled - jnp.sum(untied_pairs(labels, valid, same)),
-            labelled,
+            labeled - jnp.sum(untied_pairs(labels, valid, same)),
+            labeled,
         ),
     }

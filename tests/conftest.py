@@ -94,7 +94,7 @@ def write_conversations(folder: Path, sizes: dict[str, int] | None = None) -> Pa
 
 
 @pytest.fixture
-def optimised():
+def optimized():
     """Asked for by a test that looks at the compiled program, or computes for long."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -254,8 +254,8 @@ DEFECTS = [
     d(
         8,
         "sampling/generate.py",
-        "return (s.step < max_new) &",
-        "return (s.step < max_new - 1) &",
+        "return (s.step < max_new_tokens) &",
+        "return (s.step < max_new_tokens - 1) &",
         "sampling/test_generate.py::test_pitfall_08_the_end",
     ),
     d(
@@ -397,10 +397,10 @@ DEFECTS = [
     ),
     d(
         12,
-        "algos/normalise.py",
+        "algos/normalize.py",
         "gain = jnp.where(spread > 0, std / jnp.where(spread > 0, spread, 1), 1)",
         "gain = std / spread",
-        "algos/test_normalise.py::test_pitfall_12_equal_rewards_are_shifted_and_not_divided",
+        "algos/test_normalize.py::test_pitfall_12_equal_rewards_are_shifted_and_not_divided",
     ),
     # 13: through padding and holes; past the end of a full row
     d(
@@ -441,7 +441,7 @@ DEFECTS = [
         "algos/shaping.py",
         "return jnp.where(ended, score, value)",
         "return score",
-        "algos/test_shaping.py::test_pitfall_14_missing_eos_is_penalised_before_whitening",
+        "algos/test_shaping.py::test_pitfall_14_missing_eos_is_penalized_before_whitening",
     ),
     # 15: a token mean; a horizon in batches; no clip; a batch of prompts for one of episodes
     d(
@@ -525,7 +525,7 @@ DEFECTS = [
         "total = masked_sum(kl, mask)",
         "algos/test_enumeration.py::test_pitfall_16_the_sequence_loss_has_the_whole_gradient_and_value",
     ),
-    # ------------------------------------------------------------------ losses and optimisation
+    # ------------------------------------------------------------------ losses and optimization
     # 17: the mean of the microbatches' means
     d(
         17,
@@ -564,7 +564,7 @@ DEFECTS = [
         "algos/value.py",
         "total, weight = token_mean(0.5 * error, mask)",
         "total, weight = token_mean(0.5 * error, mask)[0], jnp.float32(mask.shape[0])",
-        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalised_alike",
+        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalized_alike",
         "test_stage_ppo.py::test_pitfall_18_value_and_policy_losses_share_one_weight",
     ),
     d(
@@ -572,7 +572,7 @@ DEFECTS = [
         "algos/value.py",
         "total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error), mask)",
         "total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error) / mask.shape[0], mask)",
-        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalised_alike",
+        "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalized_alike",
     ),
     # 19: the ratio is always 1; the clip does nothing; no new order; several updates on one minibatch; one epoch only
     d(
@@ -796,7 +796,7 @@ DEFECTS = [
         "test_chat.py::test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key",
         "test_chat.py::test_pitfall_29_equal_prompts_get_different_answers_on_every_device",
     ),
-    # 30: the data from their beginning; the optimiser anew; the step of the RNG; the KL coefficient and the average
+    # 30: the data from their beginning; the optimizer anew; the step of the RNG; the KL coefficient and the average
     d(
         30,
         "train.py",
@@ -1003,7 +1003,7 @@ DEFECTS = [
         "evals/test_stats.py::test_pitfall_36_a_score_that_is_not_finite_is_refused_not_compared",
         "test_stage_evaluate.py::test_pitfall_36_a_response_scored_nan_is_named",
         "test_stage_best_of_n.py::test_pitfall_36_a_pool_with_an_infinite_score_is_refused",
-        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centres_nothing",
+        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centers_nothing",
     ),
     d(
         36,
@@ -1014,10 +1014,10 @@ DEFECTS = [
     ),
     d(
         36,
-        "stages/recentre.py",
+        "stages/recenter.py",
         'stats.validate_scores(samples["rewards"], context, samples["valid"])',
         "pass",
-        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centres_nothing",
+        "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centers_nothing",
     ),
     # 36: an interval of a kind that nobody names
     d(
@@ -1138,9 +1138,9 @@ DEFECTS = [
     d(
         38,
         "stages/group.py",
-        "informative = jnp.repeat(group.informative(groups), c.completions)",
+        "informative = jnp.repeat(group.informative(groups), c.samples_per_prompt)",
         "with_kl = group.informative(groups - penalties.reshape(groups.shape))\n"
-        "        informative = jnp.repeat(with_kl, c.completions)",
+        "        informative = jnp.repeat(with_kl, c.samples_per_prompt)",
         "test_stage_group.py::test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone",
     ),
     # 39: a response takes all of the row; the head goes first; a turn is cut in its middle; ids encoded anew
@@ -1188,7 +1188,7 @@ DEFECTS = [
         "    if True:\n        return _question(filled), False",
         "rewards/test_judge.py::test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut",
         "rewards/test_judge.py::test_pitfall_39_a_rubric_counts_the_questions_it_had_to_cut",
-        "rewards/test_judge.py::test_pitfall_39_a_labeller_counts_the_questions_it_had_to_cut",
+        "rewards/test_judge.py::test_pitfall_39_a_labeler_counts_the_questions_it_had_to_cut",
     ),
     d(
         39,

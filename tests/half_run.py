@@ -67,7 +67,7 @@ def variants() -> dict[str, ConfigDict]:
     adaptive = {"coefficient": 0.1, "target": 1.0, "horizon": 80}
     text = {"coefficient": 0.5, "ratio": 1, "length": 32, "sources": (_chats("train"),)}
     lora = {"rank": 2, "alpha": 8.0, "targets": "attention/(query|value)|mlp/down"}
-    reinforce = {"estimator": "reinforce", "completions": 4, "batch_size": 4}
+    reinforce = {"estimator": "reinforce", "samples_per_prompt": 4, "batch_size": 4}
     return {
         "pretrain": _pretrain(),
         "ppo_ema": _policy("ppo", value_optim=OPTIM, ema=0.5, kl=adaptive, ptx=text),
@@ -126,7 +126,7 @@ def _policy(stage: str, **options: Any) -> ConfigDict:
         "prompts": {"source": _chats("train")},
         "eval_prompts": {"source": _chats("validation"), "limit": 8},
         "prompt_length": 16,
-        "max_new": 8,
+        "max_new_tokens": 8,
         "batch_size": 8,
         "epochs": 2,
         "minibatches": 2,

@@ -6,7 +6,7 @@ prints a JSON line for each pair:
 
 metrics    the largest |a - b| / max(1, |a|) of all metrics, losses among them, of two steps, and the `worst` of them
 params     the largest |a - b| of all parameters after them; `moved`, how far one of them went in these steps
-share      of the parameters and optimiser moments of two or more dimensions, the largest share that a device has
+share      of the parameters and optimizer moments of two or more dimensions, the largest share that a device has
 """
 
 import argparse
@@ -78,7 +78,7 @@ def stage_values(name: str, data: Path, workdir: Path) -> dict:
         values |= {
             "stage": "group",
             "estimator": "grpo",
-            "completions": 2,
+            "samples_per_prompt": 2,
             "batch_size": 8,
             "clip": 0.2,
         }

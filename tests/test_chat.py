@@ -28,12 +28,15 @@ def saved(finished):
 
 
 whole = jax.jit(
-    generate, static_argnames=("model", "max_new", "eos_id", "pad_id", "temperature")
+    generate,
+    static_argnames=("model", "max_new_tokens", "eos_id", "pad_id", "temperature"),
 )
 
 
-def start(saved, temperature=0.0, max_new=6, seed=0) -> Chat:
-    return Chat(saved, temperature=temperature, max_new=max_new, seed=seed)
+def start(saved, temperature=0.0, max_new_tokens=6, seed=0) -> Chat:
+    return Chat(
+        saved, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
 
 
 def say(talk: Chat, text: str) -> str:
@@ -53,7 +56,7 @@ def test_the_pieces_make_the_answer_that_generate_gives(saved):
             jnp.asarray(ids)[None],
             jnp.ones((1, len(ids)), jnp.int32),
             jax.random.fold_in(jax.random.key(0), 0)[None],
-            max_new=6,
+            max_new_tokens=6,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             temperature=temperature,
@@ -157,9 +160,9 @@ def test_a_model_that_cannot_speak_is_refused(finished, saved):
             store.load(finished / "04_reward", make_layout(devices=jax.devices()[:1]))
         )
     with pytest.raises(
-        ConfigError, match=r"--max_new=32 leaves no room in a context of 32"
+        ConfigError, match=r"--max_new_tokens=32 leaves no room in a context of 32"
     ):
-        start(saved, max_new=32)
+        start(saved, max_new_tokens=32)
 
 
 def test_the_terminal(saved, tmp_path):
@@ -167,7 +170,7 @@ def test_the_terminal(saved, tmp_path):
     store.save(tmp_path / "model", saved)
     out = io.StringIO()
     typed = io.StringIO("rain today\n\n/reset\nrain today\n/bogus\n/quit\nnever read\n")
-    chat.run(tmp_path, temperature=0.0, max_new=6, seed=0, inputs=typed, out=out)
+    chat.run(tmp_path, temperature=0.0, max_new_tokens=6, seed=0, inputs=typed, out=out)
     answer = say(start(saved), "rain today")
     head, *lines = out.getvalue().splitlines()
     assert str(tmp_path / "model") in head
@@ -188,7 +191,7 @@ def test_a_workdir_without_a_model(tmp_path):
         chat.run(
             tmp_path,
             temperature=0.0,
-            max_new=4,
+            max_new_tokens=4,
             seed=0,
             inputs=io.StringIO(),
             out=io.StringIO(),
@@ -219,7 +222,7 @@ def test_pitfall_29_equal_prompts_get_different_answers_on_every_device(saved):
         {"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)}
     )
     limits = {
-        "max_new": 8,
+        "max_new_tokens": 8,
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "temperature": 1.0,

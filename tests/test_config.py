@@ -175,7 +175,7 @@ def test_stage_config_has_every_option_and_names_unknown_ones():
         init_from="a",
         reward="b",
         prompt_length=4,
-        max_new=4,
+        max_new_tokens=4,
         batch_size=2,
         steps=1,
     )

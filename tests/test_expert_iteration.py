@@ -1,6 +1,6 @@
 """Expert iteration on the tiny recipe: collect, keep the best, fine-tune, and what is then sampled is better.
 
-The reward counts a letter. The gold labeller would not do: the tiny model says hardly any words, nine pairs in ten are
+The reward counts a letter. The gold labeler would not do: the tiny model says hardly any words, nine pairs in ten are
 tied at 0, and there is nothing to select.
 """
 
@@ -40,14 +40,14 @@ class Folder:
         }
         rule = "rule:tests.rewards.some_rules:letters?workers=1"
         options = {
-            "completions": 8,
+            "samples_per_prompt": 8,
             "batch_size": 16,
             "seed": seed,
             **prompts,
             **tiny.SAMPLING,
         }
         return self.run(
-            "collect", name, init_from=str(policy), labeller=rule, **options
+            "collect", name, init_from=str(policy), labeler=rule, **options
         )["collect/score"]
 
     def tune(self, name: str, policy: Path, keep: int) -> Path:

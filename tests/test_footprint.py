@@ -28,7 +28,7 @@ from rlhfjax.stages import (
     group,
     ppo,
     pretrain,
-    recentre,
+    recenter,
     reward,
     rubric,
     sft,
@@ -55,7 +55,7 @@ ADAPTERS_N = 2 * 2 * 4 * (16 + 16)
 ADAPTERS_M = 1 * 2 * 4 * (32 + 32)
 
 LENGTH = {"length": 32, "batch_size": 8, "steps": 1}
-SAMPLING = {"prompt_length": 24, "max_new": 8}
+SAMPLING = {"prompt_length": 24, "max_new_tokens": 8}
 POLICY = {
     "init_from": "lm",
     "reward": "wide_judge",
@@ -230,10 +230,12 @@ COUNTED = [
     pytest.param(
         a_ppo(reward="rubric", value="shared"), N + 17, N + M, 8, 32, id="rubric"
     ),
-    pytest.param(a_ppo(judge_mesh=OTHER_MESH), N + SCALAR_M, 0, 8, 32, id="judge-mesh"),
+    pytest.param(
+        a_ppo(frozen_mesh=OTHER_MESH), N + SCALAR_M, 0, 8, 32, id="judge-mesh"
+    ),
     pytest.param(a_group(), N, N + SCALAR_M, 64, 32, id="group"),
     pytest.param(
-        a_group(completions=8, minibatches=2, microbatches=2),
+        a_group(samples_per_prompt=8, minibatches=2, microbatches=2),
         N,
         N + SCALAR_M,
         32,
@@ -241,12 +243,12 @@ COUNTED = [
         id="group-of-8",
     ),
     pytest.param(a_group(lora=LORA), ADAPTERS_N, N + SCALAR_M, 64, 32, id="group-lora"),
-    pytest.param(a_group(judge_mesh=OTHER_MESH), N, 0, 64, 32, id="group-judge-mesh"),
+    pytest.param(a_group(frozen_mesh=OTHER_MESH), N, 0, 64, 32, id="group-judge-mesh"),
     # jobs train nothing
     pytest.param(
         collect.Config(
             init_from="lm",
-            labeller="judge",
+            labeler="judge",
             others=("gold:sentiment", "wide_judge", "rankings:people.jsonl"),
             **SAMPLING,
         ),
@@ -280,7 +282,11 @@ COUNTED = [
     ),
     pytest.param(
         critique.Config(
-            init_from="lm", critic="wide", principles="p.jsonl", length=28, max_new=8
+            init_from="lm",
+            critic="wide",
+            principles="p.jsonl",
+            length=28,
+            max_new_tokens=8,
         ),
         0,
         N + M,
@@ -289,12 +295,12 @@ COUNTED = [
         id="critique",
     ),
     pytest.param(
-        recentre.Config(init_from="judge", policy="wide", batch_size=8, **SAMPLING),
+        recenter.Config(init_from="judge", policy="wide", batch_size=8, **SAMPLING),
         0,
         SCALAR_N + M,
         8,
         32,
-        id="recentre",
+        id="recenter",
     ),
 ]
 
@@ -319,7 +325,7 @@ def test_human_reward_and_gold_are_models_of_a_policy_stage(config):
     alone = dict.fromkeys(AXES, 1)
     more = need_of(with_both).device_bytes(alone) - before.device_bytes(alone)
     assert more == 4 * (SCALAR_N + SCALAR_M)
-    apart = dataclasses.replace(with_both, judge_mesh=OTHER_MESH)
+    apart = dataclasses.replace(with_both, frozen_mesh=OTHER_MESH)
     assert need_of(apart).frozen == SCALAR_M
 
 
@@ -330,7 +336,7 @@ def test_a_mesh_has_to_divide_every_model_on_it():
         4,
         48,
     }  # heads, keys' heads, MLP and vocabulary of both
-    apart = need_of(a_ppo(value="policy", judge_mesh=OTHER_MESH))
+    apart = need_of(a_ppo(value="policy", frozen_mesh=OTHER_MESH))
     assert (set(apart.widths), set(apart.splits)) == ({16}, {2, 32, 320})
 
 
@@ -464,7 +470,8 @@ def test_completions_of_a_prompt_are_rows():
     """Eight prompts in two microbatches, each with two completions."""
     assert parts_of(a_direct(microbatches=2))["activations"] == 2 * 8 * ROW
     assert (
-        parts_of(a_group(completions=8, minibatches=2))["activations"] == 2 * 64 * ROW
+        parts_of(a_group(samples_per_prompt=8, minibatches=2))["activations"]
+        == 2 * 64 * ROW
     )
 
 
@@ -481,7 +488,7 @@ def test_a_cache_takes_the_place_of_gradients_and_activations_where_it_is_more()
     assert "KV cache" not in parts_of(many, moment="update")
     assert parts_of(many, tensor=2)["KV cache"] == 2**15 * row / 2
     assert parts_of(many, moment="rollout", fsdp=8)["KV cache"] == 2**12 * row
-    in_lanes = dataclasses.replace(many, slots=64)
+    in_lanes = dataclasses.replace(many, decode_batch=64)
     assert "KV cache" not in parts_of(in_lanes)
     assert parts_of(in_lanes, moment="rollout")["KV cache"] == 64 * row
     three = dataclasses.replace(

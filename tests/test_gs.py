@@ -376,7 +376,7 @@ def test_a_run_leaves_there_what_it_leaves_here_and_what_reads_it_reads_it_there
     for folder in (finished, run):
         options = {
             "temperature": 0.0,
-            "max_new": 6,
+            "max_new_tokens": 6,
             "seed": 0,
             "inputs": io.StringIO("hello\n"),
             "out": io.StringIO(),

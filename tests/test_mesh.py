@@ -145,7 +145,7 @@ def test_batches_are_shared_by_the_data_like_axes():
 def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(
     axes, first, last, monkeypatch
 ):
-    """A host with the first device, with the last two, and with two that are no neighbours, as on a TPU slice."""
+    """A host with the first device, with the last two, and with two that are no neighbors, as on a TPU slice."""
     layout = make_layout(MeshConfig(**axes))
     assert layout.own_parts(8, 4) == (0, 1, 2, 3)
 

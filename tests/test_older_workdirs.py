@@ -228,8 +228,8 @@ LACKING = {
     "sft": ("seed", "model", "overrides", "optim.schedule"),
     "collect": ("seed", "mesh", "others", "truncate.after"),
     "reward": ("seed", "loss", "eval_batches"),
-    "ppo": ("seed", "slots", "gamma", "kl.place", "prompts.per_conversation", "human"),
-    "evaluate": ("seed", "slots"),
+    "ppo": ("seed", "decode_batch", "gamma", "kl.place", "prompts.per_conversation", "human"),
+    "evaluate": ("seed", "decode_batch"),
 }
 
 
@@ -300,7 +300,8 @@ def test_a_model_is_read_and_talks(older, finished):
     )
     assert ours.model == theirs.model
     one, other = (
-        Chat(saved, temperature=0.0, max_new=2, seed=0) for saved in (ours, theirs)
+        Chat(saved, temperature=0.0, max_new_tokens=2, seed=0)
+        for saved in (ours, theirs)
     )
     assert list(one.answer("hello")) == list(other.answer("hello"))
 

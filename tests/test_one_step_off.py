@@ -66,7 +66,7 @@ def test_the_rollout_is_saved_with_the_state(
 
 def test_what_has_no_ratio_is_refused(conversations, finished):
     forward = recipe.check(
-        ppo(conversations, finished, one_step_off=True, behaviour_logprobs="forward"),
+        ppo(conversations, finished, one_step_off=True, behavior_logprobs="forward"),
         "ppo",
     )
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_what_has_no_ratio_is_refused(conversations, finished):
         "prompts",
         "eval_prompts",
         "prompt_length",
-        "max_new",
+        "max_new_tokens",
         "temperature",
         "steps",
     )

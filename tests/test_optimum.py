@@ -36,7 +36,7 @@ def test_the_responses_are_all_there_are():
 SLOW = ("PPO", "RLOO")  # one of each family; the others are among the nightly tests
 ELSEWHERE = ("PPO, k3 in the reward", optimum.PRINTED)
 # their score is divided by its group's standard deviation, their KL is not: another optimum
-NORMALISED = ("GRPO, KL in the reward", "DAPO")
+NORMALIZED = ("GRPO, KL in the reward", "DAPO")
 
 
 def reach(name):
@@ -50,13 +50,13 @@ def reach(name):
 def reaching():
     """Every algorithm that climbs to the optimum, with the mark of its tier."""
     for name in optimum.algorithms(1):
-        if name not in (*ELSEWHERE, *NORMALISED):
+        if name not in (*ELSEWHERE, *NORMALIZED):
             yield pytest.param(
                 name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly
             )
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", reaching())
 def test_reaches_the_optimum(name):
     """To 0.005 nats, with reward and KL within 3 % of the analytic ones.
@@ -91,15 +91,15 @@ def mean_advantages(logprobs, reference, rewards, k=8, groups=100_000):
     return found
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(NORMALISED[0], marks=pytest.mark.slow),
-        pytest.param(NORMALISED[1], marks=pytest.mark.nightly),
+        pytest.param(NORMALIZED[0], marks=pytest.mark.slow),
+        pytest.param(NORMALIZED[1], marks=pytest.mark.nightly),
     ],
 )
-def test_a_standardised_score_and_a_kl_that_is_not_reach_their_own_optimum(name):
+def test_a_standardized_score_and_a_kl_that_is_not_reach_their_own_optimum(name):
     """Where they end no response has an advantage on average; at the start and at pi* many have."""
     logprobs, reference, rewards = optimum.last(optimum.algorithms(400)[name])
     assert min(mean_advantages(reference, reference, rewards)) > 0.8
@@ -111,7 +111,7 @@ def test_a_standardised_score_and_a_kl_that_is_not_reach_their_own_optimum(name)
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_goes_elsewhere(name):
     """k3's expectation is the KL, the gradient of a reward of it is not; as GRPO prints it, it is of another KL."""
@@ -120,7 +120,7 @@ def test_goes_elsewhere(name):
     assert reached.objective < best.objective - 0.1
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "target",
     [

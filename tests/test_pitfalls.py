@@ -100,9 +100,9 @@ def test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax(name):
     "option", ({"top_k": 3}, {"top_p": 0.9}), ids=("top_k", "top_p")
 )
 def test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate(name, option):
-    options = {"init_from": "x", "prompt_length": 8, "max_new": 8}
+    options = {"init_from": "x", "prompt_length": 8, "max_new_tokens": 8}
     options |= (
-        {"labeller": "gold:sentiment"}
+        {"labeler": "gold:sentiment"}
         if name == "collect"
         else {"reward": "y", "batch_size": 8, "steps": 1}
     )

@@ -81,7 +81,7 @@ def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(
         "ppo",
         conversations,
         finished,
-        judge_mesh={"devices": "2:4", "data": 1, "fsdp": 2},
+        frozen_mesh={"devices": "2:4", "data": 1, "fsdp": 2},
     )
     two = make_layout(MeshConfig(devices="0:2", data=1, fsdp=2))
     assert_same(alone, run_steps("ppo", apart, two))
@@ -128,7 +128,7 @@ def test_a_mesh_of_some_devices():
 
 
 def test_what_cannot_be_meant_is_one_line(conversations, finished):
-    for other in ("rollout_mesh", "judge_mesh"):
+    for other in ("rollout_mesh", "frozen_mesh"):
         lora = stage_values(
             "ppo", conversations, finished, lora={"rank": 2}, **{other: {}}
         )
@@ -146,9 +146,11 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices",
     ):
         rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.Tokens(2, 0))
-    values = stage_values("ppo", conversations, finished, judge_mesh={"devices": "0:3"})
+    values = stage_values(
+        "ppo", conversations, finished, frozen_mesh={"devices": "0:3"}
+    )
     with pytest.raises(
         ConfigError,
-        match=r"ppo: the responses of an iteration, over judge_mesh,=\d+ is not divisible",
+        match=r"ppo: the responses of an iteration, over frozen_mesh,=\d+ is not divisible",
     ):
         ppo.build(recipe.check(values, "ppo"), make_layout(MeshConfig(devices="0:1")))

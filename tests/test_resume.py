@@ -30,7 +30,7 @@ TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
 def checkpoint_note(folder: Path) -> dict:
-    """A checkpoint's sums over every array of the state (optimiser, KL coefficient, EMA...) and the data's position."""
+    """A checkpoint's sums over every array of the state (optimizer, KL coefficient, EMA...) and the data's position."""
     last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return json.loads((last / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 

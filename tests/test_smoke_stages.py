@@ -35,7 +35,7 @@ def test_as_a_recipe_all_stages_are_there_once_and_some_stand_on_others(
     resolved = {name: recipe.resolve(config[name], folders, name) for name in folders}
     typed = recipe.check_all(resolved, folders)
     assert typed["group"].reward == str(folders["compose"])
-    assert typed["collect"].labeller == str(folders["feedback"])
+    assert typed["collect"].labeler == str(folders["feedback"])
     assert typed["sft"].sources[0].spec == f"jsonl:{folders['select']}/train.jsonl"
 
 
@@ -52,7 +52,5 @@ def test_an_unknown_stage_is_named(finished):
 def test_the_data_beside_it_is_in_the_documented_forms():
     """Two people ranked the same answers, or their agreement could not be computed."""
     rankings = read_rankings(str(FOLDER / "data" / "rankings.jsonl"))
-    people = [
-        {one.key for one in rankings if one.labeller == who} for who in ("a", "b")
-    ]
+    people = [{one.key for one in rankings if one.labeler == who} for who in ("a", "b")]
     assert len(people[0] & people[1]) >= 2

@@ -135,7 +135,7 @@ def test_without_gold_the_curve_is_the_proxys(conversations, finished, tmp_path)
     [
         ({"pool": 0}, "pool=0: expected int >= 1"),
         ({"temperature": 0.0}, "expected float >= 0.0001"),
-        ({"max_new": 64}, "longer than the model's"),
+        ({"max_new_tokens": 64}, "longer than the model's"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -1,4 +1,4 @@
-"""Labellers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
+"""Labelers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from rlhfjax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.agreement import agreement
-from rlhfjax.rewards.labellers import Answers, Labeller, RankingsLabeller, make_answers
-from rlhfjax.rewards.load import load_labeller
+from rlhfjax.rewards.labelers import Answers, Labeler, RankingsLabeler, make_answers
+from rlhfjax.rewards.load import load_labeler
 from rlhfjax.rewards.rankings import Ranking, from_row, read_rankings, write_rankings
 from rlhfjax.stages import stage_config
 from rlhfjax.stages.import_rankings import opinions_of
@@ -49,7 +49,7 @@ def collected(conversations, finished, workdir, **changes):
     return recipe.run(values, workdir), read(workdir / "preferences")
 
 
-def test_other_labellers_change_no_data_and_their_agreement_is_reported(
+def test_other_labelers_change_no_data_and_their_agreement_is_reported(
     conversations, finished, folder, tmp_path
 ):
     others = (LENGTH, str(finished / "04_reward"))
@@ -70,7 +70,7 @@ def test_other_labellers_change_no_data_and_their_agreement_is_reported(
 
 def test_a_reward_model_labels(conversations, finished, tmp_path):
     _, rows = collected(
-        conversations, finished, tmp_path, labeller=str(finished / "04_reward")
+        conversations, finished, tmp_path, labeler=str(finished / "04_reward")
     )
     assert len({score for row in rows for score in row["scores"]}) > 30
 
@@ -84,7 +84,7 @@ def test_answers_of_a_fixed_length_cut_at_a_token(conversations, finished, tmp_p
         )[1]
     ]
     assert {len(answer) for row in whole for answer in row} == {
-        tiny.SAMPLING["max_new"]
+        tiny.SAMPLING["max_new_tokens"]
     }
     assert any(tokenizer.eos_id in answer[:-1] for row in whole for answer in row)
     often = Counter(
@@ -133,7 +133,7 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
     rankings = read_rankings(str(path))
     rows = read(folder) + read(folder, "validation")
     assert [one.ranks for one in rankings] == [tuple(row["ranks"]) for row in rows]
-    assert {(one.labeller, one.time) for one in rankings} == {
+    assert {(one.labeler, one.time) for one in rankings} == {
         ("gold:sentiment", "2025-03-01T10:00")
     }
     config = stage_config(
@@ -154,11 +154,11 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
         assert list(row["ranks"]) == list(before["ranks"])
         np.testing.assert_array_equal(np.sign(np.subtract.outer(row["scores"], row["scores"])),
                                       np.sign(np.subtract.outer(before["scores"], before["scores"])))  # fmt: skip
-        assert row["labeller"] == "gold:sentiment"
+        assert row["labeler"] == "gold:sentiment"
     assert metrics["import_rankings/rankings"] == 32
 
 
-def test_people_are_labellers_of_the_answers_they_ranked(
+def test_people_are_labelers_of_the_answers_they_ranked(
     conversations, finished, folder, tmp_path
 ):
     """`collect` with the same seed samples the same answers; the file's labels then are the gold ones."""
@@ -167,7 +167,7 @@ def test_people_are_labellers_of_the_answers_they_ranked(
         conversations,
         finished,
         tmp_path / "again",
-        labeller=f"rankings:{path}",
+        labeler=f"rankings:{path}",
         others=("gold:sentiment",),
     )
     assert [list(row["ranks"]) for row in rows] == [
@@ -178,11 +178,11 @@ def test_people_are_labellers_of_the_answers_they_ranked(
         DataError, match=r"it has no opinion about response \d of prompt \d+$"
     ):
         collected(
-            conversations, finished, tmp_path / "c", labeller=f"rankings:{path}", seed=5
+            conversations, finished, tmp_path / "c", labeler=f"rankings:{path}", seed=5
         )
 
 
-def test_every_labeller_follows_the_protocol(finished, folder, tmp_path):
+def test_every_labeler_follows_the_protocol(finished, folder, tmp_path):
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     path = exported(folder, tmp_path)
     tokens = (
@@ -203,19 +203,19 @@ def test_every_labeller_follows_the_protocol(finished, folder, tmp_path):
         str(finished / "04_reward"),
         f"rankings:{path}",
     ):
-        labeller = load_labeller(name, ONE, tokenizer)
-        assert isinstance(labeller, Labeller)
-        assert labeller(answers).shape == (2, 3)
+        labeler = load_labeler(name, ONE, tokenizer)
+        assert isinstance(labeler, Labeler)
+        assert labeler(answers).shape == (2, 3)
 
 
 ANN = {
     "prompt": "hi",
     "completions": ["a", "b", "c"],
     "ranking": [1, 2, 2],
-    "labeller": "ann",
+    "labeler": "ann",
     "time": "2025-03-01T10:00",
 }
-BOB = {"prompt": "hi", "completions": ["c", "a"], "ranking": [1, 2], "labeller": "bob"}
+BOB = {"prompt": "hi", "completions": ["c", "a"], "ranking": [1, 2], "labeler": "bob"}
 
 
 def test_rankings_of_several_people_are_rows_of_their_own(
@@ -241,7 +241,7 @@ def test_rankings_of_several_people_are_rows_of_their_own(
     metrics = recipe.run(config, tmp_path / "in")
     folder = tmp_path / "in" / "preferences"
     rows = {
-        row["labeller"]: row
+        row["labeler"]: row
         for row in read(folder) + read(folder, "validation")
         if row["prompt"] == "hi"
     }
@@ -253,7 +253,7 @@ def test_rankings_of_several_people_are_rows_of_their_own(
     # ann: a > c; bob: c > a. They share that one pair and nothing else.
     assert metrics["import_rankings/agreement"] == 0
     assert metrics["import_rankings/agreement_pairs"] == 1
-    assert metrics["import_rankings/labellers"] == 3
+    assert metrics["import_rankings/labelers"] == 3
     values = stage_values(
         "reward",
         conversations,
@@ -267,7 +267,7 @@ def test_rankings_of_several_people_are_rows_of_their_own(
 
 
 def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
-    """As a text, as one user turn, and as a conversation that begins with it; by two labellers."""
+    """As a text, as one user turn, and as a conversation that begins with it; by two labelers."""
     train_sentencepiece(
         ["the cat sat on the mat"] * 9, tmp_path / "tokenizer", vocab_size=275
     )
@@ -284,7 +284,7 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
                     "prompt": prompt,
                     "completions": ["a", "b"],
                     "ranking": [1, 2],
-                    "labeller": f"{i % 2}",
+                    "labeler": f"{i % 2}",
                 }
             )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -322,7 +322,7 @@ def test_one_prompt_ranked_twice_is_looked_up_in_the_ranking_that_holds_the_answ
     answers = Answers(
         None, None, None, ["hi", "hi", "yo"], [["b", "c"], ["b", "a"], ["a", "b"]]
     )
-    labels = RankingsLabeller(rankings)(answers)
+    labels = RankingsLabeler(rankings)(answers)
     np.testing.assert_array_equal(labels, [[-1, -2], [-2, -1], [np.nan, np.nan]])
 
 
@@ -336,7 +336,7 @@ def test_one_prompt_ranked_twice_is_looked_up_in_the_ranking_that_holds_the_answ
         ({"prompt": ""}, "'prompt' must be"),
         ({"prompt": [{"role": "robot", "content": "x"}]}, "'prompt' must be"),
         ({"time": "yesterday"}, "yesterday"),
-        ({"labeller": 3}, "'labeller' must be text"),
+        ({"labeler": 3}, "'labeler' must be text"),
     ],
 )
 def test_malformed_rankings_are_named_by_line(change, why, tmp_path):
@@ -360,5 +360,5 @@ def test_several_people_in_one_file_have_to_be_named(finished, tmp_path):
     path.write_text(json.dumps(ANN) + "\n" + json.dumps(BOB) + "\n")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     with pytest.raises(ConfigError, match="name one of ann, bob"):
-        load_labeller(f"rankings:{path}", ONE, tokenizer)
-    assert isinstance(load_labeller(f"rankings:{path}@bob", ONE, tokenizer), Labeller)
+        load_labeler(f"rankings:{path}", ONE, tokenizer)
+    assert isinstance(load_labeler(f"rankings:{path}@bob", ONE, tokenizer), Labeler)

@@ -81,7 +81,7 @@ def separable(finished, tmp_path_factory):
         "train": [row(i) for i in range(40)],
         "validation": [row(i) for i in range(40, 54)],
     }
-    write_preferences(folder, splits, labeller="words")
+    write_preferences(folder, splits, labeler="words")
     return folder
 
 
@@ -101,7 +101,7 @@ def lopsided(separable, tmp_path_factory):
             }
         splits[split] = rows
     folder = tmp_path_factory.mktemp("lopsided") / "preferences"
-    write_preferences(folder, splits, labeller="words")
+    write_preferences(folder, splits, labeler="words")
     return folder
 
 

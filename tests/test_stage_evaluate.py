@@ -41,7 +41,7 @@ def test_pitfall_35_greedy_evaluation_has_no_kl_and_says_so(
     assert kl.note in write_report(tmp_path / "run").read_text()
 
 
-def summarised(policy, baseline):
+def summarized(policy, baseline):
     """The metrics of made-up gold scores; the proxy has them with the other sign."""
     n = len(policy)
     told = {
@@ -53,7 +53,7 @@ def summarised(policy, baseline):
     told |= {"cut": np.zeros(n)}
     scores = {"policy": policy, "baseline": baseline}
     answers = {who: told | {"gold": x, "proxy": -x} for who, x in scores.items()}
-    metrics = evaluate.summarise(answers)
+    metrics = evaluate.summarize(answers)
     return {name.removeprefix("evaluate/"): value for name, value in metrics.items()}
 
 
@@ -63,7 +63,7 @@ def test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named():
     policy = 9 * difficulty + 0.5 + 0.1 * effort
     baseline = 9 * difficulty + (np.arange(16) % 4 == 0)
     policy[:2] = baseline[:2]  # 2 ties, 3 prompts lost, 11 won
-    metrics, z = summarised(policy, baseline), 1.959963984540054
+    metrics, z = summarized(policy, baseline), 1.959963984540054
     for name, won in {"gold": 11 + 1, "proxy": 3 + 1}.items():
         center, half = won + z**2 / 2, z * np.sqrt(won * (16 - won) / 16 + z**2 / 4)
         expected = [
@@ -86,7 +86,7 @@ def test_pitfall_36_intervals_are_of_the_prompts_pairs_and_named():
 
 
 def test_one_prompt_has_a_rate_and_no_interval_of_a_mean():
-    metrics = summarised(np.ones(1), np.zeros(1))
+    metrics = summarized(np.ones(1), np.zeros(1))
     assert metrics["gold_win_rate"] == 1 and "gold_difference" not in metrics
 
 

@@ -208,7 +208,7 @@ def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
         "optim": dataclasses.replace(SGD, schedule="linear"),
         "baseline_decay": 0.8,
     }
-    options |= {"batch_size": 4, "completions": 1, "epochs": 2, "minibatches": 2}
+    options |= {"batch_size": 4, "samples_per_prompt": 1, "epochs": 2, "minibatches": 2}
     config = optimum.group_config(1, estimator="reinforce", **options)
     programs = group.programs(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
 
@@ -253,7 +253,7 @@ def test_a_surrogate_has_the_configs_clips_length_and_kl(name, place):
         estimator=name,
         clip=0.2,
         clip_high=0.4,
-        max_new=5,
+        max_new_tokens=5,
         kl=optimum.KLConfig(0.5, place=place),
     )
     logprobs = jnp.full((2, 3), -1.0)
@@ -308,7 +308,7 @@ def test_entropy_and_kl_join_the_loss_of_dapo():
 # ------------------------------------------------------------------ what counts
 
 
-SMALL = {"batch_size": 2, "completions": 4, "kl": optimum.KLConfig(0.0)}
+SMALL = {"batch_size": 2, "samples_per_prompt": 4, "kl": optimum.KLConfig(0.0)}
 
 
 @functools.cache
@@ -371,7 +371,7 @@ def test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone(estimato
     np.testing.assert_array_equal(counted.mask[:4], 0)
 
 
-def test_overlong_answers_are_left_out_or_penalised():
+def test_overlong_answers_are_left_out_or_penalized():
     episodes, pairs = crafted("dapo", overlong="leave_out")
     np.testing.assert_array_equal(episodes.mask.sum(1), [1, 1, 1, 1, 0, 0, 0, 2])
     assert (
@@ -435,7 +435,7 @@ def group_values(conversations, finished, estimator, **changes):
         "stage": "group",
         "estimator": estimator,
         "batch_size": 4,
-        "completions": 4,
+        "samples_per_prompt": 4,
         "epochs": 1,
         "minibatches": 2,
     }
@@ -562,7 +562,7 @@ def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(
 
 
 REFUSED = {
-    "compares at least 2": {"completions": 1, "batch_size": 8},
+    "compares at least 2": {"samples_per_prompt": 1, "batch_size": 8},
     "there can be grpo": {
         "estimator": "grpo",
         "kl": {"place": "loss", "estimator": "k3"},
@@ -581,7 +581,7 @@ REFUSED = {
         "baseline_decay": 1.0,
     },
     "has no groups": {"estimator": "reinforce", "only_informative": True},
-    "batch_size times completions=16": {"minibatches": 3},
+    "batch_size times samples_per_prompt=16": {"minibatches": 3},
 }
 
 
@@ -591,7 +591,7 @@ def test_what_cannot_be_meant_is_refused(message):
         "init_from": "x",
         "reward": "y",
         "prompt_length": 24,
-        "max_new": 8,
+        "max_new_tokens": 8,
         "batch_size": 4,
         "steps": 2,
     }
@@ -607,7 +607,7 @@ def test_the_estimators_are_those_of_algos():
         "init_from": "x",
         "reward": "y",
         "prompt_length": 8,
-        "max_new": 8,
+        "max_new_tokens": 8,
         "batch_size": 4,
         "steps": 1,
     }

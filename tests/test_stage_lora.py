@@ -15,7 +15,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.interop.peft import load_peft
 from rlhfjax.mesh import MeshConfig, make_layout
-from rlhfjax.models import lora, quantised
+from rlhfjax.models import lora, quantized
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import Recorder
 from rlhfjax.roles import DISK, Loaded, Models
@@ -300,7 +300,7 @@ def test_four_devices_give_what_one_gives(name, conversations, finished):
 
 
 @pytest.mark.slow
-def test_a_reward_model_with_adapters_is_normalised_by_its_head(
+def test_a_reward_model_with_adapters_is_normalized_by_its_head(
     conversations, finished, tmp_path
 ):
     """The merged model gives answers of the held-out split mean 0, as one that was trained whole; with dropout."""
@@ -331,7 +331,7 @@ def test_a_reward_model_with_adapters_is_normalised_by_its_head(
     )
 
 
-def test_direct_preference_optimisation_begins_at_its_reference(
+def test_direct_preference_optimization_begins_at_its_reference(
     conversations, finished
 ):
     """With the base as the reference every log ratio is 0 at first: the loss is log 2."""
@@ -378,7 +378,7 @@ def test_a_group_estimator_and_a_value_head_on_the_policys_trunk(
         "prompts",
         "eval_prompts",
         "prompt_length",
-        "max_new",
+        "max_new_tokens",
         "temperature",
         "steps",
     )
@@ -390,10 +390,10 @@ def test_a_group_estimator_and_a_value_head_on_the_policys_trunk(
     assert metrics[0]["policy_grad_norm"] > 0
 
 
-# ------------------------------------------------------------------ a quantised base
+# ------------------------------------------------------------------ a quantized base
 
 
-def test_the_base_is_quantised_once_for_policy_reference_and_value_function(
+def test_the_base_is_quantized_once_for_policy_reference_and_value_function(
     conversations, finished
 ):
     """QLoRA: every kernel of the layers has 4 bits, whoever uses it; what is trained is as ever."""
@@ -425,7 +425,7 @@ def test_the_base_is_quantised_once_for_policy_reference_and_value_function(
         pytest.param("int8", marks=pytest.mark.nightly),
     ),
 )
-def test_the_model_that_is_left_is_the_quantised_base_in_floats_and_its_adapters(
+def test_the_model_that_is_left_is_the_quantized_base_in_floats_and_its_adapters(
     kind, conversations, finished, tmp_path
 ):
     config = values("sft", conversations, finished, steps=2, lora={"base": kind})
@@ -435,8 +435,8 @@ def test_the_model_that_is_left_is_the_quantised_base_in_floats_and_its_adapters
         store.load(config["init_from"], ONE),
         store.load(tmp_path / "sft", ONE),
     )
-    rounded = quantised.wide(
-        quantised.base(before.params, before.model.axes(), kind), before.model.axes()
+    rounded = quantized.wide(
+        quantized.base(before.params, before.model.axes(), kind), before.model.axes()
     )
     model, adapters = load_peft(tmp_path / "sft" / "adapter", before.model)
     merged = names(
@@ -469,7 +469,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         started("pretrain", new)
     with pytest.raises(
         ConfigError,
-        match=r"lora.base='nf4': a base is quantised under adapters, and lora.rank=0",
+        match=r"lora.base='nf4': a base is quantized under adapters, and lora.rank=0",
     ):
         started(
             "sft",

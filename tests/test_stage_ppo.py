@@ -82,7 +82,7 @@ def apart(a, b):
 
 def test_forward_logprobs_are_the_samplers_in_float32():
     sampler = optimum.experience(*begin(), KEY)[1]
-    forward = optimum.experience(*begin(behaviour_logprobs="forward"), KEY)[1]
+    forward = optimum.experience(*begin(behavior_logprobs="forward"), KEY)[1]
     np.testing.assert_array_equal(sampler.tokens, forward.tokens)
     # what the first ratio may differ from 1 by
     np.testing.assert_allclose(forward.logprobs, sampler.logprobs, atol=2e-5)
@@ -90,7 +90,7 @@ def test_forward_logprobs_are_the_samplers_in_float32():
 
 def test_forward_logprobs_make_the_first_ratio_one_in_bfloat16():
     shape = dataclasses.replace(optimum.SHAPE, dtype="bfloat16")
-    _, episodes, metrics = iterate(*begin(shape, behaviour_logprobs="forward"))
+    _, episodes, metrics = iterate(*begin(shape, behavior_logprobs="forward"))
     assert metrics["first_ratio_max"] == pytest.approx(1, abs=1e-5)
     assert (
         episodes.logprobs.dtype == jnp.float32
@@ -248,7 +248,8 @@ def test_truncation_and_rejection(stop):
     """
     config = optimum.ppo_config(
         4,
-        **PLAIN | {"max_new": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)},
+        **PLAIN
+        | {"max_new_tokens": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)},
     )
     ids = Tokens(EOS, PAD, stop=stop)
     tokens = jnp.array(
@@ -300,7 +301,7 @@ def without_models(**changes):
     """(programs, state, known, rollout, scores): four responses, made-up logprobs and values."""
     own = {
         "batch_size": 4,
-        "max_new": 3,
+        "max_new_tokens": 3,
         "gamma": GAMMA,
         "lam": LAM,
         "kl": KLConfig(0.5),
@@ -691,7 +692,7 @@ def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updat
 
 def test_an_iteration_ends_with_the_coefficient_and_the_average():
     """8 episodes of 80, a mean KL of 2.2 for 2: beta (1 + 0.1 * 8 / 80). EMA: 0.9 * 1 + 0.1 * 2."""
-    options = {"batch_size": 2, "completions": 4, "ema": 0.9}
+    options = {"batch_size": 2, "samples_per_prompt": 4, "ema": 0.9}
     config = optimum.group_config(
         1, **options, kl=KLConfig(0.5, target=2.0, horizon=80)
     )
@@ -938,7 +939,7 @@ def test_the_average_begins_at_the_policy_and_is_what_is_kept(conversations, fin
 def test_four_devices_give_what_one_gives_with_every_option(conversations, finished):
     options = {
         "kl": {"coefficient": 0.1, "place": "loss", "estimator": "k3"},
-        "behaviour_logprobs": "forward",
+        "behavior_logprobs": "forward",
         "whiten_rewards": "minibatch",
         "target_kl": 1.0,
         "truncate": {"token": "e", "after": 1},
@@ -961,7 +962,7 @@ REFUSED = {
     "needs one; 10 to 20": {"kl": {"target": 2.0}},
     "is the group stage's": {"kl": {"place": "loss", "estimator": "grpo"}},
     "no response has an end": {"missing_eos": "penalty", "stop_at_eos": False},
-    "a response has max_new": {"truncate": {"token": ".", "after": 8}},
+    "a response has max_new_tokens": {"truncate": {"token": ".", "after": 8}},
     "it stops later updates": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
     "advantages exist only there": {
         "whiten_rewards": "minibatch",
@@ -986,7 +987,7 @@ def test_what_cannot_be_meant_is_refused(message):
         init_from="x",
         reward="y",
         prompt_length=24,
-        max_new=8,
+        max_new_tokens=8,
         batch_size=16,
         steps=2,
         **REFUSED[message],

@@ -107,7 +107,7 @@ def test_it_resumes_bit_for_bit_and_is_reported(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_it_reaches_the_optimum():
     """To 0.005 nats; three seeds ended within 0.001 (docs/optimum.md)."""
     logprobs, reference, rewards = optimum.last(optimum.algorithms(400)["REINFORCE++"])

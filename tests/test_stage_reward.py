@@ -1,4 +1,4 @@
-"""The reward stage beyond its default: losses by name, normalisation, recentring, ensembles."""
+"""The reward stage beyond its default: losses by name, normalization, recentring, ensembles."""
 
 import functools
 import json
@@ -163,11 +163,11 @@ def validation_rows(finished):
 @pytest.mark.parametrize(
     "how", ["none", pytest.param("mean", marks=pytest.mark.nightly), "mean_std"]
 )
-def test_normalised_before_training_has_mean_0_and_std_1_on_the_policys_answers(
+def test_normalized_before_training_has_mean_0_and_std_1_on_the_policys_answers(
     how, conversations, finished
 ):
     stage, first = started(
-        stage_values("reward", conversations, finished, normalise_before=how)
+        stage_values("reward", conversations, finished, normalize_before=how)
     )
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     model = store.describe(store.find(finished / "04_reward"))
@@ -197,14 +197,14 @@ def demonstration_rows(conversations, split, tokenizer, length=32):
     return rows
 
 
-def test_demonstrations_score_0_when_normalised_on_them(conversations, finished):
+def test_demonstrations_score_0_when_normalized_on_them(conversations, finished):
     """What is logged is of the rewards before: means of demonstrations and of held-out answers."""
     demonstrations = (chats(conversations, "test"),)
     values = stage_values(
         "reward",
         conversations,
         finished,
-        normalise="demonstrations",
+        normalize="demonstrations",
         demonstrations=demonstrations,
     )
     stage, first = started(values)
@@ -239,36 +239,36 @@ def test_demonstrations_score_0_when_normalised_on_them(conversations, finished)
 def test_demonstrations_without_their_sources_are_refused(conversations, finished):
     with pytest.raises(ConfigError, match="demonstrations"):
         started(
-            stage_values("reward", conversations, finished, normalise="demonstrations")
+            stage_values("reward", conversations, finished, normalize="demonstrations")
         )
 
 
-def test_pitfall_36_a_reward_of_nan_centres_nothing(finished, tmp_path, monkeypatch):
+def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypatch):
     """Only a completion that exists counts; a mean of NaN would be the bias of the new model."""
     rewards, valid = (
         np.array([[1.0, np.nan], [np.nan, 2.0]]),
         np.array([[1.0, 0.0], [1.0, 1.0]]),
     )
     samples = {"rewards": rewards, "valid": valid}
-    monkeypatch.setattr(stages.find("recentre"), "_samples", lambda *_: samples)
+    monkeypatch.setattr(stages.find("recenter"), "_samples", lambda *_: samples)
     said = (
-        r"^recentre\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
+        r"^recenter\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
     )
     with pytest.raises(DataError, match=said):
-        recentre(finished, tmp_path, preferences=("anything",), length=32)
-    assert not (tmp_path / "recentred" / "model").exists()
+        recenter(finished, tmp_path, preferences=("anything",), length=32)
+    assert not (tmp_path / "recenterd" / "model").exists()
 
 
-def recentre(finished, tmp_path, **values):
+def recenter(finished, tmp_path, **values):
     config = stage_config(
-        "recentre", init_from=str(finished / "04_reward"), batch_size=8, **values
+        "recenter", init_from=str(finished / "04_reward"), batch_size=8, **values
     )
-    recipe.run(config, tmp_path / "recentred")
-    return store.load(tmp_path / "recentred", ONE)
+    recipe.run(config, tmp_path / "recenterd")
+    return store.load(tmp_path / "recenterd", ONE)
 
 
 def test_recentring_moves_the_bias_alone(conversations, finished, saved, tmp_path):
-    new = recentre(
+    new = recenter(
         finished,
         tmp_path,
         demonstrations=(chats(conversations, "validation"),),
@@ -288,13 +288,13 @@ def test_recentring_on_a_policys_answers_and_on_completions(
     conversations, finished, saved, tmp_path
 ):
     sampling = {
-        k: tiny.SAMPLING[k] for k in ("prompt_length", "max_new", "temperature")
+        k: tiny.SAMPLING[k] for k in ("prompt_length", "max_new_tokens", "temperature")
     }
     prompts = {
         "source": chats(conversations, "test"),
         "limit": 6,
     }  # fewer than a batch: fillers must not count
-    new = recentre(
+    new = recenter(
         finished,
         tmp_path / "a",
         policy=str(finished / "02_sft"),
@@ -302,13 +302,13 @@ def test_recentring_on_a_policys_answers_and_on_completions(
         **sampling,
     )
     again = stage_config(
-        "recentre", init_from=str(tmp_path / "a" / "recentred"), batch_size=8, policy=str(finished / "02_sft"),
+        "recenter", init_from=str(tmp_path / "a" / "recenterd"), batch_size=8, policy=str(finished / "02_sft"),
         prompts=prompts, **sampling,
     )  # fmt: skip
-    assert abs(recipe.run(again, tmp_path / "again")["recentre/reference_mean"]) < 2e-5
+    assert abs(recipe.run(again, tmp_path / "again")["recenter/reference_mean"]) < 2e-5
     assert float(new.params["head"]["bias"]) != float(saved.params["head"]["bias"])
     folder = str(finished / "03_collect" / "preferences")
-    new = recentre(finished, tmp_path / "b", preferences=(folder,), length=32)
+    new = recenter(finished, tmp_path / "b", preferences=(folder,), length=32)
     lines = (
         (finished / "03_collect" / "preferences" / "train.jsonl")
         .read_text()
@@ -329,7 +329,7 @@ def test_recentring_needs_exactly_one_kind_of_samples(finished, tmp_path):
     with pytest.raises(
         ConfigError, match="one of policy, preferences and demonstrations"
     ):
-        recentre(finished, tmp_path, length=32)
+        recenter(finished, tmp_path, length=32)
 
 
 # ------------------------------------------------------------------ ensembles

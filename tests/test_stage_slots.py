@@ -26,7 +26,9 @@ def lines(path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"slots": 8}, {"prompt_buckets": 4}], ids=["slots", "buckets"]
+    "options",
+    [{"decode_batch": 8}, {"prompt_buckets": 4}],
+    ids=["decode_batch", "buckets"],
 )
 def test_collect_draws_the_same_answers(options, conversations, finished, tmp_path):
     recipe.run(stage_values("collect", conversations, finished, **options), tmp_path)
@@ -113,7 +115,9 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
 @pytest.mark.slow
 def test_evaluate_draws_the_same_answers(conversations, finished, tmp_path):
     recipe.run(
-        stage_values("evaluate", conversations, finished, slots=4, prompt_buckets=3),
+        stage_values(
+            "evaluate", conversations, finished, decode_batch=4, prompt_buckets=3
+        ),
         tmp_path,
     )
     for name in ("policy", "baseline"):
@@ -127,11 +131,14 @@ def test_evaluate_draws_the_same_answers(conversations, finished, tmp_path):
 def test_a_pool_is_the_same_in_slots_and_without_shared_prompts(
     conversations, finished, tmp_path, monkeypatch
 ):
-    recipe.run_stage(pools.values(conversations, finished, slots=4), tmp_path / "slots")
+    recipe.run_stage(
+        pools.values(conversations, finished, decode_batch=4), tmp_path / "decode_batch"
+    )
     monkeypatch.setattr(best_of_n, "_same_prompt", lambda config: 1)
     recipe.run_stage(pools.values(conversations, finished), tmp_path / "alone")
     one, other = (
-        lines(tmp_path / folder / "scores.jsonl") for folder in ("slots", "alone")
+        lines(tmp_path / folder / "scores.jsonl")
+        for folder in ("decode_batch", "alone")
     )
     for a, b in zip(one, other, strict=True):
         assert a["length"] == b["length"]
@@ -146,22 +153,25 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
                 init_from="",
                 proxy="",
                 prompt_length=1,
-                max_new=1,
+                max_new_tokens=1,
                 pool=pool,
                 batch_size=batch,
             )
-            each = best_of_n._same_prompt(config)
+            samples_per_prompt = best_of_n._same_prompt(config)
             for first in range(0, 5 * pool, batch):
                 prompts = (
                     np.minimum(np.arange(first, first + batch), 5 * pool - 1) // pool
                 )
-                assert (prompts.reshape(-1, each) == prompts[::each, None]).all()
+                assert (
+                    prompts.reshape(-1, samples_per_prompt)
+                    == prompts[::samples_per_prompt, None]
+                ).all()
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, pytest.param({"slots": 8}, marks=pytest.mark.nightly)],
-    ids=["all", "slots"],
+    [{}, pytest.param({"decode_batch": 8}, marks=pytest.mark.nightly)],
+    ids=["all", "decode_batch"],
 )
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
     """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
@@ -170,8 +180,8 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
     )
     sampled, shared = rollout.sampled, []
 
-    def alone(*args, each):
-        shared.append(each)
+    def alone(*args, samples_per_prompt):
+        shared.append(samples_per_prompt)
         return sampled(*args)
 
     monkeypatch.setattr(rollout, "sampled", alone)
@@ -189,19 +199,22 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("stage", "slots", "message"),
+    ("stage", "decode_batch", "message"),
     [
-        ("ppo", -4, "ppo.slots=-4: expected int >= 0"),
+        ("ppo", -4, "ppo.decode_batch=-4: expected int >= 0"),
         (
             "collect",
             3,
-            "collect.slots=3: 0 .off., or at least the 4 answers to a prompt",
+            "collect.decode_batch=3: 0 .off., or at least the 4 answers to a prompt",
         ),
-        ("evaluate", 6, "evaluate.slots=6 is not divisible by the 4 devices"),
+        ("evaluate", 6, "evaluate.decode_batch=6 is not divisible by the 4 devices"),
     ],
 )
 def test_slots_that_cannot_be_are_refused(
-    stage, slots, message, conversations, finished, tmp_path
+    stage, decode_batch, message, conversations, finished, tmp_path
 ):
     with pytest.raises(ConfigError, match=message):
-        recipe.run(stage_values(stage, conversations, finished, slots=slots), tmp_path)
+        recipe.run(
+            stage_values(stage, conversations, finished, decode_batch=decode_batch),
+            tmp_path,
+        )

@@ -247,7 +247,7 @@ def three_steps(conversations, finished):
 
 
 def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(three_steps):
-    """Also when the policy has moved: the behaviour policy is the one at the start of the iteration."""
+    """Also when the policy has moved: the behavior policy is the one at the start of the iteration."""
     assert three_steps[2]["kl"] > 1e-3  # it has moved
     for metrics in three_steps:
         assert abs(metrics["first_ratio_max"] - 1) < 2e-5

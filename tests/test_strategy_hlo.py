@@ -144,7 +144,7 @@ def assert_state_stays_split(program, compiled, mesh):
         for n in STRATEGIES
     ],
 )
-def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised):
+def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized):
     small_chunks(monkeypatch, STRATEGIES[name])
     model, mesh, (step,) = sketched("sft", STRATEGIES[name])
     compiled = step.lower().compile()
@@ -177,7 +177,7 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimised
 
 @SLOW
 @pytest.mark.parametrize("name", ["context"])
-def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimised):
+def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized):
     """All five programs, four models: no array with a vocabulary axis in a collective but matrices of parameters.
 
     Products of all devices together are those of one, but for what a decode step's one slot cannot share.

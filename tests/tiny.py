@@ -11,7 +11,7 @@ from rlhfjax.stages import stage_config
 
 STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 VOCAB = 320
-SAMPLING = {"prompt_length": 24, "max_new": 8, "temperature": 0.9}
+SAMPLING = {"prompt_length": 24, "max_new_tokens": 8, "temperature": 0.9}
 OPTIM = {"learning_rate": 3e-3, "warmup_steps": 2}
 
 
@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.collect = stage_config(
         "collect",
         init_from="stage:sft",
-        labeller="gold:sentiment",
+        labeler="gold:sentiment",
         prompts={"source": chats("train"), "limit": 24},
         eval_prompts={"source": chats("validation"), "limit": 8},
         batch_size=8,

@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init_from="stage:sft",
         reward="gold:sentiment",
         batch_size=8,
-        completions=2,
+        samples_per_prompt=2,
         **prompts,
         **loop,
         **tiny.SAMPLING,

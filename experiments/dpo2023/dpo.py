@@ -1,4 +1,4 @@
-"""Direct preference optimisation: summaries of TL;DR, or controlled sentiment; at toy size on embedded dialogue.
+"""Direct preference optimization: summaries of TL;DR, or controlled sentiment; at toy size on embedded dialogue.
 
 Paper: Rafailov et al. 2023 (arXiv 2305.18290). Expected there: TL;DR summaries preferred to the reference in 61% of
   comparisons by GPT-4 at temperature 0 (PPO: 57%), section 6.2. Not the quantity that the toy measures.
@@ -86,7 +86,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 def toy(arg: ConfigDict) -> ConfigDict:
     """The quickstart up to its collected answers; DPO on them; best-of-n beside it, and both against the start."""
     config = TOY["quickstart"](arg.seed, until="collect")
-    collect = TOY["collect"](arg.seed, completions=4, prompts=1024, held_out=96)
+    collect = TOY["collect"](arg.seed, samples_per_prompt=4, prompts=1024, held_out=96)
     dpo = TOY["ranked"](
         "direct",
         collect,
@@ -98,7 +98,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
     )
     best_of_n = TOY["best_of_n"](
         arg.seed, proxy="gold:sentiment"
-    )  # the labeller itself: the most picking can buy
+    )  # the labeler itself: the most picking can buy
     evaluate = TOY["evaluate"](arg.seed, policy="stage:dpo", proxy=None)
     return TOY["add"](
         config, collect=collect, dpo=dpo, best_of_n=best_of_n, evaluate=evaluate

@@ -4,7 +4,7 @@ Paper: Anthony et al. 2017 (arXiv 1705.08439); on language ReST (Gulcehre et al.
   the rejection sampling of Llama 2 (Touvron et al. 2023, section 3.2.3), which keeps the best of K by its reward model.
   None publishes numbers for a model of this size: every one below is our choice.
 Command: rlhfjax run --config=experiments/expert_iteration/recipe.py --workdir=runs/expert_iteration
-Variants: :size=toy, the quickstart at its smallest; :rounds=3; :completions=16 (K); :keep=2; :seed=1. The labeller is
+Variants: :size=toy, the quickstart at its smallest; :rounds=3; :samples_per_prompt=16 (K); :keep=2; :seed=1. The labeler is
   the quickstart's gold reward itself.
 Hardware: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
@@ -24,7 +24,7 @@ VARIANTS = ("", "rounds=3", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="full", rounds=2, completions=8, keep=1, seed=0)
+    arg = parse_arg(arg, size="full", rounds=2, samples_per_prompt=8, keep=1, seed=0)
     if arg.size not in SIZES or arg.rounds < 1:
         raise ConfigError(
             f"size={arg.size},rounds={arg.rounds}: sizes are full, toy; at least 1 round"
@@ -50,7 +50,7 @@ def add_round(config: ConfigDict, arg: ConfigDict, policy: str, i: int) -> str:
         {"init_from": f"stage:{policy}", "seed": arg.seed + i},
     )
     collect, tuned = quickstart.collect, quickstart.sft
-    collect.update(completions=arg.completions, **changes)
+    collect.update(samples_per_prompt=arg.samples_per_prompt, **changes)
     if arg.size == "toy":
         collect.prompts.limit = 384
     collect.prompts.per_conversation = 3

@@ -1,4 +1,4 @@
-"""Over-optimisation, step 5: best-of-n by a proxy, measured by the gold model; at toy size on embedded dialogue.
+"""Over-optimization, step 5: best-of-n by a proxy, measured by the gold model; at toy size on embedded dialogue.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL), nats:
   R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy peaks near 0.50 at
@@ -61,7 +61,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompts={"source": prompts, "limit": 256},  # our choice
         pool=arg.pool,  # section 3: the form was found up to n = 1,000 and held up to 60,000
         prompt_length=COLLECT["PROMPT"],
-        max_new=COLLECT["ANSWER"],
+        max_new_tokens=COLLECT["ANSWER"],
         temperature=1.0,  # unpublished; InstructGPT
         batch_size=256,
         seed=arg.seed,

@@ -1,4 +1,4 @@
-"""Over-optimisation, step 3: comparisons by the gold model of the policy's answers; at toy size on embedded dialogue.
+"""Over-optimization, step 3: comparisons by the gold model of the policy's answers; at toy size on embedded dialogue.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 2. Expected there: below about 2,000 comparisons proxies of every
   size are near chance.
@@ -48,14 +48,14 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "collect",
         init_from=f"runs/gao2022/{arg.policy}/sft",
-        labeller="runs/gao2022/gold",  # section 2: the better one by gold, always; sampling the label was noisier
+        labeler="runs/gao2022/gold",  # section 2: the better one by gold, always; sampling the label was noisier
         # One pair a prompt. InstructGPT has fewer prompts than this (31,144 in its table 6); whether the paper repeats
         # prompts or has others is unpublished, and a file with fewer gives fewer pairs.
         prompts={"source": prompts, "limit": arg.pairs or PAIRS},
         eval_prompts={"source": {**prompts, "split": "validation"}, "limit": HELD_OUT},
-        completions=2,
+        samples_per_prompt=2,
         prompt_length=PROMPT,
-        max_new=ANSWER,
+        max_new_tokens=ANSWER,
         temperature=1.0,  # unpublished; PPO's in InstructGPT
         batch_size=64,
         seed=arg.seed,
@@ -70,6 +70,10 @@ def toy(seed: int, pairs: int = TOY_PAIRS) -> ConfigDict:
     config = runpy.run_path(str(HERE / "gold.py"))["toy"](seed)
     # seed + 1: other answers than the gold model's
     collect = TOY["collect"](
-        seed + 1, completions=2, prompts=pairs, held_out=192, labeller="stage:gold"
+        seed + 1,
+        samples_per_prompt=2,
+        prompts=pairs,
+        held_out=192,
+        labeler="stage:gold",
     )
     return TOY["add"](config, collect=collect)

@@ -1,4 +1,4 @@
-"""Over-optimisation, step 6: PPO against a proxy without a KL penalty, measured by the gold model; and at toy size.
+"""Over-optimization, step 6: PPO against a proxy without a KL penalty, measured by the gold model; and at toy size.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d = sqrt(KL), nats:
   R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to 18 and is back to 0 near 95,
@@ -58,7 +58,7 @@ def algorithm(arg: ConfigDict) -> dict:
         "value": "policy",  # unpublished; a proxy may be far smaller than the policy
         "value_clip": 0.2,  # unpublished
         "value_coefficient": 0.1,  # unpublished
-        "whiten_advantages": "batch",  # unpublished; WebGPT's table 7 has them normalised. A minibatch has two episodes
+        "whiten_advantages": "batch",  # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
         "temperature": 1.0,  # unpublished; InstructGPT
     }
 
@@ -89,7 +89,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
             "limit": 512,
         },  # our choice
         prompt_length=COLLECT["PROMPT"],
-        max_new=COLLECT["ANSWER"],
+        max_new_tokens=COLLECT["ANSWER"],
         batch_size=BATCH,
         minibatches=MINIBATCHES,
         steps=1000,  # unpublished; stop by hand where the curve has turned (the paper's figures end near KL 100)
@@ -104,7 +104,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The toy's proxy, PPO without a penalty until it is over-optimised, best-of-n beside it."""
+    """The toy's proxy, PPO without a penalty until it is over-optimized, best-of-n beside it."""
     config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](
         arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]
     )

@@ -1,4 +1,4 @@
-"""Over-optimisation, step 4: proxy reward models of many sizes from the gold model's comparisons; and at toy size.
+"""Over-optimization, step 4: proxy reward models of many sizes from the gold model's comparisons; and at toy size.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 2, appendix C.
 Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m --workdir=runs/gao2022/1.2b/proxy_85m_90000
@@ -75,7 +75,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # Section 2 afterwards sets every proxy's mean over the initial policy's answers to 0, as here, and its scale so
         # that the cross-entropy to soft labels is least, which is left out: neither changes what best-of-n picks, nor
         # PPO's whitened advantages.
-        normalise="mean",
+        normalize="mean",
         eval_every=max(1, steps // 4),
         checkpoint={"every": max(1, steps // 4), "minutes": 15.0},
         seed=arg.seed,
@@ -104,7 +104,7 @@ def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
         batch_size=16,
         init_from="stage:small",
         loss={"name": "bradley_terry"},
-        normalise="mean_std",
+        normalize="mean_std",
         seed=seed,
         optim={"learning_rate": 3e-3, "warmup_steps": 4, "final_fraction": 0.1},
     )

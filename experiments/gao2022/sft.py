@@ -1,4 +1,4 @@
-"""Over-optimisation, step 1: the policy that everything is sampled from; at toy size on embedded dialogue.
+"""Over-optimization, step 1: the policy that everything is sampled from; at toy size on embedded dialogue.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section 2.
 Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b --workdir=runs/gao2022/1.2b/sft

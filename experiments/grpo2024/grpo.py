@@ -76,12 +76,12 @@ def paper(arg: ConfigDict) -> ConfigDict:
                 "split": "all",
             }
         },
-        completions=GROUP,
+        samples_per_prompt=GROUP,
         batch_size=BATCH // GROUP,
         epochs=1,  # section 4.2: a single update after each exploration
         minibatches=1,
         prompt_length=512,  # unpublished; 1024 is the limit of the whole, halved here
-        max_new=512,  # section 4.2: maximal length 1024
+        max_new_tokens=512,  # section 4.2: maximal length 1024
         temperature=1.0,  # unpublished; our choice
         steps=QUESTIONS
         // (BATCH // GROUP),  # unpublished; one pass over the questions, our choice
@@ -105,7 +105,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
     policy = TOY["policy"](
         "group",
         arg.seed,
-        completions=8,
+        samples_per_prompt=8,
         batch_size=8,
         missing_eos="penalty",  # as the quickstart: a small model has to learn to end
         optim={

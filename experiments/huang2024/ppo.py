@@ -2,7 +2,7 @@
 
 Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there, win rate against the
   reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B between 20 and 62 % over four seeds (two of them
-  over-optimised, KL 50 to 85 nats), 2.8B 70 to 75 %, 6.9B 75 to 78 %. The toy measures nothing of the kind.
+  over-optimized, KL 50 to 85 nats), 2.8B 70 to 75 %, 6.9B 75 to 78 %. The toy measures nothing of the kind.
 Command: rlhfjax train --config=experiments/huang2024/ppo.py:size=1b --workdir=runs/huang2024/1b/ppo
   rlhfjax run --config=experiments/huang2024/ppo.py:size=toy --workdir=runs/huang2024/toy
 Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(**changes) -> dict:
-    """The paper's table of hyper-parameters, which is the code's as well; policy and value share an optimiser."""
+    """The paper's table of hyper-parameters, which is the code's as well; policy and value share an optimizer."""
     optim = SFT["optim"](
         schedule="linear", **changes
     )  # the table, and the code's loop, whatever its flag says
@@ -81,7 +81,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompt_length=SFT[
             "PROMPT"
         ],  # the code cuts a post at a paragraph; here it loses its beginning
-        max_new=SFT["RESPONSE"],
+        max_new_tokens=SFT["RESPONSE"],
         batch_size=BATCH,
         steps=EPISODES // BATCH,
         eval_every=100,

@@ -1,7 +1,7 @@
 """The N+ details, step 2: a reward model from TL;DR's comparisons; at toy size on embedded dialogue.
 
 Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there, accuracy on TL;DR's
-  validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +- 0.004. The toy's labeller is a program.
+  validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +- 0.004. The toy's labeler is a program.
 Command: rlhfjax train --config=experiments/huang2024/reward.py:size=1b --workdir=runs/huang2024/1b/reward
   rlhfjax run --config=experiments/huang2024/reward.py:size=toy --workdir=runs/huang2024/toy_reward
 Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
@@ -38,7 +38,7 @@ def algorithm(**changes) -> dict:
     """What does not depend on the size. The scalar head starts at N(0, 1 / sqrt(d + 1)) and looks at the eos."""
     return {
         "loss": {"name": "bradley_terry"},
-        "normalise": "demonstrations",  # detail 15: a bias so that the reference summaries score 0 on average
+        "normalize": "demonstrations",  # detail 15: a bias so that the reference summaries score 0 on average
         "optim": SFT["optim"](**changes),
     }
 
@@ -63,8 +63,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy SFT, 1,024 pairs ranked by the quickstart's labeller, one epoch on them."""
-    collect = TOY["collect"](seed, completions=2, prompts=1024, held_out=192)
+    """The toy SFT, 1,024 pairs ranked by the quickstart's labeler, one epoch on them."""
+    collect = TOY["collect"](seed, samples_per_prompt=2, prompts=1024, held_out=192)
     demonstrations = ({**collect.eval_prompts.source, "split": "validation"},)
     own = {"demonstrations": demonstrations, **algorithm(learning_rate=1e-3)}
     return TOY["add"](

@@ -99,7 +99,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's SFT with this optimiser."""
+    """The quickstart's SFT with this optimizer."""
     config = TOY["tuned"](seed)
     config.sft.optim.update(optim(learning_rate=1e-3))
     return config

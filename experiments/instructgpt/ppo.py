@@ -1,7 +1,7 @@
 """InstructGPT, step 3: PPO against the reward model, with pretraining gradients mixed in (PPO-ptx) or without.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 and appendix C.4. Expected there for 175B: preferred to GPT-3 in
-  85 +- 3 % (section 4.1). The toy measures a programmed labeller's score, which is something else.
+  85 +- 3 % (section 4.1). The toy measures a programmed labeler's score, which is something else.
 Command: rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b --workdir=runs/instructgpt/1.3b/ppo_ptx
   rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b,ptx=false --workdir=runs/instructgpt/1.3b/ppo
   rlhfjax run --config=experiments/instructgpt/ppo.py:size=toy --workdir=runs/instructgpt/toy
@@ -126,7 +126,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
             "limit": 512,
         },  # our choice
         prompt_length=1024,  # appendix C: "1k"; longer prompts were dropped, here they lose their oldest turns
-        max_new=1024,  # appendix C: "1k"
+        max_new_tokens=1024,  # appendix C: "1k"
         batch_size=BATCH,
         steps=ITERATIONS,
         # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the embedding are 29 x 1,733.

@@ -94,7 +94,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's text and width, the architecture and optimiser of GPT-3."""
+    """The quickstart's text and width, the architecture and optimizer of GPT-3."""
     config = TOY["quickstart"](seed, until="sft")
     steps, rows = config.pretrain.steps, config.pretrain.batch_size
     config.pretrain.model.update(

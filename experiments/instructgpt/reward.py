@@ -2,7 +2,7 @@
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4 +- 0.4 % on
   comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section 4.1; appendix E.2 prints the two
-  the other way round). The toy's labeller is a program.
+  the other way round). The toy's labeler is a program.
 Command: rlhfjax train --config=experiments/instructgpt/reward.py --workdir=runs/instructgpt/6.7b/reward
   rlhfjax run --config=experiments/instructgpt/reward.py:size=toy --workdir=runs/instructgpt/toy_reward
 Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one 6B reward model for
@@ -42,7 +42,7 @@ def algorithm(**changes) -> dict:
         "loss": {
             "name": "kwise"
         },  # eq. 1: all pairs of a prompt are one element; ties are dropped
-        "normalise": "demonstrations",  # section 3.5: a bias so that the labelers' demonstrations score 0 on average
+        "normalize": "demonstrations",  # section 3.5: a bias so that the labelers' demonstrations score 0 on average
         "optim": {
             "name": "adam",
             "learning_rate": 9e-6,  # C.2; insensitive to 50 % more or less
@@ -86,10 +86,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeller, one epoch on them."""
+    """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeler, one epoch on them."""
     config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
     # between section 3.5's 4 and 9 answers
-    collect = TOY["collect"](seed, completions=6, prompts=1024, held_out=192)
+    collect = TOY["collect"](seed, samples_per_prompt=6, prompts=1024, held_out=192)
     own = {
         "overrides": {"dropout": 0.0},
         "demonstrations": ({**collect.eval_prompts.source, "split": "validation"},),

@@ -1,6 +1,6 @@
 """The quickstart: raw text to an aligned chat model on a laptop's CPU.
 
-Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeller is *simulated* by a
+Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeler is *simulated* by a
   gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
 Command: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
 Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed. `rlhfjax sweep` with the
@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         }
 
     text = ({"spec": "tfds:kjv", "split": "train"}, chats("train"))
-    sampling = {"prompt_length": prompt, "max_new": answer, "temperature": 1.0}
+    sampling = {"prompt_length": prompt, "max_new_tokens": answer, "temperature": 1.0}
 
     config = ConfigDict({"stages": STAGES})
     config.tokenizer = stage_config("tokenizer", sources=text, vocab_size=vocab)
@@ -86,10 +86,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.collect = stage_config(
         "collect",
         init_from="stage:sft",
-        labeller="gold:sentiment",
+        labeler="gold:sentiment",
         prompts={"source": chats("train"), "limit": 128 if smoke else 2048},
         eval_prompts={"source": chats("validation"), "limit": 32 if smoke else 192},
-        completions=4,
+        samples_per_prompt=4,
         batch_size=32,
         seed=arg.seed,
         **sampling,
@@ -104,7 +104,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_every=10 if smoke else 64,
         checkpoint={"every": 10 if smoke else 64},
         seed=arg.seed,
-        normalise="mean_std",
+        normalize="mean_std",
         optim={"learning_rate": 5e-4, "warmup_steps": 10, "final_fraction": 0.1},
     )
     config.ppo = stage_config(

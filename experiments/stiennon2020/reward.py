@@ -33,7 +33,7 @@ def algorithm(demonstrations: tuple) -> dict:
     """What makes this reward model the paper's, at any size."""
     return {
         "loss": {"name": "bradley_terry"},  # section 3.4
-        "normalise": "demonstrations",  # appendix B.1: shifted so that the reference summaries score 0 on average
+        "normalize": "demonstrations",  # appendix B.1: shifted so that the reference summaries score 0 on average
         "demonstrations": demonstrations,
     }
 
@@ -69,10 +69,14 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small model's answers in pairs, compared by the quickstart's labeller; people's own answers score 0."""
+    """The small model's answers in pairs, compared by the quickstart's labeler; people's own answers score 0."""
     config = SFT["toy"](arg)
     collect = TOY["collect"](
-        arg.seed, completions=2, prompts=2048, held_out=96, **SFT["sampling"](arg)
+        arg.seed,
+        samples_per_prompt=2,
+        prompts=2048,
+        held_out=96,
+        **SFT["sampling"](arg),
     )
     reward = TOY["ranked"](
         "reward",

@@ -1,4 +1,4 @@
-"""The supervised policies of Stiennon et al.: posts of TL;DR summarised as their authors did; at toy size on dialogue.
+"""The supervised policies of Stiennon et al.: posts of TL;DR summarized as their authors did; at toy size on dialogue.
 
 Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1; lengths from the released code,
   summarize-from-feedback.
@@ -88,7 +88,7 @@ def sampling(arg: ConfigDict) -> dict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart up to its fine-tuning, with this stage's optimiser."""
+    """The quickstart up to its fine-tuning, with this stage's optimizer."""
     config = TOY["quickstart"](arg.seed, until="collect")
     config.sft.optim.update({**adam(1e-3, "cosine"), "weight_decay": 0.0})
     return config

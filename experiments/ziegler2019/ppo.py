@@ -2,7 +2,7 @@
 target for style, its coefficient fixed for summaries. At toy size on dialogue.
 
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 3; and its released code, lm-human-preferences
-  (launch.py, train_policy.py), which has other sizes, batches and learning rates. Expected there, by human labellers:
+  (launch.py, train_policy.py), which has other sizes, batches and learning rates. Expected there, by human labelers:
   sentiment preferred to zero-shot by 86%, TL;DR to the reference by 96%, CNN/DM by 84%. Not what the toy measures.
 Command: rlhfjax train --config=experiments/ziegler2019/ppo.py:task=tldr --workdir=runs/ziegler2019/774m/tldr/ppo
   rlhfjax run --config=experiments/ziegler2019/ppo.py:size=toy --workdir=runs/ziegler2019/toy
@@ -96,7 +96,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         prompts=prompts("train"),
         eval_prompts={**prompts("validation"), "limit": 1024},
         prompt_length=REWARD["QUERY"][kind],
-        max_new=REWARD["RESPONSE"][kind],
+        max_new_tokens=REWARD["RESPONSE"][kind],
         temperature=REWARD["TEMPERATURE"][arg.task],
         stop_at_eos=False,  # the code: every sample has its full length
         # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code, a line break after
@@ -110,7 +110,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         log={"every": 1},
         seed=arg.seed,
         optim=optim,
-        value_optim=optim,  # the code has one optimiser for policy and value
+        value_optim=optim,  # the code has one optimizer for policy and value
         **algorithm(arg, numbers["batch_size"]),
     )
 

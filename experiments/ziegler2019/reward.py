@@ -94,8 +94,8 @@ def loss() -> dict:
     """What makes this reward model the paper's, at any size."""
     return {
         "loss": {"name": "best_of_k"},  # eq. 1
-        "normalise_before": "mean_std",  # the code; of the paper only the second is known
-        "normalise": "mean_std",  # section 2.2: mean 0, variance 1 on samples of the policy at its start
+        "normalize_before": "mean_std",  # the code; of the paper only the second is known
+        "normalize": "mean_std",  # section 2.2: mean 0, variance 1 on samples of the policy at its start
     }
 
 
@@ -119,10 +119,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """A small language model's answers, four to a prompt, the best picked by the quickstart's labeller."""
+    """A small language model's answers, four to a prompt, the best picked by the quickstart's labeler."""
     config = SFT["toy"](arg)
     collect = TOY["collect"](
-        arg.seed, completions=4, prompts=1024, held_out=96, **sampling(arg)
+        arg.seed, samples_per_prompt=4, prompts=1024, held_out=96, **sampling(arg)
     )
     # section 2.2, for style: 8
     reward = TOY["ranked"](
@@ -136,7 +136,7 @@ def sampling(arg: ConfigDict) -> dict:
     length = RESPONSE["style"] if KIND[arg.task] == "style" else 32
     return {
         **TOY["sampling"](arg.seed),
-        "max_new": length,
+        "max_new_tokens": length,
         "temperature": TEMPERATURE[arg.task],
         "stop_at_eos": False,
         "truncate": {"token": ".", "after": length - 8, "value": -1.0},

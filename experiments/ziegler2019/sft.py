@@ -59,7 +59,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "pretrain" if KIND[arg.task] == "style" else "sft",
         init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
-        # Of this stage no number is known to us: batch and optimiser are those with which GPT-1 was fine-tuned
+        # Of this stage no number is known to us: batch and optimizer are those with which GPT-1 was fine-tuned
         # (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are our choice.
         length=1024,
         batch_size=32,

@@ -17,7 +17,7 @@ def gae(
     gamma: Scalar,
     lam: Scalar,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Generalised advantage estimation along the counted tokens of each row.
+    """Generalized advantage estimation along the counted tokens of each row.
 
     With t+1 the *next counted* token of the row:
       delta_t = r_t + gamma V_{t+1} - V_t

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives: a policy from preferences, without a reward model or samples.
+"""Direct preference optimization and its relatives: a policy from preferences, without a reward model or samples.
 
 Arguments are log-probabilities of whole responses, [n] for n pairs: `sequence_logprobs` (sums over tokens) for DPO,
 cDPO, IPO and KTO, `mean_logprobs` for ORPO and SimPO. `weight` [n] is 1 on pairs that exist, 0 on padding.

@@ -90,7 +90,7 @@ def last_token(mask: Float[Array, "b t"]) -> Float[Array, "b t"]:
 
 
 def token_mean(x: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
-    """(sum, weight) of the mean over all counted tokens: long rows count more. PPO, language modelling, DAPO."""
+    """(sum, weight) of the mean over all counted tokens: long rows count more. PPO, language modeling, DAPO."""
     return masked_sum(x, mask), jnp.sum(mask)
 
 

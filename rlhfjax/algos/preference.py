@@ -1,6 +1,6 @@
 """Losses of a reward model over the K completions of each prompt.
 
-`rewards` [p, k] are the model's, `labels` [p, k] the labeller's (higher is better: pass minus the
+`rewards` [p, k] are the model's, `labels` [p, k] the labeler's (higher is better: pass minus the
 rank for ranks), `valid` [p, k] is 1 on completions that exist, so that K may differ between
 prompts. `same` [p, k] has equal numbers where completions of a prompt have the same tokens, by
 themselves or because they were cut: whatever their labels are, such a pair says nothing and weighs
@@ -31,7 +31,7 @@ def untied_pairs(
     valid: Float[Array, "p k"],
     same: Int[Array, "p k"] | None = None,
 ) -> Float[Array, "p k k"]:
-    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labelled
+    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labeled
     strictly better."""
     labels = jnp.where(valid > 0, labels, 0)
     better = labels[:, :, None] > labels[:, None, :]
@@ -60,7 +60,7 @@ def kwise_loss(
 
     Args:
       rewards: r(x, y_i), one forward pass a completion.
-      labels: the labeller's score of each completion, higher is better.
+      labels: the labeler's score of each completion, higher is better.
       valid: 1 on completions that exist.
       same: equal where completions have the same tokens.
 

@@ -30,7 +30,7 @@ def margin_loss(
     margin: Float[Array, "n"],
     weight: Float[Array, "n"],
 ) -> Loss:
-    """-log sigmoid(r_w - r_l - m), m larger the clearer the labeller's preference (a column of the data).
+    """-log sigmoid(r_w - r_l - m), m larger the clearer the labeler's preference (a column of the data).
 
     Source: Touvron et al. 2023 (Llama 2), eq. 2 and table 27 (m = 1, 2/3, 1/3, 0).
     """
@@ -121,7 +121,7 @@ def rao_kupper_loss(
 def best_of_k_loss(
     rewards: Float[Array, "p k"], best: Int[Array, "p"], valid: Float[Array, "p k"]
 ) -> Loss:
-    """-log softmax_k(r)[best]: the labeller picks the best of K. Metrics loss, accuracy (the argmax is the best).
+    """-log softmax_k(r)[best]: the labeler picks the best of K. Metrics loss, accuracy (the argmax is the best).
 
     A prompt whose best is not valid, or that has no other completion, has weight 0.
 

@@ -52,7 +52,7 @@ def replace_missing_eos(
     return jnp.where(ended, score, value)
 
 
-def penalise_missing_eos(
+def penalize_missing_eos(
     score: Float[Array, "b"], ended: Bool[Array, "b"], *, penalty: Scalar
 ) -> Float[Array, "b"]:
     """score where the response ended, score - penalty where it hit the length limit.

@@ -1,4 +1,4 @@
-"""Losses of the value function, normalised exactly as the policy's: a mean over counted tokens."""
+"""Losses of the value function, normalized exactly as the policy's: a mean over counted tokens."""
 
 import jax.numpy as jnp
 from jax import Array, lax

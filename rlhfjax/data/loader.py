@@ -190,7 +190,7 @@ def pretrain_batches(
 
     def pack(documents: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
         rows = packing.concatenate_and_split(documents, length=length)
-        if train:  # neighbours out of one long document should not make a batch
+        if train:  # neighbors out of one long document should not make a batch
             rows = grain.experimental.WindowShuffleIterDataset(
                 rows, window_size=16 * size, seed=seed
             )

@@ -15,7 +15,7 @@ class Mismatched:
     """Every row's prompt with the completions of another prompt, which KTO estimates its KL with.
 
     The donor is the prompt half of the distinct prompts away, in the order in which they first
-    appear: it is never the same prompt, however often a prompt stands in the data, and neighbours
+    appear: it is never the same prompt, however often a prompt stands in the data, and neighbors
     are often prefixes of one conversation. The n-th row of a prompt takes the n-th row of the
     donor, in turn where the donor has fewer. Donors depend on the data and not on the batch, so
     that an estimate over a batch does not depend on how it is cut, and reference log-probabilities

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from rlhfjax import json_text, paths
 from rlhfjax.data.corpora import INFO, locked, write_quietly
-from rlhfjax.data.rows import BadRow, Row, normalise
+from rlhfjax.data.rows import BadRow, Row, normalize
 from rlhfjax.data.sources import Source, open_source
 from rlhfjax.errors import DataError
 
@@ -43,7 +43,7 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
             "token_counts": ids,
             "scores": tfds.features.Tensor(shape=(None,), dtype=np.float32),
             "ranks": ids,
-            "labeller": tfds.features.Text(),
+            "labeler": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -78,7 +78,7 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
                     "token_counts": np.array(
                         [len(ids) for ids in row["completion_tokens"]], np.int32
                     ),
-                    "labeller": row["labeller"],
+                    "labeler": row["labeler"],
                 },
             )
 
@@ -90,14 +90,14 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 
 
 def write_preferences(
-    folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeller: str
+    folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeler: str
 ) -> None:
     """Writes ranked completions, atomically: the folder appears complete or not at all, replacing an older one.
 
     Args:
       splits: split name to rows {prompt: str, prompt_tokens: [n], completions: [k] str, completion_tokens: [k][r],
-        scores: [k], ranks: [k] (from the scores if missing), labeller: str (`labeller` if missing)}.
-      labeller: who ranked, for instance "simulated: VADER sentiment".
+        scores: [k], ranks: [k] (from the scores if missing), labeler: str (`labeler` if missing)}.
+      labeler: who ranked, for instance "simulated: VADER sentiment".
 
     Raises:
       DataError: a row is malformed, or a split is empty.
@@ -105,7 +105,7 @@ def write_preferences(
     folder = paths.path(folder)
     paths.make_folder(folder.parent)
     rows = {
-        split: [_row(one, labeller, split, i) for i, one in enumerate(some)]
+        split: [_row(one, labeler, split, i) for i, one in enumerate(some)]
         for split, some in splits.items()
     }
     for split, some in rows.items():
@@ -136,11 +136,11 @@ def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
     return open_source(f"tfds:{os.fspath(folder)}", kind="preferences", split=split)
 
 
-def _row(row: Row, labeller: str, split: str, index: int) -> Row:
+def _row(row: Row, labeler: str, split: str, index: int) -> Row:
     try:
         if "completion_tokens" not in row:
             raise BadRow("no column 'completion_tokens'")
-        row = normalise("preferences", row, {})
+        row = normalize("preferences", row, {})
     except BadRow as reason:
         raise DataError(
             f"preferences: split {split!r} row {index}: {reason}"
@@ -154,7 +154,7 @@ def _row(row: Row, labeller: str, split: str, index: int) -> Row:
         "completions": row["completions"],
         "scores": scores,
         "ranks": ranks,
-        "labeller": row.get("labeller") or labeller,
+        "labeler": row.get("labeler") or labeler,
         "prompt_tokens": row["prompt_tokens"],
         "completion_tokens": row["completion_tokens"],
     }

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhfjax.data import chat
 from rlhfjax.errors import ConfigError
+from rlhfjax.renamed import row_with_present_names
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -35,7 +36,7 @@ _STORED = {
         "tokens",
         "token_counts",
         "ranks",
-        "labeller",
+        "labeler",
     ),
     "messages": ("prompt_tokens", "response_tokens"),
 }
@@ -93,12 +94,13 @@ def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
     return [columns.get(name, name) for name in [*ours, *extra]]
 
 
-def normalise(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     """One row in the form of its kind. Columns mapped beyond the kind's own pass through as they are.
 
     Raises:
       BadRow: a column is missing, of the wrong type or empty.
     """
+    raw = row_with_present_names(raw)
     for name in required_columns(kind, columns):
         if name not in raw:
             raise BadRow(

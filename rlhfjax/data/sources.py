@@ -23,7 +23,7 @@ from rlhfjax.data.rows import (
     BadRow,
     Row,
     check_kind,
-    normalise,
+    normalize,
     required_columns,
     split_key,
 )
@@ -93,7 +93,7 @@ def open_source(
         corpora.DEFAULT_KIND.get(rest, "text") if scheme == "tfds" else "text"
     )
     check_kind(kind, columns)
-    key = lambda record: split_key(kind, normalise(kind, record, columns))  # noqa: E731
+    key = lambda record: split_key(kind, normalize(kind, record, columns))  # noqa: E731
     if scheme == "tfds":
         records: files.Records = _open_tfds(
             spec, rest, split, data_dir, required_columns(kind, columns)
@@ -151,7 +151,7 @@ class CheckedSource:
         return self._records.where(self._indices[index])
 
     def _row(self, index: int) -> Row:
-        return normalise(self.kind, self._records[index], self._columns)
+        return normalize(self.kind, self._records[index], self._columns)
 
 
 class Rows:
@@ -164,7 +164,7 @@ class Rows:
         self.kind, self._rows = kind, []
         for i, row in enumerate(rows):
             try:
-                self._rows.append(normalise(kind, row, {}))
+                self._rows.append(normalize(kind, row, {}))
             except BadRow as reason:
                 raise DataError(f"row {i}: {reason}") from reason
 

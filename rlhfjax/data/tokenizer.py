@@ -186,7 +186,7 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a tokenizer and writes it to `path` (a model file, or a folder to put one in), atomically.
 
-    The same texts in the same order give the same bytes. Nothing is normalised away, so that text survives
+    The same texts in the same order give the same bytes. Nothing is normalized away, so that text survives
     the round trip; the first `check` texts are put through it before the file appears.
 
     Raises:

@@ -1,6 +1,6 @@
 """Weights from a GGUF file, llama.cpp's format: `config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`.
 
-The architecture "llama" alone, in every type that the `gguf` package dequantises. What the file says and our
+The architecture "llama" alone, in every type that the `gguf` package dequantizes. What the file says and our
 Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Tokenizer: gguf_tokenizer.py.
 """
 
@@ -54,12 +54,12 @@ def describe_gguf(path: str | Path) -> TransformerConfig:
 def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     """The shape and the language model's parameters in a GGUF file: float32 arrays in the host's memory.
 
-    Tensors are read and dequantised one at a time: beside the parameters, memory holds a few copies of one tensor and
+    Tensors are read and dequantized one at a time: beside the parameters, memory holds a few copies of one tensor and
     the file's metadata. Without `output.weight` the output is tied to the embedding, as in llama.cpp.
 
     Raises:
       CheckpointError: not a whole GGUF file of a model that our Transformer can be, or a tensor is missing, unexpected,
-        of a wrong shape or of a type that cannot be dequantised; one line with the file and the key or tensor.
+        of a wrong shape or of a type that cannot be dequantized; one line with the file and the key or tensor.
       ConfigError: the gguf package is not installed.
     """
     gguf = _package(path)
@@ -81,7 +81,7 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise CheckpointError(
-                f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantise"
+                f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantize"
             ) from None
 
     shapes, rows = _rows(config)
@@ -102,7 +102,7 @@ def half_split(
 ) -> Float[np.ndarray, "rows d"]:
     """A query or key matrix [out, in] with its rows put back from llama.cpp's order into ours.
 
-    llama.cpp rotates neighbours, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}). So its converter
+    llama.cpp rotates neighbors, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}). So its converter
     (`LlamaModel.permute` in convert_hf_to_gguf.py) moves row i of half j of each head to 2 i + j, by
     w.reshape(heads, 2, k/2, d).swapaxes(1, 2); keys with the number of key heads. This is the way back.
     """

@@ -15,7 +15,7 @@ from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign
 from rlhfjax.mesh import Layout
-from rlhfjax.models import quantised
+from rlhfjax.models import quantized
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.transformer import Model, stacked, unstacked
@@ -159,8 +159,8 @@ def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:
 
 
 def int8(saved: SavedModel) -> SavedModel:
-    """The model to sample from with int8 weights and an int8 cache; see `models.quantised`, which has the error."""
-    params = jax.jit(lambda params: quantised.weights(params, saved.model.axes()))(
+    """The model to sample from with int8 weights and an int8 cache; see `models.quantized`, which has the error."""
+    params = jax.jit(lambda params: quantized.weights(params, saved.model.axes()))(
         saved.params
     )
     return SavedModel(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhfjax.models.linear import transposed
-from rlhfjax.models.quantised import Quantised
+from rlhfjax.models.quantized import Quantized
 
 MASKED = -1e30  # finite: a row of nothing but masked scores stays free of NaN
 QUERY_BLOCK = 128  # queries a block; a block sees only the keys up to its own end, so about half the work is skipped
@@ -175,16 +175,16 @@ def causal_attention(
 
 def cached_attention(
     q: Float[Array, "b h k"],
-    k: Float[Array, "b g s k"] | Quantised,
-    v: Float[Array, "b g s k"] | Quantised,
+    k: Float[Array, "b g s k"] | Quantized,
+    v: Float[Array, "b g s k"] | Quantized,
     valid: Bool[Array, "b s"],
 ) -> Float[Array, "b h k"]:
     """Attention of one query a row over the valid slots of a cache; returns [b, h, k].
 
-    Of a quantised cache the scales, one a slot and head, multiply scores and weights: no key or value is made wide
+    Of a quantized cache the scales, one a slot and head, multiply scores and weights: no key or value is made wide
     but in the products themselves.
     """
-    if isinstance(k, Quantised):
+    if isinstance(k, Quantized):
         return _cached_int8(q, k, v, valid)
     return _attend(q[:, :, None], k, v, valid[:, None], None)[:, :, 0]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhfjax.mesh import constrain
-from rlhfjax.models import quantised
+from rlhfjax.models import quantized
 from rlhfjax.models.attention import dropout, rotate
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
@@ -46,7 +46,7 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
 
 
 def _parameter(module, name, std, shape, axes):
-    """A float32 normal(std) parameter, or a constant where `std` is an initialiser; `axes` name its dimensions."""
+    """A float32 normal(std) parameter, or a constant where `std` is an initializer; `axes` name its dimensions."""
     make = nn.initializers.normal(std) if isinstance(std, float) else std
     return module.param(
         name, lambda *args: Named(make(*args), axes), shape, jnp.float32
@@ -102,8 +102,8 @@ class Project(nn.Module):
         flat = kernel.reshape(math.prod(self.shape[:n]), math.prod(out_shape))
         x = x.reshape(*x.shape[:2], flat.shape[0])
         if jnp.issubdtype(kernel.dtype, jnp.integer):
-            scale = self.get_variable("params", "kernel" + quantised.SCALE)
-            y = quantised.linear(
+            scale = self.get_variable("params", "kernel" + quantized.SCALE)
+            y = quantized.linear(
                 x,
                 flat,
                 scale.reshape(
@@ -267,7 +267,7 @@ class Embed(nn.Module):
         if table.dtype == jnp.int8:
             scale = _parameter(
                 self,
-                "tokens" + quantised.SCALE,
+                "tokens" + quantized.SCALE,
                 nn.initializers.ones,
                 (c.vocab_size,),
                 ("vocab",),

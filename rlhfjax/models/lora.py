@@ -26,7 +26,7 @@ class LoraConfig:
     """Which projections have adapters, and of what rank; rank 0 is none: everything is trained.
 
     Raises:
-      ConfigError: a quantised base without adapters, or `targets` is no regular expression.
+      ConfigError: a quantized base without adapters, or `targets` is no regular expression.
     """
 
     rank: SizeOrNone = 0
@@ -36,13 +36,13 @@ class LoraConfig:
     targets: str = "attention/(query|value)"
     dropout: ShareBelow1 = 0.0  # of the adapters' input
     base: Literal["float32", "int8", "nf4"] = (
-        "float32"  # the frozen kernels of the layers (models.quantised)
+        "float32"  # the frozen kernels of the layers (models.quantized)
     )
 
     def __post_init__(self):
         if self.base != "float32" and not self.rank:
             raise ConfigError(
-                f"lora.base={self.base!r}: a base is quantised under adapters, and lora.rank=0 has none"
+                f"lora.base={self.base!r}: a base is quantized under adapters, and lora.rank=0 has none"
             )
         try:
             re.compile(self.targets)

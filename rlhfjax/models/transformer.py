@@ -8,7 +8,7 @@
 The parameter tree is a plain nested dict of float32 arrays: "backbone" (embedding, layers, a final norm if the layers
 are not post-norm) and "head" (a scalar head's kernel [d] and bias []; an untied language model's kernel [d, v]; absent
 where the embedding is tied).
-So a reward model initialised from a language model takes its "backbone" and makes a "head" of its own.
+So a reward model initialized from a language model takes its "backbone" and makes a "head" of its own.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import constrain
-from rlhfjax.models import blocks, logprobs, lora, quantised
+from rlhfjax.models import blocks, logprobs, lora, quantized
 from rlhfjax.models.attention import (
     cached_attention,
     causal_attention,
@@ -32,7 +32,7 @@ from rlhfjax.models.attention import (
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.models.lora import LoraConfig
-from rlhfjax.models.quantised import SCALE, Quantised
+from rlhfjax.models.quantized import SCALE, Quantized
 
 __all__ = [
     "Cache",
@@ -48,10 +48,10 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the slots written so far: a layer each of [b, kv_heads, slots, head_dim], or quantised."""
+    """Keys and values of the slots written so far: a layer each of [b, kv_heads, slots, head_dim], or quantized."""
 
-    k: tuple[Float[Array, "b g s k"] | Quantised, ...]
-    v: tuple[Float[Array, "b g s k"] | Quantised, ...]
+    k: tuple[Float[Array, "b g s k"] | Quantized, ...]
+    v: tuple[Float[Array, "b g s k"] | Quantized, ...]
     valid: Bool[Array, "b s"]  # slots that hold a real token
 
 
@@ -96,8 +96,8 @@ def unstacked(params: Params) -> Params:
 
 def _write(cached: Any, new: jax.Array, slot: Any) -> Any:
     """A layer's keys or values [b, g, t, k] into the slots from `slot` on."""
-    if isinstance(cached, Quantised):
-        new = quantised.absmax(new, (3,))
+    if isinstance(cached, Quantized):
+        new = quantized.absmax(new, (3,))
         return jax.tree.map(
             lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot, 2),
             cached,
@@ -127,7 +127,7 @@ class Model:
     config: TransformerConfig
     head: str = "lm"
     lora: LoraConfig = LoraConfig()
-    int8_cache: bool = False  # keys and values of sampling in int8; weights are by their own dtype (models.quantised)
+    int8_cache: bool = False  # keys and values of sampling in int8; weights are by their own dtype (models.quantized)
 
     def __post_init__(self):
         if self.head not in ("lm", "scalar"):
@@ -331,7 +331,7 @@ class Model:
 
         def empty() -> Any:
             if self.int8_cache:
-                return Quantised(
+                return Quantized(
                     jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
                 )
             return jnp.zeros(shape, c.dtype)

@@ -83,7 +83,7 @@ def changes(
     spread = dict(axes)
     if axes["data"] > 1:
         spread |= {"data": 1, "fsdp": axes["data"] * axes["fsdp"]}
-        what = f"parameters and optimiser split: --config.mesh.data=1 --config.mesh.fsdp={spread['fsdp']}"
+        what = f"parameters and optimizer split: --config.mesh.data=1 --config.mesh.fsdp={spread['fsdp']}"
         yield Change(
             f"{what} (now data {axes['data']}, fsdp {axes['fsdp']})", subject, spread
         )

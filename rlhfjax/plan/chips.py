@@ -105,7 +105,7 @@ def training_flops(parameters: Number, tokens: Number) -> Number:
 def token_flops(parameters: Number, c: TransformerConfig, time: int) -> Number:
     """PaLM's count of training one token: 6 N + 12 L H Q T, with Q the width of a head and T the sequence.
 
-    Recomputation does not count: what is predicted from it is MFU, not the hardware's utilisation.
+    Recomputation does not count: what is predicted from it is MFU, not the hardware's utilization.
 
     Source: Chowdhery et al. 2022, appendix B.
     """
@@ -113,7 +113,7 @@ def token_flops(parameters: Number, c: TransformerConfig, time: int) -> Number:
 
 
 def mfu(model_flops: Number, seconds: Number, chips: Number, chip: Chip) -> Number:
-    """Model FLOPs utilisation: observed (here: predicted) tokens a second over what the peak would allow.
+    """Model FLOPs utilization: observed (here: predicted) tokens a second over what the peak would allow.
 
     Source: Chowdhery et al. 2022, appendix B.
     """

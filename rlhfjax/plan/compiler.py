@@ -1,6 +1,6 @@
 """The TPU compiler, asked what it decides and stopped before it writes machine code.
 
-libtpu optimises a program, schedules it and assigns its buffers in seconds; then it spends minutes on machine code, of
+libtpu optimizes a program, schedules it and assigns its buffers in seconds; then it spends minutes on machine code, of
 which a plan needs nothing. What it has decided stands in the files of `xla_dump_to` by then: every buffer, and the
 program in libtpu's own words. So each program is compiled in a process of its own, which is ended when they are whole.
 """
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     """What a compiler says of a program."""
 
     memory: Memory
-    text: str  # the program, optimised and scheduled
+    text: str  # the program, optimized and scheduled
     refused: str = ""  # its words, where the program does not fit
     live: tuple[
         tuple[str, float], ...

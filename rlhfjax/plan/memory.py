@@ -1,4 +1,4 @@
-"""The memory arithmetic that a person can check by hand: parameters, optimiser, activations, logits, KV cache.
+"""The memory arithmetic that a person can check by hand: parameters, optimizer, activations, logits, KV cache.
 
 Nothing here compiles or allocates; `compiled.py` has what the compiler says. GB is 10^9 bytes, GiB 2^30: texts use both
 under the name of the first, see `textbook`.
@@ -36,12 +36,12 @@ def bytes_of(precision: str) -> float:
 
 
 def optimizer_bytes(n: Number, optimizer: str, precision: str = "fp32") -> Number:
-    """What an optimiser keeps of n parameters: AdamW two moments, SGD with momentum one, SGD none.
+    """What an optimizer keeps of n parameters: AdamW two moments, SGD with momentum one, SGD none.
 
     8-bit AdamW has moments of one byte and a float32 scale for every BLOCK of them, whatever `precision` is.
 
     Raises:
-      ConfigError: the optimiser is none of OPTIMIZERS.
+      ConfigError: the optimizer is none of OPTIMIZERS.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(
@@ -176,7 +176,7 @@ def textbook(
 def by_precision(
     c: TransformerConfig, head: str = "lm"
 ) -> list[dict[str, Number | str]]:
-    """Weights at each precision; weights, gradients and optimiser where all are kept at it, bytes.
+    """Weights at each precision; weights, gradients and optimizer where all are kept at it, bytes.
 
     Mixed precision is a row of its own: bf16 weights and gradients beside a float32 master copy and float32 moments.
     """

@@ -38,7 +38,7 @@ def gb(n: Number) -> str:
 
 
 def by_precision(c: TransformerConfig) -> Table:
-    """Weights alone; and weights, gradients and optimiser state."""
+    """Weights alone; and weights, gradients and optimizer state."""
     table = Table(
         title=f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)",
         title_justify="left",
@@ -256,7 +256,7 @@ def mesh_flags(mesh: MeshConfig) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Lines for the end: fits or not and what would help; time, utilisation and cost."""
+    """Lines for the end: fits or not and what would help; time, utilization and cost."""
     words = {
         True: "It fits.",
         False: "It does not fit.",

@@ -1,4 +1,4 @@
-"""Figures as inline SVG whose colours are the page's CSS variables, so that one file is readable in light and dark."""
+"""Figures as inline SVG whose colors are the page's CSS variables, so that one file is readable in light and dark."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rlhfjax.evals.stats import best_of_n_kl
 from rlhfjax.report.workdir import Curve
 
-# Matplotlib wants colours; these stand for CSS variables, and `_svg` puts the variables in their place.
+# Matplotlib wants colors; these stand for CSS variables, and `_svg` puts the variables in their place.
 INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
 _CSS = {
     INK: "--ink",
@@ -90,7 +90,7 @@ def _line(axes: Axes, curve: Curve) -> None:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twentieth of the curve; towards the ends the window shrinks on both sides.
+    """Centerd moving average over about a twentieth of the curve; towards the ends the window shrinks on both sides.
 
     Unlike an exponential average it does not lag behind, so that it can be compared with held-out points.
     """
@@ -155,7 +155,7 @@ def frontier(
 
 
 def mark(i: int) -> tuple[str, str, str, str]:
-    """Returns how a frontier's i-th curve looks: colour, its class in the page, marker, its character.
+    """Returns how a frontier's i-th curve looks: color, its class in the page, marker, its character.
 
     The marks repeat after eight curves.
     """
@@ -320,7 +320,7 @@ def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element: no XML head, no metadata, no fixed size, CSS variables for colours."""
+    """The figure as an SVG element: no XML head, no metadata, no fixed size, CSS variables for colors."""
     for axes in figure.axes:
         axes.set_axisbelow(True)
     out = io.StringIO()

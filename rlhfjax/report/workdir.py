@@ -10,6 +10,7 @@ from rlhfjax import paths
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
+from rlhfjax.renamed import STAGES, config_with_present_names
 
 Curve = tuple[
     list[float | int], list[float]
@@ -65,7 +66,7 @@ def read_run(workdir: Path) -> Run:
     """
     if not workdir.exists():
         raise ConfigError(f"workdir {workdir} does not exist")
-    config = _read_json(workdir / "config.json")
+    config = config_with_present_names(_read_json(workdir / "config.json"))
     if "stages" in config:
         folders = [
             (name, workdir / f"{i:02d}_{name}")
@@ -85,8 +86,9 @@ def read_run(workdir: Path) -> Run:
 
 def read_stage(name: str, folder: Path, config: dict) -> Stage:
     """Reads one stage's folder, as far as it exists; `config` stands in for a config.json that is not there yet."""
-    config = _read_json(folder / "config.json") or config
+    config = config_with_present_names(_read_json(folder / "config.json") or config)
     done = _read_json(folder / "done.json")
+    kind = done.get("kind")
     rows = read_jsonl(folder / "metrics.jsonl")
     curves = _curves(rows)
     last = {name: values[-1] for name, (_, values) in curves.items()} | _numbers(
@@ -95,7 +97,7 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
     timings = _curves(read_jsonl(folder / "timing.jsonl"))
     return Stage(
         name=name,
-        kind=done.get("kind") or config.get("stage") or name,
+        kind=STAGES.get(kind, kind) or config.get("stage") or name,
         status="done" if done else "unfinished" if folder.exists() else "waiting",
         steps=done.get("steps") or max((row["step"] for row in rows), default=0),
         total=config.get("steps") or done.get("steps") or 0,

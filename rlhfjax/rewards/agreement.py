@@ -1,6 +1,6 @@
-"""How far labellers agree about pairs of completions. Numpy, float64.
+"""How far labelers agree about pairs of completions. Numpy, float64.
 
-A labeller's opinion of a pair (i, j) of one prompt's completions is +1 (i is better), 0 (a tie) or -1.
+A labeler's opinion of a pair (i, j) of one prompt's completions is +1 (i is better), 0 (a tie) or -1.
 """
 
 import itertools
@@ -65,12 +65,12 @@ def fleiss_kappa(counts: Int[np.ndarray, "pairs categories"]) -> float:
 
 
 def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, float]:
-    """Inter-labeller agreement of all labellers over the same completions.
+    """Inter-labeler agreement of all labelers over the same completions.
 
     Returns:
-      agreement: mean over pairs of labellers and of completions, a tie against a preference being 1/2;
+      agreement: mean over pairs of labelers and of completions, a tie against a preference being 1/2;
       agreement_untied: over pairs that neither calls a tie; agreement_kappa: Fleiss'; agreement_pairs: how many pairs
-      of completions at least two labellers judged. Numbers that nothing was observed for are left out.
+      of completions at least two labelers judged. Numbers that nothing was observed for are left out.
     """
     return agreement_of(
         [
@@ -81,7 +81,7 @@ def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, floa
 
 
 def agreement_of(rows: Sequence[Float[np.ndarray, " pairs"]]) -> dict[str, float]:
-    """`agreement` of opinions about the same pairs, a row a labeller."""
+    """`agreement` of opinions about the same pairs, a row a labeler."""
     couples = list(itertools.combinations(rows, 2))
     counts = np.array([sum((row == c).astype(int) for row in rows) for c in OPINIONS]).T
     out = {

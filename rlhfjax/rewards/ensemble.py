@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rlhfjax.algos import normalise
+from rlhfjax.algos import normalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Held, Program, Rows, keep, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
@@ -23,10 +23,10 @@ def combine(
 ) -> Float[Array, " n"]:
     """mean_m r_m, min_m r_m, or mean_m r_m - coefficient std_m r_m (pessimistic)."""
     if how == "worst":
-        return normalise.ensemble_worst(rewards)
+        return normalize.ensemble_worst(rewards)
     if how == "pessimistic":
-        return normalise.ensemble_pessimistic(rewards, coefficient=coefficient)
-    return normalise.ensemble_mean(rewards)
+        return normalize.ensemble_pessimistic(rewards, coefficient=coefficient)
+    return normalize.ensemble_mean(rewards)
 
 
 def stack(members: list[PyTree]) -> PyTree:
@@ -85,7 +85,7 @@ class EnsembleReward(ModelReward):
             functools.partial(combine, how=how, coefficient=float(coefficient))
         )
         self._combine = Program(f"{program}_combine", one, ROWS)
-        spread = jax.jit(lambda rewards: normalise.ensemble_disagreement(rewards).sum())
+        spread = jax.jit(lambda rewards: normalize.ensemble_disagreement(rewards).sum())
         self._spread = Program(f"{program}_spread", spread)
 
     def _rewards(

@@ -33,7 +33,7 @@ from rlhfjax.rewards.judge import (
     load_judge,
     readable,
 )
-from rlhfjax.rewards.labellers import Answers
+from rlhfjax.rewards.labelers import Answers
 from rlhfjax.rewards.responses import Pairs, found
 from rlhfjax.roles import DISK, Sources
 
@@ -73,7 +73,7 @@ class FeedbackConfig:
 
 
 class Feedback:
-    """A judge as a labeller.
+    """A judge as a labeler.
 
     Raises:
       DataError: the file of principles is not there or empty.
@@ -141,7 +141,7 @@ class Feedback:
         openings: list[list[int]] = []
         if self._config.thought:
             options = {
-                "max_new": self._config.thought,
+                "max_new_tokens": self._config.thought,
                 "temperature": 0.0,
                 "seed": self._config.seed,
             }

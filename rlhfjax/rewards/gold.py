@@ -1,7 +1,7 @@
-"""Gold rewards: labellers that nobody trains, which stand in for people where there are none.
+"""Gold rewards: labelers that nobody trains, which stand in for people where there are none.
 
-A policy never sees the gold reward. It is optimised against a reward model trained on the gold labeller's rankings,
-and then *measured* by the gold reward: what it gains on the first and not on the second is over-optimisation
+A policy never sees the gold reward. It is optimized against a reward model trained on the gold labeler's rankings,
+and then *measured* by the gold reward: what it gains on the first and not on the second is over-optimization
 (Gao et al. 2022, "Scaling laws for reward model overoptimization", section 2, the same synthetic setup).
 """
 
@@ -24,7 +24,7 @@ PER_STACKED_WORD = 0.2
 
 
 class Sentiment:
-    """The quickstart's simulated labeller: how friendly an answer sounds, less what makes an answer degenerate.
+    """The quickstart's simulated labeler: how friendly an answer sounds, less what makes an answer degenerate.
 
       gold(answer) = VADER(answer) - empty - repeated - long - stacked
 
@@ -34,7 +34,7 @@ class Sentiment:
       stacked  = min(1, 0.2 x (positive words - max(2, words / 3))+)
 
     VADER is its compound score in [-1, 1]: lexicon valences with rules for negation, boosters and capitals, summed
-    to s, then s / sqrt(s^2 + 15). It grows with every further positive word, so a policy that maximises it says
+    to s, then s / sqrt(s^2 + 15). It grows with every further positive word, so a policy that maximizes it says
     "great great great" or "love happy best win", at length; the penalties take away more than those gain, and are
     linear up to a ceiling, so that a little less of it is a little better. The prompt is not looked at.
 

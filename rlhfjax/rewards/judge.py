@@ -132,14 +132,14 @@ class Judge:
         self,
         questions: Sequence[Conversation],
         *,
-        max_new: int,
+        max_new_tokens: int,
         temperature: float,
         seed: int,
     ) -> list[list[int]]:
         """What the model says to each conversation: ids, without the eos. Row i is drawn with fold_in(key(seed), i)."""
-        size, room = self._config.batch_size, self._config.length - max_new
+        size, room = self._config.batch_size, self._config.length - max_new_tokens
         limits = {
-            "max_new": max_new,
+            "max_new_tokens": max_new_tokens,
             "eos_id": self.tokenizer.eos_id,
             "pad_id": self.tokenizer.pad_id,
         }
@@ -177,7 +177,8 @@ class Judge:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "temperature", "max_new", "eos_id", "pad_id")
+    jax.jit,
+    static_argnames=("model", "temperature", "max_new_tokens", "eos_id", "pad_id"),
 )
 def _generate(model, params, prompts, segments, keys, temperature, **limits):
     return generate(

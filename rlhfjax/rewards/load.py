@@ -1,12 +1,12 @@
-"""Rewards and labellers by their names, as configs spell them.
+"""Rewards and labelers by their names, as configs spell them.
 
     reward = load_reward("gold:sentiment", layout, tokenizer)  # or rule:…, or a stage's folder
     scores = reward(tokens, segments, mask)  # [n]
-    labeller = load_labeller("rankings:people/*.jsonl", layout, tokenizer)  # or a reward's name
-    scores = labeller(answers)  # [p, k], higher is better, equal is a tie
+    labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)  # or a reward's name
+    scores = labeler(answers)  # [p, k], higher is better, equal is a tie
 
 A stage that describes a reward, and trains no model of one, leaves reward.json in its folder:
-{"kind": ..., ...}. It is one of KINDS, or the labeller `feedback`.
+{"kind": ..., ...}. It is one of KINDS, or the labeler `feedback`.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ from rlhfjax.rewards import (
     rubric,
     rules,
 )
-from rlhfjax.rewards.labellers import Labeller, RankingsLabeller, RewardLabeller
+from rlhfjax.rewards.labelers import Labeler, RankingsLabeler, RewardLabeler
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.rankings import by_labeller, read_rankings
+from rlhfjax.rewards.rankings import by_labeler, read_rankings
 from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar, found
 from rlhfjax.roles import DISK, Descriptions, Head, Sources
 
@@ -125,7 +125,7 @@ class Scored(NamedTuple):
 
 
 def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored]:
-    """Returns the models that a reward or labeller of that name runs; none where rules score."""
+    """Returns the models that a reward or labeler of that name runs; none where rules score."""
     if is_text(name) or name.startswith(RANKINGS):
         return []
     values = sources.described(name)
@@ -144,13 +144,13 @@ def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored
     return [Scored(suffix, found(values["judge"]["model"], folder), "lm")]
 
 
-def load_labeller(
+def load_labeler(
     name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
-) -> Labeller:
-    """Returns the labeller of that name: `rankings:GLOB[@LABELLER]`, AI feedback, or any reward.
+) -> Labeler:
+    """Returns the labeler of that name: `rankings:GLOB[@LABELER]`, AI feedback, or any reward.
 
     Raises:
-      ConfigError: the file holds several labellers' rankings and none is named, or the named one is
+      ConfigError: the file holds several labelers' rankings and none is named, or the named one is
         not there.
     """
     if name.startswith(RANKINGS):
@@ -158,15 +158,15 @@ def load_labeller(
     values = sources.described(name) or {}
     if values.pop("kind", None) == "feedback":
         return feedback.load(values, paths.path(name), layout, sources)
-    return RewardLabeller(load_reward(name, layout, tokenizer, sources))
+    return RewardLabeler(load_reward(name, layout, tokenizer, sources))
 
 
-def _people(name: str) -> RankingsLabeller:
+def _people(name: str) -> RankingsLabeler:
     pattern, _, who = name.removeprefix(RANKINGS).partition("@")
-    people = by_labeller(read_rankings(pattern))
+    people = by_labeler(read_rankings(pattern))
     if who not in people and (who or len(people) > 1):
         known = ", ".join(people)
         raise ConfigError(
-            f"labeller {name!r}: name one of {known} as rankings:GLOB@LABELLER"
+            f"labeler {name!r}: name one of {known} as rankings:GLOB@LABELER"
         )
-    return RankingsLabeller(people[who or next(iter(people))])
+    return RankingsLabeler(people[who or next(iter(people))])

@@ -26,12 +26,12 @@ Same = Int[Array, "p k"] | None
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which likelihood of the labels a reward model maximises.
+    """Which likelihood of the labels a reward model maximizes.
 
     kwise: InstructGPT, eq. 1.  bradley_terry: the mean over pairs (Stiennon 2020).  smoothed: labels are wrong with
     probability `smoothing`.  margin: Llama 2, eq. 2.  soft: P(i better) = sigmoid(label_scale (l_i - l_j)), as a judge
     gives it.  half_ties: WebGPT, a tie is a label of 1/2.  rao_kupper: ties are outcomes of their own.
-    plackett_luce: the whole ranking.  best_of_k: Ziegler 2019, eq. 1, the labeller picks one.
+    plackett_luce: the whole ranking.  best_of_k: Ziegler 2019, eq. 1, the labeler picks one.
     """
 
     name: Literal[

@@ -1,9 +1,9 @@
 """People's rankings as JSON lines, one a line:
 
-    {"prompt": "…", "completions": ["…", "…", "…"], "ranking": [2, 1, 2], "labeller": "a", "time": "2025-03-01T10:00"}
+    {"prompt": "…", "completions": ["…", "…", "…"], "ranking": [2, 1, 2], "labeler": "a", "time": "2025-03-01T10:00"}
 
 `ranking[i]` is the rank of completion i: 1 is the best, completions of one rank are tied. `prompt` is text (one user
-turn) or a list of messages. `labeller` and `time` (ISO 8601) may be left out.
+turn) or a list of messages. `labeler` and `time` (ISO 8601) may be left out.
 """
 
 import datetime
@@ -16,17 +16,18 @@ from rlhfjax.data.preferences import ranks_of
 from rlhfjax.errors import DataError
 from rlhfjax.jsonl import located_rows, write_jsonl
 from rlhfjax.paths import Path
+from rlhfjax.renamed import row_with_present_names
 
 Prompt = str | list[chat.Message]
 
 
 class Ranking(NamedTuple):
-    """One labeller's ranking of one prompt's completions."""
+    """One labeler's ranking of one prompt's completions."""
 
     prompt: Prompt
     completions: tuple[str, ...]
     ranks: tuple[int, ...]  # 1 is the best; equal ranks are ties
-    labeller: str = ""
+    labeler: str = ""
     time: str = ""  # ISO 8601
 
     @property
@@ -73,15 +74,13 @@ def write_rankings(path: Path, rankings: Iterable[Ranking]) -> None:
             "ranking": list(one.ranks),
         }
         row |= {
-            name: value
-            for name in ("labeller", "time")
-            if (value := getattr(one, name))
+            name: value for name in ("labeler", "time") if (value := getattr(one, name))
         }
         rows.append(row)
     write_jsonl(path, rows)
 
 
-def from_row(row: Mapping[str, Any], labeller: str = "") -> Ranking:
+def from_row(row: Mapping[str, Any], labeler: str = "") -> Ranking:
     """The ranking in a row of a preference folder (or of its twin in JSON lines)."""
     ranks = (
         [int(rank) for rank in row["ranks"]]
@@ -90,11 +89,12 @@ def from_row(row: Mapping[str, Any], labeller: str = "") -> Ranking:
     )
     prompt = row.get("messages") or row["prompt"]
     return Ranking(
-        prompt, tuple(row["completions"]), tuple(ranks), row.get("labeller") or labeller
+        prompt, tuple(row["completions"]), tuple(ranks), row.get("labeler") or labeler
     )
 
 
 def _parse(row: Mapping[str, Any]) -> Ranking:
+    row = row_with_present_names(row)
     if missing := [
         name for name in ("prompt", "completions", "ranking") if name not in row
     ]:
@@ -110,12 +110,12 @@ def _parse(row: Mapping[str, Any]) -> Ranking:
         raise ValueError(
             f"{len(completions)} completions and {len(ranks)} ranks; at least 2, and one each, are needed"
         )
-    labeller, time = row.get("labeller", ""), row.get("time", "")
-    if not isinstance(labeller, str):
-        raise ValueError(f"'labeller' must be text, got {labeller!r}")
+    labeler, time = row.get("labeler", ""), row.get("time", "")
+    if not isinstance(labeler, str):
+        raise ValueError(f"'labeler' must be text, got {labeler!r}")
     if time:
         datetime.datetime.fromisoformat(time)
-    return Ranking(_prompt(row["prompt"]), completions, tuple(ranks), labeller, time)
+    return Ranking(_prompt(row["prompt"]), completions, tuple(ranks), labeler, time)
 
 
 def _texts(values: Any) -> tuple[str, ...]:
@@ -145,9 +145,9 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def by_labeller(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
+def by_labeler(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
     """Rankings by who made them, in order of first appearance."""
     out: dict[str, list[Ranking]] = {}
     for one in rankings:
-        out.setdefault(one.labeller, []).append(one)
+        out.setdefault(one.labeler, []).append(one)
     return out

@@ -22,11 +22,11 @@ class Sampling(NamedTuple):
     """How answers are drawn."""
 
     prompt_length: int
-    max_new: int
+    max_new_tokens: int
     temperature: float
     batch_size: int  # prompts at a time
-    each: int = 1  # answers a prompt, in rows that follow each other
-    slots: int = 0  # answers decoded at a time, 0: all of a batch
+    samples_per_prompt: int = 1  # answers a prompt, in rows that follow each other
+    decode_batch: int = 0  # answers decoded at a time, 0: all of a batch
     stop_at_eos: bool = True
     truncate: TruncateConfig = TruncateConfig()
     buckets: int = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
@@ -75,15 +75,22 @@ def answers(
     )
     eos = tokenizer.eos_id if sampling.stop_at_eos else -1
     options = {"batch_size": sampling.batch_size, "length": sampling.prompt_length}
-    limits = {"max_new": sampling.max_new, "eos_id": eos, "pad_id": tokenizer.pad_id}
-    limits |= {"each": sampling.each, "slots": sampling.slots}
+    limits = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_id": eos,
+        "pad_id": tokenizer.pad_id,
+    }
+    limits |= {
+        "samples_per_prompt": sampling.samples_per_prompt,
+        "decode_batch": sampling.decode_batch,
+    }
     for i, batch in enumerate(
         loader.prompt_batches(source, tokenizer, train=False, **options)
     ):
         width = bucket(batch["segments"], sampling.buckets)
         placed = layout.put(
             {
-                k: np.repeat(batch[k][:, -width:], sampling.each, axis=0)
+                k: np.repeat(batch[k][:, -width:], sampling.samples_per_prompt, axis=0)
                 for k in ("prompts", "segments")
             }
         )

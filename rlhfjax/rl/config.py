@@ -83,18 +83,18 @@ class PolicyConfig(TrainConfig):
     eval_prompts: PromptConfig = PromptConfig()
     gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
     prompt_length: Tokens
-    max_new: Tokens
+    max_new_tokens: Tokens
     temperature: PositiveTemperature = 1.0
-    stop_at_eos: bool = True  # False: every response has max_new tokens, an eos among them is one as any (Ziegler)
+    stop_at_eos: bool = True  # False: every response has max_new_tokens tokens, an eos among them is one as any (Ziegler)
     # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
-    behaviour_logprobs: Literal["sampler", "forward"] = "sampler"
+    behavior_logprobs: Literal["sampler", "forward"] = "sampler"
     batch_size: Size
-    slots: SizeOrNone = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
+    decode_batch: SizeOrNone = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
     rollout_mesh: MeshConfig | None = (
         None  # of the same devices, for sampling; None: the mesh of training
     )
-    # of reward and reference, on devices of their own: mesh.devices="0:6", judge_mesh.devices="6:8"; None: the policy's
-    judge_mesh: MeshConfig | None = None
+    # of reward and reference, on devices of their own: mesh.devices="0:6", frozen_mesh.devices="6:8"; None: the policy's
+    frozen_mesh: MeshConfig | None = None
     # learn from the responses of the iteration before, while new ones are sampled and the host makes rewards
     one_step_off: bool = False
     epochs: PositiveCount
@@ -120,7 +120,7 @@ class PolicyConfig(TrainConfig):
         return self.batch_size
 
     @property
-    def each(self) -> int:
+    def samples_per_prompt(self) -> int:
         """Responses to a prompt."""
         return self.episodes // max(1, self.batch_size)
 
@@ -136,7 +136,7 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
     With adapters the policy's base is the reference, unless there is another.
     """
     shares = "policy" if config.lora.rank and config.reference is None else None
-    mesh = "train" if config.judge_mesh is None else "frozen"
+    mesh = "train" if config.frozen_mesh is None else "frozen"
     scorer = Role("", head="scalar", mesh=mesh, scores=True)
     found = {
         "policy": Role(
@@ -164,13 +164,14 @@ def policy_workload(
       completions: what other stages learn from their data; here the config says it.
       values: roles that are trained beside the policy, on the same rows.
     """
-    length = config.prompt_length + config.max_new
+    length = config.prompt_length + config.max_new_tokens
     tokens = config.episodes * length
     sampled = (
-        config.batch_size * config.prompt_length + config.episodes * config.max_new
+        config.batch_size * config.prompt_length
+        + config.episodes * config.max_new_tokens
     )
     microbatches = config.minibatches * config.microbatches
-    reference = "know" if config.judge_mesh is None else "ref_logprobs"
+    reference = "know" if config.frozen_mesh is None else "ref_logprobs"
     passes = [
         Pass("rollout", "policy", sampled, length),
         Pass(reference, "reference", tokens, length),
@@ -182,7 +183,7 @@ def policy_workload(
             for role in ("policy", *values)
         ),
     ]
-    if config.behaviour_logprobs == "forward":
+    if config.behavior_logprobs == "forward":
         passes.append(Pass("know", "policy", tokens, length))
     text = config.ptx.ratio if config.ptx.coefficient else 0
     if text:
@@ -196,12 +197,12 @@ def policy_workload(
         rows=config.episodes * max(text, 1) // microbatches,
         batch=config.episodes // microbatches,
         length=length,
-        units=config.episodes * config.max_new,
+        units=config.episodes * config.max_new_tokens,
         rounds=config.epochs * microbatches * (2 if text else 1),
         microbatches=config.microbatches,
         passes=tuple(passes),
-        decoded=config.slots if config.slots > 0 else config.episodes,
-        sampled=config.max_new,
+        decoded=config.decode_batch if config.decode_batch > 0 else config.episodes,
+        sampled=config.max_new_tokens,
     )
 
 
@@ -211,11 +212,11 @@ def validate_policy(
     """Validates the options of every policy stage. Raises ConfigError for the first that is invalid."""
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
-    validate_slots(config.slots, config.each, layout, name)
+    validate_decode_batch(config.decode_batch, config.samples_per_prompt, layout, name)
     validate_length(
-        config.prompt_length + config.max_new,
+        config.prompt_length + config.max_new_tokens,
         model_config,
-        f"{name}.prompt_length + max_new",
+        f"{name}.prompt_length + max_new_tokens",
     )
     if config.episodes % (config.minibatches * config.microbatches):
         what = (
@@ -240,14 +241,14 @@ def validate_policy(
         raise ConfigError(
             f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
         )
-    for other in ("rollout_mesh", "judge_mesh"):
+    for other in ("rollout_mesh", "frozen_mesh"):
         if getattr(config, other) is not None and config.lora.rank:
             raise ConfigError(
                 f"{name}.{other}: with adapters all share one base, on one mesh"
             )
-    if config.one_step_off and config.behaviour_logprobs != "sampler":
+    if config.one_step_off and config.behavior_logprobs != "sampler":
         raise ConfigError(
-            f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behaviour_logprobs='sampler'"
+            f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behavior_logprobs='sampler'"
         )
     _validate_kl(config.kl, f"{name}.kl")
     _validate_score(config)
@@ -282,20 +283,22 @@ def _validate_score(config: PolicyConfig) -> None:
         raise ConfigError(
             f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end"
         )
-    validate_truncate(config.truncate, config.max_new, name)
+    validate_truncate(config.truncate, config.max_new_tokens, name)
 
 
-def validate_slots(slots: int, each: int, layout: Layout, name: str) -> None:
+def validate_decode_batch(
+    decode_batch: int, samples_per_prompt: int, layout: Layout, name: str
+) -> None:
     """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
-    if 0 < slots < each:
+    if 0 < decode_batch < samples_per_prompt:
         raise ConfigError(
-            f"{name}.slots={slots}: 0 (off), or at least the {each} answers to a prompt"
+            f"{name}.decode_batch={decode_batch}: 0 (off), or at least the {samples_per_prompt} answers to a prompt"
         )
-    layout.check_batch(slots, f"{name}.slots")
+    layout.check_batch(decode_batch, f"{name}.decode_batch")
 
 
-def validate_truncate(config: TruncateConfig, max_new: int, name: str) -> None:
-    if config.token and config.after >= max_new:
+def validate_truncate(config: TruncateConfig, max_new_tokens: int, name: str) -> None:
+    if config.token and config.after >= max_new_tokens:
         raise ConfigError(
-            f"{name}.truncate.after={config.after}: a response has max_new={max_new} tokens"
+            f"{name}.truncate.after={config.after}: a response has max_new_tokens={max_new_tokens} tokens"
         )

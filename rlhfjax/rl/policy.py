@@ -50,8 +50,8 @@ def policy_stage(
 
     def open_data() -> Data:
         batches: Any = prompt_batches(config.prompts, task.tokenizer, config)
-        if config.each > 1:
-            batches = Repeated(batches, config.each)
+        if config.samples_per_prompt > 1:
+            batches = Repeated(batches, config.samples_per_prompt)
         batches = with_ptx(config.ptx, batches, task.tokenizer, config, task.layout)
         return Data(batches, held_out(config, task, task.layout), finish)
 
@@ -81,7 +81,7 @@ def policy_stage(
         step=step,
         batch=lambda _: shapes,
         open=open_data,
-        units=episodes * config.max_new,
+        units=episodes * config.max_new_tokens,
     )
 
 
@@ -121,6 +121,6 @@ def fresh_state(
 
 def _empty_rollout(config: PolicyConfig) -> dict[str, jax.Array]:
     """Returns arrays with the shapes of an iteration's rollout, before there is one."""
-    b, t = config.episodes, config.prompt_length + config.max_new
-    ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new))
+    b, t = config.episodes, config.prompt_length + config.max_new_tokens
+    ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new_tokens))
     return Rollout(ids, jnp.zeros_like(ids), row, jnp.zeros_like(row))._asdict()

@@ -22,7 +22,7 @@ def shape_rewards(
     mask, metrics = rollout.mask, {}
     ended = shaping.has_token(rollout.responses, mask, tokens.eos)
     if config.missing_eos == "penalty":
-        scores = shaping.penalise_missing_eos(
+        scores = shaping.penalize_missing_eos(
             scores, ended, penalty=config.missing_eos_value
         )
     elif config.missing_eos == "replace":

@@ -111,7 +111,7 @@ def tokens_of(config: PolicyConfig, tokenizer: Tokenizer) -> Tokens:
 
 
 def row_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
-    """One key a row, so that what a row samples does not depend on its neighbours or on their number."""
+    """One key a row, so that what a row samples does not depend on its neighbors or on their number."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
 
 
@@ -119,12 +119,12 @@ def row_keys(key: Key[Array, ""], n: int) -> Key[Array, " n"]:
     jax.jit,
     static_argnames=(
         "model",
-        "max_new",
+        "max_new_tokens",
         "eos_id",
         "pad_id",
         "temperature",
-        "each",
-        "slots",
+        "samples_per_prompt",
+        "decode_batch",
     ),
 )
 def sample(
@@ -134,12 +134,12 @@ def sample(
     segments: Int[Array, "b p"],
     key: Key[Array, ""],
     *,
-    max_new: int,
+    max_new_tokens: int,
     eos_id: int,
     pad_id: int,
     temperature: float,
-    each: int = 1,
-    slots: int = 0,
+    samples_per_prompt: int = 1,
+    decode_batch: int = 0,
 ) -> Rollout:
     """Samples a response to each row from softmax(logits / temperature), without top-k or top-p.
 
@@ -148,13 +148,13 @@ def sample(
       slots: number of rows decoded at a time, 0: all; see `generate`. It changes no response.
     """
     keys = row_keys(key, prompts.shape[0])
-    limits = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
-    limits |= {"each": each, "slots": slots}
+    limits = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    limits |= {"samples_per_prompt": samples_per_prompt, "decode_batch": decode_batch}
     out = generate(
         model,
         params,
-        prompts[::each],
-        segments[::each],
+        prompts[::samples_per_prompt],
+        segments[::samples_per_prompt],
         keys,
         temperature=temperature,
         **limits,
@@ -169,7 +169,7 @@ def sample(
 
 
 def _shapes(
-    model: Model, params: PyTree, prompts: Any, *_: Any, max_new: int, **__: Any
+    model: Model, params: PyTree, prompts: Any, *_: Any, max_new_tokens: int, **__: Any
 ) -> Rollout:
     """Returns the shapes of a rollout: tracing its unrolled layers takes as long as all the rest."""
     rows = in_use().sharding("batch")
@@ -179,10 +179,10 @@ def _shapes(
         return jax.ShapeDtypeStruct((b, time), dtype, sharding=rows)
 
     return Rollout(
-        tokens=array(p + max_new, np.int32),
-        segments=array(p + max_new, np.int32),
-        mask=array(max_new, np.float32),
-        logprobs=array(max_new, np.float32),
+        tokens=array(p + max_new_tokens, np.int32),
+        segments=array(p + max_new_tokens, np.int32),
+        mask=array(max_new_tokens, np.float32),
+        logprobs=array(max_new_tokens, np.float32),
     )
 
 
@@ -200,7 +200,9 @@ def make_sampler(
     Raises:
       ConfigError: the rollout's batch does not go over that mesh.
     """
-    here = functools.partial(sampled, config, model, tokens, each=config.each)
+    here = functools.partial(
+        sampled, config, model, tokens, samples_per_prompt=config.samples_per_prompt
+    )
     if config.rollout_mesh is None:
         return here
     there = make_layout(config.rollout_mesh, list(layout.mesh.devices.flat))
@@ -227,7 +229,7 @@ def sampled(
     prompts: Any,
     segments: Any,
     key: Any,
-    each: int = 1,
+    samples_per_prompt: int = 1,
 ) -> Rollout:
     """Samples a response to every row: prompts and segments [b, p].
 
@@ -240,12 +242,12 @@ def sampled(
         prompts,
         segments,
         key,
-        max_new=config.max_new,
+        max_new_tokens=config.max_new_tokens,
         eos_id=tokens.eos if config.stop_at_eos else -1,
         pad_id=tokens.pad,
         temperature=config.temperature,
-        each=each,
-        slots=config.slots,
+        samples_per_prompt=samples_per_prompt,
+        decode_batch=config.decode_batch,
     )
 
 
@@ -321,7 +323,7 @@ def behavior_logprobs(
     rollout: Rollout,
 ) -> jax.Array:
     """Returns log pi_old of the response tokens, 0 elsewhere: the sampler's, or a forward pass's."""
-    if config.behaviour_logprobs == "sampler":
+    if config.behavior_logprobs == "sampler":
         return rollout.logprobs
     return logprobs_of(policy, rollout) * rollout.mask
 

@@ -81,7 +81,7 @@ def open_task(
     Raises:
       ConfigError: `init_from` is not a language model.
     """
-    models = Models(config.stage, roles, layout, sources, config.judge_mesh)
+    models = Models(config.stage, roles, layout, sources, config.frozen_mesh)
     policy, frozen = models["policy"], models.frozen_layout
     if policy.source_head != "lm":
         context = f"{config.stage}.init_from={config.init_from}"
@@ -92,7 +92,7 @@ def open_task(
     if frozen is not None:
         frozen.check_batch(
             config.episodes,
-            f"{config.stage}: the responses of an iteration, over judge_mesh,",
+            f"{config.stage}: the responses of an iteration, over frozen_mesh,",
         )
 
     def load(name: str, where: Layout, program: str) -> Reward | None:

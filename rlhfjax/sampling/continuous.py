@@ -33,12 +33,12 @@ class _State(NamedTuple):
     samples: Samples  # [n, r]
 
 
-def refill_size(slots: int, each: int) -> int:
+def refill_size(decode_batch: int, samples_per_prompt: int) -> int:
     """How many slots are filled at once: an eighth of them, in whole groups of `each` rows with one prompt.
 
     A prefill of few rows wastes no slot for long; one of many uses the machine better.
     """
-    return each * max(1, slots // 8 // each)
+    return samples_per_prompt * max(1, decode_batch // 8 // samples_per_prompt)
 
 
 def continuous(
@@ -49,8 +49,8 @@ def continuous(
     u: Float[Array, "r n"],
     pick: Callable[[Array, Array], tuple[Array, Array]],
     *,
-    slots: int,
-    each: int,
+    decode_batch: int,
+    samples_per_prompt: int,
     eos_id: int,
     pad_id: int,
 ) -> Samples:
@@ -61,8 +61,8 @@ def continuous(
       pick: (logits [k, v], u [k]) -> (token [k], logprob [k]).
     """
     (b, p), (r, n) = tokens.shape, u.shape
-    ring, group = p + r - 1, refill_size(slots, each)
-    lengths = jnp.repeat((segments > 0).sum(1, dtype=jnp.int32), each)
+    ring, group = p + r - 1, refill_size(decode_batch, samples_per_prompt)
+    lengths = jnp.repeat((segments > 0).sum(1, dtype=jnp.int32), samples_per_prompt)
 
     def draw(hidden, row, step, samples):
         """Token number `step` of each row, written down; the row becomes n where it was the last."""
@@ -79,10 +79,10 @@ def continuous(
         """The next `group` rows into the first free slots. Rows past the last leave theirs free."""
         free = jnp.nonzero(s.row == n, size=group)[0]
         rows = s.asked + jnp.arange(group)
-        prompts = jnp.minimum(rows[::each] // each, b - 1)
-        fresh = model.init_cache(group // each, ring)
+        prompts = jnp.minimum(rows[::samples_per_prompt] // samples_per_prompt, b - 1)
+        fresh = model.init_cache(group // samples_per_prompt, ring)
         hidden, fresh = model.prefill(params, tokens[prompts], segments[prompts], fresh)
-        hidden, fresh = repeat((hidden, fresh), each)
+        hidden, fresh = repeat((hidden, fresh), samples_per_prompt)
         token, rows, samples = draw(hidden, rows, jnp.zeros_like(rows), s.samples)
         rows = jnp.where(rows < n, rows, n)
         cache = _put(s.cache, fresh, free, s.time % ring)
@@ -111,7 +111,7 @@ def continuous(
             lambda s: answering(s) & ~refillable(s), advance, refill(s)
         )
 
-    idle, zero = jnp.full(slots, n), jnp.zeros((), jnp.int32)
+    idle, zero = jnp.full(decode_batch, n), jnp.zeros((), jnp.int32)
     empty = Samples.empty(n, r, pad_id)
     start = _State(
         zero,
@@ -119,7 +119,7 @@ def continuous(
         idle,
         jnp.zeros_like(idle),
         jnp.zeros_like(idle),
-        model.init_cache(slots, ring),
+        model.init_cache(decode_batch, ring),
         empty,
     )
     return jax.lax.while_loop(
@@ -127,20 +127,22 @@ def continuous(
     ).samples
 
 
-def repeat(tree: Any, each: int) -> Any:
+def repeat(tree: Any, samples_per_prompt: int) -> Any:
     """Every row of every array `each` times, one after the other."""
     return (
-        tree if each == 1 else jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), tree)
+        tree
+        if samples_per_prompt == 1
+        else jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), tree)
     )
 
 
 def _put(
-    cache: Cache, fresh: Cache, slots: Int[Array, " m"], shift: Int[Array, ""]
+    cache: Cache, fresh: Cache, lanes: Int[Array, " m"], shift: Int[Array, ""]
 ) -> Cache:
     """`fresh`, turned by `shift` places, in the place of some slots' rings."""
 
     def put(axis, old, new):
-        return old.at[slots].set(jnp.roll(new, shift, axis), unique_indices=True)
+        return old.at[lanes].set(jnp.roll(new, shift, axis), unique_indices=True)
 
     k, v = jax.tree.map(
         functools.partial(put, 2), (cache.k, cache.v), (fresh.k, fresh.v)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rlhfjax import renamed
 from rlhfjax.config import defaults
 from rlhfjax.errors import ConfigError, first_line
 
@@ -41,7 +42,8 @@ def find(name: str) -> ModuleType:
     if name not in names():
         known = ", ".join(names())
         raise ConfigError(
-            f"stage {name!r} is unknown; known: {known}, or package.module:Config of your own"
+            f"stage {name!r} is unknown{renamed.hint(name, renamed.STAGES)};"
+            f" known: {known}, or package.module:Config of your own"
         )
     return importlib.import_module(f"rlhfjax.stages.{name}")
 

@@ -35,7 +35,7 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import PositiveTemperature, Seed, Size, SizeOrNone, Tokens
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import Reward, texts
-from rlhfjax.rl.config import validate_slots
+from rlhfjax.rl.config import validate_decode_batch
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, sample
 from rlhfjax.roles import Role, Workload, job_workload, scorers
@@ -55,10 +55,10 @@ class Config:
     prompts: PromptConfig = PromptConfig()
     pool: Size = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
     prompt_length: Tokens
-    max_new: Tokens
+    max_new_tokens: Tokens
     temperature: PositiveTemperature = 1.0
     batch_size: Size = 64  # answers at a time
-    slots: SizeOrNone = 0  # of them decoded together, the next prompt as soon as one ends; 0: all, to the longest
+    decode_batch: SizeOrNone = 0  # of them decoded together, the next prompt as soon as one ends; 0: all, to the longest
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
 
@@ -71,7 +71,7 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
 
 
 def validate(
@@ -79,11 +79,13 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
-    validate_slots(config.slots, _same_prompt(config), layout, "best_of_n")
+    validate_decode_batch(
+        config.decode_batch, _same_prompt(config), layout, "best_of_n"
+    )
     validate_length(
-        config.prompt_length + config.max_new,
+        config.prompt_length + config.max_new_tokens,
         model_config,
-        "best_of_n.prompt_length + max_new",
+        "best_of_n.prompt_length + max_new_tokens",
     )
 
 
@@ -246,12 +248,12 @@ def _sample(
         placed["prompts"],
         placed["segments"],
         key,
-        max_new=config.max_new,
+        max_new_tokens=config.max_new_tokens,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         temperature=config.temperature,
-        each=_same_prompt(config),
-        slots=config.slots,
+        samples_per_prompt=_same_prompt(config),
+        decode_batch=config.decode_batch,
     )
 
 

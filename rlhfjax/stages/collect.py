@@ -1,8 +1,8 @@
-"""Collection: K answers of a policy to each prompt, scored and ranked by a labeller, written as a dataset.
+"""Collection: K answers of a policy to each prompt, scored and ranked by a labeler, written as a dataset.
 
 workdir/preferences/    ArrayRecord for the reward stage, and train.jsonl, validation.jsonl for people
 
-With more than one labeller, how far they agree is reported: pairwise, with ties, and as Fleiss' kappa.
+With more than one labeler, how far they agree is reported: pairwise, with ties, and as Fleiss' kappa.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Several, Size, SizeOrNone, Temperature, Tokens
 from rlhfjax.rewards.agreement import agreement
-from rlhfjax.rewards.labellers import Answers, Labeller, make_answers
-from rlhfjax.rewards.load import load_labeller
+from rlhfjax.rewards.labelers import Answers, Labeler, make_answers
+from rlhfjax.rewards.load import load_labeler
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
-from rlhfjax.rl.config import TruncateConfig, validate_slots, validate_truncate
+from rlhfjax.rl.config import TruncateConfig, validate_decode_batch, validate_truncate
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.roles import Role, Workload, job_workload, scorers
 from rlhfjax.supervised import validate_length
@@ -37,21 +37,21 @@ FOLDER = "preferences"
 class Config:
     stage: str = "collect"
     init_from: str  # the policy that answers
-    labeller: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
+    labeler: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
     others: tuple[
         str, ...
-    ] = ()  # label the same answers, for inter-labeller agreement alone
+    ] = ()  # label the same answers, for inter-labeler agreement alone
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()  # become the validation split
-    completions: Several = 4  # K; InstructGPT: 4 to 9
+    samples_per_prompt: Several = 4  # K; InstructGPT: 4 to 9
     prompt_length: Tokens
-    max_new: Tokens
+    max_new_tokens: Tokens
     temperature: Temperature = 1.0
     # as in the stages that then train on such answers; `truncate` cuts, and keeps whole an answer without the token
     stop_at_eos: bool = True
     truncate: TruncateConfig = TruncateConfig()
     batch_size: Size = 32  # prompts at a time
-    slots: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
+    decode_batch: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
     prompt_buckets: Tokens = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     int8: bool = False  # weights and cache of the policy while it answers: half of bfloat16's bytes, nearly its answers
     seed: Seed = 0
@@ -62,12 +62,12 @@ def roles(config: Config) -> dict[str, Role]:
     others = {f"other_{i}": name for i, name in enumerate(config.others)}
     return {
         "policy": Role(config.init_from),
-        **scorers(labeller=config.labeller, **others),
+        **scorers(labeler=config.labeler, **others),
     }
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
 
 
 def validate(
@@ -75,16 +75,19 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(
-        config.batch_size * config.completions, "collect.batch_size times completions"
+        config.batch_size * config.samples_per_prompt,
+        "collect.batch_size times samples_per_prompt",
     )
-    validate_slots(config.slots, config.completions, layout, "collect")
+    validate_decode_batch(
+        config.decode_batch, config.samples_per_prompt, layout, "collect"
+    )
     validate_buckets(config.prompt_buckets, config.prompt_length, "collect")
     validate_length(
-        config.prompt_length + config.max_new,
+        config.prompt_length + config.max_new_tokens,
         model_config,
-        "collect.prompt_length + max_new",
+        "collect.prompt_length + max_new_tokens",
     )
-    validate_truncate(config.truncate, config.max_new, "collect")
+    validate_truncate(config.truncate, config.max_new_tokens, "collect")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -93,27 +96,27 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     validate(config, layout, policy.model.config)
     policy = store.int8(policy) if config.int8 else policy
     tokenizer = policy.tokenizer
-    labellers = [
-        load_labeller(name, layout, tokenizer)
-        for name in (config.labeller, *config.others)
+    labelers = [
+        load_labeler(name, layout, tokenizer)
+        for name in (config.labeler, *config.others)
     ]
     prompts = {"train": config.prompts, "validation": config.eval_prompts}
     with layout.use():
         splits = {
-            split: _answers(config, number, one, policy, tokenizer, labellers, layout)
+            split: _answers(config, number, one, policy, tokenizer, labelers, layout)
             for number, (split, one) in enumerate(prompts.items())
         }
     hosts.share(
-        lambda: write_preferences(workdir / FOLDER, splits, labeller=config.labeller)
+        lambda: write_preferences(workdir / FOLDER, splits, labeler=config.labeler)
     )
     metrics = _describe(splits)
-    for labeller in labellers:
-        if hasattr(labeller, "metrics"):
-            metrics |= finalize(labeller.metrics(), "collect/")
+    for labeler in labelers:
+        if hasattr(labeler, "metrics"):
+            metrics |= finalize(labeler.metrics(), "collect/")
     if config.others:
         labels = [
             np.array([row["labels"][i] for row in splits["train"]])
-            for i in range(len(labellers))
+            for i in range(len(labelers))
         ]
         metrics |= {
             f"collect/{name}": value for name, value in agreement(labels).items()
@@ -129,19 +132,23 @@ def _answers(
     prompts: PromptConfig,
     policy: store.SavedModel,
     tokenizer: Tokenizer,
-    labellers: list[Labeller],
+    labelers: list[Labeler],
     layout: Layout,
 ) -> list[dict[str, Any]]:
     source = open_prompts(prompts, "collect.prompts", seed=config.seed)
-    lengths = (config.prompt_length, config.max_new)
+    lengths = (config.prompt_length, config.max_new_tokens)
     more = {
-        "slots": config.slots,
+        "decode_batch": config.decode_batch,
         "stop_at_eos": config.stop_at_eos,
         "truncate": config.truncate,
     }
     more |= {"buckets": config.prompt_buckets}
     sampling = Sampling(
-        *lengths, config.temperature, config.batch_size, each=config.completions, **more
+        *lengths,
+        config.temperature,
+        config.batch_size,
+        samples_per_prompt=config.samples_per_prompt,
+        **more,
     )
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     rows = []
@@ -153,10 +160,10 @@ def _answers(
                 rollout.tokens,
                 rollout.segments,
                 rollout.mask,
-                config.completions,
+                config.samples_per_prompt,
                 tokenizer,
             )
-            labels = np.stack([labeller(some) for labeller in labellers])
+            labels = np.stack([labeler(some) for labeler in labelers])
             _validate_opinions(config, labels[0], index)
             rows += _rows(hosts.whole(rollout), some, labels, index, cut)
             progress.update(len(rows), count=int((index >= 0).sum()))
@@ -170,7 +177,7 @@ def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) ->
         row, response = missing[0]
         place = f"response {response} of prompt {index[row]}"
         raise DataError(
-            f"collect.labeller={config.labeller}: it has no opinion about {place}"
+            f"collect.labeler={config.labeler}: it has no opinion about {place}"
         )
 
 

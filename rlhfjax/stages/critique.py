@@ -42,7 +42,7 @@ class Config:
     principles: str  # a file of JSON lines
     rounds: PositiveCount = 1  # revisions; the paper: 4
     length: Tokens  # conversation and answer, tokens; the prompt of a longer one loses its beginning
-    max_new: Tokens  # tokens of an answer, a critique, a revision
+    max_new_tokens: Tokens  # tokens of an answer, a critique, a revision
     temperature: Temperature = 1.0
     validation: ProperShare = (
         0.1  # share of the prompts, by a stable hash of their first user turn
@@ -67,9 +67,9 @@ def validate(
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "critique.batch_size")
     validate_length(config.length, model_config, "critique.length")
-    if config.max_new >= config.length:
+    if config.max_new_tokens >= config.length:
         raise ConfigError(
-            f"critique.max_new={config.max_new}: expected less than length={config.length}"
+            f"critique.max_new_tokens={config.max_new_tokens}: expected less than length={config.length}"
         )
 
 
@@ -91,7 +91,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     def fitted(speaker: Judge, after: list[Conversation]) -> list[Conversation]:
         """What is asked about each prompt: the prompt, as the speaker has room for it, and the
         turns after it."""
-        room, asked = config.length - config.max_new, []
+        room, asked = config.length - config.max_new_tokens, []
         for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
             asked.append(
                 chat.shorten_conversation(speaker.tokenizer, prompt, rest, room)
@@ -164,7 +164,10 @@ def _say(
     """The speaker's answers as text; the draw numbers what is asked, so that no two share their randomness."""
     seed = (config.seed * 1_000_003 + draw) % 2**31
     ids = speaker.answer(
-        questions, max_new=config.max_new, temperature=config.temperature, seed=seed
+        questions,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=seed,
     )
     return [speaker.tokenizer.decode(one).strip() for one in ids]
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy from ranked answers, without a reward model and without sampling.
+"""Direct preference optimization: a policy from ranked answers, without a reward model and without sampling.
 
 DPO, cDPO, IPO, KTO, ORPO and SimPO differ by `loss.name` alone: see `algos/direct.py` for the equations. DPO (Rafailov
 et al. 2023, eq. 7), rho being the frozen reference:
@@ -91,7 +91,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What the losses look at: log-probabilities of every answer, and what a labeller says of it."""
+    """What the losses look at: log-probabilities of every answer, and what a labeler says of it."""
 
     total: Float[Array, "p k"]  # log pi(y | x), nats
     mean: Float[Array, "p k"]  # 1/|y| log pi(y | x), nats a token

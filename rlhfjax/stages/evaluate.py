@@ -34,7 +34,7 @@ from rlhfjax.ranges import Seed, Size, SizeOrNone, Temperature, Tokens
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import texts
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
-from rlhfjax.rl.config import validate_slots
+from rlhfjax.rl.config import validate_decode_batch
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, response_logprobs
 from rlhfjax.roles import Role, Workload, job_workload, scorers
@@ -52,10 +52,10 @@ class Config:
     proxy: str | None = None  # the reward that the policy was trained on
     prompts: PromptConfig = PromptConfig()
     prompt_length: Tokens
-    max_new: Tokens
+    max_new_tokens: Tokens
     temperature: Temperature = 1.0
     batch_size: Size = 64
-    slots: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
+    decode_batch: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
     prompt_buckets: Tokens = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
@@ -67,7 +67,7 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new)
+    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
 
 
 def validate(
@@ -75,12 +75,12 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
-    validate_slots(config.slots, 1, layout, "evaluate")
+    validate_decode_batch(config.decode_batch, 1, layout, "evaluate")
     validate_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
     validate_length(
-        config.prompt_length + config.max_new,
+        config.prompt_length + config.max_new_tokens,
         model_config,
-        "evaluate.prompt_length + max_new",
+        "evaluate.prompt_length + max_new_tokens",
     )
 
 
@@ -108,7 +108,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for who, name in itertools.product(answered, rewards):
         context = f"evaluate.{name}={getattr(config, name)}, responses of the {who}"
         stats.validate_scores(answered[who][name], context)
-    metrics = summarise(answered)
+    metrics = summarize(answered)
     _write_samples(workdir / SAMPLES, answered)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
@@ -125,8 +125,8 @@ def _answer(
 ) -> dict[str, Any]:
     """One model's answers to all prompts: texts, scores, KL to the reference, lengths."""
     source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
-    lengths = (config.prompt_length, config.max_new)
-    more = {"slots": config.slots, "buckets": config.prompt_buckets}
+    lengths = (config.prompt_length, config.max_new_tokens)
+    more = {"decode_batch": config.decode_batch, "buckets": config.prompt_buckets}
     sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
     parts: dict[str, list] = {}
     key = jax.random.key(config.seed)
@@ -168,7 +168,7 @@ def _sequence_kl(
     return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
 
-def summarise(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
+def summarize(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …; see the module."""
     policy, baseline = answers["policy"], answers["baseline"]
     out = {"prompts": len(policy["answer"]), "prompts_cut": policy["cut"].mean()}

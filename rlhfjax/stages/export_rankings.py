@@ -1,6 +1,6 @@
 """A preference dataset as JSON lines of rankings, for people to look at, to rank anew, or for another program.
 
-workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeller", "time"}, see `rewards/rankings.py`
+workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeler", "time"}, see `rewards/rankings.py`
 """
 
 import dataclasses

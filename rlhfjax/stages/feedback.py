@@ -1,6 +1,6 @@
-"""AI feedback: a judge with principles, as a labeller by name. See `rewards/feedback.py`.
+"""AI feedback: a judge with principles, as a labeler by name. See `rewards/feedback.py`.
 
-workdir/reward.json    what `labeller="stage:…"` of `collect` loads; the reward stage then takes `loss={"name": "soft"}`
+workdir/reward.json    what `labeler="stage:…"` of `collect` loads; the reward stage then takes `loss={"name": "soft"}`
 """
 
 import dataclasses

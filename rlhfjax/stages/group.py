@@ -65,7 +65,7 @@ class Config(PolicyConfig):
 
     stage: str = "group"
     estimator: Literal["rloo", "grpo", "dr_grpo", "dapo", "reinforce"] = "rloo"
-    completions: Size = (
+    samples_per_prompt: Size = (
         4  # K, answers to a prompt; an iteration has batch_size times K episodes
     )
     epochs: PositiveCount = 1
@@ -76,14 +76,14 @@ class Config(PolicyConfig):
     overlong: Literal["keep", "leave_out"] = (
         "keep"  # what hit the length limit in the loss; DAPO leaves it out
     )
-    overlong_soft: TokensOrNone = 0  # last tokens before max_new over which the score falls by 1 (DAPO eq. 13); 0: off
+    overlong_soft: TokensOrNone = 0  # last tokens before max_new_tokens over which the score falls by 1 (DAPO eq. 13); 0: off
     only_informative: bool = (
         False  # groups of equal scores (without a KL) do not count in the mean
     )
 
     @property
     def episodes(self) -> int:
-        return self.batch_size * self.completions
+        return self.batch_size * self.samples_per_prompt
 
 
 class Estimator(NamedTuple):
@@ -128,7 +128,7 @@ def _dr_grpo(
     c: Config, logprobs: jax.Array, batch: Experience, beta: Any
 ) -> tuple[jax.Array, Metrics]:
     rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
-    return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new)
+    return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new_tokens)
 
 
 def _dapo(
@@ -165,9 +165,9 @@ def validate(
     """Validates the config. Raises ConfigError."""
     validate_policy(config, layout, model_config)
     name, estimator = config.estimator, ESTIMATORS[config.estimator]
-    if config.completions == 1 and estimator.advantages is not None:
+    if config.samples_per_prompt == 1 and estimator.advantages is not None:
         raise ConfigError(
-            f"group.completions={config.completions}: {name} compares at least 2 answers to a prompt"
+            f"group.samples_per_prompt={config.samples_per_prompt}: {name} compares at least 2 answers to a prompt"
         )
     if config.kl.place == "loss" and config.kl.estimator not in estimator.kl_losses:
         known = ", ".join(estimator.kl_losses) or "none (put it in the reward)"
@@ -178,9 +178,9 @@ def validate(
         raise ConfigError(
             f"group.entropy_coefficient: a bonus per token joins a mean over tokens, dapo's, not {name}'s"
         )
-    if config.overlong_soft > config.max_new:
+    if config.overlong_soft > config.max_new_tokens:
         raise ConfigError(
-            f"group.overlong_soft={config.overlong_soft}: it lies within max_new={config.max_new} tokens"
+            f"group.overlong_soft={config.overlong_soft}: it lies within max_new_tokens={config.max_new_tokens} tokens"
         )
     if config.overlong == "leave_out" and not config.stop_at_eos:
         raise ConfigError(
@@ -249,13 +249,13 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
         if c.overlong_soft:
             shaped = shaped + shaping.overlong_penalty(
-                mask, limit=c.max_new, soft=c.overlong_soft
+                mask, limit=c.max_new_tokens, soft=c.overlong_soft
             )
         penalty, sequence_kl = kl_penalty(c.kl, old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
         penalties = beta * kl.sequence_kl(penalty, mask)
-        groups = shaped.reshape(-1, c.completions)
-        informative = jnp.repeat(group.informative(groups), c.completions)
+        groups = shaped.reshape(-1, c.samples_per_prompt)
+        informative = jnp.repeat(group.informative(groups), c.samples_per_prompt)
         metrics |= rollout_metrics(scores, shaped, beta, sequence_kl, ended, mask)
         n = jnp.float32(mask.shape[0])
         metrics |= {

@@ -22,7 +22,7 @@ from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
 from rlhfjax.ranges import ProperShare
 from rlhfjax.rewards.agreement import agreement_of
-from rlhfjax.rewards.rankings import Ranking, by_labeller, read_rankings
+from rlhfjax.rewards.rankings import Ranking, by_labeler, read_rankings
 from rlhfjax.stages.collect import FOLDER
 
 ON_ONE_HOST = True
@@ -57,7 +57,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             raise DataError(
                 f"import_rankings: {len(rankings)} rankings leave no {split} prompt; change `validation`"
             )
-    write_preferences(workdir / FOLDER, splits, labeller="unnamed")
+    write_preferences(workdir / FOLDER, splits, labeler="unnamed")
     metrics = {
         f"import_rankings/{name}": value for name, value in describe(rankings).items()
     }
@@ -67,8 +67,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 
 def describe(rankings: list[Ranking]) -> dict[str, float]:
-    """How many rankings, labellers and comparisons, how many of the pairs are ties, and how far labellers agree."""
-    people = by_labeller(rankings)
+    """How many rankings, labelers and comparisons, how many of the pairs are ties, and how far labelers agree."""
+    people = by_labeler(rankings)
     pairs = [
         (a, b)
         for one in rankings
@@ -77,7 +77,7 @@ def describe(rankings: list[Ranking]) -> dict[str, float]:
     ]
     out = {
         "rankings": float(len(rankings)),
-        "labellers": float(len(people)),
+        "labelers": float(len(people)),
         "comparisons": float(len(pairs)),
         "ties": float(np.mean([a == b for a, b in pairs])),
     }
@@ -142,5 +142,5 @@ def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str
         "completion_tokens": completions,
         "scores": one.scores,
         "ranks": list(one.ranks),
-        "labeller": one.labeller,
+        "labeler": one.labeler,
     }

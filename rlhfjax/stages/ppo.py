@@ -1,6 +1,6 @@
 """PPO against a reward, with a KL penalty to a reference: rollout -> score -> advantages -> minibatch epochs.
 
-maximise E[ r(x, y) - beta log pi(y | x) / pi_ref(y | x) ] (+ gamma E[ log pi(x) ] over pretraining text, PPO-ptx)
+maximize E[ r(x, y) - beta log pi(y | x) / pi_ref(y | x) ] (+ gamma E[ log pi(x) ] over pretraining text, PPO-ptx)
 
 Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendix C.4.
 """

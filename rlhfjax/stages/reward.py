@@ -23,7 +23,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
-from rlhfjax.rewards import centre
+from rlhfjax.rewards import center
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
@@ -57,13 +57,13 @@ class Config(StreamConfig):
     length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it
     batch_size: Size  # prompts; InstructGPT: 64 (C.2)
     loss: LossConfig = LossConfig()
-    normalise_before: Literal["none", "mean", "mean_std"] = (
+    normalize_before: Literal["none", "mean", "mean_std"] = (
         "none"  # N-details: mean_std before training as well
     )
-    normalise: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
+    normalize: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
     demonstrations: tuple[
         SourceConfig, ...
-    ] = ()  # whose answers score 0, for normalise="demonstrations"
+    ] = ()  # whose answers score 0, for normalize="demonstrations"
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -79,9 +79,9 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     validate_streams(config, layout, model_config)
-    if (config.normalise == "demonstrations") != bool(config.demonstrations):
+    if (config.normalize == "demonstrations") != bool(config.demonstrations):
         raise ConfigError(
-            'reward.demonstrations: sources go together with reward.normalise="demonstrations"'
+            'reward.demonstrations: sources go together with reward.normalize="demonstrations"'
         )
 
 
@@ -107,11 +107,11 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
     def start(state: TrainState) -> TrainState:
         state = state.replace(params=loaded.start(state.params))
-        if config.normalise_before == "none":
+        if config.normalize_before == "none":
             return state
         judged = judge(state.params, held_out().restart())
         return state.replace(
-            params=centre.normalise(state.params, judged, config.normalise_before)[0]
+            params=center.normalize(state.params, judged, config.normalize_before)[0]
         )
 
     def open_data() -> Data:
@@ -130,7 +130,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         def finish(state: TrainState) -> Finished:
             judged = judge(state.params, passes.restart())
-            params, metrics = _normalised(config, loaded, state.params, judged, judge)
+            params, metrics = _normalized(config, loaded, state.params, judged, judge)
             margins = stats.margins(
                 judged["rewards"], *(judged[name] for name in LABELS)
             )
@@ -169,20 +169,20 @@ def preference_shapes(size: int, completions: int, length: int) -> Shapes:
     )
 
 
-def _normalised(
+def _normalized(
     config: Config,
     loaded: Loaded,
     params: Any,
     judged: dict[str, np.ndarray],
     judge: Callable[..., Any],
 ) -> tuple[Any, Metrics]:
-    if config.normalise != "demonstrations":
-        return centre.normalise(params, judged, config.normalise)
+    if config.normalize != "demonstrations":
+        return center.normalize(params, judged, config.normalize)
     source = open_sources(config.demonstrations, "reward.demonstrations")
     options = {"batch_size": config.batch_size, "length": config.length}
-    shown = judge(params, centre.demonstrations(source, loaded.tokenizer, **options))
-    params, metrics = centre.normalise(params, shown, "mean")
-    _, reference = centre.normalise(params, judged, "none")
+    shown = judge(params, center.demonstrations(source, loaded.tokenizer, **options))
+    params, metrics = center.normalize(params, shown, "mean")
+    _, reference = center.normalize(params, judged, "none")
     cut = truncation_metrics(shown)["rows_cut"]
     return params, {
         **reference,
@@ -204,7 +204,7 @@ def reward_loss(
     model: Model, loss: RewardLoss
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Every such loss is one of differences of rewards: the head's bias has gradient 0, exactly 0 and not rounding's
-    (which Adam would scale up to whole steps). Normalisation alone sets it."""
+    (which Adam would scale up to whole steps). Normalization alone sets it."""
 
     def of_batch(
         params: Any, batch: dict[str, jax.Array], key: jax.Array | None

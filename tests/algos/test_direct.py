@@ -251,7 +251,7 @@ def test_kto_reference_point():
 
 
 def test_dpo_on_all_preferences_has_the_tilted_reference_as_its_optimum():
-    # A bandit of 5 arms, preferences of every pair in the proportions of Bradley-Terry with reward r: DPO's minimiser
+    # A bandit of 5 arms, preferences of every pair in the proportions of Bradley-Terry with reward r: DPO's minimizer
     # is pi* = rho exp(r / beta) / Z (Rafailov et al. 2023, section 4), reached here by gradient descent.
     beta, rng = 0.5, np.random.default_rng(10)
     reference = jax.nn.log_softmax(jnp.array(rng.normal(size=5), jnp.float32))

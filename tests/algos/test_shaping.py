@@ -94,14 +94,14 @@ def test_pitfall_11_a_score_of_zero_is_a_score():
         shaping.replace_missing_eos(score, ended, value=-1.0), [0.0, -1.0]
     )
     np.testing.assert_array_equal(
-        shaping.penalise_missing_eos(score, ended, penalty=2.5), [0.0, -2.5]
+        shaping.penalize_missing_eos(score, ended, penalty=2.5), [0.0, -2.5]
     )
     np.testing.assert_array_equal(shaping.reject(score, ended, value=-1.0), [0.0, -1.0])
     rewards = shaping.token_rewards(score, jnp.ones((2, 2)), jnp.ones((2, 2)), beta=0.1)
     np.testing.assert_allclose(rewards, -0.1 * np.ones((2, 2)), rtol=1e-6)
 
 
-def test_pitfall_14_missing_eos_is_penalised_before_whitening():
+def test_pitfall_14_missing_eos_is_penalized_before_whitening():
     # Scores 3 (ended) and 5 (cut off, hence -1), no KL, one token each: rewards 3 and -1, mean 1, std 2. Whitened
     # without shifting the mean: (3 - 1) / 2 + 1 = 2 and (-1 - 1) / 2 + 1 = 0. A penalty after whitening would give -1.
     tokens, mask = jnp.array([[4, 2], [4, 4]]), jnp.ones((2, 2))

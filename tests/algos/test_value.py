@@ -86,7 +86,7 @@ def test_squared_by_hand():
     np.testing.assert_allclose(loss, 2.5)
 
 
-def test_pitfall_18_value_and_policy_losses_are_normalised_alike():
+def test_pitfall_18_value_and_policy_losses_are_normalized_alike():
     # Every counted token has policy loss -1 and value loss 1/2 (3 - 1)^2 = 2, in rows of 3, 1 and 0 tokens.
     mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     zeros, ones = jnp.zeros((3, 3)), jnp.ones((3, 3))

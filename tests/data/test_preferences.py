@@ -30,7 +30,7 @@ def folder(tmp_path):
     write_preferences(
         tmp_path / "data",
         {"train": ROWS, "validation": ROWS[:2]},
-        labeller="simulated: length",
+        labeler="simulated: length",
     )
     return tmp_path / "data"
 
@@ -55,7 +55,7 @@ def test_what_is_written_is_read_in_order_with_native_ids(folder):
         np.testing.assert_array_equal(
             np.float32(row["scores"]), np.float32(ROWS[i]["scores"])
         )
-        assert row["labeller"] == "simulated: length"
+        assert row["labeler"] == "simulated: length"
 
 
 def test_the_twin_in_json_lines_holds_the_same_rows(folder):
@@ -81,7 +81,7 @@ def test_ties_share_a_rank():
 
 
 def test_writing_again_replaces_the_older_rows(folder):
-    write_preferences(folder, {"train": ROWS[:3]}, labeller="other")
+    write_preferences(folder, {"train": ROWS[:3]}, labeler="other")
     assert (
         len(read_preferences(folder)) == 3
         and not (folder / "validation.jsonl").exists()
@@ -103,7 +103,7 @@ def die(self, *args, **kwargs):
 pathlib.Path.write_text = die
 row = {"prompt": "p", "prompt_tokens": [1]}
 row |= {"completions": ["a", "b"], "completion_tokens": [[1], [2]], "scores": [0, 1]}
-preferences.write_preferences(sys.argv[1], {"train": [row]}, labeller="x")
+preferences.write_preferences(sys.argv[1], {"train": [row]}, labeler="x")
 """
 
 
@@ -116,7 +116,7 @@ def test_a_kill_while_writing_leaves_no_folder_and_the_next_write_cleans_up(tmp_
     with pytest.raises(DataError, match="holds no dataset"):
         read_preferences(target)
     assert list(tmp_path.glob(".data.tmp-*"))
-    write_preferences(target, {"train": ROWS}, labeller="x")
+    write_preferences(target, {"train": ROWS}, labeler="x")
     assert len(read_preferences(target)) == 11 and not list(
         tmp_path.glob(".data.tmp-*")
     )
@@ -134,7 +134,7 @@ def test_a_kill_while_writing_leaves_no_folder_and_the_next_write_cleans_up(tmp_
 def test_a_malformed_row_is_named_and_nothing_is_written(tmp_path, change, why):
     with pytest.raises(DataError, match=f"split 'train' row 1: .*{why}"):
         write_preferences(
-            tmp_path / "data", {"train": [ROWS[0], ROWS[2] | change]}, labeller="x"
+            tmp_path / "data", {"train": [ROWS[0], ROWS[2] | change]}, labeler="x"
         )
     assert not (tmp_path / "data").exists()
 
@@ -145,12 +145,12 @@ def test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error(tmp_path):
     with pytest.raises(
         DataError, match=r"data/train\.jsonl:2: scores\[1\] is inf; JSON has no"
     ):
-        write_preferences(tmp_path / "data", {"train": [ROWS[0], row]}, labeller="x")
+        write_preferences(tmp_path / "data", {"train": [ROWS[0], row]}, labeler="x")
     assert not (tmp_path / "data").exists()
 
 
 def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no rows in split 'validation'"):
         write_preferences(
-            tmp_path / "data", {"train": ROWS, "validation": []}, labeller="x"
+            tmp_path / "data", {"train": ROWS, "validation": []}, labeler="x"
         )

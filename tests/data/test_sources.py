@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.rows import BadRow, normalise, split_key, split_of
+from rlhfjax.data.rows import BadRow, normalize, split_key, split_of
 from rlhfjax.data.sources import Concatenated, Rows, open_source, texts
 from rlhfjax.errors import ConfigError, DataError
 
@@ -152,9 +152,9 @@ def test_chosen_and_rejected_are_two_ranked_completions(tmp_path):
 def test_a_prompt_is_text_or_a_conversation():
     chat = [*GOOD["messages"]["messages"], {"role": "user", "content": "who?"}]
     for value in (chat, json.dumps(chat), json.dumps(chat).encode()):
-        assert normalise("prompt", {"prompt": value}, {}) == {"messages": chat}
+        assert normalize("prompt", {"prompt": value}, {}) == {"messages": chat}
     for text in ("[1, 2] sort these", "[3, 1, 2]", '{"a": 1}', "12"):
-        assert normalise("prompt", {"prompt": text}, {}) == {
+        assert normalize("prompt", {"prompt": text}, {}) == {
             "messages": [{"role": "user", "content": text}]
         }
     source = Rows([GOOD["preferences"] | {"prompt": chat}], "preferences")
@@ -175,9 +175,9 @@ def test_messages_come_as_lists_as_json_or_as_tfds_sequences():
         json.dumps(expected).encode(),
         sequence,
     ):
-        assert normalise("messages", {"messages": value}, {})["messages"] == expected
+        assert normalize("messages", {"messages": value}, {})["messages"] == expected
     with pytest.raises(BadRow, match="invalid UTF-8"):
-        normalise("text", {"text": b"\xff"}, {})
+        normalize("text", {"text": b"\xff"}, {})
 
 
 def test_rows_split_by_hash_are_disjoint_and_complete_and_named_splits_are_files(

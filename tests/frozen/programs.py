@@ -45,7 +45,9 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
     }
     ppo = stages["ppo"]
     preferences = (str(folders["collect"] / "preferences"),)
-    sampling = {name: ppo[name] for name in ("prompt_length", "max_new", "temperature")}
+    sampling = {
+        name: ppo[name] for name in ("prompt_length", "max_new_tokens", "temperature")
+    }
     loop = {
         name: ppo[name]
         for name in ("steps", "eval_every", "checkpoint", "log", "optim")
@@ -61,13 +63,13 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         "sft nf4": stages["sft"] | {"lora": {**LORA, "base": "nf4"}},
         "reward": stages["reward"],
         "reward before": stages["reward"]
-        | {"normalise_before": "mean_std", "lora": LORA},
+        | {"normalize_before": "mean_std", "lora": LORA},
         "collect": stages["collect"],
         "compose": {"stage": "compose", "members": members},
         "ensemble": {"stage": "compose", "members": twins, "combine": "pessimistic"},
         "evaluate": stages["evaluate"],
-        "recentre": {
-            "stage": "recentre",
+        "recenter": {
+            "stage": "recenter",
             "init_from": ppo["reward"],
             "policy": ppo["init_from"],
             "prompts": held_out,
@@ -89,14 +91,14 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
         "ppo policy value": ppo
         | plain
         | {"value": "policy", "entropy_coefficient": 0.01},
-        "ppo lora": ppo | {"lora": LORA, "behaviour_logprobs": "forward"},
+        "ppo lora": ppo | {"lora": LORA, "behavior_logprobs": "forward"},
         "ppo int8": ppo | plain | {"lora": {**LORA, "base": "int8"}, "value": "policy"},
         "ppo one_step_off": ppo | {"one_step_off": True},
-        "ppo slots": ppo | plain | {"slots": 8},
+        "ppo slots": ppo | plain | {"decode_batch": 8},
         "ppo rollout_mesh": ppo | plain | {"rollout_mesh": {"data": 2, "tensor": 2}},
-        "ppo judge_mesh": ppo
+        "ppo frozen_mesh": ppo
         | plain
-        | {"mesh": ONE_DEVICE, "judge_mesh": OTHER_DEVICES},
+        | {"mesh": ONE_DEVICE, "frozen_mesh": OTHER_DEVICES},
         "ppo text": ppo | plain | {"reward": "gold:sentiment", "value": "policy"},
         "ppo human": ppo | plain | {"human": {"reward": ppo["reward"]}},
         "ppo compose": ppo | plain | {"reward": "compose", "value": "policy"},

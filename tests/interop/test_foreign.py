@@ -224,7 +224,7 @@ def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
 
 
 def test_int8_for_sampling(hf, finished, conversations, tmp_path):
-    """The layers' own arithmetic is tested in tests/models/test_quantised.py; this is that the option turns it on."""
+    """The layers' own arithmetic is tested in tests/models/test_quantized.py; this is that the option turns it on."""
     saved = store.load(finished / "02_sft", make_layout(devices=jax.devices()[:1]))
     small = store.int8(saved)
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(small.params) if leaf.ndim > 1}
@@ -248,8 +248,8 @@ def test_int8_for_sampling(hf, finished, conversations, tmp_path):
         "limit": 8,
     }
     collect = stage_config(
-        "collect", init_from=str(finished / "02_sft"), labeller="gold:sentiment", prompts=chats, eval_prompts=chats,
-        batch_size=8, prompt_length=24, max_new=8, int8=True,
+        "collect", init_from=str(finished / "02_sft"), labeler="gold:sentiment", prompts=chats, eval_prompts=chats,
+        batch_size=8, prompt_length=24, max_new_tokens=8, int8=True,
     )  # fmt: skip
     assert recipe.run(collect, tmp_path / "collect")["collect/prompts"] == 8
 

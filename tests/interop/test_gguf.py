@@ -78,11 +78,11 @@ def write(
     path,
     metadata,
     tensors,
-    quantised=(),
+    quantized=(),
     architecture="llama",
     order=gguf.GGUFEndian.LITTLE,
 ):
-    """A GGUF file; `quantised` names the tensors that are written as Q8_0."""
+    """A GGUF file; `quantized` names the tensors that are written as Q8_0."""
     writer = gguf.GGUFWriter(path, architecture, endianess=order)
     kinds = {
         int: gguf.GGUFValueType.UINT32,
@@ -95,7 +95,7 @@ def write(
         else:
             writer.add_key_value(key, value, kinds[type(value)])
     for name, w in tensors.items():
-        if name in quantised:
+        if name in quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(w, kind), raw_dtype=kind)
         else:
@@ -117,7 +117,7 @@ def q8_0(w):
 
 
 def llama_cpp(w, tokens, n_kv, width, theta):
-    """Logits [t, v] as llama.cpp computes them: rows of Q and K as they stand, neighbours rotated."""
+    """Logits [t, v] as llama.cpp computes them: rows of Q and K as they stand, neighbors rotated."""
     w = {name: x.astype(np.float64) for name, x in w.items()}
     t, per = len(tokens), HEADS // n_kv
 
@@ -216,11 +216,11 @@ def test_the_config_and_the_tree_are_those_of_the_file(grouped):
     )  # nothing is left of the mapped file
 
 
-def test_quantised_untied_and_wide_heads(tmp_path):
+def test_quantized_untied_and_wide_heads(tmp_path):
     """Q8_0, an output of its own, heads wider than d_model / n_heads, and what a file may leave unsaid."""
     w = weights(n_kv=4, width=16, tied=False)
-    quantised = [name for name in w if "norm" not in name]
-    config, params = load_gguf(write(tmp_path / "wide.gguf", WIDE, w, quantised))
+    quantized = [name for name in w if "norm" not in name]
+    config, params = load_gguf(write(tmp_path / "wide.gguf", WIDE, w, quantized))
     assert config == TransformerConfig(
         61,
         D,
@@ -233,7 +233,7 @@ def test_quantised_untied_and_wide_heads(tmp_path):
         norm_eps=EPS,
         tie_embeddings=False,
     )
-    rounded = {name: q8_0(x) if name in quantised else x for name, x in w.items()}
+    rounded = {name: q8_0(x) if name in quantized else x for name, x in w.items()}
     theirs = llama_cpp(rounded, PASSAGE, n_kv=4, width=16, theta=10000.0)
     logits = ours(config, params, PASSAGE)
     np.testing.assert_allclose(logits, theirs, atol=1e-4)

@@ -171,7 +171,7 @@ def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
     )
     saved = store.load(tmp_path, make_layout(devices=jax.devices()[:1]))
     assert saved.tokenizer == tokenizer
-    talk = talking.Chat(saved, temperature=1.0, max_new=8, seed=0)
+    talk = talking.Chat(saved, temperature=1.0, max_new_tokens=8, seed=0)
     answer = "".join(talk.answer("Who sat?"))
     assert talk.messages == [
         {"role": "user", "content": "Who sat?"},

@@ -141,7 +141,7 @@ def their_logits(torch, model, x):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_theirs_is_ours_and_ours_is_theirs(
-    torch, transformers, tmp_path, kind, optimised
+    torch, transformers, tmp_path, kind, optimized
 ):
     """Loaded: equal logits, and the same greedy continuation. Saved again: bit for bit what they had."""
     theirs = build(torch, transformers, kind)
@@ -164,7 +164,7 @@ def test_theirs_is_ours_and_ours_is_theirs(
         jnp.asarray(prompt, jnp.int32),
         jnp.ones(prompt.shape, jnp.int32),
         jax.random.split(jax.random.key(0), 2),
-        max_new=NEW,
+        max_new_tokens=NEW,
         eos_id=-1,
         pad_id=0,
         temperature=0.0,

@@ -16,7 +16,7 @@ from rlhfjax.data import chat
 from rlhfjax.interop import store
 from rlhfjax.interop.export import export
 from rlhfjax.mesh import make_layout
-from rlhfjax.models import quantised
+from rlhfjax.models import quantized
 from rlhfjax.models.presets import preset
 from tests.needs import needs
 
@@ -46,7 +46,7 @@ def test_its_shape_is_the_presets(smollm2):
 
 
 def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):
-    talk = Chat(smollm2, temperature=0.0, max_new=32, seed=0)
+    talk = Chat(smollm2, temperature=0.0, max_new_tokens=32, seed=0)
     pieces = list(talk.answer("What is the capital of France?"))
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 5
@@ -72,9 +72,9 @@ def test_perplexity_of_a_passage(smollm2):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("int8", 4.6620), ("nf4", 4.7063)])
-def test_perplexity_of_a_quantised_base(smollm2, kind, expected):
+def test_perplexity_of_a_quantized_base(smollm2, kind, expected):
     """The numbers in docs/models.md: what adapters would be trained on."""
-    base = quantised.base(smollm2.params, smollm2.model.axes(), kind)
+    base = quantized.base(smollm2.params, smollm2.model.axes(), kind)
     each = np.asarray(nats(dataclasses.replace(smollm2, params=base), PASSAGE))
     assert abs(each.mean() - expected) < 1e-3
 

@@ -103,10 +103,10 @@ def _controller(words: list[str]) -> None:
         if not (job / "requeued").exists():
             break
         (job / "requeued").unlink()
-    cancelled = (job / "state").read_text() == "CANCELLED"
+    canceled = (job / "state").read_text() == "CANCELLED"
     (job / "code").write_text(str(code))
     (job / "state").write_text(
-        "CANCELLED" if cancelled else "FAILED" if code else "COMPLETED"
+        "CANCELLED" if canceled else "FAILED" if code else "COMPLETED"
     )
 
 

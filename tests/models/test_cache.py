@@ -102,7 +102,7 @@ def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
     assert apart.mean() < 1e-3 and apart.max() < 0.05
 
 
-def test_a_row_does_not_depend_on_its_neighbours(llama):
+def test_a_row_does_not_depend_on_its_neighbors(llama):
     """Among others, of other lengths: equal to the bit. In another place, alone, with more padding: to rounding."""
     model, params = llama
     rows, segments = batch()

@@ -185,7 +185,7 @@ def test_pitfall_24_a_token_outside_the_mask_has_no_gradient():
     )
 
 
-def test_whole_logits_never_live(monkeypatch, optimised):
+def test_whole_logits_never_live(monkeypatch, optimized):
     """No array of b * t * v elements in the compiled loss and gradient, where the plain form has several."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)
     hidden, output = jnp.ones((4, 32, 8)), jnp.ones((1024, 8))
@@ -238,7 +238,7 @@ def test_linear_gradient_is_autodiffs(shape):
     ],
 )
 def test_devices_add_their_gradients_once_not_in_every_chunk(
-    axes, tied, monkeypatch, optimised
+    axes, tied, monkeypatch, optimized
 ):
     """Loss and gradients are one device's; of the loop's collectives none is as large as the output matrix's gradient.
 

@@ -81,7 +81,7 @@ def test_what_fails_otherwise_is_one_line():
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "program"), [("sft", "step"), ("ppo", "update")])
-def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimised):
+def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
     """The same arguments, work and temporaries: what comes after memory is assigned changes none of them.
 
     To temporaries libtpu adds 15.5 KiB of its own, whatever the program.

@@ -37,7 +37,7 @@ def a_ppo(**changes):
     options = {
         "batch_size": 64,
         "prompt_length": 1024,
-        "max_new": 1024,
+        "max_new_tokens": 1024,
         "steps": 10,
         "minibatches": 8,
     } | changes
@@ -115,7 +115,7 @@ def test_every_model_that_takes_part_is_in_the_estimate():
         subject.sources.models[name] = Model(small, "scalar")
         assert in_memory(subject) == plain + 4 * reward
     assert in_memory(a_ppo(gold="gold:sentiment")) == plain
-    judged = a_ppo(judge_mesh=MeshConfig(devices="0:1"))
+    judged = a_ppo(frozen_mesh=MeshConfig(devices="0:1"))
     assert in_memory(judged) == 4 * (N + memory.parameters(JUDGE, "scalar"))
 
 

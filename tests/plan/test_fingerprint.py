@@ -87,7 +87,7 @@ def test_what_a_compiler_is_given_changes_it(changes):
 
 
 def test_options_of_the_tests_are_none_of_the_programs():
-    """tests/conftest.py turns optimisations off, and XLA_FLAGS there are of the CPU."""
+    """tests/conftest.py turns optimizations off, and XLA_FLAGS there are of the CPU."""
     lowered = jax.jit(work).lower(rows())
     given = fingerprint.received(lowered, {})
     assert given.options["debug"] == {}

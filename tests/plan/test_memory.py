@@ -85,7 +85,7 @@ def test_korthikanti_in_parallel_and_recomputed():
         memory.korthikanti(c, 1, 2048, recompute="some")
 
 
-def test_optimisers():
+def test_optimizers():
     assert memory.optimizer_bytes(1e9, "adamw") == 8e9
     assert memory.optimizer_bytes(1e9, "adamw", "int8") == 2e9
     assert memory.optimizer_bytes(2048, "adamw_8bit") == 2 * (2048 + 4)
@@ -97,7 +97,7 @@ def test_optimisers():
         memory.bytes_of("fp8")
 
 
-def test_every_precision_and_optimiser():
+def test_every_precision_and_optimizer():
     n = memory.parameters(LLAMA)
     rows = {row["precision"]: row for row in memory.by_precision(LLAMA)}
     assert list(rows) == ["fp32", "bf16", "fp16", "int8", "int4", "bf16 + fp32 master"]

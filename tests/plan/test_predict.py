@@ -247,7 +247,7 @@ def test_every_chip_answers(name):
 @needs_libtpu
 @pytest.mark.slow
 def test_an_axis_may_lie_along_a_part_of_a_side():
-    """32 of 4 x 4 x 4 chips: half the slice, whose chips are neighbours."""
+    """32 of 4 x 4 x 4 chips: half the slice, whose chips are neighbors."""
     mesh = make_layout(
         MeshConfig(data=1, fsdp=2, tensor=32), topology.target("v5p:4x4x4").devices
     ).mesh
@@ -266,7 +266,7 @@ def test_a_group_with_adapters_on_a_tpu():
     own = {
         "stage": "group",
         "batch_size": 4,
-        "completions": 4,
+        "samples_per_prompt": 4,
         "epochs": 1,
         "minibatches": 2,
         "lora": {"rank": 2},

@@ -38,7 +38,14 @@ PLANNED = {
     "ppo int8": POLICY,
     "ppo one_step_off": POLICY,
     "ppo rollout_mesh": POLICY,
-    "ppo judge_mesh": ["rollout", "know", "ref_logprobs", "score", "prepare", "update"],
+    "ppo frozen_mesh": [
+        "rollout",
+        "know",
+        "ref_logprobs",
+        "score",
+        "prepare",
+        "update",
+    ],
     "ppo text": ["rollout", "know", "prepare", "update"],
     "ppo human": ["rollout", "know", "score", "human", "prepare", "update"],
     "ppo compose": ["rollout", "know", "score_0", "prepare", "update"],
@@ -65,7 +72,7 @@ QUICK = (
     "reward",
     "ppo lora",
     "ppo rollout_mesh",
-    "ppo judge_mesh",
+    "ppo frozen_mesh",
     "direct kto",
 )
 
@@ -179,7 +186,7 @@ def test_memory_is_counted_per_role():
         beside_the_update(human={"reward": "stage:reward"}) == policy + reward
     )  # the same arrays
     assert beside_the_update(value="policy", reward="gold:sentiment") == policy
-    assert beside_the_update(judge_mesh={"data": 2, "devices": "2:4"}) == 0.0
+    assert beside_the_update(frozen_mesh={"data": 2, "devices": "2:4"}) == 0.0
     assert beside_the_update(lora=LORA) == reward - 4.0 * (
         reward / 4 - 17
     )  # its head: the base is in the value
@@ -191,7 +198,7 @@ def as_group(ppo_values, estimator):
         "stage": "group",
         "estimator": estimator,
         "batch_size": 4,
-        "completions": 4,
+        "samples_per_prompt": 4,
         "epochs": 1,
         "minibatches": 2,
     }

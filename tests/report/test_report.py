@@ -123,7 +123,7 @@ def test_every_curve_has_a_panel_and_training_and_held_out_share_one(
     assert "loss 4.23 4.33" in [caption.strip() for caption in whole.captions]
 
 
-def test_figures_take_their_colours_from_the_page_alone(text):
+def test_figures_take_their_colors_from_the_page_alone(text):
     svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert len(svgs) > 25
     for svg in svgs:
@@ -237,7 +237,7 @@ def make_stages(root, kinds, lines):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Returns a function of a workdir: the curves of each frontier as (colour, marker, dashed, KLs,
+    """Returns a function of a workdir: the curves of each frontier as (color, marker, dashed, KLs,
     rewards)."""
     made = []
     monkeypatch.setattr(figures, "_svg", lambda figure: made.append(figure) or "")
@@ -470,7 +470,7 @@ def test_a_prompt_is_shown_turn_by_turn():
     assert page.turns("") == []
 
 
-def test_smoothing_keeps_straight_lines_and_averages_neighbours():
+def test_smoothing_keeps_straight_lines_and_averages_neighbors():
     line = np.linspace(3, -1, 200)
     np.testing.assert_allclose(
         figures.smooth(line), line, atol=1e-12

@@ -1,4 +1,4 @@
-"""Agreement of labellers: by hand, against a loop, and against Fleiss' formulas on his table."""
+"""Agreement of labelers: by hand, against a loop, and against Fleiss' formulas on his table."""
 
 import itertools
 import math
@@ -76,7 +76,7 @@ def test_kappa_of_two_raters_by_hand():
     )
 
 
-def test_perfect_agreement_opposite_labellers_and_chance():
+def test_perfect_agreement_opposite_labelers_and_chance():
     rng = np.random.default_rng(1)
     one = rng.normal(size=(400, 4))
     same = agreement({"a": one, "b": 2 * one + 1})

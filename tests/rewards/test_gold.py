@@ -1,4 +1,4 @@
-"""The simulated labeller: hand-computed scores, and what a policy would try."""
+"""The simulated labeler: hand-computed scores, and what a policy would try."""
 
 import sys
 
@@ -97,7 +97,7 @@ def test_each_further_repeat_of_a_positive_word_lowers_the_score(gold):
     assert len(set(scores)) == 5
 
 
-def test_scores_are_float32_one_a_response_and_independent_of_neighbours(gold):
+def test_scores_are_float32_one_a_response_and_independent_of_neighbors(gold):
     answers = ["I love that.", "", "no", "that is great"]
     together = gold([""] * 4, answers)
     assert together.dtype == np.float32

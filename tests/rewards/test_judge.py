@@ -22,8 +22,8 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.rewards import judge as judge_module
 from rlhfjax.rewards.feedback import OPTIONS, Feedback, FeedbackConfig, choose
 from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
-from rlhfjax.rewards.labellers import Answers
-from rlhfjax.rewards.load import load_labeller, load_reward
+from rlhfjax.rewards.labelers import Answers
+from rlhfjax.rewards.load import load_labeler, load_reward
 from rlhfjax.rewards.responses import score
 from rlhfjax.stages import critique as critique_module
 from rlhfjax.stages import stage_config
@@ -370,7 +370,7 @@ def test_a_judge_that_likes_a_letter_has_no_opinion_about_equal_answers(
     np.testing.assert_allclose(labels, 0, atol=1e-6)
 
 
-def test_pitfall_39_a_labeller_counts_the_questions_it_had_to_cut(folder, principles):
+def test_pitfall_39_a_labeler_counts_the_questions_it_had_to_cut(folder, principles):
     feedback = make(folder, principles)
     feedback(SOME)
     assert feedback.metrics() == {"judge_cut": (0.0, 4.0)}  # two pairs, in both orders
@@ -435,20 +435,20 @@ def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
     config = stage_config(
         "collect",
         init_from=str(folder),
-        labeller=str(tmp_path / "judge"),
+        labeler=str(tmp_path / "judge"),
         prompts=prompts,
         eval_prompts=prompts,
         completions=2,
         prompt_length=16,
-        max_new=4,
+        max_new_tokens=4,
         batch_size=4,
     )
     recipe.run(config, tmp_path / "collect")
     source = read_preferences(tmp_path / "collect" / "preferences")
     tokenizer = Judge(JudgeConfig(model=str(folder), length=LENGTH), ONE).tokenizer
-    labeller = load_labeller(str(tmp_path / "judge"), ONE, tokenizer)
+    labeler = load_labeler(str(tmp_path / "judge"), ONE, tokenizer)
     for row in (source[i] for i in range(3)):
-        again = labeller(
+        again = labeler(
             answers(("x", row["completions"]))._replace(prompts=[row["prompt"]])
         )
         np.testing.assert_allclose(row["scores"], again[0], rtol=1e-3, atol=1e-5)
@@ -478,7 +478,7 @@ def critique(folder, tmp_path, name, prompts=None, **options):
         },
         principles=str(tmp_path / "c.jsonl"),
         length=64,
-        max_new=4,
+        max_new_tokens=4,
         validation=0.3,
         **{"batch_size": 8, **options},
     )
@@ -503,7 +503,9 @@ def test_revisions_are_what_the_model_says_to_its_own_critique(folder, tmp_path)
     speaker = Judge(JudgeConfig(model=str(folder), length=64, batch_size=4), ONE)
 
     def say(conversation):
-        ids = speaker.answer([conversation], max_new=4, temperature=0.0, seed=0)[0]
+        ids = speaker.answer([conversation], max_new_tokens=4, temperature=0.0, seed=0)[
+            0
+        ]
         return speaker.tokenizer.decode(ids).strip()
 
     row = rows[0]
@@ -571,7 +573,9 @@ def test_pitfall_41_prompts_out_of_one_conversation_are_in_one_split(tmp_path):
     turns = [[{"role": "user", "content": f"cat {i}"}] for i in range(40)]
     more = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
     prompts = [*turns, *([*talk, *more] for talk in turns)]
-    config = Config(init_from="a", principles="b", length=9, max_new=4, validation=0.3)
+    config = Config(
+        init_from="a", principles="b", length=9, max_new_tokens=4, validation=0.3
+    )
     _write(config, tmp_path, prompts, [["no"] * 80], [])
     found = [
         [

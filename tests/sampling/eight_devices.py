@@ -32,9 +32,12 @@ CONFIG = TransformerConfig(
 )
 PROMPTS, PLACES, NEW, EOS = 16, 15, 9, 7
 CASES = (
-    ({"slots": 8}, {"data": 8}),
-    ({"each": 2}, {"data": 2, "tensor": 4}),
-    ({"each": 2, "slots": 16}, {"data": 1, "fsdp": 4, "tensor": 2}),
+    ({"decode_batch": 8}, {"data": 8}),
+    ({"samples_per_prompt": 2}, {"data": 2, "tensor": 4}),
+    (
+        {"samples_per_prompt": 2, "decode_batch": 16},
+        {"data": 1, "fsdp": 4, "tensor": 2},
+    ),
 )
 
 
@@ -44,11 +47,17 @@ def main():
     tokens, segments = left_padded((7, 1, 4, 6, 2, 5, 3, 7) * 2)
     prompts = tokens % CONFIG.vocab_size, segments
     for way, mesh in CASES:
-        drawn = keys(PROMPTS * way.get("each", 1))
+        drawn = keys(PROMPTS * way.get("samples_per_prompt", 1))
 
         def sample(*x, way=way):
             return generate(
-                model, *x, max_new=NEW, eos_id=EOS, pad_id=PAD, temperature=4.0, **way
+                model,
+                *x,
+                max_new_tokens=NEW,
+                eos_id=EOS,
+                pad_id=PAD,
+                temperature=4.0,
+                **way,
             )
 
         one = jax.device_get(jax.jit(sample)(params, *prompts, drawn))

@@ -92,7 +92,7 @@ SHUFFLED = np.array([0.10, 0.40, 0.05, 0.30, 0.15])
         (3, 0.80, [1, 3]),  # top-k first: .40 / .85 + .30 / .85 = .82 >= .80
     ],
 )
-def test_truncation_is_exactly_renormalised(top_k, top_p, kept):
+def test_truncation_is_exactly_renormalized(top_k, top_p, kept):
     """Which tokens are ever drawn, how often, and their logprobs: those of the distribution sampled from."""
     n = 4000
     token, logprob = drawn(

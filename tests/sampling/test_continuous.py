@@ -87,13 +87,15 @@ def test_continuous_is_static(family):
     expected = ended_by(endless, eos)
     assert len(set(expected.mask.sum(1))) >= 4  # lengths do differ
     sure = decided(model, params, *rows, drawn, expected)
-    assert_same(run(model, params, *rows, drawn, eos_id=eos, slots=3), expected, sure)
+    assert_same(
+        run(model, params, *rows, drawn, eos_id=eos, decode_batch=3), expected, sure
+    )
 
 
 def test_pitfall_05_continuous_logprobs_are_teacher_forced(gpt2):
     model, params = gpt2
     prompts, segments = left_padded(LENGTHS)
-    samples = run(model, params, prompts, segments, keys(len(LENGTHS)), slots=4)
+    samples = run(model, params, prompts, segments, keys(len(LENGTHS)), decode_batch=4)
     expected = teacher_forced(model, params, prompts, segments, samples, 0.8)
     np.testing.assert_allclose(samples.logprobs, expected, atol=1e-5)
 
@@ -103,8 +105,12 @@ def test_a_shared_prefix_is_a_repeated_prompt(gpt2):
     rows, drawn = left_padded((7, 1, 4)), keys(9)
     expected = run(model, params, *repeated(rows, 3), drawn)
     sure = decided(model, params, *repeated(rows, 3), drawn, expected)
-    assert_same(run(model, params, *rows, drawn, each=3), expected, sure)
-    assert_same(run(model, params, *rows, drawn, each=3, slots=4), expected, sure)
+    assert_same(run(model, params, *rows, drawn, samples_per_prompt=3), expected, sure)
+    assert_same(
+        run(model, params, *rows, drawn, samples_per_prompt=3, decode_batch=4),
+        expected,
+        sure,
+    )
     assert len({tuple(row) for row in np.asarray(expected.tokens)[:3].tolist()}) == 3
 
 
@@ -116,7 +122,7 @@ def test_random_lengths_are_the_static_ones(gpt2):
     model, params = gpt2
     settings = {
         "eos_id": 52,
-        "each": 2,
+        "samples_per_prompt": 2,
         "temperature": 2.0,
     }  # a token that comes at every place
     ended = set()
@@ -128,22 +134,35 @@ def test_random_lengths_are_the_static_ones(gpt2):
             model, params, *repeated(rows, 2), drawn, expected, temperature=2.0
         )
         assert_same(
-            run(model, params, *rows, drawn, slots=16, **settings), expected, sure
+            run(model, params, *rows, drawn, decode_batch=16, **settings),
+            expected,
+            sure,
         )
         ended |= set(np.asarray(expected.mask).sum(1).tolist())
     assert ended == set(range(1, NEW + 1))
     assert refill_size(16, 2) == 2
 
 
-@pytest.mark.parametrize(("slots", "max_new"), [(7, NEW), (2, 1), (100, NEW)])
-def test_every_number_of_slots_gives_the_same(gpt2, slots, max_new):
+@pytest.mark.parametrize(
+    ("decode_batch", "max_new_tokens"), [(7, NEW), (2, 1), (100, NEW)]
+)
+def test_every_number_of_slots_gives_the_same(gpt2, decode_batch, max_new_tokens):
     """Rows not divisible by slots, responses of one token, more slots than rows (a static batch)."""
     model, params = gpt2
     rows, drawn = left_padded((7, 1, 4, 6, 2, 5, 3, 7)), keys(8)
-    expected = run(model, params, *rows, drawn, max_new=max_new)
+    expected = run(model, params, *rows, drawn, max_new_tokens=max_new_tokens)
     sure = decided(model, params, *rows, drawn, expected)
     assert_same(
-        run(model, params, *rows, drawn, max_new=max_new, slots=slots), expected, sure
+        run(
+            model,
+            params,
+            *rows,
+            drawn,
+            max_new_tokens=max_new_tokens,
+            decode_batch=decode_batch,
+        ),
+        expected,
+        sure,
     )
 
 
@@ -163,11 +182,11 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
     monkeypatch.setattr(Model, "decode", counted)
     settings = {
-        "max_new": NEW,
+        "max_new_tokens": NEW,
         "eos_id": EOS,
         "pad_id": PAD,
         "temperature": 0.0,
-        "slots": 2,
+        "decode_batch": 2,
     }
     samples = jax.jit(lambda *x: generate(model, *x, **settings))(
         params, *rows, keys(6)
@@ -181,9 +200,9 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
 def test_a_group_needs_slots_for_all_of_it(gpt2):
     with pytest.raises(
-        ConfigError, match=r"slots is 2: .* at least the 3 responses to a prompt"
+        ConfigError, match=r"decode_batch is 2: .* at least the 3 responses to a prompt"
     ):
-        run(*gpt2, *left_padded((7, 1)), keys(6), each=3, slots=2)
+        run(*gpt2, *left_padded((7, 1)), keys(6), samples_per_prompt=3, decode_batch=2)
 
 
 @pytest.mark.slow

@@ -55,18 +55,18 @@ def keys(n, seed=3):
     jax.jit,
     static_argnums=0,
     static_argnames=(
-        "max_new",
+        "max_new_tokens",
         "eos_id",
         "temperature",
         "top_k",
         "top_p",
-        "each",
-        "slots",
+        "samples_per_prompt",
+        "decode_batch",
     ),
 )
 def run(model, params, prompts, segments, keys, **settings):
     settings = {
-        "max_new": NEW,
+        "max_new_tokens": NEW,
         "eos_id": EOS,
         "pad_id": PAD,
         "temperature": 0.8,
@@ -126,7 +126,7 @@ def decided(model, params, prompts, segments, drawn, samples, temperature=0.8):
     return sure
 
 
-def test_pitfall_05_logprobs_are_teacher_forced(made, optimised):
+def test_pitfall_05_logprobs_are_teacher_forced(made, optimized):
     """... at a temperature other than 1, for prompts of other lengths: sampler and trainer are one distribution."""
     model, params = made
     prompts, segments = left_padded()
@@ -203,7 +203,7 @@ def test_pitfall_05_cached_is_uncached(family, temperature):
 
 
 def test_a_row_depends_on_its_own_prompt_and_key_alone(gpt2):
-    """Alone, in another order, among other neighbours, with more padding: the same tokens."""
+    """Alone, in another order, among other neighbors, with more padding: the same tokens."""
     model, params = gpt2
     prompts, segments = left_padded()
     together = run(model, params, prompts, segments, keys(4))
@@ -287,7 +287,7 @@ def test_pitfall_08_the_end(gpt2):
 
 
 def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
-    """Decode steps counted as they run: two rows end after 3 and 4 tokens, so 3 decodes, not max_new - 1 = 9."""
+    """Decode steps counted as they run: two rows end after 3 and 4 tokens, so 3 decodes, not max_new_tokens - 1 = 9."""
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
     prompts, segments = left_padded((4, 3))
     calls, decode = [], Model.decode
@@ -297,7 +297,7 @@ def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
         return decode(self, params, token, position, slot, cache)
 
     monkeypatch.setattr(Model, "decode", counted)
-    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0}
+    settings = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0}
     samples = jax.jit(lambda *x: generate(model, *x, **settings))(
         params, prompts, segments, keys(2)
     )
@@ -327,7 +327,7 @@ def test_pitfall_04_truncated_logprobs_are_those_sampled_from(gpt2):
 def test_stream_is_generate(gpt2):
     model, params = gpt2
     prompts, segments = left_padded((5,))
-    settings = {"max_new": NEW, "eos_id": EOS, "temperature": 0.8}
+    settings = {"max_new_tokens": NEW, "eos_id": EOS, "temperature": 0.8}
     whole = run(model, params, prompts, segments, keys(1), **settings)
     got = list(stream(model, params, prompts, segments, keys(1)[0], **settings))
     assert got == np.asarray(whole.tokens)[np.asarray(whole.mask) > 0].tolist()
@@ -357,7 +357,7 @@ def test_four_devices_sample_what_one_does(gpt2):
     def put(x):
         return jax.device_put(x, layout.sharding("batch"))
 
-    settings = {"max_new": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
+    settings = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
     with layout.use():
         got = jax.jit(lambda *x: generate(model, *x, **settings))(
             jax.device_put(params, layout.replicated),
@@ -372,12 +372,15 @@ def test_four_devices_sample_what_one_does(gpt2):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"each": 2}, "each is 2: 4 prompts and 4 keys are given"),
-        ({"each": 0}, "each is 0"),
-        ({"slots": -1}, "slots is -1: it must be 0"),
-        ({"max_new": 0}, "max_new is 0"),
         (
-            {"max_new": 26},
+            {"samples_per_prompt": 2},
+            "samples_per_prompt is 2: 4 prompts and 4 keys are given",
+        ),
+        ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+        ({"decode_batch": -1}, "decode_batch is -1: it must be 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (
+            {"max_new_tokens": 26},
             "prompt of 7 and a response of 26 tokens exceed model.max_length = 32",
         ),
         ({"temperature": -1.0}, "temperature"),
@@ -398,7 +401,9 @@ def test_every_shape_is_compiled_once_and_logged(caplog):
     caplog.set_level("INFO", logger="rlhfjax")
     model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1))
     params = random_params(model)
-    jitted = jax.jit(lambda *x: generate(model, *x, max_new=1, eos_id=EOS, pad_id=PAD))
+    jitted = jax.jit(
+        lambda *x: generate(model, *x, max_new_tokens=1, eos_id=EOS, pad_id=PAD)
+    )
     for lengths, width in (
         ((7, 1, 4, 6), 7),
         ((2, 2, 3, 1), 7),

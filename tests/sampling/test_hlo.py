@@ -36,13 +36,21 @@ NO_WORK = {
 
 
 @functools.cache
-def compiled_text(each=1, slots=0):
-    """The optimized program; ask for it in a test that has the fixture `optimised`."""
+def compiled_text(samples_per_prompt=1, decode_batch=0):
+    """The optimized program; ask for it in a test that has the fixture `optimized`."""
     model = Model(CONFIG)
-    settings = {"max_new": NEW, "eos_id": 1, "pad_id": 0, "each": each, "slots": slots}
+    settings = {
+        "max_new_tokens": NEW,
+        "eos_id": 1,
+        "pad_id": 0,
+        "samples_per_prompt": samples_per_prompt,
+        "decode_batch": decode_batch,
+    }
     params = model.shapes()
     rows = jax.ShapeDtypeStruct((PROMPTS, PROMPT), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), PROMPTS * each))
+    keys = jax.eval_shape(
+        lambda: jax.random.split(jax.random.key(0), PROMPTS * samples_per_prompt)
+    )
     return (
         jax.jit(lambda *x: generate(model, *x, **settings))
         .lower(params, rows, rows, keys)
@@ -114,19 +122,22 @@ def copies(text, size):
 
 
 @pytest.mark.parametrize(
-    ("each", "slots", "rows"), [(1, 0, 34), (2, 0, 68), (2, 16, 16)]
+    ("samples_per_prompt", "decode_batch", "rows"),
+    [(1, 0, 34), (2, 0, 68), (2, 16, 16)],
 )
-def test_the_cache_is_never_copied_in_a_loop(each, slots, rows, optimised):
+def test_the_cache_is_never_copied_in_a_loop(
+    samples_per_prompt, decode_batch, rows, optimized
+):
     """Not in a step, nor in a refill: one layer's keys are [rows, 2, places, 6], and only updates in place make them.
 
     (With a single key head XLA's CPU compiler does copy: it fuses the update into what reads it, for a second time.)
     """
-    text = compiled_text(each, slots)
+    text = compiled_text(samples_per_prompt, decode_batch)
     assert f"f32[{rows},2,{PLACES},6]" in text
     assert copies(text, rows * 2 * PLACES * 6) == []
 
 
-def test_a_copy_in_a_loop_is_noticed(optimised):
+def test_a_copy_in_a_loop_is_noticed(optimized):
     """A step that keeps the cache from before its update has to copy it."""
 
     def step(i, s):
@@ -137,17 +148,19 @@ def test_a_copy_in_a_loop_is_noticed(optimised):
     assert copies(loop.lower(jnp.zeros((7, 11))).compile().as_text(), 77)
 
 
-@pytest.mark.parametrize(("each", "slots"), [(1, 0), (2, 16)])
-def test_prefill_makes_logits_of_the_last_slot_alone(each, slots, optimised):
+@pytest.mark.parametrize(("samples_per_prompt", "decode_batch"), [(1, 0), (2, 16)])
+def test_prefill_makes_logits_of_the_last_slot_alone(
+    samples_per_prompt, decode_batch, optimized
+):
     """No array with a vocabulary axis is larger than one row of logits a row of the batch."""
-    text = compiled_text(each, slots)
+    text = compiled_text(samples_per_prompt, decode_batch)
     largest = max(max(sizes(s)) for s in re.findall(r"\w+\[[\d,]*\b97\b[\d,]*\]", text))
     assert largest <= max(
         PROMPTS * (97 + 31), 97 * CONFIG.d_model
     )  # blocks of the inverse CDF pad 97 to 128
 
 
-def test_a_shared_prompt_is_prefilled_once(optimised):
+def test_a_shared_prompt_is_prefilled_once(optimized):
     """The prompt's activations, [prompts, time, d], do not grow with the answers to it."""
     text = compiled_text(2, 0)
     assert re.search(rf"\[{PROMPTS},{PROMPT},24\]|\[{PROMPTS * PROMPT},24\]", text)

@@ -1,6 +1,6 @@
 """Who labels answers: gold scorers, reward models, judges and people's rankings behind one protocol.
 
-See `load.py` for labellers by name.
+See `load.py` for labelers by name.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -38,19 +38,19 @@ def make_answers(
 
 
 @runtime_checkable
-class Labeller(Protocol):
+class Labeler(Protocol):
     """Labels answers.
 
     Returns:
       float [p, k]: higher is better, equal is a tie, NaN is no opinion. What a number means beyond its order is the
-      labeller's own: a reward, minus a rank, or log-probabilities whose differences are log-odds (judges).
+      labeler's own: a reward, minus a rank, or log-probabilities whose differences are log-odds (judges).
     """
 
     def __call__(self, answers: Answers) -> np.ndarray: ...
 
 
-class RewardLabeller:
-    """A reward as a labeller: a gold scorer, a reward model, rules."""
+class RewardLabeler:
+    """A reward as a labeler: a gold scorer, a reward model, rules."""
 
     def __init__(self, reward: Reward):
         self._reward = reward
@@ -62,7 +62,7 @@ class RewardLabeller:
         return np.asarray(scores, np.float64).reshape(-1, answers.k)
 
 
-class RankingsLabeller:
+class RankingsLabeler:
     """What people said of the same answers, found by prompt and text; NaN where they did not rank one.
 
     Ranks of one ranking only are compared with each other: of several of one prompt, the one with most of the answers.

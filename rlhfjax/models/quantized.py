@@ -3,13 +3,13 @@
 int8   q = round(x / s),                s = max |x| / 127   over the axes that share the scale: |x - s q| <= s / 2
 NF4    q = argmin_i |x / s - NF4[i]|,   s = max |x|         over a block of 64 inputs of one output
 
-A quantised kernel stands where the float one stood, as int8 or uint4, with its scales beside it: `kernel` and
+A quantized kernel stands where the float one stood, as int8 or uint4, with its scales beside it: `kernel` and
 `kernel_scale`, and `tokens`, `tokens_scale` of an embedding. The layers know what to do by its dtype; biases and norms
 stay as they are. A gradient passes through to what a layer was given, none to the weights, and no backward pass keeps
 a kernel at its full width: it is made wide once more.
 
-Sources: absmax quantisation, vector-wise (Dettmers et al. 2022, LLM.int8(), section 2.1 and 3.1), of weights alone;
-4-bit NormalFloat (Dettmers et al. 2023, QLoRA, section 3 and appendix E), without double quantisation: a scale is a
+Sources: absmax quantization, vector-wise (Dettmers et al. 2022, LLM.int8(), section 2.1 and 3.1), of weights alone;
+4-bit NormalFloat (Dettmers et al. 2023, QLoRA, section 3 and appendix E), without double quantization: a scale is a
 float32, 0.5 bits a weight. Four bits are four on accelerators; XLA keeps a uint4 in a byte on CPUs.
 """
 
@@ -54,22 +54,22 @@ NF4 = (
 )
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """What values * scale, or NF4[values] * scale, stands for; the scale without the axes that share it."""
 
     values: Integer[Array, "..."]
     scale: Float[Array, "..."]
 
 
-def absmax(x: Float[Array, "..."], axes: tuple[int, ...]) -> Quantised:
+def absmax(x: Float[Array, "..."], axes: tuple[int, ...]) -> Quantized:
     """Symmetric int8: q = round(x / s) with s = max |x| / 127 over `axes`; zeros have scale 0 and stay zeros."""
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(axes, keepdims=True) / LARGEST
     values = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
-    return Quantised(values, scale.squeeze(axes))
+    return Quantized(values, scale.squeeze(axes))
 
 
-def nf4(x: Float[Array, "x y"]) -> Quantised:
+def nf4(x: Float[Array, "x y"]) -> Quantized:
     """The nearest NF4 value of x / s, s = max |x| of a block of inputs: uint4 [x, y] and scales [x / block, y]."""
     width, outputs = x.shape
     block = math.gcd(width, BLOCK)
@@ -77,7 +77,7 @@ def nf4(x: Float[Array, "x y"]) -> Quantised:
     scale = jnp.abs(wide).max(1)
     middles = (jnp.array(NF4[1:]) + jnp.array(NF4[:-1])) / 2
     values = jnp.searchsorted(middles, wide / jnp.where(scale > 0, scale, 1.0)[:, None])
-    return Quantised(values.astype(jnp.uint4).reshape(x.shape), scale)
+    return Quantized(values.astype(jnp.uint4).reshape(x.shape), scale)
 
 
 def weights(params: Params, axes: Params) -> Params:
@@ -87,9 +87,9 @@ def weights(params: Params, axes: Params) -> Params:
       params: of a language model, or any tree of such.
       axes: the names of their axes, `Model.axes()`; adapters may be missing from it and stay as they are.
     Raises:
-      ConfigError: the weights are quantised already.
+      ConfigError: the weights are quantized already.
     """
-    return _quantised(params, axes, "int8")
+    return _quantized(params, axes, "int8")
 
 
 def base(params: Params, axes: Params, kind: str) -> Params:
@@ -100,23 +100,23 @@ def base(params: Params, axes: Params, kind: str) -> Params:
     Args:
       axes: the names of their axes, `Model.axes()`.
     Raises:
-      ConfigError: the weights are quantised already.
+      ConfigError: the weights are quantized already.
     """
-    layers = _quantised(params["backbone"]["layers"], axes["backbone"]["layers"], kind)
+    layers = _quantized(params["backbone"]["layers"], axes["backbone"]["layers"], kind)
     return {**params, "backbone": {**params["backbone"], "layers": layers}}
 
 
-def _quantised(params: Params, axes: Params, kind: str) -> Params:
+def _quantized(params: Params, axes: Params, kind: str) -> Params:
     out: Params = {}
     for name, value in params.items():
         names = axes.get(name)
         shared = () if isinstance(value, dict) else _inputs(name, names)
         if isinstance(value, dict):
-            out[name] = _quantised(value, names or {}, kind)
+            out[name] = _quantized(value, names or {}, kind)
         elif not shared:
             out[name] = value
         elif not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ConfigError(f"quantised: {name} is {value.dtype} already")
+            raise ConfigError(f"quantized: {name} is {value.dtype} already")
         else:
             out[name], out[name + SCALE] = (
                 absmax(value, shared) if kind == "int8" else _nf4(value, shared)
@@ -134,17 +134,17 @@ def _inputs(name: str, names: tuple[str, ...] | None) -> tuple[int, ...]:
     return (first, first + 1) if names[first] == "heads" else (first,)
 
 
-def _nf4(kernel: Float[Array, "..."], inputs: tuple[int, ...]) -> Quantised:
+def _nf4(kernel: Float[Array, "..."], inputs: tuple[int, ...]) -> Quantized:
     """`nf4` of a kernel [layers?, inputs…, outputs…], the outputs' shape kept."""
     if inputs[0]:  # stacked layers
         return jax.vmap(lambda layer: _nf4(layer, tuple(i - 1 for i in inputs)))(kernel)
     outputs = kernel.shape[len(inputs) :]
     values, scale = nf4(kernel.reshape(-1, math.prod(outputs)))
-    return Quantised(values.reshape(kernel.shape), scale.reshape(-1, *outputs))
+    return Quantized(values.reshape(kernel.shape), scale.reshape(-1, *outputs))
 
 
 def wide(params: Params, axes: Params) -> Params:
-    """The same parameters in float32 everywhere: what the quantised ones stand for."""
+    """The same parameters in float32 everywhere: what the quantized ones stand for."""
     out: Params = {}
     for name, value in params.items():
         names = axes.get(name)

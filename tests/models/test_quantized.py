@@ -1,4 +1,4 @@
-"""Quantised weights and cache against the same products in floats, and how far logits move."""
+"""Quantized weights and cache against the same products in floats, and how far logits move."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ from scipy import stats
 
 from rlhfjax import state
 from rlhfjax.errors import ConfigError
-from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantised
+from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantized
 from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
-from rlhfjax.models.quantised import absmax, linear_int8, linear_nf4
+from rlhfjax.models.quantized import absmax, linear_int8, linear_nf4
 from rlhfjax.sampling import generate
 from tests.models.families import (
     FAMILIES,
@@ -43,7 +43,7 @@ def test_absmax_by_hand():
     assert got.values.dtype == jnp.int8
 
 
-def test_a_product_is_that_of_the_dequantised_kernel_and_so_is_its_gradient():
+def test_a_product_is_that_of_the_dequantized_kernel_and_so_is_its_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 3, 24))
     kernel = jax.random.normal(jax.random.key(1), (24, 10))
     q = jax.jit(lambda kernel: absmax(kernel, (0,)))(kernel)
@@ -58,7 +58,7 @@ def test_a_product_is_that_of_the_dequantised_kernel_and_so_is_its_gradient():
 
 @functools.partial(jax.jit, static_argnums=0)
 def products_and_gradients(linear, q, wide, x):
-    """Of a quantised kernel and of the wide one: x W, and the gradient of sum(sin(x W)) in x."""
+    """Of a quantized kernel and of the wide one: x W, and the gradient of sum(sin(x W)) in x."""
 
     def both(product):
         return product(x), jax.grad(lambda x: jnp.sum(jnp.sin(product(x))))(x)
@@ -74,7 +74,7 @@ def nf4_by_loops(x, block):
         scales[n, j] = np.abs(own).max()
         for i, value in enumerate(own):
             codes[n * block + i, j] = np.argmin(
-                np.abs(value / scales[n, j] - np.array(quantised.NF4))
+                np.abs(value / scales[n, j] - np.array(quantized.NF4))
             )
     return codes, scales
 
@@ -86,13 +86,13 @@ def test_nf4_is_the_nearest_value_of_its_block():
     ):  # blocks of 64, or of what 64 and the width have in common
         x = np.asarray(jax.random.normal(jax.random.key(width), (width, 3)))
         codes, scales = nf4_by_loops(x, block)
-        got = jax.jit(quantised.nf4)(x)
+        got = jax.jit(quantized.nf4)(x)
         assert got.values.dtype == jnp.uint4 and got.scale.shape == (width // block, 3)
         np.testing.assert_array_equal(got.values, codes)
         np.testing.assert_allclose(got.scale, scales, rtol=1e-6)
-    zeros = jax.jit(quantised.nf4)(jnp.zeros((64, 1)))
+    zeros = jax.jit(quantized.nf4)(jnp.zeros((64, 1)))
     assert np.asarray(zeros.values, int).tolist() == [[7]] * 64
-    assert quantised.NF4[7] == 0.0
+    assert quantized.NF4[7] == 0.0
 
 
 def test_the_nf4_values_are_the_quantiles_that_the_paper_takes():
@@ -100,14 +100,14 @@ def test_the_nf4_values_are_the_quantiles_that_the_paper_takes():
     outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
     above, below = (stats.norm.ppf(np.linspace(outermost, 0.5, n)[:-1]) for n in (9, 8))
     values = np.sort(np.concatenate([above, -below, [0.0]]))
-    np.testing.assert_allclose(quantised.NF4, values / values.max(), atol=1e-6)
+    np.testing.assert_allclose(quantized.NF4, values / values.max(), atol=1e-6)
 
 
 def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
     x = jax.random.normal(jax.random.key(0), (2, 3, 128))
     kernel = jax.random.normal(jax.random.key(1), (128, 10))
-    q = jax.jit(quantised.nf4)(kernel)
-    values = np.array(quantised.NF4, np.float32)[np.asarray(q.values, int)]
+    q = jax.jit(quantized.nf4)(kernel)
+    values = np.array(quantized.NF4, np.float32)[np.asarray(q.values, int)]
     wide = values * np.repeat(np.asarray(q.scale), 64, axis=0)
     assert (
         0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12
@@ -120,16 +120,16 @@ def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def quantised_base(model, kind, params):
-    return quantised.base(params, model.axes(), kind)
+def quantized_base(model, kind, params):
+    return quantized.base(params, model.axes(), kind)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_backward_pass_keeps_no_wide_kernel(kind):
-    """What is saved for the gradient of a model on a quantised base: no float array of a kernel's size."""
+    """What is saved for the gradient of a model on a quantized base: no float array of a kernel's size."""
     model = Model(FAMILIES["llama-gqa"])
     params = jax.eval_shape(
-        functools.partial(quantised_base, model, kind), model.shapes()
+        functools.partial(quantized_base, model, kind), model.shapes()
     )
     kernels = [
         x for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"
@@ -161,10 +161,10 @@ def logits_of(model, params, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MOSTLY_SLOW)
-def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
+def test_a_quantized_model_is_the_model_of_its_dequantized_weights(family):
     """Every projection, the embedding and the output matrix; no kernel is left in floats."""
     model = Model(FAMILIES[family])
-    params = jax.jit(lambda params: quantised.weights(params, model.axes()))(
+    params = jax.jit(lambda params: quantized.weights(params, model.axes()))(
         random_params(model)
     )
     floats = {
@@ -172,7 +172,7 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
     }
     assert floats <= {"bias", "scale", "positions", "kernel_scale", "tokens_scale"}
     rows = tokens(2, 9)
-    plain = quantised.wide(params, model.axes())
+    plain = quantized.wide(params, model.axes())
     np.testing.assert_allclose(
         logits_of(model, params, rows), logits_of(model, plain, rows), atol=2e-4
     )
@@ -185,7 +185,7 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family):
 def test_scanned_layers_have_a_scale_each():
     model = Model(dataclasses.replace(FAMILIES["llama-gqa"], scan_layers=True))
     params = model.init(jax.random.key(0))
-    out = quantised.weights(params, model.axes())["backbone"]["layers"]["attention"][
+    out = quantized.weights(params, model.axes())["backbone"]["layers"]["attention"][
         "out"
     ]
     kernel = params["backbone"]["layers"]["attention"]["out"]["kernel"]
@@ -201,20 +201,20 @@ def test_wide_by_hand():
         "kernel_scale": jnp.array([2 / 127]),
         "bias": jnp.ones(1),
     }
-    got = quantised.wide(tree, {"kernel": ("embed", "mlp"), "bias": ("mlp",)})
+    got = quantized.wide(tree, {"kernel": ("embed", "mlp"), "bias": ("mlp",)})
     np.testing.assert_allclose(got["kernel"], [[128 / 127], [-2]], rtol=1e-6)
     assert got.keys() == {"kernel", "bias"}
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_adapters_learn_on_a_quantised_base(kind):
-    """QLoRA's split: the adapters' gradient on a quantised base is that on the same base in floats."""
+def test_adapters_learn_on_a_quantized_base(kind):
+    """QLoRA's split: the adapters' gradient on a quantized base is that on the same base in floats."""
     model = Model(
         FAMILIES["llama-gqa"],
         lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind),
     )
-    own, base = random_trained(model), quantised_base(model, kind, random_params(model))
-    wide = jax.jit(lambda base: quantised.wide(base, model.axes()))(base)
+    own, base = random_trained(model), quantized_base(model, kind, random_params(model))
+    wide = jax.jit(lambda base: quantized.wide(base, model.axes()))(base)
     rows = tokens(2, 8)
 
     @jax.jit
@@ -235,7 +235,7 @@ def test_what_is_int8_already_is_refused():
     model = Model(FAMILIES["gpt2"])
 
     def weights(params):
-        return quantised.weights(params, model.axes())
+        return quantized.weights(params, model.axes())
 
     once = jax.eval_shape(weights, model.shapes())
     with pytest.raises(ConfigError, match=r"(tokens|kernel) is int8 already"):
@@ -245,7 +245,9 @@ def test_what_is_int8_already_is_refused():
 # ------------------------------------------------------------------ the cache
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("each", "slots"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("samples_per_prompt", "decode_batch")
+)
 def sampled(model, params, prompts, segments, keys, **how):
     return generate(
         model,
@@ -253,7 +255,7 @@ def sampled(model, params, prompts, segments, keys, **how):
         prompts,
         segments,
         keys,
-        max_new=10,
+        max_new_tokens=10,
         eos_id=EOS,
         pad_id=PAD,
         **how,
@@ -262,14 +264,17 @@ def sampled(model, params, prompts, segments, keys, **how):
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():
     """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Tokens of a
-    slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbours.
+    slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
     """
     config = dataclasses.replace(FAMILIES["llama-gqa"], n_layers=1)
     model, own = Model(config, int8_cache=True), keys(10)
     params, rows = random_params(model), left_padded((7, 1, 4, 6, 2))
     each_twice = tuple(jnp.repeat(x, 2, axis=0) for x in rows)
     static = sampled(model, params, *each_twice, own)
-    for how in ({"each": 2}, {"each": 2, "slots": 3}):
+    for how in (
+        {"samples_per_prompt": 2},
+        {"samples_per_prompt": 2, "decode_batch": 3},
+    ):
         np.testing.assert_array_equal(
             sampled(model, params, *rows, own, **how).tokens, static.tokens
         )
@@ -278,7 +283,7 @@ def test_an_int8_cache_samples_from_nearly_the_same_distribution():
     assert 1e-5 < error < 0.1
 
 
-def test_int8_attention_is_that_of_the_dequantised_cache():
+def test_int8_attention_is_that_of_the_dequantized_cache():
     q, k, v = (
         jax.random.normal(jax.random.key(i), s)
         for i, s in enumerate([(3, 4, 8), (3, 2, 9, 8), (3, 2, 9, 8)])
@@ -306,7 +311,7 @@ def test_how_far_logits_move(what, limit):
     rows = jax.random.randint(jax.random.key(1), (4, 24), 0, 512)
     plain = decoded(model, params, rows)
     if what == "weights":
-        other = decoded(model, quantised.weights(params, model.axes()), rows)
+        other = decoded(model, quantized.weights(params, model.axes()), rows)
     else:
         other = decoded(dataclasses.replace(model, int8_cache=True), params, rows)
     error = float(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algos.masked import masked_mean, masked_std
-from rlhfjax.algos.normalise import centring_bias, gain_and_bias
+from rlhfjax.algos.normalize import centring_bias, gain_and_bias
 from rlhfjax.data import chat, examples
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> Py
     return {**params, "head": head}
 
 
-def normalise(
+def normalize(
     params: PyTree, judged: dict[str, np.ndarray], how: str
 ) -> tuple[PyTree, Metrics]:
     """Folds gain and bias into the scalar head: r' = gain r + bias has mean 0 (and std 1) on the completions.

@@ -25,7 +25,7 @@ def gain_and_bias(
 def centring_bias(
     rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar = 0.0
 ) -> Float[Array, ""]:
-    """b such that r + b has the given mean: on demonstrations (InstructGPT), or on new samples to recentre.
+    """b such that r + b has the given mean: on demonstrations (InstructGPT), or on new samples to recenter.
 
     Source: Ouyang et al. 2022, appendix C.2; Stiennon et al. 2020, section 3.4 (references score 0).
     """
@@ -38,7 +38,7 @@ def ensemble_mean(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
 
 
 def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
-    """min_m r_m: worst-case optimisation.
+    """min_m r_m: worst-case optimization.
 
     Source: Coste et al. 2023.
     """
@@ -48,9 +48,9 @@ def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
 def ensemble_pessimistic(
     rewards: Float[Array, "m b"], *, coefficient: Scalar
 ) -> Float[Array, "b"]:
-    """mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimisation.
+    """mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimization.
 
-    Source: Coste et al. 2023 (which penalises the variance; the std has the reward's unit).
+    Source: Coste et al. 2023 (which penalizes the variance; the std has the reward's unit).
     """
     return jnp.mean(rewards, axis=0) - coefficient * ensemble_disagreement(rewards)
 

@@ -21,7 +21,7 @@ from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Temperature, TokensOrNone
-from rlhfjax.rewards import centre
+from rlhfjax.rewards import center
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
 from rlhfjax.rl.answers import Sampling, answers
@@ -33,14 +33,14 @@ from rlhfjax.supervised import validate_length
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    stage: str = "recentre"
+    stage: str = "recenter"
     init_from: str  # the reward model
     policy: str | None = None  # answers `prompts`; or else:
     preferences: tuple[str, ...] = ()  # completions of the train split
     demonstrations: tuple[SourceConfig, ...] = ()
     prompts: PromptConfig = PromptConfig()
     prompt_length: TokensOrNone = 0  # of `policy`
-    max_new: TokensOrNone = 0  # of `policy`
+    max_new_tokens: TokensOrNone = 0  # of `policy`
     temperature: Temperature = 1.0
     length: TokensOrNone = (
         0  # prompt and response, of `preferences` and `demonstrations`
@@ -56,7 +56,7 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    sampled = config.prompt_length + config.max_new
+    sampled = config.prompt_length + config.max_new_tokens
     return job_workload(config.batch_size, sampled if config.policy else config.length)
 
 
@@ -66,16 +66,16 @@ def validate(
     """Validates the config. Raises ConfigError."""
     if sum(map(bool, (config.policy, config.preferences, config.demonstrations))) != 1:
         raise ConfigError(
-            "recentre: give the samples by one of policy, preferences and demonstrations"
+            "recenter: give the samples by one of policy, preferences and demonstrations"
         )
-    needed = ("prompt_length", "max_new") if config.policy else ("length",)
+    needed = ("prompt_length", "max_new_tokens") if config.policy else ("length",)
     if missing := [name for name in needed if getattr(config, name) < 1]:
-        raise ConfigError(f"recentre.{missing[0]}: a value is required")
-    layout.check_batch(config.batch_size, "recentre.batch_size")
+        raise ConfigError(f"recenter.{missing[0]}: a value is required")
+    layout.check_batch(config.batch_size, "recenter.batch_size")
     validate_length(
         sum(getattr(config, name) for name in needed),
         model_config,
-        f"recentre.{' + '.join(needed)}",
+        f"recenter.{' + '.join(needed)}",
     )
 
 
@@ -86,9 +86,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     check_scalar(saved, saved.tokenizer, config.init_from)
     with layout.use():
         samples = _samples(config, saved, layout)
-        context = f"recentre.init_from={config.init_from}"
+        context = f"recenter.init_from={config.init_from}"
         stats.validate_scores(samples["rewards"], context, samples["valid"])
-        params, pairs = centre.normalise(saved.params, samples, "mean")
+        params, pairs = center.normalize(saved.params, samples, "mean")
         pairs = {
             **pairs,
             "rows_cut": (
@@ -97,7 +97,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             ),
         }
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
-    metrics = finalize(hosts.whole(pairs), "recentre/")
+    metrics = finalize(hosts.whole(pairs), "recenter/")
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -119,8 +119,8 @@ def _samples(
             **options,
         )
     else:
-        source = open_sources(config.demonstrations, "recentre.demonstrations")
-        batches = centre.demonstrations(source, tokenizer, **options)
+        source = open_sources(config.demonstrations, "recenter.demonstrations")
+        batches = center.demonstrations(source, tokenizer, **options)
     return make_judge(saved.model, layout)(saved.params, batches)
 
 
@@ -130,10 +130,13 @@ def _sampled(
     policy = store.load(config.policy, layout)
     tokenizer = policy.tokenizer
     if policy.tokenizer != saved.tokenizer:
-        raise ConfigError("recentre: policy and reward model have different tokenizers")
-    source = open_prompts(config.prompts, "recentre.prompts", seed=config.seed)
+        raise ConfigError("recenter: policy and reward model have different tokenizers")
+    source = open_prompts(config.prompts, "recenter.prompts", seed=config.seed)
     sampling = Sampling(
-        config.prompt_length, config.max_new, config.temperature, config.batch_size
+        config.prompt_length,
+        config.max_new_tokens,
+        config.temperature,
+        config.batch_size,
     )
     reward, key = ModelReward(saved.model, saved.params), jax.random.key(config.seed)
     parts = [
