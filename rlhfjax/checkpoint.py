@@ -16,9 +16,9 @@ from rlhfjax import hosts, json_text, paths
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError, first_line
 from rlhfjax.paths import Path
+from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
-PyTree = Any
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a bucket, where it cannot rename what is whole
 
 

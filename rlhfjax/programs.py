@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from rlhfjax.mesh import Layout, in_use
+from rlhfjax.types import PyTree
 
-PyTree = Any
 Rows = (
     jax.Array | np.ndarray | jax.ShapeDtypeStruct
 )  # an array, or its shape where a step is recorded

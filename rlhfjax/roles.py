@@ -21,8 +21,8 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.programs import Held, keep, recording
+from rlhfjax.types import PyTree
 
-PyTree = Any
 REWARD = store.REWARD
 Head = Literal["lm", "scalar"]
 

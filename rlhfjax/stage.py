@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from rlhfjax.state import TrainState
+from rlhfjax.types import Metrics, PyTree
 
-PyTree = Any
-Metrics = Mapping[str, tuple[Any, Any]]  # {name: (sum, weight)}
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 

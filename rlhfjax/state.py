@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
+from rlhfjax.types import PyTree
 
-PyTree = Any
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
 
 

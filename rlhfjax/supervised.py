@@ -28,8 +28,9 @@ from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.ranges import Count, Size
 from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Roles, Sources, Workload
-from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage
+from rlhfjax.stage import Data, Finished, Shapes, Stage
 from rlhfjax.state import TrainState, apply_gradients, gradients
+from rlhfjax.types import Metrics
 
 Batch = dict[str, Any]
 MODEL = "model"  # the one role that is trained

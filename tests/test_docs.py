@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax import algos, recipe
-from rlhfjax.algos.types import Loss
 from rlhfjax.config import to_dict
 from rlhfjax.stages import stage_config
+from rlhfjax.types import Loss
 from tests import sources
 
 ROOT = Path(__file__).parents[1]

@@ -228,7 +228,14 @@ LACKING = {
     "sft": ("seed", "model", "overrides", "optim.schedule"),
     "collect": ("seed", "mesh", "others", "truncate.after"),
     "reward": ("seed", "loss", "eval_batches"),
-    "ppo": ("seed", "decode_batch", "gamma", "kl.place", "prompts.per_conversation", "human"),
+    "ppo": (
+        "seed",
+        "decode_batch",
+        "gamma",
+        "kl.place",
+        "prompts.per_conversation",
+        "human",
+    ),
     "evaluate": ("seed", "decode_batch"),
 }
 

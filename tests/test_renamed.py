@@ -45,7 +45,9 @@ def test_an_old_option_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(("old", "new"), renamed.STAGES.items())
 def test_an_old_stage(old, new):
-    with pytest.raises(ConfigError, match=f"'{old}' is unknown; it is now called {new};"):
+    with pytest.raises(
+        ConfigError, match=f"'{old}' is unknown; it is now called {new};"
+    ):
         stages.find(old)
 
 
@@ -83,7 +85,12 @@ def test_the_stage_of_a_workdir_with_an_old_name(tmp_path):
 
 
 def test_a_file_with_the_old_column(tmp_path):
-    row = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "labeller": "ann"}
+    row = {
+        "prompt": "p",
+        "completions": ["a", "b"],
+        "scores": [1, 0],
+        "labeller": "ann",
+    }
     assert normalize("preferences", row, {})["labeler"] == "ann"
     ranking = {"prompt": "p", "completions": ["a", "b"], "ranking": [1, 2]}
     file = tmp_path / "rankings.jsonl"

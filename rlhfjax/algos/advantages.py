@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import whiten
-from rlhfjax.algos.types import Scalar
+from rlhfjax.types import Scalar
 
 
 def gae(

@@ -1,7 +1,7 @@
 """Several losses as one."""
 
 from rlhfjax.algos.masked import divide
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def add_losses(**terms: tuple[Scalar, Loss]) -> Loss:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from rlhfjax.algos.log_ratios import LIMIT
 from rlhfjax.algos.masked import divide, masked_mean, masked_sum
 from rlhfjax.algos.preference import pair_metrics
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def sequence_logprobs(

@@ -4,7 +4,7 @@ import jax
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from rlhfjax.algos.types import Scalar
+from rlhfjax.types import Scalar
 
 
 def ema_update(

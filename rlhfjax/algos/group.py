@@ -12,7 +12,7 @@ from rlhfjax.algos.kl import k3
 from rlhfjax.algos.log_ratios import clamped
 from rlhfjax.algos.masked import divide, sequence_mean, sequence_token_mean, token_mean
 from rlhfjax.algos.policy import log_ratio, ratio_metrics
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def _group_size(rewards: Float[Array, "p k"]) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from rlhfjax.algos.log_ratios import LIMIT, clamp
 from rlhfjax.algos.masked import divide, masked_sum, token_mean
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def _log_ratio(

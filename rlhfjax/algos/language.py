@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Num
 
-from rlhfjax.algos.types import Metric
+from rlhfjax.types import Metric
 
 
 def nats_per_byte(

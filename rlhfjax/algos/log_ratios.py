@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import token_mean
-from rlhfjax.algos.types import Metric
+from rlhfjax.types import Metric
 
 LIMIT = 80.0
 """Nats. e^80 = 5.5e34 leaves room for an advantage and for a sum over some thousand tokens."""

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import masked_mean, masked_std
-from rlhfjax.algos.types import Scalar
+from rlhfjax.types import Scalar
 
 
 def gain_and_bias(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from rlhfjax.algos.log_ratios import clamp, clamped
 from rlhfjax.algos.masked import divide, masked_max, token_mean
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def log_ratio(

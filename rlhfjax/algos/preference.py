@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from rlhfjax.algos.masked import divide, masked_sum
-from rlhfjax.algos.types import Loss, Metrics
+from rlhfjax.types import Loss, Metrics
 
 
 def distinct_pairs(

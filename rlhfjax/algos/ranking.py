@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from rlhfjax.algos.masked import divide, masked_sum
 from rlhfjax.algos.preference import pair_metrics, reward_differences, untied_pairs
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def bradley_terry_loss(

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from rlhfjax.algos.masked import last_token
-from rlhfjax.algos.types import Scalar
+from rlhfjax.types import Scalar
 
 
 def token_rewards(

@@ -9,7 +9,7 @@ from jax.scipy.special import gammainc, gammaincc
 from jaxtyping import Float, Int
 
 from rlhfjax.algos.masked import divide, masked_sum
-from rlhfjax.algos.types import Loss, Scalar
+from rlhfjax.types import Loss, Scalar
 
 
 def uniform_credit(

@@ -5,7 +5,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import divide, masked_var, token_mean
-from rlhfjax.algos.types import Loss, Metric
+from rlhfjax.types import Loss, Metric
 
 
 def clipped_value_loss(

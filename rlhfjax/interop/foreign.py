@@ -8,7 +8,7 @@ pip:PACKAGE  an installed Python package that holds one GGUF file; the package i
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -18,8 +18,7 @@ from rlhfjax.errors import CheckpointError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
-
-PyTree = Any
+from rlhfjax.types import PyTree
 
 
 class Foreign(NamedTuple):

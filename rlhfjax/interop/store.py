@@ -20,9 +20,9 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import PLATFORMS
 from rlhfjax.models.transformer import Model, stacked, unstacked
 from rlhfjax.paths import Path
+from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
-PyTree = Any
 FOLDER = "model"
 REWARD = (
     "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}

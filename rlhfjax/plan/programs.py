@@ -20,8 +20,7 @@ from rlhfjax.plan.shapes import Subject, hold
 from rlhfjax.plan.topology import Target
 from rlhfjax.programs import Call, Held, Recorder
 from rlhfjax.roles import Pass
-
-PyTree = Any
+from rlhfjax.types import PyTree
 
 
 class Program(NamedTuple):

@@ -1,7 +1,6 @@
 """The scale of a reward model: gain and bias folded into its scalar head, and the samples they are taken from."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ from rlhfjax.data import chat, examples
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import DataError
-from rlhfjax.stage import Metrics
-
-PyTree = Any
+from rlhfjax.types import Metrics, PyTree
 
 
 def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> PyTree:

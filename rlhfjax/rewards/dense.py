@@ -16,8 +16,7 @@ from rlhfjax.programs import ROWS, Program, Rows, small
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
 from rlhfjax.roles import Sources
-
-PyTree = Any
+from rlhfjax.types import PyTree
 
 
 def token_rewards(

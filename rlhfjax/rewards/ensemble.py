@@ -12,8 +12,8 @@ from rlhfjax.algos import normalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Held, Program, Rows, keep, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
+from rlhfjax.types import PyTree
 
-PyTree = Any
 Pairs = dict[str, tuple[Any, Any]]
 COMBINE = ("mean", "worst", "pessimistic")
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from rlhfjax.algos import ranking
 from rlhfjax.algos.preference import distinct_pairs, kwise_loss, untied_pairs
-from rlhfjax.algos.types import Loss
 from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf
+from rlhfjax.types import Loss
 
 RewardLoss = Callable[..., Loss]  # (rewards, labels, valid, same=None), all [p, k]
 Same = Int[Array, "p k"] | None

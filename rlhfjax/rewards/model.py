@@ -1,15 +1,13 @@
 """A trained reward model as a scorer of token sequences."""
 
 import functools
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, Rows
-
-PyTree = Any
+from rlhfjax.types import PyTree
 
 
 def sequence_rewards(

@@ -13,9 +13,8 @@ from rlhfjax.mesh import constrain
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
 from rlhfjax.rl.config import PolicyConfig
-from rlhfjax.stage import Metrics
+from rlhfjax.types import Metrics, PyTree
 
-PyTree = Any
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 
 

@@ -15,10 +15,9 @@ from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.prompts import held_out_prompts
 from rlhfjax.rl.rollout import Rollout, response_logprobs, sampled, truncated
 from rlhfjax.rl.task import Task
-from rlhfjax.stage import Metrics
 from rlhfjax.state import TrainState
+from rlhfjax.types import Metrics, PyTree
 
-PyTree = Any
 HELD_OUT = 2**31  # the random stream of batch 0; the seeds of training steps are below
 
 

@@ -22,8 +22,7 @@ from rlhfjax.rl.task import Task
 from rlhfjax.roles import Loaded
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
-
-PyTree = Any
+from rlhfjax.types import PyTree
 
 
 def policy_stage(

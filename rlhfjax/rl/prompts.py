@@ -16,8 +16,9 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
 from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
-from rlhfjax.stage import Batches, Metrics, Shapes, row_shapes
+from rlhfjax.stage import Batches, Shapes, row_shapes
 from rlhfjax.supervised import language_shapes
+from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True)

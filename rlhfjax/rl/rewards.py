@@ -11,7 +11,7 @@ from rlhfjax.algos import kl, shaping, tamer
 from rlhfjax.programs import ROWS, WHOLE, small
 from rlhfjax.rl.config import HumanConfig, KLConfig, PolicyConfig
 from rlhfjax.rl.rollout import Rollout, Tokens
-from rlhfjax.stage import Metrics
+from rlhfjax.types import Metrics
 
 
 def shape_rewards(

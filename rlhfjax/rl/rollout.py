@@ -27,10 +27,9 @@ from rlhfjax.programs import (
 )
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
-from rlhfjax.stage import Metrics
 from rlhfjax.state import TrainState
+from rlhfjax.types import Metrics, PyTree
 
-PyTree = Any
 AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
 UPDATE, FIRST = (
     1,

@@ -14,9 +14,7 @@ from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.rewards import with_human
 from rlhfjax.rl.rollout import Tokens, tokens_of
 from rlhfjax.roles import Loaded, Models, Roles, Sources
-from rlhfjax.stage import Metrics
-
-PyTree = Any
+from rlhfjax.types import Metrics, PyTree
 
 
 class Task(NamedTuple):

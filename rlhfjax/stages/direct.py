@@ -23,7 +23,6 @@ from rlhfjax.algos import direct as direct_losses
 from rlhfjax.algos.direct import kto_kl, mean_logprobs, sequence_logprobs
 from rlhfjax.algos.masked import divide
 from rlhfjax.algos.preference import pair_metrics, reward_differences, untied_pairs
-from rlhfjax.algos.types import Loss
 from rlhfjax.data import loader
 from rlhfjax.data.config import open_preferences, own_shards
 from rlhfjax.data.mismatched import Mismatched
@@ -38,7 +37,7 @@ from rlhfjax.programs import ROWS, Program, small
 from rlhfjax.ranges import Finite, NonNegative, Positive, ShareBelowHalf, Size, Tokens
 from rlhfjax.rl.prompts import Together
 from rlhfjax.roles import DISK, Loaded, Models, Pass, Role, Sources, Workload
-from rlhfjax.stage import Data, Metrics, Shapes, Stage
+from rlhfjax.stage import Data, Shapes, Stage
 from rlhfjax.stages.reward import preference_shapes
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
@@ -53,8 +52,8 @@ from rlhfjax.supervised import (
     truncation_metrics,
     validate_streams,
 )
+from rlhfjax.types import Loss, Metrics, PyTree
 
-PyTree = Any
 Arrays = dict[str, Any]
 REFERENCE, OTHERS = (
     "reference",

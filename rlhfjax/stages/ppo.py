@@ -53,10 +53,9 @@ from rlhfjax.rl.rollout import (
 )
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
-from rlhfjax.stage import Metrics, Stage
+from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, attach, copy_into
-
-PyTree = Any
+from rlhfjax.types import Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

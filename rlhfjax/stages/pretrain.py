@@ -16,7 +16,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Tokens
 from rlhfjax.roles import DISK, Role, Sources, Workload
-from rlhfjax.stage import Metrics, Stage
+from rlhfjax.stage import Stage
 from rlhfjax.supervised import (
     MODEL,
     Batch,
@@ -27,6 +27,7 @@ from rlhfjax.supervised import (
     trained_role,
     validate_streams,
 )
+from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

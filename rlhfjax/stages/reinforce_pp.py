@@ -49,10 +49,9 @@ from rlhfjax.rl.rollout import (
 )
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
-from rlhfjax.stage import Metrics, Stage
+from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, attach
-
-PyTree = Any
+from rlhfjax.types import Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

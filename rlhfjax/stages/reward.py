@@ -27,7 +27,7 @@ from rlhfjax.rewards import center
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
 from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
-from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
+from rlhfjax.stage import Data, Finished, Shapes, Stage, row_shapes
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
@@ -41,6 +41,7 @@ from rlhfjax.supervised import (
     truncation_metrics,
     validate_streams,
 )
+from rlhfjax.types import Metrics
 
 Batch = dict[str, Any]
 LABELS = (

@@ -17,7 +17,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Tokens
 from rlhfjax.roles import DISK, Role, Sources, Workload
-from rlhfjax.stage import Metrics, Stage, row_shapes
+from rlhfjax.stage import Stage, row_shapes
 from rlhfjax.supervised import (
     MODEL,
     Batch,
@@ -28,6 +28,7 @@ from rlhfjax.supervised import (
     trained_role,
     validate_streams,
 )
+from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

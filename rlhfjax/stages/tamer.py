@@ -33,7 +33,7 @@ from rlhfjax.ranges import NonNegative, Positive, Seconds, Tokens
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.rewards.responses import FILE
 from rlhfjax.roles import DISK, Models, Role, Sources, Workload
-from rlhfjax.stage import Data, Finished, Metrics, Shapes, Stage, row_shapes
+from rlhfjax.stage import Data, Finished, Shapes, Stage, row_shapes
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
@@ -47,6 +47,7 @@ from rlhfjax.supervised import (
     trained_role,
     validate_training,
 )
+from rlhfjax.types import Metrics
 
 Batch = dict[str, np.ndarray]
 

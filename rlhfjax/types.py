@@ -1,12 +1,18 @@
-"""The types that the signatures of this folder share."""
+"""The types that signatures share."""
+
+from typing import Any
 
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
+
+PyTree = Any
+"""A tree of arrays, as jax.tree_util takes it: parameters, a state, a batch."""
 
 Scalar = float | Float[Array, ""]
 """A hyper-parameter: a Python float, or a traced scalar where it changes during a run (KL coefficient)."""
 
-Metric = tuple[Array, Array]
+Metric = tuple[ArrayLike, ArrayLike]
 """(sum, weight): the value is sum / weight, so that microbatches, minibatches and hosts add up exactly."""
 
 Metrics = dict[str, Metric]
