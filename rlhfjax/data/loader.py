@@ -28,6 +28,7 @@ from rlhfjax.data.padding import pad_left
 from rlhfjax.data.sources import Concatenated, Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
+from rlhfjax.streams import PER_DATA_STREAM, PER_SOURCE
 
 Batch = dict[str, np.ndarray]
 Weighted = Source | Sequence[Source] | Sequence[tuple[Source, float]]
@@ -376,7 +377,7 @@ def _batches(
         rows = pack(
             _mixed(encoded, order, j).to_iter_dataset(_INLINE),
             size,
-            order.seed + 104729 * j,
+            order.seed + PER_DATA_STREAM * j,
         )
         return Batches(rows, filler, size=size, identity=identity, skipped=skipped)
 
@@ -403,7 +404,7 @@ def _mixed(
         )
     parts = [
         grain.MapDataset.source(one)
-        .shuffle(seed=(order.seed + 7919 * i) % 2**31)
+        .shuffle(seed=(order.seed + PER_SOURCE * i) % 2**31)
         .repeat()[j :: order.streams.count]
         for i, (one, _) in enumerate(encoded)
     ]

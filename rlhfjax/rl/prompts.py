@@ -17,6 +17,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
 from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
 from rlhfjax.stage import Batches, Shapes, row_shapes
+from rlhfjax.streams import PRETRAINING_MIX
 from rlhfjax.supervised import language_shapes
 from rlhfjax.types import Metrics
 
@@ -179,7 +180,7 @@ def with_ptx(
     options = {
         "batch_size": size,
         "length": config.length,
-        "seed": stage.seed + 1,
+        "seed": stage.seed + PRETRAINING_MIX,
         "shards": own,
     }
     return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))

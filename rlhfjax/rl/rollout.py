@@ -28,13 +28,10 @@ from rlhfjax.programs import (
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
 from rlhfjax.state import TrainState
+from rlhfjax.streams import FIRST_ROLLOUT
 from rlhfjax.types import Metrics, PyTree
 
 AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
-UPDATE, FIRST = (
-    1,
-    2,
-)  # random streams of an iteration; the rollout's is the iteration's key itself
 
 
 class Rollout(NamedTuple):
@@ -352,7 +349,7 @@ def draw(
     if not config.one_step_off:
         return Drawn(new, None, 0)
     if host_value(state.step, planned=1) == 0:
-        first = sample(policy, prompts, segments, stream(key, FIRST))
+        first = sample(policy, prompts, segments, stream(key, FIRST_ROLLOUT))
         return Drawn(first, new, 0)
     return Drawn(Rollout(**state.extra[AHEAD]), new, 1)
 

@@ -35,7 +35,6 @@ from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics, text_of
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    UPDATE,
     Forward,
     Programs,
     Rollout,
@@ -55,6 +54,7 @@ from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, attach, copy_into
+from rlhfjax.streams import UPDATE, VALUE_INIT
 from rlhfjax.types import Metrics, PyTree
 
 
@@ -161,7 +161,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
-        fresh = critic.model.init_trained(jax.random.fold_in(key, 1))
+        fresh = critic.model.init_trained(jax.random.fold_in(key, VALUE_INIT))
         return {"value": _own(config, fresh)}
 
     def start(state: TrainState) -> TrainState:

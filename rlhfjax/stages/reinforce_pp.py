@@ -31,7 +31,6 @@ from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics, text_of
 from rlhfjax.rl.rewards import kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    UPDATE,
     Forward,
     Programs,
     Rollout,
@@ -51,6 +50,7 @@ from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, attach
+from rlhfjax.streams import UPDATE
 from rlhfjax.types import Metrics, PyTree
 
 
