@@ -76,7 +76,9 @@ class Net(NamedTuple):
     def kept(self) -> float:
         """Float32 numbers beside a trained parameter: the optimizer's moments and the average."""
         return (
-            optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
+            optim.moments_per_parameter(self.role.optim) + self.role.averaged
+            if self.role.optim
+            else 0.0
         )
 
 

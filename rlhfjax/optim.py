@@ -67,7 +67,7 @@ class OptimConfig:
             )
 
 
-def kept(config: OptimConfig) -> float:
+def moments_per_parameter(config: OptimConfig) -> float:
     """Float32 numbers that the optimizer keeps of a parameter; a moment in bfloat16 is half of one."""
     first = config.name != "rmsprop" and not (config.name == "sgd" and config.b1 == 0)
     second = config.name != "sgd"

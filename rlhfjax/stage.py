@@ -32,7 +32,7 @@ class Finished(NamedTuple):
     """What a stage leaves in its workdir, and its last metrics."""
 
     models: dict[str, Any]  # {folder: store.SavedModel}
-    pairs: Metrics
+    metrics: Metrics
     files: dict[str, Any]  # {file name: what `json_text.encode` takes}
     adapters: Mapping[str, Any] = types.MappingProxyType(
         {}

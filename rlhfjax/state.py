@@ -47,7 +47,7 @@ class TrainState:
         return dataclasses.replace(self, **changes)
 
 
-def attach(frozen: PyTree, trained: PyTree) -> PyTree:
+def merge_params(frozen: PyTree, trained: PyTree) -> PyTree:
     """Two nested dicts as one: the arrays of both as they are, no copy; where both have one, the trained one.
 
     What a stage trains may be a part of a model, such as adapters or a head; this makes the model of it again, inside
@@ -55,7 +55,9 @@ def attach(frozen: PyTree, trained: PyTree) -> PyTree:
     """
     if not (isinstance(frozen, dict) and isinstance(trained, dict)):
         return trained
-    both = {k: attach(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()}
+    both = {
+        k: merge_params(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()
+    }
     return {**frozen, **trained, **both}
 
 
@@ -153,7 +155,7 @@ def gradients(
       ConfigError: the batch does not divide into the microbatches.
     """
     grad = jax.value_and_grad(
-        lambda p, *rest: loss(attach(frozen or {}, p), *rest), has_aux=True
+        lambda p, *rest: loss(merge_params(frozen or {}, p), *rest), has_aux=True
     )
     if microbatches == 1:
         (_, pairs), grads = grad(params, batch, key)

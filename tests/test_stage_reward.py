@@ -221,7 +221,7 @@ def test_demonstrations_score_0_when_normalized_on_them(conversations, finished)
         model, first.params, tokenizer, validation_rows(finished), 32
     )
     means = {"demonstration_mean": before.mean(), "reference_mean": answers.mean()}
-    logged = finalize(jax.device_get(finished_stage.pairs))
+    logged = finalize(jax.device_get(finished_stage.metrics))
     uncut = demonstration_rows(conversations, "test", tokenizer, length=1000)
     cut = [
         len(whole) > len(prompt)

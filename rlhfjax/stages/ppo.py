@@ -53,7 +53,7 @@ from rlhfjax.rl.rollout import (
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, attach, copy_into
+from rlhfjax.state import TrainState, copy_into, merge_params
 from rlhfjax.streams import UPDATE, VALUE_INIT
 from rlhfjax.types import Metrics, PyTree
 
@@ -144,7 +144,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     forward = task.forward(made)
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
-        params = attach(frozen, state.params)
+        params = merge_params(frozen, state.params)
         drawn = draw(config, sample, state, params["policy"], batch, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees

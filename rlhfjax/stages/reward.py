@@ -136,7 +136,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
                 judged["rewards"], *(judged[name] for name in LABELS)
             )
             files = {"calibration.json": stats.calibration(margins).as_dict()}
-            return left_behind(loaded, params)._replace(pairs=metrics, files=files)
+            return left_behind(loaded, params)._replace(metrics=metrics, files=files)
 
         return Data(batches, evals, finish)
 
