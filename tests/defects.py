@@ -530,18 +530,19 @@ DEFECTS = [
     d(
         17,
         "state.py",
-        """t + pairs["loss"][1] * g, total, grads), pairs
+        """t + weight * g, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
-    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
-    return jax.tree.map(lambda t: t / jnp.maximum(pairs["loss"][1], 1e-9), total), pairs""",
-        """t + g, total, grads), pairs
+    total, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), split))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    weight = metrics["loss"][1]
+    grads = jax.tree.map(lambda t: t / jnp.maximum(weight, 1e-9), total)""",
+        """t + g, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
-    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
-    return jax.tree.map(lambda t: t / microbatches, total), pairs""",
+    total, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), split))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    grads = jax.tree.map(lambda t: t / microbatches, total)""",
         "test_state.py::test_pitfall_17_gradients_do_not_depend_on_the_microbatches",
         "test_stages.py::test_pitfall_17_accumulation_does_not_change_the_update",
         "test_stage_group.py::test_pitfall_17_accumulation_does_not_change_the_update",
@@ -862,15 +863,15 @@ DEFECTS = [
     d(
         32,
         "train.py",
-        "if decision == _STOP or (last and hosts.anywhere(stopping.is_set())):",
-        "if last and hosts.anywhere(stopping.is_set()):",
+        "if action == _STOP or (\n                    is_last and hosts.anywhere(stop_requested.is_set())\n                ):",
+        "if is_last and hosts.anywhere(stop_requested.is_set()):",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
         32,
         "train.py",
-        "                saves = decision != _GO_ON or is_due(\n                    step, config.checkpoint.every, last\n                )\n",
-        "                saves = decision == _SAVE or is_due(step, config.checkpoint.every, last)\n",
+        "if (save_due or action != _CONTINUE) and not is_resumed:",
+        "if (save_due or action == _SAVE) and not is_resumed:",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(

@@ -15,7 +15,7 @@ def at(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(clocks.time, "time", lambda: now[0])
     monkeypatch.setattr(clocks.rlhfjax, "BEGAN", 100.0)
-    monkeypatch.setattr(Clock, "_counted", False)
+    monkeypatch.setattr(Clock, "_process_start_counted", False)
     monkeypatch.setattr(
         clocks.jax.monitoring,
         "register_event_duration_secs_listener",
@@ -31,12 +31,12 @@ def first_start(folder, at) -> Clock:
     at(105)
     with clock.part("restore"):
         at(106)
-    clock.go_on()
+    clock.end_build()
     with clock.part("data"):
         at(107)
     with clock.part("step"):
-        clocks._compiled("/jax/core/compile/backend_compile_duration", 6.0)
-        clocks._compiled(
+        clocks._on_duration("/jax/core/compile/backend_compile_duration", 6.0)
+        clocks._on_duration(
             "/jax/core/compile/jaxpr_trace_duration", 50.0
         )  # may hold others of its kind: not counted
         at(117)
@@ -59,7 +59,9 @@ def test_every_second_is_in_one_part(tmp_path, at):
     }
     assert {name: value for name, value in clock.seconds.items() if value} == wanted
     assert clock.goodput() == 4 / 20
-    assert clock.started().startswith("started in 20.0 s: compile 6.0 s, step 4.0 s, ")
+    assert clock.describe_start().startswith(
+        "started in 20.0 s: compile 6.0 s, step 4.0 s, "
+    )
 
 
 def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_lost(
@@ -71,7 +73,7 @@ def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_los
         at(150)
     at(200)
     again = Clock(tmp_path)  # of a process that has had a clock: nothing is imported
-    again.go_on()
+    again.end_build()
     with again.part("step"):
         at(220)
     assert (

@@ -345,7 +345,7 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
     (said,) = job.said(1 - victim)
     assert said.startswith(
-        "rlhfjax: another host is gone; the same command on all hosts goes on from the last check"
+        "rlhfjax: another host is gone; run the same command on all hosts to resume from the last check"
     )
     pretraining(2, tmp_path / "run", tokenizer, conversations).finish()
     assert_same_stage(uninterrupted, tmp_path / "run")

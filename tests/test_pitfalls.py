@@ -336,7 +336,7 @@ def test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_comma
     go(small_stage(whole), tmp_path / "whole")
     with pytest.raises(
         Preempted,
-        match=rf"stopped at step {during + 1}: saved; the same command goes on",
+        match=rf"stopped at step {during + 1} and was saved; run the same command",
     ):
         go(small_stage(before, sigterm_at=during), tmp_path / "run")
     assert before == whole[: during + 1]
@@ -366,7 +366,7 @@ def test_pitfall_32_a_preempted_run_tells_its_launcher_to_start_it_again(
 
     def run(*_):
         raise Preempted(
-            "small stopped at step 3: saved; the same command goes on from here"
+            "small stopped at step 3 and was saved; run the same command to resume"
         )
 
     monkeypatch.setattr(recipe, "run", run)
@@ -385,7 +385,7 @@ def test_pitfall_32_a_preempted_run_tells_its_launcher_to_start_it_again(
         signal.signal(signal.SIGTERM, before)
     assert left.value.code == 75
     assert capsys.readouterr().err.splitlines() == [
-        "rlhfjax: small stopped at step 3: saved; the same command goes on from here"
+        "rlhfjax: small stopped at step 3 and was saved; run the same command to resume"
     ]
 
 
