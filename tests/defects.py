@@ -339,8 +339,8 @@ DEFECTS = [
     d(
         11,
         "metrics.py",
-        "        if weight != 0\n",
-        "        if value and weight\n",
+        "        if weight_sum != 0:\n",
+        "        if weight_sum != 0 and value:\n",
         "test_metrics.py::test_pitfall_11_a_value_of_zero_is_written",
     ),
     d(
@@ -652,8 +652,8 @@ DEFECTS = [
     d(
         22,
         "optim.py",
-        "optax.scale_by_learning_rate(make_schedule(config, total_steps))",
-        "optax.scale_by_learning_rate(lambda n: make_schedule(config, total_steps)(2 * n))",
+        "learning_rate: Any = make_schedule(config, total_steps)",
+        "learning_rate: Any = lambda n: make_schedule(config, total_steps)(2 * n)",
         "test_optim.py::test_pitfall_22_the_optimizer_counts_updates",
     ),
     d(
@@ -784,8 +784,8 @@ DEFECTS = [
     d(
         28,
         "metrics.py",
-        "            (out[name][0] + value, out[name][1] + weight)\n",
-        "            (out[name][0] / out[name][1] + value / weight, 2.0)\n",
+        "(total_value + value, total_weight + weight)",
+        "(total_value / total_weight + value / weight, 2.0)",
         "test_metrics.py::test_pitfall_28_hosts_with_unequal_weights_average_exactly",
     ),
     # 29: rows numbered on each of two hosts anew

@@ -406,7 +406,7 @@ def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(
     values = stage_values("sft", conversations, finished)
     with monkeypatch.context() as patch:
         interrupt(patch, "sft", 3, "sigterm")
-        with pytest.raises(Preempted, match="stopped at step 4: saved"):
+        with pytest.raises(Preempted, match="stopped at step 4 and was saved"):
             recipe.run_stage(values, bucket / "run")
     assert (bucket / "run" / "checkpoints" / "4" / COMMITTED).exists()
     recipe.run_stage(values, bucket / "run")

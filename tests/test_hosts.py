@@ -361,7 +361,7 @@ def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.codes() == [75, 75]
     (first,), (second,) = job.said(0), job.said(1)
-    step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
+    step = re.search(r"pretrain stopped at step (\d+) and was saved", first).group(1)
     assert second == first
     assert (
         len(checkpoint_note(tmp_path / "run")["data"]["rows"]) == 4

@@ -17,9 +17,9 @@ from rlhfjax.optim import (
     OptimConfig,
     clip_by_global_norm,
     decayed,
-    kept,
     make_optimizer,
     make_schedule,
+    moments_per_parameter,
     scale_by_adam_tf,
 )
 from tests.models.families import FAMILIES
@@ -167,7 +167,7 @@ def test_adam_equals_the_algorithm(name, tf, decay, moments):
 def test_what_is_kept_is_what_the_state_has(name, b1, moments, numbers):
     config = OptimConfig(name=name, b1=b1, moments=moments)
     state = make_optimizer(config, 2).init(jnp.ones((8, 8)))
-    assert kept(config) == numbers
+    assert moments_per_parameter(config) == numbers
     assert (
         sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim == 2) == 4 * 64 * numbers
     )

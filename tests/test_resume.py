@@ -140,7 +140,7 @@ def test_sigterm_saves_at_that_step_and_the_run_goes_on_to_the_same_bits(
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt(patch, name, 2, "sigterm")
-        with pytest.raises(Preempted, match="stopped at step 3: saved"):
+        with pytest.raises(Preempted, match="stopped at step 3 and was saved"):
             recipe.run_stage(values, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     assert (
@@ -274,7 +274,9 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(
         assert code == 75, errors
         said = [line for line in errors.splitlines() if line.startswith("rlhfjax:")]
         assert len(said) == 1 and "Traceback" not in errors
-        step = re.search(rf"{stage} stopped at step (\d+): saved", said[0]).group(1)
+        step = re.search(
+            rf"{stage} stopped at step (\d+) and was saved", said[0]
+        ).group(1)
         assert (run.folder(stage) / "checkpoints" / step).is_dir()
     run.start().finish()
     assert_same_run(finished, run.workdir)
