@@ -257,7 +257,7 @@ def test_what_is_wrong_with_a_bucket_is_one_line(capsys, cloud, bucket, conversa
     assert "gs://nowhere/run/config.json: there is no such bucket" in refused(
         capsys, "run", tiny_config, "--workdir=gs://nowhere/run"
     )
-    assert "accepted are paths of this machine and gs://" in refused(
+    assert "expected a local path or one of Google Cloud Storage (gs://" in refused(
         capsys, "report", "--workdir=s3://bucket/run"
     )
     assert f"workdir {bucket} does not exist" in refused(

@@ -55,7 +55,7 @@ def test_a_local_name_is_a_plain_path_and_a_buckets_is_not(cloud):
 def test_a_store_that_we_do_not_know_is_one_line():
     with pytest.raises(
         ConfigError,
-        match=r"^s3://bucket/x: accepted are paths of this machine and gs://",
+        match=r"^s3://bucket/x: expected a local path or one of Google Cloud Storage \(gs://",
     ):
         paths.path("s3://bucket/x")
 
