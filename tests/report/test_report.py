@@ -153,7 +153,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
     with (workdir / "02_sft" / "metrics.jsonl").open("a") as f:
         f.write('{"step": 121, "sft/lo')
     got = read(workdir)
-    assert "unfinished: this is the state so far" in got.text
+    assert "unfinished: results so far" in got.text
     assert "120 of 120" in got.text
     assert got.text.count("waiting") == 3
     assert "Reward and KL" not in got.text
@@ -424,7 +424,7 @@ def test_a_share_of_prompts_is_a_percentage_with_a_name(tmp_path):
     make_stage(tmp_path / "w", "evaluate", 0, [(0, BOTH | {"prompts_cut": 0.784})])
     gold, row = tables.headlines(read_run(tmp_path / "w"))
     assert (gold.baseline, gold.policy) == ("0.250", "0.500")
-    assert (row.label, row.policy) == ("Prompts too long for their room, cut", "78.4 %")
+    assert (row.label, row.policy) == ("Prompts cut to the maximum length", "78.4 %")
 
 
 NAMED = [
