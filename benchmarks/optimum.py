@@ -1,15 +1,18 @@
-"""Do the algorithms find the policy that they are meant to find? A world small enough to list every response.
+"""Do the algorithms find the policy that they are meant to find? A world small enough to list every
+response.
 
     python -m benchmarks.optimum            the table of docs/optimum.md
     python -m benchmarks.optimum --controller   the adaptive KL coefficient against its target
 
-Responses are at most two tokens of six, to two prompts; every one of them has a fixed random reward. What maximizes
-E[r] - beta KL(pi || rho) is then known exactly, a prompt at a time:
+Responses are at most two tokens of six, to two prompts; every one of them has a fixed random
+reward. What maximizes E[r] - beta KL(pi || rho) is then known exactly, a prompt at a time:
 
-    pi*(y) = rho(y) exp(r(y) / beta) / Z,  and for all pi  E[r] - beta KL(pi || rho) = beta log Z - beta KL(pi || pi*)
+    pi*(y) = rho(y) exp(r(y) / beta) / Z,  and for all pi  E[r] - beta KL(pi || rho) = beta log Z -
+    beta KL(pi || pi*)
 
-The policy is a Transformer, trained by the stages' own programs on its own samples at a temperature of 0.8; what it has
-become is measured by summing over all responses, so that nothing in the table is a sample.
+The policy is a Transformer, trained by the stages' own programs on its own samples at a temperature
+of 0.8; what it has become is measured by summing over all responses, so that nothing in the table
+is a sample.
 """
 
 import argparse
@@ -55,7 +58,10 @@ REWARDS = (
 
 
 def responses() -> tuple[np.ndarray, np.ndarray]:
-    """Every response there is, [n, 2] with its mask: the eos alone, or two tokens of which the first is not the eos."""
+    """Every response there is, [n, 2] with its mask.
+
+    The eos alone, or two tokens of which the first is not the eos.
+    """
     pairs = [(a, b) for a, b in itertools.product(range(VOCAB), repeat=2) if a != EOS]
     tokens = np.array([(EOS, PAD), *pairs], np.int32)
     mask = np.ones(tokens.shape, np.float32)
@@ -64,7 +70,10 @@ def responses() -> tuple[np.ndarray, np.ndarray]:
 
 
 def reward(tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
-    """The table's entry for a prompt and its response; a response that ended has `PAD` as its second token."""
+    """The table's entry for a prompt and its response.
+
+    A response that ended has `PAD` as its second token.
+    """
     prompt = jnp.where(tokens[:, 1] == PROMPTS[0, 1], 0, 1)
     return jnp.asarray(REWARDS)[
         prompt, tokens[:, 2], jnp.where(mask[:, 1] > 0, tokens[:, 3], PAD)
@@ -235,7 +244,10 @@ def experience_of(
 
 
 def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The policy's parameters and the metrics after each iteration; the start, without metrics, comes first."""
+    """The policy's parameters and the metrics after each iteration.
+
+    The start, without metrics, comes first.
+    """
     algorithm, state, reference = start(config)
     yield reference, {}
     for step in range(config.steps):
@@ -283,7 +295,9 @@ def algorithms(steps: int) -> dict[str, Any]:
 
 
 def controller(target: float, steps: int, seed: int = 0) -> tuple[float, float]:
-    """The mean KL (nats) and the coefficient over the last quarter of a PPO run with an adaptive coefficient."""
+    """The mean KL (nats) and the coefficient over the last quarter of a PPO run with an adaptive
+    coefficient.
+    """
     config = ppo_config(steps, kl=KLConfig(0.05, target=target, horizon=10 * EPISODES))
     metrics = [pairs for _, pairs in train(config, seed)][-steps // 4 :]
     both = jax.device_get(

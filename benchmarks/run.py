@@ -2,8 +2,9 @@
 
     python -m benchmarks.run --workload=pretrain --shape=tiny
 
-The stages are built by their own `build` and run by the loop of `rlhfjax train`; only their data are replaced, by
-random full sequences, so that nothing is padded. A step is timed from one request for data to the next.
+The stages are built by their own `build` and run by the loop of `rlhfjax train`; only their data
+are replaced, by random full sequences, so that nothing is padded. A step is timed from one request
+for data to the next.
 """
 
 import dataclasses
@@ -150,14 +151,20 @@ def prompts(w: dict[str, Any], vocab: int) -> Any:
 
 
 def even_share(tokens: Any, segments: Any, mask: Any) -> np.ndarray:
-    """The cheap reward of grpo, a Python function on the host: the share of even ids in a response."""
+    """The cheap reward of grpo, a Python function on the host.
+
+    The share of even ids in a response.
+    """
     del segments
     responses, mask = np.asarray(tokens)[:, -mask.shape[1] :], np.asarray(mask)
     return ((responses % 2 == 0) * mask).sum(1) / mask.sum(1)
 
 
 def prepare(folder: Path, shape: Any) -> None:
-    """The files that the stages open when they are built: a tokenizer, a conversation, a ranking, random models."""
+    """The files that the stages open when they are built.
+
+    A tokenizer, a conversation, a ranking, random models.
+    """
     rng = np.random.default_rng(0)
     text = [" ".join(map(str, rng.integers(0, 1000, 20))) for _ in range(200)]
     tokenizer = train_sentencepiece(text, folder, vocab_size=274)
@@ -290,7 +297,10 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
 
 
 def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
-    """Matrix-product FLOPs of a step: 6 N a token trained, 2 N a token forward; attention scores are left out."""
+    """Matrix-product FLOPs of a step: 6 N a token trained, 2 N a token forward.
+
+    Attention scores are left out.
+    """
     d, trunk = (
         shape.d_model,
         shape.n_layers

@@ -1,13 +1,17 @@
-"""How fast sampling is beside what the machine could do, and what continuous batching and shared prefixes save.
+"""How fast sampling is beside what the machine could do, and what continuous batching and shared
+prefixes save.
 
     python -m benchmarks.sampler            a Markdown table
 
-All of it in one process, rounds of everything in turn, medians. The machine's ceilings (a copy, a matrix product) are
-measured in the same rounds. A decode step has to read every weight and the whole cache once, and to do 2 FLOPs a weight
-and row, and 4 a head's width for every place of the cache; the roofline is the longer of the two times.
+All of it in one process, rounds of everything in turn, medians. The machine's ceilings (a copy, a
+matrix product) are measured in the same rounds. A decode step has to read every weight and the
+whole cache once, and to do 2 FLOPs a weight and row, and 4 a head's width for every place of the
+cache; the roofline is the longer of the two times.
 
-Lengths with a long tail are made by a rule on the eos: at every step its logit is set to where its probability is
-1 / mean, so that lengths are geometric with that mean, up to max_new_tokens. Both ways of batching draw the same tokens.
+Lengths with a long tail are made by a rule on the eos: at every step its logit is set to where its
+  probability is
+1 / mean, so that lengths are geometric with that mean, up to max_new_tokens. Both ways of batching
+draw the same tokens.
 """
 
 import argparse
@@ -153,7 +157,10 @@ def workloads(shape: TransformerConfig) -> dict[str, Callable[[], Any]]:
 
 
 def medians(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, everything once a round; the first round compiles and does not count."""
+    """Median seconds of each, everything once a round.
+
+    The first round compiles and does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in todo}
     for _ in range(rounds + 1):
         for name, run in todo.items():
@@ -164,7 +171,10 @@ def medians(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
 
 
 def lengths(todo: dict[str, Callable[[], Any]]) -> np.ndarray:
-    """Of the long-tailed responses, [prompts]. Raises AssertionError unless every way of batching gives the same."""
+    """Of the long-tailed responses, [prompts].
+
+    Raises AssertionError unless every way of batching gives the same.
+    """
     parts = todo["static"]()
     static = np.concatenate([np.asarray(part.tokens) for part in parts])
     for name in ("at once", "continuous"):

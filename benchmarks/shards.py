@@ -2,9 +2,10 @@
 
     python -m benchmarks.shards             a Markdown table
 
-Chitchat's conversations (the `quickstart` extra), a SentencePiece tokenizer of 4,096 pieces, 64 rows of 512 tokens.
-Milliseconds of one CPU core a batch, over 16 batches (a window of shuffling in pretraining), by a loader that has
-encoded nothing yet; medians of rounds that take each way in turn.
+Chitchat's conversations (the `quickstart` extra), a SentencePiece tokenizer of 4,096 pieces, 64
+rows of 512 tokens. Milliseconds of one CPU core a batch, over 16 batches (a window of shuffling in
+pretraining), by a loader that has encoded nothing yet; medians of rounds that take each way in
+turn.
 """
 
 import os

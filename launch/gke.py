@@ -1,16 +1,20 @@
-"""Runs a command on TPU slices of a GKE cluster as a JobSet: several slices, spot, queued and admitted by Kueue.
+"""Runs a command on TPU slices of a GKE cluster as a JobSet: several slices, spot, queued and
+admitted by Kueue.
 
-    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --queue=tpu -- rlhfjax run \\
+    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --queue=tpu --
+    rlhfjax run \\
         --config=experiments/… --workdir=gs://BUCKET/runs/a
     python -m launch.gke submit … -- …        the same without waiting for its end
     python -m launch.gke manifest … -- …      prints what `kubectl apply` would get
     python -m launch.gke logs | down --name=a
-    python -m launch.gke states NAME …        JSON, the state of each: Queued, Running, Completed, Failed or Missing
-    python -m launch.gke queue --name=tpu --topology=4x4 --chips=64    prints Kueue's objects for `kubectl apply`
-    python -m launch.gke pool --name=tpu --topology=4x4 --cluster=C --region=R --zone=Z    prints gcloud's lines
+    python -m launch.gke states NAME …        JSON, the state of each: Queued, Running, Completed,
+    Failed or Missing python -m launch.gke queue --name=tpu --topology=4x4 --chips=64    prints
+    Kueue's objects for `kubectl apply` python -m launch.gke pool --name=tpu --topology=4x4
+    --cluster=C --region=R --zone=Z    prints gcloud's lines
 
-Manifests are JSON, which is YAML. A pod that exits with 75, or whose node is taken away, makes the JobSet start again
-without limit: the state is in the bucket. Any other failure ends it, after --max_restarts.
+Manifests are JSON, which is YAML. A pod that exits with 75, or whose node is taken away, makes the
+JobSet start again without limit: the state is in the bucket. Any other failure ends it, after
+  --max_restarts.
 """
 
 import dataclasses
@@ -65,7 +69,9 @@ class Cluster:
         )
 
     def states(self, names: Sequence[str]) -> list[str]:
-        """The command that prints the JobSets of these names, as JSON, without those that are not there."""
+        """The command that prints the JobSets of these names, as JSON, without those that are not
+        there.
+        """
         return self.kubectl(
             "get", "jobset", *names, "--ignore-not-found", "--output=json"
         )
@@ -138,7 +144,10 @@ def validate_jobset(shell: Shell, cluster: Cluster, poll: float) -> None:
 
 
 def submit(shell: Shell, cluster: Cluster, job: Job, poll: float) -> None:
-    """Applies the manifest. A JobSet of the name that goes on is left as it is; one that has ended is deleted first."""
+    """Applies the manifest. A JobSet of the name that goes on is left as it is.
+
+    One that has ended is deleted first.
+    """
     text = json.dumps(manifest(job), indent=2, allow_nan=False)
     if shell.dry_run:
         shell.say(text)

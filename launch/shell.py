@@ -1,4 +1,6 @@
-"""Running commands: shown before they run, only shown in a dry run, and never with a secret in what is shown."""
+"""Running commands: shown before they run, only shown in a dry run, and never with a secret in what
+is shown.
+"""
 
 import gzip
 import hashlib
@@ -33,7 +35,9 @@ class LaunchError(Exception):
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of a secret."""
+    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of
+    a secret.
+    """
     environ = os.environ if environ is None else environ
     values = [
         value
@@ -98,10 +102,12 @@ class Shell:
             )
 
     def ask(self, words: Sequence[str], missing: str, pause: float) -> str | None:
-        """The output of a command that changes nothing; None where its error says `missing`. It is not shown.
+        """The output of a command that changes nothing; None where its error says `missing`. It is
+        not shown.
 
         Raises:
-          LaunchError: it fails three times, for another reason: that is not the same as "there is no such thing".
+          LaunchError: it fails three times, for another reason: that is not the same as "there is
+            no such thing".
         """
         for attempt in range(3):
             time.sleep(pause if attempt else 0)
@@ -120,7 +126,10 @@ class Shell:
         raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
 
     def peek(self, words: Sequence[str]) -> str | None:
-        """Returns the output of a command that changes nothing; None where it fails. Shows neither."""
+        """Returns the output of a command that changes nothing; None where it fails.
+
+        Shows neither.
+        """
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with _started(words, stdin=subprocess.DEVNULL, **streams) as process:
             out, _ = process.communicate()
@@ -154,7 +163,8 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
     """`NAME=VALUE` texts as a dict.
 
     Raises:
-      LaunchError: one is not of that form, or holds a secret: that would stand in a manifest, a log or a process list.
+      LaunchError: one is not of that form, or holds a secret: that would stand in a manifest, a log
+        or a process list.
     """
     found = {}
     for pair in pairs:
@@ -170,7 +180,10 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def secrets(pairs: Sequence[str]) -> dict[str, str]:
-    """`NAME=REFERENCE` texts as a dict: where the machine that runs finds the value, never the value."""
+    """`NAME=REFERENCE` texts as a dict.
+
+    Where the machine that runs finds the value, never the value.
+    """
     found = {}
     for pair in pairs:
         name, equals, reference = pair.partition("=")
@@ -193,8 +206,8 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
 def slug(name: str) -> str:
     """A name as clouds take it: small letters, digits and hyphens, at most LONGEST of them.
 
-    One that is changed for it has a hash at its end, `kl-0-1-seed-1-698fae` of `kl=0.1,seed=1`: two runs of a sweep
-    never have one name, by which one would take the other's machines for its own.
+    One that is changed for it has a hash at its end, `kl-0-1-seed-1-698fae` of `kl=0.1,seed=1`: two
+    runs of a sweep never have one name, by which one would take the other's machines for its own.
     """
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if made != name or len(made) > LONGEST:
@@ -321,9 +334,11 @@ def launch(
     act: Callable,
     argv: Sequence[str],
 ) -> None:
-    """The main function of a launcher: flags, `--`, the command; then `act(fv, words before, command)` and its code.
+    """The main function of a launcher: flags, `--`, the command; then `act(fv, words before,
+    command)` and its code.
 
-    What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a failed launch.
+    What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a
+    failed launch.
     """
     argv = list(argv)
     signal.signal(

@@ -1,11 +1,13 @@
-"""Runs a command on the nodes of a Slurm cluster: one process a node, requeued when it was preempted or out of time.
+"""Runs a command on the nodes of a Slurm cluster: one process a node, requeued when it was
+preempted or out of time.
 
-    python -m launch.slurm submit --name=a --nodes=4 --gpus_per_node=8 --time=24:00:00 -- rlhfjax run --config=…
-    python -m launch.slurm script … -- …      prints what `sbatch` would get
+    python -m launch.slurm submit --name=a --nodes=4 --gpus_per_node=8 --time=24:00:00 -- rlhfjax
+    run --config=… python -m launch.slurm script … -- …      prints what `sbatch` would get
     python -m launch.slurm down --name=a
 
-`submit --wait` waits for the end and has the command's exit code. It is submitit that submits, requeues and brings the
-results back: this Python, this folder and --folder must be the nodes' too, on a shared file system.
+`submit --wait` waits for the end and has the command's exit code. It is submitit that submits,
+requeues and brings the results back: this Python, this folder and --folder must be the nodes' too,
+  on a shared file system.
 """
 
 import contextlib
@@ -141,7 +143,10 @@ def validate(job: Job) -> None:
 
 
 def parameters(job: Job) -> dict[str, Any]:
-    """What submitit makes the batch script of. Nothing of the submitting shell's environment goes along."""
+    """What submitit makes the batch script of.
+
+    Nothing of the submitting shell's environment goes along.
+    """
     cpus = (
         [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     )  # which srun takes from no script
@@ -188,7 +193,8 @@ def executor(job: Job) -> Any:
     class Executor(submitit().SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
+            # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
+            return 2
 
     made = Executor(
         job.folder or f"runs/slurm/{job.name}", max_num_timeout=job.max_restarts

@@ -1,10 +1,11 @@
 """Runs a command on plain hosts over ssh, one process each; starts it again when it was preempted.
 
-    python -m launch.ssh run --name=a --hosts=h0,h1 --setup='…' -- rlhfjax run --config=… --workdir=/shared/runs/a
-    python -m launch.ssh stop --name=a --hosts=h0,h1
+    python -m launch.ssh run --name=a --hosts=h0,h1 --setup='…' -- rlhfjax run --config=…
+    --workdir=/shared/runs/a python -m launch.ssh stop --name=a --hosts=h0,h1
 
-The hosts share the workdir's file system and take a login without a password. The first coordinates JAX's processes.
-When one fails, the others get SIGTERM. Ctrl-C stops them all; secrets are in the hosts' own environment.
+The hosts share the workdir's file system and take a login without a password. The first coordinates
+JAX's processes. When one fails, the others get SIGTERM. Ctrl-C stops them all; secrets are in the
+hosts' own environment.
 """
 
 import shlex
@@ -42,7 +43,10 @@ def copy(host: str, file: str, to: str) -> list[str]:
 
 
 def run_script(name: str, command: str, hosts: Sequence[str], index: int) -> str:
-    """The command in ~/NAME, as the index-th of JAX's processes; its process number stands in ~/NAME.pid."""
+    """The command in ~/NAME, as the index-th of JAX's processes.
+
+    Its process number stands in ~/NAME.pid.
+    """
     jax = {"JAX_COORDINATOR_ADDRESS": f"{hosts[0].rpartition('@')[2]}:{PORT}"}
     jax |= {"JAX_NUM_PROCESSES": str(len(hosts)), "JAX_PROCESS_ID": str(index)}
     own = exports(jax) if len(hosts) > 1 else ""
@@ -74,7 +78,10 @@ def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
 
 
 def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
-    """Runs the command on all hosts at once; the first exit code that is not 0, after the others were stopped."""
+    """Runs the command on all hosts at once.
+
+    The first exit code that is not 0, after the others were stopped.
+    """
     scripts = {
         host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)
     }

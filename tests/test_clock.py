@@ -1,4 +1,6 @@
-"""Every second of a stage is in one part, whatever happened to it, and goodput is what is left for training."""
+"""Every second of a stage is in one part, whatever happened to it, and goodput is what is left for
+training.
+"""
 
 import json
 
@@ -25,7 +27,9 @@ def at(monkeypatch):
 
 
 def first_start(folder, at) -> Clock:
-    """3 s of imports, 2 s of building, 1 s restoring, 1 s of data, a step of 10 s with 6 s of compiling, 3 s saved."""
+    """3 s of imports, 2 s of building, 1 s restoring, 1 s of data, a step of 10 s with 6 s of
+    compiling, 3 s saved.
+    """
     at(103)
     clock = Clock(folder)
     at(105)
@@ -67,7 +71,10 @@ def test_every_second_is_in_one_part(tmp_path, at):
 def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_lost(
     tmp_path, at
 ):
-    """The first start trains 30 s more and is killed; the second comes at 200 and trains for 20 s."""
+    """The first start trains 30 s more and is killed.
+
+    The second comes at 200 and trains for 20 s.
+    """
     clock = first_start(tmp_path, at)
     with clock.part("step"):
         at(150)

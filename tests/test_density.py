@@ -18,8 +18,8 @@ def f(y: int) -> int:
     return y + 1
 '''
 
-# Module; Expr and Constant twice; AnnAssign, Name, Dict; FunctionDef, arguments, arg; Return, BinOp,
-# Name, Add, Constant.
+# Module; Expr and Constant twice; AnnAssign, Name, Dict; FunctionDef, arguments, arg; Return,
+# BinOp, Name, Add, Constant.
 NODES = 1 + 4 + 3 + 3 + 5
 
 

@@ -1,4 +1,7 @@
-"""What a stage takes of a device, by hand: which of its models count, and how many bytes they are."""
+"""What a stage takes of a device, by hand.
+
+Which of its models count, and how many bytes they are.
+"""
 
 import dataclasses
 import logging

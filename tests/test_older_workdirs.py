@@ -189,7 +189,8 @@ def test_every_option_with_a_default_is_filled(stage):
     assert dict(expansion.flatten(recipe.with_defaults(given))) == there
 
 
-# ------------------------------------------------------------------ a run, and what reads its config
+# ------------------------------------------------------------------ a run, and what reads its
+# config
 
 
 def test_a_half_run_recipe_that_lacks_options_goes_on(tmp_path, monkeypatch):

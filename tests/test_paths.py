@@ -227,7 +227,10 @@ def test_replacing_leaves_the_older_folder_where_the_newer_fails(root):
 def test_replacing_in_a_bucket_removes_the_marker_first_and_writes_it_last(
     bucket, monkeypatch
 ):
-    """So that a folder that has it is whole, whenever the process is killed: looked at after every request."""
+    """So that a folder that has it is whole, whenever the process is killed.
+
+    Looked at after every request.
+    """
     fill(bucket / "f", "marker", "a", "b")
     kind = type(paths._store())
     request, seen = kind._call, []

@@ -30,7 +30,9 @@ TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
 def checkpoint_note(folder: Path) -> dict:
-    """A checkpoint's sums over every array of the state (optimizer, KL coefficient, EMA...) and the data's position."""
+    """A checkpoint's sums over every array of the state (optimizer, KL coefficient, EMA...) and the
+    data's position.
+    """
     last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return json.loads((last / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
@@ -109,7 +111,10 @@ def interrupt(monkeypatch, name: str, at: int, how: str) -> None:
 def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(
     name, conversations, finished, tmp_path, monkeypatch
 ):
-    """The fourth step (after the checkpoint of step 2) fails: step 3 is done again, from the same state and data."""
+    """The fourth step (after the checkpoint of step 2) fails.
+
+    Step 3 is done again, from the same state and data.
+    """
     values, reference = (
         stage_values(name, conversations, finished),
         recipe_folder(finished, name),
@@ -229,7 +234,9 @@ FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
 def test_kills_in_many_stages_change_no_bit(
     killed, twice, conversations, finished, tmp_path
 ):
-    """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun; or at any time."""
+    """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun;
+    or at any time.
+    """
     rng = random.Random(20)
     run = Run(conversations, tmp_path / "run")
     struck = []

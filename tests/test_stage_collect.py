@@ -161,7 +161,10 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
 def test_people_are_labelers_of_the_answers_they_ranked(
     conversations, finished, folder, tmp_path
 ):
-    """`collect` with the same seed samples the same answers; the file's labels then are the gold ones."""
+    """`collect` with the same seed samples the same answers.
+
+    The file's labels then are the gold ones.
+    """
     path = exported(folder, tmp_path / "out")
     metrics, rows = collected(
         conversations,
@@ -301,7 +304,10 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
 
 
 def test_opinions_are_of_pairs_within_one_ranking():
-    """a > b in one ranking and b > c in another say nothing of a and c; a pair has one direction, whoever is first."""
+    """a > b in one ranking and b > c in another say nothing of a and c.
+
+    A pair has one direction, whoever is first.
+    """
     some = [
         Ranking("hi", ("b", "a"), (2, 1)),
         Ranking("hi", ("b", "c"), (1, 2)),

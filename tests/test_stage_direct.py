@@ -1,4 +1,6 @@
-"""The direct stage: every loss learns, and does not depend on how a batch is cut, placed or interrupted."""
+"""The direct stage: every loss learns, and does not depend on how a batch is cut, placed or
+interrupted.
+"""
 
 import functools
 import json
@@ -87,7 +89,10 @@ def separable(finished, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lopsided(separable, tmp_path_factory):
-    """The same, but every fourth prompt's answers are tied, so that it has no pair: microbatches weigh differently."""
+    """The same, but every fourth prompt's answers are tied, so that it has no pair.
+
+    Microbatches weigh differently.
+    """
     splits = {}
     for split in ("train", "validation"):
         rows = [
@@ -191,7 +196,8 @@ def some(*names):
 def test_every_loss_learns_what_is_preferred(name, finished, separable):
     _, _, before, after = run_steps(values(finished, separable, name), steps=20)
     assert after["val_loss"] < before["val_loss"]
-    # KTO sees labels and no pairs: an answer in the middle is half desirable, and where it ends up is open
+    # KTO sees labels and no pairs: an answer in the middle is half desirable, and where it ends up
+    # is open
     assert after["val_accuracy"] > (0.8 if name == "kto" else 0.95)
     assert after["val_margin"] > max(before["val_margin"], 0)
     if name in (
@@ -312,7 +318,10 @@ def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(
 
 
 def plain_logprob(logits, tokens, first):
-    """sum_{t >= first} log p(x_t | x_<t) of one sequence; what stands after it cannot matter. float64 softmax."""
+    """sum_{t >= first} log p(x_t | x_<t) of one sequence.
+
+    What stands after it cannot matter. float64 softmax.
+    """
     rows = np.asarray(
         logits(jnp.array([tokens + [0] * (32 - len(tokens))])), np.float64
     )[0]
@@ -326,7 +335,10 @@ def plain_logprob(logits, tokens, first):
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(
     finished, separable
 ):
-    """Three prompts p in turn over the rows 3 n + p: row i has the answers of row 3 n + (p + 1) % 3, one by one."""
+    """Three prompts p in turn over the rows 3 n + p.
+
+    Row i has the answers of row 3 n + (p + 1) % 3, one by one.
+    """
     source = open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     logits = {}
@@ -543,7 +555,10 @@ def test_kto_by_a_threshold_takes_every_answer_once():
 
 
 def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
-    """log pi(y | x) is minus the summed loss of sft on the same exchange: the answer and its eos, nothing else."""
+    """log pi(y | x) is minus the summed loss of sft on the same exchange.
+
+    The answer and its eos, nothing else.
+    """
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     saved = store.load(finished / "02_sft", ONE)
     rows = [("you see", "love tea"), ("what", "hate")]
@@ -594,7 +609,10 @@ def test_padding_of_answers_changes_nothing(finished, separable):
 
 
 def test_dropout_is_of_the_trained_policy_alone(finished, separable):
-    """With dropout the first loss is not log 2; evaluated without it, policy and reference agree."""
+    """With dropout the first loss is not log 2.
+
+    Evaluated without it, policy and reference agree.
+    """
     metrics, _, before, _ = run_steps(
         values(finished, separable, overrides={"dropout": 0.5}), steps=1
     )

@@ -1,4 +1,7 @@
-"""REINFORCE++ took one file and one function: it is planned, placed, resumed and reported as the others are."""
+"""REINFORCE++ took one file and one function.
+
+It is planned, placed, resumed and reported as the others are.
+"""
 
 import jax
 import numpy as np

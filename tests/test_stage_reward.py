@@ -132,7 +132,10 @@ def started(values):
 
 @functools.partial(jax.jit, static_argnums=0)
 def reward_at(model, params, tokens, last):
-    """The scalar head on slot `last` of one row; what stands behind it is not seen: attention is causal."""
+    """The scalar head on slot `last` of one row; what stands behind it is not seen.
+
+    Attention is causal.
+    """
     return model.scalar(params, model.hidden(params, tokens)[0, last])
 
 
@@ -419,7 +422,10 @@ def test_an_ensembles_score_is_what_its_members_give_one_by_one(
 
 
 def test_an_ensemble_costs_one_forward_whatever_its_size(members, tmp_path):
-    """The number of matrix products in the program does not grow with the members: they are one batched product."""
+    """The number of matrix products in the program does not grow with the members.
+
+    They are one batched product.
+    """
     tokenizer = load_tokenizer(store.find(members[0]))
     products = []
     for some in (members[:2], members):

@@ -1,4 +1,6 @@
-"""Sweeps: what a file's sweep(add) expands to, how runs are run and stopped, and what is collected of them."""
+"""Sweeps: what a file's sweep(add) expands to, how runs are run and stopped, and what is collected
+of them.
+"""
 
 import csv
 import hashlib
@@ -87,7 +89,9 @@ def _hash(text: str) -> str:
 
 
 def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
-    """What `rlhfjax COMMAND` makes of each run's words is the config in `Run.config`, value for value."""
+    """What `rlhfjax COMMAND` makes of each run's words is the config in `Run.config`, value for
+    value.
+    """
     from rlhfjax import recipe
 
     seen = []
@@ -183,7 +187,9 @@ def test_at_most_so_many_at_a_time_and_a_failure_stops_nobody(tmp_path, monkeypa
 
 
 def test_no_two_running_commands_have_one_slot(tmp_path):
-    """Six commands in two slots: each makes a folder of its slot's name, which must not be there, and removes it."""
+    """Six commands in two slots: each makes a folder of its slot's name, which must not be there,
+    and removes it.
+    """
     script = f"mkdir {tmp_path}/{{slot}} && sleep 0.05 && rmdir {tmp_path}/{{slot}} && echo {{slot}}"
     commands = {f"run{i}": ["sh", "-c", script] for i in range(6)}
     assert set(pool.run_all(commands, tmp_path, 2).values()) == {0}
@@ -262,7 +268,10 @@ def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
 
 
 def test_a_second_sweep_waits_for_the_processes_of_a_killed_one(tmp_path):
-    """The lock is held by the runs themselves: a sweep that was killed outright leaves nobody's run to be doubled."""
+    """The lock is held by the runs themselves.
+
+    A sweep that was killed outright leaves nobody's run to be doubled.
+    """
     code = (
         "import sys; from pathlib import Path; from rlhfjax.sweep import pool\n"
         "pool.run_all({'a': ['sh', '-c', 'echo $$; exec sleep 600']}, Path(sys.argv[1]), say=print)"
@@ -281,7 +290,10 @@ def test_a_second_sweep_waits_for_the_processes_of_a_killed_one(tmp_path):
 
 
 def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
-    """Real processes: two settings, one of which cannot work; then the same again, which runs that one only."""
+    """Real processes: two settings, one of which cannot work.
+
+    Then the same again, which runs that one only.
+    """
     lines = "for one in chain(product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)): add(one)"
     file = write(tmp_path, lines, data=conversations)
     workdir = tmp_path / "sweep"
@@ -439,7 +451,10 @@ esac
 def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
     tmp_path, monkeypatch, capsys
 ):
-    """All runs are submitted, then one call asks for all states; a cluster that does not answer is asked again."""
+    """All runs are submitted, then one call asks for all states.
+
+    A cluster that does not answer is asked again.
+    """
     (tmp_path / "jobs").mkdir()
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(KUBECTL)
@@ -478,7 +493,10 @@ def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
 
 
 def test_every_launcher_of_the_folder_is_known():
-    """launch/ takes the words, and asks for what is missing; a folder's file that is no launcher has no `act`."""
+    """launch/ takes the words, and asks for what is missing.
+
+    A folder's file that is no launcher has no `act`.
+    """
     for name, words in command.WORDS.items():
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{name}", *words, "--", "true"],

@@ -1,6 +1,7 @@
 """Sweeps: an experiment file's `sweep(add)`, expanded, run, and collected.
 
-A sweep is a list of overrides, each a dict {option: value}. An experiment file says which ones it has:
+A sweep is a list of overrides, each a dict {option: value}. An experiment file says which ones it
+has:
 
     def sweep(add):
         for overrides in product(grid("ppo.kl.coefficient", 0.05, 0.15, 0.45), seeds(3)):
@@ -25,7 +26,9 @@ def grid(option: str, *values: Any) -> Sweep:
 
 
 def seeds(n: int, option: str = "arg.seed") -> Sweep:
-    """Seeds 0, …, n - 1; `option="seed"` for a file whose config is one stage and takes no seed as argument."""
+    """Seeds 0, …, n - 1; `option="seed"` for a file whose config is one stage and takes no seed as
+    argument.
+    """
     return grid(option, *range(n))
 
 

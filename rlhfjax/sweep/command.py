@@ -16,8 +16,8 @@ from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
-# What is in launch/, each with its words that start a run: they wait for its end, but for gke's, which leave it to the
-# cluster's queue.
+# What is in launch/, each with its words that start a run: they wait for its end, but for gke's,
+# which leave it to the cluster's queue.
 WORDS = {
     "tpu": ("run",),
     "gke": ("submit",),
@@ -32,10 +32,11 @@ TPU = (sys.executable, "-m", "launch.tpu")
 class Options:
     """How a sweep runs.
 
-    launcher: the words of a command that takes a run's command after its own, waits, and exits with its code, as
-      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine. GKE's do not wait:
-      all runs are submitted at once, and the cluster orders them.
-    slices_in_turn: so many TPUs are created once and take the runs in turn, in the place of one TPU per run; 0: not.
+    launcher: the words of a command that takes a run's command after its own, waits, and exits with
+      its code, as `launcher` makes them. `{name}` in it stands for the run's name. "local" is this
+      machine. GKE's do not wait: all runs are submitted at once, and the cluster orders them.
+    slices_in_turn: so many TPUs are created once and take the runs in turn, in the place of one TPU
+      per run; 0: not.
     metrics: what the page shows; none: the telling ones of the last stage.
     """
 
@@ -47,7 +48,8 @@ class Options:
 
 
 def launcher(text: str) -> tuple[str, ...]:
-    """The words of a launcher: `local`; `tpu`, `gke`, `slurm` or `ssh` with flags of launch/'s; or those of a command.
+    """The words of a launcher: `local`; `tpu`, `gke`, `slurm` or `ssh` with flags of launch/'s; or
+    those of a command.
 
     Raises:
       ConfigError: there is no such launcher or program, or launch/ is not here.
@@ -163,7 +165,8 @@ def states_command(launcher: Sequence[str]) -> list[str]:
 
 
 def in_turn(options: Options, workdir: Path) -> Options:
-    """Options whose launcher names a TPU by the slot that a run takes, and leaves it for the next run.
+    """Options whose launcher names a TPU by the slot that a run takes, and leaves it for the next
+    run.
 
     Raises:
       ConfigError: the launcher is not that of TPU VMs.
@@ -181,7 +184,10 @@ def in_turn(options: Options, workdir: Path) -> Options:
 
 
 def down_commands(options: Options, runs: int) -> list[list[str]]:
-    """The commands that delete the TPUs which took the runs in turn; none where each run had its own."""
+    """The commands that delete the TPUs which took the runs in turn.
+
+    None where each run had its own.
+    """
     where = [
         word for word in options.launcher if word.startswith(("--zone=", "--project="))
     ]

@@ -1,4 +1,6 @@
-"""From an experiment file and its `sweep(add)` to named runs, each checked before any of them starts."""
+"""From an experiment file and its `sweep(add)` to named runs, each checked before any of them
+starts.
+"""
 
 import dataclasses
 import hashlib
@@ -47,8 +49,9 @@ def expand(
       config: FILE.py[:args].
       given: options that all runs have, from the command line.
     Raises:
-      ConfigError: the file has no `sweep`; two runs are the same; or an override names an option that there is not, is
-        of a wrong type, sets what was given, or leads to a config that cannot be meant.
+      ConfigError: the file has no `sweep`; two runs are the same; or an override names an option
+        that there is not, is of a wrong type, sets what was given, or leads to a config that cannot
+        be meant.
     """
     file, _, arg = config.partition(":")
     loaded = _guarded(file, lambda: runpy.run_path(file))
@@ -113,7 +116,9 @@ def _run(
 
 
 def _guarded(file: str, call: Callable[[], Any]) -> Any:
-    """What the call returns; an experiment file is a program, and its mistakes are one line with their place."""
+    """What the call returns; an experiment file is a program, and its mistakes are one line with
+    their place.
+    """
     try:
         return call()
     except UserError:
@@ -180,9 +185,11 @@ def literal(key: str, value: Any) -> str:
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:
-    """A run's folder: `ppo.kl.coefficient=0.05,seed=1`. It depends on this run alone, so that a sweep may grow.
+    """A run's folder: `ppo.kl.coefficient=0.05,seed=1`. It depends on this run alone, so that a
+    sweep may grow.
 
-    What no path should hold is replaced, and what is long cut off; then a hash of the whole keeps it apart from others.
+    What no path should hold is replaced, and what is long cut off; then a hash of the whole keeps
+    it apart from others.
     """
     whole = (
         ",".join(

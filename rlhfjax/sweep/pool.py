@@ -1,8 +1,8 @@
 """Runs commands, each as its own process, a few at a time; one that fails does not stop the others.
 
-A command that exits with `Preempted.exit_code` has saved its state and is started again. SIGINT and SIGTERM are passed
-on as SIGTERM, on which a run saves; a second one kills. Processes are not in the terminal's foreground group, so that
-Ctrl-C reaches them through here alone.
+A command that exits with `Preempted.exit_code` has saved its state and is started again. SIGINT and
+SIGTERM are passed on as SIGTERM, on which a run saves; a second one kills. Processes are not in the
+terminal's foreground group, so that Ctrl-C reaches them through here alone.
 """
 
 import contextlib
@@ -33,9 +33,11 @@ def run_all(
     parallel: int = 1,
     say: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Runs every command, at most `parallel` at a time, its output appended to `folder/logs/NAME.txt`.
+    """Runs every command, at most `parallel` at a time, its output appended to
+    `folder/logs/NAME.txt`.
 
-    `{slot}` in a command stands for a number below `parallel` that no other command has while it runs.
+    `{slot}` in a command stands for a number below `parallel` that no other command has while it
+    runs.
 
     Returns:
       {name: exit code}.
@@ -160,7 +162,10 @@ class _Received:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Received]:
-    """Notes SIGINT and SIGTERM instead of what they do; outside of the main thread they are somebody else's."""
+    """Notes SIGINT and SIGTERM instead of what they do.
+
+    Outside of the main thread they are somebody else's.
+    """
     received = _Received()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,7 @@
-"""Runs that a cluster's queue orders: all are submitted at once, and one process looks at all of them together."""
+"""Runs that a cluster's queue orders.
+
+All are submitted at once, and one process looks at all of them together.
+"""
 
 import json
 import subprocess
@@ -25,7 +28,8 @@ def run_all(
     folder: Path,
     say: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Submits every run and waits until all have ended. Jobs that are there already are found, not doubled.
+    """Submits every run and waits until all have ended. Jobs that are there already are found, not
+    doubled.
 
     Args:
       commands: {run: the words that submit it and return}.
@@ -79,7 +83,10 @@ def _submit(
 
 
 def _ask(states: Sequence[str], jobs: Sequence[str]) -> tuple[dict[str, str], str]:
-    """({job: state}, ""), or ({}, why the cluster did not answer): that says nothing about the jobs."""
+    """({job: state}, ""), or ({}, why the cluster did not answer).
+
+    That says nothing about the jobs.
+    """
     done = subprocess.run(
         [*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

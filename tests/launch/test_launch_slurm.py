@@ -1,4 +1,6 @@
-"""launch.slurm on submitit, against a stand-in for Slurm that really runs the batch script on this machine."""
+"""launch.slurm on submitit, against a stand-in for Slurm that really runs the batch script on this
+machine.
+"""
 
 import os
 import subprocess
@@ -51,7 +53,9 @@ class Clock:
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """The stand-in's folder; jobs begin in the repository's, as those do that are submitted from there."""
+    """The stand-in's folder; jobs begin in the repository's, as those do that are submitted from
+    there.
+    """
     (tmp_path / "bin").mkdir()
     for name in TOOLS:
         tool = tmp_path / "bin" / name
@@ -69,7 +73,9 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(cluster, capsys):
-    """(exit code, stdout, stderr) of `python -m launch.slurm ARGS`, its files in the stand-in's folder."""
+    """(exit code, stdout, stderr) of `python -m launch.slurm ARGS`, its files in the stand-in's
+    folder.
+    """
 
     def call(word: str, *args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -225,7 +231,10 @@ COUNTING = ["--nodes=2", "--", sys.executable, "-S", "-c"]
 def test_what_is_out_of_time_or_preempted_saves_and_ends_as_if_it_had_not_been(
     number, cluster, call
 ):
-    """SIGUSR2 comes before the time is up, to every process; SIGTERM before the machines are taken away."""
+    """SIGUSR2 comes before the time is up, to every process.
+
+    SIGTERM before the machines are taken away.
+    """
     thread = once_it_runs(cluster, "scancel", f"--signal={number}", "7")
     assert (
         call(

@@ -1,4 +1,7 @@
-"""A workdir as a recipe leaves it, made up: curves of plausible shape, and texts that try to break the page."""
+"""A workdir as a recipe leaves it, made up.
+
+Curves of plausible shape, and texts that try to break the page.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The report is whole for any run, finished or not, and nothing that a model said gets out of its box."""
+"""The report is whole for any run, finished or not, and nothing that a model said gets out of its
+box.
+"""
 
 import html.parser
 import io
@@ -489,7 +491,10 @@ def test_ticks_keep_their_distance_on_the_square_root_axis():
 
 
 def test_where_the_time_went(whole, recipe_workdir):
-    """Goodput, and the start as the sum of imports, building and restoring; stages without a clock have no row."""
+    """Goodput, and the start as the sum of imports, building and restoring.
+
+    Stages without a clock have no row.
+    """
     assert "Where the time went" in whole.text
     times = {
         stage.name: tables.goodput_row(stage)
