@@ -334,7 +334,8 @@ def optimum_table(steps: int) -> None:
 
 def row(name: str, m: Measured, seconds: str = "") -> None:
     print(
-        f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | {seconds} |",
+        f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | "
+        f"{seconds} |",
         flush=True,
     )
 

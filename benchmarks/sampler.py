@@ -209,11 +209,13 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         ),
         (
             "... its roofline",
-            f"{best * 1e3:.2f} ms (compute {flops / peak * 1e3:.2f}, memory {moved / bandwidth * 1e3:.2f}): "
+            f"{best * 1e3:.2f} ms (compute {flops / peak * 1e3:.2f}, memory "
+            f"{moved / bandwidth * 1e3:.2f}): "
             f"{best / step:.0%} of it reached",
         ),
         (
-            f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest {drawn.max():.0f})",
+            f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest "
+            f"{drawn.max():.0f})",
             f"in batches of {TAIL['slots']}, {useful:.0%} of the slots' steps are of use",
         ),
         (
@@ -223,11 +225,14 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         ("... static, all at once", f"{drawn.sum() / t['at once']:,.0f} new tokens/s"),
         (
             f"... continuous, {TAIL['slots']} slots",
-            f"{drawn.sum() / t['continuous']:,.0f} new tokens/s, {t['static'] / t['continuous']:.2f} x static",
+            f"{drawn.sum() / t['continuous']:,.0f} new tokens/s, "
+            f"{t['static'] / t['continuous']:.2f} x static",
         ),
         (
-            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, {SHARED['each']} answers of {NEW} each",
-            f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: {t['repeated'] / t['shared']:.2f} x",
+            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, {SHARED['each']} answers of {NEW} "
+            "each",
+            f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: "
+            f"{t['repeated'] / t['shared']:.2f} x",
         ),
     ]
     return "\n".join(

@@ -1,6 +1,4 @@
-"""What GKE is given: the JobSet of a job, Kueue's queues, and the gcloud lines that make and delete
-a node pool.
-"""
+"""Builds the objects for GKE: a job's JobSet, Kueue's queues, and gcloud commands for a node pool."""
 
 import dataclasses
 import math
@@ -82,7 +80,8 @@ class Job:
         chips = count_chips(self.topology)
         if chips % self.chips_per_host:
             raise ValueError(
-                f"--topology={self.topology}: {chips} chips are no multiple of {self.chips_per_host} per host"
+                f"--topology={self.topology}: {chips} chips are no multiple of "
+                f"{self.chips_per_host} per host"
             )
         return chips // self.chips_per_host
 
@@ -109,7 +108,8 @@ def validate(job: Job) -> None:
     """
     if job.slices > 1 and job.hosts == 1:
         raise ValueError(
-            f"--slices={job.slices} of --topology={job.topology}: GKE joins slices of several hosts alone, and this "
+            f"--slices={job.slices} of --topology={job.topology}: GKE joins slices of several "
+            "hosts alone, and this "
             f"one is a single host; expected a larger topology"
         )
 

@@ -1,5 +1,6 @@
-"""Running commands: shown before they run, only shown in a dry run, and never with a secret in what
-is shown.
+"""Runs shell commands. It prints each before running it, or only prints it in a dry run.
+
+The value of a secret is never printed.
 """
 
 import gzip
@@ -19,7 +20,11 @@ from absl import flags
 
 PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
 LOST = 255  # what ssh exits with when the connection, not the command, failed
-_WORDS = r"(?<![A-Za-z])(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)(?![A-Za-z])"
+_WORDS = (
+    r"(?<![A-Za-z])"
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
+    r"(?![A-Za-z])"
+)
 SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
 SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
 HIDDEN = "***"
@@ -173,7 +178,8 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
             raise LaunchError(f"--env={redact(pair)}: expected NAME=VALUE")
         if SECRET.search(name) or redact(value) != value:
             raise LaunchError(
-                f"--env={name}=…: this looks like a secret; use --secret, or the machine's own environment"
+                f"--env={name}=…: this looks like a secret; use --secret, or the machine's own "
+                "environment"
             )
         found[name] = value
     return found
@@ -193,7 +199,8 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
             or not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", reference)
         ):
             raise LaunchError(
-                f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its value"
+                f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its "
+                "value"
             )
         if redact(reference) != reference:
             raise LaunchError(
@@ -215,7 +222,8 @@ def slug(name: str) -> str:
         made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
-            f"--name={name}: expected a name that begins with a letter and has letters, digits and hyphens"
+            f"--name={name}: expected a name that begins with a letter and has letters, digits and "
+            "hyphens"
         )
     return made
 
@@ -311,17 +319,17 @@ def common_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "name",
         None,
-        "of the job; made of small letters, digits and hyphens",
+        "job name; lower-case letters, digits and hyphens",
         flag_values=fv,
     )
     flags.DEFINE_multi_string(
         "env",
         [],
-        "NAME=VALUE for the command; may be repeated; no secrets",
+        "environment variable NAME=VALUE; repeatable; no secrets",
         flag_values=fv,
     )
     flags.DEFINE_bool(
-        "dry_run", False, "print what would be run, run nothing", flag_values=fv
+        "dry_run", False, "print the commands without running them", flag_values=fv
     )
     flags.DEFINE_bool(
         "help", False, "show this and exit", short_name="h", flag_values=fv

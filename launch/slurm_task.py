@@ -1,10 +1,9 @@
-"""What `launch.slurm` runs on every node: the command, as a child of the process that submitit
-starts there.
+"""Runs the command on every node, as a child of the process that submitit starts there.
 
-submitit calls a `Task`, which was pickled, and writes down what it returns. Before the time is up
-Slurm sends that process SIGUSR2: the child gets SIGTERM, on which a run saves and exits with 75.
-  Then submitit's own handler of SIGUSR2
-does what it is for: it calls `checkpoint`, pickles what that gives, and has Slurm requeue the job.
+submitit unpickles and calls a `Task` and writes down what it returns. Before the time limit, Slurm
+sends that process SIGUSR2. The child gets SIGTERM, on which a run saves and exits with 75. Then
+submitit's own handler of SIGUSR2 calls `checkpoint`, pickles its result and has Slurm requeue the
+job.
 """
 
 import atexit

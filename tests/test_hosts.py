@@ -359,7 +359,8 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
     (said,) = job.said(1 - victim)
     assert said.startswith(
-        "rlhfjax: another host is gone; run the same command on all hosts to resume from the last check"
+        "rlhfjax: another host is gone; run the same command on all hosts to resume from the last "
+        "check"
     )
     pretraining(2, tmp_path / "run", tokenizer, conversations).finish()
     assert_same_stage(uninterrupted, tmp_path / "run")
@@ -442,5 +443,6 @@ def test_a_host_that_waits_in_vain_can_be_started_again(conversations, tmp_path)
     job.processes[1].kill()
     assert job.processes[0].wait(timeout=60) == 75
     assert job.said(0) == [
-        "rlhfjax: the other hosts did not come within --join_timeout=2 s; start the same command on all hosts again"
+        "rlhfjax: the other hosts did not come within --join_timeout=2 s; start the same command "
+        "on all hosts again"
     ]

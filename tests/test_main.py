@@ -66,7 +66,8 @@ CONFIGS = {
         "def get_config(arg=None):\n    return stage_config('tokenizer', vocab_size=300)\n"
     ),
     "unknown.py": (
-        "from ml_collections import ConfigDict\n\ndef get_config(arg=None):\n    return ConfigDict({'stage': 'x'})\n"
+        "from ml_collections import ConfigDict\n\ndef get_config(arg=None):\n    return "
+        "ConfigDict({'stage': 'x'})\n"
     ),
 }
 

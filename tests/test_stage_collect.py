@@ -152,8 +152,10 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
     for row in back:
         before = by_ids[str(ids(row))]
         assert list(row["ranks"]) == list(before["ranks"])
-        np.testing.assert_array_equal(np.sign(np.subtract.outer(row["scores"], row["scores"])),
-                                      np.sign(np.subtract.outer(before["scores"], before["scores"])))  # fmt: skip
+        np.testing.assert_array_equal(
+            np.sign(np.subtract.outer(row["scores"], row["scores"])),
+            np.sign(np.subtract.outer(before["scores"], before["scores"])),
+        )
         assert row["labeler"] == "gold:sentiment"
     assert metrics["import_rankings/rankings"] == 32
 
@@ -297,8 +299,13 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
         "validation": 0.3,
     }
     recipe.run(stage_config("import_rankings", **options), tmp_path / "in")
-    found = [[re.search(r"hi \d+", row["prompt"])[0] for row in read(tmp_path / "in" / "preferences", split)]
-             for split in ("train", "validation")]  # fmt: skip
+    found = [
+        [
+            re.search(r"hi \d+", row["prompt"])[0]
+            for row in read(tmp_path / "in" / "preferences", split)
+        ]
+        for split in ("train", "validation")
+    ]
     assert sum(map(len, found)) == 120 and not set(found[0]) & set(found[1])
     assert all(found[1].count(prompt) == 3 for prompt in found[1]) and len(found[1]) > 9
 
@@ -354,8 +361,19 @@ def test_malformed_rankings_are_named_by_line(change, why, tmp_path):
 
 
 def test_rankings_survive_the_round_trip(tmp_path):
-    some = [Ranking([{"role": "user", "content": "é\u2028"}], ("x", ""), (2, 1), "ann", "2025-03-01"), from_row(
-        {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 2.0, 0.5]}, "gold")]  # fmt: skip
+    some = [
+        Ranking(
+            [{"role": "user", "content": "é\u2028"}],
+            ("x", ""),
+            (2, 1),
+            "ann",
+            "2025-03-01",
+        ),
+        from_row(
+            {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 2.0, 0.5]},
+            "gold",
+        ),
+    ]
     assert some[1].ranks == (2, 1, 2)
     write_rankings(tmp_path / "r.jsonl", some)
     assert read_rankings(str(tmp_path / "r.jsonl")) == some

@@ -157,8 +157,16 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_
         ["the cat sat on the mat"] * 9, tmp_path, vocab_size=275
     )
     start = list(range(20, 30))
-    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
-             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    rows = [
+        {
+            "prompt": "p",
+            "completions": ["a", "b"],
+            "scores": [1, 0],
+            "prompt_tokens": [1, 7],
+            "completion_tokens": ids,
+        }
+        for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])
+    ]
     model = Model(
         TransformerConfig(
             vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8
@@ -375,8 +383,16 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(
 
 
 def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
-    rows = [{"prompt": f"p{i}", "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, 10 + i],
-             "completion_tokens": [[20 + i, 2], [30 + i, 2]]} for i in range(5)]  # fmt: skip
+    rows = [
+        {
+            "prompt": f"p{i}",
+            "completions": ["a", "b"],
+            "scores": [0, 1],
+            "prompt_tokens": [1, 10 + i],
+            "completion_tokens": [[20 + i, 2], [30 + i, 2]],
+        }
+        for i in range(5)
+    ]
     mixed = Mismatched(
         Rows(rows, "preferences"), load_tokenizer(finished / "00_tokenizer")
     )
@@ -395,8 +411,16 @@ class NoTokenizer(Tokenizer):
 def with_prompts(*prompts):
     """Rows with these prompts, whose completions tell the row: ids 50 + row."""
     ids = {prompt: 10 + i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, ids[prompt]],
-             "completion_tokens": [[50 + i], [2]]} for i, prompt in enumerate(prompts)]  # fmt: skip
+    rows = [
+        {
+            "prompt": prompt,
+            "completions": ["a", "b"],
+            "scores": [0, 1],
+            "prompt_tokens": [1, ids[prompt]],
+            "completion_tokens": [[50 + i], [2]],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
     return Rows(rows, "preferences")
 
 
@@ -427,8 +451,10 @@ def test_pitfall_40_one_prompt_alone_is_an_error(prompts):
 
 
 def test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt():
-    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]} for prompt in
-            ("hi", [{"role": "user", "content": "hi"}])]  # fmt: skip
+    rows = [
+        {"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]}
+        for prompt in ("hi", [{"role": "user", "content": "hi"}])
+    ]
     with pytest.raises(DataError, match="all 2 rows have one prompt"):
         Mismatched(Rows(rows, "preferences"), NoTokenizer())
 
@@ -623,15 +649,34 @@ def test_dropout_is_of_the_trained_policy_alone(finished, separable):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"init_from": None, "tokenizer": "x", "model": {"vocab_size": 320, "d_model": 16, "n_layers": 1, "n_heads": 2,
-          "d_ff": 32, "max_length": 32}}, "needs one"),
+        (
+            {
+                "init_from": None,
+                "tokenizer": "x",
+                "model": {
+                    "vocab_size": 320,
+                    "d_model": 16,
+                    "n_layers": 1,
+                    "n_heads": 2,
+                    "d_ff": 32,
+                    "max_length": 32,
+                },
+            },
+            "needs one",
+        ),
         ({"loss": {"name": "orpo"}, "reference": "somewhere"}, "has no reference"),
-        ({"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"}, "has no reference"),
+        (
+            {"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"},
+            "has no reference",
+        ),
         ({"loss": {"beta": 0.0}}, "loss.beta=0.0: expected float >= 1.2e-38"),
-        ({"loss": {"name": "cdpo", "smoothing": 0.5}}, "loss.smoothing=0.5: expected float >= 0 and < 0.5"),
+        (
+            {"loss": {"name": "cdpo", "smoothing": 0.5}},
+            "loss.smoothing=0.5: expected float >= 0 and < 0.5",
+        ),
         ({"preferences": ()}, "at least one folder"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(changes, message, finished, separable):
     with pytest.raises(ConfigError, match=message):
         run_steps(values(finished, separable, **changes))

@@ -57,8 +57,16 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_
         ["the cat sat on the mat"] * 9, tmp_path, vocab_size=275
     )
     start = list(range(20, 30))
-    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
-             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    rows = [
+        {
+            "prompt": "p",
+            "completions": ["a", "b"],
+            "scores": [1, 0],
+            "prompt_tokens": [1, 7],
+            "completion_tokens": ids,
+        }
+        for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])
+    ]
     model = Model(
         TransformerConfig(
             vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8
@@ -305,9 +313,13 @@ def test_recentring_on_a_policys_answers_and_on_completions(
         **sampling,
     )
     again = stage_config(
-        "recenter", init_from=str(tmp_path / "a" / "recenterd"), batch_size=8, policy=str(finished / "02_sft"),
-        prompts=prompts, **sampling,
-    )  # fmt: skip
+        "recenter",
+        init_from=str(tmp_path / "a" / "recenterd"),
+        batch_size=8,
+        policy=str(finished / "02_sft"),
+        prompts=prompts,
+        **sampling,
+    )
     assert abs(recipe.run(again, tmp_path / "again")["recenter/reference_mean"]) < 2e-5
     assert float(new.params["head"]["bias"]) != float(saved.params["head"]["bias"])
     folder = str(finished / "03_collect" / "preferences")

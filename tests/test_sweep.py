@@ -102,10 +102,13 @@ def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
     file = tmp_path / "swept.py"
     file.write_text(
         "from rlhfjax.sweep import *\n"
-        f"exec(open({str(ROOT / 'experiments/quickstart/recipe.py')!r}).read().partition('def sweep')[0])\n"
+        f"exec(open({str(ROOT / 'experiments/quickstart/recipe.py')!r}).read().partition('def "
+        "sweep')[0])\n"
         "def sweep(add):\n"
-        "    for one in product(grid('ppo.kl.coefficient', 1, 1e-05), grid('sft.log.tensorboard', False),\n"
-        "                       grid('reward.init_from', 'elsewhere'), grid('ppo.steps', 7), seeds(2)): add(one)\n"
+        "    for one in product(grid('ppo.kl.coefficient', 1, 1e-05), grid('sft.log.tensorboard', "
+        "False),\n"
+        "                       grid('reward.init_from', 'elsewhere'), grid('ppo.steps', 7), "
+        "seeds(2)): add(one)\n"
     )
     runs = expand(f"{file}:size=smoke", tmp_path, {"pretrain.model.n_kv_heads": 1})
     assert len(runs) == 4 and len({run.name for run in runs}) == 4
@@ -190,7 +193,8 @@ def test_no_two_running_commands_have_one_slot(tmp_path):
     """Six commands in two slots: each makes a folder of its slot's name, which must not be there,
     and removes it.
     """
-    script = f"mkdir {tmp_path}/{{slot}} && sleep 0.05 && rmdir {tmp_path}/{{slot}} && echo {{slot}}"
+    slot = f"{tmp_path}/{{slot}}"
+    script = f"mkdir {slot} && sleep 0.05 && rmdir {slot} && echo {{slot}}"
     commands = {f"run{i}": ["sh", "-c", script] for i in range(6)}
     assert set(pool.run_all(commands, tmp_path, 2).values()) == {0}
     used = {pool.log_of(tmp_path, name).read_text().strip() for name in commands}
@@ -235,9 +239,9 @@ def test_a_preempted_run_starts_again(tmp_path):
 )
 def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
     saves = (
-        "def save(*_): time.sleep(0.3); open(%r + '/saved', 'a').write('x'); sys.exit(75)\n"  # noqa: UP031
+        f"def save(*_): time.sleep(0.3); open({str(tmp_path)!r} + '/saved', 'a').write('x'); "
+        "sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
-        % str(tmp_path)
     )
 
     def stop():
@@ -294,7 +298,8 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
 
     Then the same again, which runs that one only.
     """
-    lines = "for one in chain(product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)): add(one)"
+    sweeps = "product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)"
+    lines = f"for one in chain({sweeps}): add(one)"
     file = write(tmp_path, lines, data=conversations)
     workdir = tmp_path / "sweep"
     args = [
@@ -378,7 +383,8 @@ def test_a_launcher_takes_the_runs_command_after_its_own(
     command_line.main([*args, f"--launcher={launcher}"])
     assert capsys.readouterr().out == (
         words.replace("{}", "vocab_size=280")
-        + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 --config.vocab_size=280\n"
+        + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 "
+        "--config.vocab_size=280\n"
     )
 
 
@@ -431,14 +437,16 @@ case "$1 $2" in
   'get jobset')
     case "$*" in
       *json)
-        [ $(grep -c 'output=json$' $STANDIN/calls) -le 3 ] && { echo 'Unable to connect' >&2; exit 1; }
+        [ $(grep -c 'output=json$' $STANDIN/calls) -le 3 ] &&
+          { echo 'Unable to connect' >&2; exit 1; }
         shift 2
         printf '{"kind": "List", "items": ['
         comma=
         for name in "$@"; do
           case $name in --*) continue ;; esac
           state=$(cat $STANDIN/jobs/$name)
-          printf '%s{"metadata": {"name": "%s"}, "spec": {}, "status": {"terminalState": "%s"}}' "$comma" $name $state
+          printf '%s{"metadata": {"name": "%s"}, ' "$comma" $name
+          printf '"spec": {}, "status": {"terminalState": "%s"}}' $state
           comma=,
         done
         echo ']}' ;;

@@ -46,7 +46,8 @@ def zipped(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:
     lists = [list(sweep) for sweep in sweeps]
     if len({len(one) for one in lists}) > 1:
         raise ConfigError(
-            f"zipped: sweeps of lengths {', '.join(str(len(one)) for one in lists)}; expected one length"
+            f"zipped: sweeps of lengths {', '.join(str(len(one)) for one in lists)}; expected one "
+            "length"
         )
     return [_merged(parts) for parts in zip(*lists, strict=True)]
 

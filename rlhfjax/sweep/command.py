@@ -63,7 +63,8 @@ def launcher(text: str) -> tuple[str, ...]:
     if first in WORDS:
         if not (file := paths.path("launch") / f"{first}.py").is_file():
             raise ConfigError(
-                f"--launcher={first}: {file} is not in this folder; expected to run in the repository's"
+                f"--launcher={first}: {file} is not in this folder; expected to run in the "
+                "repository's"
             )
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
         return (
@@ -109,7 +110,8 @@ def sweep(
             )
         return
     print(
-        f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}"
+        f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in "
+        f"{workdir / 'logs'}"
     )
     try:
         if options.launcher[:3] == GKE:

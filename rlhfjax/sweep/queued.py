@@ -76,7 +76,8 @@ def _submit(
                 f"{name}: not submitted ({pool.describe(code)}), see {pool.log_of(folder, name)}"
             )
     say(
-        f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them to the cluster"
+        f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them "
+        "to the cluster"
     )
     here.close()
     return failed

@@ -298,7 +298,8 @@ case "$1 $2" in
   'get jobset')
     if [ -e $STANDIN/states.json ]; then cat $STANDIN/states.json
     elif [ -e $STANDIN/ended ]; then cat $STANDIN/ended
-    elif [ ! -e $STANDIN/applied.json ] || [ -e $STANDIN/gone ]; then echo 'Error (NotFound)' >&2; exit 1
+    elif [ ! -e $STANDIN/applied.json ] || [ -e $STANDIN/gone ]; then
+      echo 'Error (NotFound)' >&2; exit 1
     elif [ "$(cat $STANDIN/looks 2>/dev/null | wc -l)" -ge 2 ]; then cat $STANDIN/end
     fi ;;
 esac

@@ -60,7 +60,8 @@ def cluster(tmp_path, monkeypatch):
     for name in TOOLS:
         tool = tmp_path / "bin" / name
         tool.write_text(
-            f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__).parent / "slurm_standin.py"} {name} "$@"\n'
+            f"#!/bin/sh\nexec {sys.executable} -S {Path(__file__).parent / 'slurm_standin.py'} "
+            f'{name} "$@"\n'
         )
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -188,7 +189,9 @@ def test_a_job_is_requeued_where_it_was_preempted(cluster, call):
     wait = "while [ ! -e files/7_1_result.pkl ]; do sleep 0.02; done"
     script = f"""
     cd {cluster}
-    if mkdir been$SLURM_PROCID 2> /dev/null; then [ $SLURM_PROCID = 1 ] && exit 3; {wait}; exit 75; fi
+    if mkdir been$SLURM_PROCID 2> /dev/null; then
+      [ $SLURM_PROCID = 1 ] && exit 3; {wait}; exit 75
+    fi
     sleep $SLURM_PROCID; echo again"""
     code, _, _ = call("submit", *JOB, "--nodes=2", *sh(script))
     assert code == 0 and made(cluster, "scontrol") == ["scontrol requeue 7"]
@@ -287,8 +290,10 @@ def test_the_script_asks_for_what_was_asked(call):
     ]
     _, script, _ = call("script", "--name=a", *asked, "--time=1-02:30:00", *sh("true"))
     for line in (
-        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=6", "partition=p", "account=b", "time=1590",
-        "signal=USR2@60", "requeue", "dependency=singleton", "export=NONE", "job-name=a", "open-mode=append",
+        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=6", "partition=p",
+         "account=b", "time=1590",
+        "signal=USR2@60", "requeue", "dependency=singleton", "export=NONE", "job-name=a",
+         "open-mode=append",
     ):  # fmt: skip
         assert f"\n#SBATCH --{line}\n" in script
     assert (

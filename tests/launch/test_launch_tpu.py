@@ -273,7 +273,8 @@ def test_the_same_files_make_the_same_archive_and_what_stays_behind_is_named(
         hashes.append(shell.pack(shell.Shell(), str(cloud / "x.tar.gz")))
     assert hashes[0] == hashes[1]
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
+        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py "
+        "and 2 more",
         "not sent, because they are deleted here: gone.py",
     ]
     Path("tracked.py").write_text("edited")
