@@ -109,7 +109,7 @@ def _run(
 
 
 def _guarded(file: str, call: Callable[[], Any]) -> Any:
-    """Returns what the call returns; an error of an experiment file becomes one line with its place."""
+    """Returns the call's result; an error of an experiment file becomes one line with its place."""
     try:
         return call()
     except UserError:
