@@ -1,4 +1,4 @@
-"""Starts an `rlhfjax` command on other machines, waits for it, restarts it when preempted, cleans up.
+"""Starts an `rlhfjax` command on other machines, waits for it, restarts it, and cleans up.
 
     python -m launch.tpu run --name=a --zone=… --accelerator=v5litepod-16 -- \\
         rlhfjax run --config=… --workdir=…

@@ -2,9 +2,9 @@
 
     python -m launch.check run --config=experiments/quickstart/recipe.py --workdir=gs://…
 
-An invalid config fails here within a second, not after hours in a queue. Nothing is computed, and no
-device, file or bucket is accessed. Exit code 2: the config is invalid; 3: rlhfjax is not installed
-in this Python.
+An invalid config fails here within a second, not after hours in a queue. Nothing is computed, and
+no device, file or bucket is accessed. Exit code 2: the config is invalid; 3: rlhfjax is not
+installed in this Python.
 """
 
 import os

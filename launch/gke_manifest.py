@@ -1,4 +1,4 @@
-"""Builds the objects for GKE: a job's JobSet, Kueue's queues, and gcloud commands for a node pool."""
+"""Builds the objects for GKE: a JobSet, Kueue's queues, and gcloud commands for node pools."""
 
 import dataclasses
 import math

@@ -128,7 +128,7 @@ def _forget_results(here: Any) -> None:
 
 
 def _goes_on(job: str) -> bool:
-    """Whether the job is running; not so where Slurm is canceling it, or has requeued it already."""
+    """Returns whether the job is running, not being canceled and not requeued already."""
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     return (
         subprocess.run(words, capture_output=True, text=True).stdout.strip()

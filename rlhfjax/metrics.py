@@ -35,7 +35,7 @@ UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, beside those at chec
 def add(total: Mapping[str, Metric], part: Mapping[str, Metric]) -> Metrics:
     """Adds two sets of metrics by name: (s1 + s2, w1 + w2). A name in one of them is taken as is.
 
-    It works on traced arrays too: it accumulates microbatches inside `jit` as it does steps outside.
+    It works on traced arrays too, and so accumulates microbatches inside `jit`, and steps outside.
     """
     out = dict(total)
     for name, (value, weight) in part.items():
@@ -108,7 +108,7 @@ def _line(step: int, values: Mapping[str, Real]) -> str:
 
 
 class Writer:
-    """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, and both to TensorBoard (`tb/`).
+    """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, both to TensorBoard (`tb/`).
 
     `metrics.jsonl` holds only what the run determines, so that a run that is killed and resumed
     ends with the same bytes. Wall times go to `timing.jsonl`.

@@ -68,7 +68,7 @@ class OptimConfig:
 
 
 def moments_per_parameter(config: OptimConfig) -> float:
-    """Returns how many float32 numbers the optimizer keeps per parameter; a bfloat16 one is half."""
+    """Returns the float32 numbers that the optimizer keeps per parameter; bfloat16 counts half."""
     has_first = config.name != "rmsprop" and not (
         config.name == "sgd" and not config.b1
     )

@@ -318,7 +318,7 @@ def lock_file(path: Path) -> pathlib.Path:
 
 
 def refusal(error: BaseException | None) -> str:
-    """Returns why a bucket cannot be used (rights, credentials, network), or "" for other errors."""
+    """Returns why a bucket cannot be used (rights, network, …), or "" for other errors."""
     while error is not None:
         if type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp"):
             return f"Google Cloud Storage: {first_line(error, kind=True)}"

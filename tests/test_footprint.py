@@ -401,7 +401,7 @@ def test_bytes_of_one_device():
 
 
 def test_bytes_of_a_device_of_a_mesh():
-    """Eight rows go over replica x data x fsdp, a half of every token's numbers to each of tensor."""
+    """Eight rows go over replica x data x fsdp; each of tensor gets half of a token's numbers."""
     axes = {"replica": 2, "fsdp": 2, "tensor": 2, "sequence": 2}
     assert parts_of(new(SHAPE), **axes) == {
         "parameters": 4 * N / 4,

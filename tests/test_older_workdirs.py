@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def part_of(values: dict, place: str) -> tuple[dict, str]:
-    """Returns the part of a config that has an option, `sources.1.limit` say, and its name there."""
+    """Returns the part of a config that has an option (`sources.1.limit`), and its name there."""
     *path, last = place.split(".")
     part = values
     for name in path:

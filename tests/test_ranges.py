@@ -1,4 +1,4 @@
-"""Ranges: every number of every config has one, and what cannot be meant is refused with its place."""
+"""Every number of every config has a range, and an invalid one is an error with its place."""
 
 import dataclasses
 import math
@@ -116,7 +116,7 @@ def test_defaults_are_in_their_ranges(cls):
 
 
 def refused(stage: str, **values: Any) -> str:
-    """Returns what `build` says of a stage's config with these values, all else being as it must."""
+    """Returns the error of `build` for a stage's config with these values, the rest being valid."""
     cls = stages.config_class(stage)
     hints = typing.get_type_hints(cls)
     required = [

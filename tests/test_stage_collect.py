@@ -1,4 +1,4 @@
-"""Labelers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
+"""Labelers: one protocol, agreement in `collect`, and people's rankings to and from datasets."""
 
 import json
 import re

@@ -494,7 +494,7 @@ def test_a_human_reward_is_added_less_and_less_by_hand():
 
 @pytest.fixture(scope="module")
 def with_a_human(conversations, finished):
-    """(what was called, metrics) of two steps of RLOO whose reward and human reward are one rule."""
+    """(calls, metrics) of two steps of RLOO whose reward and human reward are the same rule."""
     rule = "rule:tests.rewards.some_rules:letters?workers=1"
     human = {"reward": rule, "weight": 0.5, "factor": 0.25}
     values = group_values(

@@ -182,7 +182,7 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
     ids=["all", "decode_batch"],
 )
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
-    """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
+    """Steps of RLOO as they are, and with the prompt of every response run on its own."""
     got, params = run_steps(
         "group", group_values(conversations, finished, "rloo", **changes), ONE
     )

@@ -251,7 +251,7 @@ def three_steps(conversations, finished):
 
 
 def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(three_steps):
-    """Also when the policy has moved: the behavior policy is the one at the start of the iteration."""
+    """Also after the policy moved: the behavior policy is that at the start of the iteration."""
     assert three_steps[2]["kl"] > 1e-3  # it has moved
     for metrics in three_steps:
         assert abs(metrics["first_ratio_max"] - 1) < 2e-5
@@ -332,7 +332,7 @@ def streamed(name, values, count):
 def test_a_host_makes_the_rows_of_its_own_devices_alone(
     name, conversations, finished, monkeypatch
 ):
-    """Streams 1 and 3 of 4 are what one process makes of them, the rows of the others are left out."""
+    """Streams 1 and 3 of 4 are as one process makes them, without the rows of the others."""
     values = streamed(name, stage_values(name, conversations, finished), 4)
 
     def batch(own):

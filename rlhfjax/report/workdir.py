@@ -18,7 +18,7 @@ Curve = tuple[list[float | int], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """The files of one stage. Metrics are named without the stage: `val_loss`, not `sft/val_loss`."""
+    """The files of one stage. Names of metrics lack the stage: `val_loss`, not `sft/val_loss`."""
 
     name: str
     kind: str

@@ -608,7 +608,7 @@ def test_a_stopped_node_is_named(cloud, capsys):
 
 
 def test_exit_code_75_starts_the_command_again_on_the_same_machines(cloud, capsys):
-    """What an earlier start left running is ended, and libtpu's lock is removed, before the next."""
+    """Processes of an earlier start are ended, and libtpu's lock is removed, before the next."""
     left = "sleep 60 & echo $! > ~/left"
     ended = "[ ! -e ~/left ] || ! grep -q sleep /proc/$(cat ~/left)/cmdline 2> /dev/null || exit 9"
     script = (

@@ -269,7 +269,7 @@ VALIDATIONS = [
 
 @pytest.mark.parametrize("kind", ["ppo", "group", "of_another_package"])
 def test_every_policy_stage_has_its_curve(tmp_path, drawn, kind):
-    """Whatever it is called. What has no KL of held-out responses, or no reward of them, has none."""
+    """Whatever its name. A stage without KL or reward of held-out responses has none."""
     others = {
         "sft": [(1, {"val_loss": 2.0})],
         "other": [(1, {"val_kl": 1.0, "kl": 1.0, "reward": 2.0})],
