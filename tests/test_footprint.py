@@ -1,7 +1,4 @@
-"""What a stage takes of a device, by hand.
-
-Which of its models count, and how many bytes they are.
-"""
+"""What a stage takes of a device, by hand: which of its models count, and how many bytes they are."""
 
 import dataclasses
 import logging
@@ -401,7 +398,7 @@ def test_bytes_of_one_device():
 
 
 def test_bytes_of_a_device_of_a_mesh():
-    """Eight rows go over replica x data x fsdp; each of tensor gets half of a token's numbers."""
+    """Eight rows go over replica x data x fsdp, a half of every token's numbers to each of tensor."""
     axes = {"replica": 2, "fsdp": 2, "tensor": 2, "sequence": 2}
     assert parts_of(new(SHAPE), **axes) == {
         "parameters": 4 * N / 4,
