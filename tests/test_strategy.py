@@ -92,7 +92,7 @@ def test_a_strategy_has_its_own_rules():
         ({"strategy": "fsdp", "fsdp": 3}, "does not fit the 4 devices"),
         (
             {"strategy": "auto", "tensor": 2},
-            "mesh.strategy='auto' picks the sizes itself",
+            "mesh.strategy='auto' chooses the sizes itself",
         ),
     ],
 )
@@ -165,13 +165,13 @@ def test_auto_takes_what_says_least_and_fits():
 def test_auto_says_why_and_what_does_not_fit():
     why = choose(BIG, 8, 19 * GIB).why
     assert (
-        "fsdp (fsdp 8): 2.6 GiB a device of 19" in why
+        "fsdp (fsdp 8): 2.6 GiB per device of 19" in why
         and "too large, GiB: data: 17.3" in why
     )
     tight = choose(BIG, 8, GIB)
     assert not tight.fits and "nothing fits" in tight.why
     with pytest.raises(
-        ConfigError, match="no mesh of 7 devices divides 16 rows of 1024 slots"
+        ConfigError, match="no mesh of 7 devices divides 16 rows of 1024 tokens"
     ):
         choose(BIG, 7, GIB)
 

@@ -17,7 +17,8 @@ from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, logprobs
 from rlhfjax.plan import programs, shapes
-from rlhfjax.plan.hlo import Program
+from rlhfjax.plan.hlo import Module
+from rlhfjax.plan.hlo_cost import module_cost
 from rlhfjax.programs import Held
 from tests import tiny
 from tests.collectives import Collective, collectives
@@ -60,7 +61,7 @@ EXPECTED = {
 }
 
 
-def sketched(stage, mesh, devices=None, **changes):
+def programs_of(stage, mesh, devices=None, **changes):
     """The programs of a stage of tests/tiny.py on a mesh."""
     config = to_dict(tiny.get_config("data=nowhere"))
     config["pretrain"]["model"] |= MODEL
@@ -71,7 +72,7 @@ def sketched(stage, mesh, devices=None, **changes):
     return (
         subject.model,
         dict(layout.mesh.shape),
-        programs.sketch(subject, layout).programs,
+        programs.step_programs(subject, layout).programs,
     )
 
 
@@ -146,7 +147,7 @@ def assert_state_stays_split(program, compiled, mesh):
 )
 def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized):
     small_chunks(monkeypatch, STRATEGIES[name])
-    model, mesh, (step,) = sketched("sft", STRATEGIES[name])
+    model, mesh, (step,) = programs_of("sft", STRATEGIES[name])
     compiled = step.lower().compile()
     found = collectives(compiled.as_text())
     assert said(found, model, mesh) == EXPECTED[name]
@@ -183,12 +184,12 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized)
     Products of all devices together are those of one, but for what a decode step's one slot cannot share.
     """
     changes = {"batch_size": 2 * BATCH}
-    alone = sketched("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
+    alone = programs_of("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
     expected = [
-        Program(p.lower().compile().as_text()).cost().flops for p in alone
+        module_cost(Module(p.lower().compile().as_text())).flops for p in alone
     ]  # one chunk: nothing is padded
     small_chunks(monkeypatch, STRATEGIES[name])
-    model, mesh, many = sketched("ppo", STRATEGIES[name], **changes)
+    model, mesh, many = programs_of("ppo", STRATEGIES[name], **changes)
     vocab = {model.vocab_size, model.vocab_size // mesh["tensor"]}
     known = parameter_shapes(model, mesh["fsdp"], mesh["tensor"])
     for flops, program in zip(expected, many, strict=True):
@@ -203,6 +204,6 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized)
         if program.name == "update":
             assert_state_stays_split(program, compiled, mesh)
         if mesh["sequence"] == 1 or program.name in ("know", "update"):
-            assert Program(text).cost().flops * DEVICES == pytest.approx(
+            assert module_cost(Module(text)).flops * DEVICES == pytest.approx(
                 flops, rel=0.01
             ), program.name

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from rlhfjax import main as command_line
 from rlhfjax.errors import ConfigError
 from rlhfjax.plan import programs, shapes
-from rlhfjax.plan.compiled import beside
+from rlhfjax.plan.compiled import held_by_others
 from rlhfjax.plan.compiler import options
 from rlhfjax.plan.topology import quiet, target
 from tests.plan import fingerprint
@@ -131,13 +131,14 @@ def digest(row: Row) -> str:
     """
     subject, completions = planned(row)
     where = target(row.topology)
-    sketch = programs.sketch(subject, programs.layout_for(subject, where), completions)
-    (program,) = (p for p in sketch.programs if p.name == trains(subject))
+    layout = programs.layout_for(subject, where)
+    step = programs.step_programs(subject, layout, completions)
+    (program,) = (p for p in step.programs if p.name == trains(subject))
     facts = {
         "libtpu": libtpu(),
         "topology": where.name,
         "capacity": where.capacity,
-        "beside": beside(program, sketch.held),
+        "beside": held_by_others(program, step.held),
         "flags": tpu_flags(),
     }
     with quiet():

@@ -14,7 +14,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import advice, estimate, memory, programs, shapes
 from rlhfjax.plan.chips import CHIPS, GIB
-from rlhfjax.plan.compiled import Measured, Memory, beside
+from rlhfjax.plan.compiled import CompiledProgram, Memory, held_by_others
 from rlhfjax.rl.config import HumanConfig
 from rlhfjax.stages import ppo, sft
 from tests import tiny
@@ -81,7 +81,7 @@ def test_ppo_has_four_models_and_an_average():
     judge = memory.parameters(JUDGE, "scalar")
     assert in_memory(a_ppo(ema=0.9)) == 4 * (2 * N + 2 * judge)
     parts = estimate.estimate(
-        a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout"
+        a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], phase="rollout"
     ).parts
     assert parts["optimizer and average"] == 4 * (3 * N + 2 * judge) / 8
     # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers
@@ -129,7 +129,7 @@ def test_time_of_a_step_on_one_chip_is_that_of_its_products():
 
 def refused(gib, room=16.0, name="step"):
     memory_ = Memory(gib * GIB, 0.0, 0.0, 0.0, gib * GIB)
-    return Measured(name, memory_, room * GIB, False, None, [], None, 1.0, 0.0)
+    return CompiledProgram(name, memory_, room * GIB, False, None, [], None, 1.0, 0.0)
 
 
 def test_advice_names_what_fits_and_by_how_much():
@@ -139,7 +139,7 @@ def test_advice_names_what_fits_and_by_how_much():
     now = estimate.estimate(subject, axes, CHIPS["v5e"]).bytes
     lines = advice.advise(subject, axes, refused(2 * now / GIB))
     said = "\n".join(lines)
-    assert f"step needs {2 * now / GIB:.1f} GiB a device of 16.0" in lines[0]
+    assert f"step needs {2 * now / GIB:.1f} GiB per device of 16.0" in lines[0]
     full = estimate.estimate(
         an_sft(dataclasses.replace(wide, remat="full")), axes, CHIPS["v5e"]
     ).bytes
@@ -167,7 +167,7 @@ def test_advice_is_for_the_program_that_does_not_fit():
     """Smaller microbatches help an update by its activations, and a rollout, whose cache they are no part of, not."""
     subject, axes = a_ppo(minibatches=1, batch_size=512), {**ONE, "fsdp": 8}
     parts = {
-        part: estimate.estimate(subject, axes, CHIPS["v5e"], part=part)
+        part: estimate.estimate(subject, axes, CHIPS["v5e"], phase=part)
         for part in ("rollout", "update")
     }
     assert (
@@ -187,8 +187,8 @@ def test_advice_is_for_the_program_that_does_not_fit():
 def test_frozen_models_are_beside_an_update():
     """Reference and reward model stay on the devices while the policy is updated, whose average is in its arguments."""
     subject = shapes.subject(to_dict(tiny.get_config("data=nowhere")), "ppo")
-    drawn = programs.sketch(subject, make_layout(MeshConfig()))
-    left = {p.name: beside(p, drawn.held) for p in drawn.programs}
+    step = programs.step_programs(subject, make_layout(MeshConfig()))
+    left = {p.name: held_by_others(p, step.held) for p in step.programs}
     one, judge = (
         4 * memory.parameters(subject.model),
         4 * memory.parameters(subject.model, "scalar"),

@@ -71,10 +71,12 @@ def test_a_part_of_a_step(monkeypatch):
     asked = []
     monkeypatch.setattr(
         compiler,
-        "ask",
-        lambda job: asked.append(job.program) or compiler.Answer(NOTHING, BIG_BUFFER),
+        "compile_program",
+        lambda job: (
+            asked.append(job.program) or compiler.CompilerOutput(NOTHING, BIG_BUFFER)
+        ),
     )
-    plan = predict.make(chosen, A_CHIP, only=["know", "update"])
+    plan = predict.make_plan(chosen, A_CHIP, only=["know", "update"])
     assert [p.name for p in plan.programs] == asked == ["know", "update"]
     assert (
         plan.left_out == plan.as_dict()["left_out"] == ["rollout", "score", "prepare"]
@@ -87,7 +89,7 @@ def test_a_part_of_a_step(monkeypatch):
         ConfigError,
         match="--programs=step: the programs of ppo are rollout, know, score",
     ):
-        predict.make(chosen, A_CHIP, only=["step"])
+        predict.make_plan(chosen, A_CHIP, only=["step"])
 
 
 def test_the_arithmetic_alone(capsys):
@@ -126,9 +128,11 @@ REFUSAL = (  # libtpu's words
 def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     said = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
     monkeypatch.setattr(
-        compiler, "ask", lambda job: compiler.Answer(said, BIG_BUFFER, REFUSAL)
+        compiler,
+        "compile_program",
+        lambda job: compiler.CompilerOutput(said, BIG_BUFFER, REFUSAL),
     )
-    plan = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP)
+    plan = predict.make_plan(shapes.subject(tiny_sft(), "sft"), A_CHIP)
     (step,) = plan.programs
     assert plan.fits is False and step.cost is None and plan.step_seconds is None
     assert step.memory == said and step.buffers == [
@@ -137,7 +141,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     ]
     assert step.capacity == pytest.approx(15.75 * 2**30)
     assert re.search(
-        r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0]
+        r"step needs 29\.\d GiB per device of 15\.8", plan.as_dict()["advice"][0]
     )
     assert "It does not fit." in tables.verdict(
         plan
@@ -148,13 +152,17 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
 def test_what_other_programs_hold_counts(monkeypatch):
     """PPO's rollout takes 15 GiB, and beside it lie the value function, the reference and the reward."""
     fits = compiler.Memory(1.0, 1.0, 1.0, 1.0, CHIPS["v5e"].hbm - 10_000)
-    monkeypatch.setattr(compiler, "ask", lambda job: compiler.Answer(fits, BIG_BUFFER))
-    (rollout,) = predict.make(
+    monkeypatch.setattr(
+        compiler,
+        "compile_program",
+        lambda job: compiler.CompilerOutput(fits, BIG_BUFFER),
+    )
+    (rollout,) = predict.make_plan(
         shapes.subject(tiny_sft(), "ppo"), A_CHIP, only=["rollout"]
     ).programs
-    assert rollout.elsewhere > 3 * 4 * 10_000 and rollout.fits is False
-    (step,) = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP).programs
-    assert step.elsewhere == 0 and step.fits
+    assert rollout.held_by_others > 3 * 4 * 10_000 and rollout.fits is False
+    (step,) = predict.make_plan(shapes.subject(tiny_sft(), "sft"), A_CHIP).programs
+    assert step.held_by_others == 0 and step.fits
 
 
 def test_products_take_at_least_what_the_mathematics_needs():
@@ -170,12 +178,11 @@ def test_time_and_cost_from_a_roofline():
     """100 steps of 2 s on 16 chips: 200 s, 16 x 200 / 3600 chip-hours; MFU is FLOPs over 2 s of 16 peaks."""
     chosen, chip = shapes.subject(tiny_sft(), "sft"), CHIPS["v5e"]
     target = topology.Target("v5e:4x4", [None] * 16, chip, chip.hbm)
-    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh))._replace(
-        steps=100, tokens=1000
-    )
+    step = predict.step_programs(chosen, make_layout(chosen.config.mesh))
+    step = step._replace(steps=100, tokens=1000)
     roof = compiled.Roofline(compute=2.0, hbm=1.0, ici=0.5, dcn=0.0)
     memory = compiled.Memory(1.0, 1.0, 1.0, 1.0, 2.0)
-    step = compiled.Measured(
+    program = compiled.CompiledProgram(
         "step",
         memory,
         chip.hbm,
@@ -186,7 +193,7 @@ def test_time_and_cost_from_a_roofline():
         0.4 * 32 * chip.flops,
         0.0,
     )
-    out = predict.Plan(chosen, target, {}, drawn, [step]).as_dict()
+    out = predict.Plan(chosen, target, {}, step, [program]).as_dict()
     assert (
         out["step_seconds"] == 2.0
         and out["tokens_per_second"] == 500
@@ -217,7 +224,7 @@ def test_a_tpu_across_two_slices():
         "d_ff": 1024,
         "n_heads": 4,
     }
-    plan = predict.make(
+    plan = predict.make_plan(
         shapes.subject(config, "pretrain"), topology.target("v5e:2x2", 2)
     )
     (step,) = plan.programs
@@ -228,7 +235,7 @@ def test_a_tpu_across_two_slices():
     n, embedding = 2_786_816, 320 * 512
     assert memory.parameters(plan.subject.model) == n
     assert step.cost.link("dcn") == pytest.approx(4 * (n + embedding) / 4, rel=0.02)
-    assert plan.step_seconds > 0 and 0 < plan.mfu < 1
+    assert plan.step_seconds > 0 and 0 < plan.totals["mfu"] < 1
 
 
 @needs_libtpu
@@ -278,7 +285,9 @@ def test_a_group_with_adapters_on_a_tpu():
     }
     config["group"] |= own
     config["group"]["mesh"] |= {"data": 2, "fsdp": 2}
-    plan = predict.make(shapes.subject(config, "group"), topology.target("v5e:2x2"))
+    plan = predict.make_plan(
+        shapes.subject(config, "group"), topology.target("v5e:2x2")
+    )
     assert [p.name for p in plan.programs] == [
         "rollout",
         "know",
@@ -286,7 +295,7 @@ def test_a_group_with_adapters_on_a_tpu():
         "prepare",
         "update",
     ]
-    assert plan.fits and plan.step_seconds > 0 and 0 < plan.mfu < 1
+    assert plan.fits and plan.step_seconds > 0 and 0 < plan.totals["mfu"] < 1
     # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
     reduced = sum(
         n

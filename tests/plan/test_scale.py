@@ -11,7 +11,7 @@ import pytest
 from rlhfjax.config import to_dict
 from rlhfjax.plan import shapes
 from rlhfjax.plan.chips import CHIPS
-from rlhfjax.plan.programs import Sketch
+from rlhfjax.plan.programs import StepPrograms
 from rlhfjax.plan.topology import Target
 from tests import tiny
 from tests.needs import needs
@@ -119,7 +119,7 @@ def test_a_rows_digest_changes_with_its_program(small):
 
 FACTS = {
     "libtpu": lambda: "1.2.4",
-    "beside": lambda program, held: 1.0,
+    "held_by_others": lambda program, held: 1.0,
     "tpu_flags": lambda: ["--xla_tpu_x=1"],
     "options": lambda folder: {"xla_dump_to": folder},
     "topology": {"name": "2 x v5e:2x2"},
@@ -131,18 +131,20 @@ def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(
     small, monkeypatch
 ):
     """One program, lowered once: another version, memory, flags, options, or number of slices."""
-    real = scale.programs.sketch
-    sketched = []
+    real = scale.programs.step_programs
+    known = []
 
-    def sketch(subject, layout, completions):
-        if not sketched:
+    def step_programs(subject, layout, completions):
+        if not known:
             (step,) = real(subject, layout, completions).programs
             lowered = step.lower()
             step = step._replace(lower=lambda: lowered)
-            sketched.append(Sketch([step], tokens=1, steps=1, batch=1, time=1, held=[]))
-        return sketched[0]
+            known.append(
+                StepPrograms([step], tokens=1, steps=1, batch=1, time=1, held=[])
+            )
+        return known[0]
 
-    monkeypatch.setattr(scale.programs, "sketch", sketch)
+    monkeypatch.setattr(scale.programs, "step_programs", step_programs)
     digests = [small()]
     for name, value in FACTS.items():
         with monkeypatch.context() as patch:

@@ -11,9 +11,9 @@ from rlhfjax.mesh import AXES, MeshConfig
 from rlhfjax.models.presets import preset
 from rlhfjax.plan import chips, predict, search, topology
 from rlhfjax.plan.chips import CHIPS, GIB
-from rlhfjax.plan.compiled import Measured, Memory
+from rlhfjax.plan.compiled import CompiledProgram, Memory
 from rlhfjax.plan.estimate import Estimate
-from rlhfjax.plan.programs import Sketch
+from rlhfjax.plan.programs import StepPrograms
 from rlhfjax.stages.sft import Config
 from tests.plan.subjects import subject_of
 
@@ -33,10 +33,14 @@ def plan(fits, seconds=1.0):
         Memory(0.0, 0.0, 0.0, 0.0, GIB * (10 if fits else 20)),
         chips.Roofline(seconds, 0.0, 0.0, 0.0) if fits else None,
     )
-    step = Measured("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
+    step = CompiledProgram("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
     target = topology.Target("stub", jax.devices()[:1], CHIPS["v5e"], 16 * GIB)
     return predict.Plan(
-        sft(), target, dict.fromkeys(AXES, 1), Sketch([], 1000, 10, 1, 1, []), [step]
+        sft(),
+        target,
+        dict.fromkeys(AXES, 1),
+        StepPrograms([], 1000, 10, 1, 1, []),
+        [step],
     )
 
 
