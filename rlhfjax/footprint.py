@@ -92,17 +92,23 @@ def device_bytes(
 ) -> dict[str, float]:
     """Returns the bytes per device by part, at the peak of a phase."""
     shards = axes["fsdp"] * axes["tensor"]
-    parameter_bytes = sum(4.0 * net.trained + net.frozen_bytes for net in nets)
+    parameter_bytes = gradients = kept = 0.0
+    for net in nets:
+        trained_bytes = 4.0 * net.trained
+        parameter_bytes += trained_bytes + net.frozen_bytes
+        gradients += trained_bytes
+        kept += trained_bytes * net.kept
     parts = {"parameters": parameter_bytes / shards}
     trained = trained_nets(nets)
     if not trained:
         return parts
-    kept = sum(4.0 * net.trained * net.kept for net in nets)
     parts["optimizer and average"] = kept / shards
-    accumulators = 2 if workload.microbatches > 1 else 1
-    gradients = accumulators * sum(4.0 * net.trained for net in nets) / shards
-    training = {"gradients": gradients} | _training(trained[0].config, workload, axes)
-    cache = cache_bytes(trained[0].config, workload, axes)
+    if workload.microbatches > 1:
+        gradients *= 2  # those of a microbatch, and their sum
+    model = trained[0].config
+    training = {"gradients": gradients / shards}
+    training |= _training(model, workload, axes)
+    cache = cache_bytes(model, workload, axes)
     if phase == "rollout" or (not phase and cache > sum(training.values())):
         return parts | {"KV cache": cache}
     return parts | training

@@ -15,7 +15,7 @@ A strategy maps logical axis names to mesh axes. What each device keeps and comm
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhfjax.errors import ConfigError
@@ -25,50 +25,40 @@ Axes = Mapping[str, int]  # the size of every mesh axis
 Rules = dict[str, tuple[str, ...]]
 
 
-def table(
-    batch: tuple[str, ...], *, embed: str = "", tensor: str = "", time: str = ""
-) -> Rules:
-    """Returns the mesh axes of every logical axis name, given those that are sharded."""
-    rules = {"batch": batch, "time": (time,), "embed": (embed,)}
-    rules |= dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), (tensor,))
-    rules |= dict.fromkeys(("head_dim", "layers", "positions"), ())
-    return {name: tuple(filter(None, axes)) for name, axes in rules.items()}
+def rules_of(axes: Sequence[str]) -> Rules:
+    """Returns the mesh axes of every logical axis name, given the mesh axes that are in use."""
+
+    def used(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in axes)
+
+    return {
+        "batch": used("replica", "data", "fsdp"),
+        "time": used("sequence"),
+        "embed": used("fsdp"),
+        **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), used("tensor")),
+        **dict.fromkeys(("head_dim", "layers", "positions"), ()),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-    """The mesh axes of a strategy and its rules."""
+class Strategy(NamedTuple):
+    """The mesh axes of a strategy."""
 
-    fills: str  # the axis that takes the devices that are left
     axes: tuple[str, ...]
-    rules: Rules
+    fills: str = "fsdp"  # the axis that takes the devices that are left
     needs: str = ""  # the axis whose size must be given
 
+    @property
+    def rules(self) -> Rules:
+        return rules_of(self.axes)
 
-GENERAL = table(
-    ("replica", "data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence"
-)
+
+GENERAL = rules_of(AXES)
 STRATEGIES = {
-    "data": Strategy("data", ("replica", "data"), table(("replica", "data"))),
-    "fsdp": Strategy("fsdp", ("data", "fsdp"), table(("data", "fsdp"), embed="fsdp")),
-    "fsdp_tensor": Strategy(
-        "fsdp",
-        ("data", "fsdp", "tensor"),
-        table(("data", "fsdp"), embed="fsdp", tensor="tensor"),
-        needs="tensor",
-    ),
-    "context": Strategy(
-        "fsdp",
-        ("data", "fsdp", "tensor", "sequence"),
-        table(("data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence"),
-        needs="sequence",
-    ),
-    "hsdp": Strategy(
-        "fsdp",
-        ("replica", "data", "fsdp", "tensor"),
-        table(("replica", "data", "fsdp"), embed="fsdp", tensor="tensor"),
-        needs="replica",
-    ),
+    "data": Strategy(("replica", "data"), fills="data"),
+    "fsdp": Strategy(("data", "fsdp")),
+    "fsdp_tensor": Strategy(("data", "fsdp", "tensor"), needs="tensor"),
+    "context": Strategy(("data", "fsdp", "tensor", "sequence"), needs="sequence"),
+    "hsdp": Strategy(("replica", "data", "fsdp", "tensor"), needs="replica"),
 }
 
 
@@ -90,9 +80,10 @@ def sizes(name: str, given: Axes, slices: int = 1) -> dict[str, int]:
       ConfigError: a size is given for an axis that the strategy does not have, or is missing for one
         that it needs.
     """
-    strategy, completed = find(name), dict(given)
+    strategy = find(name)
     fills, needs = strategy.fills, strategy.needs
-    if fills != "data" and completed["data"] == -1 and completed[fills] == 1:
+    completed = dict(given)
+    if fills == "fsdp" and completed["data"] == -1 and completed["fsdp"] == 1:
         completed["data"] = 1
     if completed[fills] == 1 and -1 not in completed.values():
         completed[fills] = -1
@@ -160,10 +151,9 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     Raises:
       ConfigError: no mesh of so many devices divides the batch and the models.
     """
-    tried = [
-        (name, axes, need.device_bytes(axes))
-        for name, axes in _candidates(need, devices, slices)
-    ]
+    tried = []
+    for name, axes in _candidates(need, devices, slices):
+        tried.append((name, axes, need.device_bytes(axes)))
     if not tried:
         widths = ", ".join(map(str, need.widths))
         raise ConfigError(
@@ -173,9 +163,9 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     fitting = [candidate for candidate in tried if candidate[2] <= FULL * memory]
     chosen = fitting[0] if fitting else min(tried, key=lambda candidate: candidate[2])
     name, axes, size = chosen
-    described = [f"{axis} {n}" for axis, n in axes.items() if n > 1]
+    described = " x ".join(f"{axis} {n}" for axis, n in axes.items() if n > 1)
     why = (
-        f"mesh.strategy=auto: {name} ({' x '.join(described) or 'one device'}): "
+        f"mesh.strategy=auto: {name} ({described or 'one device'}): "
         f"{size / GIB:.3g} GiB per device of {memory / GIB:.3g} "
         f"({need.trained:,} trained and {need.frozen:,} frozen parameters, "
         f"{need.rows} rows of {need.time} tokens)"
@@ -192,34 +182,32 @@ def _candidates(
     need: Need, devices: int, slices: int
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """Yields meshes that divide batch and models, ordered by communication volume, least first."""
-    if devices % slices == 0 and need.rows % devices == 0:
-        yield "data", _sizes(replica=slices, data=devices // slices)
+    replicated = dict.fromkeys(AXES, 1) | {"replica": slices}
     per_slice = devices // slices
+    if devices % slices == 0 and need.rows % devices == 0:
+        yield "data", replicated | {"data": per_slice}
     # `context` has no replicas, so the sequence stays whole on several slices.
     sequences = _powers_of_2(per_slice) if slices == 1 else [1]
     tensors = _powers_of_2(min(per_slice, MOST_TENSOR))
     for sequence, tensor in itertools.product(sequences, tensors):
-        fsdp, left = divmod(per_slice, tensor * sequence)
-        if fsdp == 0 or left or (fsdp * tensor * sequence == 1 and devices > 1):
+        fsdp = per_slice // (tensor * sequence)
+        sizes = {"fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+        divides = (
+            fsdp * tensor * sequence == per_slice
+            and need.time % sequence == 0
+            and need.rows % (slices * fsdp) == 0
+            and all(n % fsdp == 0 for n in need.widths)
+            and all(n % tensor == 0 for n in need.splits)
+        )
+        if not divides or (per_slice == 1 and devices > 1):
             continue
-        if need.time % sequence or need.rows % (slices * fsdp):
-            continue
-        if any(n % fsdp for n in need.widths) or any(n % tensor for n in need.splits):
-            continue
-        name = "fsdp_tensor" if tensor > 1 else "fsdp"
-        if slices > 1:
-            name = "hsdp"
         if sequence > 1:
             name = "context"
-        yield (
-            name,
-            _sizes(replica=slices, fsdp=fsdp, tensor=tensor, sequence=sequence),
-        )
-
-
-def _sizes(**sizes: int) -> dict[str, int]:
-    """Returns the sizes of all axes: 1 for those that are not named."""
-    return dict.fromkeys(AXES, 1) | sizes
+        elif slices > 1:
+            name = "hsdp"
+        else:
+            name = "fsdp_tensor" if tensor > 1 else "fsdp"
+        yield name, replicated | sizes
 
 
 def _powers_of_2(most: int) -> list[int]:

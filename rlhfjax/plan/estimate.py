@@ -10,6 +10,7 @@ import math
 
 from rlhfjax import footprint
 from rlhfjax.footprint import Net, Phase, batch_shards, number_bytes
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.plan import chips
 from rlhfjax.plan.chips import Chip, Work
 from rlhfjax.plan.programs import flops_ratio, step_flops, training_programs
@@ -58,26 +59,33 @@ def _seconds(
     subject: Subject, workload: Workload, axes: Axes, chip: Chip, completions: int
 ) -> float:
     """Adds up the rooflines of training, of forward passes and of decoding."""
-    model, devices = subject.model, math.prod(axes.values())
+    devices = math.prod(axes.values())
     trained = footprint.trained_nets(subject.nets)
     trains = training_programs(subject, completions)
-    flops = step_flops(subject, completions)
-    training = sum(n for name, n in flops.items() if name in trains)
-    work = Work(flops=flops_ratio(trained) * training / devices)
+    training_flops = forward_flops = 0.0
+    for name, flops in step_flops(subject, completions).items():
+        if name in trains:
+            training_flops += flops
+        else:
+            forward_flops += flops
+    training = Work(flops=flops_ratio(trained) * training_flops / devices)
     for net in trained:
-        work += _weight_traffic(net, axes).times(workload.rounds)
-    tensor_bytes = _tensor_all_reduces(subject, workload, axes)
-    work += Work(ici_bytes=workload.rounds * tensor_bytes)
-    rest = Work(flops=(sum(flops.values()) - training) / devices)
-    seconds = chips.roofline(work, chip).seconds + chips.roofline(rest, chip).seconds
+        training += _weight_traffic(net, axes).times(workload.rounds)
+    tensor_bytes = _tensor_all_reduces(subject.model, workload, axes)
+    training += Work(ici_bytes=workload.rounds * tensor_bytes)
+    phases = [training, Work(flops=forward_flops / devices)]
     if workload.decoded:
-        weights = trained[0].numbers * number_bytes(model) / axes["tensor"]
-        # The cache is half full on average.
-        cache = footprint.cache_bytes(model, workload, axes) / 2
-        gather = weights * (axes["fsdp"] - 1) / axes["fsdp"]
-        token = Work(hbm_bytes=weights + cache, ici_bytes=gather)
-        seconds += chips.roofline(token.times(workload.sampled), chip).seconds
-    return seconds
+        token = _decode_traffic(trained[0], workload, axes)
+        phases.append(token.times(workload.sampled))
+    return float(sum(chips.roofline(phase, chip).seconds for phase in phases))
+
+
+def _decode_traffic(policy: Net, workload: Workload, axes: Axes) -> Work:
+    """Returns the traffic of one decode step: all weights, and a cache that is half full."""
+    fsdp = axes["fsdp"]
+    weights = policy.numbers * number_bytes(policy.config) / axes["tensor"]
+    cache = footprint.cache_bytes(policy.config, workload, axes) / 2
+    return Work(hbm_bytes=weights + cache, ici_bytes=weights * (fsdp - 1) / fsdp)
 
 
 def _weight_traffic(net: Net, axes: Axes) -> Work:
@@ -101,13 +109,13 @@ def _weight_traffic(net: Net, axes: Axes) -> Work:
     )
 
 
-def _tensor_all_reduces(subject: Subject, workload: Workload, axes: Axes) -> float:
+def _tensor_all_reduces(c: TransformerConfig, workload: Workload, axes: Axes) -> float:
     """Returns the bytes that Megatron's all-reduces send in one microbatch.
 
     There are two per layer in the forward and two in the backward pass, and two more where the
     forward pass is recomputed.
     """
-    c, tensor = subject.model, axes["tensor"]
+    tensor = axes["tensor"]
     count = c.n_layers * (6 if c.remat == "full" else 4)
     rows = math.ceil(workload.rows / batch_shards(axes))
     activation = rows * workload.length * c.d_model * number_bytes(c)

@@ -29,6 +29,7 @@ CONTROL_FLOW = ("while", "call", "conditional")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_BRACKETS = re.compile(r"\{[^}]*\}|\[[^\]]*\]")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLS = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations"
@@ -218,7 +219,10 @@ def group_size(attributes: str) -> int:
 
 def _parse(name: str, text: str) -> Instruction:
     """Parses `TYPE op(operands), attributes`."""
-    result, text = _balanced(text) if text.startswith("(") else text.split(" ", 1)
+    if text.startswith("("):  # the type is a tuple
+        result, text = _balanced(text)
+    else:
+        result, text = text.split(" ", 1)
     op, text = text.strip().split("(", 1)
     arguments, attributes = _balanced("(" + text)
     arguments = arguments[1:-1]
@@ -226,11 +230,13 @@ def _parse(name: str, text: str) -> Instruction:
     for dtype, shape, layout in _ARRAY.findall(result):
         sizes = tuple(int(n) for n in shape.split(",") if n)
         arrays.append(Array(dtype, sizes, on_chip="S(" in layout))
-    parts = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", arguments).split(",")
-    operands = tuple(part.split()[-1].lstrip("%") for part in parts if part.strip())
-    if op == "constant" and not re.fullmatch(r"-?\d+", arguments):
-        operands = ("0",)
-    return Instruction(name, op, tuple(arrays), operands, attributes)
+    if op == "constant":
+        is_integer = re.fullmatch(r"-?\d+", arguments)
+        operands = [arguments if is_integer else "0"]
+    else:
+        parts = _BRACKETS.sub("", arguments).split(",")
+        operands = [p.split()[-1].lstrip("%") for p in parts if p.strip()]
+    return Instruction(name, op, tuple(arrays), tuple(operands), attributes)
 
 
 def _balanced(text: str) -> tuple[str, str]:

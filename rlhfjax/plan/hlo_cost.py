@@ -24,6 +24,7 @@ from rlhfjax.plan.hlo import (
     group_size,
 )
 
+NO_BYTES = (*NO_MEMORY, "send", "recv", "send-done", "recv-done")
 SLICES = ("dynamic-slice", "slice", "gather")
 # Custom calls of the TPU compiler that move no data.
 NO_TRAFFIC = r'custom_call_target="(AllocateBuffer|AsyncCollective\w+|ConcatBitcast)"'
@@ -155,9 +156,9 @@ class _Counting:
 
 def _operation_bytes(i: Instruction, scope: Instructions) -> float:
     """Returns the bytes that an operation outside of fusions reads and writes in HBM."""
-    if i.op in (*NO_MEMORY, "send", "recv", "send-done", "recv-done"):
+    if i.op in NO_BYTES or i.op.endswith("-start"):
         return 0.0
-    if i.op.endswith("-start") or (i.op == "custom-call" and i.find(NO_TRAFFIC)):
+    if i.op == "custom-call" and i.find(NO_TRAFFIC):
         return 0.0
     if i.op.endswith("-done") or i.op in SLICES:
         return i.size
@@ -168,10 +169,12 @@ def _operation_bytes(i: Instruction, scope: Instructions) -> float:
 
 
 def _dot_flops(i: Instruction, scope: Instructions) -> float:
-    left = scope[i.operands[0]].result[0].shape
-    contracted = (i.find(r"lhs_contracting_dims=\{([\d,]*)\}") or "").split(",")
-    depth = math.prod(left[int(dim)] for dim in contracted if dim)
-    return 2.0 * math.prod(i.result[0].shape) * depth
+    left = scope[i.operands[0]].result[0]
+    contracted = i.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+    flops = 2.0 * math.prod(i.result[0].shape)
+    for dim in contracted.split(",") if contracted else ():
+        flops *= left.shape[int(dim)]
+    return flops
 
 
 def _convolution_flops(i: Instruction, scope: Instructions) -> float:
@@ -181,10 +184,17 @@ def _convolution_flops(i: Instruction, scope: Instructions) -> float:
     them is one whose window is dilated so that each product meets only its own row.
     """
     labels = re.split(r"_|->", i.find(r"dim_labels=([\w]+_[\w]+->[\w]+)") or "")
-    arrays = [scope[name].result[0] for name in i.operands[:2]]
     inputs, kernel, output = (
         dict(zip(names, array.shape, strict=True))
-        for names, array in zip(labels, [*arrays, i.result[0]], strict=True)
+        for names, array in zip(
+            labels,
+            [
+                scope[i.operands[0]].result[0],
+                scope[i.operands[1]].result[0],
+                i.result[0],
+            ],
+            strict=True,
+        )
     )
     settings = re.findall(r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or "")
     pairs = 1
@@ -200,11 +210,18 @@ def _pairs(size: int, out: int, window: dict[str, str]) -> int:
 
     The others meet padding or a hole of a dilation.
     """
-    kernel, stride = int(window.get("size", 1)), int(window.get("stride", 1))
-    low = int(window.get("pad", "0_0").split("_")[0])
-    holes, spread = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
-    places = (o * stride + k * spread - low for o in range(out) for k in range(kernel))
-    return sum(0 <= p <= (size - 1) * holes and p % holes == 0 for p in places)
+    kernel = int(window.get("size", 1))
+    stride = int(window.get("stride", 1))
+    padding = int(window.get("pad", "0_0").split("_")[0])
+    input_dilation = int(window.get("lhs_dilate", 1))
+    kernel_dilation = int(window.get("rhs_dilate", 1))
+    last = (size - 1) * input_dilation
+    pairs = 0
+    for o in range(out):
+        for k in range(kernel):
+            place = o * stride + k * kernel_dilation - padding
+            pairs += 0 <= place <= last and place % input_dilation == 0
+    return pairs
 
 
 def sent_bytes(kind: str, size: int | float, n: int) -> float:
