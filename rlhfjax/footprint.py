@@ -130,7 +130,7 @@ def batch_shards(axes: Axes) -> int:
 
 
 def _training(c: TransformerConfig, workload: Workload, axes: Axes) -> dict[str, float]:
-    """Returns the bytes of activations, one gathered layer, and the output matrix with its gradient."""
+    """Returns the bytes of activations, a gathered layer, the output matrix and its gradient."""
     tensor, size = axes["tensor"], number_bytes(c)
     rows = math.ceil(workload.rows / batch_shards(axes))
     kept = activations(c, rows, workload.length, size)

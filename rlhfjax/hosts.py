@@ -1,8 +1,8 @@
 """Several hosts as one: how they join, what they share, and how all end if one of them ends.
 
 Every host runs the same program on the same mesh (JAX's multi-controller runtime). What is computed
-on the host is either the same everywhere or comes from the first host (`share`). Only the first host
-writes files (`first`). With a single process, nothing here does anything.
+on the host is either the same everywhere or comes from the first host (`share`). Only the first
+host writes files (`first`). With a single process, nothing here does anything.
 """
 
 import ctypes
@@ -61,10 +61,10 @@ _exit_codes: list[int] = []  # the code of the failure whose message has been pr
 def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
     """Joins the other hosts, if there are any. Call it before any other jax call.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the hosts, and each process
-    has all devices of its host. Otherwise JAX asks the cluster that it runs in: if RLHFJAX_JOIN or a
-    TPU's own variable is set, and on every Cloud TPU VM, where each host would else train by itself
-    in the same workdir.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the hosts, and each
+    process has all devices of its host. Otherwise JAX asks the cluster that it runs in: if
+    RLHFJAX_JOIN or a TPU's own variable is set, and on every Cloud TPU VM, where each host would
+    else train by itself in the same workdir.
 
     Args:
       heartbeat_timeout: seconds without a heartbeat after which a host counts as lost. It must be
@@ -116,7 +116,8 @@ def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
 
 def _platforms() -> str | None:
     """Returns the value of JAX_PLATFORMS; None if it is not set."""
-    return jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # set at run time
+    # jax adds its options at run time.
+    return jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _on_tpu_cluster() -> bool:
@@ -129,8 +130,8 @@ def _on_tpu_cluster() -> bool:
 def validate_process_count() -> None:
     """Checks that this process joined all hosts whose devices JAX has. Starts JAX's backend.
 
-    A TPU runtime has the devices of all hosts of its slice even if `join` joined none of them. Every
-    host would then take itself for the first one and write the same files.
+    A TPU runtime has the devices of all hosts of its slice even if `join` joined none of them.
+    Every host would then take itself for the first one and write the same files.
 
     Raises:
       ConfigError: the numbers differ.
@@ -147,7 +148,8 @@ def validate_accelerators() -> None:
     """Checks that a job with GPUs does not train on CPUs. Starts JAX's backend.
 
     Raises:
-      ConfigError: Slurm or Kubernetes allocated GPUs, and JAX finds none and was not asked for CPUs.
+      ConfigError: Slurm or Kubernetes allocated GPUs, and JAX finds none and was not asked for
+        CPUs.
     """
     allocated = _allocated_gpus()
     if allocated and _platforms() is None and jax.default_backend() == "cpu":
@@ -199,8 +201,9 @@ def _client() -> Any:
 def share(make: Callable[[], T]) -> T:
     """Returns on every host what `make` returns on the first one.
 
-    Every host calls it at the same place and waits until all have the result. `make` may take as long
-    as it likes: the others wait on the coordination service, not on a device. Its result is pickled.
+    Every host calls it at the same place and waits until all have the result. `make` may take as
+    long as it likes: the others wait on the coordination service, not on a device. Its result is
+    pickled.
     """
     if count() == 1:
         return make()

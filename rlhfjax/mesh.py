@@ -1,8 +1,8 @@
 """Places arrays on devices: devices to a mesh, logical axis names to shardings.
 
 A model names the dimensions of its arrays ("batch", "embed", "heads", ...). One table of rules, in
-the config, says over which mesh axes each name is sharded. So the same program runs on one CPU or on
-a pod.
+the config, says over which mesh axes each name is sharded. So the same program runs on one CPU or
+on a pod.
 """
 
 import contextlib

@@ -77,8 +77,8 @@ def sizes(name: str, given: Axes, slices: int = 1) -> dict[str, int]:
     what is left (-1) unless it is given; the replicas of hsdp are the slices.
 
     Raises:
-      ConfigError: a size is given for an axis that the strategy does not have, or is missing for one
-        that it needs.
+      ConfigError: a size is given for an axis that the strategy does not have, or is missing for
+        one that it needs.
     """
     strategy = find(name)
     fills, needs = strategy.fills, strategy.needs
@@ -143,8 +143,8 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     """Returns the first strategy that fits: data, fsdp (hsdp over slices), fsdp_tensor, context.
 
     Each communicates more than the one before: gradients once per step; parameters in every layer;
-    activations in every layer; keys and values too. The smallest `tensor` and `sequence` come first.
-    If none fits, it is the one with the fewest bytes per device.
+    activations in every layer; keys and values too. The smallest `tensor` and `sequence` come
+    first. If none fits, it is the one with the fewest bytes per device.
 
     Args:
       memory: bytes of one device.

@@ -27,8 +27,8 @@ def advise(
 ) -> list[str]:
     """Returns a line per change, the cheapest first, and one for all that need no further chip.
 
-    The estimate of a changed config is multiplied by the ratio of compiled to estimated bytes of the
-    config as it is: the estimate is off by much the same factor for both.
+    The estimate of a changed config is multiplied by the ratio of compiled to estimated bytes of
+    the config as it is: the estimate is off by much the same factor for both.
 
     Args:
       worst: the program that needs most memory, and does not fit.

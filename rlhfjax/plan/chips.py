@@ -23,12 +23,12 @@ class Chip:
     devices: int = 1
 
 
-# Capacity, peak, HBM and bidirectional ICI bandwidth: the "system architecture" section of each page;
-# `ici` is half of the bidirectional number. DCN of v5p: its page (50 Gbps); of v5e: 6.4 Tbps per pod
-# of 256 chips. Later versions of the pages state HBM bandwidth in GiB/s (v5e: 800, v5p: 2575).
+# Capacity, peak, HBM and bidirectional ICI bandwidth: "system architecture" on each page.
+# `ici` is half of the bidirectional number. DCN of v5p: its page (50 Gbps); of v5e: 6.4 Tbps per
+# pod of 256 chips. Later versions of the pages state HBM bandwidth in GiB/s (v5e: 800, v5p: 2575).
 # Assumed, and not confirmed by a page: v4's links, 6 of 50 GB/s (Jouppi et al. 2023, Table 4;
-# secondary sources have 400 Gb/s per link and direction); v4's DCN, taken as v5e's; the DCN of v6e;
-# HBM bandwidth, ICI and DCN of TPU7x.
+# secondary sources have 400 Gb/s per link and direction); v4's DCN, taken as v5e's; the DCN of
+# v6e; HBM bandwidth, ICI and DCN of TPU7x.
 DOCS = "https://cloud.google.com/tpu/docs"
 CHIPS = {
     name: Chip(name, hbm * GIB, flops, bandwidth, ici, dcn, f"{DOCS}/{name}", devices)
@@ -50,7 +50,8 @@ class Work(NamedTuple):
     ici_bytes: Number = 0
     dcn_bytes: Number = 0
 
-    def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]  # tuples concatenate
+    # A tuple would concatenate.
+    def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, n: Number) -> "Work":

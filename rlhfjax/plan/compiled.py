@@ -56,8 +56,8 @@ def analyze(
     """Compiles one program and reads its memory, cost and roofline.
 
     Args:
-      held: shapes of the arrays that are always on the devices. Those that are not arguments of this
-        program take memory beside it; a compiler that sees one program cannot know them.
+      held: shapes of the arrays that are always on the devices. Those that are not arguments of
+        this program take memory beside it; a compiler that sees one program cannot know them.
     """
     began = time.monotonic()
     output = compile_program(program)

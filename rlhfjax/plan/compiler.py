@@ -1,9 +1,9 @@
 """Asks the TPU compiler what it decides, and stops it before it writes machine code.
 
-libtpu optimizes a program, schedules it and assigns its buffers in seconds. Then it spends minutes on
-machine code, which a plan does not need. By then the files of `xla_dump_to` have every buffer and
-the scheduled program. So each program is compiled in a process of its own, which is killed once
-these files are complete.
+libtpu optimizes a program, schedules it and assigns its buffers in seconds. Then it spends minutes
+on machine code, which a plan does not need. By then the files of `xla_dump_to` have every buffer
+and the scheduled program. So each program is compiled in a process of its own, which is killed
+once these files are complete.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ class Memory(NamedTuple):
     outputs: float
     aliased: float  # outputs that take the place of donated arguments
     peak: float
-    """All of them, aliased bytes once; or the compiler's own peak if that is more, as on CPUs, where
-    `temporaries` is incomplete."""
+    """All of them, aliased bytes once; or the compiler's own peak if that is more, as on CPUs,
+    where `temporaries` is incomplete."""
 
 
 class CompilerOutput(NamedTuple):
@@ -178,8 +178,8 @@ def _live_at_peak(ranges: str) -> tuple[tuple[str, float], ...]:
 def _memory(assignment: str) -> Memory:
     """Adds up the allocations in HBM: parameters, outputs and temporaries.
 
-    Thread-local allocations lie inside of fusions and take no HBM; constants are part of the machine
-    code.
+    Thread-local allocations lie inside of fusions and take no HBM; constants are part of the
+    machine code.
     """
     arguments = outputs = aliased = temporaries = 0.0
     for digits, space, kind in _ALLOCATION.findall(assignment):

@@ -91,8 +91,8 @@ def _decode_traffic(policy: Net, workload: Workload, axes: Axes) -> Work:
 def _weight_traffic(net: Net, axes: Axes) -> Work:
     """Returns the traffic of weights and gradients in one microbatch.
 
-    Weights are all-gathered in the forward and in the backward pass; gradients are reduce-scattered,
-    and all-reduced over `data` and `replica`.
+    Weights are all-gathered in the forward and in the backward pass; gradients are
+    reduce-scattered, and all-reduced over `data` and `replica`.
     """
     size, fsdp = number_bytes(net.config), axes["fsdp"]
     n = net.numbers / axes["tensor"]

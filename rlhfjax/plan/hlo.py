@@ -200,8 +200,8 @@ class Module:
 def group_size(attributes: str) -> int:
     """Returns how many devices take part in one collective.
 
-    `{{0,1},{2,3}}`, `[2,2]<=[4]` and `mesh['a'=2,'b'=2] {'a'}` are 2. A mesh whose devices are not in
-    order lists them before its axes: `mesh['a'=4,'b'=2], device_ids=(...) {'a'}` is 4.
+    `{{0,1},{2,3}}`, `[2,2]<=[4]` and `mesh['a'=2,'b'=2] {'a'}` are 2. A mesh whose devices are not
+    in order lists them before its axes: `mesh['a'=4,'b'=2], device_ids=(...) {'a'}` is 4.
     """
     if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(groups[1].split(","))

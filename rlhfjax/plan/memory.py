@@ -61,11 +61,11 @@ class Line(NamedTuple):
 def textbook(c: TransformerConfig) -> list[Line]:
     """Returns the well-known numbers for Llama-2-7B beside what is needed.
 
-    Inference: n = 7e9 parameters in GiB (26.1, 13, 6.5, 3.26, all printed as GB). Training at int8: n
-    in GB of 10^9, 7 for weights, 7 for gradients, 14 for AdamW, and activations of (d_model + d_ff)
-    numbers of one byte per token and layer, 0.99 GB per sample of 2048 tokens. `needed` has the exact
-    count of parameters, and for training what this repository keeps: float32 weights, gradients and
-    moments, and the activations of `layer_activations` in bf16.
+    Inference: n = 7e9 parameters in GiB (26.1, 13, 6.5, 3.26, all printed as GB). Training at
+    int8: n in GB of 10^9, 7 for weights, 7 for gradients, 14 for AdamW, and activations of
+    (d_model + d_ff) numbers of one byte per token and layer, 0.99 GB per sample of 2048 tokens.
+    `needed` has the exact count of parameters, and for training what this repository keeps:
+    float32 weights, gradients and moments, and the activations of `layer_activations` in bf16.
     """
     n, batch, time = 7e9, 50, 2048
     exact = parameters(c)

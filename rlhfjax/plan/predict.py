@@ -123,9 +123,10 @@ def make_plan(
     """Compiles every program of a stage; nothing runs.
 
     Args:
-      stop: whether to stop at the first program that does not fit. The one with the largest arguments
-        is then compiled first.
-      only: names of the programs to compile. The plan is then of a part of a step, without its time.
+      stop: whether to stop at the first program that does not fit. The one with the largest
+        arguments is then compiled first.
+      only: names of the programs to compile. The plan is then of a part of a step, without its
+        time.
     """
     layout = layout_for(subject, target)
     step = step_programs(subject, layout, completions)

@@ -1,8 +1,8 @@
 """Searches for the smallest slice that a stage fits on, and for the one with the best throughput.
 
 As little as possible is compiled. The estimate (`estimate.py`) says where to begin. That slice is
-compiled, then smaller ones until one does not fit. Larger ones are compiled only while the estimate,
-corrected by what was compiled, promises more tokens per chip-second.
+compiled, then smaller ones until one does not fit. Larger ones are compiled only while the
+estimate, corrected by what was compiled, promises more tokens per chip-second.
 """
 
 import dataclasses
@@ -179,7 +179,8 @@ def search(
 def search_tpus(
     subject: Subject, chips: Sequence[str], most: int = 8, completions: int = 2
 ) -> Search:
-    """Runs `search` with the TPU compiler, which stops at a slice's first program that does not fit."""
+    """Runs `search` with the TPU compiler; stops at the first program of a slice that does not
+    fit."""
 
     def compile_slice(c: Candidate) -> Plan:
         print(f"compiling {subject.name} for {c.topology}", file=sys.stderr, flush=True)

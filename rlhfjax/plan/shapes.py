@@ -164,8 +164,8 @@ def subject(
     Args:
       config: of a stage or of a recipe.
       stage: its name in a recipe; by default the last one that trains.
-      model: the preset, as `parse_model` reads it, of models that neither the config, nor an earlier
-        stage, nor the disk describes.
+      model: the preset, as `parse_model` reads it, of models that neither the config, nor an
+        earlier stage, nor the disk describes.
       reward_model: the same for rewards.
     Raises:
       ConfigError: the stage does not exist or does not train, or the model_config of a model is
