@@ -1,4 +1,4 @@
-"""The collectives of a compiled program one by one, those in loops as often as the loop runs."""
+"""Lists the collectives of a compiled program; those in loops count as often as the loop runs."""
 
 import math
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """All between two or more devices, the entry's first."""
+    """Returns the collectives between two or more devices, the entry's first."""
     module = Module(text)
     found: list[Collective] = []
     _walk(module, module.entry, 1, found)

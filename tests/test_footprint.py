@@ -1,4 +1,4 @@
-"""What a stage takes of a device, by hand: which of its models count, and how many bytes they are."""
+"""The memory of a stage by hand: which of its models count, and how many bytes they have."""
 
 import dataclasses
 import logging
@@ -398,7 +398,7 @@ def test_bytes_of_one_device():
 
 
 def test_bytes_of_a_device_of_a_mesh():
-    """Eight rows go over replica x data x fsdp, a half of every token's numbers to each of tensor."""
+    """Eight rows are split over replica x data x fsdp, and tensor halves every token's numbers."""
     axes = {"replica": 2, "fsdp": 2, "tensor": 2, "sequence": 2}
     assert parts_of(new(SHAPE), **axes) == {
         "parameters": 4 * N / 4,

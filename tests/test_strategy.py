@@ -47,7 +47,7 @@ def test_a_strategy_completes_the_sizes():
 
 
 def test_a_strategy_has_its_own_rules():
-    """A parameter [embed, mlp] and an activation [batch, time, embed]; overrides are laid over them."""
+    """For a parameter [embed, mlp] and an activation [batch, time, embed], with overrides."""
     kernel, hidden = ("embed", "mlp"), ("batch", "time", "embed")
     assert make_layout(MeshConfig(strategy="data")).spec(kernel) == P(None, None)
     assert make_layout(MeshConfig(strategy="fsdp")).spec(kernel) == P("fsdp", None)
@@ -199,7 +199,7 @@ SHARES = {
 def test_eight_devices_train_as_one(tmp_path):
     """Two steps of one model and of four, on the two strategies that have all axes together.
 
-    docs/scaling.md has the whole table. Matrices of the state are split as the strategy says, moments with them.
+    docs/scaling.md has the whole table. Parameters and moments are sharded as the strategy says.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

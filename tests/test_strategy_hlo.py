@@ -1,9 +1,11 @@
-"""The collectives of each strategy, and no others, in the compiled programs of sft and PPO; nothing of theirs is twice.
+"""Compiled programs of sft and PPO have exactly the collectives of their strategy.
 
-With 8 devices, not the tests' 4: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+On 8 devices instead of the tests' 4:
 
-On CPUs a reduce-scatter is an all-reduce and a slice: the pass that joins them (ReduceScatterCreator) is of the TPU and
-GPU compilers alone, so gradients of split parameters are looked for among the all-reduces.
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+
+On CPUs a reduce-scatter is an all-reduce and a slice, since only the TPU and GPU compilers join
+them (ReduceScatterCreator). So the gradients of sharded parameters are among the all-reduces.
 """
 
 import functools
@@ -78,7 +80,7 @@ def programs_of(stage, mesh, devices=None, **changes):
 
 @functools.cache
 def parameter_shapes(model, fsdp, tensor):
-    """Every matrix and vector of the model, whole, or split by fsdp, tensor or both; heads together with their size."""
+    """Returns the shapes of all parameters, whole or sharded; heads and head_dim are one axis."""
     found = set()
     for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))):
         flat = x.shape if x.ndim < 3 else (math.prod(x.shape[:-1]), x.shape[-1])
@@ -125,7 +127,7 @@ def small_chunks(monkeypatch, mesh):
 
 
 def assert_state_stays_split(program, compiled, mesh):
-    """Every matrix of parameters and moments is 1 / (fsdp x tensor) of itself, before the step and after it."""
+    """Asserts that parameters and moments are sharded before the step and after it."""
     state = [x for x in program.inputs if isinstance(x, Held) and x.owner == "state"]
     share = mesh["fsdp"] * mesh["tensor"]
     for x, after in zip(
@@ -179,9 +181,10 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized
 @SLOW
 @pytest.mark.parametrize("name", ["context"])
 def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized):
-    """All five programs, four models: no array with a vocabulary axis in a collective but matrices of parameters.
+    """No collective has an array with a vocabulary axis, except parameters.
 
-    Products of all devices together are those of one, but for what a decode step's one slot cannot share.
+    The FLOPs of all devices add up to those of one, except in decode steps, whose one token
+    `sequence` cannot split.
     """
     changes = {"batch_size": 2 * BATCH}
     alone = programs_of("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]

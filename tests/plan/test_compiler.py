@@ -45,7 +45,7 @@ def job(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
 
 
 def test_memory_is_what_is_allocated_in_hbm():
-    """By hand: parameters 4096 + 512; outputs 2048 and the donated 4096; temporaries 8192. VMEM is none."""
+    """Parameters 4096 + 512; outputs 2048 and the donated 4096; temporaries 8192; no VMEM."""
     found = compiler._memory(ASSIGNMENT)
     assert found == (4608.0, 8192.0, 6144.0, 4096.0, 4608 + 8192 + 2048)
 
@@ -83,7 +83,7 @@ def test_what_fails_otherwise_is_one_line():
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "program"), [("sft", "step"), ("ppo", "update")])
 def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
-    """The same arguments, work and temporaries: what comes after memory is assigned changes none of them.
+    """Arguments, work and temporaries are final once memory is assigned.
 
     To temporaries libtpu adds 15.5 KiB of its own, whatever the program.
     """
@@ -111,7 +111,7 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
 @needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_known_to_the_byte():
-    """A layer of 2^32 numbers and its moments on one chip: refused, and the sum of the buffers is what libtpu says."""
+    """A layer of 2^32 numbers and its moments do not fit one chip; libtpu reports our sum."""
     asked = job(
         "pretrain",
         "step",

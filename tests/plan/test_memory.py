@@ -1,4 +1,4 @@
-"""The arithmetic against the figures that it must give, against the models that it counts, and against the paper."""
+"""Memory by hand: against published numbers, against real models, and against the paper."""
 
 import jax
 import pytest
@@ -53,8 +53,8 @@ def test_the_textbook_figures():
 
 
 def test_what_a_sample_of_llama_really_keeps():
-    # bf16: 2 x 2048 tokens x (4096 + 4 x 4096 of attention, 4096 + 4 x 11008 of the MLP, 2 x 4096 of the norms), and
-    # the scores, 2 x 32 x 2048^2; 32 layers
+    # bf16: 2 x 2048 tokens x (4096 + 4 x 4096 of attention, 4096 + 4 x 11008 of the MLP, 2 x 4096
+    # of the norms), and the scores, 2 x 32 x 2048^2; 32 layers
     a_layer = 2 * 2048 * (5 * 4096 + 4096 + 4 * 11008 + 2 * 4096) + 2 * 32 * 2048**2
     line = next(line for line in memory.textbook(LLAMA) if "sample" in line.what)
     assert line.needed == 32 * a_layer == 18_656_264_192

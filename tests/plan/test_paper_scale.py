@@ -1,4 +1,4 @@
-"""Every paper-scale config fits where experiments/README.md says: by arithmetic, and by the TPU compiler.
+"""Every paper-scale config fits the topology of experiments/README.md: estimated and compiled.
 
 `pytest -m plan_scale` lowers what trains of every row for its topology, which takes most of a
 device. It compiles those that are not in scale.txt, the table of programs that were compiled and
@@ -41,7 +41,7 @@ NEW = 4  # programs that may be new in CI: each takes up to minutes to compile
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_a_paper_scale_config_fits_by_arithmetic(row):
-    """Its mesh has the topology's devices, divides batch, models and vocabulary; a fifth of a device is left."""
+    """Its mesh divides batch, models and vocabulary, and a fifth of a device is left."""
     subject, completions = planned(row)
     chip = CHIPS[row.topology.partition(":")[0]]
     chips = 1

@@ -1,4 +1,4 @@
-"""The command from end to end: on the devices at hand always, for a TPU where its compiler is installed."""
+"""`rlhfjax plan` from end to end: for this machine, and for a TPU if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -120,8 +120,8 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
 
 
 REFUSAL = (  # libtpu's words
-    "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (29.85G) "
-    "exceeds available HBM (15.75G). HLO module: jit_f."
+    "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (29.85G) exceeds available HBM (15.75G). HLO module: jit_f."
 )
 
 
@@ -150,7 +150,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
 
 
 def test_what_other_programs_hold_counts(monkeypatch):
-    """PPO's rollout takes 15 GiB, and beside it lie the value function, the reference and the reward."""
+    """A rollout does not fit beside the value function, the reference and the reward model."""
     fits = compiler.Memory(1.0, 1.0, 1.0, 1.0, CHIPS["v5e"].hbm - 10_000)
     monkeypatch.setattr(
         compiler,
@@ -166,7 +166,7 @@ def test_what_other_programs_hold_counts(monkeypatch):
 
 
 def test_products_take_at_least_what_the_mathematics_needs():
-    """Loops of unknown length are counted once: of 5 FLOPs in the text and 12 in the equations, 12."""
+    """Loops of unknown length count once: of 5 FLOPs in the text and 12 in theory, 12 count."""
     cost = compiled.Cost(flops=5.0, hbm=7.0)
     assert (
         compiled._work(cost, 12.0) == (12.0, 7.0, 0.0, 0.0)
@@ -175,7 +175,7 @@ def test_products_take_at_least_what_the_mathematics_needs():
 
 
 def test_time_and_cost_from_a_roofline():
-    """100 steps of 2 s on 16 chips: 200 s, 16 x 200 / 3600 chip-hours; MFU is FLOPs over 2 s of 16 peaks."""
+    """100 steps of 2 s on 16 chips are 200 s and 16 x 200 / 3600 chip-hours."""
     chosen, chip = shapes.subject(tiny_sft(), "sft"), CHIPS["v5e"]
     target = topology.Target("v5e:4x4", [None] * 16, chip, chip.hbm)
     step = predict.step_programs(chosen, make_layout(chosen.config.mesh))
@@ -214,7 +214,7 @@ def test_time_and_cost_from_a_roofline():
 def test_a_tpu_across_two_slices():
     """Data parallel over DCN, FSDP within: what crosses is the gradients' shards, in float32.
 
-    Widths are multiples of 128 a device: a TPU pads narrower rows to that, and would send the padding too.
+    Widths are multiples of 128 per device: a TPU pads narrower rows to that, and sends the padding.
     """
     config = tiny_sft()
     config["pretrain"]["mesh"] |= {"replica": 2, "fsdp": 4, "data": 1}
@@ -230,8 +230,9 @@ def test_a_tpu_across_two_slices():
     (step,) = plan.programs
     assert plan.fits and len(plan.target.devices) == 8 and plan.target.chips == 8
     assert {link for _, link in step.cost.sent} == {"ici", "dcn"}
-    # 320 x 512 + 4 x 512^2 + 3 x 512 x 1024 + 2 x 512 + 512 parameters: every gradient crosses once, as a quarter
-    # on each device; the tied embedding's twice, as input and as output; the rest is a few rows and scalars
+    # 320 x 512 + 4 x 512^2 + 3 x 512 x 1024 + 2 x 512 + 512 parameters. Every gradient crosses
+    # once, a quarter from each device; the tied embedding's crosses twice, as input and as output.
+    # The rest is a few rows and scalars.
     n, embedding = 2_786_816, 320 * 512
     assert memory.parameters(plan.subject.model) == n
     assert step.cost.link("dcn") == pytest.approx(4 * (n + embedding) / 4, rel=0.02)
@@ -296,7 +297,8 @@ def test_a_group_with_adapters_on_a_tpu():
         "update",
     ]
     assert plan.fits and plan.step_seconds > 0 and 0 < plan.totals["mfu"] < 1
-    # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
+    # Two adapters per layer of rank 2 on 16 x 16, reduced at most twice per minibatch; the base has
+    # 40 KB.
     reduced = sum(
         n
         for (kind, _), n in plan.programs[-1].cost.sent.items()
@@ -308,7 +310,7 @@ def test_a_group_with_adapters_on_a_tpu():
 @needs_libtpu
 @pytest.mark.slow
 def test_the_search_with_the_compiler(tmp_path, capsys):
-    """A model of 40 KB fits one chip: one compilation, of the smallest slice; more chips send and do not help."""
+    """A model of 40 KB fits one chip, and larger slices promise nothing: one compilation."""
     argv = [
         "--config=tests/tiny.py:data=nowhere",
         "--stage=sft",

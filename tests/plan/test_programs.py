@@ -87,8 +87,10 @@ QUICK = (
 def test_what_is_planned_is_what_ran(
     name, conversations, finished, tmp_path, monkeypatch
 ):
-    """Every program of a plan is among those that the stage compiled when it ran (tests/frozen). The
-    plan reads the configs of models, no parameters and no data."""
+    """Every planned program is among those that the stage compiled in a run (tests/frozen).
+
+    The plan reads the configs of models, no parameters and no data.
+    """
     values = as_planned(
         frozen.variants(conversations, finished)[name],
         conversations,
@@ -129,7 +131,7 @@ def most_feedback(values):
 
 
 def test_a_plan_without_any_file_is_the_same(finished):
-    """The models come from the recipe's configs alone: the same programs as of those on the disk."""
+    """Models from the recipe's configs give the same programs as models on the disk."""
     on_disk = {
         **NOWHERE["ppo"],
         "init_from": str(finished / "02_sft"),
@@ -148,7 +150,7 @@ def test_a_plan_without_any_file_is_the_same(finished):
 
 
 def test_a_reference_takes_memory_where_a_loss_has_one():
-    """All of the model's parameters beside the policy's state; a precomputed one too, and no adapters' base twice."""
+    """A reference takes memory, a precomputed one too; a base that adapters share does not."""
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
 
     def beside(**changes):
@@ -249,7 +251,7 @@ def test_a_group_runs_its_prompt_once():
 
 
 def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapters():
-    """Forward, gradients of inputs, gradients of weights are 3; remat=full adds a pass, adapters leave one out."""
+    """Of 3 passes, remat=full adds one, and adapters leave out the weights' gradients."""
     full = dataclasses.replace(MODEL, remat="full")
     for rank, c, passes in ((0, MODEL, 3), (0, full, 4), (4, MODEL, 2), (4, full, 3)):
         role = Role("x", lora=LoraConfig(rank=rank))
@@ -272,7 +274,7 @@ def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapte
 
 
 def test_flops_of_ppos_programs_by_hand():
-    """PaLM's 6 N + 12 L H Q T a token, a forward pass a third; N by hand, LM 7,728 and a scalar head of 17."""
+    """6 N + 12 L H Q T per token, a forward pass a third; N is 7,728, a scalar head 17."""
     layout = make_layout(MeshConfig())
     step = programs.step_programs(shapes.subject(NOWHERE, "ppo"), layout)
     flops = {p.name: p.model_flops for p in step.programs}

@@ -51,7 +51,7 @@ def candidate(chips, gib, seconds=1.0, chip="v5e"):
 
 @pytest.mark.parametrize("first_that_fits", [1, 2, 4, 8, 16, 32, 64, None])
 def test_the_smallest_is_found_wherever_arithmetic_begins(first_that_fits):
-    """Against every slice asked; about as many questions as steps between the guess and the answer."""
+    """It compiles about as many slices as there are between the guess and the answer."""
     sizes = [1, 2, 4, 8, 16, 32, 64]
     for guess in sizes:
         ordered, asked = [candidate(n, 14 if n >= guess else 15) for n in sizes], []
@@ -80,7 +80,7 @@ def stub(monkeypatch, table):
 
 
 def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
-    """Rates a chip fall with the slice, 1000 / (1.5^i x 2^i): nothing larger is worth a compilation."""
+    """Rates per chip fall with the slice, so nothing larger is worth a compilation."""
     stub(monkeypatch, {"v5e": [(2**i, 56 / 2**i, 1.5**i) for i in range(6)]})
     asked = []
 
@@ -95,7 +95,7 @@ def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
 
 
 def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
-    """8 chips take a fifth of 4 chips' time, by arithmetic and, twice as slow, by the compiler; not so 16."""
+    """8 chips take a fifth of 4 chips' time, estimated and compiled; 16 promise less."""
     stub(monkeypatch, {"v5e": [(4, 10, 10.0), (8, 5, 2.0), (16, 3, 1.5), (32, 2, 1.4)]})
     asked = []
 
@@ -150,7 +150,7 @@ def axes(mesh):
 
 
 def test_meshes_of_slices():
-    """64 rows: FSDP over up to 64 devices, tensor beyond; 50257 = 29 x 1733 is not divided by it."""
+    """64 rows: FSDP over up to 64 devices, then tensor, which does not divide 50257."""
     assert axes(search.mesh_for(sft(), 16)) == (1, 16, 1, {})
     assert axes(search.mesh_for(sft(), 128)) == (1, 64, 2, {"vocab": ()})
     assert axes(
@@ -169,7 +169,7 @@ def test_meshes_that_the_config_gives():
 
 
 def test_candidates_of_a_chip():
-    """1.3B with two moments and a gradient, 21 GB, fits no single v5e; sizes, meshes and a device's share of tpu7x."""
+    """1.3B with moments and gradients has 21 GB and fits no single v5e."""
     found = {c.topology: c for c in search.candidates(sft(), "v5e")}
     assert list(found) == [f"v5e:{s}" for s in search.FLAT]
     assert not found["v5e:1x1"].expected_to_fit and found["v5e:4x4"].expected_to_fit
