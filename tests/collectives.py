@@ -41,7 +41,7 @@ def _walk(
                 shapes = tuple(array.shape for array in i.result)
                 found.append(Collective(kind, shapes, n, times, i.source))
         elif i.op == "while":
-            rounds = module.trip_count(i, lines) or 1
+            rounds = module.trip_count(i) or 1
             _walk(module, i.computation("body"), times * rounds, found)
             _walk(module, i.computation("condition"), times * rounds, found)
         else:

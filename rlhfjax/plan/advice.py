@@ -59,18 +59,17 @@ def advise(
 def changes(subject: Subject, axes: Axes, fits: Fits) -> Iterator[Change]:
     """Yields possible changes of a config; sizes are doubled or halved until they fit."""
     model, config = subject.model, subject.config
-    combined, count = subject, 0
+    fields = {}
     if model.dtype == "float32":
-        smaller = subject.with_models(dtype="bfloat16")
+        fields["dtype"] = "bfloat16"
         description = "compute in bfloat16: dtype=bfloat16 of the model"
-        yield Change(description, smaller, axes)
-        combined, count = smaller, 1
+        yield Change(description, subject.with_models(dtype="bfloat16"), axes)
     if model.remat != "full":
-        smaller = subject.with_models(remat="full")
+        fields["remat"] = "full"
         description = f"remat=full of the model (now {model.remat})"
-        yield Change(description, smaller, axes)
-        combined, count = combined.with_models(remat="full"), 1
-    cheaper_model = combined
+        yield Change(description, subject.with_models(remat="full"), axes)
+    cheaper_model = combined = subject.with_models(**fields)
+    count = 1 if fields else 0
     if smaller := _repeat(_double_microbatches, subject, axes, fits):
         m = smaller.config.microbatches
         flag = f"--config.microbatches={m} (now {config.microbatches})"

@@ -53,15 +53,16 @@ class Array:
         return float(element * math.prod(self.shape))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
     """One line of a computation: `name = result op(operands), attributes`."""
 
     name: str
     op: str
-    result: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
+    result: tuple[Array, ...] = ()
+    operands: tuple["Instruction", ...] = dataclasses.field(default=(), repr=False)
+    number: int = 0  # of a parameter, or the value of an integer constant
+    attributes: str = ""
 
     @property
     def size(self) -> float:
@@ -82,9 +83,8 @@ class Instruction:
     @property
     def integer(self) -> int | None:
         """The value of a scalar int32 constant; None for any other instruction."""
-        if self.op != "constant" or self.result[0].dtype != "s32":
-            return None
-        return None if self.result[0].shape else int(self.operands[0])
+        is_integer = self.op == "constant" and self.result == (Array("s32", ()),)
+        return self.number if is_integer else None
 
     @property
     def source(self) -> str:
@@ -116,22 +116,19 @@ class Module:
                 instructions = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
             elif body := _INSTRUCTION.match(line):
-                instructions[body[1]] = _parse(body[1], body[2])
+                instructions[body[1]] = _parse(body[1], body[2], instructions)
 
     def parameters(self, computation: str) -> list[Instruction]:
         """Returns the parameters of a computation, in the order of its arguments."""
         instructions = self.computations[computation].values()
         parameters = [i for i in instructions if i.op == "parameter"]
-        return sorted(parameters, key=lambda p: int(p.operands[0]))
+        return sorted(parameters, key=lambda parameter: parameter.number)
 
-    def trip_count(self, loop: Instruction, scope: Instructions) -> int | None:
+    def trip_count(self, loop: Instruction) -> int | None:
         """Returns how often a loop runs; None if the text does not say it.
 
         Where XLA does not state it, this is the bound that the loop's condition compares a counter
         with. A loop that may end earlier (sampling) has the count of the longest response.
-
-        Args:
-          scope: the instructions of the computation that has the loop.
         """
         if known := loop.find(r"known_trip_count[^\d]*(\d+)"):
             return int(known)
@@ -142,7 +139,7 @@ class Module:
                 bounds.append(i.integer)
                 if i.op == "get-tuple-element":
                     index = int(i.find(r"index=(\d+)") or 0)
-                    bounds.append(_initial_value(scope, loop.operands[0], index))
+                    bounds.append(_initial_value(loop.operands[0], index))
                 visited += [called for called in i.called if called not in visited]
         return max((n for n in bounds if n is not None), default=None)
 
@@ -217,26 +214,32 @@ def group_size(attributes: str) -> int:
     return 1
 
 
-def _parse(name: str, text: str) -> Instruction:
-    """Parses `TYPE op(operands), attributes`."""
+def _parse(name: str, text: str, scope: Instructions) -> Instruction:
+    """Parses `TYPE op(operands), attributes`.
+
+    Args:
+      scope: the instructions before it, with its operands.
+    """
     if text.startswith("("):  # the type is a tuple
         result, text = _balanced(text)
     else:
         result, text = text.split(" ", 1)
     op, text = text.strip().split("(", 1)
     arguments, attributes = _balanced("(" + text)
-    arguments = arguments[1:-1]
     arrays = []
     for dtype, shape, layout in _ARRAY.findall(result):
         sizes = tuple(int(n) for n in shape.split(",") if n)
         arrays.append(Array(dtype, sizes, on_chip="S(" in layout))
-    if op == "constant":
-        is_integer = re.fullmatch(r"-?\d+", arguments)
-        operands = [arguments if is_integer else "0"]
+    number, operands = 0, []
+    if op in ("parameter", "constant"):
+        if digits := re.fullmatch(r"\((-?\d+)\)", arguments):
+            number = int(digits[1])
     else:
-        parts = _BRACKETS.sub("", arguments).split(",")
-        operands = [p.split()[-1].lstrip("%") for p in parts if p.strip()]
-    return Instruction(name, op, tuple(arrays), tuple(operands), attributes)
+        for part in _BRACKETS.sub("", arguments[1:-1]).split(","):
+            operand = part.split(" ")[-1].lstrip("%")
+            if operand:
+                operands.append(scope.get(operand) or Instruction(operand, "unknown"))
+    return Instruction(name, op, tuple(arrays), tuple(operands), number, attributes)
 
 
 def _balanced(text: str) -> tuple[str, str]:
@@ -249,16 +252,14 @@ def _balanced(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _initial_value(scope: Instructions, name: str, index: int) -> int | None:
+def _initial_value(initial: Instruction, index: int) -> int | None:
     """Returns element `index` of the tuple that a loop starts with, if it is a constant above 0."""
-    initial = scope.get(name)
-    if initial is None or initial.op != "tuple":
+    if initial.op != "tuple":
         return None
-    element = scope.get(initial.operands[index])
-    while element is not None and element.op in ("copy", "bitcast"):
-        element = scope.get(element.operands[0])
-    value = 0 if element is None else element.integer or 0
-    return value if value > 0 else None
+    element = initial.operands[index]
+    while element.op in ("copy", "bitcast"):
+        element = element.operands[0]
+    return element.integer if (element.integer or 0) > 0 else None
 
 
 def _label(i: Instruction, array: Array) -> str:

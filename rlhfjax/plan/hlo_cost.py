@@ -19,7 +19,6 @@ from rlhfjax.plan.hlo import (
     COLLECTIVES,
     NO_MEMORY,
     Instruction,
-    Instructions,
     Module,
     group_size,
 )
@@ -70,32 +69,34 @@ class _Counting:
     def computation(self, name: str, fused: bool = False) -> Cost:
         """Returns the cost of a computation; results inside of a fusion are in no memory."""
         total = Cost()
-        scope = self.module.computations[name]
-        scatters = name.startswith("all-reduce-scatter")
-        for i in scope.values():
+        for i in self.module.computations[name].values():
             if i.op in ("fusion", "call", "async-start"):
                 for called in i.called:
                     total.add(self.computation(called, fused or i.op == "fusion"))
                 if i.op == "fusion" and not fused:
-                    total.hbm += self._fusion_bytes(i, scope)
+                    total.hbm += self._fusion_bytes(i)
             elif i.op == "while":
-                times = self.module.trip_count(i, scope)
+                times = self.module.trip_count(i)
                 total.unknown_loops += times is None
                 total.add(self.computation(i.computation("body")), times or 1)
             elif i.op == "conditional":
                 branches = [self.computation(called) for called in i.called]
                 total.add(max(branches, key=lambda c: (c.flops, c.hbm), default=Cost()))
             elif i.op not in ("async-update", "async-done"):  # counted at async-start
-                total.add(self._operation(i, scope, scatters))
-                total.hbm += 0.0 if fused else _operation_bytes(i, scope)
+                total.add(self._operation(i, scatters=name.startswith("all-reduce-scatter")))
+                total.hbm += 0.0 if fused else _operation_bytes(i)
         return total
 
-    def _operation(self, i: Instruction, scope: Instructions, scatters: bool) -> Cost:
-        """Returns the FLOPs of a product, or the bytes that a collective sends."""
+    def _operation(self, i: Instruction, scatters: bool) -> Cost:
+        """Returns the FLOPs of a product, or the bytes that a collective sends.
+
+        Args:
+          scatters: whether an all-reduce is half of a reduce-scatter.
+        """
         if i.op == "dot":
-            return Cost(flops=_dot_flops(i, scope))
+            return Cost(flops=_dot_flops(i))
         if i.op == "convolution":
-            return Cost(flops=_convolution_flops(i, scope))
+            return Cost(flops=_convolution_flops(i))
         if i.op == "send" and "megascale" in i.attributes:
             kind = i.find(r'_xla_megascale_transfer_type="(\w+)"') or "send"
             kind = kind.lower().replace("_", "-")
@@ -103,7 +104,7 @@ class _Counting:
         kind = i.op.removesuffix("-start")
         if kind not in COLLECTIVES:
             return Cost()
-        size = sum(scope[name].size for name in i.operands if name in scope)
+        size = sum(operand.size for operand in i.operands)
         if channel := i.find(r"channel_id=(\d+)"):
             if (channel, size) in self.channels:
                 return Cost()
@@ -113,48 +114,43 @@ class _Counting:
         sent = sent_bytes(kind, size, group_size(i.attributes))
         return Cost(sent=Counter({(kind, "ici"): sent}))
 
-    def _fusion_bytes(self, i: Instruction, scope: Instructions) -> float:
+    def _fusion_bytes(self, i: Instruction) -> float:
         """Returns the bytes that a fusion reads and writes in HBM.
 
         Of a sliced operand the slices count; of a result that is updated in place, the update.
         """
         computation = i.called[0]
-        inner = self.module.computations[computation]
         parameters = self.module.parameters(computation)
         read = 0.0
         for parameter, operand in zip(parameters, i.operands, strict=False):
-            if operand in scope and scope[operand].hbm_size:
-                read += self._read(computation, parameter.name)
+            if operand.hbm_size:
+                read += self._read(computation, parameter)
         written = i.hbm_size
-        for in_place in inner.values():
-            if in_place.op != "dynamic-update-slice" or in_place.size > i.size:
-                continue
-            update = inner.get(in_place.operands[1])
-            if written and update is not None:
-                written += update.size - in_place.size
+        for inner in self.module.computations[computation].values():
+            if inner.op == "dynamic-update-slice" and written and inner.size <= i.size:
+                written += inner.operands[1].size - inner.size
         return read + max(written, 0.0)
 
-    def _read(self, computation: str, name: str) -> float:
+    def _read(self, computation: str, value: Instruction) -> float:
         """Returns the bytes that a fused computation reads of one of its values."""
-        scope = self.module.computations[computation]
         total = 0.0
-        for user in scope.values():
+        for user in self.module.computations[computation].values():
             for position, operand in enumerate(user.operands):
-                if operand != name:
+                if operand is not value:
                     continue
                 if user.op in SLICES:
                     total += user.size if position == 0 else 0
                 elif user.op in ("bitcast", "reshape", "copy"):
-                    total += self._read(computation, user.name)
+                    total += self._read(computation, user)
                 elif user.op == "fusion":
                     parameter = self.module.parameters(user.called[0])[position]
-                    total += self._read(user.called[0], parameter.name)
+                    total += self._read(user.called[0], parameter)
                 elif user.op != "dynamic-update-slice" or position:
-                    total += scope[name].size
-        return min(total, scope[name].size)
+                    total += value.size
+        return min(total, value.size)
 
 
-def _operation_bytes(i: Instruction, scope: Instructions) -> float:
+def _operation_bytes(i: Instruction) -> float:
     """Returns the bytes that an operation outside of fusions reads and writes in HBM."""
     if i.op in NO_BYTES or i.op.endswith("-start"):
         return 0.0
@@ -163,13 +159,12 @@ def _operation_bytes(i: Instruction, scope: Instructions) -> float:
     if i.op.endswith("-done") or i.op in SLICES:
         return i.size
     if i.op == "dynamic-update-slice":
-        update = scope.get(i.operands[1])
-        return i.hbm_size if update is None else 2 * update.size
-    return i.hbm_size + sum(scope[n].hbm_size for n in i.operands if n in scope)
+        return 2 * i.operands[1].size
+    return i.hbm_size + sum(operand.hbm_size for operand in i.operands)
 
 
-def _dot_flops(i: Instruction, scope: Instructions) -> float:
-    left = scope[i.operands[0]].result[0]
+def _dot_flops(i: Instruction) -> float:
+    left = i.operands[0].result[0]
     contracted = i.find(r"lhs_contracting_dims=\{([\d,]+)\}")
     flops = 2.0 * math.prod(i.result[0].shape)
     for dim in contracted.split(",") if contracted else ():
@@ -177,25 +172,17 @@ def _dot_flops(i: Instruction, scope: Instructions) -> float:
     return flops
 
 
-def _convolution_flops(i: Instruction, scope: Instructions) -> float:
+def _convolution_flops(i: Instruction) -> float:
     """Returns 2 x output features x batch x input features of the kernel x pairs, as XLA counts it.
 
     Pairs are those of `_pairs`. TPUs have no dot: a matrix product is a convolution, and a batch of
     them is one whose window is dilated so that each product meets only its own row.
     """
     labels = re.split(r"_|->", i.find(r"dim_labels=([\w]+_[\w]+->[\w]+)") or "")
-    inputs, kernel, output = (
-        dict(zip(names, array.shape, strict=True))
-        for names, array in zip(
-            labels,
-            [
-                scope[i.operands[0]].result[0],
-                scope[i.operands[1]].result[0],
-                i.result[0],
-            ],
-            strict=True,
-        )
-    )
+    arrays = []
+    for names, instruction in zip(labels, [*i.operands[:2], i], strict=True):
+        arrays.append(dict(zip(names, instruction.result[0].shape, strict=True)))
+    inputs, kernel, output = arrays
     settings = re.findall(r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or "")
     pairs = 1
     for n, dim in enumerate(sorted(label for label in output if label.isdigit())):
