@@ -93,7 +93,7 @@ class Job:
             for one in self.processes:
                 one.kill()
 
-    def said(self, i: int) -> list[str]:
+    def messages(self, i: int) -> list[str]:
         return [
             line
             for line in self.logs[i].read_text().splitlines()
@@ -344,8 +344,8 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     codes = job.codes(within=40)
     assert time.monotonic() - struck < 40
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
-    (said,) = job.said(1 - victim)
-    assert said.startswith(
+    (message,) = job.messages(1 - victim)
+    assert message.startswith(
         "rlhfjax: another host is gone; the same command on all hosts goes on from the last check"
     )
     pretraining(2, tmp_path / "run", tokenizer, conversations).finish()
@@ -361,7 +361,7 @@ def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(
     job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.codes() == [75, 75]
-    (first,), (second,) = job.said(0), job.said(1)
+    (first,), (second,) = job.messages(0), job.messages(1)
     step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
     assert second == first
     assert (
@@ -382,8 +382,8 @@ def test_what_only_one_host_finds_wrong_ends_all_with_its_reason(
     (tmp_path / "run").write_text("")
     job = Job(2, tmp_path / "run", conversations)
     assert job.codes(within=60) == [2, 2]
-    assert len(job.said(0)) == len(job.said(1)) == 1
-    assert "rlhfjax: host 0 ended: " in job.said(1)[0]
+    assert len(job.messages(0)) == len(job.messages(1)) == 1
+    assert "rlhfjax: host 0 ended: " in job.messages(1)[0]
 
 
 @pytest.mark.slow
@@ -421,7 +421,7 @@ def test_a_host_that_waits_in_vain_can_be_started_again(conversations, tmp_path)
     job = Job(2, tmp_path / "run", conversations, "--join_timeout=2")
     job.processes[1].kill()
     assert job.processes[0].wait(timeout=60) == 75
-    assert job.said(0) == [
+    assert job.messages(0) == [
         "rlhfjax: the other hosts did not come within --join_timeout=2 s; "
         "start the same command on all hosts again"
     ]

@@ -28,7 +28,7 @@ def test_minus_one_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (MeshConfig(data=3), "does not fit the 4 devices"),
         (MeshConfig(data=8), "does not fit the 4 devices"),
@@ -53,10 +53,10 @@ def test_minus_one_takes_what_is_left():
         ),
     ],
 )
-def test_a_mesh_that_cannot_be(config, said):
+def test_a_mesh_that_cannot_be(config, message):
     with pytest.raises(ConfigError) as caught:
         make_layout(config)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_rules_lay_names_over_axes():

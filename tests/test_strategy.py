@@ -69,7 +69,7 @@ def test_a_strategy_has_its_own_rules():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             {"strategy": "zero"},
@@ -96,10 +96,10 @@ def test_a_strategy_has_its_own_rules():
         ),
     ],
 )
-def test_a_strategy_that_cannot_be(config, said):
+def test_a_strategy_that_cannot_be(config, message):
     with pytest.raises(ConfigError) as caught:
         make_layout(MeshConfig(**config))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 # 18 GB of state (10^9 trained parameters at 16 bytes, half as many frozen ones at 4), 16.8 GiB, of

@@ -113,7 +113,7 @@ def kind_of_array(shape, model, mesh):
     return sizes.get(math.prod(core), f"other {shape}")
 
 
-def said(found: list[Collective], model, mesh):
+def kinds_of(found: list[Collective], model, mesh):
     return {
         (x.kind, kind_of_array(shape, model, mesh)) for x in found for shape in x.shapes
     }
@@ -152,7 +152,7 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized
     model, mesh, (step,) = programs_of("sft", STRATEGIES[name])
     compiled = step.lower().compile()
     found = collectives(compiled.as_text())
-    assert said(found, model, mesh) == EXPECTED[name]
+    assert kinds_of(found, model, mesh) == EXPECTED[name]
     assert_state_stays_split(step, compiled, mesh)
     summed = sum(
         math.prod(s)

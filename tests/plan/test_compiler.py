@@ -37,7 +37,7 @@ RANGES = """HloLiveRange (max 9):
 LIVE = (("all-gather.7{}", 8192.0), ("fusion.1{1}", 512.0))
 
 
-def job(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
+def request(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
     config = to_dict(tiny.get_config("data=nowhere"))
     config[stage]["mesh"] |= mesh or {}
     config["pretrain"]["model"] |= changes
@@ -76,7 +76,7 @@ def test_what_fails_otherwise_is_one_line():
         UserError,
         match=r"plan: the TPU compiler on sample of sft: 'sample'|pip install",
     ):
-        compiler.compile_program(job("sft", "sample"))
+        compiler.compile_program(request("sft", "sample"))
 
 
 @needs_libtpu
@@ -88,7 +88,7 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
     To temporaries libtpu adds 15.5 KiB of its own, whatever the program.
     """
     wide = {"d_model": 512, "d_ff": 1024, "n_heads": 4}
-    asked = job(stage, program, {"data": 1, "fsdp": 4}, scan_layers=True, **wide)
+    asked = request(stage, program, {"data": 1, "fsdp": 4}, scan_layers=True, **wide)
     answer = compiler.compile_program(asked)
     target = topology.target("v5e:2x2")
     layout = programs.layout_for(asked.subject, target)
@@ -112,7 +112,7 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
 @pytest.mark.slow
 def test_what_does_not_fit_is_known_to_the_byte():
     """A layer of 2^32 numbers and its moments do not fit one chip; libtpu reports our sum."""
-    asked = job(
+    asked = request(
         "pretrain",
         "step",
         {"data": 1},
@@ -123,9 +123,9 @@ def test_what_does_not_fit_is_known_to_the_byte():
         scan_layers=True,
     )
     answer = compiler.compile_program(asked)
-    said = float(answer.error.partition("temporaries (")[2].partition("G)")[0])
+    reported = float(answer.error.partition("temporaries (")[2].partition("G)")[0])
     assert "exceeds available HBM (15.75G)" in answer.error
-    assert answer.memory.peak / 2**30 == pytest.approx(said, abs=0.01)
+    assert answer.memory.peak / 2**30 == pytest.approx(reported, abs=0.01)
     measured = compiled.analyze(
         programs.step_programs(
             asked.subject,

@@ -44,9 +44,9 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
         f"--json={tmp_path}/plan.json",
     ]
     main.main(["rlhfjax", "plan", *argv])
-    said = capsys.readouterr().out
-    assert "By hand: 7,728 parameters" in said and "Memory per device" in said
-    assert f"by jaxlib {jaxlib.__version__}" in said
+    output = capsys.readouterr().out
+    assert "By hand: 7,728 parameters" in output and "Memory per device" in output
+    assert f"by jaxlib {jaxlib.__version__}" in output
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["compiler"] == f"jaxlib {jaxlib.__version__}"
     assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (
@@ -72,8 +72,9 @@ def test_a_part_of_a_step(monkeypatch):
     monkeypatch.setattr(
         compiler,
         "compile_program",
-        lambda job: (
-            asked.append(job.program) or compiler.CompilerOutput(NOTHING, BIG_BUFFER)
+        lambda request: (
+            asked.append(request.program)
+            or compiler.CompilerOutput(NOTHING, BIG_BUFFER)
         ),
     )
     plan = predict.make_plan(chosen, A_CHIP, only=["know", "update"])
@@ -94,12 +95,12 @@ def test_a_part_of_a_step(monkeypatch):
 
 def test_the_arithmetic_alone(capsys):
     main.main(["rlhfjax", "plan", "--model=llama2-7b"])
-    said = capsys.readouterr().out
-    assert "6,738,415,616" in said and "26.08 GiB" in said and "77.49 GB" in said
+    output = capsys.readouterr().out
+    assert "6,738,415,616" in output and "26.08 GiB" in output and "77.49 GB" in output
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v9:2x2", "expected CHIP:SHAPE such as v5e:4x4.*chips are v4, v5e"),
         ("v5e", "expected CHIP:SHAPE"),
@@ -108,8 +109,8 @@ def test_the_arithmetic_alone(capsys):
         ),
     ],
 )
-def test_topologies_that_there_are_not(name, said):
-    with pytest.raises(ConfigError, match=said):
+def test_topologies_that_there_are_not(name, message):
+    with pytest.raises(ConfigError, match=message):
         topology.target(name)
 
 
@@ -119,23 +120,23 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
         topology.target("v5e:2x2")
 
 
-REFUSAL = (  # libtpu's words
+TOO_LARGE = (  # libtpu's words
     "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
     "temporaries (29.85G) exceeds available HBM (15.75G). HLO module: jit_f."
 )
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
-    said = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
+    needed = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
     monkeypatch.setattr(
         compiler,
         "compile_program",
-        lambda job: compiler.CompilerOutput(said, BIG_BUFFER, REFUSAL),
+        lambda request: compiler.CompilerOutput(needed, BIG_BUFFER, TOO_LARGE),
     )
     plan = predict.make_plan(shapes.subject(tiny_sft(), "sft"), A_CHIP)
     (step,) = plan.programs
     assert plan.fits is False and step.cost is None and plan.step_seconds is None
-    assert step.memory == said and step.buffers == [
+    assert step.memory == needed and step.buffers == [
         ("f32[1024] p", 4096.0),
         ("f32[1024] jit(f)/sum", 4096.0),
     ]
@@ -146,7 +147,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     assert "It does not fit." in tables.verdict(
         plan
     ) and "CompileTimeHbmOom" in tables.verdict(plan)
-    assert plan.as_dict()["programs"][0]["compiler"] == REFUSAL
+    assert plan.as_dict()["programs"][0]["compiler"] == TOO_LARGE
 
 
 def test_what_other_programs_hold_counts(monkeypatch):
@@ -155,7 +156,7 @@ def test_what_other_programs_hold_counts(monkeypatch):
     monkeypatch.setattr(
         compiler,
         "compile_program",
-        lambda job: compiler.CompilerOutput(fits, BIG_BUFFER),
+        lambda request: compiler.CompilerOutput(fits, BIG_BUFFER),
     )
     (rollout,) = predict.make_plan(
         shapes.subject(tiny_sft(), "ppo"), A_CHIP, only=["rollout"]
@@ -318,8 +319,9 @@ def test_the_search_with_the_compiler(tmp_path, capsys):
         "--chips=v5e,v6e",
     ]
     main.main(["rlhfjax", "plan", *argv, f"--json={tmp_path}/search.json"])
-    said = json.loads((tmp_path / "search.json").read_text())
-    assert said["smallest_by_chip"] == {"v5e": "v5e:1x1", "v6e": "v6e:1x1"} and said[
-        "best"
-    ] in ("v5e:1x1", "v6e:1x1")
-    assert said["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out
+    result = json.loads((tmp_path / "search.json").read_text())
+    assert result["smallest_by_chip"] == {
+        "v5e": "v5e:1x1",
+        "v6e": "v6e:1x1",
+    } and result["best"] in ("v5e:1x1", "v6e:1x1")
+    assert result["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out

@@ -81,9 +81,9 @@ def test_a_known_row_is_not_compiled_and_what_does_not_fit_says_why(monkeypatch)
 
     monkeypatch.setattr(scale, "check_it_fits", check)
     ppo = next(row for row in ROWS if row.name.startswith("instructgpt/ppo"))
-    assert scale.judge(ppo, known="d") == Outcome("d", known=True)
+    assert scale.compile_if_new(ppo, known="d") == Outcome("d", known=True)
     failure = f"{ppo.name} does not fit: ('update',)"
-    assert scale.judge(ppo, known="") == Outcome("d", failure=failure)
+    assert scale.compile_if_new(ppo, known="") == Outcome("d", failure=failure)
 
 
 @pytest.fixture
@@ -180,5 +180,5 @@ def test_the_digest_of_a_row_is_that_of_another_process():
     environment |= {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *(row.name for row in rows)]
     how = {"env": environment, "cwd": Path(__file__).parent, "text": True}
-    said = subprocess.check_output(command, **how)
-    assert said.split() == [scale.digest(row) for row in rows][::-1]
+    output = subprocess.check_output(command, **how)
+    assert output.split() == [scale.digest(row) for row in rows][::-1]
