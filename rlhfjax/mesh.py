@@ -24,6 +24,7 @@ from rlhfjax import hosts, strategy
 from rlhfjax.errors import ConfigError
 from rlhfjax.ranges import MeshSize
 from rlhfjax.strategy import AXES, Axes, Need, Rules
+from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 # FSDP over `fsdp`, Megatron over `tensor`; a batch is split over every data-like axis.
@@ -124,17 +125,17 @@ class Layout:
         """Over how many devices a batch is split."""
         return self._size(self.rules["batch"])
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Moves a batch to the devices, sharded over the batch axes.
+    def put(self, batch: PyTree) -> PyTree:
+        """Returns a batch of NumPy arrays as arrays on the devices, sharded over their rows.
 
-        Every host passes arrays of the whole batch's shape; it reads only the rows of its own
+        Every host passes arrays of the whole batch's shape, and reads only the rows of its own
         devices.
         """
         sharding = self.sharding("batch")
-        return {
-            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-            for name, x in batch.items()
-        }
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            batch,
+        )
 
     def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
         """Returns which of `parts` equal parts of a batch have rows on this host's devices.
@@ -159,7 +160,7 @@ class Layout:
         if isinstance(rows, jax.ShapeDtypeStruct):
             sharding = rows.sharding or self.sharding("batch")
             return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        return self.put({"rows": np.asarray(rows)})["rows"]
+        return self.put(np.asarray(rows))
 
     def check_batch(self, size: int, what: str = "batch_size") -> None:
         """Raises ConfigError if the devices do not divide a batch.
@@ -227,7 +228,7 @@ def make_layout(
         )
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
     mesh = _mesh(list(sizes.values()), devices)
-    return Layout(mesh, _override(table, config.rules), pool)
+    return Layout(mesh, _rules(table, config.rules), pool)
 
 
 def _select(devices: Devices, selection: str) -> Devices:
@@ -315,9 +316,7 @@ def _mesh(sizes: Sequence[int], devices: Devices) -> Mesh:
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _override(
-    table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]
-) -> Rules:
+def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> Rules:
     """Returns a table of rules with the overrides of `MeshConfig.rules`."""
     rules = dict(table)
     for name, axes in overrides.items():
@@ -328,7 +327,7 @@ def _override(
         if name not in rules:
             known = ", ".join(sorted(rules))
             raise ConfigError(
-                f"mesh.rules: unknown logical axis {name!r}; known: {known}"
+                f"mesh.rules.{name}: unknown logical axis; known: {known}"
             )
         if not isinstance(axes, list | tuple):
             raise ConfigError(

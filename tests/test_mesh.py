@@ -45,7 +45,7 @@ def test_minus_one_takes_what_is_left():
         ),
         (
             MeshConfig(rules={"bogus": "data"}),
-            "unknown logical axis 'bogus'; known: batch",
+            "mesh.rules.bogus: unknown logical axis; known: batch",
         ),
         (
             MeshConfig(rules={"embed": ("data", "bogus")}),

@@ -8,7 +8,6 @@ once these files are complete.
 
 import contextlib
 import multiprocessing
-import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,9 @@ from typing import NamedTuple
 
 import jax
 
+from rlhfjax import paths
 from rlhfjax.errors import UserError, first_line
+from rlhfjax.paths import Path
 from rlhfjax.plan.programs import layout_for, step_programs
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import quiet, target
@@ -70,7 +71,7 @@ def compile_program(request: Request) -> CompilerOutput:
       UserError: the compiler fails for another reason than memory; it has the compiler's message.
     """
     with tempfile.TemporaryDirectory(prefix="rlhfjax-plan-") as name:
-        folder = pathlib.Path(name)
+        folder = paths.path(name)
         with _compiling(request, name) as (process, connection):
             message = None
             while message is None:
@@ -147,16 +148,17 @@ def _receive(connection: Connection) -> str:
         return ""
 
 
-def _complete_output(folder: pathlib.Path) -> CompilerOutput | None:
+def _complete_output(folder: Path) -> CompilerOutput | None:
     """Returns the output once its last file, a copy of the program, is complete; None before."""
     files = _find(folder, "") + _find(folder, "_after_buffer_assignment")
-    sizes = [file.stat().st_size for file in files]
+    # The files are local.
+    sizes = [file.stat().st_size for file in files]  # pyright: ignore[reportAttributeAccessIssue]
     if len(sizes) < 2 or sizes[0] != sizes[1] or not sizes[0]:
         return None
     return _read_output(folder)
 
 
-def _read_output(folder: pathlib.Path, error: str = "") -> CompilerOutput:
+def _read_output(folder: Path, error: str = "") -> CompilerOutput:
     assignment, text, ranges = (
         _find(folder, part)[0].read_text()
         for part in ("-buffer-assignment", "", "-live-range")
@@ -164,7 +166,7 @@ def _read_output(folder: pathlib.Path, error: str = "") -> CompilerOutput:
     return CompilerOutput(_memory(assignment), text, error, _live_at_peak(ranges))
 
 
-def _find(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
+def _find(folder: Path, part: str) -> list[Path]:
     """Returns the file with this part of its name in a list; an empty list if there is none yet."""
     return list(folder.glob(f"*.after_optimizations{part}.txt"))
 

@@ -83,7 +83,9 @@ class _Counting:
                 branches = [self.computation(called) for called in i.called]
                 total.add(max(branches, key=lambda c: (c.flops, c.hbm), default=Cost()))
             elif i.op not in ("async-update", "async-done"):  # counted at async-start
-                total.add(self._operation(i, scatters=name.startswith("all-reduce-scatter")))
+                total.add(
+                    self._operation(i, scatters=name.startswith("all-reduce-scatter"))
+                )
                 total.hbm += 0.0 if fused else _operation_bytes(i)
         return total
 

@@ -68,9 +68,8 @@ def step_programs(
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
         state = hold(state, "state")
-        sharding = layout.sharding("batch")
-        arrays = stage.batch(completions).items()
-        batch = {name: placed(x, sharding) for name, x in arrays}
+        rows = layout.sharding("batch")
+        batch = jax.tree.map(lambda x: placed(x, rows), stage.batch(completions))
         stage.step(state, batch, placed(key, layout.replicated))
     workload, flops = subject.workload(completions), step_flops(subject, completions)
     trains = training_programs(subject, completions)
