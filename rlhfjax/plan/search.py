@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import DEFAULT_RULES, MeshConfig, axis_sizes
@@ -37,14 +37,16 @@ CUBES = (
 SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
 
 
-class Candidate(NamedTuple):
-    """A slice, the mesh of the stage on it, and the estimate."""
+@dataclasses.dataclass
+class Candidate:
+    """A slice, the mesh of the stage on it, the estimate, and the plan once it is compiled."""
 
     topology: str
     chips: int
     mesh: MeshConfig
     expected: Estimate
     capacity: float  # bytes per device
+    plan: Plan | None = None
 
     @property
     def chip(self) -> str:
@@ -55,48 +57,66 @@ class Candidate(NamedTuple):
         return self.expected.bytes <= FULL * self.capacity
 
     @property
+    def fits(self) -> bool:
+        """Whether the slice was compiled and fits."""
+        return self.plan is not None and self.plan.fits is True
+
+    @property
     def expected_rate(self) -> float:
         """Tokens per chip-second."""
         return self.expected.tokens / (self.expected.seconds * self.chips)
 
+    @property
+    def rate(self) -> float:
+        """Tokens per chip-second of the plan; the estimate if its roofline is unknown."""
+        if self.plan is None or not self.plan.step_seconds:
+            return self.expected_rate
+        return self.plan.step.tokens / self.plan.step_seconds / self.chips
 
-CompileSlice = Callable[[Candidate], Plan]
+    def as_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        values = {
+            "topology": self.topology,
+            "chips": self.chips,
+            "mesh": axis_sizes(self.mesh),
+            "rules": dict(self.mesh.rules),
+            "expected_bytes": self.expected.bytes,
+            "capacity": self.capacity,
+            "expected_tokens_per_chip_second": self.expected_rate,
+        }
+        if self.plan is not None:
+            values["fits"] = self.fits
+            values["tokens_per_chip_second"] = self.rate if self.fits else None
+        return values
 
 
 @dataclasses.dataclass
 class Search:
-    """The candidates and the plans of those that were compiled."""
+    """The candidates, and what a search found among them."""
 
     candidates: list[Candidate]
-    plans: dict[str, Plan] = dataclasses.field(default_factory=dict)  # by topology
     smallest: dict[str, str] = dataclasses.field(default_factory=dict)
     """The topology of the smallest slice that fits, by chip."""
     exhausted: bool = False  # whether the limit of compilations was reached
 
-    def fits(self, c: Candidate) -> bool:
-        """Whether a candidate was compiled and fits."""
-        return c.topology in self.plans and self.plans[c.topology].fits is True
-
-    def rate(self, c: Candidate) -> float:
-        """Returns tokens per chip-second: compiled, or estimated if the roofline is unknown."""
-        plan = self.plans[c.topology]
-        if not plan.step_seconds:
-            return c.expected_rate
-        return plan.step.tokens / plan.step_seconds / c.chips
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plans of the compiled slices, by topology."""
+        return {c.topology: c.plan for c in self.candidates if c.plan is not None}
 
     @property
     def fitting(self) -> list[Candidate]:
-        return [c for c in self.candidates if self.fits(c)]
+        return [c for c in self.candidates if c.fits]
 
     @property
     def fewest(self) -> Candidate | None:
         """The slice with the fewest chips that fits, the fastest of several."""
-        return min(self.fitting, key=lambda c: (c.chips, -self.rate(c)), default=None)
+        return min(self.fitting, key=lambda c: (c.chips, -c.rate), default=None)
 
     @property
     def best(self) -> Candidate | None:
         """The slice with the most tokens per chip-second, of those that fit."""
-        return max(self.fitting, key=self.rate, default=None)
+        return max(self.fitting, key=lambda c: c.rate, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -107,31 +127,15 @@ class Search:
             "compiled": len(self.plans),
             "considered": len(self.candidates),
             "limit_reached": self.exhausted,
-            "candidates": [self._candidate_dict(c) for c in self.candidates],
+            "candidates": [c.as_dict() for c in self.candidates],
             "plans": {name: plan.as_dict() for name, plan in self.plans.items()},
         }
-
-    def _candidate_dict(self, c: Candidate) -> dict[str, Any]:
-        values = {
-            "topology": c.topology,
-            "chips": c.chips,
-            "mesh": axis_sizes(c.mesh),
-            "rules": dict(c.mesh.rules),
-            "expected_bytes": c.expected.bytes,
-            "capacity": c.capacity,
-            "expected_tokens_per_chip_second": c.expected_rate,
-        }
-        if c.topology in self.plans:
-            fits = self.fits(c)
-            values["fits"] = fits
-            values["tokens_per_chip_second"] = self.rate(c) if fits else None
-        return values
 
 
 def search(
     subject: Subject,
     chips: Sequence[str],
-    compile_slice: CompileSlice,
+    compile_slice: Callable[[Candidate], Plan],
     most: int = 8,
     completions: int = 2,
 ) -> Search:
@@ -154,11 +158,11 @@ def search(
         )
 
     def fits(c: Candidate) -> bool:
-        if c.topology not in result.plans:
+        if c.plan is None:
             if len(result.plans) >= most:
                 raise _LimitReached
-            result.plans[c.topology] = compile_slice(c)
-        return result.fits(c)
+            c.plan = compile_slice(c)
+        return c.fits
 
     def first_size(chip: str) -> float:
         slices = (c for c in result.candidates if c.chip == chip and c.expected_to_fit)
@@ -259,13 +263,13 @@ def promising(result: Search) -> Candidate | None:
     """
     if result.best is None:
         return None
-    rate, top = result.rate(result.best), None
+    rate, top = result.best.rate, None
     for c in result.candidates:
         compiled = [k for k in result.fitting if k.chip == c.chip]
-        if c.topology in result.plans or not compiled:
+        if c.plan is not None or not compiled:
             continue
         if c.chips > min(k.chips for k in compiled):
-            ratio = min(result.rate(k) / k.expected_rate for k in compiled)
+            ratio = min(k.rate / k.expected_rate for k in compiled)
             if c.expected_rate * ratio > rate:
                 rate, top = c.expected_rate * ratio, c
     return top

@@ -203,11 +203,11 @@ def search_tables(result: Search) -> RenderableType:
     table.columns[0].no_wrap = True
     for c in result.candidates:
         needed = fits = rate = "-"
-        if plan := result.plans.get(c.topology):
-            needed = _gib(max(p.needed for p in plan.programs))
-            fits = FITS[plan.fits]
-        if result.fits(c):
-            rate = f"{result.rate(c):,.0f}"
+        if c.plan is not None:
+            needed = _gib(max(p.needed for p in c.plan.programs))
+            fits = FITS[c.plan.fits]
+        if c.fits:
+            rate = f"{c.rate:,.0f}"
         table.add_row(
             c.topology,
             describe_mesh(c.mesh),
@@ -231,7 +231,7 @@ def answers(result: Search) -> str:
         by_chip = ", ".join(result.smallest.values())
         lines.append(f"Smallest that fits: {fewest.topology}. By chip: {by_chip}.")
         lines.append(
-            f"Most tokens per chip-second: {best.topology}, {result.rate(best):,.1f}; "
+            f"Most tokens per chip-second: {best.topology}, {best.rate:,.1f}; "
             f"mesh {describe_mesh(best.mesh)}"
         )
     lines.append(f"Compiled {len(result.plans)} of {len(result.candidates)} slices.")

@@ -106,7 +106,7 @@ def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
     found = search.search(sft(), ["v5e"], compiled)
     assert asked == [4, 8]
     assert found.fewest.chips == 4 and found.best.chips == 8
-    assert found.rate(found.best) == pytest.approx(1000 / 4 / 8)
+    assert found.best.rate == pytest.approx(1000 / 4 / 8)
 
 
 def test_chips_are_compared_and_each_has_its_smallest(monkeypatch):
