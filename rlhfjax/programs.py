@@ -100,7 +100,14 @@ class Recorder:
     ) -> PyTree:
         """Records a call and returns the shapes of its outputs."""
         layout = in_use()
-        self.calls.append(Call(program.name, program.function, args, static, layout))
+        call = Call(
+            name=program.name,
+            function=program.function,
+            args=args,
+            static=static,
+            layout=layout,
+        )
+        self.calls.append(call)
         if callable(program.outputs):
             return program.outputs(*args, **static)
         shapes = program.function.eval_shape(*args, **static)

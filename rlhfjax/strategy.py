@@ -175,7 +175,7 @@ def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
     elif larger := tried[: tried.index(chosen)]:
         sizes = "; ".join(f"{name}: {size / GIB:.3g}" for name, _, size in larger)
         why += f"; too large, GiB: {sizes}"
-    return Choice(name, axes, why, bool(fitting))
+    return Choice(strategy=name, sizes=axes, why=why, fits=bool(fitting))
 
 
 def _candidates(

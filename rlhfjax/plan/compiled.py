@@ -95,14 +95,19 @@ def compile_here(program: PlannedProgram) -> CompilerOutput:
     """Compiles a program for the devices of this machine."""
     compiled = program.lower().compile()
     stats = compiled.memory_analysis()
-    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
-    temporaries, aliased = stats.temp_size_in_bytes, stats.alias_size_in_bytes
-    peak = max(
-        arguments + temporaries + outputs - aliased,
-        getattr(stats, "peak_memory_in_bytes", 0),
+    arguments = float(stats.argument_size_in_bytes)
+    temporaries = float(stats.temp_size_in_bytes)
+    outputs = float(stats.output_size_in_bytes)
+    aliased = float(stats.alias_size_in_bytes)
+    peak = float(getattr(stats, "peak_memory_in_bytes", 0))
+    memory = Memory(
+        arguments=arguments,
+        temporaries=temporaries,
+        outputs=outputs,
+        aliased=aliased,
+        peak=max(arguments + temporaries + outputs - aliased, peak),
     )
-    sizes = map(float, (arguments, temporaries, outputs, aliased, peak))
-    return CompilerOutput(Memory(*sizes), compiled.as_text())
+    return CompilerOutput(memory, compiled.as_text())
 
 
 def _work(cost: Cost, least_flops: float) -> Work:
@@ -111,7 +116,12 @@ def _work(cost: Cost, least_flops: float) -> Work:
     Loops of unknown length count once in `cost`, which may then have too few FLOPs.
     """
     flops = max(cost.flops, least_flops)
-    return Work(flops, cost.hbm, cost.link("ici"), cost.link("dcn"))
+    return Work(
+        flops=flops,
+        hbm_bytes=cost.hbm,
+        ici_bytes=cost.link("ici"),
+        dcn_bytes=cost.link("dcn"),
+    )
 
 
 def held_by_others(program: PlannedProgram, held: Sequence[Held]) -> float:

@@ -163,7 +163,12 @@ def _read_output(folder: Path, error: str = "") -> CompilerOutput:
         _find(folder, part)[0].read_text()
         for part in ("-buffer-assignment", "", "-live-range")
     )
-    return CompilerOutput(_memory(assignment), text, error, _live_at_peak(ranges))
+    return CompilerOutput(
+        memory=_memory(assignment),
+        text=text,
+        error=error,
+        live=_live_at_peak(ranges),
+    )
 
 
 def _find(folder: Path, part: str) -> list[Path]:
@@ -194,5 +199,10 @@ def _memory(assignment: str) -> Memory:
         outputs += size * is_output
         aliased += size * (is_argument and is_output)
         temporaries += size * kind.startswith("preallocated-temp")
-    peak = arguments + outputs + temporaries - aliased
-    return Memory(arguments, temporaries, outputs, aliased, peak)
+    return Memory(
+        arguments=arguments,
+        temporaries=temporaries,
+        outputs=outputs,
+        aliased=aliased,
+        peak=arguments + outputs + temporaries - aliased,
+    )

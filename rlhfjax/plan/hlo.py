@@ -239,7 +239,14 @@ def _parse(name: str, text: str, scope: Instructions) -> Instruction:
             operand = part.split(" ")[-1].lstrip("%")
             if operand:
                 operands.append(scope.get(operand) or Instruction(operand, "unknown"))
-    return Instruction(name, op, tuple(arrays), tuple(operands), number, attributes)
+    return Instruction(
+        name=name,
+        op=op,
+        result=tuple(arrays),
+        operands=tuple(operands),
+        number=number,
+        attributes=attributes,
+    )
 
 
 def _balanced(text: str) -> tuple[str, str]:

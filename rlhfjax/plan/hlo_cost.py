@@ -71,8 +71,9 @@ class _Counting:
         total = Cost()
         for i in self.module.computations[name].values():
             if i.op in ("fusion", "call", "async-start"):
+                inside = fused or i.op == "fusion"
                 for called in i.called:
-                    total.add(self.computation(called, fused or i.op == "fusion"))
+                    total.add(self.computation(called, inside))
                 if i.op == "fusion" and not fused:
                     total.hbm += self._fusion_bytes(i)
             elif i.op == "while":
@@ -81,12 +82,14 @@ class _Counting:
                 total.add(self.computation(i.computation("body")), times or 1)
             elif i.op == "conditional":
                 branches = [self.computation(called) for called in i.called]
-                total.add(max(branches, key=lambda c: (c.flops, c.hbm), default=Cost()))
+                longest = max(branches, key=lambda c: (c.flops, c.hbm), default=Cost())
+                total.add(longest)
             elif i.op not in ("async-update", "async-done"):  # counted at async-start
                 total.add(
                     self._operation(i, scatters=name.startswith("all-reduce-scatter"))
                 )
-                total.hbm += 0.0 if fused else _operation_bytes(i)
+                if not fused:
+                    total.hbm += _operation_bytes(i)
         return total
 
     def _operation(self, i: Instruction, scatters: bool) -> Cost:
@@ -167,9 +170,9 @@ def _operation_bytes(i: Instruction) -> float:
 
 def _dot_flops(i: Instruction) -> float:
     left = i.operands[0].result[0]
-    contracted = i.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+    contracted = i.find(r"lhs_contracting_dims=\{([^}]*)\}") or ""
     flops = 2.0 * math.prod(i.result[0].shape)
-    for dim in contracted.split(",") if contracted else ():
+    for dim in re.findall(r"\d+", contracted):
         flops *= left.shape[int(dim)]
     return flops
 
@@ -180,14 +183,17 @@ def _convolution_flops(i: Instruction) -> float:
     Pairs are those of `_pairs`. TPUs have no dot: a matrix product is a convolution, and a batch of
     them is one whose window is dilated so that each product meets only its own row.
     """
-    labels = re.split(r"_|->", i.find(r"dim_labels=([\w]+_[\w]+->[\w]+)") or "")
+    labels = i.find(r"dim_labels=(\w+_\w+->\w+)") or ""
     arrays = []
-    for names, instruction in zip(labels, [*i.operands[:2], i], strict=True):
-        arrays.append(dict(zip(names, instruction.result[0].shape, strict=True)))
+    instructions = (*i.operands[:2], i)
+    for names, instruction in zip(re.split("_|->", labels), instructions, strict=True):
+        sizes = instruction.result[0].shape
+        arrays.append(dict(zip(names, sizes, strict=True)))
     inputs, kernel, output = arrays
     settings = re.findall(r"(\w+)=([\dx_\-]+)", i.find(r"window=\{([^}]*)\}") or "")
+    spatial = sorted(label for label in output if label.isdigit())
     pairs = 1
-    for n, dim in enumerate(sorted(label for label in output if label.isdigit())):
+    for n, dim in enumerate(spatial):
         window = {name: values.split("x")[n] for name, values in settings}
         pairs *= _pairs(inputs[dim], output[dim], window)
     groups = int(i.find(r"batch_group_count=(\d+)") or 1)

@@ -71,19 +71,24 @@ def textbook(c: TransformerConfig) -> list[Line]:
     exact = parameters(c)
     sample = time * c.n_layers * (c.d_model + c.d_ff)
     exact_sample = c.n_layers * sum(layer_activations(c, 1, time).values())
-    one, two = f"{n:.3g} x 1 B", f"2 x {n:.3g} x 1 B"
     lines = []
     for p in ("fp32", "fp16", "int8", "int4"):
-        how = f"{n:.3g} x {BYTES[p]:g} B"
-        size = exact * BYTES[p]
-        printed = n * BYTES[p] / GIB
-        lines.append(Line(f"inference, {p}", printed, "GiB", how, size, "exact count"))
+        line = Line(
+            what=f"inference, {p}",
+            textbook=n * BYTES[p] / GIB,
+            unit="GiB",
+            how=f"{n:.3g} x {BYTES[p]:g} B",
+            needed=exact * BYTES[p],
+            why="exact count",
+        )
+        lines.append(line)
+    int8 = f"{n:.3g} x 1 B"
     total = 4 * n + batch * sample
     needed = exact * 16.0 + batch * exact_sample
     for what, size, how, exactly, why in (
-        ("training at int8: weights", n, one, exact * 4.0, "float32 master weights"),
-        ("  gradients", n, one, exact * 4.0, "float32"),
-        ("  AdamW", 2 * n, two, exact * 8.0, "two float32 moments"),
+        ("training at int8: weights", n, int8, exact * 4.0, "float32 master weights"),
+        ("  gradients", n, int8, exact * 4.0, "float32"),
+        ("  AdamW", 2 * n, f"2 x {int8}", exact * 8.0, "two float32 moments"),
         (
             "  activations per sample",
             sample,
@@ -93,7 +98,15 @@ def textbook(c: TransformerConfig) -> list[Line]:
         ),
         (f"  total, batch {batch}", total, "the sum", needed, "no remat, one device"),
     ):
-        lines.append(Line(what, size / GB, "GB", how, exactly, why))
+        line = Line(
+            what=what,
+            textbook=size / GB,
+            unit="GB",
+            how=how,
+            needed=exactly,
+            why=why,
+        )
+        lines.append(line)
     return lines
 
 

@@ -140,7 +140,11 @@ def make_plan(
         if not target.topology:
             return compile_here(program)
         request = Request(
-            subject, target.topology, target.slices, completions, program.name
+            subject=subject,
+            topology=target.topology,
+            slices=target.slices,
+            completions=completions,
+            program=program.name,
         )
         return compiler.compile_program(request)
 

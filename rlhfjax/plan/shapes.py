@@ -183,11 +183,13 @@ def subject(
     if name not in trains:
         known = ", ".join(trains) or "none"
         raise ConfigError(f"--stage={name}: the stages that train are {known}")
-    typed = {n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders}
-    origins = Origins({str(folders[n]): c for n, c in typed.items()})
+    configs = {
+        n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders
+    }
+    origins = Origins({str(folders[n]): c for n, c in configs.items()})
     models: dict[str, Model] = {}
     roles: dict[str, Role] = {}
-    for declared, role in roles_of(typed[name]).items():
+    for declared, role in roles_of(configs[name]).items():
         flag, given = "--model", model
         if role.scores:
             flag, given = "--reward_model", reward_model
@@ -200,7 +202,7 @@ def subject(
                 models[source] = _model(
                     origins, source, single.head, context, flag, given
                 )
-    return Subject(name, typed[name], Shapes(models, origins), roles)
+    return Subject(name, configs[name], Shapes(models, origins), roles)
 
 
 def _model(

@@ -80,7 +80,14 @@ def target(topology: str, slices: int = 1) -> Target:
     places = {(getattr(d, "slice_index", 0), *d.coords) for d in devices}
     chip = dataclasses.replace(CHIPS[family], devices=len(devices) // len(places))
     name = topology if slices == 1 else f"{slices} x {topology}"
-    return Target(name, devices, chip, chip.hbm / chip.devices, topology, slices)
+    return Target(
+        name=name,
+        devices=devices,
+        chip=chip,
+        capacity=chip.hbm / chip.devices,
+        topology=topology,
+        slices=slices,
+    )
 
 
 def _here() -> Target:
