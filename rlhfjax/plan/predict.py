@@ -85,9 +85,9 @@ class Plan:
     @property
     def advice(self) -> list[str]:
         """Changes that would make the stage fit, see `advise`; empty if it fits."""
-        failing = [program for program in self.programs if program.fits is False]
         if self.fits is not False:
             return []
+        failing = [program for program in self.programs if program.fits is False]
         worst = max(failing, key=lambda program: program.needed)
         return advise(self.subject, self.mesh, worst, self.completions)
 
