@@ -187,15 +187,15 @@ def work(plan: Plan) -> Table:
 def search_tables(result: Search) -> RenderableType:
     """Returns all slices of a search, estimated and compiled, and its answers."""
     table = _table(
-        "Slices: GiB per device, and tokens per chip-second",
+        "Slices: GiB per device and tokens per chip-second, estimated (est.) and compiled",
         [
             "slice",
             "mesh",
-            "GiB, estimated",
+            "GiB, est.",
             "compiled",
             "of",
             "fits",
-            "tokens, estimated",
+            "tokens, est.",
             "compiled",
         ],
         left=["slice", "mesh"],
