@@ -145,7 +145,7 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
     fused = "base_model.model.transformer.h.1.attn.c_attn.lora_"
     mixed = {f"{fused}B.weight": np.ones_like(tensors[f"{fused}B.weight"])}
     refused(
-        "h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 a part", more=mixed
+        "h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 per part", more=mixed
     )
     refused(
         "has no place for base_model.model.lm_head",
