@@ -37,8 +37,8 @@ def gguf_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
     """Returns the tokenizer of a GGUF file, with its chat template.
 
     Raises:
-      CheckpointError: the file is not a whole GGUF file, its tokenizer is not byte-level BPE, or its
-        pre-tokenizer is not in PRE. Names the file and the key.
+      CheckpointError: the file is not a whole GGUF file, its tokenizer is not byte-level BPE, or
+        its pre-tokenizer is not in PRE. Names the file and the key.
       DataError: the chat template cannot be cut into turns.
       ConfigError: the gguf package is not installed.
     """

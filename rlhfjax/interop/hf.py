@@ -37,7 +37,6 @@ INDEX = "model.safetensors.index.json"
 # Our dtypes and what safetensors calls them.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9
-COMPARED = 1024  # rows of two matrices that are compared at a time
 
 
 def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Params]:
@@ -96,8 +95,8 @@ def save_hf(
     Raises:
       ConfigError: no architecture expresses the model, an id is invalid, or a reward's constant
         cannot be written.
-      CheckpointError: the folder exists or cannot be written, the parameters are not the model's, or
-        a number is not finite in `dtype`.
+      CheckpointError: the folder exists or cannot be written, the parameters are not the model's,
+        or a number is not finite in `dtype`.
     """
     folder = paths.path(folder)
     if dtype not in DTYPES:
@@ -174,18 +173,6 @@ class _Files:
     def read(self, name: str) -> np.ndarray:
         return self._open[self.file[name]].get_tensor(name)
 
-    def equal(self, a: str, b: str) -> bool:
-        """Returns whether two matrices hold the same numbers."""
-        first, second = self.slice(a), self.slice(b)
-        if first.get_shape() != second.get_shape():
-            return False
-        n_rows = first.get_shape()[0]
-        for start in range(0, n_rows, COMPARED):
-            rows = slice(start, min(start + COMPARED, n_rows))
-            if not np.array_equal(first[rows], second[rows]):
-                return False
-        return True
-
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the name of each tensor's file."""
@@ -217,7 +204,7 @@ def _rows(
             return False
         # Files may repeat the output matrix although it is tied to the embedding.
         embedding = rows[0].theirs
-        if not files.equal(name, embedding):
+        if not np.array_equal(files.read(name), files.read(embedding)):
             raise CheckpointError(
                 f"{files.file[name]}: {name} differs from {embedding}, "
                 "to which config.json ties it"
@@ -337,7 +324,7 @@ def unstacked_reader(
 def _shards(
     rows: list[Row], sizes: Mapping[str, int], limit: int
 ) -> dict[str, list[Row]]:
-    """Returns the rows of each file, in order; each file is as full as its limit of bytes allows."""
+    """Returns the rows of each file, in order; each file is as full as `limit` (bytes) allows."""
     parts = [[]]
     size = 0
     for row in rows:

@@ -163,8 +163,9 @@ class ConfigValues:
 def _architecture(values: ConfigValues) -> tuple[str, str]:
     """Returns the family and the head."""
     given = values.take("architectures", list, [])
-    known = {family.causal: (name, "lm") for name, family in FAMILIES.items()}
+    known = {}
     for name, family in FAMILIES.items():
+        known[family.causal] = name, "lm"
         known[family.classifier] = name, "scalar"
     if len(given) != 1 or given[0] not in known:
         raise values.invalid("architectures", given, f"one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""How the config.json of each Hugging Face family spells a TransformerConfig. All of this is data."""
+"""How the config.json of each Hugging Face family spells a TransformerConfig, as data."""
 
 import dataclasses
 from typing import Any
@@ -70,9 +70,9 @@ class Family:
     rope: dict[str, str] = dataclasses.field(default_factory=dict)
     """rope_theta and perhaps rope_fraction -> key of theirs. Empty: the family has no RoPE."""
     parallel: str = ""
-    """Key that says whether attention and MLP are parallel; true if absent. Empty: they never are."""
+    """Key for parallel attention and MLP, true if absent. Empty: they never are parallel."""
     neutral: dict[str, tuple] = dataclasses.field(default_factory=dict)
-    """Further keys with the values that change nothing; all elements of a list must be among them."""
+    """Further keys with the values, or elements of lists, that change nothing."""
     silent: frozenset[str] = frozenset()
     """Further keys that change nothing."""
     written: dict[str, Any] = dataclasses.field(default_factory=dict)

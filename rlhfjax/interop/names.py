@@ -1,8 +1,8 @@
 """The tensors of Hugging Face and GGUF files: which parameters each tensor holds, and how.
 
 One table per family, used for reading and for writing: `Row.split` turns a tensor into parameters,
-`Row.join` turns parameters into a tensor. Parameters that a model does not have (mostly biases) have
-no row, so one table serves Llama and Qwen2.
+`Row.join` turns parameters into a tensor. Parameters that a model does not have (mostly biases)
+have no row, so one table serves Llama and Qwen2.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class Row:
     theirs: str
     """Name of the tensor."""
     ours: tuple[str, ...]
-    """Paths of the parameters. Several have one shape and lie side by side along the output axis."""
+    """Paths of the parameters. Several have one shape and lie side by side on the output axis."""
     inputs: int = 1
-    """How many leading axes of a parameter are inputs. The tensor has one input axis, a vector none."""
+    """How many leading axes of a parameter are inputs: one axis of the tensor, or none (vectors)."""
     out_first: bool = True
-    """The tensor is [out, in], as in torch's Linear; else [in, out], as in Conv1D and embeddings."""
+    """[out, in], as in torch's Linear; else [in, out], as in GPT-2's Conv1D and embeddings."""
     by_head: bool = False
     """Parameters alternate: q, k and v of head 0, then of head 1, as in GPT-NeoX."""
 

@@ -1,6 +1,7 @@
-"""Our own models on disk: `config.json` (model_config and head), `params/`, the tokenizer's files."""
+"""Our own models on disk: config.json (model_config and head), params/, the tokenizer's files."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign
+from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout
 from rlhfjax.models import quantized
 from rlhfjax.models.config import TransformerConfig
@@ -95,31 +97,40 @@ def open_model(
       ConfigError: an option does not exist or would change the parameters.
       CheckpointError: as `load` does.
     """
-    if imported := foreign.find(path):
-        model, tokenizer = imported.model, imported.tokenizer()
-
-        def read() -> PyTree:
-            return imported.params(layout)
-    else:
-        folder = find(path)
-        model = _with_available_kernel(describe(folder), layout, folder)
-        tokenizer = load_tokenizer(folder)
-
-        def read() -> PyTree:
-            abstract = state.abstract(model.shapes(), model.axes(), layout)
-            return checkpoint.load_tree(folder / "params", abstract)
-
+    found = _find(path)
+    model = _with_available_kernel(found.model, layout, path)
     other = overridden(model, changes or {}, context)
-    return Opened(other, tokenizer, lambda: _restacked(read(), model, other))
+
+    def params() -> PyTree:
+        return _restacked(found.params(layout), model, other)
+
+    return Opened(other, found.tokenizer(), params)
 
 
-def _with_available_kernel(model: Model, layout: Layout, folder: Path) -> Model:
+def _find(path: str | Path) -> Foreign:
+    """Returns one of our models or a foreign one, of which no array is read yet."""
+    if imported := foreign.find(path):
+        return imported
+    folder = find(path)
+    file = folder / "config.json"
+    description = json.loads(file.read_text())
+    config = build(TransformerConfig, description["transformer"], str(file))
+    model = Model(config, description["head"])
+
+    def params(layout: Layout) -> PyTree:
+        abstract = state.abstract(model.shapes(), model.axes(), layout)
+        return checkpoint.load_tree(folder / "params", abstract)
+
+    return Foreign(model, params, functools.partial(load_tokenizer, folder))
+
+
+def _with_available_kernel(model: Model, layout: Layout, path: str | Path) -> Model:
     kernel = model.config.attention
     if layout.platform in PLATFORMS[kernel]:
         return model
     log.warning(
         "%s: these %s devices have no %r attention; read as 'einsum', the same function",
-        folder,
+        path,
         layout.platform,
         kernel,
     )
@@ -166,12 +177,7 @@ def int8(saved: SavedModel) -> SavedModel:
 
 def describe(path: str | Path) -> Model:
     """Returns the model that `load` would read. Raises CheckpointError as `load` does."""
-    if imported := foreign.find(path):
-        return imported.model
-    file = find(path) / "config.json"
-    description = json.loads(file.read_text())
-    config = build(TransformerConfig, description["transformer"], str(file))
-    return Model(config, description["head"])
+    return _find(path).model
 
 
 def described(path: str) -> dict[str, Any] | None:
@@ -185,7 +191,10 @@ tokenizer = load_tokenizer
 
 
 def found(path: str | Path) -> str:
-    """Returns the folder or foreign name that `load` would read. Raises CheckpointError as it does."""
+    """Returns the folder or foreign name that `load` would read, for people.
+
+    Raises CheckpointError as `load` does.
+    """
     return str(path) if foreign.find(path) else str(find(path))
 
 

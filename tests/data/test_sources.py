@@ -112,7 +112,7 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(
     )
     source = open_source(spec, kind=kind, split="all", on_bad_row="skip")
     assert (len(source), source.skipped) == (2, 1)
-    assert source.where(1) == f"{tmp_path}/rows.jsonl:4"
+    assert source.locate(1) == f"{tmp_path}/rows.jsonl:4"
 
 
 def test_without_validation_a_bad_row_is_found_when_it_is_read(tmp_path):
@@ -324,7 +324,7 @@ def test_text_files_by_file_paragraph_and_line(tmp_path):
     def rows(documents):
         source = open_source(spec, split="all", documents=documents)
         return [
-            (source[i]["text"], source.where(i).rsplit("/")[-1])
+            (source[i]["text"], source.locate(i).rsplit("/")[-1])
             for i in range(len(source))
         ]
 
@@ -471,7 +471,7 @@ def test_concatenated_sources_keep_their_rows_and_places():
             Rows([GOOD["messages"]], "messages"),
         ]
     )
-    assert [len(both), both[1]["text"], both[2], both.where(2)] == [
+    assert [len(both), both[1]["text"], both[2], both.locate(2)] == [
         3,
         "b",
         GOOD["messages"],

@@ -146,7 +146,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_and_the_answer_is_the_res
     )
     assert whole[: len(prompt)].tolist() == prompt.tolist()
     assert mask[len(prompt) - 1] == 0 and mask[len(prompt)] == 1
-    answer = chat.answer_tokens(tokenizer, CHAT[3]["content"])
+    answer = chat.response_tokens(tokenizer, CHAT[3]["content"])
     assert whole[len(prompt) : len(prompt) + len(answer)].tolist() == answer
     assert answer[-1] == tokenizer.eos_id
 
@@ -266,7 +266,7 @@ def test_windows_hold_each_answer_once(tokenizers, name, talk):
         messages = [SYSTEM, *talk(rng, 8, longest=5)]
         made = examples.windows(tokenizer, messages, length)
         answers = [
-            chat.answer_tokens(tokenizer, m["content"])
+            chat.response_tokens(tokenizer, m["content"])
             for m in messages
             if m["role"] == "assistant"
         ]
