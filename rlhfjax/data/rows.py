@@ -77,18 +77,19 @@ def validate_kind(kind: str, columns: Mapping[str, str]) -> None:
     """Raises ConfigError for an unknown kind, or for an empty column name."""
     if kind not in COLUMNS:
         raise ConfigError(f"source: kind {kind!r} is none of {', '.join(COLUMNS)}")
-    for ours, theirs in columns.items():
-        if not isinstance(theirs, str) or not theirs:
+    for name, column in columns.items():
+        if not isinstance(column, str) or not column:
             raise ConfigError(
-                f"source: columns[{ours!r}] must be the name of a column, got {theirs!r}"
+                f"source: columns[{name!r}] must be the name of a column, got {column!r}"
             )
 
 
 def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
     """Returns the columns that a source must have, by the source's names."""
-    ours = PAIR if kind == "preferences" and "chosen" in columns else COLUMNS[kind]
-    extra = [name for name in columns if name not in ours]
-    return [columns.get(name, name) for name in [*ours, *extra]]
+    pair = kind == "preferences" and "chosen" in columns
+    own = PAIR if pair else COLUMNS[kind]
+    extra = [name for name in columns if name not in own]
+    return [columns.get(name, name) for name in (*own, *extra)]
 
 
 def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
@@ -104,7 +105,7 @@ def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> 
         if name not in raw:
             found = ", ".join(map(str, raw)) or "none"
             raise BadRow(f"no column {name!r}, found {found}")
-    row = {ours: _plain(raw[theirs]) for ours, theirs in columns.items()}
+    row = {name: _plain(raw[column]) for name, column in columns.items()}
     for name in (*COLUMNS[kind], *_STORED.get(kind, ())):
         if name not in row and name in raw:
             row[name] = _plain(raw[name])

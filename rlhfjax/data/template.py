@@ -192,9 +192,7 @@ class Template:
         if self.source != OURS:
             filled = "".join(piece.fill(messages) for piece in pieces)
             if filled != self.text(messages, cue=cue):
-                raise self._error(
-                    "it changes what a message says, more than trimming it"
-                )
+                raise self._error("it changes a message by more than trimming it")
         return self._tokens(pieces, messages)
 
     def edges(
@@ -263,7 +261,7 @@ class Template:
                 pieces.append(Piece(part, learned=learned))
         if contents != list(range(len(roles))):
             raise self._error(
-                f"it does not say each message of {'/'.join(roles)} once and in order"
+                f"it does not write each message of {'/'.join(roles)} once and in order"
             )
         if len(ends) != roles.count("assistant") or len(set(ends)) > 1:
             raise self._error("no one special token ends each turn of the assistant")

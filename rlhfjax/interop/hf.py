@@ -195,30 +195,29 @@ def _rows(
     prefix = "" if bare else table.prefix
     rows = names.rows(table, model.head, shapes, prefix)
     expected = names.tensor_shapes(rows, shapes)
-    buffers = [re.escape(prefix) + pattern for pattern in table.buffers]
-
-    def ignore(name: str) -> bool:
-        if any(re.fullmatch(pattern, name) for pattern in buffers):
-            return True
-        if name != table.output or model.head != "lm":
-            return False
-        # Files may repeat the output matrix although it is tied to the embedding.
-        embedding = rows[0].theirs
-        if not np.array_equal(files.read(name), files.read(embedding)):
-            raise CheckpointError(
-                f"{files.file[name]}: {name} differs from {embedding}, "
-                "to which config.json ties it"
-            )
-        return True
-
+    # Files may repeat the output matrix although it is tied to the embedding.
+    embedding, output = rows[0].name, table.output
+    tied = model.head == "lm" and output in files.file and output not in expected
+    if tied:
+        expected[output] = expected[embedding]
+    buffer = re.compile(f"{re.escape(prefix)}({'|'.join(table.buffers)})")
+    found = {
+        name: tuple(files.slice(name).get_shape())
+        for name in files.file
+        if not buffer.fullmatch(name)
+    }
     names.validate_tensors(
         expected,
-        {name: tuple(files.slice(name).get_shape()) for name in files.file},
+        found,
         files=files.file,
         context=files.folder,
         source="config.json",
-        ignore=ignore,
     )
+    if tied and not np.array_equal(files.read(output), files.read(embedding)):
+        raise CheckpointError(
+            f"{files.file[output]}: {output} differs from {embedding}, "
+            "to which config.json ties it"
+        )
     for name in expected:
         kind = files.slice(name).get_dtype()
         if kind not in DTYPES.values():
@@ -328,11 +327,11 @@ def _shards(
     parts = [[]]
     size = 0
     for row in rows:
-        if parts[-1] and size + sizes[row.theirs] > limit:
+        if parts[-1] and size + sizes[row.name] > limit:
             parts.append([])
             size = 0
         parts[-1].append(row)
-        size += sizes[row.theirs]
+        size += sizes[row.name]
     if len(parts) == 1:
         return {WEIGHTS: parts[0]}
     return {
@@ -347,17 +346,17 @@ def _write_shard(
     tensors = {}
     for row in rows:
         with np.errstate(over="ignore"):
-            joined = row.join([read(path) for path in row.ours])
+            joined = row.join([read(path) for path in row.params])
             tensor = joined.astype(dtype, copy=False)
         if not np.isfinite(tensor).all():
             raise CheckpointError(
-                f"{', '.join(row.ours)} ({row.theirs}): not all numbers are finite in {dtype}"
+                f"{', '.join(row.params)} ({row.name}): not all numbers are finite in {dtype}"
             )
-        tensors[row.theirs] = tensor
+        tensors[row.name] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _index(shards: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Returns the content of the index file."""
-    files = {row.theirs: file for file, part in shards.items() for row in part}
+    files = {row.name: file for file, part in shards.items() for row in part}
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -205,9 +205,9 @@ def _config(family: Family, values: ConfigValues) -> TransformerConfig:
 
 def _activation(family: Family, values: ConfigValues, name: str) -> str:
     """Returns our name of an activation."""
-    for ours, theirs in family.activations.items():
-        if name in theirs:
-            return ours
+    for mlp, names in family.activations.items():
+        if name in names:
+            return mlp
     accepted = sum(family.activations.values(), ())
     raise values.invalid(family.keys["mlp"], name, " or ".join(map(repr, accepted)))
 

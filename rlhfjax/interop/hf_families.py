@@ -60,15 +60,15 @@ class Family:
     classifier: str
     """Name of the sequence classifier's class; with one label it is a reward model."""
     keys: dict[str, str]
-    """Our field -> key of theirs, or several keys that all have its value, separated by blanks."""
+    """TransformerConfig field -> its key, or several keys with its value, separated by blanks."""
     activations: dict[str, tuple[str, ...]]
-    """Our `mlp` -> names of theirs."""
+    """TransformerConfig.mlp -> its names."""
     defaults: dict[str, Any]
-    """Our field -> value of an absent key. Without one, the key is required."""
+    """TransformerConfig field -> value of an absent key. Without one, the key is required."""
     fixed: dict[str, Any]
     """Fields that are the same in the whole family."""
     rope: dict[str, str] = dataclasses.field(default_factory=dict)
-    """rope_theta and perhaps rope_fraction -> key of theirs. Empty: the family has no RoPE."""
+    """rope_theta and perhaps rope_fraction -> its key. Empty: the family has no RoPE."""
     parallel: str = ""
     """Key for parallel attention and MLP, true if absent. Empty: they never are parallel."""
     neutral: dict[str, tuple] = dataclasses.field(default_factory=dict)

@@ -23,12 +23,12 @@ Shape = tuple[int, ...]
 class Row:
     """One tensor of a file and the parameters in it."""
 
-    theirs: str
+    name: str
     """Name of the tensor."""
-    ours: tuple[str, ...]
+    params: tuple[str, ...]
     """Paths of the parameters. Several have one shape and lie side by side on the output axis."""
     inputs: int = 1
-    """How many leading axes of a parameter are inputs: one axis of the tensor, or none (vectors)."""
+    """How many leading axes of a parameter are inputs; the tensor has one, or none (vectors)."""
     out_first: bool = True
     """[out, in], as in torch's Linear; else [in, out], as in GPT-2's Conv1D and embeddings."""
     by_head: bool = False
@@ -52,8 +52,7 @@ class Row:
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the tensor of some parameters, contiguous as safetensors requires."""
         parts = [self._grouped(array, array.shape) for array in arrays]
-        # np.concatenate would copy even a single array.
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        joined = np.concatenate(parts, axis=-1)
         matrix = joined.reshape(len(joined), -1)
         tensor = matrix.T if self.inputs and self.out_first else matrix
         shape = self.shape([array.shape for array in arrays])
@@ -67,9 +66,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The modules of a family: name of theirs -> path of ours, or paths, separated by blanks.
+    """The modules of a family: name in the file -> path in the parameter tree.
 
-    One module of theirs can hold several of ours, side by side. See `module_rows`.
+    A module of the file can hold several of ours side by side: then the value is their paths,
+    separated by blanks. See `module_rows`.
     """
 
     prefix: str
@@ -90,23 +90,23 @@ class Table:
     """Whether fused parameters alternate; see Row."""
 
     def module_rows(
-        self, modules: Mapping[str, str], theirs: str, ours: str
+        self, modules: Mapping[str, str], start: str, folder: str
     ) -> list[Row]:
         """Returns the rows of some modules: each has a weight, and all but embeddings a bias.
 
         Args:
-          theirs: prefix of the tensors' names.
-          ours: prefix of the parameters' paths.
+          start: prefix of the tensors' names.
+          folder: prefix of the parameters' paths.
         """
-        found = []
+        result = []
         for name, module in modules.items():
-            weight, bias = f"{theirs}{name}.weight", f"{theirs}{name}.bias"
-            paths = [ours + path for path in module.split()]
+            weight, bias = f"{start}{name}.weight", f"{start}{name}.bias"
+            paths = [folder + path for path in module.split()]
             if module.startswith("embed/"):
-                found.append(_row(weight, paths, "", out_first=False))
+                result.append(_row(weight, paths, "", out_first=False))
                 continue
             if module.startswith("norm"):
-                found.append(_row(weight, paths, "/scale", inputs=0))
+                result.append(_row(weight, paths, "/scale", inputs=0))
             else:
                 kernel = _row(
                     weight,
@@ -116,14 +116,14 @@ class Table:
                     out_first=self.out_first,
                     by_head=self.by_head,
                 )
-                found.append(kernel)
-            found.append(_row(bias, paths, "/bias", inputs=0, by_head=self.by_head))
-        return found
+                result.append(kernel)
+            result.append(_row(bias, paths, "/bias", inputs=0, by_head=self.by_head))
+        return result
 
 
-def _row(theirs: str, modules: Sequence[str], leaf: str, **layout: Any) -> Row:
+def _row(name: str, modules: Sequence[str], leaf: str, **layout: Any) -> Row:
     """Returns the row of one leaf of each module."""
-    return Row(theirs, tuple(f"{module}{leaf}" for module in modules), **layout)
+    return Row(name, tuple(f"{module}{leaf}" for module in modules), **layout)
 
 
 QKV = "attention/query attention/key attention/value"
@@ -222,18 +222,18 @@ def rows(
       prefix: replaces the table's.
     """
     prefix = table.prefix if prefix is None else prefix
-    found = table.module_rows(table.trunk, prefix, "backbone/")
+    result = table.module_rows(table.trunk, prefix, "backbone/")
     for i in range(sum(path.endswith("norm_1/scale") for path in shapes)):
-        theirs = prefix + table.layers.format(i=i)
-        found += table.module_rows(table.layer, theirs, f"backbone/layers/layer_{i}/")
+        start = prefix + table.layers.format(i=i)
+        result += table.module_rows(table.layer, start, f"backbone/layers/layer_{i}/")
     output = "score.weight" if head == "scalar" else table.output
-    found.append(Row(output, ("head/kernel",)))
-    return [row for row in found if row.ours[0] in shapes]
+    result.append(Row(output, ("head/kernel",)))
+    return [row for row in result if row.params[0] in shapes]
 
 
 def tensor_shapes(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Returns the shape of every tensor by name, given the parameters' by path."""
-    return {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
+    return {row.name: row.shape([shapes[path] for path in row.params]) for row in rows}
 
 
 def validate_tensors(
@@ -243,7 +243,6 @@ def validate_tensors(
     files: Mapping[str, Any],
     context: Any,
     source: str,
-    ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Validates that the expected tensors and no others are there, each of its shape.
 
@@ -251,7 +250,6 @@ def validate_tensors(
       files: the file of each tensor found, for errors.
       context: the file or folder in which a tensor is missing.
       source: what the expected shapes follow from.
-      ignore: whether an unexpected tensor is accepted.
     Raises:
       CheckpointError: a tensor is missing, unexpected or of another shape.
     """
@@ -264,7 +262,7 @@ def validate_tensors(
             raise CheckpointError(
                 f"{files[name]}: {name} is {list(shape)}, and by {source} {wanted}"
             )
-        if name not in expected and not ignore(name):
+        if name not in expected:
             raise CheckpointError(
                 f"{files[name]}: our Transformer has no place for the tensor {name}"
             )
@@ -291,9 +289,9 @@ def read_params(
 
 def _read_row(row, shapes, read, put):
     """Reads one tensor. A function of its own, so that the tensor is freed before the next."""
-    arrays = row.split(read(row.theirs), [shapes[path] for path in row.ours])
+    arrays = row.split(read(row.name), [shapes[path] for path in row.params])
     return {
-        path: put(path, array) for path, array in zip(row.ours, arrays, strict=True)
+        path: put(path, array) for path, array in zip(row.params, arrays, strict=True)
     }
 
 
@@ -311,10 +309,10 @@ def leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def nested(found: Mapping[str, Any]) -> dict[str, Any]:
+def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameter tree with these leaves by path."""
     tree: dict[str, Any] = {}
-    for path, leaf in found.items():
+    for path, leaf in by_path.items():
         *folders, name = path.split("/")
         level = tree
         for folder in folders:

@@ -55,10 +55,10 @@ def save_peft(
       ConfigError: no architecture that PEFT knows expresses the model.
     """
     family, rows, _ = _projections(model)
-    found = _by_projection(model, adapters)
+    by_kernel = _by_kernel(model, adapters)
     tensors, ranks = {}, {}
     for row in rows:
-        parts = [found.get(path) for path in row.ours]
+        parts = [by_kernel.get(path) for path in row.params]
         if any(part is not None for part in parts):
             a, b = _join(row, parts)
             name_a, name_b = _tensor_names(row)
@@ -90,28 +90,28 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
     config, tensors, bias = _read(folder)
     rank = config["r"]
     _, rows, shapes = _projections(model)
-    found: dict[str, Adapter] = {}
+    by_kernel: dict[str, Adapter] = {}
     for row in rows:
         pair = [name for name in _tensor_names(row) if name in tensors]
         if len(pair) == 2:
             _validate_scale(folder, _module(row), config)
             a, b = (np.asarray(tensors.pop(name), np.float32) for name in pair)
-            found |= _split(row, a, b, rank, shapes)
+            by_kernel |= _split(row, a, b, rank, shapes)
     head = {}
     if model.head == "scalar" and SCORE in tensors:
         kernel = np.asarray(tensors.pop(SCORE), np.float32)[0]
         head = {"head": {"kernel": kernel, "bias": np.float32(bias)}}
-    if tensors or not found:
+    if tensors or not by_kernel:
         name = next(iter(tensors), "no adapter")
         raise CheckpointError(f"{folder / WEIGHTS}: this model has no place for {name}")
     options = {
         "rank": rank,
         "alpha": config["lora_alpha"],
-        "targets": _targets(model, found),
+        "targets": _targets(model, by_kernel),
         "dropout": config.get("lora_dropout", 0.0),
     }
     adapted = build(LoraConfig, options, str(folder / CONFIG))
-    return dataclasses.replace(model, lora=adapted), _tree(model, found) | head
+    return dataclasses.replace(model, lora=adapted), _tree(model, by_kernel) | head
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
@@ -143,14 +143,14 @@ def _projections(model: Model) -> tuple[str, list[Row], dict[str, Shape]]:
     rows = [
         row
         for row in names.rows(names.TABLES[family], "lm", shapes)
-        if row.ours[0].startswith(LAYERS) and row.ours[0].endswith(KERNEL)
+        if row.params[0].startswith(LAYERS) and row.params[0].endswith(KERNEL)
     ]
     return family, rows, shapes
 
 
 def _module(row: Row) -> str:
     """Returns the name of a linear layer in `transformers`."""
-    return row.theirs.removesuffix(".weight")
+    return row.name.removesuffix(".weight")
 
 
 def _tensor_names(row: Row) -> list[str]:
@@ -183,7 +183,7 @@ def _split(
     """
     total = len(a)
     n = total // rank
-    b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.ours]
+    b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
     blocks = [
         block.reshape(n, rank, *block.shape[1:])
         for block in _b_row(row).split(b, b_shapes)
@@ -197,7 +197,7 @@ def _split(
             f"{_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
         )
     adapters = {}
-    for path, block, indices in zip(row.ours, blocks, used, strict=True):
+    for path, block, indices in zip(row.params, blocks, used, strict=True):
         for i in indices:
             part = a[i * rank : (i + 1) * rank]
             inputs = shapes[path][: row.inputs]
@@ -268,23 +268,23 @@ def _targets(model: Model, kernels: Collection[str]) -> str:
     return "|".join(sorted(f"{path}$" for path in paths))
 
 
-def _by_projection(model: Model, adapters: Params) -> dict[str, Adapter]:
+def _by_kernel(model: Model, adapters: Params) -> dict[str, Adapter]:
     """Returns the adapters in a tree by the path of their kernel, layers unstacked."""
     shapes, read = hf.unstacked_reader(model.config.scan_layers, adapters)
     name_a, name_b = (f"/{name}" for name in lora.NAMES)
-    found = {}
+    by_kernel = {}
     for path in shapes:
         start, is_a, _ = path.partition(name_a)
         if is_a:
             a, b = (
                 np.asarray(read(start + name), np.float32) for name in (name_a, name_b)
             )
-            found[start + KERNEL] = a, b
-    return found
+            by_kernel[start + KERNEL] = a, b
+    return by_kernel
 
 
 def _tree(model: Model, adapters: Mapping[str, Adapter]) -> Params:
-    """Returns the tree of adapters; the inverse of `_by_projection`."""
+    """Returns the tree of adapters; the inverse of `_by_kernel`."""
     leaves = {}
     for path, pair in adapters.items():
         start = path.removesuffix(KERNEL)

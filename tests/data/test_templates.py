@@ -348,7 +348,7 @@ CUE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
         ),
         (
             "{% for m in messages if m.role != 'user' %}" + TURN + "{% endfor %}" + CUE,
-            "does not say each message",
+            "does not write each message",
         ),
         ("{{ messages | tojson }}<|im_end|>", "does not start where its generation"),
         (
@@ -378,7 +378,7 @@ def test_what_is_said_may_not_be_rewritten():
     tokenizer = make("chatml", source + "{% endfor %}" + CUE)
     assert len(chat.render(tokenizer, CHAT)[0]) > 10
     thinking = [CHAT[0], {"role": "assistant", "content": "<think>hm</think>the cat"}]
-    with pytest.raises(DataError, match="changes what a message says"):
+    with pytest.raises(DataError, match="changes a message by more than trimming it"):
         chat.render(tokenizer, thinking)
 
 
