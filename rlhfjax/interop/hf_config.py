@@ -144,7 +144,7 @@ class ConfigValues:
         """Raises CheckpointError for a key that is left, unless it changes nothing."""
         neutral = {**NEUTRAL, **family.neutral}
         for key, value in self.left.items():
-            if key in SILENT or key in family.silent:
+            if key in SILENT or (key in family.silent and type(value) is int):
                 continue
             accepted = neutral.get(key, ())
             # An empty list is one value.
@@ -176,13 +176,10 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
 
 
 def _config(family: Family, values: ConfigValues) -> TransformerConfig:
-    fields = {
-        field: values.take_equal(
-            keys, KINDS.get(field, int), family.defaults.get(field, REQUIRED)
-        )
-        for field, keys in family.keys.items()
-    }
-    fields |= family.fixed
+    fields = dict(family.fixed)
+    for field, keys in family.keys.items():
+        default = family.defaults.get(field, REQUIRED)
+        fields[field] = values.take_equal(keys, KINDS.get(field, int), default)
     fields["mlp"] = _activation(family, values, fields["mlp"])
     if fields.get("d_ff") is None:  # GPT-1, and GPT-2 without n_inner
         fields["d_ff"] = 4 * fields["d_model"]
@@ -237,9 +234,7 @@ def _family_of(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
         described = _describe(family, config)
         try:
             again = _config(family, ConfigValues(path, described))
-        except (
-            CheckpointError
-        ):  # for example an activation that the family does not have
+        except CheckpointError:  # for example another activation
             continue
         if _meaning(again) == _meaning(config):
             return name, described

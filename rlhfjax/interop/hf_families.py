@@ -74,7 +74,7 @@ class Family:
     neutral: dict[str, tuple] = dataclasses.field(default_factory=dict)
     """Further keys with the values, or elements of lists, that change nothing."""
     silent: frozenset[str] = frozenset()
-    """Further keys that change nothing."""
+    """Further keys that change nothing, whichever integer they hold."""
     written: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys that an export writes besides those above."""
 
