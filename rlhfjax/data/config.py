@@ -61,8 +61,8 @@ class Limited:
     def __getitem__(self, index: int) -> Any:
         return self._source[index]
 
-    def where(self, index: int) -> str:
-        return self._source.where(index)
+    def locate(self, index: int) -> str:
+        return self._source.locate(index)
 
 
 def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:

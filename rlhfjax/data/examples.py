@@ -180,9 +180,9 @@ class Prompts:
         row, end = self._index[index]
         return {"messages": self.source[row]["messages"][:end]}
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         row, end = self._index[index]
-        return f"{self.source.where(row)}, first {end} turns"
+        return f"{self.source.locate(row)}, first {end} turns"
 
 
 def preference(
@@ -249,7 +249,7 @@ def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:
         tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     )
     return prompt.tolist(), [
-        chat.answer_tokens(tokenizer, text) for text in row["completions"]
+        chat.response_tokens(tokenizer, text) for text in row["completions"]
     ]
 
 

@@ -325,7 +325,7 @@ def preference_batches(
 
     def encode(index: int, row: dict[str, Any]) -> Batch:
         arrays = examples.preference(
-            tokenizer, row, k=k, length=length, where=source.where(index)
+            tokenizer, row, k=k, length=length, where=source.locate(index)
         )
         return arrays | {"index": np.int32(index)}
 

@@ -43,8 +43,8 @@ class Mismatched:
             "completion_tokens": [np.array(ids, np.int32) for ids in completions],
         }
 
-    def where(self, index: int) -> str:
-        return f"{self._source.where(index)} with another prompt's answers"
+    def locate(self, index: int) -> str:
+        return f"{self._source.locate(index)} with another prompt's answers"
 
 
 def _prompt_key(row: Row) -> Hashable:

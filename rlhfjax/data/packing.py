@@ -1,8 +1,8 @@
-"""Examples into rows of one length, with grain: concatenate and split, or first-fit. All state is checkpointable.
+"""Examples packed into rows of one length, with grain. All state is checkpointable.
 
-An example is int32 [t, 3]: input, target, 1 where the target counts; for fine-tuning [t, 4], see
-`examples_cut`. A row is what a stage sees: `tokens`, `targets`, `mask`, `segments` (1, 2, ... for
-the examples of the row, 0 for padding) and `positions` (from 0 in each segment).
+An example is int32 [t, 3]: input, target, 1 where the target counts. For fine-tuning it is [t, 4];
+`examples_cut` reads the fourth column. A row is what a stage sees: `tokens`, `targets`, `mask`,
+`segments` (1, 2, ... for the row's examples, 0 for padding) and `positions` (from 0 per segment).
 """
 
 from typing import Any
@@ -22,16 +22,17 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
 
 def flatten(examples: grain.IterDataset) -> grain.IterDataset:
-    """Lists of examples to single ones."""
+    """Returns single examples, given lists of examples."""
     return grain.experimental.FlatMapIterDataset(examples, _Flatten())
 
 
 def concatenate_and_split(
     examples: grain.IterDataset, *, length: int
 ) -> grain.IterDataset:
-    """Full rows: an example that does not fit goes on in the next row, as a segment of its own from position 0.
+    """Returns full rows. An example that does not fit continues in the next row.
 
-    Targets were taken within each example before it was split, so none is lost or crosses an example.
+    There it is a segment of its own, from position 0. Targets were taken within each example before
+    it was split, so none is lost or crosses examples.
     """
     examples = examples.map(lambda example: {_FEATURE: example})
     return grain.experimental.ConcatThenSplitIterDataset(
@@ -42,29 +43,33 @@ def concatenate_and_split(
 def first_fit(
     examples: grain.IterDataset, *, length: int, bins: int, seed: int | None
 ) -> grain.IterDataset:
-    """Whole examples, each in the first of `bins` open rows with room for it; rows are shuffled if there is a seed."""
+    """Returns rows of whole examples, each in the first of `bins` open rows that has room for it.
+
+    Args:
+      seed: shuffles the rows, unless None.
+    """
     return grain.experimental.FirstFitPackIterDataset(
         examples,
         length_struct={_FEATURE: length},
         num_packing_bins=bins,
-        seed=0 if seed is None else seed,
+        seed=seed or 0,
         shuffle_bins=seed is not None,
     )
 
 
 def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False) -> Row:
-    """The arrays of one packed row; with `cross_document` the whole row is one segment, as in GPT-3."""
-    example, segments = (
-        packed[_FEATURE],
-        packed[f"{_FEATURE}_segment_ids"].astype(np.int32),
-    )
+    """Returns the arrays of one packed row.
+
+    Args:
+      cross_document: the whole row is one segment, as in GPT-3.
+    """
+    example = packed[_FEATURE]
+    segments = packed[f"{_FEATURE}_segment_ids"].astype(np.int32)
     positions = packed[f"{_FEATURE}_positions"].astype(np.int32)
     real = segments > 0
     if cross_document:
-        segments, positions = (
-            real.astype(np.int32),
-            np.arange(len(real), dtype=np.int32) * real,
-        )
+        segments = real.astype(np.int32)
+        positions = np.arange(len(real), dtype=np.int32) * real
     return {
         "tokens": np.where(real, example[:, 0], pad_id).astype(np.int32),
         "targets": np.where(real, example[:, 1], pad_id).astype(np.int32),
@@ -75,6 +80,8 @@ def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False)
 
 
 def examples_cut(packed: dict[str, Any]) -> Row:
-    """How many examples of a packed row lost tokens, float32 []: those with 1 in the fourth
-    column."""
+    """Returns the number of a packed row's examples that lost tokens, float32 [].
+
+    Those have 1 in the fourth column.
+    """
     return {"cut": np.array(packed[_FEATURE][:, 3].sum(), np.float32)}

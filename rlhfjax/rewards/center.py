@@ -82,7 +82,7 @@ def _demonstration(
     if not ends:
         return None
     prompt = chat.render_prompt(tokenizer, messages[: ends[-1]])
-    answer = chat.answer_tokens(tokenizer, messages[ends[-1]]["content"])
+    answer = chat.response_tokens(tokenizer, messages[ends[-1]]["content"])
     native = {
         "prompt_tokens": prompt,
         "completion_tokens": [np.array(answer, np.int32)],

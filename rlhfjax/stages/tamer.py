@@ -222,7 +222,7 @@ def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
                 if isinstance(prompt, str)
                 else prompt
             )
-            answer = chat.answer_tokens(tokenizer, response)
+            answer = chat.response_tokens(tokenizer, response)
             start = chat.render_prompt(tokenizer, messages).tolist()
         except (ValueError, KeyError, TypeError, AttributeError) as why:
             shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
