@@ -144,6 +144,7 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
             optim=config.optim,
             lora=config.lora,
             averaged=bool(config.ema),
+            keeps_head=True,
         ),
         "reference": Role(
             config.reference or config.init_from, mesh=mesh, shares=shares
