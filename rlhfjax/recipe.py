@@ -35,6 +35,7 @@ from rlhfjax.renamed import config_with_present_names
 
 DONE = "done.json"
 CONFIG = "config.json"
+MOST_STAGES = 100  # the folders of stages are numbered by two digits
 
 
 def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
@@ -193,6 +194,10 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     if extra:
         raise ConfigError(
             f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}"
+        )
+    if len(names) > MOST_STAGES:
+        raise ConfigError(
+            f"recipe: {len(names)} stages; at most {MOST_STAGES} are accepted"
         )
     if len(set(names)) < len(names):
         raise ConfigError(

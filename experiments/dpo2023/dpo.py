@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -23,15 +22,14 @@ BETA = {
     "sentiment": 0.1,
 }  # appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
 WITHOUT_REFERENCE = ("orpo", "simpo")
+LOSSES = ("dpo", "cdpo", "ipo", "kto", *WITHOUT_REFERENCE)
 VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="tldr", size="paper", loss="dpo", beta=0.0, seed=0)
-    if arg.task not in BETA or arg.size not in ("paper", "toy"):
-        raise ConfigError(
-            f"task={arg.task},size={arg.size}: tasks are {', '.join(BETA)}; sizes are paper, toy"
-        )
+    arg = parse_arg(
+        arg, task=tuple(BETA), size=("paper", "toy"), loss=LOSSES, beta=0.0, seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

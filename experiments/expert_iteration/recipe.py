@@ -11,24 +11,29 @@ Hardware: 2 CPU cores, minutes. Time and result: README.md beside this file.
 
 import runpy
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Interval
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 SIZES = {"full": "full", "toy": "smoke"}
+Rounds = Annotated[int, Interval(ge=1, le=24)]  # a recipe has at most 100 stages
 VARIANTS = ("", "rounds=3", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="full", rounds=2, samples_per_prompt=8, keep=1, seed=0)
-    if arg.size not in SIZES or arg.rounds < 1:
-        raise ConfigError(
-            f"size={arg.size},rounds={arg.rounds}: sizes are full, toy; at least 1 round"
-        )
+    arg = parse_arg(
+        arg,
+        size=tuple(SIZES),
+        rounds=Argument(2, Rounds),
+        samples_per_prompt=8,
+        keep=1,
+        seed=0,
+    )
     config = base(arg, until="collect")
     policy = "sft"
     for i in range(1, arg.rounds + 1):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -32,11 +32,13 @@ PROMPT, ANSWER = (
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", pairs=0, seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in ("1.2b", "6b"):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are 1.2b, 6b"
-        )
+    arg = parse_arg(
+        arg,
+        size=("paper", "toy"),
+        policy=("1.2b", "6b"),
+        pairs=Argument(0, Count),
+        seed=0,
+    )
     return toy(arg.seed, arg.pairs or TOY_PAIRS) if arg.size == "toy" else paper(arg)
 
 

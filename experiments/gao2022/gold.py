@@ -13,7 +13,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 
 HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
@@ -21,9 +20,7 @@ VARIANTS = ("", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", seed=0)
-    if arg.size not in ("paper", "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are paper, toy")
+    arg = parse_arg(arg, size=("paper", "toy"), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -33,17 +33,14 @@ RATE = {"1.2b": 2.0e-4, "6b": 1.2e-4}  # GPT-3's table 2.1
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, size="paper", policy="1.2b", proxy="85m", pairs=0, kl=0.0, seed=0
+        arg,
+        size=("paper", "toy"),
+        policy=tuple(RATE),
+        proxy=("85m", *PROXY["SIZES"]),
+        pairs=Argument(0, Count),
+        kl=0.0,
+        seed=0,
     )
-    if (
-        arg.size not in ("paper", "toy")
-        or arg.policy not in RATE
-        or arg.proxy not in PROXY["SIZES"]
-    ):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are "
-            f"{', '.join(RATE)}; proxies are {', '.join(PROXY['SIZES'])}"
-        )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

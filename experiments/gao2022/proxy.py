@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -43,16 +43,14 @@ SIZES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, seed=0)
-    if (
-        arg.size not in ("paper", "toy")
-        or arg.policy not in ("1.2b", "6b")
-        or arg.proxy not in SIZES
-    ):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
-            f"proxies are {', '.join(SIZES)}"
-        )
+    arg = parse_arg(
+        arg,
+        size=("paper", "toy"),
+        policy=("1.2b", "6b"),
+        proxy=("85m", *SIZES),
+        pairs=Argument(0, Count),
+        seed=0,
+    )
     return (
         toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
         if arg.size == "toy"

@@ -13,7 +13,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 
 HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
@@ -25,11 +24,7 @@ POLICIES = {"1.2b": "1.3b", "6b": "6.7b"}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in POLICIES:
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are {', '.join(POLICIES)}"
-        )
+    arg = parse_arg(arg, size=("paper", "toy"), policy=tuple(POLICIES), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -27,15 +26,9 @@ VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", estimator="grpo", seed=0)
-    if arg.size not in ("paper", "toy") or arg.estimator not in (
-        "grpo",
-        "dr_grpo",
-        "dapo",
-    ):
-        raise ConfigError(
-            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators grpo, dr_grpo, dapo"
-        )
+    arg = parse_arg(
+        arg, size=("paper", "toy"), estimator=("grpo", "dr_grpo", "dapo"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

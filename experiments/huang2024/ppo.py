@@ -15,7 +15,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -29,9 +28,7 @@ EPISODES, BATCH = 1_000_000, 512  # the table: about 8.56 passes over the prompt
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1b", seed=SEEDS[0])
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=(*SIZES, "toy"), seed=SEEDS[0])
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

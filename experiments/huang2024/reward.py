@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -28,9 +27,7 @@ LENGTH = 638  # detail 5: post and summary, summaries of up to 169 tokens (detai
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1b", seed=44413)
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=(*SIZES, "toy"), seed=44413)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
@@ -38,11 +37,7 @@ SIZES = ("1b", "2.8b", "6.9b")  # of Pythia
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1b", init="pythia", seed=44413)
-    if arg.size not in (*SIZES, "toy") or arg.init not in ("pythia", "random"):
-        raise ConfigError(
-            f"size={arg.size},init={arg.init}: sizes are {', '.join(SIZES)}, toy; init pythia, random"
-        )
+    arg = parse_arg(arg, size=(*SIZES, "toy"), init=("pythia", "random"), seed=44413)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

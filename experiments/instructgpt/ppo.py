@@ -15,7 +15,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -46,9 +45,7 @@ VALUE_LEARNING_RATE = {"1.3b": 9e-6, "6.7b": 9e-6, "175b": 5e-6}  # C.4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", ptx=True, gamma=0.0, seed=0)
-    if arg.size not in (*LEARNING_RATE, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(LEARNING_RATE)}, toy")
+    arg = parse_arg(arg, size=(*LEARNING_RATE, "toy"), ptx=True, gamma=0.0, seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

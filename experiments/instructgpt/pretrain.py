@@ -15,7 +15,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
@@ -38,9 +37,7 @@ SIZES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", seed=0)
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=("1.3b", *SIZES, "toy"), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -30,9 +29,7 @@ LENGTH = 2048  # appendix C
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="6.7b", seed=0)
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=("6.7b", *SIZES, "toy"), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

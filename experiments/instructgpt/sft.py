@@ -16,7 +16,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -49,11 +48,7 @@ A_ROW = 4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", role="baseline", seed=0)
-    if arg.size not in (*SIZES, "toy") or arg.role not in EPOCHS:
-        raise ConfigError(
-            f"size={arg.size},role={arg.role}: sizes are {', '.join(SIZES)}, toy; roles are {', '.join(EPOCHS)}"
-        )
+    arg = parse_arg(arg, size=(*SIZES, "toy"), role=tuple(EPOCHS), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 

@@ -14,12 +14,14 @@ What to look at: the gold score of `evaluate_K` over rounds. Beside it stands on
 
 import runpy
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Interval
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
 
+Rounds = Annotated[int, Interval(ge=1, le=24)]  # a recipe has at most 100 stages
 VARIANTS = ("", "rounds=2,size=toy", "size=smoke")
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 START = ("tokenizer", "pretrain", "sft")
@@ -27,9 +29,9 @@ ROUND = ("collect", "reward", "ppo", "evaluate")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, rounds=3, size="full", seed=0)
-    if arg.rounds < 1:
-        raise ConfigError(f"config argument rounds={arg.rounds}: at least 1")
+    arg = parse_arg(
+        arg, rounds=Argument(3, Rounds), size=("full", "toy", "smoke"), seed=0
+    )
     toy = arg.size == "toy"
     base = TOY["quickstart"](arg.seed, size="smoke" if toy else arg.size)
     if toy:

@@ -19,7 +19,7 @@ STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="full", seed=0)
+    arg = parse_arg(arg, size=("full", "smoke"), seed=0)
     smoke = arg.size == "smoke"
     vocab, prompt, answer = 2048, 64, 32
 

@@ -33,7 +33,7 @@ RUBRIC = "Is this answer kind?\n{response}\n(A) yes (B) no"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, stage="all", run="runs/quickstart")
+    arg = parse_arg(arg, stage=("all", *stages.names()), run="runs/quickstart")
     configs = smoke(Path(arg.run))
     if arg.stage == "all":
         together(configs)
@@ -42,9 +42,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             | {name: stage_config(**one) for name, one in configs.items()}
         )
     if arg.stage not in configs:
-        known = ", ".join(stages.names())
         raise ConfigError(
-            f"stage={arg.stage}: it has no smoke config here, or is no stage; stages are {known}"
+            f"config argument stage={arg.stage}: it has no smoke config here"
         )
     return stage_config(**configs[arg.stage])
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -24,11 +23,9 @@ VARIANTS = ("", "k=2", "estimator=reinforce", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", k=4, estimator="rloo", seed=0)
-    if arg.size not in ("paper", "toy") or arg.estimator not in ("rloo", "reinforce"):
-        raise ConfigError(
-            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators rloo, reinforce"
-        )
+    arg = parse_arg(
+        arg, size=("paper", "toy"), k=4, estimator=("rloo", "reinforce"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

@@ -20,7 +20,7 @@ GOLD = "gold:sentiment"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="cpu", seed=0)
+    arg = parse_arg(arg, size=("cpu", "gpu"), seed=0)
     gpu = arg.size == "gpu"
     prompt, answer = (128, 64) if gpu else (48, 24)
     # all projections, as QLoRA (Dettmers et al. 2023) has it, of the last ten of thirty layers: no gradient goes below

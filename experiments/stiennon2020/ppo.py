@@ -28,8 +28,7 @@ EPISODES = 1_000_000  # appendix B.1
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", beta=0.05, seed=0)
-    SFT["check"](arg)
+    arg = parse_arg(arg, size=(*SFT["SIZES"], "toy"), beta=0.05, seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

@@ -24,8 +24,7 @@ COMPARISONS = 64_832  # section 3.2, all that were released
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", seed=0)
-    SFT["check"](arg)
+    arg = parse_arg(arg, size=(*SFT["SIZES"], "toy"), seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

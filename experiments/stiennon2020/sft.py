@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -30,14 +29,8 @@ POST, SUMMARY = 512 + 4, 48
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", seed=0)
-    check(arg)
+    arg = parse_arg(arg, size=(*SIZES, "toy"), seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
-
-
-def check(arg: ConfigDict) -> None:
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
 
 
 def adam(learning_rate: float, schedule: str) -> dict:

@@ -36,8 +36,9 @@ FIXED = {"cnndm": 0.01, "tldr": 0.03}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", numbers="paper", seed=0)
-    REWARD["check"](arg)
+    arg = parse_arg(
+        arg, task=tuple(KIND), size=("paper", "toy"), numbers=("paper", "code"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 

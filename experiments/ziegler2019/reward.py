@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -55,21 +54,10 @@ NUMBERS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", numbers="paper", seed=0)
-    check(arg)
+    arg = parse_arg(
+        arg, task=tuple(KIND), size=("paper", "toy"), numbers=("paper", "code"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
-
-
-def check(arg: ConfigDict) -> None:
-    if (
-        arg.task not in KIND
-        or arg.size not in ("paper", "toy")
-        or arg.numbers not in MODEL
-    ):
-        raise ConfigError(
-            f"task={arg.task},size={arg.size},numbers={arg.numbers}: tasks are {', '.join(KIND)}; sizes paper, toy; "
-            f"numbers {', '.join(MODEL)}"
-        )
 
 
 def start(arg: ConfigDict) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -29,11 +28,7 @@ KIND = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", seed=0)
-    if arg.task not in KIND or arg.size not in ("paper", "toy"):
-        raise ConfigError(
-            f"task={arg.task},size={arg.size}: tasks are {', '.join(KIND)}; sizes are paper, toy"
-        )
+    arg = parse_arg(arg, task=tuple(KIND), size=("paper", "toy"), seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
