@@ -104,8 +104,8 @@ def is_union(hint: Any) -> bool:
 def dataclass_of(hint: Any) -> type | None:
     """Returns the dataclass of which a value may be an instance, or a tuple of instances."""
     for arm in typing.get_args(hint) or (hint,):
-        if dataclasses.is_dataclass(arm):
-            return typing.cast(type, arm)
+        if isinstance(arm, type) and dataclasses.is_dataclass(arm):
+            return arm
     return None
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Several
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -24,7 +25,11 @@ VARIANTS = ("", "k=2", "estimator=reinforce", "size=toy")
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, size=("paper", "toy"), k=4, estimator=("rloo", "reinforce"), seed=0
+        arg,
+        size=("paper", "toy"),
+        k=Argument(4, Several),
+        estimator=("rloo", "reinforce"),
+        seed=0,
     )
     return toy(arg) if arg.size == "toy" else paper(arg)
 

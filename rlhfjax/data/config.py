@@ -18,17 +18,26 @@ log = logging.getLogger("rlhfjax")
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where rows come from; see `data.sources.open_source` for each option."""
+    """Where rows come from; see `data.sources.open_source`."""
 
     spec: str
+    """tfds:NAME[/CONFIG], tfds:FOLDER, jsonl:GLOB or text:GLOB."""
     kind: str | None = None
+    """text, messages, prompt or preferences; None: the dataset's own, else text."""
     split: str = "train"
+    """train, validation or test; replaces {split} in a glob; "all" takes every row of files."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The source's column names by ours."""
     data_dir: str | None = None
+    """Folder of TFDS datasets; None: TFDS's default."""
     on_bad_row: str = "error"
+    """At a malformed row: error ends the run, skip leaves the row out and counts it."""
     min_turns: Count = 0
+    """Conversations with fewer turns are left out."""
     documents: str = "file"
-    limit: Count = 0  # rows; 0: all
+    """What a row of a text file is: file, paragraph or line."""
+    limit: Count = 0
+    """Number of rows, the first ones; 0: all."""
 
     def open(self) -> Source:
         options = {
