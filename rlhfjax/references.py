@@ -15,7 +15,6 @@ import tensorflow_datasets as tfds
 from rlhfjax import paths, stages
 from rlhfjax.data import corpora
 from rlhfjax.data.config import SourceConfig
-from rlhfjax.data.rows import check_kind
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import (
     CheckpointError,
@@ -175,8 +174,6 @@ class _Stage(NamedTuple):
         scheme, _, rest = config.spec.partition(":")
         if scheme not in ("tfds", "jsonl", "text") or not rest:
             raise ConfigError(f"{option}.spec={config.spec}: expected {SPECS}")
-        if config.kind is not None:
-            check_kind(config.kind, config.columns)
         if self._is_made(rest):
             return
         if scheme == "tfds":

@@ -118,7 +118,7 @@ LM, SCALAR = "a language model", "a reward model"
         ("sft.sources.0.spec", "json:x", ("sft.sources[0].spec=json:x: expected tfds:NAME",)),
         ("sft.sources.0.spec", "jsonl:/no/x", ("sft.sources[0].spec=/no/x: no file matches",)),
         ("sft.sources.0.spec", "tfds:no_such_set", ("spec=tfds:no_such_set: no such TFDS",)),
-        ("sft.sources.0.kind", "poem", ("kind 'poem' is none of text",)),
+        ("sft.sources.0.kind", "poem", ("kind='poem': expected one of 'text', 'messages'",)),
         ("ppo.eval_prompts.source.spec", "jsonl:/no/x", ("ppo.eval_prompts.source.spec=/no/x",)),
         ("ppo.ptx.sources.0.spec", "text:/no/x", ("ppo.ptx.sources[0].spec=/no/x: no file",)),
     ],

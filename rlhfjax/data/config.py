@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from rlhfjax import paths
 from rlhfjax.data.loader import Shards
@@ -22,20 +22,20 @@ class SourceConfig:
 
     spec: str
     """tfds:NAME[/CONFIG], tfds:FOLDER, jsonl:GLOB or text:GLOB."""
-    kind: str | None = None
-    """text, messages, prompt or preferences; None: the dataset's own, else text."""
+    kind: Literal["text", "messages", "prompt", "preferences"] | None = None
+    """Kind of the rows; None: the dataset's own, else text."""
     split: str = "train"
     """train, validation or test; replaces {split} in a glob; "all" takes every row of files."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """The source's column names by ours."""
     data_dir: str | None = None
     """Folder of TFDS datasets; None: TFDS's default."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     """At a malformed row: error ends the run, skip leaves the row out and counts it."""
     min_turns: Count = 0
     """Conversations with fewer turns are left out."""
-    documents: str = "file"
-    """What a row of a text file is: file, paragraph or line."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """What one row of a text file is."""
     limit: Count = 0
     """Number of rows, the first ones; 0: all."""
 
