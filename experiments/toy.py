@@ -1,11 +1,14 @@
-"""What the papers' toy recipes are made of: the quickstart at its smallest, a paper's stages after some of its own.
+"""What the papers' toy recipes are made of: the quickstart at its smallest, a paper's stages after
+some of its own.
 
 Experiment files are no package; one takes this file, or another file of its folder, by its path:
   TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
   config = TOY["quickstart"](seed, until="collect")
-  TOY["add"](config, ppo=TOY["policy"]("ppo", seed, …), evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
-A model of 200 thousand parameters needs larger steps than one of billions: learning rates are not the papers'.
-`VARIANTS` of an experiment file names the arguments, "" and "size=toy" among them, that the tests expand.
+  TOY["add"](config, ppo=TOY["policy"]("ppo", seed, …), evaluate=TOY["evaluate"](seed,
+  policy="stage:ppo"))
+A model of 200 thousand parameters needs larger steps than one of billions: learning rates are not
+  the papers'. `VARIANTS` of an experiment file names the arguments, "" and "size=toy" among them,
+  that the tests expand.
 """
 
 import runpy
@@ -43,7 +46,9 @@ def sampling(seed: int = 0) -> dict[str, Any]:
 
 
 def loop(steps: int, evals: int = 3) -> dict[str, Any]:
-    """Options of a stage that trains for so many steps, validated and saved `evals` times, every step in the log."""
+    """Options of a stage that trains for so many steps, validated and saved `evals` times, every
+    step in the log.
+    """
     every = max(1, steps // evals)
     return {
         "steps": steps,
@@ -54,7 +59,9 @@ def loop(steps: int, evals: int = 3) -> dict[str, Any]:
 
 
 def tuned(seed: int = 0) -> ConfigDict:
-    """The quickstart up to SFT, trained for several times as long: a labeler is to tell its answers apart."""
+    """The quickstart up to SFT, trained for several times as long: a labeler is to tell its answers
+    apart.
+    """
     config = quickstart(seed, until="collect")
     config.pretrain.update(loop(300))
     config.sft.update(loop(150))
@@ -87,7 +94,9 @@ def ranked(
 
 
 def policy(stage: str, seed: int, **changes: Any) -> ConfigDict:
-    """A stage that improves SFT against the recipe's reward model, on the prompts of the quickstart's PPO."""
+    """A stage that improves SFT against the recipe's reward model, on the prompts of the
+    quickstart's PPO.
+    """
     ppo = quickstart(seed).ppo
     options = {
         "init_from": "stage:sft",
@@ -116,7 +125,9 @@ def best_of_n(seed: int, **changes: Any) -> ConfigDict:
 
 
 def evaluate(seed: int = 0, **changes: Any) -> ConfigDict:
-    """The quickstart's last stage: `policy` against `baseline` by the gold reward, on 64 held-out prompts."""
+    """The quickstart's last stage: `policy` against `baseline` by the gold reward, on 64 held-out
+    prompts.
+    """
     config = quickstart(seed).evaluate
     config.update(changes)
     return config

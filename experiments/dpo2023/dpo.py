@@ -1,11 +1,15 @@
-"""Direct preference optimization: summaries of TL;DR, or controlled sentiment; at toy size on embedded dialogue.
+"""Direct preference optimization: summaries of TL;DR, or controlled sentiment; at toy size on
+embedded dialogue.
 
-Paper: Rafailov et al. 2023 (arXiv 2305.18290). Expected there: TL;DR summaries preferred to the reference in 61% of
-  comparisons by GPT-4 at temperature 0 (PPO: 57%), section 6.2. Not the quantity that the toy measures.
+Paper: Rafailov et al. 2023 (arXiv 2305.18290). Expected there: TL;DR summaries preferred to the
+  reference in 61% of comparisons by GPT-4 at temperature 0 (PPO: 57%), section 6.2. Not the
+  quantity that the toy measures.
 Command: rlhfjax train --config=experiments/dpo2023/dpo.py:task=tldr --workdir=runs/dpo2023/tldr/dpo
   rlhfjax run --config=experiments/dpo2023/dpo.py:size=toy --workdir=runs/dpo2023/toy
-Variants: :task=sentiment; :loss=cdpo, ipo, kto, orpo or simpo on the same data; :beta=0.05; :seed=1.
-Hardware: toy: 2 CPU cores, minutes. The paper names none. Time and result: README.md beside this file.
+Variants: :task=sentiment; :loss=cdpo, ipo, kto, orpo or simpo on the same data; :beta=0.05;
+  :seed=1.
+Hardware: toy: 2 CPU cores, minutes. The paper names none. Time and result: README.md beside this
+  file.
 """
 
 import runpy
@@ -17,10 +21,11 @@ from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
+# appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
 BETA = {
     "tldr": 0.5,
     "sentiment": 0.1,
-}  # appendix B: 0.1, for TL;DR 0.5; section 6.1 sweeps 0.05, 0.1, 1 and 5
+}
 WITHOUT_REFERENCE = ("orpo", "simpo")
 LOSSES = ("dpo", "cdpo", "ipo", "kto", *WITHOUT_REFERENCE)
 VARIANTS = ("", "task=sentiment", "loss=kto", "loss=simpo", "size=toy")
@@ -35,9 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def loss(arg: ConfigDict) -> dict:
     """The paper's loss, or another with its own hyper-parameters."""
-    own = (
-        BETA[arg.task] if arg.loss == "dpo" else None
-    )  # None: the default of that loss
+    # None: the default of that loss
+    own = BETA[arg.task] if arg.loss == "dpo" else None
     return {"name": arg.loss, "beta": arg.beta or own}
 
 
@@ -57,20 +61,22 @@ def optim(**changes) -> dict:
 
 def paper(arg: ConfigDict) -> ConfigDict:
     if arg.task == "tldr":
-        # The comparisons of Stiennon et al. 2020, with that paper's lengths (posts of 512 tokens, summaries of 48);
-        # 92,858 of them is the count that Huang et al. 2024 give. The epochs are unpublished: one, as choice.
+        # The comparisons of Stiennon et al. 2020, with that paper's lengths (posts of 512 tokens,
+        # summaries of 48); 92,858 of them is the count that Huang et al. 2024 give. The epochs are
+        # unpublished: one, as choice.
         data = {"length": 512 + 48, "batch_size": 64, "steps": 92_858 // 64}
     else:
-        # Appendix C.1: 25,000 prefixes of IMDb reviews, of 2 to 8 tokens, four answers each ranked by a classifier, all
-        # six pairs. Appendix B's 64 pairs are then 10.7 prompts; a batch here is of prompts with all their pairs, and
-        # is to divide over devices: 16, our choice. The length is unpublished, and so are the epochs: one, as choice.
+        # Appendix C.1: 25,000 prefixes of IMDb reviews, of 2 to 8 tokens, four answers each ranked
+        # by a classifier, all six pairs. Appendix B's 64 pairs are then 10.7 prompts; a batch here
+        # is of prompts with all their pairs, and is to divide over devices: 16, our choice. The
+        # length is unpublished, and so are the epochs: one, as choice.
         data = {"length": 64, "batch_size": 16, "steps": 25_000 // 16}
     return stage_config(
         "direct",
-        init_from=f"runs/dpo2023/{arg.task}/sft",  # section 4: a model fine-tuned on the preferred answers or texts
-        preferences=(
-            f"jsonl:data/{arg.task}/{{split}}*.jsonl",
-        ),  # rows of prompt, completions and scores
+        # section 4: a model fine-tuned on the preferred answers or texts
+        init_from=f"runs/dpo2023/{arg.task}/sft",
+        # rows of prompt, completions and scores
+        preferences=(f"jsonl:data/{arg.task}/{{split}}*.jsonl",),
         loss=loss(arg),
         reference_logprobs="live" if arg.loss in WITHOUT_REFERENCE else "precomputed",
         eval_every=150,
@@ -82,7 +88,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart up to its collected answers; DPO on them; best-of-n beside it, and both against the start."""
+    """The quickstart up to its collected answers; DPO on them; best-of-n beside it, and both
+    against the start.
+    """
     config = TOY["quickstart"](arg.seed, until="collect")
     collect = TOY["collect"](arg.seed, samples_per_prompt=4, prompts=1024, held_out=96)
     dpo = TOY["ranked"](
@@ -94,9 +102,8 @@ def toy(arg: ConfigDict) -> ConfigDict:
         loss=loss(arg),
         optim=optim(learning_rate=2e-4, warmup_steps=8),
     )
-    best_of_n = TOY["best_of_n"](
-        arg.seed, proxy="gold:sentiment"
-    )  # the labeler itself: the most picking can buy
+    # the labeler itself: the most picking can buy
+    best_of_n = TOY["best_of_n"](arg.seed, proxy="gold:sentiment")
     evaluate = TOY["evaluate"](arg.seed, policy="stage:dpo", proxy=None)
     return TOY["add"](
         config, collect=collect, dpo=dpo, best_of_n=best_of_n, evaluate=evaluate

@@ -1,11 +1,13 @@
-"""Expert iteration: sample answers, keep the best of each prompt, fine-tune on them, and again from there.
+"""Expert iteration: sample answers, keep the best of each prompt, fine-tune on them, and again from
+there.
 
-Paper: Anthony et al. 2017 (arXiv 1705.08439); on language ReST (Gulcehre et al. 2023, arXiv 2308.08998); one round is
-  the rejection sampling of Llama 2 (Touvron et al. 2023, section 3.2.3), which keeps the best of K by its reward model.
+Paper: Anthony et al. 2017 (arXiv 1705.08439); on language ReST (Gulcehre et al. 2023, arXiv
+  2308.08998); one round is the rejection sampling of Llama 2 (Touvron et al. 2023, section 3.2.3),
+  which keeps the best of K by its reward model.
   None publishes numbers for a model of this size: every one below is our choice.
 Command: rlhfjax run --config=experiments/expert_iteration/recipe.py --workdir=runs/expert_iteration
-Variants: :size=toy, the quickstart at its smallest; :rounds=3; :samples_per_prompt=16 (K); :keep=2; :seed=1. The labeler is
-  the quickstart's gold reward itself.
+Variants: :size=toy, the quickstart at its smallest; :rounds=3; :samples_per_prompt=16 (K); :keep=2;
+  :seed=1. The labeler is the quickstart's gold reward itself.
 Hardware: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 

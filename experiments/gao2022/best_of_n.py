@@ -1,10 +1,14 @@
-"""Over-optimization, step 5: best-of-n by a proxy, measured by the gold model; at toy size on embedded dialogue.
+"""Over-optimization, step 5: best-of-n by a proxy, measured by the gold model; at toy size on
+embedded dialogue.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL), nats:
-  R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy peaks near 0.50 at
-  KL 4 to 5, the 85M one near 0.87 at 8, the 3B one still rises at 10. The coefficients are not printed as numbers.
-Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m --workdir=runs/gao2022/1.2b/best_of_n_85m
-  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy --workdir=runs/gao2022/toy_best_of_n
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL),
+  nats: R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy
+  peaks near 0.50 at KL 4 to 5, the 85M one near 0.87 at 8, the 3B one still rises at 10. The
+  coefficients are not printed as numbers.
+Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m
+    --workdir=runs/gao2022/1.2b/best_of_n_85m
+  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy
+      --workdir=runs/gao2022/toy_best_of_n
   then python experiments/gao2022/curve.py runs/gao2022/toy_best_of_n
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :pool=60000; :pairs=2000; :seed=1.
 Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.

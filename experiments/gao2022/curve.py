@@ -1,9 +1,11 @@
-"""Gold and proxy score over d = sqrt(KL): `python experiments/gao2022/curve.py WORKDIR`, of a toy run of ppo.py.
+"""Gold and proxy score over d = sqrt(KL): `python experiments/gao2022/curve.py WORKDIR`, of a toy
+run of ppo.py.
 
-Prints a row a point of PPO and of best-of-n, and for each the coefficients that fit the gain of its gold score:
-  best-of-n  R(d) = d (alpha - beta d)        peak at alpha / 2 beta
-  RL         R(d) = d (alpha - beta log d)    peak at exp(alpha / beta - 1)
-Source: Gao et al. 2022, section 3. KL of PPO is measured on the held-out answers, of best-of-n log n - (n - 1) / n.
+Prints a row a point of PPO and of best-of-n, and for each the coefficients that fit the gain of its
+gold score: best-of-n  R(d) = d (alpha - beta d)        peak at alpha / 2 beta RL         R(d) = d
+(alpha - beta log d)    peak at exp(alpha / beta - 1)
+Source: Gao et al. 2022, section 3. KL of PPO is measured on the held-out answers, of best-of-n log
+  n - (n - 1) / n.
 """
 
 import json
@@ -59,7 +61,9 @@ def start(workdir: Path) -> Point | None:
 
 
 def fit(d: np.ndarray, gain: np.ndarray, stage: str) -> tuple[float, float, float]:
-    """Least squares of gain = d (alpha - beta f(d)), f the identity or the logarithm; alpha, beta and R^2."""
+    """Least squares of gain = d (alpha - beta f(d)), f the identity or the logarithm; alpha, beta
+    and R^2.
+    """
     columns = np.stack([d, -d * FORMS[stage](d)], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
     left = gain - columns @ np.array([alpha, beta])

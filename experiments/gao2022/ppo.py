@@ -1,12 +1,16 @@
-"""Over-optimization, step 6: PPO against a proxy without a KL penalty, measured by the gold model; and at toy size.
+"""Over-optimization, step 6: PPO against a proxy without a KL penalty, measured by the gold model;
+and at toy size.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d = sqrt(KL), nats:
-  R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to 18 and is back to 0 near 95,
-  the 3B one is flat from 80 on. The coefficients are not printed as numbers.
-Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m --workdir=runs/gao2022/1.2b/ppo_85m
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d
+  = sqrt(KL), nats: R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to
+  18 and is back to 0 near 95, the 3B one is flat from 80 on. The coefficients are not printed as
+  numbers.
+Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m
+    --workdir=runs/gao2022/1.2b/ppo_85m
   rlhfjax run --config=experiments/gao2022/ppo.py:size=toy --workdir=runs/gao2022/toy
   then python experiments/gao2022/curve.py runs/gao2022/toy
-Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6; :pairs=2000; :seed=1.
+Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6;
+  :pairs=2000; :seed=1.
 Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
@@ -55,7 +59,8 @@ def algorithm(arg: ConfigDict) -> dict:
         "value": "policy",  # unpublished; a proxy may be far smaller than the policy
         "value_clip": 0.2,  # unpublished
         "value_coefficient": 0.1,  # unpublished
-        "whiten_advantages": "batch",  # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
+        # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
+        "whiten_advantages": "batch",
         "temperature": 1.0,  # unpublished; InstructGPT
     }
 
@@ -81,15 +86,14 @@ def paper(arg: ConfigDict) -> ConfigDict:
         reward=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
         gold="runs/gao2022/gold",
         prompts={"source": prompts},
-        eval_prompts={
-            "source": {**prompts, "split": "validation"},
-            "limit": 512,
-        },  # our choice
+        # our choice
+        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": 512},
         prompt_length=COLLECT["PROMPT"],
         max_new_tokens=COLLECT["ANSWER"],
         batch_size=BATCH,
         minibatches=MINIBATCHES,
-        steps=1000,  # unpublished; stop by hand where the curve has turned (the paper's figures end near KL 100)
+        # unpublished; stop by hand where the curve has turned (the paper's figures end near KL 100)
+        steps=1000,
         eval_every=10,
         checkpoint={"every": 50, "minutes": 15.0},
         log={"every": 1},

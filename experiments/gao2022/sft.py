@@ -1,7 +1,10 @@
-"""Over-optimization, step 1: the policy that everything is sampled from; at toy size on embedded dialogue.
+"""Over-optimization, step 1: the policy that everything is sampled from; at toy size on embedded
+dialogue.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section 2.
-Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b --workdir=runs/gao2022/1.2b/sft
+Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section
+  2.
+Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b
+    --workdir=runs/gao2022/1.2b/sft
   rlhfjax run --config=experiments/gao2022/sft.py:size=toy --workdir=runs/gao2022/toy_sft
 Variants: :policy=1.2b, the main one, or 6b; :seed=1.
 Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
@@ -18,8 +21,8 @@ HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 VARIANTS = ("", "policy=6b", "size=toy")
 
-# GPT-3 without its embeddings has 1.2 and 6.4 billion parameters where its own table says 1.3 and 6.7: the names here
-# count that way. The start is of experiments/instructgpt/pretrain.py.
+# GPT-3 without its embeddings has 1.2 and 6.4 billion parameters where its own table says 1.3 and
+# 6.7: the names here count that way. The start is of experiments/instructgpt/pretrain.py.
 POLICIES = {"1.2b": "1.3b", "6b": "6.7b"}
 
 
@@ -29,7 +32,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    """Two epochs on InstructGPT's demonstrations; all else is unpublished: InstructGPT's appendix C.3."""
+    """Two epochs on InstructGPT's demonstrations; all else is unpublished: InstructGPT's appendix
+    C.3.
+    """
     other = runpy.run_path(str(HERE.parent / "instructgpt" / "sft.py"))
     return other["get_config"](
         f"size={POLICIES[arg.policy]},role=start,seed={arg.seed}"

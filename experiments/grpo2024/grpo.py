@@ -1,10 +1,12 @@
-"""GRPO: advantages from groups of answers, the KL in the loss, on questions of mathematics; at toy size on dialogue.
+"""GRPO: advantages from groups of answers, the KL in the loss, on questions of mathematics; at toy
+size on dialogue.
 
-Paper: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Expected there for 7B: GSM8K 88.2%, MATH 51.7%
-  (table 5). Not the quantity that the toy measures.
+Paper: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Expected there for 7B: GSM8K
+  88.2%, MATH 51.7% (table 5). Not the quantity that the toy measures.
 Command: rlhfjax train --config=experiments/grpo2024/grpo.py --workdir=runs/grpo2024/grpo
   rlhfjax run --config=experiments/grpo2024/grpo.py:size=toy --workdir=runs/grpo2024/toy
-Variants: :estimator=dr_grpo (Liu et al. 2025) or dapo (Yu et al. 2025), without a KL term as those papers; :seed=1.
+Variants: :estimator=dr_grpo (Liu et al. 2025) or dapo (Yu et al. 2025), without a KL term as those
+  papers; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -17,10 +19,8 @@ from rlhfjax.config import parse_arg
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-GROUP, BATCH = (
-    64,
-    1024,
-)  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
+# section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
+GROUP, BATCH = (64, 1024)
 QUESTIONS = 144_000  # section 4.2: "around 144K questions"
 VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
 
@@ -38,7 +38,8 @@ def loss(arg: ConfigDict) -> dict:
         # eq. 3 and 4: k3 in the loss, differentiated as it stands; section 4.2: coefficient 0.04
         "grpo": {"kl": {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}},
         "dr_grpo": {"kl": {"coefficient": 0.0}},
-        # clip-higher, overlong answers left out, groups without a difference not counted: sections 3.1, 3.2, 3.4
+        # clip-higher, overlong answers left out, groups without a difference not counted: sections
+        # 3.1, 3.2, 3.4
         "dapo": {
             "kl": {"coefficient": 0.0},
             "clip_high": 0.28,
@@ -54,7 +55,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "group",
         init_from="runs/grpo2024/instruct",  # DeepSeekMath-Instruct 7B
-        reward="runs/grpo2024/reward",  # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
+        # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
+        reward="runs/grpo2024/reward",
         prompts={
             "source": {
                 "spec": "jsonl:data/math/prompts*.jsonl",
@@ -84,7 +86,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim={
             "learning_rate": 1e-6,  # section 4.2
-            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "schedule": "constant",
             "b2": 0.999,
             "clip_norm": 1.0,
         },

@@ -1,11 +1,15 @@
-"""The N+ details, step 2: a reward model from TL;DR's comparisons; at toy size on embedded dialogue.
+"""The N+ details, step 2: a reward model from TL;DR's comparisons; at toy size on embedded
+dialogue.
 
-Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there, accuracy on TL;DR's
-  validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +- 0.004. The toy's labeler is a program.
-Command: rlhfjax train --config=experiments/huang2024/reward.py:size=1b --workdir=runs/huang2024/1b/reward
+Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there,
+  accuracy on TL;DR's validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +-
+  0.004. The toy's labeler is a program.
+Command: rlhfjax train --config=experiments/huang2024/reward.py:size=1b
+    --workdir=runs/huang2024/1b/reward
   rlhfjax run --config=experiments/huang2024/reward.py:size=toy --workdir=runs/huang2024/toy_reward
 Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
-Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside
+  this file.
 """
 
 import runpy
@@ -32,10 +36,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(**changes) -> dict:
-    """What does not depend on the size. The scalar head starts at N(0, 1 / sqrt(d + 1)) and looks at the eos."""
+    """What does not depend on the size. The scalar head starts at N(0, 1 / sqrt(d + 1)) and looks
+    at the eos.
+    """
     return {
         "loss": {"name": "bradley_terry"},
-        "normalize": "demonstrations",  # detail 15: a bias so that the reference summaries score 0 on average
+        # detail 15: a bias so that the reference summaries score 0 on average
+        "normalize": "demonstrations",
         "optim": SFT["optim"](**changes),
     }
 
@@ -46,9 +53,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
         "reward",
         init_from=f"runs/huang2024/{arg.size}/sft",
         preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),
+        # code: the whole split
         demonstrations=(
             {"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"},
-        ),  # code: the whole split
+        ),
         length=LENGTH,
         batch_size=batch,
         steps=COMPARISONS // batch,  # one epoch

@@ -1,13 +1,16 @@
-"""The N+ details, step 1: Pythia fine-tuned on the reference summaries of TL;DR; at toy size on embedded dialogue.
+"""The N+ details, step 1: Pythia fine-tuned on the reference summaries of TL;DR; at toy size on
+embedded dialogue.
 
-Paper: Huang et al. 2024 (arXiv 2403.17031), "The N+ implementation details of RLHF with PPO", and its released code
-  (vwxyzjn/summarize_from_feedback_details; "code" below). Expected there, win rate against the reference summaries by
-  gpt-3.5-turbo-0125, read off a figure: 1B about 33 %, 2.8B 41 %, 6.9B 43 %. The toy measures nothing of the kind.
+Paper: Huang et al. 2024 (arXiv 2403.17031), "The N+ implementation details of RLHF with PPO", and
+  its released code (vwxyzjn/summarize_from_feedback_details; "code" below). Expected there, win
+  rate against the reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B about 33 %, 2.8B
+  41 %, 6.9B 43 %. The toy measures nothing of the kind.
 Command: rlhfjax train --config=experiments/huang2024/sft.py:size=1b --workdir=runs/huang2024/1b/sft
   rlhfjax run --config=experiments/huang2024/sft.py:size=toy --workdir=runs/huang2024/toy_sft
-Variants: :size=1b, 2.8b or 6.9b; :init=random, the shape with random parameters, to see memory and speed before there
-  are weights; :seed=44413 (and 55513, 66613, 77713: the paper's four).
-Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
+Variants: :size=1b, 2.8b or 6.9b; :init=random, the shape with random parameters, to see memory and
+  speed before there are weights; :seed=44413 (and 55513, 66613, 77713: the paper's four).
+Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside
+  this file.
 """
 
 import dataclasses
@@ -42,7 +45,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def optim(**changes) -> dict:
-    """3e-6 for every stage; torch.optim.AdamW(lr, eps) in the code, so that PyTorch's defaults are the rest."""
+    """3e-6 for every stage; torch.optim.AdamW(lr, eps) in the code, so that PyTorch's defaults are
+    the rest.
+    """
     return {
         "name": "adamw",
         "learning_rate": 3e-6,  # the paper's table of hyper-parameters, and the sbatch files
@@ -51,7 +56,8 @@ def optim(**changes) -> dict:
         "b1": 0.9,  # code: PyTorch's default
         "b2": 0.999,  # code: PyTorch's default
         "eps": 1e-5,  # the table
-        "weight_decay": 0.01,  # code: PyTorch's default; there on vectors too, here on matrices alone
+        # code: PyTorch's default; there on vectors too, here on matrices alone
+        "weight_decay": 0.01,
         "clip_norm": 0.0,  # nothing clips in the code; what its DeepSpeed file says was not read
         **changes,
     }
@@ -60,9 +66,8 @@ def optim(**changes) -> dict:
 def origin(arg: ConfigDict) -> dict:
     """Where the first parameters come from."""
     if arg.init == "pythia":
-        return {
-            "init_from": f"runs/huang2024/pythia-{arg.size}-deduped"
-        }  # a folder of a model, see README.md
+        # a folder of a model, see README.md
+        return {"init_from": f"runs/huang2024/pythia-{arg.size}-deduped"}
     shape = preset(
         f"pythia-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full"
     )
@@ -78,8 +83,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "sft",
         **origin(arg),
-        # A post in the form of detail 2 ("SUBREDDIT: ... TL;DR:") is the user's turn, the summary the assistant's. The
-        # code learns the tokens of both; this stage the summary's alone.
+        # A post in the form of detail 2 ("SUBREDDIT: ... TL;DR:") is the user's turn, the summary
+        # the assistant's. The code learns the tokens of both; this stage the summary's alone.
         sources=(summaries,),
         eval_sources=({**summaries, "split": "validation"},),
         length=PROMPT

@@ -1,4 +1,5 @@
-"""The gold curve over rounds: `python experiments/iterated/curve.py WORKDIR` prints a row a round, from metrics.jsonl.
+"""The gold curve over rounds: `python experiments/iterated/curve.py WORKDIR` prints a row a round,
+from metrics.jsonl.
 
 Round 0 is the policy of SFT, which every round is compared with on the same prompts and draws.
 """

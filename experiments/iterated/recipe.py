@@ -1,15 +1,17 @@
-"""Iterated RLHF: rounds of collect -> reward -> ppo, each round's answers and policy from the last one's.
+"""Iterated RLHF: rounds of collect -> reward -> ppo, each round's answers and policy from the last
+one's.
 
-Paper: Ziegler et al. 2019, section 2.3 (the reward model is trained anew on all labels so far, from the same start, as
-  the policy moves); Ouyang et al. 2022, section 3.1 ("steps 2 and 3 can be iterated continuously"). Here every reward
-  model starts from SFT and sees the comparisons of all rounds; every policy starts from the last one, and its KL is to
-  SFT. The setup is the quickstart's; the number of rounds and of comparisons a round is our choice.
+Paper: Ziegler et al. 2019, section 2.3 (the reward model is trained anew on all labels so far, from
+  the same start, as the policy moves); Ouyang et al. 2022, section 3.1 ("steps 2 and 3 can be
+  iterated continuously"). Here every reward model starts from SFT and sees the comparisons of all
+  rounds; every policy starts from the last one, and its KL is to SFT. The setup is the
+  quickstart's; the number of rounds and of comparisons a round is our choice.
 Command: rlhfjax run --config=experiments/iterated/recipe.py:rounds=3 --workdir=runs/iterated
   then python experiments/iterated/curve.py runs/iterated
 Variants: :rounds=2,size=toy runs in minutes; :size=smoke is the quickstart's smoke at every round.
 Hardware: 2 CPU cores.
-What to look at: the gold score of `evaluate_K` over rounds. Beside it stands one round of as many comparisons: the
-  quickstart with `--config.collect.prompts.limit` K times as large.
+What to look at: the gold score of `evaluate_K` over rounds. Beside it stands one round of as many
+  comparisons: the quickstart with `--config.collect.prompts.limit` K times as large.
 """
 
 import runpy
@@ -53,9 +55,8 @@ def one_round(base: ConfigDict, k: int) -> dict[str, ConfigDict]:
         ConfigDict(base[name].to_dict()) for name in ROUND
     )
     last = "stage:sft" if k == 1 else f"stage:ppo_{k - 1}"
-    seed = (
-        base.collect.seed + 1000 * k
-    )  # every round other draws, and other prefixes of the conversations
+    # every round other draws, and other prefixes of the conversations
+    seed = base.collect.seed + 1000 * k
     collect.update(init_from=last, seed=seed)
     reward.update(
         preferences=tuple(f"stage:collect_{i}/preferences" for i in range(1, k + 1))

