@@ -1,10 +1,9 @@
-"""Expert iteration: sample answers, keep the best of each prompt, fine-tune on them, and again from
-there.
+"""Iterates: sample responses, keep the best of each prompt, fine-tune on them.
 
 Paper: Anthony et al. 2017 (arXiv 1705.08439); on language ReST (Gulcehre et al. 2023, arXiv
   2308.08998); one round is the rejection sampling of Llama 2 (Touvron et al. 2023, section 3.2.3),
-  which keeps the best of K by its reward model.
-  None publishes numbers for a model of this size: every one below is our choice.
+  which keeps the best of K responses by its reward model.
+  None publishes numbers for a model of this size: every number below is our choice.
 Command: rlhfjax run --config=experiments/expert_iteration/recipe.py --workdir=runs/expert_iteration
 Variants: :size=toy, the quickstart at its smallest; :rounds=3; :samples_per_prompt=16 (K); :keep=2;
   :seed=1. The labeler is the quickstart's gold reward itself.
@@ -46,12 +45,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def base(arg: ConfigDict, until: str | None = None) -> ConfigDict:
-    """The quickstart's config, anew each time: what is taken from it is changed."""
+    """Returns a fresh copy of the quickstart's config, whose parts are changed."""
     return TOY["quickstart"](arg.seed, until, SIZES[arg.size])
 
 
 def add_round(config: ConfigDict, arg: ConfigDict, policy: str, i: int) -> str:
-    """collect_i from a policy, select_i, sft_i from that policy; the name of what comes out."""
+    """Adds collect_i, select_i and sft_i, which start from a policy; returns the name of sft_i."""
     quickstart, changes = (
         base(arg),
         {"init_from": f"stage:{policy}", "seed": arg.seed + i},

@@ -1,5 +1,4 @@
-"""Over-optimization, step 5: best-of-n by a proxy, measured by the gold model; at toy size on
-embedded dialogue.
+"""Over-optimization, step 5: picks the best of n by a proxy, measures by gold; or a toy.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL),
   nats: R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy
@@ -11,7 +10,7 @@ Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m
       --workdir=runs/gao2022/toy_best_of_n
   then python experiments/gao2022/curve.py runs/gao2022/toy_best_of_n
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :pool=60000; :pairs=2000; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -70,7 +69,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """Pools of 512 answers to 64 held-out prompts."""
+    """Returns the toy recipe: pools of 512 responses to 64 held-out prompts."""
     best_of_n = TOY["best_of_n"](
         seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512
     )

@@ -1,5 +1,4 @@
-"""Over-optimization, step 6: PPO against a proxy without a KL penalty, measured by the gold model;
-and at toy size.
+"""Over-optimization, step 6: PPO against a proxy, no KL penalty, measured by gold; or a toy.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d
   = sqrt(KL), nats: R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to
@@ -11,7 +10,7 @@ Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m
   then python experiments/gao2022/curve.py runs/gao2022/toy
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6;
   :pairs=2000; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -30,7 +29,7 @@ COLLECT = runpy.run_path(str(HERE / "collect.py"))
 VARIANTS = ("", "proxy=3m", "proxy=3b", "policy=6b", "kl=0.05", "size=toy")
 
 BATCH = 256  # table 1 (appendix C)
-MINIBATCHES = 128  # table 1 (appendix C), an epoch
+MINIBATCHES = 128  # table 1 (appendix C), per epoch
 MULTIPLIER = 4e-3  # table 1 (appendix C), of a learning rate that it does not name; as in proxy.py
 RATE = {"1.2b": 2.0e-4, "6b": 1.2e-4}  # GPT-3's table 2.1
 
@@ -49,10 +48,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(arg: ConfigDict) -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
         "kl": {"coefficient": arg.kl},  # section 2: 0, but for section 3.6
-        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults table 1 shares
+        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults agree with table 1
         "clip": 0.2,  # table 1 (appendix C)
         "lam": 0.95,  # table 1 (appendix C)
         "gamma": 1.0,  # unpublished; WebGPT's table 7
@@ -92,7 +91,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         max_new_tokens=COLLECT["ANSWER"],
         batch_size=BATCH,
         minibatches=MINIBATCHES,
-        # unpublished; stop by hand where the curve has turned (the paper's figures end near KL 100)
+        # unpublished; stop by hand when the curve has turned (the paper's figures end near KL 100)
         steps=1000,
         eval_every=10,
         checkpoint={"every": 50, "minutes": 15.0},
@@ -105,7 +104,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The toy's proxy, PPO without a penalty until it is over-optimized, best-of-n beside it."""
+    """Returns the toy recipe: its proxy, PPO without a penalty, best-of-n for comparison."""
     config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](
         arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]
     )
@@ -130,6 +129,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """Section 3.6, figure 9: penalties of the KL."""
+    """Adds the KL penalties of section 3.6, figure 9."""
     for coefficient in (0.0, 0.05, 0.1, 0.2):  # the paper's own values were not read
         add(**{"kl.coefficient": coefficient})

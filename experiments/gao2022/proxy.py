@@ -1,5 +1,4 @@
-"""Over-optimization, step 4: proxy reward models of many sizes from the gold model's comparisons;
-and at toy size.
+"""Over-optimization, step 4: trains proxy reward models of many sizes; or a toy.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 2, appendix C.
 Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m
@@ -7,7 +6,7 @@ Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m
   rlhfjax run --config=experiments/gao2022/proxy.py:size=toy --workdir=runs/gao2022/toy_proxy
 Variants: :proxy=3m, 12m, 25m, 42m, 85m, 300m, 680m, 1.2b or 3b; :policy=6b; :pairs=2000, the
   comparisons to learn from (those of `collect.py` with the same argument); :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -73,7 +72,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=BATCH,
         steps=steps,  # one epoch; more epochs do not replace data (figure 13)
         loss={"name": "bradley_terry"},
-        # Section 2 afterwards sets every proxy's mean over the initial policy's answers to 0, as
+        # Section 2 afterwards sets every proxy's mean over the initial policy's responses to 0, as
         # here, and its scale so that the cross-entropy to soft labels is least, which is left out:
         # neither changes what best-of-n picks, nor PPO's whitened advantages.
         normalize="mean",
@@ -94,9 +93,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """A model of a quarter of the gold model's width and one layer, pretrained; one epoch on the
-    gold model's pairs.
-    """
+    """Returns the toy recipe: a small proxy trained on the gold model's comparisons, one epoch."""
     config = COLLECT["toy"](seed, pairs)
     small = ConfigDict(config.pretrain.to_dict())
     small.update(TOY["loop"](150))

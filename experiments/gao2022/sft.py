@@ -1,5 +1,4 @@
-"""Over-optimization, step 1: the policy that everything is sampled from; at toy size on embedded
-dialogue.
+"""Over-optimization, step 1: fine-tunes the policy that all responses are sampled from; or a toy.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section
   2.
@@ -7,7 +6,7 @@ Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b
     --workdir=runs/gao2022/1.2b/sft
   rlhfjax run --config=experiments/gao2022/sft.py:size=toy --workdir=runs/gao2022/toy_sft
 Variants: :policy=1.2b, the main one, or 6b; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -32,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    """Two epochs on InstructGPT's demonstrations; all else is unpublished: InstructGPT's appendix
+    """Returns two epochs on InstructGPT's demonstrations; the rest is unpublished: its appendix
     C.3.
     """
     other = runpy.run_path(str(HERE.parent / "instructgpt" / "sft.py"))
@@ -42,5 +41,5 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart up to its SFT, trained for longer than its smoke size."""
+    """Returns the toy recipe: the quickstart up to SFT, trained longer than its smoke size."""
     return TOY["tuned"](seed)

@@ -1,9 +1,9 @@
-"""The N+ details, step 3: PPO on TL;DR against the reward model; at toy size on embedded dialogue.
+"""The N+ details, step 3: trains PPO on TL;DR against the reward model; at toy size on dialogue.
 
 Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there,
   win rate against the reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B between 20
   and 62 % over four seeds (two of them over-optimized, KL 50 to 85 nats), 2.8B 70 to 75 %, 6.9B 75
-  to 78 %. The toy measures nothing of the kind.
+  to 78 %. The toy does not measure this.
 Command: rlhfjax train --config=experiments/huang2024/ppo.py:size=1b --workdir=runs/huang2024/1b/ppo
   rlhfjax run --config=experiments/huang2024/ppo.py:size=toy --workdir=runs/huang2024/toy
 Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
@@ -35,9 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(**changes) -> dict:
-    """The paper's table of hyper-parameters, which is the code's as well; policy and value share an
-    optimizer.
-    """
+    """Returns the paper's hyper-parameters, the same in the code; the models share an optimizer."""
     # the table, and the code's loop, whatever its flag says
     optim = SFT["optim"](schedule="linear", **changes)
     return {
@@ -54,9 +52,9 @@ def algorithm(**changes) -> dict:
         "whiten_advantages": "batch",  # detail 25; code: before the epochs
         "kl": {"coefficient": 0.05, "place": "reward", "estimator": "k1"},
         "temperature": 0.7,
-        # Detail 23, the "EOS trick": -1 in the place of the score where there is no eos. The code
-        # samples on behind an eos and then throws that away; here a response ends with it. The code
-        # gives the score in the slot after the eos, where there is one; here on the eos.
+        # Detail 23, the "EOS trick": -1 in place of the score if there is no eos. The code
+        # samples on after an eos and then discards that; here a response ends with it. The code
+        # gives the score at the position after the eos, if there is one; here at the eos.
         "missing_eos": "replace",
         "missing_eos_value": -1.0,
         "optim": optim,
@@ -88,7 +86,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy's reward model, then PPO, and the policy against its start."""
+    """Returns the toy recipe: reward model, PPO, and an evaluation against the start."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](seed)
     own = {**TOY["loop"](40, evals=8), **algorithm(learning_rate=5e-4)}
     policy = TOY["policy"]("ppo", seed, batch_size=64, **own)
@@ -97,6 +95,6 @@ def toy(seed: int) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """The paper's four seeds."""
+    """Adds the paper's four seeds."""
     for seed in SEEDS:
         add(seed=seed)

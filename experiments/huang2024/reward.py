@@ -1,5 +1,4 @@
-"""The N+ details, step 2: a reward model from TL;DR's comparisons; at toy size on embedded
-dialogue.
+"""The N+ details, step 2: trains a reward model on TL;DR's comparisons; at toy size on dialogue.
 
 Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there,
   accuracy on TL;DR's validation comparisons: 1B 0.628 +- 0.002, 2.8B 0.669 +- 0.003, 6.9B 0.689 +-
@@ -36,8 +35,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(**changes) -> dict:
-    """What does not depend on the size. The scalar head starts at N(0, 1 / sqrt(d + 1)) and looks
-    at the eos.
+    """Returns the options that do not depend on the size.
+
+    The scalar head starts at N(0, 1 / sqrt(d + 1)) and reads the eos.
     """
     return {
         "loss": {"name": "bradley_terry"},
@@ -68,7 +68,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy SFT, 1,024 pairs ranked by the quickstart's labeler, one epoch on them."""
+    """Returns the toy recipe: SFT, 1,024 pairs ranked by the quickstart's labeler, one epoch."""
     collect = TOY["collect"](seed, samples_per_prompt=2, prompts=1024, held_out=192)
     demonstrations = ({**collect.eval_prompts.source, "split": "validation"},)
     own = {"demonstrations": demonstrations, **algorithm(learning_rate=1e-3)}

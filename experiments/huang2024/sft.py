@@ -1,10 +1,9 @@
-"""The N+ details, step 1: Pythia fine-tuned on the reference summaries of TL;DR; at toy size on
-embedded dialogue.
+"""The N+ details, step 1: fine-tunes Pythia on reference summaries of TL;DR; or a toy on dialogue.
 
 Paper: Huang et al. 2024 (arXiv 2403.17031), "The N+ implementation details of RLHF with PPO", and
   its released code (vwxyzjn/summarize_from_feedback_details; "code" below). Expected there, win
   rate against the reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B about 33 %, 2.8B
-  41 %, 6.9B 43 %. The toy measures nothing of the kind.
+  41 %, 6.9B 43 %. The toy does not measure this.
 Command: rlhfjax train --config=experiments/huang2024/sft.py:size=1b --workdir=runs/huang2024/1b/sft
   rlhfjax run --config=experiments/huang2024/sft.py:size=toy --workdir=runs/huang2024/toy_sft
 Variants: :size=1b, 2.8b or 6.9b; :init=random, the shape with random parameters, to see memory and
@@ -45,9 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def optim(**changes) -> dict:
-    """3e-6 for every stage; torch.optim.AdamW(lr, eps) in the code, so that PyTorch's defaults are
-    the rest.
-    """
+    """Returns the optimizer of every stage: the code's AdamW(lr, eps), else PyTorch's defaults."""
     return {
         "name": "adamw",
         "learning_rate": 3e-6,  # the paper's table of hyper-parameters, and the sbatch files
@@ -58,13 +55,13 @@ def optim(**changes) -> dict:
         "eps": 1e-5,  # the table
         # code: PyTorch's default; there on vectors too, here on matrices alone
         "weight_decay": 0.01,
-        "clip_norm": 0.0,  # nothing clips in the code; what its DeepSpeed file says was not read
+        "clip_norm": 0.0,  # nothing clips in the code; we did not read its DeepSpeed file
         **changes,
     }
 
 
 def origin(arg: ConfigDict) -> dict:
-    """Where the first parameters come from."""
+    """Returns the options that say where the parameters come from."""
     if arg.init == "pythia":
         # a folder of a model, see README.md
         return {"init_from": f"runs/huang2024/pythia-{arg.size}-deduped"}
@@ -99,7 +96,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's SFT with this optimizer."""
+    """Returns the toy recipe: the quickstart's SFT with this optimizer."""
     config = TOY["tuned"](seed)
     config.sft.optim.update(optim(learning_rate=1e-3))
     return config

@@ -1,5 +1,4 @@
-"""InstructGPT, step 3: PPO against the reward model, with pretraining gradients mixed in (PPO-ptx)
-or without.
+"""InstructGPT, step 3: trains PPO with pretraining gradients (PPO-ptx); at toy size on dialogue.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 and appendix C.4. Expected there for 175B:
   preferred to GPT-3 in 85 +- 3 % (section 4.1). The toy measures a programmed labeler's score,
@@ -55,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm() -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
         "value": "reward",  # C.4: a value function of its own, from the reward model
         "value_head": "loaded",
@@ -63,7 +62,7 @@ def algorithm() -> dict:
         "minibatches": BATCH // MINIBATCH,
         "clip": 0.2,  # C.4
         "value_clip": 0.2,  # unpublished; Ziegler et al. 2019, their code
-        # unpublished; the same. Under Adam it matters for the clipping of its gradient alone
+        # unpublished; the same. Under Adam it only matters for gradient clipping
         "value_coefficient": 0.1,
         "gamma": 1.0,  # C.4: no discount
         "lam": 0.95,  # unpublished; Stiennon et al. 2020
@@ -76,7 +75,7 @@ def algorithm() -> dict:
 
 
 def optim(updates_of_warmup: int, **changes) -> dict:
-    """C.4: constant after a warm-up over the first 10 iterations from a tenth of the peak."""
+    """Returns C.4: constant after a warm-up from a tenth of the peak over 10 iterations."""
     return {
         "name": "adam",
         "schedule": "constant",
@@ -91,7 +90,7 @@ def optim(updates_of_warmup: int, **changes) -> dict:
 
 
 def ptx(arg: ConfigDict, **changes) -> dict:
-    """gamma E[log pi(x)] of eq. 2, its gradient added in every minibatch (C.4).
+    """Returns the options of gamma E[log pi(x)], eq. 2, added in every minibatch (C.4).
 
     The paper does not say whether log pi(x) is of a token or of a sequence, so that 27.8 has no
     meaning of its own in other code. Here it multiplies nats per token, the unit in which PPO's
@@ -101,7 +100,7 @@ def ptx(arg: ConfigDict, **changes) -> dict:
     if not arg.ptx:
         return {}
     gamma = arg.gamma or GAMMA["toy" if arg.size == "toy" else "paper"]
-    # C.4: 8 examples an episode
+    # C.4: 8 examples per episode
     return {"coefficient": gamma, "unit": "token", "ratio": 8, **changes}
 
 
@@ -125,7 +124,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         max_new_tokens=1024,  # appendix C: "1k"
         batch_size=BATCH,
         steps=ITERATIONS,
-        # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the
+        # A minibatch of 64: on more devices, tensors are split too, but 50,257 rows of the
         # embedding are 29 x 1,733.
         mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}}
         if arg.size == "175b"
@@ -144,7 +143,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The toy's reward model, then PPO-ptx with the quickstart's text, and both against the start."""
+    """Returns the toy recipe: reward model, PPO-ptx with the quickstart's text, evaluation."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](arg.seed)
     steps = 32
     # one iteration; the paper's share of the run is less than that
@@ -153,7 +152,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
         "ppo",
         arg.seed,
         batch_size=64,
-        # the paper names nothing of the kind; a small model has to learn to end
+        # not in the paper; a small model has to learn to end its responses
         missing_eos="penalty",
         ema=1
         - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
@@ -168,6 +167,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """E.6, figure 33: the coefficient of the mix."""
+    """Adds coefficients of the mix: E.6, figure 33."""
     for gamma in (0.0, 1.0, 5.0, 20.0, 27.8):
         add(**{"ptx.coefficient": gamma})

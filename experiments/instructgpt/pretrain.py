@@ -1,5 +1,4 @@
-"""GPT-3: the language model that everything else starts from, for want of released weights; and at
-toy size.
+"""Pretrains GPT-3, whose weights are not released, for the other files; or a toy.
 
 Paper: Brown et al. 2020 (arXiv 2005.14165), table 2.1 and appendix B; Ouyang et al. 2022 start from
   it. Expected loss: not compared, the corpus is not public.
@@ -26,7 +25,7 @@ TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 VARIANTS = ("", "size=6.7b", "size=175b", "size=toy")
 
 LENGTH = 2048  # section 2.1 and appendix B: always the full context
-# Table 2.1: windows a batch and peak learning rate. The batches are printed as 0.5M, 1M, 2M and
+# Table 2.1: windows per batch and peak learning rate. The batches are printed as 0.5M, 1M, 2M and
 # 3.2M tokens; here the multiples of 256 windows next to them.
 SIZES = {
     "125m": (256, 6.0e-4),
@@ -46,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def optim(tokens: int, **changes) -> dict:
-    """Appendix B; warm-up and decay are counted in tokens there, `tokens` are those of an update."""
+    """Returns appendix B, which counts warm-up and decay in tokens; `tokens` are per update."""
     return {
         "name": "adamw",
         "warmup_steps": round(375e6 / tokens),
@@ -98,7 +97,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's text and width, the architecture and optimizer of GPT-3."""
+    """Returns the toy recipe: the quickstart's text and width, GPT-3's architecture and Adam."""
     config = TOY["quickstart"](seed, until="sft")
     steps, rows = config.pretrain.steps, config.pretrain.batch_size
     config.pretrain.model.update(
@@ -110,7 +109,7 @@ def toy(seed: int) -> ConfigDict:
         d_ff=256,
     )
     config.pretrain.cross_document = True
-    # The same shares of the run: 0.125 % of it is no update here, hence 2 %; decay over 260 of 300
+    # The same shares of the run: 0.125 % would be no update here, so 2 %; decay over 260 of 300
     # billion tokens.
     tokens = rows * config.pretrain.length
     shares = {"warmup_steps": max(1, steps // 50), "decay_steps": steps * 260 // 300}

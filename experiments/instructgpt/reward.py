@@ -1,4 +1,4 @@
-"""InstructGPT, step 2: a reward model from rankings of K answers; at toy size on embedded dialogue.
+"""InstructGPT, step 2: trains a reward model on rankings of K responses; at toy size on dialogue.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4
   +- 0.4 % on comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section
@@ -9,7 +9,7 @@ Command: rlhfjax train --config=experiments/instructgpt/reward.py
       --workdir=runs/instructgpt/toy_reward
 Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one
   6B reward model for all of them (a 175B one was less stable); :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(**changes) -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
         # eq. 1: all pairs of a prompt are one element; ties are dropped
         "loss": {"name": "kwise"},
@@ -63,10 +63,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
         "reward",
         # Section 3.5 says "from the SFT model"; C.2 says GPT-3 6B fine-tuned on ARC, BoolQ, CoQA,
         # DROP, MultiNLI, OpenBookQA, QuAC, RACE and Winogrande, and that SFT gives similar results:
-        # SFT, for its data are at hand.
+        # SFT, whose data are available.
         init_from="runs/instructgpt/6.7b/sft",
-        overrides={"dropout": 0.0},  # unpublished; SFT's 0.2 would come along
-        # K of 4 to 9 answers (section 3.5)
+        overrides={"dropout": 0.0},  # unpublished; else SFT's 0.2 would be inherited
+        # K of 4 to 9 responses (section 3.5)
         preferences=("jsonl:data/instructgpt/comparisons_{split}*.jsonl",),
         demonstrations=(
             {
@@ -85,11 +85,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeler, one epoch
-    on them.
-    """
+    """Returns the toy recipe: SFT, rankings of 6 responses to each of 1,024 prompts, one epoch."""
     config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
-    # between section 3.5's 4 and 9 answers
+    # section 3.5 has 4 to 9 responses
     collect = TOY["collect"](seed, samples_per_prompt=6, prompts=1024, held_out=192)
     own = {
         "overrides": {"dropout": 0.0},

@@ -1,4 +1,4 @@
-"""InstructGPT, step 1: supervised fine-tuning on demonstrations; at toy size on embedded dialogue.
+"""InstructGPT, step 1: fine-tunes on demonstrations; at toy size on embedded dialogue.
 
 Paper: Ouyang et al. 2022 (arXiv 2203.02155), appendices C.1 and C.3. Numbers that people's
   preferences give are not what the toy measures.
@@ -43,7 +43,7 @@ LEARNING_RATE = {
 }
 LENGTH = 2048  # appendix C: the context
 # Our rows are packed, so that a batch of rows holds more demonstrations than rows. Prompts have 408
-# tokens on average (table 9), answers an unpublished number; that 4 demonstrations fill a row is
+# tokens on average (table 9), responses an unpublished number; that 4 demonstrations fill a row is
 # our choice.
 A_ROW = 4
 
@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def optim(**changes) -> dict:
-    """Appendix C: Adam; C.1 and C.3: cosine to 10 %, without warm-up."""
+    """Returns appendix C (Adam), C.1 and C.3 (cosine to 10 %, without warm-up)."""
     return {
         "name": "adamw",
         "weight_decay": 0.0,  # unpublished; none
@@ -84,8 +84,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it
         # is left out.
         sources=(source,),
-        # A batch of two rows: more devices share the tensors, but 50,257 rows of the embedding are
-        # 29 x 1,733.
+        # A batch of two rows: on more devices, tensors are split too, but 50,257 rows of the
+        # embedding are 29 x 1,733.
         mesh={"data": 1, "fsdp": 2, "tensor": -1, "rules": {"vocab": ()}}
         if arg.size == "175b"
         else {},
@@ -108,7 +108,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's SFT with C.1's dropout and schedule."""
+    """Returns the toy recipe: the quickstart's SFT with C.1's dropout and schedule."""
     config = TOY["tuned"](seed)
     config.sft.overrides = {"dropout": 0.2}
     config.sft.optim.update(optim(learning_rate=1e-3))

@@ -1,14 +1,13 @@
-"""Iterated RLHF: rounds of collect -> reward -> ppo, each round's answers and policy from the last
-one's.
+"""Iterates RLHF: every round samples from the policy of the round before.
 
 Paper: Ziegler et al. 2019, section 2.3 (the reward model is trained anew on all labels so far, from
   the same start, as the policy moves); Ouyang et al. 2022, section 3.1 ("steps 2 and 3 can be
   iterated continuously"). Here every reward model starts from SFT and sees the comparisons of all
-  rounds; every policy starts from the last one, and its KL is to SFT. The setup is the
-  quickstart's; the number of rounds and of comparisons a round is our choice.
+  rounds; every policy starts from the last one, with its KL to SFT. The setup is the
+  quickstart's; the numbers of rounds and of comparisons per round are our choice.
 Command: rlhfjax run --config=experiments/iterated/recipe.py:rounds=3 --workdir=runs/iterated
   then python experiments/iterated/curve.py runs/iterated
-Variants: :rounds=2,size=toy runs in minutes; :size=smoke is the quickstart's smoke at every round.
+Variants: :rounds=2,size=toy runs in minutes; :size=smoke is the quickstart's smoke in every round.
 Hardware: 2 CPU cores.
 What to look at: the gold score of `evaluate_K` over rounds. Beside it stands one round of as many
   comparisons: the quickstart with `--config.collect.prompts.limit` K times as large.
@@ -50,12 +49,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def one_round(base: ConfigDict, k: int) -> dict[str, ConfigDict]:
-    """The stages of round k, from 1."""
+    """Returns the stages of round k, counted from 1."""
     collect, reward, ppo, evaluate = (
         ConfigDict(base[name].to_dict()) for name in ROUND
     )
     last = "stage:sft" if k == 1 else f"stage:ppo_{k - 1}"
-    # every round other draws, and other prefixes of the conversations
+    # every round has other samples and other prefixes of the conversations
     seed = base.collect.seed + 1000 * k
     collect.update(init_from=last, seed=seed)
     reward.update(
@@ -71,7 +70,7 @@ def one_round(base: ConfigDict, k: int) -> dict[str, ConfigDict]:
 
 
 def shrink(base: ConfigDict) -> None:
-    """The quickstart's smoke, for each round to take well under a minute."""
+    """Shrinks the quickstart's smoke size, so that a round takes well under a minute."""
     base.pretrain.update(steps=30, eval_every=30)
     base.sft.update(steps=20, eval_every=20)
     base.collect.prompts.limit, base.collect.eval_prompts.limit = 64, 32

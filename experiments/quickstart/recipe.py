@@ -1,8 +1,8 @@
-"""The quickstart: raw text to an aligned chat model on a laptop's CPU.
+"""Trains the quickstart: from raw text to an aligned chat model on a laptop's CPU.
 
 Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeler is
-  *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate
-  answers).
+  *simulated* by a fixed gold reward (VADER sentiment minus penalties for degenerate
+  responses).
 Command: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
 Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed.
   `rlhfjax sweep` with the same flags varies the KL coefficient, three seeds each.

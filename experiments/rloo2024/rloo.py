@@ -1,11 +1,10 @@
-"""RLOO: REINFORCE with the other samples of a prompt as the baseline, on TL;DR; at toy size on
-embedded dialogue.
+"""Trains RLOO, whose baseline is the other samples of a prompt, on TL;DR; at toy size on dialogue.
 
 Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and
   are not what the toy measures.
 Command: rlhfjax train --config=experiments/rloo2024/rloo.py --workdir=runs/rloo2024/rloo
   rlhfjax run --config=experiments/rloo2024/rloo.py:size=toy --workdir=runs/rloo2024/toy
-Variants: :k=2 or 4, samples a prompt; :estimator=reinforce, the paper's moving-average baseline;
+Variants: :k=2 or 4, samples per prompt; :estimator=reinforce, the paper's moving-average baseline;
   :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
@@ -59,7 +58,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
         samples_per_prompt=arg.k,  # 2 and 4 in the paper
         batch_size=EPISODES
         // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
-        minibatches=2,  # two optimizer steps a generation, TRL's index of papers
+        minibatches=2,  # two optimizer steps per generation, TRL's index of papers
         # TRL's index of papers; in the reward of the whole sequence
         kl={"coefficient": 0.03},
         prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
@@ -83,9 +82,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart at its smallest up to its reward model, then this estimator in the place of
-    PPO.
-    """
+    """Returns the toy recipe: the quickstart up to its reward model, then this estimator."""
     config = TOY["quickstart"](arg.seed, until="ppo")
     policy = TOY["policy"](
         "group",
@@ -95,7 +92,8 @@ def toy(arg: ConfigDict) -> ConfigDict:
         batch_size=64 // arg.k,
         minibatches=2,
         kl={"coefficient": 0.03},
-        missing_eos="penalty",  # as the quickstart: a small model has to learn to end
+        # as in the quickstart: a small model has to learn to end its responses
+        missing_eos="penalty",
         optim={
             "learning_rate": 5e-4,
             "schedule": "constant",

@@ -1,8 +1,8 @@
-"""The reward models of Stiennon et al.: which of two summaries is better; at toy size on dialogue.
+"""Trains the reward models of Stiennon et al. on pairs of summaries; at toy size on dialogue.
 
 Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Doubling the
-  comparisons there is worth 1.1 points of accuracy, doubling the model 1.8 (figure 6). Not what the
-  toy measures.
+  comparisons there is worth 1.1 points of accuracy, doubling the model 1.8 (figure 6). The toy does
+  not measure this.
 Command: rlhfjax train --config=experiments/stiennon2020/reward.py:size=1.3b
     --workdir=runs/stiennon2020/1.3b/reward
   rlhfjax run --config=experiments/stiennon2020/reward.py:size=toy --workdir=runs/stiennon2020/toy
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def algorithm(demonstrations: tuple) -> dict:
-    """What makes this reward model the paper's, at any size."""
+    """Returns the paper's options of the reward model, which hold at any size."""
     return {
         "loss": {"name": "bradley_terry"},  # section 3.4
         # appendix B.1: shifted so that the reference summaries score 0 on average
@@ -70,8 +70,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small model's answers in pairs, compared by the quickstart's labeler; people's own
-    answers score 0.
+    """Returns the toy recipe: pairs compared by the quickstart's labeler.
+
+    The demonstrations score 0 on average.
     """
     config = SFT["toy"](arg)
     collect = TOY["collect"](
@@ -93,6 +94,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """Appendix B.1: the best of 3 to 10 seeds; here of 3."""
+    """Adds 3 seeds; appendix B.1 takes the best of 3 to 10."""
     for seed in range(3):
         add(seed=seed)

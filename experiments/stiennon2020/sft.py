@@ -1,5 +1,4 @@
-"""The supervised policies of Stiennon et al.: posts of TL;DR summarized as their authors did; at
-toy size on dialogue.
+"""Trains the supervised policies of Stiennon et al. on TL;DR's summaries; at toy size on dialogue.
 
 Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1; lengths from the
   released code, summarize-from-feedback.
@@ -22,7 +21,7 @@ TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 SIZES = ("1.3b", "6.7b")
 VARIANTS = tuple(f"size={size}" for size in (*SIZES, "toy"))
 LEARNING_RATE = {"1.3b": 6.35e-5, "6.7b": 2.83e-5}  # appendix B.1
-# Of rollouts unpublished; the paper's best-of-n samples have 0.7, as have the rollouts of Huang et
+# Unpublished for rollouts; the paper's best-of-n samples have 0.7, as have the rollouts of Huang et
 # al. 2024.
 TEMPERATURE = 0.7
 POSTS = 123_169 * 95 // 100  # section 3.2: 123,169 posts, of which 5% are held out
@@ -38,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def adam(learning_rate: float, schedule: str) -> dict:
-    """Of all three stages the learning rate and the name of the schedule are published."""
+    """Returns the optimizer; only learning rate and kind of schedule are published."""
     return {
         "name": "adam",  # appendix B.1; moments and epsilon are unpublished: Kingma & Ba's
         "learning_rate": learning_rate,
@@ -79,12 +78,12 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def sampling(arg: ConfigDict) -> dict:
-    """Of the toy: the quickstart's lengths."""
+    """Returns the toy's lengths, the quickstart's."""
     return {**TOY["sampling"](arg.seed), "temperature": TEMPERATURE}
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart up to its fine-tuning, with this stage's optimizer."""
+    """Returns the toy recipe: the quickstart up to SFT, with this stage's optimizer."""
     config = TOY["quickstart"](arg.seed, until="collect")
     config.sft.optim.update({**adam(1e-3, "cosine"), "weight_decay": 0.0})
     return config

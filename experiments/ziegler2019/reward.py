@@ -1,5 +1,4 @@
-"""The reward models of Ziegler et al.: the best of four answers by a softmax over four; at toy size
-on dialogue.
+"""Trains the reward models of Ziegler et al. on the best of four responses; or a toy on dialogue.
 
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 2.3; and its released code,
   lm-human-preferences (launch.py, train_reward.py), which differs in size, batch, learning rate and
@@ -31,7 +30,7 @@ KIND = SFT["KIND"]
 # section 2.1; the code was released for, and tested with, the smallest GPT-2
 MODEL = {"paper": "774m", "code": "124m"}
 # Tokens. Style: queries of 32 to 64 (the code: 64), continued by 24; summaries: queries of up to
-# 500, answered by 75 (section 3 and launch.py). Our chat template adds bos, the two markers and an
+# 500, responses of 75 (section 3 and launch.py). Our chat template adds bos, the two markers and an
 # eos to a query.
 QUERY = {"style": 64 + 4, "summary": 500 + 4}
 RESPONSE = {"style": 24, "summary": 75}
@@ -60,17 +59,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def start(arg: ConfigDict) -> str:
-    """The language model that reward model and policy both start from: section 2.1; the code has
-    plain GPT-2.
-    """
+    """Returns the language model that reward model and policy start from (section 2.1)."""
     books = KIND[arg.task] == "style" and arg.numbers == "paper"
     return f"runs/ziegler2019/{MODEL[arg.numbers]}/{'books' if books else 'gpt2'}"
 
 
 def optim(learning_rate: float) -> dict:
-    """Adam as both files of the released code have it: TensorFlow's, epsilon 1e-5, linear to 0, no
-    clipping.
-    """
+    """Returns Adam of the released code: TensorFlow's, epsilon 1e-5, linear to 0, no clipping."""
     return {
         # the paper says Adam; moments and epsilon are the code's (core.py, minimize)
         "name": "adam_tf",
@@ -83,10 +78,10 @@ def optim(learning_rate: float) -> dict:
 
 
 def loss() -> dict:
-    """What makes this reward model the paper's, at any size."""
+    """Returns the paper's options of the reward model, which hold at any size."""
     return {
         "loss": {"name": "best_of_k"},  # eq. 1
-        "normalize_before": "mean_std",  # the code; of the paper only the second is known
+        "normalize_before": "mean_std",  # the code; the paper only has the second normalization
         # section 2.2: mean 0, variance 1 on samples of the policy at its start
         "normalize": "mean_std",
     }
@@ -113,14 +108,12 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """A small language model's answers, four to a prompt, the best picked by the quickstart's
-    labeler.
-    """
+    """Returns the toy recipe: the quickstart's labeler picks the best of four responses."""
     config = SFT["toy"](arg)
     collect = TOY["collect"](
         arg.seed, samples_per_prompt=4, prompts=1024, held_out=96, **sampling(arg)
     )
-    # section 2.2, for style: 8
+    # section 2.2, for style: batches of 8
     reward = TOY["ranked"](
         "reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss()
     )
@@ -128,9 +121,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sampling(arg: ConfigDict) -> dict:
-    """Of the toy: style as in the paper, summaries shorter and cut at a full stop as well; the
-    paper's temperatures.
-    """
+    """Returns the toy's sampling: style as in the paper, short summaries cut at a full stop."""
     length = RESPONSE["style"] if KIND[arg.task] == "style" else 32
     return {
         **TOY["sampling"](arg.seed),

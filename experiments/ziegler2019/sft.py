@@ -1,5 +1,4 @@
-"""What the policies of Ziegler et al. start from: GPT-2 fine-tuned on books, for style; and the
-supervised baselines, fine-tuned on reference summaries. At toy size on embedded dialogue.
+"""Trains the models that Ziegler et al.'s policies start from: GPT-2 on books, or summaries.
 
 Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first;
   summaries start from GPT-2 as it is, or from the second.
@@ -57,7 +56,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "pretrain" if KIND[arg.task] == "style" else "sft",
         init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
-        # Of this stage no number is known to us: batch and optimizer are those with which GPT-1 was
+        # We know no number of this stage: batch and optimizer are those with which GPT-1 was
         # fine-tuned (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are
         # our choice.
         length=1024,
@@ -81,9 +80,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart's dialogues in the place of books, all of their tokens, or its own fine-tuning
-    for summaries.
-    """
+    """Returns the toy recipe: the quickstart's dialogues in place of books, or its fine-tuning."""
     config = TOY["quickstart"](arg.seed, until="sft")
     sft = TOY["quickstart"](arg.seed).sft
     if KIND[arg.task] == "style":
