@@ -108,10 +108,12 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
         _exit(refusal, 1)
     if not _has_peers():
         raise error
-    if _hosts().lost(error):
-        _hosts().fail_for_another(error)
+    from rlhfjax import hosts
+
+    if hosts.lost(error):
+        hosts.fail_for_another(error)
     traceback.print_exception(error)
-    _hosts().fail(first_line(error, kind=True), 1)
+    hosts.fail(first_line(error, kind=True), 1)
 
 
 def _print_error(message: str) -> None:

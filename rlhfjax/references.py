@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 
 from rlhfjax import paths, stages
 from rlhfjax.data import corpora
@@ -252,7 +253,7 @@ def _validate_dataset(option: str, spec: str, name: str, data_dir: str | None) -
         return
     own = corpora.BUILDERS.get(name)
     if own is not None:
-        data_dir = data_dir or str(tfds.core.constants.DATA_DIR)
+        data_dir = data_dir or str(constants.DATA_DIR)
         if not (paths.path(data_dir) / name).exists():
             corpora.package_file(*own.source)
         return

@@ -33,9 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def data(arg: ConfigDict) -> dict:
-    """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by
-    the sft stage.
-    """
+    """Returns the sources: whole books for the pretrain stage, summaries for the sft stage."""
     kind, folder = (
         ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
     )
