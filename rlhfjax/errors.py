@@ -52,7 +52,7 @@ class Preempted(UserError):
 
 
 class HostLost(UserError):
-    """Another host is gone, and with it all since the last checkpoint (exit code 75: restart all)."""
+    """Another host is gone, and all since the last checkpoint (exit code 75: restart all)."""
 
     exit_code = Preempted.exit_code
     message = "another host is gone; the same command on all hosts goes on from the last checkpoint"
