@@ -17,6 +17,12 @@ OTHER_MEANINGS = {
     "report/sweep.py": {"group"},
     "report/tables.py": {"reward"},  # a metric
     "recipe.py": {"tokenizer"},  # an option
+    "references.py": {
+        "compose",
+        "feedback",
+        "reward",
+        "tokenizer",
+    },  # kinds of rewards, and options
 }
 
 
@@ -44,6 +50,7 @@ PARTS = (
     "footprint.py",
     "origins.py",
     "recipe.py",
+    "references.py",
     "report",
     "roles.py",
     "strategy.py",

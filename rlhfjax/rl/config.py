@@ -74,7 +74,8 @@ class HumanConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig(TrainConfig):
-    init_from: str  # the policy at the start, and the reference
+    # `field()` undoes the default of TrainConfig: a policy stage needs a policy.
+    init_from: str = dataclasses.field()  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
     lora: LoraConfig = LoraConfig()  # rank 0: all of the policy is trained
     reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
@@ -144,6 +145,7 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
             optim=config.optim,
             lora=config.lora,
             averaged=bool(config.ema),
+            keeps_head=True,
         ),
         "reference": Role(
             config.reference or config.init_from, mesh=mesh, shares=shares

@@ -59,11 +59,10 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    others = {f"other_{i}": name for i, name in enumerate(config.others)}
-    return {
-        "policy": Role(config.init_from),
-        **scorers(labeler=config.labeler, **others),
-    }
+    sources = {f"other_{i}": name for i, name in enumerate(config.others)}
+    labelers = scorers(labeler=config.labeler, **sources)
+    labelers = {name: role._replace(labels=True) for name, role in labelers.items()}
+    return {"policy": Role(config.init_from), **labelers}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:

@@ -438,7 +438,7 @@ def test_collect_with_a_judge_writes_soft_labels(folder, principles, tmp_path):
         labeler=str(tmp_path / "judge"),
         prompts=prompts,
         eval_prompts=prompts,
-        completions=2,
+        samples_per_prompt=2,
         prompt_length=16,
         max_new_tokens=4,
         batch_size=4,
