@@ -26,6 +26,8 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
 
 T = TypeVar("T")
+PLACE = "\0"
+"""The place of a value in the error of a field's validator, which is not told its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,11 @@ def _default_of(field: dataclasses.Field, hint: Any) -> Any:
     value = _declared_default(field)
     if value is dataclasses.MISSING:
         value = None  # `build` will ask for it
+    if _is_union(hint) and str in (arms := typing.get_args(hint)):
+        # Text or a mapping: an experiment file and a flag may put either in place of the other.
+        if any(typing.get_origin(arm) is Mapping for arm in arms):
+            value = ConfigDict(value) if isinstance(value, Mapping) else value
+            return config_dict.FieldReference(value, field_type=object)
     plain = _plain_type(hint)
     # a placeholder keeps the type: `--config.x=3` on an option that is None by default is still parsed as an int
     return (
@@ -237,6 +244,8 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
         return _no_such_option(owner, parents[-1], str(first["loc"][-1]))
     if first["type"] == "missing":
         return f"{place}: a value is required"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]).replace(PLACE, place)
     if first["type"] == "string_unicode":
         return f"{where}: a text in it is not Unicode"
     return (

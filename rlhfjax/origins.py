@@ -89,7 +89,7 @@ class Origins:
             if not role.scores:
                 found[name] = role
                 continue
-            models = models_of(str(role.source), self)
+            models = models_of(role.source, self)
             if role.optim is not None:  # a value function starts from the first
                 models = [one._replace(suffix="") for one in models[:1]]
             for suffix, source, head in models:

@@ -30,9 +30,9 @@ Head = Literal["lm", "scalar"]
 class Role(NamedTuple):
     """A model that takes part in a stage."""
 
-    source: (
-        str | TransformerConfig
-    )  # where its parameters come from, or the config of a new model
+    # where its parameters come from, or the config of a new model; of a reward that is described in
+    # place the description
+    source: str | TransformerConfig | Mapping[str, Any]
     head: Head = "lm"
     optim: OptimConfig | None = None  # None: frozen
     lora: LoraConfig = (
@@ -79,7 +79,7 @@ class Workload(NamedTuple):
     sampled: int = 0  # tokens of a response
 
 
-def scorers(**sources: str | None) -> dict[str, Role]:
+def scorers(**sources: str | Mapping[str, Any] | None) -> dict[str, Role]:
     """Returns the roles of rewards that are only asked, those that are named."""
     return {
         name: Role(source, head="scalar", scores=True)

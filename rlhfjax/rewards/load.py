@@ -1,172 +1,272 @@
-"""Rewards and labelers by their names, as configs spell them.
+"""Rewards and labelers: named, or described in place, and loaded.
 
-    reward = load_reward("gold:sentiment", layout, tokenizer)  # or rule:…, or a stage's folder
+    reward = load_reward("gold:sentiment", layout, tokenizer)
+    reward = load_reward({"kind": "gold", "name": "sentiment"}, layout, tokenizer)  # the same
     scores = reward(tokens, segments, mask)  # [n]
-    labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)  # or a reward's name
+    labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)
     scores = labeler(answers)  # [p, k], higher is better, equal is a tie
 
-A stage that describes a reward, and trains no model of one, leaves reward.json in its folder:
-{"kind": ..., ...}. It is one of KINDS, or the labeler `feedback`.
+A description is a mapping with `kind`, a key of KINDS, and the options of that kind. A name stands
+for one description:
+
+    gold:NAME, rule:MODULE:FUNCTION?OPTION=VALUE, rankings:GLOB@LABELER
+    the workdir of a stage that describes a reward: what its reward.json holds
+    any other workdir or model: {"kind": "model", "model": NAME}
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import PlainValidator
 
 from rlhfjax import paths
+from rlhfjax.config import PLACE, build, to_dict, write_json
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
-from rlhfjax.rewards import (
-    SCORERS,
-    compose,
-    dense,
-    feedback,
-    load_scorer,
-    rubric,
-    rules,
-)
-from rlhfjax.rewards.labelers import Labeler, RankingsLabeler, RewardLabeler
-from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.rankings import by_labeler, read_rankings
-from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar, found
-from rlhfjax.roles import DISK, Descriptions, Head, Sources
+from rlhfjax.rewards.labelers import Labeler, RewardLabeler
+from rlhfjax.rewards.responses import Reward
+from rlhfjax.roles import DISK, REWARD, Descriptions, Head, Sources
 
-RANKINGS = "rankings:"
+
+class Part(NamedTuple):
+    """A model or a reward that a reward is made of."""
+
+    suffix: str
+    """what its role and its program have after the name of the whole"""
+    source: str | Mapping[str, Any]
+    head: Head | None
+    """of a model; None: `source` is a reward"""
+
+
+class Loader(NamedTuple):
+    """What a kind of reward needs to load its models."""
+
+    layout: Layout
+    tokenizer: Tokenizer  # of the policy
+    sources: Sources
+    program: str  # the name of what a model computes
+
+    def load(self, part: Part) -> Reward:
+        """Returns a reward that is part of another."""
+        loader = self._replace(program=self.program + part.suffix)
+        return _load(describe(part.source, self.sources), loader)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How one kind of reward, or of labeler, is validated, planned and loaded.
+
+    config: the dataclass of its options.
+    load: makes the reward, or the labeler, of a config.
+    parts: yields the models and rewards that it is made of.
+    parse: returns the options that a name `KIND:TEXT` stands for; None: it has no such names.
+    names: options that hold names of files and models, which move with a recipe's workdir.
+    labels: it labels answers and cannot score one alone.
+    """
+
+    config: type[Any]
+    load: Callable[[Any, Loader], Any]
+    parts: Callable[[Any], Iterator[Part]] = lambda config: iter(())
+    parse: Callable[[str], dict[str, Any]] | None = None
+    names: tuple[str, ...] = ()
+    labels: bool = False
+
+
+KINDS: dict[str, Kind] = {}
+"""The kinds by name; `kinds.py` has the table."""
+
+
+class Description(NamedTuple):
+    """A reward as its kind and the typed options of it."""
+
+    kind: str
+    config: Any
+
+
+# ------------------------------------------------------------------ in configs
+
+
+def validate(source: Any, place: str, labels: bool = False) -> None:
+    """Validates a name or a description without a look at files.
+
+    Args:
+      place: where the value stands, for an error.
+      labels: whether a labeler is accepted too.
+
+    Raises:
+      ConfigError: an unknown kind or option, or a value out of its range.
+    """
+    if not isinstance(source, str | Mapping):
+        expected = "the name of a reward, or a mapping with its `kind`"
+        raise ConfigError(f"{place}={source!r}: expected {expected}")
+    values = _parse_name(source) if isinstance(source, str) else source
+    if values is None:
+        return
+    kind = values.get("kind")
+    if labels or kind not in KINDS or not KINDS[kind].labels:
+        _typed(values, place)
+    else:
+        raise ConfigError(f"{place}: {kind!r} labels answers; expected a reward")
+
+
+def _validator(labels: bool) -> Callable[[Any], Any]:
+    """Returns `validate` as pydantic calls it, which does not tell the place."""
+
+    def validated(source: Any) -> Any:
+        try:
+            validate(source, PLACE, labels)
+        except ConfigError as error:
+            message = str(error)
+            message = message if PLACE in message else f"{PLACE}: {message}"
+            raise ValueError(message) from None
+        return source
+
+    return validated
+
+
+RewardSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(False))]
+"""An option that holds a reward: its name, or its description in place."""
+
+LabelerSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(True))]
+"""An option that holds a labeler or any reward."""
+
+
+def label(source: RewardSource) -> str:
+    """Returns the name of a reward, or the kind of one that is described in place."""
+    return source if isinstance(source, str) else str(source["kind"])
+
+
+# ------------------------------------------------------------------ descriptions
+
+
+def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
+    """Returns what a reward's name stands for, or its description in place, typed.
+
+    Raises:
+      ConfigError: the description is invalid.
+    """
+    if not isinstance(source, str):
+        return _typed(source, "reward")
+    if (values := _parse_name(source)) is not None:
+        return _typed(values, source)
+    values = sources.described(source)
+    if values is None:
+        return _typed({"kind": "model", "model": source}, source)
+    folder = paths.path(source)
+    if values["kind"] == "dense":  # the model is that of the folder itself
+        values = values | {"model": source}
+    reachable = _with_names(values, lambda name: _found(name, folder))
+    return _typed(reachable, str(folder / REWARD))
+
+
+def _parse_name(name: str) -> dict[str, Any] | None:
+    """Returns the description that `KIND:TEXT` stands for; None for a workdir or a model."""
+    prefix, colon, text = name.partition(":")
+    parse = KINDS[prefix].parse if prefix in KINDS else None
+    return {"kind": prefix, **parse(text)} if colon and parse else None
+
+
+def _typed(values: Mapping[str, Any], context: str) -> Description:
+    options = dict(values)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        known = ", ".join(map(repr, KINDS))
+        raise ConfigError(f"{context}.kind={kind!r}: expected one of {known}")
+    return Description(kind, build(KINDS[kind].config, options, context))
+
+
+def stage_description(kind: str, config: Any) -> dict[str, Any]:
+    """Returns the reward that a stage's config describes, with names as the config has them."""
+    fields = dataclasses.fields(KINDS[kind].config)
+    options = {field.name: getattr(config, field.name) for field in fields}
+    return {"kind": kind, **to_dict(options)}
+
+
+def write(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes reward.json. Its paths are relative to the folder, so that a workdir can be moved."""
+    relative = _with_names(description, lambda name: paths.relative(name, folder))
+    write_json(folder / REWARD, relative)
+
+
+def _found(name: str, folder: Path) -> str:
+    """Returns a name in a folder's reward.json as it is reached from here."""
+    path = paths.within(folder, name)
+    return str(path) if path.exists() else name
+
+
+def _with_names(
+    value: Any, change: Callable[[str], str], names: tuple[str, ...] = ()
+) -> Any:
+    """Returns a description with `change` of every name in it; its parts are described too."""
+    if isinstance(value, Mapping):
+        names = KINDS[value["kind"]].names if value.get("kind") in KINDS else names
+        changed = {}
+        for option, part in value.items():
+            is_name = option in names and isinstance(part, str) and part
+            changed[option] = change(part) if is_name else _with_names(part, change, names)
+        return changed
+    if isinstance(value, list):
+        return [_with_names(part, change, names) for part in value]
+    return value
+
+
+def models_of(
+    source: RewardSource, sources: Descriptions, suffix: str = ""
+) -> list[Part]:
+    """Returns the models that a reward or labeler runs; none where rules score."""
+    kind, config = describe(source, sources)
+    models: list[Part] = []
+    for part in KINDS[kind].parts(config):
+        whole = part._replace(suffix=suffix + part.suffix)
+        if part.head is None:
+            models += models_of(part.source, sources, whole.suffix)
+        else:
+            models.append(whole)
+    return models
+
+
+# ------------------------------------------------------------------ loading
 
 
 def load_reward(
-    name: str,
+    source: RewardSource,
     layout: Layout,
     tokenizer: Tokenizer,
     sources: Sources = DISK,
     program: str = "score",
 ) -> Reward:
-    """Returns the reward of that name.
+    """Returns a reward by its name or description.
 
     Args:
-      name: a scorer of text (gold:…, rule:…), or the workdir of a stage that made or described a
-        reward.
       program: the name of what a model computes; a member of several has its number after it.
 
     Raises:
-      ConfigError: the model there has no scalar head, or another vocabulary.
+      ConfigError: the description is invalid, or its model has no scalar head or another
+        vocabulary.
       CheckpointError: there is no model.
     """
-    if is_text(name):
-        return TextReward(load_scorer(name), tokenizer)
-    values = sources.described(name)
-    if values is None:
-        return _model(sources.load(name, layout), tokenizer, name, program)
-    kind, folder = values.pop("kind", None), paths.path(name)
-    if kind == "compose":
-        return _compose(values, folder, layout, tokenizer, sources, program)
-    if kind not in KINDS:
-        known = ", ".join(("compose", *KINDS))
-        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {known}")
-    return KINDS[kind](values, folder, layout, tokenizer, sources, program)
+    description = describe(source, sources)
+    return _load(description, Loader(layout, tokenizer, sources, program))
 
 
-def is_text(name: str) -> bool:
-    """Returns whether a reward of that name scores text on the host."""
-    return name in SCORERS or name.startswith(rules.PREFIX)
-
-
-KINDS = {"rubric": rubric.load, "dense": dense.load}
-
-
-def _model(saved: Any, tokenizer: Tokenizer, name: str, program: str) -> ModelReward:
-    check_scalar(saved, tokenizer, name)
-    return ModelReward(saved.model, saved.params, program)
-
-
-def _compose(
-    values: Mapping[str, Any],
-    folder: Path,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources,
-    program: str,
-) -> Reward:
-    config = compose.read(values, folder)
-
-    def member(name: str, number: int) -> Reward:
-        own = f"{program}_{number}"
-        stacked = (
-            config.combine != "sum"
-            and not is_text(name)
-            and sources.described(name) is None
-        )
-        if not stacked:
-            return load_reward(name, layout, tokenizer, sources, own)
-        opened = sources.open_model(
-            name, layout
-        )  # an ensemble copies its members into one tree
-        saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
-        return _model(saved, tokenizer, name, own)
-
-    members = [member(one.reward, i) for i, one in enumerate(config.members)]
-    where = [
-        load_reward(one.where, layout, tokenizer, sources, f"{program}_where_{i}")
-        if one.where
-        else None
-        for i, one in enumerate(config.members)
-    ]
-    return compose.make(config, members, where, program)
-
-
-class Scored(NamedTuple):
-    """A model that scores, beside the suffix that its role and its program have."""
-
-    suffix: str
-    source: str
-    head: Head
-
-
-def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored]:
-    """Returns the models that a reward or labeler of that name runs; none where rules score."""
-    if is_text(name) or name.startswith(RANKINGS):
-        return []
-    values = sources.described(name)
-    if values is None or values.get("kind") == "dense":
-        return [Scored(suffix, name, "scalar")]
-    folder = paths.path(name)
-    if values.get("kind") == "compose":
-        found_models: list[Scored] = []
-        for i, member in enumerate(values["members"]):
-            for key, part in (("reward", f"_{i}"), ("where", f"_where_{i}")):
-                if member.get(key):
-                    found_models += models_of(
-                        found(member[key], folder), sources, suffix + part
-                    )
-        return found_models
-    return [Scored(suffix, found(values["judge"]["model"], folder), "lm")]
+def _load(description: Description, loader: Loader) -> Reward:
+    kind, config = description
+    if KINDS[kind].labels:
+        raise ConfigError(f"reward: {kind!r} labels answers; expected a reward")
+    return KINDS[kind].load(config, loader)
 
 
 def load_labeler(
-    name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
+    source: LabelerSource, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
 ) -> Labeler:
-    """Returns the labeler of that name: `rankings:GLOB[@LABELER]`, AI feedback, or any reward.
+    """Returns a labeler by its name or description; a reward labels with its scores.
 
-    Raises:
-      ConfigError: the file holds several labelers' rankings and none is named, or the named one is
-        not there.
+    Raises: as `load_reward` does.
     """
-    if name.startswith(RANKINGS):
-        return _people(name)
-    values = sources.described(name) or {}
-    if values.pop("kind", None) == "feedback":
-        return feedback.load(values, paths.path(name), layout, sources)
-    return RewardLabeler(load_reward(name, layout, tokenizer, sources))
-
-
-def _people(name: str) -> RankingsLabeler:
-    pattern, _, who = name.removeprefix(RANKINGS).partition("@")
-    people = by_labeler(read_rankings(pattern))
-    if who not in people and (who or len(people) > 1):
-        known = ", ".join(people)
-        raise ConfigError(
-            f"labeler {name!r}: name one of {known} as rankings:GLOB@LABELER"
-        )
-    return RankingsLabeler(people[who or next(iter(people))])
+    kind, config = describe(source, sources)
+    loader = Loader(layout, tokenizer, sources, "score")
+    loaded = KINDS[kind].load(config, loader)
+    return loaded if KINDS[kind].labels else RewardLabeler(loaded)

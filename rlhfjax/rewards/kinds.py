@@ -1,0 +1,101 @@
+"""The registry of rewards: every kind, by the name that a description has as its `kind`."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.rewards import compose, feedback, gold, rubric, rules
+from rlhfjax.rewards.dense import DenseReward
+from rlhfjax.rewards.labelers import RankingsLabeler
+from rlhfjax.rewards.load import KINDS, Kind, Loader, Part
+from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.rankings import by_labeler, read_rankings
+from rlhfjax.rewards.responses import TextReward, validate_reward_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A trained reward model."""
+
+    model: str
+    """the workdir of a reward stage, or another source of a model with a scalar head"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingsConfig:
+    """Rankings by people, as a labeler."""
+
+    rankings: str
+    """a glob of JSON lines"""
+    labeler: str = ""
+    """whose rankings count; needed where the files hold those of several"""
+
+
+def _load_model(config: ModelConfig, loader: Loader) -> ModelReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return ModelReward(saved.model, saved.params, loader.program)
+
+
+def _load_dense(config: ModelConfig, loader: Loader) -> DenseReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return DenseReward(saved.model, saved.params, loader.program)
+
+
+def _reward_model(config: ModelConfig) -> Iterator[Part]:
+    yield Part("", config.model, "scalar")
+
+
+def _judge_model(config: Any) -> Iterator[Part]:
+    yield Part("", config.judge.model, "lm")
+
+
+def _load_gold(config: gold.GoldConfig, loader: Loader) -> TextReward:
+    return TextReward(gold.SCORERS[config.name](), loader.tokenizer)
+
+
+def _load_rule(config: rules.RuleConfig, loader: Loader) -> TextReward:
+    return TextReward(rules.Rule(config), loader.tokenizer)
+
+
+def _parse_rankings(text: str) -> dict[str, str]:
+    pattern, _, labeler = text.partition("@")
+    return {"rankings": pattern, "labeler": labeler}
+
+
+def _load_rankings(config: RankingsConfig, loader: Loader) -> RankingsLabeler:
+    people = by_labeler(read_rankings(config.rankings))
+    if config.labeler not in people and (config.labeler or len(people) > 1):
+        raise ConfigError(
+            f"rankings {config.rankings!r}: labeler={config.labeler!r} has none there;"
+            f" name one of {', '.join(people)} as rankings:GLOB@LABELER"
+        )
+    return RankingsLabeler(people[config.labeler or next(iter(people))])
+
+
+KINDS.update(
+    gold=Kind(gold.GoldConfig, _load_gold, parse=lambda name: {"name": name}),
+    rule=Kind(rules.RuleConfig, _load_rule, parse=rules.parse, names=("metadata",)),
+    model=Kind(ModelConfig, _load_model, _reward_model, names=("model",)),
+    dense=Kind(ModelConfig, _load_dense, _reward_model, names=("model",)),
+    compose=Kind(
+        compose.ComposeConfig, compose.load, compose.parts, names=("reward", "where")
+    ),
+    rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, names=("model",)),
+    feedback=Kind(
+        feedback.FeedbackConfig,
+        feedback.load,
+        _judge_model,
+        names=("model", "principles"),
+        labels=True,
+    ),
+    rankings=Kind(
+        RankingsConfig,
+        _load_rankings,
+        parse=_parse_rankings,
+        names=("rankings",),
+        labels=True,
+    ),
+)
