@@ -1,7 +1,7 @@
-"""Configs: experiment files (`ml_collections`) at the edge, frozen dataclasses everywhere else.
+"""Configs: experiment files (`ml_collections`) outside, frozen dataclasses in the rest of the code.
 
-An experiment file has `get_config(arg=None)` and returns either one stage's config, made by `stages.stage_config`, or a
-recipe: `stages`, a tuple of names, and beside it the config of each name.
+An experiment file has a function `get_config(arg=None)`. It returns either the config of one stage,
+made by `stages.stage_config`, or a recipe: `stages`, a tuple of names, and the config of each name.
 """
 
 import dataclasses
@@ -10,16 +10,14 @@ import itertools
 import os
 import re
 import traceback
-import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import pydantic
-from annotated_types import Predicate
 from ml_collections import ConfigDict, config_dict
 
-from rlhfjax import hosts, json_text, paths, renamed
+from rlhfjax import hosts, json_text, options, paths, renamed
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
@@ -32,88 +30,136 @@ PLACE = "\0"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, by steps, by time or by both; the last step always is."""
+    """When the state is saved: by steps, by time or by both. The last step is always saved."""
 
-    every: Count = 0  # steps; 0: only at the end and on SIGTERM
-    minutes: NonNegative = (
-        0.0  # minutes since the save before, by the first host's clock; 0: not by time
-    )
-    keep_last: PositiveCount = 2  # with two, a damaged one has one before it
-    keep_every: Count = 0  # steps; 0: none kept beyond keep_last
+    every: Count = 0
+    """Steps between checkpoints; 0: only at the end and on SIGTERM."""
+    minutes: NonNegative = 0.0
+    """Minutes since the last checkpoint, by the first host's clock; 0: not by time."""
+    keep_last: PositiveCount = 2
+    """Number of latest checkpoints to keep; if the last is damaged, the one before is read."""
+    keep_every: Count = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: PositiveCount = 10  # steps between lines in metrics.jsonl
+    """What is logged, and where."""
+
+    every: PositiveCount = 10
+    """Steps between two lines of metrics.jsonl."""
     tensorboard: bool = True
-    wandb: str = ""  # a project name; empty: off
-    profile: str = ""  # steps to trace, FIRST:LAST such as 10:15; empty: off
+    """Write TensorBoard event files too."""
+    wandb: str = ""
+    """Project name in Weights & Biases; empty: off."""
+    profile: str = ""
+    """Steps to trace with jax.profiler, FIRST:LAST such as 10:15; empty: off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What every stage that trains has in common."""
+    """The options of every stage that trains."""
 
     stage: str
+    """Name of the stage; package.module:Config for a stage of your own."""
     steps: PositiveCount
+    """Number of training steps; in a policy stage a step is an iteration."""
     seed: Seed = 0
-    init_from: str | None = None  # workdir whose parameters training starts from
-    eval_every: Count = 0  # steps; 0: only at the end
+    """Seed of initialization, sampling, dropout and the order of the data."""
+    init_from: str | None = None
+    """Workdir or name of the model whose parameters training starts from."""
+    eval_every: Count = 0
+    """Steps between evaluations on held-out data; 0: only at the end."""
     on_nonfinite: Literal["error", "skip"] = "error"
+    """At a loss or gradient that is NaN or infinite: end the run, or skip the update."""
     mesh: MeshConfig = MeshConfig()
+    """The mesh of devices that the stage runs on."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the training state is saved."""
     log: LogConfig = LogConfig()
+    """What is logged, and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument of an experiment file: its default and the annotation of its values."""
+
+    default: Any
+    hint: Any
 
 
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """`"size=tiny,seed=3"` over typed defaults, as big_vision has it.
+    """Returns the arguments of an experiment file, parsed from `"size=tiny,seed=3"`.
+
+    Args:
+      defaults: per argument its default, whose type its values have; a tuple of the accepted
+        values, the default first; or an `Argument` with a range.
 
     Raises:
-      ConfigError: an unknown name, or a value that is not of the default's type.
+      ConfigError: an unknown name, or a value that is not accepted.
     """
-    parsed = dict(defaults)
+    arguments = {name: _argument(default) for name, default in defaults.items()}
+    parsed = {name: argument.default for name, argument in arguments.items()}
     for item in filter(None, (arg or "").split(",")):
         name, _, text = item.partition("=")
-        if name not in defaults:
-            raise ConfigError(
-                f"config argument {name!r} is unknown; known: {', '.join(defaults) or 'none'}"
-            )
-        kind = type(defaults[name])
-        try:
-            parsed[name] = _SWITCH[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise ConfigError(
-                f"config argument {name}={text!r} is not of type {kind.__name__}"
-            ) from None
+        if name not in arguments:
+            known = ", ".join(arguments) or "none"
+            raise ConfigError(f"config argument {name!r} is unknown; known: {known}")
+        parsed[name] = _parse_value(arguments[name], name, text)
     return ConfigDict(parsed)
 
 
+def _argument(default: Any) -> Argument:
+    if isinstance(default, Argument):
+        return default
+    if isinstance(default, tuple):
+        return Argument(default[0], Literal[default])
+    return Argument(default, type(default))
+
+
+def _parse_value(argument: Argument, name: str, text: str) -> Any:
+    kind = type(argument.default)
+    try:
+        value = _SWITCH[text.lower()] if kind is bool else kind(text)
+        return _adapter(argument.hint).validate_python(value)
+    except (ValueError, KeyError):
+        expected = options.describe(argument.hint)
+        raise ConfigError(
+            f"config argument {name}={text}: expected {expected}"
+        ) from None
+
+
 def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a dataclass as a nested dict, `values` laid over the defaults.
+    """Returns the fields of a dataclass as a nested dict: `values` laid over the defaults.
 
     Raises:
-      ConfigError: a value for a field that there is not.
+      ConfigError: a value for a field that the dataclass does not have.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
             raise ConfigError(_no_such_option(cls, where, name))
     config: dict[str, Any] = {}
     for name, field in fields.items():
-        inner = _dataclass_of(hints[name])
+        inner = options.dataclass_of(hints[name])
         value = values.get(name, _default_of(field, hints[name]))
         if inner and isinstance(value, Mapping | ConfigDict):
             value = defaults(inner, dict(value), f"{where}.{name}")
-        elif inner and dataclasses.is_dataclass(value):
-            value = defaults(
-                inner,
-                {f.name: getattr(value, f.name) for f in dataclasses.fields(inner)},
-                where,
-            )
+        elif inner and isinstance(value, inner):
+            inner_values = {
+                f.name: getattr(value, f.name) for f in dataclasses.fields(inner)
+            }
+            value = defaults(inner, inner_values, where)
+        elif Mapping in map(typing.get_origin, typing.get_args(hints[name])):
+            # A name or a mapping: each can be put in place of the other, in a file or by a flag.
+            if isinstance(value, config_dict.FieldReference):
+                value = value.get()
+            value = ConfigDict(value) if isinstance(value, Mapping) else value
+            value = config_dict.FieldReference(value, field_type=object)
         config[name] = value
     return config
 
@@ -122,24 +168,21 @@ def fill_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config of a dataclass, as JSON has it, with the default of every absent option.
 
     Elements of a tuple of dataclasses are filled too. An option without a default stays absent. An
-    option that the dataclass does not have, and what a free-form dict holds, stay as they are.
+    unknown option and the contents of a free-form dict stay as they are.
     """
-    declared = {
-        field.name: _declared_default(field) for field in dataclasses.fields(cls)
-    }
-    config = {
-        name: value
-        for name, value in declared.items()
-        if value is not dataclasses.MISSING
-    }
+    config: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        default = options.declared_default(field)
+        if default is not options.REQUIRED:
+            config[field.name] = default
     config = to_dict(config | dict(values))
     hints = typing.get_type_hints(cls)
     return {name: _fill(hints.get(name), value) for name, value in config.items()}
 
 
 def _fill(hint: Any, value: Any) -> Any:
-    """Returns the value of an option, filled if it is one dataclass or several."""
-    cls = _dataclass_of(hint)
+    """Returns the value of an option, filled if it is a dataclass or several."""
+    cls = options.dataclass_of(hint)
     if cls and isinstance(value, Mapping):
         return fill_defaults(cls, value)
     if isinstance(value, list):
@@ -148,109 +191,78 @@ def _fill(hint: Any, value: Any) -> Any:
     return value
 
 
-def _declared_default(field: dataclasses.Field) -> Any:
-    """Returns the default of a field, or MISSING."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
 def _default_of(field: dataclasses.Field, hint: Any) -> Any:
-    value = _declared_default(field)
-    if value is dataclasses.MISSING:
+    """Returns the default of a field for a ConfigDict.
+
+    A placeholder keeps the type of an option that is None by default, so that `--config.x=3` is
+    parsed as an int.
+    """
+    value = options.declared_default(field)
+    if value is options.REQUIRED:
         value = None  # `build` will ask for it
-    if _is_union(hint) and str in (arms := typing.get_args(hint)):
-        # Text or a mapping: an experiment file and a flag may put either in place of the other.
-        if any(typing.get_origin(arm) is Mapping for arm in arms):
-            value = ConfigDict(value) if isinstance(value, Mapping) else value
-            return config_dict.FieldReference(value, field_type=object)
     plain = _plain_type(hint)
-    # a placeholder keeps the type: `--config.x=3` on an option that is None by default is still parsed as an int
-    return (
-        config_dict.placeholder(plain)
-        if value is None and plain in (int, float, str, bool)
-        else value
-    )
+    if value is None and plain in (int, float, str, bool):
+        return config_dict.placeholder(plain)
+    return value
 
 
 def _plain_type(hint: Any) -> type:
-    arms = (
-        [a for a in typing.get_args(hint) if a is not type(None)]
-        if _is_union(hint)
-        else [hint]
-    )
-    if typing.get_origin(arms[0]) is Literal:
+    """Returns the type that a flag's text is parsed as; object for types that flags lack."""
+    if options.is_union(hint):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is Literal:
         return str
-    return arms[0] if isinstance(arms[0], type) else object
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _dataclass_of(hint: Any) -> type | None:
-    """Returns the dataclass that a value is, may be or is several of, or None."""
-    return next(
-        (
-            arm
-            for arm in typing.get_args(hint) or (hint,)
-            if dataclasses.is_dataclass(arm)
-        ),
-        None,
-    )
+    return hint if isinstance(hint, type) else object
 
 
 def build(
     cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config"
 ) -> T:
-    """Returns a frozen dataclass of a config's values, strictly: an int where a float is meant is the one conversion.
+    """Returns a frozen dataclass of a config's values.
+
+    Types are checked strictly; the one conversion is from an int to a float.
 
     Raises:
-      ConfigError: an unknown key, a missing one, a wrong type, a number out of its field's range,
-        NaN or an infinity, or what the dataclass itself refuses.
+      ConfigError: an unknown or a missing option, a wrong type, a number out of its field's range,
+        NaN or an infinity, or an error of the dataclass's own `__post_init__`.
     """
     values = to_dict(values)
-    if found := json_text.first_nonfinite(values, where):
-        option, number = found
+    if nonfinite := json_text.first_nonfinite(values, where):
+        option, number = nonfinite
         raise ConfigError(f"{option}={number}: expected a finite number")
     try:
         text = json_text.encode(values, where)
     except TypeError as e:
         raise ConfigError(f"{where}: {e}") from None
-    try:  # in JSON a list may be a tuple, and an object a dataclass, strict as it is
+    try:  # strict JSON has no tuples and no dataclasses: lists and objects stand for them
         return _adapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as e:
-        raise ConfigError(
-            _first_mistake(cls, e.errors(include_url=False), where)
-        ) from None
+        mistakes = e.errors(include_url=False)
+        raise ConfigError(_first_mistake(cls, mistakes, where)) from None
 
 
 @functools.cache
-def _adapter(cls: type) -> Any:
+def _adapter(cls: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(cls)
 
 
 def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str) -> str:
     """Returns the message of an unknown option, if there is one, else of the first mistake."""
-    unknown = [
-        mistake
-        for mistake in mistakes
-        if mistake["type"] == "unexpected_keyword_argument"
-    ]
+    unknown = [one for one in mistakes if one["type"] == "unexpected_keyword_argument"]
     first = (unknown or mistakes)[0]
-    *parents, place = itertools.accumulate(first["loc"], _place, initial=where)
+    location = first["loc"]
+    *parents, place = itertools.accumulate(location, _place, initial=where)
     if unknown:
-        owner = _dataclass_of(_hint_at(cls, first["loc"][:-1]))
-        return _no_such_option(owner, parents[-1], str(first["loc"][-1]))
+        owner = options.dataclass_of(options.hint_at(cls, location[:-1])) or cls
+        return _no_such_option(owner, parents[-1], str(location[-1]))
     if first["type"] == "missing":
         return f"{place}: a value is required"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]).replace(PLACE, place)
     if first["type"] == "string_unicode":
-        return f"{where}: a text in it is not Unicode"
-    return (
-        f"{place}={first['input']!r}: expected {_describe(_hint_at(cls, first['loc']))}"
-    )
+        return f"{where}: it contains text that is not Unicode"
+    expected = options.describe(options.hint_at(cls, location))
+    return f"{place}={first['input']!r}: expected {expected}"
 
 
 def _no_such_option(cls: type, where: str, name: str) -> str:
@@ -265,82 +277,47 @@ def _place(parent: str, part: str | int) -> str:
     return f"{parent}[{part}]" if isinstance(part, int) else f"{parent}.{part}"
 
 
-def _hint_at(hint: Any, location: Sequence[str | int]) -> Any:
-    """Returns the annotation of the value at a place within a value."""
-    for part in location:
-        cls = None if isinstance(part, int) else _dataclass_of(hint)
-        if cls:
-            hint = typing.get_type_hints(cls, include_extras=True)[part]
-        else:  # of a tuple all elements have one type; of a dict the values
-            hint = typing.get_args(hint)[0 if isinstance(part, int) else -1]
-    return hint
+def explain(error: BaseException, path: str, flags: Sequence[str] = ()) -> str:
+    """Returns one line that says why a config file or its overrides could not be read.
 
-
-def _describe(hint: Any) -> str:
-    """Returns what a value may be: `int >= 1 | None`, `one of 'up', 'down'`."""
-    arms = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, arms))
-    if _is_union(hint):
-        return " | ".join(map(_describe, arms))
-    if typing.get_origin(hint) is Annotated:
-        return f"{_describe(arms[0])} {' and '.join(_conditions(arms[1:]))}"
-    if typing.get_origin(hint) is tuple:
-        return f"tuple[{', '.join(map(_describe, arms))}]"
-    return _NAMES.get(hint) or getattr(hint, "__name__", str(hint))
-
-
-_NAMES = {type(None): "None", ...: "..."}
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def _conditions(ranges: Iterable[Any]) -> Iterator[str]:
-    """Yields the conditions of ranges of annotated_types."""
-    for part in ranges:
-        if isinstance(part, Predicate):
-            yield part.func.__name__.replace("_", " ")
-        else:
-            bounds = dataclasses.asdict(part)
-            yield from (
-                f"{sign} {bounds[name]}"
-                for name, sign in _SIGNS.items()
-                if bounds.get(name) is not None
-            )
-
-
-def explain(error: BaseException, path: str, options: Sequence[str] = ()) -> str:
-    """Why a config file or its overrides could not be read, in one line; such a file is a program: anything can fail.
+    A config file is a program, so any exception may come out of it.
 
     Args:
-      error: what was raised, by the file or by what reads it.
-      path: of the file.
-      options: the names on the command line, `--config.a.b` among them.
+      error: the exception that the file, or its reader, raised.
+      path: path of the file.
+      flags: the names on the command line, such as `--config.a.b`.
     """
     link: BaseException | None = error
     while link is not None:
-        frames = traceback.extract_tb(link.__traceback__)
-        if lines := [
-            f.lineno
-            for f in frames
-            if path and os.path.abspath(f.filename) == os.path.abspath(path)
-        ]:
-            return f"{path}:{lines[-1]}: {type(link).__name__}: {_flat(link)}"
+        line = _last_line_in(path, link)
+        if line:
+            return f"{path}:{line}: {type(link).__name__}: {_flat(link)}"
         link = link.__cause__ or link.__context__
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"
-    if isinstance(
-        error, KeyError | AttributeError
-    ):  # ml_collections names the last part only
-        name = re.search(r"\w+", str(error))
+    if isinstance(error, KeyError | AttributeError):
+        name = re.search(r"\w+", str(error))  # ml_collections names only the last part
         missing = name[0] if name else ""
-        close = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = renamed.hint(missing, renamed.OPTIONS)
-        if close and not hint:
-            hint = f"; did you mean {close[1]}?"
-        for option in options:
-            if option.startswith("--config.") and missing in option.split("."):
-                return f"{option}: the config has no option {missing!r}{hint}"
+        for flag in flags:
+            if flag.startswith("--config.") and missing in flag.split("."):
+                hint = renamed.hint(missing, renamed.OPTIONS) or _did_you_mean(error)
+                return f"{flag}: the config has no option {missing!r}{hint}"
     return _flat(error) or type(error).__name__
+
+
+def _last_line_in(path: str, error: BaseException) -> int | None:
+    """Returns the number of the last line of a file that an exception passed through."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if path and os.path.abspath(frame.filename) == os.path.abspath(path)
+    ]
+    return lines[-1] if lines else None
+
+
+def _did_you_mean(error: BaseException) -> str:
+    close = re.search(r'Did you mean "(\w+)"', str(error))
+    return f"; did you mean {close[1]}?" if close else ""
 
 
 def _flat(error: BaseException) -> str:
@@ -348,8 +325,8 @@ def _flat(error: BaseException) -> str:
 
 
 def to_dict(config: Any) -> Any:
-    """ConfigDicts, dataclasses and tuples to plain dicts and lists, as JSON has them."""
-    if dataclasses.is_dataclass(config):
+    """Returns ConfigDicts, dataclasses and tuples as plain dicts and lists, as JSON has them."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return to_dict(dataclasses.asdict(config))
     if isinstance(config, Mapping | ConfigDict):
         return {k: to_dict(v) for k, v in config.items()}
@@ -359,7 +336,11 @@ def to_dict(config: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all, on the first host. Raises DataError for NaN and infinities."""
+    """Writes a JSON file whole or not at all, on the first host.
+
+    Raises:
+      DataError: the value contains NaN or an infinity.
+    """
     if hosts.first():
         text = json_text.encode(
             value, path, indent=2, sort_keys=True, ensure_ascii=True

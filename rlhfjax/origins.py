@@ -1,4 +1,4 @@
-"""What models are made of before they are there: those of a recipe's stages, and those on the disk."""
+"""Describes models before they are made by a recipe's stages, and models on disk."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from rlhfjax.roles import Role, Roles
 
 
 class Unknown(CheckpointError):
-    """A model that an earlier stage of the recipe will make, of a shape that nothing tells yet."""
+    """An earlier stage of the recipe makes the model, and its model_config is not known yet."""
 
 
 class Origins:
     """Describes models by their sources.
 
     Args:
-      configs: typed configs of a recipe's stages by their folders.
+      configs: typed configs of the recipe's earlier stages by their folders.
     """
 
     def __init__(self, configs: Mapping[str, Any]):
@@ -33,34 +33,38 @@ class Origins:
         """Returns a model as it will be loaded.
 
         Raises:
-          Unknown: an earlier stage makes it, and its shape is not known yet.
+          Unknown: an earlier stage makes it, and its model_config is not known yet.
           CheckpointError: there is no such model.
         """
         if source in self._configs:
             config = self._configs[source]
+            if not leaves_model(config.stage):
+                raise CheckpointError(
+                    f"{source}: the stage {config.stage} leaves no model"
+                )
             for role in roles_of(config).values():
                 return self.of_role(role, f"{config.stage}.overrides")
-            raise Unknown(f"{source}: the stage {config.stage} leaves no model")
+            raise Unknown(f"{source}: the stage {config.stage} declares no model")
         if any(paths.path(source).is_relative_to(folder) for folder in self._configs):
             raise Unknown(f"{source}: a file of an earlier stage")
         return self.elsewhere(source)
 
     def elsewhere(self, source: str) -> Model:
-        """Returns a model that no stage of the recipe makes."""
+        """Returns a model on disk, or one by a name such as hf:FOLDER."""
         return store.describe(source)
 
     def of_role(self, role: Role, context: str) -> Model:
         """Returns the model of a role, its `overrides` applied."""
         if isinstance(role.source, TransformerConfig):
             return Model(role.source, role.head, role.lora)
-        config = self.describe(role.source).config
+        config = self.describe(str(role.source)).config
         if role.overrides:
             values = dataclasses.asdict(config) | dict(role.overrides)
             config = build(TransformerConfig, values, context)
         return Model(config, role.head)
 
     def described(self, source: str) -> dict[str, Any] | None:
-        """Returns what a `reward.json` says, or will say; None where there is none."""
+        """Returns the contents of a `reward.json`, as it is or will be; None if there is none."""
         config = self._configs.get(source)
         if config is None:
             return store.described(source)
@@ -68,38 +72,49 @@ class Origins:
         return None if describe is None else to_dict(describe(config))
 
     def nets(self, roles: Roles, context: str) -> list[Net]:
-        """Returns the roles whose models are known; a reward of several models gives one for each."""
-        found = []
+        """Returns the roles whose models are known, one per model of a reward.
+
+        Raises:
+          CheckpointError: the model of the first role is not known.
+        """
+        nets = []
         for name, role in self.single(roles).items():
             try:
-                found.append(
-                    Net(name, role, self.of_role(role, f"{context}.overrides").config)
-                )
+                model = self.of_role(role, f"{context}.overrides")
             except CheckpointError:
-                if name == next(iter(roles)) and not isinstance(
-                    role.source, TransformerConfig
-                ):
+                if name == next(iter(roles)):
                     raise
-        return found
+                continue
+            nets.append(Net(name, role, model.config))
+        return nets
 
     def single(self, roles: Roles) -> dict[str, Role]:
-        """Returns roles of one model each: a reward that is no model gives none."""
-        found: dict[str, Role] = {}
+        """Returns roles of one model each: none for a reward that is not a model."""
+        single: dict[str, Role] = {}
         for name, role in roles.items():
             if not role.scores:
-                found[name] = role
+                single[name] = role
                 continue
             models = models_of(role.source, self)
             if role.optim is not None:  # a value function starts from the first
-                models = [one._replace(suffix="") for one in models[:1]]
-            for suffix, source, head in models:
-                found[name + suffix] = role._replace(
-                    source=source, head=head, scores=False
+                models = [model._replace(suffix="") for model in models[:1]]
+            for model in models:
+                single[name + model.suffix] = role._replace(
+                    source=model.source, head=model.head, scores=False
                 )
-        return found
+        return single
 
 
 def roles_of(config: Any) -> Roles:
-    """Returns the roles that a stage's config declares."""
+    """Returns the roles that a stage declares for its config."""
     declared = getattr(stages.find(config.stage), "roles", None)
     return declared(config) if declared else {}
+
+
+def leaves_model(stage: str) -> bool:
+    """Returns whether a stage leaves a model: all that train, and jobs that say so.
+
+    A job outside of this package may leave one without saying it.
+    """
+    module = stages.find(stage)
+    return hasattr(module, "build") or getattr(module, "LEAVES_MODEL", ":" in stage)

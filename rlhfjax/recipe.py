@@ -1,7 +1,8 @@
-"""A recipe: stages one after the other, each in its own folder; it goes on where it stopped.
+"""Runs recipes: stages one after the other, each in its own folder.
 
-A recipe's config has `stages`, a tuple of names, and the config of each name beside it. Within them a text of the form
-`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage.
+A recipe's config has `stages`, a tuple of names, and the config of each name. In these configs
+`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage. The same command
+run again continues where the recipe stopped.
 """
 
 import json
@@ -11,7 +12,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import footprint, hosts, json_text, paths, profile, stages, train
+from rlhfjax import (
+    footprint,
+    hosts,
+    json_text,
+    paths,
+    profile,
+    references,
+    stages,
+    train,
+)
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
@@ -32,8 +42,10 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
 
     Returns:
       The last value of every metric of every stage.
+
     Raises:
-      ConfigError: before anything is computed, when any stage's config cannot be meant or differs from the workdir's.
+      ConfigError: before anything is computed, if a stage's config is invalid, refers to something
+        that is not there, or differs from the workdir's.
     """
     config = to_dict(config)
     if "stages" not in config:
@@ -41,16 +53,17 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     folders = stage_folders(config, workdir)
     resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
     check_all(resolved, folders)
+    validate_references(resolved, folders)
     hosts.share(lambda: claim(workdir, config))
-    final: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, values in resolved.items():
-        final |= run_stage(values, folders[name], record=config[name])
+        metrics |= run_stage(values, folders[name], record=config[name])
         hosts.share(lambda: collect_metrics(workdir, folders))
-    return final
+    return metrics
 
 
 def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """Returns every stage's typed config by name, without a look at devices, files or a workdir.
+    """Returns every stage's typed config by name; looks at no device, file or workdir.
 
     Raises:
       ConfigError: a stage's config is invalid, or names a stage that does not come before it.
@@ -63,24 +76,33 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return {name: check(values, name) for name, values in resolved.items()}
 
 
+def validate_references(
+    configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]
+) -> None:
+    """Validates what unfinished stages refer to, on the first host; see `references`."""
+    typed = {name: check(config, name) for name, config in configs.items()}
+    hosts.share(lambda: references.validate(typed, folders, DONE))
+
+
 def run_stage(
     config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None
 ) -> dict[str, float]:
-    """Runs one stage; a finished one only answers with its metrics.
+    """Runs one stage and returns its metrics; of a finished stage only returns its metrics.
 
     Args:
-      record: what is written as the workdir's config.json: in a recipe the config with its `stage:` references, so that
-        a recipe's folder may be moved.
+      record: the workdir's config.json. In a recipe it is the config with its `stage:` references,
+        so that the recipe's folder may be moved.
     """
     module = stages.find(config.get("stage", ""))
-    typed = check_all({config["stage"]: config}, {config["stage"]: workdir})[
-        config["stage"]
-    ]
+    name = config["stage"]
+    typed = check_all({name: config}, {name: workdir})[name]
+    validate_references({name: config}, {name: workdir})
     hosts.share(lambda: claim(workdir, config if record is None else record))
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
-    began = time.time()
-    layout, clock = layout_of(typed, Origins({})), Clock(workdir)
+    start = time.time()
+    layout = layout_of(typed, Origins({}))
+    clock = Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(typed, workdir, layout))
     elif hasattr(module, "run"):
@@ -89,20 +111,19 @@ def run_stage(
         with layout.use():
             stage = module.build(typed, layout)
         metrics = train.run(stage, typed, workdir, layout, clock)
-    steps = getattr(typed, "steps", 0)
     done = {
         "stage": workdir.name,
         "kind": typed.stage,
-        "steps": steps,
-        "seconds": round(time.time() - began, 1),
+        "steps": getattr(typed, "steps", 0),
+        "seconds": round(time.time() - start, 1),
+        "metrics": json_text.null_nonfinite(metrics),
     }
-    done["metrics"] = json_text.null_nonfinite(metrics)
     hosts.share(lambda: write_json(workdir / DONE, done))
     return metrics
 
 
 def read_done(workdir: Path) -> dict[str, Any] | None:
-    """What a finished stage left, NaN for a metric that is null; None where it is not finished."""
+    """Returns a finished stage's done.json, NaN for metrics that are null; None if unfinished."""
     if not (workdir / DONE).exists():
         return None
     done = json.loads((workdir / DONE).read_text())
@@ -112,13 +133,15 @@ def read_done(workdir: Path) -> dict[str, Any] | None:
 def evaluate(
     config: Mapping[str, Any] | ConfigDict | None, workdir: Path
 ) -> dict[str, float]:
-    """Runs a stage's held-out evaluations again, on its latest checkpoint; nothing in the workdir changes.
+    """Returns the held-out metrics of a stage's latest checkpoint; changes nothing in the workdir.
 
     Args:
-      config: another config for the same model (other held-out data, say); None: the workdir's own.
+      config: another config for the same model, with other held-out data for instance; None: the
+        workdir's own.
+
     Raises:
       ConfigError: the workdir holds no stage that trains.
-      CheckpointError: it has no checkpoint.
+      CheckpointError: the stage has no checkpoint.
     """
     if config is None:
         if not (workdir / CONFIG).exists():
@@ -134,7 +157,8 @@ def evaluate(
     module = stages.find(config.get("stage", ""))
     if not hasattr(module, "build"):
         raise ConfigError(
-            f"{workdir}: a {config['stage']} has no checkpoint to evaluate; name a stage that trains"
+            f"{workdir}: a {config['stage']} has no checkpoint to evaluate;"
+            " name a stage that trains"
         )
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
     typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
@@ -144,7 +168,7 @@ def evaluate(
 
 
 def can_talk(workdir: Path) -> bool:
-    """Whether the model that `rlhfjax chat` would take is a language model."""
+    """Returns whether the model that `rlhfjax chat` would load is a language model."""
     try:
         return store.describe(workdir).head == "lm"
     except CheckpointError:
@@ -152,7 +176,7 @@ def can_talk(workdir: Path) -> bool:
 
 
 def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
-    """{name: workdir/NN_name}, in order.
+    """Returns {name: workdir/NN_name} for the stages of a recipe, in order.
 
     Raises:
       ConfigError: a stage without a config, a config without a stage, or a name given twice.
@@ -160,11 +184,13 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     names = list(config["stages"])
     if not names:
         raise ConfigError("recipe: `stages` is empty; expected the names of stages")
-    if missing := [n for n in names if not isinstance(config.get(n), Mapping)]:
-        raise ConfigError(
-            f"recipe: stage {missing[0]!r} is in `stages` and has no config of its own"
-        )
-    if extra := sorted(set(config) - set(names) - {"stages"}):
+    for name in names:
+        if not isinstance(config.get(name), Mapping):
+            raise ConfigError(
+                f"recipe: stage {name!r} is in `stages` and has no config of its own"
+            )
+    extra = sorted(set(config) - set(names) - {"stages"})
+    if extra:
         raise ConfigError(
             f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}"
         )
@@ -176,15 +202,22 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
 
 
 def finished(config: Mapping[str, Any], workdir: Path) -> bool:
-    """Whether the recipe, or the one stage, has run to its end in this workdir."""
-    folders = (
-        stage_folders(config, workdir).values() if "stages" in config else [workdir]
-    )
+    """Returns whether the recipe, or the one stage, has run to its end in this workdir."""
+    folders = [workdir]
+    if "stages" in config:
+        folders = list(stage_folders(config, workdir).values())
     return all((folder / DONE).exists() for folder in folders)
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
-    """Replaces `stage:NAME[/FILE]` by a path; only stages before this one can be named."""
+    """Returns a config with `stage:NAME[/FILE]` replaced by a path.
+
+    Args:
+      name: the stage whose config it is; it can refer to the stages before it.
+
+    Raises:
+      ConfigError: a reference to any other stage.
+    """
     if isinstance(value, Mapping):
         return {k: resolve(v, folders, name) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -193,10 +226,12 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
         return value
     prefix, _, rest = value.partition("stage:")
     target, slash, file = rest.partition("/")
-    earlier = list(folders)[: list(folders).index(name)] if name in folders else []
+    names = list(folders)
+    earlier = names[: names.index(name)] if name in folders else []
     if target not in earlier:
+        known = ", ".join(earlier) or "none"
         raise ConfigError(
-            f"recipe: {name} refers to {value!r}; the stages before it are {', '.join(earlier) or 'none'}"
+            f"recipe: {name} refers to {value!r}; the stages before it are {known}"
         )
     return f"{prefix}{folders[target]}{slash}{file}"
 
@@ -212,17 +247,17 @@ def check(config: Mapping[str, Any], where: str) -> Any:
 def check_all(
     configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]
 ) -> dict[str, Any]:
-    """Typed configs of all stages, each checked against the mesh and against the model that it will start from.
+    """Returns the typed configs of all stages, validated against their meshes and models.
 
     Raises:
-      ConfigError: for the first that cannot be meant.
-      CheckpointError: one starts from a model that is not there and that no stage will make.
+      ConfigError: for the first config that is invalid.
+      CheckpointError: a stage starts from a model that is not there and that no stage will make.
     """
     typed = {name: check(config, name) for name, config in configs.items()}
     vocabularies = {
-        str(folders[n]): c.vocab_size
-        for n, c in typed.items()
-        if hasattr(c, "vocab_size")
+        str(folders[name]): config.vocab_size
+        for name, config in typed.items()
+        if hasattr(config, "vocab_size")
     }
     earlier: dict[str, Any] = {}  # typed configs of the stages before, by folder
     for name, config in typed.items():
@@ -234,17 +269,17 @@ def check_all(
             raise ConfigError(
                 f"{name}.model.vocab_size={size} is less than the tokenizer's {tokens}"
             )
-        known = (
-            model_config is not None or config.mesh.strategy != "auto"
-        )  # else validated when the stage begins
-        if known and (validate := getattr(stages.find(config.stage), "validate", None)):
-            validate(config, layout_of(config, origins), model_config)
+        # Strategy "auto" needs the model; without it the config is validated when the stage begins.
+        has_mesh = model_config is not None or config.mesh.strategy != "auto"
+        validate_stage = getattr(stages.find(config.stage), "validate", None)
+        if has_mesh and validate_stage:
+            validate_stage(config, layout_of(config, origins), model_config)
         earlier[str(folders[name])] = config
     return typed
 
 
 def _main_model(config: Any, origins: Origins) -> TransformerConfig | None:
-    """Returns the model_config of a stage's first role; None where there is none, or none yet."""
+    """Returns the model_config of a stage's first role; None if there is none, or none yet."""
     for role in roles_of(config).values():
         if not role.source:
             return None  # `validate` names what is missing
@@ -256,7 +291,7 @@ def _main_model(config: Any, origins: Origins) -> TransformerConfig | None:
 
 
 def layout_of(config: Any, origins: Origins) -> Layout:
-    """Returns the mesh that a stage's config asks for; "auto" is told of its models."""
+    """Returns the mesh of a stage's config; strategy "auto" chooses it by the stage's models."""
     workload = getattr(stages.find(config.stage), "workload", None)
     if config.mesh.strategy != "auto" or workload is None:
         return make_layout(config.mesh)
@@ -268,13 +303,13 @@ def layout_of(config: Any, origins: Origins) -> Layout:
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json, or compares with the one that is there.
+    """Writes config.json, or compares the config with the one that is there.
 
     Raises:
-      ConfigError: the workdir belongs to another config; the message names the keys that differ.
+      ConfigError: the workdir belongs to another config; the message names the options that differ.
     """
     compare(workdir, config)
-    if (workdir / CONFIG).exists() and not _nothing_but_configs(workdir):
+    if (workdir / CONFIG).exists() and not _has_only_configs(workdir):
         return
     try:
         paths.make_folder(workdir)
@@ -292,7 +327,7 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
       ConfigError: it belongs to another config; the message names the options that differ.
     """
     path = workdir / CONFIG
-    if not path.exists() or _nothing_but_configs(workdir):
+    if not path.exists() or _has_only_configs(workdir):
         return
     before = _Options(config_with_present_names(json.loads(path.read_text())))
     now = _Options(json.loads(json_text.encode(config, path)))
@@ -309,7 +344,7 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 class _Options:
-    """The options of a config by place: those that it has, and `all`, absent ones among them."""
+    """The options of a config by their places; `all` has those that are absent too."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._present = _flatten(config)
@@ -327,15 +362,17 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     The config of an unknown stage stays as it is.
     """
     if "stages" in config:
-        parts = config.items()
-        return {k: with_defaults(v) if isinstance(v, Mapping) else v for k, v in parts}
+        return {
+            name: with_defaults(part) if isinstance(part, Mapping) else part
+            for name, part in config.items()
+        }
     if config.get("stage") not in stages.names():
         return dict(config)
     return fill_defaults(stages.config_class(config["stage"]), config)
 
 
-def _nothing_but_configs(workdir: Path) -> bool:
-    """A run that stopped before its first result, at a path that is not there, say, may be corrected in place."""
+def _has_only_configs(workdir: Path) -> bool:
+    """Returns whether a run stopped before its first result: its config may be corrected."""
     return all(file.name == CONFIG for file in paths.files(workdir))
 
 
@@ -351,7 +388,7 @@ def _flatten(value: Any, place: str = "") -> dict[str, Any]:
 
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:
-    """The recipe's own metrics.jsonl: every line of its stages so far, with the stage's name."""
+    """Writes the recipe's metrics.jsonl: all lines of its stages so far, with the stage's name."""
     rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
         rows += [{"stage": name, **row} for row in read_jsonl(folder / "metrics.jsonl")]

@@ -1,6 +1,6 @@
-"""Which models a stage has, and what a step computes with them: what a stage declares of itself.
+"""Roles: the models that take part in a stage, and what a step computes with them.
 
-Loading, placement, the memory estimate and `plan` are loops over what stands here.
+A stage declares its roles. Loading, placement, the memory estimate and `plan` loop over them.
 """
 
 import dataclasses
@@ -30,57 +30,65 @@ Head = Literal["lm", "scalar"]
 class Role(NamedTuple):
     """A model that takes part in a stage."""
 
-    # where its parameters come from, or the config of a new model; of a reward that is described in
-    # place the description
     source: str | TransformerConfig | Mapping[str, Any]
+    """Where the parameters come from, or the config of a new model; of a reward its description."""
     head: Head = "lm"
-    optim: OptimConfig | None = None  # None: frozen
-    lora: LoraConfig = (
-        LoraConfig()
-    )  # rank 0: all of a model with an optimizer is trained
-    overrides: Mapping[str, Any] = {}  # changes to the model_config of `source`
-    averaged: bool = False  # an EMA of what is trained is kept beside it
+    """The head of the model in the stage."""
+    optim: OptimConfig | None = None
+    """The optimizer; None: the model is frozen."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters of a trained model; rank 0: all parameters are trained."""
+    overrides: Mapping[str, Any] = {}
+    """Changes to the model_config of `source`."""
+    averaged: bool = False
+    """Keep an EMA of the trained parameters."""
     mesh: Literal["train", "frozen"] = "train"
-    shares: str | None = (
-        None  # the role whose arrays it uses; its own are only those that it trains
-    )
-    scores: bool = (
-        False  # `source` is any reward: a model, or rules, a rubric, several models
-    )
-    head_alone: bool = (
-        False  # of a trained model: its trunk is that of the role it shares with
-    )
+    """The mesh that the model lives on."""
+    shares: str | None = None
+    """The role whose arrays the model uses; it owns only the arrays that it trains."""
+    scores: bool = False
+    """`source` is any reward: a model, several models, a rubric, or rules."""
+    labels: bool = False
+    """With `scores`: `source` may also be a labeler that is not a reward, such as rankings."""
+    head_alone: bool = False
+    """Only the head is trained; the trunk is that of the role in `shares`."""
+    keeps_head: bool = False
+    """The model of `source` must have the same head, which is trained further."""
 
 
 Roles = Mapping[str, Role]
 
 
 class Pass(NamedTuple):
-    """Tokens of a step that go through a model: forward alone, or forward and backward."""
+    """One pass of a step's tokens through a model: forward, or forward and backward."""
 
     program: str
     role: str
     tokens: int
-    length: int  # of a sequence, which attention depends on
-    trains: bool = False
+    length: int  # tokens of one sequence, which the cost of attention depends on
+    trains: bool = False  # with a backward pass
 
 
 class Workload(NamedTuple):
-    """What one step of a stage computes; of a job, one batch."""
+    """What one step of a training stage, or one batch of a job, computes."""
 
-    rows: int  # sequences of one forward-backward pass, over all devices
-    batch: int  # what of them the mesh divides: rows, or prompts that have several rows
-    length: int  # tokens of a sequence
-    units: int = 0  # tokens that a step is said to have: of batches, or of responses
-    rounds: int = 1  # forward-backward passes
-    microbatches: int = 1  # of an update
+    rows: int  # sequences per forward-backward pass, over all devices
+    batch: (
+        int  # the size that the mesh divides: rows, or prompts with several rows each
+    )
+    length: int  # tokens per sequence
+    units: int = (
+        0  # tokens per step in the logged rate: of the batch, or of the responses
+    )
+    rounds: int = 1  # forward-backward passes per step
+    microbatches: int = 1  # per update
     passes: tuple[Pass, ...] = ()
     decoded: int = 0  # rows that are sampled at a time
-    sampled: int = 0  # tokens of a response
+    sampled: int = 0  # tokens per response
 
 
 def scorers(**sources: str | Mapping[str, Any] | None) -> dict[str, Role]:
-    """Returns the roles of rewards that are only asked, those that are named."""
+    """Returns the roles of frozen rewards; a source that is empty or None has no role."""
     return {
         name: Role(source, head="scalar", scores=True)
         for name, source in sources.items()
@@ -89,22 +97,22 @@ def scorers(**sources: str | Mapping[str, Any] | None) -> dict[str, Role]:
 
 
 def job_workload(rows: int, length: int) -> Workload:
-    """Returns what a batch of a job computes, which trains nothing."""
+    """Returns the workload of a batch of a job."""
     return Workload(rows=rows, batch=rows, length=length)
 
 
 @runtime_checkable
 class Descriptions(Protocol):
-    """Says of which models a reward is made."""
+    """Tells which models a reward is made of."""
 
     def described(self, source: str) -> dict[str, Any] | None:
-        """Returns what a `reward.json` says; None where `source` is not described by one."""
+        """Returns the contents of the source's `reward.json`; None if it has none."""
         ...
 
 
 @runtime_checkable
 class Sources(Descriptions, Protocol):
-    """Where models come from: the disk, or shapes of models that need not be there."""
+    """Where models come from: the disk, or abstract arrays in place of models."""
 
     def open_model(
         self,
@@ -113,7 +121,7 @@ class Sources(Descriptions, Protocol):
         changes: Mapping[str, Any] = ...,
         context: str = ...,
     ) -> store.Opened:
-        """Returns a model whose parameters are not read yet."""
+        """Returns a model without reading its parameters."""
         ...
 
     def load(self, source: str, layout: Layout) -> store.SavedModel:
@@ -123,26 +131,28 @@ class Sources(Descriptions, Protocol):
     def tokenizer(self, source: str) -> Tokenizer: ...
 
 
-DISK: Sources = store  # the models that there are
+DISK: Sources = store
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model of a stage.
-
-    frozen: the parameters that are not trained: all of a frozen model; none of one that is trained
-      as a whole; with adapters all but a scalar head, the same arrays from the beginning to the end.
-    read: reads all parameters that there are to start from; None for a new model.
-    """
+    """A model of a stage."""
 
     model: Model
     tokenizer: Tokenizer | None
     frozen: PyTree
+    """Frozen parameters, the same arrays during the whole stage.
+
+    All parameters of a frozen model. With adapters: all but a scalar head. If the whole model is
+    trained: none.
+    """
     read: Callable[[], PyTree] | None
-    source_head: str = ""  # the head of the model that it comes from
+    """Reads the pretrained parameters; None for a new model."""
+    source_head: str = ""
+    """The head of the model in `Role.source`."""
 
     def merged(self, trained: PyTree) -> PyTree:
-        """Returns all parameters, given those that are trained."""
+        """Returns all parameters, given the trained ones."""
         return states.attach(self.frozen, trained)
 
     def start(self, params: PyTree) -> PyTree:
@@ -150,22 +160,23 @@ class Loaded:
         return params if self.read is None else states.copy_into(params, self.read())
 
     def saved(self, trained: PyTree) -> store.SavedModel:
-        """Returns what a stage leaves for others: float32 parameters, adapters merged into their base."""
-        params, model = self.merged(trained), self.model
+        """Returns the model that a stage leaves: in float32, adapters merged into their base."""
+        params = self.merged(trained)
+        model = self.model
         if model.lora.rank:
             params = lora.merge(model.lora, quantized.wide(params, model.axes()))
             model = Model(model.config, model.head)
         return store.SavedModel(model, params, self.tokenizer)
 
     def adapters(self, trained: PyTree) -> dict[str, Any]:
-        """Returns `Finished.adapters`: the trained adapters, where there are any."""
+        """Returns the trained adapters, if there are any, for `Finished.adapters`."""
         return {"adapter": (self.model, trained)} if self.model.lora.rank else {}
 
 
 class Models:
-    """The models of a stage by the names of their roles, and sources for its rewards.
+    """The models of a stage by the names of their roles, and the sources of its rewards.
 
-    Frozen parameters that come from one source onto one mesh are read once and shared.
+    Frozen parameters of one source on one mesh are read once and shared.
     """
 
     def __init__(
@@ -176,12 +187,14 @@ class Models:
         sources: Sources,
         frozen_mesh: MeshConfig | None = None,
     ):
-        self._stage, self._roles, self._sources = stage, roles, sources
-        other = None if frozen_mesh is None else make_layout(frozen_mesh, layout.pool)
-        self.frozen_layout = (
-            other  # of the models that are not trained; None: they share the mesh
-        )
-        self._layouts = {"train": layout, "frozen": other or layout}
+        self._stage = stage
+        self._roles = roles
+        self._sources = sources
+        # The layout of frozen models; None: they are on the mesh of training.
+        self.frozen_layout: Layout | None = None
+        if frozen_mesh is not None:
+            self.frozen_layout = make_layout(frozen_mesh, layout.pool)
+        self._layouts = {"train": layout, "frozen": self.frozen_layout or layout}
         self._loaded: dict[str, Loaded] = {}
         self._frozen: dict[Any, PyTree] = {}  # parameters by source and mesh
 
@@ -189,7 +202,7 @@ class Models:
         """Returns the model of a role.
 
         Raises:
-          ConfigError: `overrides` make another model of it, or adapters lack a head.
+          ConfigError: `overrides` change the parameters, or adapters lack a head.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(self._roles[name])
@@ -198,33 +211,28 @@ class Models:
     def _load(self, role: Role) -> Loaded:
         if isinstance(role.source, TransformerConfig):
             return Loaded(Model(role.source, role.head, role.lora), None, {}, None)
-        layout = self._layouts[role.mesh]
+        source, layout = str(role.source), self._layouts[role.mesh]
         opened = self.open_model(
-            role.source, layout, role.overrides, f"{self._stage}.overrides"
+            source, layout, role.overrides, f"{self._stage}.overrides"
         )
         config = opened.model.config
-        lacks_head = opened.model.head != role.head
-        if (
-            lacks_head
-            and role.lora.rank
-            and role.head == "lm"
-            and not config.tie_embeddings
-        ):
-            context = f"{self._stage}.init_from={role.source}"
-            raise ConfigError(f"{context}: adapters need its head, and it has none")
+        head = opened.model.head
+        has_new_head = head != role.head
+        needs_head = role.lora.rank and role.head == "lm" and not config.tie_embeddings
+        if has_new_head and needs_head:
+            context = f"{self._stage}.init_from={source}"
+            raise ConfigError(
+                f"{context}: adapters need a language-model head, found none"
+            )
         model = Model(config, role.head, role.lora)
-
-        owner, key = (
-            self._loaded.get(role.shares),
-            _key(role.source, layout, role.overrides),
-        )
+        owner = self._loaded.get(role.shares) if role.shares else None
+        key = _key(source, layout, role.overrides)
 
         def read() -> PyTree:
             kept = self._frozen.get(key) if owner is None else owner.frozen
             params = kept or opened.params()
-            return _without_head(params) if lacks_head else params
+            return _without_head(params) if has_new_head else params
 
-        head = opened.model.head
         if role.optim is not None and not role.lora.rank:
             return Loaded(model, opened.tokenizer, {}, read, head)
         if owner is not None:
@@ -232,14 +240,14 @@ class Models:
         elif role.lora.base != "float32":
             params = keep(frozen_base(model, read()))
         else:
-            self._keep(role.source, layout, role.overrides, opened.params)
+            self._keep(source, layout, role.overrides, opened.params)
             params = read()
         if role.optim is None:
             return Loaded(model, opened.tokenizer, params, lambda: params, head)
         frozen = params if role.head == "lm" else {"backbone": params["backbone"]}
         return Loaded(model, opened.tokenizer, frozen, lambda: params, head)
 
-    # Sources for rewards, which load their models themselves.
+    # The protocol `Sources`, for rewards, which load their models themselves.
 
     def open_model(
         self,
@@ -282,7 +290,7 @@ def _without_head(params: PyTree) -> PyTree:
 
 
 def frozen_base(model: Model, params: PyTree) -> PyTree:
-    """Returns parameters as the base of a model's adapters: with `lora.base` its kernels quantized."""
+    """Returns the frozen base of a model's adapters, its kernels quantized by `lora.base`."""
     kind = model.lora.base
     if not recording():
         return quantized.base(params, model.axes(), kind)

@@ -114,7 +114,7 @@ def configs(tmp_path):
         ),
         (
             ("run", TINY + ":steps=x", "--workdir=W"),
-            "config argument steps='x' is not of type int",
+            "config argument steps=x: expected int",
         ),
         (
             ("run", TINY, "--workdir=W", "--config.ppo.bogus=1"),

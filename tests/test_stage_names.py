@@ -17,6 +17,7 @@ OTHER_MEANINGS = {
     "report/sweep.py": {"group"},
     "report/tables.py": {"reward"},  # a metric
     "recipe.py": {"tokenizer"},  # an option
+    "references.py": {"compose", "feedback", "tokenizer"},  # kinds of rewards, and options
 }
 
 
@@ -44,6 +45,7 @@ PARTS = (
     "footprint.py",
     "origins.py",
     "recipe.py",
+    "references.py",
     "report",
     "roles.py",
     "strategy.py",

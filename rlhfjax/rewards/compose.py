@@ -77,9 +77,9 @@ class ComposeConfig:
 def parts(config: ComposeConfig) -> Iterator[Part]:
     """Yields the rewards that a composed one is made of, in the order of their roles."""
     for i, member in enumerate(config.members):
-        yield Part(f"_{i}", member.reward, None)
+        yield Part(f"members[{i}].reward", member.reward, None, f"_{i}")
         if member.where:
-            yield Part(f"_where_{i}", member.where, None)
+            yield Part(f"members[{i}].where", member.where, None, f"_where_{i}")
 
 
 def load(config: ComposeConfig, loader: Loader) -> Reward:

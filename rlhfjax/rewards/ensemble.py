@@ -72,9 +72,7 @@ class EnsembleReward(ModelReward):
         self.stacked = keep(stack(members))
         member_rows = (None, "batch")
         self._members = Program(program, jax.jit(self._rewards), member_rows)
-        combined = functools.partial(
-            combine, how=how, coefficient=float(coefficient)
-        )
+        combined = functools.partial(combine, how=how, coefficient=float(coefficient))
         self._combine = Program(f"{program}_combine", jax.jit(combined), ROWS)
         spread = jax.jit(lambda rewards: normalize.ensemble_disagreement(rewards).sum())
         self._spread = Program(f"{program}_spread", spread)

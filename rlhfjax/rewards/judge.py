@@ -116,7 +116,10 @@ class Judge:
             )
             with self._layout.use():
                 logprobs = self._score(
-                    self._params, placed["tokens"], placed["attention_mask"], placed["mask"]
+                    self._params,
+                    placed["tokens"],
+                    placed["attention_mask"],
+                    placed["mask"],
                 )
             yield np.asarray(hosts.whole(logprobs), np.float64)[: len(batch)]
 
@@ -146,7 +149,9 @@ class Judge:
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
                 jnp.arange(start, start + size)
             )
-            placed = self._layout.put({"prompts": prompts, "attention_mask": attention_mask})
+            placed = self._layout.put(
+                {"prompts": prompts, "attention_mask": attention_mask}
+            )
             with self._layout.use():
                 samples = _generate(
                     self._model,

@@ -12,6 +12,7 @@ from rlhfjax.rewards.load import KINDS, Kind, Loader, Part
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.rankings import by_labeler, read_rankings
 from rlhfjax.rewards.responses import TextReward, validate_reward_model
+from rlhfjax.rewards.workers import find_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,14 @@ class ModelConfig:
 
     model: str
     """the workdir of a reward stage, or another source of a model with a scalar head"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """A model that rewards every token."""
+
+    model: str = ""
+    """the workdir of a tamer stage; empty in its own reward.json: the folder of that file"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +47,19 @@ def _load_model(config: ModelConfig, loader: Loader) -> ModelReward:
     return ModelReward(saved.model, saved.params, loader.program)
 
 
-def _load_dense(config: ModelConfig, loader: Loader) -> DenseReward:
+def _load_dense(config: DenseConfig, loader: Loader) -> DenseReward:
     saved = loader.sources.load(config.model, loader.layout)
     validate_reward_model(saved, loader.tokenizer, config.model)
     return DenseReward(saved.model, saved.params, loader.program)
 
 
-def _reward_model(config: ModelConfig) -> Iterator[Part]:
-    yield Part("", config.model, "scalar")
+def _reward_model(config: ModelConfig | DenseConfig) -> Iterator[Part]:
+    if config.model:
+        yield Part("model", config.model, "scalar")
 
 
 def _judge_model(config: Any) -> Iterator[Part]:
-    yield Part("", config.judge.model, "lm")
+    yield Part("judge.model", config.judge.model, "lm")
 
 
 def _load_gold(config: gold.GoldConfig, loader: Loader) -> TextReward:
@@ -76,26 +86,41 @@ def _load_rankings(config: RankingsConfig, loader: Loader) -> RankingsLabeler:
 
 
 KINDS.update(
-    gold=Kind(gold.GoldConfig, _load_gold, parse=lambda name: {"name": name}),
-    rule=Kind(rules.RuleConfig, _load_rule, parse=rules.parse, names=("metadata",)),
-    model=Kind(ModelConfig, _load_model, _reward_model, names=("model",)),
-    dense=Kind(ModelConfig, _load_dense, _reward_model, names=("model",)),
-    compose=Kind(
-        compose.ComposeConfig, compose.load, compose.parts, names=("reward", "where")
+    gold=Kind(
+        gold.GoldConfig,
+        _load_gold,
+        check=lambda config: gold.SCORERS[config.name](),
+        parse=lambda name: {"name": name},
     ),
-    rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, names=("model",)),
+    rule=Kind(
+        rules.RuleConfig,
+        _load_rule,
+        check=lambda config: find_function(config.function),
+        parse=rules.parse,
+        files=("metadata",),
+    ),
+    model=Kind(ModelConfig, _load_model, _reward_model, sources=("model",)),
+    dense=Kind(DenseConfig, _load_dense, _reward_model, sources=("model",)),
+    compose=Kind(
+        compose.ComposeConfig,
+        compose.load,
+        compose.parts,
+        sources=("reward", "where"),
+    ),
+    rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, sources=("model",)),
     feedback=Kind(
         feedback.FeedbackConfig,
         feedback.load,
         _judge_model,
-        names=("model", "principles"),
+        sources=("model",),
+        files=("principles",),
         labels=True,
     ),
     rankings=Kind(
         RankingsConfig,
         _load_rankings,
         parse=_parse_rankings,
-        names=("rankings",),
+        files=("rankings",),
         labels=True,
     ),
 )

@@ -79,7 +79,9 @@ class RankingsLabeler:
     def __call__(self, answers: Answers) -> np.ndarray:
         """Returns minus the ranks, float64 [p, k]."""
         prompts = zip(answers.prompts, answers.completions, strict=True)
-        return np.array([self._label(prompt, responses) for prompt, responses in prompts])
+        return np.array(
+            [self._label(prompt, responses) for prompt, responses in prompts]
+        )
 
     def _label(self, prompt: str, responses: list[str]) -> list[float]:
         known = max(

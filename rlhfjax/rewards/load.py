@@ -34,11 +34,13 @@ from rlhfjax.roles import DISK, REWARD, Descriptions, Head, Sources
 class Part(NamedTuple):
     """A model or a reward that a reward is made of."""
 
-    suffix: str
-    """what its role and its program have after the name of the whole"""
+    option: str
+    """its place in the description, such as members[0].reward"""
     source: str | Mapping[str, Any]
     head: Head | None
     """of a model; None: `source` is a reward"""
+    suffix: str = ""
+    """what its role and its program have after the name of the whole"""
 
 
 class Loader(NamedTuple):
@@ -57,26 +59,28 @@ class Loader(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How one kind of reward, or of labeler, is validated, planned and loaded.
-
-    config: the dataclass of its options.
-    load: makes the reward, or the labeler, of a config.
-    parts: yields the models and rewards that it is made of.
-    parse: returns the options that a name `KIND:TEXT` stands for; None: it has no such names.
-    names: options that hold names of files and models, which move with a recipe's workdir.
-    labels: it labels answers and cannot score one alone.
-    """
+    """How one kind of reward, or of labeler, is described, validated, planned and loaded."""
 
     config: type[Any]
+    """the dataclass of its options"""
     load: Callable[[Any, Loader], Any]
+    """returns the reward, or the labeler, of a config"""
     parts: Callable[[Any], Iterator[Part]] = lambda config: iter(())
+    """yields the models and the rewards that it is made of"""
+    check: Callable[[Any], object] = lambda config: None
+    """raises UserError where code that it needs cannot be imported"""
     parse: Callable[[str], dict[str, Any]] | None = None
-    names: tuple[str, ...] = ()
+    """returns the options that the name `KIND:TEXT` stands for; None: the kind has no such names"""
+    sources: tuple[str, ...] = ()
+    """options that hold names of models or rewards"""
+    files: tuple[str, ...] = ()
+    """options that hold globs of files"""
     labels: bool = False
+    """it labels several responses to a prompt, and cannot score one alone"""
 
 
 KINDS: dict[str, Kind] = {}
-"""The kinds by name; `kinds.py` has the table."""
+"""The registry, filled by the table in `kinds.py`."""
 
 
 class Description(NamedTuple):
@@ -202,11 +206,14 @@ def _with_names(
 ) -> Any:
     """Returns a description with `change` of every name in it; its parts are described too."""
     if isinstance(value, Mapping):
-        names = KINDS[value["kind"]].names if value.get("kind") in KINDS else names
+        if value.get("kind") in KINDS:
+            names = KINDS[value["kind"]].sources + KINDS[value["kind"]].files
         changed = {}
         for option, part in value.items():
             is_name = option in names and isinstance(part, str) and part
-            changed[option] = change(part) if is_name else _with_names(part, change, names)
+            changed[option] = (
+                change(part) if is_name else _with_names(part, change, names)
+            )
         return changed
     if isinstance(value, list):
         return [_with_names(part, change, names) for part in value]

@@ -86,7 +86,9 @@ class TextReward:
         return texts(self.tokenizer, tokens, attention_mask, mask)
 
 
-def score_shapes(tokens: Rows, attention_mask: Rows, mask: Rows) -> jax.ShapeDtypeStruct:
+def score_shapes(
+    tokens: Rows, attention_mask: Rows, mask: Rows
+) -> jax.ShapeDtypeStruct:
     """Returns the shape of scores [n] that are computed on the host."""
     return jax.ShapeDtypeStruct((mask.shape[0],), np.float32)
 
@@ -99,7 +101,10 @@ def score(reward: Reward, tokens: Rows, attention_mask: Rows, mask: Rows) -> Sco
 
 
 def texts(
-    tokenizer: Tokenizer, tokens: np.ndarray, attention_mask: np.ndarray, mask: np.ndarray
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    attention_mask: np.ndarray,
+    mask: np.ndarray,
 ) -> tuple[list[str], list[str]]:
     """Returns the texts of prompts, with chat markers (`chat.prompt_text`), and of responses.
 
@@ -124,7 +129,9 @@ def validate_reward_model(
     """
     model = saved.model
     if model.head != "scalar":
-        raise ConfigError(f"{name}: expected a reward model, got one with a {model.head} head")
+        raise ConfigError(
+            f"{name}: expected a reward model, got one with a {model.head} head"
+        )
     if model.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"{name}: the reward model has {model.config.vocab_size} token ids,"

@@ -82,7 +82,9 @@ class PolicyConfig(TrainConfig):
     human: HumanConfig = HumanConfig()
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()
-    gold: RewardSource = ""  # a scorer to measure held-out answers with; it is never trained on
+    gold: RewardSource = (
+        ""  # a scorer to measure held-out answers with; it is never trained on
+    )
     prompt_length: Tokens
     max_new_tokens: Tokens
     temperature: PositiveTemperature = 1.0
@@ -145,6 +147,7 @@ def policy_roles(config: PolicyConfig) -> dict[str, Role]:
             optim=config.optim,
             lora=config.lora,
             averaged=bool(config.ema),
+            keeps_head=True,
         ),
         "reference": Role(
             config.reference or config.init_from, mesh=mesh, shares=shares

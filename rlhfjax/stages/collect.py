@@ -38,7 +38,9 @@ class Config:
     stage: str = "collect"
     init_from: str  # the policy that answers
     labeler: LabelerSource  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
-    others: tuple[LabelerSource, ...] = ()  # label the same answers, for inter-labeler agreement alone
+    others: tuple[
+        LabelerSource, ...
+    ] = ()  # label the same answers, for inter-labeler agreement alone
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()  # become the validation split
     samples_per_prompt: Several = 4  # K; InstructGPT: 4 to 9
@@ -57,11 +59,10 @@ class Config:
 
 
 def roles(config: Config) -> dict[str, Role]:
-    others = {f"other_{i}": name for i, name in enumerate(config.others)}
-    return {
-        "policy": Role(config.init_from),
-        **scorers(labeler=config.labeler, **others),
-    }
+    sources = {f"other_{i}": name for i, name in enumerate(config.others)}
+    labelers = scorers(labeler=config.labeler, **sources)
+    labelers = {name: role._replace(labels=True) for name, role in labelers.items()}
+    return {"policy": Role(config.init_from), **labelers}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
@@ -105,7 +106,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             for number, (split, one) in enumerate(prompts.items())
         }
     hosts.share(
-        lambda: write_preferences(workdir / FOLDER, splits, labeler=label(config.labeler))
+        lambda: write_preferences(
+            workdir / FOLDER, splits, labeler=label(config.labeler)
+        )
     )
     metrics = _describe(splits)
     for labeler in labelers:

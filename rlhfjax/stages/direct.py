@@ -115,7 +115,7 @@ class Config(StreamConfig):
 
 
 def roles(config: Config) -> dict[str, Role]:
-    trained = {MODEL: trained_role(config)}
+    trained = {MODEL: trained_role(config)._replace(keeps_head=True)}
     if not config.loss.needs_reference:
         return trained
     if config.reference is not None:

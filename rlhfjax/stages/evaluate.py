@@ -106,7 +106,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             for name, saved in models.items()
         }
     for who, name in itertools.product(answered, rewards):
-        context = f"evaluate.{name}={label(getattr(config, name))}, responses of the {who}"
+        context = (
+            f"evaluate.{name}={label(getattr(config, name))}, responses of the {who}"
+        )
         stats.validate_scores(answered[who][name], context)
     metrics = summarize(answered)
     _write_samples(workdir / SAMPLES, answered)

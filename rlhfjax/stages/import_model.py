@@ -21,6 +21,8 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.roles import Role
 
+LEAVES_MODEL = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

@@ -59,14 +59,15 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             )
     write_preferences(workdir / FOLDER, splits, labeler="unnamed")
     metrics = {
-        f"import_rankings/{name}": value for name, value in describe(rankings).items()
+        f"import_rankings/{name}": value
+        for name, value in ranking_metrics(rankings).items()
     }
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
 
 
-def describe(rankings: list[Ranking]) -> dict[str, float]:
+def ranking_metrics(rankings: list[Ranking]) -> dict[str, float]:
     """How many rankings, labelers and comparisons, how many of the pairs are ties, and how far labelers agree."""
     people = by_labeler(rankings)
     pairs = [

@@ -30,6 +30,8 @@ from rlhfjax.roles import Role, Workload, job_workload
 from rlhfjax.stages.reward import make_judge
 from rlhfjax.supervised import validate_length
 
+LEAVES_MODEL = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
