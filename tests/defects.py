@@ -1317,8 +1317,8 @@ DEFECTS = [
     d(
         41,
         "stages/import_rankings.py",
-        "key = one.prompt if isinstance(one.prompt, str) else opening(one.prompt)",
-        "key = one.key",
+        "key = prompt if isinstance(prompt, str) else opening(prompt)",
+        "key = ranking.key",
         "test_stage_collect.py::test_pitfall_41_rankings_of_one_prompt_are_in_one_split",
     ),
     d(

@@ -511,5 +511,7 @@ def test_another_head_than_the_loaded_one_is_born(finished, tmp_path, conversati
         store.SavedModel(scalar, scalar.init(jax.random.key(0)), saved.tokenizer),
     )
     config = values("sft", conversations, finished, init_from=str(tmp_path / "scalar"))
-    with pytest.raises(ConfigError, match="adapters need a language-model head, found none"):
+    with pytest.raises(
+        ConfigError, match="adapters need a language-model head, found none"
+    ):
         load(recipe.check(config, "sft"))

@@ -17,7 +17,11 @@ OTHER_MEANINGS = {
     "report/sweep.py": {"group"},
     "report/tables.py": {"reward"},  # a metric
     "recipe.py": {"tokenizer"},  # an option
-    "references.py": {"compose", "feedback", "tokenizer"},  # kinds of rewards, and options
+    "references.py": {
+        "compose",
+        "feedback",
+        "tokenizer",
+    },  # kinds of rewards, and options
 }
 
 

@@ -11,7 +11,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.programs import Rows, on_host
 from rlhfjax.ranges import Finite, NonNegative
 from rlhfjax.rewards.ensemble import EnsembleReward
-from rlhfjax.rewards.load import Loader, Part, RewardSource, describe, label
+from rlhfjax.rewards.registry import Loader, Part, RewardSource, describe, label
 from rlhfjax.rewards.responses import (
     Reward,
     Scored,

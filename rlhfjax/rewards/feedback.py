@@ -30,7 +30,7 @@ from rlhfjax.rewards.judge import (
     readable,
 )
 from rlhfjax.rewards.labelers import Answers
-from rlhfjax.rewards.load import Loader
+from rlhfjax.rewards.registry import Loader
 from rlhfjax.types import Metrics
 
 TEMPLATE = """Consider the following conversation:

@@ -1,279 +1,156 @@
-"""Rewards and labelers: named, or described in place, and loaded.
+"""The kinds of rewards and labelers, and what loads them by name or by description.
 
-    reward = load_reward("gold:sentiment", layout, tokenizer)
-    reward = load_reward({"kind": "gold", "name": "sentiment"}, layout, tokenizer)  # the same
-    scores = reward(tokens, segments, mask)  # [n]
-    labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)
-    scores = labeler(answers)  # [p, k], higher is better, equal is a tie
-
-A description is a mapping with `kind`, a key of KINDS, and the options of that kind. A name stands
-for one description:
-
-    gold:NAME, rule:MODULE:FUNCTION?OPTION=VALUE, rankings:GLOB@LABELER
-    the workdir of a stage that describes a reward: what its reward.json holds
-    any other workdir or model: {"kind": "model", "model": NAME}
+The table at the end is the registry; `registry.py` has what uses it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-from pydantic import PlainValidator
-
-from rlhfjax import paths
-from rlhfjax.config import PLACE, build, to_dict, write_json
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import Layout
-from rlhfjax.paths import Path
-from rlhfjax.rewards.labelers import Labeler, RewardLabeler
-from rlhfjax.rewards.responses import Reward
-from rlhfjax.roles import DISK, REWARD, Descriptions, Head, Sources
+from rlhfjax.rewards import compose, feedback, gold, rubric, rules
+from rlhfjax.rewards.dense import DenseReward
+from rlhfjax.rewards.labelers import RankingsLabeler
+from rlhfjax.rewards.model import ModelReward
+from rlhfjax.rewards.rankings import by_labeler, read_rankings
+from rlhfjax.rewards.registry import (
+    KINDS,
+    Kind,
+    LabelerSource,
+    Loader,
+    Part,
+    RewardSource,
+    describe,
+    label,
+    load_labeler,
+    load_reward,
+    models_of,
+    stage_description,
+    write,
+)
+from rlhfjax.rewards.responses import TextReward, validate_reward_model
+from rlhfjax.rewards.workers import find_function
 
-
-class Part(NamedTuple):
-    """A model or a reward that a reward is made of."""
-
-    option: str
-    """its place in the description, such as members[0].reward"""
-    source: str | Mapping[str, Any]
-    head: Head | None
-    """of a model; None: `source` is a reward"""
-    suffix: str = ""
-    """what its role and its program have after the name of the whole"""
-
-
-class Loader(NamedTuple):
-    """What a kind of reward needs to load its models."""
-
-    layout: Layout
-    tokenizer: Tokenizer  # of the policy
-    sources: Sources
-    program: str  # the name of what a model computes
-
-    def load(self, part: Part) -> Reward:
-        """Returns a reward that is part of another."""
-        loader = self._replace(program=self.program + part.suffix)
-        return _load(describe(part.source, self.sources), loader)
+__all__ = [
+    "KINDS",
+    "LabelerSource",
+    "RewardSource",
+    "describe",
+    "label",
+    "load_labeler",
+    "load_reward",
+    "models_of",
+    "stage_description",
+    "write",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """How one kind of reward, or of labeler, is described, validated, planned and loaded."""
+class ModelConfig:
+    """A trained reward model."""
 
-    config: type[Any]
-    """the dataclass of its options"""
-    load: Callable[[Any, Loader], Any]
-    """returns the reward, or the labeler, of a config"""
-    parts: Callable[[Any], Iterator[Part]] = lambda config: iter(())
-    """yields the models and the rewards that it is made of"""
-    check: Callable[[Any], object] = lambda config: None
-    """raises UserError where code that it needs cannot be imported"""
-    parse: Callable[[str], dict[str, Any]] | None = None
-    """returns the options that the name `KIND:TEXT` stands for; None: the kind has no such names"""
-    sources: tuple[str, ...] = ()
-    """options that hold names of models or rewards"""
-    files: tuple[str, ...] = ()
-    """options that hold globs of files"""
-    labels: bool = False
-    """it labels several responses to a prompt, and cannot score one alone"""
+    model: str
+    """the workdir of a reward stage, or another source of a model with a scalar head"""
 
 
-KINDS: dict[str, Kind] = {}
-"""The registry, filled by the table in `kinds.py`."""
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """A model that rewards every token."""
+
+    model: str = ""
+    """the workdir of a tamer stage; empty in its own reward.json: the folder of that file"""
 
 
-class Description(NamedTuple):
-    """A reward as its kind and the typed options of it."""
+@dataclasses.dataclass(frozen=True)
+class RankingsConfig:
+    """Rankings by people, as a labeler."""
 
-    kind: str
-    config: Any
-
-
-# ------------------------------------------------------------------ in configs
-
-
-def validate(source: Any, place: str, labels: bool = False) -> None:
-    """Validates a name or a description without a look at files.
-
-    Args:
-      place: where the value stands, for an error.
-      labels: whether a labeler is accepted too.
-
-    Raises:
-      ConfigError: an unknown kind or option, or a value out of its range.
-    """
-    if not isinstance(source, str | Mapping):
-        expected = "the name of a reward, or a mapping with its `kind`"
-        raise ConfigError(f"{place}={source!r}: expected {expected}")
-    values = _parse_name(source) if isinstance(source, str) else source
-    if values is None:
-        return
-    kind = values.get("kind")
-    if labels or kind not in KINDS or not KINDS[kind].labels:
-        _typed(values, place)
-    else:
-        raise ConfigError(f"{place}: {kind!r} labels answers; expected a reward")
+    rankings: str
+    """a glob of JSON lines"""
+    labeler: str = ""
+    """whose rankings count; needed where the files hold those of several"""
 
 
-def _validator(labels: bool) -> Callable[[Any], Any]:
-    """Returns `validate` as pydantic calls it, which does not tell the place."""
-
-    def validated(source: Any) -> Any:
-        try:
-            validate(source, PLACE, labels)
-        except ConfigError as error:
-            message = str(error)
-            message = message if PLACE in message else f"{PLACE}: {message}"
-            raise ValueError(message) from None
-        return source
-
-    return validated
+def _load_model(config: ModelConfig, loader: Loader) -> ModelReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return ModelReward(saved.model, saved.params, loader.program)
 
 
-RewardSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(False))]
-"""An option that holds a reward: its name, or its description in place."""
-
-LabelerSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(True))]
-"""An option that holds a labeler or any reward."""
-
-
-def label(source: RewardSource) -> str:
-    """Returns the name of a reward, or the kind of one that is described in place."""
-    return source if isinstance(source, str) else str(source["kind"])
+def _load_dense(config: DenseConfig, loader: Loader) -> DenseReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return DenseReward(saved.model, saved.params, loader.program)
 
 
-# ------------------------------------------------------------------ descriptions
+def _reward_model(config: ModelConfig | DenseConfig) -> Iterator[Part]:
+    if config.model:
+        yield Part("model", config.model, "scalar")
 
 
-def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
-    """Returns what a reward's name stands for, or its description in place, typed.
-
-    Raises:
-      ConfigError: the description is invalid.
-    """
-    if not isinstance(source, str):
-        return _typed(source, "reward")
-    if (values := _parse_name(source)) is not None:
-        return _typed(values, source)
-    values = sources.described(source)
-    if values is None:
-        return _typed({"kind": "model", "model": source}, source)
-    folder = paths.path(source)
-    if values["kind"] == "dense":  # the model is that of the folder itself
-        values = values | {"model": source}
-    reachable = _with_names(values, lambda name: _found(name, folder))
-    return _typed(reachable, str(folder / REWARD))
+def _judge_model(config: Any) -> Iterator[Part]:
+    yield Part("judge.model", config.judge.model, "lm")
 
 
-def _parse_name(name: str) -> dict[str, Any] | None:
-    """Returns the description that `KIND:TEXT` stands for; None for a workdir or a model."""
-    prefix, colon, text = name.partition(":")
-    parse = KINDS[prefix].parse if prefix in KINDS else None
-    return {"kind": prefix, **parse(text)} if colon and parse else None
+def _load_gold(config: gold.GoldConfig, loader: Loader) -> TextReward:
+    return TextReward(gold.SCORERS[config.name](), loader.tokenizer)
 
 
-def _typed(values: Mapping[str, Any], context: str) -> Description:
-    options = dict(values)
-    kind = options.pop("kind", None)
-    if kind not in KINDS:
-        known = ", ".join(map(repr, KINDS))
-        raise ConfigError(f"{context}.kind={kind!r}: expected one of {known}")
-    return Description(kind, build(KINDS[kind].config, options, context))
+def _load_rule(config: rules.RuleConfig, loader: Loader) -> TextReward:
+    return TextReward(rules.Rule(config), loader.tokenizer)
 
 
-def stage_description(kind: str, config: Any) -> dict[str, Any]:
-    """Returns the reward that a stage's config describes, with names as the config has them."""
-    fields = dataclasses.fields(KINDS[kind].config)
-    options = {field.name: getattr(config, field.name) for field in fields}
-    return {"kind": kind, **to_dict(options)}
+def _parse_rankings(text: str) -> dict[str, str]:
+    pattern, _, labeler = text.partition("@")
+    return {"rankings": pattern, "labeler": labeler}
 
 
-def write(folder: Path, description: Mapping[str, Any]) -> None:
-    """Writes reward.json. Its paths are relative to the folder, so that a workdir can be moved."""
-    relative = _with_names(description, lambda name: paths.relative(name, folder))
-    write_json(folder / REWARD, relative)
+def _load_rankings(config: RankingsConfig, loader: Loader) -> RankingsLabeler:
+    people = by_labeler(read_rankings(config.rankings))
+    if config.labeler not in people and (config.labeler or len(people) > 1):
+        raise ConfigError(
+            f"rankings {config.rankings!r}: labeler={config.labeler!r} has none there;"
+            f" name one of {', '.join(people)} as rankings:GLOB@LABELER"
+        )
+    return RankingsLabeler(people[config.labeler or next(iter(people))])
 
 
-def _found(name: str, folder: Path) -> str:
-    """Returns a name in a folder's reward.json as it is reached from here."""
-    path = paths.within(folder, name)
-    return str(path) if path.exists() else name
-
-
-def _with_names(
-    value: Any, change: Callable[[str], str], names: tuple[str, ...] = ()
-) -> Any:
-    """Returns a description with `change` of every name in it; its parts are described too."""
-    if isinstance(value, Mapping):
-        if value.get("kind") in KINDS:
-            names = KINDS[value["kind"]].sources + KINDS[value["kind"]].files
-        changed = {}
-        for option, part in value.items():
-            is_name = option in names and isinstance(part, str) and part
-            changed[option] = (
-                change(part) if is_name else _with_names(part, change, names)
-            )
-        return changed
-    if isinstance(value, list):
-        return [_with_names(part, change, names) for part in value]
-    return value
-
-
-def models_of(
-    source: RewardSource, sources: Descriptions, suffix: str = ""
-) -> list[Part]:
-    """Returns the models that a reward or labeler runs; none where rules score."""
-    kind, config = describe(source, sources)
-    models: list[Part] = []
-    for part in KINDS[kind].parts(config):
-        whole = part._replace(suffix=suffix + part.suffix)
-        if part.head is None:
-            models += models_of(part.source, sources, whole.suffix)
-        else:
-            models.append(whole)
-    return models
-
-
-# ------------------------------------------------------------------ loading
-
-
-def load_reward(
-    source: RewardSource,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources = DISK,
-    program: str = "score",
-) -> Reward:
-    """Returns a reward by its name or description.
-
-    Args:
-      program: the name of what a model computes; a member of several has its number after it.
-
-    Raises:
-      ConfigError: the description is invalid, or its model has no scalar head or another
-        vocabulary.
-      CheckpointError: there is no model.
-    """
-    description = describe(source, sources)
-    return _load(description, Loader(layout, tokenizer, sources, program))
-
-
-def _load(description: Description, loader: Loader) -> Reward:
-    kind, config = description
-    if KINDS[kind].labels:
-        raise ConfigError(f"reward: {kind!r} labels answers; expected a reward")
-    return KINDS[kind].load(config, loader)
-
-
-def load_labeler(
-    source: LabelerSource, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
-) -> Labeler:
-    """Returns a labeler by its name or description; a reward labels with its scores.
-
-    Raises: as `load_reward` does.
-    """
-    kind, config = describe(source, sources)
-    loader = Loader(layout, tokenizer, sources, "score")
-    loaded = KINDS[kind].load(config, loader)
-    return loaded if KINDS[kind].labels else RewardLabeler(loaded)
+KINDS.update(
+    gold=Kind(
+        gold.GoldConfig,
+        _load_gold,
+        check=lambda config: gold.SCORERS[config.name](),
+        parse=lambda name: {"name": name},
+    ),
+    rule=Kind(
+        rules.RuleConfig,
+        _load_rule,
+        check=lambda config: find_function(config.function),
+        parse=rules.parse,
+        files=("metadata",),
+    ),
+    model=Kind(ModelConfig, _load_model, _reward_model, sources=("model",)),
+    dense=Kind(DenseConfig, _load_dense, _reward_model, sources=("model",)),
+    compose=Kind(
+        compose.ComposeConfig,
+        compose.load,
+        compose.parts,
+        sources=("reward", "where"),
+    ),
+    rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, sources=("model",)),
+    feedback=Kind(
+        feedback.FeedbackConfig,
+        feedback.load,
+        _judge_model,
+        sources=("model",),
+        files=("principles",),
+        labels=True,
+    ),
+    rankings=Kind(
+        RankingsConfig,
+        _load_rankings,
+        parse=_parse_rankings,
+        files=("rankings",),
+        labels=True,
+    ),
+)

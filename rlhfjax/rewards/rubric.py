@@ -20,7 +20,7 @@ from rlhfjax.rewards.judge import (
     class_probabilities,
     readable,
 )
-from rlhfjax.rewards.load import Loader
+from rlhfjax.rewards.registry import Loader
 from rlhfjax.rewards.responses import TextReward
 from rlhfjax.types import Metrics
 
