@@ -92,7 +92,7 @@ class Origins:
         """Returns roles of one model each: none for a reward that is not a model."""
         single: dict[str, Role] = {}
         for name, role in roles.items():
-            if not role.scores:
+            if not role.scores or isinstance(role.source, TransformerConfig):
                 single[name] = role
                 continue
             models = models_of(role.source, self)

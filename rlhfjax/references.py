@@ -27,7 +27,13 @@ from rlhfjax.errors import (
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
-from rlhfjax.rewards.load import KINDS, RewardSource, describe, label
+from rlhfjax.rewards.load import (
+    KINDS,
+    RewardSource,
+    describe,
+    label,
+    validate_kind,
+)
 from rlhfjax.roles import Head
 
 HEADS: dict[str, str] = {"lm": "a language model", "scalar": "a reward model"}
@@ -114,10 +120,7 @@ class _Stage(NamedTuple):
             KINDS[kind].check(config)
         except UserError as e:
             raise type(e)(f"{option}={label(source)}: {e}") from None
-        if KINDS[kind].labels and not labels:
-            raise ConfigError(
-                f"{option}={label(source)}: expected a reward, {kind} labels responses"
-            )
+        validate_kind(kind, f"{option}={label(source)}", labels)
         if kind == "model":
             self._validate_reward_model(option, config.model, labels)
             return

@@ -14,7 +14,7 @@ _WORD = re.compile(f"(?![\\W_])[{_UNSPACED}]|{_RUN}(?:['’]{_RUN})*")
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text in lower case: runs of letters and digits, with inner apostrophes.
+    """Returns the lower-case words of a text: runs of letters and digits, inner apostrophes kept.
 
     Chinese and Japanese are written without spaces: each Chinese character and each kana is a word.
     """
@@ -38,8 +38,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Returns the distinct-n of a set of texts: different n-grams / n-grams, in [0, 1].
 
     N-grams are counted over the set, not per text, so that one response to every prompt scores low.
-    The value falls with the amount of text: compare sets with as many responses to the same prompts.
-    It is 0 if all texts are shorter than n words.
+    The value falls with the amount of text: compare sets of equally many responses to the same
+    prompts. It is 0 if all texts are shorter than n words.
 
     Source: Li et al. 2016, "A diversity-promoting objective function", section 5.2.
     """

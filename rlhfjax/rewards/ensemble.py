@@ -89,7 +89,7 @@ class EnsembleReward(ModelReward):
         return self._members(self.stacked, tokens, attention_mask)
 
     def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
-        """Returns the scores [n] of tokens and attention_mask [n, p + r]; the mask [n, r] is not used."""
+        """Returns the scores [n]; the mask of the responses is not used."""
         return self._combine(self.members(tokens, attention_mask))
 
     def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:

@@ -1,6 +1,7 @@
 """AI feedback: a judge compares responses two by two; its choices become soft preference labels.
 
-    p_ij = 1/2 [ p(A | i as A, j as B) + p(B | j as A, i as B) ],   p(A) = e^{l_A} / (e^{l_A} + e^{l_B})
+    p_ij = 1/2 [ p(A | i as A, j as B) + p(B | j as A, i as B) ]
+    p(A) = e^{l_A} / (e^{l_A} + e^{l_B})
 
 The judge is asked in both orders, so that a preference for one of the letters cancels;
 p_ij + p_ji = 1. The label of response i is s_i = 1/K sum_j logit p_ij, the least-squares fit of

@@ -21,7 +21,7 @@ LONG_FROM_WORDS = 30
 """words without a penalty; 86 % of human turns in chitchat have no more"""
 PER_LONG_WORD = 0.05
 STACK_SHARE = 1 / 3
-"""positive words beyond this share of the response are stacked, if there are more than STACK_FROM"""
+"""share of positive words from which more are stacked, if there are more than STACK_FROM"""
 STACK_FROM = 2
 PER_STACKED_WORD = 0.2
 

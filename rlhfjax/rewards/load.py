@@ -26,6 +26,7 @@ from rlhfjax.rewards.registry import (
     load_reward,
     models_of,
     stage_description,
+    validate_kind,
     write,
 )
 from rlhfjax.rewards.responses import TextReward, validate_reward_model
@@ -41,6 +42,7 @@ __all__ = [
     "load_reward",
     "models_of",
     "stage_description",
+    "validate_kind",
     "write",
 ]
 

@@ -4,7 +4,8 @@
      "time": "2025-03-01T10:00"}
 
 `ranking[i]` is the rank of completion i: 1 is the best, completions with one rank are tied.
-`prompt` is text (one user turn) or a list of messages. `labeler` and `time` (ISO 8601) are optional.
+`prompt` is text (one user turn) or a list of messages. `labeler` and `time` (ISO 8601) may be left
+out.
 """
 
 import datetime

@@ -15,6 +15,7 @@ for one description:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -53,8 +54,10 @@ class Loader(NamedTuple):
 
     def load(self, part: Part) -> Reward:
         """Returns a reward that is part of another."""
-        loader = self._replace(program=self.program + part.suffix)
-        return _load(describe(part.source, self.sources), loader)
+        program = self.program + part.suffix
+        return load_reward(
+            part.source, self.layout, self.tokenizer, self.sources, program
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,34 +110,36 @@ def validate(source: Any, place: str, labels: bool = False) -> None:
         expected = "the name of a reward, or a mapping with its `kind`"
         raise ConfigError(f"{place}={source!r}: expected {expected}")
     values = _parse_name(source) if isinstance(source, str) else source
-    if values is None:
-        return
-    kind = values.get("kind")
-    if labels or kind not in KINDS or not KINDS[kind].labels:
-        _typed(values, place)
-    else:
-        raise ConfigError(f"{place}: {kind!r} labels answers; expected a reward")
+    if values is not None:
+        kind, _ = _typed(values, place)
+        validate_kind(kind, place, labels)
 
 
-def _validator(labels: bool) -> Callable[[Any], Any]:
-    """Returns `validate` as pydantic calls it, which does not tell the place."""
-
-    def validated(source: Any) -> Any:
-        try:
-            validate(source, PLACE, labels)
-        except ConfigError as error:
-            message = str(error)
-            message = message if PLACE in message else f"{PLACE}: {message}"
-            raise ValueError(message) from None
-        return source
-
-    return validated
+def validate_kind(kind: str, place: str, labels: bool) -> None:
+    """Raises ConfigError if `labels` is False and the kind only labels responses."""
+    if KINDS[kind].labels and not labels:
+        raise ConfigError(f"{place}: expected a reward, {kind} only labels responses")
 
 
-RewardSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(False))]
+def _validated(source: Any, labels: bool) -> Any:
+    """Validates an option for pydantic, which does not tell its place."""
+    try:
+        validate(source, PLACE, labels)
+    except ConfigError as error:
+        message = str(error)
+        message = message if PLACE in message else f"{PLACE}: {message}"
+        raise ValueError(message) from None
+    return source
+
+
+RewardSource = Annotated[
+    str | Mapping[str, Any], PlainValidator(functools.partial(_validated, labels=False))
+]
 """An option that holds a reward: its name, or its description in place."""
 
-LabelerSource = Annotated[str | Mapping[str, Any], PlainValidator(_validator(True))]
+LabelerSource = Annotated[
+    str | Mapping[str, Any], PlainValidator(functools.partial(_validated, labels=True))
+]
 """An option that holds a labeler or any reward."""
 
 
@@ -255,15 +260,9 @@ def load_reward(
         vocabulary.
       CheckpointError: there is no model.
     """
-    description = describe(source, sources)
-    return _load(description, Loader(layout, tokenizer, sources, program))
-
-
-def _load(description: Description, loader: Loader) -> Reward:
-    kind, config = description
-    if KINDS[kind].labels:
-        raise ConfigError(f"reward: {kind!r} labels answers; expected a reward")
-    return KINDS[kind].load(config, loader)
+    kind, config = describe(source, sources)
+    validate_kind(kind, label(source), labels=False)
+    return KINDS[kind].load(config, Loader(layout, tokenizer, sources, program))
 
 
 def load_labeler(
@@ -274,6 +273,5 @@ def load_labeler(
     Raises: as `load_reward` does.
     """
     kind, config = describe(source, sources)
-    loader = Loader(layout, tokenizer, sources, "score")
-    loaded = KINDS[kind].load(config, loader)
+    loaded = KINDS[kind].load(config, Loader(layout, tokenizer, sources, "score"))
     return loaded if KINDS[kind].labels else RewardLabeler(loaded)

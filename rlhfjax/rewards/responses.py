@@ -12,6 +12,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.programs import Rows, on_host
+from rlhfjax.types import Metrics
 
 
 @runtime_checkable
@@ -24,11 +25,22 @@ class Reward(Protocol):
 
     Returns:
       Scores [n]. A score depends on its own prompt and response only.
-
-    A reward that has metrics also has `with_metrics`, which returns (scores, metrics).
     """
 
     def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows, /) -> Rows: ...
+
+
+Scored = tuple[Rows, dict[str, Any]]
+"""Scores [n] with metrics: (sum, weight) by name, or shapes of them where a step is recorded."""
+
+
+@runtime_checkable
+class RewardWithMetrics(Reward, Protocol):
+    """A reward with metrics of its own: disagreement, components, failures."""
+
+    def with_metrics(
+        self, tokens: Rows, attention_mask: Rows, mask: Rows, /
+    ) -> Scored: ...
 
 
 @runtime_checkable
@@ -41,8 +53,6 @@ class Scorer(Protocol):
 
     Returns:
       float32 [n]. A score depends on its own prompt and response only.
-
-    A scorer that has metrics also has `with_metrics`, which returns (scores, metrics).
     """
 
     def __call__(
@@ -50,8 +60,13 @@ class Scorer(Protocol):
     ) -> np.ndarray: ...
 
 
-Scored = tuple[Rows, dict[str, Any]]
-"""Scores [n] with metrics: (sum, weight) by name, or shapes of them where a step is recorded."""
+@runtime_checkable
+class ScorerWithMetrics(Scorer, Protocol):
+    """A scorer with metrics of its own."""
+
+    def with_metrics(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[np.ndarray, Metrics]: ...
 
 
 class TextReward:
@@ -62,28 +77,25 @@ class TextReward:
 
     def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
         """Returns the scores [n]."""
-        return on_host(self._scores, score_shapes)(tokens, attention_mask, mask)
+        return self.with_metrics(tokens, attention_mask, mask)[0]
 
     def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
         """Returns the scores [n] and the scorer's metrics, empty where it has none."""
-        if not hasattr(self.scorer, "with_metrics"):
-            return self(tokens, attention_mask, mask), {}
         scored = on_host(
             self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {})
         )
         return scored(tokens, attention_mask, mask)
 
-    def _scores(self, *arrays: jax.Array) -> np.ndarray:
-        prompts, responses = self._texts(arrays)
-        return hosts.share(lambda: self.scorer(prompts, responses))
-
     def _scores_and_metrics(self, *arrays: jax.Array) -> Scored:
-        prompts, responses = self._texts(arrays)
-        return hosts.share(lambda: self.scorer.with_metrics(prompts, responses))
+        rows = [np.asarray(x) for x in hosts.whole(arrays)]
+        prompts, responses = texts(self.tokenizer, *rows)
 
-    def _texts(self, arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
-        tokens, attention_mask, mask = (np.asarray(x) for x in hosts.whole(arrays))
-        return texts(self.tokenizer, tokens, attention_mask, mask)
+        def scored() -> Scored:
+            if isinstance(self.scorer, ScorerWithMetrics):
+                return self.scorer.with_metrics(prompts, responses)
+            return self.scorer(prompts, responses), {}
+
+        return hosts.share(scored)
 
 
 def score_shapes(
@@ -95,7 +107,7 @@ def score_shapes(
 
 def score(reward: Reward, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
     """Returns the scores [n] of a reward and its metrics, empty where it has none."""
-    if hasattr(reward, "with_metrics"):
+    if isinstance(reward, RewardWithMetrics):
         return reward.with_metrics(tokens, attention_mask, mask)
     return reward(tokens, attention_mask, mask), {}
 

@@ -88,7 +88,7 @@ class Rubric:
     def probabilities(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[np.ndarray, int]:
-        """Returns p(class | rubric, prompt, response) [n, classes] and the number of questions cut."""
+        """Returns the probabilities of the classes [n, classes] and the number of questions cut."""
         options = [choice.option for choice in self._config.classes]
         room = self._judge.room(options)
         questions, cut = [], 0

@@ -5,8 +5,8 @@
 The prompt and the response are text; the prompt has our chat markers (`<|user|>…<|assistant|>`),
 whatever the model's chat template is. The function runs in processes beside the accelerator. A
 sample on which it fails gets the score `failed`; a metric and a warning say how many failed and
-why. `metadata` is a glob of JSON lines whose column `prompt` is the question and whose other columns
-are passed to the function; without it, metadata is empty.
+why. `metadata` is a glob of JSON lines: the column `prompt` is the question, and the other columns
+are passed to the function. Without it, metadata is empty.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Runs a function of one sample in processes beside the accelerator.
 
 A call that raises, returns no finite number, exceeds its time or kills its process becomes an
-outcome that tells why. Its process is replaced if needed, and the other calls continue: no sample is
-lost, and none can hang the run.
+outcome that tells why. Its process is replaced if needed, and the other calls continue: no sample
+is lost, and none can hang the run.
 """
 
 import importlib

@@ -3,8 +3,8 @@
 workdir/preferences/    ArrayRecord and JSON lines, as `collect` writes them; one ranking per row
 
 The rankings are JSON lines (see `rewards/rankings.py`). If people ranked responses that `collect`
-sampled, `answers` names its folders, and the sampled token ids are kept. Other responses are encoded
-as text, with eos.
+sampled, `answers` names its folders, and the sampled token ids are kept. Other responses are
+encoded as text, with eos.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 
 def ranking_metrics(rankings: list[Ranking]) -> dict[str, float]:
-    """Returns the numbers of rankings, labelers and comparisons, the share of ties, and agreement."""
+    """Returns counts of rankings, labelers and comparisons, the share of ties, and agreement."""
     people = by_labeler(rankings)
     is_tie = []
     for ranking in rankings:

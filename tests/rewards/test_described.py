@@ -113,8 +113,11 @@ INVALID = [
     ({"kind": "gold"}, ".name: a value is required"),
     ("rule:m:f?timeout=0", ".timeout=0.0: expected float > 0 and <= 86400"),
     (WORDS | {"speed": 3}, ".speed: no such option; ppo.reward has function,"),
-    ("rankings:x", ": 'rankings' labels answers; expected a reward"),
-    ({"kind": "feedback"}, ": 'feedback' labels answers; expected a reward"),
+    ("rankings:x", ": expected a reward, rankings only labels responses"),
+    (
+        {"kind": "feedback", "judge": JUDGE, "principles": "p"},
+        ": expected a reward, feedback only",
+    ),
     (RUBRIC | {"judge": JUDGE | {"length": 0}}, ".judge.length=0: expected int >= 1"),
     (RUBRIC | {"classes": []}, ": rubric.classes: a choice needs at least 2, got 0"),
     ({"kind": "compose"}, ': compose.members: combine="sum" needs at least 1, got 0'),
