@@ -1,11 +1,12 @@
-"""What the papers' toy recipes are made of: the quickstart at its smallest, a paper's stages after some of its own.
+"""Builds the toy recipes of the papers: the smallest quickstart, then stages of a paper.
 
-Experiment files are no package; one takes this file, or another file of its folder, by its path:
+Experiment files are not a package. They load this file, or a file beside them, by its path:
   TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
   config = TOY["quickstart"](seed, until="collect")
-  TOY["add"](config, ppo=TOY["policy"]("ppo", seed, …), evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
-A model of 200 thousand parameters needs larger steps than one of billions: learning rates are not the papers'.
-`VARIANTS` of an experiment file names the arguments, "" and "size=toy" among them, that the tests expand.
+  TOY["add"](config, ppo=TOY["policy"]("ppo", seed, …),
+      evaluate=TOY["evaluate"](seed, policy="stage:ppo"))
+A model of 200 thousand parameters needs larger steps than one of billions, so learning rates are
+not the papers'. `VARIANTS` of an experiment file holds the arguments that the tests expand.
 """
 
 import runpy
@@ -23,7 +24,7 @@ SAMPLING = ("prompt_length", "max_new_tokens", "temperature")
 def quickstart(
     seed: int = 0, until: str | None = None, size: str = "smoke"
 ) -> ConfigDict:
-    """The recipe of the quickstart: the stages that come before `until`, or all of them."""
+    """Returns the quickstart: the stages before `until`, or all of them."""
     whole = runpy.run_path(str(QUICKSTART))["get_config"](f"size={size},seed={seed}")
     names = whole.stages if until is None else whole.stages[: whole.stages.index(until)]
     return ConfigDict({"stages": tuple(names), **{name: whole[name] for name in names}})
@@ -38,12 +39,15 @@ def add(config: ConfigDict, **stages: ConfigDict) -> ConfigDict:
 
 
 def sampling(seed: int = 0) -> dict[str, Any]:
-    """prompt_length, max_new_tokens and temperature of the quickstart."""
+    """Returns Returns prompt_length, max_new_tokens and temperature of the quickstart."""
     return {name: quickstart(seed).collect[name] for name in SAMPLING}
 
 
 def loop(steps: int, evals: int = 3) -> dict[str, Any]:
-    """Options of a stage that trains for so many steps, validated and saved `evals` times, every step in the log."""
+    """Returns the options of a stage that trains for `steps`, evaluated and saved `evals` times.
+
+    Every step is logged.
+    """
     every = max(1, steps // evals)
     return {
         "steps": steps,
@@ -54,7 +58,7 @@ def loop(steps: int, evals: int = 3) -> dict[str, Any]:
 
 
 def tuned(seed: int = 0) -> ConfigDict:
-    """The quickstart up to SFT, trained for several times as long: a labeler is to tell its answers apart."""
+    """Returns the quickstart up to SFT, trained longer, so that its responses differ in quality."""
     config = quickstart(seed, until="collect")
     config.pretrain.update(loop(300))
     config.sft.update(loop(150))
@@ -64,7 +68,7 @@ def tuned(seed: int = 0) -> ConfigDict:
 def collect(
     seed: int, samples_per_prompt: int, prompts: int, held_out: int, **changes: Any
 ) -> ConfigDict:
-    """The quickstart's `collect`: so many answers to each of so many prompts."""
+    """Returns the quickstart's `collect` with other numbers of responses and prompts."""
     config = quickstart(seed).collect
     config.update({"samples_per_prompt": samples_per_prompt, **changes})
     config.prompts.limit, config.eval_prompts.limit = prompts, held_out
@@ -74,7 +78,7 @@ def collect(
 def ranked(
     stage: str, collect: ConfigDict, batch_size: int, evals: int = 3, **changes: Any
 ) -> ConfigDict:
-    """A stage that learns, from SFT and for one epoch, from the answers that `collect` has ranked."""
+    """Returns a stage that trains on the rankings of `collect`, from SFT and for one epoch."""
     options = {
         "init_from": "stage:sft",
         "preferences": ("stage:collect/preferences",),
@@ -87,7 +91,9 @@ def ranked(
 
 
 def policy(stage: str, seed: int, **changes: Any) -> ConfigDict:
-    """A stage that improves SFT against the recipe's reward model, on the prompts of the quickstart's PPO."""
+    """Returns a stage that improves SFT by the reward model, on the prompts of the quickstart's
+    PPO.
+    """
     ppo = quickstart(seed).ppo
     options = {
         "init_from": "stage:sft",
@@ -102,7 +108,7 @@ def policy(stage: str, seed: int, **changes: Any) -> ConfigDict:
 
 
 def best_of_n(seed: int, **changes: Any) -> ConfigDict:
-    """Pools of SFT's answers to the prompts of `evaluate`, by `proxy`."""
+    """Returns a stage that picks from pools of SFT's responses to the prompts of `evaluate`."""
     options = {
         "init_from": "stage:sft",
         "gold": "gold:sentiment",
@@ -116,7 +122,7 @@ def best_of_n(seed: int, **changes: Any) -> ConfigDict:
 
 
 def evaluate(seed: int = 0, **changes: Any) -> ConfigDict:
-    """The quickstart's last stage: `policy` against `baseline` by the gold reward, on 64 held-out prompts."""
+    """Returns the quickstart's evaluation: `policy` against `baseline` on 64 held-out prompts."""
     config = quickstart(seed).evaluate
     config.update(changes)
     return config

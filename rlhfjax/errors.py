@@ -1,4 +1,4 @@
-"""Errors meant for people: one line that says what is wrong, where, and what is accepted."""
+"""Errors for users: one line that says what is wrong, where, and what is accepted."""
 
 
 def first_line(error: BaseException | str, *, kind: bool = False) -> str:
@@ -9,8 +9,7 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
       kind: put the exception's class before its message, as a traceback does.
 
     Returns:
-      Never an empty string: without a message the class of the exception, and "no message" for an
-      empty text.
+      If there is no text, the exception's class; "no message" for an empty string.
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, str):
@@ -20,37 +19,40 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
 
 
 class UserError(Exception):
-    """A failed run (exit code 1): the message is the whole story, no traceback is shown."""
+    """A failed run (exit code 1). Only the message is shown, no traceback."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """A configuration or command line that cannot be meant (exit code 2)."""
+    """An invalid config or command line (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Bad input data; the message names the file and the line or record."""
+    """Bad input data. The message names the file and the line or record."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another shape."""
+    """A checkpoint that is missing, damaged or of other shapes."""
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite; the message names the step and the last good checkpoint."""
+    """A loss or gradient that is NaN or infinite.
+
+    The message names the step and the last good checkpoint.
+    """
 
 
 class Preempted(UserError):
-    """SIGTERM was received and the state was saved: the same command goes on from here (exit code 75)."""
+    """SIGTERM was received and the state was saved: the same command goes on (exit code 75)."""
 
-    exit_code = 75  # EX_TEMPFAIL: what a launcher restarts on
+    exit_code = 75  # EX_TEMPFAIL: launchers restart the command
 
 
 class HostLost(UserError):
-    """Another host is gone; what this one had since the last checkpoint is lost (exit code 75: start all again)."""
+    """Another host is gone, and with it all since the last checkpoint (exit code 75: restart all)."""
 
     exit_code = Preempted.exit_code
     message = "another host is gone; the same command on all hosts goes on from the last checkpoint"

@@ -1,4 +1,4 @@
-"""`rlhfjax COMMAND`: a table of commands and their flags, then one call."""
+"""The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
 import os
 import sys
@@ -14,13 +14,15 @@ Flags = flags.FlagValues
 
 
 class Command(NamedTuple):
-    """A function of its flags, whose docstring is the command's help."""
+    """A command. The docstring of its function is its help."""
 
     run: Callable[[Flags], None]
-    define_flags: Callable[[Flags], None] | None = None  # those that it alone has
+    define_flags: Callable[[Flags], None] | None = (
+        None  # defines the command's own flags
+    )
     config: bool = False  # it takes --config
-    several_hosts: bool = False  # several hosts run it as one
-    goes_on: bool = False  # the same command goes on from where SIGTERM ended it
+    several_hosts: bool = False  # several hosts run it together
+    goes_on: bool = False  # run again after SIGTERM, it continues
 
     @property
     def help(self) -> str:
@@ -28,7 +30,7 @@ class Command(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command that `argv` names; `process.run` has the exit codes."""
+    """Runs the command that `argv` names. The exit codes are those of `process`."""
     process.run(lambda: _run(sys.argv if argv is None else argv))
 
 
@@ -47,7 +49,7 @@ def _run(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Command, Flags] | None:
-    """Returns the command and its flags; None where help was asked for and printed."""
+    """Returns the command and its flags; None if `argv` asks for help, which is printed."""
     if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
         print(_usage())
         return None
@@ -79,7 +81,7 @@ def _defined_flags(command: Command, argv: list[str]) -> Flags:
     flags.DEFINE_string(
         "workdir",
         None,
-        "folder of the run, here or gs://…; an unfinished run in it goes on",
+        "folder of the run, local or gs://…; an unfinished run in it continues",
         flag_values=fv,
     )
     if command.config:
@@ -92,28 +94,27 @@ def _defined_flags(command: Command, argv: list[str]) -> Flags:
 
 
 def _read_flags(fv: Flags, argv: list[str]) -> list[str]:
-    """Parses the flags, the config file that one of them names, and its overrides.
+    """Parses the flags, the config file of --config and its overrides.
 
     Returns:
-      What is left over.
+      The arguments that are not flags, after the program's name.
     """
     from rlhfjax.config import explain
 
-    parts = [
-        (*arg.partition("="), after)
-        for arg, after in zip(argv, [*argv[1:], ""], strict=True)
-    ]
-    named = [part for part in parts if part[0] == "--config"]
-    values = [value if equals else after for _, equals, value, after in named]
-    file = values[-1].partition(":")[0] if values else ""
-    if named and not os.path.isfile(file):
+    names = [arg.partition("=")[0] for arg in argv]
+    file = ""
+    for i, arg in enumerate(argv):
+        if names[i] == "--config":
+            value = arg.partition("=")[2] if "=" in arg else argv[i + 1 : i + 2]
+            file = "".join(value).partition(":")[0]
+    if "--config" in names and not os.path.isfile(file):
         raise ConfigError(f"--config={file}: there is no such file")
     try:
         return fv([argv[0], *argv[2:]])
     except UserError:
         raise
     except Exception as e:
-        raise ConfigError(explain(e, file, [name for name, *_ in parts])) from e
+        raise ConfigError(explain(e, file, names)) from e
 
 
 # ------------------------------------------------------------------ commands
@@ -148,7 +149,7 @@ def run(fv: Flags) -> None:
 
 
 def sweep(fv: Flags) -> None:
-    """Runs what a file's sweep(add) asks for: rlhfjax sweep --config=experiments/x.py
+    """Runs the variants that a file's sweep(add) adds: rlhfjax sweep --config=experiments/x.py
     --workdir=DIR [--parallel=2]"""
     from ml_collections import config_flags
 
@@ -168,7 +169,7 @@ def sweep(fv: Flags) -> None:
 
 
 def evaluate(fv: Flags) -> None:
-    """Evaluates a stage's latest checkpoint again on its held-out data: rlhfjax eval
+    """Evaluates a stage's latest checkpoint on its held-out data: rlhfjax eval
     --workdir=DIR [--config=FILE]"""
     from rlhfjax import hosts, json_text, recipe
 
@@ -197,7 +198,7 @@ def chat(fv: Flags) -> None:
 
 
 def report(fv: Flags) -> None:
-    """Writes DIR/report.html from a workdir and prints its tables: rlhfjax report --workdir=DIR"""
+    """Writes a workdir's report.html and prints its tables: rlhfjax report --workdir=DIR"""
     import rich
 
     from rlhfjax.report import summary_table, write_report
@@ -209,7 +210,7 @@ def report(fv: Flags) -> None:
 
 
 def import_model(fv: Flags) -> None:
-    """Makes a model one of ours: rlhfjax import --model=hf:FOLDER --workdir=DIR
+    """Converts a model to our format: rlhfjax import --model=hf:FOLDER --workdir=DIR
     [--chat_template=chatml]"""
     from rlhfjax import recipe
     from rlhfjax.stages import stage_config
@@ -231,7 +232,7 @@ def export(fv: Flags) -> None:
 
 
 def plan(fv: Flags) -> None:
-    """Says what a stage will need, before it runs: rlhfjax plan --config=FILE
+    """Predicts a stage's memory, time and communication: rlhfjax plan --config=FILE
     --topology=v5e:16x16 [--stage=NAME]"""
     import rich
 
@@ -260,6 +261,25 @@ def plan(fv: Flags) -> None:
         predict.write(prediction, _path(fv.json))
 
 
+def options(fv: Flags) -> None:
+    """Prints the options of a stage with ranges, defaults and meanings: rlhfjax options
+    --stage=ppo"""
+    import dataclasses
+
+    from rlhfjax.options import REQUIRED, options
+    from rlhfjax.stages import config_class
+
+    _need(fv, "stage")
+    for option in options(config_class(fv.stage)):
+        default = f"; default {option.default!r}"
+        if option.default is REQUIRED:
+            default = "; required"
+        elif dataclasses.is_dataclass(option.default):
+            default = ""  # its own options follow
+        print(f"{option.name}: {option.type}{default}")
+        print(f"    {' '.join(option.meaning.split())}".rstrip())
+
+
 def _need(fv: Flags, *names: str) -> None:
     for name in names:
         if fv[name].value is None:
@@ -272,7 +292,7 @@ def _path(name: str) -> Any:
     return paths.path(name)
 
 
-# ------------------------------------------------------------------ their flags
+# ------------------------------------------------------------------ flags of the commands
 
 
 def _config_flag(fv: Flags, argv: list[str]) -> None:
@@ -288,17 +308,17 @@ def _config_flag(fv: Flags, argv: list[str]) -> None:
 
 
 def _hosts_flags(fv: Flags) -> None:
-    lost = "seconds without a heartbeat after which another host counts as lost"
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "folder in which compiled programs are kept for the next start",
+        "folder that keeps compiled programs for the next start",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "host_timeout",
         1200,
-        f"{lost}; longer than the longest compilation",
+        "seconds without a heartbeat after which another host counts as lost; longer than the "
+        "longest compilation",
         1,
         flag_values=fv,
     )
@@ -312,26 +332,26 @@ def _hosts_flags(fv: Flags) -> None:
 
 
 def _sweep_flags(fv: Flags) -> None:
-    in_turn = "so many TPUs take the runs in turn"
     flags.DEFINE_integer(
         "parallel",
         1,
-        "runs at a time; an accelerator has room for one",
+        "number of runs at a time; an accelerator has room for one",
         1,
         flag_values=fv,
     )
     flags.DEFINE_string(
         "launcher",
         "local",
-        "local; tpu, gke, slurm or ssh (in the repository's folder) with flags of launch/'s, such "
-        "as 'slurm --gpus_per_node=8 --sbatch=exclusive'; or a command that starts a run elsewhere "
-        "and waits for it, {name} its name",
+        "local; or tpu, gke, slurm or ssh with flags of the script in launch/, such as 'slurm "
+        "--gpus_per_node=8 --sbatch=exclusive' (in the repository's folder); or a command that "
+        "starts a run elsewhere and waits for it, in which {name} is the run's name",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "slices_in_turn",
         0,
-        f"with --launcher='tpu …': {in_turn}, without queueing and installing per run",
+        "with --launcher='tpu …': number of TPUs that take the runs in turn, without queueing and "
+        "installing per run",
         0,
         flag_values=fv,
     )
@@ -341,7 +361,7 @@ def _sweep_flags(fv: Flags) -> None:
     flags.DEFINE_list(
         "metrics",
         [],
-        "what the page shows; default: the telling ones",
+        "metrics on the page; default: the main ones",
         flag_values=fv,
     )
 
@@ -361,10 +381,14 @@ def _chat_flags(fv: Flags) -> None:
         "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
     )
     flags.DEFINE_integer(
-        "max_new_tokens", 64, "longest answer, in tokens", lower_bound=1, flag_values=fv
+        "max_new_tokens",
+        64,
+        "longest response, in tokens",
+        lower_bound=1,
+        flag_values=fv,
     )
-    flags.DEFINE_integer("seed", 0, "of the sampler", flag_values=fv)
-    flags.DEFINE_bool("int8", False, "weights and cache in int8", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampler", flag_values=fv)
+    flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
 
 
 def _import_flags(fv: Flags) -> None:
@@ -381,20 +405,20 @@ def _export_flags(fv: Flags) -> None:
     flags.DEFINE_string(
         "to",
         None,
-        "folder to write, here or gs://…; there must be none yet",
+        "folder to write, local or gs://…; it must not exist yet",
         flag_values=fv,
     )
     flags.DEFINE_enum(
         "dtype",
         "float32",
         ["float32", "bfloat16", "float16"],
-        "of the tensors",
+        "dtype of the tensors",
         flag_values=fv,
     )
     flags.DEFINE_bool(
         "drop_bias",
         False,
-        "a reward model: leave out its constant offset",
+        "leave out the constant offset of a reward model",
         flag_values=fv,
     )
 
@@ -403,57 +427,66 @@ def _plan_flags(fv: Flags) -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "CHIP:SHAPE such as v5e:16x16, here, or search",
+        "CHIP:SHAPE such as v5e:16x16; here: this machine's devices; or search",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "slices",
         1,
-        "how many of them, joined by the data center's network",
+        "number of slices, joined by the data center's network",
         1,
         flag_values=fv,
     )
     flags.DEFINE_list(
         "chips",
         ["v5e", "v5p", "v6e"],
-        "what --topology=search looks through",
+        "chips that --topology=search considers",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "compiles",
         8,
-        "how many slices --topology=search may compile",
+        "number of slices that --topology=search may compile for",
         1,
         flag_values=fv,
     )
     flags.DEFINE_string(
-        "stage", None, "of a recipe; its last one that trains", flag_values=fv
+        "stage",
+        None,
+        "stage of a recipe; default: the last that trains",
+        flag_values=fv,
     )
     flags.DEFINE_string(
         "model",
         "",
-        "shape of an init_from that is not there: PRESET[:field=value,...]; alone: its arithmetic",
+        "model_config of an init_from that is not there: PRESET[:field=value,...]; without "
+        "--config: print its arithmetic",
         flag_values=fv,
     )
     flags.DEFINE_string(
-        "reward_model", "", "shape of a reward that is not there", flag_values=fv
+        "reward_model",
+        "",
+        "model_config of a reward that is not there",
+        flag_values=fv,
     )
     flags.DEFINE_integer(
         "completions",
         2,
-        "of a prompt, where the data decides that",
+        "completions per prompt, if the data decides it",
         2,
         flag_values=fv,
     )
     flags.DEFINE_list(
         "programs",
         [],
-        "compile these alone, such as update; default: all of a step",
+        "compile only these programs, such as update; default: all of a step",
         flag_values=fv,
     )
-    flags.DEFINE_string(
-        "json", None, "file to write the plan to as well", flag_values=fv
-    )
+    flags.DEFINE_string("json", None, "file to write the plan to", flag_values=fv)
+
+
+def _options_flags(fv: Flags) -> None:
+    flags.DEFINE_string("stage", None, "stage, such as ppo", flag_values=fv)
 
 
 COMMANDS = {
@@ -466,4 +499,5 @@ COMMANDS = {
     "import": Command(import_model, _import_flags, several_hosts=True),
     "export": Command(export, _export_flags),
     "plan": Command(plan, _plan_flags, config=True),
+    "options": Command(options, _options_flags),
 }

@@ -31,22 +31,29 @@ DEFAULT_RULES = strategy.GENERAL
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices lie along each axis; at most one axis is -1, which takes what is left.
-
-    strategy: "given", these sizes under the general rules; "auto", sizes and rules by what the stage needs and the
-    devices have; or one of strategy.STRATEGIES, its rules, and sizes that it completes.
-    """
+    """The number of devices along each axis; at most one axis is -1, which takes the rest."""
 
     replica: MeshSize = 1
+    """Devices along `replica`: whole copies, across slices that only the network connects."""
     data: MeshSize = -1
+    """Devices along `data`: the batch is split, the parameters are not."""
     fsdp: MeshSize = 1
+    """Devices along `fsdp`: the batch and the parameters are split."""
     tensor: MeshSize = 1
+    """Devices along `tensor`: heads, MLP width and vocabulary are split."""
     sequence: MeshSize = 1
-    rules: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # overrides of the strategy's table
+    """Devices along `sequence`: the tokens of a row are split."""
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Mesh axes by logical axis, laid over the strategy's rules: {"vocab": ["tensor", "fsdp"]}."""
     strategy: str = "given"
-    devices: str = ""  # FIRST:END of all devices, such as "0:6" or "6:"; empty: all
+    """given: the sizes above under the general rules; auto: sizes and rules chosen by the stage's
+    models and the devices; or one of strategy.STRATEGIES, which completes the sizes."""
+    devices: str = ""
+    """Which devices, FIRST:END such as "0:6" or "6:"; empty: all."""
+
+    def __post_init__(self):
+        if self.rules:
+            _rules(DEFAULT_RULES, self.rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +295,7 @@ def _rules(
         axes = () if axes is None else axes
         if name not in rules:
             raise ConfigError(
-                f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}"
+                f"mesh.rules.{name}: unknown logical axis; known: {', '.join(sorted(rules))}"
             )
         if not isinstance(axes, list | tuple):
             raise ConfigError(

@@ -21,38 +21,40 @@ NOT_DECAYED = frozenset({"scale", "bias"})
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """One optimizer. Steps are *updates* of the parameters: not microsteps, not PPO iterations, not examples.
+    """One optimizer.
 
-    Attributes:
-      name: adamw, adam; adamw_tf, adam_tf (epsilon outside of the bias correction, as TensorFlow has it); rmsprop
-        (decay b2); sgd (momentum b1, 0 for none). Only the two with a w, rmsprop and sgd take weight decay.
-      learning_rate: the peak.
-      schedule: after the warm-up: constant; linear or cosine from the peak to final_fraction of it.
-      warmup_steps: of a linear warm-up from warmup_start of the peak.
-      warmup_start: fraction of the peak at the first update; 0 makes the first update a no-op. InstructGPT: 0.1.
-      final_fraction: of the peak, reached at decay_steps and kept after it. GPT-3 and InstructGPT: 0.1.
-      decay_steps: the update at which the decay ends; 0 is the end of training.
-      b1, b2, eps: of the moments.
-      weight_decay: decoupled (theta -= lr * weight_decay * theta), of kernels, adapters and
-        embedding tables; norms, biases and the scalar head have none (see `decayed`).
-      moments: float32 or bfloat16, of the first moment (or momentum); the second stays float32, for near b2 = 0.999
-        an update changes it by less than bfloat16 can tell apart.
-      clip_norm: the gradient is scaled down to this global norm; 0 is off.
+    Steps are *updates* of the parameters: not microbatches, not PPO iterations, not examples.
     """
 
     name: Literal["adamw", "adam", "adamw_tf", "adam_tf", "rmsprop", "sgd"] = "adamw"
+    """adam_tf and adamw_tf add epsilon outside of the bias correction, as TensorFlow does; rmsprop
+    decays by b2; sgd has momentum b1."""
     learning_rate: NonNegative = 3e-4
+    """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or a decay from the peak to final_fraction."""
     warmup_steps: Count = 0
+    """Updates of the linear warm-up from warmup_start to the peak."""
     warmup_start: Share = 0.0
+    """Fraction of the peak at the first update; 0 makes it a no-op. InstructGPT: 0.1."""
     final_fraction: Share = 0.0
+    """Fraction of the peak at decay_steps and later. GPT-3 and InstructGPT: 0.1."""
     decay_steps: Count = 0
+    """Update at which the decay ends; 0: the end of training."""
     b1: ShareBelow1 = 0.9
+    """Decay rate of the first moment; of sgd the momentum, 0 for none."""
     b2: ShareBelow1 = 0.95
+    """Decay rate of the second moment."""
     eps: Positive = 1e-8
+    """Epsilon, added to the root of the second moment."""
     weight_decay: NonNegative = 0.0
+    """Decoupled decay (theta -= lr * weight_decay * theta) of kernels, adapters and embeddings;
+    norms, biases and the scalar head have none. Not for adam and adam_tf."""
     clip_norm: NonNegative = 1.0
+    """Global norm that a larger gradient is scaled down to; 0: off."""
     moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the first moment. The second stays float32: near b2 = 0.999 an update changes it by
+    less than bfloat16 resolves."""
 
     def __post_init__(self):
         if self.moments != "float32" and (

@@ -78,14 +78,11 @@ def _own_meanings(cls: type) -> dict[str, str]:
     statements = getattr(definition, "body", [])
     meanings = {}
     for field, text in itertools.pairwise(statements):
-        is_field = isinstance(field, ast.AnnAssign) and isinstance(
+        if not isinstance(field, ast.AnnAssign) or not isinstance(
             field.target, ast.Name
-        )
-        if (
-            is_field
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
         ):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             meanings[field.target.id] = inspect.cleandoc(str(text.value.value))
     return meanings
 
@@ -104,8 +101,8 @@ def is_union(hint: Any) -> bool:
 def dataclass_of(hint: Any) -> type | None:
     """Returns the dataclass of which a value may be an instance, or a tuple of instances."""
     for arm in typing.get_args(hint) or (hint,):
-        if dataclasses.is_dataclass(arm):
-            return typing.cast(type, arm)
+        if isinstance(arm, type) and dataclasses.is_dataclass(arm):
+            return arm
     return None
 
 

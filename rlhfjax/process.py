@@ -1,10 +1,10 @@
-"""A command as a process: its log, its signals, and how it ends, alone or as one of several hosts.
+"""Runs a command as a process: its log, its signals and its exit code, on one host or several.
 
 exit code 0    the command is done
 1, 2, 75       a `UserError`: a failed run, an invalid command line or config, a preempted run
 130            interrupted from the keyboard
 
-Jax is imported by the functions that need it, so that `--help` and mistakes answer at once.
+Functions that need jax import it themselves, so that `--help` and errors appear at once.
 """
 
 import errno
@@ -18,17 +18,13 @@ from typing import Any, NoReturn
 
 from rlhfjax.errors import Preempted, UserError, first_line
 
-INTERRUPTED = 130  # what a shell makes of SIGINT
-_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-)  # errors that need no traceback
+INTERRUPTED = 130  # a shell's exit code after SIGINT
+# Errors of the disk, which need no traceback.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command and ends this process with its exit code: one line on stderr for an error."""
+    """Runs a command; an error ends this process with an exit code and one line on stderr."""
     _set_up_logging()
     try:
         command()
@@ -51,8 +47,8 @@ def run(command: Callable[[], None]) -> None:
 def _set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("rlhfjax").setLevel(logging.INFO)  # what is compiled, and when
-    # Orbax logs its steps there, and gcsfs its attempts. Both raise their errors too.
+    logging.getLogger("rlhfjax").setLevel(logging.INFO)
+    # Orbax and gcsfs log there what they also raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
@@ -61,10 +57,10 @@ def _set_up_logging() -> None:
 
 
 def exit_on_sigterm() -> None:
-    """Makes SIGTERM end this process at once with `Preempted.exit_code`, outside of the loop.
+    """Makes SIGTERM end this process at once with `Preempted.exit_code`.
 
-    The loop has a handler of its own, which saves first. Elsewhere every file on the disk is whole
-    at any moment.
+    The training loop installs its own handler, which saves first. Outside of it every file on disk
+    is whole at any moment.
     """
     signal.signal(signal.SIGTERM, _on_sigterm)
 
@@ -73,19 +69,19 @@ def _on_sigterm(*_: object) -> None:
     message = "stopped; the same command goes on from here"
     if _has_peers():
         _hosts().fail(message, Preempted.exit_code)
-    _say(message)
+    _print_error(message)
     os._exit(Preempted.exit_code)
 
 
 def join_hosts(heartbeat_timeout: int, join_timeout: int) -> None:
-    """Joins the other hosts, if there are any; of all of them the first alone logs its progress."""
+    """Joins the other hosts, if there are any. Only the first host logs its progress."""
     _hosts().join(heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout)
     if not _hosts().first():
         logging.getLogger("rlhfjax").setLevel(logging.WARNING)
 
 
 def keep_compiled_programs(folder: str) -> None:
-    """Makes jax keep its compiled programs in a folder for the next start."""
+    """Makes jax keep compiled programs in a folder, for the next start."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -95,35 +91,37 @@ def keep_compiled_programs(folder: str) -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    """Ends with one line; other hosts are told, unless all of them are preempted alike."""
+    """Ends with one line. Notifies the other hosts, unless all are preempted alike."""
     if _has_peers() and code != Preempted.exit_code:
         _hosts().fail(message, code)
-    _say(message)
+    _print_error(message)
     if _has_peers():
         _hosts().leave()
     sys.exit(code)
 
 
 def _exit_on_unexpected(error: BaseException) -> NoReturn:
-    """Raises an error that is nobody's mistake; one of several hosts ends the other hosts too."""
+    """Ends with the traceback of an unexpected error; ends the other hosts too."""
     paths = sys.modules.get("rlhfjax.paths")
     refusal = paths.refusal(error) if paths else None
     if refusal:
         _exit(refusal, 1)
     if not _has_peers():
         raise error
-    if _hosts().lost(error):
-        _hosts().fail_for_another(error)
+    from rlhfjax import hosts
+
+    if hosts.lost(error):
+        hosts.fail_for_another(error)
     traceback.print_exception(error)
-    _hosts().fail(first_line(error, kind=True), 1)
+    hosts.fail(first_line(error, kind=True), 1)
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
 
 
 def _has_peers() -> bool:
-    """Whether this is one host of several, that have to learn of its end."""
+    """Returns whether there are other hosts, which must learn of this one's end."""
     return "rlhfjax.hosts" in sys.modules and _hosts().count() > 1
 
 

@@ -35,6 +35,7 @@ from rlhfjax.renamed import config_with_present_names
 
 DONE = "done.json"
 CONFIG = "config.json"
+MOST_STAGES = 100  # the folders of stages are numbered by two digits
 
 
 def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
@@ -47,17 +48,17 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
       ConfigError: before anything is computed, if a stage's config is invalid, refers to something
         that is not there, or differs from the workdir's.
     """
-    config = to_dict(config)
-    if "stages" not in config:
-        return run_stage(config, workdir)
-    folders = stage_folders(config, workdir)
-    resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
+    values = to_dict(config)
+    if "stages" not in values:
+        return run_stage(values, workdir)
+    folders = stage_folders(values, workdir)
+    resolved = {name: resolve(values[name], folders, name) for name in folders}
     check_all(resolved, folders)
     validate_references(resolved, folders)
-    hosts.share(lambda: claim(workdir, config))
+    hosts.share(lambda: claim(workdir, values))
     metrics: dict[str, float] = {}
-    for name, values in resolved.items():
-        metrics |= run_stage(values, folders[name], record=config[name])
+    for name, stage_values in resolved.items():
+        metrics |= run_stage(stage_values, folders[name], record=values[name])
         hosts.share(lambda: collect_metrics(workdir, folders))
     return metrics
 
@@ -68,12 +69,12 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     Raises:
       ConfigError: a stage's config is invalid, or names a stage that does not come before it.
     """
-    config = to_dict(config)
-    if "stages" not in config:
-        return {config.get("stage", ""): check(config, config.get("stage", ""))}
-    folders = stage_folders(config, paths.path("."))
-    resolved = {name: resolve(config[name], folders, name) for name in config["stages"]}
-    return {name: check(values, name) for name, values in resolved.items()}
+    values = to_dict(config)
+    if "stages" not in values:
+        return {values.get("stage", ""): check(values, values.get("stage", ""))}
+    folders = stage_folders(values, paths.path("."))
+    resolved = {name: resolve(values[name], folders, name) for name in folders}
+    return {name: check(resolved[name], name) for name in folders}
 
 
 def validate_references(
@@ -149,19 +150,19 @@ def evaluate(
                 f"{workdir}: no config.json here; expected the workdir of a stage"
             )
         config = config_with_present_names(json.loads((workdir / CONFIG).read_text()))
-    config = to_dict(config)
-    if "stages" in config:
+    values = to_dict(config)
+    if "stages" in values:
         raise ConfigError(
             f"{workdir} holds a recipe; name one of its stages: {workdir}/NN_name"
         )
-    module = stages.find(config.get("stage", ""))
+    module = stages.find(values.get("stage", ""))
     if not hasattr(module, "build"):
         raise ConfigError(
-            f"{workdir}: a {config['stage']} has no checkpoint to evaluate;"
+            f"{workdir}: a {values['stage']} has no checkpoint to evaluate;"
             " name a stage that trains"
         )
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
-    typed = check(resolve(config, siblings, workdir.name[3:]), config["stage"])
+    typed = check(resolve(values, siblings, workdir.name[3:]), values["stage"])
     layout = layout_of(typed, Origins({}))
     with layout.use():
         return train.evaluate(module.build(typed, layout), typed, workdir, layout)
@@ -193,6 +194,10 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     if extra:
         raise ConfigError(
             f"recipe: {extra[0]!r} is not in `stages`: {', '.join(names)}"
+        )
+    if len(names) > MOST_STAGES:
+        raise ConfigError(
+            f"recipe: {len(names)} stages; at most {MOST_STAGES} are accepted"
         )
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -263,7 +268,7 @@ def check_all(
     for name, config in typed.items():
         origins = Origins(earlier)
         model_config = _main_model(config, origins)
-        tokens = vocabularies.get(getattr(config, "tokenizer", None), 0)
+        tokens = vocabularies.get(getattr(config, "tokenizer", None) or "", 0)
         if model_config is not None and model_config.vocab_size < tokens:
             size = model_config.vocab_size
             raise ConfigError(

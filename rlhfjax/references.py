@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 
 from rlhfjax import paths, stages
 from rlhfjax.data import corpora
 from rlhfjax.data.config import SourceConfig
-from rlhfjax.data.rows import check_kind
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import (
     CheckpointError,
@@ -148,8 +148,6 @@ class _Stage(NamedTuple):
         scheme, _, rest = config.spec.partition(":")
         if scheme not in ("tfds", "jsonl", "text") or not rest:
             raise ConfigError(f"{option}.spec={config.spec}: expected {SPECS}")
-        if config.kind is not None:
-            check_kind(config.kind, config.columns)
         if self._is_made(rest):
             return
         if scheme == "tfds":
@@ -230,7 +228,7 @@ def _validate_dataset(option: str, spec: str, name: str, data_dir: str | None) -
         return
     own = corpora.BUILDERS.get(name)
     if own is not None:
-        data_dir = data_dir or str(tfds.core.constants.DATA_DIR)
+        data_dir = data_dir or str(constants.DATA_DIR)
         if not (paths.path(data_dir) / name).exists():
             corpora.package_file(*own.source)
         return

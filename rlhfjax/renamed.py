@@ -1,4 +1,4 @@
-"""Names that users see and that have changed, with their present forms.
+"""Old names of options, stages and columns, with their present forms.
 
 A config or a flag with an old name is an error that gives the new one. Files that were written with
 old names are still read.
@@ -40,5 +40,5 @@ def row_with_present_names(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hint(name: str, names: Mapping[str, str]) -> str:
-    """Returns what an error says of an old name, and nothing for any other name."""
+    """Returns the end of an error about an old name; empty for any other name."""
     return f"; it is now called {names[name]}" if name in names else ""

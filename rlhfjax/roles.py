@@ -105,7 +105,7 @@ def job_workload(rows: int, length: int) -> Workload:
 class Descriptions(Protocol):
     """Tells which models a reward is made of."""
 
-    def described(self, source: str) -> dict[str, Any] | None:
+    def described(self, source: str, /) -> dict[str, Any] | None:
         """Returns the contents of the source's `reward.json`; None if it has none."""
         ...
 
@@ -117,6 +117,7 @@ class Sources(Descriptions, Protocol):
     def open_model(
         self,
         source: str,
+        /,
         layout: Layout,
         changes: Mapping[str, Any] = ...,
         context: str = ...,
@@ -124,11 +125,11 @@ class Sources(Descriptions, Protocol):
         """Returns a model without reading its parameters."""
         ...
 
-    def load(self, source: str, layout: Layout) -> store.SavedModel:
+    def load(self, source: str, /, layout: Layout) -> store.SavedModel:
         """Returns a model with its parameters."""
         ...
 
-    def tokenizer(self, source: str) -> Tokenizer: ...
+    def tokenizer(self, source: str, /) -> Tokenizer: ...
 
 
 DISK: Sources = store
@@ -166,7 +167,8 @@ class Loaded:
         if model.lora.rank:
             params = lora.merge(model.lora, quantized.wide(params, model.axes()))
             model = Model(model.config, model.head)
-        return store.SavedModel(model, params, self.tokenizer)
+        # A new model has its tokenizer once it is trained.
+        return store.SavedModel(model, params, self.tokenizer)  # pyright: ignore[reportArgumentType]
 
     def adapters(self, trained: PyTree) -> dict[str, Any]:
         """Returns the trained adapters, if there are any, for `Finished.adapters`."""

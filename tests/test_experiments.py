@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import pytest
 
+from rlhfjax import config as configs
 from rlhfjax import recipe, stages
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError
@@ -245,3 +246,47 @@ def test_card(path):
             f"{path.name}: its docstring has no line {part!r}"
         )
     assert f"--config={path.relative_to(ROOT)}" in card
+
+
+def arguments_of(path: Path) -> dict[str, Any]:
+    """Returns the arguments of an experiment file with their defaults, as it declares them."""
+    declared: dict[str, Any] = {}
+
+    def parse_arg(arg: str | None, **defaults: Any) -> Any:
+        declared.update(defaults)
+        raise LookupError
+
+    get_config = loaded(path)["get_config"]
+    own = get_config.__globals__["parse_arg"]
+    get_config.__globals__["parse_arg"] = parse_arg
+    try:
+        with pytest.raises(LookupError):
+            get_config(None)
+    finally:
+        get_config.__globals__["parse_arg"] = own
+    return declared
+
+
+TEXTS = {"run"}  # arguments that may be any text: folders
+
+
+@pytest.mark.parametrize(
+    "path", experiment_files(), ids=lambda path: golden_file(path).stem
+)
+def test_every_argument_refuses_nonsense(path):
+    """With one line that names what is accepted; a number also refuses what is out of its range."""
+    arguments = arguments_of(path)
+    assert arguments
+    for name, default in arguments.items():
+        if name in TEXTS:
+            continue
+        assert not isinstance(default, str), f"{name}={default} accepts any text"
+        with pytest.raises(ConfigError) as caught:
+            loaded(path)["get_config"](f"{name}=nonsense")
+        message = str(caught.value)
+        assert message.startswith(f"config argument {name}=nonsense: expected ")
+        assert "\n" not in message
+        numeric = isinstance(default, int | float | configs.Argument)
+        if numeric and not isinstance(default, bool):
+            with pytest.raises(ConfigError, match=r"-1.*: expected (int|float)"):
+                recipe.validate(loaded(path)["get_config"](f"{name}=-1"))

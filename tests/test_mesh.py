@@ -7,8 +7,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import AXES, DEFAULT_RULES, MeshConfig, constrain, make_layout
+from rlhfjax.stages import config_class
 
 
 def sizes(layout) -> dict[str, int]:
@@ -28,35 +30,58 @@ def test_minus_one_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("options", "said"),
     [
-        (MeshConfig(data=3), "does not fit the 4 devices"),
-        (MeshConfig(data=8), "does not fit the 4 devices"),
-        (MeshConfig(data=2), "does not fit the 4 devices"),  # two would stand idle
-        (MeshConfig(fsdp=3), "does not fit the 4 devices"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one size is -1"),
+        ({"data": 3}, "does not fit the 4 devices"),
+        ({"data": 8}, "does not fit the 4 devices"),
+        ({"data": 2}, "does not fit the 4 devices"),  # two would stand idle
+        ({"fsdp": 3}, "does not fit the 4 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one size is -1"),
         (
-            MeshConfig(rules={"embed": 0}),
+            {"rules": {"embed": 0}},
             "mesh.rules.embed=0: expected a mesh axis, several or None",
         ),
         (
-            MeshConfig(rules={"embed": ""}),
+            {"rules": {"embed": ""}},
             "mesh.rules.embed: unknown mesh axes ['']; known: replica",
         ),
         (
-            MeshConfig(rules={"bogus": "data"}),
-            "unknown logical axis 'bogus'; known: batch",
+            {"rules": {"bogus": "data"}},
+            "mesh.rules.bogus: unknown logical axis; known: batch",
         ),
         (
-            MeshConfig(rules={"embed": ("data", "bogus")}),
+            {"rules": {"embed": ("data", "bogus")}},
             "mesh.rules.embed: unknown mesh axes ['bogus']; known: replica",
         ),
     ],
 )
-def test_a_mesh_that_cannot_be(config, said):
+def test_a_mesh_that_cannot_be(options, said):
     with pytest.raises(ConfigError) as caught:
-        make_layout(config)
+        make_layout(MeshConfig(**options))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mesh", "rollout_mesh", "frozen_mesh"])
+def test_rules_that_name_no_axis_are_refused_with_the_config(name):
+    """Whatever mesh of a stage it is, and before there are devices."""
+    cls = config_class("ppo")
+    needed = {"init_from": "x", "reward": "x", "steps": 1, "batch_size": 4}
+    needed |= {"prompt_length": 4, "max_new_tokens": 4}
+    build(cls, needed | {name: {"rules": {"embed": None, "vocab": ["tensor"]}}})
+    for rules, said in (
+        (
+            {"bogus": "data"},
+            "mesh.rules.bogus: unknown logical axis; known: batch, embed",
+        ),
+        (
+            {"embed": ["fsdp", "x"]},
+            "unknown mesh axes ['x']; known: replica, data, fsdp",
+        ),
+        ({"embed": 3}, "mesh.rules.embed=3: expected a mesh axis, several or None"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build(cls, needed | {name: {"rules": rules}})
+        assert said in str(caught.value)
 
 
 def test_rules_lay_names_over_axes():

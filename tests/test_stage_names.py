@@ -20,6 +20,7 @@ OTHER_MEANINGS = {
     "references.py": {
         "compose",
         "feedback",
+        "reward",
         "tokenizer",
     },  # kinds of rewards, and options
 }

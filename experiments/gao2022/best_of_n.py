@@ -1,13 +1,16 @@
-"""Over-optimization, step 5: best-of-n by a proxy, measured by the gold model; at toy size on embedded dialogue.
+"""Over-optimization, step 5: picks the best of n by a proxy, measures by gold; or a toy.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL), nats:
-  R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy peaks near 0.50 at
-  KL 4 to 5, the 85M one near 0.87 at 8, the 3B one still rises at 10. The coefficients are not printed as numbers.
-Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m --workdir=runs/gao2022/1.2b/best_of_n_85m
-  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy --workdir=runs/gao2022/toy_best_of_n
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 3. Expected there, gold score over d = sqrt(KL),
+  nats: R(d) = d (alpha - beta d), with KL = log n - (n - 1) / n; read off figure 1a the 3M proxy
+  peaks near 0.50 at KL 4 to 5, the 85M one near 0.87 at 8, the 3B one still rises at 10. The
+  coefficients are not printed as numbers.
+Command: rlhfjax train --config=experiments/gao2022/best_of_n.py:proxy=85m
+    --workdir=runs/gao2022/1.2b/best_of_n_85m
+  rlhfjax run --config=experiments/gao2022/best_of_n.py:size=toy
+      --workdir=runs/gao2022/toy_best_of_n
   then python experiments/gao2022/curve.py runs/gao2022/toy_best_of_n
 Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :pool=60000; :pairs=2000; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -15,8 +18,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -28,17 +31,14 @@ VARIANTS = ("", "proxy=3m", "proxy=3b", "pool=60000", "size=toy")
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, size="paper", policy="1.2b", proxy="85m", pairs=0, pool=1000, seed=0
+        arg,
+        size=("paper", "toy"),
+        policy=("1.2b", "6b"),
+        proxy=("85m", *PROXY["SIZES"]),
+        pairs=Argument(0, Count),
+        pool=1000,
+        seed=0,
     )
-    if (
-        arg.size not in ("paper", "toy")
-        or arg.policy not in ("1.2b", "6b")
-        or arg.proxy not in PROXY["SIZES"]
-    ):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
-            f"proxies are {', '.join(PROXY['SIZES'])}"
-        )
     return (
         toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
         if arg.size == "toy"
@@ -69,7 +69,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """Pools of 512 answers to 64 held-out prompts."""
+    """Returns the toy recipe: pools of 512 responses to 64 held-out prompts."""
     best_of_n = TOY["best_of_n"](
         seed, proxy="stage:proxy", gold="stage:gold", pool=512, batch_size=512
     )

@@ -1,9 +1,12 @@
-"""Gold and proxy score over d = sqrt(KL): `python experiments/gao2022/curve.py WORKDIR`, of a toy run of ppo.py.
+"""Prints gold and proxy score over d = sqrt(KL): `python experiments/gao2022/curve.py WORKDIR`.
 
-Prints a row a point of PPO and of best-of-n, and for each the coefficients that fit the gain of its gold score:
-  best-of-n  R(d) = d (alpha - beta d)        peak at alpha / 2 beta
+One row per point of PPO and of best-of-n, and for each the coefficients that fit the gain of the
+gold score:
+  best-of-n  R(d) = d (alpha - beta d)        peak at alpha / (2 beta)
   RL         R(d) = d (alpha - beta log d)    peak at exp(alpha / beta - 1)
-Source: Gao et al. 2022, section 3. KL of PPO is measured on the held-out answers, of best-of-n log n - (n - 1) / n.
+
+Source: Gao et al. 2022, section 3. PPO's KL is measured on held-out responses; that of best-of-n is
+  log n - (n - 1) / n.
 """
 
 import json
@@ -23,7 +26,7 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def points(workdir: Path, stage: str) -> list[Point]:
-    """Points of a stage in their order; of best-of-n the first one, n = 1, is the start.
+    """Returns the points of a stage in order; in best-of-n the first, n = 1, is the start.
 
     A line in which one of the three is null (it was not finite) gives no point.
     """
@@ -46,7 +49,7 @@ def points(workdir: Path, stage: str) -> list[Point]:
 
 
 def start(workdir: Path) -> Point | None:
-    """The policy before PPO, as the evaluation measured it."""
+    """Returns the point of the policy before PPO, as the evaluation measured it."""
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row: dict[str, Any] = json.loads(line)
         if "evaluate/gold_baseline" in row:
@@ -59,7 +62,10 @@ def start(workdir: Path) -> Point | None:
 
 
 def fit(d: np.ndarray, gain: np.ndarray, stage: str) -> tuple[float, float, float]:
-    """Least squares of gain = d (alpha - beta f(d)), f the identity or the logarithm; alpha, beta and R^2."""
+    """Returns alpha, beta and R^2 of the fit gain = d (alpha - beta f(d)).
+
+    f is the identity for best-of-n and the logarithm for RL.
+    """
     columns = np.stack([d, -d * FORMS[stage](d)], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
     left = gain - columns @ np.array([alpha, beta])
@@ -71,7 +77,7 @@ def fit(d: np.ndarray, gain: np.ndarray, stage: str) -> tuple[float, float, floa
 
 
 def peak(alpha: float, beta: float, stage: str) -> float:
-    """Where the fitted curve is highest; infinite where it only rises."""
+    """Returns the d at which the fitted curve is highest; infinity if it only rises."""
     if beta <= 0:
         return math.inf
     return alpha / (2 * beta) if stage == "best_of_n" else math.exp(alpha / beta - 1)
@@ -88,7 +94,8 @@ def main() -> None:
         print(f"{stage}\n  sqrt(KL)     KL   proxy    gold")
         for point in [first, *later]:
             print(
-                f"  {point['d']:8.3f} {point['d'] ** 2:6.2f} {point['proxy']:7.3f} {point['gold']:7.3f}"
+                f"  {point['d']:8.3f} {point['d'] ** 2:6.2f}"
+                f" {point['proxy']:7.3f} {point['gold']:7.3f}"
             )
         d, gold = (np.array([point[name] for point in later]) for name in ("d", "gold"))
         print(
@@ -97,7 +104,8 @@ def main() -> None:
         if len(later) > 2:
             alpha, beta, r2 = fit(d, gold - first["gold"], stage)
             print(
-                f"  alpha {alpha:.3f}, beta {beta:.3f}, R^2 {r2:.3f}, peak at sqrt(KL) {peak(alpha, beta, stage):.2f}"
+                f"  alpha {alpha:.3f}, beta {beta:.3f}, R^2 {r2:.3f},"
+                f" peak at sqrt(KL) {peak(alpha, beta, stage):.2f}"
             )
 
 

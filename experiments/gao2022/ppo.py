@@ -1,13 +1,16 @@
-"""Over-optimization, step 6: PPO against a proxy without a KL penalty, measured by the gold model; and at toy size.
+"""Over-optimization, step 6: PPO against a proxy, no KL penalty, measured by gold; or a toy.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d = sqrt(KL), nats:
-  R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to 18 and is back to 0 near 95,
-  the 3B one is flat from 80 on. The coefficients are not printed as numbers.
-Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m --workdir=runs/gao2022/1.2b/ppo_85m
+Paper: Gao et al. 2022 (arXiv 2210.10760), section 3, appendix C. Expected there, gold score over d
+  = sqrt(KL), nats: R(d) = d (alpha - beta log d); read off figure 1b the 3M proxy peaks at KL 13 to
+  18 and is back to 0 near 95, the 3B one is flat from 80 on. The coefficients are not printed as
+  numbers.
+Command: rlhfjax train --config=experiments/gao2022/ppo.py:proxy=85m
+    --workdir=runs/gao2022/1.2b/ppo_85m
   rlhfjax run --config=experiments/gao2022/ppo.py:size=toy --workdir=runs/gao2022/toy
   then python experiments/gao2022/curve.py runs/gao2022/toy
-Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6; :pairs=2000; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Variants: :proxy=3m to 3b, as in proxy.py; :policy=6b; :kl=0.05, the penalty of section 3.6;
+  :pairs=2000; :seed=1.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -15,8 +18,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -26,39 +29,37 @@ COLLECT = runpy.run_path(str(HERE / "collect.py"))
 VARIANTS = ("", "proxy=3m", "proxy=3b", "policy=6b", "kl=0.05", "size=toy")
 
 BATCH = 256  # table 1 (appendix C)
-MINIBATCHES = 128  # table 1 (appendix C), an epoch
+MINIBATCHES = 128  # table 1 (appendix C), per epoch
 MULTIPLIER = 4e-3  # table 1 (appendix C), of a learning rate that it does not name; as in proxy.py
 RATE = {"1.2b": 2.0e-4, "6b": 1.2e-4}  # GPT-3's table 2.1
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, size="paper", policy="1.2b", proxy="85m", pairs=0, kl=0.0, seed=0
+        arg,
+        size=("paper", "toy"),
+        policy=tuple(RATE),
+        proxy=("85m", *PROXY["SIZES"]),
+        pairs=Argument(0, Count),
+        kl=0.0,
+        seed=0,
     )
-    if (
-        arg.size not in ("paper", "toy")
-        or arg.policy not in RATE
-        or arg.proxy not in PROXY["SIZES"]
-    ):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are "
-            f"{', '.join(RATE)}; proxies are {', '.join(PROXY['SIZES'])}"
-        )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(arg: ConfigDict) -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
         "kl": {"coefficient": arg.kl},  # section 2: 0, but for section 3.6
-        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults table 1 shares
+        "epochs": 1,  # unpublished; WebGPT's table 7, whose other defaults agree with table 1
         "clip": 0.2,  # table 1 (appendix C)
         "lam": 0.95,  # table 1 (appendix C)
         "gamma": 1.0,  # unpublished; WebGPT's table 7
         "value": "policy",  # unpublished; a proxy may be far smaller than the policy
         "value_clip": 0.2,  # unpublished
         "value_coefficient": 0.1,  # unpublished
-        "whiten_advantages": "batch",  # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
+        # unpublished; WebGPT's table 7 has them normalized. A minibatch has two episodes
+        "whiten_advantages": "batch",
         "temperature": 1.0,  # unpublished; InstructGPT
     }
 
@@ -84,15 +85,14 @@ def paper(arg: ConfigDict) -> ConfigDict:
         reward=f"runs/gao2022/{arg.policy}/proxy_{arg.proxy}_{pairs}",
         gold="runs/gao2022/gold",
         prompts={"source": prompts},
-        eval_prompts={
-            "source": {**prompts, "split": "validation"},
-            "limit": 512,
-        },  # our choice
+        # our choice
+        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": 512},
         prompt_length=COLLECT["PROMPT"],
         max_new_tokens=COLLECT["ANSWER"],
         batch_size=BATCH,
         minibatches=MINIBATCHES,
-        steps=1000,  # unpublished; stop by hand where the curve has turned (the paper's figures end near KL 100)
+        # unpublished; stop by hand when the curve has turned (the paper's figures end near KL 100)
+        steps=1000,
         eval_every=10,
         checkpoint={"every": 50, "minutes": 15.0},
         log={"every": 1},
@@ -104,7 +104,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The toy's proxy, PPO without a penalty until it is over-optimized, best-of-n beside it."""
+    """Returns the toy recipe: its proxy, PPO without a penalty, best-of-n for comparison."""
     config = runpy.run_path(str(HERE / "best_of_n.py"))["toy"](
         arg.seed, arg.pairs or COLLECT["TOY_PAIRS"]
     )
@@ -129,6 +129,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """Section 3.6, figure 9: penalties of the KL."""
+    """Adds the KL penalties of section 3.6, figure 9."""
     for coefficient in (0.0, 0.05, 0.1, 0.2):  # the paper's own values were not read
         add(**{"kl.coefficient": coefficient})

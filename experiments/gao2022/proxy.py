@@ -1,11 +1,12 @@
-"""Over-optimization, step 4: proxy reward models of many sizes from the gold model's comparisons; and at toy size.
+"""Over-optimization, step 4: trains proxy reward models of many sizes; or a toy.
 
 Paper: Gao et al. 2022 (arXiv 2210.10760), section 2, appendix C.
-Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m --workdir=runs/gao2022/1.2b/proxy_85m_90000
+Command: rlhfjax train --config=experiments/gao2022/proxy.py:proxy=85m
+    --workdir=runs/gao2022/1.2b/proxy_85m_90000
   rlhfjax run --config=experiments/gao2022/proxy.py:size=toy --workdir=runs/gao2022/toy_proxy
-Variants: :proxy=3m, 12m, 25m, 42m, 85m, 300m, 680m, 1.2b or 3b; :policy=6b; :pairs=2000, the comparisons to learn from
-  (those of `collect.py` with the same argument); :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Variants: :proxy=3m, 12m, 25m, 42m, 85m, 300m, 680m, 1.2b or 3b; :policy=6b; :pairs=2000, the
+  comparisons to learn from (those of `collect.py` with the same argument); :seed=1.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Count
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -24,11 +25,12 @@ VARIANTS = ("", "proxy=3m", "proxy=3b", "proxy=85m,pairs=2000", "size=toy")
 
 BATCH = 64  # table 1 (appendix C)
 MULTIPLIER = 1.67e-2  # table 1 (appendix C), of a learning rate that it does not name
-# The start of each size (a folder of a model), and the rate that is multiplied: here the peak rate of GPT-3's
-# pretraining at that size (Brown et al. 2020, table 2.1), as WebGPT's table 7, of the same group, has its bases. From
-# 85M on the names are GPT-3's sizes without embeddings. Of the four below neither shape nor rate is published: 12 L d^2
-# gives their names for 4 x 256, 4 x 512, 8 x 512 and 6 x 768 (layers x width), which is an inference, and the rate is
-# that of the smallest in the table.
+# The start of each size (a folder of a model), and the rate that is multiplied: here the peak rate
+# of GPT-3's pretraining at that size (Brown et al. 2020, table 2.1), as WebGPT's table 7, of the
+# same group, has its bases. From 85M on the names are GPT-3's sizes without embeddings. Of the four
+# below neither shape nor rate is published: 12 L d^2 gives their names for 4 x 256, 4 x 512, 8 x
+# 512 and 6 x 768 (layers x width), which is an inference, and the rate is that of the smallest in
+# the table.
 SIZES = {
     "3m": ("runs/gpt3/3m", 6.0e-4),
     "12m": ("runs/gpt3/12m", 6.0e-4),
@@ -43,16 +45,14 @@ SIZES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", proxy="85m", pairs=0, seed=0)
-    if (
-        arg.size not in ("paper", "toy")
-        or arg.policy not in ("1.2b", "6b")
-        or arg.proxy not in SIZES
-    ):
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy},proxy={arg.proxy}: sizes are paper, toy; policies are 1.2b, 6b; "
-            f"proxies are {', '.join(SIZES)}"
-        )
+    arg = parse_arg(
+        arg,
+        size=("paper", "toy"),
+        policy=("1.2b", "6b"),
+        proxy=("85m", *SIZES),
+        pairs=Argument(0, Count),
+        seed=0,
+    )
     return (
         toy(arg.seed, arg.pairs or COLLECT["TOY_PAIRS"])
         if arg.size == "toy"
@@ -72,9 +72,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         batch_size=BATCH,
         steps=steps,  # one epoch; more epochs do not replace data (figure 13)
         loss={"name": "bradley_terry"},
-        # Section 2 afterwards sets every proxy's mean over the initial policy's answers to 0, as here, and its scale so
-        # that the cross-entropy to soft labels is least, which is left out: neither changes what best-of-n picks, nor
-        # PPO's whitened advantages.
+        # Section 2 afterwards sets every proxy's mean over the initial policy's responses to 0, as
+        # here, and its scale so that the cross-entropy to soft labels is least, which is left out:
+        # neither changes what best-of-n picks, nor PPO's whitened advantages.
         normalize="mean",
         eval_every=max(1, steps // 4),
         checkpoint={"every": max(1, steps // 4), "minutes": 15.0},
@@ -93,7 +93,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int, pairs: int = COLLECT["TOY_PAIRS"]) -> ConfigDict:
-    """A model of a quarter of the gold model's width and one layer, pretrained; one epoch on the gold model's pairs."""
+    """Returns the toy recipe: a small proxy trained on the gold model's comparisons, one epoch."""
     config = COLLECT["toy"](seed, pairs)
     small = ConfigDict(config.pretrain.to_dict())
     small.update(TOY["loop"](150))

@@ -1,10 +1,12 @@
-"""Over-optimization, step 1: the policy that everything is sampled from; at toy size on embedded dialogue.
+"""Over-optimization, step 1: fine-tunes the policy that all responses are sampled from; or a toy.
 
-Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section 2.
-Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b --workdir=runs/gao2022/1.2b/sft
+Paper: Gao et al. 2022 (arXiv 2210.10760), "Scaling laws for reward model overoptimization", section
+  2.
+Command: rlhfjax train --config=experiments/gao2022/sft.py:policy=1.2b
+    --workdir=runs/gao2022/1.2b/sft
   rlhfjax run --config=experiments/gao2022/sft.py:size=toy --workdir=runs/gao2022/toy_sft
 Variants: :policy=1.2b, the main one, or 6b; :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -13,28 +15,25 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 
 HERE = Path(__file__).parent
 TOY = runpy.run_path(str(HERE.parent / "toy.py"))
 VARIANTS = ("", "policy=6b", "size=toy")
 
-# GPT-3 without its embeddings has 1.2 and 6.4 billion parameters where its own table says 1.3 and 6.7: the names here
-# count that way. The start is of experiments/instructgpt/pretrain.py.
+# GPT-3 without its embeddings has 1.2 and 6.4 billion parameters where its own table says 1.3 and
+# 6.7: the names here count that way. The start is of experiments/instructgpt/pretrain.py.
 POLICIES = {"1.2b": "1.3b", "6b": "6.7b"}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", policy="1.2b", seed=0)
-    if arg.size not in ("paper", "toy") or arg.policy not in POLICIES:
-        raise ConfigError(
-            f"size={arg.size},policy={arg.policy}: sizes are paper, toy; policies are {', '.join(POLICIES)}"
-        )
+    arg = parse_arg(arg, size=("paper", "toy"), policy=tuple(POLICIES), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    """Two epochs on InstructGPT's demonstrations; all else is unpublished: InstructGPT's appendix C.3."""
+    """Returns two epochs on InstructGPT's demonstrations; the rest is unpublished: its appendix
+    C.3.
+    """
     other = runpy.run_path(str(HERE.parent / "instructgpt" / "sft.py"))
     return other["get_config"](
         f"size={POLICIES[arg.policy]},role=start,seed={arg.seed}"
@@ -42,5 +41,5 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart up to its SFT, trained for longer than its smoke size."""
+    """Returns the toy recipe: the quickstart up to SFT, trained longer than its smoke size."""
     return TOY["tuned"](seed)

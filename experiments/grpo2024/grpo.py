@@ -1,10 +1,11 @@
-"""GRPO: advantages from groups of answers, the KL in the loss, on questions of mathematics; at toy size on dialogue.
+"""Trains GRPO on questions of mathematics, the KL in the loss; at toy size on dialogue.
 
-Paper: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Expected there for 7B: GSM8K 88.2%, MATH 51.7%
-  (table 5). Not the quantity that the toy measures.
+Paper: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300), section 4. Expected there for 7B: GSM8K
+  88.2%, MATH 51.7% (table 5). The toy does not measure this.
 Command: rlhfjax train --config=experiments/grpo2024/grpo.py --workdir=runs/grpo2024/grpo
   rlhfjax run --config=experiments/grpo2024/grpo.py:size=toy --workdir=runs/grpo2024/toy
-Variants: :estimator=dr_grpo (Liu et al. 2025) or dapo (Yu et al. 2025), without a KL term as those papers; :seed=1.
+Variants: :estimator=dr_grpo (Liu et al. 2025) or dapo (Yu et al. 2025), without a KL term as those
+  papers; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -14,38 +15,30 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
-GROUP, BATCH = (
-    64,
-    1024,
-)  # section 4.2: 64 outputs a question, training batch 1024; taken as answers, our reading
+# section 4.2: 64 outputs per question, training batch 1024, which we read as responses
+GROUP, BATCH = (64, 1024)
 QUESTIONS = 144_000  # section 4.2: "around 144K questions"
 VARIANTS = ("", "estimator=dr_grpo", "estimator=dapo", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", estimator="grpo", seed=0)
-    if arg.size not in ("paper", "toy") or arg.estimator not in (
-        "grpo",
-        "dr_grpo",
-        "dapo",
-    ):
-        raise ConfigError(
-            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators grpo, dr_grpo, dapo"
-        )
+    arg = parse_arg(
+        arg, size=("paper", "toy"), estimator=("grpo", "dr_grpo", "dapo"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def loss(arg: ConfigDict) -> dict:
-    """What the three papers have of their own."""
+    """Returns the options in which the three papers differ."""
     own = {
         # eq. 3 and 4: k3 in the loss, differentiated as it stands; section 4.2: coefficient 0.04
         "grpo": {"kl": {"coefficient": 0.04, "place": "loss", "estimator": "grpo"}},
         "dr_grpo": {"kl": {"coefficient": 0.0}},
-        # clip-higher, overlong answers left out, groups without a difference not counted: sections 3.1, 3.2, 3.4
+        # clip-higher, overlong responses left out, groups of equal scores not counted: sections
+        # 3.1, 3.2, 3.4
         "dapo": {
             "kl": {"coefficient": 0.0},
             "clip_high": 0.28,
@@ -61,7 +54,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "group",
         init_from="runs/grpo2024/instruct",  # DeepSeekMath-Instruct 7B
-        reward="runs/grpo2024/reward",  # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
+        # section 4.2: trained from DeepSeekMath-Base 7B at learning rate 2e-5
+        reward="runs/grpo2024/reward",
         prompts={
             "source": {
                 "spec": "jsonl:data/math/prompts*.jsonl",
@@ -91,7 +85,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim={
             "learning_rate": 1e-6,  # section 4.2
-            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "schedule": "constant",
             "b2": 0.999,
             "clip_norm": 1.0,
         },
@@ -100,14 +95,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart at its smallest up to its reward model, then groups of 8 in the place of PPO."""
+    """Returns the toy recipe: the quickstart up to its reward model, then groups of 8."""
     config = TOY["quickstart"](arg.seed, until="ppo")
     policy = TOY["policy"](
         "group",
         arg.seed,
         samples_per_prompt=8,
         batch_size=8,
-        missing_eos="penalty",  # as the quickstart: a small model has to learn to end
+        # as in the quickstart: a small model has to learn to end its responses
+        missing_eos="penalty",
         optim={
             "learning_rate": 5e-4,
             "schedule": "constant",

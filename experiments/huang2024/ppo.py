@@ -1,12 +1,14 @@
-"""The N+ details, step 3: PPO on TL;DR against the reward model; at toy size on embedded dialogue.
+"""The N+ details, step 3: trains PPO on TL;DR against the reward model; at toy size on dialogue.
 
-Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there, win rate against the
-  reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B between 20 and 62 % over four seeds (two of them
-  over-optimized, KL 50 to 85 nats), 2.8B 70 to 75 %, 6.9B 75 to 78 %. The toy measures nothing of the kind.
+Paper: Huang et al. 2024 (arXiv 2403.17031) and its released code ("code" below). Expected there,
+  win rate against the reference summaries by gpt-3.5-turbo-0125, read off a figure: 1B between 20
+  and 62 % over four seeds (two of them over-optimized, KL 50 to 85 nats), 2.8B 70 to 75 %, 6.9B 75
+  to 78 %. The toy does not measure this.
 Command: rlhfjax train --config=experiments/huang2024/ppo.py:size=1b --workdir=runs/huang2024/1b/ppo
   rlhfjax run --config=experiments/huang2024/ppo.py:size=toy --workdir=runs/huang2024/toy
 Variants: :size=1b, 2.8b or 6.9b; :seed=44413 (and 55513, 66613, 77713: the paper's four).
-Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside this file.
+Hardware: one node of 8 H100 (code, sbatches). Toy: 2 CPU cores. Time and result: README.md beside
+  this file.
 """
 
 import runpy
@@ -15,7 +17,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -29,17 +30,14 @@ EPISODES, BATCH = 1_000_000, 512  # the table: about 8.56 passes over the prompt
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1b", seed=SEEDS[0])
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=(*SIZES, "toy"), seed=SEEDS[0])
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(**changes) -> dict:
-    """The paper's table of hyper-parameters, which is the code's as well; policy and value share an optimizer."""
-    optim = SFT["optim"](
-        schedule="linear", **changes
-    )  # the table, and the code's loop, whatever its flag says
+    """Returns the paper's hyper-parameters, the same in the code; the models share an optimizer."""
+    # the table, and the code's loop, whatever its flag says
+    optim = SFT["optim"](schedule="linear", **changes)
     return {
         "value": "reward",  # detail 22: a network of its own, from the reward model
         "value_head": "loaded",
@@ -54,9 +52,9 @@ def algorithm(**changes) -> dict:
         "whiten_advantages": "batch",  # detail 25; code: before the epochs
         "kl": {"coefficient": 0.05, "place": "reward", "estimator": "k1"},
         "temperature": 0.7,
-        # Detail 23, the "EOS trick": -1 in the place of the score where there is no eos. The code samples on behind an
-        # eos and then throws that away; here a response ends with it. The code gives the score in the slot after the
-        # eos, where there is one; here on the eos.
+        # Detail 23, the "EOS trick": -1 in place of the score if there is no eos. The code
+        # samples on after an eos and then discards that; here a response ends with it. The code
+        # gives the score at the position after the eos, if there is one; here at the eos.
         "missing_eos": "replace",
         "missing_eos_value": -1.0,
         "optim": optim,
@@ -65,22 +63,17 @@ def algorithm(**changes) -> dict:
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
-    posts = {
-        "spec": "jsonl:data/tldr/sft_{split}*.jsonl",
-        "kind": "messages",
-    }  # detail 21: SFT's prompts again
+    # detail 21: SFT's prompts again
+    posts = {"spec": "jsonl:data/tldr/sft_{split}*.jsonl", "kind": "messages"}
     return stage_config(
         "ppo",
         init_from=f"runs/huang2024/{arg.size}/sft",
         reward=f"runs/huang2024/{arg.size}/reward",
         prompts={"source": posts},
-        eval_prompts={
-            "source": {**posts, "split": "validation"},
-            "limit": 512,
-        },  # our choice
-        prompt_length=SFT[
-            "PROMPT"
-        ],  # the code cuts a post at a paragraph; here it loses its beginning
+        # our choice
+        eval_prompts={"source": {**posts, "split": "validation"}, "limit": 512},
+        # the code cuts a post at a paragraph; here it loses its beginning
+        prompt_length=SFT["PROMPT"],
         max_new_tokens=SFT["RESPONSE"],
         batch_size=BATCH,
         steps=EPISODES // BATCH,
@@ -93,7 +86,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy's reward model, then PPO, and the policy against its start."""
+    """Returns the toy recipe: reward model, PPO, and an evaluation against the start."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](seed)
     own = {**TOY["loop"](40, evals=8), **algorithm(learning_rate=5e-4)}
     policy = TOY["policy"]("ppo", seed, batch_size=64, **own)
@@ -102,6 +95,6 @@ def toy(seed: int) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """The paper's four seeds."""
+    """Adds the paper's four seeds."""
     for seed in SEEDS:
         add(seed=seed)

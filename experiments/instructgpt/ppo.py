@@ -1,12 +1,17 @@
-"""InstructGPT, step 3: PPO against the reward model, with pretraining gradients mixed in (PPO-ptx) or without.
+"""InstructGPT, step 3: trains PPO with pretraining gradients (PPO-ptx); at toy size on dialogue.
 
-Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 and appendix C.4. Expected there for 175B: preferred to GPT-3 in
-  85 +- 3 % (section 4.1). The toy measures a programmed labeler's score, which is something else.
-Command: rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b --workdir=runs/instructgpt/1.3b/ppo_ptx
-  rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b,ptx=false --workdir=runs/instructgpt/1.3b/ppo
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 and appendix C.4. Expected there for 175B:
+  preferred to GPT-3 in 85 +- 3 % (section 4.1). The toy measures a programmed labeler's score,
+  which is something else.
+Command: rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b
+    --workdir=runs/instructgpt/1.3b/ppo_ptx
+  rlhfjax train --config=experiments/instructgpt/ppo.py:size=1.3b,ptx=false
+      --workdir=runs/instructgpt/1.3b/ppo
   rlhfjax run --config=experiments/instructgpt/ppo.py:size=toy --workdir=runs/instructgpt/toy
-Variants: :size=1.3b, 6.7b or 175b; :ptx=false is the paper's "PPO"; :gamma=20, the mix's coefficient; :seed=1.
-Hardware: 60 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Variants: :size=1.3b, 6.7b or 175b; :ptx=false is the paper's "PPO"; :gamma=20, the mix's
+  coefficient; :seed=1.
+Hardware: 60 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this
+  file.
 """
 
 import runpy
@@ -15,7 +20,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -34,26 +38,23 @@ VARIANTS = (
 EPISODES = 256_000  # C.4: "256k"; whether that is 256,000 or 262,144 is unpublished
 BATCH, MINIBATCH = 512, 64  # C.4
 ITERATIONS = EPISODES // BATCH
-GAMMA = {
-    "paper": 27.8,
-    "toy": 1.0,
-}  # C.4, for all sizes, see `ptx`; too much for the toy, see README.md
-# C.4 gives no learning rate of the policy. E.9 sweeps 2.55e-6 to 2.55e-5 for 1.3B and 6B, in log-linear steps, and
-# says that without the mix everything above 8.05e-6 diverged: that middle of the sweep is our choice. For 175B it tried
-# 2.55e-6 and 3.74e-6; which one was chosen (by labelers' ratings) is unpublished: the lower one.
+# C.4, for all sizes, see `ptx`; too much for the toy, see README.md
+GAMMA = {"paper": 27.8, "toy": 1.0}
+# C.4 gives no learning rate of the policy. E.9 sweeps 2.55e-6 to 2.55e-5 for 1.3B and 6B, in
+# log-linear steps, and says that without the mix everything above 8.05e-6 diverged: that middle of
+# the sweep is our choice. For 175B it tried 2.55e-6 and 3.74e-6; which one was chosen (by labelers'
+# ratings) is unpublished: the lower one.
 LEARNING_RATE = {"1.3b": 8.05e-6, "6.7b": 8.05e-6, "175b": 2.55e-6}
 VALUE_LEARNING_RATE = {"1.3b": 9e-6, "6.7b": 9e-6, "175b": 5e-6}  # C.4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", ptx=True, gamma=0.0, seed=0)
-    if arg.size not in (*LEARNING_RATE, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(LEARNING_RATE)}, toy")
+    arg = parse_arg(arg, size=(*LEARNING_RATE, "toy"), ptx=True, gamma=0.0, seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def algorithm() -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
         "value": "reward",  # C.4: a value function of its own, from the reward model
         "value_head": "loaded",
@@ -61,22 +62,20 @@ def algorithm() -> dict:
         "minibatches": BATCH // MINIBATCH,
         "clip": 0.2,  # C.4
         "value_clip": 0.2,  # unpublished; Ziegler et al. 2019, their code
-        "value_coefficient": 0.1,  # unpublished; the same. Under Adam it matters for the clipping of its gradient alone
+        # unpublished; the same. Under Adam it only matters for gradient clipping
+        "value_coefficient": 0.1,
         "gamma": 1.0,  # C.4: no discount
         "lam": 0.95,  # unpublished; Stiennon et al. 2020
         "whiten_rewards": "none",  # unpublished
         "whiten_advantages": "minibatch",  # unpublished; Ziegler et al. 2019, their code
         "temperature": 1.0,  # C.4
-        "kl": {
-            "coefficient": 0.02,
-            "place": "reward",
-            "estimator": "k1",
-        },  # C.4, per token, fixed; eq. 2
+        # C.4, per token, fixed; eq. 2
+        "kl": {"coefficient": 0.02, "place": "reward", "estimator": "k1"},
     }
 
 
 def optim(updates_of_warmup: int, **changes) -> dict:
-    """C.4: constant after a warm-up over the first 10 iterations from a tenth of the peak."""
+    """Returns C.4: constant after a warm-up from a tenth of the peak over 10 iterations."""
     return {
         "name": "adam",
         "schedule": "constant",
@@ -91,21 +90,18 @@ def optim(updates_of_warmup: int, **changes) -> dict:
 
 
 def ptx(arg: ConfigDict, **changes) -> dict:
-    """gamma E[log pi(x)] of eq. 2, its gradient added in every minibatch (C.4).
+    """Returns the options of gamma E[log pi(x)], eq. 2, added in every minibatch (C.4).
 
-    The paper does not say whether log pi(x) is of a token or of a sequence, so that 27.8 has no meaning of its own in
-    other code. Here it multiplies nats per token, the unit in which PPO's loss is a mean as well; `unit="sequence"`
-    multiplies by the length of the text too. E.6: 20 and more restores SQuADv2 and DROP.
+    The paper does not say whether log pi(x) is of a token or of a sequence, so that 27.8 has no
+    meaning of its own in other code. Here it multiplies nats per token, the unit in which PPO's
+    loss is a mean as well; `unit="sequence"` multiplies by the length of the text too. E.6: 20 and
+    more restores SQuADv2 and DROP.
     """
     if not arg.ptx:
         return {}
     gamma = arg.gamma or GAMMA["toy" if arg.size == "toy" else "paper"]
-    return {
-        "coefficient": gamma,
-        "unit": "token",
-        "ratio": 8,
-        **changes,
-    }  # C.4: 8 examples an episode
+    # C.4: 8 examples per episode
+    return {"coefficient": gamma, "unit": "token", "ratio": 8, **changes}
 
 
 def paper(arg: ConfigDict) -> ConfigDict:
@@ -121,15 +117,15 @@ def paper(arg: ConfigDict) -> ConfigDict:
         init_from=f"runs/instructgpt/{arg.size}/start",  # C.3; the reference too
         reward="runs/instructgpt/6.7b/reward",
         prompts={"source": prompts},
-        eval_prompts={
-            "source": {**prompts, "split": "validation"},
-            "limit": 512,
-        },  # our choice
-        prompt_length=1024,  # appendix C: "1k"; longer prompts were dropped, here they lose their oldest turns
+        # our choice
+        eval_prompts={"source": {**prompts, "split": "validation"}, "limit": 512},
+        # appendix C: "1k"; longer prompts were dropped, here they lose their oldest turns
+        prompt_length=1024,
         max_new_tokens=1024,  # appendix C: "1k"
         batch_size=BATCH,
         steps=ITERATIONS,
-        # A minibatch of 64: more devices than that share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
+        # A minibatch of 64: on more devices, tensors are split too, but 50,257 rows of the
+        # embedding are 29 x 1,733.
         mesh={"data": 1, "fsdp": MINIBATCH, "tensor": -1, "rules": {"vocab": ()}}
         if arg.size == "175b"
         else {},
@@ -138,9 +134,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         log={"every": 1},
         seed=arg.seed,
         ema=0.992,  # C.4; an average over iterations: of which steps it is one is unpublished
-        ptx=ptx(
-            arg, length=2048, sources=(text,)
-        ),  # unpublished; the context of pretraining
+        # unpublished; the context of pretraining
+        ptx=ptx(arg, length=2048, sources=(text,)),
         optim=optim(warmup, learning_rate=LEARNING_RATE[arg.size]),
         value_optim=optim(warmup, learning_rate=VALUE_LEARNING_RATE[arg.size]),
         **algorithm(),
@@ -148,19 +143,17 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The toy's reward model, then PPO-ptx with the quickstart's text, and both against the start."""
+    """Returns the toy recipe: reward model, PPO-ptx with the quickstart's text, evaluation."""
     config = runpy.run_path(str(HERE / "reward.py"))["toy"](arg.seed)
     steps = 32
-    warmup = (
-        BATCH // MINIBATCH
-    )  # one iteration; the paper's share of the run is less than that
-    policy = TOY[
-        "policy"
-    ](
+    # one iteration; the paper's share of the run is less than that
+    warmup = BATCH // MINIBATCH
+    policy = TOY["policy"](
         "ppo",
         arg.seed,
         batch_size=64,
-        missing_eos="penalty",  # the paper names nothing of the kind; a small model has to learn to end
+        # not in the paper; a small model has to learn to end its responses
+        missing_eos="penalty",
         ema=1
         - ITERATIONS / steps * (1 - 0.992),  # averages over the same share of the run
         ptx=ptx(arg, length=config.pretrain.length, sources=config.pretrain.sources),
@@ -174,6 +167,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """E.6, figure 33: the coefficient of the mix."""
+    """Adds coefficients of the mix: E.6, figure 33."""
     for gamma in (0.0, 1.0, 5.0, 20.0, 27.8):
         add(**{"ptx.coefficient": gamma})

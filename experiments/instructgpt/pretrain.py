@@ -1,11 +1,14 @@
-"""GPT-3: the language model that everything else starts from, for want of released weights; and at toy size.
+"""Pretrains GPT-3, whose weights are not released, for the other files; or a toy.
 
-Paper: Brown et al. 2020 (arXiv 2005.14165), table 2.1 and appendix B; Ouyang et al. 2022 start from it. Expected loss:
-  not compared, the corpus is not public.
-Command: rlhfjax train --config=experiments/instructgpt/pretrain.py:size=1.3b --workdir=runs/gpt3/1.3b
-  rlhfjax run --config=experiments/instructgpt/pretrain.py:size=toy --workdir=runs/instructgpt/toy_pretrain
+Paper: Brown et al. 2020 (arXiv 2005.14165), table 2.1 and appendix B; Ouyang et al. 2022 start from
+  it. Expected loss: not compared, the corpus is not public.
+Command: rlhfjax train --config=experiments/instructgpt/pretrain.py:size=1.3b
+    --workdir=runs/gpt3/1.3b
+  rlhfjax run --config=experiments/instructgpt/pretrain.py:size=toy
+      --workdir=runs/instructgpt/toy_pretrain
 Variants: :size=125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b or 175b; :seed=1.
-Hardware: unpublished but for the cost, 3,640 petaflop/s-days for 175B. Toy: 2 CPU cores. Time: README.md beside this.
+Hardware: unpublished but for the cost, 3,640 petaflop/s-days for 175B. Toy: 2 CPU cores. Time:
+  README.md beside this.
 """
 
 import dataclasses
@@ -15,7 +18,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.models.presets import preset
 from rlhfjax.stages import stage_config
 
@@ -23,8 +25,8 @@ TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
 VARIANTS = ("", "size=6.7b", "size=175b", "size=toy")
 
 LENGTH = 2048  # section 2.1 and appendix B: always the full context
-# Table 2.1: windows a batch and peak learning rate. The batches are printed as 0.5M, 1M, 2M and 3.2M tokens; here the
-# multiples of 256 windows next to them.
+# Table 2.1: windows per batch and peak learning rate. The batches are printed as 0.5M, 1M, 2M and
+# 3.2M tokens; here the multiples of 256 windows next to them.
 SIZES = {
     "125m": (256, 6.0e-4),
     "350m": (256, 3.0e-4),
@@ -38,14 +40,12 @@ SIZES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", seed=0)
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=("1.3b", *SIZES, "toy"), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def optim(tokens: int, **changes) -> dict:
-    """Appendix B; warm-up and decay are counted in tokens there, `tokens` are those of an update."""
+    """Returns appendix B, which counts warm-up and decay in tokens; `tokens` are per update."""
     return {
         "name": "adamw",
         "warmup_steps": round(375e6 / tokens),
@@ -66,9 +66,11 @@ def paper(arg: ConfigDict) -> ConfigDict:
     tokens = windows * LENGTH
     return stage_config(
         "pretrain",
-        tokenizer="data/gpt3/tokenizer.model",  # theirs: GPT-2's byte-level BPE of 50,257; here SentencePiece
-        # bfloat16 for fp16 (InstructGPT, appendix C); the sampler, PPO and the reward model inherit it from here.
-        # Every second layer of GPT-3 is locally banded sparse attention; all of ours are dense.
+        # theirs: GPT-2's byte-level BPE of 50,257; here SentencePiece
+        tokenizer="data/gpt3/tokenizer.model",
+        # bfloat16 for fp16 (InstructGPT, appendix C); the sampler, PPO and the reward model inherit
+        # it from here. Every second layer of GPT-3 is locally banded sparse attention; all of ours
+        # are dense.
         model=dataclasses.asdict(
             preset(f"gpt3-{arg.size}", dtype="bfloat16", scan_layers=True, remat="full")
         ),
@@ -83,7 +85,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         eval_batches=8,
         length=LENGTH,
         cross_document=True,  # appendix B: documents are packed, without a mask between them
-        # Appendix B grows the batch from 32k tokens over the first 4 to 12 billion tokens; here it is full at once.
+        # Appendix B grows the batch from 32k tokens over the first 4 to 12 billion tokens; here it
+        # is full at once.
         batch_size=windows,
         steps=round(300e9 / tokens),  # caption of table 2.1: 300 billion tokens
         eval_every=1000,
@@ -94,7 +97,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's text and width, the architecture and optimizer of GPT-3."""
+    """Returns the toy recipe: the quickstart's text and width, GPT-3's architecture and Adam."""
     config = TOY["quickstart"](seed, until="sft")
     steps, rows = config.pretrain.steps, config.pretrain.batch_size
     config.pretrain.model.update(
@@ -106,7 +109,8 @@ def toy(seed: int) -> ConfigDict:
         d_ff=256,
     )
     config.pretrain.cross_document = True
-    # The same shares of the run: 0.125 % of it is no update here, hence 2 %; decay over 260 of 300 billion tokens.
+    # The same shares of the run: 0.125 % would be no update here, so 2 %; decay over 260 of 300
+    # billion tokens.
     tokens = rows * config.pretrain.length
     shares = {"warmup_steps": max(1, steps // 50), "decay_steps": steps * 260 // 300}
     config.pretrain.optim.update(optim(tokens, learning_rate=3e-3, **shares))

@@ -1,13 +1,15 @@
-"""InstructGPT, step 2: a reward model from rankings of K answers; at toy size on embedded dialogue.
+"""InstructGPT, step 2: trains a reward model on rankings of K responses; at toy size on dialogue.
 
-Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4 +- 0.4 % on
-  comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section 4.1; appendix E.2 prints the two
-  the other way round). The toy's labeler is a program.
-Command: rlhfjax train --config=experiments/instructgpt/reward.py --workdir=runs/instructgpt/6.7b/reward
-  rlhfjax run --config=experiments/instructgpt/reward.py:size=toy --workdir=runs/instructgpt/toy_reward
-Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one 6B reward model for
-  all of them (a 175B one was less stable); :seed=1.
-Hardware: the paper names none. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), eq. 1 and appendix C.2. Expected there: accuracy 72.4
+  +- 0.4 % on comparisons of the same labelers, 69.6 +- 0.9 % on those of held-out ones (section
+  4.1; appendix E.2 prints the two the other way round). The toy's labeler is a program.
+Command: rlhfjax train --config=experiments/instructgpt/reward.py
+    --workdir=runs/instructgpt/6.7b/reward
+  rlhfjax run --config=experiments/instructgpt/reward.py:size=toy
+      --workdir=runs/instructgpt/toy_reward
+Variants: :size=1.3b, 6.7b or 175b, the policy that it is for, which changes nothing: C.2 uses one
+  6B reward model for all of them (a 175B one was less stable); :seed=1.
+Hardware: not named by the paper. Toy: 2 CPU cores. Time and result: README.md beside this file.
 """
 
 import runpy
@@ -16,7 +18,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 HERE = Path(__file__).parent
@@ -30,19 +31,17 @@ LENGTH = 2048  # appendix C
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="6.7b", seed=0)
-    if arg.size not in (*SIZES, "toy"):
-        raise ConfigError(f"size={arg.size}: sizes are {', '.join(SIZES)}, toy")
+    arg = parse_arg(arg, size=("6.7b", *SIZES, "toy"), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(**changes) -> dict:
-    """What does not depend on the size."""
+    """Returns the options that do not depend on the size."""
     return {
-        "loss": {
-            "name": "kwise"
-        },  # eq. 1: all pairs of a prompt are one element; ties are dropped
-        "normalize": "demonstrations",  # section 3.5: a bias so that the labelers' demonstrations score 0 on average
+        # eq. 1: all pairs of a prompt are one element; ties are dropped
+        "loss": {"name": "kwise"},
+        # section 3.5: a bias so that the labelers' demonstrations score 0 on average
+        "normalize": "demonstrations",
         "optim": {
             "name": "adam",
             "learning_rate": 9e-6,  # C.2; insensitive to 50 % more or less
@@ -62,13 +61,13 @@ def paper(arg: ConfigDict) -> ConfigDict:
     steps = PROMPTS // BATCH  # C.2: one epoch; a second one over-fits
     return stage_config(
         "reward",
-        # Section 3.5 says "from the SFT model"; C.2 says GPT-3 6B fine-tuned on ARC, BoolQ, CoQA, DROP, MultiNLI,
-        # OpenBookQA, QuAC, RACE and Winogrande, and that SFT gives similar results: SFT, for its data are at hand.
+        # Section 3.5 says "from the SFT model"; C.2 says GPT-3 6B fine-tuned on ARC, BoolQ, CoQA,
+        # DROP, MultiNLI, OpenBookQA, QuAC, RACE and Winogrande, and that SFT gives similar results:
+        # SFT, whose data are available.
         init_from="runs/instructgpt/6.7b/sft",
-        overrides={"dropout": 0.0},  # unpublished; SFT's 0.2 would come along
-        preferences=(
-            "jsonl:data/instructgpt/comparisons_{split}*.jsonl",
-        ),  # K of 4 to 9 answers (section 3.5)
+        overrides={"dropout": 0.0},  # unpublished; else SFT's 0.2 would be inherited
+        # K of 4 to 9 responses (section 3.5)
+        preferences=("jsonl:data/instructgpt/comparisons_{split}*.jsonl",),
         demonstrations=(
             {
                 "spec": "jsonl:data/instructgpt/demonstrations_{split}*.jsonl",
@@ -86,9 +85,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The toy SFT, 6 answers to each of 1,024 prompts ranked by the quickstart's labeler, one epoch on them."""
+    """Returns the toy recipe: SFT, rankings of 6 responses to each of 1,024 prompts, one epoch."""
     config = runpy.run_path(str(HERE / "sft.py"))["toy"](seed)
-    # between section 3.5's 4 and 9 answers
+    # section 3.5 has 4 to 9 responses
     collect = TOY["collect"](seed, samples_per_prompt=6, prompts=1024, held_out=192)
     own = {
         "overrides": {"dropout": 0.0},

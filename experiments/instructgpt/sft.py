@@ -1,13 +1,16 @@
-"""InstructGPT, step 1: supervised fine-tuning on demonstrations; at toy size on embedded dialogue.
+"""InstructGPT, step 1: fine-tunes on demonstrations; at toy size on embedded dialogue.
 
-Paper: Ouyang et al. 2022 (arXiv 2203.02155), appendices C.1 and C.3. Numbers that people's preferences give are not
-  what the toy measures.
-Command: rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b --workdir=runs/instructgpt/1.3b/sft
-  rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b,role=start --workdir=runs/instructgpt/1.3b/start
+Paper: Ouyang et al. 2022 (arXiv 2203.02155), appendices C.1 and C.3. Numbers that people's
+  preferences give are not what the toy measures.
+Command: rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b
+    --workdir=runs/instructgpt/1.3b/sft
+  rlhfjax train --config=experiments/instructgpt/sft.py:size=1.3b,role=start
+      --workdir=runs/instructgpt/1.3b/start
   rlhfjax run --config=experiments/instructgpt/sft.py:size=toy --workdir=runs/instructgpt/toy_sft
-Variants: :size=1.3b, 6.7b or 175b; :role=baseline, the SFT models of the paper's figures (C.1), or start, what PPO
-  begins from and what its KL is to (C.3); :seed=1.
-Hardware: 4.9 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this file.
+Variants: :size=1.3b, 6.7b or 175b; :role=baseline, the SFT models of the paper's figures (C.1), or
+  start, what PPO begins from and what its KL is to (C.3); :seed=1.
+Hardware: 4.9 petaflop/s-days for 175B. Toy: 2 CPU cores. Time and result: README.md beside this
+  file.
 """
 
 import runpy
@@ -16,7 +19,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -30,11 +32,8 @@ VARIANTS = (
     "size=toy",
 )
 
-SIZES = (
-    "1.3b",
-    "6.7b",
-    "175b",
-)  # "6B" in the paper; that this is GPT-3 6.7B is an inference
+# "6B" in the paper; that this is GPT-3 6.7B is an inference
+SIZES = ("1.3b", "6.7b", "175b")
 DEMONSTRATIONS = 11_295 + 1_430  # table 6: by labelers and by customers
 BATCH = {"1.3b": 32, "6.7b": 32, "175b": 8}  # C.1 and C.3, demonstrations
 EPOCHS = {"baseline": 16, "start": 2}  # C.1; C.3
@@ -43,22 +42,19 @@ LEARNING_RATE = {
     "start": {"1.3b": 5e-6, "6.7b": 1.04e-5, "175b": 2.45e-6},  # C.3
 }
 LENGTH = 2048  # appendix C: the context
-# Our rows are packed, so that a batch of rows holds more demonstrations than rows. Prompts have 408 tokens on average
-# (table 9), answers an unpublished number; that 4 demonstrations fill a row is our choice.
+# Our rows are packed, so that a batch of rows holds more demonstrations than rows. Prompts have 408
+# tokens on average (table 9), responses an unpublished number; that 4 demonstrations fill a row is
+# our choice.
 A_ROW = 4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", role="baseline", seed=0)
-    if arg.size not in (*SIZES, "toy") or arg.role not in EPOCHS:
-        raise ConfigError(
-            f"size={arg.size},role={arg.role}: sizes are {', '.join(SIZES)}, toy; roles are {', '.join(EPOCHS)}"
-        )
+    arg = parse_arg(arg, size=(*SIZES, "toy"), role=tuple(EPOCHS), seed=0)
     return toy(arg.seed) if arg.size == "toy" else paper(arg)
 
 
 def optim(**changes) -> dict:
-    """Appendix C: Adam; C.1 and C.3: cosine to 10 %, without warm-up."""
+    """Returns appendix C (Adam), C.1 and C.3 (cosine to 10 %, without warm-up)."""
     return {
         "name": "adamw",
         "weight_decay": 0.0,  # unpublished; none
@@ -82,12 +78,14 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "sft",
         init_from=f"runs/gpt3/{arg.size}",  # pretrain.py beside this file
-        # C.1: 0.2 on the residual branches; ours is one rate, for the embedding and the attention weights too. C.3 does
-        # not name it: as C.1.
+        # C.1: 0.2 on the residual branches; ours is one rate, for the embedding and the attention
+        # weights too. C.3 does not name it: as C.1.
         overrides={"dropout": 0.2},
-        # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it is left out.
+        # C.3 mixes 10 % of pretraining text into these batches (`start`); the stage cannot, and it
+        # is left out.
         sources=(source,),
-        # A batch of two rows: more devices share the tensors, but 50,257 rows of the embedding are 29 x 1,733.
+        # A batch of two rows: on more devices, tensors are split too, but 50,257 rows of the
+        # embedding are 29 x 1,733.
         mesh={"data": 1, "fsdp": 2, "tensor": -1, "rules": {"vocab": ()}}
         if arg.size == "175b"
         else {},
@@ -95,8 +93,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         length=LENGTH,
         batch_size=BATCH[arg.size] // A_ROW,
         steps=updates,
-        # C.1 chooses among checkpoints, and among 7 learning rates (175B: 5), by the reward model's score on validation
-        # prompts, not by validation loss, which is lowest after one epoch. Here every epoch is evaluated and kept.
+        # C.1 chooses among checkpoints, and among 7 learning rates (175B: 5), by the reward model's
+        # score on validation prompts, not by validation loss, which is lowest after one epoch. Here
+        # every epoch is evaluated and kept.
         eval_every=updates // EPOCHS[arg.role],
         checkpoint={
             "every": updates // EPOCHS[arg.role],
@@ -109,7 +108,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(seed: int) -> ConfigDict:
-    """The quickstart's SFT with C.1's dropout and schedule."""
+    """Returns the toy recipe: the quickstart's SFT with C.1's dropout and schedule."""
     config = TOY["tuned"](seed)
     config.sft.overrides = {"dropout": 0.2}
     config.sft.optim.update(optim(learning_rate=1e-3))

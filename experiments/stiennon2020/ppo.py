@@ -1,13 +1,14 @@
-"""PPO of Stiennon et al.: a value network of its own that starts as the reward model, a fixed KL coefficient; at toy
-size on dialogue, with best-of-n beside it.
+"""Trains PPO of Stiennon et al.: a value network of its own, a fixed KL coefficient; or a toy.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by human labelers: 1.3B
-  preferred to the reference summaries by 61% (section 4.1), at a KL of 14 to 19 nats where beta is 0.05 (table 9).
-  Not what the toy measures.
-Command: rlhfjax train --config=experiments/stiennon2020/ppo.py:size=1.3b --workdir=runs/stiennon2020/1.3b/ppo
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Expected there, by
+  human labelers: 1.3B preferred to the reference summaries by 61% (section 4.1), at a KL of 14 to
+  19 nats where beta is 0.05 (table 9). The toy does not measure this.
+Command: rlhfjax train --config=experiments/stiennon2020/ppo.py:size=1.3b
+    --workdir=runs/stiennon2020/1.3b/ppo
   rlhfjax run --config=experiments/stiennon2020/ppo.py:size=toy --workdir=runs/stiennon2020/toy
 Variants: :size=1.3b, 6.7b or toy; :beta=0.1 (table 9: 0.35, 0.10, 0.07, 0.05); :seed=1.
-Hardware: toy: 2 CPU cores, minutes; RL at 6.7B took the authors about 320 GPU-days. Time and result: README.md.
+Hardware: toy: 2 CPU cores, minutes; RL at 6.7B took the authors about 320 GPU-days. Time and
+  result: README.md.
 """
 
 import runpy
@@ -28,25 +29,25 @@ EPISODES = 1_000_000  # appendix B.1
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", beta=0.05, seed=0)
-    SFT["check"](arg)
+    arg = parse_arg(arg, size=(*SFT["SIZES"], "toy"), beta=0.05, seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(arg: ConfigDict) -> dict:
-    """What makes this PPO the paper's, at any size."""
+    """Returns the paper's options of PPO, which hold at any size."""
     return {
-        "value": "reward",  # section 3.4 and figure 11: a separate network, initialized to the reward model
+        # section 3.4 and figure 11: a separate network, initialized to the reward model
+        "value": "reward",
         "value_head": "loaded",
         "epochs": 4,  # appendix B.1
         "gamma": 1.0,  # appendix B.1
         "lam": 0.95,  # appendix B.1
-        "kl": {
-            "coefficient": arg.beta
-        },  # appendix B.1: 0.05, fixed; in the reward of every token
-        # The paper does not state what follows. One minibatch an epoch, both clips and the value's coefficient are
-        # those of the same authors' earlier code (Ziegler et al. 2019), the score of an answer without an end that of
-        # Huang et al. 2024 (N+ details, 23), whitened advantages that of both; rewards are as they come in the latter.
+        # appendix B.1: 0.05, fixed; in the reward of every token
+        "kl": {"coefficient": arg.beta},
+        # The paper does not state what follows. One minibatch per epoch, both clips and the value's
+        # coefficient are those of the same authors' earlier code (Ziegler et al. 2019), the score
+        # of a response without an end that of Huang et al. 2024 (N+ details, 23), whitened
+        # advantages that of both; rewards are not whitened in the latter.
         "minibatches": 1,
         "clip": 0.2,
         "value_clip": 0.2,
@@ -91,7 +92,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small reward model's recipe, then PPO and best-of-n against it and an evaluation."""
+    """Returns the toy recipe: reward model, PPO and best-of-n against it, an evaluation."""
     config = REWARD["toy"](arg)
     sampling = SFT["sampling"](arg)
     optim = SFT["adam"](1e-3, "linear")
@@ -113,6 +114,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """Table 9: KLs of 1.8, 3.8, 9.4 and 14 to 19 nats."""
+    """Adds the coefficients of table 9: KLs of 1.8, 3.8, 9.4 and 14 to 19 nats."""
     for beta in (0.35, 0.10, 0.07, 0.05):
         add(**{"kl.coefficient": beta})

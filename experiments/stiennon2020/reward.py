@@ -1,8 +1,10 @@
-"""The reward models of Stiennon et al.: which of two summaries is better; at toy size on dialogue.
+"""Trains the reward models of Stiennon et al. on pairs of summaries; at toy size on dialogue.
 
-Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Doubling the comparisons there is worth
-  1.1 points of accuracy, doubling the model 1.8 (figure 6). Not what the toy measures.
-Command: rlhfjax train --config=experiments/stiennon2020/reward.py:size=1.3b --workdir=runs/stiennon2020/1.3b/reward
+Paper: Stiennon et al. 2020 (arXiv 2009.01325), section 3.4 and appendix B.1. Doubling the
+  comparisons there is worth 1.1 points of accuracy, doubling the model 1.8 (figure 6). The toy does
+  not measure this.
+Command: rlhfjax train --config=experiments/stiennon2020/reward.py:size=1.3b
+    --workdir=runs/stiennon2020/1.3b/reward
   rlhfjax run --config=experiments/stiennon2020/reward.py:size=toy --workdir=runs/stiennon2020/toy
 Variants: :size=1.3b, 6.7b or toy; :seed=1 to 9, of which the paper keeps the best.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
@@ -24,16 +26,16 @@ COMPARISONS = 64_832  # section 3.2, all that were released
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, size="1.3b", seed=0)
-    SFT["check"](arg)
+    arg = parse_arg(arg, size=(*SFT["SIZES"], "toy"), seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def algorithm(demonstrations: tuple) -> dict:
-    """What makes this reward model the paper's, at any size."""
+    """Returns the paper's options of the reward model, which hold at any size."""
     return {
         "loss": {"name": "bradley_terry"},  # section 3.4
-        "normalize": "demonstrations",  # appendix B.1: shifted so that the reference summaries score 0 on average
+        # appendix B.1: shifted so that the reference summaries score 0 on average
+        "normalize": "demonstrations",
         "demonstrations": demonstrations,
     }
 
@@ -41,12 +43,11 @@ def algorithm(demonstrations: tuple) -> dict:
 def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "reward",
-        # appendix B.1: the supervised model with a new head; of std 1 / (d + 1) as printed, of 1 / sqrt(d + 1) here and
-        # in the code
+        # appendix B.1: the supervised model with a new head; of std 1 / (d + 1) as printed, of 1 /
+        # sqrt(d + 1) here and in the code
         init_from=f"runs/stiennon2020/{arg.size}/sft",
-        preferences=(
-            "jsonl:data/tldr/comparisons_{split}*.jsonl",
-        ),  # rows of prompt, two completions and scores
+        # rows of prompt, two completions and scores
+        preferences=("jsonl:data/tldr/comparisons_{split}*.jsonl",),
         length=SFT["POST"]
         + 128,  # the released code: a reward model reads up to 128 tokens of summary
         batch_size=64,  # appendix B.1
@@ -69,7 +70,10 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small model's answers in pairs, compared by the quickstart's labeler; people's own answers score 0."""
+    """Returns the toy recipe: pairs compared by the quickstart's labeler.
+
+    The demonstrations score 0 on average.
+    """
     config = SFT["toy"](arg)
     collect = TOY["collect"](
         arg.seed,
@@ -90,6 +94,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sweep(add) -> None:
-    """Appendix B.1: the best of 3 to 10 seeds; here of 3."""
+    """Adds 3 seeds; appendix B.1 takes the best of 3 to 10."""
     for seed in range(3):
         add(seed=seed)

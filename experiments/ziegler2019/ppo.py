@@ -1,12 +1,14 @@
-"""PPO of Ziegler et al. on four tasks: samples of a fixed length, cut at a full stop or rejected; the KL held at a
-target for style, its coefficient fixed for summaries. At toy size on dialogue.
+"""Trains PPO of Ziegler et al. on four tasks, samples of a fixed length; at toy size on dialogue.
 
-Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 3; and its released code, lm-human-preferences
-  (launch.py, train_policy.py), which has other sizes, batches and learning rates. Expected there, by human labelers:
-  sentiment preferred to zero-shot by 86%, TL;DR to the reference by 96%, CNN/DM by 84%. Not what the toy measures.
-Command: rlhfjax train --config=experiments/ziegler2019/ppo.py:task=tldr --workdir=runs/ziegler2019/774m/tldr/ppo
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 3; and its released code,
+  lm-human-preferences (launch.py, train_policy.py), which has other sizes, batches and learning
+  rates. Expected there, by human labelers: sentiment preferred to zero-shot by 86%, TL;DR to the
+  reference by 96%, CNN/DM by 84%. The toy does not measure this.
+Command: rlhfjax train --config=experiments/ziegler2019/ppo.py:task=tldr
+    --workdir=runs/ziegler2019/774m/tldr/ppo
   rlhfjax run --config=experiments/ziegler2019/ppo.py:size=toy --workdir=runs/ziegler2019/toy
-Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released code; :seed=1.
+Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released
+  code; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -31,18 +33,19 @@ NUMBERS = {
 }
 # nats: the paper, section 3. launch.py has 6 for both.
 TARGET = {("paper", "sentiment"): 10.0, ("paper", "descriptiveness"): 6.0}
-# launch.py; what the paper has for summaries we have not read. "0.01 too low", it says of TL;DR.
+# launch.py; we have not read the paper's values for summaries. It says of TL;DR: "0.01 too low".
 FIXED = {"cnndm": 0.01, "tldr": 0.03}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", numbers="paper", seed=0)
-    REWARD["check"](arg)
+    arg = parse_arg(
+        arg, task=tuple(KIND), size=("paper", "toy"), numbers=("paper", "code"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def kl(arg: ConfigDict, batch_size: int) -> dict:
-    """In the reward of every token (section 2.2)."""
+    """Returns the options of the KL, which is in the reward of every token (section 2.2)."""
     if KIND[arg.task] == "summary":
         return {"coefficient": FIXED[arg.task]}
     return {
@@ -54,7 +57,7 @@ def kl(arg: ConfigDict, batch_size: int) -> dict:
 
 
 def algorithm(arg: ConfigDict, batch_size: int) -> dict:
-    """What makes this PPO the paper's, at any size."""
+    """Returns the paper's options of PPO, which hold at any size."""
     return {
         "value": "shared",  # the code: a scalar head on the policy's own trunk
         "value_head": "zero",  # the code
@@ -62,13 +65,14 @@ def algorithm(arg: ConfigDict, batch_size: int) -> dict:
         "kl": kl(arg, batch_size),
         "epochs": 4,  # section 2.2
         "gamma": 1.0,  # section 2.2
-        # from here on the code (train_policy.py, PpoHParams), where the paper is silent
+        # the rest is from the code (train_policy.py, PpoHParams)
         "minibatches": 1,
         "clip": 0.2,
         "value_clip": 0.2,
         "value_coefficient": 0.1,
         "lam": 0.95,
-        # launch.py asks for no whitening of summaries' rewards, by a name that the code does not have
+        # launch.py asks for no whitening of summaries' rewards, by a name that the code does not
+        # have
         "whiten_rewards": "minibatch" if KIND[arg.task] == "style" else "none",
         "whiten_advantages": "minibatch",
     }
@@ -99,8 +103,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
         max_new_tokens=REWARD["RESPONSE"][kind],
         temperature=REWARD["TEMPERATURE"][arg.task],
         stop_at_eos=False,  # the code: every sample has its full length
-        # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code, a line break after
-        # 55 of 75 tokens. The pieces are those of our tokenizer: GPT-2's 13 and 198.
+        # style: section 2.2, a full stop between tokens 16 and 24, or else -1; summaries: the code,
+        # a line break after 55 of 75 tokens. The pieces are those of our tokenizer: GPT-2's 13 and
+        # 198.
         truncate={"token": ".", "after": 16, "value": -1.0}
         if kind == "style"
         else {"token": "<0x0A>", "after": 55, "value": -1.0},
@@ -116,7 +121,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The small reward model's recipe, then PPO against it and an evaluation."""
+    """Returns the toy recipe: reward model, PPO against it, an evaluation."""
     config = REWARD["toy"](arg)
     optim, sampling = REWARD["optim"](5e-4), REWARD["sampling"](arg)
     own = {
@@ -128,7 +133,6 @@ def toy(arg: ConfigDict) -> ConfigDict:
     }
     ppo = TOY["policy"]("ppo", arg.seed, **own)
     kept = {name: sampling[name] for name in TOY["SAMPLING"]}
-    evaluate = TOY["evaluate"](
-        arg.seed, policy="stage:ppo", **kept
-    )  # there an answer ends by itself
+    # there a response ends by itself
+    evaluate = TOY["evaluate"](arg.seed, policy="stage:ppo", **kept)
     return TOY["add"](config, ppo=ppo, evaluate=evaluate)

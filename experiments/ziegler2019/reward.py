@@ -1,10 +1,13 @@
-"""The reward models of Ziegler et al.: the best of four answers by a softmax over four; at toy size on dialogue.
+"""Trains the reward models of Ziegler et al. on the best of four responses; or a toy on dialogue.
 
-Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 2.3; and its released code, lm-human-preferences
-  (launch.py, train_reward.py), which differs in size, batch, learning rate and labels.
-Command: rlhfjax train --config=experiments/ziegler2019/reward.py:task=tldr --workdir=runs/ziegler2019/774m/tldr/reward
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), sections 2.2 and 2.3; and its released code,
+  lm-human-preferences (launch.py, train_reward.py), which differs in size, batch, learning rate and
+  labels.
+Command: rlhfjax train --config=experiments/ziegler2019/reward.py:task=tldr
+    --workdir=runs/ziegler2019/774m/tldr/reward
   rlhfjax run --config=experiments/ziegler2019/reward.py:size=toy --workdir=runs/ziegler2019/toy
-Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released code; :seed=1.
+Variants: :task=sentiment, descriptiveness, cnndm or tldr; :numbers=code, those of the released
+  code; :seed=1.
 Hardware: toy: 2 CPU cores, minutes. Time and result: README.md beside this file.
 """
 
@@ -14,7 +17,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -25,23 +27,18 @@ VARIANTS = tuple(
     for rest in ("", ",numbers=code", ",size=toy")
 )
 KIND = SFT["KIND"]
-MODEL = {
-    "paper": "774m",
-    "code": "124m",
-}  # section 2.1; the code was released for, and tested with, the smallest GPT-2
-# Tokens. Style: queries of 32 to 64 (the code: 64), continued by 24; summaries: queries of up to 500, answered by 75
-# (section 3 and launch.py). Our chat template adds bos, the two markers and an eos to a query.
+# section 2.1; the code was released for, and tested with, the smallest GPT-2
+MODEL = {"paper": "774m", "code": "124m"}
+# Tokens. Style: queries of 32 to 64 (the code: 64), continued by 24; summaries: queries of up to
+# 500, responses of 75 (section 3 and launch.py). Our chat template adds bos, the two markers and an
+# eos to a query.
 QUERY = {"style": 64 + 4, "summary": 500 + 4}
 RESPONSE = {"style": 24, "summary": 75}
-TEMPERATURE = {
-    "sentiment": 0.7,
-    "descriptiveness": 0.7,
-    "cnndm": 0.5,
-    "tldr": 0.7,
-}  # section 3 and launch.py
+# section 3 and launch.py
+TEMPERATURE = {"sentiment": 0.7, "descriptiveness": 0.7, "cnndm": 0.5, "tldr": 0.7}
 NUMBERS = {
-    # learning rate and batch: section 2.2; labels: 5,000 for style (10,000 and 20,000 are no better), 60,000 for
-    # summaries (section 3)
+    # learning rate and batch: section 2.2; labels: 5,000 for style (10,000 and 20,000 are no
+    # better), 60,000 for summaries (section 3)
     ("paper", "style"): {"learning_rate": 1.77e-5, "batch_size": 8, "labels": 5_000},
     ("paper", "summary"): {
         "learning_rate": 1.77e-5,
@@ -55,33 +52,23 @@ NUMBERS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", numbers="paper", seed=0)
-    check(arg)
+    arg = parse_arg(
+        arg, task=tuple(KIND), size=("paper", "toy"), numbers=("paper", "code"), seed=0
+    )
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
-def check(arg: ConfigDict) -> None:
-    if (
-        arg.task not in KIND
-        or arg.size not in ("paper", "toy")
-        or arg.numbers not in MODEL
-    ):
-        raise ConfigError(
-            f"task={arg.task},size={arg.size},numbers={arg.numbers}: tasks are {', '.join(KIND)}; sizes paper, toy; "
-            f"numbers {', '.join(MODEL)}"
-        )
-
-
 def start(arg: ConfigDict) -> str:
-    """The language model that reward model and policy both start from: section 2.1; the code has plain GPT-2."""
+    """Returns the language model that reward model and policy start from (section 2.1)."""
     books = KIND[arg.task] == "style" and arg.numbers == "paper"
     return f"runs/ziegler2019/{MODEL[arg.numbers]}/{'books' if books else 'gpt2'}"
 
 
 def optim(learning_rate: float) -> dict:
-    """Adam as both files of the released code have it: TensorFlow's, epsilon 1e-5, linear to 0, no clipping."""
+    """Returns Adam of the released code: TensorFlow's, epsilon 1e-5, linear to 0, no clipping."""
     return {
-        "name": "adam_tf",  # the paper says Adam; moments and epsilon are the code's (core.py, minimize)
+        # the paper says Adam; moments and epsilon are the code's (core.py, minimize)
+        "name": "adam_tf",
         "learning_rate": learning_rate,
         "schedule": "linear",
         "b2": 0.999,
@@ -91,11 +78,12 @@ def optim(learning_rate: float) -> dict:
 
 
 def loss() -> dict:
-    """What makes this reward model the paper's, at any size."""
+    """Returns the paper's options of the reward model, which hold at any size."""
     return {
         "loss": {"name": "best_of_k"},  # eq. 1
-        "normalize_before": "mean_std",  # the code; of the paper only the second is known
-        "normalize": "mean_std",  # section 2.2: mean 0, variance 1 on samples of the policy at its start
+        "normalize_before": "mean_std",  # the code; the paper only has the second normalization
+        # section 2.2: mean 0, variance 1 on samples of the policy at its start
+        "normalize": "mean_std",
     }
 
 
@@ -104,7 +92,8 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "reward",
         init_from=start(arg),
-        # rows of prompt, completions (four samples of the policy at its start) and scores, 1 for the one picked
+        # rows of prompt, completions (four samples of the policy at its start) and scores, 1 for
+        # the one picked
         preferences=(f"jsonl:data/{arg.task}/best_of_4_{{split}}*.jsonl",),
         length=QUERY[kind] + RESPONSE[kind],
         batch_size=numbers["batch_size"],
@@ -119,12 +108,12 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """A small language model's answers, four to a prompt, the best picked by the quickstart's labeler."""
+    """Returns the toy recipe: the quickstart's labeler picks the best of four responses."""
     config = SFT["toy"](arg)
     collect = TOY["collect"](
         arg.seed, samples_per_prompt=4, prompts=1024, held_out=96, **sampling(arg)
     )
-    # section 2.2, for style: 8
+    # section 2.2, for style: batches of 8
     reward = TOY["ranked"](
         "reward", collect, batch_size=8, evals=4, optim=optim(5e-4), **loss()
     )
@@ -132,7 +121,7 @@ def toy(arg: ConfigDict) -> ConfigDict:
 
 
 def sampling(arg: ConfigDict) -> dict:
-    """Of the toy: style as in the paper, summaries shorter and cut at a full stop as well; the paper's temperatures."""
+    """Returns the toy's sampling: style as in the paper, short summaries cut at a full stop."""
     length = RESPONSE["style"] if KIND[arg.task] == "style" else 32
     return {
         **TOY["sampling"](arg.seed),

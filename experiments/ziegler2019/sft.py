@@ -1,12 +1,12 @@
-"""What the policies of Ziegler et al. start from: GPT-2 fine-tuned on books, for style; and the supervised baselines,
-fine-tuned on reference summaries. At toy size on embedded dialogue.
+"""Trains the models that Ziegler et al.'s policies start from: GPT-2 on books, or summaries.
 
-Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first; summaries start from
-  GPT-2 as it is, or from the second.
+Paper: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Style policies start from the first;
+  summaries start from GPT-2 as it is, or from the second.
 Command: rlhfjax train --config=experiments/ziegler2019/sft.py --workdir=runs/ziegler2019/774m/books
   rlhfjax run --config=experiments/ziegler2019/sft.py:size=toy --workdir=runs/ziegler2019/toy
 Variants: :task=sentiment or descriptiveness (the same books), cnndm, tldr; :seed=1.
-Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md beside this file.
+Hardware: toy: 2 CPU cores, minutes. The paper names none for this stage. Time and result: README.md
+  beside this file.
 """
 
 import runpy
@@ -15,7 +15,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rlhfjax.config import parse_arg
-from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
 
 TOY = runpy.run_path(str(Path(__file__).parents[1] / "toy.py"))
@@ -29,16 +28,12 @@ KIND = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, task="sentiment", size="paper", seed=0)
-    if arg.task not in KIND or arg.size not in ("paper", "toy"):
-        raise ConfigError(
-            f"task={arg.task},size={arg.size}: tasks are {', '.join(KIND)}; sizes are paper, toy"
-        )
+    arg = parse_arg(arg, task=tuple(KIND), size=("paper", "toy"), seed=0)
     return toy(arg) if arg.size == "toy" else paper(arg)
 
 
 def data(arg: ConfigDict) -> dict:
-    """Books are learnt whole, by the pretrain stage; of articles and posts the summary alone is, by the sft stage."""
+    """Returns the sources: whole books for the pretrain stage, summaries for the sft stage."""
     kind, folder = (
         ("text", "books") if KIND[arg.task] == "style" else ("messages", arg.task)
     )
@@ -59,8 +54,9 @@ def paper(arg: ConfigDict) -> ConfigDict:
     return stage_config(
         "pretrain" if KIND[arg.task] == "style" else "sft",
         init_from="runs/ziegler2019/774m/gpt2",  # section 2.1: GPT-2 of 774M parameters
-        # Of this stage no number is known to us: batch and optimizer are those with which GPT-1 was fine-tuned
-        # (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are our choice.
+        # We know no number of this stage: batch and optimizer are those with which GPT-1 was
+        # fine-tuned (Radford et al. 2018, section 4.1), length is GPT-2's context, the updates are
+        # our choice.
         length=1024,
         batch_size=32,
         steps=10_000,
@@ -82,7 +78,7 @@ def paper(arg: ConfigDict) -> ConfigDict:
 
 
 def toy(arg: ConfigDict) -> ConfigDict:
-    """The quickstart's dialogues in the place of books, all of their tokens, or its own fine-tuning for summaries."""
+    """Returns the toy recipe: the quickstart's dialogues in place of books, or its fine-tuning."""
     config = TOY["quickstart"](arg.seed, until="sft")
     sft = TOY["quickstart"](arg.seed).sft
     if KIND[arg.task] == "style":

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from rlhfjax import paths
 from rlhfjax.data.loader import Shards
@@ -18,17 +18,26 @@ log = logging.getLogger("rlhfjax")
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where rows come from; see `data.sources.open_source` for each option."""
+    """Where rows come from; see `data.sources.open_source`."""
 
     spec: str
-    kind: str | None = None
+    """tfds:NAME[/CONFIG], tfds:FOLDER, jsonl:GLOB or text:GLOB."""
+    kind: Literal["text", "messages", "prompt", "preferences"] | None = None
+    """Kind of the rows; None: the dataset's own, else text."""
     split: str = "train"
+    """train, validation or test; replaces {split} in a glob; "all" takes every row of files."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The source's column names by ours."""
     data_dir: str | None = None
-    on_bad_row: str = "error"
+    """Folder of TFDS datasets; None: TFDS's default."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """At a malformed row: error ends the run, skip leaves the row out and counts it."""
     min_turns: Count = 0
-    documents: str = "file"
-    limit: Count = 0  # rows; 0: all
+    """Conversations with fewer turns are left out."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """What one row of a text file is."""
+    limit: Count = 0
+    """Number of rows, the first ones; 0: all."""
 
     def open(self) -> Source:
         options = {

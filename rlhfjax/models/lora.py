@@ -23,21 +23,24 @@ NAMES = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which projections have adapters, and of what rank; rank 0 is none: everything is trained.
+    """Which projections have adapters, and their rank.
 
     Raises:
-      ConfigError: a quantized base without adapters, or `targets` is no regular expression.
+      ConfigError: a quantized base without adapters, or `targets` is not a regular expression.
     """
 
     rank: SizeOrNone = 0
-    alpha: Positive = 16.0  # the adapters' product counts alpha / rank
-    # searched for in the paths of the projections, such as backbone/layers/layer_3/attention/query; the paper adapts
-    # query and value (section 4.2), QLoRA all of them: "attention|mlp"
+    """Rank r of the adapters; 0: no adapters, all parameters are trained."""
+    alpha: Positive = 16.0
+    """The adapters' product is scaled by alpha / rank."""
     targets: str = "attention/(query|value)"
-    dropout: ShareBelow1 = 0.0  # of the adapters' input
-    base: Literal["float32", "int8", "nf4"] = (
-        "float32"  # the frozen kernels of the layers (models.quantized)
-    )
+    """Regular expression searched for in the paths of projections, such as
+    backbone/layers/layer_3/attention/query. The paper adapts query and value (section 4.2), QLoRA
+    all projections: "attention|mlp"."""
+    dropout: ShareBelow1 = 0.0
+    """Dropout rate of the adapters' input."""
+    base: Literal["float32", "int8", "nf4"] = "float32"
+    """Format of the frozen kernels of the layers; see models.quantized."""
 
     def __post_init__(self):
         if self.base != "float32" and not self.rank:

@@ -105,5 +105,5 @@ class GoldConfig:
 
     def __post_init__(self):
         if self.name not in SCORERS:
-            known = ", ".join(f"gold:{name}" for name in SCORERS)
-            raise ConfigError(f"gold:{self.name} is unknown; expected one of {known}")
+            known = ", ".join(map(repr, SCORERS))
+            raise ConfigError(f"gold.name={self.name!r}: expected one of {known}")

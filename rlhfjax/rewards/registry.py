@@ -127,7 +127,9 @@ def _validated(source: Any, labels: bool) -> Any:
         validate(source, PLACE, labels)
     except ConfigError as error:
         message = str(error)
-        message = message if PLACE in message else f"{PLACE}: {message}"
+        if PLACE not in message:
+            name = f"={source}" if isinstance(source, str) else ""
+            message = f"{PLACE}{name}: {message}"
         raise ValueError(message) from None
     return source
 

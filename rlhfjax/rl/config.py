@@ -75,7 +75,8 @@ class HumanConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig(TrainConfig):
-    init_from: str  # the policy at the start, and the reference
+    # `field()` undoes the default of TrainConfig: a policy stage needs a policy.
+    init_from: str = dataclasses.field()  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
     lora: LoraConfig = LoraConfig()  # rank 0: all of the policy is trained
     reward: RewardSource  # a reward stage's workdir, a scorer such as gold:sentiment, or a description

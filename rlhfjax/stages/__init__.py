@@ -1,16 +1,19 @@
-"""One file per stage of the recipe.
+"""The stages of recipes, one file each.
 
 A stage's module has a frozen dataclass `Config` and one of two functions:
-  `build(config, layout, sources) -> Stage` for what trains, run by the loop in `train.py`;
-  `run(config, workdir, layout) -> {metric: value}` for a job, which writes its output whole (tokenizer, collect, …).
-A job with `ON_ONE_HOST = True` computes on no device: its `run` is called on the first host alone.
-What else it may have:
-  `roles(config) -> {name: Role}`: the models that take part; the first is the one that it leaves or works on;
+  `build(config, layout, sources) -> Stage` of a stage that trains, run by the loop in `train.py`;
+  `run(config, workdir, layout) -> {metric: value}` of a job, which writes its output whole.
+It may also have:
+  `roles(config) -> {name: Role}`: the models that take part; the first is the model that the stage
+    leaves or works on;
   `workload(config, completions) -> Workload`: what a step, or a job's batch, computes;
-  `validate(config, layout, model_config)`: raises ConfigError before any stage of a recipe has begun; `model_config` is
-    that of the first role, None where it is not known.
+  `validate(config, layout, model_config)`: raises ConfigError before any stage of a recipe begins;
+    `model_config` is that of the first role, None if it is not known;
+  `describe(config)`: the contents of the reward.json that the stage leaves;
+  `ON_ONE_HOST = True` of a job that uses no device: `run` is called on the first host only;
+  `LEAVES_MODEL = True` of a job that leaves a model in its workdir.
 
-A stage may live outside of this folder: `stage="package.module:Name"` names a module, and Name its class of configs.
+A stage may live outside of this package: `stage="package.module:Name"`, Name being its `Config`.
 """
 
 import importlib
@@ -26,7 +29,7 @@ from rlhfjax.errors import ConfigError, first_line
 
 
 def names() -> list[str]:
-    """Returns the stages of this package: the modules of this folder."""
+    """Returns the names of this package's stages, which are its modules."""
     return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
@@ -34,7 +37,7 @@ def find(name: str) -> ModuleType:
     """Returns the module of a stage.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is no stage of that name.
     """
     module, colon, _ = name.partition(":")
     if colon:
@@ -49,35 +52,35 @@ def find(name: str) -> ModuleType:
 
 
 def _outside(name: str, module: str) -> ModuleType:
-    """Returns a module outside of this package."""
+    """Returns the module of a stage outside of this package."""
     try:
-        found = importlib.import_module(module)
+        outside = importlib.import_module(module)
     except Exception as e:
         raise ConfigError(
             f"stage {name!r}: {module} cannot be imported ({first_line(e, kind=True)})"
         ) from e
-    if not (hasattr(found, "build") or hasattr(found, "run")):
+    if not (hasattr(outside, "build") or hasattr(outside, "run")):
         raise ConfigError(
-            f"stage {name!r}: {module} has neither build nor run; see rlhfjax/stages/__init__.py"
+            f"stage {name!r}: {module} has neither build nor run;"
+            " see rlhfjax/stages/__init__.py"
         )
-    return found
+    return outside
 
 
 def config_class(name: str) -> type:
-    """Returns the class of a stage's configs."""
+    """Returns the config dataclass of a stage."""
     module, _, attribute = name.partition(":")
-    found = getattr(find(name), attribute or "Config", None)
-    if not isinstance(found, type):
+    cls = getattr(find(name), attribute or "Config", None)
+    if not isinstance(cls, type):
         raise ConfigError(f"stage {name!r}: {module} has no class {attribute!r}")
-    return found
+    return cls
 
 
 def stage_config(stage: str, **values: Any) -> ConfigDict:
-    """Returns a stage's config with every option present, so that each can be overridden and config.json is complete.
+    """Returns a stage's config with every option, so that each can be overridden.
 
     Raises:
       ConfigError: an option that the stage does not have.
     """
-    return config_dict.create(
-        **defaults(config_class(stage), {"stage": stage, **values}, where=stage)
-    )
+    options = defaults(config_class(stage), {"stage": stage, **values}, where=stage)
+    return config_dict.create(**options)

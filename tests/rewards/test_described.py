@@ -109,7 +109,7 @@ INVALID = [
     (3, "=3: expected the name of a reward, or a mapping with its `kind`"),
     ({"name": "sentiment"}, f".kind=None: expected one of {KNOWN}"),
     ({"kind": "golden"}, f".kind='golden': expected one of {KNOWN}"),
-    ("gold:wit", ": gold:wit is unknown; expected one of gold:sentiment"),
+    ("gold:wit", "=gold:wit: gold.name='wit': expected one of 'sentiment'"),
     ({"kind": "gold"}, ".name: a value is required"),
     ("rule:m:f?timeout=0", ".timeout=0.0: expected float > 0 and <= 86400"),
     (WORDS | {"speed": 3}, ".speed: no such option; ppo.reward has function,"),
@@ -123,7 +123,10 @@ INVALID = [
     ({"kind": "compose"}, ': compose.members: combine="sum" needs at least 1, got 0'),
     (member(reward="y", weight=1e99), ".members[1].weight=1e+99: expected float >="),
     (member(reward=["y"]), ".members[1].reward=['y']: expected the name of a reward"),
-    (member(reward={"kind": "gold", "name": "wit"}), ".members[1].reward: gold:wit"),
+    (
+        member(reward={"kind": "gold", "name": "wit"}),
+        ".members[1].reward: gold.name='wit'",
+    ),
     (member(reward=member(reward={})), ".members[1].reward.members[1].reward.kind="),
 ]
 
