@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Scores = Float[np.ndarray, "p k"]
 """Scores of k completions of each of p prompts; NaN where there is no completion or no opinion."""
@@ -21,9 +21,11 @@ OPINIONS = (-1, 0, 1)
 
 def opinions(scores: Scores) -> Opinions:
     """Returns the opinion of every pair i < j of every prompt; pairs = p k (k - 1) / 2."""
-    i, j = np.triu_indices(scores.shape[1], k=1)
-    first = scores[:, i].astype(np.float64)
-    return np.sign(first - scores[:, j]).ravel()
+    k = scores.shape[1]
+    i, j = np.triu_indices(k, k=1)
+    scores = scores.astype(np.float64)
+    margins = scores[:, i] - scores[:, j]
+    return np.sign(margins).ravel()
 
 
 def pair_agreement(a: Opinions, b: Opinions) -> tuple[float, float]:
@@ -34,16 +36,21 @@ def pair_agreement(a: Opinions, b: Opinions) -> tuple[float, float]:
     Source: ties as in Dubois et al. 2023 and in the win rate; without ties this is the agreement of
     Ouyang et al. 2022, section 3.4 (72.6 ± 1.5 % between training labelers).
     """
-    both = ~(np.isnan(a) | np.isnan(b))
-    agreements = 1 - np.abs(a[both] - b[both]) / 2
-    return float(np.sum(agreements)), float(both.sum())
+    both = _both_judged(a, b)
+    distance = np.abs(a[both] - b[both])
+    agreements = np.sum(1 - distance / 2)
+    return float(agreements), float(both.sum())
 
 
 def untied_agreement(a: Opinions, b: Opinions) -> tuple[float, float]:
     """Returns (agreements, pairs) over the pairs that neither labeler calls a tie."""
-    judged = ~(np.isnan(a) | np.isnan(b))
-    both = judged & (a != 0) & (b != 0)
-    return float(np.sum(a[both] == b[both])), float(both.sum())
+    both = _both_judged(a, b) & (a != 0) & (b != 0)
+    agreements = np.sum(a[both] == b[both])
+    return float(agreements), float(both.sum())
+
+
+def _both_judged(a: Opinions, b: Opinions) -> Bool[np.ndarray, " pairs"]:
+    return ~(np.isnan(a) | np.isnan(b))
 
 
 def fleiss_kappa(counts: Int[np.ndarray, "pairs categories"]) -> float:
@@ -62,10 +69,12 @@ def fleiss_kappa(counts: Int[np.ndarray, "pairs categories"]) -> float:
 
     Source: Fleiss 1971, eq. 1-7 (one number of raters); Scott 1955.
     """
-    counts = counts[counts.sum(1) >= 2].astype(np.float64)
-    if not len(counts):
-        return float("nan")
     n = counts.sum(1)
+    is_judged = n >= 2
+    n = n[is_judged]
+    counts = counts[is_judged].astype(np.float64)
+    if not len(n):
+        return float("nan")
     agreeing = (counts * (counts - 1)).sum(1)
     observed = np.mean(agreeing / (n * (n - 1)))
     share = counts.sum(0) / counts.sum()
@@ -91,13 +100,12 @@ def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, floa
 
 def agreement_of(labelers: Sequence[Opinions]) -> dict[str, float]:
     """Returns `agreement`, given every labeler's opinions of the same pairs."""
-    by_opinion = []
-    for opinion in OPINIONS:
-        by_opinion.append(sum((row == opinion).astype(int) for row in labelers))
-    counts = np.array(by_opinion).T
+    table = np.array(labelers)
+    counts = np.stack([(table == opinion).sum(0) for opinion in OPINIONS], axis=1)
+    judged_by_two = counts.sum(1) >= 2
     metrics = {
         "agreement_kappa": fleiss_kappa(counts),
-        "agreement_pairs": float(np.sum(counts.sum(1) >= 2)),
+        "agreement_pairs": float(judged_by_two.sum()),
         "agreement": _mean_over_labelers(labelers, pair_agreement),
         "agreement_untied": _mean_over_labelers(labelers, untied_agreement),
     }

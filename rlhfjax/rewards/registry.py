@@ -167,7 +167,7 @@ def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
     if values is None:
         return _typed({"kind": "model", "model": source}, source)
     folder = paths.path(source)
-    if values["kind"] == "dense":  # the model is that of the folder itself
+    if values.get("kind") == "dense":  # the model is that of the folder itself
         values = values | {"model": source}
     reachable = _with_names(values, lambda name: _found(name, folder))
     return _typed(reachable, str(folder / REWARD))
