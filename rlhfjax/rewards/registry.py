@@ -112,7 +112,7 @@ def validate(source: Any, place: str, labels: bool = False) -> None:
     values = _parse_name(source) if isinstance(source, str) else source
     if values is not None:
         kind, _ = _typed(values, place)
-        validate_kind(kind, place, labels)
+        validate_kind(kind, f"{place}={label(source)}", labels)
 
 
 def validate_kind(kind: str, place: str, labels: bool) -> None:

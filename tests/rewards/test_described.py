@@ -113,10 +113,10 @@ INVALID = [
     ({"kind": "gold"}, ".name: a value is required"),
     ("rule:m:f?timeout=0", ".timeout=0.0: expected float > 0 and <= 86400"),
     (WORDS | {"speed": 3}, ".speed: no such option; ppo.reward has function,"),
-    ("rankings:x", ": expected a reward, rankings only labels responses"),
+    ("rankings:x", "=rankings:x: expected a reward, rankings only labels"),
     (
         {"kind": "feedback", "judge": JUDGE, "principles": "p"},
-        ": expected a reward, feedback only",
+        "=feedback: expected a reward, feedback only labels",
     ),
     (RUBRIC | {"judge": JUDGE | {"length": 0}}, ".judge.length=0: expected int >= 1"),
     (RUBRIC | {"classes": []}, ": rubric.classes: a choice needs at least 2, got 0"),
@@ -148,7 +148,7 @@ def test_a_labelers_place_is_named_and_feedback_is_a_labeler():
     with pytest.raises(ConfigError, match=r"collect\.others\[1\]\.kind='z'"):
         recipe.validate(config)
     config["collect"]["others"].pop()
-    assert recipe.validate(config)["collect"].labeler == feedback
+    assert label(recipe.validate(config)["collect"].labeler) == "feedback"
 
 
 def test_references_within_a_description_are_those_of_the_recipe(tmp_path):
@@ -239,8 +239,9 @@ def test_a_name_and_a_description_take_each_others_place(
     file.write_text(FILE.format(described=repr(proxy), more=more))
     assert "get_config" in runpy.run_path(str(file))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["program", f"--config={file}", *override])
+    command = ["program", f"--config={file}", *override]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values(command)
     typed = recipe.check(to_dict(values.config), "best_of_n")
     assert typed.proxy == expected
 
