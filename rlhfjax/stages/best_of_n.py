@@ -104,9 +104,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     with layout.use():
         prompts, answers, pool = _pools(config, policy, tokenizer, rewards, layout)
     for name in rewards:
-        stats.validate_scores(
-            pool[name], f"best_of_n.{name}={label(getattr(config, name))}"
-        )
+        context = f"best_of_n.{name}={label(getattr(config, name))}"
+        stats.validate_scores(pool[name], context)
     write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
     write_jsonl(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
     metrics: dict[str, float] = {}
