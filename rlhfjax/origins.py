@@ -47,10 +47,6 @@ class Origins:
             raise Unknown(f"{source}: the stage {config.stage} declares no model")
         if any(paths.path(source).is_relative_to(folder) for folder in self._configs):
             raise Unknown(f"{source}: a file of an earlier stage")
-        return self.elsewhere(source)
-
-    def elsewhere(self, source: str) -> Model:
-        """Returns a model on disk, or one by a name such as hf:FOLDER."""
         return store.describe(source)
 
     def of_role(self, role: Role, context: str) -> Model:

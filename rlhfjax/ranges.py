@@ -23,19 +23,33 @@ def not_subnormal(number: float) -> bool:
 
 Count = Annotated[int, Interval(ge=0, le=MOST_COUNTED)]
 PositiveCount = Annotated[int, Interval(ge=1, le=MOST_COUNTED)]
-# NumPy and grain take 32 bits, and seed + 1 is used too.
-Seed = Annotated[int, Interval(ge=0, le=2**32 - 2)]
+Seed = Annotated[
+    int,
+    Interval(
+        ge=0, le=2**32 - 2
+    ),  # NumPy and grain take 32 bits, and seed + 1 is used too
+]
 Size = Annotated[int, Interval(ge=1, le=WIDEST)]
 Several = Annotated[
-    int, Interval(ge=2, le=WIDEST)
-]  # a single response cannot be ranked
+    int,
+    Interval(ge=2, le=WIDEST),  # a single response cannot be ranked
+]
 SizeOrNone = Annotated[int, Interval(ge=0, le=WIDEST)]
 MeshSize = Annotated[int, Interval(ge=-1, le=WIDEST), Predicate(not_0)]
-Tokens = Annotated[int, Interval(ge=1, le=MOST_TOKENS)]  # a length or a vocabulary size
+Tokens = Annotated[
+    int,
+    Interval(ge=1, le=MOST_TOKENS),  # a length or a vocabulary size
+]
 TokensOrNone = Annotated[int, Interval(ge=0, le=MOST_TOKENS)]
-# DeepNet, the deepest published model, has 1000 layers; a million never ends compiling.
-Depth = Annotated[int, Interval(ge=1, le=1024)]
-Workers = Annotated[int, Interval(ge=0, le=1024)]  # no machine has more cores
+Depth = Annotated[
+    int,
+    # DeepNet, the deepest published model, has 1000 layers; a million never ends compiling
+    Interval(ge=1, le=1024),
+]
+Workers = Annotated[
+    int,
+    Interval(ge=0, le=1024),  # no machine has more cores
+]
 
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
 NonNegative = Annotated[float, Interval(ge=0, le=LARGEST), Predicate(not_subnormal)]
@@ -43,17 +57,37 @@ Positive = Annotated[float, Interval(ge=SMALLEST, le=LARGEST)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 ProperShare = Annotated[float, Interval(gt=0, lt=1)]
-# A decay of 1 never takes a new value; a dropout of 1 leaves nothing.
-ShareBelow1 = Annotated[float, Interval(ge=0, lt=1)]
-# Labels that are wrong half of the time carry no information.
-ShareBelowHalf = Annotated[float, Interval(ge=0, lt=0.5)]
-# A day: nobody waits longer for one response.
-Seconds = Annotated[float, Interval(gt=0, le=24 * 60 * 60)]
-# Above the limit all tokens are equally likely.
-Temperature = Annotated[float, Interval(ge=0, le=1e4), Predicate(not_subnormal)]
-# Below the limit sampling is greedy.
-PositiveTemperature = Annotated[float, Interval(ge=1e-4, le=1e4)]
-# Above the limit the slowest pair of dimensions does not turn within MOST_TOKENS.
-RopeTheta = Annotated[float, Interval(ge=1, le=1e12)]
-# Added to a mean square of about 1.
-NormEpsilon = Annotated[float, Interval(ge=SMALLEST, le=1)]
+ShareBelow1 = Annotated[
+    float,
+    Interval(
+        ge=0, lt=1
+    ),  # a decay of 1 never takes a new value; a dropout of 1 leaves nothing
+]
+ShareBelowHalf = Annotated[
+    float,
+    Interval(
+        ge=0, lt=0.5
+    ),  # labels that are wrong half of the time carry no information
+]
+Seconds = Annotated[
+    float,
+    Interval(gt=0, le=24 * 60 * 60),  # a day: nobody waits longer for one response
+]
+Temperature = Annotated[
+    float,
+    Interval(ge=0, le=1e4),  # above the limit all tokens are equally likely
+    Predicate(not_subnormal),
+]
+PositiveTemperature = Annotated[
+    float,
+    Interval(ge=1e-4, le=1e4),  # below the limit sampling is greedy
+]
+RopeTheta = Annotated[
+    float,
+    # above the limit the slowest pair of dimensions does not turn within MOST_TOKENS
+    Interval(ge=1, le=1e12),
+]
+NormEpsilon = Annotated[
+    float,
+    Interval(ge=SMALLEST, le=1),  # added to a mean square of about 1
+]

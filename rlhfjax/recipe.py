@@ -53,8 +53,8 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
         return run_stage(values, workdir)
     folders = stage_folders(values, workdir)
     resolved = {name: resolve(values[name], folders, name) for name in folders}
-    check_all(resolved, folders)
-    validate_references(resolved, folders)
+    typed = check_all(resolved, folders)
+    hosts.share(lambda: references.validate(typed, folders, DONE))
     hosts.share(lambda: claim(workdir, values))
     metrics: dict[str, float] = {}
     for name, stage_values in resolved.items():
@@ -77,14 +77,6 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return {name: check(resolved[name], name) for name in folders}
 
 
-def validate_references(
-    configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]
-) -> None:
-    """Validates what unfinished stages refer to, on the first host; see `references`."""
-    typed = {name: check(config, name) for name, config in configs.items()}
-    hosts.share(lambda: references.validate(typed, folders, DONE))
-
-
 def run_stage(
     config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None
 ) -> dict[str, float]:
@@ -96,8 +88,9 @@ def run_stage(
     """
     module = stages.find(config.get("stage", ""))
     name = config["stage"]
-    typed = check_all({name: config}, {name: workdir})[name]
-    validate_references({name: config}, {name: workdir})
+    configs = check_all({name: config}, {name: workdir})
+    hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
+    typed = configs[name]
     hosts.share(lambda: claim(workdir, config if record is None else record))
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]

@@ -926,8 +926,8 @@ DEFECTS = [
     d(
         35,
         "recipe.py",
-        'done["metrics"] = json_text.null_nonfinite(metrics)',
-        'done["metrics"] = metrics',
+        '"metrics": json_text.null_nonfinite(metrics)',
+        '"metrics": metrics',
         "test_recipe.py::test_pitfall_35_a_metric_that_is_nan_is_null_in_done_json",
     ),
     d(

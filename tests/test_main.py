@@ -51,6 +51,20 @@ def test_help_lists_the_commands(capsys):
         assert all(f"\n  {name} " in out for name in command_line.COMMANDS)
 
 
+def test_options_prints_what_a_stage_takes(capsys):
+    code, out, _ = call(capsys, "options", "--stage=ppo")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[lines.index("optim.b1: float >= 0 and < 1; default 0.9") + 1] == (
+        "    Decay rate of the first moment; of sgd the momentum, 0 for none."
+    )
+    assert "steps: int >= 1 and <= 2147483647; required" in lines
+    assert "init_from: str; required" in lines
+    assert "optim: OptimConfig" in lines
+    assert "stage 'bogus' is unknown" in refused(capsys, "options", "--stage=bogus")
+    assert "--stage is required" in refused(capsys, "options")
+
+
 CONFIGS = {
     "syntax.py": "def get_config(arg=None:\n    pass\n",
     "imports.py": "import there_is_no_such_module\n",
