@@ -255,7 +255,12 @@ def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypa
         r"^recenter\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
     )
     with pytest.raises(DataError, match=said):
-        recenter(finished, tmp_path, preferences=("anything",), length=32)
+        recenter(
+            finished,
+            tmp_path,
+            preferences=(str(finished / "03_collect" / "preferences"),),
+            length=32,
+        )
     assert not (tmp_path / "recenterd" / "model").exists()
 
 
