@@ -96,7 +96,7 @@ def test_rules_lay_names_over_axes():
 
 
 def test_an_axis_shards_one_dimension_only_the_first_that_asks():
-    """An activation's batch takes fsdp, so that its embed is whole; a parameter's embed is split."""
+    """An activation's batch takes fsdp, so its embed is whole; a parameter's is sharded."""
     layout = make_layout(MeshConfig(data=2, fsdp=2))
     assert layout.spec(("batch", "time", "embed")) == P(
         ("replica", "data", "fsdp"), None, None
@@ -170,7 +170,7 @@ def test_batches_are_shared_by_the_data_like_axes():
 def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(
     axes, first, last, monkeypatch
 ):
-    """A host with the first device, with the last two, and with two that are no neighbors, as on a TPU slice."""
+    """A host has the first device, the last two, or two that are not neighbors (TPU slices)."""
     layout = make_layout(MeshConfig(**axes))
     assert layout.own_parts(8, 4) == (0, 1, 2, 3)
 
