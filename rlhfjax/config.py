@@ -24,6 +24,8 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
 
 T = TypeVar("T")
+PLACE = "\0"
+"""The place of a value in the error of a field's validator, which is not told its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +154,12 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
                 f.name: getattr(value, f.name) for f in dataclasses.fields(inner)
             }
             value = defaults(inner, inner_values, where)
+        elif Mapping in map(typing.get_origin, typing.get_args(hints[name])):
+            # A name or a mapping: each can be put in place of the other, in a file or by a flag.
+            if isinstance(value, config_dict.FieldReference):
+                value = value.get()
+            value = ConfigDict(value) if isinstance(value, Mapping) else value
+            value = config_dict.FieldReference(value, field_type=object)
         config[name] = value
     return config
 
@@ -249,6 +257,8 @@ def _first_mistake(cls: type, mistakes: Sequence[Mapping[str, Any]], where: str)
         return _no_such_option(owner, parents[-1], str(location[-1]))
     if first["type"] == "missing":
         return f"{place}: a value is required"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]).replace(PLACE, place)
     if first["type"] == "string_unicode":
         return f"{where}: it contains text that is not Unicode"
     expected = options.describe(options.hint_at(cls, location))

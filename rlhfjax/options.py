@@ -129,7 +129,8 @@ def describe(hint: Any) -> str:
     if is_union(hint):
         return " | ".join(map(describe, arms))
     if typing.get_origin(hint) is Annotated:
-        return f"{describe(arms[0])} {' and '.join(_conditions(arms[1:]))}"
+        conditions = " and ".join(_conditions(arms[1:]))
+        return f"{describe(arms[0])} {conditions}".rstrip()
     if typing.get_origin(hint) is tuple:
         return f"tuple[{', '.join(map(describe, arms))}]"
     return _NAMES.get(hint) or getattr(hint, "__name__", str(hint))

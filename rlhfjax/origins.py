@@ -53,7 +53,7 @@ class Origins:
         """Returns the model of a role, its `overrides` applied."""
         if isinstance(role.source, TransformerConfig):
             return Model(role.source, role.head, role.lora)
-        config = self.describe(role.source).config
+        config = self.describe(str(role.source)).config
         if role.overrides:
             values = dataclasses.asdict(config) | dict(role.overrides)
             config = build(TransformerConfig, values, context)
@@ -88,15 +88,15 @@ class Origins:
         """Returns roles of one model each: none for a reward that is not a model."""
         single: dict[str, Role] = {}
         for name, role in roles.items():
-            if not role.scores:
+            if not role.scores or isinstance(role.source, TransformerConfig):
                 single[name] = role
                 continue
-            models = models_of(str(role.source), self)
+            models = models_of(role.source, self)
             if role.optim is not None:  # a value function starts from the first
                 models = [model._replace(suffix="") for model in models[:1]]
-            for suffix, source, head in models:
-                single[name + suffix] = role._replace(
-                    source=source, head=head, scores=False
+            for model in models:
+                single[name + model.suffix] = role._replace(
+                    source=model.source, head=model.head, scores=False
                 )
         return single
 

@@ -24,18 +24,22 @@ from rlhfjax.errors import (
     UserError,
     first_line,
 )
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
-from rlhfjax.rewards import SCORERS, load_scorer, rules
-from rlhfjax.rewards.load import KINDS, RANKINGS
-from rlhfjax.rewards.responses import found
-from rlhfjax.rewards.workers import find_function
+from rlhfjax.rewards.load import (
+    KINDS,
+    RewardSource,
+    describe,
+    label,
+    validate_kind,
+)
 from rlhfjax.roles import Head
 
 HEADS: dict[str, str] = {"lm": "a language model", "scalar": "a reward model"}
 SPECS = "tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"
-REWARDS = ", ".join(
-    (*SCORERS, "rule:MODULE:FUNCTION, or the workdir of a stage that makes a reward")
+REWARDS = (
+    "gold:NAME, rule:MODULE:FUNCTION, or the workdir of a stage that makes a reward"
 )
 
 
@@ -70,19 +74,19 @@ class _Stage(NamedTuple):
     def validate(self) -> None:
         options = list(_leaves(self.config, self.name))
         for role_name, role in roles_of(self.config).items():
-            if not isinstance(role.source, str) or not role.source:
+            if isinstance(role.source, TransformerConfig) or not role.source:
                 continue
             option = _option_of(options, role_name, role.source)
             if role.scores:
                 self._validate_reward(option, role.source, labels=role.labels)
-            else:
+            elif isinstance(role.source, str):
                 any_head = role.optim is not None and not role.keeps_head
                 self._validate_model(
                     option, role.source, None if any_head else role.head
                 )
-        describe = getattr(stages.find(self.config.stage), "describe", None)
-        if describe is not None:
-            self._validate_parts(f"{self.name}.", describe(self.config), None)
+        description = getattr(stages.find(self.config.stage), "describe", None)
+        if description is not None:
+            self._validate_reward(self.name, description(self.config), labels=True)
         for option, value in options:
             if isinstance(value, SourceConfig):
                 self._validate_source(option, value)
@@ -107,69 +111,38 @@ class _Stage(NamedTuple):
                 f"{option}={source}: expected {HEADS[head]}, found {HEADS[model.head]}"
             )
 
-    def _validate_reward(self, option: str, name: str, labels: bool = False) -> None:
-        """Validates a reward, or with `labels` a labeler."""
-        if labels and name.startswith(RANKINGS):
-            _validate_glob(
-                option, name.removeprefix(RANKINGS).partition("@")[0], self._is_made
-            )
+    def _validate_reward(
+        self, option: str, source: RewardSource, labels: bool = False
+    ) -> None:
+        """Validates a reward, or with `labels` a labeler, and all that it is made of."""
+        try:
+            kind, config = describe(source, self.origins)
+            KINDS[kind].check(config)
+        except UserError as e:
+            raise type(e)(f"{option}={label(source)}: {e}") from None
+        validate_kind(kind, f"{option}={label(source)}", labels)
+        if kind == "model":
+            self._validate_reward_model(option, config.model, labels)
             return
-        if name.startswith(rules.PREFIX):
-            self._validate_rule(option, name)
-            return
-        if name in SCORERS:
-            load_scorer(name)
-            return
-        values = self.origins.described(name)
-        if values is not None:
-            kinds = ("compose", *KINDS, *(("feedback",) if labels else ()))
-            if values.get("kind") not in kinds:
-                kind = values.get("kind")
-                raise ConfigError(
-                    f"{option}={name}: expected a reward of kind {', '.join(kinds)}, found {kind}"
-                )
-            self._validate_parts(f"{option}={name}: ", values, paths.path(name))
-            return
+        where = f"{option}={source}: " if isinstance(source, str) else f"{option}."
+        for file in KINDS[kind].files:
+            if pattern := getattr(config, file):
+                _validate_glob(where + file, pattern, self._is_made)
+        for part in KINDS[kind].parts(config):
+            if part.head is None:
+                self._validate_reward(where + part.option, part.source)
+            else:
+                self._validate_model(where + part.option, str(part.source), part.head)
+
+    def _validate_reward_model(self, option: str, name: str, labels: bool) -> None:
         try:
             self._validate_model(option, name, "scalar")
         except CheckpointError as e:
-            accepted = f"{RANKINGS}GLOB, {REWARDS}" if labels else REWARDS
+            accepted = f"rankings:GLOB, {REWARDS}" if labels else REWARDS
             raise ConfigError(
-                f"{option}={name}: there is no such reward ({first_line(e)}); expected {accepted}"
+                f"{option}={name}: there is no such reward ({first_line(e)});"
+                f" expected {accepted}"
             ) from None
-
-    def _validate_rule(self, option: str, name: str) -> None:
-        try:
-            rule = rules.parse(name)
-            find_function(rule.function)
-        except UserError as e:
-            raise ConfigError(f"{option}={name}: {e}") from None
-        if rule.metadata:
-            _validate_glob(option, rule.metadata, self._is_made)
-
-    def _validate_parts(
-        self, where: str, values: Mapping[str, Any], folder: Path | None
-    ) -> None:
-        """Validates the rewards and the model that a reward is made of.
-
-        Args:
-          where: what an error begins with.
-          values: contents of a reward.json, or what they will be.
-          folder: the folder of that file, which names of parts may be relative to.
-        """
-
-        def located(name: str) -> str:
-            return name if folder is None else found(name, folder)
-
-        for i, member in enumerate(values.get("members", ())):
-            for key in ("reward", "where"):
-                if member.get(key):
-                    self._validate_reward(
-                        f"{where}members[{i}].{key}", located(member[key])
-                    )
-        if "judge" in values:
-            model = located(values["judge"]["model"])
-            self._validate_model(f"{where}judge.model", model, "lm")
 
     def _validate_source(self, option: str, config: SourceConfig) -> None:
         scheme, _, rest = config.spec.partition(":")
@@ -185,8 +158,8 @@ class _Stage(NamedTuple):
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yields the texts and the sources of a config with their options."""
-    if isinstance(value, str | SourceConfig):
+    """Yields the texts, sources and mappings of a config with their options."""
+    if isinstance(value, str | SourceConfig | Mapping):
         yield place, value
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
@@ -201,7 +174,9 @@ def _last_name(option: str) -> str:
     return option.rpartition(".")[2].partition("[")[0]
 
 
-def _option_of(options: Sequence[tuple[str, Any]], role: str, source: str) -> str:
+def _option_of(
+    options: Sequence[tuple[str, Any]], role: str, source: RewardSource
+) -> str:
     """Returns the option that names the source of a role.
 
     Of several with this value, the one that is called like the role, else the first.

@@ -30,8 +30,8 @@ Head = Literal["lm", "scalar"]
 class Role(NamedTuple):
     """A model that takes part in a stage."""
 
-    source: str | TransformerConfig
-    """Where the parameters come from, or the config of a new model."""
+    source: str | TransformerConfig | Mapping[str, Any]
+    """Where the parameters come from, or the config of a new model; of a reward its description."""
     head: Head = "lm"
     """The head of the model in the stage."""
     optim: OptimConfig | None = None
@@ -87,7 +87,7 @@ class Workload(NamedTuple):
     sampled: int = 0  # tokens per response
 
 
-def scorers(**sources: str | None) -> dict[str, Role]:
+def scorers(**sources: str | Mapping[str, Any] | None) -> dict[str, Role]:
     """Returns the roles of frozen rewards; a source that is empty or None has no role."""
     return {
         name: Role(source, head="scalar", scores=True)
@@ -213,22 +213,22 @@ class Models:
     def _load(self, role: Role) -> Loaded:
         if isinstance(role.source, TransformerConfig):
             return Loaded(Model(role.source, role.head, role.lora), None, {}, None)
-        layout = self._layouts[role.mesh]
+        source, layout = str(role.source), self._layouts[role.mesh]
         opened = self.open_model(
-            role.source, layout, role.overrides, f"{self._stage}.overrides"
+            source, layout, role.overrides, f"{self._stage}.overrides"
         )
         config = opened.model.config
         head = opened.model.head
         has_new_head = head != role.head
         needs_head = role.lora.rank and role.head == "lm" and not config.tie_embeddings
         if has_new_head and needs_head:
-            context = f"{self._stage}.init_from={role.source}"
+            context = f"{self._stage}.init_from={source}"
             raise ConfigError(
                 f"{context}: adapters need a language-model head, found none"
             )
         model = Model(config, role.head, role.lora)
         owner = self._loaded.get(role.shares) if role.shares else None
-        key = _key(role.source, layout, role.overrides)
+        key = _key(source, layout, role.overrides)
 
         def read() -> PyTree:
             kept = self._frozen.get(key) if owner is None else owner.frozen
@@ -242,7 +242,7 @@ class Models:
         elif role.lora.base != "float32":
             params = keep(frozen_base(model, read()))
         else:
-            self._keep(role.source, layout, role.overrides, opened.params)
+            self._keep(source, layout, role.overrides, opened.params)
             params = read()
         if role.optim is None:
             return Loaded(model, opened.tokenizer, params, lambda: params, head)

@@ -1022,7 +1022,7 @@ DEFECTS = [
     d(
         36,
         "stages/best_of_n.py",
-        'stats.validate_scores(pool[name], f"best_of_n.{name}={getattr(config, name)}")',
+        "stats.validate_scores(pool[name], context)",
         "pass",
         "test_stage_best_of_n.py::test_pitfall_36_a_pool_with_an_infinite_score_is_refused",
     ),
@@ -1332,8 +1332,8 @@ DEFECTS = [
     d(
         41,
         "stages/import_rankings.py",
-        "key = one.prompt if isinstance(one.prompt, str) else opening(one.prompt)",
-        "key = one.key",
+        "key = prompt if isinstance(prompt, str) else opening(prompt)",
+        "key = ranking.key",
         "test_stage_collect.py::test_pitfall_41_rankings_of_one_prompt_are_in_one_split",
     ),
     d(

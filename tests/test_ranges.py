@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import pytest
@@ -15,7 +15,7 @@ from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.recipe import stage_folders
 from rlhfjax.rewards.judge import JudgeConfig
-from rlhfjax.rewards.rules import RuleConfig
+from rlhfjax.rewards.load import KINDS
 
 
 def arms(hint: Any) -> Iterator[Any]:
@@ -28,9 +28,10 @@ def arms(hint: Any) -> Iterator[Any]:
 
 
 def configs() -> dict[str, type]:
-    """Returns every dataclass that a stage's config, or a scorer's, is made of."""
+    """Returns every dataclass that a stage's config, or a reward's description, is made of."""
     found: dict[str, type] = {}
-    left = [RuleConfig, *(stages.config_class(name) for name in stages.names())]
+    left = [kind.config for kind in KINDS.values()]
+    left += [stages.config_class(name) for name in stages.names()]
     while left:
         cls = left.pop()
         if f"{cls.__module__}.{cls.__name__}" not in found:
@@ -61,7 +62,7 @@ def test_every_config_is_found():
         "rl.config.PolicyConfig",
         "config.TrainConfig",
     }  # only ever a part of others
-    assert len(CONFIGS) == 40 and not {f"rlhfjax.{name}" for name in names} & set(
+    assert len(CONFIGS) == 47 and not {f"rlhfjax.{name}" for name in names} & set(
         CONFIGS
     )
     for name in (
@@ -144,6 +145,7 @@ MODEL = {
 }
 NEEDED = {
     str: "x",
+    str | Mapping[str, Any]: "x",
     int: 8,
     JudgeConfig: {"model": "x", "length": 8},
 }  # options without a default, by type

@@ -76,24 +76,24 @@ def test_a_recipe_whose_references_are_there_starts(config, tmp_path, started):
     assert len(started) == len(tiny.STAGES)
 
 
-REWARDS = "expected gold:sentiment, rule:MODULE:FUNCTION, or the workdir of a stage"
+REWARDS = "expected gold:NAME, rule:MODULE:FUNCTION, or the workdir of a stage"
 LM, SCALAR = "a language model", "a reward model"
 
 
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        ("ppo.reward", "gold:foo", ("ppo.reward=gold:foo: there is no such reward", REWARDS)),
+        ("ppo.reward", "gold:foo", ("ppo.reward=gold:foo: gold.name='foo': expected one of 'sentiment'",)),
         ("ppo.reward", "TMP/none", ("ppo.reward=TMP/none: there is no such reward", REWARDS)),
-        ("ppo.reward", "rankings:x", ("ppo.reward=rankings:x: there is no such reward",)),
+        ("ppo.reward", "rankings:x", ("ppo.reward=rankings:x: expected a reward",)),
         ("ppo.reward", "stage:tokenizer", ("there is no such reward", "leaves no model")),
         ("ppo.reward", "stage:sft", ("ppo.reward=", f"expected {SCALAR}, found {LM}")),
         ("ppo.reward", "TMP/lm", (f"ppo.reward=TMP/lm: expected {SCALAR}, found {LM}",)),
         ("ppo.reward", "rule:no.such:f", ("ppo.reward=rule:no.such:f: ", "can be imported")),
-        ("ppo.reward", "rule:json:dumps?retries=3", ("ppo.reward=rule:json:dumps?retries=3: ",)),
-        ("ppo.reward", "rule:json:dumps?metadata=/no/x", ("ppo.reward=/no/x: no file matches",)),
-        ("ppo.human.reward", "gold:foo", ("ppo.human.reward=gold:foo: there is no such",)),
-        ("ppo.gold", "gold:foo", ("ppo.gold=gold:foo: there is no such reward",)),
+        ("ppo.reward", "rule:json:dumps?retries=3", ("ppo.reward.retries: no such option",)),
+        ("ppo.reward", "rule:json:dumps?metadata=/no/x", ("metadata=/no/x: metadata=/no/x: no file matches",)),
+        ("ppo.human.reward", "gold:foo", ("ppo.human.reward=gold:foo: gold.name='foo'",)),
+        ("ppo.gold", "gold:foo", ("ppo.gold=gold:foo: gold.name='foo': expected",)),
         ("ppo.reference", "TMP/none", ("ppo.reference=TMP/none: no model here",)),
         ("ppo.reference", "TMP/scalar", (f"ppo.reference=TMP/scalar: expected {LM}, found",)),
         ("ppo.init_from", "stage:reward", ("ppo.init_from=", f"expected {LM}, found {SCALAR}")),
@@ -101,11 +101,11 @@ LM, SCALAR = "a language model", "a reward model"
         ("sft.init_from", "stage:tokenizer", ("00_tokenizer: the stage tokenizer leaves no",)),
         ("sft.init_from", "pip:no-such-package", ("no such package is installed",)),
         ("collect.init_from", "TMP/none", ("TMP/none: no model here",)),
-        ("collect.labeler", "gold:foo", ("collect.labeler=gold:foo: ", "rankings:GLOB, gold")),
-        ("collect.labeler", "rankings:/no/*.jsonl", ("labeler=/no/*.jsonl: no file matches",)),
+        ("collect.labeler", "gold:foo", ("collect.labeler=gold:foo: gold.name='foo'",)),
+        ("collect.labeler", "rankings:/no/*.jsonl", ("rankings=/no/*.jsonl: no file matches",)),
         ("collect.labeler", "TMP/lm", (f"collect.labeler=TMP/lm: expected {SCALAR}",)),
         ("collect.others", ["gold:sentiment", "gold:foo"], ("collect.others[1]=gold:foo: ",)),
-        ("evaluate.gold", "gold:foo", ("evaluate.gold=gold:foo: there is no such reward",)),
+        ("evaluate.gold", "gold:foo", ("evaluate.gold=gold:foo: gold.name='foo'",)),
         ("evaluate.proxy", "stage:sft", ("evaluate.proxy=", f"expected {SCALAR}, found {LM}")),
         ("evaluate.policy", "stage:reward", ("evaluate.policy=", f"expected {LM}, found")),
         ("evaluate.policy", "stage:collect", ("03_collect: the stage collect leaves no model",)),
@@ -152,7 +152,7 @@ CLASSES = ({"option": "A", "reward": 1.0}, {"option": "B", "reward": 0.0})
         ("direct", {"init_from": "stage:sft", "reference": "TMP/none", **DIRECT},
          ("direct.reference=TMP/none: no model here",)),
         ("best_of_n", {"init_from": "stage:sft", "proxy": "gold:foo", **BEST_OF_N},
-         ("best_of_n.proxy=gold:foo: there is no such",)),
+         ("best_of_n.proxy=gold:foo: gold.name='foo'",)),
         ("best_of_n", {"init_from": "stage:sft", "proxy": "stage:reward", "gold": "TMP/lm", **BEST_OF_N},
          (f"best_of_n.gold=TMP/lm: expected {SCALAR}",)),
         ("best_of_n", {"init_from": "stage:reward", "proxy": "stage:reward", **BEST_OF_N},
@@ -167,7 +167,7 @@ CLASSES = ({"option": "A", "reward": 1.0}, {"option": "B", "reward": 0.0})
         ("feedback", {"principles": "TMP/none", "judge": {"model": "stage:sft", "length": 16}},
          ("feedback.principles=TMP/none: no file",)),
         ("compose", {"members": ({"reward": "gold:foo"},)},
-         ("compose.members[0].reward=gold:foo: there is no such reward",)),
+         ("compose.members[0].reward=gold:foo: gold.name='foo'",)),
         ("compose", {"members": ({"reward": "stage:reward", "where": "rule:json:nothing"},)},
          ("compose.members[0].where=rule:json:nothing: rule", "can be imported")),
         ("select", {"preferences": ("stage:collect/preferences",), "tokenizer": "TMP/none"},
@@ -227,11 +227,12 @@ def test_a_labeler_that_is_no_reward_rewards_nothing(config, tmp_path, started):
     values = {
         "kind": "feedback",
         "judge": {"model": str(tmp_path / "lm"), "length": 16},
+        "principles": str(tmp_path / "lines.txt"),
     }
     (tmp_path / "empty" / "reward.json").write_text(json.dumps(values))
     config["ppo"]["reward"] = str(tmp_path / "empty")
     message = refused(config, tmp_path / "run", started)
-    assert "expected a reward of kind compose, rubric, dense, found feedback" in message
+    assert "expected a reward, feedback only labels responses" in message
     config["ppo"]["reward"] = "stage:reward"
     config["collect"]["labeler"] = str(tmp_path / "empty")
     recipe.run(config, tmp_path / "run")

@@ -11,7 +11,7 @@ from rlhfjax import recipe
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.report import write_report
-from rlhfjax.rewards import load_scorer
+from rlhfjax.rewards.gold import Sentiment
 from rlhfjax.stages import best_of_n, stage_config
 from tests import tiny
 
@@ -71,7 +71,7 @@ def test_the_curve_is_the_mean_over_all_subsets_of_the_pool(run):
 
 
 def test_scores_are_those_of_the_answers(run):
-    scorer = load_scorer("gold:sentiment")
+    scorer = Sentiment()
     rows, samples = read(run / "scores.jsonl"), read(run / "samples.jsonl")
     assert [row["prompt"] for row in rows] == [sample["prompt"] for sample in samples]
     assert len({row["prompt"] for row in rows}) == 5

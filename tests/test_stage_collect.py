@@ -199,7 +199,7 @@ def test_every_labeler_follows_the_protocol(finished, folder, tmp_path):
     answers = answers._replace(
         **{
             name: jax.numpy.asarray(getattr(answers, name))
-            for name in ("tokens", "segments", "mask")
+            for name in ("tokens", "attention_mask", "mask")
         }
     )
     for name in (

@@ -18,11 +18,9 @@ OTHER_MEANINGS = {
     "report/tables.py": {"reward"},  # a metric
     "recipe.py": {"tokenizer"},  # an option
     "references.py": {
-        "compose",
         "feedback",
-        "reward",
         "tokenizer",
-    },  # kinds of rewards, and options
+    },  # options
 }
 
 

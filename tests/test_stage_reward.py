@@ -266,7 +266,12 @@ def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypa
         r"^recenter\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
     )
     with pytest.raises(DataError, match=said):
-        recenter(finished, tmp_path, preferences=("anything",), length=32)
+        recenter(
+            finished,
+            tmp_path,
+            preferences=(str(finished / "03_collect" / "preferences"),),
+            length=32,
+        )
     assert not (tmp_path / "recenterd" / "model").exists()
 
 
@@ -487,10 +492,12 @@ def test_a_policy_trains_on_an_ensemble_and_its_value_starts_from_the_first_memb
 
 
 def test_what_is_no_ensemble_is_refused(members, finished, tmp_path):
-    with pytest.raises(ConfigError, match="needs more than 1"):
+    with pytest.raises(ConfigError, match="needs at least 2, got 1"):
         composed(members[:1], tmp_path, combine="mean")
     folder = composed([members[0], "gold:sentiment"], tmp_path / "b", combine="worst")
-    with pytest.raises(ConfigError, match="gold:sentiment is not"):
+    with pytest.raises(
+        ConfigError, match="gold:sentiment: an ensemble has reward models, not 'gold'"
+    ):
         load_reward(str(folder), ONE, load_tokenizer(store.find(members[0])))
     with pytest.raises(ConfigError, match="weight and where"):
         config = {"reward": members[0], "weight": 2.0}, {"reward": members[1]}

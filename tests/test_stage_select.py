@@ -144,7 +144,7 @@ def test_nothing_above_the_threshold_is_an_error(finished, tmp_path):
     config = select_values(
         finished, finished / "03_collect" / "preferences", min_score=99.0
     )
-    with pytest.raises(DataError, match="no answer of split 'train' scores 99"):
+    with pytest.raises(DataError, match=r"min_score=99.*no response of split 'train'"):
         recipe.run_stage(config, tmp_path / "run")
 
 

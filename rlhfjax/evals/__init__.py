@@ -1,1 +1,1 @@
-"""Held-out loss, preference accuracy and generation quality."""
+"""Statistics of comparisons and of generated text."""

@@ -1,4 +1,4 @@
-"""What generated text looks like without asking what it says: diversity, repetition, length."""
+"""Measures the surface of generated text: diversity, repetition and length."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,32 +14,32 @@ _WORD = re.compile(f"(?![\\W_])[{_UNSPACED}]|{_RUN}(?:['’]{_RUN})*")
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text in lower case: runs of letters and digits, apostrophes inside
-    kept.
+    """Returns the lower-case words of a text: runs of letters and digits, inner apostrophes kept.
 
-    Chinese and Japanese put no blanks between words: each Chinese character and each kana is a
-    word.
+    Chinese and Japanese are written without spaces: each Chinese character and each kana is a word.
     """
     return _WORD.findall(text.lower())
 
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """The n-grams of a sequence in order; none when it is shorter than n."""
+    """Returns the n-grams of a sequence in order; none if it is shorter than n."""
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def distinct(grams: Iterable[tuple[str, ...]]) -> float:
-    """Number of different n-grams / number of n-grams; 1 when there are none, as nothing is said twice."""
+    """Returns the share of different n-grams among n-grams; 1 without n-grams."""
     grams = list(grams)
-    return len(set(grams)) / len(grams) if grams else 1.0
+    if not grams:
+        return 1.0
+    return len(set(grams)) / len(grams)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Distinct-n of a set of answers: different n-grams in all of them / n-grams in all of them, in (0, 1].
+    """Returns the distinct-n of a set of texts: different n-grams / n-grams, in [0, 1].
 
-    Counts over the set, not per answer, so that one answer given to every prompt scores low. It falls with the amount
-    of text: compare sets of as many answers to the same prompts. 0 when there is no n-gram at all: answers that are
-    all shorter than n words are not diverse.
+    N-grams are counted over the set, not per text, so that one response to every prompt scores low.
+    The value falls with the amount of text: compare sets of equally many responses to the same
+    prompts. It is 0 if all texts are shorter than n words.
 
     Source: Li et al. 2016, "A diversity-promoting objective function", section 5.2.
     """
@@ -48,26 +48,27 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def repeated_n(text: str, n: int) -> float:
-    """Share of a text's n-grams that were in it before, 1 - distinct/total; 0 when there are none."""
+    """Returns the share of a text's n-grams that are repetitions; 0 without n-grams."""
     return 1.0 - distinct(ngrams(words(text), n))
 
 
 def describe(texts: Sequence[str]) -> dict[str, float]:
-    """The figures of a set of answers that are worth a line: diversity, repetition inside answers, length.
+    """Returns statistics of a set of texts; none for an empty set.
 
     Returns:
       distinct_1, distinct_2: `distinct_n` of the set.
-      repeated_2: mean over answers of `repeated_n`.
+      repeated_2: mean over texts of `repeated_n`.
       words, words_p95: mean and 95th percentile of the number of words.
-      empty: share of answers without a word.
+      empty: share of texts without a word.
     """
-    lengths = np.array([len(words(text)) for text in texts], dtype=np.float64)
-    if not lengths.size:
+    if not texts:
         return {}
+    lengths = np.array([len(words(text)) for text in texts], dtype=np.float64)
+    repeated = [repeated_n(text, 2) for text in texts]
     return {
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
-        "repeated_2": float(np.mean([repeated_n(text, 2) for text in texts])),
+        "repeated_2": float(np.mean(repeated)),
         "words": float(lengths.mean()),
         "words_p95": float(np.percentile(lengths, 95)),
         "empty": float(np.mean(lengths == 0)),

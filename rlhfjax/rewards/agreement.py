@@ -1,97 +1,125 @@
-"""How far labelers agree about pairs of completions. Numpy, float64.
+"""Measures how far labelers agree about pairs of completions. Numpy, float64.
 
-A labeler's opinion of a pair (i, j) of one prompt's completions is +1 (i is better), 0 (a tie) or -1.
+A labeler's opinion of a pair (i, j) of one prompt's completions is +1 (i is better), 0 (a tie) or
+-1.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-Scores = Float[
-    np.ndarray, "p k"
-]  # higher is better, NaN where there is no completion or no opinion
+Scores = Float[np.ndarray, "p k"]
+"""Scores of k completions of each of p prompts; NaN where there is no completion or no opinion."""
+
+Opinions = Float[np.ndarray, " pairs"]
+"""A labeler's opinions of pairs: +1, 0, -1, or NaN for none."""
+
 OPINIONS = (-1, 0, 1)
 
 
-def opinions(scores: Scores) -> Float[np.ndarray, " pairs"]:
-    """The opinion about every pair i < j of every prompt: +1, 0, -1, or NaN; pairs = p k (k - 1) / 2."""
-    i, j = np.triu_indices(scores.shape[1], k=1)
-    return np.sign(scores[:, i].astype(np.float64) - scores[:, j]).ravel()
+def opinions(scores: Scores) -> Opinions:
+    """Returns the opinion of every pair i < j of every prompt; pairs = p k (k - 1) / 2."""
+    k = scores.shape[1]
+    i, j = np.triu_indices(k, k=1)
+    scores = scores.astype(np.float64)
+    margins = scores[:, i] - scores[:, j]
+    return np.sign(margins).ravel()
 
 
-def pair_agreement(
-    a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]
-) -> tuple[float, float]:
-    """(agreements, pairs): over the pairs that both have an opinion about, ties included.
+def pair_agreement(a: Opinions, b: Opinions) -> tuple[float, float]:
+    """Returns (agreements, pairs) over the pairs that both labelers have an opinion of.
 
-    The same opinion counts 1; a tie against a preference 1/2; opposite preferences 0.
+    The same opinion counts 1, a tie against a preference 1/2, opposite preferences 0.
 
-    Source: ties as in Dubois et al. 2023 and the win rate's; without ties this is the agreement of Ouyang et al. 2022,
-    section 3.4 (72.6 ± 1.5 % between training labelers).
+    Source: ties as in Dubois et al. 2023 and in the win rate; without ties this is the agreement of
+    Ouyang et al. 2022, section 3.4 (72.6 ± 1.5 % between training labelers).
     """
-    both = ~(np.isnan(a) | np.isnan(b))
-    return float(np.sum(1 - np.abs(a[both] - b[both]) / 2)), float(both.sum())
+    both = _both_judged(a, b)
+    distance = np.abs(a[both] - b[both])
+    agreements = np.sum(1 - distance / 2)
+    return float(agreements), float(both.sum())
 
 
-def untied_agreement(
-    a: Float[np.ndarray, " pairs"], b: Float[np.ndarray, " pairs"]
-) -> tuple[float, float]:
-    """(agreements, pairs) over the pairs that neither calls a tie."""
-    both = ~(np.isnan(a) | np.isnan(b)) & (a != 0) & (b != 0)
-    return float(np.sum(a[both] == b[both])), float(both.sum())
+def untied_agreement(a: Opinions, b: Opinions) -> tuple[float, float]:
+    """Returns (agreements, pairs) over the pairs that neither labeler calls a tie."""
+    both = _both_judged(a, b) & (a != 0) & (b != 0)
+    agreements = np.sum(a[both] == b[both])
+    return float(agreements), float(both.sum())
+
+
+def _both_judged(a: Opinions, b: Opinions) -> Bool[np.ndarray, " pairs"]:
+    return ~(np.isnan(a) | np.isnan(b))
 
 
 def fleiss_kappa(counts: Int[np.ndarray, "pairs categories"]) -> float:
-    """kappa = (P - P_e) / (1 - P_e), from how many raters put each pair into each of (-1, 0, +1).
+    """Returns kappa = (P - P_e) / (1 - P_e), the agreement beyond chance; NaN without pairs.
 
-    Which completion of a pair stands first says nothing, so chance gives -1 and +1 the same share:
-    p_-1 = p_+1. Pairs with fewer than two raters are left out; their number may differ between pairs:
-      P = mean over pairs of sum_c n_c (n_c - 1) / (n (n - 1)),  P_e = sum_c p_c^2.
-    With two raters this is Scott's pi. 1 when there is nothing to disagree about.
+    The order of a pair's completions is arbitrary, so chance gives -1 and +1 the same share,
+    p_-1 = p_+1. Pairs with fewer than two raters are left out; the number of raters n may differ
+    between pairs:
+
+      P = mean over pairs of sum_c n_c (n_c - 1) / (n (n - 1)),  P_e = sum_c p_c^2
+
+    With two raters this is Scott's pi. It is 1 if all opinions are ties.
+
+    Args:
+      counts: how many raters put each pair into each of (-1, 0, +1).
 
     Source: Fleiss 1971, eq. 1-7 (one number of raters); Scott 1955.
     """
-    counts = counts[counts.sum(1) >= 2].astype(np.float64)
-    if not len(counts):
-        return float("nan")
     n = counts.sum(1)
-    observed = np.mean((counts * (counts - 1)).sum(1) / (n * (n - 1)))
+    is_judged = n >= 2
+    n = n[is_judged]
+    counts = counts[is_judged].astype(np.float64)
+    if not len(n):
+        return float("nan")
+    agreeing = (counts * (counts - 1)).sum(1)
+    observed = np.mean(agreeing / (n * (n - 1)))
     share = counts.sum(0) / counts.sum()
     share[[0, 2]] = share[[0, 2]].mean()
     expected = float(np.sum(share**2))
-    return 1.0 if expected == 1 else float((observed - expected) / (1 - expected))
+    if expected == 1:
+        return 1.0
+    return float((observed - expected) / (1 - expected))
 
 
 def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, float]:
-    """Inter-labeler agreement of all labelers over the same completions.
+    """Returns the agreement of labelers over the same completions.
 
     Returns:
-      agreement: mean over pairs of labelers and of completions, a tie against a preference being 1/2;
-      agreement_untied: over pairs that neither calls a tie; agreement_kappa: Fleiss'; agreement_pairs: how many pairs
-      of completions at least two labelers judged. Numbers that nothing was observed for are left out.
+      agreement: mean over pairs of labelers and of completions, a tie against a preference counts
+      1/2; agreement_untied: over pairs that neither calls a tie; agreement_kappa: Fleiss' kappa;
+      agreement_pairs: number of pairs that at least two labelers judged. A number without a pair is
+      left out.
     """
-    return agreement_of(
-        [
-            opinions(x)
-            for x in (labels.values() if isinstance(labels, Mapping) else labels)
-        ]
-    )
+    scores = labels.values() if isinstance(labels, Mapping) else labels
+    return agreement_of([opinions(x) for x in scores])
 
 
-def agreement_of(rows: Sequence[Float[np.ndarray, " pairs"]]) -> dict[str, float]:
-    """`agreement` of opinions about the same pairs, a row a labeler."""
-    couples = list(itertools.combinations(rows, 2))
-    counts = np.array([sum((row == c).astype(int) for row in rows) for c in OPINIONS]).T
-    out = {
+def agreement_of(labelers: Sequence[Opinions]) -> dict[str, float]:
+    """Returns `agreement`, given every labeler's opinions of the same pairs."""
+    table = np.array(labelers)
+    counts = np.stack([(table == opinion).sum(0) for opinion in OPINIONS], axis=1)
+    judged_by_two = counts.sum(1) >= 2
+    metrics = {
         "agreement_kappa": fleiss_kappa(counts),
-        "agreement_pairs": float(np.sum(counts.sum(1) >= 2)),
+        "agreement_pairs": float(judged_by_two.sum()),
+        "agreement": _mean_over_labelers(labelers, pair_agreement),
+        "agreement_untied": _mean_over_labelers(labelers, untied_agreement),
     }
-    for name, measure in (
-        ("agreement", pair_agreement),
-        ("agreement_untied", untied_agreement),
-    ):
-        total, weight = np.sum([measure(a, b) for a, b in couples], axis=0)
-        out[name] = float(total / weight) if weight else float("nan")
-    return {name: value for name, value in out.items() if np.isfinite(value)}
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def _mean_over_labelers(
+    labelers: Sequence[Opinions],
+    measure: Callable[[Opinions, Opinions], tuple[float, float]],
+) -> float:
+    """Returns the share of agreements over all pairs of labelers; NaN without pairs."""
+    agreements = pairs = 0.0
+    for a, b in itertools.combinations(labelers, 2):
+        counted, weight = measure(a, b)
+        agreements += counted
+        pairs += weight
+    return agreements / pairs if pairs else float("nan")

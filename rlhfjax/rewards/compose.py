@@ -1,154 +1,174 @@
-"""Several rewards as one: an ensemble of reward models, or a weighted sum of whatever scores a response."""
+"""One reward made of several: a weighted sum of any rewards, or an ensemble of reward models."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.config import build, write_json
 from rlhfjax.errors import ConfigError
-from rlhfjax.paths import Path
 from rlhfjax.programs import Rows, on_host
 from rlhfjax.ranges import Finite, NonNegative
-from rlhfjax.rewards import ensemble
-from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import FILE, Pairs, Reward, beside, found, score_shapes
-from rlhfjax.rewards.responses import score as score_one
+from rlhfjax.rewards.ensemble import EnsembleReward
+from rlhfjax.rewards.registry import Loader, Part, RewardSource, describe, label
+from rlhfjax.rewards.responses import (
+    Reward,
+    Scored,
+    score,
+    score_shapes,
+    validate_reward_model,
+)
+from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class MemberConfig:
-    """One reward of several."""
+    """One of several rewards."""
 
-    reward: str  # a name that `load_reward` knows
-    name: str = ""  # in the metrics: score_NAME; empty: its number
-    weight: Finite = 1.0  # of combine="sum"
-    where: str = ""  # a scorer that gives 1 on prompts where this member counts and 0 elsewhere; empty: everywhere
+    reward: RewardSource
+    """the reward, by name or described in place"""
+    name: str = ""
+    """its name in the metrics, as score_NAME; empty: its number"""
+    weight: Finite = 1.0
+    """its factor in the sum (combine="sum")"""
+    where: RewardSource = ""
+    """a scorer of 1 for the prompts where the member counts and 0 for others; empty: everywhere"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComposeConfig:
-    """How members make one reward: sum_i weight_i where_i r_i, or an ensemble's mean, worst, or mean - c std."""
+    """How members make one reward.
+
+    The sum is sum_i weight_i where_i r_i; an ensemble has the mean, the worst, or mean - c std.
+    """
 
     members: tuple[MemberConfig, ...] = ()
+    """the rewards; an ensemble has at least two"""
     combine: Literal["sum", "mean", "worst", "pessimistic"] = "sum"
-    coefficient: NonNegative = 1.0  # c of pessimistic
+    """sum of any rewards, or the combination of an ensemble of reward models"""
+    coefficient: NonNegative = 1.0
+    """factor c of the standard deviation (combine="pessimistic")"""
 
     def __post_init__(self):
-        if len(self.members) < (1 if self.combine == "sum" else 2):
+        least = 1 if self.combine == "sum" else 2
+        if len(self.members) < least:
             raise ConfigError(
-                f'compose.members: combine="{self.combine}" needs more than {len(self.members)}'
+                f'compose.members: combine="{self.combine}" needs at least {least},'
+                f" got {len(self.members)}"
             )
-        if self.combine != "sum" and any(
-            m.weight != 1.0 or m.where for m in self.members
-        ):
-            raise ConfigError(
-                f'compose.members: weight and where are of combine="sum", not of "{self.combine}"'
-            )
-        labels = [member_name(i, m) for i, m in enumerate(self.members)]
-        if len(set(labels)) < len(labels):
-            raise ConfigError(
-                f"compose.members: a name stands twice: {', '.join(labels)}"
-            )
+        for member in self.members:
+            if self.combine != "sum" and (member.weight != 1.0 or member.where):
+                raise ConfigError(
+                    "compose.members: weight and where are options of"
+                    f' combine="sum", not of "{self.combine}"'
+                )
+        names = self.names
+        if len(set(names)) < len(names):
+            repeated = ", ".join(names)
+            raise ConfigError(f"compose.members: names must differ, got {repeated}")
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names in the metrics."""
+        return [member.name or str(i) for i, member in enumerate(self.members)]
 
 
-def member_name(i: int, member: MemberConfig) -> str:
-    return member.name or str(i)
+def parts(config: ComposeConfig) -> Iterator[Part]:
+    """Yields the rewards that a composed one is made of, in the order of their roles."""
+    for i, member in enumerate(config.members):
+        yield Part(f"members[{i}].reward", member.reward, None, f"_{i}")
+        if member.where:
+            yield Part(f"members[{i}].where", member.where, None, f"_where_{i}")
 
 
-def save(folder: Path, config: ComposeConfig) -> None:
-    """Writes reward.json."""
-    values = dataclasses.asdict(config)
-    for member in values["members"]:
-        member["reward"] = beside(member["reward"], folder)
-    write_json(folder / FILE, {"kind": "compose", **values})
-
-
-def read(values: Mapping[str, Any], folder: Path) -> ComposeConfig:
-    """Returns what a folder's reward.json describes, its members as they are reached from here."""
-    config = build(ComposeConfig, values, str(folder / FILE))
-    members = [
-        dataclasses.replace(one, reward=found(one.reward, folder))
-        for one in config.members
-    ]
-    return dataclasses.replace(config, members=tuple(members))
-
-
-def make(
-    config: ComposeConfig,
-    members: list[Reward],
-    where: list[Reward | None],
-    program: str = "score",
-) -> Reward:
-    """One reward out of loaded ones.
+def load(config: ComposeConfig, loader: Loader) -> Reward:
+    """Returns a composed reward, its members loaded.
 
     Raises:
-      ConfigError: an ensemble's member is no reward model, or has another shape.
+      ConfigError: a member of an ensemble is no reward model, or has another model_config.
     """
-    if config.combine == "sum":
-        return WeightedSum(config, members, where)
-    for i, member in enumerate(members):
-        if type(member) is not ModelReward or member.model != members[0].model:
-            raise ConfigError(
-                f"compose.members: an ensemble is of reward models of one shape, {config.members[i].reward} is not"
-            )
-    params = [member.params for member in members]
-    return ensemble.EnsembleReward(
-        members[0].model,
-        params,
+    if config.combine != "sum":
+        return _load_ensemble(config, loader)
+    rewards = [loader.load(part) for part in parts(config)]
+    members: list[tuple[Reward, Reward | None]] = []
+    for member in config.members:
+        reward = rewards.pop(0)
+        members.append((reward, rewards.pop(0) if member.where else None))
+    return WeightedSum(config, members)
+
+
+def _load_ensemble(config: ComposeConfig, loader: Loader) -> EnsembleReward:
+    opened = []
+    for i, member in enumerate(config.members):
+        kind, options = describe(member.reward, loader.sources)
+        place = f"compose.members[{i}]={label(member.reward)}"
+        if kind != "model":
+            raise ConfigError(f"{place}: an ensemble has reward models, not {kind!r}")
+        # Opened, not loaded: the ensemble copies the parameters into one tree.
+        model = loader.sources.open_model(options.model, loader.layout)
+        validate_reward_model(model, loader.tokenizer, options.model)
+        opened.append(model)
+        if model.model != opened[0].model:
+            raise ConfigError(f"{place}: expected the model_config of the first member")
+    return EnsembleReward(
+        opened[0].model,
+        [model.params() for model in opened],
         how=config.combine,
         coefficient=config.coefficient,
-        program=program,
+        program=loader.program,
     )
 
 
 class WeightedSum:
-    """r = sum_i weight_i where_i r_i, with every component as a metric of its own.
+    """The reward r = sum_i weight_i where_i r_i.
 
-    Metrics: score_NAME, the mean of r_i over the responses where it counts, before its weight; applied_NAME, how often
-    that is, where it is not everywhere; and the members' own metrics, as METRIC_NAME.
+    Metrics: score_NAME, the mean of r_i over the responses where it counts, before its weight;
+    applied_NAME, the share of those responses, for members with `where`; and the members' own
+    metrics, as METRIC_NAME.
+
+    Args:
+      members: each member's reward, and what tells where it counts (None: everywhere).
     """
 
     def __init__(
-        self, config: ComposeConfig, members: list[Reward], where: list[Reward | None]
+        self, config: ComposeConfig, members: Sequence[tuple[Reward, Reward | None]]
     ):
-        self._config, self._members, self._where = config, members, where
+        self._config, self._members = config, members
 
-    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        return self.with_metrics(tokens, segments, mask)[0]
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
+        """Returns the scores [n]."""
+        return self.with_metrics(tokens, attention_mask, mask)[0]
 
-    def with_metrics(
-        self, tokens: Rows, segments: Rows, mask: Rows
-    ) -> tuple[Rows, Pairs]:
-        scored = [score_one(member, tokens, segments, mask) for member in self._members]
-        counts = [where and where(tokens, segments, mask) for where in self._where]
-        shapes = score_shapes(tokens, segments, mask)
-        return on_host(self._sum, lambda *_: (shapes, {}))(
-            scored, counts, mask.shape[0]
-        )
+    def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
+        """Returns the scores [n] and the metrics of all members."""
+        rows = (tokens, attention_mask, mask)
+        scored = [score(reward, *rows) for reward, _ in self._members]
+        counts = [where and where(*rows) for _, where in self._members]
+        shapes = score_shapes(*rows)
+        add = on_host(self._sum, lambda *_: (shapes, {}))
+        return add(scored, counts, mask.shape[0])
 
     def _sum(
-        self, scored: list[tuple[Any, Pairs]], counted: list[Any], n: int
-    ) -> tuple[Rows, Pairs]:
-        """Adds the members' scores [n] with their weights, where they count."""
-        total, pairs = np.zeros(n, np.float32), {}
-        parts = zip(self._config.members, scored, counted, strict=True)
-        for i, (member, (scores, own), where) in enumerate(parts):
-            counts = np.ones_like(total) if where is None else _host(where)
-            scores = np.where(counts > 0, _host(scores) * counts, 0)
+        self, scored: list[Scored], counts: list[Any], n: int
+    ) -> tuple[np.ndarray, Metrics]:
+        """Returns the weighted sum [n] of scores where they count, and the metrics."""
+        total = np.zeros(n, np.float32)
+        metrics: Metrics = {}
+        config = self._config
+        members = zip(config.members, config.names, scored, counts, strict=True)
+        for member, name, (scores, own_metrics), where in members:
+            applied = np.ones_like(total) if where is None else _on_host(where)
+            scores = np.where(applied > 0, _on_host(scores) * applied, 0)
             total = total + np.float32(member.weight) * scores
-            name = member_name(i, member)
-            pairs |= {f"{key}_{name}": pair for key, pair in own.items()}
-            pairs[f"score_{name}"] = (
-                np.float32(scores.sum()),
-                np.float32(counts.sum()),
-            )
+            weight = np.float32(applied.sum())
+            for metric, value in own_metrics.items():
+                metrics[f"{metric}_{name}"] = value
+            metrics[f"score_{name}"] = (np.float32(scores.sum()), weight)
             if where is not None:
-                pairs[f"applied_{name}"] = (np.float32(counts.sum()), np.float32(n))
-        return total, pairs
+                metrics[f"applied_{name}"] = (weight, np.float32(n))
+        return total, metrics
 
 
-def _host(x: Any) -> np.ndarray:
+def _on_host(x: Any) -> np.ndarray:
     return np.asarray(hosts.whole(x), np.float32)

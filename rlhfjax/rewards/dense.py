@@ -1,21 +1,14 @@
 """A reward a token: what TAMER learns, H(s_t, a_t) on every token of a response."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.paths import Path
 from rlhfjax.programs import ROWS, Program, Rows, small
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import check_scalar
-from rlhfjax.roles import Sources
 from rlhfjax.types import PyTree
 
 
@@ -48,16 +41,3 @@ class DenseReward(ModelReward):
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
         """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
         return self._sum(self.per_token(tokens, segments, mask), mask)
-
-
-def load(
-    values: Mapping[str, Any],
-    folder: Path,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources,
-    program: str,
-) -> DenseReward:
-    saved = sources.load(str(folder), layout)
-    check_scalar(saved, tokenizer, str(folder))
-    return DenseReward(saved.model, saved.params, program)

@@ -1,4 +1,4 @@
-"""An ensemble of reward models of one shape: one vmapped forward over stacked parameters."""
+"""An ensemble of reward models with one model_config: a vmapped forward over stacked parameters."""
 
 import functools
 from typing import Any
@@ -12,16 +12,14 @@ from rlhfjax.algos import normalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Held, Program, Rows, keep, recording
 from rlhfjax.rewards.model import ModelReward, sequence_rewards
+from rlhfjax.rewards.responses import Scored
 from rlhfjax.types import PyTree
-
-Pairs = dict[str, tuple[Any, Any]]
-COMBINE = ("mean", "worst", "pessimistic")
 
 
 def combine(
     rewards: Float[Array, "m n"], how: str, coefficient: float
 ) -> Float[Array, " n"]:
-    """mean_m r_m, min_m r_m, or mean_m r_m - coefficient std_m r_m (pessimistic)."""
+    """Returns the mean over members, the worst, or mean - coefficient std (pessimistic)."""
     if how == "worst":
         return normalize.ensemble_worst(rewards)
     if how == "pessimistic":
@@ -30,29 +28,22 @@ def combine(
 
 
 def stack(members: list[PyTree]) -> PyTree:
-    """Parameters of m models as one tree with a leading axis, each array laid over the mesh as its members are."""
+    """Returns the parameters of m models as one tree with a leading axis, which is not sharded."""
 
-    def place(x: Any) -> Any:
-        placed = x.sharding
-        return (
-            NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
-            if isinstance(placed, NamedSharding)
-            else None
-        )
+    def stacked_sharding(x: Any) -> Any:
+        if not isinstance(x.sharding, NamedSharding):
+            return None
+        spec = PartitionSpec(None, *x.sharding.spec)
+        return NamedSharding(x.sharding.mesh, spec)
 
-    shardings = jax.tree.map(place, members[0])
+    def held(x: Any, sharding: Any) -> Held:
+        shape = (len(members), *x.shape)
+        path = f"stacked {x.path}"
+        return Held(shape, x.dtype, sharding=sharding, owner=x.owner, path=path)
+
+    shardings = jax.tree.map(stacked_sharding, members[0])
     if recording():
-        return jax.tree.map(
-            lambda x, s: Held(
-                (len(members), *x.shape),
-                x.dtype,
-                sharding=s,
-                owner=x.owner,
-                path=f"stacked {x.path}",
-            ),
-            members[0],
-            shardings,
-        )
+        return jax.tree.map(held, members[0], shardings)
     return jax.jit(
         lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees),
         out_shardings=shardings,
@@ -60,9 +51,9 @@ def stack(members: list[PyTree]) -> PyTree:
 
 
 class EnsembleReward(ModelReward):
-    """m reward models as one: scores [n] are combined, and their spread is the metric `reward_disagreement`.
+    """Combines the scores of m reward models; their spread is the metric `reward_disagreement`.
 
-    A value function that starts from "the reward model" starts from the first member.
+    A value function that starts from the reward model starts from the first member.
 
     Source: Coste et al. 2023, "Reward model ensembles help mitigate overoptimization".
     """
@@ -79,39 +70,30 @@ class EnsembleReward(ModelReward):
         super().__init__(model, members[0])
         keep(members[0])
         self.stacked = keep(stack(members))
-        by_member = (None, "batch")
-        self._all = Program(program, jax.jit(self._rewards), by_member)
-        one = jax.jit(
-            functools.partial(combine, how=how, coefficient=float(coefficient))
-        )
-        self._combine = Program(f"{program}_combine", one, ROWS)
+        member_rows = (None, "batch")
+        self._members = Program(program, jax.jit(self._rewards), member_rows)
+        combined = functools.partial(combine, how=how, coefficient=float(coefficient))
+        self._combine = Program(f"{program}_combine", jax.jit(combined), ROWS)
         spread = jax.jit(lambda rewards: normalize.ensemble_disagreement(rewards).sum())
         self._spread = Program(f"{program}_spread", spread)
 
     def _rewards(
-        self, stacked: PyTree, tokens: jax.Array, segments: jax.Array
+        self, stacked: PyTree, tokens: jax.Array, attention_mask: jax.Array
     ) -> jax.Array:
         return jax.vmap(
-            lambda params: sequence_rewards(self.model, params, tokens, segments)
+            lambda params: sequence_rewards(self.model, params, tokens, attention_mask)
         )(stacked)
 
-    def members(self, tokens: Rows, segments: Rows) -> Rows:
-        """Every member's rewards [m, n]."""
-        return self._all(self.stacked, tokens, segments)
+    def members(self, tokens: Rows, attention_mask: Rows) -> Rows:
+        """Returns every member's rewards [m, n]."""
+        return self._members(self.stacked, tokens, attention_mask)
 
-    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
-        return self._combine(self.members(tokens, segments))
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
+        """Returns the scores [n]; the mask of the responses is not used."""
+        return self._combine(self.members(tokens, attention_mask))
 
-    def with_metrics(
-        self, tokens: Rows, segments: Rows, mask: Rows
-    ) -> tuple[Rows, Pairs]:
-        """Scores, and the mean standard deviation over members as `reward_disagreement`."""
-        rewards = self.members(tokens, segments)
-        pairs = {
-            "reward_disagreement": (
-                self._spread(rewards),
-                jnp.float32(rewards.shape[1]),
-            )
-        }
-        return self._combine(rewards), pairs
+    def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
+        """Returns the scores [n] and the mean standard deviation over members."""
+        rewards = self.members(tokens, attention_mask)
+        spread = (self._spread(rewards), jnp.float32(rewards.shape[1]))
+        return self._combine(rewards), {"reward_disagreement": spread}

@@ -1,13 +1,13 @@
-"""A language model as a judge: log-probabilities of options after a question, and answers to requests.
+"""A language model as a judge: log-probabilities of options after a question, and its own answers.
 
-Any model that the sampler runs can judge. A question is a conversation; an option is what the assistant's turn would
-begin with.
+Any model that the sampler runs can judge. A question is a conversation; an option is text with
+which the assistant's turn would begin.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,49 +22,45 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
-from rlhfjax.paths import Path
 from rlhfjax.ranges import Size, Tokens
-from rlhfjax.rewards.responses import found
 from rlhfjax.roles import DISK, Sources
-from rlhfjax.sampling.generate import generate
+from rlhfjax.sampling.generate import Samples, generate
+from rlhfjax.types import PyTree
 
 Conversation = list[chat.Message]
+Row = tuple[list[int], list[int]]  # token ids of a question, and of an option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Which model judges, and how much of it is run at once."""
+    """Which model judges, and in which batches."""
 
-    model: str  # the workdir of a stage that made a language model
-    length: Tokens  # question and option, tokens; a longer question is cut, see `ask`
-    batch_size: Size = 32  # rows of a forward pass
-
-
-def load_judge(
-    config: JudgeConfig, folder: Path, layout: Layout, sources: Sources = DISK
-) -> "Judge":
-    """Returns the judge that a folder's reward.json names."""
-    return Judge(
-        dataclasses.replace(config, model=found(config.model, folder)), layout, sources
-    )
+    model: str
+    """workdir of a stage that made a language model, or another source of one"""
+    length: Tokens
+    """tokens of question and option together; a longer question is cut"""
+    batch_size: Size = 32
+    """rows per forward pass"""
 
 
 class Judge:
-    """Scores options and answers requests, in batches of one shape.
+    """Scores options and answers questions, in batches of one shape.
 
     Raises:
-      ConfigError: the model has no language-model head, or too short a context.
+      ConfigError: the model has no language-model head, or a shorter context than `length`.
     """
 
     def __init__(self, config: JudgeConfig, layout: Layout, sources: Sources = DISK):
         saved = sources.load(config.model, layout)
         if saved.model.head != "lm":
             raise ConfigError(
-                f"judge.model={config.model}: a language model is needed, this one has another head"
+                f"judge.model={config.model}: expected a language model,"
+                f" got one with a {saved.model.head} head"
             )
-        if config.length > saved.model.config.max_length:
+        longest = saved.model.config.max_length
+        if config.length > longest:
             raise ConfigError(
-                f"judge.length={config.length} is more than the model's {saved.model.config.max_length}"
+                f"judge.length={config.length}: must be <= the model's max_length={longest}"
             )
         layout.check_batch(config.batch_size, "judge.batch_size")
         self.tokenizer: Tokenizer = saved.tokenizer
@@ -73,7 +69,7 @@ class Judge:
         self._score = jax.jit(functools.partial(span_logprobs, saved.model))
 
     def room(self, options: Sequence[str], thought: int = 0) -> int:
-        """Tokens that a question may have before so many of thought and the longest option."""
+        """Returns how many tokens a question may have before a thought and the longest option."""
         longest = max(len(self.tokenizer.encode(option)) for option in options)
         return self._config.length - thought - longest
 
@@ -83,50 +79,49 @@ class Judge:
         options: Sequence[str],
         openings: Sequence[Sequence[int]] = (),
     ) -> Float[np.ndarray, "n o"]:
-        """log p(option_o | question_n): the sum over the option's tokens, nats.
+        """Returns log p(option | question) in nats, the sum over the option's tokens.
 
         Args:
-          openings: ids with which the assistant's turn begins, before the option; none by default.
-            Of a longer opening than `prompt_room` leaves room for, the end is kept, which the
-            option follows.
+          openings: token ids with which the assistant's turn begins, before the option; none by
+            default. An opening longer than `prompt_room` allows loses its beginning.
         """
         ends = [self.tokenizer.encode(option) for option in options]
         room = self.room(options)
-        rows = []
+        rows: list[Row] = []
         for i, question in enumerate(questions):
             opening = list(openings[i]) if openings else []
             most = prompt_room(room, len(opening))
-            prompt = chat.render_prompt(
-                self.tokenizer, question, max_tokens=most
-            ).tolist()
+            rendered = chat.render_prompt(self.tokenizer, question, max_tokens=most)
+            prompt = rendered.tolist()
             opening = opening[max(0, len(prompt) + len(opening) - room) :]
             rows += [(prompt + opening, end) for end in ends]
-        return np.concatenate(list(self._batches(rows))).reshape(
-            len(questions), len(ends)
-        )
+        logprobs = np.concatenate(list(self._option_logprobs(rows)))
+        return logprobs.reshape(len(questions), len(ends))
 
-    def _batches(self, rows):
-        size, length, pad = (
-            self._config.batch_size,
-            self._config.length,
-            self.tokenizer.pad_id,
-        )
+    def _option_logprobs(self, rows: list[Row]) -> Iterator[np.ndarray]:
+        """Yields the log-probabilities of the options, float64, batch by batch."""
+        size, length = self._config.batch_size, self._config.length
         for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            texts = [[*prompt, *end] for prompt, end in some]
-            texts += [[]] * (size - len(some))
-            tokens, segments = pad_right(texts, length=length, pad_id=pad)
-            mask = segments.astype(np.float32)
-            for i, (prompt, _) in enumerate(some):
-                mask[i, : len(prompt)] = 0
+            batch = rows[start : start + size]
+            texts = [[*question, *option] for question, option in batch]
+            texts += [[]] * (size - len(batch))
+            tokens, attention_mask = pad_right(
+                texts, length=length, pad_id=self.tokenizer.pad_id
+            )
+            mask = attention_mask.astype(np.float32)
+            for i, (question, _) in enumerate(batch):
+                mask[i, : len(question)] = 0
             placed = self._layout.put(
-                {"tokens": tokens, "segments": segments, "mask": mask}
+                {"tokens": tokens, "attention_mask": attention_mask, "mask": mask}
             )
             with self._layout.use():
-                out = self._score(
-                    self._params, placed["tokens"], placed["segments"], placed["mask"]
+                logprobs = self._score(
+                    self._params,
+                    placed["tokens"],
+                    placed["attention_mask"],
+                    placed["mask"],
                 )
-            yield np.asarray(hosts.whole(out), np.float64)[: len(some)]
+            yield np.asarray(hosts.whole(logprobs), np.float64)[: len(batch)]
 
     def answer(
         self,
@@ -136,132 +131,146 @@ class Judge:
         temperature: float,
         seed: int,
     ) -> list[list[int]]:
-        """What the model says to each conversation: ids, without the eos. Row i is drawn with fold_in(key(seed), i)."""
+        """Returns the token ids of the model's answers, without eos.
+
+        Answer i is sampled with fold_in(key(seed), i).
+        """
         size, room = self._config.batch_size, self._config.length - max_new_tokens
-        limits = {
-            "max_new_tokens": max_new_tokens,
-            "eos_id": self.tokenizer.eos_id,
-            "pad_id": self.tokenizer.pad_id,
-        }
-        out: list[list[int]] = []
+        eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        answers: list[list[int]] = []
         for start in range(0, len(questions), size):
-            some = questions[start : start + size]
-            asked = [
-                chat.render_prompt(self.tokenizer, one, max_tokens=room) for one in some
+            batch = questions[start : start + size]
+            rendered = [
+                chat.render_prompt(self.tokenizer, question, max_tokens=room)
+                for question in batch
             ]
-            asked += asked[-1:] * (size - len(some))
-            prompts, segments = pad_left(asked, length=room, pad_id=limits["pad_id"])
+            rendered += rendered[-1:] * (size - len(batch))
+            prompts, attention_mask = pad_left(rendered, length=room, pad_id=pad_id)
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
                 jnp.arange(start, start + size)
             )
-            placed = self._layout.put({"prompts": prompts, "segments": segments})
+            placed = self._layout.put(
+                {"prompts": prompts, "attention_mask": attention_mask}
+            )
             with self._layout.use():
                 samples = _generate(
                     self._model,
                     self._params,
                     placed["prompts"],
-                    placed["segments"],
+                    placed["attention_mask"],
                     keys,
                     temperature,
-                    **limits,
+                    max_new_tokens=max_new_tokens,
+                    eos_id=eos_id,
+                    pad_id=pad_id,
                 )
             tokens, mask = hosts.whole((samples.tokens, samples.mask))
-            rows = [
-                row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)
-            ]
-            out += [
-                [token for token in row if token != limits["eos_id"]]
-                for row in rows[: len(some)]
-            ]
-        return out
+            for row, keep in zip(tokens[: len(batch)], mask[: len(batch)], strict=True):
+                sampled = row[keep > 0].tolist()
+                answers.append([token for token in sampled if token != eos_id])
+        return answers
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("model", "temperature", "max_new_tokens", "eos_id", "pad_id"),
 )
-def _generate(model, params, prompts, segments, keys, temperature, **limits):
+def _generate(
+    model: Model,
+    params: PyTree,
+    prompts: jax.Array,
+    attention_mask: jax.Array,
+    keys: jax.Array,
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+) -> Samples:
     return generate(
-        model, params, prompts, segments, keys, temperature=temperature, **limits
+        model,
+        params,
+        prompts,
+        attention_mask,
+        keys,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        pad_id=pad_id,
     )
 
 
 def span_logprobs(
     model: Model,
-    params: dict,
+    params: PyTree,
     tokens: Int[Array, "n t"],
-    segments: Int[Array, "n t"],
+    attention_mask: Int[Array, "n t"],
     mask: Float[Array, "n t"],
 ) -> Float[Array, " n"]:
-    """sum over the tokens where mask is 1 of log p(token | what is before it), nats."""
-    hidden = model.hidden(params, tokens, segments=segments)
+    """Returns the summed log-probabilities, in nats, of the tokens where the mask is 1."""
+    hidden = model.hidden(params, tokens, segments=attention_mask)
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
     return jnp.sum(jnp.where(mask[:, 1:] > 0, logprobs, 0), axis=1)
 
 
 def class_probabilities(logprobs: Float[np.ndarray, "n o"]) -> Float[np.ndarray, "n o"]:
-    """p_o = e^{l_o} / sum e^{l}: the judge's choice among the options, whatever else it might have said."""
+    """Returns p_o = e^{l_o} / sum e^{l}, the choice among the options alone."""
     weights = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def readable(prompt: str) -> str:
-    """A prompt in the chat template as people read it: `User: …`, a line a turn, without the last, empty one."""
+    """Returns a prompt with chat markers as lines `User: …`, one per turn that has text."""
     first, *rest = re.split(r"<\|(user|assistant|system)\|>", prompt)
-    turns = [
-        (role.capitalize(), text)
-        for role, text in zip(rest[::2], rest[1::2], strict=True)
-        if text.strip()
-    ]
-    return "\n".join(
-        [
-            *([first] if first.strip() else []),
-            *(f"{role}: {text}" for role, text in turns),
-        ]
-    )
+    lines = [first] if first.strip() else []
+    for role, text in zip(rest[::2], rest[1::2], strict=True):
+        if text.strip():
+            lines.append(f"{role.capitalize()}: {text}")
+    return "\n".join(lines)
 
 
 def ask(
     tokenizer: Tokenizer,
     template: str,
     max_tokens: int,
+    values: Mapping[str, str],
     *,
-    whole: Sequence[str] = (),
-    **values: str,
+    uncut: Sequence[str] = (),
 ) -> tuple[Conversation, bool]:
-    """Returns a template with its values as a question of at most `max_tokens`, and whether a value
-    was cut.
+    """Returns a template with its values as a question, and whether a value was cut to fit.
 
-    The template's words stay, what it asks and the options it offers among them. `prompt` loses its
-    beginning, down to half of what the template leaves, and the other values lose their ends, the
-    longest first.
+    The words of the template stay, so that the judge sees the question and its options. `prompt`
+    loses its beginning, down to half of what the template leaves; the other values lose their ends,
+    the longest first.
 
     Args:
       max_tokens: of the question in the chat template.
-      whole: names of values that are not cut.
+      values: texts for the names in the template.
+      uncut: names of values that are not cut.
 
     Raises:
-      ConfigError: the template alone does not leave a token for each value.
+      ConfigError: the template does not leave a token for each value.
     """
-    filled = fill(template, **values)
+    filled = fill(template, values)
     over = _size(tokenizer, filled) - max_tokens
     if over <= 0:
         return _question(filled), False
-    used = [name for name in values if name not in whole and f"{{{name}}}" in template]
-    words = {name: tokenizer.encode(values[name]) for name in used}
-    room = max_tokens - _size(
-        tokenizer, fill(template, **values | dict.fromkeys(words, ""))
-    )
-    while over > 0 and room >= len(
-        words
-    ):  # again, where parts take more tokens than they did
-        filled = fill(template, **values | _parts(tokenizer, words, room))
+    ids = {
+        name: tokenizer.encode(text)
+        for name, text in values.items()
+        if name not in uncut and f"{{{name}}}" in template
+    }
+    without = fill(template, {**values, **dict.fromkeys(ids, "")})
+    room = max_tokens - _size(tokenizer, without)
+    # Parts may take more tokens in their context than alone; then less room is tried.
+    while over > 0 and room >= len(ids):
+        filled = fill(template, {**values, **_parts(tokenizer, ids, room)})
         over = _size(tokenizer, filled) - max_tokens
         room -= over
     if over > 0:
         raise ConfigError(
             f"judge.length: {max_tokens} tokens for a question do not hold the template "
-            f"{template[:30]!r} with a token of {', '.join(words)}"
+            f"{template[:30]!r} with a token of {', '.join(ids)}"
         )
     return _question(filled), True
 
@@ -271,28 +280,26 @@ def _question(text: str) -> Conversation:
 
 
 def _size(tokenizer: Tokenizer, text: str) -> int:
+    """Returns how many tokens a question has."""
     return len(chat.render_prompt(tokenizer, _question(text)))
 
 
 def _parts(
-    tokenizer: Tokenizer, words: Mapping[str, list[int]], room: int
+    tokenizer: Tokenizer, ids: Mapping[str, list[int]], room: int
 ) -> dict[str, str]:
-    """The texts of values cut to `room` tokens together; see `ask`."""
-    others = [len(ids) for name, ids in words.items() if name != "prompt"]
-    prompt = min(len(words.get("prompt", ())), prompt_room(room, sum(others)))
+    """Returns the texts of values cut to `room` tokens together; see `ask`."""
+    others = [len(value) for name, value in ids.items() if name != "prompt"]
+    prompt = min(len(ids.get("prompt", ())), prompt_room(room, sum(others)))
     most = room  # tokens of each other value
     while sum(min(most, size) for size in others) > room - prompt:
         most -= 1
-    parts = {name: ids[:most] for name, ids in words.items()}
-    if "prompt" in words:
-        parts["prompt"] = words["prompt"][len(words["prompt"]) - prompt :]
-    return {name: chat.decode_part(tokenizer, ids) for name, ids in parts.items()}
+    parts = {name: value[:most] for name, value in ids.items()}
+    if "prompt" in ids:
+        parts["prompt"] = ids["prompt"][len(ids["prompt"]) - prompt :]
+    return {name: chat.decode_part(tokenizer, part) for name, part in parts.items()}
 
 
-def fill(template: str, **values: str) -> str:
-    """Puts values into `{name}` of a template, all at once, so that a value with braces stays as it is."""
-    return re.sub(
-        "|".join(rf"\{{{name}\}}" for name in values),
-        lambda m: values[m.group()[1:-1]],
-        template,
-    )
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Returns a template with values in place of `{name}`; braces within a value stay."""
+    names = "|".join(rf"\{{{name}\}}" for name in values)
+    return re.sub(names, lambda match: values[match.group()[1:-1]], template)

@@ -1,6 +1,6 @@
-"""Who labels answers: gold scorers, reward models, judges and people's rankings behind one protocol.
+"""Labelers of responses: a reward, or people's rankings, behind one protocol.
 
-See `load.py` for labelers by name.
+`feedback.py` has a judge as a labeler; `load.py` loads labelers by name.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,78 +14,78 @@ from rlhfjax.rewards.responses import Reward, texts
 
 
 class Answers(NamedTuple):
-    """k answers to each of p prompts: row i k + j is the j-th answer to prompt i."""
+    """k responses to each of p prompts; row i k + j is the j-th response to prompt i."""
 
     tokens: Any  # [p k, prompt + response]
-    segments: Any  # [p k, prompt + response]
+    attention_mask: Any  # [p k, prompt + response]
     mask: Any  # [p k, response]
-    prompts: list[str]  # p texts, chat markers included
-    completions: list[list[str]]  # p times k texts
+    prompts: list[str]  # p texts with chat markers
+    completions: list[list[str]]  # k texts for each of the p prompts
 
     @property
     def k(self) -> int:
+        """Responses per prompt."""
         return len(self.completions[0])
 
 
 def make_answers(
-    tokens: Any, segments: Any, mask: Any, k: int, tokenizer: Tokenizer
+    tokens: Any, attention_mask: Any, mask: Any, k: int, tokenizer: Tokenizer
 ) -> Answers:
-    """Answers out of a rollout whose rows are k to a prompt."""
-    host = (np.asarray(x) for x in hosts.whole((tokens, segments, mask)))
-    prompts, completions = texts(tokenizer, *host)
-    grouped = [completions[i : i + k] for i in range(0, len(completions), k)]
-    return Answers(tokens, segments, mask, prompts[::k], grouped)
+    """Returns the responses of a rollout that has k consecutive rows per prompt."""
+    on_host = [np.asarray(x) for x in hosts.whole((tokens, attention_mask, mask))]
+    prompts, completions = texts(tokenizer, *on_host)
+    starts = range(0, len(completions), k)
+    grouped = [completions[i : i + k] for i in starts]
+    return Answers(tokens, attention_mask, mask, prompts[::k], grouped)
 
 
 @runtime_checkable
 class Labeler(Protocol):
-    """Labels answers.
+    """Labels responses.
 
     Returns:
-      float [p, k]: higher is better, equal is a tie, NaN is no opinion. What a number means beyond its order is the
-      labeler's own: a reward, minus a rank, or log-probabilities whose differences are log-odds (judges).
+      float [p, k]: higher is better, equal is a tie, NaN is no opinion. The unit depends on the
+      labeler: a reward, minus a rank, or numbers whose differences are log-odds (judges).
     """
 
     def __call__(self, answers: Answers) -> np.ndarray: ...
 
 
 class RewardLabeler:
-    """A reward as a labeler: a gold scorer, a reward model, rules."""
+    """Labels responses with the scores of a reward."""
 
     def __init__(self, reward: Reward):
         self._reward = reward
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        scores = hosts.whole(
-            self._reward(answers.tokens, answers.segments, answers.mask)
-        )
-        return np.asarray(scores, np.float64).reshape(-1, answers.k)
+        """Returns the scores, float64 [p, k]."""
+        scores = self._reward(answers.tokens, answers.attention_mask, answers.mask)
+        return np.asarray(hosts.whole(scores), np.float64).reshape(-1, answers.k)
 
 
 class RankingsLabeler:
-    """What people said of the same answers, found by prompt and text; NaN where they did not rank one.
+    """Labels responses with people's ranks, found by prompt and text; NaN for unranked responses.
 
-    Ranks of one ranking only are compared with each other: of several of one prompt, the one with most of the answers.
+    Ranks are compared within one ranking. If a prompt has several, the one with most of the
+    responses counts.
     """
 
     def __init__(self, rankings: list[Ranking]):
-        self._ranks: dict[str, list[dict[str, int]]] = {}
-        for one in rankings:
-            self._ranks.setdefault(one.key, []).append(
-                dict(zip(one.completions, one.ranks, strict=True))
-            )
+        self._ranks: dict[str, list[dict[str, int]]] = {}  # by prompt: text to rank
+        for ranking in rankings:
+            ranks = dict(zip(ranking.completions, ranking.ranks, strict=True))
+            self._ranks.setdefault(ranking.key, []).append(ranks)
 
     def __call__(self, answers: Answers) -> np.ndarray:
+        """Returns minus the ranks, float64 [p, k]."""
+        prompts = zip(answers.prompts, answers.completions, strict=True)
         return np.array(
-            [
-                self._label(*row)
-                for row in zip(answers.prompts, answers.completions, strict=True)
-            ]
+            [self._label(prompt, responses) for prompt, responses in prompts]
         )
 
-    def _label(self, prompt: str, texts: list[str]) -> list[float]:
+    def _label(self, prompt: str, responses: list[str]) -> list[float]:
         known = max(
             self._ranks.get(prompt, [{}]),
-            key=lambda ranks: sum(text in ranks for text in texts),
+            key=lambda ranks: sum(response in ranks for response in responses),
         )
-        return [-float(known.get(text, float("nan"))) for text in texts]
+        return [-float(known.get(response, np.nan)) for response in responses]

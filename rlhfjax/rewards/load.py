@@ -1,172 +1,158 @@
-"""Rewards and labelers by their names, as configs spell them.
+"""The kinds of rewards and labelers, and what loads them by name or by description.
 
-    reward = load_reward("gold:sentiment", layout, tokenizer)  # or rule:…, or a stage's folder
-    scores = reward(tokens, segments, mask)  # [n]
-    labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)  # or a reward's name
-    scores = labeler(answers)  # [p, k], higher is better, equal is a tie
-
-A stage that describes a reward, and trains no model of one, leaves reward.json in its folder:
-{"kind": ..., ...}. It is one of KINDS, or the labeler `feedback`.
+The table at the end is the registry; `registry.py` has what uses it.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-from rlhfjax import paths
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop import store
-from rlhfjax.mesh import Layout
-from rlhfjax.paths import Path
-from rlhfjax.rewards import (
-    SCORERS,
-    compose,
-    dense,
-    feedback,
-    load_scorer,
-    rubric,
-    rules,
-)
-from rlhfjax.rewards.labelers import Labeler, RankingsLabeler, RewardLabeler
+from rlhfjax.rewards import compose, feedback, gold, rubric, rules
+from rlhfjax.rewards.dense import DenseReward
+from rlhfjax.rewards.labelers import RankingsLabeler
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.rankings import by_labeler, read_rankings
-from rlhfjax.rewards.responses import FILE, Reward, TextReward, check_scalar, found
-from rlhfjax.roles import DISK, Descriptions, Head, Sources
+from rlhfjax.rewards.registry import (
+    KINDS,
+    Kind,
+    LabelerSource,
+    Loader,
+    Part,
+    RewardSource,
+    describe,
+    label,
+    load_labeler,
+    load_reward,
+    models_of,
+    stage_description,
+    validate_kind,
+    write,
+)
+from rlhfjax.rewards.responses import TextReward, validate_reward_model
+from rlhfjax.rewards.workers import find_function
 
-RANKINGS = "rankings:"
-
-
-def load_reward(
-    name: str,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources = DISK,
-    program: str = "score",
-) -> Reward:
-    """Returns the reward of that name.
-
-    Args:
-      name: a scorer of text (gold:…, rule:…), or the workdir of a stage that made or described a
-        reward.
-      program: the name of what a model computes; a member of several has its number after it.
-
-    Raises:
-      ConfigError: the model there has no scalar head, or another vocabulary.
-      CheckpointError: there is no model.
-    """
-    if is_text(name):
-        return TextReward(load_scorer(name), tokenizer)
-    values = sources.described(name)
-    if values is None:
-        return _model(sources.load(name, layout), tokenizer, name, program)
-    kind, folder = values.pop("kind", None), paths.path(name)
-    if kind == "compose":
-        return _compose(values, folder, layout, tokenizer, sources, program)
-    if kind not in KINDS:
-        known = ", ".join(("compose", *KINDS))
-        raise ConfigError(f"{folder / FILE}: kind {kind!r} is none of {known}")
-    return KINDS[kind](values, folder, layout, tokenizer, sources, program)
+__all__ = [
+    "KINDS",
+    "LabelerSource",
+    "RewardSource",
+    "describe",
+    "label",
+    "load_labeler",
+    "load_reward",
+    "models_of",
+    "stage_description",
+    "validate_kind",
+    "write",
+]
 
 
-def is_text(name: str) -> bool:
-    """Returns whether a reward of that name scores text on the host."""
-    return name in SCORERS or name.startswith(rules.PREFIX)
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A trained reward model."""
+
+    model: str
+    """the workdir of a reward stage, or another source of a model with a scalar head"""
 
 
-KINDS = {"rubric": rubric.load, "dense": dense.load}
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """A model that rewards every token."""
+
+    model: str = ""
+    """the workdir of a tamer stage; empty in its own reward.json: the folder of that file"""
 
 
-def _model(saved: Any, tokenizer: Tokenizer, name: str, program: str) -> ModelReward:
-    check_scalar(saved, tokenizer, name)
-    return ModelReward(saved.model, saved.params, program)
+@dataclasses.dataclass(frozen=True)
+class RankingsConfig:
+    """Rankings by people, as a labeler."""
+
+    rankings: str
+    """a glob of JSON lines"""
+    labeler: str = ""
+    """whose rankings count; needed where the files hold those of several"""
 
 
-def _compose(
-    values: Mapping[str, Any],
-    folder: Path,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources,
-    program: str,
-) -> Reward:
-    config = compose.read(values, folder)
-
-    def member(name: str, number: int) -> Reward:
-        own = f"{program}_{number}"
-        stacked = (
-            config.combine != "sum"
-            and not is_text(name)
-            and sources.described(name) is None
-        )
-        if not stacked:
-            return load_reward(name, layout, tokenizer, sources, own)
-        opened = sources.open_model(
-            name, layout
-        )  # an ensemble copies its members into one tree
-        saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
-        return _model(saved, tokenizer, name, own)
-
-    members = [member(one.reward, i) for i, one in enumerate(config.members)]
-    where = [
-        load_reward(one.where, layout, tokenizer, sources, f"{program}_where_{i}")
-        if one.where
-        else None
-        for i, one in enumerate(config.members)
-    ]
-    return compose.make(config, members, where, program)
+def _load_model(config: ModelConfig, loader: Loader) -> ModelReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return ModelReward(saved.model, saved.params, loader.program)
 
 
-class Scored(NamedTuple):
-    """A model that scores, beside the suffix that its role and its program have."""
-
-    suffix: str
-    source: str
-    head: Head
+def _load_dense(config: DenseConfig, loader: Loader) -> DenseReward:
+    saved = loader.sources.load(config.model, loader.layout)
+    validate_reward_model(saved, loader.tokenizer, config.model)
+    return DenseReward(saved.model, saved.params, loader.program)
 
 
-def models_of(name: str, sources: Descriptions, suffix: str = "") -> list[Scored]:
-    """Returns the models that a reward or labeler of that name runs; none where rules score."""
-    if is_text(name) or name.startswith(RANKINGS):
-        return []
-    values = sources.described(name)
-    if values is None or values.get("kind") == "dense":
-        return [Scored(suffix, name, "scalar")]
-    folder = paths.path(name)
-    if values.get("kind") == "compose":
-        found_models: list[Scored] = []
-        for i, member in enumerate(values["members"]):
-            for key, part in (("reward", f"_{i}"), ("where", f"_where_{i}")):
-                if member.get(key):
-                    found_models += models_of(
-                        found(member[key], folder), sources, suffix + part
-                    )
-        return found_models
-    return [Scored(suffix, found(values["judge"]["model"], folder), "lm")]
+def _reward_model(config: ModelConfig | DenseConfig) -> Iterator[Part]:
+    if config.model:
+        yield Part("model", config.model, "scalar")
 
 
-def load_labeler(
-    name: str, layout: Layout, tokenizer: Tokenizer, sources: Sources = DISK
-) -> Labeler:
-    """Returns the labeler of that name: `rankings:GLOB[@LABELER]`, AI feedback, or any reward.
-
-    Raises:
-      ConfigError: the file holds several labelers' rankings and none is named, or the named one is
-        not there.
-    """
-    if name.startswith(RANKINGS):
-        return _people(name)
-    values = sources.described(name) or {}
-    if values.pop("kind", None) == "feedback":
-        return feedback.load(values, paths.path(name), layout, sources)
-    return RewardLabeler(load_reward(name, layout, tokenizer, sources))
+def _judge_model(config: Any) -> Iterator[Part]:
+    yield Part("judge.model", config.judge.model, "lm")
 
 
-def _people(name: str) -> RankingsLabeler:
-    pattern, _, who = name.removeprefix(RANKINGS).partition("@")
-    people = by_labeler(read_rankings(pattern))
-    if who not in people and (who or len(people) > 1):
-        known = ", ".join(people)
+def _load_gold(config: gold.GoldConfig, loader: Loader) -> TextReward:
+    return TextReward(gold.SCORERS[config.name](), loader.tokenizer)
+
+
+def _load_rule(config: rules.RuleConfig, loader: Loader) -> TextReward:
+    return TextReward(rules.Rule(config), loader.tokenizer)
+
+
+def _parse_rankings(text: str) -> dict[str, str]:
+    pattern, _, labeler = text.partition("@")
+    return {"rankings": pattern, "labeler": labeler}
+
+
+def _load_rankings(config: RankingsConfig, loader: Loader) -> RankingsLabeler:
+    people = by_labeler(read_rankings(config.rankings))
+    if config.labeler not in people and (config.labeler or len(people) > 1):
         raise ConfigError(
-            f"labeler {name!r}: name one of {known} as rankings:GLOB@LABELER"
+            f"rankings {config.rankings!r}: labeler={config.labeler!r} has none there;"
+            f" name one of {', '.join(people)} as rankings:GLOB@LABELER"
         )
-    return RankingsLabeler(people[who or next(iter(people))])
+    return RankingsLabeler(people[config.labeler or next(iter(people))])
+
+
+KINDS.update(
+    gold=Kind(
+        gold.GoldConfig,
+        _load_gold,
+        check=lambda config: gold.SCORERS[config.name](),
+        parse=lambda name: {"name": name},
+    ),
+    rule=Kind(
+        rules.RuleConfig,
+        _load_rule,
+        check=lambda config: find_function(config.function),
+        parse=rules.parse,
+        files=("metadata",),
+    ),
+    model=Kind(ModelConfig, _load_model, _reward_model, sources=("model",)),
+    dense=Kind(DenseConfig, _load_dense, _reward_model, sources=("model",)),
+    compose=Kind(
+        compose.ComposeConfig,
+        compose.load,
+        compose.parts,
+        sources=("reward", "where"),
+    ),
+    rubric=Kind(rubric.RubricConfig, rubric.load, _judge_model, sources=("model",)),
+    feedback=Kind(
+        feedback.FeedbackConfig,
+        feedback.load,
+        _judge_model,
+        sources=("model",),
+        files=("principles",),
+        labels=True,
+    ),
+    rankings=Kind(
+        RankingsConfig,
+        _load_rankings,
+        parse=_parse_rankings,
+        files=("rankings",),
+        labels=True,
+    ),
+)

@@ -1,9 +1,11 @@
-"""People's rankings as JSON lines, one a line:
+"""Reads and writes people's rankings as JSON lines, one ranking per line:
 
-    {"prompt": "…", "completions": ["…", "…", "…"], "ranking": [2, 1, 2], "labeler": "a", "time": "2025-03-01T10:00"}
+    {"prompt": "…", "completions": ["…", "…", "…"], "ranking": [2, 1, 2], "labeler": "a",
+     "time": "2025-03-01T10:00"}
 
-`ranking[i]` is the rank of completion i: 1 is the best, completions of one rank are tied. `prompt` is text (one user
-turn) or a list of messages. `labeler` and `time` (ISO 8601) may be left out.
+`ranking[i]` is the rank of completion i: 1 is the best, completions with one rank are tied.
+`prompt` is text (one user turn) or a list of messages. `labeler` and `time` (ISO 8601) may be left
+out.
 """
 
 import datetime
@@ -32,33 +34,33 @@ class Ranking(NamedTuple):
 
     @property
     def scores(self) -> list[float]:
-        """Higher is better: minus the rank."""
+        """Minus the ranks, so that higher is better."""
         return [-float(rank) for rank in self.ranks]
 
     @property
     def key(self) -> str:
-        """The same for equal prompts."""
-        return (
-            self.prompt if isinstance(self.prompt, str) else chat.to_text(self.prompt)
-        )
+        """Text that is the same for equal prompts."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return chat.to_text(self.prompt)
 
 
 def read_rankings(pattern: str) -> list[Ranking]:
-    """Every ranking of the files that match a glob, in order.
+    """Returns the rankings in the files that match a glob, in order.
 
     Raises:
-      DataError: no file matches, or a line is malformed: `file:line: why`.
+      DataError: no file matches, there is no ranking, or a line is malformed: `file:line: why`.
     """
-    found = paths.glob(pattern)
-    if not found:
+    files = paths.glob(pattern)
+    if not files:
         raise DataError(f"rankings: no file matches {pattern}")
     rankings = []
-    for path in found:
+    for path in files:
         for place, row in located_rows(path):
             try:
                 rankings.append(_parse(row))
-            except (ValueError, TypeError) as why:
-                raise DataError(f"{place}: {why}") from why
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{place}: {error}") from error
     if not rankings:
         raise DataError(f"rankings: {pattern} holds no ranking")
     return rankings
@@ -67,48 +69,54 @@ def read_rankings(pattern: str) -> list[Ranking]:
 def write_rankings(path: Path, rankings: Iterable[Ranking]) -> None:
     """Writes rankings as JSON lines, whole or not at all."""
     rows = []
-    for one in rankings:
+    for ranking in rankings:
         row = {
-            "prompt": one.prompt,
-            "completions": list(one.completions),
-            "ranking": list(one.ranks),
+            "prompt": ranking.prompt,
+            "completions": list(ranking.completions),
+            "ranking": list(ranking.ranks),
         }
-        row |= {
-            name: value for name in ("labeler", "time") if (value := getattr(one, name))
-        }
+        if ranking.labeler:
+            row["labeler"] = ranking.labeler
+        if ranking.time:
+            row["time"] = ranking.time
         rows.append(row)
     write_jsonl(path, rows)
 
 
 def from_row(row: Mapping[str, Any], labeler: str = "") -> Ranking:
-    """The ranking in a row of a preference folder (or of its twin in JSON lines)."""
-    ranks = (
-        [int(rank) for rank in row["ranks"]]
-        if "ranks" in row
-        else ranks_of([float(x) for x in row["scores"]])
-    )
-    prompt = row.get("messages") or row["prompt"]
+    """Returns the ranking in a row of a preference dataset.
+
+    Args:
+      labeler: who labeled the row, if the row does not tell.
+    """
+    if "ranks" in row:
+        ranks = [int(rank) for rank in row["ranks"]]
+    else:
+        ranks = ranks_of([float(score) for score in row["scores"]])
     return Ranking(
-        prompt, tuple(row["completions"]), tuple(ranks), row.get("labeler") or labeler
+        prompt=row.get("messages") or row["prompt"],
+        completions=tuple(row["completions"]),
+        ranks=tuple(ranks),
+        labeler=row.get("labeler") or labeler,
     )
 
 
 def _parse(row: Mapping[str, Any]) -> Ranking:
     row = row_with_present_names(row)
-    if missing := [
-        name for name in ("prompt", "completions", "ranking") if name not in row
-    ]:
-        raise ValueError(f"no {missing[0]!r}, found {', '.join(row) or 'nothing'}")
+    for name in ("prompt", "completions", "ranking"):
+        if name not in row:
+            found = ", ".join(row) or "nothing"
+            raise ValueError(f"no {name!r}, found {found}")
     completions, ranks = _texts(row["completions"]), row["ranking"]
-    if not isinstance(ranks, list) or any(
-        type(rank) is not int or rank < 1 for rank in ranks
-    ):
+    is_list = isinstance(ranks, list)
+    if not is_list or any(type(rank) is not int or rank < 1 for rank in ranks):
         raise ValueError(
             f"'ranking' must be a list of whole numbers from 1, the best; got {ranks!r}"
         )
     if len(ranks) != len(completions) or len(ranks) < 2:
         raise ValueError(
-            f"{len(completions)} completions and {len(ranks)} ranks; at least 2, and one each, are needed"
+            f"{len(completions)} completions and {len(ranks)} ranks;"
+            " expected at least 2, and one rank per completion"
         )
     labeler, time = row.get("labeler", ""), row.get("time", "")
     if not isinstance(labeler, str):
@@ -119,9 +127,8 @@ def _parse(row: Mapping[str, Any]) -> Ranking:
 
 
 def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or any(
-        not isinstance(value, str) for value in values
-    ):
+    is_list = isinstance(values, list)
+    if not is_list or not all(isinstance(value, str) for value in values):
         raise ValueError("'completions' must be a list of texts")
     return tuple(values)
 
@@ -129,7 +136,7 @@ def _texts(values: Any) -> tuple[str, ...]:
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, list) and value and all(_is_message(one) for one in value):
+    if isinstance(value, list) and value and all(map(_is_message, value)):
         return value
     raise ValueError(
         "'prompt' must be text or a list of messages with 'role' and 'content'"
@@ -146,8 +153,8 @@ def _is_message(value: Any) -> bool:
 
 
 def by_labeler(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
-    """Rankings by who made them, in order of first appearance."""
-    out: dict[str, list[Ranking]] = {}
-    for one in rankings:
-        out.setdefault(one.labeler, []).append(one)
-    return out
+    """Returns rankings by their labelers, in order of first appearance."""
+    grouped: dict[str, list[Ranking]] = {}
+    for ranking in rankings:
+        grouped.setdefault(ranking.labeler, []).append(ranking)
+    return grouped

@@ -1,108 +1,151 @@
-"""What rewards of sampled sequences share: their type, scorers of text as rewards, and names in
-reward.json. See `load.py` for rewards by name."""
+"""What rewards of sampled responses share: their types, and scorers of text as rewards."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from rlhfjax import hosts, paths
+from rlhfjax import hosts
 from rlhfjax.data import chat
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.paths import Path
 from rlhfjax.programs import Rows, on_host
-from rlhfjax.rewards import Scorer
-from rlhfjax.roles import REWARD
+from rlhfjax.types import Metrics
 
-Reward = Callable[
-    [Any, Any, Any], Any
-]  # (tokens [n, p + r], segments [n, p + r], mask [n, r]) -> scores [n]
-Pairs = dict[str, tuple[Any, Any]]
-FILE = (
-    REWARD  # left by a stage that describes a reward: {"kind": ..., ...}, see `load.py`
-)
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores sampled responses; higher is better.
+
+    Args:
+      tokens, attention_mask: [n, p + r], prompts and responses.
+      mask: [n, r], 1 on the tokens of the responses.
+
+    Returns:
+      Scores [n]. A score depends on its own prompt and response only.
+    """
+
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows, /) -> Rows: ...
+
+
+Scored = tuple[Rows, dict[str, Any]]
+"""Scores [n] with metrics: (sum, weight) by name, or shapes of them where a step is recorded."""
+
+
+@runtime_checkable
+class RewardWithMetrics(Reward, Protocol):
+    """A reward with metrics of its own: disagreement, components, failures."""
+
+    def with_metrics(
+        self, tokens: Rows, attention_mask: Rows, mask: Rows, /
+    ) -> Scored: ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores responses as text; higher is better. `TextReward` makes a reward of it.
+
+    Args:
+      prompts: n texts with chat markers.
+      responses: n texts without special tokens.
+
+    Returns:
+      float32 [n]. A score depends on its own prompt and response only.
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> np.ndarray: ...
+
+
+@runtime_checkable
+class ScorerWithMetrics(Scorer, Protocol):
+    """A scorer with metrics of its own."""
+
+    def with_metrics(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[np.ndarray, Metrics]: ...
 
 
 class TextReward:
-    """Scores the text of each response on the first host, which tells the others."""
+    """Scores the text of each response on the first host and sends the scores to the others."""
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
         self.scorer, self.tokenizer = scorer, tokenizer
 
-    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        return on_host(self._scores, score_shapes)(tokens, segments, mask)
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
+        """Returns the scores [n]."""
+        return self.with_metrics(tokens, attention_mask, mask)[0]
 
-    def with_metrics(
-        self, tokens: Rows, segments: Rows, mask: Rows
-    ) -> tuple[Rows, Pairs]:
-        """Scores, and what the scorer says of them where it says anything."""
-        if not hasattr(self.scorer, "with_metrics"):
-            return self(tokens, segments, mask), {}
+    def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
+        """Returns the scores [n] and the scorer's metrics, empty where it has none."""
         scored = on_host(
             self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {})
         )
-        return scored(tokens, segments, mask)
+        return scored(tokens, attention_mask, mask)
 
-    def _scores(self, *arrays: jax.Array) -> np.ndarray:
-        rows = self._texts(*arrays)
-        return hosts.share(lambda: self.scorer(*rows))
+    def _scores_and_metrics(self, *arrays: jax.Array) -> Scored:
+        rows = [np.asarray(x) for x in hosts.whole(arrays)]
+        prompts, responses = texts(self.tokenizer, *rows)
 
-    def _scores_and_metrics(self, *arrays: jax.Array) -> tuple[Rows, Pairs]:
-        rows = self._texts(*arrays)
-        return hosts.share(lambda: self.scorer.with_metrics(*rows))
+        def scored() -> Scored:
+            if isinstance(self.scorer, ScorerWithMetrics):
+                return self.scorer.with_metrics(prompts, responses)
+            return self.scorer(prompts, responses), {}
 
-    def _texts(self, *arrays: jax.Array) -> tuple[list[str], list[str]]:
-        return texts(self.tokenizer, *(np.asarray(x) for x in hosts.whole(arrays)))
+        return hosts.share(scored)
 
 
-def score_shapes(tokens: Any, segments: Any, mask: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of scores [n] that come from the host."""
+def score_shapes(
+    tokens: Rows, attention_mask: Rows, mask: Rows
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape of scores [n] that are computed on the host."""
     return jax.ShapeDtypeStruct((mask.shape[0],), np.float32)
 
 
-def score(reward: Reward, tokens: Any, segments: Any, mask: Any) -> tuple[Any, Pairs]:
-    """Scores [n] and the reward's own metrics (disagreement, components, failures), empty where it has none."""
-    if hasattr(reward, "with_metrics"):
-        return reward.with_metrics(tokens, segments, mask)
-    return reward(tokens, segments, mask), {}
+def score(reward: Reward, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
+    """Returns the scores [n] of a reward and its metrics, empty where it has none."""
+    if isinstance(reward, RewardWithMetrics):
+        return reward.with_metrics(tokens, attention_mask, mask)
+    return reward(tokens, attention_mask, mask), {}
 
 
 def texts(
-    tokenizer: Tokenizer, tokens: np.ndarray, segments: np.ndarray, mask: np.ndarray
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    attention_mask: np.ndarray,
+    mask: np.ndarray,
 ) -> tuple[list[str], list[str]]:
-    """The texts of prompts, in our markers (`chat.prompt_text`), and of responses; pads and eos leave nothing."""
+    """Returns the texts of prompts, with chat markers (`chat.prompt_text`), and of responses.
+
+    Padding and eos are left out.
+    """
     p = tokens.shape[1] - mask.shape[1]
-    prompts = [
-        chat.prompt_text(tokenizer, row[seg > 0].tolist())
-        for row, seg in zip(tokens[:, :p], segments[:, :p], strict=True)
-    ]
-    responses = [
-        tokenizer.decode(row[keep > 0].tolist())
-        for row, keep in zip(tokens[:, p:], mask, strict=True)
-    ]
+    prompts, responses = [], []
+    for ids, segment, counts in zip(tokens, attention_mask, mask, strict=True):
+        prompt = ids[:p][segment[:p] > 0]
+        prompts.append(chat.prompt_text(tokenizer, prompt.tolist()))
+        responses.append(tokenizer.decode(ids[p:][counts > 0].tolist()))
     return prompts, responses
 
 
-def beside(name: str, folder: Path) -> str:
-    """A name as reward.json keeps it: a path is relative to its folder, so that a recipe's workdir can be moved."""
-    return paths.relative(name, folder)
+def validate_reward_model(
+    saved: store.SavedModel | store.Opened, tokenizer: Tokenizer, name: str
+) -> None:
+    """Validates that a model can score responses of the policy that has this tokenizer.
 
-
-def found(name: str, folder: Path) -> str:
-    """What `beside` kept, as it is reached from here."""
-    there = paths.within(folder, name)
-    return str(there) if there.exists() else name
-
-
-def check_scalar(saved: store.SavedModel, tokenizer: Tokenizer, name: str) -> None:
-    if saved.model.head != "scalar":
+    Raises:
+      ConfigError: it has no scalar head, or fewer token ids than the tokenizer.
+    """
+    model = saved.model
+    if model.head != "scalar":
         raise ConfigError(
-            f"{name}: a reward model is needed, this one has a {saved.model.head} head"
+            f"{name}: expected a reward model, got one with a {model.head} head"
         )
-    if saved.model.config.vocab_size < tokenizer.vocab_size:
+    if model.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"{name}: the reward model has another vocabulary than the policy"
+            f"{name}: the reward model has {model.config.vocab_size} token ids,"
+            f" the policy's tokenizer {tokenizer.vocab_size}"
         )

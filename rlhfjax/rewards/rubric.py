@@ -1,48 +1,52 @@
-"""Rule-based reward models: a rubric put to a judge as a multiple choice, and a reward for each class.
+"""Rule-based reward models: a judge answers a rubric's multiple choice; each class has a reward.
 
 r(x, y) = sum_c p(c | rubric, x, y) reward_c, p the judge's probabilities of the options
 
-Source: OpenAI 2023, GPT-4 technical report, section 6 (RBRMs: prompt, output and a rubric in; a class out).
+Source: OpenAI 2023, GPT-4 technical report, section 6 (an RBRM takes a prompt, an output and a
+rubric, and returns a class).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlhfjax.config import build
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
-from rlhfjax.mesh import Layout
-from rlhfjax.paths import Path
 from rlhfjax.ranges import Finite
 from rlhfjax.rewards.judge import (
     Judge,
     JudgeConfig,
     ask,
     class_probabilities,
-    load_judge,
     readable,
 )
-from rlhfjax.rewards.responses import Pairs, Reward, TextReward
-from rlhfjax.roles import Sources
+from rlhfjax.rewards.registry import Loader
+from rlhfjax.rewards.responses import TextReward
+from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassConfig:
-    """One answer of the multiple choice."""
+    """One option of the multiple choice."""
 
-    option: str  # what the judge says: "A"
+    option: str
+    """the judge's text for it, "A" for instance"""
     reward: Finite
-    name: str = ""  # in the metrics, as class_NAME; empty: the option
+    """the reward of a response that the judge puts into this class"""
+    name: str = ""
+    """its name in the metrics, as class_NAME; empty: the option"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RubricConfig:
+    """A rubric, its classes and its judge."""
+
     judge: JudgeConfig
-    template: str  # with {response}, and {prompt} where the judge is to see it; it spells out the options
+    """the language model that chooses"""
+    template: str
+    """the question, with {response}, the options, and {prompt} if the judge is to see it"""
     classes: tuple[ClassConfig, ...] = ()
+    """the options, at least two"""
 
     def __post_init__(self):
         if "{response}" not in self.template:
@@ -54,57 +58,51 @@ class RubricConfig:
 
 
 class Rubric:
-    """A rubric as a scorer of texts; metrics: the mean probability of each class, the share of
-    questions cut."""
+    """A rubric as a scorer of texts.
+
+    Metrics: class_NAME, the mean probability of each class; judge_cut, the share of questions whose
+    prompt or response was cut to fit.
+    """
 
     def __init__(self, config: RubricConfig, judge: Judge):
         self._config, self._judge = config, judge
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Returns the scores, float32 [n]."""
         return self.with_metrics(prompts, responses)[0]
 
     def with_metrics(
         self, prompts: Sequence[str], responses: Sequence[str]
-    ) -> tuple[np.ndarray, Pairs]:
-        chances, cut = self.probabilities(prompts, responses)
+    ) -> tuple[np.ndarray, Metrics]:
+        """Returns the scores, float32 [n], and the metrics."""
+        classes = self._config.classes
+        probabilities, cut = self.probabilities(prompts, responses)
         n = float(len(responses))
-        scores = chances @ np.array([one.reward for one in self._config.classes])
-        sums = zip(self._config.classes, chances.sum(axis=0), strict=True)
-        metrics = {f"class_{one.name or one.option}": (float(s), n) for one, s in sums}
-        return scores.astype(np.float32), metrics | {"judge_cut": (float(cut), n)}
+        scores = probabilities @ np.array([choice.reward for choice in classes])
+        metrics: Metrics = {}
+        for choice, total in zip(classes, probabilities.sum(axis=0), strict=True):
+            metrics[f"class_{choice.name or choice.option}"] = (float(total), n)
+        metrics["judge_cut"] = (float(cut), n)
+        return scores.astype(np.float32), metrics
 
     def probabilities(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
+        self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[np.ndarray, int]:
-        """p(class | rubric, prompt, response), [n, classes], and how many of the questions were cut
-        to fit."""
-        options = [one.option for one in self._config.classes]
+        """Returns the probabilities of the classes [n, classes] and the number of questions cut."""
+        options = [choice.option for choice in self._config.classes]
         room = self._judge.room(options)
-        asked = [
-            ask(
-                self._judge.tokenizer,
-                self._config.template,
-                room,
-                prompt=readable(prompt),
-                response=response,
+        questions, cut = [], 0
+        for prompt, response in zip(prompts, responses, strict=True):
+            values = {"prompt": readable(prompt), "response": response}
+            question, was_cut = ask(
+                self._judge.tokenizer, self._config.template, room, values
             )
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        logprobs = self._judge.logprobs([question for question, _ in asked], options)
-        return class_probabilities(logprobs), sum(cut for _, cut in asked)
+            questions.append(question)
+            cut += was_cut
+        return class_probabilities(self._judge.logprobs(questions, options)), cut
 
 
-def load(
-    values: Mapping[str, Any],
-    folder: Path,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    sources: Sources,
-    program: str,
-) -> Reward:
-    config = build(RubricConfig, values, str(folder / "reward.json"))
-    return TextReward(
-        Rubric(config, load_judge(config.judge, folder, layout, sources)), tokenizer
-    )
+def load(config: RubricConfig, loader: Loader) -> TextReward:
+    """Returns a rubric as a reward, its judge loaded."""
+    judge = Judge(config.judge, loader.layout, loader.sources)
+    return TextReward(Rubric(config, judge), loader.tokenizer)

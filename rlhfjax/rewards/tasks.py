@@ -1,7 +1,7 @@
-"""Tasks whose answers a program can check: reasoning-gym's generators, as prompts and as a rule.
+"""Tasks with verifiable answers: reasoning-gym's generators, as prompts and as a rule.
 
-`stages/tasks.py` writes the prompts; their metadata say which task, seed, size and index each one is, and `score` makes
-the same entry again, so that nothing of it has to survive being written as text.
+`stages/tasks.py` writes the prompts with their task, seed, size and index as metadata. `score`
+generates the same entry again from these, so that no entry has to be stored as text.
 """
 
 import functools
@@ -15,7 +15,11 @@ RULE = "rlhfjax.rewards.tasks:score"
 
 
 def gym() -> Any:
-    """The reasoning_gym package. Raises DataError when it is not installed."""
+    """Returns the reasoning_gym package.
+
+    Raises:
+      DataError: it is not installed.
+    """
     try:
         import reasoning_gym
     except ImportError:
@@ -27,7 +31,7 @@ def gym() -> Any:
 
 @functools.lru_cache(maxsize=64)
 def dataset(task: str, size: int, seed: int) -> Any:
-    """A generator's entries by index, the same on every machine.
+    """Returns a generator's entries by index, the same on every machine.
 
     Raises:
       ConfigError: reasoning-gym has no task of that name.
@@ -40,31 +44,39 @@ def dataset(task: str, size: int, seed: int) -> Any:
 
 
 def rows(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Prompts with what `score` needs to know of each."""
+    """Yields prompts with the metadata that `score` needs."""
     entries = dataset(task, size, seed)
     for index in range(size):
         entry = entries[index]
-        metadata = {"task": task, "size": size, "seed": seed, "index": index}
-        yield {"prompt": entry["question"], "answer": str(entry["answer"]), **metadata}
+        yield {
+            "prompt": entry["question"],
+            "answer": str(entry["answer"]),
+            "task": task,
+            "size": size,
+            "seed": seed,
+            "index": index,
+        }
 
 
 def score(prompt: str, response: str, metadata: Mapping[str, Any]) -> float:
-    """The task's own score of an answer, in [0, 1]; partial credit where the task gives it.
+    """Returns the task's own score of an answer, in [0, 1], with partial credit in some tasks.
 
-    What stands between <answer> and </answer> is the answer, and where there is none the whole response.
+    The answer is the text between <answer> and </answer>, or else the whole response.
 
     Raises:
-      DataError: the entry made again asks another question: another version of reasoning-gym.
+      DataError: the generated entry has another answer: another version of reasoning-gym.
     """
     entries = dataset(metadata["task"], metadata["size"], metadata["seed"])
     entry = entries[metadata["index"]]
     if str(entry["answer"]) != metadata["answer"]:
         raise DataError(
-            "the task has changed since the prompts were written; another version of reasoning-gym?"
+            "the task has changed since the prompts were written;"
+            " another version of reasoning-gym?"
         )
     return float(entries.score_answer(extract(response), entry))
 
 
 def extract(response: str) -> str:
-    found = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
-    return (found[-1] if found else response).strip()
+    """Returns the last text between <answer> and </answer>, or else the response, stripped."""
+    answers = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
+    return (answers[-1] if answers else response).strip()

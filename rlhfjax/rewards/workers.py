@@ -1,7 +1,8 @@
-"""A function of one sample run in processes beside the accelerator: no sample is lost, and none can hang the run.
+"""Runs a function of one sample in processes beside the accelerator.
 
-A call that raises, returns no finite number, takes longer than its time or kills its process becomes an outcome that
-says so; its process is replaced and the other calls go on.
+A call that raises, returns no finite number, exceeds its time or kills its process becomes an
+outcome that tells why. Its process is replaced if needed, and the other calls continue: no sample
+is lost, and none can hang the run.
 """
 
 import importlib
@@ -22,46 +23,45 @@ TIMED_OUT = "timed out"
 
 
 class Outcome(NamedTuple):
-    """What became of one call."""
+    """The result of one call."""
 
-    value: float | None  # None where it failed
-    error: str = ""  # why, one line
+    value: float | None  # None: the call failed
+    error: str = ""  # why it failed, one line
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """The function `package.module:function`.
+    """Returns the function `package.module:function`.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: it cannot be imported, or is no function.
     """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"rule {name!r}: expected package.module:function that can be imported ({first_line(error)})"
+            f"rule {name!r}: expected package.module:function that can be imported"
+            f" ({first_line(error)})"
         ) from None
-    if not callable(found):
-        raise ConfigError(f"rule {name!r}: it is a {type(found).__name__}, no function")
-    return found
+    if not callable(function):
+        kind = type(function).__name__
+        raise ConfigError(f"rule {name!r}: expected a function, got {kind}")
+    return function
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Outcome:
-    """One call here and now, its exceptions as outcomes; True is 1 and False 0, and 0 is a score like any other."""
+    """Returns the outcome of one call in this process; True counts as 1 and False as 0."""
     try:
-        value = function(*arguments)
-        number = float(value)
+        number = float(function(*arguments))
     except Exception as error:
         return Outcome(None, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return (
-        Outcome(number)
-        if math.isfinite(number)
-        else Outcome(None, f"returned {number}")
-    )
+    if not math.isfinite(number):
+        return Outcome(None, f"returned {number}")
+    return Outcome(number)
 
 
 def _serve(connection: Connection, name: str) -> None:
-    """A worker: says that it is ready, then answers calls until the other end is closed."""
+    """Runs a worker: sends None when it is ready, then an outcome per call until the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     function = find_function(name)
     connection.send(None)
@@ -73,16 +73,20 @@ def _serve(connection: Connection, name: str) -> None:
 
 
 class _Worker:
+    """A process, and the call that it is running."""
+
     def __init__(self, name: str):
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would share the accelerator's threads and locks
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, name), daemon=True)
+        # A fork would share the accelerator's threads and locks.
+        context = multiprocessing.get_context("spawn")
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(other_end, name), daemon=True
+        )
         self.process.start()
-        theirs.close()
-        self.item: int | None = None  # what it works on
-        self.ready, self.deadline = False, time.monotonic() + STARTING
+        other_end.close()
+        self.item: int | None = None  # index of the call
+        self.ready = False
+        self.deadline = time.monotonic() + STARTING
 
     def stop(self) -> None:
         self.process.kill()
@@ -91,7 +95,7 @@ class _Worker:
 
 
 class Pool:
-    """Worker processes for one function, given by its name; they start with the first calls and end with the pool."""
+    """Worker processes for one function. They start with the first calls and end with the pool."""
 
     def __init__(self, name: str, *, workers: int, timeout: float):
         find_function(name)
@@ -100,57 +104,56 @@ class Pool:
         weakref.finalize(self, _stop_all, self._workers)
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
-        """The outcome of every call, in their order.
+        """Returns the outcome of every call, in order.
 
         Raises:
-          DataError: a worker process does not come up.
+          DataError: a worker process does not start.
         """
-        outcomes: list[Outcome | None] = [None] * len(calls)
+        outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(calls)))
         while len(self._workers) < min(self._count, len(calls)):
             self._workers.append(_Worker(self._name))
-        while waiting or any(worker.item is not None for worker in self._workers):
+        while len(outcomes) < len(calls):
             for worker in self._workers:
                 if worker.ready and worker.item is None and waiting:
                     worker.item = waiting.popleft()
                     worker.deadline = time.monotonic() + self._timeout
                     worker.connection.send(calls[worker.item])
-            self._listen(outcomes)
-        return outcomes  # every one is filled: the loop ends when nothing waits and nobody works
+            self._wait(outcomes)
+        return [outcomes[i] for i in range(len(calls))]
 
-    def _listen(self, outcomes: list[Outcome | None]) -> None:
-        """Waits for the next answer or deadline, and takes down what there is."""
-        active = {
-            w.connection: w for w in self._workers if w.item is not None or not w.ready
-        }
-        left = min(worker.deadline for worker in active.values()) - time.monotonic()
-        heard = wait(list(active), timeout=max(0.0, left))
-        for connection, worker in active.items():
-            if connection in heard:
-                self._hear(worker, outcomes)
+    def _wait(self, outcomes: dict[int, Outcome]) -> None:
+        """Waits for the next result or deadline and adds the outcomes that there are."""
+        active = [w for w in self._workers if w.item is not None or not w.ready]
+        left = min(worker.deadline for worker in active) - time.monotonic()
+        connections = [worker.connection for worker in active]
+        received = wait(connections, timeout=max(0.0, left))
+        for worker in active:
+            if worker.connection in received:
+                self._receive(worker, outcomes)
             elif time.monotonic() > worker.deadline:
-                self._replace(
-                    worker, outcomes, f"{TIMED_OUT} after {self._timeout:g} s"
-                )
+                error = f"{TIMED_OUT} after {self._timeout:g} s"
+                self._replace(worker, outcomes, error)
 
-    def _hear(self, worker: _Worker, outcomes: list[Outcome | None]) -> None:
+    def _receive(self, worker: _Worker, outcomes: dict[int, Outcome]) -> None:
         try:
-            answer = worker.connection.recv()
+            outcome = worker.connection.recv()
         except (EOFError, OSError):
             self._replace(worker, outcomes, "its process died")
             return
         if worker.item is None:
             worker.ready = True
         else:
-            outcomes[worker.item], worker.item = answer, None
+            outcomes[worker.item] = outcome
+            worker.item = None
 
     def _replace(
-        self, worker: _Worker, outcomes: list[Outcome | None], error: str
+        self, worker: _Worker, outcomes: dict[int, Outcome], error: str
     ) -> None:
         worker.stop()
-        if not worker.ready:
+        if worker.item is None:
             raise DataError(
-                f"rule {self._name!r}: a process that should run it did not come up ({error})"
+                f"rule {self._name!r}: a worker process did not start ({error})"
             )
         outcomes[worker.item] = Outcome(None, error)
         self._workers[self._workers.index(worker)] = _Worker(self._name)

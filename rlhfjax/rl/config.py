@@ -23,6 +23,7 @@ from rlhfjax.ranges import (
     Tokens,
     TokensOrNone,
 )
+from rlhfjax.rewards.load import RewardSource
 from rlhfjax.rl.prompts import PromptConfig, PtxConfig
 from rlhfjax.roles import Pass, Role, Workload
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
@@ -65,7 +66,7 @@ class HumanConfig:
     Source: Knox & Stone 2010 (TAMER+RL, reward addition).
     """
 
-    reward: str = ""  # a tamer stage's workdir, or any reward; empty: none
+    reward: RewardSource = ""  # a tamer stage's workdir, or any reward; empty: none
     weight: Finite = 1.0  # reward units a unit of H, in the first iteration
     factor: PositiveShare = (
         0.98  # "and the like", Knox & Stone 2010, who anneal an episode
@@ -78,11 +79,13 @@ class PolicyConfig(TrainConfig):
     init_from: str = dataclasses.field()  # the policy at the start, and the reference
     reference: str | None = None  # None: init_from
     lora: LoraConfig = LoraConfig()  # rank 0: all of the policy is trained
-    reward: str  # a reward stage's workdir, or a scorer such as gold:sentiment
+    reward: RewardSource  # a reward stage's workdir, a scorer such as gold:sentiment, or a description
     human: HumanConfig = HumanConfig()
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()
-    gold: str = ""  # a scorer to measure held-out answers with; it is never trained on
+    gold: RewardSource = (
+        ""  # a scorer to measure held-out answers with; it is never trained on
+    )
     prompt_length: Tokens
     max_new_tokens: Tokens
     temperature: PositiveTemperature = 1.0

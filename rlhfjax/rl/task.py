@@ -8,7 +8,7 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.programs import on_mesh
-from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.load import RewardSource, load_reward
 from rlhfjax.rewards.responses import Reward, score
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.rewards import with_human
@@ -93,10 +93,10 @@ def open_task(
             f"{config.stage}: the responses of an iteration, over frozen_mesh,",
         )
 
-    def load(name: str, where: Layout, program: str) -> Reward | None:
+    def load(source: RewardSource, where: Layout, program: str) -> Reward | None:
         return (
-            load_reward(name, where, policy.tokenizer, models, program)
-            if name
+            load_reward(source, where, policy.tokenizer, models, program)
+            if source
             else None
         )
 

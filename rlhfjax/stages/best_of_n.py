@@ -33,7 +33,7 @@ from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import PositiveTemperature, Seed, Size, SizeOrNone, Tokens
-from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import Reward, texts
 from rlhfjax.rl.config import validate_decode_batch
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
@@ -50,8 +50,8 @@ Pool = dict[str, np.ndarray]
 class Config:
     stage: str = "best_of_n"
     init_from: str  # the policy that answers
-    proxy: str  # what picks: a reward stage's workdir, or a scorer
-    gold: str = ""  # what judges the pick; empty: the proxy alone
+    proxy: RewardSource  # what picks: a reward stage's workdir, or a scorer
+    gold: RewardSource = ""  # what judges the pick; empty: the proxy alone
     prompts: PromptConfig = PromptConfig()
     pool: Size = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
     prompt_length: Tokens
@@ -104,7 +104,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     with layout.use():
         prompts, answers, pool = _pools(config, policy, tokenizer, rewards, layout)
     for name in rewards:
-        stats.validate_scores(pool[name], f"best_of_n.{name}={getattr(config, name)}")
+        context = f"best_of_n.{name}={label(getattr(config, name))}"
+        stats.validate_scores(pool[name], context)
     write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
     write_jsonl(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
     metrics: dict[str, float] = {}

@@ -23,7 +23,7 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Several, Size, SizeOrNone, Temperature, Tokens
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labelers import Answers, Labeler, make_answers
-from rlhfjax.rewards.load import load_labeler
+from rlhfjax.rewards.load import LabelerSource, label, load_labeler
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
 from rlhfjax.rl.config import TruncateConfig, validate_decode_batch, validate_truncate
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
@@ -37,9 +37,9 @@ FOLDER = "preferences"
 class Config:
     stage: str = "collect"
     init_from: str  # the policy that answers
-    labeler: str  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
+    labeler: LabelerSource  # whose scores are kept: gold:sentiment, a reward's workdir, a judge's, rankings:GLOB
     others: tuple[
-        str, ...
+        LabelerSource, ...
     ] = ()  # label the same answers, for inter-labeler agreement alone
     prompts: PromptConfig = PromptConfig()
     eval_prompts: PromptConfig = PromptConfig()  # become the validation split
@@ -106,7 +106,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             for number, (split, one) in enumerate(prompts.items())
         }
     hosts.share(
-        lambda: write_preferences(workdir / FOLDER, splits, labeler=config.labeler)
+        lambda: write_preferences(
+            workdir / FOLDER, splits, labeler=label(config.labeler)
+        )
     )
     metrics = _describe(splits)
     for labeler in labelers:
@@ -176,7 +178,7 @@ def _validate_opinions(config: Config, labels: np.ndarray, index: np.ndarray) ->
         row, response = missing[0]
         place = f"response {response} of prompt {index[row]}"
         raise DataError(
-            f"collect.labeler={config.labeler}: it has no opinion about {place}"
+            f"collect.labeler={label(config.labeler)}: it has no opinion about {place}"
         )
 
 

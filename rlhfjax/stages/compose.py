@@ -1,8 +1,9 @@
-"""A reward made of others, by name in one file: an ensemble of reward models, or a weighted sum with rules and judges.
+"""Describes a reward that is made of others: an ensemble of reward models, or a weighted sum.
 
-workdir/reward.json    what `reward="stage:…"` of a policy stage then loads
+workdir/reward.json    the description, which `reward="stage:…"` of a later stage loads
 
-An ensemble's members are reward stages that differ in their seed, each its own stage of the recipe.
+A description in place (`reward={"kind": "compose", …}`) is the same without a stage. The members of
+an ensemble are reward stages with different seeds, each its own stage of the recipe.
 """
 
 import dataclasses
@@ -11,31 +12,30 @@ from typing import Any
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
-from rlhfjax.rewards.compose import ComposeConfig, save
+from rlhfjax.rewards.compose import ComposeConfig
+from rlhfjax.rewards.load import stage_description, write
 
 ON_ONE_HOST = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ComposeConfig):
+    """The members, and how they are combined."""
+
     stage: str = "compose"
+    """name of the stage"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns what reward.json says, with names as the config has them."""
-    return {"kind": "compose", **dataclasses.asdict(_own(config))}
-
-
-def _own(config: Config) -> ComposeConfig:
-    return ComposeConfig(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(ComposeConfig)}
-    )
+    """Returns what reward.json holds, with names as the config has them."""
+    return stage_description("compose", config)
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes reward.json; returns how many members there are."""
-    save(workdir, _own(config))
+    """Writes reward.json and returns the number of members."""
+    write(workdir, describe(config))
     metrics = {"compose/members": float(len(config.members))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

@@ -31,7 +31,7 @@ from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, SizeOrNone, Temperature, Tokens
-from rlhfjax.rewards.load import load_reward
+from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import texts
 from rlhfjax.rl.answers import Sampling, answers, validate_buckets
 from rlhfjax.rl.config import validate_decode_batch
@@ -48,8 +48,8 @@ class Config:
     stage: str = "evaluate"
     policy: str
     baseline: str  # also the reference of the KL
-    gold: str  # a scorer
-    proxy: str | None = None  # the reward that the policy was trained on
+    gold: RewardSource  # a scorer
+    proxy: RewardSource | None = None  # the reward that the policy was trained on
     prompts: PromptConfig = PromptConfig()
     prompt_length: Tokens
     max_new_tokens: Tokens
@@ -106,7 +106,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
             for name, saved in models.items()
         }
     for who, name in itertools.product(answered, rewards):
-        context = f"evaluate.{name}={getattr(config, name)}, responses of the {who}"
+        context = (
+            f"evaluate.{name}={label(getattr(config, name))}, responses of the {who}"
+        )
         stats.validate_scores(answered[who][name], context)
     metrics = summarize(answered)
     _write_samples(workdir / SAMPLES, answered)

@@ -1,6 +1,7 @@
-"""A preference dataset as JSON lines of rankings, for people to look at, to rank anew, or for another program.
+"""Exports a preference dataset as JSON lines of rankings, to inspect, to rank again, or to convert.
 
-workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeler", "time"}, see `rewards/rankings.py`
+workdir/rankings.jsonl    {"prompt", "completions", "ranking", "labeler", "time"}, see
+                          `rewards/rankings.py`
 """
 
 import dataclasses
@@ -19,23 +20,29 @@ ON_ONE_HOST = True
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which rankings are exported."""
+
     stage: str = "export_rankings"
-    preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
+    """name of the stage"""
+    preferences: tuple[str, ...] = ()
+    """folders that `collect` wrote, or jsonl: globs"""
     splits: tuple[str, ...] = ("train", "validation")
-    time: str = ""  # ISO 8601, when they were ranked; a dataset does not know
+    """splits to export, at least one"""
+    time: str = ""
+    """when the completions were ranked, ISO 8601; datasets do not store it"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes rankings.jsonl; returns how many there are."""
+    """Writes rankings.jsonl; returns the number of rankings."""
     if not config.splits:
         raise ConfigError("export_rankings.splits: at least one is needed")
-    sources = [open_preferences(config.preferences, split) for split in config.splits]
-    rankings = [
-        from_row(source[i])._replace(time=config.time)
-        for source in sources
-        for i in range(len(source))
-    ]
+    rankings = []
+    for split in config.splits:
+        source = open_preferences(config.preferences, split)
+        rows = (source[i] for i in range(len(source)))
+        rankings += [from_row(row)._replace(time=config.time) for row in rows]
     write_rankings(workdir / FILE, rankings)
     metrics = {"export_rankings/rankings": float(len(rankings))}
     with Writer(workdir) as writer:

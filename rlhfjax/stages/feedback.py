@@ -1,38 +1,40 @@
-"""AI feedback: a judge with principles, as a labeler by name. See `rewards/feedback.py`.
+"""Describes AI feedback: a judge with principles, as a labeler. See `rewards/feedback.py`.
 
-workdir/reward.json    what `labeler="stage:…"` of `collect` loads; the reward stage then takes `loss={"name": "soft"}`
+workdir/reward.json    the description, which `labeler="stage:…"` of `collect` loads
+
+The reward stage then takes `loss={"name": "soft"}`.
 """
 
 import dataclasses
 from typing import Any
 
-from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
 from rlhfjax.rewards.feedback import FeedbackConfig, read_lines
-from rlhfjax.rewards.responses import FILE, beside
+from rlhfjax.rewards.load import stage_description, write
 
 ON_ONE_HOST = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(FeedbackConfig):
+    """The judge, and what it is asked."""
+
     stage: str = "feedback"
+    """name of the stage"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns what reward.json says, with names as the config has them."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(FeedbackConfig)}
-    return {"kind": "feedback", **dataclasses.asdict(FeedbackConfig(**own))}
+    """Returns what reward.json holds, with names as the config has them."""
+    return stage_description("feedback", config)
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes reward.json; returns how many principles there are."""
-    values = describe(config) | {"principles": beside(config.principles, workdir)}
-    values["judge"]["model"] = beside(config.judge.model, workdir)
-    write_json(workdir / FILE, values)
+    """Writes reward.json and returns the number of principles."""
+    write(workdir, describe(config))
     metrics = {"feedback/principles": float(len(read_lines(config.principles)))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

@@ -1,7 +1,9 @@
-"""A model that others have made, as one of ours: what the later stages of a recipe start from.
+"""Imports a model of another framework as one of ours, to start later stages from.
 
-`hf:FOLDER`, `gguf:FILE` and `pip:PACKAGE` stand wherever a stage takes a model; this stage is for a recipe that wants
-it read once, in another dtype, with scanned layers, or with another chat template.
+workdir/model/    the model, as a training stage leaves it
+
+`hf:FOLDER`, `gguf:FILE` and `pip:PACKAGE` are accepted wherever a stage takes a model. This stage
+reads such a model once, with another dtype, scanned layers, or another chat template.
 """
 
 import dataclasses
@@ -26,18 +28,22 @@ LEAVES_MODEL = True
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """The model, and what is changed when it is imported."""
+
     stage: str = "import_model"
-    init_from: str  # hf:FOLDER, gguf:FILE, pip:PACKAGE, or one of our folders
-    overrides: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # dtype, remat, scan_layers, dropout, …
-    chat_template: str = (
-        ""  # ours, chatml, llama2, llama3 or a .jinja file; empty: the model's own
-    )
+    """name of the stage"""
+    init_from: str
+    """hf:FOLDER, gguf:FILE, pip:PACKAGE, or a folder with a model of ours"""
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """changes to the model_config, such as dtype, remat, scan_layers or dropout"""
+    chat_template: str = ""
+    """ours, chatml, llama2, llama3 or a .jinja file; empty: the model's own"""
     mesh: MeshConfig = MeshConfig()
+    """the devices that the model is read onto"""
 
 
 def roles(config: Config) -> dict[str, Role]:
+    """Returns the role of the imported model."""
     return {"model": Role(config.init_from, overrides=config.overrides)}
 
 
@@ -46,28 +52,26 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     name = config.chat_template
-    if (
-        name
-        and name not in BUILT_IN
-        and not (name.endswith(".jinja") and paths.path(name).is_file())
-    ):
+    if not name or name in BUILT_IN:
+        return
+    if not name.endswith(".jinja") or not paths.path(name).is_file():
         accepted = ", ".join(BUILT_IN)
         raise ConfigError(
-            f"import_model.chat_template={name!r}: accepted are {accepted}, or a .jinja file that is there"
+            f"import_model.chat_template={name!r}:"
+            f" accepted are {accepted}, or a .jinja file that is there"
         )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes model/; returns its size."""
+    """Writes model/; returns its number of parameters."""
     opened = store.open_model(
         config.init_from, layout, config.overrides, f"{config.stage}.overrides"
     )
     validate(config, layout, opened.model.config)
-    saved = store.SavedModel(opened.model, opened.params(), opened.tokenizer)
+    tokenizer = opened.tokenizer
     if config.chat_template:
-        saved = dataclasses.replace(
-            saved, tokenizer=_in_template(saved.tokenizer, config.chat_template)
-        )
+        tokenizer = _with_template(tokenizer, config.chat_template)
+    saved = store.SavedModel(opened.model, opened.params(), tokenizer)
     store.save(workdir / store.FOLDER, saved)
     size = sum(leaf.size for leaf in jax.tree.leaves(saved.params))
     metrics = {f"{config.stage}/parameters": float(size)}
@@ -76,11 +80,11 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     return metrics
 
 
-def _in_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+def _with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(
-            "import_model.chat_template: a SentencePiece tokenizer has the markers it was trained with"
+            f"import_model.chat_template={name!r}:"
+            " a SentencePiece tokenizer has the markers it was trained with"
         )
-    return tokenizer.with_template(
-        name if name in BUILT_IN else paths.path(name).read_text()
-    )
+    template = name if name in BUILT_IN else paths.path(name).read_text()
+    return tokenizer.with_template(template)

@@ -1,9 +1,10 @@
-"""People's rankings into a dataset that the reward stage reads, with the agreement between those who ranked.
+"""Imports people's rankings as a dataset for the reward stage, and measures their agreement.
 
-workdir/preferences/    ArrayRecord and JSON lines, as `collect` leaves them; one row a ranking
+workdir/preferences/    ArrayRecord and JSON lines, as `collect` writes them; one ranking per row
 
-The rankings are JSON lines (see `rewards/rankings.py`). Where they are of answers that `collect` sampled, `answers`
-names its folders, and the ids that were sampled are kept; other answers are encoded as text, with eos.
+The rankings are JSON lines (see `rewards/rankings.py`). If people ranked responses that `collect`
+sampled, `answers` names its folders, and the sampled token ids are kept. Other responses are
+encoded as text, with eos.
 """
 
 import dataclasses
@@ -25,125 +26,135 @@ from rlhfjax.rewards.agreement import agreement_of
 from rlhfjax.rewards.rankings import Ranking, by_labeler, read_rankings
 from rlhfjax.stages.collect import FOLDER
 
+SPLITS = ("train", "validation")
+
 ON_ONE_HOST = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """The rankings, and how they become a dataset."""
+
     stage: str = "import_rankings"
-    rankings: str  # a glob
-    tokenizer: str  # file or folder
-    answers: tuple[str, ...] = ()  # folders that `collect` wrote
-    validation: ProperShare = (
-        0.05  # share of the prompts, by a stable hash of their first user turn
-    )
+    """name of the stage"""
+    rankings: str
+    """glob of JSON lines with rankings"""
+    tokenizer: str
+    """file or folder of the tokenizer"""
+    answers: tuple[str, ...] = ()
+    """folders that `collect` wrote, whose responses were ranked; empty: texts are encoded"""
+    validation: ProperShare = 0.05
+    """share of the prompts in validation, by a stable hash of their first user turn"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
+
+
+Sampled = dict[str, tuple[list[int], dict[str, list[int]]]]
+"""Token ids of sampled responses: {prompt: (its ids, {completion: its ids})}."""
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes preferences/; returns counts, the share of tied pairs and the agreement."""
     rankings = read_rankings(config.rankings)
     tokenizer = load_tokenizer(config.tokenizer)
-    native = _native(config.answers)
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
-    for one in rankings:
-        key = one.prompt if isinstance(one.prompt, str) else opening(one.prompt)
-        held_out = split_of(key, validation=config.validation, test=0.0) == "validation"
-        splits["validation" if held_out else "train"].append(
-            _row(one, tokenizer, native)
-        )
+    sampled = _read_sampled(config.answers)
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for ranking in rankings:
+        prompt = ranking.prompt
+        key = prompt if isinstance(prompt, str) else opening(prompt)
+        split = split_of(key, validation=config.validation, test=0.0)
+        splits[split].append(_row(ranking, tokenizer, sampled))
     for split, rows in splits.items():
         if not rows:
             raise DataError(
-                f"import_rankings: {len(rankings)} rankings leave no {split} prompt; change `validation`"
+                f"import_rankings.validation={config.validation}:"
+                f" {len(rankings)} rankings leave no {split} prompt"
             )
     write_preferences(workdir / FOLDER, splits, labeler="unnamed")
-    metrics = {
-        f"import_rankings/{name}": value
-        for name, value in ranking_metrics(rankings).items()
-    }
+    measured = ranking_metrics(rankings)
+    metrics = {f"import_rankings/{name}": value for name, value in measured.items()}
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
 
 
 def ranking_metrics(rankings: list[Ranking]) -> dict[str, float]:
-    """How many rankings, labelers and comparisons, how many of the pairs are ties, and how far labelers agree."""
+    """Returns counts of rankings, labelers and comparisons, the share of ties, and agreement."""
     people = by_labeler(rankings)
-    pairs = [
-        (a, b)
-        for one in rankings
-        for i, a in enumerate(one.ranks)
-        for b in one.ranks[i + 1 :]
-    ]
-    out = {
+    is_tie = []
+    for ranking in rankings:
+        pairs = itertools.combinations(ranking.ranks, 2)
+        is_tie += [first == second for first, second in pairs]
+    metrics = {
         "rankings": float(len(rankings)),
         "labelers": float(len(people)),
-        "comparisons": float(len(pairs)),
-        "ties": float(np.mean([a == b for a, b in pairs])),
+        "comparisons": float(len(is_tie)),
+        "ties": float(np.mean(is_tie)),
     }
-    said = [opinions_of(some) for some in people.values()]
-    pairs_judged = sorted({pair for one in said for pair in one})
-    table = [np.array([one.get(pair, np.nan) for pair in pairs_judged]) for one in said]
-    return out | (agreement_of(table) if len(people) > 1 else {})
+    if len(people) == 1:
+        return metrics
+    opinions = [opinions_of(own) for own in people.values()]
+    judged = sorted({pair for own in opinions for pair in own})
+    table = [np.array([own.get(pair, np.nan) for pair in judged]) for own in opinions]
+    return metrics | agreement_of(table)
 
 
 def opinions_of(rankings: list[Ranking]) -> dict[tuple[str, str, str], float]:
-    """{(prompt, a, b): +1 where a is ranked better, 0 for a tie, -1}, a before b; the last word on a pair counts.
+    """Returns {(prompt, a, b): +1 where a is ranked better, 0 for a tie, -1}, with a before b.
 
-    Ranks are compared within one ranking only: another one of the same prompt may be of other completions.
+    Ranks are compared within one ranking only: another ranking of the same prompt may be of other
+    completions. If several rankings have a pair, the last one counts.
     """
-    found = {}
-    for one in rankings:
-        ranked = sorted(set(zip(one.completions, one.ranks, strict=True)))
-        for (a, first), (b, second) in itertools.combinations(ranked, 2):
-            found[one.key, a, b] = float(np.sign(second - first))
-    return found
+    opinions: dict[tuple[str, str, str], float] = {}
+    for ranking in rankings:
+        ranked = sorted(set(zip(ranking.completions, ranking.ranks, strict=True)))
+        for (a, a_rank), (b, b_rank) in itertools.combinations(ranked, 2):
+            opinions[ranking.key, a, b] = float(np.sign(b_rank - a_rank))
+    return opinions
 
 
-def _native(
-    folders: tuple[str, ...],
-) -> dict[str, tuple[list[int], dict[str, list[int]]]]:
-    """{prompt: (its ids, {completion: its ids})} of what was sampled."""
-    found: dict[str, tuple[list[int], dict[str, list[int]]]] = {}
-    for folder in folders:
-        for split in ("train", "validation"):
-            source = read_preferences(folder, split)
-            for row in (source[i] for i in range(len(source))):
-                ids = [one.tolist() for one in row["completion_tokens"]]
-                texts = dict(zip(row["completions"], ids, strict=True))
-                found.setdefault(row["prompt"], (row["prompt_tokens"].tolist(), {}))[
-                    1
-                ].update(texts)
-    return found
+def _read_sampled(folders: tuple[str, ...]) -> Sampled:
+    """Returns the token ids of all responses in folders that `collect` wrote."""
+    sampled: Sampled = {}
+    for folder, split in itertools.product(folders, SPLITS):
+        source = read_preferences(folder, split)
+        for row in (source[i] for i in range(len(source))):
+            prompt_ids = row["prompt_tokens"].tolist()
+            _, completions = sampled.setdefault(row["prompt"], (prompt_ids, {}))
+            ids = [tokens.tolist() for tokens in row["completion_tokens"]]
+            completions.update(zip(row["completions"], ids, strict=True))
+    return sampled
 
 
-def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str, Any]:
-    if native:
-        if one.key not in native or any(
-            text not in native[one.key][1] for text in one.completions
-        ):
-            raise DataError(
-                f"import_rankings.answers: they lack a ranked answer to {one.key[:60]!r}"
-            )
-        prompt, ids = native[one.key]
-        completions = [ids[text] for text in one.completions]
-    else:
-        messages = (
-            one.prompt
-            if isinstance(one.prompt, list)
-            else [{"role": "user", "content": one.prompt}]
-        )
-        prompt = chat.render_prompt(tokenizer, messages).tolist()
-        completions = [
-            chat.response_tokens(tokenizer, text) for text in one.completions
-        ]
+def _row(ranking: Ranking, tokenizer: Tokenizer, sampled: Sampled) -> dict[str, Any]:
+    """Returns a ranking as a row of a preference dataset."""
+    prompt, completions = _token_ids(ranking, tokenizer, sampled)
     return {
-        "prompt": one.key,
+        "prompt": ranking.key,
         "prompt_tokens": prompt,
-        "completions": list(one.completions),
+        "completions": list(ranking.completions),
         "completion_tokens": completions,
-        "scores": one.scores,
-        "ranks": list(one.ranks),
-        "labeler": one.labeler,
+        "scores": ranking.scores,
+        "ranks": list(ranking.ranks),
+        "labeler": ranking.labeler,
     }
+
+
+def _token_ids(
+    ranking: Ranking, tokenizer: Tokenizer, sampled: Sampled
+) -> tuple[list[int], list[list[int]]]:
+    """Returns the token ids of a ranking's prompt and of its completions."""
+    if not sampled:
+        messages = ranking.prompt
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt = chat.render_prompt(tokenizer, messages).tolist()
+        texts = ranking.completions
+        return prompt, [chat.response_tokens(tokenizer, text) for text in texts]
+    prompt, ids = sampled.get(ranking.key, ([], {}))
+    if any(text not in ids for text in ranking.completions):
+        raise DataError(
+            "import_rankings.answers: they lack a ranked response to"
+            f" {ranking.key[:60]!r}"
+        )
+    return prompt, [ids[text] for text in ranking.completions]

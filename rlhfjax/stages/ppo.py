@@ -23,6 +23,7 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.ranges import NonNegative, Positive, PositiveCount, Share, Size
+from rlhfjax.rewards.load import label
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import (
     PolicyConfig,
@@ -351,7 +352,7 @@ def _value_function(config: Config, task: Task) -> Loaded:
     if config.value == "reward":
         if not isinstance(task.reward, ModelReward):
             raise ConfigError(
-                f'ppo.value="reward": {config.reward} is no model; use "policy" or "shared"'
+                f'ppo.value="reward": {label(config.reward)} is no model; use "policy" or "shared"'
             )
         config_of_value, params = task.reward.model.config, task.reward.params
         read = lambda: dict(params)  # noqa: E731

@@ -23,7 +23,7 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Temperature, TokensOrNone
 from rlhfjax.rewards import center
 from rlhfjax.rewards.model import ModelReward
-from rlhfjax.rewards.responses import check_scalar
+from rlhfjax.rewards.responses import validate_reward_model
 from rlhfjax.rl.answers import Sampling, answers
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.roles import Role, Workload, job_workload
@@ -85,7 +85,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes model/; returns mean and spread of the samples' rewards before."""
     saved = store.load(config.init_from, layout)
     validate(config, layout, saved.model.config)
-    check_scalar(saved, saved.tokenizer, config.init_from)
+    validate_reward_model(saved, saved.tokenizer, config.init_from)
     with layout.use():
         samples = _samples(config, saved, layout)
         context = f"recenter.init_from={config.init_from}"

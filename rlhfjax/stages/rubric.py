@@ -1,16 +1,17 @@
-"""A rule-based reward model: a rubric that a judge answers, as a reward by name. See `rewards/rubric.py`.
+"""Describes a rule-based reward model: a rubric that a judge answers. See `rewards/rubric.py`.
 
-workdir/reward.json    what `reward="stage:…"` loads; `compose` adds it to a reward model, on some prompts
+workdir/reward.json    the description, which `reward="stage:…"` of a later stage loads
+
+A `compose` reward adds it to a reward model, on some prompts or on all.
 """
 
 import dataclasses
 from typing import Any
 
-from rlhfjax.config import write_json
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
-from rlhfjax.rewards.responses import FILE, beside
+from rlhfjax.rewards.load import stage_description, write
 from rlhfjax.rewards.rubric import RubricConfig
 
 ON_ONE_HOST = True
@@ -18,21 +19,22 @@ ON_ONE_HOST = True
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RubricConfig):
+    """The rubric and its judge."""
+
     stage: str = "rubric"
+    """name of the stage"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns what reward.json says, with names as the config has them."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(RubricConfig)}
-    return {"kind": "rubric", **dataclasses.asdict(RubricConfig(**own))}
+    """Returns what reward.json holds, with names as the config has them."""
+    return stage_description("rubric", config)
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes reward.json; returns how many classes there are."""
-    values = describe(config)
-    values["judge"]["model"] = beside(config.judge.model, workdir)
-    write_json(workdir / FILE, values)
+    """Writes reward.json and returns the number of classes."""
+    write(workdir, describe(config))
     metrics = {"rubric/classes": float(len(config.classes))}
     with Writer(workdir) as writer:
         writer.write(0, metrics)

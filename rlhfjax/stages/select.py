@@ -1,10 +1,12 @@
-"""Selection: the best answers to each prompt as conversations to fine-tune on (rejection sampling, expert iteration).
+"""Selects the best responses to each prompt as conversations to fine-tune on.
 
-workdir/train.jsonl, validation.jsonl    {"messages", "prompt_tokens", "response_tokens", "score"}, an answer a row
+workdir/train.jsonl, validation.jsonl    one response per row:
+                                         {"messages", "prompt_tokens", "response_tokens", "score"}
 
-`sft` on these files learns the sampled ids themselves, eos included where it was sampled, and nothing of the prompt.
-collect -> select -> sft -> collect ... is expert iteration (Anthony et al. 2017; ReST, Gulcehre et al. 2023); with one
-round it is Llama 2's rejection sampling (Touvron et al. 2023, section 3.2.3).
+`sft` on these files trains on the sampled token ids themselves, eos included where it was sampled,
+and not on the prompt. Repeating collect -> select -> sft is expert iteration (Anthony et al. 2017;
+ReST, Gulcehre et al. 2023); one round is the rejection sampling of Llama 2 (Touvron et al. 2023,
+section 3.2.3).
 """
 
 import dataclasses
@@ -30,16 +32,24 @@ ON_ONE_HOST = True
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which responses are selected."""
+
     stage: str = "select"
-    preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    tokenizer: str  # file or folder: the one that the answers were sampled with
-    keep: PositiveCount = 1  # answers to a prompt, the best ones
-    min_score: Finite | None = None  # answers below it are left out, however few remain
+    """name of the stage"""
+    preferences: tuple[str, ...] = ()
+    """folders that `collect` wrote, or jsonl: globs"""
+    tokenizer: str
+    """file or folder of the tokenizer that the responses were sampled with"""
+    keep: PositiveCount = 1
+    """responses per prompt, the best ones"""
+    min_score: Finite | None = None
+    """lowest score of a selected response; None: no limit"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes the selected answers; returns how many there are and what selection did to their scores."""
+    """Writes the selected responses; returns their number and their scores before and after."""
     tokenizer = load_tokenizer(config.tokenizer)
     metrics: dict[str, float] = {}
     for split in SPLITS:
@@ -50,46 +60,42 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         ]
         if not any(chosen):
             raise DataError(
-                f"select: no answer of split {split!r} scores {config.min_score} or more"
+                f"select.min_score={config.min_score}: no response of split {split!r}"
+                " has this score or more"
             )
-        selected = [
-            selected_row(tokenizer, row, i)
-            for row, some in zip(rows, chosen, strict=True)
-            for i in some
-        ]
+        selected = []
+        for row, indices in zip(rows, chosen, strict=True):
+            selected += [selected_row(tokenizer, row, i) for i in indices]
         write_jsonl(workdir / f"{split}.jsonl", selected)
         if split == "train":
-            metrics = _describe(rows, chosen, selected)
+            metrics = _selection_metrics(rows, chosen, selected)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
 
 
 def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
-    """Which answers of a prompt to keep: the best `keep` distinct ones, best first; of equal scores the first.
+    """Returns the indices of the best `keep` distinct responses, best first.
 
-    An answer without text (no more than an eos) is never kept: there is nothing in it to learn.
+    Of equal scores the first response comes first. A response without text (an eos alone) is never
+    kept: there is nothing in it to learn.
     """
+    scores, texts = row["scores"], row["completions"]
     chosen: list[int] = []
-    for i in np.argsort(-np.asarray(row["scores"]), kind="stable").tolist():
-        enough = min_score is None or row["scores"][i] >= min_score
-        repeated = any(row["completions"][i] == row["completions"][j] for j in chosen)
-        if (
-            enough
-            and not repeated
-            and row["completions"][i].strip()
-            and len(chosen) < keep
-        ):
+    for i in np.argsort(-np.asarray(scores), kind="stable").tolist():
+        is_good = min_score is None or scores[i] >= min_score
+        is_new = all(texts[i] != texts[j] for j in chosen)
+        if is_good and is_new and texts[i].strip() and len(chosen) < keep:
             chosen.append(i)
     return chosen
 
 
 def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
-    """One answer as a conversation for people, with the ids that it is for the model."""
+    """Returns one response as a conversation, as text and as token ids."""
     prompt, completions = examples.native(tokenizer, row)
-    answer = {"role": "assistant", "content": row["completions"][index]}
+    response = {"role": "assistant", "content": row["completions"][index]}
     return {
-        "messages": [*messages_of(tokenizer, prompt), answer],
+        "messages": [*messages_of(tokenizer, prompt), response],
         "prompt_tokens": prompt,
         "response_tokens": completions[index],
         "score": float(row["scores"][index]),
@@ -97,23 +103,21 @@ def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
 
 
 def messages_of(tokenizer: Tokenizer, prompt: list[int]) -> list[chat.Message]:
-    """The turns of a rendered prompt that say anything; ids without any marker are one user turn."""
+    """Returns the turns with text of a rendered prompt; ids without markers are one user turn."""
     messages = tokenizer.template.messages(prompt)
     return [message for message in messages if message["content"].strip()]
 
 
-def _describe(
+def _selection_metrics(
     rows: list[Row], chosen: list[list[int]], selected: list[dict[str, Any]]
 ) -> dict[str, float]:
+    before = [score for row in rows for score in row["scores"]]
+    lengths = [len(row["response_tokens"]) for row in selected]
     return {
         "select/rows": float(len(selected)),
         "select/prompts": float(sum(map(bool, chosen))),
-        "select/kept": len(selected) / sum(len(row["scores"]) for row in rows),
+        "select/kept": len(selected) / len(before),
         "select/score": float(np.mean([row["score"] for row in selected])),
-        "select/score_before": float(
-            np.mean([score for row in rows for score in row["scores"]])
-        ),
-        "select/response_length": float(
-            np.mean([len(row["response_tokens"]) for row in selected])
-        ),
+        "select/score_before": float(np.mean(before)),
+        "select/response_length": float(np.mean(lengths)),
     }

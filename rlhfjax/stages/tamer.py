@@ -31,8 +31,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import NonNegative, Positive, Seconds, Tokens
 from rlhfjax.rewards.dense import token_rewards
-from rlhfjax.rewards.responses import FILE
-from rlhfjax.roles import DISK, Models, Role, Sources, Workload
+from rlhfjax.roles import DISK, REWARD, Models, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Shapes, Stage, row_shapes
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
@@ -130,7 +129,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         def finish(state: TrainState) -> Finished:
             return left_behind(loaded, state.params)._replace(
-                files={FILE: describe(config)}
+                files={REWARD: describe(config)}
             )
 
         return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)

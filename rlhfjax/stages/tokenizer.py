@@ -1,6 +1,10 @@
-"""The tokenizer: SentencePiece trained on the corpus, with the chat markers as symbols of their own."""
+"""Trains a SentencePiece tokenizer on the corpus, with the chat markers as symbols of their own.
+
+workdir/tokenizer.model    the tokenizer
+"""
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from rlhfjax.data.config import SourceConfig, open_sources
@@ -12,19 +16,27 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Tokens
 
 ON_ONE_HOST = True
+MEASURED_TEXTS = 2000  # of which bytes per token are counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """The corpus, and the size and type of the tokenizer."""
+
     stage: str = "tokenizer"
+    """name of the stage"""
     sources: tuple[SourceConfig, ...] = ()
+    """texts to train on"""
     vocab_size: Tokens
+    """number of token ids, chat markers included"""
     model_type: Literal["bpe", "unigram"] = "bpe"
+    """SentencePiece's algorithm"""
     mesh: MeshConfig = MeshConfig()
+    """not used: the stage computes on no device"""
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes workdir/tokenizer.model; returns its size and how many bytes a token stands for on the corpus' start."""
+    """Writes the tokenizer; returns its size and the bytes per token of the first texts."""
     source = open_sources(config.sources, "tokenizer.sources")
     tokenizer = train_sentencepiece(
         texts(source),
@@ -32,12 +44,12 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         vocab_size=config.vocab_size,
         model_type=config.model_type,
     )
-    sample = [text for _, text in zip(range(2000), texts(source), strict=False)]
-    tokens = sum(len(tokenizer.encode(text)) for text in sample)
+    sample = list(itertools.islice(texts(source), MEASURED_TEXTS))
+    n_bytes = sum(len(text.encode()) for text in sample)
+    n_tokens = sum(len(tokenizer.encode(text)) for text in sample)
     metrics = {
         "tokenizer/vocab_size": float(tokenizer.vocab_size),
-        "tokenizer/bytes_per_token": sum(len(text.encode()) for text in sample)
-        / tokens,
+        "tokenizer/bytes_per_token": n_bytes / n_tokens,
     }
     with Writer(workdir) as writer:
         writer.write(0, metrics)

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from rlhfjax import rewards
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.rewards.gold import Sentiment
+from rlhfjax.rewards.gold import GoldConfig, Sentiment
+from rlhfjax.rewards.load import describe
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +113,14 @@ def test_pitfall_09_fractional_scores_stay_fractional(gold):
     assert -1 < scores[1] < 0
 
 
-def test_load_scorer_knows_its_names():
-    assert isinstance(rewards.load_scorer("gold:sentiment"), Sentiment)
-    with pytest.raises(
-        ConfigError, match=r"'gold:wit' is unknown; known are gold:sentiment"
-    ):
-        rewards.load_scorer("gold:wit")
+def test_gold_scorers_have_names():
+    assert describe("gold:sentiment") == ("gold", GoldConfig("sentiment"))
+    known = "gold.name='wit': expected one of 'sentiment'"
+    with pytest.raises(ConfigError, match=known):
+        describe("gold:wit")
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(DataError, match=r"pip install 'rlhfjax\[quickstart\]'"):
-        rewards.load_scorer("gold:sentiment")
+        Sentiment()

@@ -234,17 +234,16 @@ def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
     def size(**values):
         return len(
             chat.render_prompt(
-                tokenizer, [{"role": "user", "content": fill(template, **values)}]
+                tokenizer, [{"role": "user", "content": fill(template, values)}]
             )
         )
 
     whole = {"prompt": "the cat", "a": "rain", "b": b}
-    question, cut = judge_module.ask(tokenizer, template, size(**whole), **whole)
-    assert not cut and question[0]["content"] == fill(template, **whole)
+    question, cut = judge_module.ask(tokenizer, template, size(**whole), whole)
+    assert not cut and question[0]["content"] == fill(template, whole)
     room = 90
-    ((question,), cut) = judge_module.ask(
-        tokenizer, template, room, prompt=prompt, a=a, b=b
-    )
+    values = {"prompt": prompt, "a": a, "b": b}
+    ((question,), cut) = judge_module.ask(tokenizer, template, room, values)
     before, rest = question["content"].removeprefix("Is it fine? ").split(" said ")
     first, second = rest.removesuffix(". (A) yes (B) no").split(" or ")
     assert (
@@ -262,13 +261,13 @@ def test_pitfall_39_a_template_keeps_its_words_and_its_values_are_cut(judge):
         ConfigError,
         match=r"judge\.length: 20 tokens .* do not hold the template 'Is it fine\?",
     ):
-        judge_module.ask(tokenizer, template, 20, prompt=prompt, a=a, b=b)
+        judge_module.ask(tokenizer, template, 20, values)
     (question,), cut = judge_module.ask(
-        tokenizer, "{prompt} {a}", 30, whole=("a",), prompt=prompt, a=b
+        tokenizer, "{prompt} {a}", 30, values | {"a": b}, uncut=("a",)
     )
     assert cut and question["content"].endswith(b)
     (question,), _ = judge_module.ask(
-        tokenizer, "{a}", 40, prompt=prompt, a=a
+        tokenizer, "{a}", 40, values
     )  # no room for what is not in it
     assert len(chat.render_prompt(tokenizer, [question])) >= 38
 
@@ -604,4 +603,4 @@ def test_texts_for_judges():
         "<|system|>be nice<|user|>hi\nyou<|assistant|>yes<|user|>so?<|assistant|>"
     ) == ("System: be nice\nUser: hi\nyou\nAssistant: yes\nUser: so?")
     assert readable("plain") == "plain"
-    assert fill("{a} {b} {c}", a="{b}", b="x") == "{b} x {c}"
+    assert fill("{a} {b} {c}", {"a": "{b}", "b": "x"}) == "{b} x {c}"

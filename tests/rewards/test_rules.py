@@ -8,16 +8,24 @@ import numpy as np
 import pytest
 
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.rewards import load_scorer, rules
-from rlhfjax.rewards.rules import RuleConfig, parse, question
+from rlhfjax.rewards import rules
+from rlhfjax.rewards.load import KINDS, describe
+from rlhfjax.rewards.rules import Rule, RuleConfig, question
 from rlhfjax.rewards.workers import Pool
 
 HERE = "tests.rewards.some_rules"
 
 
+def load_rule(name):
+    """Returns the rule of a name, as a scorer of text."""
+    kind, config = describe(name)
+    KINDS[kind].check(config)
+    return Rule(config)
+
+
 @pytest.fixture(scope="module")
 def misbehaving():
-    rule = load_scorer(f"rule:{HERE}:misbehave?timeout=4&failed=-1&workers=3")
+    rule = load_rule(f"rule:{HERE}:misbehave?timeout=4&failed=-1&workers=3")
     yield rule
     rule.close()
 
@@ -94,7 +102,7 @@ def test_metadata_is_found_by_the_last_question(tmp_path):
     (tmp_path / "m.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
-    rule = load_scorer(
+    rule = load_rule(
         f"rule:{HERE}:words?workers=1&failed=-7&metadata={tmp_path}/*.jsonl"
     )
     prompts = [
@@ -117,19 +125,18 @@ def test_questions_of_prompts():
 
 
 def test_names_are_read_strictly():
-    assert parse("rule:a.b:c?timeout=2&failed=-1&workers=3") == RuleConfig(
-        "a.b:c", 2.0, -1.0, 3
-    )
+    description = describe("rule:a.b:c?timeout=2&failed=-1&workers=3")
+    assert description.config == RuleConfig("a.b:c", 2.0, -1.0, 3)
     for name, match in (
         ("rule:a:b?speed=3", "speed"),
-        ("rule:a:b?timeout=fast", "timeout='fast' is no float"),
+        ("rule:a:b?timeout=fast", "timeout='fast': expected float"),
         (f"rule:{HERE}:missing", "can be imported"),
-        (f"rule:{HERE}:NOT_A_FUNCTION", "no function"),
+        (f"rule:{HERE}:NOT_A_FUNCTION", "expected a function"),
         ("rule:no.such.module:f", "can be imported"),
         ("rule:justaname", "can be imported"),
     ):
         with pytest.raises(ConfigError, match=match):
-            load_scorer(name)
+            load_rule(name)
 
 
 def test_no_calls_need_no_process():

@@ -7,7 +7,9 @@ import pytest
 from rlhfjax import recipe
 from rlhfjax.data.sources import open_source
 from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.rewards import load_scorer, tasks
+from rlhfjax.rewards import tasks
+from rlhfjax.rewards.load import describe
+from rlhfjax.rewards.rules import Rule
 from rlhfjax.stages import stage_config
 from tests.needs import needs
 
@@ -41,9 +43,8 @@ def test_every_question_is_in_one_split_and_opens_as_a_prompt(folder):
 
 
 def test_right_answers_score_1_and_wrong_ones_0_through_the_rule(folder):
-    rule = load_scorer(
-        f"rule:{tasks.RULE}?metadata={folder}/*.jsonl&workers=1&failed=-1&timeout=60"
-    )
+    name = f"rule:{tasks.RULE}?metadata={folder}/*.jsonl&workers=1&failed=-1&timeout=60"
+    rule = Rule(describe(name).config)
     rows = [json.loads(line) for line in (folder / "test.jsonl").open()]
     prompts = [f"<|user|>{row['prompt']}<|assistant|>" for row in rows]
     right = [
