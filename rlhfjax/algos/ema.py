@@ -13,7 +13,9 @@ def ema_update(
     *,
     decay: Scalar,
 ) -> PyTree[Float[Array, "..."], "T"]:
-    """a <- decay a + (1 - decay) theta, leaf by leaf; a starts as the initial weights (no bias correction).
+    """Returns decay a + (1 - decay) theta, leaf by leaf.
+
+    The average starts as the initial weights, so that there is no bias correction.
 
     Source: Ouyang et al. 2022, appendix C.4 (decay 0.992).
     """

@@ -200,7 +200,7 @@ def test_targets_that_are_nowhere_are_named_with_what_there_is():
     model = Model(FAMILIES["llama"], lora=LoraConfig(rank=2, targets="q_proj"))
     with pytest.raises(
         ConfigError,
-        match=r"lora.targets='q_proj' is found in none of backbone/layers/layer_0/attention",
+        match=r"lora.targets='q_proj' matches none of backbone/layers/layer_0/attention",
     ):
         model.trained_axes()
 

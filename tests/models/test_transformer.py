@@ -581,7 +581,9 @@ def test_a_config_from_before_an_option_is_that_model_still():
 
 def test_too_long_a_sequence_says_so():
     model = Model(FAMILIES["llama"])
-    with pytest.raises(ConfigError, match="33 tokens is longer than model"):
+    with pytest.raises(
+        ConfigError, match="max_length=32: must be at least the sequence length, 33"
+    ):
         jax.eval_shape(
             model.hidden, model.shapes(), jax.ShapeDtypeStruct((1, 33), jnp.int32)
         )
