@@ -15,7 +15,7 @@ from jaxtyping import Float
 from rlhfjax.algos.log_ratios import LIMIT
 from rlhfjax.algos.masked import divide, masked_mean, masked_sum, weighted_mean
 from rlhfjax.algos.preference import pair_metrics
-from rlhfjax.types import Loss, Scalar
+from rlhfjax.types import Loss, Metrics, Scalar
 
 
 def sequence_logprobs(
@@ -225,7 +225,7 @@ def kto_loss(
     )
     good, bad = weight * (desirable > 0), weight * (desirable <= 0)
     total, count = weighted_mean(loss, weight)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, count),
         "desirable_reward": weighted_mean(reward, good),
         "undesirable_reward": weighted_mean(reward, bad),
@@ -264,7 +264,7 @@ def _pairwise(
     weight: Float[Array, "n"],
 ) -> Loss:
     total, count = weighted_mean(loss, weight)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, count),
         **pair_metrics(reward_w - reward_l, weight),
         "chosen_reward": (masked_sum(reward_w, weight), count),

@@ -6,6 +6,9 @@ from jaxtyping import Float, PyTree
 
 from rlhfjax.types import Scalar
 
+# pyright: reportUndefinedVariable=false
+# jaxtyping's "T" names a tree structure; pyright reads it as a forward reference.
+
 
 def ema_update(
     average: PyTree[Float[Array, "..."], "T"],

@@ -12,7 +12,7 @@ from rlhfjax.algos.kl import k3
 from rlhfjax.algos.log_ratios import clamped
 from rlhfjax.algos.masked import divide, sequence_mean, sequence_token_mean, token_mean
 from rlhfjax.algos.policy import log_ratio, ratio_metrics, surrogate_loss
-from rlhfjax.types import Loss, Scalar
+from rlhfjax.types import Loss, Metrics, Scalar
 
 
 def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
@@ -184,7 +184,7 @@ def grpo_loss(
     ref_logprobs = jnp.where(mask > 0, ref_logprobs, 0)
     kl = k3(logprobs, ref_logprobs)
     total, weight = sequence_token_mean(surrogate + beta * kl, mask)
-    kl_metrics = {
+    kl_metrics: Metrics = {
         "kl": token_mean(kl, mask),
         "kl_clamped": clamped(jnp.minimum(logprobs - ref_logprobs, 0), mask),
     }
@@ -215,7 +215,7 @@ def dr_grpo_loss(
         log_ratios, advantages, clip_low=clip, clip_high=clip
     )
     total, responses = sequence_mean(surrogate, mask)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, responses * length),
         "clip_fraction": token_mean(clipped, mask),
         **ratio_metrics(log_ratios, mask),

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from rlhfjax.algos.log_ratios import LIMIT, clamp
 from rlhfjax.algos.masked import divide, masked_sum, token_mean
-from rlhfjax.types import Loss, Scalar
+from rlhfjax.types import Loss, Metrics, Scalar
 
 
 def k1(
@@ -208,7 +208,7 @@ def _ratio_weighted(
     ratio = jnp.exp(clamp(moved, limit=HALF))
     total, weight = token_mean(ratio * kl, mask)
     is_clamped = (jnp.abs(moved) >= HALF) | (log_ratio <= lowest)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, weight),
         "kl": token_mean(kl, mask),
         "kl_clamped": token_mean(is_clamped.astype(mask.dtype), mask),

@@ -83,13 +83,13 @@ def ppo_loss(
 
 def surrogate_loss(
     total: Float[Array, ""],
-    weight: Scalar,
+    weight: Float[Array, ""],
     is_clipped: Float[Array, "b t"],
     log_ratios: Float[Array, "b t"],
     mask: Float[Array, "b t"],
 ) -> Loss:
     """Returns total / weight; metrics loss, clip_fraction and those of `ratio_metrics`."""
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, weight),
         "clip_fraction": token_mean(is_clipped, mask),
         **ratio_metrics(log_ratios, mask),

@@ -5,7 +5,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from rlhfjax.algos.masked import divide, masked_var, token_mean
-from rlhfjax.types import Loss, Metric
+from rlhfjax.types import Loss, Metric, Metrics
 
 
 def clipped_value_loss(
@@ -43,7 +43,7 @@ def clipped_value_loss(
     clipped_error = (clipped - returns) ** 2
     total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error), mask)
     is_clipped = (clipped_error > error).astype(error.dtype)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, weight),
         "value_clip_fraction": token_mean(is_clipped, mask),
         "value": token_mean(values, mask),
@@ -68,7 +68,7 @@ def value_loss(
     )
     error = (values - returns) ** 2
     total, weight = token_mean(0.5 * error, mask)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, weight),
         "value": token_mean(values, mask),
         "value_error": token_mean(error, mask),

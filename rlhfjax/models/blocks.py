@@ -192,8 +192,8 @@ class Attention(nn.Module):
             return constrain(y, ("batch", axis, time, "head_dim"))
 
         # Devices that share a sequence have their own queries, and gather all keys and values here.
-        query_rope = jax.tree.map(pick, rope)
-        q = project("query", pick(x), c.n_heads, "heads", query_rope, time="time")
+        queried, query_rope = pick(x), jax.tree.map(pick, rope)
+        q = project("query", queried, c.n_heads, "heads", query_rope, time="time")
         k = project("key", x, c.kv_heads, "kv_heads", rope)
         v = project("value", x, c.kv_heads, "kv_heads", None)
         out = Project(

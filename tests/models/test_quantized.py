@@ -260,7 +260,7 @@ def sampled(model, params, prompts, segments, keys, **how):
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():
     """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Tokens of a
-    slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
+    position that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
     """
     config = dataclasses.replace(FAMILIES["llama-gqa"], n_layers=1)
     model, own = Model(config, int8_cache=True), keys(10)
