@@ -48,7 +48,7 @@ def entered(stage: str) -> set[CodeType]:
 
     sys.setprofile(note)
     try:
-        programs.sketch(subject, make_layout(subject.config.mesh))
+        programs.step_programs(subject, make_layout(subject.config.mesh))
     finally:
         sys.setprofile(None)
     return codes
