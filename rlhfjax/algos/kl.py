@@ -178,9 +178,8 @@ def kl_loss_k3(
     )
 
 
-HALF = (
-    LIMIT / 2
-)  # nats: where a ratio multiplies another, each has half of the exponent
+# Nats. Where a ratio multiplies another, each has half of the exponent.
+HALF = LIMIT / 2
 
 
 def _ratio_weighted(
