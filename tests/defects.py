@@ -67,8 +67,8 @@ DEFECTS = [
     d(
         1,
         "models/transformer.py",
-        "return jnp.where(segments > 0, slot - start, 0)",
-        "return jnp.broadcast_to(slot, segments.shape)",
+        "return jnp.where(segment_ids > 0, index - start, 0)",
+        "return jnp.broadcast_to(index, segment_ids.shape)",
         "models/test_transformer.py::test_pitfall_01_left_padding_changes_nothing",
         "models/test_transformer.py::test_pitfall_01_positions_count_real_tokens",
     ),
@@ -563,8 +563,8 @@ DEFECTS = [
     d(
         17,
         "algos/masked.py",
-        "return masked_sum(x, mask), jnp.sum(mask)",
-        "return masked_mean(x, mask), jnp.ones(())",
+        "return masked_sum(x, weight), jnp.sum(weight)",
+        "return masked_mean(x, weight), jnp.ones(())",
         "algos/test_every_loss.py::test_pitfall_17_accumulation_over_microbatches_is_the_whole_batch",
     ),
     # 18: the value loss over rows where the policy's is over tokens
@@ -709,8 +709,8 @@ DEFECTS = [
     d(
         24,
         "models/logprobs.py",
-        "- hit) * m[..., None]).astype",
-        "- hit)).astype",
+        "- hit) * m[..., None]\n",
+        "- hit)\n",
         "models/test_logprobs.py::test_pitfall_24_a_token_outside_the_mask_has_no_gradient",
     ),
     d(
@@ -738,9 +738,9 @@ DEFECTS = [
     ),
     d(
         25,
-        "models/transformer.py",
-        "blocks.ScalarHead(c.d_model).init(head_key)",
-        "blocks.ScalarHead(c.d_model).init(jax.random.key(0))",
+        "models/params.py",
+        "blocks.ScalarHead(config.d_model).init(head_key)",
+        "blocks.ScalarHead(config.d_model).init(jax.random.key(0))",
         "models/test_transformer.py::test_pitfall_25_scalar_head_starts_at_one_over_root_width_plus_one",
     ),
     d(
@@ -1070,8 +1070,8 @@ DEFECTS = [
     d(
         34,
         "models/logprobs.py",
-        "-(jnp.exp(every) * every).sum(-1)",
-        "lse - (jnp.exp(every) * logits).sum(-1)",
+        "-(jnp.exp(log_p) * log_p).sum(-1)",
+        "lse - (jnp.exp(log_p) * logits).sum(-1)",
         "models/test_logprobs.py::test_pitfall_34_the_entropy_of_large_logits_does_not_cancel",
         "models/test_logprobs.py::test_pitfall_34_the_gradient_of_the_entropy_of_large_logits",
         "models/test_logprobs.py::test_pitfall_34_the_entropy_of_a_split_vocabulary",
@@ -1125,8 +1125,8 @@ DEFECTS = [
     d(
         37,
         "algos/kl.py",
-        "        log_ratio, -limit\n",
-        "        log_ratio, -jnp.inf\n",
+        "jnp.maximum(log_ratio, -limit)",
+        "jnp.maximum(log_ratio, -jnp.inf)",
         "algos/test_kl.py::test_pitfall_37_k3_is_clamped_where_it_would_overflow_and_nowhere_else",
         "algos/test_every_loss.py::test_pitfall_37_loss_and_gradient_are_finite_for_any_logprobs",
     ),

@@ -1,12 +1,14 @@
 """docs/algorithms.md against the code.
 
-What it names exists, its defaults are in force, and no loss is missing.
+What its tables name exists, each function is entered when the stage beside it is traced, the
+defaults are in force, and no loss is missing.
 """
 
 import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 import pkgutil
 import re
@@ -15,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rlhfjax import algos, recipe
 from rlhfjax.config import to_dict
 from rlhfjax.stages import stage_config
 from rlhfjax.types import Loss
-from tests import sources
+from tests import sources, traced
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhfjax"
@@ -30,6 +34,7 @@ COLUMNS = (
     "paper",
     "function",
     "config",
+    "traced in",
     "test",
     "defaults and their source",
 )
@@ -73,6 +78,51 @@ def find(name: str):
     return getattr(importlib.import_module(f"rlhfjax.{module}"), attribute)
 
 
+# ------------------------------------------------------------------ functions are entered
+
+
+NOT_TRACED = "not traced: "
+
+
+def traced_in() -> dict[str, list[str]]:
+    """Returns the functions that each stage enters, by the stage: `ppo kl.estimator=k2`.
+
+    A row has one stage for all of its functions, or one beside each of them.
+    """
+    functions: dict[str, list[str]] = {}
+    for row in ROWS:
+        names = named(row["function"])
+        cells = row["traced in"].split("<br>")
+        cells = cells if len(cells) > 1 else cells * len(names)
+        for name, cell in zip(names, cells, strict=True):
+            if not cell.startswith(NOT_TRACED):
+                (stage,) = named(cell)
+                functions.setdefault(stage, []).append(name)
+    return functions
+
+
+TRACED_IN = traced_in()
+
+
+@pytest.mark.parametrize("stage", TRACED_IN)
+def test_functions_are_entered_when_their_stage_is_traced(stage):
+    """The stage's own step runs on shapes, and enters each function that stands beside it."""
+    codes = traced.entered(stage)
+    names = TRACED_IN[stage]
+    # Without the type checks that wrap every function in tests.
+    own_code = {name: inspect.unwrap(find(name)).__code__ for name in names}
+    assert [name for name in names if own_code[name] not in codes] == []
+
+
+def test_every_loss_is_traced():
+    """Only functions that return no loss may be "not traced"."""
+    names = {name for functions in TRACED_IN.values() for name in functions}
+    assert losses() - COMBINE <= names
+
+
+# ------------------------------------------------------------------ tests, configs, defaults
+
+
 def test_every_test_exists():
     for name in (name for row in ROWS for name in named(row["test"])):
         file, _, function = name.partition("::")
@@ -101,7 +151,7 @@ def test_every_config_is_of_what_it_is_named_for(finished):
         config = runpy.run_path(str(ROOT / path))["get_config"](arg)
         options = dict(one.removeprefix("--config.").split("=") for one in overrides)
         config.update_from_flattened_dict(
-            {name: literal(value) for name, value in options.items()}
+            {name: traced.literal(value) for name, value in options.items()}
         )
         config = to_dict(config)
         stages = (
@@ -119,7 +169,7 @@ def test_every_config_is_of_what_it_is_named_for(finished):
             for key, value in flat(one)
         }
         assert {name: in_force[name] for name in options} == {
-            name: literal(value) for name, value in options.items()
+            name: traced.literal(value) for name, value in options.items()
         }
         named_for = {
             asked[name] for name in ("stage", "estimator", "loss") if name in asked
@@ -139,14 +189,6 @@ def flat(tree: dict, at: str = "") -> Iterator[tuple[str, Any]]:
         )
 
 
-def literal(text: str):
-    """A number where it is one, as the command line has it."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def test_every_default_is_in_force():
     """`stage.option=value` is what the stage's config has when nothing is said."""
     said = [
@@ -159,7 +201,9 @@ def test_every_default_is_in_force():
         now = to_dict(stage_config(stage))
         for part in option.split("."):
             now = now[part]
-        assert (tuple(now) if isinstance(now, list) else now) == literal(value), name
+        assert (tuple(now) if isinstance(now, list) else now) == traced.literal(
+            value
+        ), name
 
 
 def test_every_function_of_algos_is_reached_from_a_stage():
@@ -207,20 +251,27 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 def test_no_loss_is_missing():
-    """Every function of algos/ that returns a loss stands in some row.
+    """Every function of algos/ that returns a loss stands in some row; others only combine them."""
+    on_page = {name for row in ROWS for name in named(row["function"])}
+    assert len(losses()) > 25
+    assert losses() - COMBINE <= on_page
 
-    `add_losses` only adds them.
-    """
-    losses = set()
+
+COMBINE = {"algos.combine.add_losses", "algos.policy.surrogate_loss"}
+
+
+def losses() -> set[str]:
+    """Returns the public functions of algos/ whose annotated result is a Loss."""
+    found = set()
     for module in pkgutil.iter_modules(algos.__path__):
         loaded = importlib.import_module(f"rlhfjax.algos.{module.name}")
         for name, value in vars(loaded).items():
-            own = getattr(
-                value, "__module__", ""
-            ) == loaded.__name__ and not name.startswith("_")
-            if own and getattr(value, "__annotations__", {}).get("return") is Loss:
-                losses.add(f"algos.{module.name}.{name}")
-    assert len(losses) > 25
-    assert losses - {"algos.combine.add_losses"} <= {
-        name for row in ROWS for name in named(row["function"])
-    }
+            is_own = getattr(value, "__module__", "") == loaded.__name__
+            annotations = getattr(value, "__annotations__", {})
+            if (
+                is_own
+                and not name.startswith("_")
+                and annotations.get("return") is Loss
+            ):
+                found.add(f"algos.{module.name}.{name}")
+    return found

@@ -494,7 +494,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         started("ppo", values("ppo", conversations, finished, lora={"dropout": 0.1}))
     with pytest.raises(
         ConfigError,
-        match=r"lora.targets='q_proj' is found in none of backbone/layers/layer_0",
+        match=r"lora.targets='q_proj' matches none of backbone/layers/layer_0",
     ):
         started(
             "sft", values("sft", conversations, finished, lora={"targets": "q_proj"})

@@ -1,1 +1,1 @@
-"""The equations: pure jnp functions, arrays in, (loss, metrics) out."""
+"""The equations as pure jnp functions: losses, advantages, reward shaping, estimators."""

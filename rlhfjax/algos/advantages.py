@@ -17,20 +17,21 @@ def gae(
     gamma: Scalar,
     lam: Scalar,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Generalized advantage estimation along the counted tokens of each row.
+    """Returns advantages and returns by generalized advantage estimation (GAE).
 
     With t+1 the *next counted* token of the row:
       delta_t = r_t + gamma V_{t+1} - V_t
       A_t     = delta_t + gamma lam A_{t+1}
       R_t     = A_t + V_t
-    Past the last counted token V and A are 0: a response ends its episode, also at the length limit (no bootstrap).
+    After the last counted token V and A are 0: a response ends its episode, also at the length
+    limit, so that there is no bootstrap.
 
     Args:
       rewards: r_t, received for emitting token t.
       values: V_t, of the state *before* token t was emitted.
-      mask: 1 on response tokens; padding on either side and holes are skipped, whatever stands there.
+      mask: 1 on response tokens. Padding on either side and holes are skipped, whatever they hold.
       gamma: discount per token (1 in all RLHF papers).
-      lam: 1 is the Monte-Carlo return minus V; 0 the one-step error.
+      lam: 1 is the Monte-Carlo return minus V; 0 is the one-step error.
 
     Returns:
       advantages and returns, 0 where the mask is 0.
@@ -58,16 +59,17 @@ def gae(
 
 
 def reinforce_pp(
-    rewards: Float[Array, "b t"], mask: Float[Array, "b t"]
+    rewards: Float[Array, "b t"],
+    mask: Float[Array, "b t"],
 ) -> Float[Array, "b t"]:
-    """REINFORCE++: the reward to come, normalized over all counted tokens of the batch.
+    """Returns the advantages of REINFORCE++: the reward to come, normalized over the batch.
 
       G_t = sum_{s >= t} r_s
-      A_t = (G_t - mean G) / sqrt(var G + 1e-8)
+      A_t = (G_t - mean G) / sqrt(var G + 1e-8), over all counted tokens
 
-    With r_t = -beta log pi / pi_ref (y_t), and the score added at the last token, G_t is the score minus
-    beta times the KL that is still to come. There is no value function and no group: one response
-    per prompt is enough.
+    With r_t = -beta log pi / pi_ref (y_t), and the score added at the last token, G_t is the score
+    minus beta times the KL that is still to come. There is no value function and no group: one
+    response per prompt is enough.
 
     Args:
       rewards: r_t, received for emitting token t.

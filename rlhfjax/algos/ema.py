@@ -6,6 +6,9 @@ from jaxtyping import Float, PyTree
 
 from rlhfjax.types import Scalar
 
+# pyright: reportUndefinedVariable=false
+# jaxtyping's "T" names a tree structure; pyright reads it as a forward reference.
+
 
 def ema_update(
     average: PyTree[Float[Array, "..."], "T"],
@@ -13,7 +16,9 @@ def ema_update(
     *,
     decay: Scalar,
 ) -> PyTree[Float[Array, "..."], "T"]:
-    """a <- decay a + (1 - decay) theta, leaf by leaf; a starts as the initial weights (no bias correction).
+    """Returns decay a + (1 - decay) theta, leaf by leaf.
+
+    The average starts as the initial weights, so that there is no bias correction.
 
     Source: Ouyang et al. 2022, appendix C.4 (decay 0.992).
     """

@@ -1,7 +1,7 @@
-"""Policy gradients without a value function: K samples a prompt are each other's baseline.
+"""Policy gradients without a value function: the K responses to a prompt are each other's baseline.
 
-Advantages come from `rewards` [p, k] (one per response), losses take one advantage per response,
-[b] with b = p k.
+Advantages come from `rewards` [p, k], one per response. Losses take one advantage per response, [b]
+with b = p k.
 """
 
 import jax.numpy as jnp
@@ -11,24 +11,14 @@ from jaxtyping import Bool, Float
 from rlhfjax.algos.kl import k3
 from rlhfjax.algos.log_ratios import clamped
 from rlhfjax.algos.masked import divide, sequence_mean, sequence_token_mean, token_mean
-from rlhfjax.algos.policy import log_ratio, ratio_metrics
-from rlhfjax.types import Loss, Scalar
-
-
-def _group_size(rewards: Float[Array, "p k"]) -> int:
-    if rewards.shape[1] < 2:
-        raise ValueError("a group baseline needs at least 2 responses a prompt, got 1")
-    return rewards.shape[1]
-
-
-def _deviations(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
-    """r_i - mean_j r_j, exactly 0 for equal rewards: a rounded mean would leave 1e-7 r, which GRPO divides by eps."""
-    rewards = rewards - rewards[:, :1]
-    return rewards - jnp.mean(rewards, axis=1, keepdims=True)
+from rlhfjax.algos.policy import log_ratio, ratio_metrics, surrogate_loss
+from rlhfjax.types import Loss, Metrics, Scalar
 
 
 def rloo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
-    """A_i = r_i - mean_{j != i} r_j = k / (k - 1) (r_i - mean_j r_j): REINFORCE, leave-one-out.
+    """Returns the advantages of REINFORCE leave-one-out (RLOO).
+
+      A_i = r_i - mean_{j != i} r_j = k / (k - 1) (r_i - mean_j r_j)
 
     The baseline does not depend on response i, so that the gradient is unbiased.
 
@@ -44,17 +34,19 @@ def grpo_advantages(
     *,
     eps: float = 1e-4,
 ) -> Float[Array, "p k"]:
-    """A_i = (r_i - mean_j r_j) / (std_j r_j + eps) - (c_i - mean_j c_j).
+    """Returns the advantages of group relative policy optimization (GRPO).
 
-    The std is that of the task's reward alone. With the KL in it, a group of equal rewards would
-    have unit advantages from whatever its KLs are.
+      A_i = (r_i - mean_j r_j) / (std_j r_j + eps) - (c_i - mean_j c_j)
+
+    The std is that of the task's reward only. With the KL in it, a group of equal rewards would
+    have unit advantages from its KLs.
 
     Args:
       rewards: r, without a KL.
-      penalties: c, beta times the KL of each response, in units of the advantage, where a KL is in
-        the reward; None: there is none.
-      eps: added to the std. The paper does not say which std; this is the unbiased one (k - 1) of
-        TRL and veRL, eps as in TRL.
+      penalties: c, beta times the KL of each response, in units of the advantage, if the KL is in
+        the reward; else None.
+      eps: added to the std. The paper does not define its std; this is the unbiased one (k - 1) of
+        TRL and veRL, with TRL's eps.
 
     Source: Shao et al. 2024, section 4.1.2; the paper has the KL in the loss.
     """
@@ -65,7 +57,9 @@ def grpo_advantages(
 
 
 def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
-    """A_i = r_i - mean_j r_j: without the std, which gives easy and hard prompts (small std) more weight.
+    """Returns the advantages of Dr. GRPO, A_i = r_i - mean_j r_j.
+
+    GRPO's division by the std gives more weight to easy and hard prompts, whose std is small.
 
     Source: Liu et al. 2025, "Understanding R1-Zero-like training".
     """
@@ -73,10 +67,31 @@ def dr_grpo_advantages(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
     return _deviations(rewards)
 
 
+def _group_size(rewards: Float[Array, "p k"]) -> int:
+    size = rewards.shape[1]
+    if size < 2:
+        raise ValueError(
+            "a group baseline needs at least 2 responses per prompt, got 1"
+        )
+    return size
+
+
+def _deviations(rewards: Float[Array, "p k"]) -> Float[Array, "p k"]:
+    """Returns r_i - mean_j r_j, exactly 0 for equal rewards.
+
+    A rounded mean would leave 1e-7 r, which GRPO divides by eps.
+    """
+    rewards = rewards - rewards[:, :1]
+    return rewards - jnp.mean(rewards, axis=1, keepdims=True)
+
+
 def moving_baseline(
-    baseline: Scalar, rewards: Float[Array, "b"], *, decay: Scalar
+    baseline: Scalar,
+    rewards: Float[Array, "b"],
+    *,
+    decay: Scalar,
 ) -> Float[Array, ""]:
-    """b <- decay b + (1 - decay) mean r: REINFORCE's baseline, to be subtracted from the *next* batch's rewards.
+    """Returns decay b + (1 - decay) mean r, the baseline of REINFORCE for the *next* batch.
 
     Source: Williams 1992 (reinforcement comparison).
     """
@@ -84,9 +99,10 @@ def moving_baseline(
 
 
 def informative(rewards: Float[Array, "p k"]) -> Bool[Array, "p"]:
-    """Prompts whose K rewards are not all equal: DAPO's dynamic sampling keeps only these (the others give A = 0).
+    """Returns whether the K rewards of each prompt are not all equal.
 
-    Rewards are without a KL, which differs between any two responses and makes neither the better.
+    DAPO's dynamic sampling keeps only these prompts; the others have A = 0. Rewards are without a
+    KL, which differs between any two responses and makes neither the better.
 
     Source: Yu et al. 2025 (DAPO), eq. 11.
     """
@@ -98,9 +114,10 @@ def rloo_loss(
     advantages: Float[Array, "b"],
     mask: Float[Array, "b t"],
 ) -> Loss:
-    """-A_i log pi(y_i | x), the *sum* over the response's tokens, mean over responses.
+    """Returns -A_i log pi(y_i | x), the *sum* over a response's tokens, mean over responses.
 
-    A response is one action of a bandit; with `moving_baseline` for the group's mean, this is REINFORCE with baseline.
+    A response is one action of a bandit. With `moving_baseline` in place of the group's mean this
+    is REINFORCE with a baseline.
 
     Source: Ahmadian et al. 2024.
     """
@@ -116,13 +133,14 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """-min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i), and 1 where the clipped term is the active one."""
+    """Returns the clipped surrogate per token, and 1 where the clipped term is the active one.
+
+    -min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
+    """
     ratio = jnp.exp(log_ratios)
     advantages = lax.stop_gradient(advantages)[:, None]
-    plain, clipped = (
-        -advantages * ratio,
-        -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high),
-    )
+    plain = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     return jnp.maximum(plain, clipped), (clipped > plain).astype(ratio.dtype)
 
 
@@ -136,14 +154,18 @@ def grpo_loss(
     clip: float,
     beta: Scalar,
 ) -> Loss:
-    """mean_i 1/|o_i| sum_t ( -min(rho_t A_i, clip(rho_t, 1 -+ clip) A_i) + beta k3_t ).
+    """Returns the GRPO loss: clipped surrogate plus KL, averaged over tokens, then responses.
 
-    k3 is differentiated as it stands, as the paper does: on-policy its gradient is that of KL(rho || pi), not of
-    KL(pi || rho). `kl_loss_k3`, added to `dapo_loss`, has the latter.
+      mean_i 1/|o_i| sum_t ( -min(rho_t A_i, clip(rho_t, 1 -+ clip) A_i) + beta k3_t )
+
+    k3 is differentiated as it stands, like in the paper: on-policy its gradient is that of
+    KL(rho || pi), not of KL(pi || rho). `kl_loss_k3`, added to `dapo_loss`, has the latter.
 
     Args:
-      logprobs: of the policy that is trained; old_logprobs: of the one that sampled; ref_logprobs: of the reference.
-      advantages: one a response, a constant.
+      logprobs: of the policy that is trained.
+      old_logprobs: of the policy that sampled.
+      ref_logprobs: of the reference.
+      advantages: one per response, a constant.
       mask: 1 on response tokens; |o_i| is their number.
       clip: epsilon, not stated in the paper (0.2 in TRL).
       beta: KL coefficient, 0.04.
@@ -158,20 +180,16 @@ def grpo_loss(
     surrogate, clipped = clipped_surrogate(
         log_ratios, advantages, clip_low=clip, clip_high=clip
     )
-    kept, ref_kept = (
-        jnp.where(mask > 0, logprobs, 0),
-        jnp.where(mask > 0, ref_logprobs, 0),
-    )
-    kl = k3(kept, ref_kept)
+    logprobs = jnp.where(mask > 0, logprobs, 0)
+    ref_logprobs = jnp.where(mask > 0, ref_logprobs, 0)
+    kl = k3(logprobs, ref_logprobs)
     total, weight = sequence_token_mean(surrogate + beta * kl, mask)
-    metrics = {
-        "loss": (total, weight),
+    kl_metrics: Metrics = {
         "kl": token_mean(kl, mask),
-        "kl_clamped": clamped(jnp.minimum(kept - ref_kept, 0), mask),
-        "clip_fraction": token_mean(clipped, mask),
-        **ratio_metrics(log_ratios, mask),
+        "kl_clamped": clamped(jnp.minimum(logprobs - ref_logprobs, 0), mask),
     }
-    return divide(total, weight), metrics
+    mean, metrics = surrogate_loss(total, weight, clipped, log_ratios, mask)
+    return mean, metrics | kl_metrics
 
 
 def dr_grpo_loss(
@@ -183,9 +201,12 @@ def dr_grpo_loss(
     clip: float,
     length: int,
 ) -> Loss:
-    """mean_i 1/length sum_t -min(rho_t A_i, clip(rho_t, 1 -+ clip) A_i), length a constant (the sampler's limit).
+    """Returns the Dr. GRPO loss: clipped surrogate, divided by a constant length.
 
-    Dividing by |o_i| instead, as GRPO does, makes long wrong answers cheap.
+      mean_i 1/length sum_t -min(rho_t A_i, clip(rho_t, 1 -+ clip) A_i)
+
+    length is the sampler's limit. Dividing by |o_i|, as GRPO does, makes long wrong responses
+    cheap.
 
     Source: Liu et al. 2025, "Understanding R1-Zero-like training".
     """
@@ -194,7 +215,7 @@ def dr_grpo_loss(
         log_ratios, advantages, clip_low=clip, clip_high=clip
     )
     total, responses = sequence_mean(surrogate, mask)
-    metrics = {
+    metrics: Metrics = {
         "loss": (total, responses * length),
         "clip_fraction": token_mean(clipped, mask),
         **ratio_metrics(log_ratios, mask),
@@ -211,9 +232,12 @@ def dapo_loss(
     clip_low: float,
     clip_high: float,
 ) -> Loss:
-    """-min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i), mean over *tokens* of all responses.
+    """Returns the DAPO loss: clipped surrogate, mean over the *tokens* of all responses.
 
-    clip_high (0.28) above clip_low (0.2) leaves rare tokens room to become likely. No KL term.
+      -min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
+
+    clip_high (0.28) above clip_low (0.2) leaves rare tokens room to become likely. There is no KL
+    term.
 
     Source: Yu et al. 2025 (DAPO), eq. 8.
     """
@@ -222,9 +246,4 @@ def dapo_loss(
         log_ratios, advantages, clip_low=clip_low, clip_high=clip_high
     )
     total, weight = token_mean(surrogate, mask)
-    metrics = {
-        "loss": (total, weight),
-        "clip_fraction": token_mean(clipped, mask),
-        **ratio_metrics(log_ratios, mask),
-    }
-    return divide(total, weight), metrics
+    return surrogate_loss(total, weight, clipped, log_ratios, mask)

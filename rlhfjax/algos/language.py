@@ -13,19 +13,17 @@ def nats_per_byte(
     mask: Float[Array, "b t"],
     byte_lengths: Num[Array, "v"],
 ) -> Metric:
-    """Returns the loss per UTF-8 byte of the text of the counted targets, which tokenizers can be
-    compared by.
+    """Returns the loss per UTF-8 byte of the targets' text, which is comparable between tokenizers.
 
       sum_t m_t (-log pi(x_t | x_<t)) / sum_t m_t bytes(x_t);   divided by ln 2 it is bits per byte
 
-    Special tokens have no bytes: what it costs to predict them counts, per byte of the text around
-    them.
+    Special tokens have no bytes: their loss counts, per byte of the text around them.
 
     Args:
       nll: sum over the counted targets of -log pi, nats.
       targets: token ids.
       mask: 1 where a target counts.
-      byte_lengths: the bytes of text that each id stands for, of `Tokenizer.byte_lengths`.
+      byte_lengths: bytes of text per token id, from `Tokenizer.byte_lengths`.
 
     Returns:
       (nats, bytes).

@@ -1,7 +1,7 @@
-"""Log ratios of probabilities, clamped where they are exponentiated: float32 ends at e^88.7.
+"""Log ratios of probabilities, clamped before they are exponentiated: float32 ends at e^88.7.
 
-A clamp has no gradient beyond its limit. The share of tokens that it holds back is a metric of
-every loss that has one.
+A clamp has no gradient beyond its limit. Every loss with a clamp has a metric with the share of
+clamped tokens.
 """
 
 import jax.numpy as jnp
@@ -16,13 +16,18 @@ LIMIT = 80.0
 
 
 def clamp(
-    log_ratios: Float[Array, "*n"], *, limit: float = LIMIT
+    log_ratios: Float[Array, "*n"],
+    *,
+    limit: float = LIMIT,
 ) -> Float[Array, "*n"]:
-    """min(max(x, -limit), limit): the same bits within, where the gradient is 1; beyond it is 0."""
+    """Returns min(max(x, -limit), limit).
+
+    Within the limit x keeps its bits and has gradient 1; beyond it the gradient is 0.
+    """
     return jnp.clip(log_ratios, -limit, limit)
 
 
 def clamped(log_ratios: Float[Array, "b t"], mask: Float[Array, "b t"]) -> Metric:
-    """The share of counted tokens whose log ratio is at or beyond LIMIT."""
+    """Returns the share of counted tokens whose log ratio is at or beyond LIMIT."""
     at_limit = jnp.abs(log_ratios) >= LIMIT
     return token_mean(at_limit.astype(mask.dtype), mask)

@@ -1,4 +1,4 @@
-"""Rewards on a known scale: gain and bias, and what an ensemble says."""
+"""Rewards on a known scale, and the combination of an ensemble's rewards."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,11 +9,18 @@ from rlhfjax.types import Scalar
 
 
 def gain_and_bias(
-    rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar, std: Scalar
+    rewards: Float[Array, "b"],
+    mask: Float[Array, "b"],
+    *,
+    mean: Scalar,
+    std: Scalar,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """g = std / std_r, b = mean - g mean_r: g r + b has the given mean and (biased) std over these samples.
+    """Returns gain g and bias b such that g r + b has the given mean and (biased) std.
 
-    Samples are of the *reference* policy, before and after training the reward model. Equal rewards get g = 1.
+      g = std / std_r,   b = mean - g mean_r
+
+    The rewards are of samples of the *reference* policy, before and after the reward model is
+    trained. Equal rewards have g = 1.
 
     Source: Ziegler et al. 2019; "N implementation details", reward detail 3.
     """
@@ -23,22 +30,28 @@ def gain_and_bias(
 
 
 def centring_bias(
-    rewards: Float[Array, "b"], mask: Float[Array, "b"], *, mean: Scalar = 0.0
+    rewards: Float[Array, "b"],
+    mask: Float[Array, "b"],
+    *,
+    mean: Scalar = 0.0,
 ) -> Float[Array, ""]:
-    """b such that r + b has the given mean: on demonstrations (InstructGPT), or on new samples to recenter.
+    """Returns b such that r + b has the given mean.
 
-    Source: Ouyang et al. 2022, appendix C.2; Stiennon et al. 2020, section 3.4 (references score 0).
+    The rewards are of demonstrations (InstructGPT), or of new samples to recenter.
+
+    Source: Ouyang et al. 2022, appendix C.2; Stiennon et al. 2020, section 3.4 (where references
+    score 0).
     """
     return mean - masked_mean(rewards, mask)
 
 
 def ensemble_mean(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
-    """mean_m r_m."""
+    """Returns mean_m r_m."""
     return jnp.mean(rewards, axis=0)
 
 
 def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
-    """min_m r_m: worst-case optimization.
+    """Returns min_m r_m, for worst-case optimization.
 
     Source: Coste et al. 2023.
     """
@@ -46,9 +59,11 @@ def ensemble_worst(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
 
 
 def ensemble_pessimistic(
-    rewards: Float[Array, "m b"], *, coefficient: Scalar
+    rewards: Float[Array, "m b"],
+    *,
+    coefficient: Scalar,
 ) -> Float[Array, "b"]:
-    """mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimization.
+    """Returns mean_m r_m - coefficient std_m r_m (biased std): uncertainty-weighted optimization.
 
     Source: Coste et al. 2023 (which penalizes the variance; the std has the reward's unit).
     """
@@ -56,5 +71,5 @@ def ensemble_pessimistic(
 
 
 def ensemble_disagreement(rewards: Float[Array, "m b"]) -> Float[Array, "b"]:
-    """std_m r_m (biased), reward units."""
+    """Returns std_m r_m (biased), in reward units."""
     return jnp.std(rewards, axis=0)

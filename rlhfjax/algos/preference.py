@@ -1,10 +1,10 @@
 """Losses of a reward model over the K completions of each prompt.
 
-`rewards` [p, k] are the model's, `labels` [p, k] the labeler's (higher is better: pass minus the
-rank for ranks), `valid` [p, k] is 1 on completions that exist, so that K may differ between
-prompts. `same` [p, k] has equal numbers where completions of a prompt have the same tokens, by
-themselves or because they were cut: whatever their labels are, such a pair says nothing and weighs
-0. Without `same` all completions differ.
+`rewards` [p, k] are the model's, `labels` [p, k] the labeler's (higher is better; minus the rank
+for ranks). `valid` [p, k] is 1 on completions that exist, so that K may differ between prompts.
+`same` [p, k] has equal numbers where completions of a prompt have the same tokens, perhaps because
+they were truncated. Whatever its labels are, such a pair has no information and weight 0. Without
+`same` all completions differ.
 """
 
 import jax
@@ -20,8 +20,7 @@ def distinct_pairs(
     valid: Float[Array, "p k"],
     same: Int[Array, "p k"] | None = None,
 ) -> Bool[Array, "p k k"]:
-    """True at [p, i, j] where completions i and j of prompt p are both valid and have other
-    tokens."""
+    """Returns True at [p, i, j] where completions i and j are valid and have other tokens."""
     both = (valid[:, :, None] > 0) & (valid[:, None, :] > 0)
     return both if same is None else both & (same[:, :, None] != same[:, None, :])
 
@@ -31,17 +30,17 @@ def untied_pairs(
     valid: Float[Array, "p k"],
     same: Int[Array, "p k"] | None = None,
 ) -> Float[Array, "p k k"]:
-    """1 at [p, w, l] where completions w and l of prompt p are a distinct pair and w is labeled
-    strictly better."""
+    """Returns 1 at [p, w, l] where w and l are a distinct pair and w has the higher label."""
     labels = jnp.where(valid > 0, labels, 0)
     better = labels[:, :, None] > labels[:, None, :]
     return (distinct_pairs(valid, same) & better).astype(valid.dtype)
 
 
 def reward_differences(
-    rewards: Float[Array, "p k"], valid: Float[Array, "p k"]
+    rewards: Float[Array, "p k"],
+    valid: Float[Array, "p k"],
 ) -> Float[Array, "p k k"]:
-    """r_w - r_l at [p, w, l]; what stands at invalid completions has no gradient."""
+    """Returns r_w - r_l at [p, w, l]. Invalid completions have no gradient."""
     rewards = jnp.where(valid > 0, rewards, 0)
     return rewards[:, :, None] - rewards[:, None, :]
 
@@ -52,20 +51,22 @@ def kwise_loss(
     valid: Float[Array, "p k"],
     same: Int[Array, "p k"] | None = None,
 ) -> Loss:
-    """InstructGPT's reward loss: all pairs of a prompt's K completions are one batch element.
+    """Returns InstructGPT's reward loss: all pairs of a prompt are one batch element.
 
     With P_p the pairs (w, l) of prompt p whose labels differ (ties are dropped pair by pair):
-      loss_p = -1/|P_p| sum_{(w,l) in P_p} log sigmoid(r_w - r_l),   loss = mean of loss_p over prompts with |P_p| > 0
+      loss_p = -1/|P_p| sum_{(w,l) in P_p} log sigmoid(r_w - r_l)
+      loss = mean of loss_p over prompts with |P_p| > 0
     Without ties |P_p| = C(K, 2), the paper's factor. A prompt without an untied pair has weight 0.
 
     Args:
-      rewards: r(x, y_i), one forward pass a completion.
+      rewards: r(x, y_i), one forward pass per completion.
       labels: the labeler's score of each completion, higher is better.
       valid: 1 on completions that exist.
       same: equal where completions have the same tokens.
 
     Returns:
-      nats per pair, mean over prompts; metrics loss (weight: prompts), accuracy and margin (weight: pairs).
+      nats per pair, mean over prompts; metrics loss (weight: prompts), accuracy and margin
+      (weight: pairs).
 
     Source: Ouyang et al. 2022, eq. 1 and section 3.5.
     """
@@ -73,23 +74,23 @@ def kwise_loss(
     differences = reward_differences(rewards, valid)
     n_pairs = jnp.sum(pairs, axis=(1, 2))
     nll = jnp.sum(pairs * -jax.nn.log_sigmoid(differences), axis=(1, 2))
-    total, weight = (
-        jnp.sum(divide(nll, n_pairs)),
-        jnp.sum((n_pairs > 0).astype(nll.dtype)),
-    )
-    return divide(total, weight), {
-        "loss": (total, weight),
-        **pair_metrics(differences, pairs),
-    }
+    total = jnp.sum(divide(nll, n_pairs))
+    weight = jnp.sum((n_pairs > 0).astype(nll.dtype))
+    mean = divide(total, weight)
+    return mean, {"loss": (total, weight), **pair_metrics(differences, pairs)}
 
 
 def pair_metrics(
-    differences: Float[Array, "..."], pairs: Float[Array, "..."]
+    differences: Float[Array, "..."],
+    pairs: Float[Array, "..."],
 ) -> Metrics:
-    """accuracy: share of pairs with r_w > r_l (equal rewards count one half); margin: mean r_w - r_l. Weight: pairs."""
+    """Returns accuracy and margin of the pairs, both with the number of pairs as their weight.
+
+    accuracy is the share of pairs with r_w > r_l, where equal rewards count one half. margin is the
+    mean of r_w - r_l.
+    """
     correct = (differences > 0) + 0.5 * (differences == 0)
     weight = jnp.sum(pairs)
-    return {
-        "accuracy": (masked_sum(correct.astype(pairs.dtype), pairs), weight),
-        "margin": (masked_sum(differences, pairs), weight),
-    }
+    accuracy = masked_sum(correct.astype(pairs.dtype), pairs)
+    margin = masked_sum(differences, pairs)
+    return {"accuracy": (accuracy, weight), "margin": (margin, weight)}

@@ -1,7 +1,7 @@
-"""From the score of a response to rewards on its tokens.
+"""From the score of a response to the rewards of its tokens.
 
-The order is: truncate -> score -> missing-EOS and rejection -> clip -> token_rewards -> whiten. A penalty given after
-whitening would be in other units than the rewards it joins.
+The order is: truncate -> score -> missing EOS and rejection -> clip -> token_rewards -> whiten. A
+penalty added after whitening would have other units than the rewards.
 """
 
 import jax.numpy as jnp
@@ -19,16 +19,17 @@ def token_rewards(
     *,
     beta: Scalar,
 ) -> Float[Array, "b t"]:
-    """r_t = -beta kl_t + [t is the last response token] score.
+    """Returns r_t = -beta kl_t + [t is the last response token] score.
 
     Args:
       score: of the whole response, in reward units.
-      kl: per-token estimate of KL(policy || reference), nats; normally k1, whose sum is log pi/rho of the response.
+      kl: per-token estimate of KL(policy || reference), nats; normally k1, whose sum is log pi/rho
+        of the response.
       mask: 1 on response tokens.
       beta: reward units per nat.
 
     Returns:
-      rewards, 0 where the mask is 0. A row without response tokens receives nothing.
+      rewards, 0 where the mask is 0. A row without response tokens has only zeros.
 
     Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2.
     """
@@ -36,26 +37,37 @@ def token_rewards(
 
 
 def has_token(
-    tokens: Int[Array, "b t"], mask: Float[Array, "b t"], token_id: int
+    tokens: Int[Array, "b t"],
+    mask: Float[Array, "b t"],
+    token_id: int,
 ) -> Bool[Array, "b"]:
-    """Whether `token_id` occurs among the counted tokens of each row (the EOS: whether the response ended)."""
+    """Returns whether `token_id` is among the counted tokens of each row.
+
+    With the EOS it is whether the response ended.
+    """
     return jnp.any((tokens == token_id) & (mask > 0), axis=1)
 
 
 def replace_missing_eos(
-    score: Float[Array, "b"], ended: Bool[Array, "b"], *, value: Scalar
+    score: Float[Array, "b"],
+    ended: Bool[Array, "b"],
+    *,
+    value: Scalar,
 ) -> Float[Array, "b"]:
-    """score where the response ended, `value` (-1 in the paper) where it hit the length limit. The "EOS trick".
+    """Returns score if the response ended, `value` (-1 in the paper) if it hit the length limit.
 
-    Source: Huang et al. 2024 (N+ details), detail 23.
+    Source: Huang et al. 2024 (N+ details), detail 23: the "EOS trick".
     """
     return jnp.where(ended, score, value)
 
 
 def penalize_missing_eos(
-    score: Float[Array, "b"], ended: Bool[Array, "b"], *, penalty: Scalar
+    score: Float[Array, "b"],
+    ended: Bool[Array, "b"],
+    *,
+    penalty: Scalar,
 ) -> Float[Array, "b"]:
-    """score where the response ended, score - penalty where it hit the length limit.
+    """Returns score if the response ended, score - penalty if it hit the length limit.
 
     Source: TRL's `missing_eos_penalty`.
     """
@@ -63,21 +75,26 @@ def penalize_missing_eos(
 
 
 def clip_score(score: Float[Array, "b"], *, limit: Scalar) -> Float[Array, "b"]:
-    """min(max(score, -limit), limit)."""
+    """Returns min(max(score, -limit), limit)."""
     return jnp.clip(score, -limit, limit)
 
 
 def truncate_mask(
-    tokens: Int[Array, "b t"], mask: Float[Array, "b t"], *, token_id: int, after: int
+    tokens: Int[Array, "b t"],
+    mask: Float[Array, "b t"],
+    *,
+    token_id: int,
+    after: int,
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b"]]:
-    """Ends each response at the first `token_id` at or after response position `after` (from 0), which is kept.
+    """Ends each response after the first `token_id` at response position >= `after` (from 0).
 
-    What the reward model scores is the truncated text; Ziegler's policy loss still sees every sampled token.
+    The reward model scores the truncated response; Ziegler's policy loss is of all sampled tokens.
 
     Returns:
       the mask of the truncated response, and whether such a token was found.
 
-    Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `postprocess_fn_from_hparams` (token 13, after 16).
+    Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `postprocess_fn_from_hparams`
+    (token 13, after 16).
     """
     position = jnp.cumsum(mask > 0, axis=1) - 1
     stop = (tokens == token_id) & (mask > 0) & (position >= after)
@@ -86,9 +103,14 @@ def truncate_mask(
 
 
 def reject(
-    score: Float[Array, "b"], accepted: Bool[Array, "b"], *, value: Scalar
+    score: Float[Array, "b"],
+    accepted: Bool[Array, "b"],
+    *,
+    value: Scalar,
 ) -> Float[Array, "b"]:
-    """score where accepted, the fixed `value` (-1) where not: "no full stop in 16..24" is worth -1, whatever is said.
+    """Returns score if the response is accepted, the fixed `value` (-1) if not.
+
+    In the paper a response without a full stop in 16..24 scores -1, whatever its text is.
 
     Source: Ziegler et al. 2019, section 2.2; lm-human-preferences `penalty_reward_value`.
     """
@@ -96,11 +118,17 @@ def reject(
 
 
 def overlong_penalty(
-    mask: Float[Array, "b t"], *, limit: int, soft: int
+    mask: Float[Array, "b t"],
+    *,
+    limit: int,
+    soft: int,
 ) -> Float[Array, "b"]:
-    """0 up to limit - soft tokens, then linearly down to -1 at limit, -1 beyond: added to the score.
+    """Returns the length penalty that is added to the score.
+
+    It is 0 up to limit - soft tokens, then falls linearly to -1 at limit, and stays -1 beyond.
 
     Source: Yu et al. 2025 (DAPO), eq. 13 (limit 20480, soft 4096).
     """
     length = jnp.sum(mask > 0, axis=1)
-    return jnp.clip((limit - soft - length) / soft, -1, 0).astype(mask.dtype)
+    penalty = jnp.clip((limit - soft - length) / soft, -1, 0)
+    return penalty.astype(mask.dtype)

@@ -1,6 +1,6 @@
-"""TAMER: a human's scalar feedback, given a moment late, as a reward to be learnt by regression; and TAMER+RL.
+"""TAMER and TAMER+RL: a reward model learned by regression on a human's delayed scalar feedback.
 
-Times are seconds; step i lasts from starts[i] to ends[i]; feedback f is given at times[f].
+Times are in seconds. Step i lasts from starts[i] to ends[i]; feedback f is given at times[f].
 """
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax import Array
 from jax.scipy.special import gammainc, gammaincc
 from jaxtyping import Float, Int
 
-from rlhfjax.algos.masked import divide, masked_sum
+from rlhfjax.algos.masked import divide, masked_sum, weighted_mean
 from rlhfjax.types import Loss, Scalar
 
 
@@ -20,9 +20,11 @@ def uniform_credit(
     low: float,
     high: float,
 ) -> Float[Array, "f t"]:
-    """c_{f,i} = share of the delays in [low, high] that point into step i: human reaction is uniformly late.
+    """Returns the credit c_{f,i} of step i for feedback f, with a uniform delay in [low, high].
 
-    c_{f,i} = |[starts_i, ends_i] and [times_f - high, times_f - low]| / (high - low)
+      c_{f,i} = |[starts_i, ends_i] intersected with [times_f - high, times_f - low]| / (high - low)
+
+    It is the share of the delays that point into step i.
 
     Source: Knox & Stone 2009 (0.2 to 0.8 s).
     """
@@ -39,9 +41,12 @@ def gamma_credit(
     shape: float,
     scale: float,
 ) -> Float[Array, "f t"]:
-    """c_{f,i} = F(times_f - starts_i) - F(times_f - ends_i), F the CDF of a Gamma(shape, scale) delay.
+    """Returns the credit c_{f,i} of step i for feedback f, with a Gamma(shape, scale) delay.
 
-    Past the mean delay it is a difference of 1 - F: of two numbers near 1 nothing would be left.
+      c_{f,i} = F(times_f - starts_i) - F(times_f - ends_i),   F the CDF of the delay
+
+    Past the mean delay it is computed as a difference of 1 - F. The difference of two F near 1
+    would lose all digits.
 
     Source: Knox & Stone 2009.
     """
@@ -58,7 +63,9 @@ def tamer_loss(
     feedback: Float[Array, "f"],
     weight: Float[Array, "f"],
 ) -> Loss:
-    """(h_f - sum_i c_{f,i} H(s_i, a_i))^2, mean over feedback: one signal is explained by the credited steps together.
+    """Returns the TAMER loss, (h_f - sum_i c_{f,i} H(s_i, a_i))^2, mean over feedback.
+
+    The credited steps together explain one feedback signal.
 
     Args:
       predictions: H(s_i, a_i) of each step.
@@ -66,14 +73,13 @@ def tamer_loss(
       feedback: h, the human's scalar.
       weight: 1 on feedback that exists.
 
+    Returns:
+      mean over feedback; metrics loss, error (mean of |h - sum c H|).
+
     Source: Knox & Stone 2009.
     """
     error = feedback - credit @ predictions
-    total, count = masked_sum(error**2, weight), jnp.sum(weight)
-    return divide(total, count), {
-        "loss": (total, count),
-        "error": (masked_sum(jnp.abs(error), weight), count),
-    }
+    return _squared_error(error, weight)
 
 
 def deep_tamer_loss(
@@ -82,23 +88,35 @@ def deep_tamer_loss(
     feedback: Float[Array, "f"],
     weight: Float[Array, "f"],
 ) -> Loss:
-    """sum_{f,i} c_{f,i} (H(s_i, a_i) - h_f)^2 / sum_{f,i} c_{f,i}: every credited step is worth the signal on its own.
+    """Returns the Deep TAMER loss: each credited step alone predicts the feedback.
+
+      sum_{f,i} c_{f,i} (H(s_i, a_i) - h_f)^2 / sum_{f,i} c_{f,i}
+
+    Arguments are those of `tamer_loss`; metrics loss, error (mean of |H - h|, weight: credit).
 
     Source: Warnell et al. 2018 (Deep TAMER).
     """
     credit = credit * weight[:, None]
     error = predictions[None, :] - feedback[:, None]
-    total, count = masked_sum(error**2, credit), jnp.sum(credit)
-    return divide(total, count), {
-        "loss": (total, count),
-        "error": (masked_sum(jnp.abs(error), credit), count),
-    }
+    return _squared_error(error, credit)
+
+
+def _squared_error(error: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Loss:
+    total, count = weighted_mean(error**2, weight)
+    mean = divide(total, count)
+    absolute = masked_sum(jnp.abs(error), weight)
+    return mean, {"loss": (total, count), "error": (absolute, count)}
 
 
 def reward_addition(
-    reward: Float[Array, "..."], human: Float[Array, "..."], *, weight: Scalar
+    reward: Float[Array, "..."],
+    human: Float[Array, "..."],
+    *,
+    weight: Scalar,
 ) -> Float[Array, "..."]:
-    """R'(s, a) = R(s, a) + weight H(s, a): TAMER+RL, method 1; the weight is annealed to 0.
+    """Returns R'(s, a) = R(s, a) + weight H(s, a), method 1 of TAMER+RL.
+
+    The weight is annealed to 0, see `annealed`.
 
     Source: Knox & Stone 2010.
     """
@@ -106,9 +124,12 @@ def reward_addition(
 
 
 def annealed(
-    weight: Scalar, *, factor: Scalar, iteration: Int[Array, ""] | int
+    weight: Scalar,
+    *,
+    factor: Scalar,
+    iteration: Int[Array, ""] | int,
 ) -> Scalar:
-    """weight factor^iteration: multiplied by `factor` (0.98 and the like) once per iteration.
+    """Returns weight factor^iteration: it is multiplied by `factor` (such as 0.98) per iteration.
 
     Source: Knox & Stone 2010, who anneal per episode.
     """

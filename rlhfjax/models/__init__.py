@@ -1,4 +1,4 @@
-"""The Transformer, its heads and its presets; the only place that knows flax.linen."""
+"""The Transformer, its heads and its presets; only this package uses flax.linen."""
 
 from rlhfjax.models.transformer import Model, TransformerConfig, positions_of
 

@@ -1,25 +1,34 @@
 """Scaled dot-product attention: causal over a whole sequence, and one query against a cache.
 
-Layout is [b, h, t, k] (heads before time), so that every product is a plain batch of matrix products. With grouped
-keys (GQA) the queries that share a key head are an axis of their own, [b, g, h / g, t, k]: no key is ever repeated, and
-the time axis can be split over devices, which it could not be where heads and time are stacked into one.
+The layout is [b, h, t, k], heads before time, so that every product is a plain batch of matrix
+products. With grouped keys (GQA) the queries that share a key head have an axis of their own,
+[b, g, h / g, t, k]. So no key is repeated, and the time axis can be split over devices; an axis of
+heads and time stacked together could not.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import transposed
 from rlhfjax.models.quantized import Quantized
 
-MASKED = -1e30  # finite: a row of nothing but masked scores stays free of NaN
-QUERY_BLOCK = 128  # queries a block; a block sees only the keys up to its own end, so about half the work is skipped
+# The score of a masked key. It is finite, so that a row with only masked scores has no NaN.
+MASKED = -1e30
+# Queries per block. A block skips the keys after its end, which saves about half of the work.
+QUERY_BLOCK = 128
+
+RopeTables = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
+"""cos and sin of the angle of each position, float32."""
 
 
 def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+    x: Float[Array, "..."],
+    rate: float,
+    key: Key[Array, ""] | None,
 ) -> Float[Array, "..."]:
-    """Inverted dropout: x * Bernoulli(1 - rate) / (1 - rate); the identity without a key or a rate."""
+    """Returns x * Bernoulli(1 - rate) / (1 - rate), or x itself without a key or a rate."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -27,45 +36,74 @@ def dropout(
 
 
 def rope_tables(
-    positions: Int[Array, "*b"], dim: int, theta: float
+    positions: Int[Array, "*b"],
+    dim: int,
+    theta: float,
 ) -> tuple[Float[Array, "*b half"], Float[Array, "*b half"]]:
-    """cos and sin of position * theta^(-2i / dim), i = 0 .. dim/2 - 1, float32 (Su et al. 2021, eq. 15)."""
+    """Returns cos and sin of position * theta^(-2i / dim), i = 0 .. dim/2 - 1, in float32.
+
+    Source: Su et al. 2021, eq. 15.
+    """
     frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def rope_of(
+    config: TransformerConfig,
+    positions: Int[Array, "b t"],
+) -> RopeTables | None:
+    """Returns the RoPE tables of a model at `positions`; None if it has learned positions."""
+    if config.positions != "rope":
+        return None
+    return rope_tables(positions, config.rope_dim, float(config.rope_theta))
+
+
 def rotate(
     x: Float[Array, "b h t k"],
-    tables: tuple[Float[Array, "b t half"], Float[Array, "b t half"]],
+    tables: RopeTables,
 ) -> Float[Array, "b h t k"]:
-    """Rotate each pair (x_i, x_{i + half}) by its position's angle: the half-split layout of Hugging Face's Llama.
+    """Rotates each pair (x_i, x_{i + half}) by the angle of its position.
 
-    Tables for fewer than k dimensions rotate the first 2 half of them and leave the rest (GPT-NeoX).
+    This is the half-split layout of Hugging Face's Llama. If the tables are for fewer than k
+    dimensions, only the first 2 half of them are rotated (GPT-NeoX).
     """
-    if (dim := 2 * tables[0].shape[-1]) < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :dim], tables), x[..., dim:]], axis=-1)
+    dim = 2 * tables[0].shape[-1]
+    if dim < x.shape[-1]:
+        rotated = rotate(x[..., :dim], tables)
+        return jnp.concatenate([rotated, x[..., dim:]], axis=-1)
     cos, sin = (table[:, None, :, None] for table in tables)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    # Halves change places by a reversed axis: a concatenation of them costs several times as much on a CPU.
+    # Reversing an axis swaps the halves; concatenating them is several times slower on a CPU.
     sign = jnp.array([-1.0, 1.0])[:, None]
-    return (
-        (pairs * cos + pairs[..., ::-1, :] * (sin * sign))
-        .reshape(x.shape)
-        .astype(x.dtype)
-    )
+    rotated = pairs * cos + pairs[..., ::-1, :] * (sin * sign)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 @jax.custom_vjp
-def _attend(q, k, v, allowed, drop):
-    """softmax(q k^T / sqrt(d)) v over the allowed keys, the weights times `drop` if it is given.
+def _attend(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s d"],
+    allowed: Bool[Array, "_ t s"],
+    drop: Float[Array, "b h t s"] | None,
+) -> Float[Array, "b h t d"]:
+    """Returns softmax(q k^T / sqrt(d)) v over the allowed keys.
 
-    q [b, h, t, d]; k, v [b, g, s, d]; allowed [b or 1, t, s]; drop [b, h, t, s], 0 or 1 / (1 - rate), or None.
+    Args:
+      allowed: of each row, or the same for all rows.
+      drop: factors of the attention weights, 0 or 1 / (1 - rate).
     """
     return _attend_forward(q, k, v, allowed, drop)[0]
 
 
-def _attend_forward(q, k, v, allowed, drop):
+def _attend_forward(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s d"],
+    allowed: Bool[Array, "_ t s"],
+    drop: Float[Array, "b h t s"] | None,
+):
     b, h, t, d = q.shape
     g, s = k.shape[1:3]
     grouped = (q * d**-0.5).reshape(b, g, h // g, t, d)
@@ -74,102 +112,108 @@ def _attend_forward(q, k, v, allowed, drop):
     )
     scores = jnp.where(allowed[:, None], scores.reshape(b, h, t, s), MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(
-        -1, keepdims=True
-    )  # dividing the [t, d] output costs less than dividing the [t, s] weights
+    # Dividing the output [t, d] by the sum costs less than dividing the weights [t, s].
+    total = weights.sum(-1, keepdims=True)
     weights = weights.astype(v.dtype)
     kept = _times(weights, drop).reshape(b, g, h // g, t, s)
-    out = (
-        jnp.einsum(
-            "bgrts,bgsd->bgrtd", kept, v, preferred_element_type=jnp.float32
-        ).reshape(b, h, t, d)
-        / total
-    )
+    out = jnp.einsum("bgrts,bgsd->bgrtd", kept, v, preferred_element_type=jnp.float32)
+    out = out.reshape(b, h, t, d) / total
     out = out.astype(q.dtype)
     return out, (grouped, k, v, drop, weights, total, out)
 
 
 def _attend_backward(saved, d_out):
-    """With w = e / total: dw = d_out v^T, de = (dw - out . d_out) / total, dscores = e de (0 where e is masked).
+    """Returns the gradients of q, k and v.
 
-    The products that sum over queries are made as [d, s] and then transposed: transposing [t, s] costs more.
+    With w = e / total: dw = d_out v^T, de = (dw - out . d_out) / total, and dscores = e de, which
+    is 0 where e is masked. The products that sum over queries are computed as [d, s] and then
+    transposed, because transposing [t, s] costs more.
     """
     q, k, v, drop, weights, total, out = saved
     b, h, t, d = out.shape
     g, s = k.shape[1:3]
     d_sum = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True) / total
-    d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype)).reshape(
-        q.shape
-    )
+    d_out = jax.lax.optimization_barrier((d_out / total).astype(v.dtype))
+    d_out = d_out.reshape(q.shape)
     kept = _times(weights, drop).reshape(b, g, h // g, t, s)
     d_v = transposed(jnp.einsum("bgrtd,bgrts->bgds", d_out, kept))
     d_kept = jnp.einsum(
         "bgrtd,bgsd->bgrts", d_out, v, preferred_element_type=jnp.float32
-    ).reshape(b, h, t, s)
-    d_scores = (
-        (weights * (_times(d_kept, drop) - d_sum)).astype(v.dtype).reshape(kept.shape)
     )
+    d_kept = d_kept.reshape(b, h, t, s)
+    d_scores = weights * (_times(d_kept, drop) - d_sum)
+    d_scores = d_scores.astype(v.dtype).reshape(kept.shape)
     d_scores = jax.lax.optimization_barrier(d_scores)
     d_q = jnp.einsum("bgrts,bgsd->bgrtd", d_scores, k) * d**-0.5
     d_k = transposed(jnp.einsum("bgrtd,bgrts->bgds", q, d_scores))
     return d_q.reshape(b, h, t, d), d_k, d_v, None, None
 
 
-def _times(x, drop):
+def _times(
+    x: Float[Array, "b h t s"],
+    drop: Float[Array, "b h t s"] | None,
+) -> Float[Array, "b h t s"]:
     return x if drop is None else x * drop.astype(x.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def allowed(segments, start, stop):
-    """Which keys 0 .. stop the queries start .. stop may see: causal, same segment; padding sees only itself."""
+def allowed(
+    segment_ids: Int[Array, "b t"] | None,
+    start: int,
+    stop: int,
+) -> Bool[Array, "_ q s"]:
+    """Returns which of the keys 0 .. stop the queries start .. stop may see: [b or 1, q, s].
+
+    These are the earlier keys of the query's own document. Padding sees only itself.
+    """
     query = jnp.arange(start, stop)[:, None]
-    slot = jnp.arange(stop)[None, :]
-    causal = (slot <= query)[None]
-    if segments is None:
+    key = jnp.arange(stop)[None, :]
+    causal = (key <= query)[None]
+    if segment_ids is None:
         return causal
-    theirs, mine = segments[:, None, :stop], segments[:, start:stop, None]
-    return (causal & (theirs == mine) & (theirs > 0)) | (slot == query)
+    key_ids = segment_ids[:, None, :stop]
+    query_ids = segment_ids[:, start:stop, None]
+    return (causal & (key_ids == query_ids) & (key_ids > 0)) | (key == query)
 
 
 def causal_attention(
     q: Float[Array, "b h t k"],
     k: Float[Array, "b g t k"],
     v: Float[Array, "b g t k"],
-    segments: Int[Array, "b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     *,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "b h t k"]:
-    """Causal attention within segments.
+    """Returns the output of causal attention within documents, in q's dtype.
 
-    A query at slot i sees slot j iff j <= i, segments[i] == segments[j] and j is not padding (segment 0); a padding
-    query sees itself alone, so that nothing is NaN. Segments None: plain causal.
-    Returns [b, h, t, k] in q's dtype; the softmax is float32. `rate` drops attention weights when a key is given.
+    Query i sees key j if j <= i, both have the same segment id, and j is not padding (id 0). A
+    query on padding sees only itself, so that nothing is NaN. The softmax is in float32.
+
+    Args:
+      segment_ids: document ids; None is plain causal attention.
+      rate: dropout rate of the attention weights, used if a key is given.
+
     Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023.
     """
     t = q.shape[2]
     blocks = []
     for i, start in enumerate(range(0, t, QUERY_BLOCK)):
         stop = min(start + QUERY_BLOCK, t)
-        seen = slice(None), slice(None), slice(0, stop)
         drop = None
         if key is not None and rate > 0:
-            drop = dropout(
-                jnp.ones((*q.shape[:2], stop - start, stop)),
-                rate,
-                jax.random.fold_in(key, i),
-            )
-        blocks.append(
-            _attend(
-                q[:, :, start:stop],
-                k[seen],
-                v[seen],
-                allowed(segments, start, stop),
-                drop,
-            )
+            ones = jnp.ones((*q.shape[:2], stop - start, stop))
+            drop = dropout(ones, rate, jax.random.fold_in(key, i))
+        block = _attend(
+            q[:, :, start:stop],
+            k[:, :, :stop],
+            v[:, :, :stop],
+            allowed(segment_ids, start, stop),
+            drop,
         )
+        blocks.append(block)
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
@@ -179,17 +223,23 @@ def cached_attention(
     v: Float[Array, "b g s k"] | Quantized,
     valid: Bool[Array, "b s"],
 ) -> Float[Array, "b h k"]:
-    """Attention of one query a row over the valid slots of a cache; returns [b, h, k].
+    """Returns the attention of one query per row over the valid entries of a cache.
 
-    Of a quantized cache the scales, one a slot and head, multiply scores and weights: no key or value is made wide
-    but in the products themselves.
+    A quantized cache has one scale per entry and head. The scales multiply scores and weights, so
+    that no key or value is dequantized outside of the products.
     """
     if isinstance(k, Quantized):
+        assert isinstance(v, Quantized)
         return _cached_int8(q, k, v, valid)
     return _attend(q[:, :, None], k, v, valid[:, None], None)[:, :, 0]
 
 
-def _cached_int8(q, k, v, valid):
+def _cached_int8(
+    q: Float[Array, "b h k"],
+    k: Quantized,
+    v: Quantized,
+    valid: Bool[Array, "b s"],
+) -> Float[Array, "b h k"]:
     b, h, d = q.shape
     g = k.values.shape[1]
     grouped = (q * d**-0.5).reshape(b, g, h // g, d)
@@ -200,10 +250,10 @@ def _cached_int8(q, k, v, valid):
         preferred_element_type=jnp.float32,
     )
     scores = jnp.where(valid[:, None, None], scores * k.scale[:, :, None], MASKED)
-    weights = (jax.nn.softmax(scores, axis=-1) * v.scale[:, :, None]).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1) * v.scale[:, :, None]
     out = jnp.einsum(
         "bghs,bgsd->bghd",
-        weights,
+        weights.astype(q.dtype),
         v.values.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )

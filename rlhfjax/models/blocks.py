@@ -1,6 +1,7 @@
-"""The linen modules: one Transformer layer, the embedding and the heads, each parameter with its logical axis names.
+"""The linen modules: one Transformer layer, the embedding and the heads.
 
-Nothing outside rlhfjax/models sees them: `rlhfjax.models.transformer.Model` is the face.
+Each parameter carries the logical names of its axes. Only rlhfjax/models uses these modules; other
+code calls `rlhfjax.models.transformer.Model`.
 """
 
 import functools
@@ -12,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from rlhfjax.mesh import constrain
 from rlhfjax.models import quantized
-from rlhfjax.models.attention import dropout, rotate
+from rlhfjax.models.attention import RopeTables, dropout, rotate
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.linear import linear
 from rlhfjax.models.lora import NAMES, LoraConfig
@@ -28,7 +30,10 @@ GELU = {
 
 
 class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A parameter at birth with the logical names of its axes; linen's own boxes would constrain it to mesh axes."""
+    """A fresh parameter with the logical names of its axes.
+
+    Linen's own boxes would constrain the parameter to mesh axes.
+    """
 
     value: Any
     names: tuple[str | None, ...] = struct.field(pytree_node=False)
@@ -45,12 +50,25 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
     remove_axis = add_axis
 
 
-def _parameter(module, name, std, shape, axes):
-    """A float32 normal(std) parameter, or a constant where `std` is an initializer; `axes` name its dimensions."""
-    make = nn.initializers.normal(std) if isinstance(std, float) else std
-    return module.param(
-        name, lambda *args: Named(make(*args), axes), shape, jnp.float32
-    )
+def _parameter(
+    module: nn.Module,
+    name: str,
+    init: float | Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> Any:
+    """Returns a float32 parameter.
+
+    Args:
+      init: the standard deviation of a normal distribution around 0, or an initializer.
+      axes: the logical names of its dimensions.
+    """
+    make = init if callable(init) else nn.initializers.normal(init)
+
+    def named(*args):
+        return Named(make(*args), axes)
+
+    return module.param(name, named, shape, jnp.float32)
 
 
 class Norm(nn.Module):
@@ -60,38 +78,37 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        eps = self.config.norm_eps
+        shape, axes = (x.shape[-1],), ("embed",)
         wide = x.astype(jnp.float32)
-        scale = _parameter(
-            self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",)
-        )
+        scale = _parameter(self, "scale", nn.initializers.ones, shape, axes)
         if self.config.norm == "rmsnorm":
             size = jnp.square(wide).mean(-1, keepdims=True)
-            return (wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale).astype(
-                x.dtype
-            )
-        bias = _parameter(
-            self, "bias", nn.initializers.zeros, (x.shape[-1],), ("embed",)
-        )
+            out = wide * jax.lax.rsqrt(size + eps) * scale
+            return out.astype(x.dtype)
+        bias = _parameter(self, "bias", nn.initializers.zeros, shape, axes)
         wide = wide - wide.mean(-1, keepdims=True)
         size = jnp.square(wide).mean(-1, keepdims=True)
-        return (
-            wide * jax.lax.rsqrt(size + self.config.norm_eps) * scale + bias
-        ).astype(x.dtype)
+        out = wide * jax.lax.rsqrt(size + eps) * scale + bias
+        return out.astype(x.dtype)
 
 
-def everything(x):
-    """All slots of [b, t, ...]."""
+def all_positions(x):
+    """Returns x [b, t, ...] itself."""
     return x
 
 
 class Project(nn.Module):
-    """x . kernel + bias in x's dtype, over the last `inputs` axes of x; plus its adapters' part where it has them."""
+    """Computes x . kernel + bias in x's dtype, plus the output of its adapters if it has them.
+
+    The product contracts the last `inputs` axes of x with the first `inputs` axes of the kernel.
+    """
 
     shape: tuple[int, ...]  # of the kernel: input axes, then output axes
     axes: tuple[str, ...]
     std: float
     bias: bool
-    inputs: int = 1  # how many of the kernel's axes are contracted
+    inputs: int = 1
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
@@ -103,81 +120,90 @@ class Project(nn.Module):
         x = x.reshape(*x.shape[:2], flat.shape[0])
         if jnp.issubdtype(kernel.dtype, jnp.integer):
             scale = self.get_variable("params", "kernel" + quantized.SCALE)
-            y = quantized.linear(
-                x,
-                flat,
-                scale.reshape(
-                    *scale.shape[: scale.ndim - len(out_shape)], flat.shape[1]
-                ),
-            )
+            input_shape = scale.shape[: scale.ndim - len(out_shape)]
+            scale = scale.reshape(*input_shape, flat.shape[1])
+            y = quantized.linear(x, flat, scale)
         else:
             y = linear(x, flat.astype(x.dtype))
-        if self.lora.rank and (
-            self.is_initializing() or self.has_variable("params", NAMES[0])
-        ):
+        if self._has_adapters():
             y = y + self._low_rank(x)
         y = y.reshape(*x.shape[:2], *out_shape)
         if not self.bias:
             return y
-        return y + _parameter(
-            self, "bias", nn.initializers.zeros, out_shape, out_axes
-        ).astype(x.dtype)
+        bias = _parameter(self, "bias", nn.initializers.zeros, out_shape, out_axes)
+        return y + bias.astype(x.dtype)
+
+    def _has_adapters(self):
+        if not self.lora.rank:
+            return False
+        return self.is_initializing() or self.has_variable("params", NAMES[0])
 
     def _low_rank(self, x):
-        """(alpha / r) (x A) B, x first dropped out; A ~ U(-1/sqrt(in), 1/sqrt(in)) as in loralib, and B = 0."""
-        c, n = self.lora, self.inputs
-        width = x.shape[-1]
+        """Returns (alpha / r) (x A) B, with dropout on x.
+
+        A ~ U(-1/sqrt(in), 1/sqrt(in)) as in loralib, and B = 0.
+        """
+        config, n = self.lora, self.inputs
+        width, rank = x.shape[-1], self.lora.rank
         uniform = nn.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=range(n), out_axis=n
         )
-        a = _parameter(
-            self, NAMES[0], uniform, (*self.shape[:n], c.rank), (*self.axes[:n], None)
-        )
-        b = _parameter(
-            self,
-            NAMES[1],
-            nn.initializers.zeros,
-            (c.rank, *self.shape[n:]),
-            (None, *self.axes[n:]),
-        )
-        x = dropout(
-            x, c.dropout, self.make_rng("lora") if self.has_rng("lora") else None
-        )
-        inner = linear(x, a.astype(x.dtype).reshape(width, c.rank)) * c.scale
-        return linear(inner, b.astype(x.dtype).reshape(c.rank, -1))
+        shape, axes = (*self.shape[:n], rank), (*self.axes[:n], None)
+        a = _parameter(self, NAMES[0], uniform, shape, axes)
+        shape, axes = (rank, *self.shape[n:]), (None, *self.axes[n:])
+        b = _parameter(self, NAMES[1], nn.initializers.zeros, shape, axes)
+        key = self.make_rng("lora") if self.has_rng("lora") else None
+        x = dropout(x, config.dropout, key)
+        inner = linear(x, a.astype(x.dtype).reshape(width, rank)) * config.scale
+        return linear(inner, b.astype(x.dtype).reshape(rank, -1))
 
 
 class Attention(nn.Module):
-    """Multi-head (or grouped-query) attention; `attend(q, k, v)` gives the output and may keep a cache.
+    """Multi-head or grouped-query attention.
 
-    `pick` chooses the slots that ask (all of them by default); every slot can be asked.
+    `attend(q, k, v)` computes the attention output; it may write keys and values to a cache.
+    `pick` selects the positions that are queried, by default all; keys and values are of all.
     """
 
     config: TransformerConfig
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
-    def __call__(self, x, rope, attend: Callable, pick: Callable = everything):
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        rope: RopeTables | None,
+        attend: Callable,
+        pick: Callable = all_positions,
+    ):
         c = self.config
 
         def project(name, x, heads, axis, rope, time=None):
-            shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
-            bias = c.bias or c.qkv_bias
-            y = Project(
-                shape, axes, float(c.init_std), bias, lora=self.lora, name=name
-            )(x).swapaxes(1, 2)
+            module = Project(
+                shape=(c.d_model, heads, c.head_dim),
+                axes=("embed", axis, "head_dim"),
+                std=float(c.init_std),
+                bias=c.bias or c.qkv_bias,
+                lora=self.lora,
+                name=name,
+            )
+            y = module(x).swapaxes(1, 2)
             y = y if rope is None else rotate(y, rope)
             return constrain(y, ("batch", axis, time, "head_dim"))
 
-        # Devices that share a sequence have their own queries and all keys and values: gathered once, here.
-        q = project(
-            "query", pick(x), c.n_heads, "heads", jax.tree.map(pick, rope), time="time"
-        )
+        # Devices that share a sequence have their own queries, and gather all keys and values here.
+        queried, query_rope = pick(x), jax.tree.map(pick, rope)
+        q = project("query", queried, c.n_heads, "heads", query_rope, time="time")
         k = project("key", x, c.kv_heads, "kv_heads", rope)
         v = project("value", x, c.kv_heads, "kv_heads", None)
-        shape, axes = (c.n_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed")
         out = Project(
-            shape, axes, residual_std(c), c.bias, inputs=2, lora=self.lora, name="out"
+            shape=(c.n_heads, c.head_dim, c.d_model),
+            axes=("heads", "head_dim", "embed"),
+            std=residual_std(c),
+            bias=c.bias,
+            inputs=2,
+            lora=self.lora,
+            name="out",
         )
         return out(attend(q, k, v).swapaxes(1, 2))
 
@@ -195,53 +221,54 @@ class MLP(nn.Module):
     def __call__(self, x):
         c = self.config
 
-        def project(name, shape, axes, std):
-            return Project(shape, axes, std, c.bias, lora=self.lora, name=name)
+        def project(name, x, std, inputs, outputs):
+            widths = {"embed": c.d_model, "mlp": c.d_ff}
+            shape, axes = (widths[inputs], widths[outputs]), (inputs, outputs)
+            return Project(shape, axes, std, c.bias, lora=self.lora, name=name)(x)
 
-        def grow(name):
-            return project(
-                name, (c.d_model, c.d_ff), ("embed", "mlp"), float(c.init_std)
-            )(x)
+        def expand(name):
+            return project(name, x, float(c.init_std), "embed", "mlp")
 
-        y = (
-            nn.silu(grow("gate")) * grow("up")
-            if c.mlp == "swiglu"
-            else GELU[c.mlp](grow("up"))
-        )
+        if c.mlp == "swiglu":
+            y = nn.silu(expand("gate")) * expand("up")
+        else:
+            y = GELU[c.mlp](expand("up"))
         y = constrain(y, ("batch", "time", "mlp"))
-        return project("down", (c.d_ff, c.d_model), ("mlp", "embed"), residual_std(c))(
-            y
-        )
+        return project("down", y, residual_std(c), "mlp", "embed")
 
 
 class Block(nn.Module):
-    """One layer at the slots that `pick` chooses; TransformerConfig has the equations of its three forms."""
+    """One layer; TransformerConfig has the equations of its three forms.
+
+    The output is at the positions that `pick` selects.
+    """
 
     config: TransformerConfig
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(
-        self, x, rope, attend: Callable, key=None, pick: Callable = everything
+        self,
+        x: Float[Array, "b t d"],
+        rope: RopeTables | None,
+        attend: Callable,
+        key: jax.Array | None = None,
+        pick: Callable = all_positions,
     ):
         c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
         norm_1, norm_2 = Norm(c, name="norm_1"), Norm(c, name="norm_2")
 
         def attention(x):
-            return dropout(
-                Attention(c, self.lora, name="attention")(x, rope, attend, pick),
-                c.dropout,
-                keys[0],
-            )
+            y = Attention(c, self.lora, name="attention")(x, rope, attend, pick)
+            return dropout(y, c.dropout, keys[0])
 
         def mlp(x):
             return dropout(MLP(c, self.lora, name="mlp")(x), c.dropout, keys[1])
 
         if c.residual == "parallel":
-            return constrain(
-                pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x))), RESIDUAL
-            )
+            x = pick(x) + attention(norm_1(x)) + mlp(norm_2(pick(x)))
+            return constrain(x, RESIDUAL)
         if c.residual == "post_norm":
             x = constrain(norm_1(pick(x) + attention(x)), RESIDUAL)
             return constrain(norm_2(x + mlp(x)), RESIDUAL)
@@ -250,20 +277,20 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, plus a learned position embedding where the config asks for one."""
+    """The token embedding, plus a learned position embedding if the config asks for one."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens, positions):
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+    ):
         c = self.config
         std = float(c.init_std)
-        table = _parameter(
-            self, "tokens", std, (c.vocab_size, c.d_model), ("vocab", "embed")
-        )
-        # Rows are looked up in a table whose width is whole: left to itself the partitioner makes every device look up
-        # its columns of the whole batch.
-        rows = ("vocab", None)
+        shape, axes = (c.vocab_size, c.d_model), ("vocab", "embed")
+        table = _parameter(self, "tokens", std, shape, axes)
         if table.dtype == jnp.int8:
             scale = _parameter(
                 self,
@@ -272,30 +299,25 @@ class Embed(nn.Module):
                 (c.vocab_size,),
                 ("vocab",),
             )
-            rows = [
-                jnp.take(x, tokens, axis=0, mode="clip")
-                for x in (table, scale[:, None])
-            ]
-            x = (rows[0].astype(jnp.float32) * rows[1]).astype(c.dtype)
+            scale = scale[:, None]
+            values = _look_up(table, tokens)
+            scales = _look_up(scale, tokens)
+            x = (values.astype(jnp.float32) * scales).astype(c.dtype)
         else:
-            x = jnp.take(
-                constrain(table.astype(c.dtype), rows), tokens, axis=0, mode="clip"
-            )
+            # Each device looks up whole rows of its tokens. Without this constraint the partitioner
+            # makes every device look up its columns for the whole batch.
+            table = constrain(table.astype(c.dtype), ("vocab", None))
+            x = _look_up(table, tokens)
         if c.positions == "learned":
-            places = _parameter(
-                self,
-                "positions",
-                std,
-                (c.max_length, c.d_model),
-                ("positions", "embed"),
-            )
-            x = x + jnp.take(
-                constrain(places.astype(c.dtype), (None, None)),
-                positions,
-                axis=0,
-                mode="clip",
-            )
+            shape, axes = (c.max_length, c.d_model), ("positions", "embed")
+            table = _parameter(self, "positions", std, shape, axes)
+            table = constrain(table.astype(c.dtype), (None, None))
+            x = x + _look_up(table, positions)
         return x
+
+
+def _look_up(table, ids):
+    return jnp.take(table, ids, axis=0, mode="clip")
 
 
 class Unembed(nn.Module):
@@ -306,29 +328,30 @@ class Unembed(nn.Module):
     @nn.compact
     def __call__(self):
         c = self.config
-        return _parameter(
-            self,
-            "kernel",
-            float(c.init_std),
-            (c.d_model, c.vocab_size),
-            ("embed", "vocab"),
-        )
+        shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
+        return _parameter(self, "kernel", float(c.init_std), shape, axes)
 
 
 class ScalarHead(nn.Module):
-    """hidden . kernel + bias; kernel ~ N(0, 1/sqrt(d + 1)) (Ziegler et al. 2019; Stiennon et al. 2020, App. B.1)."""
+    """The parameters of hidden . kernel + bias, with kernel ~ N(0, 1/sqrt(d + 1)).
+
+    Source: Ziegler et al. 2019; Stiennon et al. 2020, appendix B.1.
+    """
 
     width: int
 
     @nn.compact
     def __call__(self):
-        kernel = _parameter(
-            self, "kernel", (self.width + 1) ** -0.5, (self.width,), ("embed",)
-        )
-        return kernel, _parameter(self, "bias", nn.initializers.zeros, (), ())
+        std = (self.width + 1) ** -0.5
+        kernel = _parameter(self, "kernel", std, (self.width,), ("embed",))
+        bias = _parameter(self, "bias", nn.initializers.zeros, (), ())
+        return kernel, bias
 
 
 def residual_std(config: TransformerConfig) -> float:
-    """Init std of the projections that write into the residual stream (GPT-2: / sqrt(number of such layers))."""
+    """Returns the init std of the projections that write into the residual stream.
+
+    GPT-2 divides it by the square root of the number of such projections.
+    """
     scale = (2 * config.n_layers) ** -0.5 if config.scale_residual_init else 1.0
     return float(config.init_std * scale)

@@ -1,8 +1,11 @@
-"""Attention by kernels that others keep: cuDNN's through jax.nn on GPUs, Pallas's splash attention on TPUs.
+"""Attention kernels: cuDNN's through jax.nn on GPUs, Pallas's splash attention on TPUs.
 
-Both never write the scores [t, t] to memory. Layout and meaning are those of `attention.causal_attention`, but for the
-slots of padding (segment 0), whose output is of no use to anyone, and without dropout.
+Neither writes the scores [t, t] to memory. Layout and result are those of
+`attention.causal_attention`, except at padding (segment id 0), where the output is unused. The
+kernels have no dropout.
 """
+
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from rlhfjax.mesh import per_device
 from rlhfjax.models.attention import allowed
 
-LANES = 128  # a splash block is a multiple of this; sequences are padded to one
+LANES = 128  # sequences are padded to a multiple of this; so is a splash block
 BLOCKS = (512, 256, 128)
 PLATFORMS = {
     "einsum": ("cpu", "gpu", "cuda", "rocm", "tpu"),
@@ -28,15 +31,18 @@ def cudnn_attention(
     q: Float[Array, "b h t k"],
     k: Float[Array, "b g t k"],
     v: Float[Array, "b g t k"],
-    segments: Int[Array, "b t"] | None = None,
-    implementation: str = "cudnn",
+    segment_ids: Int[Array, "b t"] | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "b h t k"]:
-    """Causal attention within segments by `jax.nn.dot_product_attention`; cuDNN computes in bfloat16 alone."""
+    """Returns causal attention within documents by `jax.nn.dot_product_attention`.
+
+    cuDNN computes only in bfloat16.
+    """
     t = q.shape[2]
-    rows = (x.swapaxes(1, 2) for x in (q, k, v))
-    mask = None if segments is None else allowed(segments, 0, t)[:, None]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    mask = None if segment_ids is None else allowed(segment_ids, 0, t)[:, None]
     out = jax.nn.dot_product_attention(
-        *rows, mask=mask, is_causal=True, implementation=implementation
+        q, k, v, mask=mask, is_causal=True, implementation=implementation
     )
     return out.swapaxes(1, 2)
 
@@ -45,55 +51,57 @@ def splash_attention(
     q: Float[Array, "b h t k"],
     k: Float[Array, "b g t k"],
     v: Float[Array, "b g t k"],
-    segments: Int[Array, "b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "b h t k"]:
-    """Causal attention within segments by the Pallas kernel, each device on its own rows and heads.
+    """Returns causal attention within documents by the Pallas kernel.
+
+    Each device computes its own rows and heads.
 
     Args:
       interpret: run the kernel's program step by step on any device, for tests.
     """
     b, _, t, d = q.shape
-    segments = jnp.ones((b, t), jnp.int32) if segments is None else segments
-    more = -t % LANES
+    if segment_ids is None:
+        segment_ids = jnp.ones((b, t), jnp.int32)
+    padding = -t % LANES
 
-    def own(q, k, v, segments):
-        kernel = _kernel(q.shape[1], t + more, interpret)
+    def attend(q, k, v, segment_ids):
+        kernel = _kernel(q.shape[1], t + padding, interpret)
+        q = q * d**-0.5
         q, k, v = (
-            jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * d**-0.5, k, v)
+            jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v)
         )
-        ids = jnp.pad(segments, ((0, 0), (0, more)))
-        out = jax.vmap(kernel)(q, k, v, splash_attention_kernel.SegmentIds(ids, ids))
+        ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+        out: Any = jax.vmap(kernel)(
+            q, k, v, splash_attention_kernel.SegmentIds(ids, ids)
+        )
         return out[:, :, :t].astype(q.dtype)
 
-    heads, kv_heads = (
-        ("batch", "heads", None, "head_dim"),
-        ("batch", "kv_heads", None, "head_dim"),
-    )
-    return per_device(own, (heads, kv_heads, kv_heads, ("batch", None)), heads)(
-        q, k, v, segments
-    )
+    heads = ("batch", "heads", None, "head_dim")
+    kv_heads = ("batch", "kv_heads", None, "head_dim")
+    inputs = (heads, kv_heads, kv_heads, ("batch", None))
+    return per_device(attend, inputs, heads)(q, k, v, segment_ids)
 
 
 def _kernel(heads: int, time: int, interpret: bool):
     block = next(size for size in BLOCKS if time % size == 0)
-    names = (
-        "q",
-        "kv",
-        "kv_compute",
-        "q_dkv",
-        "kv_dkv",
-        "kv_dkv_compute",
-        "q_dq",
-        "kv_dq",
-    )
     sizes = splash_attention_kernel.BlockSizes(
-        **{f"block_{name}": block for name in names}
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
-    mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.CausalMask((time, time))] * heads
-    )
+    head_mask = splash_attention_mask.CausalMask((time, time))
     return splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        splash_attention_mask.MultiHeadMask([head_mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
     )

@@ -1,4 +1,4 @@
-"""A matrix product whose gradient is laid out for the machine: the one place where most of the time is spent."""
+"""A matrix product with a faster gradient: most of the training time is spent here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +6,23 @@ from jaxtyping import Array, Float
 
 
 def transposed(x: Float[Array, "*b x y"]) -> Float[Array, "*b y x"]:
-    """x^T of a finished product: the barrier keeps XLA from folding it into a slower form of that product."""
+    """Returns x^T of a finished product.
+
+    The barrier keeps XLA from folding the transposition into a slower form of that product.
+    """
     return jax.lax.optimization_barrier(x).swapaxes(-1, -2)
 
 
 @jax.custom_vjp
 def linear(
-    x: Float[Array, "b t x"], kernel: Float[Array, "x y"]
+    x: Float[Array, "b t x"],
+    kernel: Float[Array, "x y"],
 ) -> Float[Array, "b t y"]:
-    """x . kernel.
+    """Returns x . kernel.
 
-    The gradient is autodiff's, dx = dy . kernel^T and dkernel = x^T . dy, with two choices of its own. dy is made
-    once (a barrier), not again inside the transposed copy that each product would fuse it into. And of x^T . dy it is
-    the narrower operand that gets transposed.
+    The gradient is that of autodiff, dx = dy . kernel^T and dkernel = x^T . dy, computed in a
+    faster way. A barrier computes dy once; otherwise each product would recompute it inside of the
+    transposed copy that it fuses. And x^T . dy transposes the narrower of its two operands.
     """
     return jnp.einsum("btx,xy->bty", x, kernel)
 

@@ -1,8 +1,8 @@
 """Low-rank adapters: h = W x + (alpha / r) B A x, with W frozen and A, B trained.
 
-The parameters of a model with adapters are those of one without, plus `lora_a` [in…, r] and `lora_b` [r, out…] beside
-the `kernel` [in…, out…] of every projection that is adapted. Base and adapters are two trees that a merge of dicts
-makes one (`state.merge_params`): the base stays the same arrays, whoever else uses them.
+A model with adapters has the parameters of one without them, plus `lora_a` [in…, r] and `lora_b`
+[r, out…] beside the `kernel` [in…, out…] of every adapted projection. Base and adapters are two
+trees, which `state.merge_params` joins; the base stays the same arrays, whoever else uses them.
 
 Source: Hu et al. 2021, eq. 3 and section 4.1.
 """
@@ -61,54 +61,58 @@ class LoraConfig:
 
 
 def base(tree: Params) -> Params:
-    """A tree without adapters."""
+    """Returns the tree without adapters."""
+    kept = {name: value for name, value in tree.items() if name not in NAMES}
+    return _map_subtrees(base, kept)
+
+
+def _map_subtrees(function, tree: Params) -> Params:
     return {
-        k: base(v) if isinstance(v, dict) else v
-        for k, v in tree.items()
-        if k not in NAMES
+        name: function(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
     }
 
 
 def adapters(config: LoraConfig, tree: Params) -> Params:
-    """The adapters alone of a tree that has them at every projection: those whose paths `targets` is found in.
+    """Returns the adapters of the projections whose paths match `targets`.
+
+    Args:
+      tree: parameters with adapters at every projection.
 
     Raises:
-      ConfigError: it is found in none of them.
+      ConfigError: `targets` matches no path.
     """
     paths: list[str] = []
-    found = _adapters(config, tree, "", paths)
-    if not found:
+    matched = _adapters(config, tree, "", paths)
+    if not matched:
         raise ConfigError(
-            f"lora.targets={config.targets!r} is found in none of {', '.join(paths)}"
+            f"lora.targets={config.targets!r} matches none of {', '.join(paths)}"
         )
-    return found
+    return matched
 
 
 def _adapters(config: LoraConfig, tree: Params, path: str, paths: list[str]) -> Params:
+    """Returns the matching adapters below `path`, and appends all projections to `paths`."""
     if NAMES[0] in tree:
         paths.append(path)
-        return (
-            {name: tree[name] for name in NAMES}
-            if re.search(config.targets, path)
-            else {}
-        )
-    parts = {
-        k: _adapters(config, v, f"{path}/{k}".lstrip("/"), paths)
-        for k, v in tree.items()
-        if isinstance(v, dict)
-    }
-    return {k: part for k, part in parts.items() if part}
+        matches = re.search(config.targets, path)
+        return {name: tree[name] for name in NAMES} if matches else {}
+    matched = {}
+    for name, subtree in tree.items():
+        if isinstance(subtree, dict):
+            subpath = f"{path}/{name}".lstrip("/")
+            if part := _adapters(config, subtree, subpath, paths):
+                matched[name] = part
+    return matched
 
 
 def merge(config: LoraConfig, params: Params) -> Params:
-    """Base and adapters to the plain parameters of the same function: W + (alpha / r) A B, in float32.
+    """Returns plain parameters of the same function: kernels W + (alpha / r) A B, in float32.
 
-    Layers that are stacked (a first axis "layers" everywhere) stay so.
+    Stacked layers, whose arrays all have a first axis "layers", stay stacked.
     """
     if NAMES[0] not in params:
-        return {
-            k: merge(config, v) if isinstance(v, dict) else v for k, v in params.items()
-        }
+        return _map_subtrees(lambda subtree: merge(config, subtree), params)
     kernel, a, b = params["kernel"], *(params[name] for name in NAMES)
 
     def product(a, b):

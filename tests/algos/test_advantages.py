@@ -18,13 +18,13 @@ def loop_gae(rewards, values, mask, gamma, lam):
     """A_t = sum_l (gamma lam)^l delta_{t+l} on the counted tokens alone: the definition, not the recurrence."""
     advantages = np.zeros(rewards.shape, np.float64)
     for i in range(rewards.shape[0]):
-        slots = [j for j in range(rewards.shape[1]) if mask[i, j] > 0]
-        r = [float(rewards[i, j]) for j in slots]
-        v = [float(values[i, j]) for j in slots] + [0.0]
-        delta = [r[n] + gamma * v[n + 1] - v[n] for n in range(len(slots))]
-        for n, j in enumerate(slots):
+        columns = [j for j in range(rewards.shape[1]) if mask[i, j] > 0]
+        r = [float(rewards[i, j]) for j in columns]
+        v = [float(values[i, j]) for j in columns] + [0.0]
+        delta = [r[n] + gamma * v[n + 1] - v[n] for n in range(len(columns))]
+        for n, j in enumerate(columns):
             advantages[i, j] = sum(
-                (gamma * lam) ** (m - n) * delta[m] for m in range(n, len(slots))
+                (gamma * lam) ** (m - n) * delta[m] for m in range(n, len(columns))
             )
     return advantages
 
@@ -96,7 +96,7 @@ def test_pitfall_13_a_hole_is_no_step():
 
 
 def test_pitfall_13_no_bootstrap_past_the_end():
-    # The value of the pad slot after the last token (9) and of the last slot of a full row are not continued from.
+    # The value of the padding after the last token (9) and of the last token of a full row are not continued from.
     values = jnp.array([[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]])
     mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     advantages, _ = gae(jnp.zeros((2, 3)), values, mask, gamma=1.0, lam=0.0)
@@ -139,6 +139,7 @@ def test_reinforce_pp_by_hand():
     np.testing.assert_allclose(reinforce_pp(rewards, mask), expected, rtol=1e-6)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(mask=MASKS)
 def test_reinforce_pp_equals_the_loop_on_any_mask(mask):
     """Also past holes; nothing where nothing counts."""

@@ -53,7 +53,7 @@ def test_reductions_are_those_of_the_counted_entries(x, mask):
 
 @hypothesis.given(MASKS)
 @hypothesis.settings(max_examples=50, deadline=None)
-def test_last_token_is_the_last_counted_slot(mask):
+def test_last_token_is_the_last_counted_token(mask):
     expected = np.zeros_like(mask)
     for i in range(mask.shape[0]):
         for j in reversed(range(mask.shape[1])):

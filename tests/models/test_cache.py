@@ -1,4 +1,4 @@
-"""Prefill and decode against the whole row at once, in every family; the same for the last slot alone."""
+"""Prefill and decode against the whole row at once, in every family; the same for the last position alone."""
 
 import dataclasses
 import functools
@@ -33,15 +33,15 @@ def llama():
 
 def batch(lengths=LENGTHS, seed=1, width=PROMPT):
     """Left-padded prompts with NEW tokens after each, and their segments; what pads is not one id but any."""
-    slots = jnp.arange(width + NEW)[None]
+    positions = jnp.arange(width + NEW)[None]
     return tokens(len(lengths), width + NEW, seed), (
-        slots >= width - jnp.array(lengths)[:, None]
+        positions >= width - jnp.array(lengths)[:, None]
     ).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, rows, segments):
-    """Log-probabilities [b, NEW, v] of every token at the slots of the continuation, by one pass over the rows."""
+    """Log-probabilities [b, NEW, v] of every token at the positions of the continuation, by one pass over the rows."""
     hidden = model.hidden(params, rows, segments=segments)[:, -NEW - 1 : -1]
     return jax.nn.log_softmax(model.logits(params, hidden))
 
@@ -130,8 +130,8 @@ def test_a_row_does_not_depend_on_its_neighbors(llama):
 @pytest.mark.parametrize(
     "family", ["llama-gqa", "gpt1", "neox"]
 )  # the three residual forms
-def test_the_last_slot_is_that_of_the_whole(family):
-    """Value and gradient, of rows padded on either side; the last layer is computed at that slot alone."""
+def test_the_last_position_is_that_of_the_whole_row(family):
+    """Value and gradient, of rows padded on either side; the last layer is computed at that position alone."""
     model = Model(FAMILIES[family])
     params = random_params(model)
     rows = tokens(3, 9)

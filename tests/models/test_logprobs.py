@@ -242,7 +242,7 @@ def test_devices_add_their_gradients_once_not_in_every_chunk(
 ):
     """Loss and gradients are one device's; of the loop's collectives none is as large as the output matrix's gradient.
 
-    Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 slots are no multiple of two devices'.
+    Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 positions are no multiple of two devices'.
     """
     b, t, d, v = 8, 13, 16, 64
     keys = jax.random.split(jax.random.key(0), 4)
@@ -261,7 +261,7 @@ def test_devices_add_their_gradients_once_not_in_every_chunk(
         return nll / weight + ((logprob + 0.1 * entropy**2) * mask).mean()
 
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, output, targets, mask)
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # every slot a chunk
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # every position a chunk
     layout = make_layout(MeshConfig(**axes))
     names = ("vocab", "embed") if tied else ("embed", "vocab")
     args = [

@@ -36,7 +36,7 @@ def world(request):
 
 
 def without_effect(adapters):
-    """As they are born: B is 0."""
+    """Fresh adapters have B = 0."""
     return jax.tree.map_with_path(
         lambda path, x: x * 0 if path[-1].key == "lora_b" else x, adapters
     )
@@ -82,7 +82,7 @@ def test_adapters_have_axes_for_every_dimension(world):
     assert axes == jax.tree.map(jnp.ndim, adapters)
 
 
-def test_a_model_with_adapters_is_born_with_the_base_of_one_without():
+def test_a_model_with_adapters_has_the_initial_base_of_one_without():
     model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1), lora=ALL)
     ours, plain = (
         jax.jit(m.init)(jax.random.key(0)) for m in (model, Model(model.config))
@@ -200,7 +200,7 @@ def test_targets_that_are_nowhere_are_named_with_what_there_is():
     model = Model(FAMILIES["llama"], lora=LoraConfig(rank=2, targets="q_proj"))
     with pytest.raises(
         ConfigError,
-        match=r"lora.targets='q_proj' is found in none of backbone/layers/layer_0/attention",
+        match=r"lora.targets='q_proj' matches none of backbone/layers/layer_0/attention",
     ):
         model.trained_axes()
 

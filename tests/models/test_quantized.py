@@ -13,7 +13,7 @@ from rlhfjax import state
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantized
 from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
-from rlhfjax.models.quantized import absmax, linear_int8, linear_nf4
+from rlhfjax.models.quantized import absmax, linear
 from rlhfjax.sampling import generate
 from tests.models.families import (
     FAMILIES,
@@ -49,9 +49,7 @@ def test_a_product_is_that_of_the_dequantized_kernel_and_so_is_its_gradient():
     q = jax.jit(lambda kernel: absmax(kernel, (0,)))(kernel)
     wide = np.asarray(q.values) * np.asarray(q.scale)
     assert np.abs(wide - kernel).max() <= q.scale.max() / 2 + 1e-7
-    (got, slope), (expected, slope_wide) = products_and_gradients(
-        linear_int8, q, wide, x
-    )
+    (got, slope), (expected, slope_wide) = products_and_gradients(linear, q, wide, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-5)
 
@@ -112,9 +110,7 @@ def test_an_nf4_product_and_its_gradient_are_those_of_the_wide_kernel():
     assert (
         0.05 < np.sqrt(np.mean((wide - kernel) ** 2)) < 0.12
     )  # of a standard deviation of 1
-    (got, slope), (expected, slope_wide) = products_and_gradients(
-        linear_nf4, q, wide, x
-    )
+    (got, slope), (expected, slope_wide) = products_and_gradients(linear, q, wide, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, slope_wide, rtol=1e-4, atol=1e-4)
 
@@ -264,7 +260,7 @@ def sampled(model, params, prompts, segments, keys, **how):
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():
     """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Tokens of a
-    slot that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
+    position that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
     """
     config = dataclasses.replace(FAMILIES["llama-gqa"], n_layers=1)
     model, own = Model(config, int8_cache=True), keys(10)

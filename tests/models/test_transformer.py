@@ -1,6 +1,6 @@
 """The model against an independent transcription, and the invariances that a Transformer has by its definition.
 
-What is asked of every family is asked of one compiled program: `logits_of` at rows of 12 slots. An equality of one
+What is asked of every family is asked of one compiled program: `logits_of` at rows of 12 positions. An equality of one
 component (attention, a head, dropout, recomputation) is asked of one family that has it.
 """
 
@@ -79,10 +79,10 @@ def test_causal_by_gradient():
     """d loss(t) / d input(s) is exactly 0 for s > t, and not 0 for s <= t."""
     model = Model(FAMILIES["llama-gqa"])
     wide = Model(dataclasses.replace(model.config, vocab_size=8))
-    params, slots = random_params(model), jnp.array([0, 3, 7])
+    params, positions = random_params(model), jnp.array([0, 3, 7])
     table = params["backbone"]["embed"]["tokens"]
 
-    # A row of the table of its own for each slot, so that the gradient says which slot mattered.
+    # A row of the table of its own for each position, so that the gradient says which position mattered.
     def out(own, t):
         backbone = params["backbone"] | {"embed": {"tokens": own}}
         return (
@@ -93,9 +93,9 @@ def test_causal_by_gradient():
         )
 
     gradients = jax.jit(jax.vmap(jax.grad(out), (None, 0)))(
-        table[tokens(1, 8)[0]], slots
+        table[tokens(1, 8)[0]], positions
     )
-    for t, gradient in zip(slots, gradients, strict=True):
+    for t, gradient in zip(positions, gradients, strict=True):
         size = np.abs(np.asarray(gradient)).max(-1)
         assert (size[: t + 1] > 0).all()
         assert (size[t + 1 :] == 0).all()
@@ -581,7 +581,9 @@ def test_a_config_from_before_an_option_is_that_model_still():
 
 def test_too_long_a_sequence_says_so():
     model = Model(FAMILIES["llama"])
-    with pytest.raises(ConfigError, match="33 tokens is longer than model"):
+    with pytest.raises(
+        ConfigError, match="max_length=32: must be at least the sequence length, 33"
+    ):
         jax.eval_shape(
             model.hidden, model.shapes(), jax.ShapeDtypeStruct((1, 33), jnp.int32)
         )
