@@ -23,6 +23,7 @@ from rlhfjax import hosts, strategy
 from rlhfjax.errors import ConfigError
 from rlhfjax.ranges import MeshSize
 from rlhfjax.strategy import AXES, Need
+from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 # FSDP over `fsdp`, Megatron over `tensor`; a batch is split over every data-like axis.
@@ -107,14 +108,17 @@ class Layout:
     def batch_shards(self) -> int:
         return math.prod(self.mesh.shape[a] for a in self.rules["batch"])
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays, of a whole batch's shape on every host, to arrays sharded over the batch axes: each row on the
-        devices that it belongs to. Of its array a host reads only the rows of its own devices."""
+    def put(self, batch: PyTree) -> PyTree:
+        """Returns a batch of NumPy arrays as arrays on the devices, sharded over their rows.
+
+        Every host passes arrays of the whole batch's shape, and reads only the rows of its own
+        devices.
+        """
         sharding = self.sharding("batch")
-        return {
-            k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
-            for k, v in batch.items()
-        }
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            batch,
+        )
 
     def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
         """Which of the `parts` equal parts of a batch have rows that `put` reads on this host."""
@@ -134,7 +138,7 @@ class Layout:
         if isinstance(rows, jax.ShapeDtypeStruct):
             sharding = rows.sharding or self.sharding("batch")
             return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        return self.put({"rows": np.asarray(rows)})["rows"]
+        return self.put(np.asarray(rows))
 
     def check_batch(self, size: int, what: str = "batch_size") -> None:
         if size % self.batch_shards:

@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 from rlhfjax.state import TrainState
 from rlhfjax.types import Metrics, PyTree
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @runtime_checkable
@@ -23,7 +20,7 @@ class Batches(Protocol):
     it on any number of hosts.
     """
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    def __next__(self) -> PyTree: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
 
@@ -32,7 +29,7 @@ class Finished(NamedTuple):
     """What a stage leaves in its workdir, and its last metrics."""
 
     models: dict[str, Any]  # {folder: store.SavedModel}
-    pairs: Metrics
+    metrics: Metrics
     files: dict[str, Any]  # {file name: what `json_text.encode` takes}
     adapters: Mapping[str, Any] = types.MappingProxyType(
         {}
@@ -64,10 +61,8 @@ class Stage:
     init: Callable[[jax.Array], TrainState]
     axes: PyTree
     start: Callable[[TrainState], TrainState]
-    step: Callable[
-        [TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
-    ]
-    batch: Callable[[int], Shapes]
+    step: Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]]
+    batch: Callable[[int], PyTree]
     open: Callable[[], Data]
     units: int
     unit: str = "tokens"
@@ -88,11 +83,3 @@ class Stage:
     @property
     def finish(self) -> Callable[[TrainState], Finished]:
         return self.data.finish
-
-
-def row_shapes(size: int, **arrays: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes of a batch: `tokens=((length,), np.int32)` has the shape [size, length]."""
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype)
-        for name, (shape, dtype) in arrays.items()
-    }

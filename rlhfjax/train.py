@@ -177,7 +177,7 @@ def _finish(
         write_json(workdir / name, content)
     for name, (model, adapters) in finished.adapters.items():
         _save_adapters(workdir / name, model, adapters, layout)
-    return finished.pairs
+    return finished.metrics
 
 
 def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:

@@ -743,8 +743,8 @@ DEFECTS = [
     d(
         26,
         "rl/epochs.py",
-        '    scale = c.coefficient * (\n        parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0\n    )\n',
-        '    scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if False else 1.0)\n',
+        '    scale = c.coefficient * (\n        parts["loss"][1] / text.mask.shape[0] if c.unit == "sequence" else 1.0\n    )\n',
+        '    scale = c.coefficient * (parts["loss"][1] / text.mask.shape[0] if False else 1.0)\n',
         "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
@@ -830,7 +830,7 @@ DEFECTS = [
     d(
         30,
         "data/loader.py",
-        '        self._iterator.set_state(_tuples(state["rows"]))\n',
+        '        self._iterator.set_state(_as_tuples(state["rows"]))\n',
         "",
         "data/test_loader.py::test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch",
     ),
@@ -1015,7 +1015,7 @@ DEFECTS = [
     d(
         36,
         "stages/recenter.py",
-        'stats.validate_scores(samples["rewards"], context, samples["valid"])',
+        "stats.validate_scores(rewards, context, valid)",
         "pass",
         "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centers_nothing",
     ),
@@ -1209,8 +1209,8 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["same"][i] = first.setdefault(tuple(kept[i]), i)',
-        'arrays["same"][i] = first.setdefault(tuple(completion), i)',
+        "example.same[i] = first.setdefault(tuple(kept[i]), i)",
+        "example.same[i] = first.setdefault(tuple(completion), i)",
         "data/test_examples.py::test_pitfall_39_completions_that_became_equal_are_known",
         "test_stage_reward.py::test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage",
         "test_stage_direct.py::test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage",
@@ -1242,8 +1242,8 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["cut"][i] = len(rows[i]) < len(prompt) + len(completion)',
-        'arrays["cut"][i] = len(rows[i]) < len(fitted) + len(completion)',
+        "example.cut[i] = len(rows[i]) < len(prompt) + len(completion)",
+        "example.cut[i] = len(rows[i]) < len(fitted) + len(completion)",
         "data/test_examples.py::test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row",
     ),
     d(
@@ -1258,8 +1258,8 @@ DEFECTS = [
     d(
         39,
         "data/loader.py",
-        '"cut": np.float32(cut),',
-        '"cut": np.float32(0),',
+        "cut=np.float32(cut),",
+        "cut=np.float32(0),",
         "data/test_loader.py::test_pitfall_39_what_was_cut_is_counted_in_the_batches",
     ),
     # 40: half of the rows away, which may be the same prompt; one prompt alone; the same prompt,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.data import chat
+from rlhfjax.data.batches import PreferenceBatch
 from rlhfjax.data.padding import pad_right
 from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Source
@@ -186,32 +187,30 @@ class Prompts:
 
 
 def preference(
-    tokenizer: Tokenizer, row: Row, *, k: int, length: int, where: str = "preferences"
-) -> Row:
-    """Returns one prompt's completions as arrays.
+    tokenizer: Tokenizer,
+    row: Row,
+    *,
+    k: int,
+    length: int,
+    context: str = "preferences",
+) -> PreferenceBatch:
+    """Returns one prompt's completions as a row of a PreferenceBatch, with index -1.
 
     Stored ids are used as they are, never text encoded anew; without them the prompt is its
     messages or one user turn, and every completion ends with eos. A prompt that leaves too little
     room for the longest completion is cut as `chat.shorten_prompt` does, to `prompt_room` tokens,
     the same for all k; then completions lose their ends.
 
-    Returns:
-      tokens, segments: int32 [k, length], right-padded.
-      scores, valid: float32 [k]; valid is 0 where there are fewer than k completions.
-      lengths: int32 [k], tokens of each completion.
-      cut: float32 [k], 1 where the prompt or the completion lost tokens.
-      same: int32 [k], the first completion with the same tokens, after cutting.
-
     Raises:
       DataError: more than k completions, or an id outside the vocabulary.
     """
     prompt, completions = native(tokenizer, row)
     if len(completions) > k:
-        raise DataError(f"{where}: {len(completions)} completions, more than k={k}")
+        raise DataError(f"{context}: {len(completions)} completions, more than k={k}")
     top = max([*prompt, *(token for ids in completions for token in ids)], default=0)
     if top >= tokenizer.vocab_size:
         raise DataError(
-            f"{where}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+            f"{context}: token id {top} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
         )
     fitted = chat.shorten_prompt(
         tokenizer, prompt, prompt_room(length, max(map(len, completions)))
@@ -220,23 +219,25 @@ def preference(
     kept = [completion[:room] for completion in completions]
     rows = [[*fitted, *completion] for completion in kept]
     rows += [[]] * (k - len(rows))
-    tokens, segments = pad_right(rows, length=length, pad_id=tokenizer.pad_id)
+    tokens, attention_mask = pad_right(rows, length=length, pad_id=tokenizer.pad_id)
     first: dict[tuple[int, ...], int] = {}  # completion -> where it stands first
-    arrays = {
-        "tokens": tokens,
-        "segments": segments,
-        "scores": np.zeros(k, np.float32),
-        "valid": np.zeros(k, np.float32),
-        "lengths": np.zeros(k, np.int32),
-        "cut": np.zeros(k, np.float32),
-        "same": np.arange(k, dtype=np.int32),
-    }
+    example = PreferenceBatch(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        scores=np.zeros(k, np.float32),
+        valid=np.zeros(k, np.float32),
+        lengths=np.zeros(k, np.int32),
+        cut=np.zeros(k, np.float32),
+        same=np.arange(k, dtype=np.int32),
+        index=np.int32(-1),
+    )
     for i, completion in enumerate(completions):
-        arrays["scores"][i], arrays["valid"][i] = row["scores"][i], 1.0
-        arrays["lengths"][i] = len(kept[i])
-        arrays["cut"][i] = len(rows[i]) < len(prompt) + len(completion)
-        arrays["same"][i] = first.setdefault(tuple(kept[i]), i)
-    return arrays
+        example.scores[i] = row["scores"][i]
+        example.valid[i] = 1.0
+        example.lengths[i] = len(kept[i])
+        example.cut[i] = len(rows[i]) < len(prompt) + len(completion)
+        example.same[i] = first.setdefault(tuple(kept[i]), i)
+    return example
 
 
 def native(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list[int]]]:

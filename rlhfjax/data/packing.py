@@ -10,7 +10,8 @@ from typing import Any
 import grain
 import numpy as np
 
-Row = dict[str, np.ndarray]
+from rlhfjax.data.batches import TokenBatch
+
 _FEATURE = "example"
 
 
@@ -52,29 +53,26 @@ def first_fit(
     )
 
 
-def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False) -> Row:
-    """The arrays of one packed row; with `cross_document` the whole row is one segment, as in GPT-3."""
-    example, segments = (
-        packed[_FEATURE],
-        packed[f"{_FEATURE}_segment_ids"].astype(np.int32),
-    )
+def to_row(
+    packed: dict[str, Any], *, pad_id: int, cross_document: bool = False
+) -> TokenBatch:
+    """Returns one packed row; with `cross_document` it is a single document, as in GPT-3."""
+    example = packed[_FEATURE]
+    segment_ids = packed[f"{_FEATURE}_segment_ids"].astype(np.int32)
     positions = packed[f"{_FEATURE}_positions"].astype(np.int32)
-    real = segments > 0
+    real = segment_ids > 0
     if cross_document:
-        segments, positions = (
-            real.astype(np.int32),
-            np.arange(len(real), dtype=np.int32) * real,
-        )
-    return {
-        "tokens": np.where(real, example[:, 0], pad_id).astype(np.int32),
-        "targets": np.where(real, example[:, 1], pad_id).astype(np.int32),
-        "mask": example[:, 2].astype(np.float32),
-        "segments": segments,
-        "positions": positions,
-    }
+        segment_ids = real.astype(np.int32)
+        positions = np.arange(len(real), dtype=np.int32) * real
+    return TokenBatch(
+        tokens=np.where(real, example[:, 0], pad_id).astype(np.int32),
+        targets=np.where(real, example[:, 1], pad_id).astype(np.int32),
+        mask=example[:, 2].astype(np.float32),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
 
 
-def examples_cut(packed: dict[str, Any]) -> Row:
-    """How many examples of a packed row lost tokens, float32 []: those with 1 in the fourth
-    column."""
-    return {"cut": np.array(packed[_FEATURE][:, 3].sum(), np.float32)}
+def examples_cut(packed: dict[str, Any]) -> np.ndarray:
+    """Returns how many examples of a packed row lost tokens, float32 []."""
+    return np.array(packed[_FEATURE][:, 3].sum(), np.float32)

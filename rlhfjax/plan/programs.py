@@ -18,7 +18,7 @@ from rlhfjax.models.size import parameters
 from rlhfjax.plan import chips
 from rlhfjax.plan.shapes import Subject, hold
 from rlhfjax.plan.topology import Target
-from rlhfjax.programs import Call, Held, Recorder
+from rlhfjax.programs import Call, Held, Recorder, placed
 from rlhfjax.roles import Pass
 from rlhfjax.types import PyTree
 
@@ -71,10 +71,7 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
         state = states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
         state = hold(state, "state")
         rows = layout.sharding("batch")
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-            for name, x in stage.batch(completions).items()
-        }
+        batch = jax.tree.map(lambda x: placed(x, rows), stage.batch(completions))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
         stage.step(state, batch, key)
     workload, flops = subject.workload(completions), step_flops(subject, completions)
