@@ -1,13 +1,13 @@
-"""Where a stage's data comes from: the options of its config, and the sources that they name."""
+"""Opens the data that the options of a stage name."""
 
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 from rlhfjax import paths
 from rlhfjax.data.loader import Shards
 from rlhfjax.data.preferences import read_preferences
+from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -18,25 +18,33 @@ log = logging.getLogger("rlhfjax")
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where rows come from; see `data.sources.open_source` for each option."""
+    """A source of rows; see `data.sources.open_source` for the options."""
 
     spec: str
+    """`tfds:NAME[/CONFIG]`, `tfds:FOLDER`, `jsonl:GLOB` or `text:GLOB`."""
     kind: str | None = None
+    """Kind of the rows: text, messages, prompt or preferences; None: by the source."""
     split: str = "train"
+    """Split of the source: train, validation, test or all."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The source's column name for each of our column names."""
     data_dir: str | None = None
+    """Folder of TFDS datasets; None: the default of TFDS."""
     on_bad_row: str = "error"
+    """What a malformed row does: "error" stops, "skip" leaves the row out."""
     min_turns: Count = 0
+    """Conversations with fewer turns are left out."""
     documents: str = "file"
-    limit: Count = 0  # rows; 0: all
+    """What a row of a text file is: "file", "paragraph" or "line"."""
+    limit: Count = 0
+    """Rows that are used, from the first; 0: all."""
 
     def open(self) -> Source:
         options = {
-            k: v
-            for k, v in dataclasses.asdict(self).items()
-            if k not in ("spec", "limit")
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        source = open_source(self.spec, **options)
+        del options["limit"]
+        source = open_source(**options)
         if source.skipped:
             log.warning(
                 "source %r: %d malformed rows are left out", self.spec, source.skipped
@@ -45,20 +53,18 @@ class SourceConfig:
 
 
 class Limited:
-    """The first rows of a source."""
+    """The first `limit` rows of a source."""
 
     def __init__(self, source: Source, limit: int):
-        self.kind, self.skipped, self._source, self._limit = (
-            source.kind,
-            source.skipped,
-            source,
-            limit,
-        )
+        self.kind = source.kind
+        self.skipped = source.skipped
+        self._source = source
+        self._limit = limit
 
     def __len__(self) -> int:
         return min(self._limit, len(self._source))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Row:
         return self._source[index]
 
     def where(self, index: int) -> str:
@@ -66,8 +72,10 @@ class Limited:
 
 
 def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:
-    """Returns all of a stage's sources as one.
+    """Returns the sources of a stage, concatenated.
 
+    Args:
+      option: name of the option, for the error message.
     Raises:
       ConfigError: there are none.
     """
@@ -80,7 +88,7 @@ def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:
 def open_preferences(
     names: tuple[str, ...], split: str, stage: str = "reward"
 ) -> Source:
-    """Returns the rankings of all folders and `jsonl:` globs as one source.
+    """Returns the rankings of folders and `jsonl:` globs, concatenated.
 
     Raises:
       ConfigError: none is named.
@@ -89,15 +97,15 @@ def open_preferences(
         raise ConfigError(
             f"{stage}.preferences: at least one folder or jsonl: glob is needed"
         )
-    parts = [
-        read_preferences(name, split)
-        if ":" not in name or paths.remote(name)
-        else open_source(name, kind="preferences", split=split)
-        for name in names
-    ]
-    return parts[0] if len(parts) == 1 else Concatenated(parts)
+    sources = []
+    for name in names:
+        if ":" in name and not paths.remote(name):
+            sources.append(open_source(name, kind="preferences", split=split))
+        else:
+            sources.append(read_preferences(name, split))
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
 def own_shards(count: int, batch_size: int, layout: Layout) -> Shards:
-    """Returns those of `count` streams that this host runs: their rows lie on its devices."""
+    """Returns which of `count` streams this host runs: those whose rows are on its devices."""
     return Shards(count, layout.own_parts(batch_size, count))

@@ -123,8 +123,8 @@ def _pairs(
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """Returns the values of the better and of the worse completion of all n = p k k pairs."""
     shape = (*values.shape, values.shape[1])
-    better = jnp.broadcast_to(values[:, :, None], shape)
-    worse = jnp.broadcast_to(values[:, None, :], shape)
+    better, worse = values[:, :, None], values[:, None, :]
+    better, worse = jnp.broadcast_to(better, shape), jnp.broadcast_to(worse, shape)
     return better.ravel(), worse.ravel()
 
 

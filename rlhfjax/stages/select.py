@@ -86,7 +86,7 @@ def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
 
 def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
     """One answer as a conversation for people, with the ids that it is for the model."""
-    prompt, completions = examples.native(tokenizer, row)
+    prompt, completions = examples.preference_ids(tokenizer, row)
     answer = {"role": "assistant", "content": row["completions"][index]}
     return {
         "messages": [*messages_of(tokenizer, prompt), answer],
