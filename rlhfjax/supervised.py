@@ -102,8 +102,8 @@ def supervised_workload(config: ModelTrainConfig, completions: int = 1) -> Workl
     )
 
 
-def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
-    """Returns the model of `init_from`, or a new model with the config `model`.
+def load_trained(config: ModelTrainConfig, models: Models) -> tuple[Loaded, Tokenizer]:
+    """Returns the model of `init_from`, or a new model with the config `model`; and its tokenizer.
 
     Raises:
       ConfigError: neither or both are given, or the tokenizer does not fit the model.
@@ -127,7 +127,7 @@ def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
             f"{config.stage}.model.vocab_size={size}: "
             f"must be at least the tokenizer's {tokenizer.vocab_size}"
         )
-    return loaded
+    return loaded, tokenizer
 
 
 def train_step(
@@ -208,8 +208,9 @@ def language_stage(
       open_batches: tokenizer -> training batches, and one pass over held-out batches.
       shapes: the shapes of a batch.
     """
-    loaded = load_trained(config, Models(config.stage, roles, layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    models = Models(config.stage, roles, layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate_streams(config, layout, model.config)
     loss = language_loss(model)
     step, tx = train_step(config, loaded, loss)
@@ -252,7 +253,7 @@ def language_loss(model: Model) -> LossFunction:
             params, batch.tokens, batch.positions, batch.segment_ids, key
         )
         nll, weight = model.cross_entropy(params, hidden, batch.targets, batch.mask)
-        metrics = {"loss": (nll, weight)}
+        metrics: Metrics = {"loss": (nll, weight)}
         if batch.cut is not None:
             examples = jnp.sum((batch.positions == 0) & (batch.segment_ids > 0))
             cut = jnp.sum(batch.cut)
@@ -374,7 +375,7 @@ def held_out_loss(
     def measure(params: PyTree, batch: TokenBatch) -> Metrics:
         _, metrics = loss(params, batch, None)
         nll, _ = metrics["loss"]
-        per_byte = nats_per_byte(nll, batch.targets, batch.mask, lengths)
+        per_byte = nats_per_byte(jnp.asarray(nll), batch.targets, batch.mask, lengths)
         metrics = {**metrics, "nats_per_byte": per_byte}
         return {f"val_{name}": metric for name, metric in metrics.items()}
 

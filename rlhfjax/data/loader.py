@@ -153,9 +153,7 @@ class Joined(Iterator[PyTree]):
         saved without its name.
     """
 
-    def __init__(
-        self, make: Callable[..., PyTree], streams: "Mapping[Any, BatchStream]"
-    ):
+    def __init__(self, make: Callable[..., PyTree], streams: Mapping[Any, Any]):
         self._make = make
         self._streams = streams
 
@@ -498,12 +496,15 @@ def _with_weights(
     Raises:
       ConfigError: the loader cannot use the kind of a source, its weight, or the length.
     """
+    pairs: list[tuple[Source, float]]
     if isinstance(source, Source):
         pairs = [(source, 1.0)]
-    elif all(isinstance(each, Source) for each in source):
-        pairs = [(Concatenated(source), 1.0)]
+    elif weighted := [each for each in source if isinstance(each, tuple)]:
+        pairs = [(each, float(weight)) for each, weight in weighted]
     else:
-        pairs = [(each, float(weight)) for each, weight in source]
+        pairs = [
+            (Concatenated([each for each in source if isinstance(each, Source)]), 1.0)
+        ]
     for each, weight in pairs:
         if each.kind not in kinds:
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""Examples into rows of one length, with grain: concatenate and split, or first-fit. All state is checkpointable.
+"""Packs examples into rows of one length, with grain, whose state can be saved.
 
-An example is int32 [t, 3]: input, target, 1 where the target counts; for fine-tuning [t, 4], see
-`examples_cut`. A row is what a stage sees: `tokens`, `targets`, `mask`, `segments` (1, 2, ... for
-the examples of the row, 0 for padding) and `positions` (from 0 in each segment).
+An example is int32 [t, 3]: input, target, and 1 where the target counts. An example of fine-tuning is
+int32 [t, 4], see `examples.fine_tuning`. Concatenated examples are split where a row is full;
+first-fit packing keeps them whole.
 """
 
 from typing import Any
@@ -23,16 +23,16 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
 
 def flatten(examples: grain.IterDataset) -> grain.IterDataset:
-    """Lists of examples to single ones."""
+    """Returns the examples of lists of examples."""
     return grain.experimental.FlatMapIterDataset(examples, _Flatten())
 
 
 def concatenate_and_split(
     examples: grain.IterDataset, *, length: int
 ) -> grain.IterDataset:
-    """Full rows: an example that does not fit goes on in the next row, as a segment of its own from position 0.
+    """Returns full rows. An example that does not fit continues in the next row, from position 0.
 
-    Targets were taken within each example before it was split, so none is lost or crosses an example.
+    No target is lost or crosses examples, because an example has its targets before it is split.
     """
     examples = examples.map(lambda example: {_FEATURE: example})
     return grain.experimental.ConcatThenSplitIterDataset(
@@ -43,7 +43,11 @@ def concatenate_and_split(
 def first_fit(
     examples: grain.IterDataset, *, length: int, bins: int, seed: int | None
 ) -> grain.IterDataset:
-    """Whole examples, each in the first of `bins` open rows with room for it; rows are shuffled if there is a seed."""
+    """Returns rows of whole examples, each in the first of `bins` open rows that has room for it.
+
+    Args:
+      seed: shuffles the rows; None: they keep their order.
+    """
     return grain.experimental.FirstFitPackIterDataset(
         examples,
         length_struct={_FEATURE: length},

@@ -31,7 +31,7 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
 
     name = "preferences"
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = pathlib.Path(__file__).parent
+    pkg_dir_path = pathlib.Path(__file__).parent  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, rows: Mapping[str, Sequence[Row]], **kwargs: Any):
         self._rows = rows

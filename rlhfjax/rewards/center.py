@@ -38,17 +38,18 @@ def normalize(
     Returns:
       The parameters, and the mean and std of `rewards` as metrics.
     """
-    rewards, valid = (jnp.asarray(x, jnp.float32).ravel() for x in (rewards, valid))
-    metrics = {
-        "reference_mean": (masked_mean(rewards, valid), 1.0),
-        "reference_std": (masked_std(rewards, valid), 1.0),
+    samples = jnp.asarray(rewards, jnp.float32).ravel()
+    mask = jnp.asarray(valid, jnp.float32).ravel()
+    metrics: Metrics = {
+        "reference_mean": (masked_mean(samples, mask), 1.0),
+        "reference_std": (masked_std(samples, mask), 1.0),
     }
     if how == "none":
         return params, metrics
     if how == "mean_std":
-        gain, bias = gain_and_bias(rewards, valid, mean=0.0, std=1.0)
+        gain, bias = gain_and_bias(samples, mask, mean=0.0, std=1.0)
     else:
-        gain, bias = 1.0, centring_bias(rewards, valid)
+        gain, bias = 1.0, centring_bias(samples, mask)
     return fold(params, gain, bias), metrics
 
 

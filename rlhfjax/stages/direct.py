@@ -127,8 +127,8 @@ def validate(
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     models = Models(config.stage, roles(config), layout, sources)
-    loaded = load_trained(config, models)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate(config, layout, model.config)
     add_reference = _reference(config, loaded, models)
     train, tx = train_step(config, loaded, direct_loss(model, config.loss))
@@ -390,12 +390,12 @@ def held_out_metrics(config: LossConfig, measured: Measured) -> Metrics:
     They are val_loss and the other metrics of the loss, and accuracy and margin of the implicit
     reward with equal weights of all pairs, as the reward stage has them.
     """
-    measured = jax.tree.map(jnp.asarray, measured)
-    batch = measured.batch
-    if batch.mismatched is not None:
-        kl = _kl(measured.mismatched, batch.mismatched)
+    batch = jax.tree.map(jnp.asarray, measured.batch)
+    total, mean = jnp.asarray(measured.total), jnp.asarray(measured.mean)
+    if measured.mismatched is not None:
+        kl = _kl(jnp.asarray(measured.mismatched), batch.mismatched)
         batch = dataclasses.replace(batch, kl=kl[None])
-    completions = completions_of(batch, measured.total, measured.mean)
+    completions = completions_of(batch, total, mean)
     _, metrics = make_loss(config)(completions)
     metrics |= truncation_metrics(batch)
 

@@ -106,23 +106,23 @@ def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> Samples
     tokenizer = saved.tokenizer
     if config.policy:
         return _sampled(config, saved, layout)
-    options = {"batch_size": config.batch_size, "length": config.length}
+    size, length = config.batch_size, config.length
     if config.preferences:
+        source = open_preferences(config.preferences, "train")
         batches = loader.preference_batches(
-            open_preferences(config.preferences, "train"),
-            tokenizer,
-            train=False,
-            **options,
+            source, tokenizer, batch_size=size, length=length, train=False
         )
     else:
         source = open_sources(config.demonstrations, "recenter.demonstrations")
-        batches = center.demonstrations(source, tokenizer, **options)
+        batches = center.demonstrations(
+            source, tokenizer, batch_size=size, length=length
+        )
     rewards, labels = make_scorer(saved.model, layout)(saved.params, batches)
     return rewards, labels.valid, labels.cut
 
 
 def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
-    policy = store.load(config.policy, layout)
+    policy = store.load(config.policy or "", layout)
     tokenizer = policy.tokenizer
     if policy.tokenizer != saved.tokenizer:
         raise ConfigError("recenter: policy and reward model have different tokenizers")

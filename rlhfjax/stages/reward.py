@@ -93,8 +93,9 @@ def validate(
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    models = Models(config.stage, roles(config), layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate(config, layout, model.config)
     loss = make_loss(config.loss)
     step, tx = train_step(config, loaded, reward_loss(model, loss))

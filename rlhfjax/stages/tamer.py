@@ -112,8 +112,9 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    models = Models(config.stage, roles(config), layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate(config, layout, model.config)
     loss = feedback_loss(model, config)
     step, tx = train_step(config, loaded, loss)
@@ -190,13 +191,13 @@ def feedback_loss(model: Model, config: Config) -> LossFunction:
             batch.values,
             batch.weight,
         )
-        metrics = {
-            name: (total.sum(), weight.sum())
+        sums = {
+            name: (jnp.sum(total), jnp.sum(weight))
             for name, (total, weight) in by_response.items()
         }
         real = (batch.weight.sum(1) > 0).astype(jnp.float32)
-        metrics["rows_cut"] = (jnp.sum(batch.cut * real), jnp.sum(real))
-        return divide(*metrics["loss"]), metrics
+        rows_cut = (jnp.sum(batch.cut * real), jnp.sum(real))
+        return divide(*sums["loss"]), {**sums, "rows_cut": rows_cut}
 
     return loss
 
