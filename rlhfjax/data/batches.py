@@ -1,8 +1,8 @@
 """The batches that stages train on: dataclasses that are PyTrees of arrays.
 
-The arrays are NumPy arrays on the host, `jax.Array`s on the devices, and `ShapeDtypeStruct`s where a
-step is planned. In the comments b is the number of rows of a batch, t the tokens of a row and k the
-completions of a prompt. A single row has the same fields without the first axis.
+The arrays are NumPy arrays on the host, `jax.Array`s on the devices, and `ShapeDtypeStruct`s where
+a step is planned. In the comments b is the number of rows of a batch, t the tokens of a row and k
+the completions of a prompt. A single row has the same fields without the first axis.
 
 Compiled programs take the arrays in the order in which the fields are declared here: another order
 would be another program, which the compilation cache does not know.

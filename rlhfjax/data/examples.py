@@ -80,8 +80,8 @@ def shifted(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def prompt_room(length: int, longest: int) -> int:
     """Returns how many of a row's `length` tokens a prompt may take.
 
-    The prompt may take all that a response of `longest` tokens leaves, and at least half of the row.
-    A response that is longer than a row loses its end rather than its prompt.
+    The prompt may take all that a response of `longest` tokens leaves, and at least half of the
+    row. A response that is longer than a row loses its end rather than its prompt.
     """
     return max(length // 2, length - longest)
 
@@ -122,11 +122,11 @@ def windows(
 ) -> list[np.ndarray]:
     """Returns a conversation as training examples, see `fine_tuning`.
 
-    A long conversation is cut between an assistant turn and the next user turn. Every window starts
-    with bos and the system message, so that each assistant turn is a target exactly once and always
-    follows its question. If a single exchange is too long, the question loses its beginning, down to
-    half of the window, and then the response its end. No eos is added to a response that lost its
-    end. Windows without a target are dropped.
+    A long conversation is cut between an assistant turn and the next user turn. Every window
+    starts with bos and the system message, so that each assistant turn is a target exactly once
+    and always follows its question. If a single exchange is too long, the question loses its
+    beginning, down to half of the window, and then the response its end. No eos is added to a
+    response that lost its end. Windows without a target are dropped.
     """
     head = [message for message in messages[:1] if message["role"] == "system"]
     if head:

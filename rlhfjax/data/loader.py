@@ -6,13 +6,14 @@
     position = batches.get_state()   # JSON values
     batches.set_state(position)      # the next batch is again the one after `batch`
 
-With train=True the batches never end, and every epoch has a new order. With train=False there is one
-pass in order; the last batch is filled with rows that do not count, and `restart()` begins again.
+With train=True the batches never end, and every epoch has a new order. With train=False there is
+one pass in order; the last batch is filled with rows that do not count, and `restart()` begins
+again.
 
-A training batch may be filled by several independent streams (`Shards`), so that a host needs to run
-only the streams whose rows are on its own devices. Stream j of S takes the examples j, j + S,
-j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to (j + 1) B/S
-of every batch of B rows. A batch therefore depends on seed, step and S, but not on the hosts.
+A training batch may be filled by several independent streams (`Shards`), so that a host needs to
+run only the streams whose rows are on its own devices. Stream j of S takes the examples j, j + S,
+j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to
+(j + 1) B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the hosts.
 """
 
 import json
@@ -341,8 +342,8 @@ def prompt_batches(
 ) -> Batches | ShardedBatches:
     """Returns PromptBatches.
 
-    Long prompts lose their oldest turns until they fit. The rows that fill the last batch repeat its
-    first prompt, because every row has to get a response.
+    Long prompts lose their oldest turns until they fit. The rows that fill the last batch repeat
+    its first prompt, because every row has to get a response.
     """
 
     def encode(index: int, row: Row) -> PromptBatch:

@@ -1,4 +1,4 @@
-"""Prompts with the completions of other prompts, for KTO's estimate of a KL (Ethayarajh et al. 2024)."""
+"""Prompts with the completions of other prompts, for KTO's KL (Ethayarajh et al. 2024)."""
 
 from collections.abc import Hashable, Sequence
 
@@ -16,8 +16,8 @@ class Mismatched:
 
     With n distinct prompts, ordered by first appearance, the completions are those of the prompt
     n / 2 places further. This is never the same prompt, however often a prompt appears, and unlike a
-    neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the i-th
-    row of the other prompt, in turn if that has fewer rows.
+    neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the
+    i-th row of the other prompt, in turn if that has fewer rows.
 
     The choice depends on the data and not on the batch. An estimate over a batch is therefore
     independent of how the batch is divided, and reference log-probabilities can be precomputed.

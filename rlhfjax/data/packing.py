@@ -1,7 +1,7 @@
 """Packs examples into rows of one length, with grain, whose state can be saved.
 
-An example is int32 [t, 3]: input, target, and 1 where the target counts. An example of fine-tuning is
-int32 [t, 4], see `examples.fine_tuning`. Concatenated examples are split where a row is full;
+An example is int32 [t, 3]: input, target, and 1 where the target counts. An example of fine-tuning
+is int32 [t, 4], see `examples.fine_tuning`. Concatenated examples are split where a row is full;
 first-fit packing keeps them whole.
 """
 

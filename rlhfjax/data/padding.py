@@ -9,13 +9,13 @@ Padded = tuple[np.ndarray, np.ndarray]
 
 
 def pad_left(rows: Rows, *, length: int, pad_id: int) -> Padded:
-    """Returns tokens and attention_mask, int32 [b, length], with the ids at the end of each row."""
+    """Returns tokens and attention_mask, int32 [b, length], with the ids at the end of rows."""
     starts = [length - len(ids) for ids in rows]
     return _pad(rows, starts, length, pad_id)
 
 
 def pad_right(rows: Rows, *, length: int, pad_id: int) -> Padded:
-    """Returns tokens and attention_mask, int32 [b, length], with the ids at the start of each row."""
+    """Returns tokens and attention_mask, int32 [b, length], with the ids at the start of rows."""
     return _pad(rows, [0] * len(rows), length, pad_id)
 
 

@@ -1,4 +1,4 @@
-"""The scale of a reward model: gain and bias in its scalar head, and samples to estimate them on."""
+"""Sets the scale of a reward model: gain and bias in its scalar head, estimated on samples."""
 
 import dataclasses
 
@@ -33,8 +33,8 @@ def normalize(
     Args:
       rewards: rewards of the samples under `params`, of any shape.
       valid: 1 on samples that exist, of the same shape.
-      how: none, mean (InstructGPT C.2, on any samples), or mean_std (Ziegler 2019; "N implementation
-        details").
+      how: none, mean (InstructGPT C.2, on any samples), or mean_std (Ziegler 2019; "N
+        implementation details").
     Returns:
       The parameters, and the mean and std of `rewards` as metrics.
     """

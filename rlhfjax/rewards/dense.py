@@ -69,7 +69,11 @@ def load(
     sources: Sources,
     program: str,
 ) -> DenseReward:
-    """Returns the reward that the TAMER stage left in a folder. Raises ConfigError if there is none."""
+    """Returns the reward that the TAMER stage left in a folder.
+
+    Raises:
+      ConfigError: the model has no scalar head, or another tokenizer.
+    """
     saved = sources.load(str(folder), layout)
     check_scalar(saved, tokenizer, str(folder))
     return DenseReward(saved.model, saved.params, program)

@@ -1,7 +1,7 @@
 """The losses of the direct stage by name: a policy from ranked completions, without a reward model.
 
-All untied pairs of a prompt count together as one: each has the weight 1 / (pairs of the prompt), so
-that a loss is a mean over prompts. The equations stand in `algos/direct.py`.
+All untied pairs of a prompt count together as one: each has the weight 1 / (pairs of the prompt),
+so that a loss is a mean over prompts. The equations stand in `algos/direct.py`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LossConfig:
     smoothing: ShareBelowHalf = 0.1
     """Probability that a label is wrong; cDPO only."""
     margin: NonNegative = 1.0
-    """Gamma in units of reward; SimPO only. The paper's gamma / beta is 0.3 to 1.6, by the model."""
+    """Gamma in units of reward; SimPO only. The paper's gamma / beta is 0.3 to 1.6."""
     desirable_weight: NonNegative = 1.0
     """Weight lambda_D of desirable completions; KTO only."""
     undesirable_weight: NonNegative = 1.0

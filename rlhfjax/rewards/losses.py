@@ -67,7 +67,10 @@ class LossConfig:
 
 
 def make_loss(config: LossConfig) -> RewardLoss:
-    """Returns the loss that a config names: (rewards, labels, valid, same=None) -> (loss, metrics)."""
+    """Returns the loss that a config names.
+
+    It is a function (rewards, labels, valid, same=None) -> (loss, metrics).
+    """
     return {
         "kwise": kwise_loss,
         "bradley_terry": _bradley_terry,
@@ -89,7 +92,7 @@ def ordered_pairs(
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
     """Returns better reward, worse reward, label difference and weight of all n = p k k pairs.
 
-    The weight is 1 where the first completion of the pair is labeled better than the second, else 0.
+    The weight is 1 where the first completion is labeled better than the second, else 0.
     """
     weight = untied_pairs(labels, valid, same)
     rewards = jnp.where(valid > 0, rewards, 0)

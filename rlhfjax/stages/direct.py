@@ -1,7 +1,7 @@
 """Direct preference optimization: a policy from ranked completions, without a reward model.
 
-DPO, cDPO, IPO, KTO, ORPO and SimPO differ by `loss.name` alone; see `rewards/direct.py`. DPO (Rafailov
-et al. 2023, eq. 7), with the frozen reference rho:
+DPO, cDPO, IPO, KTO, ORPO and SimPO differ by `loss.name` alone; see `rewards/direct.py`. DPO
+(Rafailov et al. 2023, eq. 7), with the frozen reference rho:
 
 loss = -log sigmoid(beta [log pi/rho (y_w | x) - log pi/rho (y_l | x)])
 

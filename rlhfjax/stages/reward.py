@@ -3,8 +3,8 @@
 loss = -1/C(K, 2) sum_{w better than l} log sigmoid(r(x, y_w) - r(x, y_l))
 
 The K responses to a prompt are one element of a batch: K forward passes give all K-choose-2 pairs.
-See `rewards/losses.py` for other likelihoods. The trained model is shifted, and by option scaled, so
-that responses of the policy that it will score have mean 0 (and std 1), or that demonstrations
+See `rewards/losses.py` for other likelihoods. The trained model is shifted, and by option scaled,
+so that responses of the policy that it will score have mean 0 (and std 1), or that demonstrations
 score 0.
 """
 
@@ -65,7 +65,7 @@ class Config(StreamConfig):
     loss: LossConfig = LossConfig()
     """Likelihood of the labels."""
     normalize_before: Literal["none", "mean", "mean_std"] = "none"
-    """Normalization before training, on held-out responses; "N implementation details": mean_std."""
+    """Normalization before training, on held-out responses; N implementation details: mean_std."""
     normalize: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
     """Normalization after training, on held-out responses or on demonstrations."""
     demonstrations: tuple[SourceConfig, ...] = ()

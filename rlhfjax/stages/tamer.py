@@ -8,8 +8,8 @@ probability that it is about token t. A feedback file holds JSON lines:
     {"prompt": text or messages, "response": text, "feedback": [[seconds, value], ...]}
 
 Token t of the response is on the screen from t to t + 1 times `seconds_per_token`. The result is a
-reward by name: H summed over a response, which `compose` adds to another reward (the reward addition
-of TAMER+RL).
+reward by name: H summed over a response, which `compose` adds to another reward (the reward
+addition of TAMER+RL).
 
 Source: Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every credited token
 is worth the signal).
