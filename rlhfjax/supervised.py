@@ -15,6 +15,7 @@ from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.config import TrainConfig
 from rlhfjax.data.batches import PreferenceBatch, TokenBatch
+from rlhfjax.data.config import SourceConfig, open_sources, own_shards
 from rlhfjax.data.loader import BatchStream, rows_per_stream
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -28,7 +29,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
 from rlhfjax.ranges import Count, Size, Tokens
-from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Roles, Sources, Workload
+from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Sources, Workload
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState, apply_gradients, gradients
 from rlhfjax.types import Loss, Metrics, PyTree
@@ -194,21 +195,40 @@ def supervised_stage(
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig(StreamConfig):
+    """The options of a stage that trains a language model on packed text."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Documents or conversations to train on."""
+    eval_sources: tuple[SourceConfig, ...] = ()
+    """Held-out documents or conversations."""
+
+
+def language_workload(config: LanguageConfig, completions: int = 1) -> Workload:
+    """Returns what a step computes."""
+    return supervised_workload(config)
+
+
+def language_roles(config: LanguageConfig) -> dict[str, Role]:
+    """Returns the only model of the stage."""
+    return {MODEL: trained_role(config)}
+
+
 def language_stage(
-    config: StreamConfig,
+    config: LanguageConfig,
     layout: Layout,
-    roles: Roles,
     sources: Sources,
-    open_batches: Callable[[Tokenizer], tuple[BatchStream, BatchStream]],
-    shapes: TokenBatch,
+    load: Callable[..., BatchStream],
+    batch: TokenBatch,
 ) -> Stage:
     """Returns the Stage that trains a language model on packed text.
 
     Args:
-      open_batches: tokenizer -> training batches, and one pass over held-out batches.
-      shapes: the shapes of a batch.
+      load: the loader of the data, such as `loader.sft_batches`.
+      batch: the shapes of a batch.
     """
-    models = Models(config.stage, roles, layout, sources)
+    models = Models(config.stage, language_roles(config), layout, sources)
     loaded, tokenizer = load_trained(config, models)
     model = loaded.model
     validate_streams(config, layout, model.config)
@@ -216,7 +236,15 @@ def language_stage(
     step, tx = train_step(config, loaded, loss)
 
     def open_data() -> Data:
-        batches, held_out = open_batches(tokenizer)
+        size, length = config.batch_size, config.length
+        train = open_sources(config.sources, f"{config.stage}.sources")
+        held = open_sources(config.eval_sources, f"{config.stage}.eval_sources")
+        load_with = functools.partial(
+            load, tokenizer=tokenizer, batch_size=size, length=length
+        )
+        shards = own_shards(config.data_shards, size, layout)
+        batches = load_with(train, seed=config.seed, shards=shards)
+        held_out = load_with(held, train=False)
         measure = held_out_loss(model, loss, tokenizer.byte_lengths())
 
         def evals(state: TrainState) -> Metrics:
@@ -234,7 +262,7 @@ def language_stage(
         loaded,
         tx,
         step=step,
-        batch=lambda _: shapes,
+        batch=lambda _: batch,
         open=open_data,
         units=config.batch_size * config.length,
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from rlhfjax.data import loader
-from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat
+from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat, shapes
 from rlhfjax.data.config import Limited, SourceConfig, open_sources, own_shards
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
@@ -126,5 +126,6 @@ def batch_shapes(config: PtxConfig, episodes: int, prompt_length: int) -> Policy
     """Returns the shapes of an iteration's batch."""
     text = None
     if config.coefficient:
-        text = TokenBatch.shapes(episodes * config.ratio, config.length)
-    return PolicyBatch(prompts=PromptBatch.shapes(episodes, prompt_length), text=text)
+        text = shapes(TokenBatch, b=episodes * config.ratio, t=config.length)
+    prompts = shapes(PromptBatch, b=episodes, t=prompt_length)
+    return PolicyBatch(prompts=prompts, text=text)

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos.direct import kto_kl
-from rlhfjax.data.batches import DirectBatch, PreferenceBatch, concatenate, take
+from rlhfjax.data.batches import DirectBatch, concatenate, shapes, take
 from rlhfjax.data.config import open_preferences, own_shards
 from rlhfjax.data.loader import BatchStream, Joined, preference_batches
 from rlhfjax.data.mismatched import Mismatched
@@ -171,14 +171,13 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
 
 def _batch_shapes(config: Config, completions: int) -> DirectBatch:
-    shapes = DirectBatch.of(
-        PreferenceBatch.shapes(config.batch_size, completions, config.length)
-    )
+    size, length = config.batch_size, config.length
+    batch = shapes(DirectBatch, b=size, k=completions, t=length)
     if config.reference_logprobs == "precomputed":
-        shapes = dataclasses.replace(shapes, reference=shapes.scores)
+        batch = dataclasses.replace(batch, reference=batch.scores)
     if config.loss.name == "kto":
-        shapes = dataclasses.replace(shapes, mismatched=shapes)
-    return shapes
+        batch = dataclasses.replace(batch, mismatched=batch)
+    return batch
 
 
 def direct_loss(model: Model, config: LossConfig) -> LossFunction:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.data.batches import PreferenceBatch, concatenate
+from rlhfjax.data.batches import PreferenceBatch, concatenate, shapes
 from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, own_shards
 from rlhfjax.data.loader import BatchStream, preference_batches
 from rlhfjax.data.tokenizer import Tokenizer
@@ -146,15 +146,16 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         return Data(train, evals, finish)
 
-    def shapes(completions: int) -> PreferenceBatch:
-        return PreferenceBatch.shapes(config.batch_size, completions, config.length)
+    def batch_shapes(completions: int) -> PreferenceBatch:
+        size, length = config.batch_size, config.length
+        return shapes(PreferenceBatch, b=size, k=completions, t=length)
 
     return supervised_stage(
         loaded,
         tx,
         start=start,
         step=step,
-        batch=shapes,
+        batch=batch_shapes,
         open=open_data,
         units=config.batch_size,
         unit="prompts",

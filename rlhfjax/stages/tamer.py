@@ -28,7 +28,7 @@ from rlhfjax import paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
-from rlhfjax.data.batches import TamerBatch, in_batches, stack
+from rlhfjax.data.batches import TamerBatch, in_batches, shapes, stack
 from rlhfjax.data.padding import pad_right
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
@@ -141,14 +141,15 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
 
         return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)
 
-    def shapes(feedback: int) -> TamerBatch:
-        return TamerBatch.shapes(config.batch_size, feedback, config.length)
+    def batch_shapes(feedback: int) -> TamerBatch:
+        size, length = config.batch_size, config.length
+        return shapes(TamerBatch, b=size, f=feedback, t=length)
 
     return supervised_stage(
         loaded,
         tx,
         step=step,
-        batch=shapes,
+        batch=batch_shapes,
         open=open_data,
         units=config.batch_size,
         unit="answers",
