@@ -768,15 +768,15 @@ DEFECTS = [
     d(
         27,
         "stages/ppo.py",
-        'draw(config, sample, state, params["policy"], batch, key)',
-        "draw(config, sample, state, task.policy.read(), batch, key)",
+        'draw(config, sample, state, params["policy"], batch.prompts, key)',
+        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
     ),
     d(
         27,
         "stages/group.py",
-        'draw(config, sample, state, params["policy"], batch, key)',
-        "draw(config, sample, state, task.policy.read(), batch, key)",
+        'draw(config, sample, state, params["policy"], batch.prompts, key)',
+        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
         "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
     # 28: the mean of two hosts' means
@@ -907,7 +907,7 @@ DEFECTS = [
     d(
         35,
         "data/preferences.py",
-        'json_text.encode(row, f"{folder / name}:{i}", default=_plain)',
+        'json_text.encode(row, f"{name}:{i}", default=_plain)',
         '__import__("json").dumps(row, default=_plain)',
         "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
         "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
