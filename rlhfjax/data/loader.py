@@ -12,8 +12,8 @@ again.
 
 A training batch may be filled by several independent streams (`Shards`), so that a host needs to
 run only the streams whose rows are on its own devices. Stream j of S takes the examples j, j + S,
-j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to
-(j + 1) B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the hosts.
+j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to (j + 1)
+B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the hosts.
 """
 
 import json
