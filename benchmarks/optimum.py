@@ -1,15 +1,17 @@
-"""Do the algorithms find the policy that they are meant to find? A world small enough to list every response.
+"""Compares the policies that algorithms find with the optimal one, which is known exactly.
 
-    python -m benchmarks.optimum            the table of docs/optimum.md
+    python -m benchmarks.optimum                the table of docs/optimum.md
     python -m benchmarks.optimum --controller   the adaptive KL coefficient against its target
 
-Responses are at most two tokens of six, to two prompts; every one of them has a fixed random reward. What maximizes
-E[r] - beta KL(pi || rho) is then known exactly, a prompt at a time:
+There are two prompts. Responses have at most two tokens of six, and each has a fixed random reward.
+The policy that maximizes E[r] - beta KL(pi || rho) is then known exactly for each prompt:
 
-    pi*(y) = rho(y) exp(r(y) / beta) / Z,  and for all pi  E[r] - beta KL(pi || rho) = beta log Z - beta KL(pi || pi*)
+    pi*(y) = rho(y) exp(r(y) / beta) / Z
+    E[r] - beta KL(pi || rho) = beta log Z - beta KL(pi || pi*)    for all pi
 
-The policy is a Transformer, trained by the stages' own programs on its own samples at a temperature of 0.8; what it has
-become is measured by summing over all responses, so that nothing in the table is a sample.
+The policy is a Transformer. The stages' own programs train it on its own samples at temperature
+0.8. The result is measured by summing over all responses, so that no number in the table is an
+estimate from samples.
 """
 
 import argparse
@@ -55,7 +57,10 @@ REWARDS = (
 
 
 def responses() -> tuple[np.ndarray, np.ndarray]:
-    """Every response there is, [n, 2] with its mask: the eos alone, or two tokens of which the first is not the eos."""
+    """Returns all responses, [n, 2], and their masks.
+
+    A response is the eos alone, or two tokens of which the first is not the eos.
+    """
     pairs = [(a, b) for a, b in itertools.product(range(VOCAB), repeat=2) if a != EOS]
     tokens = np.array([(EOS, PAD), *pairs], np.int32)
     mask = np.ones(tokens.shape, np.float32)
@@ -64,7 +69,7 @@ def responses() -> tuple[np.ndarray, np.ndarray]:
 
 
 def reward(tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
-    """The table's entry for a prompt and its response; a response that ended has `PAD` as its second token."""
+    """Returns the reward of a response in the table. An ended response has PAD as second token."""
     prompt = jnp.where(tokens[:, 1] == PROMPTS[0, 1], 0, 1)
     return jnp.asarray(REWARDS)[
         prompt, tokens[:, 2], jnp.where(mask[:, 1] > 0, tokens[:, 3], PAD)
@@ -73,7 +78,7 @@ def reward(tokens: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array
 
 @jax.jit
 def every_logprob(params: Any) -> tuple[jax.Array, jax.Array]:
-    """log pi(y | x) of every response to every prompt, [prompts, n], and their rewards."""
+    """Returns log pi(y | x) of every response to every prompt, [prompts, n], and their rewards."""
     tokens, mask = responses()
     n = len(tokens)
     whole = jnp.concatenate(
@@ -105,7 +110,7 @@ class Measured:
 def measure(
     logprobs: np.ndarray, reference: np.ndarray, rewards: np.ndarray, beta: float = BETA
 ) -> Measured:
-    """What a policy has reached, from log pi(y|x) [prompts, n] of every response."""
+    """Measures a policy, given log pi(y|x) [prompts, n] of every response."""
     p = np.exp(np.float64(logprobs))
     np.testing.assert_allclose(
         p.sum(1), 1, atol=1e-5
@@ -120,7 +125,7 @@ def measure(
 def optimum(
     reference: np.ndarray, rewards: np.ndarray, beta: float = BETA
 ) -> np.ndarray:
-    """log pi*(y|x) = log rho(y|x) + r / beta - log Z."""
+    """Returns log pi*(y|x) = log rho(y|x) + r / beta - log Z."""
     tilted = np.float64(reference) + np.float64(rewards) / beta
     return tilted - np.log(np.exp(tilted).sum(1, keepdims=True))
 
@@ -171,7 +176,7 @@ def reinforce_pp_config(steps: int, **changes: Any) -> reinforce_pp.Config:
 
 @functools.cache
 def fresh(model: Model, seed: int) -> Any:
-    """Parameters of a model: the same arrays at every call, which nobody may donate."""
+    """Returns a model's parameters: the same arrays at every call, which must not be donated."""
     return model.init(jax.random.key(seed))
 
 
@@ -187,7 +192,7 @@ class Algorithm(NamedTuple):
 def start(
     config: Any, shape: TransformerConfig = SHAPE
 ) -> tuple[Algorithm, states.TrainState, Any]:
-    """(algorithm, state, reference): the same reference whatever the config."""
+    """Returns (algorithm, state, reference); the reference is the same for every config."""
     model, critic, tokens = Model(shape), Model(shape, "scalar"), Tokens(EOS, PAD)
     params = {"policy": jax.tree.map(jnp.array, fresh(model, 100))}
     extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
@@ -217,7 +222,7 @@ def rollout_of(
 def experience(
     algorithm: Algorithm, state: states.TrainState, reference: Any, key: jax.Array
 ) -> tuple[Rollout, Any, Any]:
-    """(rollout, experience, pairs) of an iteration; consecutive rows have the same prompt."""
+    """Returns (rollout, experience, metrics) of an iteration; consecutive rows share a prompt."""
     each = algorithm.config.episodes // len(PROMPTS)
     prompts = jnp.repeat(jnp.asarray(PROMPTS), each, axis=0)
     rollout = rollout_of(algorithm, state.params["policy"], prompts, key)
@@ -227,7 +232,7 @@ def experience(
 def experience_of(
     algorithm: Algorithm, state: states.TrainState, reference: Any, rollout: Rollout
 ) -> tuple[Any, Any]:
-    """(experience, pairs) of a rollout, scored by the table."""
+    """Returns (experience, metrics) of a rollout, scored by the table."""
     scored = truncated(algorithm.config, algorithm.tokens, rollout)
     scores = reward(scored.tokens, scored.segments, scored.mask)
     known = algorithm.programs.forward(state.params, reference, rollout)
@@ -235,7 +240,8 @@ def experience_of(
 
 
 def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The policy's parameters and the metrics after each iteration; the start, without metrics, comes first."""
+    """Yields the policy's parameters and metrics: first those of the start, without metrics, then
+    those after each iteration."""
     algorithm, state, reference = start(config)
     yield reference, {}
     for step in range(config.steps):
@@ -248,7 +254,7 @@ def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def last(config: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(log pi, log rho, rewards) of every response when training is over."""
+    """Returns (log pi, log rho, rewards) of every response after training."""
     steps = train(config, seed)
     reference, rewards = jax.device_get(every_logprob(next(steps)[0]))
     *_, (params, _) = steps
@@ -260,7 +266,7 @@ def in_loss(estimator: str) -> KLConfig:
 
 
 def algorithms(steps: int) -> dict[str, Any]:
-    """All with as many updates as PPO, which makes four an iteration."""
+    """Gives every algorithm as many updates as PPO, which makes four per iteration."""
     groups = functools.partial(group_config, 2 * steps)
     return {
         "PPO": ppo_config(steps),
@@ -283,7 +289,7 @@ def algorithms(steps: int) -> dict[str, Any]:
 
 
 def controller(target: float, steps: int, seed: int = 0) -> tuple[float, float]:
-    """The mean KL (nats) and the coefficient over the last quarter of a PPO run with an adaptive coefficient."""
+    """Returns the mean KL (nats) and coefficient over the last quarter of an adaptive PPO run."""
     config = ppo_config(steps, kl=KLConfig(0.05, target=target, horizon=10 * EPISODES))
     metrics = [pairs for _, pairs in train(config, seed)][-steps // 4 :]
     both = jax.device_get(
@@ -320,7 +326,8 @@ def optimum_table(steps: int) -> None:
 
 def row(name: str, m: Measured, seconds: str = "") -> None:
     print(
-        f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | {seconds} |",
+        f"| {name} | {m.reward:.4f} | {m.kl:.4f} | {m.objective:.4f} | {m.divergence:.5f} | "
+        f"{seconds} |",
         flush=True,
     )
 

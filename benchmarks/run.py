@@ -1,9 +1,10 @@
-"""How fast the stages are: one workload, one shape, one JSON line.
+"""Measures the speed of one workload with one model, and prints one JSON line.
 
     python -m benchmarks.run --workload=pretrain --shape=tiny
 
-The stages are built by their own `build` and run by the loop of `rlhfjax train`; only their data are replaced, by
-random full sequences, so that nothing is padded. A step is timed from one request for data to the next.
+The stages are built by their own `build` and run by the loop of `rlhfjax train`. Only their data
+are replaced, by random full sequences, so that nothing is padded. The time of a step is that from
+one request for data to the next.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ STEPS = flags.DEFINE_integer("steps", 0, "measured steps; 0: the workload's own 
 
 
 class Meter:
-    """Wall and CPU time at every step boundary, and the time inside of generation."""
+    """Records wall and CPU time at every step boundary, and the time spent in generation."""
 
     def __init__(self) -> None:
         self.ticks: list[tuple[float, float]] = []
@@ -74,7 +75,7 @@ class Meter:
 
 
 class Data:
-    """The same kind of batch for ever; a request for one is a step boundary."""
+    """Yields batches without end; each request for a batch is a step boundary."""
 
     def __init__(self, make: Any, meter: Meter):
         self._make, self._meter = make, meter
@@ -92,12 +93,12 @@ class Data:
 
 
 def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
-    """Random ids that are neither pad, bos, eos nor unk."""
+    """Returns random ids other than pad, bos, eos and unk."""
     return rng.integers(4, vocab, shape, dtype=np.int32)
 
 
 def packed(w: dict[str, Any], vocab: int) -> Any:
-    """Batches of pretraining; `prompt` leading targets do not count."""
+    """Returns pretraining batches; the first `prompt` targets do not count in the loss."""
 
     def make(rng: np.random.Generator) -> Any:
         rows = words(rng, vocab, w["batch"], w["seq"] + 1)
@@ -159,14 +160,14 @@ def prompts(w: dict[str, Any], vocab: int) -> Any:
 
 
 def even_share(tokens: Any, segments: Any, mask: Any) -> np.ndarray:
-    """The cheap reward of grpo, a Python function on the host: the share of even ids in a response."""
+    """Returns the share of even ids in a response: the reward of grpo, computed on the host."""
     del segments
     responses, mask = np.asarray(tokens)[:, -mask.shape[1] :], np.asarray(mask)
     return ((responses % 2 == 0) * mask).sum(1) / mask.sum(1)
 
 
 def prepare(folder: Path, shape: Any) -> None:
-    """The files that the stages open when they are built: a tokenizer, a conversation, a ranking, random models."""
+    """Writes the files that stages open: a tokenizer, a conversation, a ranking, random models."""
     rng = np.random.default_rng(0)
     text = [" ".join(map(str, rng.integers(0, 1000, 20))) for _ in range(200)]
     tokenizer = train_sentencepiece(text, folder, vocab_size=274)
@@ -247,7 +248,7 @@ def stage_values(
 
 
 def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> None:
-    """Trains a stage for warmup + steps steps (and one more, whose beginning ends the last)."""
+    """Trains a stage for warmup + steps steps, and one more, whose start ends the last one."""
     name = {"rm": "reward", "grpo": "group"}.get(workload, workload)
     makers = {
         "pretrain": packed,
@@ -285,7 +286,7 @@ def run_stage(workload: str, shape: Any, w: dict[str, Any], meter: Meter) -> Non
 
 
 def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
-    """The sampler as rollouts, collection and evaluation call it."""
+    """Measures the sampler as rollouts, `collect` and `evaluate` call it."""
     model = Model(shape)
     params = jax.jit(model.init)(jax.random.key(0))
     data = Data(prompts(w, shape.vocab_size), meter)
@@ -299,7 +300,7 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
 
 
 def flops(workload: str, shape: Any, w: dict[str, Any]) -> float:
-    """Matrix-product FLOPs of a step: 6 N a token trained, 2 N a token forward; attention scores are left out."""
+    """Returns a step's FLOPs: 6 N per trained token, 2 N per forward token, without attention."""
     d, trunk = (
         shape.d_model,
         shape.n_layers

@@ -1,13 +1,15 @@
-"""How fast sampling is beside what the machine could do, and what continuous batching and shared prefixes save.
+"""Measures sampling against the machine's limits, and the gain of continuous batching.
 
-    python -m benchmarks.sampler            a Markdown table
+    python -m benchmarks.sampler            prints a Markdown table
 
-All of it in one process, rounds of everything in turn, medians. The machine's ceilings (a copy, a matrix product) are
-measured in the same rounds. A decode step has to read every weight and the whole cache once, and to do 2 FLOPs a weight
-and row, and 4 a head's width for every place of the cache; the roofline is the longer of the two times.
+Everything runs in one process, in rounds that measure each variant in turn; the table has medians.
+The machine's limits (a copy, a matrix product) are measured in the same rounds. A decode step must
+read every weight and the whole cache once, and needs 2 FLOPs per weight and row, and 4 per head
+width and cache position. The roofline is the longer of the two times.
 
-Lengths with a long tail are made by a rule on the eos: at every step its logit is set to where its probability is
-1 / mean, so that lengths are geometric with that mean, up to max_new_tokens. Both ways of batching draw the same tokens.
+Response lengths with a long tail come from a rule on the eos: at every step its logit is set such
+that its probability is 1 / mean. Lengths are then geometric with that mean, up to max_new_tokens.
+Both ways of batching sample the same tokens.
 """
 
 import argparse
@@ -39,7 +41,7 @@ SHARED = {"prompts": 16, "samples_per_prompt": 4, "prompt": 192}
 
 @dataclasses.dataclass(frozen=True)
 class LongTail(Model):
-    """A model that ends with probability 1 / mean at every step."""
+    """A model whose responses end with probability 1 / mean at every step."""
 
     mean: int = TAIL["mean"]
 
@@ -73,7 +75,7 @@ def sample(
 
 
 def step_cost(shape: TransformerConfig, rows: int, places: int) -> tuple[float, float]:
-    """(FLOPs, bytes) that a decode step cannot do without, in float32."""
+    """Returns the (FLOPs, bytes) that a decode step in float32 needs at least."""
     c = shape
     heads, keys = c.n_heads * c.head_dim, c.kv_heads * c.head_dim
     mlp = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.d_ff
@@ -87,7 +89,7 @@ def step_cost(shape: TransformerConfig, rows: int, places: int) -> tuple[float, 
 
 
 def ceilings() -> dict[str, Callable[[], Any]]:
-    """A copy and a matrix product to time."""
+    """Returns a copy and a matrix product to be timed."""
     x, a = jnp.ones(COPY), jax.random.normal(jax.random.key(0), (SQUARE, SQUARE))
     state, add, product = (
         [x],
@@ -153,7 +155,7 @@ def workloads(shape: TransformerConfig) -> dict[str, Callable[[], Any]]:
 
 
 def medians(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, everything once a round; the first round compiles and does not count."""
+    """Returns median seconds of each variant. The first round compiles and is not counted."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for _ in range(rounds + 1):
         for name, run in todo.items():
@@ -164,7 +166,7 @@ def medians(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
 
 
 def lengths(todo: dict[str, Callable[[], Any]]) -> np.ndarray:
-    """Of the long-tailed responses, [prompts]. Raises AssertionError unless every way of batching gives the same."""
+    """Returns the response lengths, [prompts]. Raises AssertionError if the variants differ."""
     parts = todo["static"]()
     static = np.concatenate([np.asarray(part.tokens) for part in parts])
     for name in ("at once", "continuous"):
@@ -199,11 +201,13 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         ),
         (
             "... its roofline",
-            f"{best * 1e3:.2f} ms (compute {flops / peak * 1e3:.2f}, memory {moved / bandwidth * 1e3:.2f}): "
+            f"{best * 1e3:.2f} ms (compute {flops / peak * 1e3:.2f}, memory "
+            f"{moved / bandwidth * 1e3:.2f}): "
             f"{best / step:.0%} of it reached",
         ),
         (
-            f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest {drawn.max():.0f})",
+            f"{len(drawn)} prompts, geometric lengths (drawn: mean {drawn.mean():.0f}, longest "
+            f"{drawn.max():.0f})",
             f"in batches of {TAIL['slots']}, {useful:.0%} of the slots' steps are of use",
         ),
         (
@@ -213,11 +217,14 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         ("... static, all at once", f"{drawn.sum() / t['at once']:,.0f} new tokens/s"),
         (
             f"... continuous, {TAIL['slots']} slots",
-            f"{drawn.sum() / t['continuous']:,.0f} new tokens/s, {t['static'] / t['continuous']:.2f} x static",
+            f"{drawn.sum() / t['continuous']:,.0f} new tokens/s, "
+            f"{t['static'] / t['continuous']:.2f} x static",
         ),
         (
-            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, {SHARED['each']} answers of {NEW} each",
-            f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: {t['repeated'] / t['shared']:.2f} x",
+            f"{SHARED['prompts']} prompts of {SHARED['prompt']}, {SHARED['each']} answers of {NEW} "
+            "each",
+            f"prompts repeated {t['repeated']:.2f} s, shared {t['shared']:.2f} s: "
+            f"{t['repeated'] / t['shared']:.2f} x",
         ),
     ]
     return "\n".join(

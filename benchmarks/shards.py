@@ -1,10 +1,11 @@
-"""What making a batch costs a host that runs one of eight streams, against one that makes all rows.
+"""Measures a host's cost per batch if it makes one of eight data streams, or all of them.
 
-    python -m benchmarks.shards             a Markdown table
+    python -m benchmarks.shards             prints a Markdown table
 
-Chitchat's conversations (the `quickstart` extra), a SentencePiece tokenizer of 4,096 pieces, 64 rows of 512 tokens.
-Milliseconds of one CPU core a batch, over 16 batches (a window of shuffling in pretraining), by a loader that has
-encoded nothing yet; medians of rounds that take each way in turn.
+The data are Chitchat's conversations (the `quickstart` extra), with a SentencePiece tokenizer of
+4,096 pieces, in batches of 64 rows of 512 tokens. The table has milliseconds of one CPU core per
+batch, over 16 batches (one shuffling window in pretraining), for a loader that has encoded nothing
+yet. The numbers are medians of rounds that run each variant in turn.
 """
 
 import os

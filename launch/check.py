@@ -1,9 +1,9 @@
-"""Validates the config of a run before any machine is asked for, where rlhfjax is installed.
+"""Validates the config of a run before a machine is requested, if rlhfjax is installed here.
 
     python -m launch.check run --config=experiments/quickstart/recipe.py --workdir=gs://…
 
-A config that a run would refuse after hours in a queue is refused here, in a second. Nothing is
-computed, and no device, file or bucket is looked at. Exit code 2: it is refused; 3: rlhfjax is not
+An invalid config fails here within a second, not after hours in a queue. Nothing is computed, and
+no device, file or bucket is accessed. Exit code 2: the config is invalid; 3: rlhfjax is not
 installed in this Python.
 """
 

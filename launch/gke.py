@@ -1,16 +1,22 @@
-"""Runs a command on TPU slices of a GKE cluster as a JobSet: several slices, spot, queued and admitted by Kueue.
+"""Runs a command on TPU slices of a GKE cluster, as a JobSet.
 
-    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --queue=tpu -- rlhfjax run \\
-        --config=experiments/… --workdir=gs://BUCKET/runs/a
+It supports several slices, spot nodes, and admission by Kueue.
+
+    python -m launch.gke run --name=a --image=… --chip=v5e --topology=4x4 --slices=2 --queue=tpu \\
+        -- rlhfjax run --config=experiments/… --workdir=gs://BUCKET/runs/a
     python -m launch.gke submit … -- …        the same without waiting for its end
-    python -m launch.gke manifest … -- …      prints what `kubectl apply` would get
+    python -m launch.gke manifest … -- …      prints the manifest for `kubectl apply`
     python -m launch.gke logs | down --name=a
-    python -m launch.gke states NAME …        JSON, the state of each: Queued, Running, Completed, Failed or Missing
-    python -m launch.gke queue --name=tpu --topology=4x4 --chips=64    prints Kueue's objects for `kubectl apply`
-    python -m launch.gke pool --name=tpu --topology=4x4 --cluster=C --region=R --zone=Z    prints gcloud's lines
+    python -m launch.gke states NAME …        prints the state of each job as JSON: Queued, Running,
+                                              Completed, Failed or Missing
+    python -m launch.gke queue --name=tpu --topology=4x4 --chips=64
+                                              prints Kueue's objects for `kubectl apply`
+    python -m launch.gke pool --name=tpu --topology=4x4 --cluster=C --region=R --zone=Z
+                                              prints the gcloud commands for a node pool
 
-Manifests are JSON, which is YAML. A pod that exits with 75, or whose node is taken away, makes the JobSet start again
-without limit: the state is in the bucket. Any other failure ends it, after --max_restarts.
+Manifests are JSON, which is YAML. If a pod exits with 75 or its node is taken away, the JobSet
+starts again, without limit, because the state is in the bucket. It is restarted at most
+--max_restarts times after any other failure.
 """
 
 import dataclasses
@@ -65,7 +71,9 @@ class Cluster:
         )
 
     def states(self, names: Sequence[str]) -> list[str]:
-        """The command that prints the JobSets of these names, as JSON, without those that are not there."""
+        """The command that prints the JobSets of these names, as JSON, without those that are not
+        there.
+        """
         return self.kubectl(
             "get", "jobset", *names, "--ignore-not-found", "--output=json"
         )
@@ -138,7 +146,10 @@ def validate_jobset(shell: Shell, cluster: Cluster, poll: float) -> None:
 
 
 def submit(shell: Shell, cluster: Cluster, job: Job, poll: float) -> None:
-    """Applies the manifest. A JobSet of the name that goes on is left as it is; one that has ended is deleted first."""
+    """Applies the manifest. A JobSet of the name that goes on is left as it is.
+
+    One that has ended is deleted first.
+    """
     text = json.dumps(manifest(job), indent=2, allow_nan=False)
     if shell.dry_run:
         shell.say(text)
@@ -293,61 +304,73 @@ def _job(fv: flags.FlagValues, command: tuple[str, ...]) -> Job:
 
 def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "context", None, "of kubectl; default: the current one", flag_values=fv
+        "context", None, "kubectl context; default: the current one", flag_values=fv
     )
-    flags.DEFINE_string("namespace", None, "default: the context's", flag_values=fv)
+    flags.DEFINE_string(
+        "namespace", None, "default: the context's namespace", flag_values=fv
+    )
     flags.DEFINE_string(
         "image",
         None,
-        "with rlhfjax and the experiment files (Dockerfile)",
+        "container image with rlhfjax and the experiment files (Dockerfile)",
         flag_values=fv,
     )
-    flags.DEFINE_enum("chip", "v5e", list(CHIPS), "of the node pool", flag_values=fv)
-    flags.DEFINE_string("topology", None, "of one slice: 4x4, 4x4x8", flag_values=fv)
-    flags.DEFINE_integer("slices", 1, "node pools of this topology", 1, flag_values=fv)
-    flags.DEFINE_integer(
-        "chips_per_host", 4, "of the node pool's machine type", 1, flag_values=fv
+    flags.DEFINE_enum(
+        "chip", "v5e", list(CHIPS), "TPU type of the node pool", flag_values=fv
     )
-    flags.DEFINE_bool("spot", False, "nodes that may be taken away", flag_values=fv)
+    flags.DEFINE_string(
+        "topology", None, "topology of a slice: 4x4, 4x4x8", flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "slices", 1, "number of slices, one node pool each", 1, flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "chips_per_host", 4, "chips of the node pool's machine type", 1, flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "spot", False, "use spot nodes, which may be preempted", flag_values=fv
+    )
     flags.DEFINE_string(
         "bucket",
         None,
-        f"for reading data: a pod sees the bucket as {BUCKET}",
+        f"bucket for reading data, mounted at {BUCKET}",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "service_account",
         None,
-        "Kubernetes', with access to the bucket",
+        "Kubernetes service account with access to the bucket",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "queue",
         None,
-        "Kueue's LocalQueue; default: none, pods start one by one",
+        "Kueue LocalQueue; default: none, pods start one by one",
         flag_values=fv,
     )
-    flags.DEFINE_string(
-        "priority", None, "Kueue's WorkloadPriorityClass", flag_values=fv
-    )
+    flags.DEFINE_string("priority", None, "Kueue WorkloadPriorityClass", flag_values=fv)
     flags.DEFINE_bool(
         "privileged",
         False,
-        "containers that may do all; Autopilot refuses them",
+        "run privileged containers; Autopilot rejects them",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "grace",
         120,
-        "seconds that a run has to save; on spot about 15",
+        "seconds a run has to save; about 15 on spot nodes",
         1,
         flag_values=fv,
     )
     flags.DEFINE_integer(
-        "max_restarts", 0, "after failures that are no preemptions", 0, flag_values=fv
+        "max_restarts",
+        0,
+        "restarts after failures other than preemptions",
+        0,
+        flag_values=fv,
     )
     flags.DEFINE_float(
-        "keep_days", 7.0, "days that an ended JobSet is kept", 0.0, flag_values=fv
+        "keep_days", 7.0, "days before an ended JobSet is deleted", 0.0, flag_values=fv
     )
     flags.DEFINE_multi_string(
         "secret", [], "NAME=SECRET[:KEY], a Kubernetes secret", flag_values=fv
@@ -359,17 +382,22 @@ def _flags(fv: flags.FlagValues) -> None:
         flag_values=fv,
     )
     flags.DEFINE_float(
-        "poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv
+        "poll", 30.0, "seconds between checks of the state", 0.0, flag_values=fv
     )
     flags.DEFINE_string(
-        "worker", "0", "logs: a host's number within its slice, or all", flag_values=fv
+        "worker",
+        "0",
+        "logs: number of the host within its slice, or all",
+        flag_values=fv,
     )
-    flags.DEFINE_string("slice", "0", "logs: a slice's number", flag_values=fv)
-    flags.DEFINE_integer("chips", None, "queue: its quota, in chips", 1, flag_values=fv)
+    flags.DEFINE_string("slice", "0", "logs: number of the slice", flag_values=fv)
+    flags.DEFINE_integer("chips", None, "queue: quota in chips", 1, flag_values=fv)
     flags.DEFINE_string("cluster", None, "pool: the cluster's name", flag_values=fv)
     flags.DEFINE_string("region", None, "pool: the cluster's region", flag_values=fv)
     flags.DEFINE_string("zone", None, "pool: where its nodes are", flag_values=fv)
-    flags.DEFINE_string("project", None, "pool: default: gcloud's own", flag_values=fv)
+    flags.DEFINE_string(
+        "project", None, "pool: project; default: gcloud's", flag_values=fv
+    )
 
 
 def main() -> None:

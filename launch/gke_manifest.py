@@ -1,4 +1,4 @@
-"""What GKE is given: the JobSet of a job, Kueue's queues, and the gcloud lines that make and delete a node pool."""
+"""Builds the objects for GKE: a JobSet, Kueue's queues, and gcloud commands for node pools."""
 
 import dataclasses
 import math
@@ -80,7 +80,8 @@ class Job:
         chips = count_chips(self.topology)
         if chips % self.chips_per_host:
             raise ValueError(
-                f"--topology={self.topology}: {chips} chips are no multiple of {self.chips_per_host} per host"
+                f"--topology={self.topology}: {chips} chips are no multiple of "
+                f"{self.chips_per_host} per host"
             )
         return chips // self.chips_per_host
 
@@ -107,7 +108,8 @@ def validate(job: Job) -> None:
     """
     if job.slices > 1 and job.hosts == 1:
         raise ValueError(
-            f"--slices={job.slices} of --topology={job.topology}: GKE joins slices of several hosts alone, and this "
+            f"--slices={job.slices} of --topology={job.topology}: GKE joins slices of several "
+            "hosts alone, and this "
             f"one is a single host; expected a larger topology"
         )
 
@@ -116,7 +118,10 @@ def validate(job: Job) -> None:
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    """The JobSet: one job per slice, one pod per host, started and restarted together. It needs JobSet 0.6 or later."""
+    """The JobSet: one job per slice, one pod per host, started and restarted together.
+
+    It needs JobSet 0.6 or later.
+    """
     rule = {
         "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
@@ -152,7 +157,10 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 def _slice(job: Job) -> dict[str, Any]:
-    """One slice: a Kubernetes Job of as many pods as the slice has hosts; the first failure ends all of them."""
+    """One slice: a Kubernetes Job of as many pods as the slice has hosts.
+
+    The first failure ends all of them.
+    """
     return {
         "parallelism": job.hosts,
         "completions": job.hosts,
@@ -231,7 +239,10 @@ def _container(job: Job) -> dict[str, Any]:
 
 
 def _environment(job: Job) -> list[dict[str, Any]]:
-    """RLHFJAX_JOIN, so that every pod joins whatever variables GKE sets; then the job's own, then its secrets."""
+    """RLHFJAX_JOIN, so that every pod joins whatever variables GKE sets.
+
+    Then the job's own, then its secrets.
+    """
     plain = {"RLHFJAX_JOIN": "1"} | dict(job.env)
     variables: list[dict[str, Any]] = [
         {"name": name, "value": value} for name, value in plain.items()
@@ -253,10 +264,12 @@ def _environment(job: Job) -> list[dict[str, Any]]:
 def queues(
     name: str, chip: str, topology: str, chips: int, namespace: str, spot: bool
 ) -> list[dict[str, Any]]:
-    """A queue for jobs of one kind of slice: ResourceFlavor, ClusterQueue and LocalQueue of one name.
+    """A queue for jobs of one kind of slice: ResourceFlavor, ClusterQueue and LocalQueue of one
+    name.
 
     Args:
-      chips: the quota, in chips. Kueue admits a job when all of its pods fit, and never a part of them.
+      chips: the quota, in chips. Kueue admits a job when all of its pods fit, and never a part of
+        them.
     """
     labels = {
         "cloud.google.com/gke-tpu-accelerator": CHIPS[chip].accelerator,
@@ -297,7 +310,8 @@ def _kueue(kind: str, metadata: dict[str, Any], spec: dict[str, Any]) -> dict[st
 def pool_commands(
     job: Job, cluster: Sequence[str], zone: str, project: str | None
 ) -> list[list[str]]:
-    """The commands that create a node pool per slice, scaled from zero nodes and back to zero, and that delete it.
+    """The commands that create a node pool per slice, scaled from zero nodes and back to zero, and
+    that delete it.
 
     Args:
       cluster: the flags that name the cluster: --cluster=C --region=R.

@@ -1,4 +1,7 @@
-"""Running commands: shown before they run, only shown in a dry run, and never with a secret in what is shown."""
+"""Runs shell commands. It prints each before running it, or only prints it in a dry run.
+
+The value of a secret is never printed.
+"""
 
 import gzip
 import hashlib
@@ -17,7 +20,11 @@ from absl import flags
 
 PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
 LOST = 255  # what ssh exits with when the connection, not the command, failed
-_WORDS = r"(?<![A-Za-z])(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)(?![A-Za-z])"
+_WORDS = (
+    r"(?<![A-Za-z])"
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
+    r"(?![A-Za-z])"
+)
 SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
 SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
 HIDDEN = "***"
@@ -33,7 +40,9 @@ class LaunchError(Exception):
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of a secret."""
+    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of
+    a secret.
+    """
     environ = os.environ if environ is None else environ
     values = [
         value
@@ -98,10 +107,12 @@ class Shell:
             )
 
     def ask(self, words: Sequence[str], missing: str, pause: float) -> str | None:
-        """The output of a command that changes nothing; None where its error says `missing`. It is not shown.
+        """The output of a command that changes nothing; None where its error says `missing`. It is
+        not shown.
 
         Raises:
-          LaunchError: it fails three times, for another reason: that is not the same as "there is no such thing".
+          LaunchError: it fails three times, for another reason: that is not the same as "there is
+            no such thing".
         """
         for attempt in range(3):
             time.sleep(pause if attempt else 0)
@@ -120,7 +131,10 @@ class Shell:
         raise LaunchError(f"{shlex.join(words[:6])} … failed three times: {last}")
 
     def peek(self, words: Sequence[str]) -> str | None:
-        """Returns the output of a command that changes nothing; None where it fails. Shows neither."""
+        """Returns the output of a command that changes nothing; None where it fails.
+
+        Shows neither.
+        """
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with _started(words, stdin=subprocess.DEVNULL, **streams) as process:
             out, _ = process.communicate()
@@ -154,7 +168,8 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
     """`NAME=VALUE` texts as a dict.
 
     Raises:
-      LaunchError: one is not of that form, or holds a secret: that would stand in a manifest, a log or a process list.
+      LaunchError: one is not of that form, or holds a secret: that would stand in a manifest, a log
+        or a process list.
     """
     found = {}
     for pair in pairs:
@@ -163,14 +178,18 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
             raise LaunchError(f"--env={redact(pair)}: expected NAME=VALUE")
         if SECRET.search(name) or redact(value) != value:
             raise LaunchError(
-                f"--env={name}=…: this looks like a secret; use --secret, or the machine's own environment"
+                f"--env={name}=…: this looks like a secret; use --secret, or the machine's own "
+                "environment"
             )
         found[name] = value
     return found
 
 
 def secrets(pairs: Sequence[str]) -> dict[str, str]:
-    """`NAME=REFERENCE` texts as a dict: where the machine that runs finds the value, never the value."""
+    """`NAME=REFERENCE` texts as a dict.
+
+    Where the machine that runs finds the value, never the value.
+    """
     found = {}
     for pair in pairs:
         name, equals, reference = pair.partition("=")
@@ -180,7 +199,8 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
             or not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", reference)
         ):
             raise LaunchError(
-                f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its value"
+                f"--secret={name}=…: expected NAME=SECRET, the name of a stored secret and not its "
+                "value"
             )
         if redact(reference) != reference:
             raise LaunchError(
@@ -193,8 +213,8 @@ def secrets(pairs: Sequence[str]) -> dict[str, str]:
 def slug(name: str) -> str:
     """A name as clouds take it: small letters, digits and hyphens, at most LONGEST of them.
 
-    One that is changed for it has a hash at its end, `kl-0-1-seed-1-698fae` of `kl=0.1,seed=1`: two runs of a sweep
-    never have one name, by which one would take the other's machines for its own.
+    One that is changed for it has a hash at its end, `kl-0-1-seed-1-698fae` of `kl=0.1,seed=1`: two
+    runs of a sweep never have one name, by which one would take the other's machines for its own.
     """
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if made != name or len(made) > LONGEST:
@@ -202,7 +222,8 @@ def slug(name: str) -> str:
         made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
-            f"--name={name}: expected a name that begins with a letter and has letters, digits and hyphens"
+            f"--name={name}: expected a name that begins with a letter and has letters, digits and "
+            "hyphens"
         )
     return made
 
@@ -298,17 +319,17 @@ def common_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "name",
         None,
-        "of the job; made of small letters, digits and hyphens",
+        "job name; lower-case letters, digits and hyphens",
         flag_values=fv,
     )
     flags.DEFINE_multi_string(
         "env",
         [],
-        "NAME=VALUE for the command; may be repeated; no secrets",
+        "environment variable NAME=VALUE; repeatable; no secrets",
         flag_values=fv,
     )
     flags.DEFINE_bool(
-        "dry_run", False, "print what would be run, run nothing", flag_values=fv
+        "dry_run", False, "print the commands without running them", flag_values=fv
     )
     flags.DEFINE_bool(
         "help", False, "show this and exit", short_name="h", flag_values=fv
@@ -321,9 +342,11 @@ def launch(
     act: Callable,
     argv: Sequence[str],
 ) -> None:
-    """The main function of a launcher: flags, `--`, the command; then `act(fv, words before, command)` and its code.
+    """The main function of a launcher: flags, `--`, the command; then `act(fv, words before,
+    command)` and its code.
 
-    What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a failed launch.
+    What comes after the first `--` is the command. Exit code 2 for what cannot be meant, 1 for a
+    failed launch.
     """
     argv = list(argv)
     signal.signal(

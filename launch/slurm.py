@@ -1,11 +1,15 @@
-"""Runs a command on the nodes of a Slurm cluster: one process a node, requeued when it was preempted or out of time.
+"""Runs a command on the nodes of a Slurm cluster, one process per node.
 
-    python -m launch.slurm submit --name=a --nodes=4 --gpus_per_node=8 --time=24:00:00 -- rlhfjax run --config=…
-    python -m launch.slurm script … -- …      prints what `sbatch` would get
+The job is requeued when it was preempted or ran out of time.
+
+    python -m launch.slurm submit --name=a --nodes=4 --gpus_per_node=8 --time=24:00:00 \\
+        -- rlhfjax run --config=…
+    python -m launch.slurm script … -- …      prints the batch script for `sbatch`
     python -m launch.slurm down --name=a
 
-`submit --wait` waits for the end and has the command's exit code. It is submitit that submits, requeues and brings the
-results back: this Python, this folder and --folder must be the nodes' too, on a shared file system.
+`submit --wait` waits for the end and exits with the command's exit code. submitit submits and
+requeues the job and collects its results. Therefore this Python, this folder and --folder must be
+on a file system that the nodes share.
 """
 
 import contextlib
@@ -135,13 +139,17 @@ def validate(job: Job) -> None:
         and "exclusive" not in sbatch_options(job.sbatch)
     ):
         raise LaunchError(
-            f"--gpus_per_node={job.gpus_per_node}: most clusters give one CPU core per task, and memory by the core, "
+            f"--gpus_per_node={job.gpus_per_node}: most clusters give one CPU core per task, and "
+            "memory by the core, "
             "where none is asked for; add --cpus_per_task=N, or --sbatch=exclusive for whole nodes"
         )
 
 
 def parameters(job: Job) -> dict[str, Any]:
-    """What submitit makes the batch script of. Nothing of the submitting shell's environment goes along."""
+    """What submitit makes the batch script of.
+
+    Nothing of the submitting shell's environment goes along.
+    """
     cpus = (
         [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     )  # which srun takes from no script
@@ -188,7 +196,8 @@ def executor(job: Job) -> Any:
     class Executor(submitit().SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
+            # as on a cluster: a dry run needs none, and without `sbatch` there is one clear line
+            return 2
 
     made = Executor(
         job.folder or f"runs/slurm/{job.name}", max_num_timeout=job.max_restarts
@@ -230,7 +239,8 @@ def finish(shell: Shell, job: Job, submitted: Any) -> int:
     ]  # one is enough: submitit waits for it
     if worst(codes) == PREEMPTED:
         raise LaunchError(
-            f"{job.name}: preempted more than --max_restarts={job.max_restarts} times; its state is saved"
+            f"{job.name}: preempted more than --max_restarts={job.max_restarts} times; its state "
+            "is saved"
         )
     return worst(codes)
 
@@ -257,15 +267,19 @@ def down(name: str) -> list[str]:
 
 
 def _flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_integer("nodes", 1, "one process each", 1, flag_values=fv)
-    flags.DEFINE_integer("gpus_per_node", 0, "0: none is asked for", 0, flag_values=fv)
+    flags.DEFINE_integer(
+        "nodes", 1, "number of nodes, one process each", 1, flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "gpus_per_node", 0, "GPUs to request; 0: none", 0, flag_values=fv
+    )
     flags.DEFINE_integer(
         "cpus_per_task", 0, "0: the cluster's default", 0, flag_values=fv
     )
     flags.DEFINE_string(
         "time",
         "24:00:00",
-        "of one start; a job that is not done is requeued",
+        "time limit of one start; an unfinished job is requeued",
         flag_values=fv,
     )
     flags.DEFINE_string("partition", None, "default: the cluster's", flag_values=fv)
@@ -273,36 +287,38 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "grace",
         300,
-        "seconds that a run has to save before the time is up",
+        "seconds a run has to save before the time limit",
         1,
         flag_values=fv,
     )
-    flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
+    flags.DEFINE_integer(
+        "max_restarts", 20, "restarts after preemptions", 0, flag_values=fv
+    )
     flags.DEFINE_multi_string(
         "sbatch",
         [],
-        "KEY=VALUE or KEY, an option of sbatch: mem=0, exclusive, qos=high; may be repeated",
+        "an sbatch option KEY=VALUE or KEY: mem=0, exclusive, qos=high; repeatable",
         flag_values=fv,
     )
     flags.DEFINE_multi_string(
         "setup",
         [],
-        "a line of the batch script before the command: 'module load cuda'; may be repeated",
+        "a line before the command in the batch script: 'module load cuda'; repeatable",
         flag_values=fv,
     )
     flags.DEFINE_multi_string(
         "srun",
         [],
-        "an argument of srun: --container-image=…; may be repeated",
+        "an srun argument: --container-image=…; repeatable",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "folder",
         None,
-        "of scripts, logs and results; default: runs/slurm/NAME",
+        "folder for scripts, logs and results; default: runs/slurm/NAME",
         flag_values=fv,
     )
-    flags.DEFINE_bool("wait", False, "until the job has ended", flag_values=fv)
+    flags.DEFINE_bool("wait", False, "wait until the job has ended", flag_values=fv)
 
 
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
-"""What `launch.slurm` runs on every node: the command, as a child of the process that submitit starts there.
+"""Runs the command on every node, as a child of the process that submitit starts there.
 
-submitit calls a `Task`, which was pickled, and writes down what it returns. Before the time is up Slurm sends that
-process SIGUSR2: the child gets SIGTERM, on which a run saves and exits with 75. Then submitit's own handler of SIGUSR2
-does what it is for: it calls `checkpoint`, pickles what that gives, and has Slurm requeue the job.
+submitit unpickles and calls a `Task` and writes down what it returns. Before the time limit, Slurm
+sends that process SIGUSR2. The child gets SIGTERM, on which a run saves and exits with 75. Then
+submitit's own handler of SIGUSR2 calls `checkpoint`, pickles its result and has Slurm requeue the
+job.
 """
 
 import atexit
@@ -33,7 +34,10 @@ class Task:
     restarts: int = 0
 
     def __call__(self) -> int:
-        """Runs the command and returns its exit code; does not return where the job starts again."""
+        """Runs the command and returns its exit code.
+
+        Does not return where the job starts again.
+        """
         import submitit
 
         here, requeue = submitit.JobEnvironment(), signal.getsignal(signal.SIGUSR2)
@@ -66,7 +70,10 @@ class Task:
 
 
 def _run(command: tuple[str, ...], env: Mapping[str, str]) -> int:
-    """Runs a command, which gets one SIGTERM for Slurm's SIGUSR2 or SIGTERM; 128 + the signal that killed it."""
+    """Runs a command, which gets one SIGTERM for Slurm's SIGUSR2 or SIGTERM.
+
+    128 + the signal that killed it.
+    """
     # some clusters send a signal to every process of a job, and this one would kill the child
     child = subprocess.Popen(
         command,
@@ -86,14 +93,20 @@ def _run(command: tuple[str, ...], env: Mapping[str, str]) -> int:
 
 
 def _found() -> dict[str, str]:
-    """What is installed with this interpreter is found first: the job has the cluster's environment, not a login's."""
+    """What is installed with this interpreter is found first.
+
+    The job has the cluster's environment, not a login's.
+    """
     return {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     }
 
 
 def _jax(here: Any) -> dict[str, str]:
-    """How JAX's processes find each other; one alone has nobody to find. The port is chosen as JAX itself does."""
+    """How JAX's processes find each other; one alone has nobody to find.
+
+    The port is chosen as JAX itself does.
+    """
     if here.num_tasks == 1:
         return {}
     port = 65536 - 4096 + int(here.raw_job_id) % 4096  # two jobs may share a node
@@ -105,7 +118,8 @@ def _jax(here: Any) -> dict[str, str]:
 def _forget_results(here: Any) -> None:
     """Removes what the nodes wrote down before a requeue.
 
-    A node removes its own result when it starts; one that starts after another has ended would be too late.
+    A node removes its own result when it starts; one that starts after another has ended would be
+    too late.
     """
     for rank in range(here.num_tasks):
         here.paths.folder.joinpath(f"{here.job_id}_{rank}_result.pkl").unlink(
@@ -114,7 +128,7 @@ def _forget_results(here: Any) -> None:
 
 
 def _goes_on(job: str) -> bool:
-    """Whether the job is running; not so where Slurm is canceling it, or has requeued it already."""
+    """Returns whether the job is running, not being canceled and not requeued already."""
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     return (
         subprocess.run(words, capture_output=True, text=True).stdout.strip()

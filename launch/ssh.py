@@ -1,10 +1,12 @@
-"""Runs a command on plain hosts over ssh, one process each; starts it again when it was preempted.
+"""Runs a command on plain hosts over ssh, one process per host; restarts it when it was preempted.
 
-    python -m launch.ssh run --name=a --hosts=h0,h1 --setup='…' -- rlhfjax run --config=… --workdir=/shared/runs/a
+    python -m launch.ssh run --name=a --hosts=h0,h1 --setup='…' \\
+        -- rlhfjax run --config=… --workdir=/shared/runs/a
     python -m launch.ssh stop --name=a --hosts=h0,h1
 
-The hosts share the workdir's file system and take a login without a password. The first coordinates JAX's processes.
-When one fails, the others get SIGTERM. Ctrl-C stops them all; secrets are in the hosts' own environment.
+The hosts need a shared file system for the workdir and logins without a password. The first host
+coordinates JAX's processes. When one process fails, the others get SIGTERM; Ctrl-C stops all.
+Secrets are taken from the hosts' own environment.
 """
 
 import shlex
@@ -42,7 +44,10 @@ def copy(host: str, file: str, to: str) -> list[str]:
 
 
 def run_script(name: str, command: str, hosts: Sequence[str], index: int) -> str:
-    """The command in ~/NAME, as the index-th of JAX's processes; its process number stands in ~/NAME.pid."""
+    """The command in ~/NAME, as the index-th of JAX's processes.
+
+    Its process number stands in ~/NAME.pid.
+    """
     jax = {"JAX_COORDINATOR_ADDRESS": f"{hosts[0].rpartition('@')[2]}:{PORT}"}
     jax |= {"JAX_NUM_PROCESSES": str(len(hosts)), "JAX_PROCESS_ID": str(index)}
     own = exports(jax) if len(hosts) > 1 else ""
@@ -56,7 +61,8 @@ def clean_script(name: str) -> str:
 
 def stop_script(name: str) -> str:
     """SIGTERM to the command, which may be about to start."""
-    return f"for i in $(seq 50); do [ -s ~/{name}.pid ] && break; sleep 0.2; done; kill -TERM $(cat ~/{name}.pid)"
+    wait = f"for i in $(seq 50); do [ -s ~/{name}.pid ] && break; sleep 0.2; done"
+    return f"{wait}; kill -TERM $(cat ~/{name}.pid)"
 
 
 def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
@@ -68,13 +74,17 @@ def install(shell: Shell, name: str, hosts: Sequence[str], setup: str) -> None:
         shell.must(
             on(
                 host,
-                f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && {setup}",
+                f"mkdir -p ~/{name} && tar -xzf ~/{name}.tar.gz -C ~/{name} && cd ~/{name} && "
+                f"{setup}",
             )
         )
 
 
 def once(shell: Shell, name: str, hosts: Sequence[str], command: str) -> int:
-    """Runs the command on all hosts at once; the first exit code that is not 0, after the others were stopped."""
+    """Runs the command on all hosts at once.
+
+    The first exit code that is not 0, after the others were stopped.
+    """
     scripts = {
         host: run_script(name, command, hosts, i) for i, host in enumerate(hosts)
     }
@@ -147,16 +157,18 @@ def _flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "hosts",
         None,
-        "[user@]host, separated by commas; the first coordinates",
+        "[user@]host, comma-separated; the first coordinates",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "setup",
         "python3 -m pip install -q -e .",
-        "run in the copy on each host",
+        "command to run first in the copy on each host",
         flag_values=fv,
     )
-    flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
+    flags.DEFINE_integer(
+        "max_restarts", 20, "restarts after preemptions", 0, flag_values=fv
+    )
 
 
 def main() -> None:

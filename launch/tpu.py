@@ -1,4 +1,4 @@
-"""Runs a command on all workers of Cloud TPU VMs (v2 to v6e) and takes it through pre-emptions.
+"""Runs a command on all workers of Cloud TPU VMs (v2 to v6e) and restarts it after preemptions.
 
     python -m launch.tpu run --name=a --zone=us-west4-a --accelerator=v5litepod-16 --spot -- \\
       rlhfjax run --config=… --workdir=gs://BUCKET/runs/a
@@ -197,16 +197,22 @@ def _job(fv: flags.FlagValues, tpu: Tpu, command: list[str]) -> Job:
 
 def _flags(fv: flags.FlagValues) -> None:
     text = functools.partial(flags.DEFINE_string, flag_values=fv)
-    text("zone", None, "of the TPU")
-    text("project", None, "default: gcloud's own")
+    text("zone", None, "zone of the TPU")
+    text("project", None, "default: gcloud's project")
     text("accelerator", None, "v5litepod-16, v5p-128, v6e-64, …")
-    text("runtime", None, "software of the TPU VM; default: the chip's")
+    text("runtime", None, "TPU software version; default: the chip's")
     flags.DEFINE_integer(
-        "slices", 1, "joined over the data center's network", 1, flag_values=fv
+        "slices",
+        1,
+        "number of slices, connected by the data center network",
+        1,
+        flag_values=fv,
     )
-    flags.DEFINE_bool("spot", False, "cheaper, and may be taken away", flag_values=fv)
     flags.DEFINE_bool(
-        "reserved", False, "from the project's reservation", flag_values=fv
+        "spot", False, "use spot VMs, which may be preempted", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "reserved", False, "use the project's reservation", flag_values=fv
     )
     text("network", None, "default: the project's")
     text("service_account", None, "default: Compute Engine's")
@@ -214,18 +220,18 @@ def _flags(fv: flags.FlagValues) -> None:
     _set_up_flags(fv)
     _end_flags(fv)
     text("worker", "0", "of `logs`: a number, or all")
-    flags.DEFINE_integer("slice", 0, "of `logs`", 0, flag_values=fv)
+    flags.DEFINE_integer("slice", 0, "logs: number of the slice", 0, flag_values=fv)
     flags.DEFINE_float(
-        "poll", 30.0, "seconds between looks at the state", 0.0, flag_values=fv
+        "poll", 30.0, "seconds between checks of the state", 0.0, flag_values=fv
     )
 
 
 def _gcloud_flags(fv: flags.FlagValues) -> None:
     passed = "create:--FLAG or ssh:--FLAG, passed to gcloud (ssh: also to scp); may be repeated"
     flags.DEFINE_multi_string("gcloud", [], passed, flag_values=fv)
-    track = "gcloud's, for create, ssh and scp; alpha has flex-start and IAP"
+    track = "gcloud track for create, ssh and scp; alpha has flex-start and IAP"
     flags.DEFINE_enum("track", None, ["alpha", "beta"], track, flag_values=fv)
-    until = "time after which a request that was not met is given up: 6h"
+    until = "time after which an unfulfilled request is given up: 6h"
     flags.DEFINE_string("valid_until", None, until, flag_values=fv)
 
 
@@ -233,10 +239,10 @@ def _set_up_flags(fv: flags.FlagValues) -> None:
     text = functools.partial(flags.DEFINE_string, flag_values=fv)
     flags.DEFINE_bool("check", True, "validate the config here first", flag_values=fv)
     flags.DEFINE_list(
-        "extras", ["quickstart", "gcs"], "of rlhfjax, to install", flag_values=fv
+        "extras", ["quickstart", "gcs"], "rlhfjax extras to install", flag_values=fv
     )
-    text("setup", None, "a script in place of the usual set-up")
-    text("bucket", None, "a bucket's name; the workers read it as /bucket")
+    text("setup", None, "a script that replaces the default set-up")
+    text("bucket", None, "bucket for reading data, mounted at /bucket")
     text("logs", None, "folder for the workers' logs; default: gs://BUCKET/logs/NAME")
     secret = "NAME=SECRET: read on the workers from Secret Manager"
     flags.DEFINE_multi_string("secret", [], secret, flag_values=fv)
@@ -244,11 +250,15 @@ def _set_up_flags(fv: flags.FlagValues) -> None:
 
 def _end_flags(fv: flags.FlagValues) -> None:
     text = functools.partial(flags.DEFINE_string, flag_values=fv)
-    flags.DEFINE_integer("max_restarts", 20, "after pre-emptions", 0, flag_values=fv)
+    flags.DEFINE_integer(
+        "max_restarts", 20, "restarts after preemptions", 0, flag_values=fv
+    )
     flags.DEFINE_bool("keep", False, "never delete the TPU", flag_values=fv)
-    text("linger", "15m", "from a failure to the TPU's deletion; 0: at once")
+    text("linger", "15m", "time from a failure to the TPU's deletion; 0: immediately")
     text(
-        "max_run_duration", "0", "then the run is stopped and the TPU deleted; 0: never"
+        "max_run_duration",
+        "0",
+        "time limit, after which the run is stopped and the TPU deleted; 0: none",
     )
 
 

@@ -1,4 +1,4 @@
-"""What launch.tpu sends to the workers: scripts, and the run's description."""
+"""Builds the scripts and the description of a run that launch.tpu sends to the workers."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""One run on a queued resource, from whatever state it is in to an end that a worker wrote down."""
+"""Brings one run on a queued resource from any state to the end that a worker reports."""
 
 import json
 import os

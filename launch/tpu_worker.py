@@ -6,12 +6,13 @@
 launch.tpu copies this file to the workers, with the archive (rlhfjax.tar.gz) and a description of
 the run (rlhfjax.json: launch.tpu_job.Job.description). It needs nothing but Python 3.8.
 
-Each worker has a supervisor: a process that does not depend on any connection. It runs the command
-until it ends, starts it again on exit code 75, and uploads its log to the bucket. What it knows
-stands in ~/launch/worker-SLICE-WORKER.json. Worker 0 of slice 0, the lead, decides the end, and
-deletes the queued resource once everything is in the bucket.
+Each worker has a supervisor, a process that does not depend on any connection. It runs the command
+until it ends, restarts it on exit code 75, and uploads its log to the bucket. Its state is in
+~/launch/worker-SLICE-WORKER.json. The lead, which is worker 0 of slice 0, decides when the run has
+ended, and deletes the queued resource once everything is in the bucket.
 
-What launch.tpu reads is a line "RLHFJAX {…}": gcloud's and ssh's exit codes say nothing of the run.
+launch.tpu reads a line "RLHFJAX {…}", because the exit codes of gcloud and ssh do not tell how the
+run ended.
 """
 
 import contextlib

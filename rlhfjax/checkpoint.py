@@ -1,7 +1,9 @@
-"""Checkpoints: Orbax v1, asynchronous, visible only when whole, verified when read. The only file that imports orbax.
+"""Writes and reads checkpoints with Orbax v1. This is the only file that imports orbax.
 
-Beside the arrays of a checkpoint lies one 32-bit sum an array. The sums are integer additions over the bits, so they do
-not depend on how an array is sharded, and a file that was cut short or altered is noticed whatever the storage does.
+Saves are asynchronous, a checkpoint is visible only when it is complete, and it is verified when it
+is read. Its metadata have one 32-bit checksum per array. A checksum adds integers over the bits of
+an array, so it does not depend on the sharding; it detects files that were cut short or altered,
+whatever the storage does.
 """
 
 import logging
@@ -19,15 +21,15 @@ from rlhfjax.paths import Path
 from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
-COMMITTED = "commit_success.txt"  # what Orbax writes last into a bucket, where it cannot rename what is whole
+# Orbax writes this file last into a bucket, where it cannot rename a complete folder.
+COMMITTED = "commit_success.txt"
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes per element
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum over elements of their bits times an odd number that depends on the index, modulo 2**32."""
+    """Sums, modulo 2**32, the bits of each element times an odd number that its index gives."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    bits = jax.lax.bitcast_convert_type(
-        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    )
+    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
     weights = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
     return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
 
@@ -38,62 +40,62 @@ def _checksums(tree: PyTree) -> list[jax.Array]:
 
 
 def checksums(tree: PyTree) -> list[int]:
-    return [int(c) for c in jax.device_get(_checksums(tree))]
+    """Returns the checksum of every array, in the order of the tree's leaves."""
+    return [int(checksum) for checksum in jax.device_get(_checksums(tree))]
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: `checkpoints/<step>/`, each with the state and the data iterator's position."""
+    """The checkpoints of one workdir, `checkpoints/<step>/`: the state and the data position."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         self.directory = paths.absolute(workdir) / "checkpoints"
-        self.set_aside = paths.absolute(workdir) / "damaged_checkpoints"
+        self._damaged = paths.absolute(workdir) / "damaged_checkpoints"
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep_last)]
+        keep: list[Any] = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
+        any_policy: Any = policies.AnyPreservationPolicy(keep)
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            str(self.directory),
+            preservation_policy=any_policy,
             cleanup_tmp_directories=True,
         )
 
     def steps(self) -> list[int]:
-        """Those that are whole on the disk; a save under way is not."""
+        """Returns the steps of complete checkpoints; a save in progress does not count."""
 
-        def whole() -> list[int]:
-            found = [
-                path for path in paths.children(self.directory) if path.name.isdigit()
-            ]
-            return sorted(int(path.name) for path in found if _committed(path))
+        def complete_steps() -> list[int]:
+            folders = paths.children(self.directory)
+            numbered = [folder for folder in folders if folder.name.isdigit()]
+            return sorted(int(folder.name) for folder in numbered if _committed(folder))
 
-        return hosts.share(whole)
+        return hosts.share(complete_steps)
 
     def save(self, step: int, state: PyTree, data: Any) -> None:
-        """Starts a save; the checkpoint appears under its name once all of it is on the disk.
+        """Starts to save; the checkpoint gets its name once it is on disk completely.
 
         Args:
-          data: the data iterator's position, of JSON types.
+          data: the position of the data iterator, of JSON types.
         Raises:
-          CheckpointError: the disk refused (full, read-only). The checkpoints before it are untouched.
-          DataError: NaN or an infinity in `data`.
+          CheckpointError: the disk is full or read-only. Earlier checkpoints are untouched.
+          DataError: `data` holds NaN or an infinity.
         """
         json_text.validate_finite(data, f"checkpoint {step}: the position of the data")
-        note = {"data": data, "checksums": checksums(state)}
-        with _disk_errors(
-            self.directory
-        ):  # what fails may also be the save before this one
+        metadata: Any = {"data": data, "checksums": checksums(state)}
+        # An error may also be that of the previous save, which Orbax waits for here.
+        with _disk_errors(self.directory):
             self._orbax.save_checkpointables_async(
-                step, {"state": state}, force=True, custom_metadata=note
+                step, {"state": state}, force=True, custom_metadata=metadata
             )
 
     def wait(self) -> None:
-        """Until the save under way, if any, is whole, on every host."""
+        """Waits until a save in progress, if any, is complete on every host."""
         with _disk_errors(self.directory):
             self._orbax.wait()
         hosts.barrier()
 
     def close(self) -> None:
-        """Waits for the save under way, if any."""
+        """Waits for a save in progress, if any, and closes Orbax's checkpointer."""
         with _disk_errors(self.directory):
             self._orbax.close()
 
@@ -104,37 +106,39 @@ class Checkpoints:
         self.close()
 
     def restore(self, abstract: PyTree) -> tuple[PyTree, Any] | None:
-        """The latest sound checkpoint as (state, data iterator's position); None where there is no checkpoint.
+        """Returns (state, data position) of the latest intact checkpoint, None if there is none.
 
-        A damaged one is named in the log and moved to `damaged_checkpoints/`, and the one before it is used.
+        A damaged checkpoint is reported in the log and moved to `damaged_checkpoints/`; then the
+        one before it is read.
 
         Args:
           abstract: ShapeDtypeStructs with the shardings to restore to.
         Raises:
-          CheckpointError: there are checkpoints and none is sound, or one is of another shape than the model.
+          CheckpointError: all checkpoints are damaged, or one has other shapes than the model.
         """
         steps = self.steps()
         for step in reversed(steps):
+            folder = self.directory / str(step)
             try:
-                state, note = _load(self.directory / str(step), abstract)
-                return state, note["data"]
+                state, metadata = _load(folder, abstract)
             except _Damaged as e:
                 log.warning(
-                    "checkpoint %s is damaged (%s): trying the one before it",
-                    self.directory / str(step),
-                    e,
+                    "checkpoint %s is damaged (%s): trying the one before it", folder, e
                 )
                 self._move_aside(step)
+            else:
+                return state, metadata["data"]
         if steps:
             raise CheckpointError(
-                f"{self.directory}: no checkpoint can be read; they were moved to {self.set_aside.name}/. "
+                f"{self.directory}: no checkpoint can be read; they were moved to "
+                f"{self._damaged.name}/. "
                 "The same command now starts this stage from its beginning"
             )
         return None
 
     def _move_aside(self, step: int) -> None:
         def move() -> None:
-            target = self.set_aside / str(step)
+            target = self._damaged / str(step)
             while target.exists():
                 target = target.with_name(target.name + "_")
             paths.move(self.directory / str(step), target)
@@ -144,43 +148,48 @@ class Checkpoints:
 
 
 def save_tree(path: Path, tree: PyTree) -> None:
-    """Writes one tree of arrays, whole or not at all, in place of what was there, which goes first."""
-    path, note = paths.absolute(path), {"checksums": checksums(tree)}
+    """Writes one tree of arrays, completely or not at all; what is at `path` is removed first."""
+    path = paths.absolute(path)
+    metadata: Any = {"checksums": checksums(tree)}
     with _disk_errors(path):
         ocp.save_checkpointables(
-            path, {"state": tree}, overwrite=True, custom_metadata=note
+            str(path), {"state": tree}, overwrite=True, custom_metadata=metadata
         )
 
 
 def load_tree(path: Path, abstract: PyTree) -> PyTree:
-    """Reads what `save_tree` wrote into the shapes, dtypes and shardings of `abstract`.
+    """Reads what `save_tree` wrote, with the shapes, dtypes and shardings of `abstract`.
 
     Raises:
-      CheckpointError: nothing there, damaged, or of other shapes.
+      CheckpointError: there are no parameters, they are damaged, or they have other shapes.
     """
     path = paths.absolute(path)
     if not path.exists() or not _committed(path):
         raise CheckpointError(f"{path}: no parameters here; a finished stage has them")
     try:
-        return _load(path, abstract)[0]
+        tree, _ = _load(path, abstract)
     except _Damaged as e:
         raise CheckpointError(f"{path}: damaged ({e})") from None
+    return tree
 
 
 def _committed(path: Path) -> bool:
-    """Whether a checkpoint is whole; on a disk it has its name only then."""
+    """Returns whether a checkpoint is complete; on a disk it has its name only then."""
     return not paths.remote(path) or (path / COMMITTED).exists()
 
 
 class _Damaged(Exception):
-    """A checkpoint whose bytes are not what was saved."""
+    """The bytes of a checkpoint are not those that were saved."""
 
 
 class _disk_errors:
-    """Turns what a full or read-only disk raises into one line; Orbax wraps it in several types."""
+    """Turns the error of a full or read-only disk into a CheckpointError of one line.
+
+    Orbax wraps the OSError in exceptions of several types; for a bucket there may be none.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self._path = path
 
     def __enter__(self) -> None:
         pass
@@ -192,59 +201,67 @@ class _disk_errors:
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
-            raise CheckpointError(f"saving {self.path} failed: {cause}") from error
-        if isinstance(error, ValueError | RuntimeError) and (
-            paths.remote(self.path) or "os_error" in str(error)
-        ):
-            reason = re.search(r": ([^:]*) \[os_error", str(error))  # TensorStore's
-            raise CheckpointError(
-                f"saving {self.path} failed: {reason[1] if reason else _one_line(error)}"
-            ) from error
+            raise CheckpointError(f"saving {self._path} failed: {cause}") from error
+        if not isinstance(error, ValueError | RuntimeError):
+            return
+        if paths.remote(self._path) or "os_error" in str(error):
+            match = re.search(r": ([^:]*) \[os_error", str(error))  # TensorStore's
+            reason = match[1] if match else _one_line(error)
+            raise CheckpointError(f"saving {self._path} failed: {reason}") from error
 
 
-def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict]:
-    """Reads one checkpoint and compares checksums; another shape is the caller's error, anything else is damage."""
+def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Reads one checkpoint and verifies its checksums; returns the state and the metadata.
+
+    Raises:
+      CheckpointError: its shapes differ from those of `abstract`.
+      _Damaged: anything else is wrong.
+    """
     try:
-        found = ocp.metadata(path, checkpointable_name="state")
-        saved, note = found.metadata, found.custom_metadata
-    except (
-        Exception
-    ) as e:  # Orbax and TensorStore raise many types for a file that is cut short
+        saved = ocp.metadata(str(path), checkpointable_name="state")
+    except Exception as e:  # Orbax and TensorStore raise many types for damaged files
         raise _Damaged(_one_line(e)) from e
-    if saved is None or not note:
+    metadata: Any = saved.custom_metadata
+    if saved.metadata is None or not metadata:
         raise _Damaged("its metadata cannot be read")
-    _check_shapes(path, saved, abstract)
-    why = ""
+    _validate_shapes(path, saved.metadata, abstract)
+    state, problem = None, ""
     try:
-        state = ocp.load_checkpointables(path, {"state": abstract})["state"]
+        state = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
     except Exception as e:
-        why = _one_line(e)
-    if hosts.anywhere(bool(why)):
-        raise _Damaged(why or "another host cannot read it")
-    if checksums(state) != note["checksums"]:
+        problem = _one_line(e)
+    if hosts.anywhere(bool(problem)):
+        raise _Damaged(problem or "another host cannot read it")
+    if checksums(state) != metadata["checksums"]:
         raise _Damaged("checksums differ")
-    return state, note
+    return state, metadata
 
 
-def _check_shapes(path: Path, saved: PyTree, abstract: PyTree) -> None:
-    saved, wanted = _shapes(saved), _shapes(abstract)
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+def _validate_shapes(path: Path, saved: PyTree, abstract: PyTree) -> None:
+    """Raises CheckpointError if a checkpoint has other shapes than the model."""
+    saved_shapes = _shapes(saved)
+    model_shapes = _shapes(abstract)
+    for name in sorted(saved_shapes.keys() | model_shapes.keys()):
+        saved_shape = saved_shapes.get(name, "absent")
+        model_shape = model_shapes.get(name, "absent")
+        if saved_shape != model_shape:
             raise CheckpointError(
-                f"{path}: {name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this model"
+                f"{path}: {name} is {saved_shape} there and {model_shape} in this model"
             )
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array under its path, such as `params/policy/head/kernel`."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        "/".join(
-            str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k))))
-            for k in path
-        ): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {"/".join(map(_key, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _one_line(e: Exception) -> str:
-    return first_line(e, kind=True)[:200]
+def _key(entry: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _one_line(error: Exception) -> str:
+    return first_line(error, kind=True)[:200]

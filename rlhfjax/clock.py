@@ -1,12 +1,17 @@
-"""Where the wall time of a stage goes, over all of its starts: goodput is the share of it that trains.
+"""Accounts for the wall time of a stage over all of its starts.
 
-step          training: steps dispatched, and waited for
-compile       lowering and compiling, whatever it is that is compiled
-data          making the next batch; the devices may be at work on the step before, so that it is the most they waited
-eval, checkpoint
-imports       of the process, and joining other hosts; build: data and models read; restore: the first state
-restart       from the last checkpoint of a start that did not end to the next start: steps lost, and nobody there
-other         the rest
+Goodput is the share of the wall time that training steps took. Every second is in one part:
+
+step          dispatching training steps and waiting for them
+compile       lowering and compiling any program
+data          waiting for the next batch; the devices may still be computing the previous step
+eval          evaluating
+checkpoint    saving, and writing the stage's models at the end
+imports       starting the process, importing modules, joining other hosts
+build         reading data and models
+restore       creating or restoring the first state
+restart       from the last checkpoint of a start that was cut off to the next start
+other         everything else
 """
 
 import contextlib
@@ -34,50 +39,50 @@ PARTS = (
     "restart",
     "other",
 )
-_COMPILING = (
+_COMPILE_EVENTS = (
     "/jax/core/compile/backend_compile_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
 )
 
 
 class Clock:
-    """Every second since a stage began, in exactly one part.
+    """Adds every second since the stage's first start to exactly one part.
 
-    A second start in the same workdir goes on from what `save` wrote last.
+    A later start in the same workdir continues from what `save` wrote last.
     """
 
-    _running: "Clock | None" = None  # what compilation is told to
-    _counted = False  # whether a clock has this process's own start
+    _current: "Clock | None" = None  # the clock that compilation times are added to
+    _process_start_counted = False
 
     def __init__(self, workdir: Path):
         self._path = workdir / FILE
-        kept = hosts.share(
+        saved = hosts.share(
             lambda: json.loads(self._path.read_text()) if self._path.exists() else {}
         )
-        self.seconds = dict.fromkeys(PARTS, 0.0) | kept.get("seconds", {})
-        self.starts = kept.get("starts", 0) + 1
-        began = time.time() if Clock._counted else rlhfjax.BEGAN
-        self.seconds["restart"] += max(0.0, began - kept.get("at", began))
-        self._before = dict(self.seconds)
-        self._part, self._since = "imports", began
+        self.seconds = dict.fromkeys(PARTS, 0.0) | saved.get("seconds", {})
+        self.starts = saved.get("starts", 0) + 1
+        started = time.time() if Clock._process_start_counted else rlhfjax.BEGAN
+        self.seconds["restart"] += max(0.0, started - saved.get("at", started))
+        self._seconds_before = dict(self.seconds)
+        self._part, self._since = "imports", started
         self._switch("build")
-        if not Clock._counted:
-            Clock._counted = True
-            jax.monitoring.register_event_duration_secs_listener(_compiled)
-        Clock._running = self
+        if not Clock._process_start_counted:
+            Clock._process_start_counted = True
+            jax.monitoring.register_event_duration_secs_listener(_on_duration)
+        Clock._current = self
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What happens within is this part, and not the one around it."""
-        before = self._part
+        """Counts the time inside the block as this part, not as that of an enclosing block."""
+        enclosing = self._part
         self._switch(name)
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch(enclosing)
 
-    def go_on(self) -> None:
-        """Ends the building: what is not named from here on is `other`."""
+    def end_build(self) -> None:
+        """Ends the part `build`; from here on, time outside of any block is `other`."""
         self._switch("other")
 
     def _switch(self, part: str) -> None:
@@ -85,51 +90,51 @@ class Clock:
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
-    def compiled(self, seconds: float) -> None:
+    def add_compilation(self, seconds: float) -> None:
+        """Moves seconds that were spent on compilation from the current part to `compile`."""
         self.seconds["compile"] += seconds
         self.seconds[self._part] -= seconds
 
     def goodput(self) -> float:
-        """Seconds of steps over all seconds so far, restarts among them."""
+        """Returns the seconds of training steps over all seconds so far, restarts included."""
         self._switch(self._part)
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def summary(self) -> dict[str, float]:
-        """goodput and seconds_PART, for the metrics."""
-        return {"goodput": self.goodput()} | {
-            f"seconds_{name}": value for name, value in self.seconds.items()
-        }
+        """Returns the metrics goodput and seconds_PART."""
+        goodput = {"goodput": self.goodput()}
+        return goodput | {f"seconds_{part}": s for part, s in self.seconds.items()}
 
     def save(self) -> None:
-        """Writes what a later start goes on from; belongs beside every checkpoint."""
+        """Writes what a later start continues from. Call it with every checkpoint."""
         goodput = self.goodput()
-        kept = {
+        content = {
             "at": time.time(),
             "starts": self.starts,
             "goodput": goodput,
             "seconds": self.seconds,
         }
-        write_json(self._path, kept)
+        write_json(self._path, content)
 
-    def started(self) -> str:
-        """How long this start took up to here, and what of it went where; for the log."""
+    def describe_start(self) -> str:
+        """Returns how long this start has taken so far and how the time divides, for the log."""
         self._switch(self._part)
-        own = {
-            name: self.seconds[name] - self._before[name]
-            for name in PARTS
-            if name != "restart"
+        spent = {
+            part: self.seconds[part] - self._seconds_before[part]
+            for part in PARTS
+            if part != "restart"
         }
-        return f"started in {sum(own.values()):.1f} s: {describe(own)}"
+        return f"started in {sum(spent.values()):.1f} s: {describe(spent)}"
 
 
 def describe(seconds: Mapping[str, float]) -> str:
-    """`compile 3.1 s, step 0.2 s`, longest first, without what is next to nothing."""
-    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    """Returns `compile 3.1 s, step 0.2 s`, longest first, without parts under 0.05 s."""
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
     return ", ".join(
-        f"{name} {value:.1f} s" for name, value in longest if value >= 0.05
+        f"{part} {value:.1f} s" for part, value in longest_first if value >= 0.05
     )
 
 
-def _compiled(event: str, seconds: float, **_: object) -> None:
-    if event in _COMPILING and Clock._running is not None:
-        Clock._running.compiled(seconds)
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
+    if event in _COMPILE_EVENTS and Clock._current is not None:
+        Clock._current.add_compilation(duration_secs)

@@ -1,4 +1,4 @@
-"""Errors meant for people: one line that says what is wrong, where, and what is accepted."""
+"""Errors for people: one line that says what is wrong, where, and what is accepted."""
 
 
 def first_line(error: BaseException | str, *, kind: bool = False) -> str:
@@ -9,7 +9,7 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
       kind: put the exception's class before its message, as a traceback does.
 
     Returns:
-      Never an empty string: without a message the class of the exception, and "no message" for an
+      A text that is never empty: the exception's class if it has no message, "no message" for an
       empty text.
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -20,37 +20,40 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
 
 
 class UserError(Exception):
-    """A failed run (exit code 1): the message is the whole story, no traceback is shown."""
+    """A failed run (exit code 1). The message is shown without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """A configuration or command line that cannot be meant (exit code 2)."""
+    """An invalid config or command line (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Bad input data; the message names the file and the line or record."""
+    """Invalid input data; the message names the file and the line or record."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another shape."""
+    """A checkpoint that is missing, damaged or of other shapes than the model."""
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite; the message names the step and the last good checkpoint."""
+    """A loss or gradient is NaN or infinite; the message names the step and the last checkpoint."""
 
 
 class Preempted(UserError):
-    """SIGTERM was received and the state was saved: the same command goes on from here (exit code 75)."""
+    """SIGTERM was received and the state was saved (exit code 75): the same command resumes."""
 
-    exit_code = 75  # EX_TEMPFAIL: what a launcher restarts on
+    exit_code = 75  # EX_TEMPFAIL: launchers restart on it
 
 
 class HostLost(UserError):
-    """Another host is gone; what this one had since the last checkpoint is lost (exit code 75: start all again)."""
+    """Another host is gone (exit code 75): all hosts have to be started again."""
 
     exit_code = Preempted.exit_code
-    message = "another host is gone; the same command on all hosts goes on from the last checkpoint"
+    message = (
+        "another host is gone; "
+        "run the same command on all hosts to resume from the last checkpoint"
+    )

@@ -1,9 +1,9 @@
-"""JSON text: the one encoder of every JSON file that the package writes.
+"""Encodes JSON text. Every JSON file of the package is written with this encoder.
 
-JSON has no NaN and no Infinity; Python's encoder writes them all the same, and no other parser
-reads them. Two rules:
+JSON has no NaN and no infinity. Python's encoder writes them nevertheless, and most other parsers
+cannot read them. Therefore:
 
-- A metric that is not finite is written as null (`null_nonfinite`); `nan_for_null` reads it.
+- A metric that is not finite is written as null (`null_nonfinite`); `nan_for_null` reads it back.
 - Any other number that is not finite is an error that names its place (`encode`).
 """
 
@@ -24,11 +24,11 @@ def encode(
     ensure_ascii: bool = False,
     default: Callable[[Any], Any] | None = None,
 ) -> str:
-    """Returns a value as JSON text; floats by repr, so that they read back exactly.
+    """Returns a value as JSON text. Floats are written such that they read back exactly.
 
     Args:
-      value: of JSON types, or what `default` makes of others.
-      context: the file, for an error.
+      value: a value of JSON types, or of types that `default` converts.
+      context: the file, for error messages.
       indent, sort_keys, ensure_ascii, default: as `json.dumps` takes them.
 
     Raises:
@@ -62,7 +62,7 @@ def first_nonfinite(value: Any, place: str = "") -> tuple[str, float] | None:
 
 
 def parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yields the members of an object or an array, each with its place; none of anything else."""
+    """Yields (place, member) for the members of an object or array; nothing for other values."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield (f"{place}.{key}" if place else str(key)), part
@@ -81,7 +81,7 @@ def null_nonfinite(value: Any) -> Any:
 
 
 def nan_for_null(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Returns metrics that were read, with NaN in place of null."""
+    """Returns metrics that were read from a file, with NaN in place of null."""
     return {
         name: math.nan if value is None else value for name, value in metrics.items()
     }

@@ -1,4 +1,4 @@
-"""Files of JSON lines: one JSON object per line."""
+"""Reads and writes files of JSON lines: one JSON object per line."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from rlhfjax.paths import Path
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Returns the objects of a file that a run appends to; none if there is no file.
+    """Returns the objects of a file that a run appends to; [] if the file does not exist.
 
-    A half-written last line is left out. Raises DataError for any other line that is no object.
+    A half-written last line is left out. Any other line that is not an object raises DataError.
     """
     path = paths.path(path)
     return (
@@ -22,10 +22,10 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yields the objects of a file, each with its place, FILE:LINE. Blank lines are passed over.
+    """Yields the objects of a file, each with its place, FILE:LINE. Blank lines are skipped.
 
     Args:
-      unfinished: the last line may be half written, and then ends the file.
+      unfinished: whether the last line may be half-written; it is then left out.
     Raises:
       DataError: the file cannot be read, or a line is not a JSON object.
     """
@@ -51,10 +51,10 @@ def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str,
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object per line, the file whole or not at all, on the first host.
+    """Writes one JSON object per line, on the first host; the file is complete or absent.
 
     Raises:
-      DataError: a row holds NaN or an infinity; names the file, the line and the column.
+      DataError: a row holds NaN or an infinity; the message names file, line and column.
     """
     if hosts.first():
         lines = [

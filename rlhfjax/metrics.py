@@ -1,7 +1,7 @@
 """Metrics: exact accumulation, JSON lines, TensorBoard, wandb, and the progress line.
 
-A metric is a pair `(sum, weight)` until it is written. Pairs add up exactly over microbatches, steps and
-hosts, where means would have to be re-weighted; the division happens once, in `finalize`.
+A metric is a pair `(sum, weight)` until it is written. Pairs add up exactly over microbatches,
+steps and hosts, whereas means would have to be re-weighted. `finalize` divides, once.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import rich.console
@@ -22,61 +22,56 @@ from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.jsonl import read_jsonl, write_jsonl
 from rlhfjax.paths import Path
+from rlhfjax.types import Metric, Metrics
 
-Pairs = Mapping[
-    str, tuple[Any, Any]
-]  # {name: (sum, weight)}, scalars or arrays of numpy or jax
 Real = float | int
-UPLOAD_EVERY = (
-    30.0  # seconds between uploads to a bucket, where no checkpoint asks for one
-)
+METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
+UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, beside those at checkpoints
 
 
 # ------------------------------------------------------------------ accumulation
 
 
-def add(total: Pairs, more: Pairs) -> dict[str, tuple[Any, Any]]:
-    """Adds two sets of metrics: (s1 + s2, w1 + w2) by name; a name in one of them only is taken as it is.
+def add(total: Mapping[str, Metric], part: Mapping[str, Metric]) -> Metrics:
+    """Adds two sets of metrics by name: (s1 + s2, w1 + w2). A name in one of them is taken as is.
 
-    Works on traced arrays too: it accumulates microbatches inside `jit` as it does steps outside.
+    It works on traced arrays too, and so accumulates microbatches inside `jit`, and steps outside.
     """
     out = dict(total)
-    for name, (value, weight) in more.items():
-        out[name] = (
-            (out[name][0] + value, out[name][1] + weight)
-            if name in out
-            else (value, weight)
-        )
+    for name, (value, weight) in part.items():
+        if name in out:
+            total_value, total_weight = out[name]
+            out[name] = (total_value + value, total_weight + weight)
+        else:
+            out[name] = (value, weight)
     return out
 
 
-def merge(*parts: Pairs) -> dict[str, tuple[Any, Any]]:
+def merge(*parts: Mapping[str, Metric]) -> Metrics:
     """Adds any number of sets of metrics, from left to right."""
-    out: dict[str, tuple[Any, Any]] = {}
+    out: Metrics = {}
     for part in parts:
         out = add(out, part)
     return out
 
 
-def finalize(total: Pairs, prefix: str = "") -> dict[str, float]:
-    """Turns pairs into means: {prefix + name: sum / weight}.
+def finalize(total: Mapping[str, Metric], prefix: str = "") -> dict[str, float]:
+    """Returns the means {prefix + name: sum / weight} as Python floats.
 
     Args:
-      total: {name: (sum, weight)}. Arrays (pairs stacked by `lax.scan`, say) are first summed over all their
-        axes, in float64.
+      total: {name: (sum, weight)}. Arrays, such as pairs that `lax.scan` stacked, are summed over
+        all their axes first, in float64.
       prefix: put before each name, for example `"sft/"`.
 
     Returns:
-      Python floats. A metric of weight 0 was not observed, and is left out.
+      Only metrics that were observed: those of weight 0 are left out.
     """
-    sums = {
-        name: (_sum64(value), _sum64(weight)) for name, (value, weight) in total.items()
-    }
-    return {
-        prefix + name: value / weight
-        for name, (value, weight) in sums.items()
-        if weight != 0
-    }
+    means = {}
+    for name, (value, weight) in total.items():
+        weight_sum = _sum64(weight)
+        if weight_sum != 0:
+            means[prefix + name] = _sum64(value) / weight_sum
+    return means
 
 
 def _sum64(x: Any) -> float:
@@ -87,40 +82,40 @@ def _sum64(x: Any) -> float:
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
-    """The last value of every metric in a workdir's metrics.jsonl; NaN for null."""
+    """Returns the last value of every metric in a workdir's metrics.jsonl; null is read as NaN."""
     values: dict[str, float] = {}
-    for row in read_jsonl(paths.path(workdir) / "metrics.jsonl"):
-        values |= {name: value for name, value in row.items() if name != "step"}
+    for row in read_jsonl(paths.path(workdir) / METRICS_FILE):
+        values |= row
+    values.pop("step", None)
     return json_text.nan_for_null(values)
 
 
-def _keep_until(path: Path, step: int | None) -> None:
-    """Rewrites a file of lines, atomically, to those with `step` at most `step` (None: to none)."""
-    if path.exists():
-        write_jsonl(
-            path,
-            []
-            if step is None
-            else [row for row in read_jsonl(path) if row["step"] <= step],
-        )
+def _drop_lines_after(path: Path, step: int | None) -> None:
+    """Rewrites a file, atomically, without the lines of later steps (None: without any line)."""
+    if not path.exists():
+        return
+    kept = []
+    if step is not None:
+        kept = [row for row in read_jsonl(path) if row["step"] <= step]
+    write_jsonl(path, kept)
 
 
 def _line(step: int, values: Mapping[str, Real]) -> str:
-    """One JSON object: step first, names sorted, floats by repr, null for NaN and infinities."""
+    """Returns one JSON object: step first, names sorted, null for NaN and infinities."""
     floats = {name: float(values[name]) for name in sorted(values)}
-    row = json_text.null_nonfinite(floats)
-    return (
-        json_text.encode({"step": int(step), **row}, f"metrics of step {step}") + "\n"
-    )
+    row = {"step": int(step), **json_text.null_nonfinite(floats)}
+    return json_text.encode(row, f"metrics of step {step}") + "\n"
 
 
 class Writer:
-    """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, and both to TensorBoard (`tb/`).
+    """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, both to TensorBoard (`tb/`).
 
-    `metrics.jsonl` holds only what the run determines, so that a run killed and resumed ends with the same
-    bytes; clocks go to `timing.jsonl`. A line reaches the operating system as soon as it is written, a bucket within
-    UPLOAD_EVERY seconds; `flush` puts it on the disk or into the bucket, and belongs before every checkpoint, so that
-    no checkpoint is newer than its metrics.
+    `metrics.jsonl` holds only what the run determines, so that a run that is killed and resumed
+    ends with the same bytes. Wall times go to `timing.jsonl`.
+
+    A line reaches the operating system as soon as it is written, and a bucket within UPLOAD_EVERY
+    seconds. `flush` forces lines to the disk or the bucket. Call it before every checkpoint, so
+    that no checkpoint is newer than its metrics.
     """
 
     def __init__(
@@ -135,77 +130,78 @@ class Writer:
         """Opens the files of a workdir.
 
         Args:
-          workdir: made if missing.
-          resume_step: the step of the checkpoint the run goes on from: lines of later steps are dropped, for
-            they will be written again. None starts from empty files.
+          workdir: created if missing.
+          resume_step: the step of the checkpoint that the run resumes from. Lines of later steps
+            are dropped, because they will be written again. None starts from empty files.
           tensorboard: whether to write `tb/` as well.
-          wandb: keyword arguments of `wandb.init` ({} for the defaults), or None to leave it alone.
-          primary: False where nothing is written; None: on every host but the first.
+          wandb: keyword arguments of `wandb.init` ({} for its defaults); None turns wandb off.
+          primary: whether this process writes at all; None: only the first host does.
 
         Raises:
-          ConfigError: wandb is asked for and is not installed.
+          ConfigError: wandb is requested and not installed.
         """
-        self._files: dict[str, io.TextIOBase] = {}
-        self._tensorboard = self._wandb = self._mirror = None
+        self._files: dict[str, IO[str]] = {}
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._mirror: paths.Mirror | None = None
         if not (hosts.first() if primary is None else primary):
             return
-        names = ("metrics.jsonl", "timing.jsonl")
-        self._mirror = paths.Mirror(paths.path(workdir), names)
+        names = (METRICS_FILE, TIMING_FILE)
+        workdir = paths.path(workdir)
+        self._mirror = paths.Mirror(workdir, names)
         folder = self._mirror.folder
-        self._wandb = (
-            _start_wandb(folder, paths.path(workdir), wandb)
-            if wandb is not None
-            else None
-        )
+        if wandb is not None:
+            self._wandb = _start_wandb(folder, workdir, wandb)
         paths.make_folder(folder)
         for name in names:
-            _keep_until(folder / name, resume_step)
+            _drop_lines_after(folder / name, resume_step)
             self._files[name] = (folder / name).open("a", encoding="utf-8")
-        self._tensorboard = (
-            _start_tensorboard(folder, resume_step) if tensorboard else None
-        )
+        if tensorboard:
+            self._tensorboard = _start_tensorboard(folder, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
-        """Writes one line of metrics; a step may have several lines (training, evaluation)."""
-        self._write("metrics.jsonl", step, metrics)
+        """Writes one line of metrics. A step may have several lines (training, evaluation)."""
+        self._write(METRICS_FILE, step, metrics)
 
     def timing(self, step: int, timings: Mapping[str, Real]) -> None:
-        """Writes one line of what the clock says (seconds, tokens a second): never the same twice."""
-        self._write("timing.jsonl", step, timings)
+        """Writes one line of wall times and rates, which differ from run to run."""
+        self._write(TIMING_FILE, step, timings)
 
     def _write(self, file: str, step: int, values: Mapping[str, Real]) -> None:
-        if not values or file not in self._files:
+        if not values or self._mirror is None:
             return
         self._files[file].write(_line(step, values))
         self._files[file].flush()
-        for name, value in sorted(values.items()) if self._tensorboard else ():
-            self._tensorboard.add_scalar(name, float(value), int(step))
+        if self._tensorboard:
+            for name, value in sorted(values.items()):
+                self._tensorboard.add_scalar(name, float(value), int(step))
         if self._wandb:
             self._wandb.log(dict(values), step=int(step))
         self._mirror.sync(UPLOAD_EVERY)
 
     def flush(self) -> None:
-        """Puts every line so far where it is to stay."""
-        for f in self._files.values():
-            f.flush()
-            os.fsync(f.fileno())
+        """Forces all lines so far to the disk or the bucket."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
         if self._tensorboard:
             self._tensorboard.flush()
         if self._mirror:
             self._mirror.sync()
 
     def close(self) -> None:
-        """Flushes and closes; a second call does nothing."""
+        """Flushes and closes everything. A second call does nothing."""
         self.flush()
-        for f in self._files.values():
-            f.close()
+        for file in self._files.values():
+            file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
         if self._mirror:
             self._mirror.close()
-        self._files, self._tensorboard, self._wandb, self._mirror = {}, None, None, None
+        self._files = {}
+        self._tensorboard = self._wandb = self._mirror = None
 
     def __enter__(self) -> "Writer":
         return self
@@ -214,13 +210,12 @@ class Writer:
         self.close()
 
 
-def _start_tensorboard(workdir: Path, resume_step: int | None) -> Any:
-    from tensorboardX import (
-        SummaryWriter,
-    )  # here: half a second that `--help` need not pay
+def _start_tensorboard(folder: Path, resume_step: int | None) -> Any:
+    # Imported here because it takes half a second, which `--help` should not.
+    from tensorboardX import SummaryWriter
 
-    first = 0 if resume_step is None else resume_step + 1
-    return SummaryWriter(str(workdir / "tb"), purge_step=first, flush_secs=10)
+    first_step = 0 if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder / "tb"), purge_step=first_step, flush_secs=10)
 
 
 def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any:
@@ -228,32 +223,31 @@ def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise ConfigError(
-            "config.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it unset"
+            "log.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it empty"
         ) from None
     # One workdir is one wandb run, however often it is resumed.
-    name = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()[:16]
-    return wandb.init(**{"dir": str(folder), "id": name, "resume": "allow", **options})
+    digest = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()
+    defaults = {"dir": str(folder), "id": digest[:16], "resume": "allow"}
+    return wandb.init(**{**defaults, **options})
 
 
 # ------------------------------------------------------------------ progress
 
 
 def duration(seconds: Real) -> str:
-    """A length of time for people: `9s`, `3m05s`, `2h07m`, `-` when unknown."""
+    """Returns a length of time for people: `9s`, `3m05s`, `2h07m`, or `-` if unknown."""
     if not math.isfinite(seconds):
         return "-"
     s = round(seconds)
-    return (
-        f"{s}s"
-        if s < 60
-        else f"{s // 60}m{s % 60:02d}s"
-        if s < 3600
-        else f"{s // 3600}h{s % 3600 // 60:02d}m"
-    )
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    return f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
 def headline(metrics: Mapping[str, Real]) -> str:
-    """The number to watch: the reward where there is one, else the loss; `name value`, or nothing."""
+    """Returns `reward VALUE` if there is a reward, else `loss VALUE`, else an empty text."""
     for wanted in ("reward", "loss"):
         for name, value in metrics.items():
             if name.rsplit("/", 1)[-1] == wanted:
@@ -261,18 +255,18 @@ def headline(metrics: Mapping[str, Real]) -> str:
     return ""
 
 
-class _Nowhere(io.TextIOBase):
-    """What hosts other than the first print into."""
+class _Discard(io.TextIOBase):
+    """The stream of hosts that print no progress."""
 
     def write(self, text: str) -> int:
         return len(text)
 
 
 class Progress:
-    """One line of progress: title, step/total, percent, loss or reward, units a second, ETA.
+    """Shows one line of progress: title, step/total, percent, reward or loss, rate, ETA.
 
-    On a terminal the line stays in place (rich); elsewhere, in a log file, a plain line is printed at most
-    every `interval` seconds, and always for the last step.
+    On a terminal the line is updated in place (rich). Elsewhere, as in a log file, a plain line is
+    printed at most every `interval` seconds, and always at the last step.
     """
 
     def __init__(
@@ -286,33 +280,33 @@ class Progress:
         interval: Real = 10,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Starts the clock.
+        """Starts to measure time.
 
         Args:
           total: the number of the last step.
-          unit: what `count` of `update` counts, for the rate.
-          title: the stage.
-          start: the step a resumed run begins at; rate and ETA count from there.
-          stream: where to print; None is stderr.
+          unit: the unit of `count` in `update`, shown as units per second.
+          title: the name of the stage.
+          start: the step that a resumed run starts at; rate and ETA count from there.
+          stream: where to print; None is stderr on the first host and nowhere on others.
           interval: seconds between plain lines.
-          clock: seconds, monotonic.
+          clock: returns monotonic seconds.
         """
-        self._total, self._unit, self._title, self._interval, self._clock = (
-            total,
-            unit,
-            title,
-            interval,
-            clock,
-        )
-        self._stream = (
-            (sys.stderr if hosts.first() else _Nowhere()) if stream is None else stream
-        )
-        self._began, self._printed = clock(), -math.inf
-        self._first: tuple[int, float] | None = (
-            None  # step and time of the first update, after compilation
-        )
-        self._count, self._text, self._bar = 0.0, "", None
-        console = rich.console.Console(file=self._stream)
+        output: Any = stream  # sys.stderr need not be a TextIOBase
+        if output is None:
+            output = sys.stderr if hosts.first() else _Discard()
+        self._total = total
+        self._unit = unit
+        self._title = title
+        self._stream = output
+        self._interval = interval
+        self._clock = clock
+        self._started = clock()
+        self._printed = -math.inf
+        # Step and time of the first update, which comes after compilation.
+        self._first: tuple[int, float] | None = None
+        self._count = 0.0  # units since the first update
+        self._bar: rich.progress.Progress | None = None
+        console = rich.console.Console(file=output)
         if console.is_terminal:
             columns = (
                 "{task.description}",
@@ -328,39 +322,35 @@ class Progress:
     def update(
         self, step: int, metrics: Mapping[str, Real] | None = None, count: Real = 0
     ) -> None:
-        """Says that `step` is done, `count` units after the last update; the first call ends compilation."""
+        """Shows that `step` is done; it consumed `count` units. The first call ends compilation."""
         now = self._clock()
         if self._first is None:
             self._first = (step, now)
         else:
             self._count += count
-        self._text = self._describe(step, now, metrics or {})
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=self._text)
-        elif now - self._printed >= self._interval or step >= self._total:
-            self._printed = now
-            print(f"{self._title} {self._text}".strip(), file=self._stream, flush=True)
-
-    def _describe(self, step: int, now: float, metrics: Mapping[str, Real]) -> str:
         first_step, first_time = self._first
         elapsed = now - first_time
-        eta = (
-            elapsed / (step - first_step) * (self._total - step)
-            if step > first_step
-            else math.inf
-        )
-        rate = f"{self._count / elapsed:,.0f} {self._unit}/s" if elapsed > 0 else ""
-        percent = f"{100 * step / max(self._total, 1):.0f}%"
-        end = (
-            f"ETA {duration(eta)}"
-            if step < self._total
-            else f"took {duration(now - self._began)}"
-        )
-        return "  ".join(
-            filter(
-                None, (f"{step}/{self._total}", percent, headline(metrics), rate, end)
-            )
-        )
+        parts = [
+            f"{step}/{self._total}",
+            f"{100 * step / max(self._total, 1):.0f}%",
+            headline(metrics or {}),
+        ]
+        if elapsed > 0:
+            parts.append(f"{self._count / elapsed:,.0f} {self._unit}/s")
+        if step >= self._total:
+            parts.append(f"took {duration(now - self._started)}")
+        elif step > first_step:
+            seconds_per_step = elapsed / (step - first_step)
+            remaining = seconds_per_step * (self._total - step)
+            parts.append(f"ETA {duration(remaining)}")
+        else:
+            parts.append("ETA -")
+        text = "  ".join(filter(None, parts))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self._interval or step >= self._total:
+            self._printed = now
+            print(f"{self._title} {text}".strip(), file=self._stream, flush=True)
 
     def print(self, text: str) -> None:
         """Prints a line without breaking the progress line."""
@@ -370,7 +360,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Takes the line down; what it said last stays."""
+        """Ends the progress line; its last text stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, from a config to an optax transformation."""
+"""Builds optimizers and learning-rate schedules (optax) from a config."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.ranges import Count, NonNegative, Positive, Share, ShareBelow1
+from rlhfjax.types import PyTree
 
-DECAYED = frozenset(
-    {"kernel", "tokens", "positions", "lora_a", "lora_b"}
-)  # names of parameters
+# Names of parameters that weight decay applies to, and of those it does not.
+DECAYED = frozenset({"kernel", "tokens", "positions", "lora_a", "lora_b"})
 NOT_DECAYED = frozenset({"scale", "bias"})
 
 
@@ -67,20 +67,23 @@ class OptimConfig:
             )
 
 
-def kept(config: OptimConfig) -> float:
-    """Float32 numbers that the optimizer keeps of a parameter; a moment in bfloat16 is half of one."""
-    first = config.name != "rmsprop" and not (config.name == "sgd" and config.b1 == 0)
-    second = config.name != "sgd"
-    return first * (0.5 if config.moments == "bfloat16" else 1.0) + second
+def moments_per_parameter(config: OptimConfig) -> float:
+    """Returns the float32 numbers that the optimizer keeps per parameter; bfloat16 counts half."""
+    has_first = config.name != "rmsprop" and not (
+        config.name == "sgd" and not config.b1
+    )
+    has_second = config.name != "sgd"
+    first_size = 0.5 if config.moments == "bfloat16" else 1.0
+    return has_first * first_size + has_second
 
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
-    """The learning rate of update n = 0, 1, ...: warm-up, then decay to a floor; never negative, however late.
+    """Returns the learning rate as a function of the update n = 0, 1, ...; it is never negative.
 
-    With w = warmup_steps, e = decay_steps (total_steps where that is 0), f = final_fraction and
+    With w = warmup_steps, e = decay_steps (total_steps if that is 0), f = final_fraction and
     u = clip((n - w) / (e - w), 0, 1):
       n < w:    peak (warmup_start + (1 - warmup_start) n / w)
       constant: peak
@@ -88,11 +91,11 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
       cosine:   peak (f + (1 - f) (1 + cos(pi u)) / 2)
 
     Args:
-      config: see `OptimConfig`.
+      config: the optimizer's config.
       total_steps: updates in the whole run: iterations * epochs * minibatches for PPO.
 
     Raises:
-      ConfigError: the warm-up is longer than the run (or than decay_steps).
+      ConfigError: the warm-up is longer than the run or than decay_steps.
 
     Source: Brown et al. 2020, appendix B; Ouyang et al. 2022, appendix C.
     """
@@ -102,13 +105,11 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
         raise ConfigError(
             f"optim.warmup_steps: {warmup} is more than the {end} steps until the end of the decay"
         )
-    peak, start, floor = (
-        config.learning_rate,
-        config.warmup_start,
-        config.final_fraction,
-    )
+    peak = config.learning_rate
+    start = config.warmup_start
+    floor = config.final_fraction
 
-    def schedule(step):
+    def schedule(step: Any) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
         u = jnp.clip((step - warmup) / max(end - warmup, 1), 0, 1)
         decay = {"constant": 1.0, "linear": floor + (1 - floor) * (1 - u)}
@@ -120,34 +121,35 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
 
 
 class AdamTFState(NamedTuple):
-    """State of `scale_by_adam_tf`: updates so far, first and second moments."""
+    """The state of `scale_by_adam_tf`."""
 
-    count: Int[Array, ""]
-    mu: optax.Updates
-    nu: optax.Updates
+    count: Int[Array, ""]  # updates so far
+    mu: optax.Updates  # first moments
+    nu: optax.Updates  # second moments
 
 
 def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 has it: epsilon is added to the *uncorrected* root of the second moment.
+    """Returns Adam as in TensorFlow 1: epsilon is added to the *uncorrected* second moment's root.
 
       m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
       update = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)
 
-    optax and PyTorch have m_hat / (sqrt(v_hat) + eps), which is this with eps sqrt(1 - b2^t) for eps: with a large
-    epsilon (1e-5) TensorFlow's early updates are the smaller ones.
+    optax and PyTorch compute m_hat / (sqrt(v_hat) + eps), which equals this with eps replaced by
+    eps sqrt(1 - b2^t). With a large epsilon (1e-5) TensorFlow's early updates are smaller.
 
     Source: Kingma & Ba 2015, end of section 2; "N implementation details", the Adam section.
     """
 
-    def init(params):
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        return AdamTFState(jnp.zeros([], jnp.int32), zeros(), zeros())
+    def init(params: optax.Params) -> AdamTFState:
+        mu = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map(jnp.zeros_like, params)
+        return AdamTFState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(grads, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
         scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
         updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
         return updates, AdamTFState(count, mu, nu)
@@ -156,19 +158,19 @@ def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """g <- g min(1, limit / ||g||), with the norm over the whole tree.
+    """Returns a transformation g <- g min(1, limit / ||g||), with the norm over the whole tree.
 
-    One multiplication that XLA fuses into the optimizer's own pass. A norm of 0 is safe; whether it is finite is
-    for the caller to check.
+    It is one multiplication, which XLA fuses into the optimizer's own pass. A norm of 0 is safe.
+    The caller has to check that the norm is finite.
 
     Source: Pascanu et al. 2013, algorithm 1.
     """
 
-    def update(grads, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        norm = optax.global_norm(grads)
+        norm = optax.global_norm(updates)
         scale = limit / jnp.maximum(norm, limit)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -176,38 +178,39 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 def first_moment_in(
     dtype: str, tx: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The same optimizer, its first moment (or momentum) rounded to `dtype` between updates; they are in float32."""
+    """Returns an optimizer that stores its first moment (or momentum) in `dtype`.
 
-    def kept(state: Any, dtype: Any) -> Any:
+    The moment is cast to float32 for each update and back after it.
+    """
+
+    def cast_moment(state: Any, dtype: Any) -> Any:
         names = {"mu", "trace"} & set(state._fields)
-        return state._replace(
-            **{name: optax.tree.cast(getattr(state, name), dtype) for name in names}
-        )
+        cast = {name: optax.tree.cast(getattr(state, name), dtype) for name in names}
+        return state._replace(**cast)
 
-    def update(grads, state, params=None):
-        updates, state = tx.update(grads, kept(state, jnp.float32), params)
-        return updates, kept(state, dtype)
+    def init(params: optax.Params) -> Any:
+        return cast_moment(tx.init(params), dtype)
 
-    return optax.GradientTransformation(
-        lambda params: kept(tx.init(params), dtype), update
-    )
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        state = cast_moment(state, jnp.float32)
+        updates, state = tx.update(updates, state, params)
+        return updates, cast_moment(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
-def decayed(params: Any) -> Any:
-    """Says of each parameter whether weight decay applies to it.
+def decayed(params: PyTree) -> PyTree:
+    """Returns the tree of parameters with True for each that weight decay applies to, else False.
 
-    It applies to kernels, adapters and embedding tables, not to norms, biases and the scalar head.
-    The name decides, never the rank: with `scan_layers` a norm's gain is a matrix, and a query's
-    bias [heads, head_dim] is one always.
+    Kernels, adapters and embedding tables decay; norms, biases and the scalar head do not. The name
+    decides, never the rank: with `scan_layers` a norm's gain is a matrix, and the bias of a query
+    is [heads, head_dim] anyway.
 
     Args:
-      params: a nested dict of arrays or shapes; a subtree of a model's (adapters, a head) will do.
-
-    Returns:
-      The same tree with a bool in place of each array.
+      params: a nested dict of arrays or shapes: a model's parameters, or a subtree of them.
 
     Raises:
-      ValueError: a parameter whose name is in neither DECAYED nor NOT_DECAYED.
+      ValueError: the name of a parameter is in neither DECAYED nor NOT_DECAYED.
     """
     paths = {_keys(path) for path, _ in jax.tree.leaves_with_path(params)}
 
@@ -216,7 +219,7 @@ def decayed(params: Any) -> Any:
         if name not in DECAYED | NOT_DECAYED:
             where = "/".join(_keys(path))
             raise ValueError(f"parameter {where}: optim.decayed does not know its name")
-        # A language model's head is a kernel alone; one with a bias is a scalar head.
+        # The head of a language model is a kernel without a bias; that of a scalar head has one.
         scalar_head = parents[-1:] == ["head"] and (*parents, "bias") in paths
         return name in DECAYED and not scalar_head
 
@@ -224,38 +227,41 @@ def decayed(params: Any) -> Any:
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of a path through nested dicts."""
+    """Returns the keys of a path through nested dicts."""
     return tuple(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def make_optimizer(
     config: OptimConfig, total_steps: int
 ) -> optax.GradientTransformation:
-    """clip -> moments -> decoupled decay -> -learning rate.
+    """Returns the chain: clip, moments, decoupled weight decay, times minus the learning rate.
 
-    Element-wise but for the norm, so that it runs under jit on parameters sharded in any way; its moments have the
-    parameters' tree and shapes, and are to be sharded like them.
+    All but the norm is element-wise, so that it runs under jit on parameters with any sharding. Its
+    moments have the tree and the shapes of the parameters, and should be sharded like them.
 
     Args:
-      config: see `OptimConfig`.
+      config: the optimizer's config.
       total_steps: updates in the whole run, see `make_schedule`.
 
     Raises:
       ConfigError: see `make_schedule`.
     """
-    moments = {
-        "adam": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
-        "adam_tf": lambda: scale_by_adam_tf(config.b1, config.b2, config.eps),
-        "rmsprop": lambda: optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False),
-        "sgd": lambda: optax.trace(config.b1) if config.b1 else optax.identity(),
-    }
-    chain = [moments[config.name.replace("adamw", "adam")]()]
+    b1, b2, eps = config.b1, config.b2, config.eps
+    name = config.name.replace("adamw", "adam")
+    if name == "adam":
+        moments = optax.scale_by_adam(b1, b2, eps)
+    elif name == "adam_tf":
+        moments = scale_by_adam_tf(b1, b2, eps)
+    elif name == "rmsprop":
+        moments = optax.scale_by_rms(b2, eps, eps_in_sqrt=False)
+    else:
+        moments = optax.trace(b1) if b1 else optax.identity()
     if config.moments != "float32":
-        chain = [first_moment_in(config.moments, chain[0])]
+        moments = first_moment_in(config.moments, moments)
+    chain = [moments]
     if config.clip_norm:
         chain.insert(0, clip_by_global_norm(config.clip_norm))
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
-    return optax.chain(
-        *chain, optax.scale_by_learning_rate(make_schedule(config, total_steps))
-    )
+    learning_rate: Any = make_schedule(config, total_steps)
+    return optax.chain(*chain, optax.scale_by_learning_rate(learning_rate))

@@ -1,8 +1,8 @@
-"""Files and folders of this machine's disks and of buckets (gs://): every difference between the two is in this file.
+"""Files and folders on local disks and in buckets (gs://). Only this file knows the difference.
 
-A local name is a `pathlib.Path` and a bucket's an `epath.Path`; the methods that both have do the same. A bucket cannot
-append to a file, rename a folder or lock one, and most libraries cannot open what lies in it: for these there is a
-function here, which does at once what it does for a local path.
+A local name is a `pathlib.Path`, a name in a bucket an `epath.Path`; methods that both have do the
+same. A bucket can neither append to a file nor rename or lock a folder, and most libraries cannot
+open files in a bucket. For each of these there is a function here that takes both kinds of paths.
 """
 
 import contextlib
@@ -21,26 +21,27 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
+import fsspec.config
 from etils import epath
 
 from rlhfjax.errors import ConfigError, first_line
 
-Path = pathlib.Path | epath.Path  # for annotations: `path` makes one
+Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
 
 
 def path(name: str | os.PathLike) -> Path:
-    """A path from its name.
+    """Returns the path of a name.
 
     Raises:
-      ConfigError: it is of a store that we do not know, or one in a bucket, and gcsfs is not installed.
+      ConfigError: the scheme is unknown, or the name is in a bucket and gcsfs is not installed.
     """
     name = os.fspath(name)
     if not remote(name):
         return pathlib.Path(name)
     if not name.startswith(SCHEME):
         raise ConfigError(
-            f"{name}: accepted are paths of this machine and {SCHEME} of Google Cloud Storage"
+            f"{name}: expected a local path or one of Google Cloud Storage ({SCHEME}…)"
         )
     try:
         import gcsfs  # noqa: F401
@@ -48,35 +49,35 @@ def path(name: str | os.PathLike) -> Path:
         raise ConfigError(
             f"{name}: gcsfs is not installed; pip install 'rlhfjax[gcs]'"
         ) from None
-    # Of the two that epath reads buckets with, the one that we use too, where TensorFlow is installed as well. It would
-    # remember listings; but TensorStore and other processes write there.
+    # epath reads buckets with TensorFlow if that is installed; we always use gcsfs. Listings are
+    # not cached, because TensorStore and other processes write to the same folders.
     os.environ.setdefault("EPATH_USE_TF", "false")
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return epath.Path(name)
 
 
 def remote(name: str | os.PathLike) -> bool:
-    """Whether a name is of a bucket."""
+    """Returns whether a name is in a bucket."""
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(name)) is not None
 
 
 def absolute(path: Path) -> Path:
-    """The path whatever the current folder is, without links."""
+    """Returns an absolute path without symbolic links."""
     return path if remote(path) else path.resolve()
 
 
 def _store() -> Any:
-    """What reads and writes buckets, many files at once; it keeps one of itself."""
+    """Returns the client for buckets, which fsspec caches. It handles many files at a time."""
     return fsspec.filesystem("gcs")
 
 
-# ------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------ listing
 
 
 def children(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; nothing where there is no folder.
+    """Returns the files and folders in a folder, sorted by name; [] if there is no folder.
 
-    (A path's `is_dir` will not do: where a bucket cannot be reached it says no.)
+    `is_dir` of a path cannot replace this: it returns False if a bucket cannot be reached.
     """
     try:
         return sorted(folder.iterdir())
@@ -85,43 +86,40 @@ def children(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files in a folder and in all folders in it, by name."""
+    """Returns the files in a folder and all its subfolders, sorted by name."""
     if remote(folder):
         return [epath.Path(SCHEME + name) for name in sorted(_listed(folder))]
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _listed(source: Path) -> dict[str, dict[str, Any]]:
-    """{bucket/name: what the bucket says of it} of a file, or of all files in a folder."""
-    found = _store().find(str(source), detail=True)
-    return {name: about for name, about in found.items() if about["type"] == "file"}
+    """Returns {bucket/name: metadata} for a file, or for all files in a folder."""
+    entries = _store().find(str(source), detail=True)
+    return {name: entry for name, entry in entries.items() if entry["type"] == "file"}
 
 
 def glob(pattern: str) -> list[Path]:
-    """The files whose names match, by name; `**` stands for any folders, also none."""
+    """Returns the files that match, sorted by name; `**` stands for any number of folders."""
     if remote(pattern):
-        path(pattern)
-        found = _store().glob(pattern, detail=True)
-        return [
-            epath.Path(SCHEME + name)
-            for name in sorted(found)
-            if found[name]["type"] == "file"
-        ]
+        path(pattern)  # raises if the scheme is unknown or gcsfs is not installed
+        entries = _store().glob(pattern, detail=True)
+        names = [name for name in sorted(entries) if entries[name]["type"] == "file"]
+        return [epath.Path(SCHEME + name) for name in names]
     names = globs.glob(os.path.expanduser(pattern), recursive=True)
     return [pathlib.Path(name) for name in sorted(names) if os.path.isfile(name)]
 
 
 def relative(name: str, folder: Path) -> str:
-    """A name as a file in `folder` keeps it, so that both can be moved together; `within` is the inverse.
+    """Returns a name relative to a folder, so that both can be moved; `within` is the inverse.
 
-    A name of nothing that is there, or of another kind of place than the folder, stays as it is.
+    A name that does not exist, or of which only one of the two is in a bucket, stays as it is.
     """
-    together = remote(name) == remote(folder) and path(name).exists()
-    return os.path.relpath(name, folder) if together else name
+    is_relative = remote(name) == remote(folder) and path(name).exists()
+    return os.path.relpath(name, folder) if is_relative else name
 
 
 def within(folder: Path, name: str) -> Path:
-    """folder / name, without any `..`: to a bucket that is a name like others."""
+    """Returns folder / name, in a bucket without `..`, which has no meaning in its names."""
     joined = name if remote(name) else os.path.join(folder, name)
     if not remote(joined):
         return pathlib.Path(joined)
@@ -132,16 +130,16 @@ def within(folder: Path, name: str) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it; in a bucket a folder is there once it holds something."""
+    """Creates a folder and its parents. In a bucket, a folder exists once it holds a file."""
     if not remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all, and returns its path.
+    """Writes a file, completely or not at all, and returns its path.
 
     Raises:
-      ConfigError: there is no such bucket.
+      ConfigError: the bucket does not exist.
     """
     content = content.encode() if isinstance(content, str) else content
     if remote(path):
@@ -164,25 +162,25 @@ def write(path: Path, content: str | bytes) -> Path:
 
 @contextlib.contextmanager
 def replacing(folder: Path, last: str) -> Iterator[pathlib.Path]:
-    """An empty folder of this machine, the content of which becomes `folder`, all of it or nothing.
+    """Yields an empty local folder whose content replaces `folder`, completely or not at all.
 
-    One process at a time; what one that was killed has left is removed.
+    Only one process may do so at a time. What a killed process left behind is removed.
 
     Args:
-      last: the file without which the folder does not count: in a bucket it is removed first and written last.
+      last: the file without which the folder counts as absent. In a bucket it is removed first and
+        written last.
     """
     if remote(folder):
         with tempfile.TemporaryDirectory(prefix="rlhfjax-") as temporary:
             yield pathlib.Path(temporary)
             _upload(pathlib.Path(temporary), folder, last)
         return
+    folder = pathlib.Path(folder)
     make_folder(folder.parent)
     for leftover in folder.parent.glob(f".{globs.escape(folder.name)}.tmp-*"):
         shutil.rmtree(leftover)
-    temporary, older = (
-        folder.with_name(f".{folder.name}.tmp-{os.getpid()}{end}")
-        for end in ("", "-older")
-    )
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    older = temporary.with_name(f"{temporary.name}-older")
     temporary.mkdir()
     try:
         yield temporary
@@ -197,15 +195,14 @@ def replacing(folder: Path, last: str) -> Iterator[pathlib.Path]:
 def _upload(source: pathlib.Path, folder: Path, last: str) -> None:
     (folder / last).unlink(missing_ok=True)
     remove(folder)
-    some = [file for file in files(source) if file != source / last]
-    _store().put(
-        list(map(str, some)), [str(folder / file.relative_to(source)) for file in some]
-    )
+    local_files = [file for file in files(source) if file != source / last]
+    targets = [folder / file.relative_to(source) for file in local_files]
+    _store().put([*map(str, local_files)], [*map(str, targets)])
     write(folder / last, (source / last).read_bytes())
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder and all that is in it; nothing where there is none."""
+    """Removes a folder and everything in it, if it exists."""
     if remote(folder):
         with contextlib.suppress(FileNotFoundError):
             _store().rm(str(folder), recursive=True)
@@ -214,64 +211,68 @@ def remove(folder: Path) -> None:
 
 
 def move(folder: Path, target: Path) -> None:
-    """Gives a folder another name; in a bucket it is under both for a while."""
+    """Renames a folder. In a bucket it has both names for a while."""
     make_folder(target.parent)
     if remote(folder):
-        names = files(folder)
-        _store().copy(
-            list(map(str, names)),
-            [str(target / name.relative_to(folder)) for name in names],
-        )
+        sources = files(folder)
+        targets = [target / source.relative_to(folder) for source in sources]
+        _store().copy([*map(str, sources)], [*map(str, targets)])
         remove(folder)
     else:
         os.replace(folder, target)
 
 
-# ------------------------------------------------------------------ a local stand-in
+# ------------------------------------------------------------------ local copies
 
 
 def local(source: Path) -> pathlib.Path:
-    """The same file or folder on this machine, for what can open no other: from a bucket it is downloaded, once.
+    """Returns a local path with the same content, for libraries that cannot open others.
+
+    From a bucket, a file or folder is downloaded once per version.
 
     Raises:
-      FileNotFoundError: it is in a bucket, and is not there.
+      FileNotFoundError: it is in a bucket and does not exist.
     """
     if not remote(source):
-        return source
-    if not (found := _listed(source)):
+        return pathlib.Path(source)
+    entries = _listed(source)
+    if not entries:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
-    version = repr(sorted((name, about["generation"]) for name, about in found.items()))
-    target = scratch() / hashlib.sha256(version.encode()).hexdigest()[:32] / source.name
+    version = sorted((name, entry["generation"]) for name, entry in entries.items())
+    digest = hashlib.sha256(repr(version).encode()).hexdigest()
+    target = scratch() / digest[:32] / source.name
     if not target.exists():
         root = str(source).removeprefix(SCHEME)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=scratch()), source.name)
-        _store().get(
-            list(found), [str(temporary) + name.removeprefix(root) for name in found]
-        )
+        copies = [str(temporary) + name.removeprefix(root) for name in entries]
+        _store().get(list(entries), copies)
         with contextlib.suppress(OSError):  # another thread was faster
             os.replace(temporary.parent, target.parent)
     return target
 
 
-@functools.cache
 def scratch() -> pathlib.Path:
-    """A folder of this process on this machine's disks, for what goes when it ends."""
-    scratch.kept = tempfile.TemporaryDirectory(prefix="rlhfjax-")
-    return pathlib.Path(scratch.kept.name)
+    """Returns a local folder of this process, which is removed when the process ends."""
+    return pathlib.Path(_scratch_folder().name)
+
+
+@functools.cache
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="rlhfjax-")
 
 
 class Mirror:
-    """A folder of this machine that stands for one in a bucket, for files that are appended to; else the folder itself.
+    """A local folder for files that are appended to, which `sync` copies to a bucket.
 
-    `folder` is where to write. A bucket has what `sync` has brought there.
+    Write to `folder`. If the target is local, `folder` is the target itself.
     """
 
     def __init__(self, target: Path, names: Iterable[str] = ()):
-        """Takes over from the bucket those of the named files that are there."""
-        self._target, self._temporary = target, None
-        self._sent: dict[
-            pathlib.Path, tuple[int, int]
-        ] = {}  # size and time of what the bucket has
+        """Copies the named files from the bucket, those that exist."""
+        self._target = target
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        # Size and modification time of each file as it was uploaded last.
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
         self._synced = time.monotonic()
         self.folder = target
         if remote(target):
@@ -283,41 +284,41 @@ class Mirror:
                     (self.folder / name).write_bytes((target / name).read_bytes())
 
     def sync(self, every: float = 0.0) -> None:
-        """Uploads the files that have changed, unless it has done so in the last `every` seconds."""
+        """Uploads files that have changed, unless it did so in the last `every` seconds."""
         if self._temporary is None or time.monotonic() - self._synced < every:
             return
-        for file in files(self.folder):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # who writes here may remove too
-                state = file.stat().st_size, file.stat().st_mtime_ns
-                if not file.is_symlink() and self._sent.get(file) != state:
-                    write(
-                        self._target / file.relative_to(self.folder), file.read_bytes()
-                    )
-                    self._sent[file] = state
+        for path in files(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # removed by its writer
+                self._upload(pathlib.Path(path))
         self._synced = time.monotonic()
 
+    def _upload(self, file: pathlib.Path) -> None:
+        stat = file.stat()
+        version = (stat.st_size, stat.st_mtime_ns)
+        if not file.is_symlink() and self._uploaded.get(file) != version:
+            write(self._target / file.relative_to(self.folder), file.read_bytes())
+            self._uploaded[file] = version
+
     def close(self) -> None:
-        """Uploads what is left to be."""
+        """Uploads what has changed, and removes the local folder."""
         self.sync()
         if self._temporary is not None:
             self._temporary.cleanup()
 
 
-# ------------------------------------------------------------------ locks and refusals
+# ------------------------------------------------------------------ locks and errors
 
 
 def lock_file(path: Path) -> pathlib.Path:
-    """Where a lock lies: at its path, or for one in a bucket, which has none, in this machine's temporary folder."""
+    """Returns the local path of a lock; for a bucket, which has no locks, a temporary file."""
     if not remote(path):
-        return path
+        return pathlib.Path(path)
     name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     return pathlib.Path(tempfile.gettempdir(), f"rlhfjax-{os.getuid()}-{name}.lock")
 
 
 def refusal(error: BaseException | None) -> str:
-    """Why a bucket cannot be used (rights, credentials, network), in one line; nothing for another kind of error."""
+    """Returns why a bucket cannot be used (rights, network, …), or "" for other errors."""
     while error is not None:
         if type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp"):
             return f"Google Cloud Storage: {first_line(error, kind=True)}"

@@ -1,4 +1,4 @@
-"""`log.profile`: a trace of a few steps, in which every program has its name."""
+"""Writes the profiler trace that `log.profile` asks for; each program is named in it."""
 
 import re
 from typing import Any
@@ -34,20 +34,20 @@ def _traced_steps(text: str) -> range:
 
 
 class Profile:
-    """Writes the trace of the steps of log.profile into the workdir, on the first host.
+    """Traces the steps of log.profile and writes the trace to the workdir, on the first host.
 
-    A run that ends earlier leaves the trace of the steps that it has done; one that resumes among
-    the steps traces the rest of them.
+    A run that ends before the last of these steps leaves the trace of those it did. A run that
+    resumes between them traces the remaining ones.
     """
 
     def __init__(self, config: TrainConfig, workdir: Path):
         self._steps = _traced_steps(config.log.profile) if hosts.first() else range(0)
         self._folder = workdir / FOLDER
-        self._output: Mirror | None = None  # while a trace is taken
+        self._output: Mirror | None = None  # set while a trace is taken
 
     def before_step(self, step: int, state: Any) -> None:
         if step in self._steps and self._output is None:
-            jax.block_until_ready(state)  # no step before this one is in the trace
+            jax.block_until_ready(state)  # keeps earlier steps out of the trace
             self._output = Mirror(self._folder)
             jax.profiler.start_trace(self._output.folder)
 
@@ -57,7 +57,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still being taken."""
+        """Ends and writes the trace if one is being taken."""
         if self._output is not None:
             jax.profiler.stop_trace()
             self._output.close()

@@ -1,17 +1,17 @@
-"""The loop: the only one. It knows no stage by name.
+"""The training loop, the only one. It works for every stage and knows none by name.
 
-Its order is deliberate. At step n, before the n-th update (counting from 0):
+Before the update of step n, counted from 0, the loop does the following in this order:
 
-  1. evaluate the state, when it is due;
-  2. save the state and the position of the data. Saving before `next` is what makes a resumed run
-     neither replay nor skip a batch;
-  3. take the next batch;
-  4. dispatch the step;
-  5. read the metrics of the step before, while the device works on this one.
+  1. evaluates the state if an evaluation is due;
+  2. saves the state and the data position if a save is due. Saving before `next(batches)` is what
+     keeps a resumed run from replaying or skipping a batch;
+  3. takes the next batch;
+  4. dispatches the step;
+  5. reads the metrics of the previous step while the device computes this one.
 
-Every line of metrics.jsonl up to step n is on the disk before the checkpoint of step n, and a
-resumed run drops the lines after its checkpoint, so that an interrupted run ends with the same
-bytes as one that was not.
+All lines of metrics.jsonl up to step n are on disk before the checkpoint of step n, and a resumed
+run drops the lines after its checkpoint. An interrupted run therefore ends with the same bytes as
+an uninterrupted one.
 """
 
 import logging
@@ -43,9 +43,10 @@ from rlhfjax.mesh import Layout
 from rlhfjax.paths import Path
 from rlhfjax.profile import Profile
 from rlhfjax.stage import Stage
+from rlhfjax.types import Metrics, PyTree
 
-# What a host wishes at a step; the largest wish of all hosts decides.
-_GO_ON, _SAVE, _STOP = 0, 1, 2
+# What a host asks for at a step. The largest number among the hosts is what all of them do.
+_CONTINUE, _SAVE, _STOP = 0, 1, 2
 
 
 def run(
@@ -60,115 +61,128 @@ def run(
     Returns:
       The last value of every metric.
     Raises:
-      NonFiniteError: a loss or gradient is NaN or infinite (unless on_nonfinite is "skip").
-      Preempted: SIGTERM came; the state is saved.
+      NonFiniteError: a loss or a gradient is NaN or infinite, and on_nonfinite is "error".
+      Preempted: SIGTERM was received and the state was saved.
     """
     key = jax.random.key(config.seed)
     clock = clock or Clock(workdir)
-    batches = (
-        stage.batches
-    )  # opened before anything is written: a wrong path is corrected in place
+    # The datasets are opened before anything is written, so that a wrong path leaves no files.
+    batches = stage.batches
     with (
         layout.use(),
-        _stop_on_sigterm() as stopping,
+        _stop_on_sigterm() as stop_requested,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         with clock.part("restore"):
-            state, resumed = _first_state(stage, key, layout, checkpoints)
-        start = 0 if resumed is None else resumed
+            state, resumed_step = _first_state(stage, key, layout, checkpoints)
+        start = 0 if resumed_step is None else resumed_step
         with (
-            metric.Writer(workdir, resumed, **_outputs(config)) as writer,
+            _open_writer(config, workdir, resumed_step) as writer,
             metric.Progress(
                 config.steps, stage.unit, title=config.stage, start=start
             ) as progress,
             closing(Profile(config, workdir)) as profile,
         ):
             guard = _FiniteGuard(config, checkpoints)
-            log = _MetricsLog(config, stage, writer, progress, guard, clock, start)
-            clock.go_on()
+            timings = _TimingsLog(config, stage, writer, clock, start)
+            log = _MetricsLog(config, stage, writer, progress, guard, timings)
+            clock.end_build()
             clock.save()
-            vote = (
-                hosts.Vote()
-            )  # of all hosts, so that they save and stop at the same step
-            timer = _SaveTimer(config.checkpoint.minutes)
+            vote = hosts.Vote()  # all hosts save and stop at the same step
+            save_timer = _SaveTimer(config.checkpoint.minutes)
             for step in range(start, config.steps + 1):
-                last = step == config.steps
-                decision = vote(_wish(stopping, timer))
-                evaluates = is_due(step, config.eval_every, last)
-                saves = decision != _GO_ON or is_due(
-                    step, config.checkpoint.every, last
-                )
-                if evaluates and step != resumed:
+                is_last = step == config.steps
+                is_resumed = step == resumed_step  # evaluated and saved already
+                action = vote(_requested_action(stop_requested, save_timer))
+
+                # 1. Evaluate.
+                if is_due(step, config.eval_every, is_last) and not is_resumed:
                     log.flush()
                     with clock.part("eval"):
-                        log.evaluate(step, stage.evals(state))
-                if saves and step != resumed:
+                        log.evaluation(step, stage.evals(state))
+
+                # 2. Save. The last save comes after the stage's models are written.
+                save_due = is_due(step, config.checkpoint.every, is_last)
+                if (save_due or action != _CONTINUE) and not is_resumed:
                     log.flush()
                     with clock.part("checkpoint"):
                         guard.check_state(step, state)
-                        if last:
-                            log.evaluate(step, _finish(stage, state, workdir, layout))
+                        if is_last:
+                            log.evaluation(step, _finish(stage, state, workdir, layout))
                         writer.flush()
                         checkpoints.save(step, state, batches.get_state())
-                    timer.restart()
-                    log.clock(step)
-                if decision == _STOP or (last and hosts.anywhere(stopping.is_set())):
+                    save_timer.restart()
+                    timings.write_clock(step)
+                if action == _STOP or (
+                    is_last and hosts.anywhere(stop_requested.is_set())
+                ):
                     checkpoints.wait()
-                    done = f"{config.stage} stopped at step {step}: saved"
-                    raise Preempted(f"{done}; the same command goes on from here")
-                if last:
+                    raise Preempted(
+                        f"{config.stage} stopped at step {step} and was saved; "
+                        "run the same command to resume"
+                    )
+                if is_last:
                     break
+
+                # 3. and 4. Take the next batch and dispatch the step.
                 profile.before_step(step + 1, state)
                 with clock.part("data"):
                     batch = layout.put(next(batches))
                 with clock.part("step"):
-                    state, metrics = stage.step(
-                        state, batch, jax.random.fold_in(key, step)
-                    )
+                    step_key = jax.random.fold_in(key, step)
+                    state, metrics = stage.step(state, batch, step_key)
                 profile.after_step(step + 1, state)
+
+                # 5. Read the metrics of the previous step.
                 log.later(step + 1, metrics)
     return hosts.share(lambda: metric.last_values(workdir))
 
 
-def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something happens at this step: at every `every`-th (0: none) and at the last one."""
-    return last or (every > 0 and step % every == 0 and step > 0)
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Returns whether a step is the last one or a positive multiple of `every` (0: never)."""
+    return is_last or (every > 0 and step % every == 0 and step > 0)
 
 
-def _wish(stopping: threading.Event, timer: "_SaveTimer") -> int:
-    if stopping.is_set():
+def _requested_action(stop_requested: threading.Event, save_timer: "_SaveTimer") -> int:
+    if stop_requested.is_set():
         return _STOP
-    return _SAVE if timer.is_due() else _GO_ON
+    return _SAVE if save_timer.is_due() else _CONTINUE
 
 
-def _outputs(config: TrainConfig) -> dict[str, Any]:
-    wandb = {"project": config.log.wandb} if config.log.wandb else None
-    return {"tensorboard": config.log.tensorboard, "wandb": wandb}
+def _open_writer(
+    config: TrainConfig, workdir: Path, resumed_step: int | None
+) -> metric.Writer:
+    return metric.Writer(
+        workdir,
+        resumed_step,
+        tensorboard=config.log.tensorboard,
+        wandb={"project": config.log.wandb} if config.log.wandb else None,
+    )
 
 
 def evaluate(
     stage: Stage, config: TrainConfig, workdir: Path, layout: Layout
 ) -> dict[str, float]:
-    """The stage's held-out metrics for its latest checkpoint.
+    """Returns the held-out metrics of the workdir's latest checkpoint.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no checkpoint.
     """
+    abstract_state = _abstract_state(stage, jax.random.key(0), layout)
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
-        restored = checkpoints.restore(
-            _abstract_state(stage, jax.random.key(0), layout)
-        )
+        restored = checkpoints.restore(abstract_state)
     if restored is None:
         raise CheckpointError(f"{workdir}: no checkpoint to evaluate")
-    return metric.finalize(hosts.whole(stage.evals(restored[0])), f"{config.stage}/")
+    state, _ = restored
+    return metric.finalize(hosts.whole(stage.evals(state)), f"{config.stage}/")
 
 
 def _finish(
     stage: Stage, state: states.TrainState, workdir: Path, layout: Layout
-) -> Any:
-    """Saves the stage's models and returns its last metrics.
+) -> Metrics:
+    """Writes the stage's models and files, and returns its last metrics.
 
-    It comes before the last save, so that a run killed in between does it again.
+    This precedes the last save, so that a run that is killed in between writes them again.
     """
     finished = stage.finish(state)
     for name, model in finished.models.items():
@@ -180,53 +194,55 @@ def _finish(
     return finished.metrics
 
 
-def _save_adapters(folder: Path, model: Any, adapters: Any, layout: Layout) -> None:
-    """Saves adapters as PEFT has them, on the first host; warns if PEFT lacks the model."""
-    whole = jax.device_get(
-        jax.jit(lambda x: x, out_shardings=layout.replicated)(adapters)
-    )
-    if hosts.first():
-        try:
-            peft.save_peft(folder, model, whole)
-        except ConfigError as e:
-            left_out = "%s is left out, the merged model is there: %s"
-            logging.getLogger("rlhfjax").warning(left_out, folder, e)
+def _save_adapters(folder: Path, model: Any, adapters: PyTree, layout: Layout) -> None:
+    """Writes LoRA adapters in PEFT's format, on the first host; warns if PEFT lacks the model."""
+    replicate = jax.jit(lambda x: x, out_shardings=layout.replicated)
+    on_host = jax.device_get(replicate(adapters))
+    if not hosts.first():
+        return
+    try:
+        peft.save_peft(folder, model, on_host)
+    except ConfigError as e:
+        logging.getLogger("rlhfjax").warning(
+            "%s is not written (the merged model is): %s", folder, e
+        )
 
 
 class _SaveTimer:
-    """Says when `minutes` have passed on the first host since the last save, or since it said so.
+    """Tells when a save is due by wall time, on the first host.
 
-    Hosts' clocks differ: the first host alone decides, and `hosts.Vote` tells the others.
+    The clocks of hosts differ: only the first host decides, and `hosts.Vote` tells the others.
     """
 
     def __init__(self, minutes: float):
-        self._seconds = 60 * minutes
+        self._seconds = 60 * minutes  # 0: never due
         self.restart()
 
     def restart(self) -> None:
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def is_due(self) -> bool:
-        if (
-            not self._seconds
-            or not hosts.first()
-            or time.monotonic() - self._began < self._seconds
-        ):
+        """Returns whether the time since the last restart has passed, and restarts if it has.
+
+        It restarts by itself because with several hosts the save comes one step after the request.
+        """
+        if not self._seconds or not hosts.first():
             return False
-        self.restart()  # with several hosts the save comes one step later: ask for it once
+        if time.monotonic() - self._started < self._seconds:
+            return False
+        self.restart()
         return True
 
 
 def _first_state(
     stage: Stage, key: jax.Array, layout: Layout, checkpoints: Checkpoints
 ) -> tuple[states.TrainState, int | None]:
-    """The state to go on from and the step it was saved at, None where the stage begins."""
-    saved = checkpoints.restore(_abstract_state(stage, key, layout))
-    if saved is None:
-        return stage.start(
-            states.create_sharded(stage.init, key, stage.axes, layout)
-        ), None
-    state, position = saved
+    """Returns the state to train from and the step it was saved at, None for a fresh state."""
+    restored = checkpoints.restore(_abstract_state(stage, key, layout))
+    if restored is None:
+        fresh = states.create_sharded(stage.init, key, stage.axes, layout)
+        return stage.start(fresh), None
+    state, position = restored
     try:
         stage.batches.set_state(position)
     except (ValueError, KeyError, TypeError) as e:
@@ -236,29 +252,29 @@ def _first_state(
     return state, int(state.step)
 
 
-def _abstract_state(stage: Stage, key: jax.Array, layout: Layout) -> states.TrainState:
+def _abstract_state(stage: Stage, key: jax.Array, layout: Layout) -> PyTree:
     return states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
 
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside of the main thread signals are somebody else's."""
+    """Yields an event that SIGTERM sets. Only the main thread may handle signals."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 class _MetricsLog:
-    """Writes metrics one step late, and how fast the steps were.
+    """Checks and writes metrics, those of training one step late.
 
-    `later` hands over a step's values, which the devices still compute, and reads those of the step
-    before.
+    `later` takes the metrics of a step, which the devices are still computing, and reads those of
+    the step before.
     """
 
     def __init__(
@@ -268,90 +284,117 @@ class _MetricsLog:
         writer: metric.Writer,
         progress: metric.Progress,
         guard: "_FiniteGuard",
-        clock: Clock,
-        start: int,
+        timings: "_TimingsLog",
     ):
-        self._config, self._stage = config, stage
-        self._writer, self._progress = writer, progress
-        self._guard, self._clock, self._start = guard, clock, start
-        self._pending: tuple[int, Any] | None = None
-        self._timed_at, self._timed_step = time.monotonic(), start
+        self._config = config
+        self._stage = stage
+        self._writer = writer
+        self._progress = progress
+        self._guard = guard
+        self._timings = timings
+        self._pending: tuple[int, Metrics] | None = None
 
-    def later(self, step: int, metrics: Any) -> None:
+    def later(self, step: int, metrics: Metrics) -> None:
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Reads the metrics that are still on the device, checks and writes them."""
+        """Reads the pending metrics from the devices, checks and writes them."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        with self._clock.part("step"):  # waiting for the devices
+        with self._timings.clock.part("step"):  # waits for the devices
             values = self._read(step, metrics)
-        if step == self._start + 1:
-            self._progress.print(f"{self._config.stage} {self._clock.started()}")
+        if step == self._timings.start + 1:
+            start = self._timings.clock.describe_start()
+            self._progress.print(f"{self._config.stage} {start}")
         self._progress.update(step, values, self._stage.units)
         if step % self._config.log.every == 0 or step == self._config.steps:
             self._writer.write(step, values)
-            self._write_speed(step)
+            self._timings.write_speed(step)
 
-    def evaluate(self, step: int, metrics: Any) -> None:
-        """Checks and writes metrics of an evaluation, whose time does not count as the steps'."""
+    def evaluation(self, step: int, metrics: Metrics) -> None:
+        """Checks and writes the metrics of an evaluation; its time does not count as training."""
         self._writer.write(step, self._read(step, metrics))
-        self._timed_at, self._timed_step = time.monotonic(), step
+        self._timings.restart(step)
 
-    def clock(self, step: int) -> None:
-        """What the clock says at a checkpoint, for the metrics and for the next start."""
-        self._write_timing(step, self._clock.summary())
-        self._clock.save()
-
-    def _read(self, step: int, metrics: Any) -> dict[str, float]:
+    def _read(self, step: int, metrics: Metrics) -> dict[str, float]:
         values = metric.finalize(hosts.whole(metrics), f"{self._config.stage}/")
         self._guard.check_metrics(step, values)
         return values
 
-    def _write_speed(self, step: int) -> None:
-        """Writes the mean speed of the steps since the timer was started."""
-        now = time.monotonic()
+
+class _TimingsLog:
+    """Writes the speed of the steps and where the wall time went."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        writer: metric.Writer,
+        clock: Clock,
+        start: int,
+    ):
+        self.clock = clock
+        self.start = start
+        self._prefix = f"{config.stage}/"
+        self._stage = stage
+        self._writer = writer
+        self.restart(start)
+
+    def restart(self, step: int) -> None:
+        """Starts to time the steps after `step`."""
+        self._timed_from = time.monotonic()
+        self._timed_step = step
+
+    def write_speed(self, step: int) -> None:
+        """Writes the mean speed of the steps since `restart`."""
         steps = step - self._timed_step
         if steps > 0:
-            seconds = (now - self._timed_at) / steps
+            seconds = (time.monotonic() - self._timed_from) / steps
             per_second = f"{self._stage.unit}_per_second"
             speed = {
                 per_second: self._stage.units / seconds,
                 "seconds_per_step": seconds,
             }
-            self._write_timing(step, speed)
-        self._timed_at, self._timed_step = now, step
+            self._write(step, speed)
+        self.restart(step)
 
-    def _write_timing(self, step: int, values: dict[str, float]) -> None:
-        named = {
-            f"{self._config.stage}/{name}": value for name, value in values.items()
-        }
+    def write_clock(self, step: int) -> None:
+        """Writes the goodput to timing.jsonl, and the clock's file for the next start."""
+        self._write(step, self.clock.summary())
+        self.clock.save()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        named = {self._prefix + name: value for name, value in values.items()}
         self._writer.timing(step, named)
 
 
 class _FiniteGuard:
-    """Stops a run whose numbers are no longer finite; the error names the last good checkpoint."""
+    """Stops a run whose numbers are not finite; the error names the last good checkpoint."""
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
-        self._config, self._checkpoints = config, checkpoints
+        self._config = config
+        self._checkpoints = checkpoints
 
     def check_metrics(self, step: int, values: dict[str, float]) -> None:
+        if self._config.on_nonfinite != "error":
+            return
         bad = sorted(name for name, value in values.items() if not math.isfinite(value))
-        if bad and self._config.on_nonfinite == "error":
+        if bad:
             self._stop(f"{bad[0]} is {values[bad[0]]}", step)
 
     def check_state(self, step: int, state: states.TrainState) -> None:
-        """Stops before a checkpoint that nobody should go on from, whatever `on_nonfinite` says."""
+        """Raises before a checkpoint that could not be resumed from, whatever `on_nonfinite` is."""
         if not states.all_finite(state):
             self._stop(f"the state of {self._config.stage} is no longer finite", step)
 
-    def _stop(self, what: str, step: int) -> NoReturn:
+    def _stop(self, problem: str, step: int) -> NoReturn:
         self._checkpoints.wait()
-        good = self._checkpoints.steps()
-        where = "no checkpoint"
-        if good:
-            where = f"the last good checkpoint is {self._checkpoints.directory / str(good[-1])}"
-        raise NonFiniteError(f"{what} at step {step}; {where}")
+        good_steps = self._checkpoints.steps()
+        advice = "no checkpoint"
+        if good_steps:
+            last_good = self._checkpoints.directory / str(good_steps[-1])
+            advice = f"the last good checkpoint is {last_good}"
+        raise NonFiniteError(f"{problem} at step {step}; {advice}")

@@ -1,6 +1,7 @@
 """The persistent compilation cache of the tests: what one run has compiled, the next one loads.
 
-`RLHFJAX_TEST_CACHE=off pytest` compiles everything anew; `RLHFJAX_TEST_CACHE=FOLDER` keeps the programs elsewhere.
+`RLHFJAX_TEST_CACHE=off pytest` compiles everything anew; `RLHFJAX_TEST_CACHE=FOLDER` keeps the
+programs elsewhere.
 """
 
 import hashlib
@@ -14,14 +15,20 @@ LIMIT = 4 * 2**30  # bytes; a fuller folder is emptied
 
 
 def use() -> None:
-    """Sets jax's environment variables, which processes that a test starts inherit. Call it before jax is imported."""
+    """Sets jax's environment variables, which processes that a test starts inherit.
+
+    Call it before jax is imported.
+    """
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     if os.environ.get(VARIABLE) != "off":
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder()))
 
 
 def folder() -> Path:
-    """The folder of this machine's programs; it exists, and is emptied when it has grown above LIMIT."""
+    """The folder of this machine's programs.
+
+    It exists, and is emptied when it has grown above LIMIT.
+    """
     root = Path(os.environ.get(VARIABLE) or user_cache() / "rlhfjax" / "tests")
     path = root / key()
     if path.exists() and size(path) > LIMIT:
@@ -35,7 +42,10 @@ def user_cache() -> Path:
 
 
 def key() -> str:
-    """jaxlib's version and a hash of the processor's instruction sets: machine code of another one may not run."""
+    """jaxlib's version and a hash of the processor's instruction sets.
+
+    Machine code of another one may not run.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

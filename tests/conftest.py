@@ -25,7 +25,8 @@ if version("jaxlib").startswith(
     ]  # halves the time of compiling, most of the tests' time
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Small programs are compiled by the hundred and run once or twice: optimizing them costs more than it gives.
+# Small programs are compiled by the hundred and run once or twice: optimizing them costs more than
+# it gives.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 compilation_cache.use()
 
@@ -41,7 +42,8 @@ from rlhfjax import paths, recipe
 from rlhfjax.config import to_dict
 from tests import gcs, tiny
 
-MANY_MAPS = 20_000  # a process may have 65,530 memory maps (vm.max_map_count); one module adds thousands
+# a process may have 65,530 memory maps (vm.max_map_count); one module adds thousands
+MANY_MAPS = 20_000
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -1,12 +1,14 @@
-"""Known defects put back, one at a time: the regression tests of `test_pitfall_NN_*` must notice each.
+"""Known defects put back, one at a time: the regression tests of `test_pitfall_NN_*` must notice
+each.
 
     python -m tests.defects                all of them
     python -m tests.defects 03 17          those of some lines of the list of pitfalls
     python -m tests.defects --control 03   their tests with nothing put back
 
-Every defect is one replacement of text in a copy of the package; nothing here touches the working tree. A line a defect
-says whether each test that should notice it has a case that fails; the exit code is 1 where one does not.
-`tests/test_defects.py` holds that every such test is in this table and that every text is still there to be replaced.
+Every defect is one replacement of text in a copy of the package; nothing here touches the working
+tree. A line a defect says whether each test that should notice it has a case that fails; the exit
+code is 1 where one does not. `tests/test_defects.py` holds that every such test is in this table
+and that every text is still there to be replaced.
 """
 
 import contextlib
@@ -27,8 +29,10 @@ ROOT = Path(__file__).parent.parent
 COPIED = ("rlhfjax", "tests", "benchmarks", "experiments", "pyproject.toml")
 CONTROL = "--control"
 JOBS = 2  # defects at a time
-LIMIT = 600.0  # seconds a defect; one that makes a test hang is not noticed in the way that was meant
-# What every test imports, imported once: each defect runs in a fork of a process that has them, and no line of ours.
+# seconds a defect; one that makes a test hang is not noticed in the way that was meant
+LIMIT = 600.0
+# What every test imports, imported once: each defect runs in a fork of a process that has them, and
+# no line of ours.
 PRELOADED = [
     "pytest",
     "jax.numpy",
@@ -58,8 +62,8 @@ def d(pitfall: int, file: str, old: str, new: str, *tests: str) -> Defect:
 
 
 DEFECTS = [
-    # ------------------------------------------------------------------ sampling and log-probabilities
-    # 1: positions count slots of padding
+    # ------------------------------------------------------------------ sampling and log-
+    # probabilities 1: positions count slots of padding
     d(
         1,
         "models/transformer.py",
@@ -93,7 +97,8 @@ DEFECTS = [
         "[:, -r:]",
         "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
     ),
-    # 2: a pad that is the eos is taken as the file has it; a tokenizer without a pad is taken, for pad = eos later
+    # 2: a pad that is the eos is taken as the file has it; a tokenizer without a pad is taken, for
+    # pad = eos later
     d(
         2,
         "data/hf_tokenizer.py",
@@ -179,7 +184,8 @@ DEFECTS = [
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
-    # 5: ... with continuous batching: a slot's position runs on from the row that it answered before
+    # 5: ... with continuous batching: a slot's position runs on from the row that it answered
+    # before
     d(
         5,
         "sampling/continuous.py",
@@ -242,7 +248,8 @@ DEFECTS = [
         "        temperature=0.0,\n",
         "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
     ),
-    # 8: an eos forced onto what was cut off; one token short of the limit; an eos in the padding taken for an end
+    # 8: an eos forced onto what was cut off; one token short of the limit; an eos in the padding
+    # taken for an end
     d(
         8,
         "sampling/generate.py",
@@ -339,8 +346,8 @@ DEFECTS = [
     d(
         11,
         "metrics.py",
-        "        if weight != 0\n",
-        "        if value and weight\n",
+        "        if weight_sum != 0:\n",
+        "        if weight_sum != 0 and value:\n",
         "test_metrics.py::test_pitfall_11_a_value_of_zero_is_written",
     ),
     d(
@@ -350,7 +357,8 @@ DEFECTS = [
         "        scores = [outcome.value or self._config.failed for outcome in outcomes]\n",
         "rewards/test_rules.py::test_pitfall_09_fractional_rewards_and_zero_are_kept",
     ),
-    # 12: the unbiased variance; the mean of rewards taken off; padding in the mean; a mean a row; no epsilon
+    # 12: the unbiased variance; the mean of rewards taken off; padding in the mean; a mean a row;
+    # no epsilon
     d(
         12,
         "algos/masked.py",
@@ -530,18 +538,19 @@ DEFECTS = [
     d(
         17,
         "state.py",
-        """t + pairs["loss"][1] * g, total, grads), pairs
+        """t + weight * g, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
-    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
-    return jax.tree.map(lambda t: t / jnp.maximum(pairs["loss"][1], 1e-9), total), pairs""",
-        """t + g, total, grads), pairs
+    total, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), split))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    weight = metrics["loss"][1]
+    grads = jax.tree.map(lambda t: t / jnp.maximum(weight, 1e-9), total)""",
+        """t + g, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, pairs = jax.lax.scan(add, zeros, (jnp.arange(microbatches), split))
-    pairs = jax.tree.map(lambda x: x.sum(0), pairs)
-    return jax.tree.map(lambda t: t / microbatches, total), pairs""",
+    total, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), split))
+    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+    grads = jax.tree.map(lambda t: t / microbatches, total)""",
         "test_state.py::test_pitfall_17_gradients_do_not_depend_on_the_microbatches",
         "test_stages.py::test_pitfall_17_accumulation_does_not_change_the_update",
         "test_stage_group.py::test_pitfall_17_accumulation_does_not_change_the_update",
@@ -574,7 +583,8 @@ DEFECTS = [
         "total, weight = token_mean(0.5 * jnp.maximum(error, clipped_error) / mask.shape[0], mask)",
         "algos/test_value.py::test_pitfall_18_value_and_policy_losses_are_normalized_alike",
     ),
-    # 19: the ratio is always 1; the clip does nothing; no new order; several updates on one minibatch; one epoch only
+    # 19: the ratio is always 1; the clip does nothing; no new order; several updates on one
+    # minibatch; one epoch only
     d(
         19,
         "stages/ppo.py",
@@ -651,8 +661,8 @@ DEFECTS = [
     d(
         22,
         "optim.py",
-        "optax.scale_by_learning_rate(make_schedule(config, total_steps))",
-        "optax.scale_by_learning_rate(lambda n: make_schedule(config, total_steps)(2 * n))",
+        "learning_rate: Any = make_schedule(config, total_steps)",
+        "learning_rate: Any = lambda n: make_schedule(config, total_steps)(2 * n)",
         "test_optim.py::test_pitfall_22_the_optimizer_counts_updates",
     ),
     d(
@@ -686,7 +696,8 @@ DEFECTS = [
         "algos/test_masked.py::test_pitfall_23_an_all_zero_mask_gives_zero_and_a_zero_gradient",
         "algos/test_every_loss.py::test_pitfall_23_garbage_behind_the_mask_reaches_neither_loss_nor_gradient",
     ),
-    # 24: the user's words learnt; the mask dropped; an eos at the end of what was cut off; the eos not learnt
+    # 24: the user's words learnt; the mask dropped; an eos at the end of what was cut off; the eos
+    # not learnt
     d(
         24,
         "data/template.py",
@@ -783,8 +794,8 @@ DEFECTS = [
     d(
         28,
         "metrics.py",
-        "            (out[name][0] + value, out[name][1] + weight)\n",
-        "            (out[name][0] / out[name][1] + value / weight, 2.0)\n",
+        "(total_value + value, total_weight + weight)",
+        "(total_value / total_weight + value / weight, 2.0)",
         "test_metrics.py::test_pitfall_28_hosts_with_unequal_weights_average_exactly",
     ),
     # 29: rows numbered on each of two hosts anew
@@ -796,7 +807,8 @@ DEFECTS = [
         "test_chat.py::test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key",
         "test_chat.py::test_pitfall_29_equal_prompts_get_different_answers_on_every_device",
     ),
-    # 30: the data from their beginning; the optimizer anew; the step of the RNG; the KL coefficient and the average
+    # 30: the data from their beginning; the optimizer anew; the step of the RNG; the KL coefficient
+    # and the average
     d(
         30,
         "train.py",
@@ -842,7 +854,8 @@ DEFECTS = [
         'state["rows"][0]',
         "data/test_shards.py::test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four",
     ),
-    # 31: the rows of Q and K as llama.cpp has them; those of K put back as if there were a key head a query head
+    # 31: the rows of Q and K as llama.cpp has them; those of K put back as if there were a key head
+    # a query head
     d(
         31,
         "interop/gguf.py",
@@ -858,19 +871,20 @@ DEFECTS = [
         '"attn_k.weight": "n_heads"',
         "interop/test_gguf.py::test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order",
     ),
-    # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that is simply killed
+    # 32: no end; no save; an exit code that nobody starts again on; a stage without the loop that
+    # is simply killed
     d(
         32,
         "train.py",
-        "if decision == _STOP or (last and hosts.anywhere(stopping.is_set())):",
-        "if last and hosts.anywhere(stopping.is_set()):",
+        "if action == _STOP or (\n                    is_last and hosts.anywhere(stop_requested.is_set())\n                ):",
+        "if is_last and hosts.anywhere(stop_requested.is_set()):",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
         32,
         "train.py",
-        "                saves = decision != _GO_ON or is_due(\n                    step, config.checkpoint.every, last\n                )\n",
-        "                saves = decision == _SAVE or is_due(step, config.checkpoint.every, last)\n",
+        "if (save_due or action != _CONTINUE) and not is_resumed:",
+        "if (save_due or action == _SAVE) and not is_resumed:",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
@@ -1143,7 +1157,8 @@ DEFECTS = [
         "        informative = jnp.repeat(with_kl, c.samples_per_prompt)",
         "test_stage_group.py::test_pitfall_38_a_group_of_equal_scores_has_the_kls_advantage_alone",
     ),
-    # 39: a response takes all of the row; the head goes first; a turn is cut in its middle; ids encoded anew
+    # 39: a response takes all of the row; the head goes first; a turn is cut in its middle; ids
+    # encoded anew
     d(
         39,
         "data/examples.py",
@@ -1399,7 +1414,9 @@ def replaced(defect: Defect, root: Path) -> str:
 
 
 def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
-    """In a process of its own: which of the tests fail in the copy, each until its first case that does."""
+    """In a process of its own: which of the tests fail in the copy, each until its first case that
+    does.
+    """
     os.chdir(copy)
     os.environ["PYTHONPATH"] = copy  # for the processes that tests start
     sys.path.insert(0, copy)
@@ -1442,7 +1459,9 @@ def _run_tests(copy: str, tests: list[str], out: Connection) -> None:
 
 
 def failures(tests: Sequence[str], root: Path = ROOT, **changed: str) -> set[str]:
-    """Those of the tests that fail in a copy of the tree where rlhfjax/<file> has the text of `changed`."""
+    """Those of the tests that fail in a copy of the tree where rlhfjax/<file> has the text of
+    `changed`.
+    """
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="rlhfjax-defect-") as folder:
         copy = Path(folder).resolve()

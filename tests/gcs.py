@@ -1,8 +1,11 @@
-"""A server that speaks Cloud Storage's protocol, for tests: gcsfs, TensorStore and google-cloud-storage talk to it.
+"""A server that speaks Cloud Storage's protocol, for tests: gcsfs, TensorStore and google-cloud-
+storage talk to it.
 
-`gcp-storage-emulator`, in memory, as a process of its own. It does not do all that the real one does: conditions on
-generations are ignored (Orbax sends them, and needs them only where two processes write the same object), and a listing
-takes `prefix` but neither `startOffset` nor `endOffset` (TensorStore's own listing, which nothing here asks for).
+`gcp-storage-emulator`, in memory, as a process of its own. It does not do all that the real one
+does: conditions on generations are ignored (Orbax sends them, and needs them only where two
+  processes write the same object), and a listing
+takes `prefix` but neither `startOffset` nor `endOffset` (TensorStore's own listing, which nothing
+here asks for).
 """
 
 import contextlib
@@ -15,7 +18,8 @@ import urllib.request
 from collections.abc import Iterator
 
 BUCKET = "bucket"
-# With every write it would write down all that it holds, for a next start that never comes: most of its time.
+# With every write it would write down all that it holds, for a next start that never comes: most of
+# its time.
 START = """
 from gcp_storage_emulator import __main__, storage
 storage.Storage._write_config_to_file = lambda self: None
@@ -40,7 +44,8 @@ def serve() -> Iterator[dict[str, str]]:
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",  # gcsfs, google-cloud-storage
             "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody",  # TensorStore looks for no other
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask another service what kind of bucket this is
+            # it would ask another service what kind of bucket this is
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
     finally:
         process.terminate()

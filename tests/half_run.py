@@ -222,7 +222,7 @@ def _run_half(config: ConfigDict, workdir: Path) -> None:
     stage = "pretrain" if "stages" in values else values["stage"]
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, stage, STOPPED - 1, "sigterm")
-        with pytest.raises(Preempted, match=f"stopped at step {STOPPED}: saved"):
+        with pytest.raises(Preempted, match=f"stopped at step {STOPPED} and was saved"):
             recipe.run(config, workdir)
 
 

@@ -1,4 +1,7 @@
-"""A module's functions, each compiled whole: one compilation a call signature instead of one an operation."""
+"""A module's functions, each compiled whole.
+
+One compilation a call signature instead of one an operation.
+"""
 
 import inspect
 import types
@@ -7,7 +10,10 @@ import jax
 
 
 def jitted(module: types.ModuleType) -> types.SimpleNamespace:
-    """The public functions of `module` under jit; keyword-only hyper-parameters stay Python values."""
+    """The public functions of `module` under jit.
+
+    Keyword-only hyper-parameters stay Python values.
+    """
     functions = {
         name: f
         for name, f in vars(module).items()

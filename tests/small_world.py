@@ -23,7 +23,9 @@ response_logprobs = jax.jit(
 def begin(
     config: Any, shape: TransformerConfig = optimum.SHAPE
 ) -> tuple[Any, Any, Any]:
-    """(algorithm, state, reference): the algorithm is one for all calls with a config, the state is a new copy."""
+    """(algorithm, state, reference): the algorithm is one for all calls with a config, the state is
+    a new copy.
+    """
     key = repr((config, shape))
     if key not in _STARTED:
         _STARTED[key] = optimum.start(config, shape)

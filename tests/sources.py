@@ -10,8 +10,8 @@ from pathlib import Path
 def tree(path: Path) -> ast.Module:
     """Returns the syntax tree of a file.
 
-    The garbage collector is off meanwhile. A finalizer that reports an exception makes a syntax tree
-    too, and CPython 3.11 then fails with "AST constructor recursion depth mismatch".
+    The garbage collector is off meanwhile. A finalizer that reports an exception makes a syntax
+    tree too, and CPython 3.11 then fails with "AST constructor recursion depth mismatch".
     """
     enabled = gc.isenabled()
     gc.disable()

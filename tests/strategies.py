@@ -4,9 +4,10 @@
 
 prints a JSON line for each pair:
 
-metrics    the largest |a - b| / max(1, |a|) of all metrics, losses among them, of two steps, and the `worst` of them
-params     the largest |a - b| of all parameters after them; `moved`, how far one of them went in these steps
-share      of the parameters and optimizer moments of two or more dimensions, the largest share that a device has
+metrics    the largest |a - b| / max(1, |a|) of all metrics, losses among them, of two steps, and
+the `worst` of them params     the largest |a - b| of all parameters after them; `moved`, how far
+one of them went in these steps share      of the parameters and optimizer moments of two or more
+dimensions, the largest share that a device has
 """
 
 import argparse
@@ -45,7 +46,8 @@ STEPS = 2
 def stage_values(name: str, data: Path, workdir: Path) -> dict:
     """A stage of the tiny recipe, on what its run in `workdir` left; batches that 8 devices share.
 
-    SGD: a step in proportion to the gradient. Adam's first steps are of one size whatever the gradient is, so that the
+    SGD: a step in proportion to the gradient. Adam's first steps are of one size whatever the
+      gradient is, so that the
     rounding of a gradient that is nearly 0 would decide about their sign.
     """
     config = to_dict(tiny.get_config(f"data={data}"))
@@ -90,7 +92,9 @@ def stage_values(name: str, data: Path, workdir: Path) -> dict:
 
 
 def run_steps(values: dict, mesh: dict, devices: list) -> tuple:
-    """Two steps: metrics, parameters before and after, and what share of each matrix of the state a device holds."""
+    """Two steps: metrics, parameters before and after, and what share of each matrix of the state a
+    device holds.
+    """
     config = recipe.check(values | {"mesh": mesh}, values["stage"])
     layout = make_layout(MeshConfig(**mesh), devices)
     with layout.use():

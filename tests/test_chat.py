@@ -20,7 +20,10 @@ from rlhfjax.sampling.generate import generate
 
 @pytest.fixture(scope="module")
 def saved(finished):
-    """The tokenizer of the tiny recipe and a model of its shape with an opinion: six steps of training give none."""
+    """The tokenizer of the tiny recipe and a model of its shape with an opinion.
+
+    Six steps of training give none.
+    """
     tiny = store.load(finished / "02_sft", make_layout(devices=jax.devices()[:1]))
     config = dataclasses.replace(tiny.model.config, init_std=0.5, tie_embeddings=False)
     model = dataclasses.replace(tiny.model, config=config)
@@ -202,7 +205,10 @@ def test_a_workdir_without_a_model(tmp_path):
 
 
 def test_pitfall_29_no_two_rows_steps_or_hosts_share_a_key(saved):
-    """One seed, rows numbered over the whole batch: two hosts that hold halves of it draw from different keys."""
+    """One seed, rows numbered over the whole batch.
+
+    Two hosts that hold halves of it draw from different keys.
+    """
     keys = [
         row_keys(jax.random.fold_in(jax.random.key(0), step), 64) for step in range(4)
     ]

@@ -1,4 +1,7 @@
-"""Checkpoints: whole, verified, kept as asked; a damaged one is named and the one before it used."""
+"""Checkpoints: whole, verified, kept as asked.
+
+A damaged one is named and the one before it used.
+"""
 
 import functools
 import json
@@ -83,7 +86,10 @@ def truncate(checkpoint: Path) -> None:
 
 
 def flip(checkpoint: Path) -> None:
-    """A bit here and there (the store keeps superseded bytes too): nothing but sums can notice all of them."""
+    """A bit here and there (the store keeps superseded bytes too).
+
+    Nothing but sums can notice all of them.
+    """
     for file in checkpoint.rglob("d/*"):
         content = bytearray(file.read_bytes())
         for i in range(len(content) // 8, len(content), 1000):
@@ -132,7 +138,9 @@ def test_what_was_saved_comes_back(tmp_path):
 
 
 def test_one_bit_that_the_store_does_not_notice_is_noticed(tmp_path, caplog):
-    """Noise is stored as it is: a bit flipped in it reads back as another number, without any error."""
+    """Noise is stored as it is: a bit flipped in it reads back as another number, without any
+    error.
+    """
     noise = {"w": jax.random.bits(jax.random.key(0), (64, 128), jnp.uint32)}
     with Checkpoints(tmp_path, EVERYTHING) as checkpoints:
         for step in (1, 2):

@@ -1,4 +1,6 @@
-"""Every second of a stage is in one part, whatever happened to it, and goodput is what is left for training."""
+"""Every second of a stage is in one part, whatever happened to it, and goodput is what is left for
+training.
+"""
 
 import json
 
@@ -15,7 +17,7 @@ def at(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(clocks.time, "time", lambda: now[0])
     monkeypatch.setattr(clocks.rlhfjax, "BEGAN", 100.0)
-    monkeypatch.setattr(Clock, "_counted", False)
+    monkeypatch.setattr(Clock, "_process_start_counted", False)
     monkeypatch.setattr(
         clocks.jax.monitoring,
         "register_event_duration_secs_listener",
@@ -25,18 +27,20 @@ def at(monkeypatch):
 
 
 def first_start(folder, at) -> Clock:
-    """3 s of imports, 2 s of building, 1 s restoring, 1 s of data, a step of 10 s with 6 s of compiling, 3 s saved."""
+    """3 s of imports, 2 s of building, 1 s restoring, 1 s of data, a step of 10 s with 6 s of
+    compiling, 3 s saved.
+    """
     at(103)
     clock = Clock(folder)
     at(105)
     with clock.part("restore"):
         at(106)
-    clock.go_on()
+    clock.end_build()
     with clock.part("data"):
         at(107)
     with clock.part("step"):
-        clocks._compiled("/jax/core/compile/backend_compile_duration", 6.0)
-        clocks._compiled(
+        clocks._on_duration("/jax/core/compile/backend_compile_duration", 6.0)
+        clocks._on_duration(
             "/jax/core/compile/jaxpr_trace_duration", 50.0
         )  # may hold others of its kind: not counted
         at(117)
@@ -59,19 +63,24 @@ def test_every_second_is_in_one_part(tmp_path, at):
     }
     assert {name: value for name, value in clock.seconds.items() if value} == wanted
     assert clock.goodput() == 4 / 20
-    assert clock.started().startswith("started in 20.0 s: compile 6.0 s, step 4.0 s, ")
+    assert clock.describe_start().startswith(
+        "started in 20.0 s: compile 6.0 s, step 4.0 s, "
+    )
 
 
 def test_what_comes_after_the_last_checkpoint_of_a_start_that_was_cut_off_is_lost(
     tmp_path, at
 ):
-    """The first start trains 30 s more and is killed; the second comes at 200 and trains for 20 s."""
+    """The first start trains 30 s more and is killed.
+
+    The second comes at 200 and trains for 20 s.
+    """
     clock = first_start(tmp_path, at)
     with clock.part("step"):
         at(150)
     at(200)
     again = Clock(tmp_path)  # of a process that has had a clock: nothing is imported
-    again.go_on()
+    again.end_build()
     with again.part("step"):
         at(220)
     assert (

@@ -1,4 +1,7 @@
-"""The table of known defects: complete, and up to date with the code. To put them back: python -m tests.defects."""
+"""The table of known defects: complete, and up to date with the code. To put them back.
+
+Python -m tests.defects.
+"""
 
 import ast
 import re

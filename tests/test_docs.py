@@ -1,4 +1,7 @@
-"""docs/algorithms.md against the code: what it names exists, its defaults are in force, and no loss is missing."""
+"""docs/algorithms.md against the code.
+
+What it names exists, its defaults are in force, and no loss is missing.
+"""
 
 import ast
 import dataclasses
@@ -86,7 +89,9 @@ def functions_in(file: str) -> set[str]:
 
 
 def test_every_config_is_of_what_it_is_named_for(finished):
-    """Stages, estimator, loss and overrides of the command are in force in what the stages are given."""
+    """Stages, estimator, loss and overrides of the command are in force in what the stages are
+    given.
+    """
     for command in {command for row in ROWS for command in named(row["config"])}:
         file, *overrides = command.split()
         path, _, arg = file.partition(":")
@@ -202,7 +207,10 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 def test_no_loss_is_missing():
-    """Every function of algos/ that returns a loss stands in some row; `add_losses` only adds them."""
+    """Every function of algos/ that returns a loss stands in some row.
+
+    `add_losses` only adds them.
+    """
     losses = set()
     for module in pkgutil.iter_modules(algos.__path__):
         loaded = importlib.import_module(f"rlhfjax.algos.{module.name}")

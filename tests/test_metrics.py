@@ -39,7 +39,8 @@ def test_add_works_under_jit():
 
 
 def test_pitfall_28_hosts_with_unequal_weights_average_exactly():
-    # Host 0 saw 9 tokens of nll 1, host 1 one token of nll 11: the mean is 20/10 = 2; the mean of means is 6.
+    # Host 0 saw 9 tokens of nll 1, host 1 one token of nll 11: the mean is 20/10 = 2; the mean of
+    # means is 6.
     hosts = [{"loss": (9.0, 9.0)}, {"loss": (11.0, 1.0)}]
     assert metrics.finalize(metrics.merge(*hosts)) == {"loss": 2.0}
 

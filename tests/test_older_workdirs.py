@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def part_of(values: dict, place: str) -> tuple[dict, str]:
-    """Returns the part of a config that has an option, `sources.1.limit` say, and its name there."""
+    """Returns the part of a config that has an option (`sources.1.limit`), and its name there."""
     *path, last = place.split(".")
     part = values
     for name in path:
@@ -189,7 +189,8 @@ def test_every_option_with_a_default_is_filled(stage):
     assert dict(expansion.flatten(recipe.with_defaults(given))) == there
 
 
-# ------------------------------------------------------------------ a run, and what reads its config
+# ------------------------------------------------------------------ a run, and what reads its
+# config
 
 
 def test_a_half_run_recipe_that_lacks_options_goes_on(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""Learning from the responses of the iteration before: which responses these are, and what their ratios are to."""
+"""Learning from the responses of the iteration before.
+
+Which responses these are, and what their ratios are to.
+"""
 
 import jax
 import numpy as np
@@ -20,7 +23,10 @@ def ppo(conversations, finished, **changes):
 
 @pytest.mark.slow
 def test_it_learns_from_the_rollout_before(conversations, finished):
-    """With learning rate 0 the policies are all the same: iteration i has the scores that i - 1 would have."""
+    """With learning rate 0 the policies are all the same.
+
+    Iteration i has the scores that i - 1 would have.
+    """
     still = {"optim": {"learning_rate": 0.0}, "value_optim": {"learning_rate": 0.0}}
     now, _ = run_steps("ppo", ppo(conversations, finished, **still), ONE, steps=3)
     off, _ = run_steps(
@@ -37,7 +43,10 @@ def test_it_learns_from_the_rollout_before(conversations, finished):
 
 @pytest.mark.slow
 def test_the_ratio_is_to_the_policy_that_sampled(conversations, finished):
-    """On its own rollout a policy's first ratios are 1; on one of the iteration before they are not."""
+    """On its own rollout a policy's first ratios are 1.
+
+    On one of the iteration before they are not.
+    """
     fast = {"optim": {"learning_rate": 1e-2, "schedule": "constant"}}
     now, _ = run_steps("ppo", ppo(conversations, finished, **fast), ONE, steps=3)
     off, _ = run_steps(

@@ -17,9 +17,9 @@ from rlhfjax.optim import (
     OptimConfig,
     clip_by_global_norm,
     decayed,
-    kept,
     make_optimizer,
     make_schedule,
+    moments_per_parameter,
     scale_by_adam_tf,
 )
 from tests.models.families import FAMILIES
@@ -167,7 +167,7 @@ def test_adam_equals_the_algorithm(name, tf, decay, moments):
 def test_what_is_kept_is_what_the_state_has(name, b1, moments, numbers):
     config = OptimConfig(name=name, b1=b1, moments=moments)
     state = make_optimizer(config, 2).init(jnp.ones((8, 8)))
-    assert kept(config) == numbers
+    assert moments_per_parameter(config) == numbers
     assert (
         sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim == 2) == 4 * 64 * numbers
     )
@@ -185,7 +185,8 @@ def test_momentum_in_bfloat16():
 def test_pitfall_21_tf_epsilon_is_outside_of_the_bias_correction():
     # First update, gradient g = 1e-5 = eps, b2 = 0.999: sqrt(v) = 1e-5 sqrt(0.001) = 3.162e-7.
     #   inside:  g / (|g| + eps)                                   = 1/2
-    #   outside: sqrt(0.001) / 0.1 * 0.1 g / (3.162e-7 + 1e-5)     = 3.162e-7 / 1.03162e-5 = 0.030653
+    # outside: sqrt(0.001) / 0.1 * 0.1 g / (3.162e-7 + 1e-5)     = 3.162e-7 / 1.03162e-5 = 0.030653
+    #
     g = jnp.full((1,), 1e-5)
     tf, standard = (
         scale_by_adam_tf(0.9, 0.999, 1e-5),
@@ -223,7 +224,8 @@ def test_clip_by_global_norm_by_hand():
 
 
 def test_clipping_is_of_the_gradient_and_not_of_the_update():
-    # Momentum-free sgd with limit 1 and rate 0.1: a gradient of norm 5 moves 0.1; with clip_norm = 0 it moves 0.5.
+    # Momentum-free sgd with limit 1 and rate 0.1: a gradient of norm 5 moves 0.1; with clip_norm =
+    # 0 it moves 0.5.
     for clip_norm, moved in ((1.0, 0.1), (0.0, 0.5)):
         config = OptimConfig(
             name="sgd",
@@ -328,7 +330,8 @@ def test_a_parameter_of_unknown_name_is_an_error_where_something_decays():
 
 
 def test_rmsprop_and_sgd_by_hand():
-    # rmsprop, b2 = 0.75, g = 2: v = 0.25 * 4 = 1, update 2 / (1 + eps). sgd with momentum 1/2: g, then g + g/2.
+    # rmsprop, b2 = 0.75, g = 2: v = 0.25 * 4 = 1, update 2 / (1 + eps). sgd with momentum 1/2: g,
+    # then g + g/2.
     rms = make_optimizer(
         OptimConfig(
             name="rmsprop",

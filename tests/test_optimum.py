@@ -1,4 +1,7 @@
-"""Every policy algorithm climbs to the optimum that is known: pi* = rho exp(r / beta) / Z, over all responses."""
+"""Every policy algorithm climbs to the optimum that is known.
+
+Pi* = rho exp(r / beta) / Z, over all responses.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +10,10 @@ from benchmarks import optimum
 
 
 def test_the_analytic_optimum_is_one():
-    """E[r] - beta KL of pi* is beta log Z, more than that of any tilt with another beta; J = beta log Z - beta KL."""
+    """E[r] - beta KL of pi* is beta log Z, more than that of any tilt with another beta.
+
+    J = beta log Z - beta KL.
+    """
     rng = np.random.default_rng(1)
     reference = np.log(rng.dirichlet(np.ones(31), size=2))
     rewards = rng.normal(size=(2, 31))
@@ -114,7 +120,10 @@ def test_a_standardized_score_and_a_kl_that_is_not_reach_their_own_optimum(name)
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_goes_elsewhere(name):
-    """k3's expectation is the KL, the gradient of a reward of it is not; as GRPO prints it, it is of another KL."""
+    """k3's expectation is the KL, the gradient of a reward of it is not.
+
+    As GRPO prints it, it is of another KL.
+    """
     reached, best = reach(name)
     assert reached.divergence > 0.3
     assert reached.objective < best.objective - 0.1

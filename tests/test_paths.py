@@ -55,7 +55,7 @@ def test_a_local_name_is_a_plain_path_and_a_buckets_is_not(cloud):
 def test_a_store_that_we_do_not_know_is_one_line():
     with pytest.raises(
         ConfigError,
-        match=r"^s3://bucket/x: accepted are paths of this machine and gs://",
+        match=r"^s3://bucket/x: expected a local path or one of Google Cloud Storage \(gs://",
     ):
         paths.path("s3://bucket/x")
 
@@ -227,7 +227,10 @@ def test_replacing_leaves_the_older_folder_where_the_newer_fails(root):
 def test_replacing_in_a_bucket_removes_the_marker_first_and_writes_it_last(
     bucket, monkeypatch
 ):
-    """So that a folder that has it is whole, whenever the process is killed: looked at after every request."""
+    """So that a folder that has it is whole, whenever the process is killed.
+
+    Looked at after every request.
+    """
     fill(bucket / "f", "marker", "a", "b")
     kind = type(paths._store())
     request, seen = kind._call, []

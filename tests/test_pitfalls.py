@@ -1,4 +1,6 @@
-"""Known ways that RLHF code goes wrong, where several modules have a part in it and no other test holds the whole."""
+"""Known ways that RLHF code goes wrong, where several modules have a part in it and no other test
+holds the whole.
+"""
 
 import dataclasses
 import os
@@ -41,7 +43,10 @@ TARGET = 2.6  # near the KL of a policy that is `away_from` its reference
 
 
 def begin(name, *, steps=4, **changes):
-    """A policy stage's programs, state and reference in the world of `benchmarks.optimum`; 64 episodes."""
+    """A policy stage's programs, state and reference in the world of `benchmarks.optimum`.
+
+    64 episodes.
+    """
     if name == "group":
         own = {"estimator": "dapo", "batch_size": 8, "minibatches": 1, "optim": SGD}
         return small_world.begin(optimum.group_config(steps, **(own | changes)))
@@ -62,12 +67,16 @@ def away_from(reference, state):
     )
 
 
-# ------------------------------------------------------------------ 4: one distribution, sampled from and scored
+# ------------------------------------------------------------------ 4: one distribution, sampled
+# from and scored
 
 
 @pytest.mark.parametrize("name", POLICY_STAGES)
 def test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax(name):
-    """Each of the 31 responses is as frequent as log pi says, the unlikely ones too; log pi is what is reported."""
+    """Each of the 31 responses is as frequent as log pi says, the unlikely ones too.
+
+    Log pi is what is reported.
+    """
     algorithm, state, reference = begin(name)
     state = away_from(reference, state)
     prompts = jnp.repeat(jnp.asarray(optimum.PROMPTS), 2048, axis=0)
@@ -139,8 +148,8 @@ def test_pitfall_06_collected_answers_keep_their_ids(finished):
 
 @pytest.mark.parametrize("name", POLICY_STAGES)
 def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name):
-    """KL in the loss and an entropy bonus: both are sums over what was sampled, and other ids in the padding change
-    neither a metric nor the gradient.
+    """KL in the loss and an entropy bonus: both are sums over what was sampled, and other ids in
+    the padding change neither a metric nor the gradient.
     """
     options = {
         "kl": KLConfig(0.4, place="loss", estimator="k3"),
@@ -187,7 +196,8 @@ def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name):
     } == {mask.sum()}
 
 
-# ------------------------------------------------------------------ 15: what the KL controller is fed
+# ------------------------------------------------------------------ 15: what the KL controller is
+# fed
 
 
 @pytest.mark.parametrize("name", POLICY_STAGES)
@@ -221,7 +231,10 @@ def test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_ref
 
 
 def test_pitfall_22_a_policys_schedule_ends_with_its_last_update():
-    """2 epochs of 4 minibatches, 3 iterations: 24 updates. Microbatches are not updates; iterations are 8 each."""
+    """2 epochs of 4 minibatches, 3 iterations: 24 updates. Microbatches are not updates.
+
+    Iterations are 8 each.
+    """
     slow = dataclasses.replace(SGD, learning_rate=0.01)
     loop = {"steps": 3, "epochs": 2, "minibatches": 4, "microbatches": 2}
     linear = dataclasses.replace(slow, schedule="linear")
@@ -265,7 +278,10 @@ class Count:
 def small_stage(
     taken: list, *, sigterm_at: int | None = None, head: list | None = None
 ) -> Stage:
-    """w, born as noise, follows what it sees; `taken` is what steps saw; SIGTERM comes during one of the steps."""
+    """w, born as noise, follows what it sees; `taken` is what steps saw.
+
+    SIGTERM comes during one of the steps.
+    """
     tx = optax.sgd(0.5, momentum=0.9)
 
     def init(key):
@@ -328,7 +344,8 @@ def test_pitfall_25_fresh_parameters_are_drawn_from_the_seed(tmp_path):
 def test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on(
     tmp_path, during
 ):
-    """In one process. SIGTERM in a step: that step is finished and saved, no other begun; then the same bytes.
+    """In one process. SIGTERM in a step: that step is finished and saved, no other begun; then the
+    same bytes.
 
     Also where a checkpoint is due anyway (step 4) and where the step was the last one.
     """
@@ -336,7 +353,7 @@ def test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_comma
     go(small_stage(whole), tmp_path / "whole")
     with pytest.raises(
         Preempted,
-        match=rf"stopped at step {during + 1}: saved; the same command goes on",
+        match=rf"stopped at step {during + 1} and was saved; run the same command",
     ):
         go(small_stage(before, sigterm_at=during), tmp_path / "run")
     assert before == whole[: during + 1]
@@ -361,12 +378,14 @@ def some_config(folder: Path) -> Path:
 def test_pitfall_32_a_preempted_run_tells_its_launcher_to_start_it_again(
     monkeypatch, capsys, tmp_path
 ):
-    """Exit code 75 and one line; a launcher that sees 1 would give up, one that sees 0 would go on to the next job."""
+    """Exit code 75 and one line; a launcher that sees 1 would give up, one that sees 0 would go on
+    to the next job.
+    """
     config = some_config(tmp_path)
 
     def run(*_):
         raise Preempted(
-            "small stopped at step 3: saved; the same command goes on from here"
+            "small stopped at step 3 and was saved; run the same command to resume"
         )
 
     monkeypatch.setattr(recipe, "run", run)
@@ -385,7 +404,7 @@ def test_pitfall_32_a_preempted_run_tells_its_launcher_to_start_it_again(
         signal.signal(signal.SIGTERM, before)
     assert left.value.code == 75
     assert capsys.readouterr().err.splitlines() == [
-        "rlhfjax: small stopped at step 3: saved; the same command goes on from here"
+        "rlhfjax: small stopped at step 3 and was saved; run the same command to resume"
     ]
 
 
@@ -403,7 +422,10 @@ main.main(["rlhfjax", "train", "--config=" + sys.argv[1], "--workdir=" + sys.arg
 
 
 def test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once(tmp_path):
-    """While data are read or answers collected: what is on the disk is whole at any moment, so there is no waiting."""
+    """While data are read or answers collected.
+
+    What is on the disk is whole at any moment, so there is no waiting.
+    """
     config = some_config(tmp_path)
     command = [sys.executable, "-c", ELSEWHERE, str(config), str(tmp_path / "run")]
     done = subprocess.run(

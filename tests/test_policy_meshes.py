@@ -1,4 +1,7 @@
-"""Policy stages that lie on more than one mesh: the same numbers, and the weights are really where the config says."""
+"""Policy stages that lie on more than one mesh.
+
+The same numbers, and the weights are really where the config says.
+"""
 
 import jax
 import numpy as np
@@ -43,7 +46,10 @@ def alone(conversations, finished):
 def test_ppo_with_rollouts_on_another_mesh_is_ppo(
     alone, conversations, finished, monkeypatch
 ):
-    """Trained by FSDP over four devices, sampled with heads over two and rows over two: as on one device."""
+    """Trained by FSDP over four devices, sampled with heads over two and rows over two.
+
+    As on one device.
+    """
     laid = []
     sampled = rollout.sampled
 
@@ -71,7 +77,10 @@ def devices_of(tree):
 def test_ppo_with_a_reward_and_a_reference_on_devices_of_their_own_is_ppo(
     alone, conversations, finished, monkeypatch
 ):
-    """Policy and value function on devices 0 and 1, reward and reference on 2 and 3; the held-out numbers, too."""
+    """Policy and value function on devices 0 and 1, reward and reference on 2 and 3.
+
+    The held-out numbers, too.
+    """
     seen = []
     loaded = ppo.open_task
     monkeypatch.setattr(

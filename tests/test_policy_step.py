@@ -30,7 +30,7 @@ SEEN = ROLLOUT._replace(tokens=IDS + 6, segments=IDS + 7, mask=ROLLOUT.mask + 8)
 
 @pytest.fixture(scope="module", params=["ppo", "group"])
 def configured(request, conversations, finished):
-    """(module, config, task) of a stage with a reference of its own and a human reward that fades."""
+    """(module, config, task) of a stage with its own reference and a human reward that fades."""
     name = request.param
     human = {"reward": "gold:sentiment", "weight": 0.5, "factor": 0.25}
     options = {"reference": str(finished / "01_pretrain"), "human": human}

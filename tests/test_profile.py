@@ -49,7 +49,7 @@ def test_a_run_that_ends_among_its_steps_leaves_their_trace(
     values = profiled("3:100", conversations, finished)
     with monkeypatch.context() as patch:
         interrupt(patch, "pretrain", 3, "sigterm")
-        with pytest.raises(Preempted, match="stopped at step 4: saved"):
+        with pytest.raises(Preempted, match="stopped at step 4 and was saved"):
             recipe.run_stage(values, tmp_path)
     assert traced_steps(tmp_path) == 2
     (tmp_path / "profile").rename(tmp_path / "first")

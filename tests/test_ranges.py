@@ -1,4 +1,4 @@
-"""Ranges: every number of every config has one, and what cannot be meant is refused with its place."""
+"""Every number of every config has a range, and an invalid one is an error with its place."""
 
 import dataclasses
 import math
@@ -116,7 +116,7 @@ def test_defaults_are_in_their_ranges(cls):
 
 
 def refused(stage: str, **values: Any) -> str:
-    """Returns what `build` says of a stage's config with these values, all else being as it must."""
+    """Returns the error of `build` for a stage's config with these values, the rest being valid."""
     cls = stages.config_class(stage)
     hints = typing.get_type_hints(cls)
     required = [
@@ -158,28 +158,39 @@ HUGE = 10**400  # an int, which is infinite as a float
     ("stage", "values", "said"),
     [
         ("ppo", {"temperature": math.inf}, "ppo.temperature=inf: expected a finite number"),
-        ("ppo", {"temperature": 1e39}, "ppo.temperature=1e+39: expected float >= 0.0001 and <= 10000.0"),
+        ("ppo", {"temperature": 1e39},
+         "ppo.temperature=1e+39: expected float >= 0.0001 and <= 10000.0"),
         ("ppo", {"optim": {"clip_norm": 1e-45}}, "clip_norm=1e-45: expected float >= 0"),
         ("ppo", {"optim": {"clip_norm": 1e-45}}, "and <= 3.4e+38 and not subnormal"),
         ("ppo", {"optim": {"eps": 0}}, "ppo.optim.eps=0: expected float >= 1.2e-38 and <= 3.4e+38"),
         ("ppo", {"optim": {"b2": 1.0}}, "ppo.optim.b2=1.0: expected float >= 0 and < 1"),
         ("ppo", {"optim": {"b2": 1.5}}, "ppo.optim.b2=1.5: expected float >= 0 and < 1"),
-        ("ppo", {"kl": {"horizon": 2**70}}, f"ppo.kl.horizon={2**70}: expected int >= 0 and <= 2147483647"),
-        ("ppo", {"decode_batch": 10**9}, "ppo.decode_batch=1000000000: expected int >= 0 and <= 1048576"),
+        ("ppo", {"kl": {"horizon": 2**70}},
+         f"ppo.kl.horizon={2**70}: expected int >= 0 and <= 2147483647"),
+        ("ppo", {"decode_batch": 10**9},
+         "ppo.decode_batch=1000000000: expected int >= 0 and <= 1048576"),
         ("ppo", {"entropy_coefficient": -0.1}, "ppo.entropy_coefficient=-0.1: expected float >= 0"),
         ("ppo", {"value_coefficient": -0.1}, "ppo.value_coefficient=-0.1: expected float >= 0"),
-        ("ppo", {"prompts": {"per_conversation": -1}}, "ppo.prompts.per_conversation=-1: expected int >= 0"),
+        ("ppo", {"prompts": {"per_conversation": -1}},
+         "ppo.prompts.per_conversation=-1: expected int >= 0"),
         ("ppo", {"seed": -1}, "ppo.seed=-1: expected int >= 0 and <= 4294967294"),
         ("ppo", {"steps": True}, "ppo.steps=True: expected int >= 1 and <= 2147483647"),
         ("ppo", {"score_clip": "3"}, "ppo.score_clip='3': expected float >= 0"),
-        ("ppo", {"mesh": {"fsdp": 0}}, "ppo.mesh.fsdp=0: expected int >= -1 and <= 1048576 and not 0"),
+        ("ppo", {"mesh": {"fsdp": 0}},
+         "ppo.mesh.fsdp=0: expected int >= -1 and <= 1048576 and not 0"),
         ("ppo", {"frozen_mesh": {"data": -2}}, "ppo.frozen_mesh.data=-2: expected int >= -1"),
-        ("pretrain", {"model": MODEL | {"rope_theta": HUGE}}, "expected float >= 1 and <= 1000000000000.0"),
-        ("pretrain", {"model": MODEL | {"rope_theta": 1e30}}, "pretrain.model.rope_theta=1e+30: expected float >= 1"),
-        ("pretrain", {"model": MODEL | {"norm_eps": math.inf}}, "model.norm_eps=inf: expected a finite number"),
-        ("pretrain", {"model": MODEL | {"norm_eps": 0.0}}, "pretrain.model.norm_eps=0.0: expected float >= 1.2e-38"),
-        ("pretrain", {"model": MODEL | {"n_layers": 10**6}}, "n_layers=1000000: expected int >= 1 and <= 1024"),
-        ("pretrain", {"sources": [{"spec": "x"}, {"spec": "y", "limit": -1}]}, "[1].limit=-1: expected int >= 0"),
+        ("pretrain", {"model": MODEL | {"rope_theta": HUGE}},
+         "expected float >= 1 and <= 1000000000000.0"),
+        ("pretrain", {"model": MODEL | {"rope_theta": 1e30}},
+         "pretrain.model.rope_theta=1e+30: expected float >= 1"),
+        ("pretrain", {"model": MODEL | {"norm_eps": math.inf}},
+         "model.norm_eps=inf: expected a finite number"),
+        ("pretrain", {"model": MODEL | {"norm_eps": 0.0}},
+         "pretrain.model.norm_eps=0.0: expected float >= 1.2e-38"),
+        ("pretrain", {"model": MODEL | {"n_layers": 10**6}},
+         "n_layers=1000000: expected int >= 1 and <= 1024"),
+        ("pretrain", {"sources": [{"spec": "x"}, {"spec": "y", "limit": -1}]},
+         "[1].limit=-1: expected int >= 0"),
         ("tamer", {"batch_size": 0}, "tamer.batch_size=0: expected int >= 1"),
         ("tamer", {"batch_size": -8}, "tamer.batch_size=-8: expected int >= 1"),
         ("tamer", {"delay": [-0.1, 0.8]}, "tamer.delay[0]=-0.1: expected float >= 0"),
@@ -191,11 +202,15 @@ HUGE = 10**400  # an int, which is infinite as a float
         ("collect", {"batch_size": 0}, "collect.batch_size=0: expected int >= 1"),
         ("collect", {"samples_per_prompt": 1}, "collect.samples_per_prompt=1: expected int >= 2"),
         ("select", {"keep": 0}, "select.keep=0: expected int >= 1"),
-        ("direct", {"loss": {"beta": 0}}, "direct.loss.beta=0: expected float >= 1.2e-38 and <= 3.4e+38 | None"),
-        ("feedback", {"clamp": [-0.5, 1.5]}, "feedback.clamp[0]=-0.5: expected float >= 0 and <= 1"),
-        ("feedback", {"judge": {"model": "x", "length": 0}}, "feedback.judge.length=0: expected int >= 1"),
+        ("direct", {"loss": {"beta": 0}},
+         "direct.loss.beta=0: expected float >= 1.2e-38 and <= 3.4e+38 | None"),
+        ("feedback", {"clamp": [-0.5, 1.5]},
+         "feedback.clamp[0]=-0.5: expected float >= 0 and <= 1"),
+        ("feedback", {"judge": {"model": "x", "length": 0}},
+         "feedback.judge.length=0: expected int >= 1"),
         ("tasks", {"held_out": 0.5}, "tasks.held_out=0.5: expected float >= 0 and < 0.5"),
-        ("import_rankings", {"validation": 1.0}, "import_rankings.validation=1.0: expected float > 0 and < 1"),
+        ("import_rankings", {"validation": 1.0},
+         "import_rankings.validation=1.0: expected float > 0 and < 1"),
     ],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_refused_with_its_place(stage, values, said):

@@ -13,7 +13,7 @@ from tests.test_json_text import strict
 
 
 def test_a_finished_recipe_only_answers(conversations, finished):
-    """The same command again: no stage runs, nothing of a stage is written, the answer is the same."""
+    """The same command again: no stage runs or writes anything, and the result is the same."""
     before = {p: p.stat().st_mtime_ns for p in finished.glob("*/**/*") if p.is_file()}
     config = to_dict(tiny.get_config(f"data={conversations}"))
     final = recipe.run(config, finished)

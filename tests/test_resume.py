@@ -30,7 +30,9 @@ TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
 def checkpoint_note(folder: Path) -> dict:
-    """A checkpoint's sums over every array of the state (optimizer, KL coefficient, EMA...) and the data's position."""
+    """A checkpoint's sums over every array of the state (optimizer, KL coefficient, EMA...) and the
+    data's position.
+    """
     last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return json.loads((last / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
@@ -109,7 +111,10 @@ def interrupt(monkeypatch, name: str, at: int, how: str) -> None:
 def test_pitfall_30_a_stage_that_crashed_goes_on_to_the_same_bits(
     name, conversations, finished, tmp_path, monkeypatch
 ):
-    """The fourth step (after the checkpoint of step 2) fails: step 3 is done again, from the same state and data."""
+    """The fourth step (after the checkpoint of step 2) fails.
+
+    Step 3 is done again, from the same state and data.
+    """
     values, reference = (
         stage_values(name, conversations, finished),
         recipe_folder(finished, name),
@@ -140,7 +145,7 @@ def test_sigterm_saves_at_that_step_and_the_run_goes_on_to_the_same_bits(
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt(patch, name, 2, "sigterm")
-        with pytest.raises(Preempted, match="stopped at step 3: saved"):
+        with pytest.raises(Preempted, match="stopped at step 3 and was saved"):
             recipe.run_stage(values, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     assert (
@@ -229,7 +234,9 @@ FIVE = ("pretrain", "collect", "reward", "ppo", "evaluate")
 def test_kills_in_many_stages_change_no_bit(
     killed, twice, conversations, finished, tmp_path
 ):
-    """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun; or at any time."""
+    """SIGKILL at a random line of a stage's metrics where it has several, else once it has begun;
+    or at any time.
+    """
     rng = random.Random(20)
     run = Run(conversations, tmp_path / "run")
     struck = []
@@ -274,7 +281,9 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(
         assert code == 75, errors
         said = [line for line in errors.splitlines() if line.startswith("rlhfjax:")]
         assert len(said) == 1 and "Traceback" not in errors
-        step = re.search(rf"{stage} stopped at step (\d+): saved", said[0]).group(1)
+        step = re.search(
+            rf"{stage} stopped at step (\d+) and was saved", said[0]
+        ).group(1)
         assert (run.folder(stage) / "checkpoints" / step).is_dir()
     run.start().finish()
     assert_same_run(finished, run.workdir)

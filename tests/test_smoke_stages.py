@@ -1,4 +1,5 @@
-"""Every stage has a config for a few steps on a finished quickstart: experiments/quickstart/stages.py.
+"""Every stage has a config for a few steps on a finished quickstart:
+experiments/quickstart/stages.py.
 
 That all of them run is seen by .ci/run, on what the quickstart's smoke has left.
 """

@@ -1,4 +1,4 @@
-"""Labelers: one protocol, agreement in `collect`, and people's rankings into and out of datasets."""
+"""Labelers: one protocol, agreement in `collect`, and people's rankings to and from datasets."""
 
 import json
 import re
@@ -152,8 +152,10 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
     for row in back:
         before = by_ids[str(ids(row))]
         assert list(row["ranks"]) == list(before["ranks"])
-        np.testing.assert_array_equal(np.sign(np.subtract.outer(row["scores"], row["scores"])),
-                                      np.sign(np.subtract.outer(before["scores"], before["scores"])))  # fmt: skip
+        np.testing.assert_array_equal(
+            np.sign(np.subtract.outer(row["scores"], row["scores"])),
+            np.sign(np.subtract.outer(before["scores"], before["scores"])),
+        )
         assert row["labeler"] == "gold:sentiment"
     assert metrics["import_rankings/rankings"] == 32
 
@@ -161,7 +163,10 @@ def test_export_then_import_keeps_native_ids_order_and_ties(finished, folder, tm
 def test_people_are_labelers_of_the_answers_they_ranked(
     conversations, finished, folder, tmp_path
 ):
-    """`collect` with the same seed samples the same answers; the file's labels then are the gold ones."""
+    """`collect` with the same seed samples the same answers.
+
+    The file's labels then are the gold ones.
+    """
     path = exported(folder, tmp_path / "out")
     metrics, rows = collected(
         conversations,
@@ -294,14 +299,22 @@ def test_pitfall_41_rankings_of_one_prompt_are_in_one_split(tmp_path):
         "validation": 0.3,
     }
     recipe.run(stage_config("import_rankings", **options), tmp_path / "in")
-    found = [[re.search(r"hi \d+", row["prompt"])[0] for row in read(tmp_path / "in" / "preferences", split)]
-             for split in ("train", "validation")]  # fmt: skip
+    found = [
+        [
+            re.search(r"hi \d+", row["prompt"])[0]
+            for row in read(tmp_path / "in" / "preferences", split)
+        ]
+        for split in ("train", "validation")
+    ]
     assert sum(map(len, found)) == 120 and not set(found[0]) & set(found[1])
     assert all(found[1].count(prompt) == 3 for prompt in found[1]) and len(found[1]) > 9
 
 
 def test_opinions_are_of_pairs_within_one_ranking():
-    """a > b in one ranking and b > c in another say nothing of a and c; a pair has one direction, whoever is first."""
+    """a > b in one ranking and b > c in another say nothing of a and c.
+
+    A pair has one direction, whoever is first.
+    """
     some = [
         Ranking("hi", ("b", "a"), (2, 1)),
         Ranking("hi", ("b", "c"), (1, 2)),
@@ -348,8 +361,19 @@ def test_malformed_rankings_are_named_by_line(change, why, tmp_path):
 
 
 def test_rankings_survive_the_round_trip(tmp_path):
-    some = [Ranking([{"role": "user", "content": "é\u2028"}], ("x", ""), (2, 1), "ann", "2025-03-01"), from_row(
-        {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 2.0, 0.5]}, "gold")]  # fmt: skip
+    some = [
+        Ranking(
+            [{"role": "user", "content": "é\u2028"}],
+            ("x", ""),
+            (2, 1),
+            "ann",
+            "2025-03-01",
+        ),
+        from_row(
+            {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 2.0, 0.5]},
+            "gold",
+        ),
+    ]
     assert some[1].ranks == (2, 1, 2)
     write_rankings(tmp_path / "r.jsonl", some)
     assert read_rankings(str(tmp_path / "r.jsonl")) == some

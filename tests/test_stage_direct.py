@@ -1,4 +1,6 @@
-"""The direct stage: every loss learns, and does not depend on how a batch is cut, placed or interrupted."""
+"""The direct stage: every loss learns, and does not depend on how a batch is cut, placed or
+interrupted.
+"""
 
 import functools
 import json
@@ -89,7 +91,10 @@ def separable(finished, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lopsided(separable, tmp_path_factory):
-    """The same, but every fourth prompt's answers are tied, so that it has no pair: microbatches weigh differently."""
+    """The same, but every fourth prompt's answers are tied, so that it has no pair.
+
+    Microbatches weigh differently.
+    """
     splits = {}
     for split in ("train", "validation"):
         rows = [
@@ -154,8 +159,16 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_
         ["the cat sat on the mat"] * 9, tmp_path, vocab_size=275
     )
     start = list(range(20, 30))
-    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
-             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    rows = [
+        {
+            "prompt": "p",
+            "completions": ["a", "b"],
+            "scores": [1, 0],
+            "prompt_tokens": [1, 7],
+            "completion_tokens": ids,
+        }
+        for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])
+    ]
     model = Model(
         TransformerConfig(
             vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8
@@ -194,7 +207,8 @@ def some(*names):
 def test_every_loss_learns_what_is_preferred(name, finished, separable):
     _, _, before, after = run_steps(values(finished, separable, name), steps=20)
     assert after["val_loss"] < before["val_loss"]
-    # KTO sees labels and no pairs: an answer in the middle is half desirable, and where it ends up is open
+    # KTO sees labels and no pairs: an answer in the middle is half desirable, and where it ends up
+    # is open
     assert after["val_accuracy"] > (0.8 if name == "kto" else 0.95)
     assert after["val_margin"] > max(before["val_margin"], 0)
     if name in (
@@ -266,7 +280,7 @@ def test_four_devices_give_a_direct_stage_what_one_gives(
     ],
 )
 def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separable):
-    """Over more than an epoch (40 prompts, 7 batches of 8), with a reference that is not the start."""
+    """Over more than an epoch (40 prompts, 7 batches of 8), with another reference than the start."""
     other = {"reference": str(finished / "01_pretrain"), "optim": SGD}
     live = run_steps(
         values(finished, separable, name, **other), steps=7, held_out=False
@@ -315,7 +329,10 @@ def test_a_direct_stage_that_crashed_goes_on_to_the_same_bits(
 
 
 def plain_logprob(logits, tokens, first):
-    """sum_{t >= first} log p(x_t | x_<t) of one sequence; what stands after it cannot matter. float64 softmax."""
+    """sum_{t >= first} log p(x_t | x_<t) of one sequence.
+
+    What stands after it cannot matter. float64 softmax.
+    """
     rows = np.asarray(
         logits(jnp.array([tokens + [0] * (32 - len(tokens))])), np.float64
     )[0]
@@ -329,7 +346,10 @@ def plain_logprob(logits, tokens, first):
 def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(
     finished, separable
 ):
-    """Three prompts p in turn over the rows 3 n + p: row i has the answers of row 3 n + (p + 1) % 3, one by one."""
+    """Three prompts p in turn over the rows 3 n + p.
+
+    Row i has the answers of row 3 n + (p + 1) % 3, one by one.
+    """
     source = open_preferences((str(separable),), "train")
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     logits = {}
@@ -366,8 +386,16 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(
 
 
 def test_mismatched_rows_keep_their_prompt_and_take_other_answers(finished):
-    rows = [{"prompt": f"p{i}", "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, 10 + i],
-             "completion_tokens": [[20 + i, 2], [30 + i, 2]]} for i in range(5)]  # fmt: skip
+    rows = [
+        {
+            "prompt": f"p{i}",
+            "completions": ["a", "b"],
+            "scores": [0, 1],
+            "prompt_tokens": [1, 10 + i],
+            "completion_tokens": [[20 + i, 2], [30 + i, 2]],
+        }
+        for i in range(5)
+    ]
     mixed = Mismatched(
         Rows(rows, "preferences"), load_tokenizer(finished / "00_tokenizer")
     )
@@ -386,8 +414,16 @@ class NoTokenizer(Tokenizer):
 def with_prompts(*prompts):
     """Rows with these prompts, whose completions tell the row: ids 50 + row."""
     ids = {prompt: 10 + i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1], "prompt_tokens": [1, ids[prompt]],
-             "completion_tokens": [[50 + i], [2]]} for i, prompt in enumerate(prompts)]  # fmt: skip
+    rows = [
+        {
+            "prompt": prompt,
+            "completions": ["a", "b"],
+            "scores": [0, 1],
+            "prompt_tokens": [1, ids[prompt]],
+            "completion_tokens": [[50 + i], [2]],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
     return Rows(rows, "preferences")
 
 
@@ -418,8 +454,10 @@ def test_pitfall_40_one_prompt_alone_is_an_error(prompts):
 
 
 def test_pitfall_40_a_text_and_one_user_turn_are_the_same_prompt():
-    rows = [{"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]} for prompt in
-            ("hi", [{"role": "user", "content": "hi"}])]  # fmt: skip
+    rows = [
+        {"prompt": prompt, "completions": ["a", "b"], "scores": [0, 1]}
+        for prompt in ("hi", [{"role": "user", "content": "hi"}])
+    ]
     with pytest.raises(DataError, match="all 2 rows have one prompt"):
         Mismatched(Rows(rows, "preferences"), NoTokenizer())
 
@@ -546,7 +584,10 @@ def test_kto_by_a_threshold_takes_every_answer_once():
 
 
 def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
-    """log pi(y | x) is minus the summed loss of sft on the same exchange: the answer and its eos, nothing else."""
+    """log pi(y | x) is minus the summed loss of sft on the same exchange.
+
+    The answer and its eos, nothing else.
+    """
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     saved = store.load(finished / "02_sft", ONE)
     rows = [("you see", "love tea"), ("what", "hate")]
@@ -597,7 +638,10 @@ def test_padding_of_answers_changes_nothing(finished, separable):
 
 
 def test_dropout_is_of_the_trained_policy_alone(finished, separable):
-    """With dropout the first loss is not log 2; evaluated without it, policy and reference agree."""
+    """With dropout the first loss is not log 2.
+
+    Evaluated without it, policy and reference agree.
+    """
     metrics, _, before, _ = run_steps(
         values(finished, separable, overrides={"dropout": 0.5}), steps=1
     )
@@ -608,15 +652,34 @@ def test_dropout_is_of_the_trained_policy_alone(finished, separable):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"init_from": None, "tokenizer": "x", "model": {"vocab_size": 320, "d_model": 16, "n_layers": 1, "n_heads": 2,
-          "d_ff": 32, "max_length": 32}}, "needs one"),
+        (
+            {
+                "init_from": None,
+                "tokenizer": "x",
+                "model": {
+                    "vocab_size": 320,
+                    "d_model": 16,
+                    "n_layers": 1,
+                    "n_heads": 2,
+                    "d_ff": 32,
+                    "max_length": 32,
+                },
+            },
+            "needs one",
+        ),
         ({"loss": {"name": "orpo"}, "reference": "somewhere"}, "has no reference"),
-        ({"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"}, "has no reference"),
+        (
+            {"loss": {"name": "simpo"}, "reference_logprobs": "precomputed"},
+            "has no reference",
+        ),
         ({"loss": {"beta": 0.0}}, "loss.beta=0.0: expected float >= 1.2e-38"),
-        ({"loss": {"name": "cdpo", "smoothing": 0.5}}, "loss.smoothing=0.5: expected float >= 0 and < 0.5"),
+        (
+            {"loss": {"name": "cdpo", "smoothing": 0.5}},
+            "loss.smoothing=0.5: expected float >= 0 and < 0.5",
+        ),
         ({"preferences": ()}, "at least one folder"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(changes, message, finished, separable):
     with pytest.raises(ConfigError, match=message):
         run_steps(values(finished, separable, **changes))

@@ -81,7 +81,9 @@ def scores_and_penalties(algorithm, reference, rollout, beta):
 
 
 def test_advantages_are_made_within_groups_of_consecutive_answers():
-    """Against plain loops, at a policy that has left the reference, so that the KL in the reward counts."""
+    """Against plain loops, at a policy that has left the reference, so that the KL in the reward
+    counts.
+    """
     algorithm, state, reference = begin("rloo")
     params = {"policy": small_world.moved(reference, 0.1)}
     rollout, _, _ = optimum.experience(
@@ -139,7 +141,10 @@ def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
 
 
 def test_the_kl_of_grpo_is_k3_in_the_loss():
-    """mean over answers of 1/|o| sum_t (-A + beta k3) at ratio 1; the scores are not touched by it."""
+    """mean over answers of 1/|o| sum_t (-A + beta k3) at ratio 1.
+
+    The scores are not touched by it.
+    """
     algorithm, state, reference = begin("grpo", kl=optimum.in_loss("grpo"))
     state, _, _ = iterate(algorithm, state, reference)
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
@@ -160,7 +165,10 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
 
 
 def test_the_moving_baseline_is_the_average_of_the_iterations_before():
-    """After rewards m1, m2 with decay d: baseline (d m1 + m2) / (d + 1), without the zero that it began with."""
+    """After rewards m1, m2 with decay d.
+
+    Baseline (d m1 + m2) / (d + 1), without the zero that it began with.
+    """
     algorithm, state, reference = begin(
         "reinforce", baseline_decay=0.8, kl=optimum.KLConfig(0.0)
     )
@@ -315,7 +323,10 @@ SMALL = {"batch_size": 2, "samples_per_prompt": 4, "kl": optimum.KLConfig(0.0)}
 
 @functools.cache
 def two_groups():
-    """(rollout, what forward passes say of it): in the second group of 4 one answer ends and three hit the limit."""
+    """(rollout, what forward passes say of it).
+
+    In the second group of 4 one answer ends and three hit the limit.
+    """
     algorithm, state, reference = begin("dapo", **SMALL)
     tokens = jnp.array([[1, 3, EOS, PAD]] * 4 + [[1, 4, 4, 4]] * 3 + [[1, 4, 5, EOS]])
     mask = (tokens[:, 2:] != PAD).astype(jnp.float32)
@@ -460,7 +471,10 @@ OTHERS = [
 def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(
     estimator, conversations, finished
 ):
-    """Temperature 0.9, policy == reference. Pitfall 7: the answers of one group are not copies of each other."""
+    """Temperature 0.9, policy == reference. Pitfall 7.
+
+    The answers of one group are not copies of each other.
+    """
     values = group_values(
         conversations, finished, estimator, minibatches=1, ptx={}, log={}
     )
@@ -485,7 +499,7 @@ def test_a_human_reward_is_added_less_and_less_by_hand():
 
 @pytest.fixture(scope="module")
 def with_a_human(conversations, finished):
-    """(what was called, metrics) of two steps of RLOO whose reward and human reward are one rule."""
+    """(calls, metrics) of two steps of RLOO whose reward and human reward are the same rule."""
     rule = "rule:tests.rewards.some_rules:letters?workers=1"
     human = {"reward": rule, "weight": 0.5, "factor": 0.25}
     values = group_values(
@@ -510,7 +524,9 @@ def with_a_human(conversations, finished):
 
 
 def test_the_device_has_its_work_before_a_rule_scores(with_a_human):
-    """Dispatch is asynchronous: what needs no score is asked for first, and computed while the host scores."""
+    """Dispatch is asynchronous: what needs no score is asked for first, and computed while the host
+    scores.
+    """
     assert with_a_human[0] == ["forward", "score"] * 2
 
 
@@ -552,7 +568,9 @@ def test_pitfall_17_accumulation_does_not_change_the_update(conversations, finis
 def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(
     conversations, finished, tmp_path, monkeypatch
 ):
-    """REINFORCE carries the most: moving baseline, KL coefficient, average of weights, two data positions."""
+    """REINFORCE carries the most: moving baseline, KL coefficient, average of weights, two data
+    positions.
+    """
     values = group_values(conversations, finished, "reinforce", steps=4)
     recipe.run_stage(values, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -1,4 +1,6 @@
-"""Stages that train adapters: what they train, keep and share, beside what the tests of the model say of adapters."""
+"""Stages that train adapters: what they train, keep and share, beside what the tests of the model
+say of adapters.
+"""
 
 import dataclasses
 import json
@@ -90,7 +92,10 @@ def ppo_run(conversations, finished, tmp_path_factory):
 
 
 def test_checkpoints_hold_adapters_and_a_value_head_alone(ppo_run):
-    """Parameters, two moments and the average: of a policy's 7 matrices 3 are adapted, with two factors each."""
+    """Parameters, two moments and the average.
+
+    Of a policy's 7 matrices 3 are adapted, with two factors each.
+    """
     saved = names(
         ocp.metadata(
             ppo_run / "checkpoints" / "4", checkpointable_name="state"
@@ -138,7 +143,7 @@ def test_the_adapters_are_left_too_and_are_those_of_the_model(ppo_run, finished)
     model, adapters = load_peft(ppo_run / "adapter", base.model)
     assert (model.lora.rank, model.lora.alpha) == (2, 8.0)
     merged = lora.merge(
-        model.lora, jax.tree.map(jnp.asarray, state.attach(base.params, adapters))
+        model.lora, jax.tree.map(jnp.asarray, state.merge_params(base.params, adapters))
     )
     jax.tree.map(np.testing.assert_array_equal, merged, store.load(ppo_run, ONE).params)
 
@@ -170,7 +175,10 @@ def test_the_policy_begins_as_its_reference_and_leaves_it(ppo_run):
 
 @pytest.fixture(scope="module")
 def ppo_begun(conversations, finished):
-    """(stage, state before its first step, bytes of all arrays that came with them); copy the state, a step donates."""
+    """(stage, state before its first step, bytes of all arrays that came with them).
+
+    Copy the state, a step donates.
+    """
     before = {id(x) for x in jax.live_arrays()}
     stage, first = started("ppo", values("ppo", conversations, finished, ema=0.0))
     return (
@@ -303,7 +311,9 @@ def test_four_devices_give_what_one_gives(name, conversations, finished):
 def test_a_reward_model_with_adapters_is_normalized_by_its_head(
     conversations, finished, tmp_path
 ):
-    """The merged model gives answers of the held-out split mean 0, as one that was trained whole; with dropout."""
+    """The merged model gives answers of the held-out split mean 0, as one that was trained whole;
+    with dropout.
+    """
     metrics = recipe.run_stage(
         values("reward", conversations, finished, lora={"dropout": 0.1}),
         tmp_path / "reward",
@@ -325,7 +335,10 @@ def test_a_reward_model_with_adapters_is_normalized_by_its_head(
     )
     assert (
         abs(
-            float(judged.pairs["reference_mean"][0] / judged.pairs["reference_mean"][1])
+            float(
+                judged.metrics["reference_mean"][0]
+                / judged.metrics["reference_mean"][1]
+            )
         )
         < 1e-5
     )
@@ -441,7 +454,7 @@ def test_the_model_that_is_left_is_the_quantized_base_in_floats_and_its_adapters
     model, adapters = load_peft(tmp_path / "sft" / "adapter", before.model)
     merged = names(
         lora.merge(
-            model.lora, jax.tree.map(jnp.asarray, state.attach(rounded, adapters))
+            model.lora, jax.tree.map(jnp.asarray, state.merge_params(rounded, adapters))
         )
     )
     for path, x in names(left.params).items():
@@ -489,7 +502,10 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
 
 
 def test_another_head_than_the_loaded_one_is_born(finished, tmp_path, conversations):
-    """A reward model of an untied language model: the output matrix [d, v] is no scalar head; adapters need theirs."""
+    """A reward model of an untied language model.
+
+    The output matrix [d, v] is no scalar head; adapters need theirs.
+    """
     saved = store.load(finished / "02_sft", ONE)
     model = Model(dataclasses.replace(saved.model.config, tie_embeddings=False))
     store.save(

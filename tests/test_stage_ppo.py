@@ -100,7 +100,10 @@ def test_forward_logprobs_make_the_first_ratio_one_in_bfloat16():
 
 
 def test_pitfall_20_dropout_is_off_in_ppo():
-    """A model that was fine-tuned with dropout: the ratio is 1, and a loss computed twice is the same."""
+    """A model that was fine-tuned with dropout.
+
+    The ratio is 1, and a loss computed twice is the same.
+    """
     shape = dataclasses.replace(optimum.SHAPE, dropout=0.5)
     algorithm, state, reference = begin(shape)
     _, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
@@ -128,7 +131,10 @@ def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
 
 
 def test_pitfall_07_every_iteration_draws_anew():
-    """Two steps differ, and so do the many answers to one prompt within a step; one step is always the same."""
+    """Two steps differ, and so do the many answers to one prompt within a step.
+
+    One step is always the same.
+    """
     algorithm, state, reference = begin()
     keys = (
         jax.random.fold_in(KEY, 0),
@@ -148,7 +154,9 @@ def test_pitfall_07_every_iteration_draws_anew():
 
 @functools.cache
 def three_responses():
-    """(rollout, what forward passes say of it, log pi / rho) of three responses to one prompt, with V = 0."""
+    """(rollout, what forward passes say of it, log pi / rho) of three responses to one prompt, with
+    V = 0.
+    """
     algorithm, state, reference = begin(batch_size=3, lam=1.0)
     tokens = jnp.array([[1, 3, 4, EOS], [1, 3, EOS, PAD], [1, 4, 5, 5]])
     mask = jnp.array([[1.0, 1], [1, 0], [1, 1]])
@@ -186,7 +194,10 @@ def to_go(rewards):
 
 
 def test_pitfall_10_the_score_is_on_the_last_response_token():
-    """With lam = 0 and V = 0 the advantage of a token is its reward; pitfall 9: fractions stay fractions."""
+    """With lam = 0 and V = 0 the advantage of a token is its reward; pitfall 9.
+
+    Fractions stay fractions.
+    """
     algorithm, state, reference = begin(batch_size=32, lam=0.0, kl=KLConfig(0.0))
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
     scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
@@ -220,7 +231,10 @@ def test_the_penalty_is_beta_times_the_estimate_at_every_token():
 
 
 def test_pitfall_14_the_missing_eos_penalty_joins_the_score_before_whitening():
-    """Only the third response did not end; rewards are whitened with their mean kept, over real tokens."""
+    """Only the third response did not end.
+
+    Rewards are whitened with their mean kept, over real tokens.
+    """
     episodes, metrics, scores, d = by_hand(
         whiten_rewards="batch", missing_eos="penalty", missing_eos_value=2.0
     )
@@ -469,7 +483,10 @@ def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in, monkeypatch)
 
 
 def every_response(algorithm, policy, reference):
-    """All responses to both prompts as one Experience; a row's mask is its probability, a weight."""
+    """All responses to both prompts as one Experience.
+
+    A row's mask is its probability, a weight.
+    """
     tokens, mask = optimum.responses()
     n = len(tokens)
     whole = jnp.concatenate(
@@ -492,7 +509,10 @@ def every_response(algorithm, policy, reference):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
-    """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(. | s)), the states' weights d(s) held fixed."""
+    """Against the exact gradient of sum_s d(s) KL(pi(. | s) || rho(.
+
+    | s)), the states' weights d(s) held fixed.
+    """
     algorithm, state, reference = begin(
         kl=KLConfig(0.5, place="loss", estimator=estimator), value_coefficient=0.0
     )
@@ -576,7 +596,10 @@ def test_a_value_clip_of_0_clips_nothing():
 
 
 def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
-    """The last token's advantage is score - V: nothing is added for a state after it, whatever the pads hold."""
+    """The last token's advantage is score - V.
+
+    Nothing is added for a state after it, whatever the pads hold.
+    """
     algorithm, state, reference = begin(kl=KLConfig(0.0))
     head = {"kernel": jnp.ones(32), "bias": jnp.ones(())}
     state = state.replace(
@@ -611,7 +634,10 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
 
 @pytest.mark.slow
 def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
-    """The head alone is separate; its loss reaches the trunk; its values come to explain the returns."""
+    """The head alone is separate; its loss reaches the trunk.
+
+    Its values come to explain the returns.
+    """
     algorithm, state, reference = begin(
         value="shared",
         batch_size=128,
@@ -731,7 +757,10 @@ def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(
 
 
 def test_early_stop_leaves_the_rest_of_an_iteration():
-    """One minibatch an epoch: the first is at ratio 1 and applied; the second is past the target."""
+    """One minibatch an epoch: the first is at ratio 1 and applied.
+
+    The second is past the target.
+    """
     once, *rest = begin(epochs=1)
     first = iterate(once, *rest)[0]
     algorithm, state, reference = begin(epochs=4, target_kl=1e-9)
@@ -851,7 +880,10 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
 def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(
     unit, microbatches
 ):
-    """theta - lr (g_ppo + gamma g_lm): two sequences an episode, of unequal length, do not dilute PPO's gradient."""
+    """theta - lr (g_ppo + gamma g_lm).
+
+    Two sequences an episode, of unequal length, do not dilute PPO's gradient.
+    """
     gamma = 1.5
     tokens = jax.random.randint(jax.random.key(1), (64, 4), 1, 6)
     mask = (jnp.arange(4) < jnp.where(jnp.arange(64) % 2, 4, 2)[:, None]).astype(
@@ -881,7 +913,10 @@ def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(
 
 
 def test_every_minibatch_of_text_lies_over_all_devices():
-    """4 devices with 4 of 16 rows each: each has 2 of the 8 of either minibatch, not 4 of one and none of the other."""
+    """4 devices with 4 of 16 rows each.
+
+    Each has 2 of the 8 of either minibatch, not 4 of one and none of the other.
+    """
     layout = make_layout(MeshConfig(data=4))
     x = np.arange(48, dtype=np.int32).reshape(16, 3)
     with layout.use():

@@ -1,4 +1,7 @@
-"""REINFORCE++ took one file and one function: it is planned, placed, resumed and reported as the others are."""
+"""REINFORCE++ took one file and one function.
+
+It is planned, placed, resumed and reported as the others are.
+"""
 
 import jax
 import numpy as np
@@ -69,7 +72,7 @@ def test_it_is_planned_and_placed():
         "reinforce_pp": of_ppo(nowhere["ppo"]),
     }
     subject = shapes.subject(values, "reinforce_pp")
-    planned = programs.sketch(subject, make_layout(MeshConfig())).programs
+    planned = programs.step_programs(subject, make_layout(MeshConfig())).programs
     assert [p.name for p in planned] == [
         "rollout",
         "know",

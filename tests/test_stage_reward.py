@@ -57,8 +57,16 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage(tmp_
         ["the cat sat on the mat"] * 9, tmp_path, vocab_size=275
     )
     start = list(range(20, 30))
-    rows = [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 0], "prompt_tokens": [1, 7],
-             "completion_tokens": ids} for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])]  # fmt: skip
+    rows = [
+        {
+            "prompt": "p",
+            "completions": ["a", "b"],
+            "scores": [1, 0],
+            "prompt_tokens": [1, 7],
+            "completion_tokens": ids,
+        }
+        for ids in ([[*start, 40], [*start, 41]], [[40, 2], [41, 2]])
+    ]
     model = Model(
         TransformerConfig(
             vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_ff=8, max_length=8
@@ -132,7 +140,10 @@ def started(values):
 
 @functools.partial(jax.jit, static_argnums=0)
 def reward_at(model, params, tokens, last):
-    """The scalar head on slot `last` of one row; what stands behind it is not seen: attention is causal."""
+    """The scalar head on slot `last` of one row; what stands behind it is not seen.
+
+    Attention is causal.
+    """
     return model.scalar(params, model.hidden(params, tokens)[0, last])
 
 
@@ -221,7 +232,7 @@ def test_demonstrations_score_0_when_normalized_on_them(conversations, finished)
         model, first.params, tokenizer, validation_rows(finished), 32
     )
     means = {"demonstration_mean": before.mean(), "reference_mean": answers.mean()}
-    logged = finalize(jax.device_get(finished_stage.pairs))
+    logged = finalize(jax.device_get(finished_stage.metrics))
     uncut = demonstration_rows(conversations, "test", tokenizer, length=1000)
     cut = [
         len(whole) > len(prompt)
@@ -302,9 +313,13 @@ def test_recentring_on_a_policys_answers_and_on_completions(
         **sampling,
     )
     again = stage_config(
-        "recenter", init_from=str(tmp_path / "a" / "recenterd"), batch_size=8, policy=str(finished / "02_sft"),
-        prompts=prompts, **sampling,
-    )  # fmt: skip
+        "recenter",
+        init_from=str(tmp_path / "a" / "recenterd"),
+        batch_size=8,
+        policy=str(finished / "02_sft"),
+        prompts=prompts,
+        **sampling,
+    )
     assert abs(recipe.run(again, tmp_path / "again")["recenter/reference_mean"]) < 2e-5
     assert float(new.params["head"]["bias"]) != float(saved.params["head"]["bias"])
     folder = str(finished / "03_collect" / "preferences")
@@ -419,7 +434,10 @@ def test_an_ensembles_score_is_what_its_members_give_one_by_one(
 
 
 def test_an_ensemble_costs_one_forward_whatever_its_size(members, tmp_path):
-    """The number of matrix products in the program does not grow with the members: they are one batched product."""
+    """The number of matrix products in the program does not grow with the members.
+
+    They are one batched product.
+    """
     tokenizer = load_tokenizer(store.find(members[0]))
     products = []
     for some in (members[:2], members):

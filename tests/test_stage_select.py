@@ -70,7 +70,10 @@ def test_the_best_distinct_answers_of_each_prompt_are_kept(finished, selected):
 
 
 def test_fine_tuning_learns_the_sampled_ids_and_their_eos_alone(finished, selected):
-    """Every answer is once in the batches of sft, id for id; the model's ids seldom are what its text encodes to."""
+    """Every answer is once in the batches of sft, id for id.
+
+    The model's ids seldom are what its text encodes to.
+    """
     workdir, _ = selected
     rows = read(workdir / "train.jsonl")
     tokenizer = load_tokenizer(finished / "00_tokenizer")

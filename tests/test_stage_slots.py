@@ -1,4 +1,7 @@
-"""Stages that sample, with continuous batching and with shared prefixes: what they do is the same."""
+"""Stages that sample, with continuous batching and with shared prefixes.
+
+What they do is the same.
+"""
 
 import json
 
@@ -45,7 +48,9 @@ def test_collect_draws_the_same_answers(options, conversations, finished, tmp_pa
 
 
 def test_buckets_by_hand():
-    """Of 10 slots in 4 parts of 3: a longest prompt of 1 to 3 takes 3, of 4 takes 6, of 10 what there is."""
+    """Of 10 slots in 4 parts of 3: a longest prompt of 1 to 3 takes 3, of 4 takes 6, of 10 what
+    there is.
+    """
     for longest, width in ((0, 3), (1, 3), (3, 3), (4, 6), (7, 9), (9, 9), (10, 10)):
         segments = np.arange(10)[None] >= 10 - np.array([[0], [longest]])
         assert bucket(segments.astype(np.int32), 4) == width
@@ -76,7 +81,10 @@ class Questions:
 
 
 def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
-    """Prompts one at a time, short and long ones in turn: two programs, and rollouts of one width."""
+    """Prompts one at a time, short and long ones in turn.
+
+    Two programs, and rollouts of one width.
+    """
     saved = store.load(finished / "02_sft", ONE)
     sampling = Sampling(
         24, 3, 1.234, 1, buckets=2
@@ -174,7 +182,7 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
     ids=["all", "decode_batch"],
 )
 def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch):
-    """Steps of RLOO as they are, and with every answer's prompt run through the model on its own."""
+    """Steps of RLOO as they are, and with the prompt of every response run on its own."""
     got, params = run_steps(
         "group", group_values(conversations, finished, "rloo", **changes), ONE
     )

@@ -78,7 +78,10 @@ def every_scalar(model, params, ids):
 
 
 def scalars(model, params, ids):
-    """The scalar of every token of one row, float64; what is appended stands behind it, and attention is causal."""
+    """The scalar of every token of one row, float64.
+
+    What is appended stands behind it, and attention is causal.
+    """
     padded = np.zeros((1, 32), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(every_scalar(model, params, padded)[0, : len(ids)], np.float64)

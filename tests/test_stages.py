@@ -1,4 +1,6 @@
-"""The stages on the tiny recipe: one device against four, and what PPO must be at its first minibatch."""
+"""The stages on the tiny recipe: one device against four, and what PPO must be at its first
+minibatch.
+"""
 
 import dataclasses
 import functools
@@ -207,7 +209,9 @@ def first_step(conversations, finished):
 
 
 def test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one(first_step):
-    """Policy == reference at step 0: the trainer's and the reference's logprobs are the sampler's, temperature 0.9."""
+    """Policy == reference at step 0: the trainer's and the reference's logprobs are the sampler's,
+    temperature 0.9.
+    """
     metrics, _, _ = first_step
     assert abs(metrics["first_ratio_max"] - 1) < 2e-5
     assert metrics["approx_kl"] < 1e-9
@@ -246,7 +250,7 @@ def three_steps(conversations, finished):
 
 
 def test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one(three_steps):
-    """Also when the policy has moved: the behavior policy is the one at the start of the iteration."""
+    """Also after the policy moved: the behavior policy is that at the start of the iteration."""
     assert three_steps[2]["kl"] > 1e-3  # it has moved
     for metrics in three_steps:
         assert abs(metrics["first_ratio_max"] - 1) < 2e-5
@@ -308,7 +312,8 @@ def test_pitfall_17_accumulation_does_not_change_the_update(
             name, conversations, finished, microbatches=microbatches, **changes
         )
         results.append(run_steps(name, values, ONE, steps=1))
-    # PPO's loss is small because advantages of size 1 cancel in it: two units of rounding of 1 remain
+    # PPO's loss is small because advantages of size 1 cancel in it: two units of rounding of 1
+    # remain
     rounding = 2 * np.finfo(np.float32).eps if name == "ppo" else 0
     (one, params), (four, same) = results
     np.testing.assert_allclose(
@@ -331,7 +336,7 @@ def streamed(name, values, count):
 def test_a_host_makes_the_rows_of_its_own_devices_alone(
     name, conversations, finished, monkeypatch
 ):
-    """Streams 1 and 3 of 4 are what one process makes of them, the rows of the others are left out."""
+    """Streams 1 and 3 of 4 are as one process makes them, without the rows of the others."""
     values = streamed(name, stage_values(name, conversations, finished), 4)
 
     def batch(own):
@@ -397,7 +402,10 @@ def test_every_stage_learns_and_the_recipe_collects_its_metrics(finished):
 def test_pitfall_30_kl_coefficient_average_and_iterator_are_in_the_checkpoint(
     finished, conversations
 ):
-    """What a resume needs besides parameters: the values after six steps are restored, not those of the start."""
+    """What a resume needs besides parameters.
+
+    The values after six steps are restored, not those of the start.
+    """
     from rlhfjax.checkpoint import Checkpoints
 
     config = recipe.check(stage_values("ppo", conversations, finished), "ppo")

@@ -73,7 +73,10 @@ def loss(params, batch, key):
 
 @pytest.fixture
 def problem():
-    """Eight rows of six tokens, of which row i has between none and six: microbatches weigh differently."""
+    """Eight rows of six tokens, of which row i has between none and six.
+
+    Microbatches weigh differently.
+    """
     rng = np.random.default_rng(0)
     mask = (np.arange(6) < np.array([6, 1, 0, 2, 6, 3, 1, 5])[:, None]).astype(
         np.float32

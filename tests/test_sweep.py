@@ -1,4 +1,6 @@
-"""Sweeps: what a file's sweep(add) expands to, how runs are run and stopped, and what is collected of them."""
+"""Sweeps: what a file's sweep(add) expands to, how runs are run and stopped, and what is collected
+of them.
+"""
 
 import csv
 import hashlib
@@ -87,7 +89,9 @@ def _hash(text: str) -> str:
 
 
 def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
-    """What `rlhfjax COMMAND` makes of each run's words is the config in `Run.config`, value for value."""
+    """What `rlhfjax COMMAND` makes of each run's words is the config in `Run.config`, value for
+    value.
+    """
     from rlhfjax import recipe
 
     seen = []
@@ -98,10 +102,13 @@ def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
     file = tmp_path / "swept.py"
     file.write_text(
         "from rlhfjax.sweep import *\n"
-        f"exec(open({str(ROOT / 'experiments/quickstart/recipe.py')!r}).read().partition('def sweep')[0])\n"
+        f"exec(open({str(ROOT / 'experiments/quickstart/recipe.py')!r}).read().partition('def "
+        "sweep')[0])\n"
         "def sweep(add):\n"
-        "    for one in product(grid('ppo.kl.coefficient', 1, 1e-05), grid('sft.log.tensorboard', False),\n"
-        "                       grid('reward.init_from', 'elsewhere'), grid('ppo.steps', 7), seeds(2)): add(one)\n"
+        "    for one in product(grid('ppo.kl.coefficient', 1, 1e-05), grid('sft.log.tensorboard', "
+        "False),\n"
+        "                       grid('reward.init_from', 'elsewhere'), grid('ppo.steps', 7), "
+        "seeds(2)): add(one)\n"
     )
     runs = expand(f"{file}:size=smoke", tmp_path, {"pretrain.model.n_kv_heads": 1})
     assert len(runs) == 4 and len({run.name for run in runs}) == 4
@@ -183,8 +190,11 @@ def test_at_most_so_many_at_a_time_and_a_failure_stops_nobody(tmp_path, monkeypa
 
 
 def test_no_two_running_commands_have_one_slot(tmp_path):
-    """Six commands in two slots: each makes a folder of its slot's name, which must not be there, and removes it."""
-    script = f"mkdir {tmp_path}/{{slot}} && sleep 0.05 && rmdir {tmp_path}/{{slot}} && echo {{slot}}"
+    """Six commands in two slots: each makes a folder of its slot's name, which must not be there,
+    and removes it.
+    """
+    slot = f"{tmp_path}/{{slot}}"
+    script = f"mkdir {slot} && sleep 0.05 && rmdir {slot} && echo {{slot}}"
     commands = {f"run{i}": ["sh", "-c", script] for i in range(6)}
     assert set(pool.run_all(commands, tmp_path, 2).values()) == {0}
     used = {pool.log_of(tmp_path, name).read_text().strip() for name in commands}
@@ -229,9 +239,9 @@ def test_a_preempted_run_starts_again(tmp_path):
 )
 def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
     saves = (
-        "def save(*_): time.sleep(0.3); open(%r + '/saved', 'a').write('x'); sys.exit(75)\n"  # noqa: UP031
+        f"def save(*_): time.sleep(0.3); open({str(tmp_path)!r} + '/saved', 'a').write('x'); "
+        "sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
-        % str(tmp_path)
     )
 
     def stop():
@@ -262,7 +272,10 @@ def test_a_signal_lets_runs_save_and_starts_no_more(number, raised, tmp_path):
 
 
 def test_a_second_sweep_waits_for_the_processes_of_a_killed_one(tmp_path):
-    """The lock is held by the runs themselves: a sweep that was killed outright leaves nobody's run to be doubled."""
+    """The lock is held by the runs themselves.
+
+    A sweep that was killed outright leaves nobody's run to be doubled.
+    """
     code = (
         "import sys; from pathlib import Path; from rlhfjax.sweep import pool\n"
         "pool.run_all({'a': ['sh', '-c', 'echo $$; exec sleep 600']}, Path(sys.argv[1]), say=print)"
@@ -281,8 +294,12 @@ def test_a_second_sweep_waits_for_the_processes_of_a_killed_one(tmp_path):
 
 
 def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
-    """Real processes: two settings, one of which cannot work; then the same again, which runs that one only."""
-    lines = "for one in chain(product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)): add(one)"
+    """Real processes: two settings, one of which cannot work.
+
+    Then the same again, which runs that one only.
+    """
+    sweeps = "product(grid('vocab_size', 300), seeds(1)), grid('vocab_size', 9999)"
+    lines = f"for one in chain({sweeps}): add(one)"
     file = write(tmp_path, lines, data=conversations)
     workdir = tmp_path / "sweep"
     args = [
@@ -366,7 +383,8 @@ def test_a_launcher_takes_the_runs_command_after_its_own(
     command_line.main([*args, f"--launcher={launcher}"])
     assert capsys.readouterr().out == (
         words.replace("{}", "vocab_size=280")
-        + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 --config.vocab_size=280\n"
+        + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 "
+        "--config.vocab_size=280\n"
     )
 
 
@@ -419,14 +437,16 @@ case "$1 $2" in
   'get jobset')
     case "$*" in
       *json)
-        [ $(grep -c 'output=json$' $STANDIN/calls) -le 3 ] && { echo 'Unable to connect' >&2; exit 1; }
+        [ $(grep -c 'output=json$' $STANDIN/calls) -le 3 ] &&
+          { echo 'Unable to connect' >&2; exit 1; }
         shift 2
         printf '{"kind": "List", "items": ['
         comma=
         for name in "$@"; do
           case $name in --*) continue ;; esac
           state=$(cat $STANDIN/jobs/$name)
-          printf '%s{"metadata": {"name": "%s"}, "spec": {}, "status": {"terminalState": "%s"}}' "$comma" $name $state
+          printf '%s{"metadata": {"name": "%s"}, ' "$comma" $name
+          printf '"spec": {}, "status": {"terminalState": "%s"}}' $state
           comma=,
         done
         echo ']}' ;;
@@ -439,7 +459,10 @@ esac
 def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
     tmp_path, monkeypatch, capsys
 ):
-    """All runs are submitted, then one call asks for all states; a cluster that does not answer is asked again."""
+    """All runs are submitted, then one call asks for all states.
+
+    A cluster that does not answer is asked again.
+    """
     (tmp_path / "jobs").mkdir()
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(KUBECTL)
@@ -478,7 +501,10 @@ def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
 
 
 def test_every_launcher_of_the_folder_is_known():
-    """launch/ takes the words, and asks for what is missing; a folder's file that is no launcher has no `act`."""
+    """launch/ takes the words, and asks for what is missing.
+
+    A folder's file that is no launcher has no `act`.
+    """
     for name, words in command.WORDS.items():
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{name}", *words, "--", "true"],

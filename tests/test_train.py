@@ -51,7 +51,10 @@ def fake_stage(
     poison: int | None = None,
     keys: list | None = None,
 ) -> Stage:
-    """Learns w towards the mean of what it sees; `poison` is the batch whose gradient is NaN; `keys` takes the keys."""
+    """Learns w towards the mean of what it sees.
+
+    `poison` is the batch whose gradient is NaN; `keys` takes the keys.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, x, key):
@@ -147,7 +150,10 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_the_order_of_the_loop(run):
-    """evaluate -> save -> next -> dispatch -> read the step before; what is read before a save is on disk with it."""
+    """evaluate -> save -> next -> dispatch -> read the step before.
+
+    What is read before a save is on disk with it.
+    """
     events = []
     run(fake_stage(events), events, steps=4, every=2, eval_every=2)
     assert events == [
@@ -163,7 +169,9 @@ def test_the_order_of_the_loop(run):
 def test_a_checkpoint_by_time_comes_after_its_minutes_and_counts_from_the_last_one(
     run, monkeypatch, tmp_path
 ):
-    """Steps of 40 s: one minute has passed after two steps, and the save of step 3 starts the minute again."""
+    """Steps of 40 s: one minute has passed after two steps, and the save of step 3 starts the
+    minute again.
+    """
     events, reads = [], itertools.count()
     stage, now = fake_stage(events), [0.0]
 
@@ -261,7 +269,9 @@ def test_a_run_that_ended_before_its_marker_does_nothing_again(run):
 
 
 def test_pitfall_30_a_steps_randomness_depends_on_seed_and_step_alone(run, tmp_path):
-    """No two steps share a key, a resumed run draws what the whole one drew, another seed draws something else."""
+    """No two steps share a key, a resumed run draws what the whole one drew, another seed draws
+    something else.
+    """
     whole, resumed, other = [], [], []
     run(fake_stage([], keys=whole), steps=4, every=2)
     assert len(set(whole)) == 4
@@ -306,7 +316,10 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(run):
 
 
 def test_parameters_that_overflow_are_never_saved(run, tmp_path):
-    """Loss and gradient of the step were finite, the update was not: only looking at the state can tell."""
+    """Loss and gradient of the step were finite, the update was not.
+
+    Only looking at the state can tell.
+    """
     stage = fake_stage([])
 
     def step(state, batch, key):

@@ -1,7 +1,7 @@
 """The whole recipe at its smallest, on rows that a test wrote: what the system tests run.
 
-`tests/tiny.py:data=DIR`, or `:data=DIR,until=reward` for its beginning; DIR holds {train,validation,test}.jsonl with
-conversations.
+`tests/tiny.py:data=DIR`, or `:data=DIR,until=reward` for its beginning; DIR holds
+{train,validation,test}.jsonl with conversations.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
-"""Every kind of stage that trains or samples, as short as can be: what several processes run as one.
+"""Every kind of stage that trains or samples, as short as can be: what several processes run as
+one.
 
-`tests/tiny_hosts.py:data=DIR` with DIR as for `tests/tiny.py`; with `only=pretrain,tokenizer=FOLDER` that stage alone;
-with `shards=S` streams for the data of some stages, so that a host makes its own rows alone.
+`tests/tiny_hosts.py:data=DIR` with DIR as for `tests/tiny.py`; with
+`only=pretrain,tokenizer=FOLDER` that stage alone; with `shards=S` streams for the data of some
+stages, so that a host makes its own rows alone.
 """
 
 from ml_collections import ConfigDict

@@ -40,6 +40,7 @@ from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Concatenated, Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
+from rlhfjax.streams import PER_DATA_STREAM, PER_SOURCE
 from rlhfjax.types import PyTree
 
 # One source, sources to concatenate, or (source, weight) pairs to mix.
@@ -48,10 +49,6 @@ Sources = Source | Sequence[Source] | Sequence[tuple[Source, float]]
 Encode = Callable[[int, Row], Any]  # (index of the row, row) -> example
 Pack = Callable[[grain.IterDataset, int, int], grain.IterDataset]
 """(examples, rows per batch, seed) -> rows."""
-
-# Strides between the seeds of random streams.
-_SOURCE_STRIDE = 7919  # the shuffle of each source
-_PACKING_STRIDE = 104729  # the packing of each stream of a batch
 
 # Examples are read on the caller's thread: they are in memory, and the cores are for the model.
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -460,7 +457,7 @@ def _batches(
 
     def stream(j: int) -> Batches:
         examples = _ordered(encoded, order, j).to_iter_dataset(_INLINE)
-        rows = pack(examples, size, order.seed + _PACKING_STRIDE * j)
+        rows = pack(examples, size, order.seed + PER_DATA_STREAM * j)
         return Batches(rows, filler, size=size, identity=identity, skipped=skipped)
 
     if shards.count == 1:
@@ -482,7 +479,7 @@ def _ordered(
         return grain.MapDataset.concatenate(datasets)
     parts = []
     for i, dataset in enumerate(datasets):
-        seed = (order.seed + _SOURCE_STRIDE * i) % 2**31
+        seed = (order.seed + PER_SOURCE * i) % 2**31
         parts.append(dataset.shuffle(seed=seed).repeat()[j :: order.streams.count])
     if len(parts) == 1:
         return parts[0]

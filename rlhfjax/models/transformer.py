@@ -33,6 +33,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.kernels import cudnn_attention, splash_attention
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.quantized import SCALE, Quantized
+from rlhfjax.streams import LORA_DROPOUT
 
 __all__ = [
     "Cache",
@@ -438,7 +439,9 @@ class Model:
         def layer(x, p, i):
             own = None if key is None else jax.random.fold_in(layer_key, i)
             keys = (None, None) if own is None else jax.random.split(own)
-            rngs = None if own is None else {"lora": jax.random.fold_in(own, 2)}
+            rngs = (
+                None if own is None else {"lora": jax.random.fold_in(own, LORA_DROPOUT)}
+            )
             attend = ATTENTION.get(c.attention) or functools.partial(
                 causal_attention, rate=float(c.dropout), key=keys[0]
             )

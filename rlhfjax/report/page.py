@@ -16,7 +16,8 @@ from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
 
-FEW, MANY = 8, 40  # samples in sight, and behind a click
+# Samples that are shown, and samples in all, the others being folded.
+FEW, MANY = 8, 40
 REPORT = "report.html"
 
 
@@ -31,7 +32,7 @@ class Panel:
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes `workdir/report.html` from what the run has left so far, and returns its path.
+    """Writes `workdir/report.html` from the run's files so far, and returns its path.
 
     Raises:
       ConfigError: the workdir does not exist or holds no run.
@@ -42,190 +43,182 @@ def write_report(workdir: str | os.PathLike) -> Path:
 
 
 def environment() -> jinja2.Environment:
-    """What renders the templates of this folder."""
-    made = jinja2.Environment(
+    """Returns the environment that renders the templates of this folder."""
+    env = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhfjax.report", "."),
         autoescape=True,  # generated text may hold anything
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["turns"] = turns
-    made.filters["number"] = tables.number
-    made.filters["json"] = _json
-    return made
+    env.filters["turns"] = turns
+    env.filters["number"] = tables.number
+    env.filters["json"] = _json
+    return env
 
 
 def _json(value: Any) -> str:
-    """JSON for people; null for a number that is not finite."""
-    return json_text.encode(
-        json_text.null_nonfinite(value), REPORT, indent=2, default=str
-    )
+    """Returns indented JSON; a number that is not finite becomes null."""
+    finite = json_text.null_nonfinite(value)
+    return json_text.encode(finite, REPORT, indent=2, default=str)
 
 
 def render(run: Run) -> str:
-    """The page as HTML; every text of the run is escaped."""
+    """Returns the page as HTML; every text of the run is escaped."""
     headlines = tables.headlines(run)
     seconds = sum(stage.seconds or 0 for stage in run.stages)
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            run=run,
-            finished=all(stage.status == "done" for stage in run.stages),
-            total_time=duration(seconds) if seconds else "",
-            headlines=headlines,
-            cards=[row for row in headlines if row.name in tables.CARDS and row.policy],
-            rows=[tables.stage_row(stage) for stage in run.stages],
-            times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
-            panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
-            frontiers=frontiers(run),
-            policies=[
-                (*figures.mark(i), stage.name) for i, stage in enumerate(policies(run))
-            ],
-            pools=[stage.name for stage in pools(run)],
-            calibrations=[
-                (s.name, s.calibration, Markup(figures.reliability(s.calibration)))
-                for s in calibrated(run)
-            ],
-            histograms=histograms(run),
-            comparisons=[
-                (stage, stage.samples[:FEW], stage.samples[FEW:MANY])
-                for stage in run.stages
-                if compares(stage)
-            ],
-            examples=[
-                (s, s.samples[:FEW])
-                for s in run.stages
-                if s.samples and not compares(s)
-            ],
-        )
+    comparisons = [stage for stage in run.stages if compares(stage)]
+    others = [stage for stage in run.stages if stage.samples and not compares(stage)]
+    page = environment().get_template("page.html")
+    return page.render(
+        run=run,
+        finished=all(stage.status == "done" for stage in run.stages),
+        total_time=duration(seconds) if seconds else "",
+        headlines=headlines,
+        cards=[row for row in headlines if row.name in tables.CARDS and row.policy],
+        rows=[tables.stage_row(stage) for stage in run.stages],
+        times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
+        panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
+        frontiers=frontiers(run),
+        policies=[(*figures.mark(i), s.name) for i, s in enumerate(policies(run))],
+        pools=[stage.name for stage in pools(run)],
+        calibrations=calibrations(run),
+        histograms=histograms(run),
+        comparisons=[(s, s.samples[:FEW], s.samples[FEW:MANY]) for s in comparisons],
+        examples=[(stage, stage.samples[:FEW]) for stage in others],
     )
 
 
 def turns(prompt: str) -> list[tuple[str, str]]:
-    """A rendered conversation as (role, text) pairs; what stands before the first marker has no role."""
+    """Splits a rendered conversation into (role, text) pairs.
+
+    Text before the first role marker has the role "".
+    """
     first, *rest = re.split(r"<\|(\w+)\|>", prompt)
     pairs = [("", first), *zip(rest[::2], rest[1::2], strict=True)]
     return [(role, text.strip()) for role, text in pairs if text.strip()]
 
 
 def panels(stage: Stage) -> list[Panel]:
-    """One panel a metric, `NAME` and `val_NAME` on one axis; the telling ones first, then by name.
+    """Returns one panel per metric, with `NAME` and `val_NAME` on one axis.
 
-    A metric that was seen only once is no curve, and only in the tables.
+    The most telling metrics come first, then the others by name. A metric that was logged at a
+    single step is no curve; only the tables show it.
     """
     curves = {
         name: curve for name, curve in stage.curves.items() if len(set(curve[0])) > 1
     }
-    names = dict.fromkeys(
-        [*(n for n in tables.TELLING if n in curves), *sorted(curves)]
-    )
-    bases = list(dict.fromkeys(name.removeprefix("val_") for name in names))
+    telling = [name for name in tables.TELLING if name in curves]
+    names = dict.fromkeys([*telling, *sorted(curves)])
+    bases = dict.fromkeys(name.removeprefix("val_") for name in names)
     return [_panel(base, curves) for base in bases]
 
 
-def _panel(base: str, curves: dict) -> Panel:
-    train, val = curves.get(base), curves.get(f"val_{base}")
-    last = [
-        "" if curve is None else tables.number(curve[1][-1]) for curve in (train, val)
-    ]
-    return Panel(base, *last, Markup(figures.curves(train, val)))
+def _panel(base: str, curves: dict[str, Curve]) -> Panel:
+    train = curves.get(base)
+    val = curves.get(f"val_{base}")
+    return Panel(
+        name=base,
+        train=_last_value(train),
+        val=_last_value(val),
+        svg=Markup(figures.curves(train, val)),
+    )
+
+
+def _last_value(curve: Curve | None) -> str:
+    if curve is None:
+        return ""
+    _, values = curve
+    return tables.number(values[-1])
 
 
 def frontiers(run: Run) -> list[Markup]:
-    """Returns the reward-KL figures, proxy and gold, of what there is: validations of policies,
-    best-of-n and the last comparison."""
-    out = []
+    """Returns the figures of proxy and gold reward against KL, those that have any data.
+
+    They show validations of policies, best-of-n sampling and the last comparison.
+    """
+    svgs = []
     for key in ("proxy", "gold"):
         paths = [_path(stage, key) for stage in policies(run)]
-        best = [_path(stage, key, "") for stage in pools(run)]
+        best_of_n = [_path(stage, key, "") for stage in pools(run)]
         end = _end(run, key)
-        if any(paths) or any(best) or end:
-            out.append(Markup(figures.frontier(key, paths, end, best)))
-    return out
+        if any(paths) or any(best_of_n) or end:
+            svgs.append(Markup(figures.frontier(key, paths, end, best_of_n)))
+    return svgs
 
 
 def policies(run: Run) -> list[Stage]:
-    """The stages that trained a policy on a reward: those whose validations have its KL and its
-    proxy or gold reward."""
+    """Returns the stages whose validations have the policy's KL and its proxy or gold reward."""
     return [
         stage for stage in run.stages if _path(stage, "proxy") or _path(stage, "gold")
     ]
 
 
 def pools(run: Run) -> list[Stage]:
-    """The stages that picked the best of n samples: those whose metrics have the KL in the pool."""
+    """Returns the best-of-n stages: their metrics have `kl_pool`."""
     return [stage for stage in run.stages if "kl_pool" in stage.curves]
 
 
 def _path(stage: Stage, key: str, prefix: str = "val_") -> dict[str, list[float]]:
-    """The lines of metrics that have both KL and reward, finite, as columns, in order."""
-    names = (f"{prefix}kl", f"{prefix}{key}")
-    kl, reward = (
-        dict(zip(*stage.curves.get(name, ([], [])), strict=True)) for name in names
-    )
+    """Returns the columns KL and reward at the steps where both are finite; {} if there is none."""
+    kl = _by_step(stage, f"{prefix}kl")
+    reward = _by_step(stage, f"{prefix}{key}")
     measured = {step: (kl[step], reward[step]) for step in kl if step in reward}
     both = [step for step, values in measured.items() if np.isfinite(values).all()]
-    return (
-        {"kl": [kl[step] for step in both], key: [reward[step] for step in both]}
-        if both
-        else {}
-    )
+    if not both:
+        return {}
+    return {"kl": [kl[step] for step in both], key: [reward[step] for step in both]}
+
+
+def _by_step(stage: Stage, name: str) -> dict[float | int, float]:
+    steps, values = stage.curves.get(name, ([], []))
+    return dict(zip(steps, values, strict=True))
 
 
 def _end(run: Run, key: str) -> Curve | None:
-    """Both models of the last comparison: ([0, KL], [the baseline's reward, the policy's])."""
+    """Returns the last comparison as ([0, KL], [reward of the baseline, reward of the policy])."""
     if not run.comparisons:
         return None
     metrics = run.comparisons[-1].last
     names = ("kl", f"{key}_baseline", f"{key}_policy")
     kl, baseline, policy = (metrics.get(name, math.nan) for name in names)
-    known = math.isfinite(kl) and math.isfinite(baseline) and math.isfinite(policy)
-    return ([0.0, kl], [baseline, policy]) if known else None
+    if not np.isfinite([kl, baseline, policy]).all():
+        return None
+    return [0.0, kl], [baseline, policy]
 
 
-def calibrated(run: Run) -> list[Stage]:
+def calibrations(run: Run) -> list[tuple[str, dict, Markup]]:
+    """Returns (stage, calibration, figure) of the reward models whose calibration was measured."""
     return [
-        stage
+        (stage.name, stage.calibration, Markup(figures.reliability(stage.calibration)))
         for stage in run.stages
         if stage.calibration and stage.calibration.get("count")
     ]
 
 
 def compares(stage: Stage) -> bool:
-    """Whether the stage's samples are answers of two models to the same prompts."""
-    return bool(stage.samples) and all(
-        {"prompt", "baseline", "policy"} <= row.keys() for row in stage.samples
-    )
+    """Returns whether the stage's samples are responses of two models to the same prompts."""
+    columns = {"prompt", "baseline", "policy"}
+    return bool(stage.samples) and all(columns <= row.keys() for row in stage.samples)
 
 
 def histograms(run: Run) -> list[tuple[str, Markup]]:
-    """Distributions of both models' rewards over the last comparison's samples."""
+    """Returns the distributions of both models' rewards over the last comparison's samples."""
     stages = [stage for stage in run.comparisons if compares(stage)]
+    samples = stages[-1].samples if stages else []
     out = []
     for key in ("gold", "proxy"):
-        rows = [
-            row for row in (stages[-1].samples if stages else []) if _scored(row, key)
-        ]
-        if len(rows) >= 10:
-            columns = (
-                [float(row[f"{key}_{who}"]) for row in rows]
-                for who in ("baseline", "policy")
-            )
-            out.append(
-                (
-                    f"{key} reward",
-                    Markup(
-                        figures.distributions(*columns, f"{key} reward of an answer")
-                    ),
-                )
-            )
+        rows = [row for row in samples if _is_scored(row, key)]
+        if len(rows) < 10:
+            continue
+        baseline = [float(row[f"{key}_baseline"]) for row in rows]
+        policy = [float(row[f"{key}_policy"]) for row in rows]
+        label = f"{key} reward of a response"
+        svg = Markup(figures.distributions(baseline, policy, label))
+        out.append((f"{key} reward", svg))
     return out
 
 
-def _scored(row: dict, key: str) -> bool:
-    values = row.get(f"{key}_baseline"), row.get(f"{key}_policy")
-    return all(
-        isinstance(value, int | float) and math.isfinite(value) for value in values
-    )
+def _is_scored(row: dict, key: str) -> bool:
+    values = (row.get(f"{key}_baseline"), row.get(f"{key}_policy"))
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in values)

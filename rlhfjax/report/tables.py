@@ -1,4 +1,4 @@
-"""The tables of a report, as text: what the page and the terminal both show."""
+"""Builds the tables of a report as text, for the page and for the terminal."""
 
 import dataclasses
 import math
@@ -6,32 +6,34 @@ import math
 from rlhfjax.metrics import duration
 from rlhfjax.report.workdir import Run, Stage
 
-# What a metric of a comparison is called on paper. Others keep their name.
+# Labels of the metrics of a comparison. Others keep their name.
 LABELS = {
     "gold_win_rate": "Win rate by gold reward",
     "proxy_win_rate": "Win rate by proxy reward",
     "gold": "Gold reward",
     "proxy": "Proxy reward",
-    "gold_difference": "Gold reward, policy minus baseline, by prompt",
+    "gold_difference": "Gold reward, policy minus baseline, per prompt",
     "kl": "KL to the reference, nats",
     "distinct_1": "Distinct-1",
     "distinct_2": "Distinct-2",
-    "repeated_2": "Repeated bigrams within an answer",
-    "words": "Words per answer",
-    "response_length": "Tokens per answer",
-    "eos_rate": "Answers that end by themselves",
-    "empty": "Empty answers",
+    "repeated_2": "Repeated bigrams within a response",
+    "words": "Words per response",
+    "response_length": "Tokens per response",
+    "eos_rate": "Responses that end with EOS",
+    "empty": "Empty responses",
     "prompts": "Prompts",
-    "prompts_cut": "Prompts too long for their room, cut",
+    "prompts_cut": "Prompts cut to the maximum length",
 }
 PERCENT = {"gold_win_rate", "proxy_win_rate", "eos_rate", "empty", "prompts_cut"}
-# The metrics that tell how a stage went, most telling first; the table shows the first few that are there.
+# The metrics that best tell how a stage went, most telling first. The stage table shows the first
+# four that a stage has.
 TELLING = (
-    "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy", "val_calibration_error",
-    "val_gold", "val_proxy", "val_kl", "val_loss", "val_nats_per_byte", "reward", "kl", "loss", "accuracy",
+    "gold_win_rate", "gold_policy", "gold_baseline", "val_accuracy", "val_length_accuracy",
+    "val_calibration_error", "val_gold", "val_proxy", "val_kl", "val_loss", "val_nats_per_byte",
+    "reward", "kl", "loss", "accuracy",
 )  # fmt: skip
-# What an interval's ends are called after NAME_, and the interval on paper. Plain ends are those
-# of a workdir whose metrics do not say which interval they are of.
+# Kinds of intervals: the suffix in NAME_SUFFIX_low and its label. Metrics NAME_low and NAME_high
+# are of workdirs whose metrics do not name the kind.
 INTERVALS = {
     "wilson": "Wilson",
     "bca": "BCa",
@@ -39,27 +41,27 @@ INTERVALS = {
     "": "percentile bootstrap",
 }
 GREEDY = "none: responses are greedy (temperature 0), not samples"
-CARDS = (
-    "gold_win_rate",
-    "gold",
-    "kl",
-    "distinct_2",
-)  # the headline rows that stand large at the top
+# The headline rows that are shown large at the top of the page.
+CARDS = ("gold_win_rate", "gold", "kl", "distinct_2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
-    """A row of the headline table: what, of the baseline (or nothing), of the policy, and a remark."""
+    """A row of the headline table."""
 
-    name: str
+    name: str  # of the metric
     label: str
-    baseline: str
-    policy: str
+    baseline: str  # its value for the baseline, may be empty
+    policy: str  # its value for the policy
     note: str = ""
 
 
 def number(x: float | int, percent: bool = False) -> str:
-    """A number for people: three digits that count, thousands apart, `n/a` for NaN; or per cent with one decimal."""
+    """Formats a number: three significant digits, thousands separated, `n/a` for NaN.
+
+    Args:
+      percent: format a share as a percentage with one decimal.
+    """
     if not math.isfinite(x):
         return "n/a" if math.isnan(x) else str(x)
     if percent:
@@ -68,13 +70,15 @@ def number(x: float | int, percent: bool = False) -> str:
         return f"{x:,.0f}"
     if abs(x) >= 1e9 or abs(x) < 1e-3:
         return f"{x:.1e}"
-    return f"{x:#.3g}" if abs(x) >= 1 else f"{x:.3f}" if abs(x) >= 0.01 else f"{x:#.2g}"
+    if abs(x) >= 1:
+        return f"{x:#.3g}"
+    return f"{x:.3f}" if abs(x) >= 0.01 else f"{x:#.2g}"
 
 
 def headlines(run: Run) -> list[Headline]:
-    """The headline rows: the metrics of the run's last comparison; none before there is one.
+    """Returns the metrics of the run's last comparison, one per row; [] if there is none.
 
-    `NAME_policy` and `NAME_baseline` share a row; the ends of NAME's interval are in its remark.
+    `NAME_policy` and `NAME_baseline` share a row; the interval of NAME is in its note.
     """
     stages = run.comparisons
     if not stages:
@@ -99,68 +103,73 @@ def _ends(name: str, method: str) -> tuple[str, str]:
 
 def _headline(name: str, metrics: dict[str, float]) -> Headline:
     percent = name in PERCENT
-    baseline, policy = (
-        metrics.get(f"{name}_baseline"),
-        metrics.get(f"{name}_policy", metrics.get(name)),
-    )
+    baseline = metrics.get(f"{name}_baseline")
+    policy = metrics.get(f"{name}_policy", metrics.get(name))
     note = _interval(name, metrics)
     if not note and name.startswith("distinct") and baseline and policy is not None:
         note = f"{policy / baseline:.0%} of the baseline's"
-    shown = ["" if x is None else number(x, percent) for x in (baseline, policy)]
-    return Headline(name, LABELS.get(name, name), *shown, note)
+    return Headline(
+        name=name,
+        label=LABELS.get(name, name),
+        baseline="" if baseline is None else number(baseline, percent),
+        policy="" if policy is None else number(policy, percent),
+        note=note,
+    )
 
 
 def _interval(name: str, metrics: dict[str, float]) -> str:
-    """`Wilson 95 %: LOW to HIGH`, or nothing where a metric has no interval."""
+    """Returns `Wilson 95 %: LOW to HIGH`, or "" if the metric has no interval."""
     for method, label in INTERVALS.items():
-        ends = [metrics.get(end) for end in _ends(name, method)]
-        if None not in ends:
-            low, high = (number(end, name in PERCENT) for end in ends)
+        low_name, high_name = _ends(name, method)
+        if low_name in metrics and high_name in metrics:
+            low = number(metrics[low_name], name in PERCENT)
+            high = number(metrics[high_name], name in PERCENT)
             return f"{label} 95 %: {low} to {high}"
     return ""
 
 
 def stage_row(stage: Stage) -> dict[str, str]:
-    """A row of the stage table."""
-    steps = (
-        f"{stage.steps:,}"
-        if stage.status == "done"
-        else f"{stage.steps:,} of {stage.total:,}"
-    )
-    rates = {
-        name.removesuffix("_per_second"): v
-        for name, v in stage.rates.items()
+    """Returns a row of the stage table."""
+    steps = ""
+    if stage.total:
+        steps = f"{stage.steps:,}"
+        if stage.status != "done":
+            steps += f" of {stage.total:,}"
+    speeds = [
+        f"{number(value)} {name.removesuffix('_per_second')}/s"
+        for name, value in stage.rates.items()
         if name.endswith("_per_second")
-    }
-    speed = [f"{number(value)} {unit}/s" for unit, value in rates.items()]
+    ]
+    metrics = [f"{name} {number(stage.last[name])}" for name in telling(stage)]
     return {
         "name": stage.name,
         "kind": stage.kind,
         "status": stage.status,
-        "steps": steps if stage.total else "",
+        "steps": steps,
         "time": "" if stage.seconds is None else duration(stage.seconds),
-        "speed": speed[0] if speed else "",
-        "metrics": ", ".join(
-            f"{name} {number(stage.last[name])}" for name in telling(stage)
-        ),
+        "speed": speeds[0] if speeds else "",
+        "metrics": ", ".join(metrics),
     }
 
 
 def goodput_row(stage: Stage) -> dict[str, str]:
-    """A row of the table of where the time went; the start is all that comes before the first step but compiling."""
+    """Returns a row of the table of wall times.
+
+    The column `start` is everything before the first step except compilation.
+    """
     seconds = dict(stage.goodput["seconds"])
-    seconds["start"] = sum(
-        seconds.pop(name) for name in ("imports", "build", "restore")
-    )
+    start_parts = ("imports", "build", "restore")
+    seconds["start"] = sum(seconds.pop(part) for part in start_parts)
     times = {name: duration(value) for name, value in seconds.items()}
-    share, starts = (
-        number(stage.goodput["goodput"], percent=True),
-        str(stage.goodput["starts"]),
-    )
-    return {"name": stage.name, "goodput": share, "starts": starts, **times}
+    return {
+        "name": stage.name,
+        "goodput": number(stage.goodput["goodput"], percent=True),
+        "starts": str(stage.goodput["starts"]),
+        **times,
+    }
 
 
 def telling(stage: Stage, most: int = 4) -> list[str]:
-    """The names of the metrics that tell how the stage went, at most so many."""
+    """Returns the names of the metrics that best tell how a stage went, at most `most`."""
     known = [name for name in TELLING if name in stage.last]
     return known[:most] or sorted(stage.last)[:most]

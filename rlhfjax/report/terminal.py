@@ -1,4 +1,4 @@
-"""The report's tables for the terminal."""
+"""Builds the report's tables for the terminal."""
 
 import os
 
@@ -14,44 +14,37 @@ STAGE_COLUMNS = ("name", "status", "steps", "time", "speed", "metrics")
 
 
 def summary_table(workdir: str | os.PathLike) -> Group:
-    """The stage table and, once there is one, the result of the comparison: `rich.print(summary_table(workdir))`.
+    """Returns the stage table and, if there is a comparison, its result, for `rich.print`.
 
     Raises: as `write_report`.
     """
     run = read_run(paths.path(workdir))
-    stages = Table(
-        title="stages",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-    )
+    stages = _table("stages")
     for column in STAGE_COLUMNS:
-        stages.add_column(
-            column, justify="right" if column in ("steps", "time", "speed") else "left"
-        )
+        is_number = column in ("steps", "time", "speed")
+        stages.add_column(column, justify="right" if is_number else "left")
     for stage in run.stages:
         row = tables.stage_row(stage)
         stages.add_row(*(Text(row[column]) for column in STAGE_COLUMNS))
     headlines = tables.headlines(run)
     if not headlines:
         return Group(stages)
-    result = Table(
-        title="held-out prompts",
+    result = _table("held-out prompts")
+    result.add_column("")
+    result.add_column("baseline", justify="right")
+    result.add_column("policy", justify="right")
+    result.add_column("")
+    for row in headlines:
+        cells = (row.label, row.baseline, row.policy, row.note)
+        result.add_row(*map(Text, cells))
+    return Group(stages, Text(), result)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
         title_justify="left",
         box=None,
         pad_edge=False,
         header_style="dim",
     )
-    for column, justify in (
-        ("", "left"),
-        ("baseline", "right"),
-        ("policy", "right"),
-        ("", "left"),
-    ):
-        result.add_column(column, justify=justify)
-    for row in headlines:
-        result.add_row(
-            *(Text(x) for x in (row.label, row.baseline, row.policy, row.note))
-        )
-    return Group(stages, Text(), result)

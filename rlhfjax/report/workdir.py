@@ -1,4 +1,4 @@
-"""Reads what a run left in its workdir; an unfinished or single-stage run is as good as a whole recipe."""
+"""Reads the files of a workdir: a recipe or a single stage, finished or not."""
 
 import dataclasses
 import json
@@ -12,49 +12,51 @@ from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.renamed import STAGES, config_with_present_names
 
-Curve = tuple[
-    list[float | int], list[float]
-]  # steps (or KLs), values; NaN where a value was not finite
+Curve = tuple[list[float | int], list[float]]
+"""Steps (or KLs), and values; NaN where a value is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage's folder. Names of metrics are without the stage (`val_loss`, not `sft/val_loss`)."""
+    """The files of one stage. Names of metrics lack the stage: `val_loss`, not `sft/val_loss`."""
 
     name: str
     kind: str
-    status: str  # "done", "unfinished" (it has metrics) or "waiting"
-    steps: int  # done so far
-    total: int  # of so many, 0 when it does not count steps
-    seconds: float | None  # None until it is done
+    status: str  # "done", "unfinished" (it has a folder) or "waiting"
+    steps: int  # finished so far
+    total: int  # steps of the whole stage, 0 if it does not count steps
+    seconds: float | None  # wall time, None until it is done
     last: dict[str, float]  # the last value of every metric
     curves: dict[str, Curve]
     rates: dict[str, float]  # the median of every timing
     samples: list[dict]
     calibration: dict | None  # `Calibration.as_dict()`
     config: dict
-    goodput: dict  # what `clock.Clock.save` wrote; empty where nothing is trained
+    goodput: dict  # what `clock.Clock.save` wrote; {} if the stage does not train
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir: a recipe's stages in order, or the one stage it holds."""
+    """A workdir: the stages of a recipe in order, or its single stage."""
 
     name: str
     stages: list[Stage]
 
     @property
     def comparisons(self) -> list[Stage]:
-        """The stages that compared a policy with a baseline: their metrics have NAME_policy and
-        NAME_baseline."""
+        """The stages that compared a policy with a baseline.
+
+        Their metrics have NAME_policy and NAME_baseline.
+        """
         return [stage for stage in self.stages if _has_both(stage.last)]
 
 
 def _has_both(metrics: dict[str, float]) -> bool:
-    names = [
-        name.removesuffix("_policy") for name in metrics if name.endswith("_policy")
-    ]
-    return any(f"{name}_baseline" in metrics for name in names)
+    return any(
+        name.endswith("_policy")
+        and f"{name.removesuffix('_policy')}_baseline" in metrics
+        for name in metrics
+    )
 
 
 def read_run(workdir: Path) -> Run:
@@ -68,12 +70,9 @@ def read_run(workdir: Path) -> Run:
         raise ConfigError(f"workdir {workdir} does not exist")
     config = config_with_present_names(_read_json(workdir / "config.json"))
     if "stages" in config:
-        folders = [
-            (name, workdir / f"{i:02d}_{name}")
-            for i, name in enumerate(config["stages"])
-        ]
         stages = [
-            read_stage(name, folder, config.get(name) or {}) for name, folder in folders
+            read_stage(name, workdir / f"{i:02d}_{name}", config.get(name) or {})
+            for i, name in enumerate(config["stages"])
         ]
     elif (workdir / "config.json").exists() or (workdir / "metrics.jsonl").exists():
         stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
@@ -85,24 +84,30 @@ def read_run(workdir: Path) -> Run:
 
 
 def read_stage(name: str, folder: Path, config: dict) -> Stage:
-    """Reads one stage's folder, as far as it exists; `config` stands in for a config.json that is not there yet."""
+    """Reads the files of one stage, those that exist.
+
+    Args:
+      config: the stage's config, used until the folder has a config.json.
+    """
     config = config_with_present_names(_read_json(folder / "config.json") or config)
     done = _read_json(folder / "done.json")
-    kind = done.get("kind")
+    kind = done.get("kind") or ""
     rows = read_jsonl(folder / "metrics.jsonl")
     curves = _curves(rows)
-    last = {name: values[-1] for name, (_, values) in curves.items()} | _numbers(
-        done.get("metrics", {})
-    )
+    last = {name: values[-1] for name, (_, values) in curves.items()}
     timings = _curves(read_jsonl(folder / "timing.jsonl"))
+    if done:
+        status = "done"
+    else:
+        status = "unfinished" if folder.exists() else "waiting"
     return Stage(
         name=name,
         kind=STAGES.get(kind, kind) or config.get("stage") or name,
-        status="done" if done else "unfinished" if folder.exists() else "waiting",
+        status=status,
         steps=done.get("steps") or max((row["step"] for row in rows), default=0),
         total=config.get("steps") or done.get("steps") or 0,
         seconds=done.get("seconds"),
-        last=last,
+        last=last | _numbers(done.get("metrics", {})),
         curves=curves,
         rates={
             name: statistics.median(values) for name, (_, values) in timings.items()
@@ -126,7 +131,7 @@ def _curves(rows: list[dict]) -> dict[str, Curve]:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Names without the stage; null, which stands for a value that was not finite, as NaN."""
+    """Returns the numbers of a row under their names without the stage; null is NaN."""
     return {
         name.rsplit("/", 1)[-1]: math.nan if value is None else float(value)
         for name, value in row.items()

@@ -17,9 +17,8 @@ from rlhfjax.rl.prompts import held_out_prompts
 from rlhfjax.rl.rollout import Rollout, response_logprobs, sampled, truncated
 from rlhfjax.rl.task import Task
 from rlhfjax.state import TrainState
+from rlhfjax.streams import HELD_OUT
 from rlhfjax.types import Metrics, PyTree
-
-HELD_OUT = 2**31  # the random stream of batch 0; the seeds of training steps are below
 
 
 def held_out(

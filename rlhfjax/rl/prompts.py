@@ -16,6 +16,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
 from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
 from rlhfjax.stage import Batches
+from rlhfjax.streams import PRETRAINING_MIX
 from rlhfjax.types import Metrics
 
 
@@ -115,7 +116,7 @@ def policy_batches(
     options = {
         "batch_size": size,
         "length": config.length,
-        "seed": stage.seed + 1,
+        "seed": stage.seed + PRETRAINING_MIX,
         "shards": own,
     }
     text = loader.pretrain_batches(source, tokenizer, **options)

@@ -29,13 +29,10 @@ from rlhfjax.programs import (
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.sampling.generate import generate
 from rlhfjax.state import TrainState
+from rlhfjax.streams import FIRST_ROLLOUT
 from rlhfjax.types import Metrics, PyTree
 
 AHEAD = "ahead"  # in a state: the rollout that the next iteration learns from
-UPDATE, FIRST = (
-    1,
-    2,
-)  # random streams of an iteration; the rollout's is the iteration's key itself
 
 
 class Rollout(NamedTuple):
@@ -353,7 +350,7 @@ def draw(
         return Drawn(new, None, 0)
     if host_value(state.step, planned=1) == 0:
         first = sample(
-            policy, prompts.tokens, prompts.attention_mask, stream(key, FIRST)
+            policy, prompts.tokens, prompts.attention_mask, stream(key, FIRST_ROLLOUT)
         )
         return Drawn(first, new, 0)
     return Drawn(Rollout(**state.extra[AHEAD]), new, 1)

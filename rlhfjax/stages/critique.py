@@ -26,6 +26,7 @@ from rlhfjax.rewards.feedback import choose
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.streams import PER_CRITIQUE_SEED
 from rlhfjax.supervised import validate_length
 
 SPLITS = ("train", "validation")
@@ -162,7 +163,7 @@ def _say(
     config: Config, speaker: Judge, questions: list[Conversation], draw: int
 ) -> list[str]:
     """The speaker's answers as text; the draw numbers what is asked, so that no two share their randomness."""
-    seed = (config.seed * 1_000_003 + draw) % 2**31
+    seed = (config.seed * PER_CRITIQUE_SEED + draw) % 2**31
     ids = speaker.answer(
         questions,
         max_new_tokens=config.max_new_tokens,

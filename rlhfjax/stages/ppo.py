@@ -36,7 +36,6 @@ from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    UPDATE,
     Forward,
     Programs,
     Rollout,
@@ -55,7 +54,8 @@ from rlhfjax.rl.rollout import (
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, attach, copy_into
+from rlhfjax.state import TrainState, copy_into, merge_params
+from rlhfjax.streams import UPDATE, VALUE_INIT
 from rlhfjax.types import Metrics, PyTree
 
 
@@ -147,7 +147,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
-        params = attach(frozen, state.params)
+        params = merge_params(frozen, state.params)
         drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees
@@ -168,7 +168,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
-        fresh = critic.model.init_trained(jax.random.fold_in(key, 1))
+        fresh = critic.model.init_trained(jax.random.fold_in(key, VALUE_INIT))
         return {"value": _own(config, fresh)}
 
     def start(state: TrainState) -> TrainState:

@@ -32,7 +32,6 @@ from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    UPDATE,
     Forward,
     Programs,
     Rollout,
@@ -51,7 +50,8 @@ from rlhfjax.rl.rollout import (
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, attach
+from rlhfjax.state import TrainState, merge_params
+from rlhfjax.streams import UPDATE
 from rlhfjax.types import Metrics, PyTree
 
 
@@ -102,7 +102,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
-        params = attach(frozen, state.params)
+        params = merge_params(frozen, state.params)
         drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees

@@ -1,6 +1,6 @@
-"""Sweeps: an experiment file's `sweep(add)`, expanded, run, and collected.
+"""Sweeps: expands an experiment file's `sweep(add)`, runs what it adds, and collects the results.
 
-A sweep is a list of overrides, each a dict {option: value}. An experiment file says which ones it has:
+A sweep is a list of overrides, each a dict {option: value}. An experiment file adds them:
 
     def sweep(add):
         for overrides in product(grid("ppo.kl.coefficient", 0.05, 0.15, 0.45), seeds(3)):
@@ -20,41 +20,45 @@ Sweep = list[Overrides]
 
 
 def grid(option: str, *values: Any) -> Sweep:
-    """One option, each of the values."""
+    """Returns one element per value of an option."""
     return [{option: value} for value in values]
 
 
 def seeds(n: int, option: str = "arg.seed") -> Sweep:
-    """Seeds 0, …, n - 1; `option="seed"` for a file whose config is one stage and takes no seed as argument."""
+    """Returns the seeds 0, …, n - 1.
+
+    Pass `option="seed"` if the file's config is a single stage and takes no seed as argument.
+    """
     return grid(option, *range(n))
 
 
 def product(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:
-    """Every combination of an element of each; the last sweep varies fastest."""
+    """Returns every combination of one element per sweep; the last sweep varies fastest."""
     return [_merged(parts) for parts in itertools.product(*sweeps)]
 
 
 def zipped(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:
-    """The first of each, the second of each, and so on.
+    """Combines the first elements of all sweeps, then the second ones, and so on.
 
     Raises:
-      ConfigError: the sweeps are not of one length.
+      ConfigError: the sweeps differ in length.
     """
     lists = [list(sweep) for sweep in sweeps]
-    if len({len(one) for one in lists}) > 1:
+    lengths = [len(elements) for elements in lists]
+    if len(set(lengths)) > 1:
         raise ConfigError(
-            f"zipped: sweeps of lengths {', '.join(str(len(one)) for one in lists)}; expected one length"
+            f"zipped: sweeps of lengths {', '.join(map(str, lengths))}; expected one length"
         )
     return [_merged(parts) for parts in zip(*lists, strict=True)]
 
 
 def chain(*sweeps: Iterable[Mapping[str, Any]]) -> Sweep:
-    """One sweep after the other."""
+    """Returns the elements of all sweeps, one sweep after the other."""
     return [dict(overrides) for overrides in itertools.chain(*sweeps)]
 
 
 def is_seed(option: str) -> bool:
-    """Whether the option only tells repetitions of one experiment apart."""
+    """Returns whether an option is a seed, which repeats an experiment without changing it."""
     return option.rsplit(".", 1)[-1] == "seed"
 
 

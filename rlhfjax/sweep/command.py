@@ -1,4 +1,4 @@
-"""`rlhfjax sweep`: expand, run what is not finished, collect."""
+"""Implements `rlhfjax sweep`: expands a sweep, runs what is not finished, collects results."""
 
 import dataclasses
 import shlex
@@ -16,8 +16,8 @@ from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
 
 LOCAL = ("local",)
-# What is in launch/, each with its words that start a run: they wait for its end, but for gke's, which leave it to the
-# cluster's queue.
+# The launchers in launch/, each with the words that start a run. They wait until the run ends; only
+# GKE's leaves that to the cluster's queue.
 WORDS = {
     "tpu": ("run",),
     "gke": ("submit",),
@@ -30,27 +30,29 @@ TPU = (sys.executable, "-m", "launch.tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a sweep runs.
-
-    launcher: the words of a command that takes a run's command after its own, waits, and exits with its code, as
-      `launcher` makes them. `{name}` in it stands for the run's name. "local" is this machine. GKE's do not wait:
-      all runs are submitted at once, and the cluster orders them.
-    slices_in_turn: so many TPUs are created once and take the runs in turn, in the place of one TPU per run; 0: not.
-    metrics: what the page shows; none: the telling ones of the last stage.
-    """
+    """How a sweep runs."""
 
     parallel: int = 1
+    """Number of runs at a time."""
     launcher: tuple[str, ...] = LOCAL
+    """Words that start a run, as `launcher` returns them: put before the run's command, they wait
+    and exit with its code. `{name}` stands for the run's name. GKE's words do not wait: all runs
+    are submitted at once, and the cluster orders them."""
     slices_in_turn: int = 0
+    """Number of TPUs that are created once and shared by the runs; 0: one TPU per run."""
     dry_run: bool = False
+    """Whether to print the commands without running them."""
     metrics: tuple[str, ...] = ()
+    """Metrics on the page; empty: the most telling ones of the last stage."""
 
 
 def launcher(text: str) -> tuple[str, ...]:
-    """The words of a launcher: `local`; `tpu`, `gke`, `slurm` or `ssh` with flags of launch/'s; or those of a command.
+    """Returns the words of a launcher.
 
+    Args:
+      text: `local`; `tpu`, `gke`, `slurm` or `ssh` with flags of launch/'s programs; or a command.
     Raises:
-      ConfigError: there is no such launcher or program, or launch/ is not here.
+      ConfigError: the launcher or program does not exist, or launch/ is not in this folder.
     """
     try:
         first, *flags = shlex.split(text) or [""]
@@ -59,23 +61,19 @@ def launcher(text: str) -> tuple[str, ...]:
     if first == "local" and not flags:
         return LOCAL
     if first in WORDS:
-        if not (file := paths.path("launch") / f"{first}.py").is_file():
+        file = paths.path("launch") / f"{first}.py"
+        if not file.is_file():
             raise ConfigError(
-                f"--launcher={first}: {file} is not in this folder; expected to run in the repository's"
+                f"--launcher={first}: {file} is not in this folder; "
+                "expected to run in the repository's"
             )
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
-        return (
-            sys.executable,
-            "-m",
-            f"launch.{first}",
-            *WORDS[first],
-            "--name={name}",
-            *flags,
-            "--",
-        )
+        module = (sys.executable, "-m", f"launch.{first}")
+        return (*module, *WORDS[first], "--name={name}", *flags, "--")
     if not shutil.which(first):
         raise ConfigError(
-            f"--launcher={text}: expected local, {', '.join(WORDS)}, or a command that is installed"
+            f"--launcher={text}: expected local, {', '.join(WORDS)}, "
+            "or a command that is installed"
         )
     return (first, *flags)
 
@@ -83,12 +81,15 @@ def launcher(text: str) -> tuple[str, ...]:
 def sweep(
     config: str, workdir: Path, given: Mapping[str, Any], options: Options
 ) -> None:
-    """Runs a sweep, or goes on with it; finished runs are not run again.
+    """Runs a sweep, or resumes it; finished runs are skipped.
 
+    Args:
+      config: FILE.py[:args].
+      given: options of the command line, which all runs have.
     Raises:
       ConfigError: before any run, as `expand`.
       UserError: runs failed; the others are done, and the table is written.
-      Preempted, KeyboardInterrupt: stopped by a signal.
+      Preempted, KeyboardInterrupt: a signal stopped the sweep.
     """
     if options.slices_in_turn:
         options = in_turn(options, workdir)
@@ -100,43 +101,41 @@ def sweep(
     }
     if options.dry_run:
         for run in runs:
-            print(
-                f"# {run.name} is finished"
-                if run.finished
-                else shlex.join(commands[run.name])
-            )
+            command = commands.get(run.name)
+            print(shlex.join(command) if command else f"# {run.name} is finished")
         return
-    print(
-        f"{len(runs)} runs, {len(runs) - len(commands)} of them finished; logs in {workdir / 'logs'}"
-    )
+    finished = len(runs) - len(commands)
+    logs = workdir / pool.LOGS
+    print(f"{len(runs)} runs, {finished} of them finished; logs in {logs}")
+    down = [shlex.join(words) for words in down_commands(options, len(commands))]
     try:
-        if options.launcher[:3] == GKE:
-            jobs = {name: job_name(options.launcher, name) for name in commands}
-            codes = queued.run_all(
-                commands, jobs, states_command(options.launcher), workdir
-            )
-        else:
-            codes = pool.run_all(commands, workdir, options.parallel)
-        for words in down_commands(options, len(commands)):
-            print(shlex.join(words))
-            subprocess.run(words, stdin=subprocess.DEVNULL)
+        codes = _run_all(commands, workdir, options)
+        for command in down:
+            print(command)
+            subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL)
     except (KeyboardInterrupt, Preempted):
-        for words in down_commands(options, len(commands)):
-            print(
-                f"a TPU is left, on which its run goes on; to delete it: {shlex.join(words)}"
-            )
+        for command in down:
+            print(f"a TPU is left, on which its run goes on; to delete it: {command}")
         raise
     finally:
         print(f"table: {collect(runs, workdir, options.metrics)}")
     if failed := [name for name, code in codes.items() if code]:
-        raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: "
-            + "; ".join(why(codes, workdir, failed))
-        )
+        reasons = "; ".join(why(codes, workdir, failed))
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {reasons}")
+
+
+def _run_all(
+    commands: Mapping[str, Sequence[str]], workdir: Path, options: Options
+) -> dict[str, int]:
+    """Runs every command; returns {run: exit code}."""
+    if options.launcher[:3] != GKE:
+        return pool.run_all(commands, workdir, options.parallel)
+    jobs = {name: job_name(options.launcher, name) for name in commands}
+    return queued.run_all(commands, jobs, states_command(options.launcher), workdir)
 
 
 def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
-    """The words that start a run: with this interpreter here, or as the launcher's `rlhfjax …`."""
+    """Returns the words that start a run: locally with this interpreter, or with a launcher."""
     if tuple(launcher) == LOCAL:
         return [sys.executable, "-m", "rlhfjax", *run.command]
     return [
@@ -147,13 +146,13 @@ def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
 
 
 def job_name(launcher: Sequence[str], name: str) -> str:
-    """The name that a launcher's words give to a run: their last --name."""
+    """Returns the name that a launcher gives to a run: the last --name among its words."""
     words = [word for word in launcher if word.startswith("--name=")] or ["--name="]
     return words[-1].partition("=")[2].replace("{name}", name)
 
 
 def states_command(launcher: Sequence[str]) -> list[str]:
-    """The words that print the states of GKE's jobs, where and how often the launcher's words say."""
+    """Returns the words that print the states of GKE jobs, in the launcher's namespace."""
     where = [
         word
         for word in launcher
@@ -163,10 +162,10 @@ def states_command(launcher: Sequence[str]) -> list[str]:
 
 
 def in_turn(options: Options, workdir: Path) -> Options:
-    """Options whose launcher names a TPU by the slot that a run takes, and leaves it for the next run.
+    """Returns options whose launcher names a TPU by the run's slot and keeps it for the next run.
 
     Raises:
-      ConfigError: the launcher is not that of TPU VMs.
+      ConfigError: the launcher is not `tpu`.
     """
     if options.launcher[:3] != TPU:
         raise ConfigError(
@@ -181,7 +180,10 @@ def in_turn(options: Options, workdir: Path) -> Options:
 
 
 def down_commands(options: Options, runs: int) -> list[list[str]]:
-    """The commands that delete the TPUs which took the runs in turn; none where each run had its own."""
+    """Returns the commands that delete the TPUs that runs shared; [] if each run had its own.
+
+    None where each run had its own.
+    """
     where = [
         word for word in options.launcher if word.startswith(("--zone=", "--project="))
     ]
@@ -194,7 +196,7 @@ def down_commands(options: Options, runs: int) -> list[list[str]]:
 
 
 def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> Path:
-    """Writes the sweep's tables and page from what its runs have left so far; returns the page."""
+    """Writes the tables and the page of a sweep from its runs' files so far; returns the page."""
     results = []
     for run in runs:
         seeds = {
@@ -210,17 +212,12 @@ def collect(runs: Sequence[Run], workdir: Path, metrics: Sequence[str] = ()) -> 
 
 
 def why(codes: Mapping[str, int], workdir: Path, failed: Sequence[str]) -> list[str]:
-    """A text a failed run: its name, how it ended, and the last line of its log."""
-    said = []
+    """Returns one text per failed run: its name, its exit code, and the last line of its log."""
+    reasons = []
     for name in failed:
         log = pool.log_of(workdir, name)
-        lines = (
-            log.read_bytes().decode(errors="replace").split("\n")
-            if log.exists()
-            else []
-        )
-        last = next(
-            (line.strip() for line in reversed(lines) if line.strip()), "no output"
-        )
-        said.append(f"{name} ({pool.describe(codes[name])}: {last})")
-    return said
+        text = log.read_bytes().decode(errors="replace") if log.exists() else ""
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        last = lines[-1] if lines else "no output"
+        reasons.append(f"{name} ({pool.describe(codes[name])}: {last})")
+    return reasons

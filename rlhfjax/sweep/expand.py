@@ -1,4 +1,4 @@
-"""From an experiment file and its `sweep(add)` to named runs, each checked before any of them starts."""
+"""Expands an experiment file's `sweep(add)` to named runs and validates each of them."""
 
 import dataclasses
 import hashlib
@@ -16,22 +16,18 @@ from rlhfjax.paths import Path
 from rlhfjax.sweep import Overrides
 
 ARG = "arg."
-LONGEST = 120  # characters of a run's name
+NAME_LENGTH = 120  # maximum characters of a run's name
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep.
-
-    command: what stands after `rlhfjax`.
-    config: what the run will find, with everything in force, as JSON has it.
-    """
+    """One run of a sweep."""
 
     name: str
     overrides: Overrides
     workdir: Path
-    command: tuple[str, ...]
-    config: dict[str, Any]
+    command: tuple[str, ...]  # the words after `rlhfjax`
+    config: dict[str, Any]  # the complete config, overrides applied, of JSON types
 
     @property
     def finished(self) -> bool:
@@ -41,14 +37,14 @@ class Run:
 def expand(
     config: str, workdir: Path, given: Mapping[str, Any] | None = None
 ) -> list[Run]:
-    """The runs of a sweep, in the file's order.
+    """Returns the runs of a sweep, in the file's order.
 
     Args:
       config: FILE.py[:args].
-      given: options that all runs have, from the command line.
+      given: options of the command line, which all runs have.
     Raises:
-      ConfigError: the file has no `sweep`; two runs are the same; or an override names an option that there is not, is
-        of a wrong type, sets what was given, or leads to a config that cannot be meant.
+      ConfigError: the file has no `sweep`; two runs are equal; or an override names an unknown
+        option, has a wrong type, sets a given option, or leads to an invalid config.
     """
     file, _, arg = config.partition(":")
     loaded = _guarded(file, lambda: runpy.run_path(file))
@@ -113,7 +109,7 @@ def _run(
 
 
 def _guarded(file: str, call: Callable[[], Any]) -> Any:
-    """What the call returns; an experiment file is a program, and its mistakes are one line with their place."""
+    """Returns the call's result; an error of an experiment file becomes one line with its place."""
     try:
         return call()
     except UserError:
@@ -123,26 +119,22 @@ def _guarded(file: str, call: Callable[[], Any]) -> Any:
 
 
 def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
-    """`"size=smoke"` and {"seed": 3}: `"size=smoke,seed=3"`.
+    """Appends arguments: `"size=smoke"` and {"seed": 3} give `"size=smoke,seed=3"`.
 
     Raises:
-      ConfigError: an argument stands in both.
+      ConfigError: an argument is in both.
     """
     for item in filter(None, arg.split(",")):
         if item.partition("=")[0] in arguments:
             raise ConfigError(
                 f"--config=…:{item}: this argument is what the sweep varies"
             )
-    return ",".join(
-        [
-            *filter(None, [arg]),
-            *(f"{key}={literal(key, value)}" for key, value in arguments.items()),
-        ]
-    )
+    items = [f"{key}={literal(key, value)}" for key, value in arguments.items()]
+    return ",".join(filter(None, [arg, *items]))
 
 
 def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with the overrides in force, strictly.
+    """Returns a copy of the config with the overrides applied, strictly.
 
     Raises:
       ConfigError: an option that there is not, or a value of another type.
@@ -165,10 +157,10 @@ def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def literal(key: str, value: Any) -> str:
-    """A value as the command line takes it.
+    """Formats a value for the command line.
 
     Raises:
-      ConfigError: it cannot be written there.
+      ConfigError: the command line cannot hold such a value.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -180,20 +172,18 @@ def literal(key: str, value: Any) -> str:
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:
-    """A run's folder: `ppo.kl.coefficient=0.05,seed=1`. It depends on this run alone, so that a sweep may grow.
+    """Returns the name of a run's folder, such as `ppo.kl.coefficient=0.05,seed=1`.
 
-    What no path should hold is replaced, and what is long cut off; then a hash of the whole keeps it apart from others.
+    The name depends on this run's overrides alone, so that a sweep may grow. Unsuitable characters
+    are replaced and a long name is cut; then a hash of the full name keeps it unique.
     """
-    whole = (
-        ",".join(
-            f"{key.removeprefix(ARG)}={literal(key, value)}"
-            for key, value in overrides.items()
-        )
-        or "base"
-    )
-    name = re.sub(r"[^\w.=,+-]+", "-", whole)
-    if name == whole and len(name) <= LONGEST and not name.startswith("."):
+    items = [
+        f"{key.removeprefix(ARG)}={literal(key, value)}"
+        for key, value in overrides.items()
+    ]
+    full_name = ",".join(items) or "base"
+    name = re.sub(r"[^\w.=,+-]+", "-", full_name)
+    if name == full_name and len(name) <= NAME_LENGTH and not name.startswith("."):
         return name
-    return (
-        f"{name.lstrip('.')[:LONGEST]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(full_name.encode()).hexdigest()
+    return f"{name.lstrip('.')[:NAME_LENGTH]}-{digest[:8]}"

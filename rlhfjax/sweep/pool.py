@@ -1,8 +1,8 @@
-"""Runs commands, each as its own process, a few at a time; one that fails does not stop the others.
+"""Runs commands as processes, a few at a time; one that fails does not stop the others.
 
-A command that exits with `Preempted.exit_code` has saved its state and is started again. SIGINT and SIGTERM are passed
-on as SIGTERM, on which a run saves; a second one kills. Processes are not in the terminal's foreground group, so that
-Ctrl-C reaches them through here alone.
+A command that exits with `Preempted.exit_code` has saved its state and is started again. SIGINT and
+SIGTERM are passed on as SIGTERM, on which a run saves; a second signal kills the processes. They
+are not in the terminal's foreground group, so that Ctrl-C reaches them only through this module.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from rlhfjax.paths import Path
 LOCK, LOGS = "sweep.lock", "logs"
 SLOT = "{slot}"
 POLL = 0.2  # seconds
-GRACE = 600.0  # seconds that a run has to save
+GRACE = 600.0  # seconds a run has to save
 
 
 def run_all(
@@ -33,15 +33,18 @@ def run_all(
     parallel: int = 1,
     say: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Runs every command, at most `parallel` at a time, its output appended to `folder/logs/NAME.txt`.
+    """Runs every command, at most `parallel` at a time; output is appended to its log file.
 
-    `{slot}` in a command stands for a number below `parallel` that no other command has while it runs.
+    The log file of a command is `folder/logs/NAME.txt`.
+
+    `{slot}` in a command stands for a number below `parallel` that no other command has while it
+    runs.
 
     Returns:
       {name: exit code}.
     Raises:
       ConfigError: processes of an earlier call still run in this folder.
-      Preempted: SIGTERM came; KeyboardInterrupt: Ctrl-C. All processes have ended.
+      Preempted: SIGTERM was received. KeyboardInterrupt: Ctrl-C. All processes have ended.
     """
     here = paths.Mirror(folder, [f"{LOGS}/{name}.txt" for name in commands])
     paths.make_folder(here.folder / LOGS)
@@ -62,14 +65,12 @@ def run_all(
                         waiting.append(name)
                         continue
                     codes[name] = code
-                    how = (
-                        "done"
-                        if code == 0
-                        else f"failed with {describe(code)}, see {log_of(folder, name)};"
-                    )
-                    say(
-                        f"[{len(codes)}/{len(commands)}] {name}: {how} after {duration(seconds)}"
-                    )
+                    outcome = "done"
+                    if code:
+                        log = log_of(folder, name)
+                        outcome = f"failed with {describe(code)}, see {log};"
+                    count = f"[{len(codes)}/{len(commands)}]"
+                    say(f"{count} {name}: {outcome} after {duration(seconds)}")
                 while waiting and len(running) < parallel:
                     name = waiting.popleft()
                     slot = slots.pop(0)
@@ -86,7 +87,7 @@ def run_all(
     if received.all:
         if received.all[0] == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Preempted("the sweep stopped; the same command goes on from here")
+        raise Preempted("the sweep stopped; run the same command to resume")
     return codes
 
 
@@ -95,7 +96,7 @@ def log_of(folder: Path, name: str) -> Path:
 
 
 def describe(code: int) -> str:
-    """An exit code for people; negative ones are signals."""
+    """Describes an exit code; negative ones are signals."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -125,7 +126,7 @@ class _Running(NamedTuple):
 
 
 def _ended(running: dict[str, _Running]) -> Iterator[tuple[str, int, int, float]]:
-    """(name, exit code, slot, seconds) of what has ended, which is no longer among the running."""
+    """Removes ended processes from `running`; yields (name, exit code, slot, seconds) of each."""
     for name, run in list(running.items()):
         if (code := run.process.poll()) is not None:
             del running[name]
@@ -133,7 +134,10 @@ def _ended(running: dict[str, _Running]) -> Iterator[tuple[str, int, int, float]
 
 
 def _stop(processes: Sequence[subprocess.Popen], received: "_Received") -> None:
-    """SIGTERM to all; SIGKILL to what is still there after GRACE, or when a further signal comes."""
+    """Sends SIGTERM to all processes and waits until they have ended.
+
+    After GRACE seconds, or on a further signal, it sends SIGKILL.
+    """
     before = len(received.all)
     for process in processes:
         process.terminate()
@@ -147,7 +151,7 @@ def _stop(processes: Sequence[subprocess.Popen], received: "_Received") -> None:
 
 
 class _Received:
-    """The signals that came; `came` is set by the first."""
+    """Collects the signals that were received; the first one sets `came`."""
 
     def __init__(self) -> None:
         self.all: list[int] = []
@@ -160,7 +164,7 @@ class _Received:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Received]:
-    """Notes SIGINT and SIGTERM instead of what they do; outside of the main thread they are somebody else's."""
+    """Collects SIGINT and SIGTERM, which then have no other effect. Only the main thread may."""
     received = _Received()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,4 @@
-"""Runs that a cluster's queue orders: all are submitted at once, and one process looks at all of them together."""
+"""Submits all runs to a cluster's queue and waits for their jobs together."""
 
 import json
 import subprocess
@@ -10,12 +10,9 @@ from rlhfjax.errors import first_line
 from rlhfjax.paths import Path
 from rlhfjax.sweep import pool
 
-POLL = 30.0  # seconds between looks at the states
-CODES = {
-    "Completed": 0,
-    "Failed": 1,
-    "Missing": 1,
-}  # of the states in which a job has ended
+POLL = 30.0  # seconds between checks of the states
+# Exit codes of the states in which a job has ended.
+CODES = {"Completed": 0, "Failed": 1, "Missing": 1}
 
 
 def run_all(
@@ -25,17 +22,17 @@ def run_all(
     folder: Path,
     say: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Submits every run and waits until all have ended. Jobs that are there already are found, not doubled.
+    """Submits every run and waits until all have ended. Existing jobs are reused.
 
     Args:
-      commands: {run: the words that submit it and return}.
+      commands: {run: the words that submit it without waiting}.
       jobs: {run: the name of its job in the cluster}.
-      states: the words that, with the names of jobs after them, print {job: state} as JSON.
-      folder: what the commands print is appended to `folder/logs/NAME.txt`.
+      states: the words that, followed by names of jobs, print {job: state} as JSON.
+      folder: output of the commands is appended to `folder/logs/NAME.txt`.
     Returns:
-      {run: exit code}, 0 or 1; the code of a submission that failed.
+      {run: exit code}: 0 or 1, or the exit code of a submission that failed.
     Raises:
-      KeyboardInterrupt: Ctrl-C; the jobs go on, and the same sweep finds them.
+      KeyboardInterrupt: Ctrl-C. The jobs continue, and the same sweep finds them.
     """
     codes = _submit(commands, folder, say)
     unknown = ""
@@ -72,14 +69,15 @@ def _submit(
                 f"{name}: not submitted ({pool.describe(code)}), see {pool.log_of(folder, name)}"
             )
     say(
-        f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them to the cluster"
+        f"{len(commands) - len(failed)} of {len(commands)} runs are submitted; Ctrl-C leaves them "
+        "to the cluster"
     )
     here.close()
     return failed
 
 
 def _ask(states: Sequence[str], jobs: Sequence[str]) -> tuple[dict[str, str], str]:
-    """({job: state}, ""), or ({}, why the cluster did not answer): that says nothing about the jobs."""
+    """Returns ({job: state}, ""), or ({}, the reason why the cluster did not answer)."""
     done = subprocess.run(
         [*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

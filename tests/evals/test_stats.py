@@ -199,7 +199,8 @@ def loop_accuracy(scores, labels, valid):
 
 
 def test_pairwise_accuracy_by_hand():
-    # Labels 3 > 2 = 2: two pairs count. Scores put the best first in one of them and level in the other.
+    # Labels 3 > 2 = 2: two pairs count. Scores put the best first in one of them and level in the
+    # other.
     scores, labels = np.array([[1.0, 0.0, 1.0]]), np.array([[3.0, 2.0, 2.0]])
     assert stats.pairwise_accuracy(scores, labels) == (1.5, 2.0)
 
@@ -256,7 +257,8 @@ def test_margins_are_better_minus_worse():
 
 
 def test_calibration_by_hand():
-    # Confidence 0.75 (m = ln 3): right 3 of 4 times, exactly calibrated. Confidence 0.9 (m = ln 9): right 1 of 2.
+    # Confidence 0.75 (m = ln 3): right 3 of 4 times, exactly calibrated. Confidence 0.9 (m = ln 9):
+    # right 1 of 2.
     margin = np.log(np.array([3.0, 3.0, 3.0, 1 / 3, 9.0, 1 / 9]))
     got = stats.calibration(margin, bins=4)
     np.testing.assert_allclose(got.confidence, [0.75, 0.9])

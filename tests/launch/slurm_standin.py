@@ -1,9 +1,11 @@
-"""Stands in for Slurm: records every call, refuses what Slurm would, and really runs the batch script on this machine.
+"""Stands in for Slurm: records every call, refuses what Slurm would, and really runs the batch
+script on this machine.
 
     python slurm_standin.py sbatch|srun|scontrol|squeue|sacct|scancel ARGUMENTS
 
-A job is a folder of $STANDIN named by its number; a node is a process of the step. SIGUSR2 goes to all processes of a
-job, as it does with proctrack/linuxproc, SIGTERM to the step's own alone, as with proctrack/cgroup.
+A job is a folder of $STANDIN named by its number; a node is a process of the step. SIGUSR2 goes to
+all processes of a job, as it does with proctrack/linuxproc, SIGTERM to the step's own alone, as
+with proctrack/cgroup.
 """
 
 import contextlib
@@ -93,7 +95,9 @@ def _controller(words: list[str]) -> None:
     env |= {"SLURM_JOB_NODELIST": f"n[0-{int(asked['nodes']) - 1}]"}
     time.sleep(
         0.1
-    )  # submitit names its pickle once it knows the job; a job that has begun looks again after a second
+        # submitit names its pickle once it knows the job; a job that has begun looks again after a
+        # second
+    )
     while True:
         (job / "state").write_text("RUNNING")
         with Path(asked["output"].replace("%j", job.name)).open("a") as out:

@@ -1,4 +1,7 @@
-"""docs/launching.md and launch/README.md: every command in them has flags and words that there are."""
+"""docs/launching.md and launch/README.md.
+
+Every command in them has flags and words that there are.
+"""
 
 import importlib
 import re

@@ -1,4 +1,6 @@
-"""launch.gke: its manifests against the schemas of Kubernetes and JobSet, and what it asks of kubectl."""
+"""launch.gke: its manifests against the schemas of Kubernetes and JobSet, and what it asks of
+kubectl.
+"""
 
 import json
 import os
@@ -45,7 +47,9 @@ FULL = manifests.Job(
 
 
 def validate(manifest: dict) -> None:
-    """Raises for what the schemas of the JobSet, its job and its pod do not have, unknown fields included."""
+    """Raises for what the schemas of the JobSet, its job and its pod do not have, unknown fields
+    included.
+    """
     jsonschema.validate(manifest, SCHEMA)
     for replicated in manifest["spec"]["replicatedJobs"]:
         spec = replicated["template"]["spec"]
@@ -121,7 +125,9 @@ def test_a_slice_has_one_pod_per_host():
 
 
 def test_preemption_restarts_without_limit_and_a_failure_ends_it():
-    """Exit code 75 and an evicted pod fail their job by its pod failure policy, for which the JobSet has a rule."""
+    """Exit code 75 and an evicted pod fail their job by its pod failure policy, for which the
+    JobSet has a rule.
+    """
     spec = manifests.manifest(PLAIN)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     exits, conditions = (
@@ -162,7 +168,10 @@ def test_a_secret_is_a_reference():
 
 
 def test_kueue_admits_all_pods_together():
-    """The queue and the priority are labels of the JobSet; without a queue Kueue leaves the job alone."""
+    """The queue and the priority are labels of the JobSet.
+
+    Without a queue Kueue leaves the job alone.
+    """
     labels = manifests.manifest(FULL)["metadata"]["labels"]
     assert labels == {
         "kueue.x-k8s.io/queue-name": "tpu",
@@ -289,7 +298,8 @@ case "$1 $2" in
   'get jobset')
     if [ -e $STANDIN/states.json ]; then cat $STANDIN/states.json
     elif [ -e $STANDIN/ended ]; then cat $STANDIN/ended
-    elif [ ! -e $STANDIN/applied.json ] || [ -e $STANDIN/gone ]; then echo 'Error (NotFound)' >&2; exit 1
+    elif [ ! -e $STANDIN/applied.json ] || [ -e $STANDIN/gone ]; then
+      echo 'Error (NotFound)' >&2; exit 1
     elif [ "$(cat $STANDIN/looks 2>/dev/null | wc -l)" -ge 2 ]; then cat $STANDIN/end
     fi ;;
 esac

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 TOOLS = {
     # ssh HOST SCRIPT: the host is a folder.
     "ssh": 'shift 3; mkdir -p $STANDIN/$1; cd $STANDIN/$1; HOME=$PWD exec sh -c "$2"',
-    "scp": 'while [ "${1#-}" != "$1" ]; do shift; done; mkdir -p $STANDIN/${2%%:*}; cp $1 $STANDIN/${2%%:*}/${2#*:}',
+    "scp": 'while [ "${1#-}" != "$1" ]; do shift; done; mkdir -p $STANDIN/${2%%:*}; cp $1 '
+    "$STANDIN/${2%%:*}/${2#*:}",
 }
 
 

@@ -1,4 +1,6 @@
-"""launch.slurm on submitit, against a stand-in for Slurm that really runs the batch script on this machine."""
+"""launch.slurm on submitit, against a stand-in for Slurm that really runs the batch script on this
+machine.
+"""
 
 import os
 import subprocess
@@ -51,12 +53,15 @@ class Clock:
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """The stand-in's folder; jobs begin in the repository's, as those do that are submitted from there."""
+    """The stand-in's folder; jobs begin in the repository's, as those do that are submitted from
+    there.
+    """
     (tmp_path / "bin").mkdir()
     for name in TOOLS:
         tool = tmp_path / "bin" / name
         tool.write_text(
-            f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__).parent / "slurm_standin.py"} {name} "$@"\n'
+            f"#!/bin/sh\nexec {sys.executable} -S {Path(__file__).parent / 'slurm_standin.py'} "
+            f'{name} "$@"\n'
         )
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -69,7 +74,9 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(cluster, capsys):
-    """(exit code, stdout, stderr) of `python -m launch.slurm ARGS`, its files in the stand-in's folder."""
+    """(exit code, stdout, stderr) of `python -m launch.slurm ARGS`, its files in the stand-in's
+    folder.
+    """
 
     def call(word: str, *args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -182,7 +189,9 @@ def test_a_job_is_requeued_where_it_was_preempted(cluster, call):
     wait = "while [ ! -e files/7_1_result.pkl ]; do sleep 0.02; done"
     script = f"""
     cd {cluster}
-    if mkdir been$SLURM_PROCID 2> /dev/null; then [ $SLURM_PROCID = 1 ] && exit 3; {wait}; exit 75; fi
+    if mkdir been$SLURM_PROCID 2> /dev/null; then
+      [ $SLURM_PROCID = 1 ] && exit 3; {wait}; exit 75
+    fi
     sleep $SLURM_PROCID; echo again"""
     code, _, _ = call("submit", *JOB, "--nodes=2", *sh(script))
     assert code == 0 and made(cluster, "scontrol") == ["scontrol requeue 7"]
@@ -225,7 +234,10 @@ COUNTING = ["--nodes=2", "--", sys.executable, "-S", "-c"]
 def test_what_is_out_of_time_or_preempted_saves_and_ends_as_if_it_had_not_been(
     number, cluster, call
 ):
-    """SIGUSR2 comes before the time is up, to every process; SIGTERM before the machines are taken away."""
+    """SIGUSR2 comes before the time is up, to every process.
+
+    SIGTERM before the machines are taken away.
+    """
     thread = once_it_runs(cluster, "scancel", f"--signal={number}", "7")
     assert (
         call(
@@ -278,8 +290,10 @@ def test_the_script_asks_for_what_was_asked(call):
     ]
     _, script, _ = call("script", "--name=a", *asked, "--time=1-02:30:00", *sh("true"))
     for line in (
-        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=6", "partition=p", "account=b", "time=1590",
-        "signal=USR2@60", "requeue", "dependency=singleton", "export=NONE", "job-name=a", "open-mode=append",
+        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "cpus-per-task=6", "partition=p",
+         "account=b", "time=1590",
+        "signal=USR2@60", "requeue", "dependency=singleton", "export=NONE", "job-name=a",
+         "open-mode=append",
     ):  # fmt: skip
         assert f"\n#SBATCH --{line}\n" in script
     assert (

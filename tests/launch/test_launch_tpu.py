@@ -273,7 +273,8 @@ def test_the_same_files_make_the_same_archive_and_what_stays_behind_is_named(
         hashes.append(shell.pack(shell.Shell(), str(cloud / "x.tar.gz")))
     assert hashes[0] == hashes[1]
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py and 2 more",
+        "not sent, because git does not track them: new0.py, new1.py, new2.py, new3.py, new4.py "
+        "and 2 more",
         "not sent, because they are deleted here: gone.py",
     ]
     Path("tracked.py").write_text("edited")
@@ -607,7 +608,7 @@ def test_a_stopped_node_is_named(cloud, capsys):
 
 
 def test_exit_code_75_starts_the_command_again_on_the_same_machines(cloud, capsys):
-    """What an earlier start left running is ended, and libtpu's lock is removed, before the next."""
+    """Processes of an earlier start are ended, and libtpu's lock is removed, before the next."""
     left = "sleep 60 & echo $! > ~/left"
     ended = "[ ! -e ~/left ] || ! grep -q sleep /proc/$(cat ~/left)/cmdline 2> /dev/null || exit 9"
     script = (

@@ -1,4 +1,7 @@
-"""A workdir as a recipe leaves it, made up: curves of plausible shape, and texts that try to break the page."""
+"""A workdir as a recipe leaves it, made up.
+
+Curves of plausible shape, and texts that try to break the page.
+"""
 
 import json
 
@@ -109,21 +112,40 @@ def comparisons(rng, n):
         "",
         "oh no, where?",
     ]
-    policy = ["It was great! I love the weekend, thanks for asking.", "I love hiking, it is so fun! What do you like?",
-              "Haha, " + NASTY, "Oh no! I hope you find them soon, that would be great."]  # fmt: skip
+    policy = [
+        "It was great! I love the weekend, thanks for asking.",
+        "I love hiking, it is so fun! What do you like?",
+        "Haha, " + NASTY,
+        "Oh no! I hope you find them soon, that would be great.",
+    ]
     for i in range(n):
         gold = rng.normal([0.15, 0.6], 0.3)
-        yield {"prompt": prompts[i % 4], "baseline": baseline[i % 4], "policy": policy[i % 4],
-               "gold_baseline": gold[0], "gold_policy": gold[1],
-               "proxy_baseline": gold[0] * 2, "proxy_policy": gold[1] * 3}  # fmt: skip
+        yield {
+            "prompt": prompts[i % 4],
+            "baseline": baseline[i % 4],
+            "policy": policy[i % 4],
+            "gold_baseline": gold[0],
+            "gold_policy": gold[1],
+            "proxy_baseline": gold[0] * 2,
+            "proxy_policy": gold[1] * 3,
+        }
 
 
 EVALUATION = {
-    "gold_win_rate": 0.831, "gold_win_rate_wilson_low": 0.781, "gold_win_rate_wilson_high": 0.872,
+    "gold_win_rate": 0.831,
+    "gold_win_rate_wilson_low": 0.781,
+    "gold_win_rate_wilson_high": 0.872,
     "gold_baseline": 0.21,
-    "gold_policy": 0.68, "proxy_baseline": 0.05, "proxy_policy": 2.02, "kl": 8.7, "distinct_2_baseline": 0.62,
-    "distinct_2_policy": 0.5, "words_baseline": 11.2, "words_policy": 14.9, "prompts": 256,
-}  # fmt: skip
+    "gold_policy": 0.68,
+    "proxy_baseline": 0.05,
+    "proxy_policy": 2.02,
+    "kl": 8.7,
+    "distinct_2_baseline": 0.62,
+    "distinct_2_policy": 0.5,
+    "words_baseline": 11.2,
+    "words_policy": 14.9,
+    "prompts": 256,
+}
 
 
 def make_recipe(root):
@@ -179,8 +201,15 @@ def make_recipe(root):
         (s, {"loss": 0.7 - 0.004 * s, "accuracy": 0.5 + 0.005 * s})
         for s in range(1, 61)
     ]
-    make_stage(root / "04_reward", "reward", 60, [*lines, *accuracy], timing=speed, seconds=75.0,
-               extra={"calibration": calibration(margin).as_dict()})  # fmt: skip
+    make_stage(
+        root / "04_reward",
+        "reward",
+        60,
+        [*lines, *accuracy],
+        timing=speed,
+        seconds=75.0,
+        extra={"calibration": calibration(margin).as_dict()},
+    )
     make_stage(
         root / "05_ppo",
         "ppo",

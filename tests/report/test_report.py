@@ -1,4 +1,6 @@
-"""The report is whole for any run, finished or not, and nothing that a model said gets out of its box."""
+"""The report is whole for any run, finished or not, and nothing that a model said gets out of its
+box.
+"""
 
 import html.parser
 import io
@@ -153,7 +155,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
     with (workdir / "02_sft" / "metrics.jsonl").open("a") as f:
         f.write('{"step": 121, "sft/lo')
     got = read(workdir)
-    assert "unfinished: this is the state so far" in got.text
+    assert "unfinished: results so far" in got.text
     assert "120 of 120" in got.text
     assert got.text.count("waiting") == 3
     assert "Reward and KL" not in got.text
@@ -267,7 +269,7 @@ VALIDATIONS = [
 
 @pytest.mark.parametrize("kind", ["ppo", "group", "of_another_package"])
 def test_every_policy_stage_has_its_curve(tmp_path, drawn, kind):
-    """Whatever it is called. What has no KL of held-out responses, or no reward of them, has none."""
+    """Whatever its name. A stage without KL or reward of held-out responses has none."""
     others = {
         "sft": [(1, {"val_loss": 2.0})],
         "other": [(1, {"val_kl": 1.0, "kl": 1.0, "reward": 2.0})],
@@ -424,7 +426,7 @@ def test_a_share_of_prompts_is_a_percentage_with_a_name(tmp_path):
     make_stage(tmp_path / "w", "evaluate", 0, [(0, BOTH | {"prompts_cut": 0.784})])
     gold, row = tables.headlines(read_run(tmp_path / "w"))
     assert (gold.baseline, gold.policy) == ("0.250", "0.500")
-    assert (row.label, row.policy) == ("Prompts too long for their room, cut", "78.4 %")
+    assert (row.label, row.policy) == ("Prompts cut to the maximum length", "78.4 %")
 
 
 NAMED = [
@@ -448,9 +450,11 @@ def test_pitfall_36_an_interval_is_named(tmp_path, ends, name):
 
 @pytest.mark.parametrize(
     ("x", "text"),
-    [(0, "0"), (4096.0, "4,096"), (0.5, "0.500"), (4.3264, "4.33"), (-12.345, "-12.3"), (12345.6, "12,346"),
+    [(0, "0"), (4096.0, "4,096"), (0.5, "0.500"), (4.3264, "4.33"), (-12.345, "-12.3"), (12345.6,
+     "12,346"),
      (733.4, "733"), (99.96, "100"), (99.94, "99.9"), (999.7, "1,000"),
-     (0.0374, "0.037"), (0.0037, "0.0037"), (3e-5, "3.0e-05"), (2e12, "2.0e+12"), (float("nan"), "n/a"),
+     (0.0374, "0.037"), (0.0037, "0.0037"), (3e-5, "3.0e-05"), (2e12, "2.0e+12"), (float("nan"),
+      "n/a"),
      (float("inf"), "inf")],
 )  # fmt: skip
 def test_numbers_for_people(x, text):
@@ -489,7 +493,10 @@ def test_ticks_keep_their_distance_on_the_square_root_axis():
 
 
 def test_where_the_time_went(whole, recipe_workdir):
-    """Goodput, and the start as the sum of imports, building and restoring; stages without a clock have no row."""
+    """Goodput, and the start as the sum of imports, building and restoring.
+
+    Stages without a clock have no row.
+    """
     assert "Where the time went" in whole.text
     times = {
         stage.name: tables.goodput_row(stage)
