@@ -701,7 +701,7 @@ DEFECTS = [
     d(
         24,
         "data/template.py",
-        "mask += [float(answer)] * len(ids)",
+        "mask += [float(learned)] * len(ids)",
         "mask += [1.0] * len(ids)",
         "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
         "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
@@ -723,8 +723,8 @@ DEFECTS = [
     d(
         24,
         "data/template.py",
-        "pieces.append(Piece(part, self._specials[part], answer=answering))",
-        "pieces.append(Piece(part, self._specials[part]))",
+        "pieces.append(Piece(part, token, learned=learned))",
+        "pieces.append(Piece(part, token))",
         "data/test_chat.py::test_pitfall_24_loss_on_every_answer_and_its_eos_and_on_nothing_else",
         "data/test_loader.py::test_pitfall_24_sft_learns_each_answer_once_and_no_prompt",
     ),
@@ -1215,8 +1215,8 @@ DEFECTS = [
     d(
         39,
         "data/chat.py",
-        "kept = [*head, *prompt[start:], *rest]",
-        "kept = [*head, *prompt[start:], *rest][-1:]",
+        "kept = [*shortened, *rest]",
+        "kept = [*shortened, *rest][-1:]",
         "data/test_chat.py::test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened",
         "rewards/test_judge.py::test_pitfall_39_a_critic_sees_the_draft_of_a_long_prompt",
     ),
@@ -1305,8 +1305,8 @@ DEFECTS = [
     d(
         41,
         "data/files.py",
-        '                if (\n                    named\n                    or split == "all"\n                    or split_of(self._key_of(span, content, key)) == split\n                ):\n',
-        '                if named or split == "all" or split_of(content) == split:\n',
+        "if whole or split_of(self._key_of(span, content, key)) == split:",
+        "if whole or split_of(content) == split:",
         "data/test_sources.py::test_pitfall_41_a_prompt_is_in_one_split",
         "data/test_sources.py::test_pitfall_41_conversations_that_begin_alike_are_in_one_split",
         "data/test_sources.py::test_pitfall_41_a_document_is_in_one_split_whatever_stands_beside_it",

@@ -171,7 +171,7 @@ def test_lines_and_texts_are_read_as_from_a_disk(conversations, chats):
         assert [there[i] for i in range(len(there))] == [
             here[i] for i in range(len(here))
         ]
-    assert there.where(3) == f"{chats}/validation.jsonl:4"
+    assert there.locate(3) == f"{chats}/validation.jsonl:4"
     paths.write(chats / "a" / "book.txt", "one\n\ntwo\n")
     book = open_source(f"text:{chats}/**/*.txt", documents="paragraph", split="all")
     assert [book[i]["text"] for i in range(len(book))] == ["one", "two"]

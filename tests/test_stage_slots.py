@@ -76,7 +76,7 @@ class Questions:
     def __getitem__(self, index):
         return {"messages": [{"role": "user", "content": "why " * self._words[index]}]}
 
-    def where(self, index):
+    def locate(self, index):
         return f"question {index}"
 
 

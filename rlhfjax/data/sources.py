@@ -1,14 +1,15 @@
-"""Sources of rows: TFDS datasets, JSON lines and text files behind one random-access face.
+"""Sources of rows: TFDS datasets, JSON lines and text files, all with random access.
 
     open_source("tfds:chitchat", split="validation", min_turns=6)
     open_source("tfds:lm1b", kind="text")
     open_source("jsonl:chats/{split}/*.jsonl", kind="messages", columns={"messages": "dialogue"})
     open_source("text:books/*.txt", documents="paragraph")
 
-All rows are looked at when a source is opened, so that a malformed one stops a run before it trains.
+All rows are read when a source is opened, so that a malformed one stops a run before it trains.
 """
 
 import functools
+import itertools
 import os
 from array import array
 from bisect import bisect_right
@@ -22,26 +23,28 @@ from rlhfjax.data import corpora, files
 from rlhfjax.data.rows import (
     BadRow,
     Row,
-    check_kind,
     normalize,
     required_columns,
     split_key,
+    validate_kind,
 )
 from rlhfjax.errors import ConfigError, DataError
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows of one kind by index. `where(i)` names a row for people; `skipped` counts malformed rows left out."""
+    """Rows of one kind by index."""
 
     kind: str
-    skipped: int
+    skipped: int  # malformed rows that were left out
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
 
-    def where(self, index: int) -> str: ...
+    def locate(self, index: int) -> str:
+        """Returns where a row stands, for errors."""
+        ...
 
 
 def open_source(
@@ -56,23 +59,27 @@ def open_source(
     documents: str = "file",
     validate: bool = True,
 ) -> Source:
-    """Opens `tfds:NAME[/CONFIG]`, `tfds:FOLDER`, `jsonl:GLOB` or `text:GLOB`; what is in a bucket is downloaded.
+    """Opens `tfds:NAME[/CONFIG]`, `tfds:FOLDER`, `jsonl:GLOB` or `text:GLOB`.
+
+    Files in a bucket are downloaded.
 
     Args:
-      kind: text, messages, prompt or preferences; text where neither the caller nor our own corpus says otherwise.
-      split: train, validation or test (a TFDS expression too). `{split}` in a glob is replaced by
-        it; without that, rows are split 90/5/5 by a stable hash, and `split="all"` takes every row.
-        A text is hashed whole. Other rows are hashed by their first user turn, so that a prompt is
-        in one split alone, and so are conversations that begin alike.
-      columns: our column names to the source's; names beyond the kind's own are passed through.
-      data_dir: where TFDS keeps its datasets, its own default if None.
-      on_bad_row: "error" stops at the first malformed row, "skip" leaves it out and counts it in `skipped`.
-      min_turns: conversations with fewer turns are left out (not counted as malformed).
-      documents: what one row of a text file is: "file", "paragraph" (parted by empty lines) or "line".
-      validate: False checks a row only when it is read, for sets too large to look through; errors only.
+      kind: text, messages, prompt or preferences. By default that of our own corpus, else text.
+      split: train, validation or test; for TFDS also an expression. `{split}` in a glob is replaced
+        by it. Without that, rows of files are split 90/5/5 by a stable hash, and "all" takes every
+        row. A text is hashed whole. Other rows are hashed by their first user turn, so that equal
+        prompts are in one split, and conversations that begin alike too.
+      columns: our column names to the source's. Columns beyond the kind's own are passed through.
+      data_dir: where TFDS keeps its datasets; by default TFDS's own folder.
+      on_bad_row: "error" stops at the first malformed row, "skip" counts it in `skipped`.
+      min_turns: conversations with fewer turns are left out, and not counted as malformed.
+      documents: what one row of a text file is: "file", "paragraph" (separated by empty lines) or
+        "line".
+      validate: False validates a row only when it is read, for sets too large to read twice; only
+        with on_bad_row="error".
 
     Raises:
-      ConfigError: the spec or an argument makes no sense.
+      ConfigError: the spec or an argument is invalid.
       DataError: nothing is found, or a row is malformed: `file:line: why`.
     """
     scheme, _, rest = spec.partition(":")
@@ -89,15 +96,16 @@ def open_source(
             f"source {spec!r}: on_bad_row='skip' and min_turns need validate=True"
         )
     columns = dict(columns or {})
-    kind = kind or (
-        corpora.DEFAULT_KIND.get(rest, "text") if scheme == "tfds" else "text"
-    )
-    check_kind(kind, columns)
-    key = lambda record: split_key(kind, normalize(kind, record, columns))  # noqa: E731
+    default = corpora.DEFAULT_KIND.get(rest) if scheme == "tfds" else None
+    kind = kind or default or "text"
+    validate_kind(kind, columns)
+
+    def key(record: Mapping[str, Any]) -> str:
+        return split_key(kind, normalize(kind, record, columns))
+
     if scheme == "tfds":
-        records: files.Records = _open_tfds(
-            spec, rest, split, data_dir, required_columns(kind, columns)
-        )
+        needed = required_columns(kind, columns)
+        records: files.Records = _open_tfds(spec, rest, split, data_dir, needed)
     elif scheme == "jsonl":
         records = files.JsonLines(spec, rest, split, key)
     else:
@@ -116,25 +124,29 @@ def open_source(
 
 
 class CheckedSource:
-    """Raw records seen as rows of one kind."""
+    """Raw records as validated rows of one kind."""
 
     def __init__(self, records: files.Records, kind: str, columns: Mapping[str, str]):
-        self.kind, self.skipped = kind, 0
-        self._records, self._columns = records, columns
+        self.kind = kind
+        self.skipped = 0
+        self._records = records
+        self._columns = columns
         self._indices: Sequence[int] = range(len(records))
 
     def validate(self, *, skip: bool, keep: Callable[[Row], bool]) -> None:
-        """Reads every row once; keeps the good ones that `keep` wants."""
+        """Reads every row once, and keeps those for which `keep` is true.
+
+        Args:
+          skip: leave out malformed rows instead of raising DataError.
+        """
         indices = array("q")
-        for index in self._indices:
+        for i in range(len(self)):
             try:
-                if keep(self._row(index)):
-                    indices.append(index)
+                if keep(self._row(i)):
+                    indices.append(self._indices[i])
             except BadRow as reason:
                 if not skip:
-                    raise DataError(
-                        f"{self._records.where(index)}: {reason}"
-                    ) from reason
+                    raise DataError(f"{self.locate(i)}: {reason}") from reason
                 self.skipped += 1
         self._indices = indices
 
@@ -143,30 +155,32 @@ class CheckedSource:
 
     def __getitem__(self, index: int) -> Row:
         try:
-            return self._row(self._indices[index])
+            return self._row(index)
         except BadRow as reason:
-            raise DataError(f"{self.where(index)}: {reason}") from reason
+            raise DataError(f"{self.locate(index)}: {reason}") from reason
 
-    def where(self, index: int) -> str:
-        return self._records.where(self._indices[index])
+    def locate(self, index: int) -> str:
+        return self._records.locate(self._indices[index])
 
     def _row(self, index: int) -> Row:
-        return normalize(self.kind, self._records[index], self._columns)
+        record = self._records[self._indices[index]]
+        return normalize(self.kind, record, self._columns)
 
 
 class Rows:
-    """Rows that are already in memory, as a source: for tests and for what a stage has just made."""
+    """Rows in memory as a source, for tests and for what a stage has just made."""
 
     skipped = 0
 
     def __init__(self, rows: Sequence[Row], kind: str):
-        check_kind(kind, {})
-        self.kind, self._rows = kind, []
+        validate_kind(kind, {})
+        self.kind = kind
+        self._rows: list[Row] = []
         for i, row in enumerate(rows):
             try:
                 self._rows.append(normalize(kind, row, {}))
             except BadRow as reason:
-                raise DataError(f"row {i}: {reason}") from reason
+                raise DataError(f"{self.locate(i)}: {reason}") from reason
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,12 +188,12 @@ class Rows:
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         return f"row {index}"
 
 
 class Concatenated:
-    """Several sources one after the other; kinds may differ where the reader of the rows allows it."""
+    """Several sources one after the other. Their kinds may differ, if the reader allows it."""
 
     def __init__(self, sources: Sequence[Source]):
         if not sources:
@@ -188,9 +202,7 @@ class Concatenated:
         kinds = {source.kind for source in sources}
         self.kind = kinds.pop() if len(kinds) == 1 else "mixed"
         self.skipped = sum(source.skipped for source in sources)
-        self._ends = [
-            sum(len(s) for s in self.sources[: i + 1]) for i in range(len(self.sources))
-        ]
+        self._ends = list(itertools.accumulate(map(len, self.sources)))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -199,37 +211,42 @@ class Concatenated:
         source, local = self._find(index)
         return source[local]
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         source, local = self._find(index)
-        return source.where(local)
+        return source.locate(local)
 
     def _find(self, index: int) -> tuple[Source, int]:
+        """Returns the source of a row, and the row's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
-        return self.sources[part], index - (self._ends[part] - len(self.sources[part]))
+        source = self.sources[part]
+        return source, index - self._ends[part] + len(source)
 
 
 def texts(*sources: Source) -> Iterator[str]:
-    """All text of some sources, message by message: what a tokenizer is trained on."""
+    """Yields all texts of some sources, message by message, to train a tokenizer on."""
     for source in sources:
         for i in range(len(source)):
             row = source[i]
             if "text" in row:
                 yield row["text"]
-            else:
-                yield from (message["content"] for message in row.get("messages", ()))
-                prompt = () if "messages" in row else (row["prompt"],)
-                yield from (
-                    text for text in (*prompt, *row.get("completions", ())) if text
-                )
+                continue
+            if "messages" in row:
+                yield from (message["content"] for message in row["messages"])
+            elif row["prompt"]:
+                yield row["prompt"]
+            yield from filter(None, row.get("completions", ()))
 
 
 class _TfdsRecords:
+    """A split of a TFDS dataset as records."""
+
     hint = ""
 
     def __init__(self, name: str, data: Sequence[Mapping[str, Any]]):
-        self._name, self._data = name, data
+        self._name = name
+        self._data = data
 
     def __len__(self) -> int:
         return len(self._data)
@@ -237,7 +254,7 @@ class _TfdsRecords:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self._data[index]
 
-    def where(self, index: int) -> str:
+    def locate(self, index: int) -> str:
         return f"{self._name} record {index}"
 
 
@@ -245,29 +262,35 @@ def _open_tfds(
     spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]
 ) -> _TfdsRecords:
     builder = _tfds_builder(spec, name, data_dir)
-    missing = [column for column in needed if column not in builder.info.features]
-    if missing:
-        found = ", ".join(builder.info.features)
-        raise DataError(
-            f"source {spec!r}: no column {missing[0]!r}, found {found}; map it with columns="
-        )
+    # A FeaturesDict, which TFDS's annotation does not say.
+    features: Any = builder.info.features
+    for column in needed:
+        if column not in features:
+            raise DataError(
+                f"source {spec!r}: no column {column!r}, found {', '.join(features)}; "
+                "map it with columns="
+            )
     try:
-        data = builder.as_data_source(split=split)
+        # TFDS decorates the method, which hides its parameters.
+        data = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     except NotImplementedError as error:
         raise DataError(
             f"source {spec!r}: {builder.data_dir} is not in array_record format; remove it"
         ) from error
     except (ValueError, KeyError) as error:
+        found = ", ".join(builder.info.splits)
         raise DataError(
-            f"source {spec!r}: no split {split!r}, found {', '.join(builder.info.splits)}"
+            f"source {spec!r}: no split {split!r}, found {found}"
         ) from error
     return _TfdsRecords(f"tfds:{builder.name}[{split}]", data)
 
 
 def _tfds_builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
     if (paths.path(name) / corpora.INFO).is_file():
         return tfds.builder_from_directory(paths.local(paths.path(name)))
-    data_dir = paths.path(data_dir or tfds.core.constants.DATA_DIR)
+    default = tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]  # lazy
+    data_dir = paths.path(data_dir or default)
     make = corpora.BUILDERS.get(name) or functools.partial(tfds.builder, name)
     try:
         builder = make(data_dir=os.fspath(corpora.writable(data_dir)))

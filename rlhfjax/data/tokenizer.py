@@ -1,6 +1,6 @@
-"""Tokenizers: a small protocol, and SentencePiece behind it, lossless and safe against injected markers.
+"""Tokenizers: the protocol, and SentencePiece, lossless and safe against injected markers.
 
-What comes from Hugging Face stands in hf_tokenizer.py, behind the same protocol.
+`hf_tokenizer` has Hugging Face's tokenizers, behind the same protocol.
 """
 
 import io
@@ -22,15 +22,19 @@ from rlhfjax.paths import Path
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 MARKERS = (USER, ASSISTANT, SYSTEM)
 MODEL_FILE = "tokenizer.model"
-_SPACE = "\u2581"  # SentencePiece writes a blank as this character; a literal one has to be spelled in bytes
-_SENTENCE_BYTES = 4000  # SentencePiece silently drops longer lines (its limit is 4,192)
+# SentencePiece spells a blank as this character, so a literal one has to be spelled in bytes.
+_SPACE = "\u2581"
+# SentencePiece silently drops longer lines (its limit is 4,192).
+_SENTENCE_BYTES = 4000
+_ROUND_TRIPS = 1000  # texts
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no specials and never yields a chat marker's id. Equal ones speak alike.
+    """Text to ids and back. Tokenizers that are equal give the same ids.
 
-    `eos_id` ends the assistant's turn, and the sampler stops on it; `pad_id` is another id.
+    `encode` adds no specials and never returns the id of a chat marker. `eos_id` ends the
+    assistant's turn, and the sampler stops on it; `pad_id` is another id.
     """
 
     vocab_size: int
@@ -47,13 +51,12 @@ class Tokenizer(Protocol):
     def token_id(self, piece: str) -> int: ...
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of the text that each id stands for, int32 [vocab_size]; 0 for specials and
-        for unk.
+        """Returns the number of UTF-8 bytes of each id's text, int32 [vocab_size].
 
-        The bytes of a text's ids add up to the bytes of the text that `decode` gives, an incomplete
-        character's included. A tokenizer that puts a blank before a text counts that blank's byte
-        too, since its first piece has the same id in the middle of a text; one that normalizes text
-        counts the bytes of the normalized text.
+        0 for specials and for unk. The bytes of a text's ids add up to the bytes of the text that
+        `decode` returns, including those of an incomplete character. A tokenizer that puts a blank
+        before a text counts the byte of that blank, because the first piece has the same id in the
+        middle of a text. One that normalizes text counts the bytes of the normalized text.
         """
         ...
 
@@ -61,61 +64,44 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with byte fallback: `decode(encode(text)) == text` for every valid text.
+    """A SentencePiece model with byte fallback: `decode(encode(text)) == text` for any valid text.
 
     Raises:
-      DataError: the file is missing, is not a model, or lets pad, bos, eos and unk share an id.
+      DataError: the file is missing, is not a model, or pad, bos, eos and unk are not four ids.
     """
 
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
-        """Reads the file, or has its content in `model`."""
+        """Reads the file, unless `model` has its content."""
         try:
             self._model = paths.path(path).read_bytes() if model is None else model
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"{path}: not a SentencePiece model ({first_line(error)})"
             ) from error
-        sp = self._sp
+        self._sp = sp
         self.vocab_size = sp.get_piece_size()
-        self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
-            sp.pad_id(),
-            sp.bos_id(),
-            sp.eos_id(),
-            sp.unk_id(),
-        )
-        specials = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
+        specials = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
         if min(specials) < 0 or len(set(specials)) < 4:
             raise DataError(
                 f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
             )
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = specials
         self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
-        markers = [piece for piece in self._ids if re.fullmatch(r"<\|[^|]+\|>", piece)]
+        markers = list(filter(_is_marker, self._ids))
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
-        self.template = self._template(
-            [*markers, *map(sp.id_to_piece, specials[1:3])], str(path)
-        )
-        self._space_ids = [
-            self._ids.get(f"<0x{byte:02X}>", self.unk_id) for byte in _SPACE.encode()
-        ]
-
-    def _template(self, specials: list[str], where: str) -> Template:
-        bos, eos = specials[-2:]
-        ids, names = (
-            {piece: self._ids[piece] for piece in specials},
-            {"bos_token": bos, "eos_token": eos},
-        )
-        return Template(
+        # The id of a missing piece is that of unk.
+        in_bytes = [f"<0x{byte:02X}>" for byte in _SPACE.encode()]
+        self._space_ids = [sp.piece_to_id(piece) for piece in in_bytes]
+        bos, eos = sp.id_to_piece(self.bos_id), sp.id_to_piece(self.eos_id)
+        self.template = Template(
             OURS,
-            specials=ids,
-            names=names,
-            encode=self._encode_run,
+            specials={piece: self._ids[piece] for piece in (*markers, bos, eos)},
+            names={"bos_token": bos, "eos_token": eos},
+            encode=lambda text, before: self.encode(text),
             decode=self.decode,
-            where=where,
+            context=str(path),
         )
-
-    def _encode_run(self, text: str, before: str) -> list[int]:
-        return self.encode(text)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, SentencePieceTokenizer) and self._model == other._model
@@ -128,51 +114,57 @@ class SentencePieceTokenizer:
         paths.write(folder / MODEL_FILE, self._model)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without specials; what looks like a chat marker is encoded as ordinary characters."""
+        """Returns the ids of a text. A chat marker in it is encoded as ordinary characters."""
         if not self._guarded.search(text):
             return self._sp.encode(text)
-        ids, start = [], 0
+        ids = []
+        start = 0
         for match in self._guarded.finditer(text):
             ids += self._sp.encode(text[start : match.start()])
-            if match.group() == _SPACE:
+            marker = match.group()
+            if marker == _SPACE:
                 ids += self._space_ids
             else:  # cut within the marker, so that neither half is one
-                ids += self._sp.encode(match.group()[:2]) + self._sp.encode(
-                    match.group()[2:]
-                )
+                ids += self._sp.encode(marker[:2]) + self._sp.encode(marker[2:])
             start = match.end()
         return ids + self._sp.encode(text[start:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; pad, bos and eos are dropped, markers show as themselves."""
+        """Returns the text of some ids, without pad, bos and eos; markers are spelled out."""
         return self._sp.decode([int(i) for i in ids])
 
     def token_id(self, piece: str) -> int:
-        """The id of one piece, for instance a chat marker. Raises DataError when it is not in the vocabulary."""
+        """Returns the id of one piece, for example a chat marker.
+
+        Raises:
+          DataError: the piece is not in the vocabulary.
+        """
         if piece not in self._ids:
             raise DataError(
-                f"tokenizer: no piece {piece!r} among its {self.vocab_size}; train it with that marker"
+                f"tokenizer: no piece {piece!r} among its {self.vocab_size}; "
+                "train it with that marker"
             )
         return self._ids[piece]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [v]; 0 for specials and markers; see
-        `Tokenizer`."""
-        return np.array(
-            [self._byte_length(i) for i in range(self.vocab_size)], np.int32
-        )
+        """Returns the number of UTF-8 bytes of each id's text, int32 [vocab_size].
+
+        0 for specials and markers; see `Tokenizer`.
+        """
+        lengths = [self._byte_length(i) for i in range(self.vocab_size)]
+        return np.array(lengths, np.int32)
 
     def _byte_length(self, i: int) -> int:
-        piece = self._sp.id_to_piece(i)
         if self._sp.is_byte(i):
             return 1
-        if (
-            self._sp.is_control(i)
-            or self._sp.is_unknown(i)
-            or re.fullmatch(r"<\|[^|]+\|>", piece)
-        ):
+        piece = self._sp.id_to_piece(i)
+        if self._sp.is_control(i) or self._sp.is_unknown(i) or _is_marker(piece):
             return 0
         return len(piece.replace(_SPACE, " ").encode())
+
+
+def _is_marker(piece: str) -> bool:
+    return re.fullmatch(r"<\|[^|]+\|>", piece) is not None
 
 
 def train_sentencepiece(
@@ -181,20 +173,20 @@ def train_sentencepiece(
     *,
     vocab_size: int = 4096,
     model_type: str = "bpe",
-    markers: tuple[str, ...] = MARKERS,
-    check: int = 1000,
 ) -> SentencePieceTokenizer:
-    """Trains a tokenizer and writes it to `path` (a model file, or a folder to put one in), atomically.
+    """Trains a tokenizer and writes it, whole or not at all.
 
-    The same texts in the same order give the same bytes. Nothing is normalized away, so that text survives
-    the round trip; the first `check` texts are put through it before the file appears.
+    The same texts in the same order give the same bytes. Nothing is normalized, so that text
+    survives the round trip; the first 1,000 texts are tried before the file is written.
 
+    Args:
+      path: a model file, or a folder to put one in.
     Raises:
       ConfigError: the vocabulary size does not suit the corpus.
       DataError: there is no text, or a text does not survive the round trip.
     """
     texts = iter(texts)
-    sample = list(itertools.islice(texts, check))
+    sample = list(itertools.islice(texts, _ROUND_TRIPS))
     if not any(text.strip() for text in sample):
         raise DataError("tokenizer: no text to train on")
     model = io.BytesIO()
@@ -209,24 +201,31 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
-            required_chars=_SPACE,  # else a corpus without blanks would give a model that cannot spell one
-            user_defined_symbols=list(markers),
+            # Without it, a corpus without blanks would give a model that cannot spell one.
+            required_chars=_SPACE,
+            user_defined_symbols=list(MARKERS),
             pad_id=0,
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            num_threads=1,  # more threads make unigram models differ from run to run
+            num_threads=1,  # with more threads, unigram models differ from run to run
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"tokenizer: vocab_size={vocab_size}, model_type={model_type!r}: {first_line(error)}"
         ) from error
-    return _publish(model.getvalue(), path, sample)
+    path = paths.path(path)
+    path = path if path.suffix == ".model" else path / MODEL_FILE
+    tokenizer = SentencePieceTokenizer(path, model.getvalue())
+    _validate_round_trip(tokenizer, [*sample, " a\t b\n\n", "<|user|>\u2581é🙂"])
+    paths.make_folder(path.parent)
+    paths.write(path, model.getvalue())
+    return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """A tokenizer from its file or from the folder that holds it: tokenizer.json, else a SentencePiece model.
+    """Returns the tokenizer in a file or a folder: tokenizer.json, else a SentencePiece model.
 
     Raises:
       DataError: there is neither, or it is damaged.
@@ -237,37 +236,25 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
 
 
-def _publish(
-    model: bytes, path: str | os.PathLike, sample: list[str]
-) -> SentencePieceTokenizer:
-    path = paths.path(path)
-    path = path if path.suffix == ".model" else path / MODEL_FILE
-    tokenizer = SentencePieceTokenizer(path, model)
-    _check_round_trip(tokenizer, [*sample, " a\t b\n\n", "<|user|>\u2581é🙂"])
-    paths.make_folder(path.parent)
-    paths.write(path, model)
-    return tokenizer
-
-
-def _check_round_trip(tokenizer: SentencePieceTokenizer, texts: Iterable[str]) -> None:
+def _validate_round_trip(
+    tokenizer: SentencePieceTokenizer, texts: Iterable[str]
+) -> None:
     for text in texts:
-        back = tokenizer.decode(tokenizer.encode(text))
-        if back != text:
+        decoded = tokenizer.decode(tokenizer.encode(text))
+        if decoded != text:
             raise DataError(
-                f"tokenizer: {text[:60]!r} comes back from the round trip as {back[:60]!r}"
+                f"tokenizer: {text[:60]!r} comes back from the round trip as {decoded[:60]!r}"
             )
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines for the trainer, none longer than it accepts: cut before a blank, or anywhere where there is none."""
-    for text in texts:
-        for line in text.splitlines():
-            while len(line.encode()) > _SENTENCE_BYTES:
-                window = line[
-                    : _SENTENCE_BYTES // 4
-                ]  # a character is at most four bytes
-                cut = window.rfind(" ") if window.rfind(" ") > 0 else len(window)
-                yield line[:cut]
-                line = line[cut:]
-            if line.strip():
-                yield line
+    """Yields lines for the trainer, none longer than it accepts; cuts before blanks if possible."""
+    width = _SENTENCE_BYTES // 4  # a character is at most four bytes
+    for line in itertools.chain.from_iterable(text.splitlines() for text in texts):
+        while len(line.encode()) > _SENTENCE_BYTES:
+            cut = line.rfind(" ", 1, width)
+            cut = cut if cut > 0 else width
+            yield line[:cut]
+            line = line[cut:]
+        if line.strip():
+            yield line

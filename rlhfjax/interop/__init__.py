@@ -1,1 +1,1 @@
-"""Models in and out: our own folders, Hugging Face's, GGUF files; what knows how a model lies on a disk."""
+"""Models on disk, read and written: our own folders, Hugging Face folders, GGUF files, adapters."""

@@ -1,4 +1,4 @@
-"""Our models as Hugging Face folders."""
+"""Export of our models as Hugging Face folders."""
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -14,22 +14,25 @@ def export(
 
     Args:
       name: one of our models, or a foreign name.
+      dtype, drop_bias: see `save_hf`.
     Raises:
-      ConfigError: the folder exists, or Hugging Face's form has no place for what the model is.
+      ConfigError: the folder exists, or no Hugging Face architecture expresses the model.
       CheckpointError: there is no such model.
     """
     if folder.exists():
         raise ConfigError(f"--to={folder}: it exists; name a new folder")
     saved = store.load(name, make_layout())
-    ids = {
-        name: getattr(saved.tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")
-    }
+    tokenizer = saved.tokenizer
     save_hf(
         folder,
         saved.model,
         saved.params,
         dtype,
-        special_ids=ids,
-        tokenizer=saved.tokenizer,
+        special_ids={
+            "pad": tokenizer.pad_id,
+            "bos": tokenizer.bos_id,
+            "eos": tokenizer.eos_id,
+        },
+        tokenizer=tokenizer,
         drop_bias=drop_bias,
     )

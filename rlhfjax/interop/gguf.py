@@ -1,7 +1,10 @@
-"""Weights from a GGUF file, llama.cpp's format: `config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`.
+"""Weights from a GGUF file, the format of llama.cpp.
 
-The architecture "llama" alone, in every type that the `gguf` package dequantizes. What the file says and our
-Transformer cannot do (a scaled RoPE, experts, biases) is an error, never left out. Tokenizer: gguf_tokenizer.py.
+    config, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+Reads the architecture "llama", in every tensor type that the `gguf` package dequantizes. Metadata
+that our Transformer cannot express (a scaled RoPE, experts, biases) is an error.
+`gguf_tokenizer` reads the tokenizer.
 """
 
 from typing import Any
@@ -18,7 +21,7 @@ from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 
-# What makes up the config: keys llama.*, each with its type.
+# The llama.* keys that describe the model, and their types.
 KEYS = {
     "block_count": int,
     "context_length": int,
@@ -33,78 +36,84 @@ KEYS = {
     "rope.freq_base": float,
     "vocab_size": int,
 }
-# Other keys llama.* change nothing at these values; any other key or value is refused.
+# llama.* keys that are accepted with these values, which change nothing. Others are errors.
 NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
-    "tensor_data_layout": "Meta AI original pth",  # a name for the order of rows that `half_split` undoes
+    # This names the order of rows that `half_split` undoes.
+    "tensor_data_layout": "Meta AI original pth",
 }
-
-# Whose rows `half_split` puts back, and the number of their heads.
+# Tensors whose rows `half_split` reorders, and the field with their number of heads.
 HALF_SPLIT = {"attn_q.weight": "n_heads", "attn_k.weight": "kv_heads"}
 
 
 def describe_gguf(path: str | Path) -> TransformerConfig:
-    """The shape of the model in a GGUF file. Raises CheckpointError and ConfigError as `load_gguf` does."""
-    return _described(path, *open_gguf(path))
+    """Returns the config of the model in a GGUF file. Raises the errors of `load_gguf`."""
+    reader, metadata = open_gguf(path)
+    return _config(path, metadata, _tensors(reader))
 
 
 def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
-    """The shape and the language model's parameters in a GGUF file: float32 arrays in the host's memory.
+    """Returns the config and the parameters in a GGUF file, as float32 arrays on the host.
 
-    Tensors are read and dequantized one at a time: beside the parameters, memory holds a few copies of one tensor and
-    the file's metadata. Without `output.weight` the output is tied to the embedding, as in llama.cpp.
+    Tensors are read and dequantized one at a time: besides the parameters, the host holds a few
+    copies of one tensor and the file's metadata. A file without `output.weight` has a tied output.
 
     Raises:
-      CheckpointError: not a whole GGUF file of a model that our Transformer can be, or a tensor is missing, unexpected,
-        of a wrong shape or of a type that cannot be dequantized; one line with the file and the key or tensor.
+      CheckpointError: the file is not a whole GGUF file of a model that our Transformer can
+        express, or a tensor is missing, unexpected, of a wrong shape or of a type that cannot be
+        dequantized. The message names the file and the key or tensor.
       ConfigError: the gguf package is not installed.
     """
     gguf = _package(path)
     reader, metadata = open_gguf(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _described(path, reader, metadata)
-    _check(
-        path,
-        {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()},
-        _shapes(config),
+    tensors = _tensors(reader)
+    config = _config(path, metadata, tensors)
+    shapes = names.shapes_of(Model(config))
+    rows = names.rows(names.GGUF, "lm", shapes)
+    if "rope_freqs.weight" in tensors:
+        raise CheckpointError(
+            f"{path}: our Transformer has no place for the tensor rope_freqs.weight: "
+            "it scales the frequencies of RoPE"
+        )
+    names.validate_tensors(
+        names.tensor_shapes(rows, shapes),
+        {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()},
+        files=dict.fromkeys(tensors, path),
+        context=path,
+        source="the metadata",
     )
 
-    def read(name):
+    def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        try:  # a copy: float32 tensors come as views of the file
-            return np.array(
-                gguf.dequantize(tensor.data, tensor.tensor_type), np.float32
-            )
+        try:
+            dequantized = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise CheckpointError(
-                f"{path}: {tensor.name} is of type {kind}, which gguf cannot dequantize"
+                f"{path}: {name} is of type {kind}, which gguf cannot dequantize"
             ) from None
-
-    shapes, rows = _rows(config)
-    found = {}
-    for row in rows:
-        tensor = read(row.theirs)
+        # A copy, because float32 tensors are views of the file.
+        weight = np.array(dequantized, np.float32)
         for ending, heads in HALF_SPLIT.items():
-            if row.theirs.endswith(ending):
-                tensor = half_split(tensor, getattr(config, heads))
-        found[row.ours[0]] = np.ascontiguousarray(
-            row.split(tensor, [shapes[row.ours[0]]])[0]
-        )
-    return config, names.nested(found)
+            if name.endswith(ending):
+                return half_split(weight, getattr(config, heads))
+        return weight
+
+    return config, names.nested(names.read_params(rows, shapes, read, names.on_host))
 
 
 def half_split(
     weight: Float[np.ndarray, "rows d"], heads: int
 ) -> Float[np.ndarray, "rows d"]:
-    """A query or key matrix [out, in] with its rows put back from llama.cpp's order into ours.
+    """Returns a query or key matrix [out, in] with its rows moved from llama.cpp's order to ours.
 
-    llama.cpp rotates neighbors, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}). So its converter
-    (`LlamaModel.permute` in convert_hf_to_gguf.py) moves row i of half j of each head to 2 i + j, by
-    w.reshape(heads, 2, k/2, d).swapaxes(1, 2); keys with the number of key heads. This is the way back.
+    llama.cpp rotates neighbors, (x_0, x_1), (x_2, x_3), ...; we rotate halves, (x_i, x_{i + k/2}).
+    Its converter (`LlamaModel.permute` in convert_hf_to_gguf.py) moves row i of half j of each head
+    to 2 i + j by w.reshape(heads, 2, k/2, d).swapaxes(1, 2), with the number of key heads for keys.
+    This function is the inverse.
     """
     rows, d = weight.shape
     return (
@@ -112,140 +121,105 @@ def half_split(
     )
 
 
-def _rows(c: TransformerConfig) -> tuple[dict[str, names.Shape], list[names.Row]]:
-    """The shapes of our arrays by path, and which tensor holds each."""
-    shapes = names.shapes_of(Model(c))
-    return shapes, names.rows(names.GGUF, "lm", shapes)
-
-
-def _shapes(c: TransformerConfig) -> dict[str, names.Shape]:
-    """Every tensor of such a model, [out, in]."""
-    shapes, rows = _rows(c)
-    return {row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows}
-
-
-def _check(path, found, expected):
-    """Exactly the expected tensors, each in its shape; before any of them is read."""
-    for name in expected:
-        if name not in found:
-            raise CheckpointError(f"{path}: there is no tensor {name}")
-    for name, shape in found.items():
-        if name not in expected:
-            why = (
-                ": it scales the frequencies of RoPE"
-                if name == "rope_freqs.weight"
-                else ""
-            )
-            raise CheckpointError(
-                f"{path}: our Transformer has no place for the tensor {name}{why}"
-            )
-        if shape != expected[name]:
-            raise CheckpointError(
-                f"{path}: {name} is {list(shape)}, and by the metadata {list(expected[name])}"
-            )
+def _tensors(reader: Any) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _config(
-    path: str | Path, metadata: dict[str, Any], tied: bool
+    path: str | Path, metadata: dict[str, Any], tensors: dict[str, Any]
 ) -> TransformerConfig:
-    """The config that the metadata describe; refuses what they say beyond it.
+    """Returns the config that the metadata describe. Raises CheckpointError for anything else.
 
-    Only llama.* bears on the model: general.* and the rest tell where a file came from, tokenizer.* is the tokenizer's.
+    Only llama.* describes the model: general.* is about the file, tokenizer.* about the tokenizer.
     """
-    if (architecture := metadata.get("general.architecture")) != "llama":
-        raise CheckpointError(
-            f"{path}: general.architecture is {architecture!r}: accepted is 'llama'"
-        )
-    if (kind := metadata.get("general.type", "model")) != "model":
-        raise CheckpointError(f"{path}: general.type is {kind!r}: accepted is 'model'")
+    _validate_metadata(path, metadata)
+
+    def value(name, default=None):
+        found = metadata.get(f"llama.{name}", default)
+        if found is None:
+            raise CheckpointError(f"{path}: there is no llama.{name}")
+        kind = KEYS[name]
+        if type(found) is not kind:  # for example a list with one number per layer
+            raise CheckpointError(
+                f"{path}: llama.{name} is {found!r}: expected one {kind.__name__}"
+            )
+        # Read the float32 as the decimal that was meant: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(found))) if kind is float else found
+
+    d_model = value("embedding_length")
+    n_heads = value("attention.head_count")
+    head_dim = value("attention.key_length", d_model // max(n_heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        width = value(name, head_dim)
+        if width != head_dim:
+            raise CheckpointError(
+                f"{path}: llama.{name} is {width}, and the width of a head is {head_dim}"
+            )
+    fields = {
+        "vocab_size": value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
+        "d_model": d_model,
+        "n_layers": value("block_count"),
+        "n_heads": n_heads,
+        "d_ff": value("feed_forward_length"),
+        "max_length": value("context_length"),
+        "n_kv_heads": value("attention.head_count_kv", n_heads),
+        "d_head": None if head_dim * n_heads == d_model else head_dim,
+        "rope_theta": value("rope.freq_base", 10000.0),
+        "norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "tie_embeddings": "output.weight" not in tensors,
+    }
+    try:
+        return build(TransformerConfig, fields, "model")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _validate_metadata(path: str | Path, metadata: dict[str, Any]) -> None:
+    """Raises CheckpointError if the file holds something else than a Llama, whole."""
+    accepted = {"general.architecture": "llama", "general.type": "model"}
+    # Old files have no type.
+    given = {"general.architecture": None, "general.type": "model"} | metadata
+    for key, value in accepted.items():
+        if given[key] != value:
+            raise CheckpointError(
+                f"{path}: {key} is {given[key]!r}: accepted is {value!r}"
+            )
     if (parts := metadata.get("split.count", 1)) > 1:
         raise CheckpointError(
             f"{path}: split.count is {parts}: merge the parts first (llama-gguf-split --merge)"
         )
     for key, value in metadata.items():
         name = key.removeprefix("llama.")
-        if (
-            key != name
-            and name not in KEYS
-            and (name not in NEUTRAL or value != NEUTRAL[name])
-        ):
+        if key == name or name in KEYS:
+            continue
+        if name not in NEUTRAL or value != NEUTRAL[name]:
             raise CheckpointError(
                 f"{path}: our Transformer cannot do what {key} = {value!r} says"
             )
-
-    def value(name, default=None):
-        found = metadata.get(f"llama.{name}", default)
-        if found is None:
-            raise CheckpointError(f"{path}: there is no llama.{name}")
-        if type(found) is not KEYS[name]:  # lists of one number a layer, for one
-            raise CheckpointError(
-                f"{path}: llama.{name} is {found!r}: expected one {KEYS[name].__name__}"
-            )
-        # Stored as float32: the decimal that was meant, 1e-05 and not 9.999999747378752e-06.
-        return float(str(np.float32(found))) if KEYS[name] is float else found
-
-    d_model, n_heads = value("embedding_length"), value("attention.head_count")
-    head_dim = value("attention.key_length", d_model // max(n_heads, 1))
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if value(name, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{path}: llama.{name} is {value(name)}, and the width of a head is {head_dim}"
-            )
-    try:
-        fields = {
-            "vocab_size": value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
-            "d_model": d_model,
-            "n_layers": value("block_count"),
-            "n_heads": n_heads,
-            "d_ff": value("feed_forward_length"),
-            "max_length": value("context_length"),
-            "n_kv_heads": value("attention.head_count_kv", n_heads),
-            "d_head": None if head_dim * n_heads == d_model else head_dim,
-            "rope_theta": value("rope.freq_base", 10000.0),
-            "norm_eps": value("attention.layer_norm_rms_epsilon"),
-            "tie_embeddings": tied,
-        }
-        return build(TransformerConfig, fields, "model")
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _described(
-    path: str | Path, reader: Any, metadata: dict[str, Any]
-) -> TransformerConfig:
-    return _config(
-        path,
-        metadata,
-        tied=all(tensor.name != "output.weight" for tensor in reader.tensors),
-    )
 
 
 def open_gguf(
     path: str | Path, *, tokenizer: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """The reader of a file and its metadata; of the tokenizer's keys the length alone, or with `tokenizer` these whole.
+    """Returns the reader of a file and its metadata.
 
+    Args:
+      tokenizer: read the tokenizer's values too; else metadata has only their lengths.
     Raises:
-      CheckpointError: not a whole GGUF file in this machine's byte order.
+      CheckpointError: the file is not a whole GGUF file in this machine's byte order.
       ConfigError: the gguf package is not installed.
     """
     gguf = _package(path)
     try:
         reader = gguf.GGUFReader(paths.local(paths.path(path)))
-        metadata = {
-            key: field.contents()
-            if tokenizer or not key.startswith("tokenizer.")
-            else len(field.data)
-            for key, field in reader.fields.items()
-        }
+        metadata = {}
+        for key, field in reader.fields.items():
+            whole = tokenizer or not key.startswith("tokenizer.")
+            metadata[key] = field.contents() if whole else len(field.data)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        OverflowError,
-    ) as error:  # the reader has no errors of its own
+    # The reader has no errors of its own.
+    except (OSError, ValueError, LookupError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: not a whole GGUF file: {first_line(error)}"
         ) from None
@@ -256,7 +230,7 @@ def open_gguf(
     return reader, metadata
 
 
-def _package(path):
+def _package(path: str | Path) -> Any:
     try:
         import gguf
     except ImportError:

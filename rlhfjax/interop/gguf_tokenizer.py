@@ -1,7 +1,8 @@
-"""The tokenizer in a GGUF file: byte-level BPE with the pre-tokenizers of GPT-2, Llama 3, Qwen2 and SmolLM.
+"""The tokenizer in a GGUF file: byte-level BPE as GPT-2, Llama 3, Qwen2 and SmolLM have it.
 
-A file names its pre-tokenizer and does not describe it. Those here are the ones of the models' own tokenizer.json,
-which llama.cpp's agree with but for one thing: Qwen2's normalizes text to NFC first, and llama.cpp does not.
+A file names its pre-tokenizer and does not describe it. The pre-tokenizers here are those of the
+models' own tokenizer.json. llama.cpp's agree with them except that Qwen2's normalizes text to NFC
+first, which llama.cpp does not.
 """
 
 from typing import Any
@@ -14,119 +15,121 @@ from rlhfjax.errors import CheckpointError, first_line
 from rlhfjax.interop.gguf import open_gguf
 from rlhfjax.paths import Path
 
-_CONTROL, _USER_DEFINED = (
-    3,
-    4,
-)  # of tokenizer.ggml.token_type: a special token; a token found whole in a text
-_WORDS = (  # Llama 3 and Qwen2, with the numbers between the two halves
+# Values of tokenizer.ggml.token_type.
+_CONTROL = 3  # a special token
+_USER_DEFINED = 4  # a token that is found whole in a text
+# The pattern of Llama 3 and Qwen2 has the numbers between these two halves.
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 PRE = ("gpt-2", "llama-bpe", "llama3", "llama-v3", "qwen2", "smollm")
+# Special tokens by transformers' names and by GGUF's.
+_NAMES = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 
 
 def gguf_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
-    """The tokenizer and the chat template of a GGUF file.
+    """Returns the tokenizer of a GGUF file, with its chat template.
 
     Raises:
-      CheckpointError: not a whole GGUF file, a tokenizer that is not byte-level BPE, or a pre-tokenizer that is
-        not in PRE; one line with the file and the key.
-      DataError: a chat template that cannot be cut into turns.
+      CheckpointError: the file is not a whole GGUF file, its tokenizer is not byte-level BPE, or
+        its pre-tokenizer is not in PRE. Names the file and the key.
+      DataError: the chat template cannot be cut into turns.
       ConfigError: the gguf package is not installed.
     """
     _, metadata = open_gguf(path, tokenizer=True)
     if (model := metadata.get("tokenizer.ggml.model")) != "gpt2":
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.model is {model!r}; accepted: 'gpt2', that is byte-level BPE"
+            f"{path}: tokenizer.ggml.model is {model!r}; "
+            "accepted: 'gpt2', that is byte-level BPE"
         )
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre is {pre!r}; accepted: {', '.join(PRE)}"
         )
-    return HuggingFaceTokenizer(
-        _backend(path, metadata, pre), _config(path, metadata), where=str(path)
-    )
+    backend = _backend(path, metadata, pre)
+    return HuggingFaceTokenizer(backend, _config(path, metadata), context=str(path))
 
 
 def _backend(
     path: str | Path, metadata: dict[str, Any], pre: str
 ) -> tokenizers.Tokenizer:
     try:
-        tokens, merges = (
-            metadata["tokenizer.ggml.tokens"],
-            metadata["tokenizer.ggml.merges"],
-        )
+        tokens = metadata["tokenizer.ggml.tokens"]
+        merges = metadata["tokenizer.ggml.merges"]
         kinds = metadata["tokenizer.ggml.token_type"]
         vocabulary = {text: i for i, text in enumerate(tokens)}
-        pairs = [
-            (pair[: (cut := pair.index(" ", 1))], pair[cut + 1 :]) for pair in merges
-        ]
-        # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
         bpe = models.BPE(
-            vocab=vocabulary, merges=pairs, ignore_merges=pre.startswith("llama")
+            vocab=vocabulary,
+            merges=[_split_merge(merge) for merge in merges],
+            # Llama 3 keeps a word that is a token, whatever the merges would make of it.
+            ignore_merges=pre.startswith("llama"),
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: there is no {error.args[0]}") from None
     except Exception as error:  # the library raises nothing more special
         why = first_line(error)
-        message = f"{path}: tokenizer.ggml.merges do not fit the tokens ({why})"
-        raise CheckpointError(message) from None
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.merges do not fit the tokens ({why})"
+        ) from None
     if len(vocabulary) < len(tokens) or len(kinds) != len(tokens):
         raise CheckpointError(
-            f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct, and {len(kinds)} types"
+            f"{path}: tokenizer.ggml: {len(tokens)} tokens, {len(vocabulary)} of them distinct, "
+            f"and {len(kinds)} types"
         )
     backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer, backend.decoder = (
-        _pre_tokenizer(pre),
-        tokenizers.decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = _pre_tokenizer(pre)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    special = [
-        text for text, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL
-    ]
-    whole = [
-        text for text, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED
-    ]
-    backend.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    backend.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    for text, kind in zip(tokens, kinds, strict=True):
+        token = AddedToken(text, normalized=False)
+        if kind == _CONTROL:
+            backend.add_special_tokens([token])
+        elif kind == _USER_DEFINED:
+            backend.add_tokens([token])
     return backend
 
 
+def _split_merge(merge: str) -> tuple[str, str]:
+    """Returns the two halves of a merge; the first may itself start with a blank."""
+    cut = merge.index(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.ByteLevel(
-        add_prefix_space=False
-    )  # GPT-2's pattern (Radford et al. 2019)
+    # GPT-2's pattern (Radford et al. 2019).
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre == "gpt-2":
         return words
     if pre == "smollm":
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), words]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, words])
     numbers = r"\p{N}" if pre == "qwen2" else r"\p{N}{1,3}"
     split = pre_tokenizers.Split(Regex(numbers.join(_WORDS)), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, in_bytes])
 
 
 def _config(path: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What tokenizer_config.json would say: the names of the special tokens and the chat template."""
-    keys = {
-        "bos_token": "bos",
-        "eos_token": "eos",
-        "unk_token": "unknown",
-        "pad_token": "padding",
-    }
-    tokens, config = metadata["tokenizer.ggml.tokens"], {}
-    for name, key in keys.items():
-        if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            if not 0 <= i < len(tokens):
-                raise CheckpointError(
-                    f"{path}: tokenizer.ggml.{key}_token_id is {i}, of {len(tokens)} tokens"
-                )
-            config[name] = tokens[i]
+    """Returns a tokenizer_config.json: the special tokens by name, and the chat template."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config = {}
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
+    for name, key in _NAMES.items():
+        i = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if i is None:
+            continue
+        if not 0 <= i < len(tokens):
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.{key}_token_id is {i}, of {len(tokens)} tokens"
+            )
+        config[name] = tokens[i]
     return config

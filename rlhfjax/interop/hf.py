@@ -1,18 +1,18 @@
-"""Models from and to Hugging Face directories: config.json and model.safetensors, in one file or in shards.
+"""Models from and to Hugging Face folders: config.json and model.safetensors, one file or shards.
 
     model, params = load_hf("SmolLM2-135M", layout)
-    save_hf("exported", model, params)                      # what `transformers` loads
+    save_hf("exported", model, params)                      # a folder that `transformers` loads
 
-GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX, language models and rewards; `hf_config` has their configs and `names` their
-tensors. Reading leaves the tokenizer's files alone. Tensors are read one at a time, each straight into its shards.
+Language models and reward models of the families GPT-2, GPT-1, Llama, Qwen2 and GPT-NeoX.
+`hf_config` reads and writes their configs; `names` lists their tensors. Tensors are read one at a
+time, straight into their shards. The tokenizer's files are read by `data.hf_tokenizer`.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,39 +32,37 @@ from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-}  # ours, and safetensors' name of it
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Our dtypes and what safetensors calls them.
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9
-COMPARED = 1024  # rows of two matrices that are looked at together
 
 
 def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Params]:
-    """The model in a Hugging Face directory, with float32 parameters (layers unstacked).
+    """Returns the model in a Hugging Face folder and its float32 parameters, layers unstacked.
 
-    Memory of the host holds about one tensor at a time beside the result: with a layout, arrays are born in their
-    shards; without one they are numpy's. A reward model (`...ForSequenceClassification` with one label) becomes
-    Model(config, "scalar"): its `score` is the head's kernel, the head's bias is 0 (or what `save_hf` dropped).
+    The host holds about one tensor at a time besides the result. A reward model
+    (`...ForSequenceClassification` with one label) becomes Model(config, "scalar"): its `score` is
+    the head's kernel, the head's bias is 0, or what `save_hf` dropped.
 
+    Args:
+      layout: puts arrays into their shards; without it they are numpy arrays.
     Raises:
-      CheckpointError: something that config.json says and our Transformer cannot do; a file that is missing or damaged;
-        a tensor that is missing, unexpected, or of another shape or type; one line with the file and the key or tensor.
+      CheckpointError: our Transformer cannot express the model; a file is missing or damaged; a
+        tensor is missing, unexpected, or of another shape or type. Names the file and the key or
+        tensor.
     """
     folder = paths.path(folder)
     family, model, constant = hf_config.read(folder / "config.json")
     shapes = names.shapes_of(model)
     files = _Files(folder)
-    rows = _check(files, names.TABLES[family], model, shapes)
-    put = _placing(model, layout)
-    found = {}
-    for row in rows:
-        found |= _put_row(row, files, shapes, put)
+    rows = _rows(files, names.TABLES[family], model, shapes)
+    put = names.on_host if layout is None else _put_into_shards(model, layout)
+    params = names.read_params(rows, shapes, files.read, put)
     if model.head == "scalar":
-        found["head/bias"] = put("head/bias", np.array(constant))
-    return model, names.nested(found)
+        params["head/bias"] = put("head/bias", np.array(constant))
+    return model, names.nested(params)
 
 
 def save_hf(
@@ -78,24 +76,27 @@ def save_hf(
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that `transformers` loads, of weights in `dtype`; the host holds one shard of it at a time.
+    """Writes a folder that `transformers` loads; the host holds one shard of it at a time.
 
-    A scalar model is written as `...ForSequenceClassification` with one label, whose `score` has no bias. With a final
-    LayerNorm ours goes into that one's: score . (y + b score / |score|^2) = score . y + b. RMSNorm has none, and there
-    a constant is an error unless `drop_bias`: then scores are lower by it (their differences stay), and config.json
-    keeps it for `load_hf`. `transformers` scores the last token that is not the padding's: so the pad id is needed, and
-    may stand for nothing else. What only training knows (dropout, where a family has none) is left out.
+    A scalar model is written as `...ForSequenceClassification` with one label, whose `score` has no
+    bias. The bias of the final LayerNorm can carry ours:
+    score . (y + b score / |score|^2) = score . y + b. RMSNorm has no bias, and there ours is an
+    error unless `drop_bias`: then scores are lower by a constant (their differences stay), which
+    config.json keeps for `load_hf`. `transformers` scores the last token that is not padding, so a
+    scalar model needs a pad id that is neither bos nor eos. What only training needs (for example
+    dropout, where a family has none) is left out.
 
     Args:
-      params: on this process's devices or in its memory; layers stacked (config.scan_layers) or not.
+      params: on this process's devices or in its memory, layers stacked or not.
       dtype: float32, bfloat16 or float16.
-      special_ids: ids of "pad", "bos", "eos"; what is not given, or None, is null there.
-      tokenizer: its files are written too.
-      shard_bytes: files are at most so large, unless one tensor is larger.
+      special_ids: ids of "pad", "bos" and "eos"; absent ones are written as null.
+      tokenizer: write its files too.
+      shard_bytes: maximum size of a file, unless a single tensor is larger.
     Raises:
-      ConfigError: no architecture there is such a model; ids that cannot be; a reward's constant that has no place.
-      CheckpointError: the folder exists or cannot be written, the parameters are not the model's, or one of their
-        numbers is not finite in `dtype`.
+      ConfigError: no architecture expresses the model, an id is invalid, or a reward's constant
+        cannot be written.
+      CheckpointError: the folder exists or cannot be written, the parameters are not the model's,
+        or a number is not finite in `dtype`.
     """
     folder = paths.path(folder)
     if dtype not in DTYPES:
@@ -103,92 +104,82 @@ def save_hf(
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: choose another, or remove it")
     family, description = hf_config.write(model, dtype, special_ids or {})
-    _check_params(names.leaves(params), names.shapes_of(model))
+    _validate_params(names.leaves(params), names.shapes_of(model))
     if model.head == "scalar":
         params, constant = _without_bias(params, drop_bias)
         description |= {hf_config.REWARD_BIAS: constant} if constant else {}
-    shapes, read = _reading(model.config.scan_layers, params)
+    shapes, read = unstacked_reader(model.config.scan_layers, params)
     rows = names.rows(names.TABLES[family], model.head, shapes)
-    sizes = {row.theirs: _bytes(row, shapes, dtype) for row in rows}
-    parts = _parts(rows, sizes, shard_bytes)
-    with _errors(folder), paths.replacing(folder, "config.json") as temporary:
-        for file, part in parts.items():
-            tensors = {
-                row.theirs: _cast(row, [read(path) for path in row.ours], dtype)
-                for row in part
-            }
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-            del tensors  # before the next are made
-        if len(parts) > 1:
-            total = sum(sizes.values())
-            files = {row.theirs: file for file, part in parts.items() for row in part}
-            write_json(
-                temporary / INDEX,
-                {"metadata": {"total_size": total}, "weight_map": files},
-            )
-        write_json(temporary / "config.json", description)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+    tensors = names.tensor_shapes(rows, shapes)
+    sizes = {
+        name: np.dtype(dtype).itemsize * math.prod(shape)
+        for name, shape in tensors.items()
+    }
+    shards = _shards(rows, sizes, shard_bytes)
+    try:
+        with paths.replacing(folder, "config.json") as temporary:
+            for file, part in shards.items():
+                _write_shard(temporary / file, part, read, dtype)
+            if len(shards) > 1:
+                write_json(temporary / INDEX, _index(shards, sizes))
+            write_json(temporary / "config.json", description)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+    except (OSError, SafetensorError) as error:
+        why = first_line(error)
+        raise CheckpointError(f"{folder} could not be written: {why}") from error
 
 
 # ------------------------------------------------------------------ reading
 
 
 class _Files:
-    """The tensors of a directory, by name; read when asked for."""
+    """The tensors of a folder by name, read on demand."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file: dict[str, Path] = {}  # of each tensor
-        self.open: dict[Path, Any] = {}
-        index = None
-        if (folder / WEIGHTS).exists():
-            parts = [WEIGHTS]
-        elif (folder / INDEX).exists():
+        self._open: dict[Path, Any] = {}
+        index = {}
+        parts = {WEIGHTS}
+        if not (folder / WEIGHTS).exists():
+            if not (folder / INDEX).exists():
+                raise CheckpointError(
+                    f"{folder}: there is no {WEIGHTS} and no {INDEX}; other formats are not read"
+                )
             index = _read_index(folder / INDEX)
-            parts = sorted(set(index.values()))
-        else:
+            parts = set(index.values())
+        for part in sorted(parts):
+            self._add(folder / part)
+        if index and (unmatched := self.file.keys() ^ index.keys()):
             raise CheckpointError(
-                f"{folder}: there is no {WEIGHTS} and no {INDEX}; other formats are not read"
-            )
-        for part in parts:
-            self._open(folder / part)
-        for name in (self.file.keys() ^ index.keys()) if index else ():
-            raise CheckpointError(
-                f"{folder / INDEX}: {name} is not in both the index and its files"
+                f"{folder / INDEX}: {min(unmatched)} is not in both the index and its files"
             )
 
-    def _open(self, path):
+    def _add(self, path: Path) -> None:
         try:
-            self.open[path] = safe_open(paths.local(path), framework="numpy")
+            self._open[path] = safe_open(paths.local(path), framework="numpy")
         except (OSError, SafetensorError) as error:
             why = first_line(error)
             raise CheckpointError(
                 f"{path}: not a whole safetensors file: {why}"
             ) from None
-        self.file |= dict.fromkeys(self.open[path].keys(), path)
+        self.file |= dict.fromkeys(self._open[path].keys(), path)
 
     def slice(self, name: str) -> Any:
-        return self.open[self.file[name]].get_slice(name)
+        """Returns a tensor of which nothing is read yet."""
+        return self._open[self.file[name]].get_slice(name)
 
     def read(self, name: str) -> np.ndarray:
-        return self.open[self.file[name]].get_tensor(name)
-
-    def same(self, a: str, b: str) -> bool:
-        """Whether two matrices hold the same numbers."""
-        a, b = self.slice(a), self.slice(b)
-        if a.get_shape() != b.get_shape():
-            return False
-        rows = a.get_shape()[0]
-        some = [slice(i, min(i + COMPARED, rows)) for i in range(0, rows, COMPARED)]
-        return all(np.array_equal(a[rows], b[rows]) for rows in some)
+        return self._open[self.file[name]].get_tensor(name)
 
 
-def _read_index(path):
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns the name of each tensor's file."""
     try:
-        found = json.loads(path.read_text())["weight_map"]
-        if all(os.path.basename(file) == file for file in found.values()):
-            return found
+        files = json.loads(path.read_text())["weight_map"]
+        if all(os.path.basename(file) == file for file in files.values()):
+            return files
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise CheckpointError(
@@ -196,84 +187,61 @@ def _read_index(path):
     )
 
 
-def _check(
+def _rows(
     files: _Files, table: names.Table, model: Model, shapes: Mapping[str, Shape]
 ) -> list[Row]:
-    """The rows of a model, when the files hold exactly their tensors; before any of them is read."""
+    """Returns the rows of a model after validating that the files hold exactly their tensors."""
     bare = not any(name.startswith(table.prefix) for name in files.file)
     prefix = "" if bare else table.prefix
     rows = names.rows(table, model.head, shapes, prefix)
-    expected = {
-        row.theirs: row.shape([shapes[path] for path in row.ours]) for row in rows
+    expected = names.tensor_shapes(rows, shapes)
+    # Files may repeat the output matrix although it is tied to the embedding.
+    embedding, output = rows[0].name, table.output
+    tied = model.head == "lm" and output in files.file and output not in expected
+    if tied:
+        expected[output] = expected[embedding]
+    buffer = re.compile(f"{re.escape(prefix)}({'|'.join(table.buffers)})")
+    found = {
+        name: tuple(files.slice(name).get_shape())
+        for name in files.file
+        if not buffer.fullmatch(name)
     }
+    names.validate_tensors(
+        expected,
+        found,
+        files=files.file,
+        context=files.folder,
+        source="config.json",
+    )
+    if tied and not np.array_equal(files.read(output), files.read(embedding)):
+        raise CheckpointError(
+            f"{files.file[output]}: {output} differs from {embedding}, "
+            "to which config.json ties it"
+        )
     for name in expected:
-        if name not in files.file:
-            raise CheckpointError(f"{files.folder}: there is no tensor {name}")
-    for name, file in files.file.items():
-        if name in expected:
-            _check_tensor(file, name, files.slice(name), expected[name])
-        elif not _needless(files, table, name, prefix, model):
+        kind = files.slice(name).get_dtype()
+        if kind not in DTYPES.values():
+            accepted = ", ".join(DTYPES.values())
             raise CheckpointError(
-                f"{file}: our Transformer has no place for the tensor {name}"
+                f"{files.file[name]}: {name} is of type {kind}: accepted are {accepted}"
             )
     return rows
 
 
-def _check_tensor(file, name, tensor, shape):
-    if tuple(tensor.get_shape()) != shape:
-        raise CheckpointError(
-            f"{file}: {name} is {tensor.get_shape()}, and by config.json {list(shape)}"
+def _put_into_shards(
+    model: Model, layout: Layout
+) -> Callable[[str, np.ndarray], jax.Array]:
+    """Returns put(path, array), which makes each shard float32 on its own."""
+    shardings = names.leaves(state.shardings(model.shapes(), model.axes(), layout))
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        placed = jax.make_array_from_callback(
+            array.shape,
+            shardings[path],
+            lambda index: names.on_host(path, array[index]),
         )
-    if tensor.get_dtype() not in DTYPES.values():
-        kind, accepted = tensor.get_dtype(), ", ".join(DTYPES.values())
-        raise CheckpointError(
-            f"{file}: {name} is of type {kind}: accepted are {accepted}"
-        )
-
-
-def _needless(files, table, name, prefix, model):
-    """Whether a tensor is a known buffer, or the output matrix once more where it is tied to the embedding."""
-    if any(
-        re.fullmatch(re.escape(prefix) + pattern, name) for pattern in table.buffers
-    ):
-        return True
-    if name != table.output or model.head != "lm":
-        return False
-    embedding = prefix + table.trunk[0].theirs
-    if not files.same(name, embedding):
-        raise CheckpointError(
-            f"{files.file[name]}: {name} differs from {embedding}, to which config.json ties it"
-        )
-    return True
-
-
-def _put_row(row, files, shapes, put):
-    """One tensor's arrays, put; the tensor is gone when they are."""
-    arrays = row.split(files.read(row.theirs), [shapes[path] for path in row.ours])
-    return {
-        path: put(path, array) for path, array in zip(row.ours, arrays, strict=True)
-    }
-
-
-def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray], Any]:
-    """put(path, array): one array in its shards, each made float32 for itself, or in the host's memory."""
-    if layout is None:
-        return lambda _, array: np.ascontiguousarray(array, np.float32).reshape(
-            array.shape
-        )
-    abstract = model.shapes()
-    shardings = names.leaves(state.shardings(abstract, model.axes(), layout))
-
-    def put(path, array):
-        def shard(index):
-            return np.ascontiguousarray(array[index], np.float32).reshape(
-                array[index].shape
-            )
-
-        # Waited for: transfers under way would keep their tensors.
-        return jax.block_until_ready(
-            jax.make_array_from_callback(array.shape, shardings[path], shard)
-        )
+        # A transfer under way would keep its tensor in memory.
+        return jax.block_until_ready(placed)
 
     return put
 
@@ -281,44 +249,14 @@ def _placing(model: Model, layout: Layout | None) -> Callable[[str, np.ndarray],
 # ------------------------------------------------------------------ writing
 
 
-def _reading(
-    stacked: bool, params: Params
-) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
-    """The shapes of the arrays by path, layers taken apart, and what reads one into the host's memory."""
-    leaves = names.leaves(params)
-    where = {}  # path -> (path of the leaf, layer within it)
-    for path, leaf in leaves.items():
-        if stacked and path.startswith("backbone/layers/"):
-            rest = path.removeprefix("backbone/layers/")
-            where |= {
-                f"backbone/layers/layer_{i}/{rest}": (path, i)
-                for i in range(leaf.shape[0])
-            }
-        else:
-            where[path] = path, None
-    shapes = {
-        name: leaves[path].shape[i is not None :] for name, (path, i) in where.items()
-    }
-
-    def read(name):
-        path, i = where[name]
-        leaf = leaves[path]
-        if i is None or isinstance(leaf, np.ndarray):
-            return np.asarray(leaf if i is None else leaf[i])
-        return np.asarray(
-            jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
-        )  # one program for all layers
-
-    return shapes, read
-
-
-def _check_params(leaves, expected):
+def _validate_params(leaves: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
     for path in leaves.keys() | expected.keys():
         found = list(leaves[path].shape) if path in leaves else "absent"
         wanted = list(expected[path]) if path in expected else "absent"
         if found != wanted:
             raise CheckpointError(
-                f"the parameters are not this model's: {path} is {found}, and in the model {wanted}"
+                f"the parameters are not this model's: {path} is {found}, "
+                f"and in the model {wanted}"
             )
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         raise CheckpointError(
@@ -327,40 +265,73 @@ def _check_params(leaves, expected):
 
 
 def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
-    """The parameters of a scalar model with its constant in the final norm, and what of it is left over."""
-    head, bias = params["head"], float(params["head"]["bias"])
+    """Returns a scalar model's parameters with the head's bias moved into the final norm.
+
+    Second is what cannot be moved.
+    """
+    head = params["head"]
+    bias = float(head["bias"])
     norm = params["backbone"].get("norm", {})
     kernel = np.asarray(head["kernel"], np.float64)
     if bias and "bias" in norm and kernel.any():
-        moved = np.asarray(norm["bias"], np.float64) + bias * kernel / kernel.dot(
-            kernel
-        )
-        backbone = params["backbone"] | {
-            "norm": norm | {"bias": moved.astype(np.float32)}
-        }
-        return {"backbone": backbone, "head": head}, 0.0
+        shift = bias * kernel / kernel.dot(kernel)
+        moved = np.asarray(norm["bias"], np.float64) + shift
+        norm = norm | {"bias": moved.astype(np.float32)}
+        return {"backbone": params["backbone"] | {"norm": norm}, "head": head}, 0.0
     if bias and not drop:
         raise ConfigError(
-            f"the reward's constant, {bias:.6g}, has no place in a score without bias: pass drop_bias=True to drop it"
+            f"the reward's constant, {bias:.6g}, has no place in a score without bias: "
+            "pass drop_bias=True to drop it"
         )
     return params, bias
 
 
-def _bytes(row: Row, shapes: Mapping[str, Shape], dtype: str) -> int:
-    return np.dtype(dtype).itemsize * sum(math.prod(shapes[path]) for path in row.ours)
+def unstacked_reader(
+    stacked: bool, params: Params
+) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+    """Returns the shapes of the parameters by path, layers unstacked, and read(path).
+
+    `read` copies one parameter to the host.
+    """
+    leaves = names.leaves(params)
+    shapes = {}
+    places = {}  # path -> (path of the leaf, layer within it)
+    for path, leaf in leaves.items():
+        start, layers, rest = path.partition("backbone/layers/")
+        if not (stacked and layers):
+            places[path] = path, None
+            shapes[path] = leaf.shape
+            continue
+        for i in range(leaf.shape[0]):
+            name = f"{start}{layers}layer_{i}/{rest}"
+            places[name] = path, i
+            shapes[name] = leaf.shape[1:]
+
+    def read(name: str) -> np.ndarray:
+        path, i = places[name]
+        leaf = leaves[path]
+        if i is None:
+            return np.asarray(leaf)
+        if isinstance(leaf, np.ndarray):
+            return leaf[i]
+        # One program serves all layers.
+        return np.asarray(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False))
+
+    return shapes, read
 
 
-def _parts(
+def _shards(
     rows: list[Row], sizes: Mapping[str, int], limit: int
 ) -> dict[str, list[Row]]:
-    """Rows by file, in order, each file as full as its limit of bytes lets it be."""
-    parts, size = [[]], 0
+    """Returns the rows of each file, in order; each file is as full as `limit` (bytes) allows."""
+    parts = [[]]
+    size = 0
     for row in rows:
-        if parts[-1] and size + sizes[row.theirs] > limit:
+        if parts[-1] and size + sizes[row.name] > limit:
             parts.append([])
             size = 0
         parts[-1].append(row)
-        size += sizes[row.theirs]
+        size += sizes[row.name]
     if len(parts) == 1:
         return {WEIGHTS: parts[0]}
     return {
@@ -369,21 +340,23 @@ def _parts(
     }
 
 
-def _cast(row: Row, arrays: list[np.ndarray], dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        tensor = row.join(arrays).astype(dtype, copy=False)
-    if not np.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{', '.join(row.ours)} ({row.theirs}): not all numbers are finite in {dtype}"
-        )
-    return tensor
+def _write_shard(
+    file: Path, rows: list[Row], read: Callable[[str], np.ndarray], dtype: str
+) -> None:
+    tensors = {}
+    for row in rows:
+        with np.errstate(over="ignore"):
+            joined = row.join([read(path) for path in row.params])
+            tensor = joined.astype(dtype, copy=False)
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{', '.join(row.params)} ({row.name}): not all numbers are finite in {dtype}"
+            )
+        tensors[row.name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
-@contextlib.contextmanager
-def _errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} could not be written: {first_line(error)}"
-        ) from error
+def _index(shards: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the content of the index file."""
+    files = {row.name: file for file, part in shards.items() for row in part}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

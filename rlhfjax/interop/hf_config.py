@@ -1,7 +1,7 @@
 """Hugging Face's config.json to our TransformerConfig and back, strictly.
 
-Every key is read, known to change nothing, or refused: what it says and our Transformer cannot do is an error. So is
-exporting: a model is of the first family whose config.json, read back, means the same.
+Every key is read, known to change nothing, or an error. Exports are strict too: a model belongs to
+the first family whose config.json, read back, means the same.
 """
 
 import dataclasses
@@ -12,60 +12,69 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.config import build
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.interop.hf_families import FAMILIES, REQUIRED, Family, Said
+from rlhfjax.interop.hf_families import (
+    FAMILIES,
+    KINDS,
+    NEUTRAL,
+    ROPE_DEFAULTS,
+    SILENT,
+    Family,
+)
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.paths import Path
 
-REWARD_BIAS = "rlhfjax_reward_bias"  # our key: the constant of a reward that was dropped from its weights
+REQUIRED = object()
+# A key of ours: the constant of a reward that was dropped from its weights.
+REWARD_BIAS = "rlhfjax_reward_bias"
 
 
 def read(path: Path) -> tuple[str, Model, float]:
-    """The family, the model and its reward's constant (0 but for our exports) that a config.json describes.
+    """Returns the family, the model and the reward's constant that a config.json describes.
 
-    `...ForCausalLM` is a language model, `...ForSequenceClassification` with one label a scalar one.
-    Raises CheckpointError, one line with the file and the key, for what our Transformer cannot be.
+    `...ForCausalLM` is a language model, `...ForSequenceClassification` with one label a reward
+    model. The constant is 0 except in our own exports.
+
+    Raises:
+      CheckpointError: our Transformer cannot express the model; names the file and the key.
     """
     try:
-        values = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror or 'there is no such file'}"
-        ) from None
+        why = error.strerror or "there is no such file"
+        raise CheckpointError(f"{path}: {why}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
-    said = Said(path, values)
-    name, head = _architecture(said)
+    values = ConfigValues(path, content)
+    name, head = _architecture(values)
     constant = 0.0
     if head == "scalar":
-        labels = len(said.take("id2label", dict, {})) or said.take("num_labels", int, 2)
+        labels = len(values.take("id2label", dict, {}))
+        labels = labels or values.take("num_labels", int, 2)
         if labels != 1:
-            raise said.refuse(
+            raise values.invalid(
                 "id2label", f"{labels} labels", "one, which is the reward"
             )
-        constant = said.take(REWARD_BIAS, float, 0.0)
-    return name, Model(_config(name, said), head), constant
+        constant = values.take(REWARD_BIAS, float, 0.0)
+    return name, Model(_config(FAMILIES[name], values), head), constant
 
 
 def write(
     model: Model, dtype: str, ids: Mapping[str, int | None]
 ) -> tuple[str, dict[str, Any]]:
-    """The family of a model and its config.json; the inverse of `read`, but for what only training knows.
+    """Returns the family of a model and its config.json, the inverse of `read`.
 
-    Args: ids of "pad", "bos" and "eos"; null for the others, so that `transformers` does not assume its own.
-    Raises: ConfigError for a model that is of no family, or ids that cannot be.
+    What only training needs is left out.
+
+    Args:
+      ids: ids of "pad", "bos" and "eos". Absent ones are written as null, so that `transformers`
+        does not use its defaults.
+    Raises:
+      ConfigError: the model belongs to no family, or an id is invalid.
     """
-    for name, family in FAMILIES.items():
-        described = _describe(family, model.config)
-        try:
-            again = _config(name, Said(paths.path("config.json"), described))
-        except CheckpointError:  # an activation that the family does not have, say
-            continue
-        if _meaning(again) == _meaning(model.config):
-            break
-    else:
-        raise ConfigError(f"no architecture in {', '.join(FAMILIES)} is {model.config}")
+    name, described = _family_of(model.config)
+    family = FAMILIES[name]
     labels = {
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
@@ -75,84 +84,206 @@ def write(
         "architectures": [family.causal if model.head == "lm" else family.classifier],
         "model_type": name,
         **described,
-        **_ids(model, ids),
+        **_token_ids(model, ids),
         "torch_dtype": dtype,
         **(labels if model.head == "scalar" else {}),
     }
 
 
-def _architecture(said: Said) -> tuple[str, str]:
-    named = said.take("architectures", list, [])
-    known = {family.causal: (name, "lm") for name, family in FAMILIES.items()}
-    known |= {family.classifier: (name, "scalar") for name, family in FAMILIES.items()}
-    if len(named) != 1 or named[0] not in known:
-        raise said.refuse("architectures", named, f"one of {', '.join(known)}")
-    name, head = known[named[0]]
-    if (kind := said.take("model_type", str, name)) != name:
-        raise said.refuse("model_type", kind, repr(name))
+class ConfigValues:
+    """The values of a config.json, taken key by key; `finish` rejects what is left."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        self.path = path
+        self.left = {key: value for key, value in values.items() if value is not None}
+
+    def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """Removes a key and returns its value, or the default if it is absent or null."""
+        value = self.left.pop(key, default)
+        if value is REQUIRED:
+            raise CheckpointError(f"{self.path}: there is no {key}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is not default and type(value) is not kind:
+            raise CheckpointError(
+                f"{self.path}: {key} is {value!r}: expected {kind.__name__}"
+            )
+        return value
+
+    def take_equal(self, keys: str, kind: type, default: Any) -> Any:
+        """Removes keys, separated by blanks, and returns the value that they have in common."""
+        first, *others = keys.split()
+        value = self.take(first, kind, default)
+        for key in others:
+            if (other := self.take(key, kind, default)) != value:
+                raise self.invalid(key, other, f"that of {first}, {value!r}")
+        return value
+
+    def take_rope(self, key: str, key_of_4: str, default: float) -> float:
+        """Removes a number of RoPE from all places that may hold it, and returns it.
+
+        Args:
+          key: its name in `rope_parameters`, where transformers 5 has it.
+          key_of_4: its key in transformers 4, where GPT-NeoX has names of its own.
+        """
+        places = (key_of_4, key, f"rope_parameters.{key}", f"rope_scaling.{key}")
+        found = {name: self.take(name, float) for name in places if name in self.left}
+        value = next(iter(found.values()), default)
+        for name, other in found.items():
+            if other != value:
+                raise self.invalid(name, other, f"what it says elsewhere, {value}")
+        return value
+
+    def flatten(self, key: str) -> None:
+        """Replaces an object by its members, "key.member"."""
+        for name, value in self.take(key, dict, {}).items():
+            if value is not None:
+                self.left[f"{key}.{name}"] = value
+
+    def finish(self, family: Family) -> None:
+        """Raises CheckpointError for a key that is left, unless it changes nothing."""
+        neutral = {**NEUTRAL, **family.neutral}
+        for key, value in self.left.items():
+            if key in SILENT or (key in family.silent and type(value) is int):
+                continue
+            accepted = neutral.get(key, ())
+            # An empty list is one value.
+            elements = value if isinstance(value, list) and value else [value]
+            if any(element not in accepted for element in elements):
+                raise self.invalid(key, value, " or ".join(map(repr, accepted)))
+
+    def invalid(self, key: str, value: Any, accepted: str = "") -> CheckpointError:
+        """Returns the error for a value that our Transformer cannot express."""
+        accepted = f"; accepted is {accepted}" if accepted else ""
+        return CheckpointError(
+            f"{self.path}: our Transformer cannot do what {key} = {value!r} says{accepted}"
+        )
+
+
+def _architecture(values: ConfigValues) -> tuple[str, str]:
+    """Returns the family and the head."""
+    given = values.take("architectures", list, [])
+    known = {}
+    for name, family in FAMILIES.items():
+        known[family.causal] = name, "lm"
+        known[family.classifier] = name, "scalar"
+    if len(given) != 1 or given[0] not in known:
+        raise values.invalid("architectures", given, f"one of {', '.join(known)}")
+    name, head = known[given[0]]
+    if (kind := values.take("model_type", str, name)) != name:
+        raise values.invalid("model_type", kind, repr(name))
     return name, head
 
 
-def _config(name: str, said: Said) -> TransformerConfig:
-    family = FAMILIES[name]
-    kinds = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}
-    fields = {
-        ours: said.take(
-            theirs, kinds.get(ours, int), family.defaults.get(ours, REQUIRED)
-        )
-        for ours, theirs in family.keys.items()
-    }
-    fields |= family.fixed | family.read(said, fields)
-    said.finish(family.neutral)
+def _config(family: Family, values: ConfigValues) -> TransformerConfig:
+    fields = dict(family.fixed)
+    for field, keys in family.keys.items():
+        default = family.defaults.get(field, REQUIRED)
+        fields[field] = values.take_equal(keys, KINDS.get(field, int), default)
+    fields["mlp"] = _activation(family, values, fields["mlp"])
+    if fields.get("d_ff") is None:  # GPT-1, and GPT-2 without n_inner
+        fields["d_ff"] = 4 * fields["d_model"]
+    if family.parallel and values.take(family.parallel, bool, True):
+        fields["residual"] = "parallel"
+    if family.rope:
+        fields |= _rope(family, values)
+    values.finish(family)
     try:
         config = build(TransformerConfig, fields, "model")
     except ConfigError as error:
-        raise CheckpointError(f"{said.path}: {error}") from None
+        raise CheckpointError(f"{values.path}: {error}") from None
+    plain_heads = config.n_heads * config.head_dim == config.d_model
     return dataclasses.replace(
         config,
         n_kv_heads=None if config.kv_heads == config.n_heads else config.kv_heads,
-        d_head=None
-        if config.n_heads * config.head_dim == config.d_model
-        else config.head_dim,
+        d_head=None if plain_heads else config.head_dim,
     )
 
 
-def _describe(family: Family, c: TransformerConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(c) | {"n_kv_heads": c.kv_heads, "d_head": c.head_dim}
-    return {
-        theirs: values[ours] for ours, theirs in family.keys.items()
-    } | family.write(c)
+def _activation(family: Family, values: ConfigValues, name: str) -> str:
+    """Returns our name of an activation."""
+    for mlp, names in family.activations.items():
+        if name in names:
+            return mlp
+    accepted = sum(family.activations.values(), ())
+    raise values.invalid(family.keys["mlp"], name, " or ".join(map(repr, accepted)))
 
 
-def _meaning(c: TransformerConfig) -> TransformerConfig:
-    """The config with everything at its default that does not change what a trained model computes."""
-    rope = (
-        {} if c.positions == "rope" else {"rope_theta": 10000.0, "rope_fraction": 1.0}
-    )
-    trained = {
-        "dropout": 0.0,
-        "init_std": 0.02,
-        "scale_residual_init": False,
-        "remat": "none",
+def _rope(family: Family, values: ConfigValues) -> dict[str, float]:
+    """Returns RoPE's base and the fraction of each head that it rotates.
+
+    The kinds of RoPE other than the plain one are left for `finish` to reject.
+    """
+    values.flatten("rope_parameters")
+    values.flatten("rope_scaling")
+    defaults = {**ROPE_DEFAULTS, **family.defaults}
+    names = {"rope_theta": "rope_theta", "rope_fraction": "partial_rotary_factor"}
+    rope = {
+        field: values.take_rope(key, family.rope.get(field, key), defaults[field])
+        for field, key in names.items()
     }
-    same = {
-        "n_kv_heads": c.kv_heads,
-        "d_head": c.head_dim,
-        "qkv_bias": c.bias or c.qkv_bias,
+    if "rope_fraction" not in family.rope and rope["rope_fraction"] != 1:
+        raise values.invalid("partial_rotary_factor", rope["rope_fraction"], "1")
+    return rope
+
+
+def _family_of(config: TransformerConfig) -> tuple[str, dict[str, Any]]:
+    """Returns the first family that can express a config, and what its config.json says."""
+    path = paths.path("config.json")
+    for name, family in FAMILIES.items():
+        described = _describe(family, config)
+        try:
+            again = _config(family, ConfigValues(path, described))
+        except CheckpointError:  # for example another activation
+            continue
+        if _meaning(again) == _meaning(config):
+            return name, described
+    raise ConfigError(f"no architecture in {', '.join(FAMILIES)} is {config}")
+
+
+def _describe(family: Family, config: TransformerConfig) -> dict[str, Any]:
+    """Returns what `_config` reads. A value that the family cannot express gives another config."""
+    fields = dataclasses.asdict(config)
+    fields |= {"n_kv_heads": config.kv_heads, "d_head": config.head_dim}
+    fields["mlp"] = family.activations.get(config.mlp, ("",))[0]
+    described = {
+        key: fields[field]
+        for field, keys in family.keys.items()
+        for key in keys.split()
     }
+    described |= {key: fields[field] for field, key in family.rope.items()}
+    if family.parallel:
+        described[family.parallel] = config.residual == "parallel"
+    return {**described, **family.written}
+
+
+def _meaning(config: TransformerConfig) -> TransformerConfig:
+    """Returns the config with defaults wherever a trained model computes the same with them."""
+    rope = {} if config.positions == "rope" else ROPE_DEFAULTS
     return dataclasses.replace(
-        c, **rope, **trained, **same, dtype="float32", scan_layers=False
+        config,
+        **rope,
+        dropout=0.0,
+        init_std=0.02,
+        scale_residual_init=False,
+        remat="none",
+        n_kv_heads=config.kv_heads,
+        d_head=config.head_dim,
+        qkv_bias=config.bias or config.qkv_bias,
+        dtype="float32",
+        scan_layers=False,
     )
 
 
-def _ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
+def _token_ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
     names = ("pad", "bos", "eos")
     for name, value in ids.items():
         if name not in names:
             raise ConfigError(f"special_ids[{name!r}]: accepted are {', '.join(names)}")
         if value is not None and not 0 <= value < model.config.vocab_size:
             raise ConfigError(
-                f"special_ids[{name!r}] is {value}: the vocabulary has {model.config.vocab_size} ids"
+                f"special_ids[{name!r}] is {value}: the vocabulary has "
+                f"{model.config.vocab_size} ids"
             )
     pad = ids.get("pad")
     if model.head == "scalar" and pad is None:
@@ -161,6 +292,7 @@ def _ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
         )
     if model.head == "scalar" and pad in (ids.get("bos"), ids.get("eos")):
         raise ConfigError(
-            f"special_ids['pad'] is {pad}, bos or eos too: transformers would take that for padding"
+            f"special_ids['pad'] is {pad}, bos or eos too: "
+            "transformers would take that for padding"
         )
     return {f"{name}_token_id": ids.get(name) for name in names}

@@ -1,18 +1,19 @@
-"""Which of our arrays each tensor of a Hugging Face or GGUF file holds: one table a family, read in both directions.
+"""The tensors of Hugging Face and GGUF files: which parameters each tensor holds, and how.
 
-A row names a tensor of theirs and the arrays of ours in it, and says how they lie there; `split` and `join` are the two
-ways across. Rows of arrays that a model does not have (biases, mostly) are left out, so Llama's table is Qwen2's too.
+One table per family, used for reading and for writing: `Row.split` turns a tensor into parameters,
+`Row.join` turns parameters into a tensor. Parameters that a model does not have (mostly biases)
+have no row, so one table serves Llama and Qwen2.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlhfjax.errors import CheckpointError
 from rlhfjax.models import Model
 
 Shape = tuple[int, ...]
@@ -20,22 +21,21 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of theirs, and what it holds of ours.
+    """One tensor of a file and the parameters in it."""
 
-    ours: paths in the parameter tree. Several are of one shape and lie side by side along the output axis: one after
-      the other, or head by head (`by_head`: q, k and v of head 0, then of head 1, ..., as GPT-NeoX has them).
-    inputs: how many leading axes of ours are inputs; theirs has one, or none for a vector.
-    out_first: theirs is [out, in], as torch's Linear, or [in, out], as GPT-2's Conv1D and every embedding.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
+    name: str
+    """Name of the tensor."""
+    params: tuple[str, ...]
+    """Paths of the parameters. Several have one shape and lie side by side on the output axis."""
     inputs: int = 1
+    """How many leading axes of a parameter are inputs; the tensor has one, or none (vectors)."""
     out_first: bool = True
+    """[out, in], as in torch's Linear; else [in, out], as in GPT-2's Conv1D and embeddings."""
     by_head: bool = False
+    """Parameters alternate: q, k and v of head 0, then of head 1, as in GPT-NeoX."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Of theirs, given those of ours."""
+        """Returns the shape of the tensor, given the shapes of its parameters."""
         n_out = len(shapes) * math.prod(shapes[0][self.inputs :])
         if not self.inputs:
             return (n_out,)
@@ -43,173 +43,169 @@ class Row:
         return (n_out, n_in) if self.out_first else (n_in, n_out)
 
     def split(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-        """Ours, from theirs; views where numpy can."""
+        """Returns the parameters in a tensor, as views where numpy can."""
         matrix = tensor.T if self.inputs and self.out_first else tensor
-        n_in = math.prod(shapes[0][: self.inputs])
-        parts = np.split(
-            matrix.reshape(n_in, self._groups(shapes[0]), -1), len(shapes), axis=-1
-        )
+        matrix = self._grouped(matrix, shapes[0])
+        parts = np.split(matrix, len(shapes), axis=-1)
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Theirs, from ours; contiguous, which safetensors takes for granted."""
-        n_in = math.prod(arrays[0].shape[: self.inputs])
-        parts = [array.reshape(n_in, self._groups(array.shape), -1) for array in arrays]
-        matrix = (
-            parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        ).reshape(n_in, -1)
+        """Returns the tensor of some parameters, contiguous as safetensors requires."""
+        parts = [self._grouped(array, array.shape) for array in arrays]
+        joined = np.concatenate(parts, axis=-1)
+        matrix = joined.reshape(len(joined), -1)
         tensor = matrix.T if self.inputs and self.out_first else matrix
-        return np.ascontiguousarray(
-            tensor.reshape(self.shape([array.shape for array in arrays]))
-        )
+        shape = self.shape([array.shape for array in arrays])
+        return np.ascontiguousarray(tensor.reshape(shape))
 
-    def _groups(self, shape):
-        return shape[self.inputs] if self.by_head else 1
-
-
-def _dense(
-    theirs: str,
-    *ours: str,
-    inputs: int = 1,
-    out_first: bool = True,
-    by_head: bool = False,
-) -> tuple[Row, Row]:
-    """A projection: weight and bias."""
-    return (
-        Row(
-            f"{theirs}.weight",
-            tuple(f"{path}/kernel" for path in ours),
-            inputs,
-            out_first,
-            by_head,
-        ),
-        Row(
-            f"{theirs}.bias",
-            tuple(f"{path}/bias" for path in ours),
-            inputs=0,
-            by_head=by_head,
-        ),
-    )
-
-
-def _conv1d(theirs: str, *ours: str, inputs: int = 1) -> tuple[Row, Row]:
-    return _dense(theirs, *ours, inputs=inputs, out_first=False)
-
-
-def _norm(theirs: str, ours: str) -> tuple[Row, Row]:
-    return Row(f"{theirs}.weight", (f"{ours}/scale",), inputs=0), Row(
-        f"{theirs}.bias", (f"{ours}/bias",), inputs=0
-    )
-
-
-def _embedding(theirs: str, ours: str) -> Row:
-    return Row(f"{theirs}.weight", (f"embed/{ours}",), out_first=False)
-
-
-QKV = ("attention/query", "attention/key", "attention/value")
+    def _grouped(self, array: np.ndarray, shape: Shape) -> np.ndarray:
+        """Returns an array as [in, heads or 1, out], `shape` being that of one parameter."""
+        n_in = math.prod(shape[: self.inputs])
+        return array.reshape(n_in, shape[self.inputs] if self.by_head else 1, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The tensors of a family; names within `prefix`, and within a layer, are relative."""
+    """The modules of a family: name in the file -> path in the parameter tree.
 
-    prefix: str  # of the trunk's tensors; files saved from a bare trunk lack it
-    layers: str  # of a layer's, within the prefix
-    trunk: tuple[Row, ...]
-    layer: tuple[Row, ...]
-    output: str  # the language model's output matrix, [v, d]
-    buffers: tuple[
-        str, ...
-    ] = ()  # patterns of what old files hold beside parameters, within the prefix
+    A module of the file can hold several of ours side by side: then the value is their paths,
+    separated by blanks. See `module_rows`.
+    """
 
+    prefix: str
+    """Prefix of all names but the output's; files saved from a bare trunk lack it."""
+    layers: str
+    """Prefix of a layer's names, after `prefix`."""
+    trunk: Mapping[str, str]
+    """Modules outside the layers."""
+    layer: Mapping[str, str]
+    """Modules of one layer."""
+    output: str
+    """Name of the language model's output matrix, [vocab_size, d_model]."""
+    buffers: tuple[str, ...] = ()
+    """Patterns of names, after `prefix`, of what old files hold besides parameters."""
+    out_first: bool = True
+    """Whether projections are [out, in]; see Row."""
+    by_head: bool = False
+    """Whether fused parameters alternate; see Row."""
+
+    def module_rows(
+        self, modules: Mapping[str, str], start: str, folder: str
+    ) -> list[Row]:
+        """Returns the rows of some modules: each has a weight, and all but embeddings a bias.
+
+        Args:
+          start: prefix of the tensors' names.
+          folder: prefix of the parameters' paths.
+        """
+        result = []
+        for name, module in modules.items():
+            weight, bias = f"{start}{name}.weight", f"{start}{name}.bias"
+            paths = [folder + path for path in module.split()]
+            if module.startswith("embed/"):
+                result.append(_row(weight, paths, "", out_first=False))
+                continue
+            if module.startswith("norm"):
+                result.append(_row(weight, paths, "/scale", inputs=0))
+            else:
+                kernel = _row(
+                    weight,
+                    paths,
+                    "/kernel",
+                    inputs=2 if module == "attention/out" else 1,  # [heads, head_dim]
+                    out_first=self.out_first,
+                    by_head=self.by_head,
+                )
+                result.append(kernel)
+            result.append(_row(bias, paths, "/bias", inputs=0, by_head=self.by_head))
+        return result
+
+
+def _row(name: str, modules: Sequence[str], leaf: str, **layout: Any) -> Row:
+    """Returns the row of one leaf of each module."""
+    return Row(name, tuple(f"{module}{leaf}" for module in modules), **layout)
+
+
+QKV = "attention/query attention/key attention/value"
 
 _LLAMA = Table(
     prefix="model.",
     layers="layers.{i}.",
-    trunk=(_embedding("embed_tokens", "tokens"), *_norm("norm", "norm")),
-    layer=(
-        *_norm("input_layernorm", "norm_1"),
-        *_dense("self_attn.q_proj", "attention/query"),
-        *_dense("self_attn.k_proj", "attention/key"),
-        *_dense("self_attn.v_proj", "attention/value"),
-        *_dense("self_attn.o_proj", "attention/out", inputs=2),
-        *_norm("post_attention_layernorm", "norm_2"),
-        *_dense("mlp.gate_proj", "mlp/gate"),
-        *_dense("mlp.up_proj", "mlp/up"),
-        *_dense("mlp.down_proj", "mlp/down"),
-    ),
+    trunk={"embed_tokens": "embed/tokens", "norm": "norm"},
+    layer={
+        "input_layernorm": "norm_1",
+        "self_attn.q_proj": "attention/query",
+        "self_attn.k_proj": "attention/key",
+        "self_attn.v_proj": "attention/value",
+        "self_attn.o_proj": "attention/out",
+        "post_attention_layernorm": "norm_2",
+        "mlp.gate_proj": "mlp/gate",
+        "mlp.up_proj": "mlp/up",
+        "mlp.down_proj": "mlp/down",
+    },
     output="lm_head.weight",
     buffers=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )
-_GPT_LAYER = (
-    *_norm("ln_1", "norm_1"),
-    *_conv1d("attn.c_attn", *QKV),
-    *_conv1d("attn.c_proj", "attention/out", inputs=2),
-    *_norm("ln_2", "norm_2"),
-    *_conv1d("mlp.c_fc", "mlp/up"),
-    *_conv1d("mlp.c_proj", "mlp/down"),
+_GPT2 = Table(
+    prefix="transformer.",
+    layers="h.{i}.",
+    trunk={"wte": "embed/tokens", "wpe": "embed/positions", "ln_f": "norm"},
+    layer={
+        "ln_1": "norm_1",
+        "attn.c_attn": QKV,
+        "attn.c_proj": "attention/out",
+        "ln_2": "norm_2",
+        "mlp.c_fc": "mlp/up",
+        "mlp.c_proj": "mlp/down",
+    },
+    output="lm_head.weight",
+    buffers=(r"h\.\d+\.attn\.(masked_)?bias",),  # the causal mask
+    out_first=False,
 )
-_GPT_BUFFERS = (r"h\.\d+\.attn\.(masked_)?bias",)  # the causal mask
-
+_GPT_NEOX = Table(
+    prefix="gpt_neox.",
+    layers="layers.{i}.",
+    trunk={"embed_in": "embed/tokens", "final_layer_norm": "norm"},
+    layer={
+        "input_layernorm": "norm_1",
+        "attention.query_key_value": QKV,
+        "attention.dense": "attention/out",
+        "post_attention_layernorm": "norm_2",
+        "mlp.dense_h_to_4h": "mlp/up",
+        "mlp.dense_4h_to_h": "mlp/down",
+    },
+    output="embed_out.weight",
+    buffers=(r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+    by_head=True,
+)
 TABLES: dict[str, Table] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
-    "gpt2": Table(
-        prefix="transformer.",
-        layers="h.{i}.",
-        trunk=(
-            _embedding("wte", "tokens"),
-            _embedding("wpe", "positions"),
-            *_norm("ln_f", "norm"),
-        ),
-        layer=_GPT_LAYER,
-        output="lm_head.weight",
-        buffers=_GPT_BUFFERS,
+    "gpt2": _GPT2,
+    "openai-gpt": dataclasses.replace(
+        _GPT2,
+        trunk={"tokens_embed": "embed/tokens", "positions_embed": "embed/positions"},
+        buffers=(*_GPT2.buffers, "position_ids"),
     ),
-    "openai-gpt": Table(
-        prefix="transformer.",
-        layers="h.{i}.",
-        trunk=(
-            _embedding("tokens_embed", "tokens"),
-            _embedding("positions_embed", "positions"),
-        ),
-        layer=_GPT_LAYER,
-        output="lm_head.weight",
-        buffers=(*_GPT_BUFFERS, "position_ids"),
-    ),
-    "gpt_neox": Table(
-        prefix="gpt_neox.",
-        layers="layers.{i}.",
-        trunk=(_embedding("embed_in", "tokens"), *_norm("final_layer_norm", "norm")),
-        layer=(
-            *_norm("input_layernorm", "norm_1"),
-            *_dense("attention.query_key_value", *QKV, by_head=True),
-            *_dense("attention.dense", "attention/out", inputs=2),
-            *_norm("post_attention_layernorm", "norm_2"),
-            *_dense("mlp.dense_h_to_4h", "mlp/up"),
-            *_dense("mlp.dense_4h_to_h", "mlp/down"),
-        ),
-        output="embed_out.weight",
-        buffers=(r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
-    ),
+    "gpt_neox": _GPT_NEOX,
 }
 
-# A Llama's tensors by llama.cpp's names (gguf-py/gguf/constants.py); the rows of Q and K lie in another order there.
+# A Llama by llama.cpp's names (gguf-py/gguf/constants.py). gguf.py reorders the rows of Q and K.
 GGUF = Table(
     prefix="",
     layers="blk.{i}.",
-    trunk=(_embedding("token_embd", "tokens"), *_norm("output_norm", "norm")),
-    layer=(
-        *_norm("attn_norm", "norm_1"),
-        *_dense("attn_q", "attention/query"),
-        *_dense("attn_k", "attention/key"),
-        *_dense("attn_v", "attention/value"),
-        *_dense("attn_output", "attention/out", inputs=2),
-        *_norm("ffn_norm", "norm_2"),
-        *_dense("ffn_gate", "mlp/gate"),
-        *_dense("ffn_up", "mlp/up"),
-        *_dense("ffn_down", "mlp/down"),
-    ),
+    trunk={"token_embd": "embed/tokens", "output_norm": "norm"},
+    layer={
+        "attn_norm": "norm_1",
+        "attn_q": "attention/query",
+        "attn_k": "attention/key",
+        "attn_v": "attention/value",
+        "attn_output": "attention/out",
+        "ffn_norm": "norm_2",
+        "ffn_gate": "mlp/gate",
+        "ffn_up": "mlp/up",
+        "ffn_down": "mlp/down",
+    },
     output="output.weight",
 )
 
@@ -217,53 +213,114 @@ GGUF = Table(
 def rows(
     table: Table, head: str, shapes: Mapping[str, Shape], prefix: str | None = None
 ) -> list[Row]:
-    """The rows of a whole model, layers unstacked, in the order of its parts.
+    """Returns the rows of a whole model, layers unstacked, in the order of its parts.
 
     Args:
-      head: "lm" or "scalar"; the kernel [d] of a scalar one is `score.weight` [1, d], its bias has no row.
-      shapes: of our arrays by path; a row whose arrays are not there is left out.
-      prefix: in place of the table's.
+      head: "lm" or "scalar". The kernel [d_model] of a scalar head is `score.weight`
+        [1, d_model]; its bias has no row.
+      shapes: shapes of the parameters by path; a row whose parameters are absent is left out.
+      prefix: replaces the table's.
     """
     prefix = table.prefix if prefix is None else prefix
-    found = [_within(row, prefix, "backbone/") for row in table.trunk]
+    result = table.module_rows(table.trunk, prefix, "backbone/")
     for i in range(sum(path.endswith("norm_1/scale") for path in shapes)):
-        found += [
-            _within(
-                row, prefix + table.layers.format(i=i), f"backbone/layers/layer_{i}/"
+        start = prefix + table.layers.format(i=i)
+        result += table.module_rows(table.layer, start, f"backbone/layers/layer_{i}/")
+    output = "score.weight" if head == "scalar" else table.output
+    result.append(Row(output, ("head/kernel",)))
+    return [row for row in result if row.params[0] in shapes]
+
+
+def tensor_shapes(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Returns the shape of every tensor by name, given the parameters' by path."""
+    return {row.name: row.shape([shapes[path] for path in row.params]) for row in rows}
+
+
+def validate_tensors(
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    *,
+    files: Mapping[str, Any],
+    context: Any,
+    source: str,
+) -> None:
+    """Validates that the expected tensors and no others are there, each of its shape.
+
+    Args:
+      files: the file of each tensor found, for errors.
+      context: the file or folder in which a tensor is missing.
+      source: what the expected shapes follow from.
+    Raises:
+      CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    for name in expected:
+        if name not in found:
+            raise CheckpointError(f"{context}: there is no tensor {name}")
+    for name, shape in found.items():
+        if name in expected and shape != expected[name]:
+            wanted = list(expected[name])
+            raise CheckpointError(
+                f"{files[name]}: {name} is {list(shape)}, and by {source} {wanted}"
             )
-            for row in table.layer
-        ]
-    found.append(
-        Row("score.weight" if head == "scalar" else table.output, ("head/kernel",))
-    )
-    return [row for row in found if row.ours[0] in shapes]
+        if name not in expected:
+            raise CheckpointError(
+                f"{files[name]}: our Transformer has no place for the tensor {name}"
+            )
 
 
-def _within(row, theirs, ours):
-    return dataclasses.replace(
-        row, theirs=theirs + row.theirs, ours=tuple(ours + path for path in row.ours)
-    )
+def read_params(
+    rows: Sequence[Row],
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], np.ndarray],
+    put: Callable[[str, np.ndarray], Any],
+) -> dict[str, Any]:
+    """Reads tensors one at a time and returns the parameters in them by path.
+
+    Args:
+      shapes: shapes of the parameters by path.
+      read: returns a tensor by name.
+      put: returns the array to keep, given its path and the array as it was read.
+    """
+    params = {}
+    for row in rows:
+        params |= _read_row(row, shapes, read, put)
+    return params
+
+
+def _read_row(row, shapes, read, put):
+    """Reads one tensor. A function of its own, so that the tensor is freed before the next."""
+    arrays = row.split(read(row.name), [shapes[path] for path in row.params])
+    return {
+        path: put(path, array) for path, array in zip(row.params, arrays, strict=True)
+    }
+
+
+def on_host(_: str, array: np.ndarray) -> np.ndarray:
+    """Returns a contiguous float32 array; a `put` for `read_params`."""
+    # ascontiguousarray makes a scalar [1].
+    return np.ascontiguousarray(array, np.float32).reshape(array.shape)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by path, keys joined by "/"."""
+    """Returns the leaves of a parameter tree by path, keys joined by "/"."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
-def nested(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameter tree of leaves by path."""
+def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameter tree with these leaves by path."""
     tree: dict[str, Any] = {}
-    for path, leaf in found.items():
+    for path, leaf in by_path.items():
         *folders, name = path.split("/")
-        functools.reduce(
-            lambda level, folder: level.setdefault(folder, {}), folders, tree
-        )[name] = leaf
+        level = tree
+        for folder in folders:
+            level = level.setdefault(folder, {})
+        level[name] = leaf
     return tree
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:
-    """The shapes of a model's parameters by path."""
+    """Returns the shapes of a model's parameters by path."""
     return {path: leaf.shape for path, leaf in leaves(model.shapes()).items()}

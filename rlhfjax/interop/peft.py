@@ -1,18 +1,20 @@
-"""Adapters from and to PEFT's directories: adapter_config.json and adapter_model.safetensors.
+"""Adapters from and to PEFT folders: adapter_config.json and adapter_model.safetensors.
 
-    save_peft("adapter", model, adapters)          # PeftModel.from_pretrained(their_model, "adapter")
-    model, adapters = load_peft("adapter", model)  # model: of the base; returned with the adapters' LoraConfig
+    save_peft("adapter", model, adapters)          # PeftModel.from_pretrained(base, "adapter")
+    model, adapters = load_peft("adapter", model)  # the base in, the base with a LoraConfig out
 
-Their lora_A [r, in] and lora_B [out, r] are our `lora_a` and `lora_b` transposed. Where a tensor of theirs holds
-several of ours side by side (GPT-2's c_attn, GPT-NeoX's query_key_value), n adapters of rank r are one of rank n r:
-  [A_q B_q | A_k B_k | A_v B_v] = [A_q A_k A_v] diag(B_q, B_k, B_v), exactly, and alpha is n times ours.
+PEFT's lora_A [r, in] and lora_B [out, r] are our `lora_a` and `lora_b` transposed. Where one of its
+modules holds several of our projections (GPT-2's c_attn, GPT-NeoX's query_key_value), n adapters of
+rank r are one adapter of rank n r, exactly, with n times our alpha:
+  [A_q B_q | A_k B_k | A_v B_v] = [A_q A_k A_v] diag(B_q, B_k, B_v)
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
@@ -20,326 +22,273 @@ from safetensors.numpy import load_file, save
 from rlhfjax import paths
 from rlhfjax.config import build, write_json
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
-from rlhfjax.interop import hf_config
-from rlhfjax.interop.names import TABLES, Row, nested, shapes_of
+from rlhfjax.interop import hf, hf_config, names
+from rlhfjax.interop.names import Row, Shape
 from rlhfjax.models import Model, lora
 from rlhfjax.models.lora import LoraConfig
+from rlhfjax.models.transformer import stacked
 from rlhfjax.paths import Path
 
 Params = dict[str, Any]
-Place = tuple[int, str]  # a layer, and a projection such as attention/query
-Adapter = tuple[np.ndarray, np.ndarray]  # a [in…, r], b [r, out…]
+Adapter = tuple[np.ndarray, np.ndarray]  # lora_a [in..., r] and lora_b [r, out...]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
-BIAS = "rlhfjax_reward_bias"  # in the file's metadata: the constant of a reward, for which their score has no place
-PLAIN = {
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "peft_type": "LORA",
-}  # all that we read
-
-
-@dataclasses.dataclass(frozen=True)
-class _Module:
-    """One of their linear layers: its name, what it holds of ours, and where that is."""
-
-    name: str
-    row: Row
-    ours: tuple[Place, ...]
-
-    def join(self, parts: list[Adapter | None]) -> Adapter:
-        """Theirs, (lora_A, lora_B), from ours; None where ours has no adapter."""
-        have = [part for part in parts if part is not None]
-        rank, out = have[0][1].shape[0], have[0][1].shape[1:]
-        blocks, segment = [], 0
-        for part in parts:
-            block = np.zeros((rank * len(have), *out), np.float32)
-            if part is not None:
-                block[segment : segment + rank] = part[1]
-                segment += rank
-            blocks.append(block)
-        a = np.concatenate([part[0].reshape(-1, rank).T for part in have])
-        return np.ascontiguousarray(a), self._row().join(blocks)
-
-    def split(
-        self, theirs: Adapter, rank: int, shapes: list[tuple[int, ...]]
-    ) -> list[Adapter | None]:
-        """The inverse of `join`; one of rank r that its parts share is an adapter of each of them."""
-        a, b = theirs
-        n = a.shape[0] // rank
-        blocks = self._row().split(
-            b, [(a.shape[0], *shape[self.row.inputs :]) for shape in shapes]
-        )
-        pieces = [block.reshape(n, rank, *block.shape[1:]) for block in blocks]
-        used = [[i for i in range(n) if piece[i].any()] for piece in pieces]
-        if not any(used):  # as it was born, with B = 0
-            used = [[i] for i in range(n)] if n == len(pieces) else [[0]] * len(pieces)
-        if a.shape[0] % rank or max(map(len, used)) > 1:
-            raise CheckpointError(
-                f"{self.name}: an adapter of rank {a.shape[0]} is not one of rank {rank} a part"
-            )
-        inputs = [shape[: self.row.inputs] for shape in shapes]
-        return [
-            (a[i[0] * rank : (i[0] + 1) * rank].T.reshape(*width, rank), piece[i[0]])
-            if i
-            else None
-            for i, piece, width in zip(used, pieces, inputs, strict=True)
-        ]
-
-    def _row(self) -> Row:
-        """How lora_B [out, r] lies: as the weight, but with the rank as its one input, and out first everywhere."""
-        return dataclasses.replace(self.row, inputs=1, out_first=True)
+LAYERS, KERNEL = "backbone/layers/", "/kernel"
+# In the weights' metadata: the constant of a reward, which PEFT's score cannot express.
+BIAS = "rlhfjax_reward_bias"
+# Options of PEFT with the one value that we read and write.
+PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "peft_type": "LORA"}
 
 
 def save_peft(
     folder: Path, model: Model, adapters: Params, base: str | None = None
 ) -> None:
-    """Writes the adapters of a model, and a reward's head as the `score` that is saved with them.
+    """Writes a model's adapters, and a reward model's head as the `score` saved with them.
 
     Args:
-      model: with the LoraConfig of the adapters.
-      adapters: what a stage with `lora` trains, in this process's memory; layers stacked or not.
-      base: a name for the model that they belong to.
+      model: its `lora` describes the adapters.
+      adapters: what a stage with `lora` trains, in this process's memory, layers stacked or not.
+      base: name of the base model.
     Raises:
-      ConfigError: no architecture that PEFT knows is such a model.
+      ConfigError: no architecture that PEFT knows expresses the model.
     """
-    family, modules = _modules(model)
-    found = _unstacked(model, adapters)
+    family, rows, _ = _projections(model)
+    by_kernel = _by_kernel(model, adapters)
     tensors, ranks = {}, {}
-    for module in modules:
-        parts = [found.get(place) for place in module.ours]
+    for row in rows:
+        parts = [by_kernel.get(path) for path in row.params]
         if any(part is not None for part in parts):
-            a, b = module.join(parts)
-            tensors |= {
-                f"{PREFIX}{module.name}.lora_A.weight": a,
-                f"{PREFIX}{module.name}.lora_B.weight": b,
-            }
-            ranks[module.name] = a.shape[0]
+            a, b = _join(row, parts)
+            name_a, name_b = _tensor_names(row)
+            tensors[name_a] = a
+            tensors[name_b] = b
+            ranks[_module(row)] = len(a)
     metadata = {"format": "pt"}
     if model.head == "scalar":
         tensors[SCORE] = np.asarray(adapters["head"]["kernel"], np.float32)[None]
         metadata[BIAS] = repr(float(adapters["head"]["bias"]))
+    modules = [_module(row) for row in rows]
+    config = _describe(model, modules, ranks)
+    config["fan_in_fan_out"] = family in ("gpt2", "openai-gpt")
+    config["base_model_name_or_path"] = base
     paths.make_folder(folder)
     paths.write(folder / WEIGHTS, save(tensors, metadata))
-    write_json(folder / CONFIG, _describe(model, family, ranks, base))
+    write_json(folder / CONFIG, config)
 
 
 def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
-    """The adapters in a PEFT directory for a model, in numpy, and the model with their LoraConfig.
+    """Returns the model with a LoraConfig, and the numpy adapters in a PEFT folder.
 
     Raises:
-      CheckpointError: a file is missing or damaged; adapters of a kind, rank or scale that ours are not; a tensor that
-        the model has no place for. One line with the file and the name.
-      ConfigError: no architecture that PEFT knows is such a model.
+      CheckpointError: a file is missing or damaged; an adapter has a kind, rank or scale that ours
+        cannot have; the model has no place for a tensor. Names the file and the tensor.
+      ConfigError: no architecture that PEFT knows expresses the model.
     """
     folder = paths.path(folder)
-    said, tensors, bias = _read(folder)
-    for key, value in PLAIN.items():
-        if said.get(key, value) != value:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {key} is {said[key]!r}: accepted is {value!r}"
-            )
-    rank, alpha = said["r"], said["lora_alpha"]
-    shapes = _shapes(model)
-    found: dict[Place, Adapter] = {}
-    for module in _modules(model)[1]:
-        names = [f"{PREFIX}{module.name}.lora_{letter}.weight" for letter in "AB"]
-        if names[0] in tensors and names[1] in tensors:
-            _check_scale(folder, module.name, said)
-            theirs = tuple(np.asarray(tensors.pop(name), np.float32) for name in names)
-            parts = module.split(
-                theirs, rank, [shapes[name] for _, name in module.ours]
-            )
-            found |= {
-                place: part
-                for place, part in zip(module.ours, parts, strict=True)
-                if part is not None
-            }
+    config, tensors, bias = _read(folder)
+    rank = config["r"]
+    _, rows, shapes = _projections(model)
+    by_kernel: dict[str, Adapter] = {}
+    for row in rows:
+        pair = [name for name in _tensor_names(row) if name in tensors]
+        if len(pair) == 2:
+            _validate_scale(folder, _module(row), config)
+            a, b = (np.asarray(tensors.pop(name), np.float32) for name in pair)
+            by_kernel |= _split(row, a, b, rank, shapes)
     head = {}
     if model.head == "scalar" and SCORE in tensors:
-        head = {
-            "head": {
-                "kernel": np.asarray(tensors.pop(SCORE), np.float32)[0],
-                "bias": np.float32(bias),
-            }
-        }
-    if tensors or not found:
-        raise CheckpointError(
-            f"{folder / WEIGHTS}: this model has no place for {next(iter(tensors), 'no adapter')}"
-        )
-    targets = _targets(model, set(found))
-    values = {
+        kernel = np.asarray(tensors.pop(SCORE), np.float32)[0]
+        head = {"head": {"kernel": kernel, "bias": np.float32(bias)}}
+    if tensors or not by_kernel:
+        name = next(iter(tensors), "no adapter")
+        raise CheckpointError(f"{folder / WEIGHTS}: this model has no place for {name}")
+    options = {
         "rank": rank,
-        "alpha": alpha,
-        "targets": targets,
-        "dropout": said.get("lora_dropout", 0.0),
+        "alpha": config["lora_alpha"],
+        "targets": _targets(model, by_kernel),
+        "dropout": config.get("lora_dropout", 0.0),
     }
-    config = build(LoraConfig, values, str(folder / CONFIG))
-    return dataclasses.replace(model, lora=config), _stacked(model, found) | head
+    adapted = build(LoraConfig, options, str(folder / CONFIG))
+    return dataclasses.replace(model, lora=adapted), _tree(model, by_kernel) | head
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
+    """Returns the config, the tensors by name, and the constant of a reward."""
     try:
-        said = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
+        config = {name: config[name] for name in ("r", "lora_alpha")} | config
         weights = paths.local(folder / WEIGHTS)
-        tensors, metadata = load_file(weights), _metadata(weights)
-        return (
-            {"r": said["r"], "lora_alpha": said["lora_alpha"], **said},
-            tensors,
-            float(metadata.get(BIAS, 0.0)),
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        tensors = load_file(weights)
+        with safe_open(weights, framework="numpy") as file:
+            bias = float((file.metadata() or {}).get(BIAS, 0.0))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(e)})",
+            f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(error)})",
         ) from None
+    for key, value in PLAIN.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} is {config[key]!r}: accepted is {value!r}"
+            )
+    return config, tensors, bias
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
-
-
-def _modules(model: Model) -> tuple[str, list[_Module]]:
-    """The family, and every linear layer of it."""
-    family, _ = hf_config.write(Model(model.config), "float32", {})
-    table = TABLES[family]
-    kernels = [row for row in table.layer if row.ours[0].endswith("/kernel")]
-    return family, [
-        _Module(
-            table.prefix
-            + table.layers.format(i=i)
-            + row.theirs.removesuffix(".weight"),
-            row,
-            tuple((i, path.removesuffix("/kernel")) for path in row.ours),
-        )
-        for i in range(model.config.n_layers)
-        for row in kernels
+def _projections(model: Model) -> tuple[str, list[Row], dict[str, Shape]]:
+    """Returns the family, the rows of all kernels in layers, and their parameters' shapes."""
+    plain = Model(dataclasses.replace(model.config, scan_layers=False))
+    family, _ = hf_config.write(plain, "float32", {})
+    shapes = names.shapes_of(plain)
+    rows = [
+        row
+        for row in names.rows(names.TABLES[family], "lm", shapes)
+        if row.params[0].startswith(LAYERS) and row.params[0].endswith(KERNEL)
     ]
+    return family, rows, shapes
+
+
+def _module(row: Row) -> str:
+    """Returns the name of a linear layer in `transformers`."""
+    return row.name.removesuffix(".weight")
+
+
+def _tensor_names(row: Row) -> list[str]:
+    """Returns the names of lora_A and lora_B."""
+    return [f"{PREFIX}{_module(row)}.lora_{letter}.weight" for letter in "AB"]
+
+
+def _join(row: Row, parts: Sequence[Adapter | None]) -> Adapter:
+    """Returns lora_A and lora_B of one module from our adapters; None where there is none."""
+    present = [part for part in parts if part is not None]
+    rank, *out = present[0][1].shape
+    blocks = []
+    start = 0
+    for part in parts:
+        block = np.zeros((rank * len(present), *out), np.float32)
+        if part is not None:
+            block[start : start + rank] = part[1]
+            start += rank
+        blocks.append(block)
+    a = np.concatenate([a.reshape(-1, rank).T for a, _ in present])
+    return np.ascontiguousarray(a), _b_row(row).join(blocks)
+
+
+def _split(
+    row: Row, a: np.ndarray, b: np.ndarray, rank: int, shapes: Mapping[str, Shape]
+) -> dict[str, Adapter]:
+    """Returns the adapters in one module by the path of their kernel; the inverse of `_join`.
+
+    An adapter of rank r on a whole fused module is an adapter of each of its projections.
+    """
+    total = len(a)
+    n = total // rank
+    b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
+    blocks = [
+        block.reshape(n, rank, *block.shape[1:])
+        for block in _b_row(row).split(b, b_shapes)
+    ]
+    # Which of the n parts of rank r each projection uses.
+    used = [[i for i in range(n) if block[i].any()] for block in blocks]
+    if not any(used):  # fresh adapters, with B = 0
+        used = [[i] for i in range(n)] if n == len(blocks) else [[0]] * len(blocks)
+    if total % rank or max(map(len, used)) > 1:
+        raise CheckpointError(
+            f"{_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
+        )
+    adapters = {}
+    for path, block, indices in zip(row.params, blocks, used, strict=True):
+        for i in indices:
+            part = a[i * rank : (i + 1) * rank]
+            inputs = shapes[path][: row.inputs]
+            adapters[path] = part.T.reshape(*inputs, rank), block[i]
+    return adapters
+
+
+def _b_row(row: Row) -> Row:
+    """Returns the row of lora_B: as the kernel's, but [out, r] in every family."""
+    return dataclasses.replace(row, inputs=1, out_first=True)
 
 
 def _describe(
-    model: Model, family: str, ranks: dict[str, int], base: str | None
+    model: Model, modules: Sequence[str], ranks: Mapping[str, int]
 ) -> dict[str, Any]:
-    c = model.lora
-    names = {name.rsplit(".", 1)[-1] for name in ranks}
-    every = [
-        module.name
-        for module in _modules(model)[1]
-        if module.name.rsplit(".", 1)[-1] in names
-    ]
-    wider = {name: rank for name, rank in ranks.items() if rank != c.rank}
+    """Returns an adapter_config.json.
+
+    Args:
+      modules: all linear layers.
+      ranks: rank of each that has an adapter.
+    """
+    config = model.lora
+    ends = {name.rsplit(".", 1)[-1] for name in ranks}
+    matching = [name for name in modules if name.rsplit(".", 1)[-1] in ends]
+    wider = {name: rank for name, rank in ranks.items() if rank != config.rank}
     return {
         **PLAIN,
-        "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM" if model.head == "lm" else "SEQ_CLS",
-        "r": c.rank,
-        "lora_alpha": c.alpha,
-        "lora_dropout": c.dropout,
-        "target_modules": sorted(names) if len(every) == len(ranks) else list(ranks),
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(ends) if len(matching) == len(ranks) else list(ranks),
         "rank_pattern": wider,
-        "alpha_pattern": {name: c.scale * rank for name, rank in wider.items()},
-        "fan_in_fan_out": family in ("gpt2", "openai-gpt"),
+        "alpha_pattern": {name: config.scale * rank for name, rank in wider.items()},
         "modules_to_save": ["score"] if model.head == "scalar" else None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
 
 
-def _check_scale(folder: Path, name: str, said: dict[str, Any]) -> None:
-    def pattern(key, default):
-        return next(
-            (
-                x
-                for end, x in (said.get(key) or {}).items()
-                if f".{name}".endswith(f".{end}")
-            ),
-            default,
-        )
+def _validate_scale(folder: Path, module: str, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a module's alpha / r is not that of all."""
 
-    scale = pattern("alpha_pattern", said["lora_alpha"]) / pattern(
-        "rank_pattern", said["r"]
-    )
-    if not np.isclose(scale, said["lora_alpha"] / said["r"]):
+    def pattern(key: str, default: str) -> float:
+        for end, value in (config.get(key) or {}).items():
+            if f".{module}".endswith(f".{end}"):
+                return float(value)
+        return float(config[default])
+
+    scale = pattern("alpha_pattern", "lora_alpha") / pattern("rank_pattern", "r")
+    if not np.isclose(scale, config["lora_alpha"] / config["r"]):
         raise CheckpointError(
-            f"{folder / CONFIG}: {name} has a scale of its own, {scale}, where ours have one for all"
+            f"{folder / CONFIG}: {module} has a scale of its own, {scale}, "
+            "where ours have one for all"
         )
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Of the kernels of a layer, by projection."""
-    start, shapes = (
-        "backbone/layers/layer_0/",
-        shapes_of(Model(dataclasses.replace(model.config, scan_layers=False))),
-    )
-    kernels = {
-        path: shape
-        for path, shape in shapes.items()
-        if path.startswith(start) and path.endswith("/kernel")
-    }
-    return {
-        path.removeprefix(start).removesuffix("/kernel"): shape
-        for path, shape in kernels.items()
-    }
-
-
-def _targets(model: Model, places: set[Place]) -> str:
-    """A regular expression that is found in the paths of exactly these projections."""
-    names = {name for _, name in places}
-    if len(places) == len(names) * model.config.n_layers:
-        return "|".join(sorted(names))
+def _targets(model: Model, kernels: Collection[str]) -> str:
+    """Returns a regular expression that matches the paths of exactly these projections."""
+    paths = [path.removeprefix(LAYERS).removesuffix(KERNEL) for path in kernels]
+    in_layer = {path.partition("/")[2] for path in paths}
+    if len(paths) == len(in_layer) * model.config.n_layers:
+        return "|".join(sorted(in_layer))
     if model.config.scan_layers:
         raise ConfigError(
-            "adapters in some layers alone do not go with scan_layers, where all layers are one"
+            "scan_layers stacks all layers: adapters in only some of them need scan_layers=False"
         )
-    return "|".join(sorted(f"layer_{i}/{name}$" for i, name in places))
+    return "|".join(sorted(f"{path}$" for path in paths))
 
 
-def _unstacked(model: Model, adapters: Params) -> dict[Place, Adapter]:
-    """Every adapter of a tree by its place."""
-    layers = adapters["backbone"]["layers"]
-    if model.config.scan_layers:
-        found = dict(_pairs(layers, ()))
-        return {
-            (i, name): (a[i], b[i])
-            for name, (a, b) in found.items()
-            for i in range(model.config.n_layers)
-        }
-    return {
-        (int(k.split("_")[1]), name): pair
-        for k, layer in layers.items()
-        for name, pair in _pairs(layer, ())
-    }
+def _by_kernel(model: Model, adapters: Params) -> dict[str, Adapter]:
+    """Returns the adapters in a tree by the path of their kernel, layers unstacked."""
+    shapes, read = hf.unstacked_reader(model.config.scan_layers, adapters)
+    name_a, name_b = (f"/{name}" for name in lora.NAMES)
+    by_kernel = {}
+    for path in shapes:
+        start, is_a, _ = path.partition(name_a)
+        if is_a:
+            a, b = (
+                np.asarray(read(start + name), np.float32) for name in (name_a, name_b)
+            )
+            by_kernel[start + KERNEL] = a, b
+    return by_kernel
 
 
-def _pairs(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[str, Adapter]]:
-    if lora.NAMES[0] in tree:
-        yield (
-            "/".join(path),
-            tuple(np.asarray(tree[name], np.float32) for name in lora.NAMES),
-        )
-        return
-    for name, inner in tree.items():
-        yield from _pairs(inner, (*path, name))
-
-
-def _stacked(model: Model, found: dict[Place, Adapter]) -> Params:
-    """The inverse of `_unstacked`."""
-    if model.config.scan_layers:
-        names, layers = {name for _, name in found}, range(model.config.n_layers)
-        paths = {
-            name: [
-                np.stack(x) for x in zip(*(found[i, name] for i in layers), strict=True)
-            ]
-            for name in names
-        }
-    else:
-        paths = {f"layer_{i}/{name}": pair for (i, name), pair in found.items()}
-    leaves = {
-        f"{path}/{name}": x
-        for path, pair in paths.items()
-        for name, x in zip(lora.NAMES, pair, strict=True)
-    }
-    return {"backbone": {"layers": nested(leaves)}}
+def _tree(model: Model, adapters: Mapping[str, Adapter]) -> Params:
+    """Returns the tree of adapters; the inverse of `_by_kernel`."""
+    leaves = {}
+    for path, pair in adapters.items():
+        start = path.removesuffix(KERNEL)
+        for name, array in zip(lora.NAMES, pair, strict=True):
+            leaves[f"{start}/{name}"] = array
+    tree = names.nested(leaves)
+    return jax.device_get(stacked(tree)) if model.config.scan_layers else tree

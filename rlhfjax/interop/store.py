@@ -1,6 +1,7 @@
-"""Our own models on disk: `config.json` (shape and head), `params/` (arrays) and the tokenizer's files."""
+"""Our own models on disk: config.json (model_config and head), params/, the tokenizer's files."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from rlhfjax.config import build, write_json
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign
+from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout
 from rlhfjax.models import quantized
 from rlhfjax.models.config import TransformerConfig
@@ -24,14 +26,13 @@ from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 FOLDER = "model"
-REWARD = (
-    "reward.json"  # what a stage that describes a reward leaves: {"kind": ..., ...}
-)
+# Written by a stage that describes a reward: {"kind": ..., ...}.
+REWARD = "reward.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model with its parameters and the tokenizer that it speaks."""
+    """A model with its parameters and its tokenizer."""
 
     model: Model
     params: PyTree
@@ -39,7 +40,7 @@ class SavedModel:
 
 
 def save(folder: Path, saved: SavedModel) -> None:
-    """Writes a model; `config.json` comes last, so that a folder that has one is whole."""
+    """Writes a model. `config.json` comes last, so that a folder that has one is whole."""
 
     def begin() -> None:
         paths.make_folder(folder)
@@ -67,10 +68,12 @@ class Opened(NamedTuple):
 
 
 def load(path: str | Path, layout: Layout) -> SavedModel:
-    """Reads a model straight into its shards: its folder, the workdir of the stage that made it, or a foreign name.
+    """Returns a model, its arrays read straight into their shards.
 
-    A model that was trained with a kernel which these devices lack is read as one with our own attention.
+    A model trained with an attention kernel that these devices lack is read as one with "einsum".
 
+    Args:
+      path: the model's folder, the workdir of the stage that made it, or a foreign name.
     Raises:
       CheckpointError: there is no whole model, or its parameters are damaged.
     """
@@ -87,133 +90,130 @@ def open_model(
     """Returns the model that `load` would read, without its parameters.
 
     Args:
-      changes: other options of its model_config; layers are stacked or taken apart as `scan_layers` says.
+      changes: options that replace those of its model_config. Layers are stacked or unstacked to
+        match `scan_layers`.
       context: where `changes` stand, for an error.
     Raises:
-      ConfigError: an option that there is not, or one that makes another model of it.
+      ConfigError: an option does not exist or would change the parameters.
       CheckpointError: as `load` does.
     """
-    if there := foreign.find(path):
-        model, tokenizer = there.model, there.tokenizer()
-
-        def read() -> PyTree:
-            return there.params(layout)
-    else:
-        folder = find(path)
-        model, tokenizer = (
-            _here(describe(folder), layout, folder),
-            load_tokenizer(folder),
-        )
-
-        def read() -> PyTree:
-            abstract = state.abstract(model.shapes(), model.axes(), layout)
-            return checkpoint.load_tree(folder / "params", abstract)
-
+    found = _find(path)
+    model = _with_available_kernel(found.model, layout, path)
     other = overridden(model, changes or {}, context)
-    return Opened(other, tokenizer, lambda: _restacked(read(), model, other))
+
+    def params() -> PyTree:
+        return _restacked(found.params(layout), model, other)
+
+    return Opened(other, found.tokenizer(), params)
 
 
-def _here(model: Model, layout: Layout, folder: Path) -> Model:
-    kernel, platform = model.config.attention, layout.platform
-    if platform in PLATFORMS[kernel]:
+def _find(path: str | Path) -> Foreign:
+    """Returns one of our models or a foreign one, of which no array is read yet."""
+    if imported := foreign.find(path):
+        return imported
+    folder = find(path)
+    file = folder / "config.json"
+    description = json.loads(file.read_text())
+    config = build(TransformerConfig, description["transformer"], str(file))
+    model = Model(config, description["head"])
+
+    def params(layout: Layout) -> PyTree:
+        abstract = state.abstract(model.shapes(), model.axes(), layout)
+        return checkpoint.load_tree(folder / "params", abstract)
+
+    return Foreign(model, params, functools.partial(load_tokenizer, folder))
+
+
+def _with_available_kernel(model: Model, layout: Layout, path: str | Path) -> Model:
+    kernel = model.config.attention
+    if layout.platform in PLATFORMS[kernel]:
         return model
     log.warning(
         "%s: these %s devices have no %r attention; read as 'einsum', the same function",
-        folder,
-        platform,
+        path,
+        layout.platform,
         kernel,
     )
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, attention="einsum")
-    )
+    config = dataclasses.replace(model.config, attention="einsum")
+    return dataclasses.replace(model, config=config)
 
 
 def overridden(model: Model, changes: Mapping[str, Any], context: str) -> Model:
     """Returns the model with other options.
 
     Raises:
-      ConfigError: an option that there is not, or one that makes another model of it.
+      ConfigError: an option does not exist or would change the parameters.
     """
     if not changes:
         return model
-    config = build(
-        TransformerConfig, dataclasses.asdict(model.config) | dict(changes), context
-    )
+    options = dataclasses.asdict(model.config) | dict(changes)
+    config = build(TransformerConfig, options, context)
     other = dataclasses.replace(model, config=config)
-    given = jax.eval_shape(
-        lambda params: _restacked(params, model, other), model.shapes()
-    )
-    if other.shapes() != given:
+    restacked = jax.eval_shape(lambda x: _restacked(x, model, other), model.shapes())
+    if other.shapes() != restacked:
         names = ", ".join(sorted(changes))
         raise ConfigError(
-            f"{context}: {names} would make another model of it, of other parameters"
+            f"{context}: {names} would make another model of it, with other parameters"
         )
     return other
 
 
 def _restacked(params: PyTree, model: Model, other: Model) -> PyTree:
-    """Returns the parameters of a model with its layers as `other` has them."""
+    """Returns the parameters of a model with layers stacked or unstacked as in `other`."""
     if model.config.scan_layers == other.config.scan_layers:
         return params
     return (stacked if other.config.scan_layers else unstacked)(params)
 
 
 def int8(saved: SavedModel) -> SavedModel:
-    """The model to sample from with int8 weights and an int8 cache; see `models.quantized`, which has the error."""
-    params = jax.jit(lambda params: quantized.weights(params, saved.model.axes()))(
-        saved.params
-    )
-    return SavedModel(
-        dataclasses.replace(saved.model, int8_cache=True), params, saved.tokenizer
-    )
+    """Returns the model with int8 weights and an int8 cache, for sampling.
+
+    `models.quantized` states its error.
+    """
+    quantize = jax.jit(lambda params: quantized.weights(params, saved.model.axes()))
+    model = dataclasses.replace(saved.model, int8_cache=True)
+    return SavedModel(model, quantize(saved.params), saved.tokenizer)
 
 
 def describe(path: str | Path) -> Model:
-    """What `load` would read, without its parameters. Raises CheckpointError as it does."""
-    if there := foreign.find(path):
-        return there.model
-    folder = find(path)
-    description = json.loads((folder / "config.json").read_text())
-    return Model(
-        build(TransformerConfig, description["transformer"], f"{folder}/config.json"),
-        description["head"],
-    )
+    """Returns the model that `load` would read. Raises CheckpointError as `load` does."""
+    return _find(path).model
 
 
 def described(path: str) -> dict[str, Any] | None:
-    """Returns what a `reward.json` says; None where there is none."""
+    """Returns the content of a folder's `reward.json`; None if there is none."""
     file = paths.path(path) / REWARD
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-tokenizer = load_tokenizer  # with the functions above, what `roles.Sources` asks for
+# With the functions above this makes the module a `roles.Sources`.
+tokenizer = load_tokenizer
 
 
 def found(path: str | Path) -> str:
-    """Which model `load` would read, for people. Raises CheckpointError as it does."""
+    """Returns the folder or foreign name that `load` would read, for people.
+
+    Raises CheckpointError as `load` does.
+    """
     return str(path) if foreign.find(path) else str(find(path))
 
 
 def numbered(workdir: Path) -> list[Path]:
-    """The folders NN_name of a recipe's stages, in order."""
+    """Returns the folders NN_name of a recipe's stages, in order."""
     return [
         folder for folder in paths.children(workdir) if re.match(r"\d\d_", folder.name)
     ]
 
 
 def find(path: str | Path) -> Path:
-    """The folder of a model: the path itself, its `model/`, or that of the last stage of a recipe that has one.
+    """Returns the folder of a model: the path, its `model/`, or that of a recipe's last stage.
 
     Raises:
       CheckpointError: none of them holds a model.
     """
     path = paths.path(path)
-    candidates = [
-        path,
-        path / FOLDER,
-        *(stage / FOLDER for stage in reversed(numbered(path))),
-    ]
-    for folder in candidates:
+    stages = reversed(numbered(path))
+    for folder in (path, path / FOLDER, *(stage / FOLDER for stage in stages)):
         if (folder / "config.json").exists() and (folder / "params").exists():
             return folder
     raise CheckpointError(

@@ -84,7 +84,7 @@ def _demonstration(
     roles = [message["role"] for message in messages]
     for i in reversed(range(1, len(roles))):
         if roles[i - 1 : i + 1] == ["user", "assistant"]:
-            response = chat.answer_tokens(tokenizer, messages[i]["content"])
+            response = chat.response_tokens(tokenizer, messages[i]["content"])
             row = {
                 "prompt_tokens": chat.render_prompt(tokenizer, messages[:i]),
                 "completion_tokens": [np.array(response, np.int32)],

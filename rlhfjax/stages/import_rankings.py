@@ -134,7 +134,9 @@ def _row(one: Ranking, tokenizer: Tokenizer, native: dict[str, Any]) -> dict[str
             else [{"role": "user", "content": one.prompt}]
         )
         prompt = chat.render_prompt(tokenizer, messages).tolist()
-        completions = [chat.answer_tokens(tokenizer, text) for text in one.completions]
+        completions = [
+            chat.response_tokens(tokenizer, text) for text in one.completions
+        ]
     return {
         "prompt": one.key,
         "prompt_tokens": prompt,

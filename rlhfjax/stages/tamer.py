@@ -251,7 +251,7 @@ def _read_line(
         prompt = line["prompt"]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        response = chat.answer_tokens(tokenizer, line["response"])
+        response = chat.response_tokens(tokenizer, line["response"])
         prompt = chat.render_prompt(tokenizer, prompt).tolist()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         expected = '{"prompt", "response", "feedback": [[seconds, value], ...]}'

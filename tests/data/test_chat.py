@@ -110,8 +110,7 @@ def test_a_last_turn_that_is_too_long_keeps_its_end(tokenizer):
 
 
 def test_pitfall_39_a_stored_prompt_is_cut_as_the_conversation_that_it_is(tokenizer):
-    """The oldest turns go whole; the system message and the header of the last turn stay, then its
-    end."""
+    """The oldest turns go whole. The system message, the last turn's header and its end stay."""
     messages = [
         SYSTEM,
         *CHAT[:2],
@@ -135,7 +134,7 @@ def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
     bos, user, eos, assistant = ids(
         tokenizer, "bos", "<|user|>", "eos", "<|assistant|>"
     )
-    # Cut before, in the middle of a word: encoding its text anew gives other ids.
+    # The prompt was cut within a word, so encoding its text again gives other ids.
     odd = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in b"the cat sat"]
     assert shorten_prompt(tokenizer, [bos, user, *odd, eos, assistant], 8) == [
         bos,
@@ -147,15 +146,14 @@ def test_pitfall_39_the_head_stays_of_prompts_that_are_no_rendering(tokenizer):
     plain = list(range(20, 40))  # without markers, with bos and without
     assert shorten_prompt(tokenizer, [bos, *plain], 8) == [bos, *plain[-7:]]
     assert shorten_prompt(tokenizer, plain, 8) == plain[-8:]
-    # No room for system message and markup: a half of what there is.
+    # No room for the system message and the markup: they get half of the tokens.
     whole = render_prompt(tokenizer, [SYSTEM, *CHAT[:1]]).tolist()
     assert shorten_prompt(tokenizer, whole, 6) == whole[:3] + whole[-3:]
     assert shorten_prompt(tokenizer, [bos] * 9, 4) == [bos] * 4
 
 
 def test_pitfall_39_what_is_said_about_a_prompt_stays_when_it_is_shortened(tokenizer):
-    """A critic is asked about a question and an answer; the question gets shorter, and neither is
-    left out."""
+    """A critic sees a question and a response: the question gets shorter, neither is lost."""
     question = {
         "role": "user",
         "content": "a bird sang on the tree, happy. who ran on the mat?",

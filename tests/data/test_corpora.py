@@ -1,4 +1,4 @@
-"""Our TFDS builders on the real packages: splits by conversation, and files that are whole or not there."""
+"""Our TFDS builders on the real packages: splits by conversation, and files whole or absent."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def test_conversations_are_split_whole_and_disjointly(chitchat):
 
 
 def test_the_split_of_a_key_never_changes():
-    # Pinned: were the hash to change, a validation conversation of an old run would be trained on in a new one.
+    # With another hash, new runs would train on validation conversations of old runs.
     keys = ["a07edb12-6b91-4138-b11e-02421888d699", "GENESIS 1", "9", "39"]
     assert [split_of(key) for key in keys] == ["train", "train", "validation", "test"]
     assert split_of("é") == split_of("é".encode())

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: they lose nothing, invent no special, and their pad is never their eos."""
+"""Tokenizers of the `tokenizers` library lose no text, invent no special, and pad is not eos."""
 
 import itertools
 import json
@@ -55,13 +55,14 @@ def byte_bpe(specials=SMOLLM, **options) -> tokenizers.Tokenizer:
 
 
 ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] "
+    "+ eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
 def llama2(scheme: str) -> tokenizers.Tokenizer:
-    """BPE over characters with a fallback to bytes, in Llama 2's layout: specials, bytes, characters, merges."""
+    """Returns BPE over characters with a fallback to bytes, its ids in Llama 2's order."""
     characters = sorted(set("".join(TEXTS)) - {" ", "é", "🙂"} | {"▁"})
     pieces = [
         "<unk>",
@@ -151,7 +152,7 @@ def test_the_protocol_and_the_specials(smollm):
 @pytest.mark.parametrize(
     "specials, config, template, pad, eos",
     [
-        # SmolLM2: the file's pad is its eos; <|endoftext|>, which its chats do not use, takes its place.
+        # SmolLM2: the file's pad is its eos; <|endoftext|> becomes the pad.
         (
             SMOLLM,
             CONFIG | {"pad_token": "<|im_end|>"},
@@ -159,7 +160,7 @@ def test_the_protocol_and_the_specials(smollm):
             "<|endoftext|>",
             "<|im_end|>",
         ),
-        # Qwen2.5: the file says it right. The base model's eos ends documents; a chat's turn ends otherwise.
+        # Qwen2.5: the file's pad is right. Its eos ends documents; turns end otherwise.
         (
             SMOLLM,
             {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
@@ -167,7 +168,7 @@ def test_the_protocol_and_the_specials(smollm):
             "<|endoftext|>",
             "<|im_end|>",
         ),
-        # GPT-2 has one special for everything: the byte 0xFF, which no text contains, is left.
+        # GPT-2 has one special for everything, so the byte 0xFF is the pad.
         (
             ["<|endoftext|>"],
             {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
@@ -175,7 +176,7 @@ def test_the_protocol_and_the_specials(smollm):
             "ÿ",
             "<|endoftext|>",
         ),
-        # Pythia has one that is called a padding.
+        # Pythia has a special that is called padding.
         (
             ["<|endoftext|>", "<|padding|>"],
             {"eos_token": "<|endoftext|>"},
@@ -239,8 +240,7 @@ def test_an_added_token_that_is_no_special_is_text_and_one_that_the_template_wri
 
 
 def test_pitfall_42_bytes_of_pieces_that_are_not_spelled_in_bytes():
-    """Some vocabularies hold a piece as it is read: it is decoded as it stands. An unk stands for
-    no known text."""
+    """A piece with a character that spells no byte is decoded as it stands; unk has no bytes."""
     data = json.loads(byte_bpe(SMOLLM[:1]).to_str())
     first = 1 + max(data["model"]["vocab"].values())
     data["model"]["vocab"] |= {"今é": first, "<none>": first + 1}
@@ -303,7 +303,7 @@ def test_the_template_is_found_where_hugging_face_puts_it(smollm, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never", "legacy"])
 def test_llama_2s_blanks(scheme):
-    """BPE over characters: the blank before the first word stands there alone, and not after what opens a turn."""
+    """BPE over characters puts a blank before the first word only, not after a turn's opening."""
     tokenizer = HuggingFaceTokenizer(llama2(scheme), LLAMA2, template="llama2")
     alone = ["t", "h", "e"] if scheme == "never" else ["▁the"]
     assert [tokenizer._backend.id_to_token(i) for i in tokenizer.encode("the")] == alone

@@ -1,4 +1,4 @@
-"""Packing on grain's own datasets: what order rows come in."""
+"""The order of packed rows."""
 
 import grain
 import numpy as np
@@ -8,7 +8,7 @@ from rlhfjax.data import packing
 
 
 def first_tokens(seed, n=32):
-    """The first input of every row, of n examples that fill a row each and are numbered."""
+    """Returns the first input of every row, given n numbered examples that fill a row each."""
     full = [np.full((4, 3), i, np.int32) for i in range(n)]
     single = packing.flatten(grain.MapDataset.source([full]).to_iter_dataset())
     rows = packing.first_fit(single, length=4, bins=8, seed=seed)

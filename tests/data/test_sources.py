@@ -112,7 +112,7 @@ def test_a_malformed_row_stops_with_file_and_line_or_is_counted(
     )
     source = open_source(spec, kind=kind, split="all", on_bad_row="skip")
     assert (len(source), source.skipped) == (2, 1)
-    assert source.where(1) == f"{tmp_path}/rows.jsonl:4"
+    assert source.locate(1) == f"{tmp_path}/rows.jsonl:4"
 
 
 def test_without_validation_a_bad_row_is_found_when_it_is_read(tmp_path):
@@ -210,7 +210,7 @@ def parts(spec, **options):
 
 
 def in_several(found):
-    """The keys that rows of more than one split have."""
+    """Returns the keys that are in more than one split."""
     seen = [set(keys) for keys in found]
     return (seen[0] & seen[1]) | (seen[0] & seen[2]) | (seen[1] & seen[2])
 
@@ -224,8 +224,7 @@ def turns(*contents):
 
 @pytest.mark.parametrize("kind", ["prompt", "preferences"])
 def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
-    """60 prompts, 5 rows of each that differ elsewhere; the split is the one that the prompt's own
-    hash gives."""
+    """60 prompts with 5 rows each that differ elsewhere: the hash of the prompt gives the split."""
     rows = [
         {
             "q": f"who sat {i % 60}?",
@@ -240,7 +239,8 @@ def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
         kind=kind,
         columns={"prompt": "q", "id": "id"},
     )
-    asked = {split: [row["messages"][0]["content"] if kind == "prompt" else row["prompt"] for row in source]
+    asked = {split: [
+        row["messages"][0]["content"] if kind == "prompt" else row["prompt"] for row in source]
              for split, source in found.items()}  # fmt: skip
     assert sum(map(len, asked.values())) == 300 and not in_several(asked.values())
     for split, prompts in asked.items():
@@ -249,11 +249,12 @@ def test_pitfall_41_a_prompt_is_in_one_split(tmp_path, kind):
 
 
 def test_pitfall_41_conversations_that_begin_alike_are_in_one_split(tmp_path):
-    """Another answer, another system message, a longer conversation, a prompt alone: the first user
-    turn decides."""
+    """The first user turn decides, whatever system message and responses stand beside it."""
     system = {"role": "system", "content": "be brief"}
     chats = [talk for i in range(60) for talk in (
-        turns(f"hi {i}", "yes"), turns(f"hi {i}", "no", "why?", "so"), [system, *turns(f"hi {i}", "yes")]
+        turns(f"hi {i}", "yes"),
+        turns(f"hi {i}", "no", "why?", "so"),
+        [system, *turns(f"hi {i}", "yes")],
     )]  # fmt: skip
     prompts = [talk if talk[-1]["role"] == "user" else talk[:-1] for talk in chats]
     for kind, rows in (
@@ -300,8 +301,7 @@ def test_pitfall_41_a_document_is_in_one_split_whatever_stands_beside_it(tmp_pat
 
 
 def test_pitfall_41_a_row_without_a_prompt_is_still_reported(tmp_path):
-    """A conversation without a user goes by its first turn, a malformed row by its bytes: in one
-    split it stops."""
+    """Without a user the first turn decides; a malformed row's bytes do, and it is reported."""
     alone = {"messages": [{"role": "assistant", "content": "hello"}]}
     spec = write_lines(tmp_path / "rows.jsonl", alone, {"messages": []})
     said = []
@@ -324,7 +324,7 @@ def test_text_files_by_file_paragraph_and_line(tmp_path):
     def rows(documents):
         source = open_source(spec, split="all", documents=documents)
         return [
-            (source[i]["text"], source.where(i).rsplit("/")[-1])
+            (source[i]["text"], source.locate(i).rsplit("/")[-1])
             for i in range(len(source))
         ]
 
@@ -376,7 +376,7 @@ def test_our_corpora_by_name(data_dir):
 
 
 class AnyReviews(tfds.core.GeneratorBasedBuilder):
-    """Somebody's dataset with two configs; defining the class is what makes TFDS know it."""
+    """A dataset with two configs. Defining the class registers it with TFDS."""
 
     pkg_dir_path = pathlib.Path(__file__).parent
     BUILDER_CONFIGS = [  # noqa: RUF012
@@ -471,7 +471,7 @@ def test_concatenated_sources_keep_their_rows_and_places():
             Rows([GOOD["messages"]], "messages"),
         ]
     )
-    assert [len(both), both[1]["text"], both[2], both.where(2)] == [
+    assert [len(both), both[1]["text"], both[2], both.locate(2)] == [
         3,
         "b",
         GOOD["messages"],

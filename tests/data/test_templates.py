@@ -48,7 +48,8 @@ CHAT = [
 ]
 SYSTEM = {"role": "system", "content": "we sang."}
 WRITTEN = {
-    "ours": "<|bos|><|system|>we sang.<|eos|><|user|>who sat?<|eos|><|assistant|>the cat.<|eos|><|user|>"
+    "ours": "<|bos|><|system|>we sang.<|eos|><|user|>who sat?<|eos|>"
+    "<|assistant|>the cat.<|eos|><|user|>"
     "what ran?<|eos|><|assistant|>a dog, happy.<|eos|>",
     "chatml": "<|im_start|>system\nwe sang.<|im_end|>\n<|im_start|>user\nwho sat?<|im_end|>\n"
     "<|im_start|>assistant\nthe cat.<|im_end|>\n<|im_start|>user\nwhat ran?<|im_end|>\n"
@@ -61,7 +62,7 @@ WRITTEN = {
     "<|start_header_id|>user<|end_header_id|>\n\nwhat ran?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\na dog, happy.<|eot_id|>",
 }
-LEARNT = {  # what the loss is on, by hand
+LEARNED = {  # what the loss is on, by hand
     "ours": ["the cat.<|eos|>", "a dog, happy.<|eos|>"],
     "chatml": ["the cat.<|im_end|>", "a dog, happy.<|im_end|>"],
     "llama2": [" the cat. </s>", " a dog, happy. </s>"],
@@ -80,7 +81,7 @@ MARKUP = re.compile(
 def byte_bpe(
     specials, texts=("the cat sat on the mat, who ran? a happy dog sang.",), size=330
 ) -> Tokenizer:
-    """A tiny byte-level BPE with GPT-2's pre-tokenizer."""
+    """Returns a tiny byte-level BPE with GPT-2's pre-tokenizer."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -108,12 +109,12 @@ def tokenizers():
 
 
 def spelled(tokenizer, ids) -> str:
-    """The text of ids, every special shown."""
+    """Returns the text of ids, with every special."""
     return tokenizer._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def runs(tokens, mask):
-    """The token runs that the loss is on."""
+    """Returns the runs of tokens that the loss is on."""
     grouped = itertools.groupby(
         zip(tokens.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]
     )
@@ -127,7 +128,7 @@ def test_a_conversation_is_written_as_by_hand_and_the_loss_is_on_the_answers(
     tokenizer = tokenizers[name]
     tokens, mask = chat.render(tokenizer, [SYSTEM, *CHAT])
     assert spelled(tokenizer, tokens) == WRITTEN[name]
-    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNT[name]
+    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNED[name]
     for piece in MARKUP.findall(
         WRITTEN[name]
     ):  # each is its one token, and there are no others
@@ -146,7 +147,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_and_the_answer_is_the_res
     )
     assert whole[: len(prompt)].tolist() == prompt.tolist()
     assert mask[len(prompt) - 1] == 0 and mask[len(prompt)] == 1
-    answer = chat.answer_tokens(tokenizer, CHAT[3]["content"])
+    answer = chat.response_tokens(tokenizer, CHAT[3]["content"])
     assert whole[len(prompt) : len(prompt) + len(answer)].tolist() == answer
     assert answer[-1] == tokenizer.eos_id
 
@@ -166,7 +167,7 @@ def test_a_message_cannot_write_a_special_of_its_own(tokenizers, name):
     assert attack.strip() in spelled(
         tokenizer, tokens
     )  # as ordinary characters they are all there
-    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNT[name][:1]
+    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNED[name][:1]
 
 
 TEXT = st.lists(
@@ -186,7 +187,7 @@ TEXT = st.lists(
 def test_the_cut_conversation_is_the_rendered_one_whatever_is_said(
     tokenizers, name, contents, system
 ):
-    """The pieces with the contents put in spell what Jinja makes of the messages themselves."""
+    """The pieces, filled with contents, spell what Jinja renders from the messages."""
     tokenizer = tokenizers[name]
     said = [
         {"role": ("user", "assistant")[i % 2], "content": "".join(c)}
@@ -266,7 +267,7 @@ def test_windows_hold_each_answer_once(tokenizers, name, talk):
         messages = [SYSTEM, *talk(rng, 8, longest=5)]
         made = examples.windows(tokenizer, messages, length)
         answers = [
-            chat.answer_tokens(tokenizer, m["content"])
+            chat.response_tokens(tokenizer, m["content"])
             for m in messages
             if m["role"] == "assistant"
         ]
@@ -292,11 +293,12 @@ def test_windows_hold_each_answer_once(tokenizers, name, talk):
 
 
 def test_a_template_of_ones_own_with_a_system_prompt_of_its_own():
-    """SmolLM2's: it says who it is where nobody else does. The prompt is no message and stays when turns go."""
+    """SmolLM2's template adds a system prompt, which is no message and stays when turns go."""
     source = (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou sing.<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = make("chatml", source)
@@ -346,7 +348,7 @@ CUE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
         ),
         (
             "{% for m in messages if m.role != 'user' %}" + TURN + "{% endfor %}" + CUE,
-            "does not say each message",
+            "does not write each message",
         ),
         ("{{ messages | tojson }}<|im_end|>", "does not start where its generation"),
         (
@@ -369,14 +371,14 @@ def test_a_template_that_cannot_be_used_is_one_line(source, why):
 
 
 def test_what_is_said_may_not_be_rewritten():
-    """A template that drops thoughts from answers: fine until there are any."""
+    """A template that drops thoughts from responses works until there are some."""
     source = "{% for m in messages %}" + TURN.replace(
         "m['content']", "m['content'].split('</think>')[-1]"
     )
     tokenizer = make("chatml", source + "{% endfor %}" + CUE)
     assert len(chat.render(tokenizer, CHAT)[0]) > 10
     thinking = [CHAT[0], {"role": "assistant", "content": "<think>hm</think>the cat"}]
-    with pytest.raises(DataError, match="changes what a message says"):
+    with pytest.raises(DataError, match="changes a message by more than trimming it"):
         chat.render(tokenizer, thinking)
 
 
@@ -408,7 +410,7 @@ def test_generation_blocks_and_todays_date_are_understood():
     tokenizer = make("chatml", source + CUE)
     tokens, mask = chat.render(tokenizer, CHAT[:2])
     assert re.match(r"\d{4}<\|im_start\|>user", spelled(tokenizer, tokens))
-    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNT["chatml"][
+    assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNED["chatml"][
         :1
     ]
 

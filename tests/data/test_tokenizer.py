@@ -100,7 +100,7 @@ def test_training_is_deterministic_to_the_byte(tmp_path, model_type):
 
 
 def test_a_line_longer_than_sentencepiece_accepts_is_not_dropped(tmp_path):
-    # The only text is one line of 40 kB: the trainer alone would see nothing and fail.
+    # The only text is one line of 40 kB, which SentencePiece itself would drop.
     tokenizer = train_sentencepiece(
         ["quixotic zephyr " * 2500], tmp_path, vocab_size=300
     )

@@ -1,4 +1,4 @@
-"""Foreign models by name, wherever a stage takes one: Hugging Face folders, GGUF files, files within a package."""
+"""Foreign models by name, wherever a stage takes a model: folders, GGUF files, packages."""
 
 import dataclasses
 import json
@@ -24,7 +24,8 @@ from tests.interop import test_gguf as ggufs
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTES = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' "
+    "+ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY = TransformerConfig(
@@ -34,7 +35,7 @@ TINY = TransformerConfig(
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """A Hugging Face folder: a random Llama and a byte-level tokenizer with ChatML."""
+    """Returns a Hugging Face folder: a random Llama and a byte-level tokenizer with ChatML."""
     folder = tmp_path_factory.mktemp("hf") / "tiny"
     model = Model(TINY)
     save_hf(folder, model, model.init(jax.random.key(0)))
@@ -58,7 +59,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
-    """The same tokenizer in a GGUF file, with a model of 259 tokens."""
+    """Returns a GGUF file with the same tokenizer and a model of 259 tokens."""
     metadata = ggufs.LLAMA | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -127,12 +128,19 @@ def test_a_stage_begins_with_a_foreign_model_and_leaves_one_of_ours(
         "split": "all",
     }
     sft = stage_config(
-        "sft", init_from=f"hf:{hf}", sources=(chats,), eval_sources=(chats,), length=48, batch_size=8, steps=1,
-        eval_batches=1, optim={"learning_rate": 0.0},
-    )  # fmt: skip
+        "sft",
+        init_from=f"hf:{hf}",
+        sources=(chats,),
+        eval_sources=(chats,),
+        length=48,
+        batch_size=8,
+        steps=1,
+        eval_batches=1,
+        optim={"learning_rate": 0.0},
+    )
     recipe.run(sft, tmp_path / "sft")
     ours = store.load(tmp_path / "sft", make_layout(devices=jax.devices()[:1]))
-    same(ours.params, load_hf(hf)[1])  # of a learning rate of 0
+    same(ours.params, load_hf(hf)[1])  # the learning rate is 0
     assert ours.tokenizer == store.load(f"hf:{hf}", make_layout()).tokenizer
     assert ours.tokenizer.eos_id == 2 != ours.tokenizer.pad_id
 
@@ -224,7 +232,7 @@ def test_options_that_leave_the_parameters_as_they_are(hf, tmp_path):
 
 
 def test_int8_for_sampling(hf, finished, conversations, tmp_path):
-    """The layers' own arithmetic is tested in tests/models/test_quantized.py; this is that the option turns it on."""
+    """The option turns int8 on. models/test_quantized.py tests the arithmetic of the layers."""
     saved = store.load(finished / "02_sft", make_layout(devices=jax.devices()[:1]))
     small = store.int8(saved)
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(small.params) if leaf.ndim > 1}
@@ -248,9 +256,16 @@ def test_int8_for_sampling(hf, finished, conversations, tmp_path):
         "limit": 8,
     }
     collect = stage_config(
-        "collect", init_from=str(finished / "02_sft"), labeler="gold:sentiment", prompts=chats, eval_prompts=chats,
-        batch_size=8, prompt_length=24, max_new_tokens=8, int8=True,
-    )  # fmt: skip
+        "collect",
+        init_from=str(finished / "02_sft"),
+        labeler="gold:sentiment",
+        prompts=chats,
+        eval_prompts=chats,
+        batch_size=8,
+        prompt_length=24,
+        max_new_tokens=8,
+        int8=True,
+    )
     assert recipe.run(collect, tmp_path / "collect")["collect/prompts"] == 8
 
 

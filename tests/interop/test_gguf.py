@@ -1,4 +1,7 @@
-"""GGUF import against llama.cpp's view of a file: its rows of Q and K, its interleaved RoPE, in plain numpy float64."""
+"""GGUF import against llama.cpp's computation on the same file, in plain numpy float64.
+
+llama.cpp has another order of the rows of Q and K, and interleaved RoPE.
+"""
 
 import sys
 
@@ -27,7 +30,7 @@ GROUPED = LLAMA | {
     "llama.rope.dimension_count": 8,
     "llama.vocab_size": 61,
 }
-# Heads that are wider than d_model / n_heads, one key head each; the vocabulary is that of the tokenizer.
+# Heads wider than d_model / n_heads, one key head each; the vocabulary is the tokenizer's.
 WIDE = LLAMA | {
     "llama.attention.key_length": 16,
     "llama.attention.value_length": 16,
@@ -46,7 +49,7 @@ def permute(w, n_head):
 
 
 def weights(n_kv, width, tied):
-    """Random weights by their names in the file; Q and K are made in the half-split order and permuted."""
+    """Returns random weights by name; Q and K are made in half-split order and permuted."""
     rng = np.random.default_rng(0)
 
     def matrix(rows, columns):
@@ -82,7 +85,7 @@ def write(
     architecture="llama",
     order=gguf.GGUFEndian.LITTLE,
 ):
-    """A GGUF file; `quantized` names the tensors that are written as Q8_0."""
+    """Writes a GGUF file; the tensors named in `quantized` as Q8_0. Returns its path."""
     writer = gguf.GGUFWriter(path, architecture, endianess=order)
     kinds = {
         int: gguf.GGUFValueType.UINT32,
@@ -108,7 +111,10 @@ def write(
 
 
 def q8_0(w):
-    """w as Q8_0 has it: every 32 numbers share d = max |w| / 127, kept in half precision (ggml's quantize_row_q8_0)."""
+    """Returns w rounded as in Q8_0 (ggml's quantize_row_q8_0).
+
+    Every 32 numbers share d = max |w| / 127, kept in half precision.
+    """
     blocks = w.reshape(-1, 32)
     d = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
     return (np.round(blocks / d) * d.astype(np.float16).astype(np.float32)).reshape(
@@ -117,7 +123,7 @@ def q8_0(w):
 
 
 def llama_cpp(w, tokens, n_kv, width, theta):
-    """Logits [t, v] as llama.cpp computes them: rows of Q and K as they stand, neighbors rotated."""
+    """Returns logits [t, v] as llama.cpp does: Q and K as in the file, neighbors rotated."""
     w = {name: x.astype(np.float64) for name, x in w.items()}
     t, per = len(tokens), HEADS // n_kv
 
@@ -169,7 +175,7 @@ def ours(config, params, tokens):
 
 
 def nats(logits, tokens):
-    """Mean negative log-likelihood of every token but the first, nats."""
+    """Returns the mean negative log-likelihood of every token but the first, in nats."""
     logits = logits[:-1] - logits[:-1].max(-1, keepdims=True)
     return float(
         np.mean(
@@ -181,7 +187,7 @@ def nats(logits, tokens):
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory):
-    """Grouped keys and a tied output, float32: the file, its weights, what was loaded, and our logits."""
+    """Returns weights with grouped keys and a tied output, the loaded model, and our logits."""
     w = weights(n_kv=2, width=8, tied=True)
     path = write(tmp_path_factory.mktemp("gguf") / "grouped.gguf", GROUPED, w)
     config, params = load_gguf(path)
@@ -196,7 +202,7 @@ def test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order(grouped):
 
 
 def test_half_split_by_hand():
-    """Two heads of four rows: llama.cpp has rows 0, 2, 1, 3 of each, and with one head of eight 0, 4, 1, 5, ..."""
+    """llama.cpp has rows 0, 2, 1, 3 of heads of four, and rows 0, 4, 1, 5, ... of heads of eight."""
     rows = np.arange(8.0, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(half_split(rows[[0, 2, 1, 3, 4, 6, 5, 7]], 2), rows)
     np.testing.assert_array_equal(half_split(rows[[0, 4, 1, 5, 2, 6, 3, 7]], 1), rows)
@@ -217,7 +223,7 @@ def test_the_config_and_the_tree_are_those_of_the_file(grouped):
 
 
 def test_quantized_untied_and_wide_heads(tmp_path):
-    """Q8_0, an output of its own, heads wider than d_model / n_heads, and what a file may leave unsaid."""
+    """Q8_0, an untied output, heads wider than d_model / n_heads, and absent optional keys."""
     w = weights(n_kv=4, width=16, tied=False)
     quantized = [name for name in w if "norm" not in name]
     config, params = load_gguf(write(tmp_path / "wide.gguf", WIDE, w, quantized))

@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF files: SmolLM2's own where it is installed, and small ones written here."""
+"""Tokenizers in GGUF files: SmolLM2's where it is installed, and small ones written here."""
 
 import json
 import unicodedata
@@ -33,7 +33,7 @@ CHAT = [
 
 
 def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a small byte-level BPE that cuts nowhere, so that a pre-tokenizer has work to do."""
+    """Returns vocabulary and merges of a small byte-level BPE, trained without pre-tokenizer."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
@@ -51,7 +51,7 @@ def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def write(path: Path, pre: str = "smollm", model: str = "gpt2", **changes) -> Path:
-    """A GGUF file with a tokenizer alone, as llama.cpp's converter writes one. None leaves a key out."""
+    """Writes a GGUF file with only a tokenizer, as llama.cpp does. None leaves a key out."""
     vocabulary, merges = trained()
     tokens = sorted(vocabulary, key=vocabulary.get)
     writer = gguf.GGUFWriter(path, "llama")
@@ -97,7 +97,7 @@ def test_each_pre_tokenizer_cuts_as_its_pattern_says(pre, tmp_path):
 
 
 def test_the_merges_and_the_specials_are_the_files(tmp_path):
-    """Against the same vocabulary and merges put together here."""
+    """The same vocabulary and merges, assembled here, give the same ids."""
     tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf", "gpt-2"))
     vocabulary, merges = trained()
     plain = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -153,7 +153,7 @@ def test_what_cannot_be_read_is_one_line(changes, message, tmp_path):
 
 
 def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
-    """It stops at <|im_end|> and shows none of the template."""
+    """Sampling stops at <|im_end|>, and the reply shows none of the template."""
     tokenizer = gguf_tokenizer(write(tmp_path / "x.gguf"))
     config = TransformerConfig(
         vocab_size=tokenizer.vocab_size,
@@ -203,13 +203,15 @@ def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
     ids = chat.render_prompt(smollm2, CHAT).tolist()
     # fmt: off
     assert ids == [  # what transformers makes of the same tokenizer.json
-        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
+        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365,
+        3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
         198, 1, 4093, 198, 10576, 2643, 47, 2, 198, 1, 520, 9531, 198, 504, 2644, 30, 2, 198,
         1, 4093, 198, 3528, 617, 7674, 47, 2, 198, 1, 520, 9531, 198,
     ]
     # fmt: on
     assert smollm2._backend.decode(ids, skip_special_tokens=False) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>system\n"
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWho sat?<|im_end|>\n<|im_start|>assistant\nThe cat.<|im_end|>\n"
         "<|im_start|>user\nAnd who ran?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -224,7 +226,7 @@ def test_smollm2_speaks_chatml_with_its_own_system_prompt(smollm2):
 @needs_smollm2
 @pytest.mark.smollm2
 def test_smollm2_has_no_piece_for_six_control_characters_and_leaves_them_out(smollm2):
-    """Of the first planes of Unicode all else comes back; what cannot be spelled is dropped, as transformers does."""
+    """Of Unicode's first planes, only what cannot be spelled is dropped, as in transformers."""
     lost = [
         i for i in range(0x3000) if smollm2.decode(smollm2.encode(chr(i))) != chr(i)
     ]

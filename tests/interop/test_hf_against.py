@@ -1,4 +1,4 @@
-"""Hugging Face directories against `transformers` itself (pytest -m transformers): numbers, both ways, every family."""
+"""Hugging Face folders against `transformers`, both ways, every family (pytest -m transformers)."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ def transformers():
 
 
 def build(torch, transformers, kind, auto="AutoModelForCausalLM", **more):
-    """A model of theirs, every parameter random (biases and scales too): a tensor in the wrong place shows."""
+    """Returns a model of theirs, all parameters random: a tensor in the wrong place shows."""
     name, values = KINDS[kind]
     config = getattr(transformers, name)(
         **values, bos_token_id=None, eos_token_id=None, **more
@@ -125,7 +125,7 @@ def logits(model, params, x):
 
 
 def scores(model, params, x, segments):
-    """The scalars of last tokens, which `transformers` calls logits too."""
+    """Returns the scalars of last tokens, which `transformers` calls logits too."""
     run = jax.jit(
         lambda p, x, segments: model.scalar(p, model.last_hidden(p, x, segments))
     )
@@ -143,7 +143,7 @@ def their_logits(torch, model, x):
 def test_theirs_is_ours_and_ours_is_theirs(
     torch, transformers, tmp_path, kind, optimized
 ):
-    """Loaded: equal logits, and the same greedy continuation. Saved again: bit for bit what they had."""
+    """Loaded: equal logits and the same greedy continuation. Saved again: the same bits."""
     theirs = build(torch, transformers, kind)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs/model.safetensors.index.json").exists()
@@ -186,7 +186,7 @@ def test_theirs_is_ours_and_ours_is_theirs(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ours_exported_has_our_logits(torch, transformers, tmp_path, name):
-    """Models that were never theirs, layers stacked, in several files."""
+    """Models made by us, layers stacked, in several files."""
     model = Model(dataclasses.replace(FAMILIES[name], scan_layers=True))
     params = random_params(model)
     save_hf(
@@ -216,7 +216,7 @@ def test_ours_exported_has_our_logits(torch, transformers, tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_reward_scores_the_same_there(torch, transformers, tmp_path, name):
-    """Rows of several lengths, padded on the right. Where there is no final LayerNorm the constant alone is missing."""
+    """Rows of several lengths, padded on the right; RMSNorm models lack the constant."""
     model = Model(FAMILIES[name], "scalar")
     params = random_params(model)
     params["head"]["kernel"] *= 5  # scores that differ
@@ -279,7 +279,7 @@ def test_half_precision_comes_as_it_is_there(torch, transformers, tmp_path):
 
 
 def test_their_config_says_what_ours_said(transformers, tmp_path):
-    """Nothing that we write is changed by a reading and writing of theirs, as far as we read it again."""
+    """What we read is the same after `transformers` has loaded and saved it."""
     for name, config in FAMILIES.items():
         model = Model(config)
         save_hf(tmp_path / name, model, random_params(model))

@@ -1,4 +1,4 @@
-"""PEFT directories without `peft`: round trips and what is refused; with it (pytest -m transformers), equal logits."""
+"""PEFT folders: round trips and errors; against `peft`, equal logits (pytest -m transformers)."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ ONE_LAYER = LoraConfig(rank=2, alpha=5.0, targets="layer_1/(attention/key|mlp/do
 
 
 def random_adapters(model, seed=3):
-    """Adapters (and a scalar head) of numbers that are not 0."""
+    """Returns adapters, and a scalar head if any, of numbers that are not 0."""
     leaves, tree = jax.tree.flatten(
         jax.eval_shape(model.init_trained, jax.random.key(0))
     )
@@ -47,7 +47,7 @@ def paths(tree):
 @pytest.mark.parametrize("scan", (False, True))
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_saved_is_loaded(name, scan, tmp_path):
-    """Bit for bit, whichever projections share a tensor of theirs; a reward's head with its constant too."""
+    """Bit for bit, also where projections share a tensor; with a reward's head and its constant."""
     config = dataclasses.replace(FAMILIES[name], scan_layers=scan)
     for i, (adapted, head) in enumerate(
         ((ALL, "lm"), (SOME, "scalar"), (ONE_LAYER, "lm"))
@@ -96,7 +96,7 @@ def test_names_and_shapes_are_pefts(tmp_path):
 
 
 def test_a_fused_projection_has_the_product_of_its_parts(tmp_path):
-    """GPT-2's c_attn: scale B A of theirs is [delta q | 0 | delta v] of ours, and its rank is twice ours."""
+    """B A of GPT-2's c_attn is [delta q | 0 | delta v] of ours, and its rank is twice ours."""
     model = Model(FAMILIES["gpt2"], lora=SOME)
     adapters = random_adapters(model)
     save_peft(tmp_path, model, adapters)
@@ -145,7 +145,8 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
     fused = "base_model.model.transformer.h.1.attn.c_attn.lora_"
     mixed = {f"{fused}B.weight": np.ones_like(tensors[f"{fused}B.weight"])}
     refused(
-        "h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 a part", more=mixed
+        "h.1.attn.c_attn: an adapter of rank 4 is not one of rank 2 per part",
+        more=mixed,
     )
     refused(
         "has no place for base_model.model.lm_head",
@@ -216,7 +217,7 @@ def test_pefts_logits_with_our_adapters_are_ours(peft, name, lora, tmp_path):
 @pytest.mark.transformers
 @pytest.mark.parametrize("name", NAMES)
 def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
-    """Every linear layer of theirs adapted, the fused ones by one adapter of the common rank."""
+    """Every linear layer has an adapter, the fused ones one of the common rank."""
     import torch
     import transformers
 

