@@ -165,12 +165,12 @@ class Joined(Iterator[PyTree]):
             stream.restart()
         return self
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Any:
         """Returns the positions of all streams as JSON values."""
         states = {name: stream.get_state() for name, stream in self._streams.items()}
         return states if len(states) > 1 else next(iter(states.values()))
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Any) -> None:
         """Goes to saved positions; raises as `Batches.set_state` does."""
         for name, stream in self._streams.items():
             stream.set_state(state[name] if len(self._streams) > 1 else state)
