@@ -248,7 +248,7 @@ def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:
         key = jax.random.fold_in(jax.random.key(seed), step)
         _, episodes, pairs = experience(algorithm, state, reference, key)
         state, _ = algorithm.programs.update(
-            state, episodes, {}, pairs, jax.random.fold_in(key, 1)
+            state, episodes, None, pairs, jax.random.fold_in(key, 1)
         )
         yield state.params["policy"], pairs
 

@@ -26,6 +26,12 @@ import numpy as np
 from absl import app, flags
 
 from rlhfjax import json_text, recipe, stages, train
+from rlhfjax.data.batches import (
+    PolicyBatch,
+    PreferenceBatch,
+    PromptBatch,
+    TokenBatch,
+)
 from rlhfjax.data.preferences import write_preferences
 from rlhfjax.data.tokenizer import train_sentencepiece
 from rlhfjax.interop import store
@@ -75,7 +81,7 @@ class Data:
         self._make, self._meter = make, meter
         self._rng = np.random.default_rng(0)
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Any:
         self._meter.tick()
         return self._make(self._rng)
 
@@ -94,18 +100,18 @@ def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
 def packed(w: dict[str, Any], vocab: int) -> Any:
     """Returns pretraining batches; the first `prompt` targets do not count in the loss."""
 
-    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make(rng: np.random.Generator) -> Any:
         rows = words(rng, vocab, w["batch"], w["seq"] + 1)
         positions = np.tile(np.arange(w["seq"], dtype=np.int32), (w["batch"], 1))
         mask = (positions >= w.get("prompt", 0)).astype(np.float32)
-        segments = np.ones_like(positions)
-        return {
-            "tokens": rows[:, :-1],
-            "targets": rows[:, 1:],
-            "mask": mask,
-            "segments": segments,
-            "positions": positions,
-        }
+        segment_ids = np.ones_like(positions)
+        return TokenBatch(
+            tokens=rows[:, :-1],
+            targets=rows[:, 1:],
+            mask=mask,
+            segment_ids=segment_ids,
+            positions=positions,
+        )
 
     return make
 
@@ -113,39 +119,42 @@ def packed(w: dict[str, Any], vocab: int) -> Any:
 def examples(w: dict[str, Any], vocab: int) -> Any:
     """Batches of fine-tuning: `packed`, and that no example lost tokens."""
     make = packed(w, vocab)
-    return lambda rng: {**make(rng), "cut": np.zeros(w["batch"], np.float32)}
+    cut = np.zeros(w["batch"], np.float32)
+    return lambda rng: dataclasses.replace(make(rng), cut=cut)
 
 
 def pairs(w: dict[str, Any], vocab: int) -> Any:
-    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make(rng: np.random.Generator) -> Any:
         shape = (w["pairs"], 2, w["seq"])
         scores = np.tile(np.array([1.0, 0.0], np.float32), (w["pairs"], 1))
-        return {
-            "tokens": words(rng, vocab, *shape),
-            "segments": np.ones(shape, np.int32),
-            "scores": scores,
-            "valid": np.ones_like(scores),
-            "lengths": np.full(scores.shape, w["seq"], np.int32),
-            "cut": np.zeros_like(scores),
-            "same": np.tile(np.arange(2, dtype=np.int32), (w["pairs"], 1)),
-            "index": np.zeros(w["pairs"], np.int32),
-        }
+        return PreferenceBatch(
+            tokens=words(rng, vocab, *shape),
+            attention_mask=np.ones(shape, np.int32),
+            scores=scores,
+            valid=np.ones_like(scores),
+            lengths=np.full(scores.shape, w["seq"], np.int32),
+            cut=np.zeros_like(scores),
+            same=np.tile(np.arange(2, dtype=np.int32), (w["pairs"], 1)),
+            index=np.zeros(w["pairs"], np.int32),
+        )
 
     return make
 
 
 def prompts(w: dict[str, Any], vocab: int) -> Any:
-    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make(rng: np.random.Generator) -> Any:
         tokens = np.repeat(
             words(rng, vocab, w.get("prompts", w["batch"]), w["prompt"]),
             w.get("group", 1),
             axis=0,
         )
-        rows = {
-            "index": np.zeros(w["batch"], np.int32),
-            "cut": np.zeros(w["batch"], np.float32),
-        }
-        return {"prompts": tokens, "segments": np.ones_like(tokens), **rows}
+        prompts = PromptBatch(
+            tokens=tokens,
+            attention_mask=np.ones_like(tokens),
+            index=np.zeros(w["batch"], np.int32),
+            cut=np.zeros(w["batch"], np.float32),
+        )
+        return PolicyBatch(prompts=prompts)
 
     return make
 
@@ -283,10 +292,10 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
     data = Data(prompts(w, shape.vocab_size), meter)
     limits = {"max_new_tokens": w["new"], "eos_id": 2, "pad_id": 0, "temperature": 1.0}
     for step in range(w["warmup"] + w["steps"] + 1):
-        batch = next(data)
+        batch = next(data).prompts
         key = jax.random.key(step)
         jax.block_until_ready(
-            sample(model, params, batch["prompts"], batch["segments"], key, **limits)
+            sample(model, params, batch.tokens, batch.attention_mask, key, **limits)
         )
 
 

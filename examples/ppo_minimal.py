@@ -196,7 +196,7 @@ def train(model, config, reference, reward, prompts):
     for iteration in range(config.iterations):
         key = jax.random.fold_in(jax.random.key(config.seed), iteration)
         batch = next(prompts)
-        rollout = sample(model, config, params["policy"], batch["prompts"], batch["segments"], key)
+        rollout = sample(model, config, params["policy"], batch.tokens, batch.attention_mask, key)
         experience, metrics = make_experience(
             model, config, params, reference, reward, rollout, beta
         )

@@ -1,4 +1,4 @@
-"""What a stage gives to the loop in `train.py`."""
+"""What a stage that trains gives to the loop in `train.py`."""
 
 import dataclasses
 import functools
@@ -7,40 +7,36 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 from rlhfjax.state import TrainState
 from rlhfjax.types import Metrics, PyTree
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-
 
 @runtime_checkable
 class Batches(Protocol):
-    """An endless stream of batches of numpy arrays whose position can be saved.
+    """An endless stream of batches of NumPy arrays, whose position can be saved.
 
-    All hosts ask for the position at the same step, and it is the same for all: `set_state` takes
-    it on any number of hosts.
+    All hosts ask for the position at the same step and get the same one. A position can be restored
+    on any number of hosts.
     """
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    def __next__(self) -> PyTree: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
 
 
 class Finished(NamedTuple):
-    """What a stage leaves in its workdir, and its last metrics."""
+    """What a stage writes into its workdir, and its last metrics."""
 
-    models: dict[str, Any]  # {folder: store.SavedModel}
+    models: dict[str, Any]  # a store.SavedModel by name of the folder
     metrics: Metrics
-    files: dict[str, Any]  # {file name: what `json_text.encode` takes}
-    adapters: Mapping[str, Any] = types.MappingProxyType(
-        {}
-    )  # {folder: (model, adapters)}
+    files: dict[str, Any]  # JSON values by name of the file
+    adapters: Mapping[str, Any] = types.MappingProxyType({})
+    """(model, adapters) by name of the folder."""
 
 
 class Data(NamedTuple):
-    """A stage's datasets, open, and what is computed from them."""
+    """The opened datasets of a stage, and what is computed from them."""
 
     batches: Batches
     evals: Callable[[TrainState], Metrics]  # on held-out data
@@ -49,32 +45,31 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage that trains. Nothing here reads a dataset before `open` is called.
+    """A stage that trains. No dataset is read before `open` is called.
 
-    init: key -> TrainState, pure and jit-able; the arrays' first values when nothing is loaded.
+    init: key -> the TrainState before anything is loaded; pure and jit-able.
     axes: logical axis names of every parameter, in the structure of TrainState.params.
-    start: TrainState -> TrainState, run once on a fresh state: loads what `init_from` names.
+    start: TrainState -> TrainState, called once on a fresh state: loads pretrained parameters.
     step: (state, batch, key) -> (state, metrics); it may donate the state.
-    batch: completions -> shapes and dtypes of what `step` takes as its batch; completions of a prompt
-      count where the data decides how many there are.
+    batch: completions -> shapes and dtypes of a batch. `completions` is the number of completions
+      per prompt, in stages where the data decides it.
     open: opens the datasets.
-    units: what one step consumes, for the rate, and `unit` its name.
+    units: number of units, such as tokens, that a step consumes, for the rate.
+    unit: name of the unit.
     """
 
     init: Callable[[jax.Array], TrainState]
     axes: PyTree
     start: Callable[[TrainState], TrainState]
-    step: Callable[
-        [TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
-    ]
-    batch: Callable[[int], Shapes]
+    step: Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]]
+    batch: Callable[[int], PyTree]
     open: Callable[[], Data]
     units: int
     unit: str = "tokens"
 
     @functools.cached_property
     def data(self) -> Data:
-        """The datasets, opened when they are first asked for."""
+        """The datasets, which are opened at the first access."""
         return self.open()
 
     @property
@@ -88,11 +83,3 @@ class Stage:
     @property
     def finish(self) -> Callable[[TrainState], Finished]:
         return self.data.finish
-
-
-def row_shapes(size: int, **arrays: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes of a batch: `tokens=((length,), np.int32)` has the shape [size, length]."""
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype)
-        for name, (shape, dtype) in arrays.items()
-    }

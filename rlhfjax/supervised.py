@@ -1,8 +1,8 @@
-"""What stages that train one model with one loss share: their options, their model, held-out data."""
+"""What the stages that train one model with one loss share: options, step, held-out data."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,7 +14,9 @@ from rlhfjax import hosts
 from rlhfjax.algos.language import nats_per_byte
 from rlhfjax.algos.preference import untied_pairs
 from rlhfjax.config import TrainConfig
-from rlhfjax.data.loader import rows_a_stream
+from rlhfjax.data.batches import PreferenceBatch, TokenBatch
+from rlhfjax.data.config import SourceConfig, open_sources, own_shards
+from rlhfjax.data.loader import BatchStream, rows_per_stream
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
@@ -26,38 +28,49 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.programs import STATE, WHOLE, Program
-from rlhfjax.ranges import Count, Size
-from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Roles, Sources, Workload
-from rlhfjax.stage import Data, Finished, Shapes, Stage
+from rlhfjax.ranges import Count, Size, Tokens
+from rlhfjax.roles import Head, Loaded, Models, Pass, Role, Sources, Workload
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState, apply_gradients, gradients
-from rlhfjax.types import Metrics
+from rlhfjax.types import Loss, Metrics, PyTree
 
-Batch = dict[str, Any]
-MODEL = "model"  # the one role that is trained
+MODEL = "model"  # the name of the only role that is trained
+
+# (params, batch, dropout key or None) -> (loss, metrics)
+LossFunction = Callable[[PyTree, Any, jax.Array | None], Loss]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelTrainConfig(TrainConfig):
-    """A stage that trains one model with one loss."""
+    """The options of every stage that trains one model with one loss."""
 
-    tokenizer: str | None = None  # file or folder; None: that of `init_from`
-    model: TransformerConfig | None = None  # None: the shape of `init_from`
-    overrides: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # of `init_from`'s: dropout, dtype, remat, …
-    lora: LoraConfig = LoraConfig()  # rank 0: all of the model is trained
+    tokenizer: str | None = None
+    """File or folder of the tokenizer; None: the tokenizer of `init_from`."""
+    model: TransformerConfig | None = None
+    """Config of a new model; None: the config of `init_from`."""
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Changes to the model config of `init_from`, such as dropout, dtype or remat."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters; with rank 0 all of the model is trained."""
+    length: Tokens
+    """Tokens per row."""
     batch_size: Size
+    """Rows per update."""
     microbatches: Size = 1
+    """Parts of a batch whose gradients are accumulated one after the other."""
     optim: OptimConfig = OptimConfig()
-    eval_batches: Count = 0  # 0: the whole held-out split
+    """Optimizer and learning-rate schedule."""
+    eval_batches: Count = 0
+    """Held-out batches per evaluation; 0: all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig(ModelTrainConfig):
-    """One that trains on a stream of documents or examples."""
+    """The options of a stage that trains on streams of documents or examples."""
 
-    # independent streams that a batch is made of, each host running its own; the order of the data depends on how many
     data_shards: Size = 1
+    """Independent streams that fill a batch, each run by one host; their number decides the order
+    of the data."""
 
 
 def trained_role(config: ModelTrainConfig, head: Head = "lm") -> Role:
@@ -71,12 +84,11 @@ def trained_role(config: ModelTrainConfig, head: Head = "lm") -> Role:
     )
 
 
-def supervised_workload(config: Any, completions: int = 1) -> Workload:
-    """Returns what a step computes: one pass forward and backward over every row.
+def supervised_workload(config: ModelTrainConfig, completions: int = 1) -> Workload:
+    """Returns what a step computes: one forward and one backward pass over every row.
 
     Args:
-      config: a ModelTrainConfig with a `length`.
-      completions: rows of a prompt.
+      completions: rows per prompt.
     """
     sequences = config.batch_size * completions
     tokens = sequences * config.length
@@ -91,136 +103,201 @@ def supervised_workload(config: Any, completions: int = 1) -> Workload:
     )
 
 
-def load_trained(config: ModelTrainConfig, models: Models) -> Loaded:
-    """Returns the model of `init_from`, or a new one of the config's shape, with its tokenizer.
+def load_trained(config: ModelTrainConfig, models: Models) -> tuple[Loaded, Tokenizer]:
+    """Returns the model of `init_from`, or a new model with the config `model`; and its tokenizer.
 
     Raises:
-      ConfigError: neither or both are given, or tokenizer and model do not fit each other.
+      ConfigError: neither or both are given, or the tokenizer does not fit the model.
     """
     validate_origin(config)
     loaded = models[MODEL]
-    if loaded.tokenizer is None:
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         if config.overrides:
             raise ConfigError(
-                f"{config.stage}.overrides: they change the shape of `init_from`; set `model` itself"
+                f"{config.stage}.overrides: they change the model of `init_from`; "
+                "set `model` itself"
             )
         if config.tokenizer is None:
             raise ConfigError(f"{config.stage}.tokenizer: a new model needs one")
-        loaded = dataclasses.replace(
-            loaded, tokenizer=models.tokenizer(config.tokenizer)
-        )
-    size, tokens = loaded.model.config.vocab_size, loaded.tokenizer.vocab_size
-    if size < tokens:
+        tokenizer = models.tokenizer(config.tokenizer)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+    size = loaded.model.config.vocab_size
+    if size < tokenizer.vocab_size:
         raise ConfigError(
-            f"{config.stage}.model.vocab_size={size} is less than the tokenizer's {tokens}"
+            f"{config.stage}.model.vocab_size={size}: "
+            f"must be at least the tokenizer's {tokenizer.vocab_size}"
         )
-    return loaded
+    return loaded, tokenizer
 
 
 def train_step(
-    config: ModelTrainConfig, loaded: Loaded, loss: Callable[..., Any]
+    config: ModelTrainConfig, loaded: Loaded, loss: LossFunction
 ) -> tuple[Callable[..., Any], optax.GradientTransformation]:
     """Returns a function (state, batch, key) -> (state, metrics), and its optimizer.
 
-    A step is the gradient of the loss, over all microbatches, and one update. The frozen
-    parameters are an argument of the jitted function: what it closes over would become a part of
-    its program.
+    A step accumulates the gradient of the loss over all microbatches and makes one update.
     """
     tx = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)
 
+    # Frozen parameters are an argument: those that a jitted function closes over would become
+    # constants of its program.
     @functools.partial(jax.jit, donate_argnums=1)
     def update(
-        frozen: Any, state: TrainState, batch: Batch, key: jax.Array
+        frozen: PyTree, state: TrainState, batch: PyTree, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        options = {"microbatches": config.microbatches, "frozen": frozen}
-        grads, metrics = gradients(loss, state.params, batch, key, **options)
-        rate = schedule(state.step)
+        grads, metrics = gradients(
+            loss,
+            state.params,
+            batch,
+            key,
+            microbatches=config.microbatches,
+            frozen=frozen,
+        )
+        learning_rate = schedule(state.step)
         skip = config.on_nonfinite == "skip"
         state, update_metrics = apply_gradients(state, grads, tx, skip_nonfinite=skip)
-        rate_metrics = {"learning_rate": (rate, jnp.ones(()))}
-        return state.replace(step=state.step + 1), merge(
-            metrics, update_metrics, rate_metrics
-        )
+        rate_metrics = {"learning_rate": (learning_rate, jnp.ones(()))}
+        state = state.replace(step=state.step + 1)
+        return state, merge(metrics, update_metrics, rate_metrics)
 
     program = Program("step", update, [STATE, WHOLE])
     return functools.partial(program, loaded.frozen), tx
 
 
 def supervised_stage(
-    loaded: Loaded, tx: optax.GradientTransformation, **parts: Any
+    loaded: Loaded,
+    tx: optax.GradientTransformation,
+    *,
+    step: Callable[..., Any],
+    batch: Callable[[int], PyTree],
+    open: Callable[[], Data],
+    units: int,
+    unit: str = "tokens",
+    start: Callable[[TrainState], TrainState] | None = None,
 ) -> Stage:
-    """Returns the Stage of a model that is trained as a whole, or by its adapters.
-
-    Args:
-      parts: the fields of Stage that differ: step, batch, open, units, unit.
-    """
+    """Returns the Stage that trains a model, or its adapters; see `Stage` for the arguments."""
     model = loaded.model
+
+    def load(state: TrainState) -> TrainState:
+        return state.replace(params=loaded.start(state.params))
+
     return Stage(
         init=lambda key: TrainState.create(model.init_trained(key), tx),
         axes=model.trained_axes(),
-        **{
-            "start": lambda state: state.replace(params=loaded.start(state.params)),
-            **parts,
-        },
+        start=start or load,
+        step=step,
+        batch=batch,
+        open=open,
+        units=units,
+        unit=unit,
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig(StreamConfig):
+    """The options of a stage that trains a language model on packed text."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Documents or conversations to train on."""
+    eval_sources: tuple[SourceConfig, ...] = ()
+    """Held-out documents or conversations."""
+
+
+def language_workload(config: LanguageConfig, completions: int = 1) -> Workload:
+    """Returns what a step computes."""
+    return supervised_workload(config)
+
+
+def language_roles(config: LanguageConfig) -> dict[str, Role]:
+    """Returns the only model of the stage."""
+    return {MODEL: trained_role(config)}
+
+
 def language_stage(
-    config: Any,
+    config: LanguageConfig,
     layout: Layout,
-    roles: Roles,
     sources: Sources,
-    loss_of: Callable[[Model], Callable[..., Any]],
-    streams: Callable[[Tokenizer], tuple[Any, Any]],
-    shapes: Shapes,
+    load: Callable[..., BatchStream],
+    batch: TokenBatch,
 ) -> Stage:
-    """Returns the Stage of a language model with a loss on packed text.
+    """Returns the Stage that trains a language model on packed text.
 
     Args:
-      config: a StreamConfig with a `length`.
-      loss_of: model -> (params, batch, key) -> (scalar, metrics).
-      streams: tokenizer -> the training batches, and a pass over held-out ones.
-      shapes: of a batch.
+      load: the loader of the data, such as `loader.sft_batches`.
+      batch: the shapes of a batch.
     """
-    loaded = load_trained(config, Models(config.stage, roles, layout, sources))
-    validate_streams(config, layout, loaded.model.config)
-    loss = loss_of(loaded.model)
+    models = Models(config.stage, language_roles(config), layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
+    validate_streams(config, layout, model.config)
+    loss = language_loss(model)
     step, tx = train_step(config, loaded, loss)
 
     def open_data() -> Data:
-        batches, passes = streams(loaded.tokenizer)
-        measure = held_out_loss(loaded.model, loss, loaded.tokenizer.byte_lengths())
+        size, length = config.batch_size, config.length
+        train = open_sources(config.sources, f"{config.stage}.sources")
+        held = open_sources(config.eval_sources, f"{config.stage}.eval_sources")
+        load_with = functools.partial(
+            load, tokenizer=tokenizer, batch_size=size, length=length
+        )
+        shards = own_shards(config.data_shards, size, layout)
+        batches = load_with(train, seed=config.seed, shards=shards)
+        held_out = load_with(held, train=False)
+        measure = held_out_loss(model, loss, tokenizer.byte_lengths())
 
         def evals(state: TrainState) -> Metrics:
             params = loaded.merged(state.params)
-            return sum_over(
-                passes.restart(),
-                lambda b: measure(params, b),
+            return sum_metrics(
+                held_out.restart(),
+                functools.partial(measure, params),
                 layout,
                 config.eval_batches,
             )
 
-        return Data(batches, evals, lambda state: left_behind(loaded, state.params))
+        return Data(batches, evals, lambda state: finished_model(loaded, state.params))
 
-    units = config.batch_size * config.length
     return supervised_stage(
-        loaded, tx, step=step, batch=lambda _: shapes, open=open_data, units=units
+        loaded,
+        tx,
+        step=step,
+        batch=lambda _: batch,
+        open=open_data,
+        units=config.batch_size * config.length,
     )
 
 
-def language_shapes(size: int, length: int, prefix: str = "") -> Shapes:
-    """Returns the shapes of a batch of packed text."""
-    names = ("tokens", "targets", "segments", "positions")
-    shapes = {name: jax.ShapeDtypeStruct((size, length), np.int32) for name in names}
-    shapes["mask"] = jax.ShapeDtypeStruct((size, length), np.float32)
-    return {prefix + name: x for name, x in shapes.items()}
+def language_loss(model: Model) -> LossFunction:
+    """Returns the mean negative log-likelihood of the masked targets, nats per token.
+
+    The loss is a function (params, batch, key) -> (loss, metrics). Its metrics are the loss and, in
+    fine-tuning, the share of examples that lost tokens.
+    """
+
+    def loss(params: PyTree, batch: TokenBatch, key: jax.Array | None) -> Loss:
+        key = key if model.drops else None
+        hidden = model.hidden(
+            params, batch.tokens, batch.positions, batch.segment_ids, key
+        )
+        nll, weight = model.cross_entropy(params, hidden, batch.targets, batch.mask)
+        metrics: Metrics = {"loss": (nll, weight)}
+        if batch.cut is not None:
+            examples = jnp.sum((batch.positions == 0) & (batch.segment_ids > 0))
+            cut = jnp.sum(batch.cut)
+            metrics["examples_cut"] = (cut, examples.astype(jnp.float32))
+        return nll / jnp.maximum(weight, 1.0), metrics
+
+    return loss
 
 
-def left_behind(loaded: Loaded, params: Any) -> Finished:
-    """Returns what a stage leaves whose model is as it was trained."""
+def finished_model(loaded: Loaded, params: PyTree) -> Finished:
+    """Returns what a stage writes that saves its model as it was trained."""
     return Finished(
-        {store.FOLDER: loaded.saved(params)}, {}, {}, loaded.adapters(params)
+        models={store.FOLDER: loaded.saved(params)},
+        metrics={},
+        files={},
+        adapters=loaded.adapters(params),
     )
 
 
@@ -228,83 +305,80 @@ def left_behind(loaded: Loaded, params: Any) -> Finished:
 
 
 def validate_training(
-    config: Any, layout: Layout, model_config: TransformerConfig | None
+    config: ModelTrainConfig, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the options of a stage with one model and one loss.
 
     Args:
-      config: a ModelTrainConfig with a `length`.
-      model_config: of the model it trains, where it is known yet.
+      model_config: the config of the trained model; None: it is not known yet.
     Raises:
       ConfigError: batch, mesh, microbatches and context do not fit each other.
     """
+    stage, size, parts = config.stage, config.batch_size, config.microbatches
     validate_origin(config)
-    layout.check_batch(config.batch_size, f"{config.stage}.batch_size")
-    if config.batch_size % config.microbatches:
+    layout.check_batch(size, f"{stage}.batch_size")
+    if size % parts:
         raise ConfigError(
-            f"{config.stage}.batch_size={config.batch_size} is not divisible by microbatches={config.microbatches}"
+            f"{stage}.batch_size={size}: must be divisible by microbatches={parts}"
         )
-    layout.check_batch(
-        config.batch_size // config.microbatches, f"a {config.stage} microbatch"
-    )
-    validate_length(config.length, model_config, f"{config.stage}.length")
-    make_schedule(
-        config.optim, config.steps
-    )  # raises for a warm-up longer than the run
+    layout.check_batch(size // parts, f"a {stage} microbatch")
+    validate_length(config.length, model_config, f"{stage}.length")
+    make_schedule(config.optim, config.steps)  # validates the warm-up
     validate_lora(config.lora, model_config)
-    validate_kernel(model_config, layout, config.stage)
+    validate_kernel(model_config, layout, stage)
 
 
 def validate_streams(
-    config: Any, layout: Layout, model_config: TransformerConfig | None
+    config: StreamConfig, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
-    """Validates a StreamConfig: as `validate_training`, and that its streams can share a batch."""
+    """Validates a StreamConfig: as `validate_training`, and that streams share a batch equally."""
     validate_training(config, layout, model_config)
-    rows_a_stream(config.batch_size, config.data_shards, config.stage)
+    rows_per_stream(config.batch_size, config.data_shards, config.stage)
 
 
 def validate_origin(config: ModelTrainConfig) -> None:
-    """Raises ConfigError unless the config names one origin of the model."""
+    """Raises ConfigError unless the model is either new or that of `init_from`."""
     if (config.model is None) == (config.init_from is None):
         raise ConfigError(
-            f"{config.stage}: give `model` (a new one) or `init_from` (a trained one), not both or neither"
+            f"{config.stage}: give `model` (a new model) or `init_from` (a trained one), "
+            "not both or neither"
         )
     if config.lora.rank and config.init_from is None:
         raise ConfigError(
-            f"{config.stage}.lora.rank={config.lora.rank}: adapters are of a trained model, `init_from`"
+            f"{config.stage}.lora.rank={config.lora.rank}: "
+            "adapters need a trained model, `init_from`"
         )
 
 
 def validate_kernel(
     model_config: TransformerConfig | None, layout: Layout, stage: str
 ) -> None:
-    """Raises ConfigError for an attention without a kernel here, or one that the mesh cuts along time."""
+    """Raises ConfigError if the attention kernel does not run on these devices or this mesh."""
     kernel = "einsum" if model_config is None else model_config.attention
+    option = f"{stage}: model.attention={kernel!r}"
     if layout.platform not in PLATFORMS[kernel]:
         raise ConfigError(
-            f"{stage}: model.attention={kernel!r} is a kernel of {'TPUs' if kernel == 'splash' else 'GPUs'}, and these "
-            f"devices are {layout.platform}; 'einsum' runs anywhere"
+            f"{option} is a kernel of {'TPUs' if kernel == 'splash' else 'GPUs'}, "
+            f"and these devices are {layout.platform}; 'einsum' runs anywhere"
         )
     if kernel == "splash" and layout.mesh.shape["sequence"] > 1:
-        raise ConfigError(
-            f"{stage}: model.attention='splash' needs whole sequences: mesh.sequence=1"
-        )
+        raise ConfigError(f"{option} needs whole sequences: mesh.sequence=1")
 
 
 def validate_lora(config: LoraConfig, model_config: TransformerConfig | None) -> None:
-    """Raises ConfigError for targets that are nowhere in a model."""
+    """Raises ConfigError if the targets match no kernel of the model."""
     if config.rank and model_config is not None:
         Model(model_config, lora=config).trained_axes()
 
 
 def validate_length(
-    length: int, model_config: TransformerConfig | None, context: str
+    length: int, model_config: TransformerConfig | None, option: str
 ) -> None:
-    """Raises ConfigError for sequences longer than the model's context."""
+    """Raises ConfigError if sequences are longer than the model's context."""
     if model_config is not None and length > model_config.max_length:
         longest = model_config.max_length
         raise ConfigError(
-            f"{context}={length} is longer than the model's context, max_length={longest}"
+            f"{option}={length} is longer than the model's context, max_length={longest}"
         )
 
 
@@ -312,61 +386,54 @@ def validate_length(
 
 
 def held_out_loss(
-    model: Model, loss: Callable[..., Any], byte_lengths: np.ndarray
-) -> Callable[..., Metrics]:
-    """Returns a function (params, batch) -> val_loss, nats per token, and val_nats_per_byte of the
-    same targets.
+    model: Model, loss: LossFunction, byte_lengths: np.ndarray
+) -> Callable[[PyTree, TokenBatch], Metrics]:
+    """Returns a function (params, batch) -> val_loss and val_nats_per_byte of a batch.
+
+    Both are of the same targets; val_loss is in nats per token.
 
     Args:
-      loss: the language-model loss, (params, batch, key) -> (scalar, metrics).
+      loss: the loss of the language model.
       byte_lengths: UTF-8 bytes of the text of each id of the tokenizer; ids beyond them have none.
     """
-    lengths = (
-        jnp.zeros(model.config.vocab_size).at[: len(byte_lengths)].set(byte_lengths)
-    )
+    lengths = jnp.zeros(model.config.vocab_size)
+    lengths = lengths.at[: len(byte_lengths)].set(byte_lengths)
 
     @jax.jit
-    def measure(params: Any, batch: Batch) -> Metrics:
+    def measure(params: PyTree, batch: TokenBatch) -> Metrics:
         _, metrics = loss(params, batch, None)
         nll, _ = metrics["loss"]
-        metrics["nats_per_byte"] = nats_per_byte(
-            nll, batch["targets"], batch["mask"], lengths
-        )
-        return {f"val_{name}": pair for name, pair in metrics.items()}
+        per_byte = nats_per_byte(jnp.asarray(nll), batch.targets, batch.mask, lengths)
+        metrics = {**metrics, "nats_per_byte": per_byte}
+        return {f"val_{name}": metric for name, metric in metrics.items()}
 
     return measure
 
 
-def sum_over(
-    batches: Iterable[dict[str, np.ndarray]],
-    measure: Callable[[dict[str, jax.Array]], Metrics],
+def sum_metrics(
+    batches: Iterable[PyTree],
+    measure: Callable[[PyTree], Metrics],
     layout: Layout,
-    most: int = 0,
+    limit: int = 0,
 ) -> Metrics:
-    """Adds the metrics of a pass over held-out batches, at most `most` of them (0: all)."""
+    """Returns the summed metrics of held-out batches, at most `limit` of them (0: all)."""
     total: Metrics = {}
     for i, batch in enumerate(batches):
-        if most and i == most:
+        if limit and i == limit:
             break
         total = merge(total, hosts.whole(measure(layout.put(batch))))
     return total
 
 
-def truncation_metrics(batch: Mapping[str, Any]) -> Metrics:
-    """Returns what cutting did to a batch of `loader.preference_batches` (arrays of numpy or jax).
+def truncation_metrics(batch: PreferenceBatch) -> Metrics:
+    """Returns what truncation did to a batch.
 
-    rows_cut: share of the completions that lost tokens, of themselves or of their prompt.
-    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens; they
-      weigh 0.
+    rows_cut: share of the completions that lost tokens, their own or of their prompt.
+    pairs_dropped: share of the pairs ordered by labels whose completions have the same tokens;
+      their weight is 0.
     """
-    labels, valid, same = (
-        jnp.asarray(batch[name]) for name in ("scores", "valid", "same")
-    )
+    labels, valid, same = map(jnp.asarray, (batch.scores, batch.valid, batch.same))
     labeled = jnp.sum(untied_pairs(labels, valid))
-    return {
-        "rows_cut": (jnp.sum(batch["cut"] * valid), jnp.sum(valid)),
-        "pairs_dropped": (
-            labeled - jnp.sum(untied_pairs(labels, valid, same)),
-            labeled,
-        ),
-    }
+    rows_cut = (jnp.sum(batch.cut * valid), jnp.sum(valid))
+    kept = jnp.sum(untied_pairs(labels, valid, same))
+    return {"rows_cut": rows_cut, "pairs_dropped": (labeled - kept, labeled)}

@@ -754,8 +754,8 @@ DEFECTS = [
     d(
         26,
         "rl/epochs.py",
-        '    scale = c.coefficient * (\n        parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0\n    )\n',
-        '    scale = c.coefficient * (parts["loss"][1] / text["mask"].shape[0] if False else 1.0)\n',
+        '    scale = c.coefficient * (\n        parts["loss"][1] / text.mask.shape[0] if c.unit == "sequence" else 1.0\n    )\n',
+        '    scale = c.coefficient * (parts["loss"][1] / text.mask.shape[0] if False else 1.0)\n',
         "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
@@ -779,15 +779,15 @@ DEFECTS = [
     d(
         27,
         "stages/ppo.py",
-        'draw(config, sample, state, params["policy"], batch, key)',
-        "draw(config, sample, state, task.policy.read(), batch, key)",
+        'draw(config, sample, state, params["policy"], batch.prompts, key)',
+        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
     ),
     d(
         27,
         "stages/group.py",
-        'draw(config, sample, state, params["policy"], batch, key)',
-        "draw(config, sample, state, task.policy.read(), batch, key)",
+        'draw(config, sample, state, params["policy"], batch.prompts, key)',
+        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
         "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
     # 28: the mean of two hosts' means
@@ -842,7 +842,7 @@ DEFECTS = [
     d(
         30,
         "data/loader.py",
-        '        self._iterator.set_state(_tuples(state["rows"]))\n',
+        '        self._iterator.set_state(_as_tuples(state["rows"]))\n',
         "",
         "data/test_loader.py::test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch",
     ),
@@ -921,7 +921,7 @@ DEFECTS = [
     d(
         35,
         "data/preferences.py",
-        'json_text.encode(row, f"{folder / name}:{i}", default=_plain)',
+        'json_text.encode(row, f"{name}:{i}", default=_plain)',
         '__import__("json").dumps(row, default=_plain)',
         "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
         "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
@@ -1029,7 +1029,7 @@ DEFECTS = [
     d(
         36,
         "stages/recenter.py",
-        'stats.validate_scores(samples["rewards"], context, samples["valid"])',
+        "stats.validate_scores(rewards, context, valid)",
         "pass",
         "test_stage_reward.py::test_pitfall_36_a_reward_of_nan_centers_nothing",
     ),
@@ -1224,8 +1224,8 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["same"][i] = first.setdefault(tuple(kept[i]), i)',
-        'arrays["same"][i] = first.setdefault(tuple(completion), i)',
+        "example.same[i] = first.setdefault(tuple(kept[i]), i)",
+        "example.same[i] = first.setdefault(tuple(completion), i)",
         "data/test_examples.py::test_pitfall_39_completions_that_became_equal_are_known",
         "test_stage_reward.py::test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_reward_stage",
         "test_stage_direct.py::test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage",
@@ -1257,8 +1257,8 @@ DEFECTS = [
     d(
         39,
         "data/examples.py",
-        'arrays["cut"][i] = len(rows[i]) < len(prompt) + len(completion)',
-        'arrays["cut"][i] = len(rows[i]) < len(fitted) + len(completion)',
+        "example.cut[i] = len(rows[i]) < len(prompt) + len(completion)",
+        "example.cut[i] = len(rows[i]) < len(fitted) + len(completion)",
         "data/test_examples.py::test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row",
     ),
     d(
@@ -1273,8 +1273,8 @@ DEFECTS = [
     d(
         39,
         "data/loader.py",
-        '"cut": np.float32(cut),',
-        '"cut": np.float32(0),',
+        "cut=np.float32(cut),",
+        "cut=np.float32(0),",
         "data/test_loader.py::test_pitfall_39_what_was_cut_is_counted_in_the_batches",
     ),
     # 40: half of the rows away, which may be the same prompt; one prompt alone; the same prompt,

@@ -27,7 +27,7 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl.config import KLConfig
-from rlhfjax.stage import Data, Finished, Stage, row_shapes
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 from tests import small_world
 from tests.small_world import response_logprobs
@@ -222,7 +222,7 @@ def test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_ref
     assert (
         0.02 < abs(kl / target - 1) < 0.18
     )  # within the clip of 0.2, so that the number itself shows
-    state, _ = algorithm.programs.update(state, episodes, {}, pairs, KEY)
+    state, _ = algorithm.programs.update(state, episodes, None, pairs, KEY)
     expected = beta * (1 + (kl / target - 1) * 64 / horizon)
     assert float(state.extra["kl_coefficient"]) == pytest.approx(expected, rel=1e-6)
 
@@ -245,7 +245,7 @@ def test_pitfall_22_a_policys_schedule_ends_with_its_last_update():
     sizes = []
     for _ in range(4):
         before = jax.tree.map(np.array, state.params["policy"])
-        state, more = algorithm.programs.update(state, episodes, {}, pairs, KEY)
+        state, more = algorithm.programs.update(state, episodes, None, pairs, KEY)
         moves = jax.tree.map(
             lambda a, b: float(jnp.abs(a - b).max()), before, state.params["policy"]
         )
@@ -313,7 +313,7 @@ def small_stage(
         axes={"w": (None,)},
         start=start,
         step=step,
-        batch=lambda _: row_shapes(2, x=((1,), np.float32)),
+        batch=lambda _: {"x": jax.ShapeDtypeStruct((2, 1), np.float32)},
         open=lambda: Data(Count(), lambda state: {}, finish),
         units=2,
     )

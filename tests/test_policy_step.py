@@ -10,6 +10,7 @@ import pytest
 
 from rlhfjax import recipe, stages
 from rlhfjax import state as states
+from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rewards.responses import TextReward
@@ -131,10 +132,11 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
         frozen["value"] = {}
         trained["value"] = whole["value"] = {"v": 6}
     state = states.TrainState(jnp.int32(2), trained, None, {"kl_coefficient": 0.1})
-    batch = {
-        name: jnp.zeros(1)
-        for name in ("prompts", "segments", "cut", "ptx/tokens", "ptx/mask")
-    }
+    fields = ("tokens", "attention_mask", "cut", "index")
+    prompts = PromptBatch(**{name: jnp.zeros(1) for name in fields})
+    fields = ("tokens", "targets", "mask", "segment_ids", "positions")
+    text = TokenBatch(**{name: jnp.zeros(1) for name in fields})
+    batch = PolicyBatch(prompts=prompts, text=text)
     state, metrics = step(state, batch, KEY)
     names = [name for name, _ in told.calls]
     # what needs no score is asked for before the rewards, which may be made on the host
@@ -148,9 +150,9 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
         "update",
     ]
     given = dict(told.calls)
-    params, prompts, segments, key = given["sample"]
+    params, tokens, attention_mask, key = given["sample"]
     assert params == whole["policy"]
-    assert prompts is batch["prompts"] and segments is batch["segments"]
+    assert tokens is prompts.tokens and attention_mask is prompts.attention_mask
     assert key is KEY and given["truncated"] == (config, task.tokens, ROLLOUT)
     assert given["forward"][0] == whole and given["forward"][1] is task.reference
     assert given["forward"][2] is ROLLOUT
@@ -162,9 +164,9 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
         and given["make_experience"][2] is ROLLOUT
     )
     np.testing.assert_allclose(given["make_experience"][3], [1 + 4 / 32, 2 - 4 / 32])
-    experience, text, prepared, update_key, parts = given["update"][1:]
+    experience, given_text, prepared, update_key, parts = given["update"][1:]
     assert (experience, prepared) == ("experience", {"prepared": (1.0, 1.0)})
-    assert text.keys() == {"tokens", "mask"} and text["mask"] is batch["ptx/mask"]
+    assert given_text is text
     assert parts == frozen and int(state.step) == 3
     assert not np.array_equal(jax.random.key_data(update_key), jax.random.key_data(KEY))
     assert {

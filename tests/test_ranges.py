@@ -69,7 +69,7 @@ def test_every_config_is_found():
         "mesh.MeshConfig",
         "models.config.TransformerConfig",
         "rl.prompts.PtxConfig",
-        "stages.direct.LossConfig",
+        "rewards.direct.LossConfig",
     ):
         assert f"rlhfjax.{name}" in CONFIGS
 

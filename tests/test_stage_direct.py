@@ -14,6 +14,7 @@ import pytest
 from rlhfjax import recipe, stages, state
 from rlhfjax.config import to_dict
 from rlhfjax.data import examples, loader
+from rlhfjax.data.batches import DirectBatch
 from rlhfjax.data.config import open_preferences
 from rlhfjax.data.mismatched import Mismatched
 from rlhfjax.data.preferences import write_preferences
@@ -25,15 +26,16 @@ from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
-from rlhfjax.stages import direct, stage_config
-from rlhfjax.stages.direct import (
-    Answers,
+from rlhfjax.rewards.direct import (
+    Completions,
     LossConfig,
     completion_logprobs,
     implicit_rewards,
     make_loss,
+    token_logprobs,
 )
-from rlhfjax.stages.sft import language_loss
+from rlhfjax.stages import direct, stage_config
+from rlhfjax.supervised import language_loss
 from tests.test_resume import _Crash, assert_same_stage, interrupt
 
 LOSSES = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
@@ -183,7 +185,8 @@ def test_pitfall_39_pairs_that_became_equal_weigh_nothing_in_a_direct_stage(tmp_
                 source, tokenizer, batch_size=len(chosen), length=8, train=False
             )
         )
-        return loss(params, jax.tree.map(jnp.asarray, batch), None)
+        batch = DirectBatch.of(jax.tree.map(jnp.asarray, batch))
+        return loss(params, batch, None)
 
     (both, pairs), (alone, _) = of(0, 1), of(1)
     np.testing.assert_allclose(both, alone, rtol=1e-6)
@@ -357,7 +360,7 @@ def test_z_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(
         )
     batch = next(loader.preference_batches(source, tokenizer, batch_size=8, length=32))
     ratios = []
-    for i in batch["index"]:
+    for i in batch.index:
         prompt = source[int(i)]["prompt_tokens"].tolist()
         donor = 3 * (int(i) // 3) + (int(i) + 1) % 3
         for answer in source[donor if donor < 40 else donor % 3][
@@ -549,7 +552,7 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
     arrays = [
         jnp.asarray(x, jnp.float32) for x in (total, mean, reference, scores, valid, z)
     ]
-    loss, pairs = make_loss(config)(Answers(*arrays))
+    loss, pairs = make_loss(config)(Completions(*arrays))
     np.testing.assert_allclose(loss, np.mean(by_prompt), rtol=1e-5)
     good, bad = (
         ("desirable", "undesirable") if name == "kto" else ("chosen", "rejected")
@@ -559,7 +562,7 @@ def test_a_prompt_counts_once_however_many_pairs_it_has(name):
     np.testing.assert_allclose(
         [found[key] for key in names], np.mean(told, axis=0), rtol=1e-5
     )
-    ours = implicit_rewards(config, Answers(*arrays))
+    ours = implicit_rewards(config, Completions(*arrays))
     np.testing.assert_allclose(ours[valid > 0], rewards[valid > 0], rtol=1e-5)
 
 
@@ -573,7 +576,7 @@ def test_kto_by_a_threshold_takes_every_answer_once():
     )
     scores, valid = one(2, 0, 1, 1), one(1, 1, 1, 0)
     loss, _ = make_loss(config)(
-        Answers(total, mean, reference, scores, valid, jnp.zeros(()))
+        Completions(total, mean, reference, scores, valid, jnp.zeros(()))
     )
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     desirable = 2 * (1 - sigmoid(0.5)) + 2 * (1 - sigmoid(1.0))
@@ -601,7 +604,7 @@ def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
             Rows(pairs, "preferences"), tokenizer, batch_size=2, length=32, train=False
         )
     )
-    total, mean = jax.jit(functools.partial(direct.answer_logprobs, saved.model))(
+    total, mean = jax.jit(functools.partial(completion_logprobs, saved.model))(
         saved.params, batch
     )
     loss_of = jax.jit(language_loss(saved.model))
@@ -613,13 +616,13 @@ def test_what_counts_of_an_answer_is_what_counts_in_fine_tuning(finished):
         nll, weight = loss_of(saved.params, packed, None)[1]["loss"]
         np.testing.assert_allclose(total[i, 0], -nll, rtol=1e-5)
         np.testing.assert_allclose(mean[i, 0], -nll / weight, rtol=1e-5)
-        assert batch["lengths"][i, 0] == weight == len(tokenizer.encode(rows[i][1])) + 1
+        assert batch.lengths[i, 0] == weight == len(tokenizer.encode(rows[i][1])) + 1
 
 
 def test_padding_of_answers_changes_nothing(finished, separable):
     tokenizer = load_tokenizer(finished / "00_tokenizer")
     saved = store.load(finished / "02_sft", ONE)
-    logprobs_of = jax.jit(functools.partial(completion_logprobs, saved.model))
+    logprobs_of = jax.jit(functools.partial(token_logprobs, saved.model))
     source = open_preferences((str(separable),), "validation")
     sums = []
     for length in (26, 32):
@@ -629,7 +632,7 @@ def test_padding_of_answers_changes_nothing(finished, separable):
             )
         )
         logprobs, mask = logprobs_of(saved.params, batch)
-        np.testing.assert_array_equal(mask.sum(1), batch["lengths"].ravel())
+        np.testing.assert_array_equal(mask.sum(1), batch.lengths.ravel())
         sums.append((logprobs * mask).sum(1))
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)
 

@@ -5,6 +5,7 @@ And the whole stage.
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rlhfjax import state as states
 from rlhfjax.algos import group as estimators
 from rlhfjax.algos import kl
 from rlhfjax.config import to_dict
+from rlhfjax.data.batches import PromptBatch
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
@@ -25,7 +27,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import task
 from rlhfjax.rl.config import HumanConfig
-from rlhfjax.rl.prompts import Repeated
+from rlhfjax.rl.prompts import PtxConfig, policy_batches
 from rlhfjax.rl.rewards import with_human
 from rlhfjax.rl.rollout import Rollout, Tokens
 from rlhfjax.stages import group
@@ -52,7 +54,7 @@ def iterate(algorithm, state, reference, key=KEY):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
     state, more = algorithm.programs.update(
-        state, episodes, {}, pairs, jax.random.fold_in(key, 1)
+        state, episodes, None, pairs, jax.random.fold_in(key, 1)
     )
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
@@ -182,7 +184,7 @@ def test_the_moving_baseline_is_the_average_of_the_iterations_before():
         baseline = np.dot(weights, means) / weights.sum() if means else 0.0
         np.testing.assert_allclose(episodes.advantages, scores - baseline, atol=1e-5)
         means.append(scores.mean())
-        state, _ = algorithm.programs.update(state, episodes, {}, pairs, KEY)
+        state, _ = algorithm.programs.update(state, episodes, None, pairs, KEY)
 
 
 def test_minibatches_do_not_change_advantages_and_visit_every_answer_once():
@@ -230,7 +232,7 @@ def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
     batch = group.Experience(*[jnp.zeros((4, 1))] * 6)
     sums = {"advantage_reward": 8.0, "score": 40.0, "reward": 400.0, "kl": 0.0}
     pairs = {name: (jnp.float32(total), jnp.float32(4)) for name, total in sums.items()}
-    state, _ = programs.update(state, batch, {}, pairs, KEY)
+    state, _ = programs.update(state, batch, None, pairs, KEY)
     assert float(state.extra["baseline"]) == pytest.approx(1.2, rel=1e-6)
     moved = -0.1 * (1 + 3 / 4 + 1 / 2 + 1 / 4)
     assert float(state.params["policy"]) == pytest.approx(moved, rel=1e-6)
@@ -403,7 +405,7 @@ def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
     episodes, pairs = crafted("grpo", only_informative=True)
     nothing = episodes._replace(mask=jnp.zeros_like(episodes.mask))
     before = jax.device_get(reference)
-    state, more = algorithm.programs.update(state, nothing, {}, pairs, KEY)
+    state, more = algorithm.programs.update(state, nothing, None, pairs, KEY)
     assert_close(state.params["policy"], before, atol=0)
     assert all(np.isfinite(v) for v in finalize(jax.device_get(more)).values())
 
@@ -414,7 +416,8 @@ def test_repeated_prompts_are_consecutive_and_resumable():
 
         def __next__(self):
             self.n += 1
-            return {"prompts": np.arange(6).reshape(3, 2) + self.n}
+            tokens = np.arange(6).reshape(3, 2) + self.n
+            return PromptBatch(tokens=tokens, attention_mask=None, index=None, cut=None)
 
         def get_state(self):
             return self.n
@@ -422,13 +425,15 @@ def test_repeated_prompts_are_consecutive_and_resumable():
         def set_state(self, state):
             self.n = state
 
-    stream = Repeated(Counting(), 2)
+    config = SimpleNamespace(samples_per_prompt=2)
+    stream = policy_batches(PtxConfig(), Counting(), None, config, None)
     np.testing.assert_array_equal(
-        next(stream)["prompts"], [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]]
+        next(stream).prompts.tokens, [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]]
     )
-    position, second = stream.get_state(), next(stream)["prompts"]
+    position, second = stream.get_state(), next(stream)
+    assert position == 1
     stream.set_state(position)
-    np.testing.assert_array_equal(next(stream)["prompts"], second)
+    np.testing.assert_array_equal(next(stream).prompts.tokens, second.prompts.tokens)
 
 
 # ------------------------------------------------------------------ the whole stage

@@ -55,7 +55,7 @@ def names(tree):
 def load(config) -> Loaded:
     """The model that a stage trains."""
     roles = stages.find(config.stage).roles(config)
-    return load_trained(config, Models(config.stage, roles, ONE, DISK))
+    return load_trained(config, Models(config.stage, roles, ONE, DISK))[0]
 
 
 def programs_of(stage, first):

@@ -17,6 +17,7 @@ from benchmarks.optimum import EOS, PAD, PROMPTS, TEMPERATURE
 from rlhfjax import recipe, stages
 from rlhfjax import state as states
 from rlhfjax.config import to_dict
+from rlhfjax.data.batches import TokenBatch
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
@@ -28,7 +29,8 @@ from rlhfjax.rl.config import KLConfig, TruncateConfig
 from rlhfjax.rl.prompts import PtxConfig
 from rlhfjax.rl.rewards import shape_rewards
 from rlhfjax.rl.rollout import Rollout, Tokens, response_hidden, truncated
-from rlhfjax.stages import ppo, pretrain
+from rlhfjax.stages import ppo
+from rlhfjax.supervised import language_loss
 from tests import small_world
 from tests.small_world import moved, response_logprobs
 from tests.test_stages import run_steps, stage_values
@@ -55,9 +57,7 @@ def iterate(algorithm, state, reference, key=KEY, text=None):
     """(state, experience, metrics) after one iteration."""
     _, episodes, pairs = optimum.experience(algorithm, state, reference, key)
     update_key = jax.random.fold_in(key, 1)
-    state, more = algorithm.programs.update(
-        state, episodes, text or {}, pairs, update_key
-    )
+    state, more = algorithm.programs.update(state, episodes, text, pairs, update_key)
     return state, episodes, finalize(jax.device_get({**pairs, **more}))
 
 
@@ -449,7 +449,7 @@ def test_what_every_minibatch_learns_from_equals_a_loop(rewards_in, monkeypatch)
     programs, state, known, rollout, scores = without_models(**options)
     episodes, pairs = programs.make_experience(state, known, rollout, scores)
     small_world.with_loss(monkeypatch, ppo, gradients_tell)
-    state, _ = programs.update(state, episodes, {}, pairs, KEY)
+    state, _ = programs.update(state, episodes, None, pairs, KEY)
     # sgd at 0.1 moves by -0.1 g
     told = {name: np.asarray(x) / -0.1 for name, x in state.params["policy"].items()}
     assert float(state.params["value"]["beta"]) == pytest.approx(
@@ -705,7 +705,7 @@ def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updat
     kl = (jnp.zeros(()), jnp.ones(()))
     zeros = jnp.zeros((4, 1))
     batch = ppo.Experience(*[zeros] * 7)
-    state, metrics = programs.update(state, batch, {}, {"kl": kl}, KEY)
+    state, metrics = programs.update(state, batch, None, {"kl": kl}, KEY)
     moves = {name: float(x) for name, x in state.params.items()}
     assert moves == pytest.approx(
         {"policy": -0.1 * 1.75 * 3, "value": -0.01 * 1.75 * 4}, rel=1e-6
@@ -747,7 +747,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
     state, metrics = epochs.minibatch_epochs(
-        config, tx, model, loss, state, jnp.arange(4), {}, KEY
+        config, tx, model, loss, state, jnp.arange(4), None, KEY
     )
     left_out = on_nonfinite == "skip"
     assert float(state.params["policy"]) == pytest.approx(
@@ -800,7 +800,7 @@ def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
     state, _ = epochs.minibatch_epochs(
-        config, tx, model, loss, state, jnp.arange(4), {}, KEY
+        config, tx, model, loss, state, jnp.arange(4), None, KEY
     )
     assert float(state.params["policy"]) == applied  # 1 per update
 
@@ -837,7 +837,7 @@ def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
     tx = optax.sgd(1.0)
     state = states.TrainState.create({"policy": jnp.zeros((n, n))}, tx)
     state, _ = epochs.minibatch_epochs(
-        config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), {}, KEY
+        config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), None, KEY
     )
     together = np.asarray(state.params["policy"])
     np.testing.assert_array_equal(np.diag(together), 3)
@@ -863,7 +863,10 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
     config = optimum.ppo_config(
         1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)}
     )
-    text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
+    mask = jnp.array([[1.0, 1, 1], [1, 0, 0]])
+    text = TokenBatch(
+        mask=mask, tokens=None, targets=None, segment_ids=None, positions=None
+    )
     params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
     model = Model(optimum.SHAPE)
     grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
@@ -886,16 +889,15 @@ def test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named(
     mask = (jnp.arange(4) < jnp.where(jnp.arange(64) % 2, 4, 2)[:, None]).astype(
         jnp.float32
     )
-    segments = jnp.ones_like(tokens)
-    text = {
-        "tokens": tokens,
-        "targets": tokens[:, ::-1],
-        "mask": mask,
-        "segments": segments,
-    }
-    text["positions"] = jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32)
+    text = TokenBatch(
+        tokens=tokens,
+        targets=tokens[:, ::-1],
+        mask=mask,
+        segment_ids=jnp.ones_like(tokens),
+        positions=jnp.broadcast_to(jnp.arange(4), (64, 4)).astype(jnp.int32),
+    )
     algorithm, state, reference = begin()
-    loss = pretrain.language_loss(algorithm.model)
+    loss = language_loss(algorithm.model)
     grads = jax.jit(jax.grad(lambda p: loss(p, text, None)[0]))(reference)
     scale = gamma * (
         3.0 if unit == "sequence" else 1.0
@@ -918,7 +920,7 @@ def test_every_minibatch_of_text_lies_over_all_devices():
     layout = make_layout(MeshConfig(data=4))
     x = np.arange(48, dtype=np.int32).reshape(16, 3)
     with layout.use():
-        y = jax.jit(lambda x: epochs._cycle(x, 2, 1))(layout.put({"x": x})["x"])
+        y = jax.jit(lambda x: epochs._cycle(x, 2, 1))(layout.put(x))
     assert y.sharding.shard_shape(y.shape) == (2, 2, 3)
     np.testing.assert_array_equal(y, x.reshape(2, 8, 3))
 

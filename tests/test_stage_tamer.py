@@ -193,19 +193,23 @@ def test_pitfall_39_a_long_answer_gets_what_its_prompt_leaves(tmp_path):
         for prompt, _ in rows
     ]
     answers = [[*tokenizer.encode(answer), tokenizer.eos_id] for _, answer in rows]
-    assert [int(row["first"]) for row in made] == [len(prompts[0]), 12, len(prompts[2])]
-    assert made[0]["tokens"].tolist() == [*prompts[0], *answers[0]][:24]
-    assert made[1]["tokens"].tolist() == [
+    assert [int(row.response_start) for row in made] == [
+        len(prompts[0]),
+        12,
+        len(prompts[2]),
+    ]
+    assert made[0].tokens.tolist() == [*prompts[0], *answers[0]][:24]
+    assert made[1].tokens.tolist() == [
         *prompts[1][:2],
         *prompts[1][-10:],
         *answers[1][:12],
     ]
-    assert [int(row["count"]) for row in made] == [
+    assert [int(row.response_length) for row in made] == [
         24 - len(prompts[0]),
         12,
         len(answers[2]),
     ]
-    assert [float(row["cut"]) for row in made] == [1, 1, 0]
+    assert [float(row.cut) for row in made] == [1, 1, 0]
 
 
 def test_batches_go_on_where_they_were(finished, data):
@@ -218,9 +222,8 @@ def test_batches_go_on_where_they_were(finished, data):
         next(one)
     two.set_state(json.loads(json.dumps(one.get_state())))
     for _ in range(4):
-        for a, b in zip(next(one).values(), next(two).values(), strict=True):
-            np.testing.assert_array_equal(a, b)
-    seen = [tuple(row) for _ in range(9) for row in next(one)["tokens"].tolist()]
+        jax.tree.map(np.testing.assert_array_equal, next(one), next(two))
+    seen = [tuple(row) for _ in range(9) for row in next(one).tokens.tolist()]
     assert {seen.count(row) for row in set(seen)} == {
         12
     }  # 36 rows are four epochs; each text stands there 3 times

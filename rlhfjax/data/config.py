@@ -1,13 +1,14 @@
-"""Where a stage's data comes from: the options of its config, and the sources that they name."""
+"""Opens the data that the options of a stage name."""
 
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from rlhfjax import paths
 from rlhfjax.data.loader import Shards
 from rlhfjax.data.preferences import read_preferences
+from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Concatenated, Source, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
@@ -41,11 +42,10 @@ class SourceConfig:
 
     def open(self) -> Source:
         options = {
-            k: v
-            for k, v in dataclasses.asdict(self).items()
-            if k not in ("spec", "limit")
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        source = open_source(self.spec, **options)
+        del options["limit"]
+        source = open_source(**options)
         if source.skipped:
             log.warning(
                 "source %r: %d malformed rows are left out", self.spec, source.skipped
@@ -54,20 +54,18 @@ class SourceConfig:
 
 
 class Limited:
-    """The first rows of a source."""
+    """The first `limit` rows of a source."""
 
     def __init__(self, source: Source, limit: int):
-        self.kind, self.skipped, self._source, self._limit = (
-            source.kind,
-            source.skipped,
-            source,
-            limit,
-        )
+        self.kind = source.kind
+        self.skipped = source.skipped
+        self._source = source
+        self._limit = limit
 
     def __len__(self) -> int:
         return min(self._limit, len(self._source))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Row:
         return self._source[index]
 
     def locate(self, index: int) -> str:
@@ -75,8 +73,10 @@ class Limited:
 
 
 def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:
-    """Returns all of a stage's sources as one.
+    """Returns the sources of a stage, concatenated.
 
+    Args:
+      option: name of the option, for the error message.
     Raises:
       ConfigError: there are none.
     """
@@ -89,7 +89,7 @@ def open_sources(configs: Iterable[SourceConfig], option: str) -> Source:
 def open_preferences(
     names: tuple[str, ...], split: str, stage: str = "reward"
 ) -> Source:
-    """Returns the rankings of all folders and `jsonl:` globs as one source.
+    """Returns the rankings of folders and `jsonl:` globs, concatenated.
 
     Raises:
       ConfigError: none is named.
@@ -98,15 +98,15 @@ def open_preferences(
         raise ConfigError(
             f"{stage}.preferences: at least one folder or jsonl: glob is needed"
         )
-    parts = [
-        read_preferences(name, split)
-        if ":" not in name or paths.remote(name)
-        else open_source(name, kind="preferences", split=split)
-        for name in names
-    ]
-    return parts[0] if len(parts) == 1 else Concatenated(parts)
+    sources = []
+    for name in names:
+        if ":" in name and not paths.remote(name):
+            sources.append(open_source(name, kind="preferences", split=split))
+        else:
+            sources.append(read_preferences(name, split))
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
 def own_shards(count: int, batch_size: int, layout: Layout) -> Shards:
-    """Returns those of `count` streams that this host runs: their rows lie on its devices."""
+    """Returns which of `count` streams this host runs: those whose rows are on its devices."""
     return Shards(count, layout.own_parts(batch_size, count))

@@ -1,92 +1,118 @@
-"""Batches for each stage, as iterators whose state can be saved and brought back exactly.
+"""Iterators of batches, whose position can be saved and restored exactly.
 
-    batches = pretrain_batches(open_source("tfds:kjv"), tokenizer, batch_size=8, length=256, seed=0)
-    batch = next(batches)            # {"tokens": int32 [8, 256], ...}
-    state = batches.get_state()      # JSON-able
-    batches.set_state(state)         # the next batch is the one that would have come
+    source = open_source("tfds:kjv")
+    batches = pretrain_batches(source, tokenizer, batch_size=8, length=256, seed=0)
+    batch = next(batches)            # a TokenBatch, see `batches.py`
+    position = batches.get_state()   # JSON values
+    batches.set_state(position)      # the next batch is again the one after `batch`
 
-With train=True rows are shuffled anew each epoch, for ever. With train=False there is one pass in order, and the last
-batch is padded with rows that count for nothing; `restart()` begins it again.
+With train=True the batches never end, and every epoch has a new order. With train=False there is
+one pass in order; the last batch is filled with rows that do not count, and `restart()` begins
+again.
 
-Training may have S independent streams in the place of one (`Shards`). Of the one shuffled order stream j has examples
-j, j + S, j + 2 S, ..., which it packs by itself, and it fills rows j B/S to (j + 1) B/S of every batch of B. A batch is
-then a matter of seed, step and S, and a host needs to run only the streams whose rows its devices hold.
+A training batch may be filled by several independent streams (`Shards`), so that a host needs to
+run only the streams whose rows are on its own devices. Stream j of S takes the examples j, j + S,
+j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows j B/S to
+(j + 1) B/S of every batch of B rows. A batch therefore depends on seed, step and S, but not on the
+hosts.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
+from rlhfjax.data.batches import (
+    PreferenceBatch,
+    PromptBatch,
+    TokenBatch,
+    concatenate,
+    stack,
+)
 from rlhfjax.data.examples import Encoded
 from rlhfjax.data.padding import pad_left
+from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Concatenated, Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, DataError
 from rlhfjax.streams import PER_DATA_STREAM, PER_SOURCE
+from rlhfjax.types import PyTree
 
-Batch = dict[str, np.ndarray]
-Weighted = Source | Sequence[Source] | Sequence[tuple[Source, float]]
-Encode = Callable[[int, dict[str, Any]], Any]
-Pack = Callable[
-    [grain.IterDataset, int, int], grain.IterDataset
-]  # (examples, rows of a batch, seed) -> rows
+# One source, sources to concatenate, or (source, weight) pairs to mix.
+Sources = Source | Sequence[Source] | Sequence[tuple[Source, float]]
+
+Encode = Callable[[int, Row], Any]  # (index of the row, row) -> example
+Pack = Callable[[grain.IterDataset, int, int], grain.IterDataset]
+"""(examples, rows per batch, seed) -> rows."""
+
+# Examples are read on the caller's thread: they are in memory, and the cores are for the model.
+_INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How many streams make a batch of training, and which of them this process runs."""
+    """The streams that fill a training batch.
+
+    count: number of streams.
+    own: the streams that this process runs.
+    """
 
     count: int = 1
     own: tuple[int, ...] = (0,)
 
 
-def rows_a_stream(batch_size: int, count: int, where: str = "loader") -> int:
-    """The rows of a batch that each of `count` streams fills. Raises ConfigError where they cannot be equally many."""
+def rows_per_stream(batch_size: int, count: int, stage: str = "loader") -> int:
+    """Returns the number of rows that each of `count` streams fills in a batch.
+
+    Raises:
+      ConfigError: the streams cannot fill equal parts.
+    """
     if batch_size < 1:
-        raise ConfigError(f"{where}: batch_size={batch_size} is below 1")
+        raise ConfigError(f"{stage}.batch_size={batch_size}: must be >= 1")
     if count < 1 or batch_size % count:
         raise ConfigError(
-            f"{where}.data_shards={count}: as many streams cannot share {batch_size} rows equally"
+            f"{stage}.data_shards={count}: must divide the {batch_size} rows of a batch"
         )
     return batch_size // count
 
 
-class Batches(Iterator[Batch]):
-    """Rows of a grain dataset in batches of `size`.
+# ------------------------------------------------------------------ iterators
 
-    Every process makes all rows, so that the data do not depend on how many hosts there are; `mesh.Layout.put` gives
-    each device its own.
+
+class Batches(Iterator[PyTree]):
+    """Stacks the rows of a grain dataset to batches.
 
     Args:
-      filler: a row -> one that only fills the last batch.
-      identity: what a saved state has to agree with.
+      rows: the rows, each a batch without its first axis.
+      filler: takes a row and returns one that fills the last batch and does not count.
+      size: rows per batch.
+      identity: settings that a saved position has to agree with.
+      skipped: number of malformed rows of the source.
     """
 
     def __init__(
         self,
         rows: grain.IterDataset,
-        filler: Callable[[Batch], Batch],
+        filler: Callable[[PyTree], PyTree],
         *,
         size: int,
         identity: Mapping[str, Any],
         skipped: int = 0,
     ):
         self.skipped = skipped
-        self._rows, self._filler, self._size, self._identity = (
-            rows,
-            filler,
-            size,
-            identity,
-        )
+        self._rows = rows
+        self._filler = filler
+        self._size = size
+        self._identity = identity
         self._iterator = iter(rows)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PyTree:
         rows = []
         for row in self._iterator:
             rows.append(row)
@@ -95,75 +121,115 @@ class Batches(Iterator[Batch]):
         if not rows:
             raise StopIteration
         rows += [self._filler(rows[0])] * (self._size - len(rows))
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return stack(rows)
 
     def restart(self) -> "Batches":
-        """Back to the first batch; returns itself, so that `for batch in batches.restart()` is one whole pass."""
+        """Goes back to the first batch, and returns the iterator itself."""
         self._iterator = iter(self._rows)
         return self
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands, as plain JSON values."""
+        """Returns the position as JSON values."""
         return _as_json({"loader": self._identity, "rows": self._iterator.get_state()})
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where a state was taken. Raises CheckpointError when it was taken on other data or settings."""
-        _check_same(state["loader"], self._identity)
+        """Goes to a saved position.
+
+        Raises:
+          CheckpointError: the position was saved with other data or settings.
+        """
+        _validate_identity(state["loader"], self._identity)
         self._iterator = iter(self._rows)
-        self._iterator.set_state(_tuples(state["rows"]))
+        self._iterator.set_state(_as_tuples(state["rows"]))
 
 
-class ShardedBatches(Iterator[Batch]):
-    """Batches whose equal shares of rows come from a stream each.
-
-    The rows of streams that this process does not run are zeros, for `mesh.Layout.put` to leave alone.
+class Joined(Iterator[PyTree]):
+    """Makes a batch of the next batch of every stream.
 
     Args:
-      streams: {j: the share of stream j}, of those that this process runs.
-      count: of all streams.
-      identity: what a saved state has to agree with.
+      make: takes a batch of every stream and returns a batch.
+      streams: the streams by their names in a saved position. The position of a single stream is
+        saved without its name.
+    """
+
+    def __init__(self, make: Callable[..., PyTree], streams: Mapping[Any, Any]):
+        self._make = make
+        self._streams = streams
+
+    def __next__(self) -> PyTree:
+        return self._make(*[next(stream) for stream in self._streams.values()])
+
+    def restart(self) -> "Joined":
+        """Goes back to the first batch, and returns the iterator itself."""
+        for stream in self._streams.values():
+            stream.restart()
+        return self
+
+    def get_state(self) -> Any:
+        """Returns the positions of all streams as JSON values."""
+        states = {name: stream.get_state() for name, stream in self._streams.items()}
+        return states if len(states) > 1 else next(iter(states.values()))
+
+    def set_state(self, state: Any) -> None:
+        """Goes to saved positions; raises as `Batches.set_state` does."""
+        for name, stream in self._streams.items():
+            stream.set_state(state[name] if len(self._streams) > 1 else state)
+
+
+class ShardedBatches(Joined):
+    """Concatenates the rows of several streams to batches.
+
+    The rows of streams that other processes run are zeros here; `mesh.Layout.put` does not read
+    them.
+
+    Args:
+      streams: the streams that this process runs, by their number.
+      count: number of all streams.
+      identity: settings that a saved position has to agree with.
     """
 
     def __init__(
         self, streams: Mapping[int, Batches], count: int, identity: Mapping[str, Any]
     ):
         if not streams:
-            raise ConfigError("loader: a process has to run one stream at least")
+            raise ConfigError("loader: a process has to run at least one stream")
+        super().__init__(self._concatenate, streams)
         self.skipped = next(iter(streams.values())).skipped
-        self._streams, self._count, self._identity = streams, count, identity
+        self._count = count
+        self._identity = identity
 
-    def __next__(self) -> Batch:
-        shares = {j: next(stream) for j, stream in self._streams.items()}
-        like = next(iter(shares.values()))
-        batch = {
-            name: np.zeros((self._count, *share.shape), share.dtype)
-            for name, share in like.items()
-        }
-        for j, share in shares.items():
-            for name, rows in share.items():
-                batch[name][j] = rows
-        return {name: rows.reshape(-1, *rows.shape[2:]) for name, rows in batch.items()}
+    def _concatenate(self, *parts: PyTree) -> PyTree:
+        zeros = jax.tree.map(np.zeros_like, parts[0])
+        by_stream = dict(zip(self._streams, parts, strict=True))
+        return concatenate([by_stream.get(j, zeros) for j in range(self._count)])
 
     def get_state(self) -> dict[str, Any]:
-        """Where all streams stand, of those elsewhere by the word of who runs them: all hosts call it at one place."""
-        stand = {
-            str(j): stream.get_state()["rows"] for j, stream in self._streams.items()
-        }
-        stand = {j: rows for one in hosts.gather(stand) for j, rows in one.items()}
-        return {
-            "loader": dict(self._identity),
-            "rows": [stand[str(j)] for j in range(self._count)],
-        }
+        """Returns the positions of all streams, also of those that other processes run.
+
+        All processes have to call it at the same step.
+        """
+        own = {str(j): s.get_state()["rows"] for j, s in self._streams.items()}
+        positions: dict[str, Any] = {}
+        for part in hosts.gather(own):
+            positions |= part
+        rows = [positions[str(j)] for j in range(self._count)]
+        return {"loader": dict(self._identity), "rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where a state was taken, however its streams were shared out; raises as `Batches` does."""
-        _check_same(state["loader"], self._identity)
+        """Goes to a saved position, whichever processes ran the streams when it was saved."""
+        _validate_identity(state["loader"], self._identity)
         for j, stream in self._streams.items():
             stream.set_state({"loader": state["loader"], "rows": state["rows"][j]})
 
 
+BatchStream = Batches | Joined
+
+
+# ------------------------------------------------------------------ loaders
+
+
 def pretrain_batches(
-    source: Weighted,
+    source: Sources,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -173,44 +239,45 @@ def pretrain_batches(
     cross_document: bool = False,
     shards: Shards = Shards(),
 ) -> Batches | ShardedBatches:
-    """Packed documents: tokens, targets, segments, positions int32 [b, t] and mask float32 [b, t].
+    """Returns TokenBatches of packed documents.
 
-    Targets are the next tokens of the same document, from the first after bos to eos. With `cross_document` (GPT-3,
-    section 2.2) a row is one segment, and the last token of a document has the next one's bos as its target.
+    The targets of a document are its tokens after bos, and eos.
 
     Args:
-      source: rows of kind text or messages; several sources are concatenated, (source, weight) pairs are mixed by
-        weight in training and concatenated otherwise.
+      source: rows of kind text or messages. Several sources are concatenated. Pairs of source and
+        weight are mixed by weight in training, and concatenated otherwise.
+      cross_document: a row is a single document, and the target of a document's last token is the
+        next document's bos (GPT-3, section 2.2).
     """
 
-    def encode(_: int, row: dict[str, Any]) -> np.ndarray:
+    def encode(_: int, row: Row) -> np.ndarray:
         tokens = examples.document(tokenizer, row)
         if cross_document:
             tokens = np.append(tokens, np.int32(tokenizer.bos_id))
         return examples.shifted(tokens, np.ones(len(tokens), np.float32))
 
+    def to_row(packed: dict[str, Any]) -> TokenBatch:
+        return packing.to_row(
+            packed, pad_id=tokenizer.pad_id, cross_document=cross_document
+        )
+
     def pack(documents: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
         rows = packing.concatenate_and_split(documents, length=length)
-        if train:  # neighbors out of one long document should not make a batch
+        if train:  # so that the parts of a long document are not all in one batch
             rows = grain.experimental.WindowShuffleIterDataset(
                 rows, window_size=16 * size, seed=seed
             )
-        return rows.map(
-            lambda row: packing.to_row(
-                row, pad_id=tokenizer.pad_id, cross_document=cross_document
-            )
-        )
+        return rows.map(to_row)
 
-    sources = _check(source, ("text", "messages", "mixed"), length)
+    sources = _with_weights(source, ("text", "messages", "mixed"), length)
     order = _Order(batch_size, seed, train, shards)
-    identity = _identity("pretrain", sources, length, order) | {
-        "cross_document": cross_document
-    }
-    return _batches(sources, encode, pack, _blank(tokenizer), order, identity)
+    identity = _identity("pretrain", sources, length, order)
+    identity["cross_document"] = cross_document
+    return _batches(sources, encode, pack, _blank_row(tokenizer), order, identity)
 
 
 def sft_batches(
-    source: Weighted,
+    source: Sources,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -219,39 +286,46 @@ def sft_batches(
     train: bool = True,
     shards: Shards = Shards(),
 ) -> Batches | ShardedBatches:
-    """First-fit packed conversations, the arrays of `pretrain_batches`; mask 1 on the assistant's tokens alone.
+    """Returns TokenBatches of packed conversations, with mask 1 on the assistant's tokens.
 
-    A row that has stored ids (`rows.py`) is learnt by them, its last turn alone. `cut` float32 [b]
-    counts the examples of each row that lost tokens.
+    Conversations are packed first-fit. Of a row with stored ids (see `rows.py`) only the response
+    counts.
+
+    Raises:
+      DataError: no conversation has an assistant turn.
     """
-    sources = _check(source, ("messages",), length)
-    if not any(
-        turn["role"] == "assistant" for one, _ in sources for turn in _all_turns(one)
-    ):
+    sources = _with_weights(source, ("messages",), length)
+    if not any(_has_response(each) for each, _ in sources):
         raise DataError("sft: no conversation has an assistant turn to learn")
 
-    def encode(_: int, row: dict[str, Any]) -> list[np.ndarray]:
+    def encode(_: int, row: Row) -> list[np.ndarray]:
         return examples.fine_tuning(tokenizer, row, length)
+
+    def to_row(packed: dict[str, Any]) -> TokenBatch:
+        row = packing.to_row(packed, pad_id=tokenizer.pad_id)
+        return replace(row, cut=packing.examples_cut(packed))
 
     def pack(
         conversations: grain.IterDataset, size: int, seed: int
     ) -> grain.IterDataset:
-        bins = max(4 * size, 64)  # more open rows leave less padding
-        rows = packing.flatten(conversations)
         rows = packing.first_fit(
-            rows, length=length, bins=bins, seed=seed if train else None
+            packing.flatten(conversations),
+            length=length,
+            bins=max(4 * size, 64),  # more open rows leave less padding
+            seed=seed if train else None,
         )
-        arrays = lambda row: packing.to_row(row, pad_id=tokenizer.pad_id)  # noqa: E731
-        return rows.map(lambda row: arrays(row) | packing.examples_cut(row))
+        return rows.map(to_row)
 
     order = _Order(batch_size, seed, train, shards)
-    return _batches(
-        sources,
-        encode,
-        pack,
-        _blank(tokenizer),
-        order,
-        _identity("sft", sources, length, order),
+    identity = _identity("sft", sources, length, order)
+    return _batches(sources, encode, pack, _blank_row(tokenizer), order, identity)
+
+
+def _has_response(source: Source) -> bool:
+    return any(
+        turn["role"] == "assistant"
+        for i in range(len(source))
+        for turn in source[i]["messages"]
     )
 
 
@@ -263,43 +337,35 @@ def prompt_batches(
     length: int,
     seed: int = 0,
     train: bool = True,
-) -> Batches:
-    """Left-padded prompts [b, p], their segments [b, p] (0 on padding) and index [b] into `source`, all int32.
+) -> Batches | ShardedBatches:
+    """Returns PromptBatches.
 
-    Prompts lose their oldest turns until they fit; `cut` float32 [b] is 1 on those that lost
-    tokens. Rows that only fill the last batch repeat its first prompt, so that every row can be
-    answered, and have index -1.
+    Long prompts lose their oldest turns until they fit. The rows that fill the last batch repeat
+    its first prompt, because every row has to get a response.
     """
 
-    def encode(index: int, row: dict[str, Any]) -> Batch:
-        whole = chat.render_prompt(tokenizer, row["messages"])
-        cut = len(whole) > length
-        tokens = (
-            chat.render_prompt(tokenizer, row["messages"], max_tokens=length)
-            if cut
-            else whole
+    def encode(index: int, row: Row) -> PromptBatch:
+        ids = chat.render_prompt(tokenizer, row["messages"])
+        cut = len(ids) > length
+        if cut:
+            ids = chat.render_prompt(tokenizer, row["messages"], max_tokens=length)
+        (tokens,), (attention_mask,) = pad_left(
+            [ids], length=length, pad_id=tokenizer.pad_id
         )
-        (prompts,), (segments,) = pad_left(
-            [tokens], length=length, pad_id=tokenizer.pad_id
+        return PromptBatch(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            index=np.int32(index),
+            cut=np.float32(cut),
         )
-        return {
-            "prompts": prompts,
-            "segments": segments,
-            "index": np.int32(index),
-            "cut": np.float32(cut),
-        }
 
-    sources = _check(source, ("prompt",), length)
+    def filler(row: PromptBatch) -> PromptBatch:
+        return replace(row, index=np.int32(-1))
+
+    sources = _with_weights(source, ("prompt",), length)
     order = _Order(batch_size, seed, train)
-    filler = lambda row: row | {"index": np.int32(-1)}  # noqa: E731
-    return _batches(
-        sources,
-        encode,
-        _unpacked,
-        filler,
-        order,
-        _identity("prompts", sources, length, order),
-    )
+    identity = _identity("prompts", sources, length, order)
+    return _batches(sources, encode, _unpacked, filler, order, identity)
 
 
 def preference_batches(
@@ -313,41 +379,54 @@ def preference_batches(
     train: bool = True,
     shards: Shards = Shards(),
 ) -> Batches | ShardedBatches:
-    """All completions of a prompt in one element: tokens, segments int32 [b, k, t], right-padded;
-    scores, valid, cut float32 [b, k]; lengths, same int32 [b, k] (see `examples.preference`); index
-    int32 [b], -1 in rows that only fill.
+    """Returns PreferenceBatches.
 
-    `k` is the most completions a prompt may have, by default the most in the source; `valid` is 0 where one has fewer.
+    Args:
+      k: the largest number of completions per prompt; None: the largest of the source.
     """
-    sources = _check(source, ("preferences",), length)
+    sources = _with_weights(source, ("preferences",), length)
     if k is None:
         k = max(len(source[i]["completions"]) for i in range(len(source)))
 
-    def encode(index: int, row: dict[str, Any]) -> Batch:
-        arrays = examples.preference(
-            tokenizer, row, k=k, length=length, where=source.locate(index)
+    def encode(index: int, row: Row) -> PreferenceBatch:
+        example = examples.preference(
+            tokenizer, row, k=k, length=length, context=source.locate(index)
         )
-        return arrays | {"index": np.int32(index)}
+        return replace(example, index=np.int32(index))
 
-    def filler(row: Batch) -> Batch:
-        empty = {name: np.zeros_like(value) for name, value in row.items()}
-        return empty | {
-            "tokens": np.full_like(row["tokens"], tokenizer.pad_id),
-            "index": np.int32(-1),
-        }
+    def filler(row: PreferenceBatch) -> PreferenceBatch:
+        zeros = jax.tree.map(np.zeros_like, row)
+        pads = np.full_like(row.tokens, tokenizer.pad_id)
+        return replace(zeros, tokens=pads, index=np.int32(-1))
 
     order = _Order(batch_size, seed, train, shards)
-    identity = _identity("preferences", sources, length, order) | {"k": k}
+    identity = _identity("preferences", sources, length, order)
+    identity["k"] = k
     return _batches(sources, encode, _unpacked, filler, order, identity)
 
 
-# Rows are read on the caller's thread: they come out of memory, and a CPU's cores are for the model.
-_INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+def _unpacked(examples: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
+    """Returns the examples as rows: a row is one example."""
+    return examples
+
+
+def _blank_row(tokenizer: Tokenizer) -> Callable[[TokenBatch], TokenBatch]:
+    """Returns a filler whose rows have no target."""
+
+    def filler(row: TokenBatch) -> TokenBatch:
+        pads = np.full_like(row.tokens, tokenizer.pad_id)
+        zeros = jax.tree.map(np.zeros_like, row)
+        return replace(zeros, tokens=pads, targets=pads)
+
+    return filler
+
+
+# ------------------------------------------------------------------ the order of examples
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What decides which examples are in which batch. A single pass is one stream, whatever `shards` says."""
+    """The settings that decide which examples are in which batch."""
 
     batch_size: int
     seed: int
@@ -356,6 +435,7 @@ class _Order:
 
     @property
     def streams(self) -> Shards:
+        """The streams of a batch; a single pass has one, whatever `shards` says."""
         return self.shards if self.train else Shards()
 
 
@@ -363,22 +443,22 @@ def _batches(
     sources: list[tuple[Source, float]],
     encode: Encode,
     pack: Pack,
-    filler: Callable[[Batch], Batch],
+    filler: Callable[[PyTree], PyTree],
     order: _Order,
     identity: dict[str, Any],
 ) -> Batches | ShardedBatches:
-    """Batches of the one stream, or of each that this process runs, all of which keep what any of them has encoded."""
+    """Returns the batches of the streams that this process runs.
+
+    The streams share the encoded examples.
+    """
     shards = order.streams
-    size = rows_a_stream(order.batch_size, shards.count)
-    encoded = [(Encoded(one, encode), weight) for one, weight in sources]
-    skipped = sum(one.skipped for one, _ in sources)
+    size = rows_per_stream(order.batch_size, shards.count)
+    encoded = [(Encoded(source, encode), weight) for source, weight in sources]
+    skipped = sum(source.skipped for source, _ in sources)
 
     def stream(j: int) -> Batches:
-        rows = pack(
-            _mixed(encoded, order, j).to_iter_dataset(_INLINE),
-            size,
-            order.seed + PER_DATA_STREAM * j,
-        )
+        examples = _ordered(encoded, order, j).to_iter_dataset(_INLINE)
+        rows = pack(examples, size, order.seed + PER_DATA_STREAM * j)
         return Batches(rows, filler, size=size, identity=identity, skipped=skipped)
 
     if shards.count == 1:
@@ -386,109 +466,94 @@ def _batches(
     return ShardedBatches({j: stream(j) for j in shards.own}, shards.count, identity)
 
 
-def _unpacked(examples: grain.IterDataset, size: int, seed: int) -> grain.IterDataset:
-    """An example is a row."""
-    return examples
-
-
-def _mixed(
+def _ordered(
     encoded: list[tuple[Encoded, float]], order: _Order, j: int
 ) -> grain.MapDataset:
-    """Stream j's examples: shuffled, for ever and mixed by weight, or everything once in order.
+    """Returns the examples of stream j.
 
-    Each source is shared out by itself, so that every stream is mixed by the same weights.
+    In training they are shuffled, mixed by weight and never end. Every source is divided among the
+    streams by itself, so that all streams have the same mixture. A single pass has every example
+    once, in order.
     """
+    datasets = [grain.MapDataset.source(examples) for examples, _ in encoded]
     if not order.train:
-        return grain.MapDataset.concatenate(
-            [grain.MapDataset.source(one) for one, _ in encoded]
-        )
-    parts = [
-        grain.MapDataset.source(one)
-        .shuffle(seed=(order.seed + PER_SOURCE * i) % 2**31)
-        .repeat()[j :: order.streams.count]
-        for i, (one, _) in enumerate(encoded)
-    ]
-    return (
-        parts[0]
-        if len(parts) == 1
-        else grain.MapDataset.mix(parts, weights=[weight for _, weight in encoded])
-    )
+        return grain.MapDataset.concatenate(datasets)
+    parts = []
+    for i, dataset in enumerate(datasets):
+        seed = (order.seed + PER_SOURCE * i) % 2**31
+        parts.append(dataset.shuffle(seed=seed).repeat()[j :: order.streams.count])
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, weights=[weight for _, weight in encoded])
 
 
-def _check(
-    source: Weighted, kinds: Sequence[str], length: int
+def _with_weights(
+    source: Sources, kinds: Sequence[str], length: int
 ) -> list[tuple[Source, float]]:
-    """(source, weight) pairs. Raises ConfigError for a kind or a length that the loader cannot use."""
+    """Returns the sources with their weights.
+
+    Raises:
+      ConfigError: the loader cannot use the kind of a source, its weight, or the length.
+    """
+    pairs: list[tuple[Source, float]]
     if isinstance(source, Source):
         pairs = [(source, 1.0)]
-    elif all(isinstance(one, Source) for one in source):
-        pairs = [(Concatenated(source), 1.0)]
+    elif weighted := [each for each in source if isinstance(each, tuple)]:
+        pairs = [(each, float(weight)) for each, weight in weighted]
     else:
-        pairs = [(one, float(weight)) for one, weight in source]
-    for one, weight in pairs:
-        if one.kind not in kinds:
+        pairs = [
+            (Concatenated([each for each in source if isinstance(each, Source)]), 1.0)
+        ]
+    for each, weight in pairs:
+        if each.kind not in kinds:
             raise ConfigError(
-                f"loader: needs rows of kind {' or '.join(kinds)}, got {one.kind}"
+                f"loader: needs rows of kind {' or '.join(kinds)}, got {each.kind}"
             )
         if weight <= 0:
-            raise ConfigError(
-                f"loader: the weight of a source must be positive, got {weight}"
-            )
+            raise ConfigError(f"loader: weight={weight} of a source: must be > 0")
     if length < 4:
-        raise ConfigError(f"loader: length must be at least 4, got {length}")
+        raise ConfigError(f"loader: length={length}: must be >= 4")
     return pairs
+
+
+# ------------------------------------------------------------------ saved positions
 
 
 def _identity(
     kind: str, sources: list[tuple[Source, float]], length: int, order: _Order
 ) -> dict[str, Any]:
-    """What a saved state has to agree with. One stream has no name in it, as before there were several."""
-    sizes = [[len(one), weight] for one, weight in sources]
+    """Returns the settings that a saved position has to agree with."""
     identity = {
         "batch_size": order.batch_size,
         "kind": kind,
-        "source_rows": sizes,
+        "source_rows": [[len(source), weight] for source, weight in sources],
         "length": length,
+        "seed": order.seed,
+        "train": order.train,
     }
-    identity |= {"seed": order.seed, "train": order.train}
-    return identity | (
-        {"data_shards": order.streams.count} if order.streams.count > 1 else {}
-    )
+    if order.streams.count > 1:  # absent for one stream, as in older checkpoints
+        identity["data_shards"] = order.streams.count
+    return identity
 
 
-def _check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a state was saved with other data or settings than these."""
-    saved, ours = ({"data_shards": 1} | one for one in (saved, _as_json(identity)))
-    for name in ours:
-        if saved.get(name) != ours[name]:
+def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a position was saved with other data or settings."""
+    saved = {"data_shards": 1, **saved}
+    identity = {"data_shards": 1, **_as_json(identity)}
+    for name, value in identity.items():
+        if saved.get(name) != value:
             raise CheckpointError(
-                f"data iterator: saved with {name}={saved.get(name)}, now {name}={ours[name]}"
+                f"data iterator: saved with {name}={saved.get(name)}, now {name}={value}"
             )
 
 
 def _as_json(value: Any) -> Any:
-    """The value as it reads back from JSON: lists for tuples, strings for keys."""
+    """Returns a value as JSON reads it back: with lists for tuples, and strings for keys."""
     return json.loads(json_text.encode(value, "data iterator"))
 
 
-def _blank(tokenizer: Tokenizer) -> Callable[[Batch], Batch]:
-    def filler(row: Batch) -> Batch:
-        pads = {
-            name: np.full_like(row[name], tokenizer.pad_id)
-            for name in ("tokens", "targets")
-        }
-        return {name: np.zeros_like(value) for name, value in row.items()} | pads
-
-    return filler
-
-
-def _all_turns(source: Source) -> Iterator[chat.Message]:
-    for i in range(len(source)):
-        yield from source[i]["messages"]
-
-
-def _tuples(value: Any) -> Any:
-    """JSON makes lists of grain's tuples, and grain compares its slices with tuples."""
+def _as_tuples(value: Any) -> Any:
+    """Returns a position with tuples for lists, which grain compares its own with."""
     if isinstance(value, dict):
-        return {key: _tuples(one) for key, one in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: _as_tuples(item) for key, item in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Prompts beside the completions of other prompts, for KTO's estimate of a KL (Ethayarajh et al. 2024)."""
+"""Prompts with the completions of other prompts, for KTO's KL (Ethayarajh et al. 2024)."""
 
 from collections.abc import Hashable, Sequence
 
@@ -12,23 +12,26 @@ from rlhfjax.errors import DataError
 
 
 class Mismatched:
-    """Every row's prompt with the completions of another prompt, which KTO estimates its KL with.
+    """A source with the prompt of every row and the completions of another prompt.
 
-    The donor is the prompt half of the distinct prompts away, in the order in which they first
-    appear: it is never the same prompt, however often a prompt stands in the data, and neighbors
-    are often prefixes of one conversation. The n-th row of a prompt takes the n-th row of the
-    donor, in turn where the donor has fewer. Donors depend on the data and not on the batch, so
-    that an estimate over a batch does not depend on how it is cut, and reference log-probabilities
-    can be precomputed.
+    With n distinct prompts, ordered by first appearance, the completions are those of the prompt
+    n / 2 places further. This is never the same prompt, however often a prompt appears, and unlike a
+    neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the
+    i-th row of the other prompt, in turn if that has fewer rows.
+
+    The choice depends on the data and not on the batch. An estimate over a batch is therefore
+    independent of how the batch is divided, and reference log-probabilities can be precomputed.
 
     Raises:
-      DataError: all rows have one prompt.
+      DataError: all rows have the same prompt.
     """
 
     kind = "preferences"
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.skipped, self._source, self._tokenizer = source.skipped, source, tokenizer
+        self.skipped = source.skipped
+        self._source = source
+        self._tokenizer = tokenizer
         self._donors = _donors([_prompt_key(source[i]) for i in range(len(source))])
 
     def __len__(self) -> int:
@@ -36,37 +39,40 @@ class Mismatched:
 
     def __getitem__(self, index: int) -> Row:
         donor = self._source[self._donors[index]]
-        prompt, _ = examples.native(self._tokenizer, self._source[index])
-        _, completions = examples.native(self._tokenizer, donor)
+        prompt, _ = examples.preference_ids(self._tokenizer, self._source[index])
+        _, completions = examples.preference_ids(self._tokenizer, donor)
         return donor | {
             "prompt_tokens": np.array(prompt, np.int32),
             "completion_tokens": [np.array(ids, np.int32) for ids in completions],
         }
 
     def locate(self, index: int) -> str:
-        return f"{self._source.locate(index)} with another prompt's answers"
+        return f"{self._source.locate(index)} with the completions of another prompt"
 
 
 def _prompt_key(row: Row) -> Hashable:
-    """Equal for equal prompts, as text or as one user turn."""
+    """Returns a key that is equal for equal prompts, as text or as one user turn."""
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     return tuple((turn["role"], turn["content"]) for turn in messages)
 
 
 def _donors(keys: Sequence[Hashable]) -> list[int]:
-    """For each row the row whose completions it takes; see `Mismatched`. Rows with equal keys have
-    one prompt."""
-    rows_of: dict[Hashable, list[int]] = {}
+    """Returns for each row the row whose completions it takes, see `Mismatched`.
+
+    Args:
+      keys: equal for rows with the same prompt.
+    """
+    rows_by_key: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    groups = list(rows_of.values())
+        rows_by_key.setdefault(key, []).append(row)
+    groups = list(rows_by_key.values())
     if len(groups) < 2:
         raise DataError(
-            f"kto: all {len(keys)} rows have one prompt; answers to another are needed"
+            f"kto: all {len(keys)} rows have one prompt; completions of another are needed"
         )
     donors = [0] * len(keys)
     for number, rows in enumerate(groups):
         others = groups[(number + len(groups) // 2) % len(groups)]
-        for n, row in enumerate(rows):
-            donors[row] = others[n % len(others)]
+        for i, row in enumerate(rows):
+            donors[row] = others[i % len(others)]
     return donors

@@ -1,8 +1,8 @@
-"""Examples packed into rows of one length, with grain. All state is checkpointable.
+"""Packs examples into rows of one length, with grain, whose state can be saved.
 
-An example is int32 [t, 3]: input, target, 1 where the target counts. For fine-tuning it is [t, 4];
-`examples_cut` reads the fourth column. A row is what a stage sees: `tokens`, `targets`, `mask`,
-`segments` (1, 2, ... for the row's examples, 0 for padding) and `positions` (from 0 per segment).
+An example is int32 [t, 3]: input, target, and 1 where the target counts. An example of fine-tuning
+is int32 [t, 4], see `examples.fine_tuning`. Concatenated examples are split where a row is full;
+first-fit packing keeps them whole.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import grain
 import numpy as np
 
-Row = dict[str, np.ndarray]
+from rlhfjax.data.batches import TokenBatch
+
 _FEATURE = "example"
 
 
@@ -22,17 +23,16 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
 
 def flatten(examples: grain.IterDataset) -> grain.IterDataset:
-    """Returns single examples, given lists of examples."""
+    """Returns the examples of lists of examples."""
     return grain.experimental.FlatMapIterDataset(examples, _Flatten())
 
 
 def concatenate_and_split(
     examples: grain.IterDataset, *, length: int
 ) -> grain.IterDataset:
-    """Returns full rows. An example that does not fit continues in the next row.
+    """Returns full rows. An example that does not fit continues in the next row, from position 0.
 
-    There it is a segment of its own, from position 0. Targets were taken within each example before
-    it was split, so none is lost or crosses examples.
+    No target is lost or crosses examples, because an example has its targets before it is split.
     """
     examples = examples.map(lambda example: {_FEATURE: example})
     return grain.experimental.ConcatThenSplitIterDataset(
@@ -46,7 +46,7 @@ def first_fit(
     """Returns rows of whole examples, each in the first of `bins` open rows that has room for it.
 
     Args:
-      seed: shuffles the rows, unless None.
+      seed: shuffles the rows; None: they keep their order.
     """
     return grain.experimental.FirstFitPackIterDataset(
         examples,
@@ -57,31 +57,26 @@ def first_fit(
     )
 
 
-def to_row(packed: dict[str, Any], *, pad_id: int, cross_document: bool = False) -> Row:
-    """Returns the arrays of one packed row.
-
-    Args:
-      cross_document: the whole row is one segment, as in GPT-3.
-    """
+def to_row(
+    packed: dict[str, Any], *, pad_id: int, cross_document: bool = False
+) -> TokenBatch:
+    """Returns one packed row; with `cross_document` it is a single document, as in GPT-3."""
     example = packed[_FEATURE]
-    segments = packed[f"{_FEATURE}_segment_ids"].astype(np.int32)
+    segment_ids = packed[f"{_FEATURE}_segment_ids"].astype(np.int32)
     positions = packed[f"{_FEATURE}_positions"].astype(np.int32)
-    real = segments > 0
+    real = segment_ids > 0
     if cross_document:
-        segments = real.astype(np.int32)
+        segment_ids = real.astype(np.int32)
         positions = np.arange(len(real), dtype=np.int32) * real
-    return {
-        "tokens": np.where(real, example[:, 0], pad_id).astype(np.int32),
-        "targets": np.where(real, example[:, 1], pad_id).astype(np.int32),
-        "mask": example[:, 2].astype(np.float32),
-        "segments": segments,
-        "positions": positions,
-    }
+    return TokenBatch(
+        tokens=np.where(real, example[:, 0], pad_id).astype(np.int32),
+        targets=np.where(real, example[:, 1], pad_id).astype(np.int32),
+        mask=example[:, 2].astype(np.float32),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
 
 
-def examples_cut(packed: dict[str, Any]) -> Row:
-    """Returns the number of a packed row's examples that lost tokens, float32 [].
-
-    Those have 1 in the fourth column.
-    """
-    return {"cut": np.array(packed[_FEATURE][:, 3].sum(), np.float32)}
+def examples_cut(packed: dict[str, Any]) -> np.ndarray:
+    """Returns how many examples of a packed row lost tokens, float32 []."""
+    return np.array(packed[_FEATURE][:, 3].sum(), np.float32)

@@ -1,9 +1,10 @@
-"""Ranked completions on disk: a TFDS ArrayRecord dataset, and beside it the same rows as JSON lines.
+"""Reads and writes ranked completions: a TFDS ArrayRecord dataset, and its rows as JSON lines.
 
-    DIR/preferences-train.array_record-...  features.json  dataset_info.json     tfds.builder_from_directory(DIR)
-    DIR/train.jsonl                                                              jsonl:DIR/train.jsonl
+    DIR/preferences-train.array_record-...      tfds.builder_from_directory(DIR)
+    DIR/features.json, DIR/dataset_info.json
+    DIR/train.jsonl                             jsonl:DIR/train.jsonl
 
-Token ids are stored as they were sampled, so that nothing downstream has to encode text anew.
+Token ids are stored as they were sampled, so that no later stage encodes text anew.
 """
 
 import os
@@ -23,11 +24,14 @@ from rlhfjax.errors import DataError
 
 
 class RankedCompletions(tfds.core.GeneratorBasedBuilder):
-    """One row a prompt. Tokens of the k completions lie end to end in `tokens`, `token_counts` says where to cut."""
+    """One row per prompt.
+
+    The tokens of its k completions are concatenated in `tokens`; `token_counts` has their lengths.
+    """
 
     name = "preferences"
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = pathlib.Path(__file__).parent
+    pkg_dir_path = pathlib.Path(__file__).parent  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, rows: Mapping[str, Sequence[Row]], **kwargs: Any):
         self._rows = rows
@@ -59,32 +63,17 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, rows):
         for i, row in enumerate(rows):
-            flat = [token for ids in row["completion_tokens"] for token in ids]
-            stored = {
-                name: row[name]
-                for name in (
-                    "prompt",
-                    "prompt_tokens",
-                    "completions",
-                    "scores",
-                    "ranks",
-                )
-            }
-            yield (
-                i,
-                stored
-                | {
-                    "tokens": np.array(flat, np.int32),
-                    "token_counts": np.array(
-                        [len(ids) for ids in row["completion_tokens"]], np.int32
-                    ),
-                    "labeler": row["labeler"],
-                },
-            )
+            stored = dict(row)
+            ids = stored.pop("completion_tokens")
+            counts = [len(completion) for completion in ids]
+            flat = [token for completion in ids for token in completion]
+            stored["tokens"] = np.array(flat, np.int32)
+            stored["token_counts"] = np.array(counts, np.int32)
+            yield i, stored
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
-    """Ranks from 1, the best; equal scores share a rank and the next rank follows on."""
+    """Returns ranks from 1, the best. Equal scores share a rank, and no rank is left out."""
     order = sorted(set(scores), reverse=True)
     return [order.index(score) + 1 for score in scores]
 
@@ -92,24 +81,23 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 def write_preferences(
     folder: str | os.PathLike, splits: Mapping[str, Iterable[Row]], *, labeler: str
 ) -> None:
-    """Writes ranked completions, atomically: the folder appears complete or not at all, replacing an older one.
+    """Writes ranked completions atomically, in place of an older folder.
 
     Args:
-      splits: split name to rows {prompt: str, prompt_tokens: [n], completions: [k] str, completion_tokens: [k][r],
-        scores: [k], ranks: [k] (from the scores if missing), labeler: str (`labeler` if missing)}.
-      labeler: who ranked, for instance "simulated: VADER sentiment".
+      splits: rows by name of the split. A row is {prompt: str, prompt_tokens: [n], completions:
+        [k] str, completion_tokens: [k][r], scores: [k], ranks: [k], labeler: str}; ranks may be
+        absent and then follow from the scores.
+      labeler: who ranked the rows without a labeler, such as "simulated: VADER sentiment".
 
     Raises:
       DataError: a row is malformed, or a split is empty.
     """
     folder = paths.path(folder)
     paths.make_folder(folder.parent)
-    rows = {
-        split: [_row(one, labeler, split, i) for i, one in enumerate(some)]
-        for split, some in splits.items()
-    }
-    for split, some in rows.items():
-        if not some:
+    rows = {}
+    for split, given in splits.items():
+        rows[split] = [_row(row, labeler, split, i) for i, row in enumerate(given)]
+        if not rows[split]:
             raise DataError(f"preferences: no rows in split {split!r}")
     lock = paths.lock_file(folder.with_name(f".{folder.name}.lock"))
     with locked(lock), paths.replacing(folder, INFO) as new:
@@ -118,17 +106,29 @@ def write_preferences(
         for file in pathlib.Path(builder.data_dir).iterdir():
             os.replace(file, new / file.name)
         shutil.rmtree(new / builder.name)
-        for split, some in rows.items():
-            name = f"{split}.jsonl"
-            lines = [
-                json_text.encode(row, f"{folder / name}:{i}", default=_plain) + "\n"
-                for i, row in enumerate(some, start=1)
-            ]
-            (new / name).write_text("".join(lines), encoding="utf-8")
+        for split in rows:
+            _write_lines(new / f"{split}.jsonl", rows[split], folder / f"{split}.jsonl")
+
+
+def _write_lines(file: paths.Path, rows: Sequence[Row], name: paths.Path) -> None:
+    """Writes rows as JSON lines.
+
+    Args:
+      name: the file's name for error messages.
+    """
+    lines = [
+        json_text.encode(row, f"{name}:{i}", default=_plain) + "\n"
+        for i, row in enumerate(rows, start=1)
+    ]
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
-    """The rows of a split, of kind preferences, in the order written. Raises DataError when there are none."""
+    """Returns the rows of a split, of kind preferences, in the order in which they were written.
+
+    Raises:
+      DataError: the folder holds no dataset, or the split no rows.
+    """
     if not (paths.path(folder) / INFO).is_file():
         raise DataError(
             f"preferences: {folder} holds no dataset; the collect stage writes one"
@@ -137,6 +137,7 @@ def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
 
 
 def _row(row: Row, labeler: str, split: str, index: int) -> Row:
+    """Returns a row as it is stored. Raises DataError if it is malformed."""
     try:
         if "completion_tokens" not in row:
             raise BadRow("no column 'completion_tokens'")
@@ -145,8 +146,8 @@ def _row(row: Row, labeler: str, split: str, index: int) -> Row:
         raise DataError(
             f"preferences: split {split!r} row {index}: {reason}"
         ) from reason
-    with np.errstate(over="ignore"):  # an infinity is refused where it is written
-        # What ArrayRecord keeps, so that the twin is equal.
+    # Scores are rounded to float32, as ArrayRecord stores them, so that both files are equal.
+    with np.errstate(over="ignore"):  # writing the JSON lines rejects an infinity
         scores = [float(np.float32(score)) for score in row["scores"]]
     ranks = [int(rank) for rank in row.get("ranks", ranks_of(scores))]
     return {

@@ -1,6 +1,6 @@
-"""The scale of a reward model: gain and bias folded into its scalar head, and the samples they are taken from."""
+"""Sets the scale of a reward model: gain and bias in its scalar head, estimated on samples."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from rlhfjax.algos.masked import masked_mean, masked_std
 from rlhfjax.algos.normalize import centring_bias, gain_and_bias
 from rlhfjax.data import chat, examples
+from rlhfjax.data.batches import PreferenceBatch, in_batches
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import DataError
@@ -16,7 +17,7 @@ from rlhfjax.types import Metrics, PyTree
 
 
 def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> PyTree:
-    """Parameters of r' = gain r + bias: both go into the scalar head."""
+    """Returns the parameters of r' = gain r + bias, by changing the scalar head."""
     head = {
         "kernel": params["head"]["kernel"] * gain,
         "bias": params["head"]["bias"] * gain + bias,
@@ -25,77 +26,69 @@ def fold(params: PyTree, gain: float | jax.Array, bias: float | jax.Array) -> Py
 
 
 def normalize(
-    params: PyTree, judged: dict[str, np.ndarray], how: str
+    params: PyTree, rewards: np.ndarray, valid: np.ndarray, how: str
 ) -> tuple[PyTree, Metrics]:
-    """Folds gain and bias into the scalar head: r' = gain r + bias has mean 0 (and std 1) on the completions.
+    """Returns the parameters of r' = gain r + bias with mean 0 (and std 1) on samples.
 
     Args:
-      judged: `rewards` of completions under these parameters, and `valid`, 1 on completions that exist.
-      how: none, mean (InstructGPT C.2, on whatever the completions are), or mean_std (Ziegler 2019; N-details).
+      rewards: rewards of the samples under `params`, of any shape.
+      valid: 1 on samples that exist, of the same shape.
+      how: none, mean (InstructGPT C.2, on any samples), or mean_std (Ziegler 2019; "N
+        implementation details").
+    Returns:
+      The parameters, and the mean and std of `rewards` as metrics.
     """
-    rewards, valid = (
-        jnp.asarray(judged[name], jnp.float32).ravel() for name in ("rewards", "valid")
-    )
-    pairs = {
-        "reference_mean": (masked_mean(rewards, valid), 1.0),
-        "reference_std": (masked_std(rewards, valid), 1.0),
+    samples = jnp.asarray(rewards, jnp.float32).ravel()
+    mask = jnp.asarray(valid, jnp.float32).ravel()
+    metrics: Metrics = {
+        "reference_mean": (masked_mean(samples, mask), 1.0),
+        "reference_std": (masked_std(samples, mask), 1.0),
     }
     if how == "none":
-        return params, pairs
+        return params, metrics
     if how == "mean_std":
-        gain, bias = gain_and_bias(rewards, valid, mean=0.0, std=1.0)
+        gain, bias = gain_and_bias(samples, mask, mean=0.0, std=1.0)
     else:
-        gain, bias = 1.0, centring_bias(rewards, valid)
-    return fold(params, gain, bias), pairs
+        gain, bias = 1.0, centring_bias(samples, mask)
+    return fold(params, gain, bias), metrics
 
 
 def demonstrations(
     source: Source, tokenizer: Tokenizer, *, batch_size: int, length: int
-) -> Iterable[dict[str, np.ndarray]]:
-    """The last answer of each conversation as one completion of its prompt: tokens, segments [b, 1, t], valid [b, 1].
+) -> list[PreferenceBatch]:
+    """Returns the last response of each conversation as the only completion of its prompt.
 
-    Prompts and answers are cut as those of rankings (`examples.preference`); the last batch is
-    filled with rows that count for nothing.
+    Prompts and responses are truncated as those of rankings, see `examples.preference`. The last
+    batch is filled with rows that are not valid.
 
     Raises:
-      DataError: no conversation has an answer.
+      DataError: no conversation has a response.
     """
-    rows = [
-        row
-        for i in range(len(source))
-        if (row := _demonstration(source[i]["messages"], tokenizer, length))
-    ]
+    rows = []
+    for i in range(len(source)):
+        row = _demonstration(source[i]["messages"], tokenizer, length)
+        if row is not None:
+            rows.append(row)
     if not rows:
         raise DataError(
             "demonstrations: no conversation has an assistant turn after a user's"
         )
-    return list(_batched(rows, batch_size))
+    filler = dataclasses.replace(rows[0], valid=np.zeros_like(rows[0].valid))
+    return in_batches(rows, batch_size, filler)
 
 
 def _demonstration(
     messages: list[chat.Message], tokenizer: Tokenizer, length: int
-) -> dict[str, np.ndarray] | None:
+) -> PreferenceBatch | None:
+    """Returns the last response to a user turn, as a row; None if there is none."""
     roles = [message["role"] for message in messages]
-    ends = [
-        j for j in range(1, len(roles)) if roles[j - 1 : j + 1] == ["user", "assistant"]
-    ]
-    if not ends:
-        return None
-    prompt = chat.render_prompt(tokenizer, messages[: ends[-1]])
-    answer = chat.response_tokens(tokenizer, messages[ends[-1]]["content"])
-    native = {
-        "prompt_tokens": prompt,
-        "completion_tokens": [np.array(answer, np.int32)],
-        "scores": [0.0],
-    }
-    return examples.preference(tokenizer, native, k=1, length=length)
-
-
-def _batched(
-    rows: list[dict[str, np.ndarray]], size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        blank = some[0] | {"valid": np.zeros_like(some[0]["valid"])}
-        some += [blank] * (size - len(some))
-        yield {name: np.stack([row[name] for row in some]) for name in some[0]}
+    for i in reversed(range(1, len(roles))):
+        if roles[i - 1 : i + 1] == ["user", "assistant"]:
+            response = chat.response_tokens(tokenizer, messages[i]["content"])
+            row = {
+                "prompt_tokens": chat.render_prompt(tokenizer, messages[:i]),
+                "completion_tokens": [np.array(response, np.int32)],
+                "scores": [0.0],
+            }
+            return examples.preference(tokenizer, row, k=1, length=length)
+    return None

@@ -1,4 +1,4 @@
-"""A reward a token: what TAMER learns, H(s_t, a_t) on every token of a response."""
+"""A reward per token: H(s_t, a_t), which TAMER learns, for every token of a response."""
 
 import functools
 
@@ -13,14 +13,20 @@ from rlhfjax.types import PyTree
 
 
 def token_rewards(
-    model: Model, params: PyTree, tokens: Int[Array, "n t"], segments: Int[Array, "n t"]
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "n t"],
+    attention_mask: Int[Array, "n t"],
 ) -> Float[Array, "n t"]:
-    """H at every slot: the scalar head on a token's own hidden state, which has seen the token (the action)."""
-    return model.scalar(params, model.hidden(params, tokens, segments=segments))
+    """Returns H of every token: the scalar head on the hidden state at the token itself.
+
+    This state depends on the token, which is the action.
+    """
+    return model.scalar(params, model.hidden(params, tokens, segments=attention_mask))
 
 
 class DenseReward(ModelReward):
-    """Per-token rewards; as a score of the whole response, their sum: sum_t H(s_t, a_t)."""
+    """A reward per token; a response scores the sum over its tokens, sum_t H(s_t, a_t)."""
 
     def __init__(self, model: Model, params: PyTree, program: str = "score"):
         super().__init__(model, params)
@@ -33,11 +39,16 @@ class DenseReward(ModelReward):
         self._sum = Program(f"{program}_sum", total, ROWS)
 
     def per_token(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        """H [n, r] at the response's tokens."""
+        """Returns H of the response's tokens, [n, r], 0 on padding."""
         r = mask.shape[1]
         rewards = self._dense(self.params, tokens, segments)
         return small(lambda rewards, mask: rewards[:, -r:] * mask, ROWS)(rewards, mask)
 
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
+        """Returns the scores [n] of responses.
+
+        Args:
+          tokens, segments: [n, p + r], prompts and responses.
+          mask: [n, r], 1 on the response's tokens.
+        """
         return self._sum(self.per_token(tokens, segments, mask), mask)

@@ -1,9 +1,13 @@
-"""The losses of the reward stage by name, each as a function of a prompt's K completions.
+"""The losses of the reward stage by name, as functions of the K completions of each prompt.
 
-A loss takes `rewards`, `labels`, `valid` and `same`, all [p, k]: higher labels are better, `valid`
-is 0 where a prompt has fewer than K completions, and completions with equal `same` have the same
-tokens, of which a pair weighs 0 (None: all differ). Those of pairs see every pair of one prompt
-once and are means over pairs; `kwise`, `plackett_luce` and `best_of_k` are means over prompts.
+A loss takes these arrays, all [p, k]:
+  rewards: the model's rewards.
+  labels: higher labels are better.
+  valid: 0 where a prompt has fewer than K completions.
+  same: equal where completions have the same tokens. Their pairs have weight 0. None: all differ.
+
+`kwise`, `plackett_luce` and `best_of_k` are means over prompts. The other losses are means over
+pairs, with every pair of a prompt once.
 """
 
 import dataclasses
@@ -26,12 +30,17 @@ Same = Int[Array, "p k"] | None
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which likelihood of the labels a reward model maximizes.
+    """The likelihood of the labels that a reward model maximizes.
 
-    kwise: InstructGPT, eq. 1.  bradley_terry: the mean over pairs (Stiennon 2020).  smoothed: labels are wrong with
-    probability `smoothing`.  margin: Llama 2, eq. 2.  soft: P(i better) = sigmoid(label_scale (l_i - l_j)), as a judge
-    gives it.  half_ties: WebGPT, a tie is a label of 1/2.  rao_kupper: ties are outcomes of their own.
-    plackett_luce: the whole ranking.  best_of_k: Ziegler 2019, eq. 1, the labeler picks one.
+    kwise: InstructGPT, eq. 1.
+    bradley_terry: the mean over pairs (Stiennon 2020).
+    smoothed: a label is wrong with probability `smoothing`.
+    margin: Llama 2, eq. 2.
+    soft: P(i better than j) = sigmoid(label_scale (l_i - l_j)), as an LLM judge gives it.
+    half_ties: a tie is a label of 1/2 (WebGPT).
+    rao_kupper: a tie is an outcome of its own.
+    plackett_luce: the likelihood of the whole ranking.
+    best_of_k: the likelihood of the labeler's choice of the best (Ziegler 2019, eq. 1).
     """
 
     name: Literal[
@@ -45,19 +54,23 @@ class LossConfig:
         "plackett_luce",
         "best_of_k",
     ] = "kwise"
-    smoothing: ShareBelowHalf = (
-        0.1  # of `smoothed`: cDPO's and Wang et al.'s usual value
-    )
-    margin: NonNegative = 1.0  # of `margin`: reward units a unit of label difference
-    label_scale: Finite = (
-        1.0  # of `soft`: 1 where a label is a log-probability, as judges give
-    )
-    eta: Positive = 0.5  # of `rao_kupper`: rewards closer than about this are called equal; ours, the paper fits it
+    """Name of the loss."""
+    smoothing: ShareBelowHalf = 0.1
+    """Probability that a label is wrong; smoothed only. cDPO and Wang et al. use 0.1."""
+    margin: NonNegative = 1.0
+    """Reward units per unit of label difference; margin only."""
+    label_scale: Finite = 1.0
+    """Nats per unit of label difference; soft only. 1 if labels are log-probabilities."""
+    eta: Positive = 0.5
+    """Reward difference below which responses tend to be called equal; rao_kupper only. The paper
+    fits it; the default is ours."""
 
 
 def make_loss(config: LossConfig) -> RewardLoss:
-    """The loss that a config names, (rewards, labels, valid, same=None) [p, k] -> (scalar,
-    metrics)."""
+    """Returns the loss that a config names.
+
+    It is a function (rewards, labels, valid, same=None) -> (loss, metrics).
+    """
     return {
         "kwise": kwise_loss,
         "bradley_terry": _bradley_terry,
@@ -77,13 +90,16 @@ def ordered_pairs(
     valid: Float[Array, "p k"],
     same: Same = None,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
-    """Reward of the better, of the worse, label difference and weight of every untied pair; n = p k k."""
+    """Returns better reward, worse reward, label difference and weight of all n = p k k pairs.
+
+    The weight is 1 where the first completion is labeled better than the second, else 0.
+    """
     weight = untied_pairs(labels, valid, same)
-    rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
-    better, worse = (
-        jnp.broadcast_to(x, weight.shape)
-        for x in (rewards[:, :, None], rewards[:, None, :])
-    )
+    rewards = jnp.where(valid > 0, rewards, 0)
+    labels = jnp.where(valid > 0, labels, 0)
+    better, worse = rewards[:, :, None], rewards[:, None, :]
+    better = jnp.broadcast_to(better, weight.shape)
+    worse = jnp.broadcast_to(worse, weight.shape)
     gaps = labels[:, :, None] - labels[:, None, :]
     return better.ravel(), worse.ravel(), gaps.ravel(), weight.ravel()
 
@@ -94,16 +110,18 @@ def all_pairs(
     valid: Float[Array, "p k"],
     same: Same = None,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
-    """Rewards a and b, label_a - label_b and weight of every pair i < j, ties included; n = p k (k - 1) / 2."""
+    """Returns rewards i and j, label_i - label_j and weight of all n = p k (k - 1) / 2 pairs i < j.
+
+    Ties are included. The weight is 0 where a completion is not valid or both have the same tokens.
+    """
     i, j = jnp.triu_indices(rewards.shape[1], k=1)
-    rewards, labels = (jnp.where(valid > 0, x, 0) for x in (rewards, labels))
+    rewards = jnp.where(valid > 0, rewards, 0)
+    labels = jnp.where(valid > 0, labels, 0)
     weight = distinct_pairs(valid, same)[:, i, j].astype(rewards.dtype)
-    return (
-        rewards[:, i].ravel(),
-        rewards[:, j].ravel(),
-        (labels[:, i] - labels[:, j]).ravel(),
-        weight.ravel(),
-    )
+    first = rewards[:, i].ravel()
+    second = rewards[:, j].ravel()
+    gaps = (labels[:, i] - labels[:, j]).ravel()
+    return first, second, gaps, weight.ravel()
 
 
 def _bradley_terry(
@@ -148,15 +166,17 @@ def _soft(
     *,
     label_scale: float,
 ) -> Loss:
-    a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
-    return ranking.soft_label_loss(a, b, jax.nn.sigmoid(label_scale * gaps), weight)
+    first, second, gaps, weight = all_pairs(rewards, labels, valid, same)
+    return ranking.soft_label_loss(
+        first, second, jax.nn.sigmoid(label_scale * gaps), weight
+    )
 
 
 def _half_ties(
     rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None
 ) -> Loss:
-    a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
-    return ranking.soft_label_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight)
+    first, second, gaps, weight = all_pairs(rewards, labels, valid, same)
+    return ranking.soft_label_loss(first, second, (jnp.sign(gaps) + 1) / 2, weight)
 
 
 def _rao_kupper(
@@ -167,15 +187,17 @@ def _rao_kupper(
     *,
     eta: float,
 ) -> Loss:
-    a, b, gaps, weight = all_pairs(rewards, labels, valid, same)
-    return ranking.rao_kupper_loss(a, b, (jnp.sign(gaps) + 1) / 2, weight, eta=eta)
+    first, second, gaps, weight = all_pairs(rewards, labels, valid, same)
+    return ranking.rao_kupper_loss(
+        first, second, (jnp.sign(gaps) + 1) / 2, weight, eta=eta
+    )
 
 
 def _best_of_k(
     rewards: jax.Array, labels: jax.Array, valid: jax.Array, same: Same = None
 ) -> Loss:
-    """A prompt whose best is tied names no best, and has weight 0. What has the best's tokens does
-    not compete."""
+    """Gives weight 0 to prompts whose best is tied. Completions with the tokens of the best do not
+    compete with it."""
     labels = jnp.where(valid > 0, labels, -jnp.inf)
     top = jnp.max(labels, axis=1, keepdims=True)
     single = jnp.sum((labels == top) & (valid > 0), axis=1, keepdims=True) == 1

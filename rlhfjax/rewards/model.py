@@ -1,4 +1,4 @@
-"""A trained reward model as a scorer of token sequences."""
+"""Scores token sequences with a trained reward model."""
 
 import functools
 
@@ -14,14 +14,17 @@ def sequence_rewards(
     model: Model,
     params: PyTree,
     tokens: Int[Array, "n t"],
-    segments: Int[Array, "n t"],
+    attention_mask: Int[Array, "n t"],
     key: jax.Array | None = None,
 ) -> Float[Array, " n"]:
-    """r(x, y): the scalar head on the last real token of prompt and response.
+    """Returns r(x, y): the scalar head on the last real token of prompt and response.
+
+    Args:
+      key: turns dropout on.
 
     Source: Ziegler et al. 2019, section 2.1; Ouyang et al. 2022, section 3.5.
     """
-    return model.scalar(params, model.last_hidden(params, tokens, segments, key))
+    return model.scalar(params, model.last_hidden(params, tokens, attention_mask, key))
 
 
 class ModelReward:
@@ -34,5 +37,10 @@ class ModelReward:
         )
 
     def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
-        """tokens, segments [n, p + r], response mask [n, r] -> scores [n]."""
+        """Returns the scores [n] of responses.
+
+        Args:
+          tokens, segments: [n, p + r], prompts and responses.
+          mask: [n, r], 1 on the response's tokens.
+        """
         return self._score(self.params, tokens, segments)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.data import loader
+from rlhfjax.data.batches import repeat
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -87,18 +88,10 @@ def answers(
     for i, batch in enumerate(
         loader.prompt_batches(source, tokenizer, train=False, **options)
     ):
-        width = bucket(batch["segments"], sampling.buckets)
-        placed = layout.put(
-            {
-                k: np.repeat(batch[k][:, -width:], sampling.samples_per_prompt, axis=0)
-                for k in ("prompts", "segments")
-            }
-        )
-        rows: tuple[Any, ...] = (
-            placed["prompts"],
-            placed["segments"],
-            jax.random.fold_in(key, i),
-        )
+        width = bucket(batch.attention_mask, sampling.buckets)
+        prompts = (batch.tokens[:, -width:], batch.attention_mask[:, -width:])
+        prompts = layout.put(repeat(prompts, sampling.samples_per_prompt))
+        rows: tuple[Any, ...] = (*prompts, jax.random.fold_in(key, i))
         rollout = sample(
             policy.model,
             policy.params,
@@ -109,4 +102,4 @@ def answers(
         rollout = widened(rollout, sampling.prompt_length - width, tokenizer.pad_id)
         if stop is not None:
             rollout = cut(rollout, stop, sampling.truncate.after, tokenizer.pad_id)
-        yield rollout, batch["index"], batch["cut"]
+        yield rollout, batch.index, batch.cut

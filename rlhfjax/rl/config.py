@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from rlhfjax.config import TrainConfig
-from rlhfjax.data.loader import rows_a_stream
+from rlhfjax.data.loader import rows_per_stream
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.models.config import TransformerConfig
@@ -262,7 +262,7 @@ def validate_policy(
             f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one"
         )
     if config.ptx.coefficient:
-        rows_a_stream(
+        rows_per_stream(
             config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx"
         )
 

@@ -9,6 +9,7 @@ import optax
 
 from rlhfjax import state as states
 from rlhfjax.algos import ema, kl
+from rlhfjax.data.batches import TokenBatch
 from rlhfjax.mesh import constrain
 from rlhfjax.metrics import merge
 from rlhfjax.models.transformer import Model
@@ -25,7 +26,7 @@ def minibatch_epochs(
     loss: Loss,
     state: states.TrainState,
     experience: PyTree,
-    text: dict[str, jax.Array],
+    text: TokenBatch | None,
     key: jax.Array,
     prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
     frozen: PyTree | None = None,
@@ -136,13 +137,13 @@ def _add_ptx(
     frozen: PyTree | None,
     grads: PyTree,
     pairs: Metrics,
-    text: dict[str, jax.Array],
+    text: TokenBatch,
 ) -> tuple[PyTree, Metrics]:
     """Adds coefficient x the gradient of the pretraining loss; the two are accumulated, not averaged."""
     c, options = config.ptx, {"microbatches": config.microbatches, "frozen": frozen}
     more, parts = states.gradients(_text_loss(model), params, text, None, **options)
     scale = c.coefficient * (
-        parts["loss"][1] / text["mask"].shape[0] if c.unit == "sequence" else 1.0
+        parts["loss"][1] / text.mask.shape[0] if c.unit == "sequence" else 1.0
     )
     policy_grads = jax.tree.map(lambda g, m: g + scale * m, grads["policy"], more)
     return {**grads, "policy": policy_grads}, {**pairs, "ptx_loss": parts["loss"]}
@@ -151,15 +152,11 @@ def _add_ptx(
 def _text_loss(model: Model) -> Loss:
     """Returns a function (params, batch, key) -> mean negative log-likelihood, nats per token."""
 
-    def loss(
-        params: PyTree, batch: dict[str, jax.Array], key: None
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(params: PyTree, batch: TokenBatch, key: None) -> tuple[jax.Array, Metrics]:
         hidden = model.hidden(
-            params, batch["tokens"], batch["positions"], batch["segments"], key
+            params, batch.tokens, batch.positions, batch.segment_ids, key
         )
-        nll, weight = model.cross_entropy(
-            params, hidden, batch["targets"], batch["mask"]
-        )
+        nll, weight = model.cross_entropy(params, hidden, batch.targets, batch.mask)
         return nll / jnp.maximum(weight, 1.0), {"loss": (nll, weight)}
 
     return loss

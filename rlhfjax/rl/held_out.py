@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
+from rlhfjax.data.batches import PromptBatch
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.rl.config import PolicyConfig
@@ -44,12 +45,10 @@ def held_out(
 
     kl_to_reference = task.on_frozen(functools.partial(sequence_kl, task.reference))
 
-    def measure(
-        params: PyTree, batch: dict[str, np.ndarray], number: int
-    ) -> dict[str, Any]:
+    def measure(params: PyTree, batch: PromptBatch, number: int) -> dict[str, Any]:
         on_devices = layout.put(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), HELD_OUT + number)
-        rows = (on_devices["prompts"], on_devices["segments"], key)
+        rows = (on_devices.tokens, on_devices.attention_mask, key)
         rollout = sampled(config, policy.model, task.tokens, params, *rows)
         scored = truncated(config, task.tokens, rollout)
         seen = (scored.tokens, scored.segments, scored.mask)
@@ -60,7 +59,7 @@ def held_out(
             "val_eos_rate": shaping.has_token(
                 rollout.responses, rollout.mask, task.tokenizer.eos_id
             ),
-            "val_prompts_cut": batch["cut"],
+            "val_prompts_cut": batch.cut,
         }
         return (
             measured if task.gold is None else measured | {"val_gold": task.gold(*seen)}
@@ -69,7 +68,7 @@ def held_out(
     def evals(state: TrainState) -> Metrics:
         params, total = policy.merged(state.params["policy"]), {}
         for i, batch in enumerate(prompts.restart()):
-            real = (batch["index"] >= 0).astype(np.float32)
+            real = (batch.index >= 0).astype(np.float32)
             for name, values in measure(params, batch, i).items():
                 host = np.asarray(hosts.whole(values), np.float32)
                 total = merge(

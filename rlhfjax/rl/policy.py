@@ -10,13 +10,7 @@ import optax
 from rlhfjax.interop import store
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.held_out import held_out
-from rlhfjax.rl.prompts import (
-    Repeated,
-    prompt_batches,
-    prompt_shapes,
-    text_shapes,
-    with_ptx,
-)
+from rlhfjax.rl.prompts import batch_shapes, policy_batches, prompt_batches
 from rlhfjax.rl.rollout import AHEAD, Rollout
 from rlhfjax.rl.task import Task
 from rlhfjax.roles import Loaded
@@ -48,10 +42,10 @@ def policy_stage(
     model, episodes = task.policy.model, config.episodes
 
     def open_data() -> Data:
-        batches: Any = prompt_batches(config.prompts, task.tokenizer, config)
-        if config.samples_per_prompt > 1:
-            batches = Repeated(batches, config.samples_per_prompt)
-        batches = with_ptx(config.ptx, batches, task.tokenizer, config, task.layout)
+        prompts = prompt_batches(config.prompts, task.tokenizer, config)
+        batches = policy_batches(
+            config.ptx, prompts, task.tokenizer, config, task.layout
+        )
         return Data(batches, held_out(config, task, task.layout), finish)
 
     def finish(state: TrainState) -> Finished:
@@ -64,10 +58,7 @@ def policy_stage(
         if config.one_step_off
         else {}
     )
-    shapes = {
-        **prompt_shapes(episodes, config.prompt_length),
-        **text_shapes(config.ptx, episodes),
-    }
+    shapes = batch_shapes(config.ptx, episodes, config.prompt_length)
 
     def init_params(key: jax.Array) -> dict[str, PyTree]:
         others = init_others(key)

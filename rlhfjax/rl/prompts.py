@@ -1,13 +1,12 @@
 """Prompts for the stages that sample responses, and the text beside them that PPO-ptx trains on."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from rlhfjax.data import loader
+from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat, shapes
 from rlhfjax.data.config import Limited, SourceConfig, open_sources, own_shards
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
@@ -16,9 +15,8 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
 from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
-from rlhfjax.stage import Batches, Shapes, row_shapes
+from rlhfjax.stage import Batches
 from rlhfjax.streams import PRETRAINING_MIX
-from rlhfjax.supervised import language_shapes
 from rlhfjax.types import Metrics
 
 
@@ -43,7 +41,7 @@ def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
 
 def prompt_batches(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
-) -> loader.Batches:
+) -> loader.BatchStream:
     """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
     options = {
@@ -54,28 +52,9 @@ def prompt_batches(
     return loader.prompt_batches(source, tokenizer, train=True, **options)
 
 
-class Repeated:
-    """Every row of a stream of batches `times` times, one after the other: a group of answers to each prompt."""
-
-    def __init__(self, batches: Batches, times: int):
-        self._batches, self._times = batches, times
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return {
-            name: np.repeat(rows, self._times, axis=0)
-            for name, rows in next(self._batches).items()
-        }
-
-    def get_state(self) -> Any:
-        return self._batches.get_state()
-
-    def set_state(self, state: Any) -> None:
-        self._batches.set_state(state)
-
-
 def held_out_prompts(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
-) -> loader.Batches:
+) -> loader.BatchStream:
     """One pass over held-out prompts, in order."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
     size = stage.episodes
@@ -86,25 +65,10 @@ def held_out_prompts(
     )
 
 
-def prompt_shapes(size: int, length: int) -> Shapes:
-    """Returns the shapes of a batch of prompts."""
-    row = (length,)
-    return row_shapes(
-        size,
-        prompts=(row, np.int32),
-        segments=(row, np.int32),
-        index=((), np.int32),
-        cut=((), np.float32),
-    )
-
-
-def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
+def prompt_metrics(prompts: PromptBatch) -> Metrics:
     """Returns the share of an iteration's prompts that lost tokens."""
-    return {
-        "prompts_cut": small(lambda cut: (cut.sum(), jnp.float32(cut.size)))(
-            batch["cut"]
-        )
-    }
+    share_cut = small(lambda cut: (cut.sum(), jnp.float32(cut.size)))
+    return {"prompts_cut": share_cut(prompts.cut)}
 
 
 # ------------------------------------------------------------------ PPO-ptx: text beside the prompts
@@ -127,49 +91,21 @@ class PtxConfig:
     sources: tuple[SourceConfig, ...] = ()
 
 
-class Together:
-    """Several streams of batches as one, `{name}/` before the arrays of each but the first."""
-
-    def __init__(self, first: Batches, **others: Batches):
-        self._streams = {
-            "": first,
-            **{f"{name}/": stream for name, stream in others.items()},
-        }
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return {
-            prefix + k: v
-            for prefix, stream in self._streams.items()
-            for k, v in next(stream).items()
-        }
-
-    def __iter__(self) -> "Together":
-        return self
-
-    def restart(self) -> "Together":
-        """Back to the first batch of each; see `loader.Batches.restart`."""
-        for stream in self._streams.values():
-            stream.restart()
-        return self
-
-    def get_state(self) -> dict[str, Any]:
-        return {prefix: stream.get_state() for prefix, stream in self._streams.items()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        for prefix, stream in self._streams.items():
-            stream.set_state(state[prefix])
-
-
-def with_ptx(
+def policy_batches(
     config: PtxConfig,
     prompts: Batches,
     tokenizer: Tokenizer,
     stage: Any,
     layout: Layout,
-) -> Batches:
-    """Prompts, and where the mix is on the text of an iteration beside them."""
+) -> loader.Joined:
+    """Returns PolicyBatches: the prompts, `samples_per_prompt` times each, and PPO-ptx's text."""
+
+    def make(prompts: PromptBatch, text: TokenBatch | None = None) -> PolicyBatch:
+        return PolicyBatch(prompts=repeat(prompts, stage.samples_per_prompt), text=text)
+
+    # The names of the streams stand in checkpoints.
     if not config.coefficient:
-        return prompts
+        return loader.Joined(make, {"": prompts})
     if not config.length:
         raise ConfigError(
             f"{stage.stage}.ptx.length: the mix needs the length of its sequences"
@@ -183,20 +119,14 @@ def with_ptx(
         "seed": stage.seed + PRETRAINING_MIX,
         "shards": own,
     }
-    return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))
+    text = loader.pretrain_batches(source, tokenizer, **options)
+    return loader.Joined(make, {"": prompts, "ptx/": text})
 
 
-def text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the text of an iteration: what stands in a batch beside its prompts."""
-    return {
-        name.removeprefix("ptx/"): x
-        for name, x in batch.items()
-        if name.startswith("ptx/")
-    }
-
-
-def text_shapes(config: PtxConfig, episodes: int) -> Shapes:
-    """Returns the shapes of an iteration's text; nothing where the mix is off."""
-    if not config.coefficient:
-        return {}
-    return language_shapes(episodes * config.ratio, config.length, "ptx/")
+def batch_shapes(config: PtxConfig, episodes: int, prompt_length: int) -> PolicyBatch:
+    """Returns the shapes of an iteration's batch."""
+    text = None
+    if config.coefficient:
+        text = shapes(TokenBatch, b=episodes * config.ratio, t=config.length)
+    prompts = shapes(PromptBatch, b=episodes, t=prompt_length)
+    return PolicyBatch(prompts=prompts, text=text)

@@ -1,7 +1,7 @@
 """Responses sampled from a policy, as every policy stage, collection and evaluation needs them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from rlhfjax import state as states
 from rlhfjax.algos.shaping import truncate_mask
+from rlhfjax.data.batches import PromptBatch
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
@@ -340,16 +341,17 @@ def draw(
     sample: Callable[..., Rollout],
     state: TrainState,
     policy: PyTree,
-    batch: Mapping[str, Any],
+    prompts: PromptBatch,
     key: Any,
 ) -> Drawn:
     """Samples responses to a batch of prompts with the policy's parameters."""
-    prompts, segments = batch["prompts"], batch["segments"]
-    new = sample(policy, prompts, segments, key)
+    new = sample(policy, prompts.tokens, prompts.attention_mask, key)
     if not config.one_step_off:
         return Drawn(new, None, 0)
     if host_value(state.step, planned=1) == 0:
-        first = sample(policy, prompts, segments, stream(key, FIRST_ROLLOUT))
+        first = sample(
+            policy, prompts.tokens, prompts.attention_mask, stream(key, FIRST_ROLLOUT)
+        )
         return Drawn(first, new, 0)
     return Drawn(Rollout(**state.extra[AHEAD]), new, 1)
 

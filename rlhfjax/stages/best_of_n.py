@@ -24,6 +24,7 @@ from rlhfjax.algos.best_of_n import (
     best_of_n_reward,
 )
 from rlhfjax.data import loader
+from rlhfjax.data.batches import PromptBatch, take
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
@@ -194,7 +195,7 @@ def _pools(
                 config,
                 policy,
                 tokenizer,
-                {k: encoded[k][rows] for k in ("prompts", "segments")},
+                take(encoded, rows),
                 i,
                 layout,
             )
@@ -225,7 +226,7 @@ def _pools(
         name: np.array(x, kinds.get(name, np.float64)).reshape(shape)
         for name, x in parts.items()
     }
-    pool["cut"] = encoded["cut"]
+    pool["cut"] = encoded.cut
     return (
         prompts,
         [answers[i * config.pool : (i + 1) * config.pool] for i in range(len(source))],
@@ -237,7 +238,7 @@ def _sample(
     config: Config,
     policy: store.SavedModel,
     tokenizer: Any,
-    prompts: Pool,
+    prompts: PromptBatch,
     number: int,
     layout: Layout,
 ) -> Rollout:
@@ -246,8 +247,8 @@ def _sample(
     return sample(
         policy.model,
         policy.params,
-        placed["prompts"],
-        placed["segments"],
+        placed.tokens,
+        placed.attention_mask,
         key,
         max_new_tokens=config.max_new_tokens,
         eos_id=tokenizer.eos_id,

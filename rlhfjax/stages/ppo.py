@@ -15,6 +15,7 @@ import optax
 
 from rlhfjax.algos import advantages, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
+from rlhfjax.data.batches import PolicyBatch, TokenBatch
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
@@ -33,7 +34,7 @@ from rlhfjax.rl.config import (
 )
 from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
 from rlhfjax.rl.policy import policy_stage
-from rlhfjax.rl.prompts import prompt_metrics, text_of
+from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
     Forward,
@@ -144,21 +145,27 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     sample = make_sampler(config, layout, policy_model, task.tokens)
     forward = task.forward(made)
 
-    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: PolicyBatch, key: Any
+    ) -> tuple[TrainState, Metrics]:
         params = merge_params(frozen, state.params)
-        drawn = draw(config, sample, state, params["policy"], batch, key)
+        drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
         rollout, state = drawn.rollout, without_next(state)
         scored = truncated(config, task.tokens, rollout)  # what the reward model sees
         known = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = made.make_experience(state, known, rollout, scores)
-        text, update_key = text_of(batch), stream(key, UPDATE)
+        text, update_key = batch.text, stream(key, UPDATE)
         state, update_metrics = made.update(
             state, experience, text, metrics, update_key, frozen
         )
         state, staleness = with_next(state, drawn)
         return state, merge(
-            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(batch)
+            reward_metrics,
+            metrics,
+            update_metrics,
+            staleness,
+            prompt_metrics(batch.prompts),
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
@@ -327,7 +334,7 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
     def update(
         state: TrainState,
         experience: Experience,
-        text: dict[str, jax.Array],
+        text: TokenBatch | None,
         metrics: Metrics,
         key: jax.Array,
         frozen: PyTree | None = None,

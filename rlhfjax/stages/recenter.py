@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data import loader
+from rlhfjax.data.batches import concatenate
 from rlhfjax.data.config import SourceConfig, open_preferences, open_sources
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
@@ -27,7 +28,7 @@ from rlhfjax.rewards.responses import validate_reward_model
 from rlhfjax.rl.answers import Sampling, answers
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.roles import Role, Workload, job_workload
-from rlhfjax.stages.reward import make_judge
+from rlhfjax.stages.reward import make_scorer
 from rlhfjax.supervised import validate_length
 
 LEAVES_MODEL = True
@@ -87,49 +88,43 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     validate(config, layout, saved.model.config)
     validate_reward_model(saved, saved.tokenizer, config.init_from)
     with layout.use():
-        samples = _samples(config, saved, layout)
+        rewards, valid, cut = _samples(config, saved, layout)
         context = f"recenter.init_from={config.init_from}"
-        stats.validate_scores(samples["rewards"], context, samples["valid"])
-        params, pairs = center.normalize(saved.params, samples, "mean")
-        pairs = {
-            **pairs,
-            "rows_cut": (
-                np.sum(samples["cut"] * samples["valid"]),
-                np.sum(samples["valid"]),
-            ),
-        }
+        stats.validate_scores(rewards, context, valid)
+        params, metrics = center.normalize(saved.params, rewards, valid, "mean")
+        metrics["rows_cut"] = (np.sum(cut * valid), np.sum(valid))
     store.save(workdir / store.FOLDER, dataclasses.replace(saved, params=params))
-    metrics = finalize(hosts.whole(pairs), "recenter/")
+    values = finalize(hosts.whole(metrics), "recenter/")
     with Writer(workdir) as writer:
-        writer.write(0, metrics)
-    return metrics
+        writer.write(0, values)
+    return values
 
 
-def _samples(
-    config: Config, saved: store.SavedModel, layout: Layout
-) -> dict[str, np.ndarray]:
-    """Rewards of the samples, which of them exist, and which lost tokens."""
+Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # rewards, valid, cut
+
+
+def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
+    """Returns the rewards of the samples, which of them exist, and which lost tokens."""
     tokenizer = saved.tokenizer
     if config.policy:
         return _sampled(config, saved, layout)
-    options = {"batch_size": config.batch_size, "length": config.length}
+    size, length = config.batch_size, config.length
     if config.preferences:
+        source = open_preferences(config.preferences, "train")
         batches = loader.preference_batches(
-            open_preferences(config.preferences, "train"),
-            tokenizer,
-            train=False,
-            **options,
+            source, tokenizer, batch_size=size, length=length, train=False
         )
     else:
         source = open_sources(config.demonstrations, "recenter.demonstrations")
-        batches = center.demonstrations(source, tokenizer, **options)
-    return make_judge(saved.model, layout)(saved.params, batches)
+        batches = center.demonstrations(
+            source, tokenizer, batch_size=size, length=length
+        )
+    rewards, labels = make_scorer(saved.model, layout)(saved.params, batches)
+    return rewards, labels.valid, labels.cut
 
 
-def _sampled(
-    config: Config, saved: store.SavedModel, layout: Layout
-) -> dict[str, np.ndarray]:
-    policy = store.load(config.policy, layout)
+def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
+    policy = store.load(config.policy or "", layout)
     tokenizer = policy.tokenizer
     if policy.tokenizer != saved.tokenizer:
         raise ConfigError("recenter: policy and reward model have different tokenizers")
@@ -149,9 +144,4 @@ def _sampled(
         )
         for one, index, cut in answers(source, policy, tokenizer, sampling, key, layout)
     ]
-    return {
-        name: np.concatenate(values)
-        for name, values in zip(
-            ("rewards", "valid", "cut"), zip(*parts, strict=True), strict=True
-        )
-    }
+    return concatenate(parts)

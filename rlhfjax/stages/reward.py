@@ -1,22 +1,27 @@
-"""Reward learning from ranked answers: InstructGPT eq. 1, K forward passes for all K-choose-2 pairs of a prompt.
+"""Reward learning from ranked responses: InstructGPT eq. 1.
 
-loss = -1/C(K, 2) sum_{w better than l} log sigmoid(r(x, y_w) - r(x, y_l)); one prompt's K answers are one element.
-Other likelihoods by name: see `rewards/losses.py`. The trained model is shifted, and by option scaled, so that answers
-of the policy it will judge have mean 0 (std 1), or so that demonstrations score 0.
+loss = -1/C(K, 2) sum_{w better than l} log sigmoid(r(x, y_w) - r(x, y_l))
+
+The K responses to a prompt are one element of a batch: K forward passes give all K-choose-2 pairs.
+See `rewards/losses.py` for other likelihoods. The trained model is shifted, and by option scaled,
+so that responses of the policy that it will score have mean 0 (and std 1), or that demonstrations
+score 0.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.data import loader
+from rlhfjax.data.batches import PreferenceBatch, concatenate, shapes
 from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, own_shards
+from rlhfjax.data.loader import BatchStream, preference_batches
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
@@ -26,13 +31,14 @@ from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards import center
 from rlhfjax.rewards.losses import LossConfig, RewardLoss, make_loss
 from rlhfjax.rewards.model import sequence_rewards
-from rlhfjax.roles import DISK, Loaded, Models, Role, Sources, Workload
-from rlhfjax.stage import Data, Finished, Shapes, Stage, row_shapes
+from rlhfjax.roles import DISK, Models, Role, Sources, Workload
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
+    LossFunction,
     StreamConfig,
-    left_behind,
+    finished_model,
     load_trained,
     supervised_stage,
     supervised_workload,
@@ -41,30 +47,29 @@ from rlhfjax.supervised import (
     truncation_metrics,
     validate_streams,
 )
-from rlhfjax.types import Metrics
-
-Batch = dict[str, Any]
-LABELS = (
-    "scores",
-    "valid",
-    "same",
-)  # what of a batch says how its completions compare, as the losses take them
+from rlhfjax.types import Loss, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(StreamConfig):
+    """The options of reward learning."""
+
     stage: str = "reward"
-    preferences: tuple[str, ...] = ()  # folders that `collect` wrote, or jsonl: globs
-    length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it
-    batch_size: Size  # prompts; InstructGPT: 64 (C.2)
+    """Name of the stage."""
+    preferences: tuple[str, ...] = ()
+    """Folders that `collect` wrote, or `jsonl:` globs."""
+    length: Tokens
+    """Tokens of prompt and response; the prompt keeps at most half of them where both are long."""
+    batch_size: Size
+    """Prompts per update; InstructGPT: 64 (appendix C.2)."""
     loss: LossConfig = LossConfig()
-    normalize_before: Literal["none", "mean", "mean_std"] = (
-        "none"  # N-details: mean_std before training as well
-    )
+    """Likelihood of the labels."""
+    normalize_before: Literal["none", "mean", "mean_std"] = "none"
+    """Normalization before training, on held-out responses; N implementation details: mean_std."""
     normalize: Literal["none", "mean", "mean_std", "demonstrations"] = "mean"
-    demonstrations: tuple[
-        SourceConfig, ...
-    ] = ()  # whose answers score 0, for normalize="demonstrations"
+    """Normalization after training, on held-out responses or on demonstrations."""
+    demonstrations: tuple[SourceConfig, ...] = ()
+    """Conversations whose last responses score 0 on average, for normalize="demonstrations"."""
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -82,177 +87,181 @@ def validate(
     validate_streams(config, layout, model_config)
     if (config.normalize == "demonstrations") != bool(config.demonstrations):
         raise ConfigError(
-            'reward.demonstrations: sources go together with reward.normalize="demonstrations"'
+            "reward.demonstrations: sources go together with "
+            'reward.normalize="demonstrations"'
         )
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    models = Models(config.stage, roles(config), layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate(config, layout, model.config)
-    of_completions = make_loss(config.loss)
-    loss = reward_loss(model, of_completions)
-    step, tx = train_step(config, loaded, loss)
-    rewards_of = make_judge(model, layout)
+    loss = make_loss(config.loss)
+    step, tx = train_step(config, loaded, reward_loss(model, loss))
+    score_with = make_scorer(model, layout)
+    batches = functools.partial(
+        preference_batches,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+    )
 
-    def judge(
-        trained: Any, batches: Iterable[dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        return rewards_of(loaded.merged(trained), batches)
+    def score(trained: PyTree, batches: Iterable[PreferenceBatch]) -> Scored:
+        return score_with(loaded.merged(trained), batches)
 
     @functools.cache
-    def held_out() -> Any:
+    def open_held_out() -> BatchStream:
         source = open_preferences(config.preferences, "validation")
-        options = {"batch_size": config.batch_size, "length": config.length}
-        return loader.preference_batches(source, tokenizer, train=False, **options)
+        return batches(source, train=False)
+
+    def score_held_out(trained: PyTree) -> Scored:
+        return score(trained, open_held_out().restart())
 
     def start(state: TrainState) -> TrainState:
-        state = state.replace(params=loaded.start(state.params))
-        if config.normalize_before == "none":
-            return state
-        judged = judge(state.params, held_out().restart())
-        return state.replace(
-            params=center.normalize(state.params, judged, config.normalize_before)[0]
-        )
+        params = loaded.start(state.params)
+        if config.normalize_before != "none":
+            scored = score_held_out(params)
+            params, _ = center.normalize(
+                params, scored.rewards, scored.batch.valid, config.normalize_before
+            )
+        return state.replace(params=params)
 
     def open_data() -> Data:
-        options = {"batch_size": config.batch_size, "length": config.length}
         source = open_preferences(config.preferences, "train")
-        own = own_shards(config.data_shards, config.batch_size, layout)
-        batches = loader.preference_batches(
-            source, tokenizer, seed=config.seed, shards=own, **options
-        )
-        passes = held_out()
+        shards = own_shards(config.data_shards, config.batch_size, layout)
+        train = batches(source, seed=config.seed, shards=shards)
+        open_held_out()
 
         def evals(state: TrainState) -> Metrics:
-            return held_out_metrics(
-                judge(state.params, passes.restart()), of_completions
-            )
+            return held_out_metrics(score_held_out(state.params), loss)
 
         def finish(state: TrainState) -> Finished:
-            judged = judge(state.params, passes.restart())
-            params, metrics = _normalized(config, loaded, state.params, judged, judge)
-            margins = stats.margins(
-                judged["rewards"], *(judged[name] for name in LABELS)
+            scored = score_held_out(state.params)
+            params, metrics = _normalize(config, tokenizer, state.params, scored, score)
+            calibration = stats.calibration(_margins(scored)).as_dict()
+            return finished_model(loaded, params)._replace(
+                metrics=metrics, files={"calibration.json": calibration}
             )
-            files = {"calibration.json": stats.calibration(margins).as_dict()}
-            return left_behind(loaded, params)._replace(metrics=metrics, files=files)
 
-        return Data(batches, evals, finish)
+        return Data(train, evals, finish)
+
+    def batch_shapes(completions: int) -> PreferenceBatch:
+        size, length = config.batch_size, config.length
+        return shapes(PreferenceBatch, b=size, k=completions, t=length)
 
     return supervised_stage(
         loaded,
         tx,
         start=start,
         step=step,
-        batch=lambda completions: preference_shapes(
-            config.batch_size, completions, config.length
-        ),
+        batch=batch_shapes,
         open=open_data,
         units=config.batch_size,
         unit="prompts",
     )
 
 
-def preference_shapes(size: int, completions: int, length: int) -> Shapes:
-    """Returns the shapes of a batch of `loader.preference_batches`."""
-    each, row = (completions,), (completions, length)
-    return row_shapes(
-        size,
-        tokens=(row, np.int32),
-        segments=(row, np.int32),
-        scores=(each, np.float32),
-        valid=(each, np.float32),
-        cut=(each, np.float32),
-        lengths=(each, np.int32),
-        same=(each, np.int32),
-        index=((), np.int32),
-    )
+def reward_loss(model: Model, loss: RewardLoss) -> LossFunction:
+    """Returns a loss of rewards as a function (params, batch, key) -> (loss, metrics).
 
+    All these losses depend on differences of rewards, so that the gradient of the head's bias is 0.
+    It is stopped, because Adam would scale its rounding errors up to whole steps. Only
+    normalization sets the bias.
+    """
 
-def _normalized(
-    config: Config,
-    loaded: Loaded,
-    params: Any,
-    judged: dict[str, np.ndarray],
-    judge: Callable[..., Any],
-) -> tuple[Any, Metrics]:
-    if config.normalize != "demonstrations":
-        return center.normalize(params, judged, config.normalize)
-    source = open_sources(config.demonstrations, "reward.demonstrations")
-    options = {"batch_size": config.batch_size, "length": config.length}
-    shown = judge(params, center.demonstrations(source, loaded.tokenizer, **options))
-    params, metrics = center.normalize(params, shown, "mean")
-    _, reference = center.normalize(params, judged, "none")
-    cut = truncation_metrics(shown)["rows_cut"]
-    return params, {
-        **reference,
-        "demonstration_mean": metrics["reference_mean"],
-        "demonstrations_cut": cut,
-    }
-
-
-def completion_rewards(
-    model: Model, params: Any, batch: dict[str, jax.Array], key: jax.Array | None
-) -> jax.Array:
-    """Rewards [b, k] of every completion, one forward pass each."""
-    b, k, t = batch["tokens"].shape
-    rows = (batch["tokens"].reshape(b * k, t), batch["segments"].reshape(b * k, t))
-    return sequence_rewards(model, params, *rows, key).reshape(b, k)
-
-
-def reward_loss(
-    model: Model, loss: RewardLoss
-) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Every such loss is one of differences of rewards: the head's bias has gradient 0, exactly 0 and not rounding's
-    (which Adam would scale up to whole steps). Normalization alone sets it."""
-
-    def of_batch(
-        params: Any, batch: dict[str, jax.Array], key: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
+    def of_batch(params: PyTree, batch: PreferenceBatch, key: jax.Array | None) -> Loss:
         key = key if model.drops else None
         head = params["head"]
-        params = {
-            **params,
-            "head": {**head, "bias": jax.lax.stop_gradient(head["bias"])},
-        }
-        rewards = completion_rewards(model, params, batch, key)
-        scalar, pairs = loss(rewards, *(batch[name] for name in LABELS))
-        return scalar, {**pairs, **truncation_metrics(batch)}
+        head = {**head, "bias": jax.lax.stop_gradient(head["bias"])}
+        rewards = completion_rewards(model, {**params, "head": head}, batch, key)
+        scalar, metrics = loss(rewards, batch.scores, batch.valid, batch.same)
+        return scalar, {**metrics, **truncation_metrics(batch)}
 
     return of_batch
 
 
-def make_judge(model: Model, layout: Layout) -> Callable[..., dict[str, np.ndarray]]:
-    """(params, batches of completions) -> their rewards, beside what the batches say of them."""
+def completion_rewards(
+    model: Model, params: PyTree, batch: PreferenceBatch, key: jax.Array | None
+) -> jax.Array:
+    """Returns the rewards [b, k] of all completions, by one forward pass per completion."""
+    b, k, t = batch.tokens.shape
+    tokens = batch.tokens.reshape(b * k, t)
+    attention_mask = batch.attention_mask.reshape(b * k, t)
+    rewards = sequence_rewards(model, params, tokens, attention_mask, key)
+    return rewards.reshape(b, k)
+
+
+class Scored(NamedTuple):
+    """Completions with their rewards, on the host."""
+
+    rewards: np.ndarray  # float32 [n, k]
+    batch: PreferenceBatch  # all n prompts, without tokens and attention_mask
+
+
+def make_scorer(
+    model: Model, layout: Layout
+) -> Callable[[PyTree, Iterable[PreferenceBatch]], Scored]:
+    """Returns a function (params, batches) -> the rewards of all their completions."""
     rewards_of = jax.jit(
         lambda params, batch: completion_rewards(model, params, batch, None)
     )
 
-    def judge(
-        params: Any, batches: Iterable[dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
+    def score(params: PyTree, batches: Iterable[PreferenceBatch]) -> Scored:
         parts = []
         for batch in batches:
             rewards = hosts.whole(rewards_of(params, layout.put(batch)))
-            parts.append(
-                {"rewards": rewards}
-                | {k: batch[k] for k in (*LABELS, "lengths", "cut")}
-            )
-        return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            labels = dataclasses.replace(batch, tokens=None, attention_mask=None)
+            parts.append(Scored(rewards, labels))
+        return concatenate(parts)
 
-    return judge
+    return score
 
 
-def held_out_metrics(judged: dict[str, np.ndarray], loss: RewardLoss) -> Metrics:
-    """val_loss, val_accuracy, the accuracy of judging by length alone, the expected calibration
-    error, and what cutting did (see `truncation_metrics`)."""
-    labels = [judged[name] for name in LABELS]
-    _, pairs = loss(*(jnp.asarray(x) for x in (judged["rewards"], *labels)))
-    margins = stats.margins(judged["rewards"], *labels)
+def _margins(scored: Scored) -> np.ndarray:
+    batch = scored.batch
+    return stats.margins(scored.rewards, batch.scores, batch.valid, batch.same)
+
+
+def held_out_metrics(scored: Scored, loss: RewardLoss) -> Metrics:
+    """Returns the metrics of held-out completions.
+
+    They are val_loss, val_accuracy, the accuracy of preferring the longer response, the expected
+    calibration error, and `truncation_metrics`.
+    """
+    batch = scored.batch
+    labels = (batch.scores, batch.valid, batch.same)
+    _, metrics = loss(*map(jnp.asarray, (scored.rewards, *labels)))
+    calibration_error = stats.calibration(_margins(scored)).ece
+    truncation = truncation_metrics(batch)
     return {
-        "val_loss": pairs["loss"],
-        "val_accuracy": stats.pairwise_accuracy(judged["rewards"], *labels),
-        "val_length_accuracy": (stats.length_baseline(judged["lengths"], *labels), 1.0),
-        "val_calibration_error": (stats.calibration(margins).ece, 1.0),
-    } | {f"val_{name}": pair for name, pair in truncation_metrics(judged).items()}
+        "val_loss": metrics["loss"],
+        "val_accuracy": stats.pairwise_accuracy(scored.rewards, *labels),
+        "val_length_accuracy": (stats.length_baseline(batch.lengths, *labels), 1.0),
+        "val_calibration_error": (calibration_error, 1.0),
+        **{f"val_{name}": metric for name, metric in truncation.items()},
+    }
+
+
+def _normalize(
+    config: Config,
+    tokenizer: Tokenizer,
+    params: PyTree,
+    scored: Scored,
+    score: Callable[[PyTree, Iterable[PreferenceBatch]], Scored],
+) -> tuple[PyTree, Metrics]:
+    """Returns the normalized parameters, and the moments of the rewards before."""
+    rewards, valid = scored.rewards, scored.batch.valid
+    if config.normalize != "demonstrations":
+        return center.normalize(params, rewards, valid, config.normalize)
+    _, metrics = center.normalize(params, rewards, valid, "none")
+    source = open_sources(config.demonstrations, "reward.demonstrations")
+    batches = center.demonstrations(
+        source, tokenizer, batch_size=config.batch_size, length=config.length
+    )
+    shown = score(params, batches)
+    params, moments = center.normalize(params, shown.rewards, shown.batch.valid, "mean")
+    cut = truncation_metrics(shown.batch)["rows_cut"]
+    metrics["demonstration_mean"] = moments["reference_mean"]
+    metrics["demonstrations_cut"] = cut
+    return params, metrics

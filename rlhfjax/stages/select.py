@@ -92,7 +92,7 @@ def best(row: Row, *, keep: int, min_score: float | None) -> list[int]:
 
 def selected_row(tokenizer: Tokenizer, row: Row, index: int) -> dict[str, Any]:
     """Returns one response as a conversation, as text and as token ids."""
-    prompt, completions = examples.native(tokenizer, row)
+    prompt, completions = examples.preference_ids(tokenizer, row)
     response = {"role": "assistant", "content": row["completions"][index]}
     return {
         "messages": [*messages_of(tokenizer, prompt), response],

@@ -1,96 +1,44 @@
-"""Supervised fine-tuning: next-token loss on what the assistant says, in the chat template, packed.
+"""Supervised fine-tuning: next-token loss on the assistant's turns, in the chat template, packed.
 
-L(theta) = -1/|A| sum_{t in A} log p_theta(x_t | x_<t), A the assistant's tokens and the eos of its turns.
+L(theta) = -1/|A| sum_{t in A} log p_theta(x_t | x_<t)
+
+where A are the assistant's tokens and the eos of its turns.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.data import loader
-from rlhfjax.data.config import SourceConfig, open_sources, own_shards
+from rlhfjax.data.batches import TokenBatch, shapes
+from rlhfjax.data.loader import sft_batches
 from rlhfjax.mesh import Layout
-from rlhfjax.models.transformer import Model
-from rlhfjax.ranges import Tokens
-from rlhfjax.roles import DISK, Role, Sources, Workload
-from rlhfjax.stage import Stage, row_shapes
+from rlhfjax.roles import DISK, Sources
+from rlhfjax.stage import Stage
 from rlhfjax.supervised import (
-    MODEL,
-    Batch,
-    StreamConfig,
-    language_shapes,
+    LanguageConfig,
+    language_roles,
     language_stage,
-    supervised_workload,
-    trained_role,
+    language_workload,
     validate_streams,
 )
-from rlhfjax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(StreamConfig):
+class Config(LanguageConfig):
+    """The options of supervised fine-tuning."""
+
     stage: str = "sft"
-    sources: tuple[SourceConfig, ...] = ()
-    eval_sources: tuple[SourceConfig, ...] = ()
-    length: Tokens
+    """Name of the stage."""
 
 
+roles = language_roles
+workload = language_workload
 validate = validate_streams
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return supervised_workload(config)
-
-
-def roles(config: Config) -> dict[str, Role]:
-    return {MODEL: trained_role(config)}
-
-
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    options = {"batch_size": config.batch_size, "length": config.length}
-
-    def streams(tokenizer: Any) -> tuple[Any, Any]:
-        train = open_sources(config.sources, "sft.sources")
-        held_out = open_sources(config.eval_sources, "sft.eval_sources")
-        own = own_shards(config.data_shards, config.batch_size, layout)
-        return (
-            loader.sft_batches(
-                train, tokenizer, seed=config.seed, shards=own, **options
-            ),
-            loader.sft_batches(held_out, tokenizer, seed=0, train=False, **options),
-        )
-
-    shapes = language_shapes(config.batch_size, config.length)
-    shapes = {**shapes, **row_shapes(config.batch_size, cut=((), np.float32))}
-    return language_stage(
-        config, layout, roles(config), sources, language_loss, streams, shapes
-    )
-
-
-def language_loss(model: Model) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns a function (params, batch, key) -> mean negative log-likelihood of the masked
-    targets, nats per token.
-
-    Its metrics are the loss, and the share of examples that lost tokens.
-    """
-
-    def loss(
-        params: Any, batch: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
-        key = key if model.drops else None
-        hidden = model.hidden(
-            params, batch["tokens"], batch["positions"], batch["segments"], key
-        )
-        nll, weight = model.cross_entropy(
-            params, hidden, batch["targets"], batch["mask"]
-        )
-        examples = jnp.sum((batch["positions"] == 0) & (batch["segments"] > 0))
-        examples_cut = (jnp.sum(batch["cut"]), examples.astype(jnp.float32))
-        metrics = {"loss": (nll, weight), "examples_cut": examples_cut}
-        return nll / jnp.maximum(weight, 1.0), metrics
-
-    return loss
+    batch = shapes(TokenBatch, b=config.batch_size, t=config.length)
+    cut = jax.ShapeDtypeStruct((config.batch_size,), np.float32)
+    batch = dataclasses.replace(batch, cut=cut)
+    return language_stage(config, layout, sources, sft_batches, batch)

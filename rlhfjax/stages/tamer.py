@@ -1,12 +1,18 @@
-"""TAMER: a reward a token, by regression on a person's scalar feedback given a moment late while the answer appears.
+"""TAMER: a reward per token, learned by regression on a person's delayed scalar feedback.
 
-min_H mean_f (h_f - sum_t c_{f,t} H(s_t, a_t))^2,  c_{f,t} the chance that feedback f is about token t
+min_H mean_f (h_f - sum_t c_{f,t} H(s_t, a_t))^2
 
-Feedback is JSON lines: {"prompt": text or messages, "response": text, "feedback": [[seconds, value], …]}; token t of
-the response is on the screen from t to t + 1 times `seconds_per_token`. The result is a reward by name: H summed over
-a response, which `compose` adds to another reward (TAMER+RL's reward addition).
+where h_f is a piece of feedback, given while the response appears on the screen, and c_{f,t} the
+probability that it is about token t. A feedback file holds JSON lines:
 
-Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every credited token is worth the signal).
+    {"prompt": text or messages, "response": text, "feedback": [[seconds, value], ...]}
+
+Token t of the response is on the screen from t to t + 1 times `seconds_per_token`. The result is a
+reward by name: H summed over a response, which `compose` adds to another reward (the reward
+addition of TAMER+RL).
+
+Source: Knox & Stone 2009 (regression with credit); Warnell et al. 2018 (deep: every credited token
+is worth the signal).
 """
 
 import dataclasses
@@ -22,6 +28,7 @@ from rlhfjax import paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
+from rlhfjax.data.batches import TamerBatch, in_batches, shapes, stack
 from rlhfjax.data.padding import pad_right
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
@@ -32,44 +39,46 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import NonNegative, Positive, Seconds, Tokens
 from rlhfjax.rewards.dense import token_rewards
 from rlhfjax.roles import DISK, REWARD, Models, Role, Sources, Workload
-from rlhfjax.stage import Data, Finished, Shapes, Stage, row_shapes
+from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 from rlhfjax.supervised import (
     MODEL,
+    LossFunction,
     ModelTrainConfig,
-    left_behind,
+    finished_model,
     load_trained,
-    sum_over,
+    sum_metrics,
     supervised_stage,
     supervised_workload,
     train_step,
     trained_role,
     validate_training,
 )
-from rlhfjax.types import Metrics
-
-Batch = dict[str, np.ndarray]
+from rlhfjax.types import Loss, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ModelTrainConfig):
+    """The options of TAMER."""
+
     stage: str = "tamer"
-    feedback: str  # a file of JSON lines
-    held_out: str  # another
-    length: Tokens  # prompt and response, tokens; a prompt keeps up to half of it, beside its response
+    """Name of the stage."""
+    feedback: str
+    """File of JSON lines with feedback to train on."""
+    held_out: str
+    """File of JSON lines with held-out feedback."""
+    length: Tokens
+    """Tokens of prompt and response; the prompt keeps at most half of them where both are long."""
     loss: Literal["tamer", "deep_tamer"] = "tamer"
-    seconds_per_token: Seconds = 0.25  # how fast the answer appeared
-    credit: Literal["uniform", "gamma"] = (
-        "uniform"  # the distribution of a person's delay
-    )
-    delay: tuple[NonNegative, NonNegative] = (
-        0.2,
-        0.8,
-    )  # of uniform: seconds; Knox & Stone 2009
-    gamma: tuple[Positive, Positive] = (
-        2.0,
-        0.28,
-    )  # of gamma: shape, scale in seconds; Knox & Stone
+    """Whether the credited tokens explain a piece of feedback together, or each by itself."""
+    seconds_per_token: Seconds = 0.25
+    """Seconds between two tokens of the response on the screen."""
+    credit: Literal["uniform", "gamma"] = "uniform"
+    """Distribution of a person's delay."""
+    delay: tuple[NonNegative, NonNegative] = (0.2, 0.8)
+    """Lowest and highest delay in seconds, of credit="uniform"; Knox & Stone 2009."""
+    gamma: tuple[Positive, Positive] = (2.0, 0.28)
+    """Shape, and scale in seconds, of the delay of credit="gamma"; Knox & Stone 2009."""
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
@@ -97,104 +106,109 @@ def validate(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns what reward.json says: the model beside it rewards every token."""
+    """Returns the content of reward.json: the model beside it rewards every token."""
     return {"kind": "dense"}
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
-    loaded = load_trained(config, Models(config.stage, roles(config), layout, sources))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    models = Models(config.stage, roles(config), layout, sources)
+    loaded, tokenizer = load_trained(config, models)
+    model = loaded.model
     validate(config, layout, model.config)
     loss = feedback_loss(model, config)
     step, tx = train_step(config, loaded, loss)
 
+    @jax.jit
+    def measure(params: PyTree, batch: TamerBatch) -> Metrics:
+        _, metrics = loss(params, batch, None)
+        return {f"val_{name}": metric for name, metric in metrics.items()}
+
     def open_data() -> Data:
-        rows, held_out = (
-            read_feedback(path, tokenizer, config.length)
-            for path in (config.feedback, config.held_out)
-        )
-        measure = jax.jit(
-            lambda params, batch: {
-                f"val_{k}": v for k, v in loss(params, batch, None)[1].items()
-            }
-        )
+        rows = read_feedback(config.feedback, tokenizer, config.length)
+        held_out = read_feedback(config.held_out, tokenizer, config.length)
+        no_weight = np.zeros_like(held_out[0].weight)
+        filler = dataclasses.replace(held_out[0], weight=no_weight)
 
         def evals(state: TrainState) -> Metrics:
             params = loaded.merged(state.params)
-            return sum_over(
-                passes(held_out, config.batch_size),
-                lambda batch: measure(params, batch),
-                layout,
-            )
+            batches = in_batches(held_out, config.batch_size, filler)
+            return sum_metrics(batches, functools.partial(measure, params), layout)
 
         def finish(state: TrainState) -> Finished:
-            return left_behind(loaded, state.params)._replace(
-                files={REWARD: describe(config)}
-            )
+            finished = finished_model(loaded, state.params)
+            return finished._replace(files={REWARD: describe(config)})
 
         return Data(Shuffled(rows, config.batch_size, config.seed), evals, finish)
+
+    def batch_shapes(feedback: int) -> TamerBatch:
+        size, length = config.batch_size, config.length
+        return shapes(TamerBatch, b=size, f=feedback, t=length)
 
     return supervised_stage(
         loaded,
         tx,
         step=step,
-        batch=lambda values: _batch_shapes(config, values),
+        batch=batch_shapes,
         open=open_data,
         units=config.batch_size,
         unit="answers",
     )
 
 
-def _batch_shapes(config: Config, values: int) -> Shapes:
-    """Returns the shapes of a batch whose responses have up to `values` pieces of feedback."""
-    row, given = (config.length,), (values,)
-    return row_shapes(
-        config.batch_size,
-        tokens=(row, np.int32),
-        segments=(row, np.int32),
-        times=(given, np.float32),
-        values=(given, np.float32),
-        weight=(given, np.float32),
-        first=((), np.int32),
-        count=((), np.int32),
-        cut=((), np.float32),
-    )
+def feedback_loss(model: Model, config: Config) -> LossFunction:
+    """Returns the regression loss, the mean over all pieces of feedback of a batch.
 
+    The loss is a function (params, batch, key) -> (loss, metrics).
+    """
+    losses = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}
+    response_loss = losses[config.loss]
+    credit_of = make_credit(config)
 
-def feedback_loss(
-    model: Model, config: Config
-) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """(params, batch, key) -> mean over all feedback of the batch, whichever answer it was given to."""
-    one = {"tamer": tamer.tamer_loss, "deep_tamer": tamer.deep_tamer_loss}[config.loss]
-    credit_of = credit_by(config)
-
-    def of_answer(rewards, first, count, times, values, weight):
-        slot = jnp.arange(rewards.shape[0])
-        token = (slot - first).astype(jnp.float32)
-        shown = (slot >= first) & (slot < first + count)
+    def response_metrics(
+        rewards: jax.Array,
+        start: jax.Array,
+        length: jax.Array,
+        times: jax.Array,
+        values: jax.Array,
+        weight: jax.Array,
+    ) -> Metrics:
+        positions = jnp.arange(rewards.shape[0])
+        token = (positions - start).astype(jnp.float32)
+        shown = (positions >= start) & (positions < start + length)
         starts = config.seconds_per_token * token
         credit = credit_of(starts, starts + config.seconds_per_token, times)
-        return one(jnp.where(shown, rewards, 0), credit * shown, values, weight)[1]
+        rewards = jnp.where(shown, rewards, 0)
+        _, metrics = response_loss(rewards, credit * shown, values, weight)
+        return metrics
 
-    def loss(
-        params: Any, batch: dict[str, jax.Array], key: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
-        rewards = token_rewards(model, params, batch["tokens"], batch["segments"])
-        names = ("first", "count", "times", "values", "weight")
-        metrics = jax.vmap(of_answer)(rewards, *(batch[name] for name in names))
-        pairs = {
-            name: (total.sum(), weight.sum())
-            for name, (total, weight) in metrics.items()
+    def loss(params: PyTree, batch: TamerBatch, key: jax.Array | None) -> Loss:
+        rewards = token_rewards(model, params, batch.tokens, batch.attention_mask)
+        by_response = jax.vmap(response_metrics)(
+            rewards,
+            batch.response_start,
+            batch.response_length,
+            batch.times,
+            batch.values,
+            batch.weight,
+        )
+        sums = {
+            name: (jnp.sum(total), jnp.sum(weight))
+            for name, (total, weight) in by_response.items()
         }
-        real = (batch["weight"].sum(1) > 0).astype(jnp.float32)
-        pairs["rows_cut"] = (jnp.sum(batch["cut"] * real), jnp.sum(real))
-        return divide(*pairs["loss"]), pairs
+        real = (batch.weight.sum(1) > 0).astype(jnp.float32)
+        rows_cut = (jnp.sum(batch.cut * real), jnp.sum(real))
+        return divide(*sums["loss"]), {**sums, "rows_cut": rows_cut}
 
     return loss
 
 
-def credit_by(config: Config) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(starts, ends, times), seconds -> the credit [f, t] of every token for every feedback."""
+def make_credit(
+    config: Config,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns a function (starts [t], ends [t], times [f]) -> the credit [f, t] of every token.
+
+    All times are in seconds.
+    """
     if config.credit == "gamma":
         shape, scale = config.gamma
         return functools.partial(tamer.gamma_credit, shape=shape, scale=scale)
@@ -202,96 +216,105 @@ def credit_by(config: Config) -> Callable[[jax.Array, jax.Array, jax.Array], jax
     return functools.partial(tamer.uniform_credit, low=low, high=high)
 
 
-def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[Batch]:
-    """Every answer with its feedback as arrays; as many places for feedback as the answer with most of it has.
+# ------------------------------------------------------------------ data
 
-    Prompts and answers that do not fit are cut, see `examples.prompt_room`; `cut` is 1 on those
-    rows.
+
+def read_feedback(path: str, tokenizer: Tokenizer, length: int) -> list[TamerBatch]:
+    """Returns the responses of a file with their feedback, as rows of a TamerBatch.
+
+    Prompts and responses that are longer than `length` together are truncated as those of rankings,
+    see `examples.prompt_room`.
 
     Raises:
       DataError: the file cannot be read, or a line is malformed.
     """
-    found = []
-    for place, row in located_rows(paths.path(path)):
-        try:
-            given = np.array(row["feedback"], np.float32).reshape(-1, 2)
-            prompt, response = row["prompt"], row["response"]
-            messages = (
-                [{"role": "user", "content": prompt}]
-                if isinstance(prompt, str)
-                else prompt
-            )
-            answer = chat.response_tokens(tokenizer, response)
-            start = chat.render_prompt(tokenizer, messages).tolist()
-        except (ValueError, KeyError, TypeError, AttributeError) as why:
-            shape = '{"prompt", "response", "feedback": [[seconds, value], …]}'
-            raise DataError(f"{place}: expected {shape} ({why})") from None
-        if not len(given) or not np.all(np.isfinite(given)):
-            raise DataError(
-                f"{place}: 'feedback' must hold at least one pair of finite numbers"
-            )
-        found.append((start, answer, given))
-    if not found:
+    parsed = [
+        _read_line(context, line, tokenizer)
+        for context, line in located_rows(paths.path(path))
+    ]
+    if not parsed:
         raise DataError(f"tamer: {path} holds no feedback")
-    most = max(len(given) for _, _, given in found)
-    return [_arrays(tokenizer, *one, most, length) for one in found]
+    most = max(len(feedback) for _, _, feedback in parsed)
+    return [
+        _to_row(tokenizer, prompt, response, feedback, most, length)
+        for prompt, response, feedback in parsed
+    ]
 
 
-def _arrays(
+def _read_line(
+    context: str, line: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[list[int], list[int], np.ndarray]:
+    """Returns the ids of prompt and response, and the feedback, float32 [f, 2]."""
+    try:
+        feedback = np.array(line["feedback"], np.float32).reshape(-1, 2)
+        prompt = line["prompt"]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        response = chat.response_tokens(tokenizer, line["response"])
+        prompt = chat.render_prompt(tokenizer, prompt).tolist()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = '{"prompt", "response", "feedback": [[seconds, value], ...]}'
+        raise DataError(f"{context}: expected {expected} ({error})") from None
+    if not len(feedback) or not np.all(np.isfinite(feedback)):
+        raise DataError(
+            f"{context}: 'feedback' must hold at least one pair of finite numbers"
+        )
+    return prompt, response, feedback
+
+
+def _to_row(
     tokenizer: Tokenizer,
     prompt: list[int],
-    answer: list[int],
-    given: np.ndarray,
+    response: list[int],
+    feedback: np.ndarray,
     most: int,
     length: int,
-) -> Batch:
-    """One answer's arrays. Where prompt and answer do not fit they are cut as those of rankings."""
-    fitted = chat.shorten_prompt(
-        tokenizer, prompt, examples.prompt_room(length, len(answer))
+) -> TamerBatch:
+    """Returns a row with room for `most` pieces of feedback."""
+    room = examples.prompt_room(length, len(response))
+    kept_prompt = chat.shorten_prompt(tokenizer, prompt, room)
+    kept_response = response[: length - len(kept_prompt)]
+    ids = [*kept_prompt, *kept_response]
+    (tokens,), (attention_mask,) = pad_right(
+        [ids], length=length, pad_id=tokenizer.pad_id
     )
-    shown = answer[: length - len(fitted)]
-    ids = [*fitted, *shown]
-    (tokens,), (segments,) = pad_right([ids], length=length, pad_id=tokenizer.pad_id)
     padded = np.zeros((most, 2), np.float32)
-    padded[: len(given)] = given
-    return {
-        "tokens": tokens,
-        "segments": segments,
-        "times": padded[:, 0],
-        "values": padded[:, 1],
-        "weight": (np.arange(most) < len(given)).astype(np.float32),
-        "first": np.int32(len(fitted)),
-        "count": np.int32(len(shown)),
-        "cut": np.float32(len(ids) < len(prompt) + len(answer)),
-    }
-
-
-def passes(rows: list[Batch], size: int) -> list[Batch]:
-    """One pass in order; the last batch is filled with rows whose feedback weighs nothing."""
-    blank = rows[0] | {"weight": np.zeros_like(rows[0]["weight"])}
-    some = rows + [blank] * (-len(rows) % size)
-    return [_stack(some[i : i + size]) for i in range(0, len(some), size)]
-
-
-def _stack(rows: list[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    padded[: len(feedback)] = feedback
+    return TamerBatch(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        times=padded[:, 0],
+        values=padded[:, 1],
+        weight=(np.arange(most) < len(feedback)).astype(np.float32),
+        response_start=np.int32(len(kept_prompt)),
+        response_length=np.int32(len(kept_response)),
+        cut=np.float32(len(ids) < len(prompt) + len(response)),
+    )
 
 
 class Shuffled:
-    """Endless batches, every epoch in an order of its own; the position is the number of rows taken."""
+    """Endless batches, in a new order every epoch.
 
-    def __init__(self, rows: list[Batch], size: int, seed: int):
-        self._rows, self._size, self._seed, self._taken = rows, size, seed, 0
+    The saved position is the number of rows taken.
+    """
 
-    def __next__(self) -> Batch:
+    def __init__(self, rows: list[TamerBatch], size: int, seed: int):
+        self._rows = rows
+        self._size = size
+        self._seed = seed
+        self._taken = 0
+
+    def __next__(self) -> TamerBatch:
         n = len(self._rows)
-        places = range(self._taken, self._taken + self._size)
-        orders = {
-            e: np.random.default_rng([self._seed, e]).permutation(n)
-            for e in {place // n for place in places}
-        }
+        order = functools.cache(self._order)
+        batch = []
+        for i in range(self._taken, self._taken + self._size):
+            batch.append(self._rows[order(i // n)[i % n]])
         self._taken += self._size
-        return _stack([self._rows[orders[place // n][place % n]] for place in places])
+        return stack(batch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
 
     def get_state(self) -> dict[str, int]:
         return {"taken": self._taken, "rows": len(self._rows), "seed": self._seed}

@@ -124,11 +124,11 @@ def test_pitfall_39_a_long_response_does_not_take_the_prompt(tokenizer):
     prompt = [*head, *range(20, 66), *tail]
     short, long = list(range(70, 80)), list(range(10, 310))
     made = cut_row(tokenizer, prompt, [short, long], 128)
-    assert made["tokens"][0].tolist() == prompt + short + [tokenizer.pad_id] * 68
-    assert made["tokens"][1].tolist() == prompt + long[:78]
-    assert made["segments"].sum(1).tolist() == [60, 128, 0]
-    assert made["lengths"].tolist() == [10, 78, 0]
-    assert made["cut"].tolist() == [0, 1, 0]
+    assert made.tokens[0].tolist() == prompt + short + [tokenizer.pad_id] * 68
+    assert made.tokens[1].tolist() == prompt + long[:78]
+    assert made.attention_mask.sum(1).tolist() == [60, 128, 0]
+    assert made.lengths.tolist() == [10, 78, 0]
+    assert made.cut.tolist() == [0, 1, 0]
 
 
 def test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row(tokenizer):
@@ -138,19 +138,19 @@ def test_pitfall_39_a_long_prompt_keeps_its_head_and_half_of_the_row(tokenizer):
     made = cut_row(
         tokenizer, prompt, [[70], long], 128
     )  # 64 of them: head, the last 60 words, tail
-    assert [row[:64].tolist() for row in made["tokens"][:2]] == [
+    assert [row[:64].tolist() for row in made.tokens[:2]] == [
         [*head, *words[-60:], *tail]
     ] * 2
-    assert made["lengths"].tolist() == [1, 64, 0] and made["cut"].tolist() == [1, 1, 0]
+    assert made.lengths.tolist() == [1, 64, 0] and made.cut.tolist() == [1, 1, 0]
     made = cut_row(
         tokenizer, prompt, [[70], long[:40]], 128
     )  # a response of 40 leaves 88
-    assert [row[:88].tolist() for row in made["tokens"][:2]] == [
+    assert [row[:88].tolist() for row in made.tokens[:2]] == [
         [*head, *words[-84:], *tail]
     ] * 2
-    assert made["lengths"].tolist() == [1, 40, 0]
+    assert made.lengths.tolist() == [1, 40, 0]
     made = cut_row(tokenizer, prompt, [[70], long[:28]], 128)  # and one of 28 all of it
-    assert made["cut"].tolist() == [0, 0, 0]
+    assert made.cut.tolist() == [0, 0, 0]
 
 
 def test_pitfall_39_completions_that_became_equal_are_known(tokenizer):
@@ -158,7 +158,7 @@ def test_pitfall_39_completions_that_became_equal_are_known(tokenizer):
     made = cut_row(
         tokenizer, [1, 7], [[*start, 50], [*start, 51], start, [60], [60]], 20
     )
-    assert made["same"].tolist() == [
+    assert made.same.tolist() == [
         0,
         0,
         0,
@@ -166,7 +166,7 @@ def test_pitfall_39_completions_that_became_equal_are_known(tokenizer):
         3,
         5,
     ]  # 18 tokens of each; two were equal all along
-    assert made["cut"].tolist() == [1, 1, 1, 0, 0, 0]
+    assert made.cut.tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_pitfall_39_stored_ids_of_fine_tuning_keep_their_prompt(tokenizer):

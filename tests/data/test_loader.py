@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,9 +55,7 @@ def take(batches, count):
 def assert_equal(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+        jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,9 +100,8 @@ def test_the_seed_decides_the_order_and_epochs_differ(make, kind):
     first = take(make(kind, seed=1), 12)
     assert_equal(take(make(kind, seed=1), 12), first)
     other = take(make(kind, seed=2), 12)
-    name = "prompts" if kind == "prompts" else "tokens"
     assert not all(
-        np.array_equal(a[name], b[name]) for a, b in zip(first, other, strict=True)
+        np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True)
     )
 
 
@@ -111,9 +109,7 @@ def test_every_epoch_holds_every_prompt_once_in_a_new_order(make):
     batches = make("prompts", batch_size=1)
     state_free = make("prompts", batch_size=1, train=False)
     count = len(list(state_free))
-    epochs = [
-        [int(batch["index"][0]) for batch in take(batches, count)] for _ in range(3)
-    ]
+    epochs = [[int(batch.index[0]) for batch in take(batches, count)] for _ in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
@@ -121,11 +117,11 @@ def test_every_epoch_holds_every_prompt_once_in_a_new_order(make):
 def real_segments(batches):
     """Each segment of each row: inputs, targets, mask, positions."""
     for batch in batches:
-        for row in range(len(batch["tokens"])):
-            for segment in range(1, batch["segments"][row].max() + 1):
-                where = batch["segments"][row] == segment
+        for row in range(len(batch.tokens)):
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                where = batch.segment_ids[row] == segment
                 yield [
-                    batch[name][row][where]
+                    getattr(batch, name)[row][where]
                     for name in ("tokens", "targets", "mask", "positions")
                 ]
 
@@ -160,13 +156,13 @@ def test_cross_document_rows_are_one_stream(make, tokenizer, documents):
     for row in documents:
         stream += [tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id]
     batches = list(make("cross_document", train=False))
-    kept = np.concatenate([batch["segments"].reshape(-1) for batch in batches]) == 1
-    tokens = np.concatenate([batch["tokens"].reshape(-1) for batch in batches])[kept]
-    targets = np.concatenate([batch["targets"].reshape(-1) for batch in batches])[kept]
+    kept = np.concatenate([batch.segment_ids.reshape(-1) for batch in batches]) == 1
+    tokens = np.concatenate([batch.tokens.reshape(-1) for batch in batches])[kept]
+    targets = np.concatenate([batch.targets.reshape(-1) for batch in batches])[kept]
     assert tokens.tolist() == stream
     assert targets.tolist() == [*stream[1:], tokenizer.bos_id]
     assert all(
-        (batch["positions"] == np.arange(16) * batch["segments"]).all()
+        (batch.positions == np.arange(16) * batch.segment_ids).all()
         for batch in batches
     )
 
@@ -176,21 +172,19 @@ def test_padding_counts_for_nothing_whatever_the_batch_size(make, tokenizer, kin
     weights = set()
     for size in (1, 3, 4, 7):
         batches = list(make(kind, train=False, batch_size=size))
-        assert {batch["tokens"].shape[0] for batch in batches} == {size}
+        assert {batch.tokens.shape[0] for batch in batches} == {size}
         for batch in batches:
-            empty = batch["segments"] == 0
-            assert (
-                not batch["mask"][empty].any() and not batch["positions"][empty].any()
-            )
-            assert (batch["tokens"][empty] == tokenizer.pad_id).all()
-            assert (batch["targets"][empty] == tokenizer.pad_id).all()
-        weights.add(sum(batch["mask"].sum() for batch in batches))
+            empty = batch.segment_ids == 0
+            assert not batch.mask[empty].any() and not batch.positions[empty].any()
+            assert (batch.tokens[empty] == tokenizer.pad_id).all()
+            assert (batch.targets[empty] == tokenizer.pad_id).all()
+        weights.add(sum(batch.mask.sum() for batch in batches))
     assert len(weights) == 1
 
 
 def test_pitfall_02_eos_is_a_target_that_counts(make, tokenizer, documents):
     ends = sum(
-        float(batch["mask"][batch["targets"] == tokenizer.eos_id].sum())
+        float(batch.mask[batch.targets == tokenizer.eos_id].sum())
         for batch in make("pretrain", train=False)
     )
     assert ends == len(documents)
@@ -226,7 +220,7 @@ def test_mixing_follows_the_weights(make, tokenizer):
     # Conversations carry markers, plain documents do not: count how many documents of each kind begin.
     batches = take(make("mixed"), 120)
     starts = np.concatenate(
-        [batch["targets"][batch["tokens"] == tokenizer.bos_id] for batch in batches]
+        [batch.targets[batch.tokens == tokenizer.bos_id] for batch in batches]
     )
     share = (starts == tokenizer.token_id(chat.ROLES["user"])).mean()
     assert abs(share - 0.25) < 0.02
@@ -239,7 +233,7 @@ def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(
     seen = []
     for batch in make("prompts", train=False):
         for row, segments, index in zip(
-            batch["prompts"], batch["segments"], batch["index"], strict=True
+            batch.tokens, batch.attention_mask, batch.index, strict=True
         ):
             size = int(segments.sum())
             assert segments.tolist() == [0] * (24 - size) + [1] * size
@@ -253,7 +247,7 @@ def test_pitfall_01_prompts_are_padded_on_the_left_and_segments_tell(
                     == chat.render_prompt(tokenizer, messages, max_tokens=24).tolist()
                 )
             else:
-                assert row.tolist() == batch["prompts"][0].tolist()
+                assert row.tolist() == batch.tokens[0].tolist()
     assert seen == list(range(len(prompts)))
 
 
@@ -268,7 +262,7 @@ def test_pitfall_39_what_was_cut_is_counted_in_the_batches(tokenizer):
     batch = next(
         prompt_batches(prompts, tokenizer, batch_size=4, length=16, train=False)
     )
-    assert batch["cut"].tolist() == [1, 0, 1, 1]  # the last only fills
+    assert batch.cut.tolist() == [1, 0, 1, 1]  # the last only fills
     answer = {"role": "assistant", "content": "yes."}
     talks = Rows(
         [{"messages": [turn, answer]} for turn in (long, short, short, long, short)],
@@ -276,8 +270,8 @@ def test_pitfall_39_what_was_cut_is_counted_in_the_batches(tokenizer):
     )
     batches = list(sft_batches(talks, tokenizer, batch_size=3, length=16, train=False))
     cut, segments = (
-        np.concatenate([batch[name] for batch in batches])
-        for name in ("cut", "segments")
+        np.concatenate([getattr(batch, name) for batch in batches])
+        for name in ("cut", "segment_ids")
     )
     assert cut.sum() == 2 and segments.max(1).sum() == 5
     # A row that the long one fills has no other example, and the rest of them were not cut.
@@ -303,21 +297,19 @@ def test_prompts_are_prefixes_and_the_seed_chooses_them(conversations):
 
 def test_completions_of_a_prompt_are_one_element(make, tokenizer, rankings):
     batches = list(make("preferences", train=False))
-    assert (
-        batches[0]["tokens"].shape == (4, 4, 24) and len(batches) == 3
-    )  # 9 prompts by 4
+    assert batches[0].tokens.shape == (4, 4, 24) and len(batches) == 3  # 9 prompts by 4
     for batch in batches:
-        for i, index in enumerate(batch["index"]):
+        for i, index in enumerate(batch.index):
             if index < 0:
-                assert not batch["valid"][i].any() and not batch["segments"][i].any()
+                assert not batch.valid[i].any() and not batch.attention_mask[i].any()
                 continue
             row = rankings[int(index)]
             prompt = chat.render_prompt(
                 tokenizer, [{"role": "user", "content": row["prompt"]}]
             ).tolist()
             k = len(row["completions"])
-            assert batch["valid"][i].tolist() == [1.0] * k + [0.0] * (4 - k)
-            assert batch["scores"][i, :k].tolist() == row["scores"]
+            assert batch.valid[i].tolist() == [1.0] * k + [0.0] * (4 - k)
+            assert batch.scores[i, :k].tolist() == row["scores"]
             longest = max(
                 len(tokenizer.encode(text)) + 1 for text in row["completions"]
             )
@@ -325,13 +317,13 @@ def test_completions_of_a_prompt_are_one_element(make, tokenizer, rankings):
             for j, text in enumerate(row["completions"]):
                 response = [*tokenizer.encode(text), tokenizer.eos_id]
                 size = len(prompt) + len(response)
-                assert batch["tokens"][i, j].tolist() == prompt + response + [
+                assert batch.tokens[i, j].tolist() == prompt + response + [
                     tokenizer.pad_id
                 ] * (24 - size)
-                assert batch["segments"][i, j].tolist() == [1] * size + [0] * (
+                assert batch.attention_mask[i, j].tolist() == [1] * size + [0] * (
                     24 - size
                 )
-                assert batch["lengths"][i, j] == len(response)
+                assert batch.lengths[i, j] == len(response)
 
 
 def test_pitfall_06_stored_ids_are_used_as_they_were_sampled(tokenizer):
@@ -348,13 +340,13 @@ def test_pitfall_06_stored_ids_are_used_as_they_were_sampled(tokenizer):
             Rows([row], "preferences"), tokenizer, batch_size=1, length=8, train=False
         )
     )
-    assert batch["tokens"][0, 0].tolist() == [
+    assert batch.tokens[0, 0].tolist() == [
         tokenizer.bos_id,
         *odd,
         *odd,
         tokenizer.pad_id,
     ]
-    assert batch["lengths"][0].tolist() == [3, 1]
+    assert batch.lengths[0].tolist() == [3, 1]
 
 
 def test_completions_that_do_not_fit(tokenizer):
@@ -377,13 +369,13 @@ def test_completions_that_do_not_fit(tokenizer):
     cut = batch(
         [11, 12, 13, 14], [[21, 22, 23], [31]], 5
     )  # the prompt loses 11, 12 for both
-    assert cut["tokens"][0].tolist() == [[13, 14, 21, 22, 23], [13, 14, 31, 0, 0]]
+    assert cut.tokens[0].tolist() == [[13, 14, 21, 22, 23], [13, 14, 31, 0, 0]]
     cut = batch(
         [11, 12], [[21, 22, 23, 24, 25], [31]], 4
     )  # half of the row is the prompt's
-    assert cut["tokens"][0].tolist() == [[11, 12, 21, 22], [11, 12, 31, 0]]
-    assert cut["lengths"][0].tolist() == [2, 1]
-    assert cut["cut"][0].tolist() == [1, 0]
+    assert cut.tokens[0].tolist() == [[11, 12, 21, 22], [11, 12, 31, 0]]
+    assert cut.lengths[0].tolist() == [2, 1]
+    assert cut.cut[0].tolist() == [1, 0]
     with pytest.raises(
         DataError, match="row 0: token id 99999 is outside the tokenizer's vocabulary"
     ):
@@ -403,13 +395,13 @@ def test_a_state_of_other_data_or_settings_is_refused(make):
 def test_impossible_arguments_are_config_errors(
     make, tokenizer, documents, conversations
 ):
-    with pytest.raises(ConfigError, match="batch_size=0 is below 1"):
+    with pytest.raises(ConfigError, match="batch_size=0: must be >= 1"):
         make("pretrain", batch_size=0)
     with pytest.raises(ConfigError, match="needs rows of kind messages, got text"):
         sft_batches(documents, tokenizer, batch_size=1, length=16)
-    with pytest.raises(ConfigError, match="length must be at least 4"):
+    with pytest.raises(ConfigError, match="length=2: must be >= 4"):
         make("pretrain", length=2)
-    with pytest.raises(ConfigError, match="weight of a source must be positive"):
+    with pytest.raises(ConfigError, match="weight=0\\.0 of a source: must be > 0"):
         pretrain_batches([(documents, 0.0)], tokenizer, batch_size=1, length=16)
     silent = Rows([{"messages": [{"role": "user", "content": "a"}]}], "messages")
     with pytest.raises(DataError, match="no conversation has an assistant turn"):

@@ -12,7 +12,7 @@ def first_tokens(seed, n=32):
     full = [np.full((4, 3), i, np.int32) for i in range(n)]
     single = packing.flatten(grain.MapDataset.source([full]).to_iter_dataset())
     rows = packing.first_fit(single, length=4, bins=8, seed=seed)
-    return [int(packing.to_row(row, pad_id=0)["tokens"][0]) for row in rows]
+    return [int(packing.to_row(row, pad_id=0).tokens[0]) for row in rows]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

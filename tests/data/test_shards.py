@@ -1,5 +1,6 @@
 """Streams that make a batch together: each example in one of them, no matter which host runs which."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -7,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -56,10 +58,12 @@ def take(batches, count):
 def assert_equal(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
+        assert type(one) is type(other)
+        for ours, theirs in zip(
+            jax.tree.leaves(one), jax.tree.leaves(other), strict=True
+        ):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def on_hosts(monkeypatch, jobs):
@@ -100,7 +104,7 @@ def test_stream_j_has_every_streams_th_of_the_one_order_in_its_rows_of_every_bat
 ):
     order = [row_order(len(rankings), 5)[i] for i in range(40)]
     batches = make("preferences", seed=5, shards=Shards(streams, tuple(range(streams))))
-    found = [batch["index"].reshape(streams, -1) for batch in take(batches, 5)]
+    found = [batch.index.reshape(streams, -1) for batch in take(batches, 5)]
     for j in range(streams):
         assert np.concatenate([rows[j] for rows in found]).tolist() == order[j::streams]
 
@@ -141,11 +145,11 @@ def test_every_stream_packs_and_shuffles_by_itself(
         expected = [packing.to_row(row, pad_id=tokenizer.pad_id) for row in packed]
         if kind == "sft":
             expected = [
-                a | packing.examples_cut(b)
+                dataclasses.replace(a, cut=packing.examples_cut(b))
                 for a, b in zip(expected, packed, strict=True)
             ]
         ours = [
-            {k: x[j * size + i] for k, x in batch.items()}
+            jax.tree.map(lambda x, row=j * size + i: x[row], batch)
             for batch in found
             for i in range(size)
         ]
@@ -180,7 +184,7 @@ def test_streams_are_disjoint_and_hold_every_document_once_an_epoch(tokenizer):
         documents, tokenizer, batch_size=2, length=4, shards=Shards(2, (0, 1))
     )
     found = [
-        [tokenizer.decode(row[1:].tolist()) for row in batch["tokens"]]
+        [tokenizer.decode(row[1:].tolist()) for row in batch.tokens]
         for batch in take(batches, 16)
     ]
     assert sorted(text for rows in found for text in rows) == sorted(texts * 2)
@@ -202,7 +206,7 @@ def test_every_stream_is_mixed_by_the_same_weights(make, tokenizer):
     for j in range(4):
         rows = slice(2 * j, 2 * j + 2)
         tokens, targets = (
-            np.concatenate([batch[k][rows] for batch in found])
+            np.concatenate([getattr(batch, k)[rows] for batch in found])
             for k in ("tokens", "targets")
         )
         share = (
@@ -225,17 +229,16 @@ def test_hosts_with_some_of_the_streams_make_the_batches_of_one_with_all(
     parts = [take(make(kind, shards=Shards(4, own)), 4) for own in SPLITS[count]]
     size = 8 // count
     for i, batch in enumerate(whole):
-        for name, rows in batch.items():
+        for name, rows in vars(batch).items():
+            if rows is None:
+                continue
             for host, part in enumerate(parts):
                 own = slice(host * size, (host + 1) * size)
-                np.testing.assert_array_equal(part[i][name][own], rows[own])
-                assert (
-                    part[i][name].dtype == rows.dtype
-                    and part[i][name].shape == rows.shape
-                )
-                assert not np.delete(
-                    part[i][name], own, axis=0
-                ).any()  # zeros, and nobody's rows
+                array = getattr(part[i], name)
+                np.testing.assert_array_equal(array[own], rows[own])
+                assert array.dtype == rows.dtype and array.shape == rows.shape
+                # zeros, and nobody's rows
+                assert not np.delete(array, own, axis=0).any()
             assert (rows[:size].any() and rows[size : 2 * size].any()) or name in (
                 "scores",
                 "cut",
@@ -289,8 +292,8 @@ def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(
         ends += [end for _, end in results]
         parts = zip(*(batches for batches, _ in results), strict=True)
         assembled = [
-            {name: sum(part[name] for part in some) for name in some[0]}
-            for some in parts
+            jax.tree.map(lambda *arrays: sum(arrays), *hosts_parts)
+            for hosts_parts in parts
         ]
         assert_equal(assembled, expected)
     assert all(end == ends[0] for end in ends) and ends[0] != state
@@ -367,14 +370,14 @@ def test_a_single_pass_is_whole_on_every_host(make, kind):
 
 def test_streams_that_cannot_share_a_batch_are_refused(make):
     with pytest.raises(
-        ConfigError, match="data_shards=3: as many streams cannot share 8 rows equally"
+        ConfigError, match="data_shards=3: must divide the 8 rows of a batch"
     ):
         make("pretrain", shards=Shards(3, (0, 1, 2)))
     with pytest.raises(ConfigError, match="data_shards=16"):
         make("sft", shards=Shards(16, (0,)))
     with pytest.raises(ConfigError, match="data_shards=0"):
         make("preferences", shards=Shards(0, ()))
-    with pytest.raises(ConfigError, match="one stream at least"):
+    with pytest.raises(ConfigError, match="at least one stream"):
         make("pretrain", shards=Shards(4, ()))
 
 
