@@ -26,7 +26,7 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Size, Tokens
 from rlhfjax.rewards.responses import found
 from rlhfjax.roles import DISK, Sources
-from rlhfjax.sampling.generate import generate
+from rlhfjax.sampling import Sampling, generate
 
 Conversation = list[chat.Message]
 
@@ -138,11 +138,13 @@ class Judge:
     ) -> list[list[int]]:
         """What the model says to each conversation: ids, without the eos. Row i is drawn with fold_in(key(seed), i)."""
         size, room = self._config.batch_size, self._config.length - max_new_tokens
-        limits = {
-            "max_new_tokens": max_new_tokens,
-            "eos_id": self.tokenizer.eos_id,
-            "pad_id": self.tokenizer.pad_id,
-        }
+        eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            temperature=temperature,
+        )
         out: list[list[int]] = []
         for start in range(0, len(questions), size):
             some = questions[start : start + size]
@@ -150,7 +152,7 @@ class Judge:
                 chat.render_prompt(self.tokenizer, one, max_tokens=room) for one in some
             ]
             asked += asked[-1:] * (size - len(some))
-            prompts, segments = pad_left(asked, length=room, pad_id=limits["pad_id"])
+            prompts, segments = pad_left(asked, length=room, pad_id=pad_id)
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
                 jnp.arange(start, start + size)
             )
@@ -162,28 +164,19 @@ class Judge:
                     placed["prompts"],
                     placed["segments"],
                     keys,
-                    temperature,
-                    **limits,
+                    sampling,
                 )
             tokens, mask = hosts.whole((samples.tokens, samples.mask))
             rows = [
                 row[keep > 0].tolist() for row, keep in zip(tokens, mask, strict=True)
             ]
             out += [
-                [token for token in row if token != limits["eos_id"]]
-                for row in rows[: len(some)]
+                [token for token in row if token != eos_id] for row in rows[: len(some)]
             ]
         return out
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "temperature", "max_new_tokens", "eos_id", "pad_id"),
-)
-def _generate(model, params, prompts, segments, keys, temperature, **limits):
-    return generate(
-        model, params, prompts, segments, keys, temperature=temperature, **limits
-    )
+_generate = jax.jit(generate, static_argnames=("model", "sampling"))
 
 
 def span_logprobs(

@@ -1,4 +1,4 @@
-"""Held-out responses of a policy in training: their reward, their KL to the reference, their length."""
+"""Held-out evaluation of a policy in training: reward, KL and length of its responses."""
 
 import functools
 from collections.abc import Callable
@@ -9,36 +9,36 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos import kl, shaping
-from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.prompts import held_out_prompts
-from rlhfjax.rl.rollout import Rollout, response_logprobs, sampled, truncated
+from rlhfjax.rl.rollout import Rollout, response_logprobs, sample, truncate_responses
 from rlhfjax.rl.task import Task
+from rlhfjax.sampling.config import Sampling
 from rlhfjax.state import TrainState
 from rlhfjax.types import Metrics, PyTree
 
-HELD_OUT = 2**31  # the random stream of batch 0; the seeds of training steps are below
+# Random stream of held-out batch 0; the numbers of training steps are below it.
+HELD_OUT = 2**31
 
 
-def held_out(
-    config: PolicyConfig, task: Task, layout: Layout
-) -> Callable[[TrainState], Metrics]:
-    """Returns a function state -> reward, KL to the reference and length of responses to held-out
-    prompts; the draws are always the same."""
+def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metrics]:
+    """Returns a function state -> reward, KL to the reference and length of held-out responses.
+
+    The random numbers are the same at every call.
+    """
     prompts = held_out_prompts(config.eval_prompts, task.tokenizer, config)
-    policy = task.policy
+    policy, sampling = task.policy, Sampling.from_config(config, task.ids)
     reward = task.on_frozen(task.reward)
 
     @jax.jit
     def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
-        r = rollout.mask.shape[1]
         ref_logprobs, _ = response_logprobs(
             policy.model,
             reference,
             rollout.tokens,
-            rollout.segments,
-            r,
+            rollout.attention_mask,
+            rollout.mask.shape[1],
             config.temperature,
         )
         return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
@@ -48,34 +48,41 @@ def held_out(
     def measure(
         params: PyTree, batch: dict[str, np.ndarray], number: int
     ) -> dict[str, Any]:
-        on_devices = layout.put(batch)
+        """Returns measurements [b] of the responses to batch `number`."""
+        arrays = task.layout.put(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), HELD_OUT + number)
-        rows = (on_devices["prompts"], on_devices["segments"], key)
-        rollout = sampled(config, policy.model, task.tokens, params, *rows)
-        scored = truncated(config, task.tokens, rollout)
-        seen = (scored.tokens, scored.segments, scored.mask)
+        rollout = sample(
+            policy.model,
+            params,
+            arrays["prompts"],
+            arrays["segments"],
+            key,
+            sampling=sampling,
+        )
+        scored = truncate_responses(config, task.ids, rollout)
+        rows = (scored.tokens, scored.attention_mask, scored.mask)
         measured = {
             "val_kl": kl_to_reference(rollout),
-            "val_proxy": reward(*seen),
+            "val_proxy": reward(*rows),
             "val_response_length": rollout.mask.sum(1),
             "val_eos_rate": shaping.has_token(
-                rollout.responses, rollout.mask, task.tokenizer.eos_id
+                rollout.responses, rollout.mask, task.ids.eos_id
             ),
             "val_prompts_cut": batch["cut"],
         }
-        return (
-            measured if task.gold is None else measured | {"val_gold": task.gold(*seen)}
-        )
+        if task.gold is not None:
+            measured["val_gold"] = task.gold(*rows)
+        return measured
 
     def evals(state: TrainState) -> Metrics:
-        params, total = policy.merged(state.params["policy"]), {}
+        params = policy.merged(state.params["policy"])
+        total: Metrics = {}
         for i, batch in enumerate(prompts.restart()):
-            real = (batch["index"] >= 0).astype(np.float32)
+            is_prompt = (batch["index"] >= 0).astype(np.float32)
             for name, values in measure(params, batch, i).items():
-                host = np.asarray(hosts.whole(values), np.float32)
-                total = merge(
-                    total, {name: (float((host * real).sum()), float(real.sum()))}
-                )
+                values = np.asarray(hosts.whole(values), np.float32)
+                metric = (float((values * is_prompt).sum()), float(is_prompt.sum()))
+                total = merge(total, {name: metric})
         return total
 
     return evals

@@ -1,4 +1,4 @@
-"""Prompts for the stages that sample responses, and the text beside them that PPO-ptx trains on."""
+"""Prompts for the stages that sample responses, and the pretraining text of PPO-ptx."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,38 +23,47 @@ from rlhfjax.types import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """Prompts: rows of kind prompt as they are, or prefixes of conversations (kind messages) that end with a user."""
+    """Prompts: rows of kind prompt, or prefixes of conversations (kind messages).
+
+    A prefix ends with a user's turn.
+    """
 
     source: SourceConfig | None = None
-    per_conversation: Count = 1  # prefixes of one conversation, 0: all
-    limit: Count = 0  # prompts, 0: all
+    """Where the prompts are; required in stages that sample."""
+    per_conversation: Count = 1
+    """Prefixes per conversation; 0 takes all."""
+    limit: Count = 0
+    """Number of prompts; 0 takes all."""
 
 
-def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
+def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
+    """Opens the prompts of a config option. Raises ConfigError if it names no source."""
     if config.source is None:
-        raise ConfigError(f"{what}.source: prompts are needed")
+        raise ConfigError(f"{option}.source: a value is required")
     source = config.source.open()
     if source.kind == "messages":
-        most = config.per_conversation if config.per_conversation > 0 else None
-        source = Prompts(source, per_conversation=most, seed=seed)
+        per_conversation = config.per_conversation or None
+        source = Prompts(source, per_conversation=per_conversation, seed=seed)
     return Limited(source, config.limit) if config.limit else source
 
 
 def prompt_batches(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
 ) -> loader.Batches:
-    """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
+    """Returns endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
-    options = {
-        "batch_size": stage.batch_size,
-        "length": stage.prompt_length,
-        "seed": stage.seed,
-    }
-    return loader.prompt_batches(source, tokenizer, train=True, **options)
+    return loader.prompt_batches(
+        source,
+        tokenizer,
+        batch_size=stage.batch_size,
+        length=stage.prompt_length,
+        seed=stage.seed,
+        train=True,
+    )
 
 
 class Repeated:
-    """Every row of a stream of batches `times` times, one after the other: a group of answers to each prompt."""
+    """A stream of batches with every row repeated `times` times, copies next to each other."""
 
     def __init__(self, batches: Batches, times: int):
         self._batches, self._times = batches, times
@@ -75,11 +84,10 @@ class Repeated:
 def held_out_prompts(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
 ) -> loader.Batches:
-    """One pass over held-out prompts, in order."""
+    """Returns one pass over held-out prompts, in order, in batches of at most `stage.episodes`."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
-    size = stage.episodes
-    if len(source) < size:
-        size = min(size, -(-len(source) // 8) * 8)
+    # Few prompts make a smaller batch, in a multiple of 8 that devices can share.
+    size = min(stage.episodes, -(-len(source) // 8) * 8)
     return loader.prompt_batches(
         source, tokenizer, train=False, batch_size=size, length=stage.prompt_length
     )
@@ -106,28 +114,34 @@ def prompt_metrics(batch: Mapping[str, Any]) -> Metrics:
     }
 
 
-# ------------------------------------------------------------------ PPO-ptx: text beside the prompts
+# ------------------------------------------------------------------ PPO-ptx: text beside prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class PtxConfig:
-    """gamma E[log pi(x)] over pretraining text, its gradient added to PPO's in every minibatch.
+    """gamma E[log pi(x)] over pretraining text; its gradient is added to PPO's per minibatch.
 
-    The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence: see `unit`.
+    The paper's gamma, 27.8, comes without a unit. Here `unit` says what gamma multiplies.
+
+    Source: Ouyang et al. 2022, eq. 2.
     """
 
-    coefficient: NonNegative = 0.0  # 0: off
+    coefficient: NonNegative = 0.0
+    """Weight gamma of the pretraining loss; 0 is off."""
     unit: Literal["token", "sequence"] = "token"
-    ratio: Size = (
-        8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
-    )
-    length: TokensOrNone = 0  # tokens of a sequence
-    data_shards: Size = 1  # streams that the text comes in, as of a StreamConfig
+    """Whether gamma multiplies nats per token or nats per sequence."""
+    ratio: Size = 8
+    """Sequences of text per episode of an iteration (InstructGPT C.4: 8)."""
+    length: TokensOrNone = 0
+    """Tokens per sequence."""
+    data_shards: Size = 1
+    """Streams that the text comes in, as in a StreamConfig."""
     sources: tuple[SourceConfig, ...] = ()
+    """Where the text is."""
 
 
 class Together:
-    """Several streams of batches as one, `{name}/` before the arrays of each but the first."""
+    """Several streams of batches as one; `{name}/` precedes the arrays of each but the first."""
 
     def __init__(self, first: Batches, **others: Batches):
         self._streams = {
@@ -146,9 +160,9 @@ class Together:
         return self
 
     def restart(self) -> "Together":
-        """Back to the first batch of each; see `loader.Batches.restart`."""
+        """Goes back to the first batch of each stream; see `loader.Batches.restart`."""
         for stream in self._streams.values():
-            stream.restart()
+            stream.restart()  # pyright: ignore[reportAttributeAccessIssue]  # loader's have it
         return self
 
     def get_state(self) -> dict[str, Any]:
@@ -166,27 +180,27 @@ def with_ptx(
     stage: Any,
     layout: Layout,
 ) -> Batches:
-    """Prompts, and where the mix is on the text of an iteration beside them."""
+    """Returns prompts with an iteration's text beside them, if its coefficient is not 0."""
     if not config.coefficient:
         return prompts
     if not config.length:
         raise ConfigError(
-            f"{stage.stage}.ptx.length: the mix needs the length of its sequences"
+            f"{stage.stage}.ptx.length=0: must be > 0 with a ptx.coefficient"
         )
     size = stage.episodes * config.ratio
-    source = open_sources(config.sources, f"{stage.stage}.ptx.sources")
-    own = own_shards(config.data_shards, size, layout)
-    options = {
-        "batch_size": size,
-        "length": config.length,
-        "seed": stage.seed + 1,
-        "shards": own,
-    }
-    return Together(prompts, ptx=loader.pretrain_batches(source, tokenizer, **options))
+    text = loader.pretrain_batches(
+        open_sources(config.sources, f"{stage.stage}.ptx.sources"),
+        tokenizer,
+        batch_size=size,
+        length=config.length,
+        seed=stage.seed + 1,
+        shards=own_shards(config.data_shards, size, layout),
+    )
+    return Together(prompts, ptx=text)
 
 
 def text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the text of an iteration: what stands in a batch beside its prompts."""
+    """Returns an iteration's text, the arrays in its batch beside the prompts."""
     return {
         name.removeprefix("ptx/"): x
         for name, x in batch.items()
@@ -195,7 +209,7 @@ def text_of(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_shapes(config: PtxConfig, episodes: int) -> Shapes:
-    """Returns the shapes of an iteration's text; nothing where the mix is off."""
+    """Returns the shapes of an iteration's text; empty if the mix is off."""
     if not config.coefficient:
         return {}
     return language_shapes(episodes * config.ratio, config.length, "ptx/")
