@@ -143,7 +143,7 @@ class Loaded:
 
     def merged(self, trained: PyTree) -> PyTree:
         """Returns all parameters, given those that are trained."""
-        return states.attach(self.frozen, trained)
+        return states.merge_params(self.frozen, trained)
 
     def start(self, params: PyTree) -> PyTree:
         """Returns fresh trainable parameters with the pretrained ones copied over them."""

@@ -47,16 +47,17 @@ class TrainState:
         return dataclasses.replace(self, **changes)
 
 
-def attach(frozen: PyTree, trained: PyTree) -> PyTree:
-    """Two nested dicts as one: the arrays of both as they are, no copy; where both have one, the trained one.
+def merge_params(frozen: PyTree, trained: PyTree) -> PyTree:
+    """Merges two nested dicts of parameters; where both have an array, the trained one counts.
 
-    What a stage trains may be a part of a model, such as adapters or a head; this makes the model of it again, inside
-    of jit and outside.
+    A stage may train a part of a model, such as its adapters or its head. This builds the whole
+    model from both parts without copying an array, inside jit and outside.
     """
     if not (isinstance(frozen, dict) and isinstance(trained, dict)):
         return trained
-    both = {k: attach(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()}
-    return {**frozen, **trained, **both}
+    shared = frozen.keys() & trained.keys()
+    merged = {name: merge_params(frozen[name], trained[name]) for name in shared}
+    return {**frozen, **trained, **merged}
 
 
 def copy_into(params: PyTree, pretrained: PyTree) -> PyTree:
@@ -153,7 +154,7 @@ def gradients(
       ConfigError: the batch does not divide into the microbatches.
     """
     grad = jax.value_and_grad(
-        lambda p, *rest: loss(attach(frozen or {}, p), *rest), has_aux=True
+        lambda p, *rest: loss(merge_params(frozen or {}, p), *rest), has_aux=True
     )
     if microbatches == 1:
         (_, pairs), grads = grad(params, batch, key)

@@ -71,7 +71,7 @@ def test_what_has_no_ratio_is_refused(conversations, finished):
     )
     with pytest.raises(
         ConfigError,
-        match="ppo.one_step_off: needs behavior_logprobs=.sampler.",
+        match=r"ppo.one_step_off: needs behavior_logprobs=.sampler.",
     ):
         stages.find("ppo").validate(forward, ONE, None)
     common = ppo(conversations, finished)
@@ -92,6 +92,7 @@ def test_what_has_no_ratio_is_refused(conversations, finished):
     }
     group = recipe.check(stages.stage_config("group", **values).to_dict(), "group")
     with pytest.raises(
-        ConfigError, match="group.one_step_off: needs a ratio that corrects for it; rloo has none"
+        ConfigError,
+        match=r"group.one_step_off: needs a ratio that corrects for it; rloo has none",
     ):
         stages.find("group").validate(group, ONE, None)

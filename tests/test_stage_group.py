@@ -577,7 +577,9 @@ REFUSED = {
         "kl": {"place": "loss", "estimator": "k3"},
     },
     "there can be sequence": {"kl": {"place": "loss", "estimator": "k1"}},
-    "must be 0 with rloo; only the loss of dapo is a mean over tokens": {"entropy_coefficient": 0.1},
+    "must be 0 with rloo; only the loss of dapo is a mean over tokens": {
+        "entropy_coefficient": 0.1
+    },
     "overlong_soft=9: must be <= max_new_tokens=8": {"overlong_soft": 9},
     "every response hits": {"overlong": "leave_out", "stop_at_eos": False},
     "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},

@@ -138,7 +138,7 @@ def test_the_adapters_are_left_too_and_are_those_of_the_model(ppo_run, finished)
     model, adapters = load_peft(ppo_run / "adapter", base.model)
     assert (model.lora.rank, model.lora.alpha) == (2, 8.0)
     merged = lora.merge(
-        model.lora, jax.tree.map(jnp.asarray, state.attach(base.params, adapters))
+        model.lora, jax.tree.map(jnp.asarray, state.merge_params(base.params, adapters))
     )
     jax.tree.map(np.testing.assert_array_equal, merged, store.load(ppo_run, ONE).params)
 
@@ -441,7 +441,7 @@ def test_the_model_that_is_left_is_the_quantized_base_in_floats_and_its_adapters
     model, adapters = load_peft(tmp_path / "sft" / "adapter", before.model)
     merged = names(
         lora.merge(
-            model.lora, jax.tree.map(jnp.asarray, state.attach(rounded, adapters))
+            model.lora, jax.tree.map(jnp.asarray, state.merge_params(rounded, adapters))
         )
     )
     for path, x in names(left.params).items():

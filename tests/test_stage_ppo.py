@@ -838,13 +838,12 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
         1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)}
     )
     text = {"mask": jnp.array([[1.0, 1, 1], [1, 0, 0]])}
-    params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
-    model = Model(optimum.SHAPE)
-    grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
-    assert float(grads["policy"]["w"]) == 7.0 + added
-    assert finalize(jax.device_get(pairs)) == {
-        "ptx_loss": 10.0
-    }  # nats per token, either way
+    params, grads = {"w": jnp.ones(())}, {"w": jnp.float32(7.0)}
+    learner = epochs.Learner(config, Model(optimum.SHAPE), optax.sgd(1.0), None)
+    grads, ptx_loss = epochs._add_ptx(learner, grads, params, None, text)
+    assert float(grads["w"]) == 7.0 + added
+    # Nats per token, either way.
+    assert finalize(jax.device_get({"ptx_loss": ptx_loss})) == {"ptx_loss": 10.0}
 
 
 @pytest.mark.parametrize("unit, microbatches", [("token", 1), ("sequence", 2)])
@@ -964,9 +963,16 @@ REFUSED = {
     },
     "kl.horizon=0: must be > 0 with a target": {"kl": {"target": 2.0}},
     "is for the group stage": {"kl": {"place": "loss", "estimator": "grpo"}},
-    "needs stop_at_eos=True, without it no response ends": {"missing_eos": "penalty", "stop_at_eos": False},
+    "needs stop_at_eos=True, without it no response ends": {
+        "missing_eos": "penalty",
+        "stop_at_eos": False,
+    },
     "after=8: must be below max_new_tokens=8": {"truncate": {"token": ".", "after": 8}},
-    "target_kl=0.1: must be 0 if an iteration has one update": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
+    "target_kl=0.1: must be 0 if an iteration has one update": {
+        "target_kl": 0.1,
+        "epochs": 1,
+        "minibatches": 1,
+    },
     "with whiten_rewards=.minibatch.": {
         "whiten_rewards": "minibatch",
         "whiten_advantages": "batch",

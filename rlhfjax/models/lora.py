@@ -2,7 +2,7 @@
 
 The parameters of a model with adapters are those of one without, plus `lora_a` [in…, r] and `lora_b` [r, out…] beside
 the `kernel` [in…, out…] of every projection that is adapted. Base and adapters are two trees that a merge of dicts
-makes one (`state.attach`): the base stays the same arrays, whoever else uses them.
+makes one (`state.merge_params`): the base stays the same arrays, whoever else uses them.
 
 Source: Hu et al. 2021, eq. 3 and section 4.1.
 """

@@ -22,7 +22,7 @@ from rlhfjax.ranges import (
     TokensOrNone,
 )
 from rlhfjax.rl.prompts import PromptConfig, PtxConfig
-from rlhfjax.roles import Pass, Role, Workload
+from rlhfjax.roles import Pass, Role, Workload, job_workload
 from rlhfjax.sampling.config import SamplingConfig
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 
@@ -225,6 +225,11 @@ def policy_workload(
         decoded=config.decode_batch or config.episodes,
         sampled=config.max_new_tokens,
     )
+
+
+def sampling_workload(config: SamplingConfig, completions: int = 1) -> Workload:
+    """Returns what a batch of a job that samples computes."""
+    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
 
 
 # ------------------------------------------------------------------ validation

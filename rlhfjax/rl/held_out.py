@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.algos import kl, shaping
+from rlhfjax.algos import shaping
 from rlhfjax.metrics import merge
 from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.prompts import held_out_prompts
-from rlhfjax.rl.rollout import Rollout, response_logprobs, sample, truncate_responses
+from rlhfjax.rl.rewards import reference_kl
+from rlhfjax.rl.rollout import sample, truncate_responses
 from rlhfjax.rl.task import Task
 from rlhfjax.sampling.config import Sampling
 from rlhfjax.state import TrainState
@@ -31,18 +32,7 @@ def make_evals(config: PolicyConfig, task: Task) -> Callable[[TrainState], Metri
     policy, sampling = task.policy, Sampling.from_config(config, task.ids)
     reward = task.on_frozen(task.reward)
 
-    @jax.jit
-    def sequence_kl(reference: PyTree, rollout: Rollout) -> jax.Array:
-        ref_logprobs, _ = response_logprobs(
-            policy.model,
-            reference,
-            rollout.tokens,
-            rollout.attention_mask,
-            rollout.mask.shape[1],
-            config.temperature,
-        )
-        return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
-
+    sequence_kl = jax.jit(functools.partial(reference_kl, config, policy.model))
     kl_to_reference = task.on_frozen(functools.partial(sequence_kl, task.reference))
 
     def measure(

@@ -13,7 +13,7 @@ import optax
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, STATE, WHOLE, Program, host_value, small
 from rlhfjax.rl.config import PolicyConfig
-from rlhfjax.rl.rollout import Rollout, response_logprobs
+from rlhfjax.rl.rollout import Rollout, response_outputs
 from rlhfjax.state import TrainState
 from rlhfjax.types import Metrics, PyTree
 
@@ -85,20 +85,10 @@ def jit_programs(
 
 
 def make_rollout_logprobs(config: PolicyConfig, model: Model) -> Callable[..., Any]:
-    """Returns a function (params, rollout) -> log pi [b, r] of its responses.
-
-    They are at the sampling temperature, as those of the sampler are.
-    """
+    """Returns a function (params, rollout) -> log pi [b, r] of its responses."""
 
     def rollout_logprobs(params: PyTree, rollout: Rollout) -> jax.Array:
-        logprobs, _ = response_logprobs(
-            model,
-            params,
-            rollout.tokens,
-            rollout.attention_mask,
-            rollout.mask.shape[1],
-            config.temperature,
-        )
+        _, logprobs, _ = response_outputs(config, model, params, rollout)
         return logprobs
 
     return rollout_logprobs

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhfjax.algos import kl, shaping, tamer
+from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, WHOLE, small
 from rlhfjax.rl.config import HumanConfig, KLConfig, PolicyConfig
-from rlhfjax.rl.rollout import Rollout, TokenIds
-from rlhfjax.types import Loss, Metrics
+from rlhfjax.rl.rollout import Rollout, TokenIds, response_outputs
+from rlhfjax.sampling.config import SamplingConfig
+from rlhfjax.types import Loss, Metrics, PyTree
 
 
 def shape_rewards(
@@ -79,6 +81,14 @@ def kl_penalty(
         return jnp.zeros_like(log_ratio), kl.sequence_kl(log_ratio, mask)
     per_token = getattr(kl, config.estimator)(logprobs, ref_logprobs) * mask
     return per_token, kl.sequence_kl(log_ratio, mask)
+
+
+def reference_kl(
+    config: SamplingConfig, model: Model, reference: PyTree, rollout: Rollout
+) -> Float[Array, "b"]:
+    """Returns log pi(y|x) / pi_ref(y|x) per response, nats, given the reference's parameters."""
+    _, ref_logprobs, _ = response_outputs(config, model, reference, rollout)
+    return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
 
 def kl_loss(config: KLConfig, logprobs: Float[Array, "b r"], batch: Any) -> Loss:

@@ -16,7 +16,7 @@ from rlhfjax.mesh import Layout, in_use, make_layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, Program, recording, reshard
 from rlhfjax.rl.config import PolicyConfig
-from rlhfjax.sampling.config import Sampling
+from rlhfjax.sampling.config import Sampling, SamplingConfig
 from rlhfjax.sampling.generate import generate
 from rlhfjax.types import PyTree
 
@@ -211,6 +211,23 @@ def response_hidden(
     """
     hidden = model.hidden(params, tokens, segments=attention_mask, key=key)
     return hidden[:, -r - 1 : -1]
+
+
+def response_outputs(
+    config: SamplingConfig, model: Model, params: PyTree, batch: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns hidden states [b, r, d], log pi [b, r] and entropy [b, r] of a batch's responses.
+
+    Log-probabilities are at the sampling temperature, as those of the sampler are.
+
+    Args:
+      batch: a Rollout or a minibatch, with tokens, attention_mask and mask.
+    """
+    r = batch.mask.shape[1]
+    hidden = response_hidden(model, params, batch.tokens, batch.attention_mask, r)
+    responses = batch.tokens[:, -r:]
+    logprobs, entropy = model.logprobs(params, hidden, responses, config.temperature)
+    return hidden, logprobs, entropy
 
 
 def response_logprobs(

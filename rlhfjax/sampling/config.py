@@ -4,7 +4,7 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.ranges import SizeOrNone, Temperature, Tokens
+from rlhfjax.ranges import Size, SizeOrNone, Temperature, Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class SamplingConfig:
     """Tokens that prompts are padded to; longer conversations lose their oldest turns."""
     max_new_tokens: Tokens
     """Tokens of the longest response."""
+    batch_size: Size
+    """Prompts per batch."""
     temperature: Temperature = 1.0
     """Sampling temperature; 0 is greedy."""
     stop_at_eos: bool = True

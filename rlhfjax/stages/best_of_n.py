@@ -36,13 +36,14 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import PositiveTemperature, Seed, Size
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import Reward, texts
-from rlhfjax.rl.config import validate_sampling
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, sample
-from rlhfjax.roles import Role, Workload, job_workload, scorers
+from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
+from rlhfjax.stages.evaluate import SAMPLES, sample_rows
 
-SCORES, SAMPLES = "scores.jsonl", "samples.jsonl"
+SCORES = "scores.jsonl"
 # "proxy", "gold", "length" and "answer" [p, N], "cut" [p], as scores.jsonl names them. "answer" is
 # an id that equal responses share.
 Pool = dict[str, np.ndarray]
@@ -78,8 +79,7 @@ def roles(config: Config) -> dict[str, Role]:
     return {"policy": Role(config.init_from), **rewards}
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+workload = sampling_workload
 
 
 def validate(
@@ -106,7 +106,13 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     for name in rewards:
         stats.validate_scores(pool[name], f"best_of_n.{name}={getattr(config, name)}")
     write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
-    write_jsonl(workdir / SAMPLES, _sample_rows(prompts, responses, pool))
+    best = np.argmax(pool["proxy"], axis=1)
+    rows = sample_rows(
+        prompts,
+        policy=_picked(responses, pool, best),
+        baseline=_picked(responses, pool, np.zeros_like(best)),
+    )
+    write_jsonl(workdir / SAMPLES, rows)
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
@@ -259,24 +265,13 @@ def _score_rows(prompts: list[str], pool: Pool) -> list[dict[str, Any]]:
     ]
 
 
-def _sample_rows(
-    prompts: list[str], responses: list[list[str]], pool: Pool
-) -> list[dict[str, Any]]:
-    """Returns the lines of samples.jsonl, as the evaluation writes them.
-
-    The policy is best-of-N, and the baseline the first response of the pool.
-    """
-    rows = []
-    for i, prompt in enumerate(prompts):
-        best = int(np.argmax(pool["proxy"][i]))
-        row: dict[str, Any] = {
-            "prompt": prompt,
-            "policy": responses[i][best],
-            "baseline": responses[i][0],
-        }
-        for name in ("gold", "proxy"):
-            if name in pool:
-                row[f"{name}_policy"] = pool[name][i, best]
-                row[f"{name}_baseline"] = pool[name][i, 0]
-        rows.append(row)
-    return rows
+def _picked(
+    responses: list[list[str]], pool: Pool, index: Int[np.ndarray, " p"]
+) -> dict[str, Any]:
+    """Returns one response per prompt with its scores, as `sample_rows` takes them."""
+    prompts = np.arange(len(index))
+    scores: dict[str, Any] = {
+        name: pool[name][prompts, index] for name in ("gold", "proxy") if name in pool
+    }
+    scores["response"] = [row[i] for row, i in zip(responses, index, strict=True)]
+    return scores

@@ -23,7 +23,12 @@ from rlhfjax.ranges import Seed, Several, Size, Tokens
 from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labelers import Answers, Labeler, make_answers
 from rlhfjax.rewards.load import load_labeler
-from rlhfjax.rl.config import TruncateConfig, validate_sampling, validate_truncate
+from rlhfjax.rl.config import (
+    TruncateConfig,
+    sampling_workload,
+    validate_sampling,
+    validate_truncate,
+)
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.responses import (
     PromptBatching,
@@ -31,7 +36,7 @@ from rlhfjax.rl.responses import (
     sample_responses,
     validate_buckets,
 )
-from rlhfjax.roles import Role, Workload, job_workload, scorers
+from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 
 FOLDER = "preferences"
@@ -74,8 +79,7 @@ def roles(config: Config) -> dict[str, Role]:
     return {"policy": Role(config.init_from), **labelers}
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+workload = sampling_workload
 
 
 def validate(

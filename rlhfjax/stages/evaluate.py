@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.algos import kl
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.text import distinct_n
@@ -33,11 +32,11 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Tokens
 from rlhfjax.rewards.load import load_reward
 from rlhfjax.rewards.responses import texts
-from rlhfjax.rl.config import validate_sampling
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses, validate_buckets
-from rlhfjax.rl.rollout import Rollout, response_logprobs
-from rlhfjax.roles import Role, Workload, job_workload, scorers
+from rlhfjax.rl.rewards import reference_kl
+from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 
 SAMPLES = "samples.jsonl"
@@ -73,8 +72,7 @@ def roles(config: Config) -> dict[str, Role]:
     return {"policy": Role(config.policy), "baseline": Role(config.baseline), **rewards}
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+workload = sampling_workload
 
 
 def validate(
@@ -114,7 +112,9 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         )
         stats.validate_scores(results[model][reward], context)
     metrics = summarize(results)
-    _write_samples(workdir / SAMPLES, results)
+    policy = results["policy"]
+    rows = sample_rows(policy["prompt"], policy, results["baseline"])
+    write_jsonl(workdir / SAMPLES, rows)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
@@ -146,7 +146,9 @@ def _measure(
         rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         if config.temperature > 0:
-            measured["kl"] = _sequence_kl(reference, rollout, config.temperature)
+            measured["kl"] = reference_kl(
+                config, reference.model, reference.params, rollout
+            )
         rollout, measured = hosts.whole((rollout, measured))
         measured["prompt"], measured["response"] = texts(
             tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
@@ -162,21 +164,6 @@ def _measure(
         name: values if isinstance(values[0], str) else np.array(values, np.float64)
         for name, values in results.items()
     }
-
-
-def _sequence_kl(
-    reference: store.SavedModel, rollout: Rollout, temperature: float
-) -> jax.Array:
-    """Returns log pi(y|x) / pi_ref(y|x) per response, nats; the temperature is above 0."""
-    ref_logprobs, _ = response_logprobs(
-        reference.model,
-        reference.params,
-        rollout.tokens,
-        rollout.attention_mask,
-        rollout.mask.shape[1],
-        temperature,
-    )
-    return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
 
 def summarize(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -215,12 +202,13 @@ def _with_interval(name: str, interval: stats.Interval) -> dict[str, float]:
     }
 
 
-def _write_samples(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Writes one line per prompt: both responses and their scores."""
-    policy, baseline = results["policy"], results["baseline"]
+def sample_rows(
+    prompts: list[str], policy: dict[str, Any], baseline: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the lines of samples.jsonl, one per prompt: both responses and their scores."""
     rows = []
-    for i, prompt in enumerate(policy["prompt"]):
-        row = {
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {
             "prompt": prompt,
             "policy": policy["response"][i],
             "baseline": baseline["response"][i],
@@ -230,4 +218,4 @@ def _write_samples(path: Path, results: dict[str, dict[str, Any]]) -> None:
                 row[f"{score}_policy"] = float(policy[score][i])
                 row[f"{score}_baseline"] = float(baseline[score][i])
         rows.append(row)
-    write_jsonl(path, rows)
+    return rows

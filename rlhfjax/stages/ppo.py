@@ -54,15 +54,16 @@ from rlhfjax.rl.rollout import (
     TokenIds,
     make_sampler,
     response_hidden,
+    response_outputs,
     truncate_responses,
 )
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, attach
+from rlhfjax.state import TrainState, merge_params
 from rlhfjax.types import Loss, Metrics, PyTree, Scalar
 
-VALUE_PARAMS = 1  # random stream of the value function's fresh parameters
+VALUE_INIT = 1  # random stream of the value function's fresh parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     forward = task.make_forward(jitted)
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
-        params = attach(frozen, state.params)
+        params = merge_params(frozen, state.params)
         rollouts = sample_rollouts(config, sampler, state, params["policy"], batch, key)
         rollout, state = rollouts.current, drop_next_rollout(state)
         scored = truncate_responses(config, task.ids, rollout)
@@ -183,7 +184,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
-        fresh = critic.model.init_trained(jax.random.fold_in(key, VALUE_PARAMS))
+        fresh = critic.model.init_trained(jax.random.fold_in(key, VALUE_INIT))
         return {"value": _own_params(config, fresh)}
 
     def load_value(state: TrainState) -> TrainState:
@@ -294,15 +295,8 @@ def programs(config: Config, model: Model, critic: Model, ids: TokenIds) -> Prog
 
         plus beta x the KL to the reference, if that is in the loss.
         """
-        mask, r = batch.mask, batch.mask.shape[1]
-        policy_params = params["policy"]
-        hidden = response_hidden(
-            model, policy_params, batch.tokens, batch.attention_mask, r
-        )
-        responses = batch.tokens[:, -r:]
-        logprobs, entropy = model.logprobs(
-            policy_params, hidden, responses, c.temperature
-        )
+        mask = batch.mask
+        hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
         if c.value == "shared":
             values = critic.scalar(params["value"], hidden)
         else:

@@ -25,7 +25,7 @@ from rlhfjax.ranges import Seed, Size, TokensOrNone
 from rlhfjax.rewards import center
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import check_scalar
-from rlhfjax.rl.config import validate_sampling
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses
 from rlhfjax.roles import Role, Workload, job_workload
@@ -69,8 +69,9 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    sampled = config.prompt_length + config.max_new_tokens
-    return job_workload(config.batch_size, sampled if config.policy else config.length)
+    if config.policy:
+        return sampling_workload(config)
+    return job_workload(config.batch_size, config.length)
 
 
 def validate(

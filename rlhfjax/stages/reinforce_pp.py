@@ -47,13 +47,13 @@ from rlhfjax.rl.rollout import (
     Rollout,
     TokenIds,
     make_sampler,
-    response_hidden,
+    response_outputs,
     truncate_responses,
 )
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, attach
+from rlhfjax.state import TrainState, merge_params
 from rlhfjax.types import Loss, Metrics, PyTree
 
 
@@ -107,7 +107,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     forward = task.make_forward(jitted)
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
-        params = attach(frozen, state.params)
+        params = merge_params(frozen, state.params)
         rollouts = sample_rollouts(config, sampler, state, params["policy"], batch, key)
         rollout, state = rollouts.current, drop_next_rollout(state)
         scored = truncate_responses(config, task.ids, rollout)
@@ -160,15 +160,8 @@ def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
 
     def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> Loss:
         """Returns clipped policy loss - entropy_coefficient x entropy, mean over tokens."""
-        mask, r = batch.mask, batch.mask.shape[1]
-        policy_params = params["policy"]
-        hidden = response_hidden(
-            model, policy_params, batch.tokens, batch.attention_mask, r
-        )
-        responses = batch.tokens[:, -r:]
-        logprobs, entropy = model.logprobs(
-            policy_params, hidden, responses, c.temperature
-        )
+        mask = batch.mask
+        _, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
         policy_loss = policy.ppo_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
         )

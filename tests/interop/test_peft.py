@@ -14,7 +14,7 @@ from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.interop.peft import CONFIG, WEIGHTS, load_peft, save_peft
 from rlhfjax.models import Model
 from rlhfjax.models.lora import LoraConfig
-from rlhfjax.state import attach
+from rlhfjax.state import merge_params
 from tests.interop.test_hf import FAMILIES, random_params
 from tests.needs import needs
 
@@ -204,7 +204,7 @@ def test_pefts_logits_with_our_adapters_are_ours(peft, name, lora, tmp_path):
     x = np.random.default_rng(0).integers(1, 61, (2, 12))
     without = their_logits(plain, x)
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    expected = logits(model, attach(base, adapters), x)
+    expected = logits(model, merge_params(base, adapters), x)
     assert np.abs(expected - without).max() > 0.1
     np.testing.assert_allclose(their_logits(adapted, x), expected, atol=1e-4)
     np.testing.assert_allclose(
@@ -240,7 +240,7 @@ def test_our_logits_with_pefts_adapters_are_theirs(peft, name, tmp_path):
     x = np.random.default_rng(0).integers(1, 61, (2, 12))
     expected = their_logits(adapted, x)
     np.testing.assert_allclose(
-        logits(model, attach(base, adapters), x), expected, atol=1e-4
+        logits(model, merge_params(base, adapters), x), expected, atol=1e-4
     )
     assert np.abs(logits(model, base, x) - expected).max() > 0.1
 
@@ -266,7 +266,7 @@ def test_a_rewards_head_comes_with_its_adapter(peft, tmp_path):
     )
     x = np.random.default_rng(0).integers(1, 61, (2, 12))
     params, rows = (
-        jax.tree.map(jnp.asarray, attach(base, adapters)),
+        jax.tree.map(jnp.asarray, merge_params(base, adapters)),
         jnp.asarray(x, jnp.int32),
     )
     ours = (

@@ -13,7 +13,7 @@ from rlhfjax.config import build
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model, blocks, lora
 from rlhfjax.models.lora import LoraConfig
-from rlhfjax.state import attach
+from rlhfjax.state import merge_params
 from tests.models.families import FAMILIES, random_params, random_trained, tokens
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets="attention|mlp")
@@ -64,12 +64,12 @@ def test_adapters_begin_without_effect_and_have_one_when_moved(world):
     model, base, adapters = world
     plain = logits_of(model, base)
     np.testing.assert_allclose(
-        logits_of(model, attach(base, without_effect(adapters))),
+        logits_of(model, merge_params(base, without_effect(adapters))),
         plain,
         rtol=1e-6,
         atol=1e-6,
     )
-    assert np.abs(logits_of(model, attach(base, adapters)) - plain).max() > 0.01
+    assert np.abs(logits_of(model, merge_params(base, adapters)) - plain).max() > 0.01
 
 
 def test_adapters_have_axes_for_every_dimension(world):
@@ -109,7 +109,7 @@ def test_b_is_zero_and_a_is_uniform_of_variance_one_third_over_the_inputs():
 
 def test_merged_is_attached(world):
     model, base, adapters = world
-    whole = attach(base, adapters)
+    whole = merge_params(base, adapters)
     merged = lora.merge(ALL, whole)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
     got, expected = logits_of(Model(model.config), merged), logits_of(model, whole)
@@ -141,9 +141,9 @@ def test_gradients_are_the_chain_rule_through_the_merged_kernels(world):
             params, hidden, tokens(2, 9, seed=3), jnp.ones((2, 9))
         )[0]
 
-    got = jax.jit(jax.grad(lambda t: loss(attach(base, t), model)))(adapters)
+    got = jax.jit(jax.grad(lambda t: loss(merge_params(base, t), model)))(adapters)
     full = jax.jit(jax.grad(lambda p: loss(p, Model(model.config))))(
-        lora.merge(ALL, attach(base, adapters))
+        lora.merge(ALL, merge_params(base, adapters))
     )
     assert jax.tree.structure(got) == jax.tree.structure(adapters)
     flat_full, flat = (
@@ -246,11 +246,11 @@ def test_dropout_needs_a_key_and_adapters_with_an_effect():
     assert model.drops and not Model(FAMILIES["gpt2"], lora=ALL).drops
     keys = (None, jax.random.key(2), jax.random.key(3))
     none, *some = (
-        np.asarray(logits_of(model, attach(base, adapters), key)) for key in keys
+        np.asarray(logits_of(model, merge_params(base, adapters), key)) for key in keys
     )
     assert min(np.abs(some[0] - none).max(), np.abs(some[0] - some[1]).max()) > 1e-3
     unmoved = logits_of(
-        model, attach(base, without_effect(adapters)), keys[1]
+        model, merge_params(base, without_effect(adapters)), keys[1]
     )  # B is 0: what A sees does not matter
     np.testing.assert_allclose(unmoved, logits_of(model, base), rtol=1e-5, atol=1e-5)
 
@@ -270,8 +270,10 @@ def test_a_scalar_head_is_trained_beside_the_adapters():
 
 def test_attaching_copies_nothing():
     x, y, z = jnp.zeros(3), jnp.ones(2), jnp.ones(1)
-    whole = attach({"a": {"kernel": x}, "head": z}, {"a": {"lora_a": y}, "head": y})
+    whole = merge_params(
+        {"a": {"kernel": x}, "head": z}, {"a": {"lora_a": y}, "head": y}
+    )
     assert (
         whole["a"]["kernel"] is x and whole["a"]["lora_a"] is y and whole["head"] is y
     )
-    assert attach({}, {"a": x})["a"] is x
+    assert merge_params({}, {"a": x})["a"] is x

@@ -220,7 +220,7 @@ def test_adapters_learn_on_a_quantized_base(kind):
     @jax.jit
     @jax.grad
     def gradient(own, base):
-        params = state.attach(base, own)
+        params = state.merge_params(base, own)
         return model.cross_entropy(
             params, model.hidden(params, rows), rows, jnp.ones((2, 8))
         )[0]

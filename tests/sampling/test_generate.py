@@ -154,7 +154,7 @@ def next_token(model, params, rows, segments, at, u, temperature):
     logits = model.logits(
         params, jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
     )
-    return choose(logits, u, temperature=temperature, top_k=0, top_p=1.0)
+    return choose(logits, u, sampling(temperature=temperature))
 
 
 def uncached(model, params, prompts, segments, keys, temperature):
