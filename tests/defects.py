@@ -127,8 +127,8 @@ DEFECTS = [
     d(
         3,
         "rl/iteration.py",
-        "            config.temperature,\n",
-        "            1.0,\n",
+        "response_outputs(config, model, params, rollout)",
+        "response_outputs(__import__('dataclasses').replace(config, temperature=1.0), model, params, rollout)",
         "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
         "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
     ),
@@ -136,8 +136,8 @@ DEFECTS = [
     d(
         3,
         "stages/ppo.py",
-        "policy_params, hidden, responses, c.temperature",
-        "policy_params, hidden, responses, 1.0",
+        'response_outputs(c, model, params["policy"], batch)',
+        'response_outputs(dataclasses.replace(c, temperature=1.0), model, params["policy"], batch)',
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     # 3: the sampler draws with it and reports without
@@ -614,8 +614,14 @@ DEFECTS = [
     d(
         20,
         "stages/ppo.py",
-        "model, policy_params, batch.tokens, batch.attention_mask, r\n",
-        "model, policy_params, batch.tokens, batch.attention_mask, r, key\n",
+        'hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)',
+        """r = batch.mask.shape[1]
+        hidden = response_hidden(
+            model, params["policy"], batch.tokens, batch.attention_mask, r, key
+        )
+        logprobs, entropy = model.logprobs(
+            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
+        )""",
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     d(

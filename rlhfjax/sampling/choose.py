@@ -90,9 +90,9 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     has_previous = block > 0
     previous = jnp.maximum(block - 1, 0)
     rest -= jnp.where(has_previous, _pick(ends, previous), 0.0)
+    first = block * BLOCK
     cdf = jnp.cumsum(inside, axis=1)
-    within = _first_above(cdf, rest)
-    return block * BLOCK + within
+    return first + _first_above(cdf, rest)
 
 
 def _first_above(ends, x):

@@ -133,7 +133,12 @@ def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
     }
     shared -= {"whiten_rewards", "whiten_advantages", "clip"}
     group = {name: ppo[name] for name in shared}
-    group |= plain | {"stage": "group", "batch_size": 4, "completions": 4, "epochs": 1}
+    group |= plain | {
+        "stage": "group",
+        "batch_size": 4,
+        "samples_per_prompt": 4,
+        "epochs": 1,
+    }
     for name in ESTIMATORS:
         found[f"group {name}"] = group | {"estimator": name}
     found["group dapo overlong"] = group | {
