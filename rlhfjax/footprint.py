@@ -1,16 +1,16 @@
-"""What a stage takes of a device: the one memory model, which placement and `plan` share.
+"""The memory that a stage needs on a device: the one model, which placement and `plan` share.
 
 A device keeps 1 / (fsdp x tensor) of every model: parameters in float32 (a quantized base in fewer
-bytes), and of what is trained gradients, the optimizer's moments and an average. Its activations
-are those of its rows in one microbatch: with remat=full the inputs of all layers (2 t d bytes per
-row and layer) and everything of one layer. Sampling takes a KV cache in the place of gradients and
-activations. FSDP gathers the weights of a layer at a time.
+bytes) and, for what is trained, gradients, the optimizer's moments and an EMA. Its activations are
+those of its rows in one microbatch: with `remat=full` the inputs of all layers (2 t d bytes per row
+and layer) and everything of one layer. Sampling needs a KV cache instead of gradients and
+activations. FSDP gathers the weights of one layer at a time.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -24,13 +24,13 @@ from rlhfjax.models.size import (
 )
 from rlhfjax.models.transformer import Model
 from rlhfjax.roles import Role, Workload
-from rlhfjax.strategy import Need
+from rlhfjax.strategy import Axes, Need
 
-CHUNK = (
-    2**23 * 4.0 * 3
-)  # bytes of the logits that live at a time: see models/logprobs.py
-# Bytes per number of the layers of adapters' base; NF4 has a float32 scale per 64 numbers.
+# Bytes of the logits that are alive at a time, see models/logprobs.py.
+CHUNK = 2**23 * 4.0 * 3
+# Bytes per number in the layers of adapters' base; NF4 has a float32 scale per 64 numbers.
 BASE_BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5 + 4.0 / 64}
+Phase = Literal["", "rollout", "update"]  # "": the one that needs more memory
 
 
 class Net(NamedTuple):
@@ -59,14 +59,14 @@ class Net(NamedTuple):
 
     @property
     def frozen(self) -> int:
-        """Returns how many frozen parameters this role adds; those that it shares count elsewhere."""
+        """Frozen parameters that this role adds; those that it shares count for the other role."""
         if self.role.shares is not None:
             return 0
         return self.numbers if self.role.optim is None or self.role.lora.rank else 0
 
     @property
     def frozen_bytes(self) -> float:
-        """Bytes of those; a quantized base has what is outside of its layers in float32."""
+        """Bytes of the frozen parameters; outside of its layers a quantized base is float32."""
         if not self.frozen:
             return 0.0
         layers = self.config.n_layers * layer_parameters(self.config)
@@ -74,10 +74,10 @@ class Net(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """Float32 numbers beside a trained parameter: the optimizer's moments and the average."""
-        return (
-            optim.kept(self.role.optim) + self.role.averaged if self.role.optim else 0.0
-        )
+        """Float32 numbers kept per trained parameter: the optimizer's moments and the EMA."""
+        if self.role.optim is None:
+            return 0.0
+        return optim.kept(self.role.optim) + self.role.averaged
 
 
 def trained_nets(nets: Sequence[Net]) -> list[Net]:
@@ -88,29 +88,30 @@ def trained_nets(nets: Sequence[Net]) -> list[Net]:
 
 
 def device_bytes(
-    nets: Sequence[Net], workload: Workload, axes: Mapping[str, int], moment: str = ""
+    nets: Sequence[Net], workload: Workload, axes: Axes, phase: Phase = ""
 ) -> dict[str, float]:
-    """Returns bytes per device by part, of the moment that takes most.
-
-    Args:
-      axes: sizes of the mesh's axes.
-      moment: "rollout" or "update", the moment that is meant; else the one that takes more.
-    """
-    split = axes["fsdp"] * axes["tensor"]
+    """Returns the bytes per device by part, at the peak of a phase."""
+    shards = axes["fsdp"] * axes["tensor"]
+    parameter_bytes = gradients = kept = 0.0
+    for net in nets:
+        trained_bytes = 4.0 * net.trained
+        parameter_bytes += trained_bytes + net.frozen_bytes
+        gradients += trained_bytes
+        kept += trained_bytes * net.kept
+    parts = {"parameters": parameter_bytes / shards}
     trained = trained_nets(nets)
-    held = sum(4.0 * net.trained + net.frozen_bytes for net in nets)
-    parts = {"parameters": held / split}
     if not trained:
         return parts
-    parts["optimizer and average"] = (
-        sum(4.0 * net.trained * net.kept for net in nets) / split
-    )
-    accumulators = 2 if workload.microbatches > 1 else 1
-    gradients = accumulators * sum(4.0 * net.trained for net in nets) / split
-    training = {"gradients": gradients} | _training(trained[0].config, workload, axes)
-    cache = cache_bytes(trained[0].config, workload, axes)
-    sampling = moment == "rollout" or (not moment and cache > sum(training.values()))
-    return parts | ({"KV cache": cache} if sampling else training)
+    parts["optimizer and average"] = kept / shards
+    if workload.microbatches > 1:
+        gradients *= 2  # those of a microbatch, and their sum
+    model = trained[0].config
+    training = {"gradients": gradients / shards}
+    training |= _training(model, workload, axes)
+    cache = cache_bytes(model, workload, axes)
+    if phase == "rollout" or (not phase and cache > sum(training.values())):
+        return parts | {"KV cache": cache}
+    return parts | training
 
 
 def layer_parameters(c: TransformerConfig) -> int:
@@ -118,64 +119,57 @@ def layer_parameters(c: TransformerConfig) -> int:
     return parameters(dataclasses.replace(c, n_layers=c.n_layers + 1)) - parameters(c)
 
 
-def rows_per_device(workload: Workload, axes: Mapping[str, int]) -> int:
-    """Returns the sequences of one device in one forward-backward pass."""
-    return math.ceil(workload.rows / (axes["replica"] * axes["data"] * axes["fsdp"]))
+def number_bytes(c: TransformerConfig) -> float:
+    """Returns the bytes of a number in the dtype that a model computes in."""
+    return 2.0 if c.dtype == "bfloat16" else 4.0
 
 
-def _training(
-    c: TransformerConfig, workload: Workload, axes: Mapping[str, int]
-) -> dict[str, float]:
-    """Returns activations, one layer's weights whole, and the output matrix with its gradient."""
-    tensor, fsdp = axes["tensor"], axes["fsdp"]
-    size = 2.0 if c.dtype == "bfloat16" else 4.0
-    rows, length = rows_per_device(workload, axes), workload.length
-    kept = activations(c, rows, length, size)
-    a_layer = sum(layer_activations(c, rows, length, size).values())
-    layer = layer_parameters(c)
+def batch_shards(axes: Axes) -> int:
+    """Returns over how many devices a batch is split."""
+    return axes["replica"] * axes["data"] * axes["fsdp"]
+
+
+def _training(c: TransformerConfig, workload: Workload, axes: Axes) -> dict[str, float]:
+    """Returns the bytes of activations, a gathered layer, the output matrix and its gradient."""
+    tensor, size = axes["tensor"], number_bytes(c)
+    rows = math.ceil(workload.rows / batch_shards(axes))
+    kept = activations(c, rows, workload.length, size)
+    one_layer = sum(layer_activations(c, rows, workload.length, size).values())
     output = c.vocab_size * c.d_model * (4.0 + 4.0) + CHUNK
-    vocab_split = tensor if c.vocab_size % tensor == 0 else 1
-    read = kept + a_layer / tensor if c.remat == "full" else kept / tensor
-    gathered = layer * (2 * size + 4.0) / tensor if fsdp > 1 else 0.0
+    vocab_shards = tensor if c.vocab_size % tensor == 0 else 1
+    read = kept + one_layer / tensor if c.remat == "full" else kept / tensor
+    gathered = 0.0
+    if axes["fsdp"] > 1:
+        gathered = layer_parameters(c) * (2 * size + 4.0) / tensor
     return {
         "activations": read / axes["sequence"],
         "gathered layers": gathered,
-        "output matrix": output / vocab_split,
+        "output matrix": output / vocab_shards,
     }
 
 
-def cache_bytes(
-    c: TransformerConfig, workload: Workload, axes: Mapping[str, int]
-) -> float:
-    """Returns the bytes of keys and values of what a device samples; 0 where nothing is sampled."""
+def cache_bytes(c: TransformerConfig, workload: Workload, axes: Axes) -> float:
+    """Returns the bytes of a device's KV cache; 0 if nothing is sampled."""
     if not workload.decoded:
         return 0.0
-    devices = axes["replica"] * axes["data"] * axes["fsdp"]
-    size = 2.0 if c.dtype == "bfloat16" else 4.0
-    heads = axes["tensor"] if c.kv_heads % axes["tensor"] == 0 else 1
-    rows = math.ceil(workload.decoded / devices)
-    return kv_cache_bytes(c, rows, workload.length, size) / heads
+    rows = math.ceil(workload.decoded / batch_shards(axes))
+    head_shards = axes["tensor"] if c.kv_heads % axes["tensor"] == 0 else 1
+    return kv_cache_bytes(c, rows, workload.length, number_bytes(c)) / head_shards
 
 
 def need_of(nets: Sequence[Net], workload: Workload) -> Need:
-    """Returns what `mesh.strategy=auto` asks of a mesh: those that share it, and a microbatch."""
+    """Returns what `mesh.strategy=auto` needs to know of the models that share the mesh."""
     nets = [net for net in nets if net.role.mesh == "train"]
-    widths = [
-        n
-        for net in nets
-        for n in (
-            net.config.n_heads,
-            net.config.kv_heads,
-            net.config.d_ff,
-            net.config.vocab_size,
-        )
-    ]
+    splits: list[int] = []
+    for net in nets:
+        c = net.config
+        splits += [c.n_heads, c.kv_heads, c.d_ff, c.vocab_size]
     return Need(
         trained=sum(net.trained for net in nets),
         frozen=sum(net.frozen for net in nets),
         rows=workload.batch,
         time=workload.length,
         widths=tuple(net.config.d_model for net in nets),
-        splits=tuple(widths),
+        splits=tuple(splits),
         device_bytes=lambda axes: sum(device_bytes(nets, workload, axes).values()),
     )

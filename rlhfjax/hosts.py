@@ -1,8 +1,8 @@
-"""Several hosts as one: joining them, what one of them knows, and the end of all where one of them ends.
+"""Several hosts as one: how they join, what they share, and how all end if one of them ends.
 
-Every host runs the same program on the same mesh (JAX's multi-controller runtime). What is computed on the host is the
-same everywhere, or it is the first host's word (`share`); files are written by the first host alone (`first`). Where
-this process is the only one, nothing here does anything.
+Every host runs the same program on the same mesh (JAX's multi-controller runtime). What is computed
+on the host is either the same everywhere or comes from the first host (`share`). Only the first
+host writes files (`first`). With a single process, nothing here does anything.
 """
 
 import ctypes
@@ -19,16 +19,16 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import (
-    cloud_tpu_init,
-    distributed,
-)  # the coordination service's client has no other way to it
+
+# JAX has no public way to the client of the coordination service.
+from jax._src import cloud_tpu_init, distributed
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax import json_text
 from rlhfjax.errors import ConfigError, HostLost, first_line
+from rlhfjax.types import PyTree
 
 T = TypeVar("T")
 _COORDINATED = (
@@ -38,11 +38,10 @@ _COORDINATED = (
     "MEGASCALE_COORDINATOR_ADDRESS",
     "RLHFJAX_JOIN",
 )
-_FAILED = "rlhfjax/failed"  # the key under which a host that fails says why
-_GRACE = 2.0  # seconds that a host has to say itself what all of them found wrong
-_WAIT_MS = (
-    7 * 24 * 3600 * 1000
-)  # of a host for the first one, which may work for long; a lost one ends the wait
+_FAILED = "rlhfjax/failed"  # the key under which a failing host leaves its reason
+_GRACE = 2.0  # seconds for a host to report by itself an error that all hosts found
+# How long a host waits for the first one, which may work for days; a lost host ends the wait.
+_WAIT_MS = 7 * 24 * 3600 * 1000
 _LOST = (
     "Gloo",
     "UNAVAILABLE",
@@ -52,34 +51,36 @@ _LOST = (
     "heartbeat",
 )
 _calls = itertools.count()
-_ending = threading.Lock()  # taken by whatever ends this process, and never given back
-_codes: list[
-    int
-] = []  # the exit code of the end that has been said: one line a process, whatever happens meanwhile
+_ending = threading.Lock()  # taken by whatever ends this process, and never released
+_exit_codes: list[int] = []  # the code of the failure whose message has been printed
 
 
 # ------------------------------------------------------------------ joining
 
 
 def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
-    """Joins the other hosts if there are any. Call it before any other jax call.
+    """Joins the other hosts, if there are any. Call it before any other jax call.
 
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID names them all, and each process has all devices
-    of its host. Otherwise JAX asks the cluster that it finds itself in: where RLHFJAX_JOIN or one of a TPU's own
-    variables is set, and on every Cloud TPU VM, where each host would otherwise train by itself in the same workdir.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the hosts, and each
+    process has all devices of its host. Otherwise JAX asks the cluster that it runs in: if
+    RLHFJAX_JOIN or a TPU's own variable is set, and on every Cloud TPU VM, where each host would
+    else train by itself in the same workdir.
 
     Args:
-      heartbeat_timeout: seconds without a heartbeat after which a host counts as lost. A compilation may keep a host
-        from its heartbeats: it must be longer than the longest one.
-      join_timeout: seconds to wait for the other hosts. Slices of one job may come up many minutes apart.
+      heartbeat_timeout: seconds without a heartbeat after which a host counts as lost. It must be
+        longer than the longest compilation, which may delay heartbeats.
+      join_timeout: seconds to wait for the other hosts. The slices of a job may start many minutes
+        apart.
     Raises:
-      ConfigError: the variables do not go together.
-      HostLost: the other hosts did not come in time.
+      ConfigError: the variables contradict each other.
+      HostLost: the other hosts did not join in time.
     """
-    named = any(name in os.environ for name in _COORDINATED)
-    if not named and not _on_cluster_of_tpus():
+    coordinated = any(name in os.environ for name in _COORDINATED)
+    if not coordinated and not _on_tpu_cluster():
         return
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the loop's
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # the loop handles SIGTERM
     not_joined = f"the other hosts did not come within --join_timeout={join_timeout} s"
     start_again = "start the same command on all hosts again"
     _exit_on_abort(f"{not_joined}; {start_again}")
@@ -97,87 +98,90 @@ def join(heartbeat_timeout: int = 1200, join_timeout: int = 3600) -> None:
 
 
 def _initialize(heartbeat_timeout: int, join_timeout: int) -> None:
-    variables = (
+    options: dict[str, Any] = {}
+    for option, variable in (
         ("num_processes", "JAX_NUM_PROCESSES"),
         ("process_id", "JAX_PROCESS_ID"),
-    )
-    known = {
-        name: int(os.environ[variable])
-        for name, variable in variables
-        if variable in os.environ
-    }
-    detection = {"cluster_detection_method": "deactivate"} if len(known) == 2 else {}
+    ):
+        if variable in os.environ:
+            options[option] = int(os.environ[variable])
+    if len(options) == 2:
+        options["cluster_detection_method"] = "deactivate"
     jax.distributed.initialize(
-        **known,
-        **detection,
+        **options,
         initialization_timeout=join_timeout,
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
 
 
-def _on_cluster_of_tpus() -> bool:
-    """Whether this is a Cloud TPU VM, to be used as one, whose cluster JAX can ask for the other hosts."""
-    if not cloud_tpu_init.running_in_cloud_tpu_vm or jax.config.jax_platforms == "cpu":
+def _platforms() -> str | None:
+    """Returns the value of JAX_PLATFORMS; None if it is not set."""
+    # jax adds its options at run time.
+    return jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _on_tpu_cluster() -> bool:
+    """Whether this is a Cloud TPU VM whose cluster JAX can ask for the other hosts."""
+    if not cloud_tpu_init.running_in_cloud_tpu_vm or _platforms() == "cpu":
         return False
     return any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types)
 
 
 def validate_process_count() -> None:
-    """Checks that this process has joined as many hosts as JAX has devices of. It starts JAX's backend.
+    """Checks that this process joined all hosts whose devices JAX has. Starts JAX's backend.
 
-    A TPU runtime sees all hosts of its slice even where `join` was not told of them. Every host would then take itself
-    for the first one and write the same files.
+    A TPU runtime has the devices of all hosts of its slice even if `join` joined none of them.
+    Every host would then take itself for the first one and write the same files.
 
     Raises:
       ConfigError: the numbers differ.
     """
     if jax.process_count() != count():
         raise ConfigError(
-            f"JAX sees the devices of {jax.process_count()} hosts, and this process has joined {count()}: "
-            "set RLHFJAX_JOIN=1, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, on every host"
+            f"JAX sees the devices of {jax.process_count()} hosts, and this process has joined "
+            f"{count()}: set RLHFJAX_JOIN=1, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID, on every host"
         )
 
 
 def validate_accelerators() -> None:
-    """Checks that a job to which a scheduler gave GPUs does not train on CPUs. It starts JAX's backend.
+    """Checks that a job with GPUs does not train on CPUs. Starts JAX's backend.
 
     Raises:
-      ConfigError: Slurm or Kubernetes gave GPUs, and JAX has found none and was not asked for CPUs.
+      ConfigError: Slurm or Kubernetes allocated GPUs, and JAX finds none and was not asked for
+        CPUs.
     """
-    given = _given_gpus()
-    if given and jax.config.jax_platforms is None and jax.default_backend() == "cpu":
+    allocated = _allocated_gpus()
+    if allocated and _platforms() is None and jax.default_backend() == "cpu":
         raise ConfigError(
-            f"{given}: this job has GPUs, and JAX finds none: pip install 'rlhfjax[cuda12]' (or cuda13); "
-            "to train on CPUs set JAX_PLATFORMS=cpu"
+            f"{allocated}: this job has GPUs, and JAX finds none: pip install 'rlhfjax[cuda12]' "
+            "(or cuda13); to train on CPUs set JAX_PLATFORMS=cpu"
         )
 
 
-def _given_gpus() -> str:
-    """NAME=VALUE of the variable by which a scheduler says that it gave GPUs; empty where none does."""
+def _allocated_gpus() -> str:
+    """Returns NAME=VALUE of the variable with which a scheduler allocates GPUs; "" without GPUs."""
     names = ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"]
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         names.append("NVIDIA_VISIBLE_DEVICES")
     for name in names:
         value = os.environ.get(name, "")
-        # Images set NVIDIA_VISIBLE_DEVICES=all whether or not there is a GPU; the device plugin writes its names.
-        if value not in (
-            "",
-            "0" if name == "SLURM_GPUS_ON_NODE" else "",
-            "all",
-            "none",
-            "void",
-        ):
+        # Images set NVIDIA_VISIBLE_DEVICES=all with or without a GPU; the device plugin sets ids.
+        without = ["", "all", "none", "void"]
+        if name == "SLURM_GPUS_ON_NODE":  # a number; in the others 0 is the id of a GPU
+            without.append("0")
+        if value not in without:
             return f"{name}={value}"
     return ""
 
 
 def index() -> int:
-    """Which host this is, from 0."""
+    """Returns the index of this host, from 0."""
     return distributed.global_state.process_id or 0
 
 
 def count() -> int:
-    """How many hosts there are."""
+    """Returns the number of hosts."""
     return distributed.global_state.num_processes or 1
 
 
@@ -189,15 +193,21 @@ def first() -> bool:
 # ------------------------------------------------------------------ what every host has
 
 
-def share(make: Callable[[], T]) -> T:
-    """What the first host makes of it, on every host; nobody goes on before all have it.
+def _client() -> Any:
+    """Returns the client of the coordination service, which connects the hosts."""
+    return distributed.global_state.client
 
-    Every host calls it at the same place. `make` runs on the first host alone, and for as long as it likes: the others
-    wait on the coordination service, not on a device. What it returns is pickled.
+
+def share(make: Callable[[], T]) -> T:
+    """Returns on every host what `make` returns on the first one.
+
+    Every host calls it at the same place and waits until all have the result. `make` may take as
+    long as it likes: the others wait on the coordination service, not on a device. Its result is
+    pickled.
     """
     if count() == 1:
         return make()
-    client, key = distributed.global_state.client, f"rlhfjax/share/{next(_calls)}"
+    client, key = _client(), f"rlhfjax/share/{next(_calls)}"
     if first():
         client.key_value_set_bytes(key, pickle.dumps(make()))
     value = pickle.loads(client.blocking_key_value_get_bytes(key, _WAIT_MS))
@@ -212,150 +222,141 @@ def barrier() -> None:
     share(lambda: None)
 
 
-def whole(tree: Any) -> Any:
-    """Every array of a tree, all of it, as numpy on every host."""
+def whole(tree: PyTree) -> PyTree:
+    """Returns every array of a tree unsharded, as NumPy arrays on every host."""
     return jax.device_get(tree) if count() == 1 else jax.tree.map(_gathered, tree)
 
 
 def _gathered(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not (
-        x.is_fully_addressable or x.is_fully_replicated
-    ):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return jax.device_get(x)
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def gather(value: T) -> list[T]:
-    """What each host says, the hosts in their order, on every host; of JSON types."""
+    """All-gathers a JSON value from every host; the result is ordered by host index."""
     if count() == 1:
         return [value]
-    said = np.frombuffer(json_text.encode(value, "hosts.gather").encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(said.size))
-    room = (
-        1 << int(sizes.max()).bit_length()
-    )  # few sizes, each of which is compiled once
-    padded = multihost_utils.process_allgather(np.pad(said, (0, room - said.size)))
-    return [
-        json.loads(one[:size].tobytes())
-        for one, size in zip(padded, sizes, strict=True)
-    ]
+    text = json_text.encode(value, "hosts.gather").encode()
+    own = np.frombuffer(text, np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(own.size))
+    # Powers of 2, because each size is compiled once.
+    room = 1 << int(sizes.max()).bit_length()
+    padded = multihost_utils.process_allgather(np.pad(own, (0, room - own.size)))
+    texts = [row[:size].tobytes() for row, size in zip(padded, sizes, strict=True)]
+    return [json.loads(text) for text in texts]
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is so on any host; waits for all."""
-    return (
-        bool(flag)
-        if count() == 1
-        else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-    )
+    """Returns whether a flag is set on any host; waits for all."""
+    if count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 class Vote:
-    """The largest number that any host has given, asked at every step and answered one step later.
+    """The maximum of a number over all hosts: given at every step, known one step later.
 
-    No host waits for it: the numbers of a step are compared on the devices while they train.
+    No host waits: the devices compare the numbers of a step while they train.
     """
 
     def __init__(self):
         if count() > 1:
             mesh = Mesh(np.array(jax.devices()), ("devices",))
-            self._each = NamedSharding(mesh, PartitionSpec("devices"))
-            self._max = jax.jit(
-                lambda votes: votes.max(),
-                out_shardings=NamedSharding(mesh, PartitionSpec()),
-            )
-            self._asked: Any = 0
+            self._per_device = NamedSharding(mesh, PartitionSpec("devices"))
+            replicated = NamedSharding(mesh, PartitionSpec())
+            self._max = jax.jit(lambda votes: votes.max(), out_shardings=replicated)
+            self._previous: Any = 0
 
     def __call__(self, value: int) -> int:
-        """The largest number of all hosts one step ago; with one host, its own number at once."""
+        """Returns the maximum over all hosts one step ago; with one host, its own number."""
         if count() == 1:
             return int(value)
-        answer = int(self._asked)
+        previous = int(self._previous)
         votes = np.full(jax.local_device_count(), value, np.int32)
-        self._asked = self._max(
-            jax.make_array_from_process_local_data(self._each, votes)
+        self._previous = self._max(
+            jax.make_array_from_process_local_data(self._per_device, votes)
         )
-        return answer
+        return previous
 
 
 # ------------------------------------------------------------------ the end
 
 
 def leave() -> None:
-    """At the end of a run that went well: waits for the others, so that nobody takes it for a loss."""
+    """Waits for the other hosts at the end of a successful run, so that none counts as lost."""
     if count() > 1:
         _ending.acquire(blocking=False)
         jax.distributed.shutdown()
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends this process, and the others with the same code: they are told why."""
+    """Ends this process, and the others with the same code and this message."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # another thread is ending this process already
-    _say(message)
-    _codes.append(code)
+    _print(message)
+    _exit_codes.append(code)
     try:
-        told = pickle.dumps((index(), message, code))
-        distributed.global_state.client.key_value_set_bytes(_FAILED, told)
-    except (
-        Exception
-    ) as e:  # another host was faster, or the first one is gone: they know
+        failure = pickle.dumps((index(), message, code))
+        _client().key_value_set_bytes(_FAILED, failure)
+    except Exception as e:  # another host failed before, or the first one is gone
         del e
     if first():
-        time.sleep(2 * _GRACE)  # it holds what the others still have to read
+        time.sleep(2 * _GRACE)  # it serves what the others still have to read
     os._exit(code)
 
 
 def fail_for_another(error: BaseException) -> NoReturn:
-    """Ends this process because another one is gone; where that one said why, `_listen` ends it with its reason."""
+    """Ends this process because another one is gone.
+
+    If that one left its reason, `_listen` ends this process with it meanwhile.
+    """
     time.sleep(2 * _GRACE)
     fail(f"{HostLost.message} ({first_line(error)})", HostLost.exit_code)
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error is what the loss of another host looks like from here."""
+    """Whether an error is one that the loss of another host causes here."""
     return count() > 1 and any(sign in str(error) for sign in _LOST)
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
 
 
 def _listen() -> None:
-    """Waits until a host says that it fails, then ends this one too, unless it is about to end by itself."""
+    """Waits until a host fails, then ends this one too, unless it is about to end by itself."""
     try:
-        told = distributed.global_state.client.blocking_key_value_get_bytes(
-            _FAILED, _WAIT_MS
-        )
-    except Exception as e:  # the run is over, or the first host is gone, which `_exit_on_abort` reports
+        failure = _client().blocking_key_value_get_bytes(_FAILED, _WAIT_MS)
+    except Exception as e:
+        # The run is over, or the first host is gone, which `_exit_on_abort` reports.
         del e
         return
-    who, message, code = pickle.loads(told)
+    host, message, code = pickle.loads(failure)
     time.sleep(_GRACE)
     if _ending.acquire(blocking=False):
-        _say(f"host {who} ended: {message}")
+        _print(f"host {host} ended: {message}")
         os._exit(code)
 
 
 def _exit_on_abort(message: str | None) -> None:
-    """Makes one line and exit code 75 of JAX's abort; None: the abort is the system's again.
+    """Replaces JAX's abort by one line and exit code 75; None restores the system's abort.
 
-    JAX ends a process from a thread of its own, with SIGABRT, which Python's handlers come too late for: where a host
-    is lost, and where the others do not join in time. Where `fail` has said its line already and only waits for the
-    others to read it, that line and that code stand.
+    JAX ends a process with SIGABRT, from a thread of its own, if a host is lost or if the others do
+    not join in time. Python's signal handlers would run too late. If `fail` has printed its message
+    and only waits for the others to read it, that message and that code stand.
     """
 
     def end(_: int) -> None:
-        if not _codes:
+        if not _exit_codes:
             os.write(2, f"rlhfjax: {message}\n".encode())
-        os._exit(_codes[0] if _codes else HostLost.exit_code)
+        os._exit(_exit_codes[0] if _exit_codes else HostLost.exit_code)
 
     c_signal = ctypes.CDLL(None).signal
     c_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     if message is None:
         c_signal(signal.SIGABRT, None)  # SIG_DFL
         return
-    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
-        end
-    )  # kept alive: C has only its address
+    # Kept alive here, because C has only its address.
+    _exit_on_abort.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     c_signal(signal.SIGABRT, ctypes.cast(_exit_on_abort.handler, ctypes.c_void_p))

@@ -248,16 +248,14 @@ def plan(fv: Flags) -> None:
         fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model
     )
     if fv.topology == "search":
-        slices = search.on_tpus(chosen, fv.chips, fv.compiles, fv.completions)
-        rich.print(tables.searched(slices))
-        if fv.json:
-            search.write(slices, _path(fv.json))
-        return
-    topology = target(fv.topology, fv.slices)
-    prediction = predict.make(chosen, topology, fv.completions, only=fv.programs)
-    rich.print(tables.everything(prediction))
+        result = search.search_tpus(chosen, fv.chips, fv.compiles, fv.completions)
+        rich.print(tables.search_tables(result))
+    else:
+        topology = target(fv.topology, fv.slices)
+        result = predict.make_plan(chosen, topology, fv.completions, only=fv.programs)
+        rich.print(tables.plan_tables(result))
     if fv.json:
-        predict.write(prediction, _path(fv.json))
+        predict.write(_path(fv.json), result.as_dict())
 
 
 def _need(fv: Flags, *names: str) -> None:

@@ -1,7 +1,8 @@
-"""Devices to a mesh, logical axis names to shardings: everything that knows about placement.
+"""Places arrays on devices: devices to a mesh, logical axis names to shardings.
 
-A model names the dimensions of its arrays ("batch", "embed", "heads", …); one table of rules, in the config,
-says which mesh axes each name is laid over. The same program then runs on one CPU or on a pod.
+A model names the dimensions of its arrays ("batch", "embed", "heads", ...). One table of rules, in
+the config, says over which mesh axes each name is sharded. So the same program runs on one CPU or
+on a pod.
 """
 
 import contextlib
@@ -22,11 +23,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rlhfjax import hosts, strategy
 from rlhfjax.errors import ConfigError
 from rlhfjax.ranges import MeshSize
-from rlhfjax.strategy import AXES, Need
+from rlhfjax.strategy import AXES, Axes, Need, Rules
+from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 # FSDP over `fsdp`, Megatron over `tensor`; a batch is split over every data-like axis.
 DEFAULT_RULES = strategy.GENERAL
+Devices = Sequence[Any]  # of jax.Device, which type checkers take for a variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,49 +52,63 @@ class MeshConfig:
     devices: str = ""  # FIRST:END of all devices, such as "0:6" or "6:"; empty: all
 
 
+def axis_sizes(config: MeshConfig) -> dict[str, int]:
+    """Returns the sizes of a config's mesh axes by name, -1 included."""
+    return {axis: getattr(config, axis) for axis in AXES}
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that lay logical axis names over it."""
+    """A mesh and the rules that map logical axis names to its axes."""
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
-    pool: tuple[
-        Any, ...
-    ] = ()  # the devices that there are, of which the mesh may have a part
+    pool: tuple[Any, ...] = ()  # all devices; the mesh may have only some of them
 
     def spec(
         self, names: Sequence[str | None], shape: Sequence[int] | None = None
     ) -> PartitionSpec:
-        """Logical names, one a dimension, to a PartitionSpec.
+        """Returns the PartitionSpec of an array whose dimensions have these logical names.
 
-        A mesh axis shards one dimension only: the first that asks for it keeps it, so that an activation
-        ("batch", "time", "embed") has its batch over `fsdp` and its embed whole, while a parameter's embed is split.
+        A mesh axis shards one dimension only, the first that asks for it: an activation ("batch",
+        "time", "embed") has its batch sharded over `fsdp` and its embed whole, while a parameter's
+        embed is sharded.
 
+        Args:
+          names: one per dimension; None is replicated.
+          shape: the array's shape, if it should be checked.
         Raises:
-          ConfigError: a name that the rules lack, or a dimension that its mesh axes do not divide.
+          ConfigError: the rules lack a name, or mesh axes do not divide a dimension.
         """
         used: set[str] = set()
         spec: list[Any] = []
         for i, name in enumerate(names):
             if name is not None and name not in self.rules:
+                known = ", ".join(sorted(self.rules))
                 raise ConfigError(
-                    f"logical axis {name!r} is not in the mesh rules: {', '.join(sorted(self.rules))}"
+                    f"logical axis {name!r} is not in the mesh rules: {known}"
                 )
-            axes = (
-                tuple(a for a in self.rules[name] if a not in used)
-                if name is not None
-                else ()
-            )
-            size = math.prod(self.mesh.shape[a] for a in axes)
+            rule = self.rules[name] if name is not None else ()
+            axes = [axis for axis in rule if axis not in used]
+            size = self._size(axes)
             if shape is not None and shape[i] % size:
                 raise ConfigError(
-                    f"axis {name!r} of size {shape[i]} is not divisible by the {size} devices of mesh axes {axes}"
+                    f"axis {name!r} of size {shape[i]} is not divisible by the {size} devices "
+                    f"of mesh axes {tuple(axes)}"
                 )
             used.update(axes)
-            spec.append(None if size == 1 else axes if len(axes) > 1 else axes[0])
+            if size == 1:
+                spec.append(None)
+            else:
+                spec.append(tuple(axes) if len(axes) > 1 else axes[0])
         return PartitionSpec(*spec)
 
+    def _size(self, axes: Sequence[str]) -> int:
+        """Returns how many devices these mesh axes have together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
     def sharding(self, *names: str | None) -> NamedSharding:
+        """Returns the sharding of an array whose dimensions have these logical names."""
         return NamedSharding(self.mesh, self.spec(names))
 
     @property
@@ -100,52 +117,67 @@ class Layout:
 
     @property
     def platform(self) -> str:
-        """Of the devices: cpu, gpu, tpu."""
+        """The platform of the devices: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def batch_shards(self) -> int:
-        return math.prod(self.mesh.shape[a] for a in self.rules["batch"])
+        """Over how many devices a batch is split."""
+        return self._size(self.rules["batch"])
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays, of a whole batch's shape on every host, to arrays sharded over the batch axes: each row on the
-        devices that it belongs to. Of its array a host reads only the rows of its own devices."""
+    def put(self, batch: PyTree) -> PyTree:
+        """Returns a batch of NumPy arrays as arrays on the devices, sharded over their rows.
+
+        Every host passes arrays of the whole batch's shape, and reads only the rows of its own
+        devices.
+        """
         sharding = self.sharding("batch")
-        return {
-            k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
-            for k, v in batch.items()
-        }
-
-    def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
-        """Which of the `parts` equal parts of a batch have rows that `put` reads on this host."""
-        held = self.sharding("batch").addressable_devices_indices_map((size,))
-        spans = {rows.indices(size)[:2] for (rows,) in held.values()}
-        edges = [(size * j // parts, size * (j + 1) // parts) for j in range(parts)]
-        return tuple(
-            j
-            for j, (a, b) in enumerate(edges)
-            if any(start < b and a < end for start, end in spans)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            batch,
         )
 
+    def own_parts(self, size: int, parts: int) -> tuple[int, ...]:
+        """Returns which of `parts` equal parts of a batch have rows on this host's devices.
+
+        Args:
+          size: rows of the batch.
+        """
+        sharding = self.sharding("batch")
+        indices = sharding.addressable_devices_indices_map((size,)).values()
+        spans = {index[0].indices(size)[:2] for index in indices if index}
+        own = []
+        for part in range(parts):
+            first, last = size * part // parts, size * (part + 1) // parts
+            if any(start < last and first < end for start, end in spans):
+                own.append(part)
+        return tuple(own)
+
     def put_rows(self, rows: Any) -> Any:
-        """Returns an array with a row per row of the batch; what is on the devices already stays there."""
+        """Returns an array with one row per row of a batch; one on the devices stays there."""
         if isinstance(rows, jax.Array):
             return rows
         if isinstance(rows, jax.ShapeDtypeStruct):
             sharding = rows.sharding or self.sharding("batch")
             return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        return self.put({"rows": np.asarray(rows)})["rows"]
+        return self.put(np.asarray(rows))
 
     def check_batch(self, size: int, what: str = "batch_size") -> None:
+        """Raises ConfigError if the devices do not divide a batch.
+
+        Args:
+          what: the option that has the size.
+        """
         if size % self.batch_shards:
+            axes = ", ".join(self.rules["batch"])
             raise ConfigError(
-                f"{what}={size} is not divisible by the {self.batch_shards} devices that share a batch (mesh axes "
-                f"{', '.join(self.rules['batch'])})"
+                f"{what}={size} is not divisible by the {self.batch_shards} devices that share "
+                f"a batch (mesh axes {axes})"
             )
 
     @contextlib.contextmanager
     def use(self) -> Iterator["Layout"]:
-        """Within this context `constrain` applies the rules."""
+        """Makes `constrain` apply the rules within this context."""
         token = _CURRENT.set(self)
         try:
             with self.mesh:
@@ -161,134 +193,141 @@ _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar(
 
 def make_layout(
     config: MeshConfig = MeshConfig(),
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     need: Need | None = None,
     memory: float | None = None,
 ) -> Layout:
-    """The mesh over `devices` (all of them by default) and its rules.
+    """Returns the mesh that a config asks for, and its rules.
 
     Args:
-      need: what the stage asks, for strategy "auto"; None: no model, which is Need().
-      memory: bytes of one device, where the devices themselves do not know it.
+      devices: jax devices; all of them by default.
+      need: what strategy "auto" needs to know of the stage; None if it has no model.
+      memory: bytes of one device, if the devices themselves do not know it.
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, a rule names an unknown mesh axis, or JAX does
-        not see the hosts and accelerators that this job was given.
+      ConfigError: the sizes do not multiply to the number of devices, a rule names an unknown mesh
+        axis, or JAX does not see the hosts and accelerators that this job was given.
     """
     if devices is None:
         hosts.validate_process_count()
         hosts.validate_accelerators()
         devices = jax.devices()
     pool = tuple(devices)
-    devices = _some(devices, config.devices)
-    asked = {axis: getattr(config, axis) for axis in AXES}
+    devices = _select(devices, config.devices)
+    given = axis_sizes(config)
     name = config.strategy
     if name == "auto":
-        name, asked = _choose(asked, devices, need, memory)
+        name, given = _choose(given, devices, need, memory)
     elif name != "given":
-        asked = strategy.sizes(name, asked, _slices(devices))
-    sizes = list(asked.values())
-    if sizes.count(-1) > 1:
-        raise ConfigError(f"mesh {asked}: at most one size is -1")
-    fixed = math.prod(s for s in sizes if s != -1)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        given = strategy.sizes(name, given, _slices(devices))
+    if list(given.values()).count(-1) > 1:
+        raise ConfigError(f"mesh {given}: at most one size is -1")
+    sizes = strategy.fill(given, len(devices))
+    if sizes is None:
         raise ConfigError(
-            f"mesh {asked} does not fit the {len(devices)} devices at hand"
+            f"mesh {given} does not fit the {len(devices)} devices at hand"
         )
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     table = DEFAULT_RULES if name == "given" else strategy.find(name).rules
-    return Layout(_mesh(sizes, devices), _rules(table, config.rules), pool)
+    mesh = _mesh(list(sizes.values()), devices)
+    return Layout(mesh, _rules(table, config.rules), pool)
 
 
-def _some(devices: Sequence[jax.Device], which: str) -> Sequence[jax.Device]:
-    """The devices that `MeshConfig.devices` names."""
-    if not which:
+def _select(devices: Devices, selection: str) -> Devices:
+    """Returns the devices that `MeshConfig.devices` selects."""
+    if not selection:
         return devices
     if hosts.count() > 1:
         raise ConfigError(
-            f"mesh.devices={which!r}: with several hosts a mesh has all devices, a part of each host's"
+            f"mesh.devices={selection!r}: with several hosts a mesh has all devices, "
+            "some of each host"
         )
-    if re.fullmatch(r"\d*:\d*", which):
-        first, end = (int(x) if x else None for x in which.split(":"))
+    if re.fullmatch(r"\d*:\d*", selection):
+        first, end = (int(x) if x else None for x in selection.split(":"))
         if chosen := devices[first:end]:
             return chosen
     raise ConfigError(
-        f"mesh.devices={which!r}: FIRST:END of the {len(devices)} devices at hand, such as '0:1' or '1:'"
+        f"mesh.devices={selection!r}: FIRST:END of the {len(devices)} devices at hand, "
+        "such as '0:1' or '1:'"
     )
 
 
 def _choose(
-    given: Mapping[str, int],
-    devices: Sequence[jax.Device],
-    need: Need | None,
-    memory: float | None,
+    given: Axes, devices: Devices, need: Need | None, memory: float | None
 ) -> tuple[str, dict[str, int]]:
-    """What `auto` picks, said in the log."""
+    """Returns the strategy and the sizes that `auto` chooses, and logs the reason."""
     if any(size not in (1, -1) for size in given.values()):
         raise ConfigError(
-            f"mesh.strategy='auto' picks the sizes itself, and {dict(given)} gives some"
+            f"mesh.strategy='auto' chooses the sizes itself, and {dict(given)} gives some"
         )
-    if need is None:  # nothing is split but rows, if there are any
-        return "data", dict(given) | {"data": -1}
+    if need is None:  # without a model, only rows can be split
+        return "data", {**given, "data": -1}
     if memory is None:
         memory = device_memory(devices)
-    picked = strategy.choose(need, len(devices), memory, _slices(devices))
-    log.log(logging.INFO if picked.fits else logging.WARNING, picked.why)
-    return picked.strategy, picked.sizes
+    choice = strategy.choose(need, len(devices), memory, _slices(devices))
+    log.log(logging.INFO if choice.fits else logging.WARNING, choice.why)
+    return choice.strategy, choice.sizes
 
 
-def device_memory(devices: Sequence[jax.Device]) -> float:
-    """Bytes of one device: what its runtime says, or an equal share of the host's memory, where CPUs are devices.
+def device_memory(devices: Devices) -> float:
+    """Returns the bytes of one device; of a CPU, an equal share of the host's memory.
 
     Raises:
-      ConfigError: it is known neither way.
+      ConfigError: an accelerator's runtime does not know its memory.
     """
-    if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
+    device = devices[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return float(limit)
-    if devices[0].platform != "cpu":
+    if device.platform != "cpu":
         raise ConfigError(
-            f"mesh.strategy='auto': the memory of a {devices[0].device_kind} is not known; give the sizes"
+            f"mesh.strategy='auto': the memory of a {device.device_kind} is not known; "
+            "give the sizes"
         )
-    return (
-        float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        / jax.local_device_count()
-    )
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float(host_memory) / jax.local_device_count()
 
 
-def _slices(devices: Sequence[jax.Device]) -> int:
+def _slices(devices: Devices) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def _mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Neighbors along the axes within a slice; between slices, which only DCN connects, along `replica` alone.
+def _mesh(sizes: Sequence[int], devices: Devices) -> Mesh:
+    """Places devices: neighbors along the axes of a slice; `replica` alone lies across slices.
 
-    An axis lies along whole sides of a slice where that is possible, else along a part of one: 32 of 4 x 4 x 4 chips.
+    Only DCN connects slices. Within one, an axis lies along whole sides of the slice if possible,
+    else along a part of one: 32 of 4 x 4 x 4 chips.
     """
-    slices, parts = _slices(devices), {"allow_split_physical_axes": True}
-    if sizes[0] % slices:
+    slices = _slices(devices)
+    replicas, *others = sizes
+    if replicas % slices:
         raise ConfigError(
-            f"mesh.replica={sizes[0]}: the devices are in {slices} slices, and replica lies across them"
+            f"mesh.replica={replicas}: the devices are in {slices} slices, and replica lies "
+            "across them"
         )
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(sizes, devices, **parts)
-    else:
-        within, across = (
-            (sizes[0] // slices, *sizes[1:]),
-            (slices, *(1 for _ in sizes[1:])),
+        placed = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
         )
-        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, **parts)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            mesh_shape=(replicas // slices, *others),
+            dcn_mesh_shape=(slices, *(1 for _ in others)),
+            devices=devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _rules(
-    table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]
-) -> dict[str, tuple[str, ...]]:
+def _rules(table: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> Rules:
+    """Returns a table of rules with the overrides of `MeshConfig.rules`."""
     rules = dict(table)
     for name, axes in overrides.items():
-        axes = (axes,) if isinstance(axes, str) else axes
-        axes = () if axes is None else axes
+        if isinstance(axes, str):
+            axes = (axes,)
+        elif axes is None:
+            axes = ()
         if name not in rules:
+            known = ", ".join(sorted(rules))
             raise ConfigError(
-                f"mesh.rules: unknown logical axis {name!r}; known: {', '.join(sorted(rules))}"
+                f"mesh.rules.{name}: unknown logical axis; known: {known}"
             )
         if not isinstance(axes, list | tuple):
             raise ConfigError(
@@ -311,30 +350,24 @@ def in_use() -> Layout:
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Lays an activation over the mesh in use; outside of `Layout.use` it does nothing.
+    """Shards an activation by the rules of the mesh in use; does nothing outside of `Layout.use`.
 
-    An axis of size 1 stays whole: the one slot of a decode step is not for several devices of `sequence`.
+    A dimension of size 1, such as the one token of a decode step, is not sharded.
     """
     layout = _CURRENT.get()
     if layout is None or layout.mesh.size == 1:
         return x
-    layout.spec(names)  # a wrong name is wrong at every size
+    layout.spec(names)  # an unknown name is an error at every size
     names = [
         name if size > 1 else None for name, size in zip(names, x.shape, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(layout.mesh, layout.spec(names))
-    )
+    return jax.lax.with_sharding_constraint(x, layout.sharding(*names))
 
 
 def shards(name: str) -> int:
-    """In how many parts the mesh in use cuts an axis of this name; 1 outside of `Layout.use`."""
+    """Returns over how many devices a logical axis is sharded; 1 outside of `Layout.use`."""
     layout = _CURRENT.get()
-    return (
-        1
-        if layout is None
-        else math.prod(layout.mesh.shape[a] for a in layout.rules[name])
-    )
+    return 1 if layout is None else layout._size(layout.rules[name])
 
 
 def per_device(
@@ -342,9 +375,13 @@ def per_device(
     arguments: Sequence[Sequence[str | None]],
     result: Sequence[str | None],
 ) -> Callable[..., Any]:
-    """f run by every device on its own part of the arguments, laid over the mesh in use by the names of their axes.
+    """Returns f run by every device on its own shards of the arguments.
 
-    For kernels, which the compiler cannot cut. Without a mesh, or on one device, it is f itself.
+    For kernels, which the compiler cannot split. Without a mesh, or on one device, it is f itself.
+
+    Args:
+      arguments: the logical axis names of each argument.
+      result: those of the result.
     """
     layout = _CURRENT.get()
     if layout is None or layout.mesh.size == 1:

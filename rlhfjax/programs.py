@@ -1,9 +1,9 @@
 """Jitted functions with names, and a recorder that runs a step on shapes.
 
-A stage's step calls `Program`s, and between them a few host functions. In a run a program is its
+A stage's step calls `Program`s and, between them, a few host functions. In a run, a program is its
 jitted function. Under a `Recorder` nothing is computed: a program returns shapes with the shardings
-that it declares, and the recorder keeps what is needed to lower it. So `plan` compiles what a run
-would.
+that it declares, and the recorder keeps what is needed to lower it. So `plan` compiles exactly what
+a run would.
 """
 
 import contextvars
@@ -19,18 +19,20 @@ import numpy as np
 from rlhfjax.mesh import Layout, in_use
 from rlhfjax.types import PyTree
 
-Rows = (
-    jax.Array | np.ndarray | jax.ShapeDtypeStruct
-)  # an array, or its shape where a step is recorded
-ROWS, WHOLE = ("batch",), ()  # logical axes of an output: rows of the batch, replicated
-STATE = "state"  # an output that takes the place of the argument of that name: the same shardings
+# One row per row of the batch: an array, or its shape while a step is recorded.
+Rows = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+# Logical axes of an output: rows of the batch, or replicated.
+ROWS, WHOLE = ("batch",), ()
+STATE = "state"  # an output with the shardings of the argument that it replaces
+Function = Callable[..., Any]
 
 
 class Held(jax.ShapeDtypeStruct):
     """The shape of an array that stays on the devices from step to step.
 
-    owner: the role whose array it is, or "state".
-    path: where it stands in the owner's tree.
+    Attributes:
+      owner: the role whose array it is, or "state".
+      path: where it is in the owner's tree.
     """
 
     def __init__(self, shape: Any, dtype: Any, *, sharding: Any, owner: str, path: str):
@@ -40,15 +42,13 @@ class Held(jax.ShapeDtypeStruct):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with a name.
-
-    outputs: logical axes of what it returns, a prefix of the tree: ROWS, WHOLE, STATE; or a
-      function of the arguments that returns the shapes, where tracing takes long.
-    """
+    """A jitted function with a name."""
 
     name: str
     function: Any
     outputs: Any = WHOLE
+    """Logical axes of the outputs, a prefix of their tree: ROWS, WHOLE, STATE. Or a function of the
+    arguments that returns the shapes, if tracing takes long."""
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         recorder = _RECORDER.get()
@@ -75,13 +75,12 @@ class Call(NamedTuple):
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """The arrays among the arguments."""
-        return [
-            x for x in jax.tree.leaves(self.args) if isinstance(x, jax.ShapeDtypeStruct)
-        ]
+        leaves = jax.tree.leaves(self.args)
+        return [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
 
 class Recorder:
-    """Keeps the programs that are called while it records, in their order."""
+    """Records the programs that are called, in their order."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -89,6 +88,7 @@ class Recorder:
 
     @contextmanager
     def record(self) -> Iterator["Recorder"]:
+        """Records within this context."""
         token = _RECORDER.set(self)
         try:
             yield self
@@ -98,12 +98,20 @@ class Recorder:
     def call(
         self, program: Program, args: tuple[Any, ...], static: Mapping[str, Any]
     ) -> PyTree:
+        """Records a call and returns the shapes of its outputs."""
         layout = in_use()
-        self.calls.append(Call(program.name, program.function, args, static, layout))
+        call = Call(
+            name=program.name,
+            function=program.function,
+            args=args,
+            static=static,
+            layout=layout,
+        )
+        self.calls.append(call)
         if callable(program.outputs):
             return program.outputs(*args, **static)
         shapes = program.function.eval_shape(*args, **static)
-        return _placed(shapes, program.outputs, layout, args)
+        return _place(shapes, program.outputs, layout, args)
 
 
 _RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
@@ -111,22 +119,28 @@ _RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
 )
 
 
-def _placed(
+def recording() -> bool:
+    """Whether the step runs on shapes."""
+    return _RECORDER.get() is not None
+
+
+def _place(
     shapes: PyTree, outputs: Any, layout: Layout, args: tuple[Any, ...]
 ) -> PyTree:
     """Returns shapes with the shardings that `outputs` declares."""
     if isinstance(outputs, list):
         parts = zip(shapes, outputs, strict=True)
-        return tuple(_placed(part, axes, layout, args) for part, axes in parts)
+        return tuple(_place(part, axes, layout, args) for part, axes in parts)
     if outputs == STATE:
-        before = next(
-            arg for arg in args if jax.tree.structure(arg) == jax.tree.structure(shapes)
-        )
-        return jax.tree.map(lambda old, new: _like(old, new), before, shapes)
+        structure = jax.tree.structure(shapes)
+        before = next(arg for arg in args if jax.tree.structure(arg) == structure)
+        return jax.tree.map(_same_shape, before, shapes)
     return jax.tree.map(lambda x: placed(x, layout.sharding(*outputs)), shapes)
 
 
-def _like(old: jax.ShapeDtypeStruct, new: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _same_shape(
+    old: jax.ShapeDtypeStruct, new: jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
     if (old.shape, old.dtype) != (new.shape, new.dtype):
         raise AssertionError(
             f"a program returns a state of other shapes: {old} became {new}"
@@ -143,34 +157,31 @@ def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def keep(tree: PyTree) -> PyTree:
-    """Returns parameters that stay on the devices until the end, of which a recorder takes note."""
+    """Returns parameters that stay on the devices until the end; a recorder notes them."""
     recorder = _RECORDER.get()
     if recorder is not None:
         recorder.held += jax.tree.leaves(tree)
     return tree
 
 
-def recording() -> bool:
-    """Whether a step is run on shapes."""
-    return _RECORDER.get() is not None
-
-
-def small(function: Callable[..., Any], outputs: Any = WHOLE) -> Callable[..., Any]:
+def small(function: Function, outputs: Any = WHOLE) -> Function:
     """Returns a function of a few scalars, keys or rows that is too small to be planned."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if not recording():
             return function(*args)
-        return _placed(jax.eval_shape(function, *args), outputs, in_use(), args)
+        return _place(jax.eval_shape(function, *args), outputs, in_use(), args)
 
     return run
 
 
-def on_host(
-    function: Callable[..., Any], shapes: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Returns a function that runs on the host; on shapes `shapes` of its arguments stands for it."""
+def on_host(function: Function, shapes: Function) -> Function:
+    """Returns a function that runs on the host.
+
+    Args:
+      shapes: replaces it while a step is recorded; returns the shapes of its results.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -180,7 +191,7 @@ def on_host(
 
 
 def reshard(tree: PyTree, shardings: Any) -> PyTree:
-    """Moves arrays to one sharding, or each to its own; arrays on shapes stay shapes."""
+    """Moves arrays to one sharding, or each to its own; shapes stay shapes."""
     if not recording():
         return jax.device_put(tree, shardings)
     if isinstance(shardings, jax.sharding.Sharding):
@@ -188,31 +199,31 @@ def reshard(tree: PyTree, shardings: Any) -> PyTree:
     return jax.tree.map(placed, tree, shardings)
 
 
-def on_mesh(
-    there: Layout | None, here: Layout, function: Callable[..., Any]
-) -> Callable[..., Any]:
+def on_mesh(other: Layout | None, home: Layout, function: Function) -> Function:
     """Returns a function whose parameters live on another mesh.
 
-    The rows of a batch are sent there, and rows and scalars of the result come back. Nothing waits:
-    what is dispatched on either mesh goes on meanwhile. None: no other mesh, the function itself.
+    It sends the rows of a batch to that mesh, and brings rows and scalars of the result back.
+    Nothing waits: both meshes go on with what was dispatched.
+
+    Args:
+      other: the mesh of the parameters; None if it is `home`, and then this is `function` itself.
     """
-    if there is None:
+    if other is None:
         return function
 
-    def home(x: Any) -> Any:
-        return reshard(
-            x, here.sharding("batch") if getattr(x, "ndim", 0) else here.replicated
-        )
+    def bring_home(x: Any) -> Any:
+        is_rows = getattr(x, "ndim", 0) > 0
+        return reshard(x, home.sharding("batch") if is_rows else home.replicated)
 
     def run(*rows: Any) -> Any:
-        moved = reshard(rows, there.sharding("batch"))
-        with there.use():
-            out = function(*moved)
-        return jax.tree.map(home, out)
+        moved = reshard(rows, other.sharding("batch"))
+        with other.use():
+            result = function(*moved)
+        return jax.tree.map(bring_home, result)
 
     return run
 
 
 def host_value(x: Any, planned: int) -> int:
-    """Returns an integer array's value on the host; on shapes the one that is planned for."""
+    """Returns an integer array's value on the host; `planned` while a step is recorded."""
     return planned if recording() else int(x)

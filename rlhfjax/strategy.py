@@ -1,107 +1,110 @@
-"""Strategies: one table of rules each, which mesh axes it has, and how `auto` picks one by arithmetic.
+"""Sharding strategies: mesh axes, rules, and the choice of one by arithmetic (`auto`).
 
-A strategy lays logical axis names over mesh axes. What each of its devices holds and says to the others:
+A strategy maps logical axis names to mesh axes. What each device keeps and communicates:
 
   data          all parameters; gradients are all-reduced.
-  fsdp          its part of every parameter (ZeRO-3, Rajbhandari et al. 2020); parameters are all-gathered, gradients
-                reduce-scattered.
-  fsdp_tensor   besides, its part of each layer's heads, MLP and vocabulary (Shoeybi et al. 2019); activations are
-                all-reduced among `tensor`.
-  context       besides, its part of each sequence; keys and values are all-gathered among `sequence`.
-  hsdp          fsdp (and tensor, where given) within each replica, data parallelism between replicas, which are slices.
+  fsdp          its shard of every parameter (ZeRO-3, Rajbhandari et al. 2020); parameters are
+                all-gathered, gradients reduce-scattered.
+  fsdp_tensor   also its shard of each layer's heads, MLP and vocabulary (Shoeybi et al. 2019);
+                activations are all-reduced over `tensor`.
+  context       also its part of each sequence; keys and values are all-gathered over `sequence`.
+  hsdp          fsdp (and tensor, if given) within each replica, data parallelism between replicas,
+                which are slices.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhfjax.errors import ConfigError
 
 AXES = ("replica", "data", "fsdp", "tensor", "sequence")
+Axes = Mapping[str, int]  # the size of every mesh axis
 Rules = dict[str, tuple[str, ...]]
 
 
-def table(
-    batch: tuple[str, ...], *, embed: str = "", tensor: str = "", time: str = ""
-) -> Rules:
-    """Rules for every logical axis name, from the mesh axes of the four that are ever split."""
-    over = {"batch": batch, "time": (time,), "embed": (embed,)} | dict.fromkeys(
-        ("vocab", "heads", "kv_heads", "mlp"), (tensor,)
-    )
-    whole = dict.fromkeys(("head_dim", "layers", "positions"), ())
-    return {name: tuple(filter(None, axes)) for name, axes in (over | whole).items()}
+def rules_of(axes: Sequence[str]) -> Rules:
+    """Returns the mesh axes of every logical axis name, given the mesh axes that are in use."""
+
+    def used(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in axes)
+
+    return {
+        "batch": used("replica", "data", "fsdp"),
+        "time": used("sequence"),
+        "embed": used("fsdp"),
+        **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), used("tensor")),
+        **dict.fromkeys(("head_dim", "layers", "positions"), ()),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-    """The axes that a strategy has (`fills` takes the devices that are left, `needs` must be given) and its rules."""
+class Strategy(NamedTuple):
+    """The mesh axes of a strategy."""
 
-    fills: str
     axes: tuple[str, ...]
-    rules: Rules
-    needs: tuple[str, ...] = ()
+    fills: str = "fsdp"  # the axis that takes the devices that are left
+    needs: str = ""  # the axis whose size must be given
+
+    @property
+    def rules(self) -> Rules:
+        return rules_of(self.axes)
 
 
-GENERAL = table(
-    ("replica", "data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence"
-)
+GENERAL = rules_of(AXES)
 STRATEGIES = {
-    "data": Strategy("data", ("replica", "data"), table(("replica", "data"))),
-    "fsdp": Strategy("fsdp", ("data", "fsdp"), table(("data", "fsdp"), embed="fsdp")),
-    "fsdp_tensor": Strategy(
-        "fsdp",
-        ("data", "fsdp", "tensor"),
-        table(("data", "fsdp"), embed="fsdp", tensor="tensor"),
-        needs=("tensor",),
-    ),
-    "context": Strategy(
-        "fsdp",
-        ("data", "fsdp", "tensor", "sequence"),
-        table(("data", "fsdp"), embed="fsdp", tensor="tensor", time="sequence"),
-        needs=("sequence",),
-    ),
-    "hsdp": Strategy(
-        "fsdp",
-        ("replica", "data", "fsdp", "tensor"),
-        table(("replica", "data", "fsdp"), embed="fsdp", tensor="tensor"),
-        needs=("replica",),
-    ),
+    "data": Strategy(("replica", "data"), fills="data"),
+    "fsdp": Strategy(("data", "fsdp")),
+    "fsdp_tensor": Strategy(("data", "fsdp", "tensor"), needs="tensor"),
+    "context": Strategy(("data", "fsdp", "tensor", "sequence"), needs="sequence"),
+    "hsdp": Strategy(("replica", "data", "fsdp", "tensor"), needs="replica"),
 }
 
 
 def find(name: str) -> Strategy:
-    """Raises ConfigError where there is none of that name."""
+    """Returns the strategy of a name. Raises ConfigError if there is none."""
     if name not in STRATEGIES:
         known = ", ".join(["given", *STRATEGIES, "auto"])
         raise ConfigError(f"mesh.strategy={name!r} is unknown: accepted are {known}")
     return STRATEGIES[name]
 
 
-def sizes(name: str, given: Mapping[str, int], slices: int = 1) -> dict[str, int]:
-    """The mesh sizes of a strategy, from those that the config gives: 1 is "not given", for `data` -1 is.
+def sizes(name: str, given: Axes, slices: int = 1) -> dict[str, int]:
+    """Completes the axis sizes of a config for a strategy.
 
-    The axis that the strategy fills takes what is left (-1) unless it is given; hsdp's replicas are the slices.
+    A size of 1 means "not given", and so does -1 for `data`. The axis that the strategy fills takes
+    what is left (-1) unless it is given; the replicas of hsdp are the slices.
 
     Raises:
-      ConfigError: a size is given for an axis that the strategy has not, or is missing for one that it needs.
+      ConfigError: a size is given for an axis that the strategy does not have, or is missing for
+        one that it needs.
     """
-    strategy, out = find(name), dict(given)
-    if strategy.fills != "data" and out["data"] == -1 and out[strategy.fills] == 1:
-        out["data"] = 1
-    if out[strategy.fills] == 1 and -1 not in out.values():
-        out[strategy.fills] = -1
-    if "replica" in strategy.needs and out["replica"] == 1:
-        out["replica"] = slices
-    for axis, size in out.items():
+    strategy = find(name)
+    fills, needs = strategy.fills, strategy.needs
+    completed = dict(given)
+    if fills == "fsdp" and completed["data"] == -1 and completed["fsdp"] == 1:
+        completed["data"] = 1
+    if completed[fills] == 1 and -1 not in completed.values():
+        completed[fills] = -1
+    if needs == "replica" and completed["replica"] == 1:
+        completed["replica"] = slices
+    for axis, size in completed.items():
         if axis not in strategy.axes and size != 1:
-            raise ConfigError(
-                f"mesh.{axis}={size}: strategy {name!r} has {', '.join(strategy.axes)}"
-            )
-        if axis in strategy.needs and size == 1:
-            raise ConfigError(f"mesh.strategy={name!r} needs mesh.{axis} above 1")
-    return out
+            axes = ", ".join(strategy.axes)
+            raise ConfigError(f"mesh.{axis}={size}: strategy {name!r} has {axes}")
+    if needs and completed[needs] == 1:
+        raise ConfigError(f"mesh.strategy={name!r} needs mesh.{needs} above 1")
+    return completed
+
+
+def fill(given: Axes, devices: int) -> dict[str, int] | None:
+    """Replaces the size -1 by the devices that are left; None if the sizes do not divide them."""
+    fixed = math.prod(size for size in given.values() if size != -1)
+    if devices % fixed or (-1 not in given.values() and fixed != devices):
+        return None
+    left = devices // fixed
+    return {axis: left if size == -1 else size for axis, size in given.items()}
 
 
 # ---------------------------------------------------------------------- auto
@@ -109,23 +112,21 @@ def sizes(name: str, given: Mapping[str, int], slices: int = 1) -> dict[str, int
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What a stage asks of a mesh."""
+    """What `auto` needs to know of a stage."""
 
     trained: int = 0  # parameters with gradients and moments
-    frozen: int = 0  # parameters that are only read
-    rows: int = 1  # of the smallest batch that is split over the mesh, a microbatch
-    time: int = 1
-    widths: tuple[int, ...] = ()  # of the models; fsdp splits them
+    frozen: int = 0  # parameters without
+    rows: int = 1  # of a microbatch, the smallest batch that is split over the mesh
+    time: int = 1  # tokens per row
+    widths: tuple[int, ...] = ()  # of the models; fsdp divides them
     splits: tuple[
         int, ...
-    ] = ()  # heads, keys' heads, MLP width and vocabulary: tensor splits them
-    device_bytes: Callable[[Mapping[str, int]], float] = lambda sizes: (
-        0.0
-    )  # by the mesh's sizes
+    ] = ()  # heads, KV heads, MLP widths, vocabularies, for tensor
+    device_bytes: Callable[[Axes], float] = lambda axes: 0.0
 
 
 class Choice(NamedTuple):
-    """A strategy with its sizes, and the sentence that says why."""
+    """A strategy with its axis sizes, and a sentence with the reason."""
 
     strategy: str
     sizes: dict[str, int]
@@ -133,96 +134,81 @@ class Choice(NamedTuple):
     fits: bool
 
 
-FULL = 0.9  # of the memory: the rest is the program's, the runtime's and fragments
-MOST_TENSOR = 8  # devices among which activations are reduced in every layer: neighbors
+FULL = 0.9  # of the memory: the rest is for the program, the runtime and fragmentation
+MOST_TENSOR = 8  # activations are all-reduced in every layer, so `tensor` stays small
 GIB = 2.0**30
 
 
 def choose(need: Need, devices: int, memory: float, slices: int = 1) -> Choice:
-    """The first that fits, of data, fsdp (hsdp over slices), with the fewest `tensor`, then the fewest `sequence`.
+    """Returns the first strategy that fits: data, fsdp (hsdp over slices), fsdp_tensor, context.
 
-    In this order because each says more to the others than the one before: gradients once a step; parameters in
-    every layer; activations in every layer; keys and values besides. Where none fits it is the smallest a device.
+    Each communicates more than the one before: gradients once per step; parameters in every layer;
+    activations in every layer; keys and values too. The smallest `tensor` and `sequence` come
+    first. If none fits, it is the one with the fewest bytes per device.
 
     Args:
       memory: bytes of one device.
     Raises:
-      ConfigError: no mesh shares this batch and this model among so many devices.
+      ConfigError: no mesh of so many devices divides the batch and the models.
     """
-    tried = [
-        (name, s, need.device_bytes(s))
-        for name, s in _candidates(need, devices, slices)
-    ]
+    tried = []
+    for name, axes in _candidates(need, devices, slices):
+        tried.append((name, axes, need.device_bytes(axes)))
     if not tried:
+        widths = ", ".join(map(str, need.widths))
         raise ConfigError(
-            f"mesh.strategy='auto': no mesh of {devices} devices divides {need.rows} rows of {need.time} slots and "
-            f"models of width {', '.join(map(str, need.widths))}; change the batch or give the sizes"
+            f"mesh.strategy='auto': no mesh of {devices} devices divides {need.rows} rows of "
+            f"{need.time} tokens and models of width {widths}; change the batch or give the sizes"
         )
-    fitting = [t for t in tried if t[2] <= FULL * memory]
-    name, chosen, size = fitting[0] if fitting else min(tried, key=lambda t: t[2])
-    shape = (
-        " x ".join(f"{axis} {n}" for axis, n in chosen.items() if n > 1) or "one device"
-    )
-    too_large = "; ".join(
-        f"{t[0]}: {t[2] / GIB:.3g}"
-        for t in tried[: tried.index(fitting[0]) if fitting else None]
-    )
+    fitting = [candidate for candidate in tried if candidate[2] <= FULL * memory]
+    chosen = fitting[0] if fitting else min(tried, key=lambda candidate: candidate[2])
+    name, axes, size = chosen
+    described = " x ".join(f"{axis} {n}" for axis, n in axes.items() if n > 1)
     why = (
-        f"mesh.strategy=auto: {name} ({shape}): {size / GIB:.3g} GiB a device of {memory / GIB:.3g} "
-        f"({need.trained:,} trained and {need.frozen:,} frozen parameters, {need.rows} rows of {need.time})"
+        f"mesh.strategy=auto: {name} ({described or 'one device'}): "
+        f"{size / GIB:.3g} GiB per device of {memory / GIB:.3g} "
+        f"({need.trained:,} trained and {need.frozen:,} frozen parameters, "
+        f"{need.rows} rows of {need.time} tokens)"
     )
-    if fitting:
-        return Choice(
-            name,
-            chosen,
-            why + (f"; too large, GiB: {too_large}" if too_large else ""),
-            True,
-        )
-    return Choice(
-        name,
-        chosen,
-        why + "; by this arithmetic nothing fits, it is the smallest of what was tried",
-        False,
-    )
+    if not fitting:
+        why += "; by this estimate nothing fits, and this needs least"
+    elif larger := tried[: tried.index(chosen)]:
+        sizes = "; ".join(f"{name}: {size / GIB:.3g}" for name, _, size in larger)
+        why += f"; too large, GiB: {sizes}"
+    return Choice(strategy=name, sizes=axes, why=why, fits=bool(fitting))
 
 
 def _candidates(
     need: Need, devices: int, slices: int
 ) -> Iterator[tuple[str, dict[str, int]]]:
-    """Meshes that divide the batch and the model, the one that says least first."""
-    one = dict.fromkeys(AXES, 1)
+    """Yields meshes that divide batch and models, ordered by communication volume, least first."""
+    replicated = dict.fromkeys(AXES, 1) | {"replica": slices}
+    per_slice = devices // slices
     if devices % slices == 0 and need.rows % devices == 0:
-        yield "data", one | {"replica": slices, "data": devices // slices}
-    within = devices // slices
-    for sequence, tensor in itertools.product(
-        _powers(within), _powers(min(within, MOST_TENSOR))
-    ):
-        fsdp = within // (tensor * sequence)
-        if sequence > 1 and slices > 1:
-            break  # context has no replicas
-        if fsdp == 0 or within % (tensor * sequence) or need.time % sequence:
-            continue
-        if need.rows % (slices * fsdp) or any(n % fsdp for n in need.widths):
-            continue
-        if any(n % tensor for n in need.splits):
-            continue
-        if fsdp * tensor * sequence == 1 and devices > 1:
-            continue
-        name = (
-            "context"
-            if sequence > 1
-            else "hsdp"
-            if slices > 1
-            else "fsdp_tensor"
-            if tensor > 1
-            else "fsdp"
+        yield "data", replicated | {"data": per_slice}
+    # `context` has no replicas, so the sequence stays whole on several slices.
+    sequences = _powers_of_2(per_slice) if slices == 1 else [1]
+    tensors = _powers_of_2(min(per_slice, MOST_TENSOR))
+    for sequence, tensor in itertools.product(sequences, tensors):
+        fsdp = per_slice // (tensor * sequence)
+        sizes = {"fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+        divides = (
+            fsdp * tensor * sequence == per_slice
+            and need.time % sequence == 0
+            and need.rows % (slices * fsdp) == 0
+            and all(n % fsdp == 0 for n in need.widths)
+            and all(n % tensor == 0 for n in need.splits)
         )
-        yield (
-            name,
-            one
-            | {"replica": slices, "fsdp": fsdp, "tensor": tensor, "sequence": sequence},
-        )
+        if not divides or (per_slice == 1 and devices > 1):
+            continue
+        if sequence > 1:
+            name = "context"
+        elif slices > 1:
+            name = "hsdp"
+        else:
+            name = "fsdp_tensor" if tensor > 1 else "fsdp"
+        yield name, replicated | sizes
 
 
-def _powers(most: int) -> list[int]:
+def _powers_of_2(most: int) -> list[int]:
     return [2**i for i in range(int(math.log2(most)) + 1)]

@@ -1,9 +1,9 @@
-"""The collectives of a compiled program one by one, those in loops as often as the loop runs."""
+"""Lists the collectives of a compiled program; those in loops count as often as the loop runs."""
 
 import math
 from typing import NamedTuple
 
-from rlhfjax.plan.hlo import COLLECTIVES, Program, _called, group_size
+from rlhfjax.plan.hlo import COLLECTIVES, Module, group_size
 
 
 class Collective(NamedTuple):
@@ -22,30 +22,28 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """All between two or more devices, the entry's first."""
-    program = Program(text)
+    """Returns the collectives between two or more devices, the entry's first."""
+    module = Module(text)
     found: list[Collective] = []
-    _walk(program, program.entry, 1, found)
+    _walk(module, module.entry, 1, found)
     return found
 
 
 def _walk(
-    program: Program, computation: str, times: int, found: list[Collective]
+    module: Module, computation: str, times: int, found: list[Collective]
 ) -> None:
-    lines = program.computations[computation]
+    lines = module.computations[computation]
     for i in lines.values():
         kind = i.op.removesuffix("-start")
         if kind in COLLECTIVES:
             n = group_size(i.attributes)
             if n > 1 or kind == "collective-permute":
-                where = i.find(r'op_name="([^"]*)"') or i.name
-                found.append(
-                    Collective(kind, tuple(a.shape for a in i.result), n, times, where)
-                )
+                shapes = tuple(array.shape for array in i.result)
+                found.append(Collective(kind, shapes, n, times, i.source))
         elif i.op == "while":
-            rounds = program._rounds(i, lines) or 1
-            _walk(program, i.find(r"body=%?([\w.\-]+)"), times * rounds, found)
-            _walk(program, i.find(r"condition=%?([\w.\-]+)"), times * rounds, found)
+            rounds = module.trip_count(i) or 1
+            _walk(module, i.computation("body"), times * rounds, found)
+            _walk(module, i.computation("condition"), times * rounds, found)
         else:
-            for name in _called(i):
-                _walk(program, name, times, found)
+            for name in i.called:
+                _walk(module, name, times, found)

@@ -1,4 +1,4 @@
-"""What a stage takes of a device, by hand: which of its models count, and how many bytes they are."""
+"""The memory of a stage by hand: which of its models count, and how many bytes they have."""
 
 import dataclasses
 import logging
@@ -118,9 +118,9 @@ def need_of(config):
     return footprint.need_of(nets_of(config), workload_of(config))
 
 
-def parts_of(config, moment="", **sizes):
+def parts_of(config, phase="", **sizes):
     axes = dict.fromkeys(AXES, 1) | sizes
-    return footprint.device_bytes(nets_of(config), workload_of(config), axes, moment)
+    return footprint.device_bytes(nets_of(config), workload_of(config), axes, phase)
 
 
 # ------------------------------------------------------------------ which models count
@@ -398,7 +398,7 @@ def test_bytes_of_one_device():
 
 
 def test_bytes_of_a_device_of_a_mesh():
-    """Eight rows go over replica x data x fsdp, a half of every token's numbers to each of tensor."""
+    """Eight rows are split over replica x data x fsdp, and tensor halves every token's numbers."""
     axes = {"replica": 2, "fsdp": 2, "tensor": 2, "sequence": 2}
     assert parts_of(new(SHAPE), **axes) == {
         "parameters": 4 * N / 4,
@@ -481,16 +481,16 @@ def test_a_cache_takes_the_place_of_gradients_and_activations_where_it_is_more()
     many = a_ppo(batch_size=2**15, minibatches=2**9)
     small = parts_of(a_ppo())
     assert "KV cache" not in small and "gradients" in small
-    assert parts_of(a_ppo(), moment="rollout")["KV cache"] == 16 * row
+    assert parts_of(a_ppo(), phase="rollout")["KV cache"] == 16 * row
     parts = parts_of(many)
     assert parts["KV cache"] == 2**15 * row > CHUNK + 2 * 64 * ROW
     assert parts.keys() == {"parameters", "optimizer and average", "KV cache"}
-    assert "KV cache" not in parts_of(many, moment="update")
+    assert "KV cache" not in parts_of(many, phase="update")
     assert parts_of(many, tensor=2)["KV cache"] == 2**15 * row / 2
-    assert parts_of(many, moment="rollout", fsdp=8)["KV cache"] == 2**12 * row
+    assert parts_of(many, phase="rollout", fsdp=8)["KV cache"] == 2**12 * row
     in_lanes = dataclasses.replace(many, decode_batch=64)
     assert "KV cache" not in parts_of(in_lanes)
-    assert parts_of(in_lanes, moment="rollout")["KV cache"] == 64 * row
+    assert parts_of(in_lanes, phase="rollout")["KV cache"] == 64 * row
     three = dataclasses.replace(
         SHAPE, n_heads=4, n_kv_heads=1
     )  # one head, which two devices both keep

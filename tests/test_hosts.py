@@ -1,4 +1,4 @@
-"""Real processes on this machine as the hosts of one job: the same losses, one end for all, and exact restarts."""
+"""Real processes as the hosts of one job: the same losses, a common end, exact restarts."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ main(["rlhfjax", *sys.argv[1:]])
 
 
 class Job:
-    """`python -m rlhfjax COMMAND` as several processes that are told of each other as a launcher tells hosts."""
+    """`python -m rlhfjax COMMAND` as several processes, started as a launcher starts hosts."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Job:
             for one in self.processes:
                 one.kill()
 
-    def said(self, i: int) -> list[str]:
+    def messages(self, i: int) -> list[str]:
         return [
             line
             for line in self.logs[i].read_text().splitlines()
@@ -136,7 +136,7 @@ def test_one_process_is_first_and_alone_and_needs_no_coordinator():
 
 
 def test_rows_lie_on_devices_once_each_in_order():
-    """Disjoint and exhaustive: device i of the batch's axes holds the i-th share of the rows, and nothing else."""
+    """Device i of the batch's axes holds the i-th share of the rows, and nothing else."""
     rows = np.arange(24, dtype=np.int32).reshape(8, 3)
     placed = make_layout(MeshConfig(data=2, fsdp=2)).put({"tokens": rows})["tokens"]
     held = [
@@ -159,7 +159,7 @@ def test_what_the_loss_of_a_host_looks_like(monkeypatch):
 
 
 def test_a_process_that_sees_more_hosts_than_it_joined_does_not_start(monkeypatch):
-    """On a TPU slice JAX sees all hosts without having joined them: each would train in the same workdir."""
+    """On a TPU slice each host would otherwise train in the same workdir."""
     hosts.validate_process_count()
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_a_job_that_was_given_gpus_does_not_train_on_cpus(
 
 
 def test_every_cloud_tpu_vm_joins_its_slice(monkeypatch):
-    """Also where no launcher of ours has set a variable; not where the run asks for CPUs, or JAX knows no cluster."""
+    """Even without a variable; not if the run asks for CPUs or JAX finds no cluster."""
     joined = []
 
     class Cluster:
@@ -270,7 +270,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Where rounding decides: which of equal scores differ, and which answer a policy prefers that still is its reference.
+# Rounding decides which of equal scores differ, and what a policy that equals its reference
+# prefers.
 SIGNS_OF_ZERO = {"group/informative", "direct/accuracy"}
 
 
@@ -343,8 +344,8 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
     codes = job.codes(within=40)
     assert time.monotonic() - struck < 40
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
-    (said,) = job.said(1 - victim)
-    assert said.startswith(
+    (message,) = job.messages(1 - victim)
+    assert message.startswith(
         "rlhfjax: another host is gone; the same command on all hosts goes on from the last check"
     )
     pretraining(2, tmp_path / "run", tokenizer, conversations).finish()
@@ -355,12 +356,12 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on_exactly(
 def test_sigterm_on_any_host_saves_on_all_and_other_hosts_go_on(
     tokenizer, uninterrupted, conversations, tmp_path
 ):
-    """Stopped on two hosts; a checkpoint of two is gone on from by one, on a mesh of one device, to float tolerance."""
+    """One host on one device resumes from the checkpoint of two, to float tolerance."""
     job = pretraining(2, tmp_path / "run", tokenizer, conversations)
     job.wait_for(6, tmp_path / "run" / "metrics.jsonl")
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.codes() == [75, 75]
-    (first,), (second,) = job.said(0), job.said(1)
+    (first,), (second,) = job.messages(0), job.messages(1)
     step = re.search(r"pretrain stopped at step (\d+): saved", first).group(1)
     assert second == first
     assert (
@@ -381,15 +382,15 @@ def test_what_only_one_host_finds_wrong_ends_all_with_its_reason(
     (tmp_path / "run").write_text("")
     job = Job(2, tmp_path / "run", conversations)
     assert job.codes(within=60) == [2, 2]
-    assert len(job.said(0)) == len(job.said(1)) == 1
-    assert "rlhfjax: host 0 ended: " in job.said(1)[0]
+    assert len(job.messages(0)) == len(job.messages(1)) == 1
+    assert "rlhfjax: host 0 ended: " in job.messages(1)[0]
 
 
 @pytest.mark.slow
 def test_checkpoints_by_time_come_at_one_step_on_hosts_whose_clocks_differ(
     tokenizer, uninterrupted, conversations, tmp_path
 ):
-    """The first host's clock decides: the second one's, 1,000 times as fast, would save at every step."""
+    """The first host's clock decides: the second one's is 1,000 times as fast."""
     by_time = (
         "--config.checkpoint.every=0",
         "--config.checkpoint.minutes=0.01",
@@ -416,10 +417,11 @@ def test_checkpoints_by_time_come_at_one_step_on_hosts_whose_clocks_differ(
 
 @pytest.mark.slow
 def test_a_host_that_waits_in_vain_can_be_started_again(conversations, tmp_path):
-    """JAX aborts the process where the others do not join in time: one line, and the code that launchers restart on."""
+    """JAX's abort becomes one line and the exit code on which launchers restart."""
     job = Job(2, tmp_path / "run", conversations, "--join_timeout=2")
     job.processes[1].kill()
     assert job.processes[0].wait(timeout=60) == 75
-    assert job.said(0) == [
-        "rlhfjax: the other hosts did not come within --join_timeout=2 s; start the same command on all hosts again"
+    assert job.messages(0) == [
+        "rlhfjax: the other hosts did not come within --join_timeout=2 s; "
+        "start the same command on all hosts again"
     ]

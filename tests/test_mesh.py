@@ -28,7 +28,7 @@ def test_minus_one_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (MeshConfig(data=3), "does not fit the 4 devices"),
         (MeshConfig(data=8), "does not fit the 4 devices"),
@@ -45,7 +45,7 @@ def test_minus_one_takes_what_is_left():
         ),
         (
             MeshConfig(rules={"bogus": "data"}),
-            "unknown logical axis 'bogus'; known: batch",
+            "mesh.rules.bogus: unknown logical axis; known: batch",
         ),
         (
             MeshConfig(rules={"embed": ("data", "bogus")}),
@@ -53,10 +53,10 @@ def test_minus_one_takes_what_is_left():
         ),
     ],
 )
-def test_a_mesh_that_cannot_be(config, said):
+def test_a_mesh_that_cannot_be(config, message):
     with pytest.raises(ConfigError) as caught:
         make_layout(config)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_rules_lay_names_over_axes():
@@ -71,7 +71,7 @@ def test_rules_lay_names_over_axes():
 
 
 def test_an_axis_shards_one_dimension_only_the_first_that_asks():
-    """An activation's batch takes fsdp, so that its embed is whole; a parameter's embed is split."""
+    """An activation's batch takes fsdp, so its embed is whole; a parameter's is sharded."""
     layout = make_layout(MeshConfig(data=2, fsdp=2))
     assert layout.spec(("batch", "time", "embed")) == P(
         ("replica", "data", "fsdp"), None, None
@@ -145,7 +145,7 @@ def test_batches_are_shared_by_the_data_like_axes():
 def test_a_hosts_own_parts_of_a_batch_are_those_with_rows_on_its_devices(
     axes, first, last, monkeypatch
 ):
-    """A host with the first device, with the last two, and with two that are no neighbors, as on a TPU slice."""
+    """A host has the first device, the last two, or two that are not neighbors (TPU slices)."""
     layout = make_layout(MeshConfig(**axes))
     assert layout.own_parts(8, 4) == (0, 1, 2, 3)
 

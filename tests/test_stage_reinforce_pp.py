@@ -71,7 +71,7 @@ def test_it_is_planned_and_placed():
         "reinforce_pp": of_ppo(nowhere["ppo"]),
     }
     subject = shapes.subject(values, "reinforce_pp")
-    planned = programs.sketch(subject, make_layout(MeshConfig())).programs
+    planned = programs.step_programs(subject, make_layout(MeshConfig())).programs
     assert [p.name for p in planned] == [
         "rollout",
         "know",

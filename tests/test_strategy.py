@@ -47,7 +47,7 @@ def test_a_strategy_completes_the_sizes():
 
 
 def test_a_strategy_has_its_own_rules():
-    """A parameter [embed, mlp] and an activation [batch, time, embed]; overrides are laid over them."""
+    """For a parameter [embed, mlp] and an activation [batch, time, embed], with overrides."""
     kernel, hidden = ("embed", "mlp"), ("batch", "time", "embed")
     assert make_layout(MeshConfig(strategy="data")).spec(kernel) == P(None, None)
     assert make_layout(MeshConfig(strategy="fsdp")).spec(kernel) == P("fsdp", None)
@@ -69,7 +69,7 @@ def test_a_strategy_has_its_own_rules():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             {"strategy": "zero"},
@@ -92,14 +92,14 @@ def test_a_strategy_has_its_own_rules():
         ({"strategy": "fsdp", "fsdp": 3}, "does not fit the 4 devices"),
         (
             {"strategy": "auto", "tensor": 2},
-            "mesh.strategy='auto' picks the sizes itself",
+            "mesh.strategy='auto' chooses the sizes itself",
         ),
     ],
 )
-def test_a_strategy_that_cannot_be(config, said):
+def test_a_strategy_that_cannot_be(config, message):
     with pytest.raises(ConfigError) as caught:
         make_layout(MeshConfig(**config))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 # 18 GB of state (10^9 trained parameters at 16 bytes, half as many frozen ones at 4), 16.8 GiB, of
@@ -165,13 +165,13 @@ def test_auto_takes_what_says_least_and_fits():
 def test_auto_says_why_and_what_does_not_fit():
     why = choose(BIG, 8, 19 * GIB).why
     assert (
-        "fsdp (fsdp 8): 2.6 GiB a device of 19" in why
+        "fsdp (fsdp 8): 2.6 GiB per device of 19" in why
         and "too large, GiB: data: 17.3" in why
     )
     tight = choose(BIG, 8, GIB)
     assert not tight.fits and "nothing fits" in tight.why
     with pytest.raises(
-        ConfigError, match="no mesh of 7 devices divides 16 rows of 1024 slots"
+        ConfigError, match="no mesh of 7 devices divides 16 rows of 1024 tokens"
     ):
         choose(BIG, 7, GIB)
 
@@ -199,7 +199,7 @@ SHARES = {
 def test_eight_devices_train_as_one(tmp_path):
     """Two steps of one model and of four, on the two strategies that have all axes together.
 
-    docs/scaling.md has the whole table. Matrices of the state are split as the strategy says, moments with them.
+    docs/scaling.md has the whole table. Parameters and moments are sharded as the strategy says.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -1,9 +1,11 @@
-"""The collectives of each strategy, and no others, in the compiled programs of sft and PPO; nothing of theirs is twice.
+"""Compiled programs of sft and PPO have exactly the collectives of their strategy.
 
-With 8 devices, not the tests' 4: XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+On 8 devices instead of the tests' 4:
 
-On CPUs a reduce-scatter is an all-reduce and a slice: the pass that joins them (ReduceScatterCreator) is of the TPU and
-GPU compilers alone, so gradients of split parameters are looked for among the all-reduces.
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/test_strategy_hlo.py
+
+On CPUs a reduce-scatter is an all-reduce and a slice, since only the TPU and GPU compilers join
+them (ReduceScatterCreator). So the gradients of sharded parameters are among the all-reduces.
 """
 
 import functools
@@ -17,7 +19,8 @@ from rlhfjax.config import to_dict
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, logprobs
 from rlhfjax.plan import programs, shapes
-from rlhfjax.plan.hlo import Program
+from rlhfjax.plan.hlo import Module
+from rlhfjax.plan.hlo_cost import module_cost
 from rlhfjax.programs import Held
 from tests import tiny
 from tests.collectives import Collective, collectives
@@ -60,7 +63,7 @@ EXPECTED = {
 }
 
 
-def sketched(stage, mesh, devices=None, **changes):
+def programs_of(stage, mesh, devices=None, **changes):
     """The programs of a stage of tests/tiny.py on a mesh."""
     config = to_dict(tiny.get_config("data=nowhere"))
     config["pretrain"]["model"] |= MODEL
@@ -71,13 +74,13 @@ def sketched(stage, mesh, devices=None, **changes):
     return (
         subject.model,
         dict(layout.mesh.shape),
-        programs.sketch(subject, layout).programs,
+        programs.step_programs(subject, layout).programs,
     )
 
 
 @functools.cache
 def parameter_shapes(model, fsdp, tensor):
-    """Every matrix and vector of the model, whole, or split by fsdp, tensor or both; heads together with their size."""
+    """Returns the shapes of all parameters, whole or sharded; heads and head_dim are one axis."""
     found = set()
     for x in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))):
         flat = x.shape if x.ndim < 3 else (math.prod(x.shape[:-1]), x.shape[-1])
@@ -110,7 +113,7 @@ def kind_of_array(shape, model, mesh):
     return sizes.get(math.prod(core), f"other {shape}")
 
 
-def said(found: list[Collective], model, mesh):
+def kinds_of(found: list[Collective], model, mesh):
     return {
         (x.kind, kind_of_array(shape, model, mesh)) for x in found for shape in x.shapes
     }
@@ -124,7 +127,7 @@ def small_chunks(monkeypatch, mesh):
 
 
 def assert_state_stays_split(program, compiled, mesh):
-    """Every matrix of parameters and moments is 1 / (fsdp x tensor) of itself, before the step and after it."""
+    """Asserts that parameters and moments are sharded before the step and after it."""
     state = [x for x in program.inputs if isinstance(x, Held) and x.owner == "state"]
     share = mesh["fsdp"] * mesh["tensor"]
     for x, after in zip(
@@ -146,10 +149,10 @@ def assert_state_stays_split(program, compiled, mesh):
 )
 def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized):
     small_chunks(monkeypatch, STRATEGIES[name])
-    model, mesh, (step,) = sketched("sft", STRATEGIES[name])
+    model, mesh, (step,) = programs_of("sft", STRATEGIES[name])
     compiled = step.lower().compile()
     found = collectives(compiled.as_text())
-    assert said(found, model, mesh) == EXPECTED[name]
+    assert kinds_of(found, model, mesh) == EXPECTED[name]
     assert_state_stays_split(step, compiled, mesh)
     summed = sum(
         math.prod(s)
@@ -178,17 +181,18 @@ def test_a_step_has_the_collectives_of_its_strategy(name, monkeypatch, optimized
 @SLOW
 @pytest.mark.parametrize("name", ["context"])
 def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized):
-    """All five programs, four models: no array with a vocabulary axis in a collective but matrices of parameters.
+    """No collective has an array with a vocabulary axis, except parameters.
 
-    Products of all devices together are those of one, but for what a decode step's one slot cannot share.
+    The FLOPs of all devices add up to those of one, except in decode steps, whose one token
+    `sequence` cannot split.
     """
     changes = {"batch_size": 2 * BATCH}
-    alone = sketched("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
+    alone = programs_of("ppo", {"data": 1}, jax.devices()[:1], **changes)[2]
     expected = [
-        Program(p.lower().compile().as_text()).cost().flops for p in alone
+        module_cost(Module(p.lower().compile().as_text())).flops for p in alone
     ]  # one chunk: nothing is padded
     small_chunks(monkeypatch, STRATEGIES[name])
-    model, mesh, many = sketched("ppo", STRATEGIES[name], **changes)
+    model, mesh, many = programs_of("ppo", STRATEGIES[name], **changes)
     vocab = {model.vocab_size, model.vocab_size // mesh["tensor"]}
     known = parameter_shapes(model, mesh["fsdp"], mesh["tensor"])
     for flops, program in zip(expected, many, strict=True):
@@ -203,6 +207,6 @@ def test_ppo_shares_its_work_and_gathers_no_logits(name, monkeypatch, optimized)
         if program.name == "update":
             assert_state_stays_split(program, compiled, mesh)
         if mesh["sequence"] == 1 or program.name in ("know", "update"):
-            assert Program(text).cost().flops * DEVICES == pytest.approx(
+            assert module_cost(Module(text)).flops * DEVICES == pytest.approx(
                 flops, rel=0.01
             ), program.name

@@ -1,1 +1,1 @@
-"""What a run will do before it runs: memory by hand and by the compiler, roofline, time. `rlhfjax plan`."""
+"""`rlhfjax plan`: predicts memory, time and cost of a run before it runs."""

@@ -1,162 +1,139 @@
-"""What would make a stage fit, with numbers: the same arithmetic for the config as it is and as it could be."""
+"""Says which changes of a config would make a stage fit, with estimates of each."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from rlhfjax.footprint import Phase, batch_shards
 from rlhfjax.plan.chips import CHIPS, GIB
-from rlhfjax.plan.compiled import Measured
-from rlhfjax.plan.estimate import estimate, smallest_batch
+from rlhfjax.plan.compiled import CompiledProgram
+from rlhfjax.plan.estimate import estimate
 from rlhfjax.plan.shapes import Subject
+from rlhfjax.strategy import Axes
 
 DOUBLINGS = 8
-Need = Callable[[Subject, Mapping[str, int]], float]  # bytes a device
+Fits = Callable[[Subject, Axes], bool]
 
 
 class Change(NamedTuple):
-    """One thing that could be otherwise."""
+    """A changed config and mesh, with the words that describe the change."""
 
-    what: str
+    description: str
     subject: Subject
-    axes: Mapping[str, int]
+    axes: Axes
 
 
 def advise(
-    subject: Subject, axes: Mapping[str, int], worst: Measured, completions: int = 2
+    subject: Subject, axes: Axes, worst: CompiledProgram, completions: int = 2
 ) -> list[str]:
-    """A line a change, those that cost least first, then all that cost no chip together.
+    """Returns a line per change, the cheapest first, and one for all that need no further chip.
 
-    What arithmetic says of a changed config is multiplied by what the compiler said of this one over what arithmetic
-    says of it: the estimate is off by much the same factor for both.
+    The estimate of a changed config is multiplied by the ratio of compiled to estimated bytes of
+    the config as it is: the estimate is off by much the same factor for both.
 
     Args:
-      worst: the program that takes most of a device, and does not fit.
+      worst: the program that needs most memory, and does not fit.
     """
-    compiled, room = worst.memory.peak + worst.elsewhere, worst.capacity or 0.0
-    part = "rollout" if worst.name == "rollout" else "update"
+    capacity = worst.capacity or 0.0
+    phase: Phase = "rollout" if worst.name == "rollout" else "update"
 
-    def need(
-        subject: Subject, axes: Mapping[str, int]
-    ) -> float:  # by arithmetic; the chip is for the time alone
-        return estimate(subject, axes, CHIPS["v5e"], completions, part).bytes
+    def estimated(subject: Subject, axes: Axes) -> float:
+        # The chip matters for the estimate of the time alone.
+        return estimate(subject, axes, CHIPS["v5e"], completions, phase).bytes
 
-    factor = compiled / need(subject, axes)
+    factor = worst.needed / estimated(subject, axes)
+
+    def fits(subject: Subject, axes: Axes) -> bool:
+        return factor * estimated(subject, axes) <= capacity
+
     lines = [
-        f"{worst.name} needs {compiled / GIB:.1f} GiB a device of {room / GIB:.1f}; by arithmetic from there:"
+        f"{worst.name} needs {worst.needed / GIB:.1f} GiB per device of {capacity / GIB:.1f}; "
+        "estimates for changed configs:"
     ]
-    for change in changes(subject, axes, room / factor, need):
-        left = factor * need(change.subject, change.axes)
-        lines.append(
-            f"{change.what}: {left / GIB:.1f} GiB, {'fits' if left <= room else 'not enough alone'}"
-        )
+    for change in changes(subject, axes, fits):
+        needed = factor * estimated(change.subject, change.axes)
+        verdict = "fits" if needed <= capacity else "not enough alone"
+        lines.append(f"{change.description}: {needed / GIB:.1f} GiB, {verdict}")
     return lines
 
 
-def changes(
-    subject: Subject, axes: Mapping[str, int], room: float, need: Need
-) -> Iterator[Change]:
-    """What can be otherwise of a config; sizes are doubled or halved until arithmetic finds it in `room` bytes."""
-    best = subject
-    if subject.model.dtype == "float32":
-        best = best.with_models(dtype="bfloat16")
-        yield Change(
-            "compute in bfloat16: dtype=bfloat16 of the model",
-            subject.with_models(dtype="bfloat16"),
-            axes,
-        )
-    if subject.model.remat != "full":
-        best = best.with_models(remat="full")
-        now = subject.model.remat
-        yield Change(
-            f"remat=full of the model (now {now})",
-            subject.with_models(remat="full"),
-            axes,
-        )
-    whole, steps = best, best is not subject
-    if smaller := _until(_microbatches, subject, axes, room, need):
-        now, m = subject.config.microbatches, smaller.config.microbatches
-        best, steps = best.with_config(microbatches=m), steps + 1
-        yield Change(
-            f"smaller microbatches: --config.microbatches={m} (now {now})",
-            smaller,
-            axes,
-        )
-    spread = dict(axes)
+def changes(subject: Subject, axes: Axes, fits: Fits) -> Iterator[Change]:
+    """Yields possible changes of a config; sizes are doubled or halved until they fit."""
+    model, config = subject.model, subject.config
+    fields = {}
+    if model.dtype == "float32":
+        fields["dtype"] = "bfloat16"
+        description = "compute in bfloat16: dtype=bfloat16 of the model"
+        yield Change(description, subject.with_models(dtype="bfloat16"), axes)
+    if model.remat != "full":
+        fields["remat"] = "full"
+        description = f"remat=full of the model (now {model.remat})"
+        yield Change(description, subject.with_models(remat="full"), axes)
+    cheaper_model = combined = subject.with_models(**fields)
+    count = 1 if fields else 0
+    if smaller := _repeat(_double_microbatches, subject, axes, fits):
+        m = smaller.config.microbatches
+        flag = f"--config.microbatches={m} (now {config.microbatches})"
+        yield Change(f"smaller microbatches: {flag}", smaller, axes)
+        combined, count = combined.with_config(microbatches=m), count + 1
+    sharded = axes
     if axes["data"] > 1:
-        spread |= {"data": 1, "fsdp": axes["data"] * axes["fsdp"]}
-        what = f"parameters and optimizer split: --config.mesh.data=1 --config.mesh.fsdp={spread['fsdp']}"
-        yield Change(
-            f"{what} (now data {axes['data']}, fsdp {axes['fsdp']})", subject, spread
-        )
-    if steps + (spread != axes) > 1:
-        yield Change("all of this together", best, spread)
-    if halved := _until(_half_batch, subject, axes, room, need):
-        now, b = subject.config.batch_size, halved.config.batch_size
-        yield Change(
-            f"a smaller batch: --config.batch_size={b} (now {now})", halved, axes
-        )
-    yield _more_chips(whole, spread, room, need)
+        sharded = {**axes, "data": 1, "fsdp": axes["data"] * axes["fsdp"]}
+        flags = f"--config.mesh.data=1 --config.mesh.fsdp={sharded['fsdp']}"
+        now = f"(now data {axes['data']}, fsdp {axes['fsdp']})"
+        description = f"shard parameters and optimizer: {flags} {now}"
+        yield Change(description, subject, sharded)
+        count += 1
+    if count > 1:
+        yield Change("all of this together", combined, sharded)
+    if smaller := _repeat(_halve_batch, subject, axes, fits):
+        flag = f"--config.batch_size={smaller.config.batch_size}"
+        description = f"a smaller batch: {flag} (now {config.batch_size})"
+        yield Change(description, smaller, axes)
+    yield _more_devices(cheaper_model, sharded, fits)
 
 
-def _more_chips(
-    subject: Subject, axes: Mapping[str, int], room: float, need: Need
-) -> Change:
-    """Twice the devices, again and again: along fsdp while the batch divides, then along tensor."""
+def _more_devices(subject: Subject, axes: Axes, fits: Fits) -> Change:
+    """Doubles the devices until the stage fits: along fsdp if the batch divides, else tensor."""
     for _ in range(DOUBLINGS):
-        shards = axes["replica"] * axes["data"] * axes["fsdp"]
-        axis = "fsdp" if smallest_batch(subject) % (2 * shards) == 0 else "tensor"
+        divides = subject.workload().batch % (2 * batch_shards(axes)) == 0
+        axis = "fsdp" if divides else "tensor"
         axes = {**axes, axis: 2 * axes[axis]}
-        if need(subject, axes) <= room:
+        if fits(subject, axes):
             break
-    n = (
-        axes["replica"]
-        * axes["data"]
-        * axes["fsdp"]
-        * axes["tensor"]
-        * axes["sequence"]
-    )
+    devices = batch_shards(axes) * axes["tensor"] * axes["sequence"]
     flags = f"--config.mesh.fsdp={axes['fsdp']} --config.mesh.tensor={axes['tensor']}"
-    return Change(
-        f"{n} devices, the batch and its microbatches as they are: {flags}",
-        subject,
-        axes,
+    description = (
+        f"{devices} devices, the batch and its microbatches as they are: {flags}"
     )
+    return Change(description, subject, axes)
 
 
-def _until(
-    change, subject: Subject, axes: Mapping[str, int], room: float, need: Need
+def _repeat(
+    change: Callable[[Subject, Axes], Subject | None],
+    subject: Subject,
+    axes: Axes,
+    fits: Fits,
 ) -> Subject | None:
-    """The change repeated until it fits or cannot be made again; None where it cannot be made once."""
-    last = None
+    """Repeats a change until it fits or is impossible; None if it is impossible at once."""
+    changed = None
     for _ in range(DOUBLINGS):
-        following = change(last or subject, axes)
-        if following is None:
+        candidate = change(changed or subject, axes)
+        if candidate is None:
             break
-        last = following
-        if need(last, axes) <= room:
+        changed = candidate
+        if fits(changed, axes):
             break
-    return last
+    return changed
 
 
-def _microbatches(subject: Subject, axes: Mapping[str, int]) -> Subject | None:
-    shards, rows = (
-        axes["replica"] * axes["data"] * axes["fsdp"],
-        smallest_batch(subject),
-    )
-    return (
-        subject.with_config(microbatches=2 * subject.config.microbatches)
-        if rows % (2 * shards) == 0
-        else None
-    )
+def _double_microbatches(subject: Subject, axes: Axes) -> Subject | None:
+    if subject.workload().batch % (2 * batch_shards(axes)):
+        return None
+    return subject.with_config(microbatches=2 * subject.config.microbatches)
 
 
-def _half_batch(subject: Subject, axes: Mapping[str, int]) -> Subject | None:
-    shards, rows, b = (
-        axes["replica"] * axes["data"] * axes["fsdp"],
-        smallest_batch(subject),
-        subject.config.batch_size,
-    )
-    return (
-        subject.with_config(batch_size=b // 2)
-        if rows % (2 * shards) == 0 and b % 2 == 0
-        else None
-    )
+def _halve_batch(subject: Subject, axes: Axes) -> Subject | None:
+    size = subject.config.batch_size
+    if size % 2 or subject.workload().batch % (2 * batch_shards(axes)):
+        return None
+    return subject.with_config(batch_size=size // 2)

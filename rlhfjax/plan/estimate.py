@@ -1,27 +1,29 @@
-"""What a stage needs and how long a step takes, by arithmetic alone: microseconds where the compiler takes minutes.
+"""Estimates by arithmetic what a stage needs and how long a step takes, in microseconds.
 
-Good enough to say where to begin looking, and what a change would be worth; `compiled.py` has the last word. The bytes
-are those of `rlhfjax/footprint.py`, which `mesh.strategy=auto` goes by.
+The compiler takes minutes and has the last word (`compiled.py`); the estimate says where a search
+should begin and what a change would be worth. The bytes are those of `rlhfjax/footprint.py`, which
+`mesh.strategy=auto` uses too.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 from rlhfjax import footprint
-from rlhfjax.footprint import Net
+from rlhfjax.footprint import Net, Phase, batch_shards, number_bytes
+from rlhfjax.models.config import TransformerConfig
 from rlhfjax.plan import chips
 from rlhfjax.plan.chips import Chip, Work
-from rlhfjax.plan.programs import passes, passes_of, step_flops
+from rlhfjax.plan.programs import flops_ratio, step_flops, training_programs
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.roles import Workload
+from rlhfjax.strategy import Axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes per device by part, of the moment that takes most; seconds of a step, at least."""
+    """What a stage needs per device at its peak, and a lower bound of the time per step."""
 
-    parts: dict[str, float]
+    parts: dict[str, float]  # bytes
     seconds: float
     tokens: int
 
@@ -32,84 +34,89 @@ class Estimate:
 
 def estimate(
     subject: Subject,
-    axes: Mapping[str, int],
+    axes: Axes,
     chip: Chip,
     completions: int = 2,
-    part: str = "",
+    phase: Phase = "",
 ) -> Estimate:
-    """Returns the estimate of a stage on a mesh with these axes.
+    """Returns the estimate of a stage on a mesh with these axis sizes.
 
-    FSDP gathers weights for every pass and scatters gradients once per microbatch, whole layers at a time.
+    FSDP all-gathers weights for every pass and reduce-scatters gradients once per microbatch, a
+    layer at a time.
 
     Args:
-      completions: responses to a prompt, where the data decides that: reward and direct stages.
-      part: "rollout" or "update", the moment that is meant; else the one that takes more.
+      completions: responses per prompt of a reward or direct stage, which its data decides.
+      phase: "rollout" or "update"; "" is the one that needs more memory.
     """
     workload = subject.workload(completions)
     nets = [net for net in subject.nets if net.role.mesh == "train"]
-    parts = footprint.device_bytes(nets, workload, axes, part)
-    return Estimate(
-        parts, _seconds(subject, workload, axes, chip, completions), workload.units
-    )
-
-
-def smallest_batch(subject: Subject) -> int:
-    """Returns the rows of one microbatch of all devices, which the data-like axes have to divide."""
-    return subject.workload().batch
+    parts = footprint.device_bytes(nets, workload, axes, phase)
+    seconds = _seconds(subject, workload, axes, chip, completions)
+    return Estimate(parts, seconds, workload.units)
 
 
 def _seconds(
-    subject: Subject,
-    workload: Workload,
-    axes: Mapping[str, int],
-    chip: Chip,
-    completions: int,
+    subject: Subject, workload: Workload, axes: Axes, chip: Chip, completions: int
 ) -> float:
-    """Rooflines of the passes forward and backward, and of decoding, one after the other."""
-    model, devices = subject.model, math.prod(axes.values())
+    """Adds up the rooflines of training, of forward passes and of decoding."""
+    devices = math.prod(axes.values())
     trained = footprint.trained_nets(subject.nets)
-    trains = {one.program for one, _ in passes_of(subject, completions) if one.trains}
-    flops = step_flops(subject, completions)
-    training = sum(n for name, n in flops.items() if name in trains)
-    work = Work(passes(trained) * training / devices, 0, 0, 0)
+    trains = training_programs(subject, completions)
+    training_flops = forward_flops = 0.0
+    for name, flops in step_flops(subject, completions).items():
+        if name in trains:
+            training_flops += flops
+        else:
+            forward_flops += flops
+    training = Work(flops=flops_ratio(trained) * training_flops / devices)
     for net in trained:
-        work += _pass_bytes(net, axes).times(workload.rounds)
-    work += Work(0, 0, workload.rounds * _tensor_bytes(subject, workload, axes), 0)
-    rest = Work((sum(flops.values()) - training) / devices, 0, 0, 0)
-    seconds = chips.roofline(work, chip).seconds + chips.roofline(rest, chip).seconds
+        training += _weight_traffic(net, axes).times(workload.rounds)
+    tensor_bytes = _tensor_all_reduces(subject.model, workload, axes)
+    training += Work(ici_bytes=workload.rounds * tensor_bytes)
+    phases = [training, Work(flops=forward_flops / devices)]
     if workload.decoded:
-        size = 2.0 if model.dtype == "bfloat16" else 4.0
-        weights = trained[0].numbers * size / axes["tensor"]
-        cache = (
-            footprint.cache_bytes(model, workload, axes) / 2
-        )  # half full, on average
-        gather = weights * (axes["fsdp"] - 1) / axes["fsdp"]
-        decoding = Work(0, weights + cache, gather, 0).times(workload.sampled)
-        seconds += chips.roofline(decoding, chip).seconds
-    return seconds
+        token = _decode_traffic(trained[0], workload, axes)
+        phases.append(token.times(workload.sampled))
+    return float(sum(chips.roofline(phase, chip).seconds for phase in phases))
 
 
-def _pass_bytes(net: Net, axes: Mapping[str, int]) -> Work:
-    """Of one microbatch: weights are gathered forward and backward, gradients scattered, and summed over replicas."""
-    size = 2.0 if net.config.dtype == "bfloat16" else 4.0
-    n, fsdp, data = net.numbers / axes["tensor"], axes["fsdp"], axes["data"]
-    ici = (
-        n * (2 * size + 4.0) * (fsdp - 1) / fsdp
-        + 2 * 4.0 * n / fsdp * (data - 1) / data
+def _decode_traffic(policy: Net, workload: Workload, axes: Axes) -> Work:
+    """Returns the traffic of one decode step: all weights, and a cache that is half full."""
+    fsdp = axes["fsdp"]
+    weights = policy.numbers * number_bytes(policy.config) / axes["tensor"]
+    cache = footprint.cache_bytes(policy.config, workload, axes) / 2
+    return Work(hbm_bytes=weights + cache, ici_bytes=weights * (fsdp - 1) / fsdp)
+
+
+def _weight_traffic(net: Net, axes: Axes) -> Work:
+    """Returns the traffic of weights and gradients in one microbatch.
+
+    Weights are all-gathered in the forward and in the backward pass; gradients are
+    reduce-scattered, and all-reduced over `data` and `replica`.
+    """
+    size, fsdp = number_bytes(net.config), axes["fsdp"]
+    n = net.numbers / axes["tensor"]
+    shard = 4.0 * n / fsdp  # bytes of a device's gradients, in float32
+
+    def all_reduce(axis: str) -> float:
+        return 2 * shard * (axes[axis] - 1) / axes[axis]
+
+    gathers = n * (2 * size + 4.0) * (fsdp - 1) / fsdp
+    return Work(
+        hbm_bytes=3 * n * size + 3 * shard,
+        ici_bytes=gathers + all_reduce("data"),
+        dcn_bytes=all_reduce("replica"),
     )
-    replica = axes["replica"]
-    dcn = 2 * 4.0 * n / fsdp * (replica - 1) / replica
-    return Work(0, 3 * n * size + 12.0 * n / fsdp, ici, dcn)
 
 
-def _tensor_bytes(
-    subject: Subject, workload: Workload, axes: Mapping[str, int]
-) -> float:
-    """Megatron's all-reduces: two per layer forward and two backward, and two more where it is computed again."""
-    c, t = subject.model, axes["tensor"]
-    rows = footprint.rows_per_device(workload, axes)
-    size = 2.0 if c.dtype == "bfloat16" else 4.0
-    times = 6 if c.remat == "full" else 4
-    return (
-        times * c.n_layers * 2 * (t - 1) / t * rows * workload.length * c.d_model * size
-    )
+def _tensor_all_reduces(c: TransformerConfig, workload: Workload, axes: Axes) -> float:
+    """Returns the bytes that Megatron's all-reduces send in one microbatch.
+
+    There are two per layer in the forward and two in the backward pass, and two more where the
+    forward pass is recomputed.
+    """
+    tensor = axes["tensor"]
+    count = c.n_layers * (6 if c.remat == "full" else 4)
+    rows = math.ceil(workload.rows / batch_shards(axes))
+    activation = rows * workload.length * c.d_model * number_bytes(c)
+    return count * 2 * (tensor - 1) / tensor * activation

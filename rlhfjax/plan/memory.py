@@ -1,196 +1,128 @@
-"""The memory arithmetic that a person can check by hand: parameters, optimizer, activations, logits, KV cache.
+"""Memory by hand: arithmetic that a person can check, without a compiler.
 
-Nothing here compiles or allocates; `compiled.py` has what the compiler says. GB is 10^9 bytes, GiB 2^30: texts use both
-under the name of the first, see `textbook`.
+GB is 10^9 bytes and GiB 2^30; textbooks call both GB, see `textbook`.
 """
 
 from typing import NamedTuple
 
-from rlhfjax.errors import ConfigError
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.size import Number, layer_activations, parameters
 
 GB, GIB = 10**9, 2**30
-BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "int8": 1.0,
-    "int4": 0.5,
-}  # of one number
+# Bytes per number.
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd_momentum", "sgd")
-BLOCK = 2048  # numbers that share one float32 scale in 8-bit AdamW (Dettmers et al. 2022, section 2.1)
-
-
-def bytes_of(precision: str) -> float:
-    """Bytes of one number.
-
-    Raises:
-      ConfigError: the precision is none of BYTES.
-    """
-    if precision not in BYTES:
-        raise ConfigError(
-            f"precision {precision!r} is unknown: accepted are {', '.join(BYTES)}"
-        )
-    return BYTES[precision]
+# Numbers that share one float32 scale in 8-bit AdamW (Dettmers et al. 2022, section 2.1).
+BLOCK = 2048
 
 
 def optimizer_bytes(n: Number, optimizer: str, precision: str = "fp32") -> Number:
-    """What an optimizer keeps of n parameters: AdamW two moments, SGD with momentum one, SGD none.
+    """Returns the bytes of an optimizer's state for n parameters.
 
-    8-bit AdamW has moments of one byte and a float32 scale for every BLOCK of them, whatever `precision` is.
-
-    Raises:
-      ConfigError: the optimizer is none of OPTIMIZERS.
+    AdamW has two moments, SGD with momentum one, SGD none. The moments of 8-bit AdamW take one byte
+    per number and a float32 scale per BLOCK numbers, at any precision.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(
-            f"optimizer {optimizer!r} is unknown: accepted are {', '.join(OPTIMIZERS)}"
-        )
-    each = {
-        "adamw": 2 * bytes_of(precision),
+    per_parameter = {
+        "adamw": 2 * BYTES[precision],
         "adamw_8bit": 2 * (1 + 4 / BLOCK),
-        "sgd_momentum": bytes_of(precision),
+        "sgd_momentum": BYTES[precision],
         "sgd": 0.0,
     }
-    return n * each[optimizer]
+    return n * per_parameter[optimizer]
 
 
-def korthikanti(
-    c: TransformerConfig,
-    batch: int,
-    time: int,
-    *,
-    tensor: int = 1,
-    sequence_parallel: bool = False,
-    recompute: str = "none",
-) -> Number:
-    """Activation bytes a device of all layers of a GPT, 2 bytes a number, as published.
+def korthikanti(c: TransformerConfig, batch: int, time: int) -> Number:
+    """Returns the activation bytes of all layers of a GPT, at 2 bytes per number.
 
-      none:      s b h (10 + 24 / t + 5 a s / (h t)) a layer (eq. 2; eq. 1 where t = 1)
-                 s b h / t (34 + 5 a s / h) with sequence parallelism (eq. 4)
-      selective: the same without 5 a s / h (section 5)
-      full:      2 s b h (only each layer's input; Table 2)
+    L s b h (34 + 5 a s / h), with s time, b batch, h width and a heads.
 
-    Source: Korthikanti et al. 2022, sections 4 and 5.
+    Source: Korthikanti et al. 2022, eq. 1.
     """
-    sbh, scores = time * batch * c.d_model, 5 * c.n_heads * time / c.d_model
-    if recompute == "full":
-        return c.n_layers * 2.0 * sbh
-    if recompute == "selective":
-        scores = 0.0
-    elif recompute != "none":
-        raise ConfigError(
-            f"recompute {recompute!r} is unknown: accepted are none, selective, full"
-        )
-    a_layer = (
-        (34 + scores) / tensor if sequence_parallel else 10 + (24 + scores) / tensor
-    )
-    return c.n_layers * sbh * a_layer
+    per_number = 34 + 5 * c.n_heads * time / c.d_model
+    return c.n_layers * time * batch * c.d_model * per_number
 
 
-def logits_bytes(
-    c: TransformerConfig, batch: int, time: int, size: Number = 4.0
-) -> Number:
-    """b t v numbers: what logits would take if they were ever whole; `models/logprobs.py` makes them in chunks."""
-    return batch * time * c.vocab_size * size
+def logits_bytes(c: TransformerConfig, batch: int, time: int) -> Number:
+    """Returns b t v x 4 bytes: float32 logits, if they were not computed in chunks."""
+    return batch * time * c.vocab_size * 4.0
 
 
 class Line(NamedTuple):
-    """One quantity: as the textbook has it, and as it is."""
+    """One quantity of the textbook example."""
 
     what: str
-    textbook: Number  # in its own unit
-    unit: str  # GB or GiB, whichever gives the printed figure
-    how: str  # the arithmetic of the printed figure
-    needed: Number  # bytes, of the exact count
+    textbook: Number  # in `unit`
+    unit: str  # GB or GiB, the one that gives the printed number
+    how: str  # the arithmetic of the printed number
+    needed: Number  # bytes, from the exact count
     why: str
 
 
-def textbook(
-    c: TransformerConfig, n: Number = 7e9, batch: int = 50, time: int = 2048
-) -> list[Line]:
-    """The well-known figures of Llama-2-7B, with the conventions that give them, beside what is needed.
+def textbook(c: TransformerConfig) -> list[Line]:
+    """Returns the well-known numbers for Llama-2-7B beside what is needed.
 
-    Inference: n = 7e9 parameters in GiB (26.1, 13, 6.5, 3.26, all printed as GB). Training at int8: n in GB of 10^9,
-    7 for weights, 7 for gradients, 14 for AdamW, and an activation of (d_model + d_ff) numbers of one byte a token and
-    layer, 0.99 GB for a sample of 2048 tokens. `needed` has the exact count of parameters, and for training what this
-    repository keeps: float32 weights, gradients and moments, and the activations of `layer_activations` in bf16.
+    Inference: n = 7e9 parameters in GiB (26.1, 13, 6.5, 3.26, all printed as GB). Training at
+    int8: n in GB of 10^9, 7 for weights, 7 for gradients, 14 for AdamW, and activations of
+    (d_model + d_ff) numbers of one byte per token and layer, 0.99 GB per sample of 2048 tokens.
+    `needed` has the exact count of parameters, and for training what this repository keeps:
+    float32 weights, gradients and moments, and the activations of `layer_activations` in bf16.
     """
+    n, batch, time = 7e9, 50, 2048
     exact = parameters(c)
-    lines = [
-        Line(
-            f"inference, {p}",
-            n * BYTES[p] / GIB,
-            "GiB",
-            f"{n:.3g} x {BYTES[p]:g} B",
-            exact * BYTES[p],
-            "exact count",
+    sample = time * c.n_layers * (c.d_model + c.d_ff)
+    exact_sample = c.n_layers * sum(layer_activations(c, 1, time).values())
+    lines = []
+    for p in ("fp32", "fp16", "int8", "int4"):
+        line = Line(
+            what=f"inference, {p}",
+            textbook=n * BYTES[p] / GIB,
+            unit="GiB",
+            how=f"{n:.3g} x {BYTES[p]:g} B",
+            needed=exact * BYTES[p],
+            why="exact count",
         )
-        for p in ("fp32", "fp16", "int8", "int4")
-    ]
-    a_sample = time * c.n_layers * (c.d_model + c.d_ff) * BYTES["int8"]
-    real_sample = c.n_layers * sum(layer_activations(c, 1, time).values())
-    moments = "two float32 moments"
-    lines += [
-        Line(
-            "training at int8: weights",
-            n / GB,
-            "GB",
-            f"{n:.3g} x 1 B",
-            exact * 4.0,
-            "float32 masters",
-        ),
-        Line("  gradients", n / GB, "GB", f"{n:.3g} x 1 B", exact * 4.0, "float32"),
-        Line(
-            "  AdamW",
-            2 * n / GB,
-            "GB",
-            f"2 x {n:.3g} x 1 B",
-            optimizer_bytes(exact, "adamw"),
-            moments,
-        ),
-        Line(
-            "  activations of a sample",
-            a_sample / GB,
-            "GB",
+        lines.append(line)
+    int8 = f"{n:.3g} x 1 B"
+    total = 4 * n + batch * sample
+    needed = exact * 16.0 + batch * exact_sample
+    for what, size, how, exactly, why in (
+        ("training at int8: weights", n, int8, exact * 4.0, "float32 master weights"),
+        ("  gradients", n, int8, exact * 4.0, "float32"),
+        ("  AdamW", 2 * n, f"2 x {int8}", exact * 8.0, "two float32 moments"),
+        (
+            "  activations per sample",
+            sample,
             "s L (d + f) x 1 B",
-            real_sample,
-            "every kept tensor",
+            exact_sample,
+            "all saved tensors",
         ),
-    ]
-    total, needed = 4 * n + batch * a_sample, exact * 16.0 + batch * real_sample
-    lines.append(
-        Line(
-            f"  together, batch {batch}",
-            total / GB,
-            "GB",
-            "their sum",
-            needed,
-            "no remat, one device",
+        (f"  total, batch {batch}", total, "the sum", needed, "no remat, one device"),
+    ):
+        line = Line(
+            what=what,
+            textbook=size / GB,
+            unit="GB",
+            how=how,
+            needed=exactly,
+            why=why,
         )
-    )
+        lines.append(line)
     return lines
 
 
-def by_precision(
-    c: TransformerConfig, head: str = "lm"
-) -> list[dict[str, Number | str]]:
-    """Weights at each precision; weights, gradients and optimizer where all are kept at it, bytes.
+def by_precision(c: TransformerConfig) -> dict[str, dict[str, Number]]:
+    """Returns the bytes of weights, and of training with each optimizer, at each precision.
 
-    Mixed precision is a row of its own: bf16 weights and gradients beside a float32 master copy and float32 moments.
+    Training needs weights, gradients and optimizer state. Mixed precision is a row of its own: bf16
+    weights and gradients beside float32 master weights and moments.
     """
-    n = parameters(c, head)
-    rows: list[dict[str, Number | str]] = []
-    for precision in BYTES:
-        row: dict[str, float | str] = {
-            "precision": precision,
-            "weights": n * BYTES[precision],
+    n = parameters(c)
+    rows: dict[str, dict[str, Number]] = {}
+    for precision, size in BYTES.items():
+        training = {
+            o: 2 * n * size + optimizer_bytes(n, o, precision) for o in OPTIMIZERS
         }
-        row |= {
-            o: 2 * n * BYTES[precision] + optimizer_bytes(n, o, precision)
-            for o in OPTIMIZERS
-        }
-        rows.append(row)
-    master = {o: (2 + 2 + 4) * n + optimizer_bytes(n, o) for o in OPTIMIZERS}
-    return [*rows, {"precision": "bf16 + fp32 master", "weights": n * 2.0, **master}]
+        rows[precision] = {"weights": n * size, **training}
+    mixed = {o: (2 + 2 + 4) * n + optimizer_bytes(n, o) for o in OPTIMIZERS}
+    rows["bf16 + fp32 master"] = {"weights": n * 2.0, **mixed}
+    return rows

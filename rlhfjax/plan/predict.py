@@ -1,4 +1,4 @@
-"""From programs to a plan: does it fit, how long does a step take at least, and what does the whole run cost."""
+"""From programs to a plan: whether a stage fits, the time per step, the cost of the whole run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,12 +7,23 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError
+from rlhfjax.models.size import Number, parameters
 from rlhfjax.paths import Path
-from rlhfjax.plan import chips, compiler, memory
+from rlhfjax.plan import chips, compiler
 from rlhfjax.plan.advice import advise
-from rlhfjax.plan.compiled import Measured, here, measure, sharded_bytes
-from rlhfjax.plan.compiler import Answer, Job
-from rlhfjax.plan.programs import Program, Sketch, layout_for, sketch
+from rlhfjax.plan.compiled import (
+    CompiledProgram,
+    analyze,
+    compile_here,
+    sharded_bytes,
+)
+from rlhfjax.plan.compiler import CompilerOutput, Request
+from rlhfjax.plan.programs import (
+    PlannedProgram,
+    StepPrograms,
+    layout_for,
+    step_programs,
+)
 from rlhfjax.plan.shapes import Subject
 from rlhfjax.plan.topology import Target
 
@@ -24,42 +35,65 @@ class Plan:
     subject: Subject
     target: Target
     mesh: dict[str, int]
-    sketch: Sketch
-    programs: list[Measured]
+    step: StepPrograms
+    programs: list[CompiledProgram]
     completions: int = 2
-    left_out: list[str] = dataclasses.field(
-        default_factory=list
-    )  # programs that were not asked for
+    left_out: Sequence[str] = ()  # names of programs that --programs excludes
 
     @property
     def fits(self) -> bool | None:
-        """Whether every program does; None where the capacity of the devices is unknown."""
-        return (
-            None
-            if any(p.fits is None for p in self.programs)
-            else all(p.fits for p in self.programs)
-        )
+        """Whether every program fits; None if the capacity of the devices is unknown."""
+        verdicts = [program.fits for program in self.programs]
+        return None if None in verdicts else all(verdicts)
+
+    @property
+    def model_parameters(self) -> int:
+        return parameters(self.subject.model)
 
     @property
     def step_seconds(self) -> float | None:
-        """At least: the programs of a step one after the other, each at its roofline."""
-        if self.left_out or any(p.roofline is None for p in self.programs):
+        """A lower bound: the rooflines of the step's programs, one after the other."""
+        rooflines = [p.roofline for p in self.programs if p.roofline]
+        if self.left_out or len(rooflines) < len(self.programs):
             return None
-        return sum(p.roofline.seconds for p in self.programs if p.roofline)
+        return float(sum(roofline.seconds for roofline in rooflines))
 
     @property
-    def mfu(self) -> float | None:
+    def totals(self) -> dict[str, float]:
+        """Time and cost of a step and of the run; empty if the time of a step is unknown.
+
+        mfu is a share, hours and chip_hours are those of all steps.
+        """
         seconds, chip = self.step_seconds, self.target.chip
         if seconds is None or chip is None:
-            return None
-        return chips.mfu(
-            sum(p.model_flops for p in self.programs), seconds, self.target.chips, chip
-        )
+            return {}
+        flops = sum(program.model_flops for program in self.programs)
+        hours = seconds * self.step.steps / 3600
+        return {
+            "step_seconds": seconds,
+            "mfu": chips.mfu(flops, seconds, self.target.chips, chip),
+            "tokens_per_second": self.step.tokens / seconds,
+            "hours": hours,
+            "chip_hours": hours * self.target.chips,
+        }
+
+    @property
+    def six_n_d(self) -> Number:
+        """6 N D of a step, in FLOPs."""
+        return chips.training_flops(self.model_parameters, self.step.tokens)
+
+    @property
+    def advice(self) -> list[str]:
+        """Changes that would make the stage fit, see `advise`; empty if it fits."""
+        if self.fits is not False:
+            return []
+        failing = [program for program in self.programs if program.fits is False]
+        worst = max(failing, key=lambda program: program.needed)
+        return advise(self.subject, self.mesh, worst, self.completions)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON; bytes and seconds are a device's, FLOPs named model_flops those of the whole mesh."""
-        seconds, s = self.step_seconds, self.sketch
-        out: dict[str, Any] = {
+        """Returns JSON values. Bytes and seconds are per device, model_flops of all devices."""
+        return {
             "stage": self.subject.name,
             "kind": self.subject.config.stage,
             "target": self.target.name,
@@ -67,30 +101,19 @@ class Plan:
             "devices": len(self.target.devices),
             "chips": self.target.chips,
             "mesh": self.mesh,
-            "parameters": memory.parameters(self.subject.model),
+            "parameters": self.model_parameters,
             "fits": self.fits,
-            "advice": advice(self),
-            "steps": s.steps,
-            "tokens_per_step": s.tokens,
-            "six_n_d": chips.training_flops(
-                memory.parameters(self.subject.model), s.tokens
-            ),
-            "programs": [_program(p) for p in self.programs],
-            "left_out": self.left_out,
+            "advice": self.advice,
+            "steps": self.step.steps,
+            "tokens_per_step": self.step.tokens,
+            "six_n_d": self.six_n_d,
+            "programs": [_program_dict(program) for program in self.programs],
+            "left_out": list(self.left_out),
+            **self.totals,
         }
-        if seconds is not None:
-            hours = seconds * s.steps / 3600
-            out |= {
-                "step_seconds": seconds,
-                "mfu": self.mfu,
-                "tokens_per_second": s.tokens / seconds,
-                "hours": hours,
-                "chip_hours": hours * self.target.chips,
-            }
-        return out
 
 
-def make(
+def make_plan(
     subject: Subject,
     target: Target,
     completions: int = 2,
@@ -100,75 +123,78 @@ def make(
     """Compiles every program of a stage; nothing runs.
 
     Args:
-      only: the programs of these names; the plan is then of a part of a step, and has no time of the whole.
-      stop: at the first program that does not fit, the one with the largest arguments being asked first.
+      stop: whether to stop at the first program that does not fit. The one with the largest
+        arguments is then compiled first.
+      only: names of the programs to compile. The plan is then of a part of a step, without its
+        time.
     """
     layout = layout_for(subject, target)
-    drawn = sketch(subject, layout, completions)
-    names = [program.name for program in drawn.programs]
+    step = step_programs(subject, layout, completions)
+    names = [program.name for program in step.programs]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError(
             f"--programs={unknown[0]}: the programs of {subject.name} are {', '.join(names)}"
         )
-    drawn = drawn._replace(
-        programs=[p for p in drawn.programs if not only or p.name in only]
-    )
 
-    def ask(program: Program) -> Answer:
+    def compile_program(program: PlannedProgram) -> CompilerOutput:
         if not target.topology:
-            return here(program)
-        return compiler.ask(
-            Job(subject, target.topology, target.slices, completions, program.name)
+            return compile_here(program)
+        request = Request(
+            subject=subject,
+            topology=target.topology,
+            slices=target.slices,
+            completions=completions,
+            program=program.name,
         )
+        return compiler.compile_program(request)
 
+    chosen = [p for p in step.programs if not only or p.name in only]
     if stop:
-        drawn.programs.sort(key=lambda program: -sharded_bytes(program.inputs))
-    measured: list[Measured] = []
-    for program in drawn.programs:
-        measured.append(measure(program, target, ask, drawn.held))
-        if stop and measured[-1].fits is False:
+        chosen.sort(key=lambda program: -sharded_bytes(program.inputs))
+    compiled: list[CompiledProgram] = []
+    for program in chosen:
+        compiled.append(analyze(program, target, compile_program, step.held))
+        if stop and compiled[-1].fits is False:
             break
-    left_out = [name for name in names if name not in {p.name for p in drawn.programs}]
     return Plan(
-        subject, target, dict(layout.mesh.shape), drawn, measured, completions, left_out
+        subject=subject,
+        target=target,
+        mesh=dict(layout.mesh.shape),
+        step=step,
+        programs=compiled,
+        completions=completions,
+        left_out=[name for name in names if only and name not in only],
     )
 
 
-def advice(plan: Plan) -> list[str]:
-    """What would make it fit, with numbers; empty where it fits. See `advise`."""
-    if plan.fits is not False:
-        return []
-    worst = max(
-        (p for p in plan.programs if not p.fits),
-        key=lambda p: p.memory.peak + p.elsewhere,
-    )
-    return advise(plan.subject, plan.mesh, worst, plan.completions)
-
-
-def _program(p: Measured) -> dict[str, Any]:
-    out = {
-        "name": p.name,
-        "memory": p.memory._asdict() | {"elsewhere": p.elsewhere},
-        "capacity": p.capacity,
-        "fits": p.fits,
-        "largest_buffers": [{"what": what, "bytes": size} for what, size in p.buffers],
-        "model_flops": p.model_flops,
-        "compile_seconds": round(p.compile_seconds, 1),
+def _program_dict(program: CompiledProgram) -> dict[str, Any]:
+    buffers = [{"what": what, "bytes": size} for what, size in program.buffers]
+    values = {
+        "name": program.name,
+        "memory": program.memory._asdict() | {"elsewhere": program.held_by_others},
+        "capacity": program.capacity,
+        "fits": program.fits,
+        "largest_buffers": buffers,
+        "model_flops": program.model_flops,
+        "compile_seconds": round(program.compile_seconds, 1),
     }
-    if p.refused:
-        out["compiler"] = p.refused
-    if p.cost is not None:
-        sent = [
-            {"kind": kind, "link": link, "bytes": n}
-            for (kind, link), n in sorted(p.cost.sent.items())
+    if program.error:
+        values["compiler"] = program.error
+    if program.cost is not None:
+        values["flops"] = program.cost.flops
+        values["hbm_bytes"] = program.cost.hbm
+        values["collectives"] = [
+            {"kind": kind, "link": link, "bytes": size}
+            for (kind, link), size in sorted(program.cost.sent.items())
         ]
-        out |= {"flops": p.cost.flops, "hbm_bytes": p.cost.hbm, "collectives": sent}
-        out["loops_of_unknown_length"] = p.cost.unknown_loops
-    if p.roofline is not None:
-        out |= {"roofline_seconds": p.roofline._asdict(), "bound": p.roofline.bound}
-    return out
+        values["loops_of_unknown_length"] = program.cost.unknown_loops
+    if program.roofline is not None:
+        values["roofline_seconds"] = program.roofline._asdict()
+        values["bound"] = program.roofline.bound
+    return values
 
 
-def write(plan: Plan, path: Path) -> None:
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Writes a plan or a search as JSON; makes the folder."""
     paths.make_folder(path.parent)
-    write_json(path, plan.as_dict())
+    write_json(path, values)

@@ -1,7 +1,8 @@
-"""The jitted functions of a stage's step, and the shapes they are called with: no data, no checkpoint, no array.
+"""The jitted functions of a stage's step, with the shapes they are called with.
 
-The stage's own step runs on shapes (`rlhfjax/programs.py`): what is planned is what a run would lower. How much the
-mathematics of each needs stands in the stage's `workload`.
+The stage's own step runs on shapes (`rlhfjax/programs.py`), so what is planned is what a run would
+lower; no data, checkpoint or array is needed. The FLOPs of each program come from the stage's
+`workload`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,56 +14,53 @@ from rlhfjax import footprint, stages
 from rlhfjax import state as states
 from rlhfjax.footprint import Net
 from rlhfjax.mesh import Layout, make_layout
-from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.size import parameters
 from rlhfjax.plan import chips
 from rlhfjax.plan.shapes import Subject, hold
 from rlhfjax.plan.topology import Target
-from rlhfjax.programs import Call, Held, Recorder
+from rlhfjax.programs import Call, Held, Recorder, placed
 from rlhfjax.roles import Pass
-from rlhfjax.types import PyTree
 
 
-class Program(NamedTuple):
+class PlannedProgram(NamedTuple):
     """One jitted function of a stage's step."""
 
     name: str
-    lower: Callable[[], Any]  # -> jax.stages.Lowered
-    inputs: PyTree  # ShapeDtypeStructs with shardings
+    lower: Callable[[], Any]  # returns a jax.stages.Lowered
+    inputs: list[jax.ShapeDtypeStruct]  # with shardings
     devices: int  # of its mesh
-    model_flops: (
-        float  # of the whole mesh, what the mathematics needs: see `chips.token_flops`
-    )
-    passes: float = 1.0  # so many times those are computed, at least: see `passes`
+    model_flops: float  # of all devices, see `chips.token_flops`
+    flops_ratio: float = 1.0  # computed FLOPs over model_flops, see `flops_ratio`
 
 
-class Sketch(NamedTuple):
-    """A stage as its programs; a step runs each of them once, in this order."""
+class StepPrograms(NamedTuple):
+    """The programs of a stage; a step runs each of them once, in this order."""
 
-    programs: list[Program]
+    programs: list[PlannedProgram]
     tokens: int  # per step: of batches, or of responses
     steps: int
-    batch: int  # sequences of the largest forward-backward pass, for the table by hand
-    time: int
-    held: list[
-        Held
-    ]  # what is on the devices all the time, whichever program runs: state and frozen models
+    batch: int  # sequences of the largest forward-backward pass
+    time: int  # tokens of a sequence
+    held: list[Held]  # state and frozen models, always on the devices
 
 
 def layout_for(subject: Subject, target: Target) -> Layout:
     """Returns the mesh over a target's devices that the stage's config asks for."""
-    auto = subject.config.mesh.strategy == "auto"
-    need = footprint.need_of(subject.nets, subject.workload()) if auto else None
+    need = None
+    if subject.config.mesh.strategy == "auto":
+        need = footprint.need_of(subject.nets, subject.workload())
     return make_layout(subject.config.mesh, target.devices, need, target.capacity)
 
 
-def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
+def step_programs(
+    subject: Subject, layout: Layout, completions: int = 2
+) -> StepPrograms:
     """Returns all programs of a stage.
 
     Args:
-      completions: responses to a prompt, where the data decides that: reward and direct stages.
+      completions: responses per prompt of a reward or direct stage, which its data decides.
     Raises:
-      ConfigError: batch and mesh do not fit each other.
+      ConfigError: the mesh does not divide the batch.
     """
     config, recorder = subject.config, Recorder()
     with layout.use(), recorder.record():
@@ -71,74 +69,83 @@ def sketch(subject: Subject, layout: Layout, completions: int = 2) -> Sketch:
         state = states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
         state = hold(state, "state")
         rows = layout.sharding("batch")
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-            for name, x in stage.batch(completions).items()
-        }
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
-        stage.step(state, batch, key)
+        batch = jax.tree.map(lambda x: placed(x, rows), stage.batch(completions))
+        stage.step(state, batch, placed(key, layout.replicated))
     workload, flops = subject.workload(completions), step_flops(subject, completions)
-    trains = {one.program for one, _ in passes_of(subject, completions) if one.trains}
-    again = passes(footprint.trained_nets(subject.nets))
+    trains = training_programs(subject, completions)
+    training_ratio = flops_ratio(footprint.trained_nets(subject.nets))
     programs = [
-        Program(
+        PlannedProgram(
             name=call.name,
             lower=call.lower,
             inputs=call.shapes,
             devices=call.layout.mesh.size,
             model_flops=flops.get(call.name, 0.0),
-            passes=again if call.name in trains else 1.0,
+            flops_ratio=training_ratio if call.name in trains else 1.0,
         )
-        for call in _named(recorder.calls)
+        for call in _numbered(recorder.calls)
     ]
-    held = [*jax.tree.leaves(state), *recorder.held]
-    return Sketch(
-        programs, workload.units, config.steps, workload.rows, workload.length, held
+    return StepPrograms(
+        programs,
+        tokens=workload.units,
+        steps=config.steps,
+        batch=workload.rows,
+        time=workload.length,
+        held=[*jax.tree.leaves(state), *recorder.held],
     )
 
 
-def _named(calls: list[Call]) -> Iterator[Call]:
-    """Yields calls under names of their own: a second one of a name has its number after it."""
-    seen: dict[str, int] = {}
+def _numbered(calls: list[Call]) -> Iterator[Call]:
+    """Yields the calls under different names: the second one of a name gets the suffix `_2`."""
+    seen: list[str] = []
     for call in calls:
-        seen[call.name] = seen.get(call.name, 0) + 1
-        number = seen[call.name]
+        seen.append(call.name)
+        number = seen.count(call.name)
         yield call if number == 1 else call._replace(name=f"{call.name}_{number}")
 
 
-def passes(trained: list[Net]) -> float:
-    """The products that training computes over the 3 passes that PaLM counts (forward, to the inputs, to the weights).
+def flops_ratio(trained: list[Net]) -> float:
+    """Returns computed FLOPs over model FLOPs in training, the least of several models.
 
-    Adapters alone need no gradient of the weights; remat=full goes forward once more. The least of several models.
+    PaLM counts 3 passes: forward, gradients of inputs, gradients of weights. Adapters alone need no
+    gradients of the weights; `remat=full` recomputes the forward pass.
     """
-    return min(_passes(net.role.lora.rank, net.config) for net in trained)
+    ratios = []
+    for net in trained:
+        passes = (2 if net.role.lora.rank else 3) + (net.config.remat == "full")
+        ratios.append(passes / 3)
+    return min(ratios)
 
 
-def _passes(rank: int, model: TransformerConfig) -> float:
-    return ((2 if rank else 3) + (model.remat == "full")) / 3
+def model_passes(subject: Subject, completions: int = 2) -> Iterator[tuple[Pass, Net]]:
+    """Yields the passes of a step with their models.
 
-
-def passes_of(subject: Subject, completions: int = 2) -> Iterator[tuple[Pass, Net]]:
-    """Yields what goes through each model in a step; a reward of several models has a program for each."""
-    for one in subject.workload(completions).passes:
+    A reward of several models has a pass for each of them, in a program of its own.
+    """
+    for model_pass in subject.workload(completions).passes:
         for net in subject.nets:
-            suffix = net.name.removeprefix(one.role)
-            if net.name == one.role or (
-                net.name.startswith(one.role) and suffix.startswith("_")
-            ):
-                yield one._replace(program=one.program + suffix), net
+            if not f"{net.name}_".startswith(f"{model_pass.role}_"):
+                continue
+            suffix = net.name.removeprefix(model_pass.role)
+            yield model_pass._replace(program=model_pass.program + suffix), net
+
+
+def training_programs(subject: Subject, completions: int = 2) -> set[str]:
+    """Returns the names of the programs that compute gradients."""
+    passes = model_passes(subject, completions)
+    return {model_pass.program for model_pass, _ in passes if model_pass.trains}
 
 
 def step_flops(subject: Subject, completions: int = 2) -> dict[str, float]:
-    """What the mathematics of a step needs, of the whole mesh, by program, as PaLM counts: a forward pass is a third of
-    a training step."""
+    """Returns the model FLOPs of a step on all devices, by program, as PaLM counts them.
+
+    A forward pass alone is a third of a training step.
+    """
     flops: dict[str, float] = {}
-    for one, net in passes_of(subject, completions):
-        each = float(
-            chips.token_flops(
-                parameters(net.config, net.role.head), net.config, one.length
-            )
-        )
-        share = 1.0 if one.trains else 1 / 3
-        flops[one.program] = flops.get(one.program, 0.0) + one.tokens * each * share
+    for model_pass, net in model_passes(subject, completions):
+        size = parameters(net.config, net.role.head)
+        per_token = float(chips.token_flops(size, net.config, model_pass.length))
+        share = 1.0 if model_pass.trains else 1 / 3
+        name = model_pass.program
+        flops[name] = flops.get(name, 0.0) + model_pass.tokens * per_token * share
     return flops

@@ -21,14 +21,15 @@ from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
 from rlhfjax.programs import Held
 from rlhfjax.roles import Role, Workload
+from rlhfjax.types import PyTree
 
 
 class Shapes:
-    """Models as shapes: `roles.Sources` for a stage that is planned.
+    """Models as shapes: the `roles.Sources` of a stage that is planned.
 
     Args:
-      models: by their sources, as they are before a role's `overrides`.
-      origins: what tells which rewards are made of others.
+      models: by source, without a role's `overrides`.
+      origins: knows which rewards are made of others.
     """
 
     def __init__(self, models: Mapping[str, Model], origins: Origins):
@@ -43,36 +44,34 @@ class Shapes:
     ) -> store.Opened:
         model = store.overridden(self.models[source], changes, context)
 
-        def held() -> Any:
+        def params() -> PyTree:
             shapes = states.abstract(model.shapes(), model.axes(), layout)
             owner = f"{source} on {layout.mesh.device_ids.tolist()}"
             return hold(shapes, owner)
 
-        return store.Opened(model, _Ids(), held)
+        return store.Opened(model, TOKENIZER, params)
 
     def load(self, source: str, layout: Layout) -> store.SavedModel:
         opened = self.open_model(source, layout)
         return store.SavedModel(opened.model, opened.params(), opened.tokenizer)
 
     def tokenizer(self, source: str) -> Tokenizer:
-        return _Ids()
+        return TOKENIZER
 
     def described(self, source: str) -> dict[str, Any] | None:
         return self._origins.described(source)
 
     def changed(self, **fields: Any) -> "Shapes":
-        """Returns the same models with other options."""
-        models = {
-            source: dataclasses.replace(
-                model, config=dataclasses.replace(model.config, **fields)
-            )
-            for source, model in self.models.items()
-        }
+        """Returns the same models with other values of these config fields."""
+        models = {}
+        for source, model in self.models.items():
+            config = dataclasses.replace(model.config, **fields)
+            models[source] = dataclasses.replace(model, config=config)
         return Shapes(models, self._origins)
 
 
-def hold(tree: Any, owner: str) -> Any:
-    """Returns shapes of arrays that stay on the devices."""
+def hold(tree: PyTree, owner: str) -> PyTree:
+    """Returns the shapes of a tree as those of arrays that stay on the devices."""
 
     def held(path: Any, x: jax.ShapeDtypeStruct) -> Held:
         return Held(x.shape, x.dtype, sharding=x.sharding, owner=owner, path=str(path))
@@ -81,23 +80,20 @@ def hold(tree: Any, owner: str) -> Any:
 
 
 class _Ids(Tokenizer):
-    """A tokenizer as far as the jitted functions know one: three numbers that are not equal."""
+    """The part of a tokenizer that jitted functions use: three different ids."""
 
     pad_id, eos_id, vocab_size = 0, 1, 0
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Ids)
-
-    def __hash__(self) -> int:
-        return 0
-
     def token_id(self, piece: str) -> int:
-        """Any piece's."""
         return 2
 
 
+# Every model has the same one, because models of a stage must share a tokenizer.
+TOKENIZER = _Ids()  # pyright: ignore[reportAbstractUsage]  # nothing encodes text here
+
+
 class Subject(NamedTuple):
-    """One stage to plan."""
+    """The stage that is planned."""
 
     name: str
     config: Any  # the stage's typed config
@@ -106,22 +102,16 @@ class Subject(NamedTuple):
 
     @property
     def nets(self) -> list[Net]:
-        """The models that take part, the one that the stage is about first."""
-        own = roles_of(self.config)
-        return [
-            Net(name, self._now(role, own.get(name)), self._config(role))
-            for name, role in self.roles.items()
-        ]
+        """The models of the stage, the one that it trains first."""
+        declared = roles_of(self.config)
+        nets = []
+        for name, role in self.roles.items():
+            if name in declared:  # the config may have been changed since
+                role = declared[name]._replace(source=role.source, scores=False)
+            nets.append(Net(name, role, self._model_config(role)))
+        return nets
 
-    def _now(self, role: Role, declared: Role | None) -> Role:
-        """Returns a role with what the config, which may have been changed, says of it."""
-        return (
-            role
-            if declared is None
-            else declared._replace(source=role.source, scores=False)
-        )
-
-    def _config(self, role: Role) -> TransformerConfig:
+    def _model_config(self, role: Role) -> TransformerConfig:
         if isinstance(role.source, TransformerConfig):
             return self.config.model
         model = self.sources.models[role.source]
@@ -138,34 +128,28 @@ class Subject(NamedTuple):
         return stages.find(self.config.stage).workload(self.config, completions)
 
     def with_config(self, **fields: Any) -> "Subject":
-        """Returns the stage with other options."""
+        """Returns the stage with other values of these config fields."""
         return self._replace(config=dataclasses.replace(self.config, **fields))
 
     def with_models(self, **fields: Any) -> "Subject":
-        """Returns the stage with other options of all its models."""
-        config, sources = self.config, self.sources.changed(**fields)
-        if getattr(config, "model", None) is not None:
-            config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, **fields)
-            )
-        if overrides := getattr(config, "overrides", None):
-            changed = {
-                name: fields.get(name, value) for name, value in overrides.items()
-            }
-            config = dataclasses.replace(config, overrides=changed)
-        return self._replace(config=config, sources=sources)
+        """Returns the stage with other values of these fields in all model_configs."""
+        changed = self._replace(sources=self.sources.changed(**fields))
+        if getattr(self.config, "model", None) is not None:
+            model = dataclasses.replace(self.config.model, **fields)
+            changed = changed.with_config(model=model)
+        if overrides := getattr(self.config, "overrides", None):
+            known = {name: fields.get(name, value) for name, value in overrides.items()}
+            changed = changed.with_config(overrides=known)
+        return changed
 
 
 def parse_model(text: str) -> TransformerConfig:
-    """`gpt3-1.3b` or `gpt3-1.3b:dtype=bfloat16,remat=full,scan_layers=true`: a preset with fields changed."""
+    """Parses a preset with changed fields, `gpt3-1.3b:dtype=bfloat16,scan_layers=true`."""
     name, _, changes = text.partition(":")
-    shape = preset(name)
-    fields = {k: v for k, v in dataclasses.asdict(shape).items() if v is not None}
-    return build(
-        TransformerConfig,
-        dataclasses.asdict(shape) | dict(parse_arg(changes, **fields)),
-        "model",
-    )
+    fields = dataclasses.asdict(preset(name))
+    defaults = {k: v for k, v in fields.items() if v is not None}
+    changed = fields | dict(parse_arg(changes, **defaults))
+    return build(TransformerConfig, changed, "model")
 
 
 def subject(
@@ -175,64 +159,70 @@ def subject(
     model: str = "",
     reward_model: str = "",
 ) -> Subject:
-    """Returns the stage that is planned: the config's own, or of a recipe the one of that name (by default its last).
+    """Returns the stage that is planned.
 
-    A model comes from the config, from the stage before that makes it, from disk, or else from `model` and
-    `reward_model`, presets as `parse_model` reads them.
-
+    Args:
+      config: of a stage or of a recipe.
+      stage: its name in a recipe; by default the last one that trains.
+      model: the preset, as `parse_model` reads it, of models that neither the config, nor an
+        earlier stage, nor the disk describes.
+      reward_model: the same for rewards.
     Raises:
-      ConfigError: there is no such stage, it does not train, or the shape of a model is known nowhere.
+      ConfigError: the stage does not exist or does not train, or the model_config of a model is
+        unknown.
     """
     values = to_dict(config)
-    folder = workdir or paths.path("workdir")
     if "stages" not in values:
-        values = {"stages": [values.get("stage", "")], values.get("stage", ""): values}
-    folders = recipe.stage_folders(values, folder)
+        kind = values.get("stage", "")
+        values = {"stages": [kind], kind: values}
+    folders = recipe.stage_folders(values, workdir or paths.path("workdir"))
     trains = [
         n for n in folders if hasattr(stages.find(values[n].get("stage", "")), "build")
     ]
     name = stage or (trains[-1] if trains else "")
     if name not in trains:
-        raise ConfigError(
-            f"--stage={name}: the stages that train are {', '.join(trains) or 'none'}"
-        )
-    typed = {n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders}
-    chosen = typed[name]
-    origins = Origins({str(folders[n]): c for n, c in typed.items()})
+        known = ", ".join(trains) or "none"
+        raise ConfigError(f"--stage={name}: the stages that train are {known}")
+    configs = {
+        n: recipe.check(recipe.resolve(values[n], folders, n), n) for n in folders
+    }
+    origins = Origins({str(folders[n]): c for n, c in configs.items()})
     models: dict[str, Model] = {}
     roles: dict[str, Role] = {}
-    for declared, role in roles_of(chosen).items():
-        flag, given = (
-            ("--reward_model", reward_model) if role.scores else ("--model", model)
-        )
-        for role_name, one in origins.single({declared: role}).items():
-            roles[role_name] = one
-            if (
-                not isinstance(one.source, TransformerConfig)
-                and one.source not in models
-            ):
-                models[one.source] = _find(
-                    origins, one, f"{name}: {role_name}", flag, given
+    for declared, role in roles_of(configs[name]).items():
+        flag, given = "--model", model
+        if role.scores:
+            flag, given = "--reward_model", reward_model
+        singles = origins.single({declared: role})
+        roles |= singles
+        for role_name, single in singles.items():
+            source = single.source
+            if isinstance(source, str) and source not in models:
+                context = f"{name}: {role_name}={source}"
+                models[source] = _model(
+                    origins, source, single.head, context, flag, given
                 )
-    return Subject(name, chosen, Shapes(models, origins), roles)
+    return Subject(name, configs[name], Shapes(models, origins), roles)
 
 
-def _find(origins: Origins, role: Role, context: str, flag: str, given: str) -> Model:
-    """Returns the model that a role's source stands for.
+def _model(
+    origins: Origins, source: str, head: str, context: str, flag: str, given: str
+) -> Model:
+    """Returns the model of a source.
 
     Args:
-      flag: what gives a preset for a model that is nowhere, and `given` its value.
+      flag: the option that gives the preset of a model that does not exist, and `given` its value.
     Raises:
-      ConfigError: the model is nowhere, and no preset was given for it.
+      ConfigError: the model does not exist, and no preset was given for it.
     """
     try:
-        return origins.describe(role.source)
+        return origins.describe(source)
     except Unknown:
         raise
     except CheckpointError:
         if given:
-            return Model(parse_model(given), role.head)
+            return Model(parse_model(given), head)
         raise ConfigError(
-            f"{context}={role.source}: no model there; say its shape with {flag}=PRESET, such as {flag}=gpt3-1.3b "
-            f"or {flag}=gpt3-1.3b:dtype=bfloat16,scan_layers=true"
+            f"{context}: no model there; give its shape with {flag}=PRESET, such as "
+            f"{flag}=gpt3-1.3b or {flag}=gpt3-1.3b:dtype=bfloat16,scan_layers=true"
         ) from None

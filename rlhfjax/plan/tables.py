@@ -1,287 +1,276 @@
-"""A plan as tables in the terminal."""
+"""Shows a plan as tables in the terminal."""
+
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
-from rlhfjax.mesh import AXES, MeshConfig
+from rlhfjax.footprint import number_bytes
+from rlhfjax.mesh import MeshConfig, axis_sizes
 from rlhfjax.models.config import TransformerConfig
-from rlhfjax.models.size import activations, kv_cache_bytes, parameters
-from rlhfjax.plan import chips, memory
-from rlhfjax.plan.memory import GB, GIB, Number
-from rlhfjax.plan.predict import Plan, advice
+from rlhfjax.models.size import Number, activations, kv_cache_bytes, parameters
+from rlhfjax.plan import memory
+from rlhfjax.plan.memory import GB, GIB
+from rlhfjax.plan.predict import Plan
 from rlhfjax.plan.search import Search
 
-
-def gib(n: Number) -> str:
-    return f"{n / GIB:.2f}"
+FITS = {True: "yes", False: "[red]no[/red]", None: "?"}
 
 
-def everything(plan: Plan) -> RenderableType:
-    """All tables of a plan, the verdict last."""
-    s, model = plan.sketch, plan.subject.model
-    by_compiler = hbm(plan), buffers(plan), work(plan)
+def plan_tables(plan: Plan) -> RenderableType:
+    """Returns all tables of a plan, the verdict last."""
+    model = plan.subject.model
     return Group(
         by_precision(model),
-        by_hand(model, s.batch, s.time),
-        *by_compiler,
+        by_hand(model, plan.step.batch, plan.step.time),
+        hbm(plan),
+        buffers(plan),
+        work(plan),
         verdict(plan),
     )
 
 
 def arithmetic(c: TransformerConfig) -> RenderableType:
-    """The arithmetic alone, for one sequence as long as the context, and as the textbook has it."""
+    """Returns the arithmetic alone, for one sequence of max_length, and the textbook's numbers."""
     return Group(by_precision(c), by_hand(c, 1, c.max_length), textbook(c))
 
 
-def gb(n: Number) -> str:
+def _gib(n: Number) -> str:
+    return f"{n / GIB:.2f}"
+
+
+def _gb(n: Number) -> str:
     return f"{n / GB:,.4g}" if n < 1e11 else f"{n / GB:,.0f}"
 
 
+def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    """Returns an empty table; the columns in `left` are text, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
 def by_precision(c: TransformerConfig) -> Table:
-    """Weights alone; and weights, gradients and optimizer state."""
-    table = Table(
-        title=f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)",
-        title_justify="left",
-    )
-    for name in ("all at", "weights", *(f"train: {o}" for o in memory.OPTIMIZERS)):
-        table.add_column(name, justify="left" if name == "all at" else "right")
-    for row in memory.by_precision(c):
-        table.add_row(
-            row["precision"], *(gb(row[k]) for k in ("weights", *memory.OPTIMIZERS))
-        )
+    """Returns the bytes of weights alone, and of weights, gradients and optimizer state."""
+    title = f"By hand: {parameters(c):,} parameters, GB (10^9 bytes)"
+    optimizers = [f"train: {optimizer}" for optimizer in memory.OPTIMIZERS]
+    table = _table(title, ["all at", "weights", *optimizers], left=["all at"])
+    for precision, sizes in memory.by_precision(c).items():
+        table.add_row(precision, *map(_gb, sizes.values()))
     return table
 
 
 def by_hand(c: TransformerConfig, batch: int, time: int) -> Table:
-    """What grows with the batch, on one device if there were no other: the arithmetic of `memory.py`."""
-    size = 2.0 if c.dtype == "bfloat16" else 4.0
-    table = Table(
-        title=f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}",
-        title_justify="left",
+    """Returns the bytes that grow with the batch, on a single device."""
+    size = number_bytes(c)
+    table = _table(
+        f"By hand: batch {batch} x {time} tokens, compute in {c.dtype}",
+        ["what", "arithmetic", "GB"],
+        left=["what", "arithmetic"],
     )
-    for name in ("what", "arithmetic", "GB"):
-        table.add_column(name, justify="right" if name == "GB" else "left")
-    kept = f"what the backward pass reads, remat={c.remat}"
-    published = memory.korthikanti(c, batch, time)
-    table.add_row("activations", kept, gb(activations(c, batch, time, size)))
-    table.add_row(
-        "  Korthikanti et al., eq. 1",
-        "L s b h (34 + 5 a s / h): GPT, 2 bytes",
-        gb(published),
-    )
-    table.add_row(
-        "logits",
-        "b t v float32, if they were whole",
-        gb(memory.logits_bytes(c, batch, time)),
-    )
-    table.add_row(
-        "KV cache",
-        "2 L kv_heads head_dim t b",
-        gb(kv_cache_bytes(c, batch, time, size)),
-    )
+    for what, how, n in (
+        (
+            "activations",
+            f"what the backward pass reads, remat={c.remat}",
+            activations(c, batch, time, size),
+        ),
+        (
+            "  Korthikanti et al., eq. 1",
+            "L s b h (34 + 5 a s / h): GPT, 2 bytes",
+            memory.korthikanti(c, batch, time),
+        ),
+        (
+            "logits",
+            "b t v float32, without chunks",
+            memory.logits_bytes(c, batch, time),
+        ),
+        (
+            "KV cache",
+            "2 L kv_heads head_dim t b",
+            kv_cache_bytes(c, batch, time, size),
+        ),
+    ):
+        table.add_row(what, how, _gb(n))
     return table
 
 
 def textbook(c: TransformerConfig) -> Table:
-    """The textbook's figures beside what is needed."""
-    table = Table(
-        title="As the textbook has it for Llama-2-7B (7e9 parameters)",
-        title_justify="left",
-    )
-    for name in ("what", "textbook", "arithmetic", "needed, GB", "of"):
-        table.add_column(name)
+    """Returns the textbook's numbers beside what is needed."""
+    columns = ("what", "textbook", "arithmetic", "needed, GB", "because")
+    title = "The textbook example of Llama-2-7B (7e9 parameters)"
+    table = _table(title, columns, left=columns)
     for line in memory.textbook(c):
-        table.add_row(
-            line.what,
-            f"{line.textbook:.2f} {line.unit}",
-            line.how,
-            gb(line.needed),
-            line.why,
-        )
+        printed = f"{line.textbook:.2f} {line.unit}"
+        table.add_row(line.what, printed, line.how, _gb(line.needed), line.why)
     return table
 
 
 def hbm(plan: Plan) -> Table:
-    axes = ", ".join(f"{k} {v}" for k, v in plan.mesh.items() if v > 1) or "one device"
-    title = f"Memory per device, GiB: {plan.target.name} ({axes}), by {plan.target.compiler}"
-    table = Table(title=title, title_justify="left")
-    for name in (
-        "program",
-        "arguments",
-        "temporaries",
-        "outputs",
-        "peak",
-        "elsewhere",
-        "capacity",
-        "fits",
-    ):
-        table.add_column(name, justify="left" if name == "program" else "right")
+    """Returns the memory of every program."""
+    axes = ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1)
+    table = _table(
+        f"Memory per device, GiB: {plan.target.name} ({axes or 'one device'}), "
+        f"by {plan.target.compiler}",
+        [
+            "program",
+            "arguments",
+            "temporaries",
+            "outputs",
+            "peak",
+            "held by others",
+            "capacity",
+            "fits",
+        ],
+        left=["program"],
+    )
     for p in plan.programs:
-        m, capacity = p.memory, "unknown" if p.capacity is None else gib(p.capacity)
-        fits = {True: "yes", False: "[red]no[/red]", None: "?"}[p.fits]
-        sizes = (m.arguments, m.temporaries, m.outputs, m.peak, p.elsewhere)
-        table.add_row(p.name, *map(gib, sizes), capacity, fits)
+        m = p.memory
+        sizes = (m.arguments, m.temporaries, m.outputs, m.peak, p.held_by_others)
+        capacity = "unknown" if p.capacity is None else _gib(p.capacity)
+        table.add_row(p.name, *map(_gib, sizes), capacity, FITS[p.fits])
     return table
 
 
 def buffers(plan: Plan) -> Table:
-    """Of the program with the highest peak."""
+    """Returns the largest buffers of the program with the highest peak."""
     worst = max(plan.programs, key=lambda p: p.memory.peak)
-    table = Table(
-        title=f"Largest buffers of {worst.name}, GiB a device", title_justify="left"
-    )
-    table.add_column("what", overflow="fold")
-    table.add_column("GiB", justify="right")
+    title = f"Largest buffers of {worst.name}, GiB per device"
+    table = _table(title, ["what", "GiB"], left=["what"])
+    table.columns[0].overflow = "fold"
     for what, size in worst.buffers[:6]:
-        table.add_row(what.replace("[", "\\["), f"{size / GIB:.3f}")
+        table.add_row(escape(what), f"{size / GIB:.3f}")
     return table
 
 
 def work(plan: Plan) -> Table:
-    table = Table(
-        title="Work of a device in a step, and its roofline", title_justify="left"
+    """Returns the FLOPs, the traffic and the roofline of every program."""
+    table = _table(
+        "Work per device and step, and its roofline",
+        [
+            "program",
+            "TFLOP",
+            "HBM GB",
+            "ICI GB",
+            "DCN GB",
+            "collectives",
+            "ms",
+            "bound",
+        ],
+        left=["program", "collectives", "bound"],
     )
-    for name in (
-        "program",
-        "TFLOP",
-        "HBM GB",
-        "ICI GB",
-        "DCN GB",
-        "collectives",
-        "ms",
-        "bound",
-    ):
-        table.add_column(
-            name,
-            justify="left" if name in ("program", "collectives", "bound") else "right",
-        )
     for p in plan.programs:
         if p.cost is None:
             table.add_row(p.name, *(["-"] * 7))
             continue
-        kinds = (
-            ", ".join(
-                f"{kind} {n / GB:.2f}"
-                for (kind, _), n in sorted(p.cost.sent.items())
-                if n > 1e7
-            )
-            or "none"
-        )
-        roof = (
-            ("?", "?")
-            if p.roofline is None
-            else (f"{1e3 * p.roofline.seconds:.1f}", p.roofline.bound)
-        )
-        links = (f"{p.cost.link(link) / GB:.2f}" for link in ("ici", "dcn"))
+        sizes = (p.cost.hbm, p.cost.link("ici"), p.cost.link("dcn"))
+        kinds = [
+            f"{kind} {n / GB:.2f}"
+            for (kind, _), n in sorted(p.cost.sent.items())
+            if n > 1e7
+        ]
+        milliseconds = bound = "?"
+        if p.roofline is not None:
+            milliseconds, bound = f"{1e3 * p.roofline.seconds:.1f}", p.roofline.bound
         table.add_row(
             p.name,
             f"{p.cost.flops / 1e12:.2f}",
-            f"{p.cost.hbm / GB:.2f}",
-            *links,
-            kinds,
-            *roof,
+            *(f"{size / GB:.2f}" for size in sizes),
+            ", ".join(kinds) or "none",
+            milliseconds,
+            bound,
         )
     return table
 
 
-def searched(found: Search) -> RenderableType:
-    """Every slice that was considered, by arithmetic and by the compiler; the answers last."""
-    table = Table(
-        title="Slices: GiB a device, and tokens per chip-second", title_justify="left"
+def search_tables(result: Search) -> RenderableType:
+    """Returns all slices of a search, estimated and compiled, and its answers."""
+    table = _table(
+        "Slices: GiB per device and tokens per chip-second, estimated (est.) and compiled",
+        [
+            "slice",
+            "mesh",
+            "GiB, est.",
+            "compiled",
+            "of",
+            "fits",
+            "tokens, est.",
+            "compiled",
+        ],
+        left=["slice", "mesh"],
     )
-    for name in (
-        "slice",
-        "mesh",
-        "GiB, by hand",
-        "compiled",
-        "of",
-        "fits",
-        "tokens, by hand",
-        "compiled",
-    ):
-        table.add_column(
-            name,
-            justify="left" if name in ("slice", "mesh") else "right",
-            no_wrap=name == "slice",
-        )
-    for c in found.candidates:
-        plan = found.plans.get(c.topology)
-        need = (
-            "-"
-            if plan is None
-            else gib(max(p.memory.peak + p.elsewhere for p in plan.programs))
-        )
-        fits = "-" if plan is None else {True: "yes", False: "no", None: "?"}[plan.fits]
-        rate = f"{found.rate(c):,.0f}" if found.fits(c) else "-"
-        row = (
-            gib(c.expected.bytes),
-            need,
-            gib(c.capacity),
+    table.columns[0].no_wrap = True
+    for c in result.candidates:
+        needed = fits = rate = "-"
+        if c.plan is not None:
+            needed = _gib(max(p.needed for p in c.plan.programs))
+            fits = FITS[c.plan.fits]
+        if c.fits:
+            rate = f"{c.rate:,.0f}"
+        table.add_row(
+            c.topology,
+            describe_mesh(c.mesh),
+            _gib(c.expected.bytes),
+            needed,
+            _gib(c.capacity),
             fits,
             f"{c.expected_rate:,.0f}",
             rate,
         )
-        table.add_row(c.topology, mesh_flags(c.mesh), *row)
-    return Group(table, answers(found))
+    return Group(table, answers(result))
 
 
-def answers(found: Search) -> str:
-    """Smallest, best, and what the search took."""
+def answers(result: Search) -> str:
+    """Returns the smallest and the best slice, and how many were compiled."""
     lines = []
-    if found.fewest is not None and found.best is not None:
-        each = ", ".join(found.smallest.values())
-        lines.append(f"Smallest that fits: {found.fewest.topology}. By chip: {each}.")
-        best = found.best
-        lines.append(
-            f"Most tokens per chip-second: {best.topology}, {found.rate(best):,.1f}; mesh {mesh_flags(best.mesh)}"
-        )
+    fewest, best = result.fewest, result.best
+    if fewest is None or best is None:
+        lines.append("No compiled slice fits.")
     else:
-        lines.append("None of those compiled fits.")
-    lines.append(f"Compiled {len(found.plans)} of {len(found.candidates)} slices.")
-    if found.exhausted:
+        by_chip = ", ".join(result.smallest.values())
+        lines.append(f"Smallest that fits: {fewest.topology}. By chip: {by_chip}.")
         lines.append(
-            "--compiles was reached: what is not compiled may be smaller or better."
+            f"Most tokens per chip-second: {best.topology}, {best.rate:,.1f}; "
+            f"mesh {describe_mesh(best.mesh)}"
+        )
+    lines.append(f"Compiled {len(result.plans)} of {len(result.candidates)} slices.")
+    if result.exhausted:
+        lines.append(
+            "--compiles was reached: a slice that was not compiled may be smaller or better."
         )
     return "\n".join(lines)
 
 
-def mesh_flags(mesh: MeshConfig) -> str:
-    axes = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
-    return (
-        ", ".join(
-            [*axes, *(f"{name} whole" for name, over in mesh.rules.items() if not over)]
-        )
-        or "one device"
-    )
+def describe_mesh(mesh: MeshConfig) -> str:
+    """Returns the axes above 1 and the logical axes that are not sharded."""
+    parts = [f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1]
+    parts += [f"{name} whole" for name, axes in mesh.rules.items() if not axes]
+    return ", ".join(parts) or "one device"
 
 
 def verdict(plan: Plan) -> str:
-    """Lines for the end: fits or not and what would help; time, utilization and cost."""
-    words = {
+    """Returns whether the stage fits and what would help; time, utilization and cost."""
+    verdicts = {
         True: "It fits.",
         False: "It does not fit.",
-        None: "Whether it fits is unknown: no capacity is.",
+        None: "Whether it fits is unknown, since the capacity of a device is.",
     }
-    lines = [words[plan.fits], *(f"  {line}" for line in advice(plan))]
-    lines += [f"  {p.name}: {p.refused}" for p in plan.programs if p.refused]
+    lines = [verdicts[plan.fits], *(f"  {line}" for line in plan.advice)]
+    lines += [f"  {p.name}: {p.error}" for p in plan.programs if p.error]
     if plan.left_out:
+        names = ", ".join(plan.left_out)
+        lines.append(f"Not compiled, and in none of these numbers: {names}.")
+    tokens, steps = plan.step.tokens, plan.step.steps
+    lines.append(f"6ND per step: {plan.six_n_d:.3g} FLOPs for {tokens:,} tokens.")
+    if totals := plan.totals:
         lines.append(
-            f"Not compiled, and in none of these numbers: {', '.join(plan.left_out)}."
-        )
-    s, n = plan.sketch, parameters(plan.subject.model)
-    lines.append(
-        f"6ND of a step: {chips.training_flops(n, s.tokens):.3g} FLOPs for {s.tokens:,} tokens."
-    )
-    if plan.step_seconds is not None and plan.mfu is not None:
-        seconds = plan.step_seconds
-        hours = seconds * s.steps / 3600
-        lines.append(
-            f"At the roofline: {seconds:.3f} s a step, {s.tokens / seconds:,.0f} tokens/s, MFU {100 * plan.mfu:.0f} %; "
-            f"{hours:,.1f} h and {hours * plan.target.chips:,.0f} chip-hours to the end, {s.steps} steps. "
-            "A lower bound of the time: everything that can overlap does."
+            f"At the roofline: {totals['step_seconds']:.3f} s per step, "
+            f"{totals['tokens_per_second']:,.0f} tokens/s, MFU {100 * totals['mfu']:.0f} %; "
+            f"{totals['hours']:,.1f} h and {totals['chip_hours']:,.0f} chip-hours "
+            f"for all {steps} steps. "
+            "This is a lower bound of the time: everything that can overlap does."
         )
     if unknown := sum(p.cost.unknown_loops for p in plan.programs if p.cost):
-        lines.append(
-            f"Loops whose number of rounds the program does not say, counted once: {unknown}."
-        )
-    return "\n".join(line.replace("[", "\\[") for line in lines)
+        lines.append(f"Loops of unknown trip count, counted once: {unknown}.")
+    return escape("\n".join(lines))

@@ -7,9 +7,11 @@ change no behavior leaves them as they are. After a change that is meant to chan
     python -m tests.frozen.programs               # writes every variant
     python -m tests.frozen.programs ppo group     # only those whose name contains one of these words
 
-metrics.json has the last metrics of each variant, written by the same command.
+metrics.json has the last metrics of each variant and the CPU that computed them, written by the
+same command; `--metrics` writes the metrics alone.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -239,6 +241,15 @@ def digest(text: str) -> str:
     return module_digest(canonical(text))[:12]
 
 
+def cpu() -> str:
+    """Returns a digest of the CPU's model and features, which decide how XLA rounds sums."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kinds = {
+        line for line in lines if line.startswith(("model name", "flags", "Features"))
+    }
+    return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:12]
+
+
 def read() -> dict[str, list[str]]:
     """Returns the digests by variant; the first line names the version of jax."""
     lines = [
@@ -252,6 +263,8 @@ def read() -> dict[str, list[str]]:
 def main(words: list[str]) -> None:
     from tests.conftest import write_conversations
 
+    metrics_alone = "--metrics" in words
+    words = [word for word in words if word != "--metrics"]
     known = read() if TABLE.exists() else {}
     metrics = json.loads(METRICS.read_text()) if METRICS.exists() else {}
     with tempfile.TemporaryDirectory() as name:
@@ -268,12 +281,15 @@ def main(words: list[str]) -> None:
                 values, Path(name) / re.sub(r"\W", "_", variant), Path(name)
             )
             print(variant, len(known[variant]), flush=True)
+    metrics["cpu"] = cpu()
+    METRICS.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    if metrics_alone:
+        return
     rows = [f"{variant}: {' '.join(digests)}" for variant, digests in known.items()]
     head = ["# Written by python -m tests.frozen.programs", f"jax: {jax.__version__}"]
     TABLE.write_text(
         "\n".join([*head, *(row for row in rows if not row.startswith("jax:"))]) + "\n"
     )
-    METRICS.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

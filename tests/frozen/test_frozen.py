@@ -14,7 +14,7 @@ from rlhfjax import recipe
 from tests.frozen import programs
 
 QUICK = ("ppo", "group rloo")  # in every CI run; the others are nightly
-# Metrics are of sampled responses: on another CPU, whose sums round otherwise, they are near these.
+# Another CPU rounds sums in another order, so metrics are near the stored ones and not equal to them.
 RTOL, ATOL = 1e-2, 1e-3
 
 
@@ -40,8 +40,10 @@ def test_a_stage_runs_the_programs_that_it_ran(name, conversations, finished, tm
         found[name], tmp_path / re.sub(r"\W", "_", name), tmp_path
     )
     assert digests == table[name]
-    before = json.loads(programs.METRICS.read_text())[name]
-    assert metrics == pytest.approx(before, rel=RTOL, abs=ATOL, nan_ok=True)
+    stored = json.loads(programs.METRICS.read_text())
+    # On another CPU a near tie may sample another token, after which no metric is comparable.
+    if stored["cpu"] == programs.cpu() or "max_new_tokens" not in found[name]:
+        assert metrics == pytest.approx(stored[name], rel=RTOL, abs=ATOL, nan_ok=True)
 
 
 def test_names_and_spellings_of_shardings_are_left_out():

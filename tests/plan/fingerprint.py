@@ -105,7 +105,7 @@ def module_digest(text: str) -> str:
 
 @contextlib.contextmanager
 def _optimizing() -> Iterator[None]:
-    """Turns on XLA's optimizations, with which `plan` compiles; tests/conftest.py turns them off."""
+    """Turns on XLA's optimizations, which `plan` uses and tests/conftest.py turns off."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     try:

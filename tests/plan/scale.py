@@ -1,7 +1,7 @@
-"""The rows of experiments/README.md, and the programs of theirs that the TPU compiler accepted.
+"""The rows of experiments/README.md, and which of their programs the TPU compiler accepted.
 
-scale.txt has one line per row: its name, and the digest of what trains. A program whose digest is
-there was compiled and fits; CI compiles new ones. After a change that makes many programs new,
+scale.txt has one line per row: its name, and the digest of its training program. A program whose
+digest is there was compiled and fits; CI compiles new ones. After a change that makes many programs new,
 
     pip install -e '.[test,plan]'
     python -m tests.plan.scale            # compiles every new row, two at a time
@@ -30,7 +30,7 @@ from typing import NamedTuple
 from rlhfjax import main as command_line
 from rlhfjax.errors import ConfigError
 from rlhfjax.plan import programs, shapes
-from rlhfjax.plan.compiled import beside
+from rlhfjax.plan.compiled import held_by_others
 from rlhfjax.plan.compiler import options
 from rlhfjax.plan.topology import quiet, target
 from tests.plan import fingerprint
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What scale.txt says."""
+    """The content of scale.txt."""
 
     libtpu: str  # the version that compiled the programs
     digests: dict[str, str]  # row's name -> digest
@@ -65,15 +65,15 @@ class Table(NamedTuple):
 
 def rows() -> list[Row]:
     """Returns the table of experiments/README.md."""
-    found = []
+    table = []
     for line in (ROOT / "experiments" / "README.md").read_text().splitlines():
         cells = [cell.strip(" `") for cell in line.split("|")[1:-1]]
         if len(cells) == 4 and cells[0].startswith("experiments/"):
             flags = dict(
                 flag.removeprefix("--").split("=", 1) for flag in cells[3].split()
             )
-            found.append(Row(cells[0], cells[1], cells[2], flags))
-    return found
+            table.append(Row(cells[0], cells[1], cells[2], flags))
+    return table
 
 
 ROWS = rows()
@@ -124,20 +124,21 @@ def check_it_fits(row: Row, names: tuple[str, ...], out: Path) -> None:
 
 
 def digest(row: Row) -> str:
-    """Returns the digest of what decides whether a row fits. The row is lowered, not compiled.
+    """Returns a digest of what decides whether a row fits; lowers the row, without compiling it.
 
-    It covers the program, its compile options, the topology, libtpu, the memory of a device and the
+    The digest covers the program, its compile options, the topology, libtpu, the memory of a device and the
     bytes that other programs hold there.
     """
     subject, completions = planned(row)
     where = target(row.topology)
-    sketch = programs.sketch(subject, programs.layout_for(subject, where), completions)
-    (program,) = (p for p in sketch.programs if p.name == trains(subject))
+    layout = programs.layout_for(subject, where)
+    step = programs.step_programs(subject, layout, completions)
+    (program,) = (p for p in step.programs if p.name == trains(subject))
     facts = {
         "libtpu": libtpu(),
         "topology": where.name,
         "capacity": where.capacity,
-        "beside": beside(program, sketch.held),
+        "beside": held_by_others(program, step.held),
         "flags": tpu_flags(),
     }
     with quiet():
@@ -182,11 +183,11 @@ def write(table: Table) -> None:
 
 
 class Outcome(NamedTuple):
-    """What became of a row."""
+    """The result of a row."""
 
     digest: str
-    known: bool = False  # it stood in the table
-    failure: str = ""  # why it may not
+    known: bool = False  # the table has its digest
+    failure: str = ""  # the error, if it does not fit
     seconds: float = 0.0
 
 
@@ -218,29 +219,30 @@ def outcomes(chosen: list[Row], table: Table) -> Iterator[tuple[Row, Outcome]]:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(AT_A_TIME, mp_context=context) as pool:
         waiting = {
-            pool.submit(judge, row, table.digests.get(row.name, "")): row
+            pool.submit(compile_if_new, row, table.digests.get(row.name, "")): row
             for row in chosen
         }
         for done in concurrent.futures.as_completed(waiting):
             yield waiting[done], done.result()
 
 
-def judge(row: Row, known: str) -> Outcome:
+def compile_if_new(row: Row, known: str) -> Outcome:
     """Compiles the row's program unless its digest is known."""
-    began, found = time.monotonic(), digest(row)
-    if found == known:
-        return Outcome(found, known=True)
+    began = time.monotonic()
+    new = digest(row)
+    if new == known:
+        return Outcome(new, known=True)
     silent = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, silent:
         try:
             check_it_fits(row, (trains(planned(row)[0]),), Path(folder) / "plan.json")
         except AssertionError as e:
-            return Outcome(found, failure=str(e))
-    return Outcome(found, seconds=time.monotonic() - began)
+            return Outcome(new, failure=str(e))
+    return Outcome(new, seconds=time.monotonic() - began)
 
 
 def describe(outcome: Outcome) -> str:
-    """Returns an outcome in words."""
+    """Describes an outcome in words."""
     if outcome.failure:
         return outcome.failure
     return "known" if outcome.known else f"new, it fits ({outcome.seconds:.0f} s)"

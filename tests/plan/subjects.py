@@ -1,4 +1,4 @@
-"""Stages to plan whose models stand in the test."""
+"""Stages to plan whose model_configs are given in a test."""
 
 from typing import Any
 
@@ -9,7 +9,11 @@ from rlhfjax.plan.shapes import Shapes, Subject
 
 
 def subject_of(config: Any, **models: TransformerConfig) -> Subject:
-    """Returns a stage with a config; `models` are its language models and rewards by their sources."""
+    """Returns a stage to plan.
+
+    Args:
+      models: the model_configs of its language models and rewards, by source.
+    """
     origins = Origins({})
     roles = origins.single(roles_of(config))
     heads = {role.source: role.head for role in roles.values() if role.optim is None}

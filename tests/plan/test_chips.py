@@ -35,8 +35,8 @@ def test_work_adds_and_multiplies():
 
 
 def test_palms_own_mfu():
-    # Appendix B: 540B on 6144 TPU v4, 238.3K tokens/s, is 45.7 % without and 46.2 % with attention. N = 540.35e9,
-    # L = 118, H = 48, Q = 256, T = 2048 (Table 1).
+    # Appendix B: 540B on 6144 TPU v4, 238.3K tokens/s, is 45.7 % without and 46.2 % with
+    # attention. N = 540.35e9, L = 118, H = 48, Q = 256, T = 2048 (Table 1).
     c = preset("gpt3-125m", n_layers=118, n_heads=48, d_head=256)
     v4, seconds = CHIPS["v4"], 1 / 238.3e3
     without = chips.mfu(chips.training_flops(540.35e9, 1), seconds, 6144, v4)

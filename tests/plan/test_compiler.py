@@ -7,7 +7,8 @@ import pytest
 from rlhfjax.config import to_dict
 from rlhfjax.errors import UserError
 from rlhfjax.plan import compiled, compiler, programs, shapes, topology
-from rlhfjax.plan.hlo import Program
+from rlhfjax.plan.hlo import Module
+from rlhfjax.plan.hlo_cost import module_cost
 from tests import tiny
 from tests.needs import needs
 
@@ -36,15 +37,15 @@ RANGES = """HloLiveRange (max 9):
 LIVE = (("all-gather.7{}", 8192.0), ("fusion.1{1}", 512.0))
 
 
-def job(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
+def request(stage, program, mesh=None, where="v5e:2x2", slices=1, **changes):
     config = to_dict(tiny.get_config("data=nowhere"))
     config[stage]["mesh"] |= mesh or {}
     config["pretrain"]["model"] |= changes
-    return compiler.Job(shapes.subject(config, stage), where, slices, 2, program)
+    return compiler.Request(shapes.subject(config, stage), where, slices, 2, program)
 
 
 def test_memory_is_what_is_allocated_in_hbm():
-    """By hand: parameters 4096 + 512; outputs 2048 and the donated 4096; temporaries 8192. VMEM is none."""
+    """Parameters 4096 + 512; outputs 2048 and the donated 4096; temporaries 8192; no VMEM."""
     found = compiler._memory(ASSIGNMENT)
     assert found == (4608.0, 8192.0, 6144.0, 4096.0, 4608 + 8192 + 2048)
 
@@ -53,16 +54,16 @@ def test_an_answer_is_read_when_all_of_it_is_written(tmp_path: Path):
     def write(part, text):
         (tmp_path / f"module_0000.jit_f.after_optimizations{part}.txt").write_text(text)
 
-    assert compiler._whole(tmp_path) is None
+    assert compiler._complete_output(tmp_path) is None
     write("-buffer-assignment", ASSIGNMENT)
     write("-live-range", RANGES)
     write("", "HloModule jit_f\n")
     write("_before_buffer_assignment", "HloModule jit_f\n")
-    assert compiler._whole(tmp_path) is None
+    assert compiler._complete_output(tmp_path) is None
     write("_after_buffer_assignment", "HloMod")
-    assert compiler._whole(tmp_path) is None
+    assert compiler._complete_output(tmp_path) is None
     write("_after_buffer_assignment", "HloModule jit_f\n")
-    assert compiler._whole(tmp_path) == (
+    assert compiler._complete_output(tmp_path) == (
         compiler._memory(ASSIGNMENT),
         "HloModule jit_f\n",
         "",
@@ -75,31 +76,34 @@ def test_what_fails_otherwise_is_one_line():
         UserError,
         match=r"plan: the TPU compiler on sample of sft: 'sample'|pip install",
     ):
-        compiler.ask(job("sft", "sample"))
+        compiler.compile_program(request("sft", "sample"))
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "program"), [("sft", "step"), ("ppo", "update")])
 def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
-    """The same arguments, work and temporaries: what comes after memory is assigned changes none of them.
+    """Arguments, work and temporaries are final once memory is assigned.
 
     To temporaries libtpu adds 15.5 KiB of its own, whatever the program.
     """
     wide = {"d_model": 512, "d_ff": 1024, "n_heads": 4}
-    asked = job(stage, program, {"data": 1, "fsdp": 4}, scan_layers=True, **wide)
-    answer = compiler.ask(asked)
+    asked = request(stage, program, {"data": 1, "fsdp": 4}, scan_layers=True, **wide)
+    answer = compiler.compile_program(asked)
     target = topology.target("v5e:2x2")
     layout = programs.layout_for(asked.subject, target)
     (whole,) = (
-        p for p in programs.sketch(asked.subject, layout).programs if p.name == program
+        p
+        for p in programs.step_programs(asked.subject, layout).programs
+        if p.name == program
     )
     with topology.quiet():
         done = whole.lower().compile()
     stats = done.memory_analysis()
     assert answer.memory.arguments == stats.argument_size_in_bytes
     assert 0 <= stats.temp_size_in_bytes - answer.memory.temporaries <= 16 * 1024
-    ours, theirs = Program(answer.text).cost(), Program(done.as_text()).cost()
+    ours = module_cost(Module(answer.text))
+    theirs = module_cost(Module(done.as_text()))
     assert (ours.flops, ours.sent) == (theirs.flops, theirs.sent) and ours.flops > 0
     assert ours.hbm == pytest.approx(theirs.hbm, rel=1e-6)
 
@@ -107,8 +111,8 @@ def test_the_answer_is_that_of_a_whole_compilation(stage, program, optimized):
 @needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_known_to_the_byte():
-    """A layer of 2^32 numbers and its moments on one chip: refused, and the sum of the buffers is what libtpu says."""
-    asked = job(
+    """A layer of 2^32 numbers and its moments do not fit one chip; libtpu reports our sum."""
+    asked = request(
         "pretrain",
         "step",
         {"data": 1},
@@ -118,12 +122,12 @@ def test_what_does_not_fit_is_known_to_the_byte():
         n_heads=64,
         scan_layers=True,
     )
-    answer = compiler.ask(asked)
-    said = float(answer.refused.partition("temporaries (")[2].partition("G)")[0])
-    assert "exceeds available HBM (15.75G)" in answer.refused
-    assert answer.memory.peak / 2**30 == pytest.approx(said, abs=0.01)
-    measured = compiled.measure(
-        programs.sketch(
+    answer = compiler.compile_program(asked)
+    reported = float(answer.error.partition("temporaries (")[2].partition("G)")[0])
+    assert "exceeds available HBM (15.75G)" in answer.error
+    assert answer.memory.peak / 2**30 == pytest.approx(reported, abs=0.01)
+    measured = compiled.analyze(
+        programs.step_programs(
             asked.subject,
             programs.layout_for(asked.subject, topology.target("v5e:1x1")),
         ).programs[0],

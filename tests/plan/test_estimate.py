@@ -1,4 +1,4 @@
-"""The arithmetic that a search and an advice begin with: by hand, and that advice followed is advice kept."""
+"""Estimates against arithmetic by hand, and advice against the estimate of the advised config."""
 
 import dataclasses
 
@@ -14,19 +14,19 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.plan import advice, estimate, memory, programs, shapes
 from rlhfjax.plan.chips import CHIPS, GIB
-from rlhfjax.plan.compiled import Measured, Memory, beside
+from rlhfjax.plan.compiled import CompiledProgram, Memory, held_by_others
 from rlhfjax.rl.config import HumanConfig
 from rlhfjax.stages import ppo, sft
 from tests import tiny
 from tests.plan.subjects import subject_of
 
 ONE = {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
-SHAPE = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
-N = memory.parameters(SHAPE)
-JUDGE = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
+MODEL = preset("gpt3-1.3b", dtype="bfloat16", scan_layers=True, remat="full")
+N = memory.parameters(MODEL)
+REWARD_MODEL = preset("gpt3-6.7b", dtype="bfloat16", scan_layers=True, remat="full")
 
 
-def an_sft(model=SHAPE, **changes):
+def an_sft(model=MODEL, **changes):
     config = sft.Config(
         init_from="x", length=2048, steps=10, **{"batch_size": 64} | changes
     )
@@ -42,7 +42,7 @@ def a_ppo(**changes):
         "minibatches": 8,
     } | changes
     return subject_of(
-        ppo.Config(init_from="x", reward="r", **options), x=SHAPE, r=JUDGE
+        ppo.Config(init_from="x", reward="r", **options), x=MODEL, r=REWARD_MODEL
     )
 
 
@@ -59,7 +59,7 @@ def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
     )
     assert parts["gradients"] == 4 * N / 16
     # 64 rows over 16 devices: of each the inputs of 24 layers, and all of one layer
-    a_layer = sum(memory.layer_activations(SHAPE, 4, 2048).values())
+    a_layer = sum(memory.layer_activations(MODEL, 4, 2048).values())
     assert parts["activations"] == 24 * 2 * 4 * 2048 * 2048 + a_layer
     again = estimate.estimate(
         an_sft(microbatches=4), {**ONE, "fsdp": 16}, CHIPS["v5e"]
@@ -78,14 +78,14 @@ def test_the_state_is_split_and_the_activations_are_of_a_devices_rows():
 
 
 def test_ppo_has_four_models_and_an_average():
-    judge = memory.parameters(JUDGE, "scalar")
-    assert in_memory(a_ppo(ema=0.9)) == 4 * (2 * N + 2 * judge)
+    reward = memory.parameters(REWARD_MODEL, "scalar")
+    assert in_memory(a_ppo(ema=0.9)) == 4 * (2 * N + 2 * reward)
     parts = estimate.estimate(
-        a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], part="rollout"
+        a_ppo(ema=0.9), {**ONE, "fsdp": 8}, CHIPS["v5p"], phase="rollout"
     ).parts
-    assert parts["optimizer and average"] == 4 * (3 * N + 2 * judge) / 8
+    assert parts["optimizer and average"] == 4 * (3 * N + 2 * reward) / 8
     # 8 rows a device while sampling, 1 in a minibatch: 8 x 2048 keys and values of 24 layers
-    assert parts["KV cache"] == size.kv_cache_bytes(SHAPE, 8, 2048)
+    assert parts["KV cache"] == size.kv_cache_bytes(MODEL, 8, 2048)
 
 
 def test_adapters_share_their_base_with_the_reference():
@@ -93,19 +93,19 @@ def test_adapters_share_their_base_with_the_reference():
     everywhere = LoraConfig(rank=8, targets="attention|mlp")
     # rank 8 x (d_in + d_out) of four projections of d x d and two of d x 4 d
     adapters = 8 * (24 * 18 * 2048 + 32 * 18 * 4096)
-    head = JUDGE.d_model + 1
-    frozen = N + memory.parameters(JUDGE, "scalar")
+    head = REWARD_MODEL.d_model + 1
+    frozen = N + memory.parameters(REWARD_MODEL, "scalar")
     subject = a_ppo(lora=everywhere)
     assert in_memory(subject) == 4 * (frozen + adapters + head)
     parts = estimate.estimate(subject, ONE, CHIPS["v5p"]).parts
     assert parts["optimizer and average"] == 8 * (adapters + head)
     quantized = a_ppo(lora=dataclasses.replace(everywhere, base="int8"))
-    layers = 24 * layer_parameters(SHAPE)
+    layers = 24 * layer_parameters(MODEL)
     assert in_memory(quantized) == 4 * (frozen + adapters + head) - 3 * layers
 
 
 def test_every_model_that_takes_part_is_in_the_estimate():
-    """A human reward and a gold reward too; a second use of the same model is another role of its arrays."""
+    """A human reward and a gold reward too; a reward that is a gold function has no model."""
     plain = in_memory(a_ppo())
     human = a_ppo(human=HumanConfig(reward="h"))
     gold = a_ppo(gold="g")
@@ -115,8 +115,8 @@ def test_every_model_that_takes_part_is_in_the_estimate():
         subject.sources.models[name] = Model(small, "scalar")
         assert in_memory(subject) == plain + 4 * reward
     assert in_memory(a_ppo(gold="gold:sentiment")) == plain
-    judged = a_ppo(frozen_mesh=MeshConfig(devices="0:1"))
-    assert in_memory(judged) == 4 * (N + memory.parameters(JUDGE, "scalar"))
+    separate = a_ppo(frozen_mesh=MeshConfig(devices="0:1"))
+    assert in_memory(separate) == 4 * (N + memory.parameters(REWARD_MODEL, "scalar"))
 
 
 def test_time_of_a_step_on_one_chip_is_that_of_its_products():
@@ -127,47 +127,47 @@ def test_time_of_a_step_on_one_chip_is_that_of_its_products():
     assert got.tokens == 64 * 2048
 
 
-def refused(gib, room=16.0, name="step"):
+def too_large(gib, room=16.0, name="step"):
     memory_ = Memory(gib * GIB, 0.0, 0.0, 0.0, gib * GIB)
-    return Measured(name, memory_, room * GIB, False, None, [], None, 1.0, 0.0)
+    return CompiledProgram(name, memory_, room * GIB, False, None, [], None, 1.0, 0.0)
 
 
 def test_advice_names_what_fits_and_by_how_much():
-    """As it is, 40 GiB on 16 devices that share nothing: every line is the arithmetic of the changed config, scaled."""
-    wide = dataclasses.replace(SHAPE, dtype="float32", remat="none")
+    """On 16 replicas, every line has the estimate of the changed config, scaled by 2."""
+    wide = dataclasses.replace(MODEL, dtype="float32", remat="none")
     subject, axes = an_sft(wide), {**ONE, "data": 16}
     now = estimate.estimate(subject, axes, CHIPS["v5e"]).bytes
-    lines = advice.advise(subject, axes, refused(2 * now / GIB))
-    said = "\n".join(lines)
-    assert f"step needs {2 * now / GIB:.1f} GiB a device of 16.0" in lines[0]
+    lines = advice.advise(subject, axes, too_large(2 * now / GIB))
+    text = "\n".join(lines)
+    assert f"step needs {2 * now / GIB:.1f} GiB per device of 16.0" in lines[0]
     full = estimate.estimate(
         an_sft(dataclasses.replace(wide, remat="full")), axes, CHIPS["v5e"]
     ).bytes
     assert (
         f"remat=full of the model (now none): {2 * full / GIB:.1f} GiB, not enough alone"
-        in said
+        in text
     )
     assert (
-        "--config.microbatches=4 (now 1)" in said
-        and "--config.mesh.fsdp=16 (now data 16, fsdp 1)" in said
+        "--config.microbatches=4 (now 1)" in text
+        and "--config.mesh.fsdp=16 (now data 16, fsdp 1)" in text
     )
-    together = an_sft(SHAPE, microbatches=4)
+    together = an_sft(MODEL, microbatches=4)
     best = estimate.estimate(together, {**ONE, "fsdp": 16}, CHIPS["v5e"]).bytes
-    assert f"all of this together: {2 * best / GIB:.1f} GiB, fits" in said
+    assert f"all of this together: {2 * best / GIB:.1f} GiB, fits" in text
 
 
 def test_what_the_mesh_forbids_is_not_advised():
-    """One row a device: neither smaller microbatches nor a smaller batch; more devices go along tensor."""
-    said = "\n".join(advice.advise(an_sft(), {**ONE, "fsdp": 64}, refused(40.0)))
-    assert "smaller microbatches" not in said and "--config.batch_size" not in said
-    assert "--config.mesh.fsdp=64 --config.mesh.tensor=" in said
+    """With one row per device, no smaller batch is advised; more devices extend tensor."""
+    text = "\n".join(advice.advise(an_sft(), {**ONE, "fsdp": 64}, too_large(40.0)))
+    assert "smaller microbatches" not in text and "--config.batch_size" not in text
+    assert "--config.mesh.fsdp=64 --config.mesh.tensor=" in text
 
 
 def test_advice_is_for_the_program_that_does_not_fit():
-    """Smaller microbatches help an update by its activations, and a rollout, whose cache they are no part of, not."""
+    """Smaller microbatches save activations of an update, but nothing of a rollout."""
     subject, axes = a_ppo(minibatches=1, batch_size=512), {**ONE, "fsdp": 8}
     parts = {
-        part: estimate.estimate(subject, axes, CHIPS["v5e"], part=part)
+        part: estimate.estimate(subject, axes, CHIPS["v5e"], phase=part)
         for part in ("rollout", "update")
     }
     assert (
@@ -176,7 +176,7 @@ def test_advice_is_for_the_program_that_does_not_fit():
     for part, helped in (("rollout", False), ("update", True)):
         (line,) = (
             x
-            for x in advice.advise(subject, axes, refused(20.0, name=part))
+            for x in advice.advise(subject, axes, too_large(20.0, name=part))
             if "smaller microbatches" in x
         )
         assert (
@@ -185,17 +185,17 @@ def test_advice_is_for_the_program_that_does_not_fit():
 
 
 def test_frozen_models_are_beside_an_update():
-    """Reference and reward model stay on the devices while the policy is updated, whose average is in its arguments."""
+    """Reference and reward model stay on the devices while the policy and its EMA are updated."""
     subject = shapes.subject(to_dict(tiny.get_config("data=nowhere")), "ppo")
-    drawn = programs.sketch(subject, make_layout(MeshConfig()))
-    left = {p.name: beside(p, drawn.held) for p in drawn.programs}
-    one, judge = (
+    step = programs.step_programs(subject, make_layout(MeshConfig()))
+    left = {p.name: held_by_others(p, step.held) for p in step.programs}
+    one, reward = (
         4 * memory.parameters(subject.model),
         4 * memory.parameters(subject.model, "scalar"),
     )
-    assert left["update"] == one + judge
+    assert left["update"] == one + reward
     # policy and value function with two moments each, the policy's average; counters
-    state = 4 * one + 3 * judge
+    state = 4 * one + 3 * reward
     assert left["score"] == pytest.approx(one + state, rel=0.01)
-    assert left["rollout"] == pytest.approx(one + judge + state - one, rel=0.01)
-    assert left["know"] == pytest.approx(judge + state - one - judge, rel=0.01)
+    assert left["rollout"] == pytest.approx(one + reward + state - one, rel=0.01)
+    assert left["know"] == pytest.approx(reward + state - one - reward, rel=0.01)

@@ -1,9 +1,8 @@
-"""The arithmetic against the figures that it must give, against the models that it counts, and against the paper."""
+"""Memory by hand: against published numbers, against real models, and against the paper."""
 
 import jax
 import pytest
 
-from rlhfjax.errors import ConfigError
 from rlhfjax.models import size
 from rlhfjax.models.presets import PRESETS, preset
 from rlhfjax.models.transformer import Model
@@ -46,16 +45,16 @@ def test_the_textbook_figures():
         digits = len(str(figure).partition(".")[2])
         assert (lines[what].unit, round(lines[what].textbook, digits)) == (unit, figure)
         assert round(lines[what].needed / memory.GB, 2) == needed
-    a_sample = lines["activations of a sample"]
+    a_sample = lines["activations per sample"]
     assert a_sample.textbook == 2048 * 32 * (4096 + 11008) / 1e9  # 0.98986
     assert round(a_sample.textbook, 2) == 0.99
     # "about 77": 7 + 7 + 14 + 50 x 0.98986 = 77.49
-    assert round(lines["together, batch 50"].textbook, 2) == 77.49
+    assert round(lines["total, batch 50"].textbook, 2) == 77.49
 
 
 def test_what_a_sample_of_llama_really_keeps():
-    # bf16: 2 x 2048 tokens x (4096 + 4 x 4096 of attention, 4096 + 4 x 11008 of the MLP, 2 x 4096 of the norms), and
-    # the scores, 2 x 32 x 2048^2; 32 layers
+    # bf16: 2 x 2048 tokens x (4096 + 4 x 4096 of attention, 4096 + 4 x 11008 of the MLP, 2 x 4096
+    # of the norms), and the scores, 2 x 32 x 2048^2; 32 layers
     a_layer = 2 * 2048 * (5 * 4096 + 4096 + 4 * 11008 + 2 * 4096) + 2 * 32 * 2048**2
     line = next(line for line in memory.textbook(LLAMA) if "sample" in line.what)
     assert line.needed == 32 * a_layer == 18_656_264_192
@@ -71,18 +70,10 @@ def test_eq_1_of_korthikanti_for_a_gpt_with_dropout():
     assert memory.korthikanti(c, 4, 2048) == 24 * sum(parts.values())
 
 
-def test_korthikanti_in_parallel_and_recomputed():
+def test_eq_1_of_korthikanti_for_gpt3():
     c, sbh = preset("gpt3-175b"), 2048 * 12288
     assert 5 * c.n_heads * 2048 / c.d_model == 80  # section 5: "5as/h = 80" for GPT-3
-    assert memory.korthikanti(c, 1, 2048, tensor=8) == 96 * sbh * (10 + 24 / 8 + 80 / 8)
-    assert (
-        memory.korthikanti(c, 1, 2048, tensor=8, sequence_parallel=True)
-        == 96 * sbh * (34 + 80) / 8
-    )
-    assert memory.korthikanti(c, 1, 2048, recompute="selective") == 96 * sbh * 34
-    assert memory.korthikanti(c, 1, 2048, recompute="full") == 96 * sbh * 2
-    with pytest.raises(ConfigError, match="none, selective, full"):
-        memory.korthikanti(c, 1, 2048, recompute="some")
+    assert memory.korthikanti(c, 1, 2048) == 96 * sbh * (34 + 80)
 
 
 def test_optimizers():
@@ -91,15 +82,11 @@ def test_optimizers():
     assert memory.optimizer_bytes(2048, "adamw_8bit") == 2 * (2048 + 4)
     assert memory.optimizer_bytes(1e9, "sgd_momentum", "bf16") == 2e9
     assert memory.optimizer_bytes(1e9, "sgd") == 0
-    with pytest.raises(ConfigError, match="adamw_8bit"):
-        memory.optimizer_bytes(1, "lion")
-    with pytest.raises(ConfigError, match="int4"):
-        memory.bytes_of("fp8")
 
 
 def test_every_precision_and_optimizer():
     n = memory.parameters(LLAMA)
-    rows = {row["precision"]: row for row in memory.by_precision(LLAMA)}
+    rows = memory.by_precision(LLAMA)
     assert list(rows) == ["fp32", "bf16", "fp16", "int8", "int4", "bf16 + fp32 master"]
     assert (
         rows["fp32"]["adamw"] == 16 * n

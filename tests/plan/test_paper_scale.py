@@ -1,4 +1,4 @@
-"""Every paper-scale config fits where experiments/README.md says: by arithmetic, and by the TPU compiler.
+"""Every paper-scale config fits the topology of experiments/README.md: estimated and compiled.
 
 `pytest -m plan_scale` lowers what trains of every row for its topology, which takes most of a
 device. It compiles those that are not in scale.txt, the table of programs that were compiled and
@@ -41,7 +41,7 @@ NEW = 4  # programs that may be new in CI: each takes up to minutes to compile
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_a_paper_scale_config_fits_by_arithmetic(row):
-    """Its mesh has the topology's devices, divides batch, models and vocabulary; a fifth of a device is left."""
+    """Its mesh divides batch, models and vocabulary, and a fifth of a device is left."""
     subject, completions = planned(row)
     chip = CHIPS[row.topology.partition(":")[0]]
     chips = 1
@@ -155,8 +155,8 @@ def test_a_paper_scale_config_trains_where_it_says(row, digest_of, tmp_path):
 
 
 @pytest.fixture
-def judge(monkeypatch, tmp_path):
-    """judge(n, table): what the first row's test compiles if the first n rows are changed."""
+def compiled_rows(monkeypatch, tmp_path):
+    """compiled_rows(n, table): what the first row's test compiles if the first n rows are changed."""
     monkeypatch.setattr(scale, "libtpu", lambda: "0.2")
 
     def first_row(new: int, table: dict[str, str]) -> list[str]:
@@ -175,21 +175,21 @@ def judge(monkeypatch, tmp_path):
     return first_row
 
 
-def test_a_known_program_is_not_compiled(judge):
-    assert judge(0, dict.fromkeys(NAMES, "same")) == []
+def test_a_known_program_is_not_compiled(compiled_rows):
+    assert compiled_rows(0, dict.fromkeys(NAMES, "same")) == []
 
 
 @pytest.mark.parametrize("rows", [NAMES, NAMES[1:]], ids=["changed", "added"])
-def test_a_few_new_programs_are_compiled_and_say_their_line(judge, rows):
-    said = f"commit its line of scale.txt: {re.escape(NAMES[0])} other"
-    with pytest.warns(UserWarning, match=said):
-        assert judge(NEW, dict.fromkeys(rows, "same")) == [NAMES[0]]
+def test_a_few_new_programs_are_compiled_and_say_their_line(compiled_rows, rows):
+    message = f"commit its line of scale.txt: {re.escape(NAMES[0])} other"
+    with pytest.warns(UserWarning, match=message):
+        assert compiled_rows(NEW, dict.fromkeys(rows, "same")) == [NAMES[0]]
 
 
-def test_many_new_programs_fail_with_the_command(judge):
-    said = r"5 of 38 programs are new.*0\.1, 0\.2 is installed.*run python -m tests\.plan\.scale"
-    with pytest.raises(pytest.fail.Exception, match=said):
-        judge(NEW + 1, dict.fromkeys(NAMES, "same"))
+def test_many_new_programs_fail_with_the_command(compiled_rows):
+    message = r"5 of 38 programs are new.*0\.1, 0\.2 is installed.*run python -m tests\.plan\.scale"
+    with pytest.raises(pytest.fail.Exception, match=message):
+        compiled_rows(NEW + 1, dict.fromkeys(NAMES, "same"))
 
 
 @needs("libtpu", extra="plan")

@@ -7,10 +7,12 @@ import pytest
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.plan import chips, hlo
-from rlhfjax.plan.hlo import Program, group_size, sent_bytes
+from rlhfjax.plan.hlo import Module, group_size
+from rlhfjax.plan.hlo_cost import module_cost, sent_bytes
 
-# a loop of 10 rounds, each with one product of a slice of stacked weights and one reduction of its result; afterwards
-# a gather among 4 whose parts have one channel, a product as TPUs have it, and what crosses to another slice
+# A loop of 10 iterations, each with a product of one slice of stacked weights and an all-reduce of
+# its result. Then an all-gather over 4 devices in two parts of one channel, and a send to another
+# slice.
 TEXT = """
 HloModule jit_f, is_scheduled=true
 
@@ -55,8 +57,7 @@ ENTRY %main (a: (s32[], f32[4,8], f32[10,8,8])) -> f32[16,8] {
 
 
 def test_buffers_that_live_at_once():
-    """As the compiler lists them: of a result with several parts the one that is meant, on the chip none, alike ones
-    together."""
+    """The listed element of a tuple counts, nothing on the chip does, and equal ones add up."""
     live = (
         ("loop{2}", 2560.0),
         ("q{}", 512.0),
@@ -64,22 +65,22 @@ def test_buffers_that_live_at_once():
         ("again{}", 256.0),
         ("layer{}", 256.0),
     )
-    assert Program(TEXT).buffers(live) == [
+    assert Module(TEXT).buffers(live) == [
         ("f32[10,8,8] loop", 2560.0),
         ("f32[16,8] jit(f)/wide", 512.0),
         ("bf16[16,8] whole", 256.0),
         ("bf16[16,8] again", 256.0),
     ]
     twice = (("q{}", 512.0), ("q{}", 512.0), ("unknown{}", 9.0))
-    assert Program(TEXT).buffers(twice) == [("f32[16,8] jit(f)/wide", 1024.0)]
+    assert Module(TEXT).buffers(twice) == [("f32[16,8] jit(f)/wide", 1024.0)]
 
 
 def test_a_program_by_hand():
-    cost = Program(TEXT).cost()
+    cost = module_cost(Module(TEXT))
     assert cost.flops == 10 * 2 * 4 * 8 * 8
-    # a round: the slice of 256 bytes is read onto the chip (its index is not counted), x read and y written, y read and
-    # sum written, the counter;
-    # then the gather (128 + 256) twice and the conversion (256 + 512)
+    # An iteration: the slice of 256 bytes is read onto the chip (its index does not count), x read
+    # and y written, y read and sum written, the counter. Then the gather (128 + 256) twice and the
+    # conversion (256 + 512).
     a_round = 256 + (128 + 128) + (128 + 128) + 3 * 4
     assert cost.hbm == 10 * a_round + 2 * (128 + 256) + 256 + 512
     assert dict(cost.sent) == {
@@ -95,7 +96,7 @@ def test_a_program_by_hand():
 
 
 def test_what_is_asynchronous_is_counted_where_it_begins():
-    """A slice of 1024 bytes out of 4096, started and waited for: read once, whatever the two halves are called."""
+    """A slice of 1024 bytes out of 4096 is read once, not at its start and at its end."""
     text = """
 %sliced (p: f32[4,256]) -> f32[1,256] {
   %p = f32[4,256]{1,0} parameter(0)
@@ -108,11 +109,11 @@ ENTRY %main (a: f32[4,256]) -> f32[1,256] {
   ROOT %done = f32[1,256]{1,0:T(1,128)S(1)} async-done(%began), calls=%sliced
 }
 """
-    assert Program(text).cost().hbm == 1024
+    assert module_cost(Module(text)).hbm == 1024
 
 
 def test_buffers_by_size_with_what_they_are():
-    largest = Program(TEXT).buffers(most=2)
+    largest = Module(TEXT).buffers(most=2)
     assert largest == [("f32[10,8,8] a", 2560), ("f32[16,8] jit(f)/wide", 512)]
 
 
@@ -149,11 +150,13 @@ def test_bytes_on_a_ring():
     ("line", "flops"),
     [
         ("f32[4,6]{1,0} convolution(%l, %r), dim_labels=bf_io->bf", 2 * 4 * 6 * 8),
-        # XLA for TPUs: 3 products [4, 8] x [8, 6], the window dilated so that each meets its own row
-        ("f32[3,4,6]{2,1,0} convolution(%L, %R), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+        # XLA for TPUs: 3 products [4, 8] x [8, 6]; the dilated window keeps them apart.
+        ("f32[3,4,6]{2,1,0} convolution(%L, %R), window={size=3 stride=2 lhs_dilate=3}, "
+         "dim_labels=0bf_0io->0bf",
          2 * 3 * 4 * 6 * 8),
-        # an ordinary 3-tap convolution over 5 places, padded by one: 15 pairs less 2 that meet padding
-        ("f32[1,5,1]{2,1,0} convolution(%s, %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 13),
+        # A 3-tap convolution over 5 places, padded by one: 15 pairs, 2 of which meet padding.
+        ("f32[1,5,1]{2,1,0} convolution(%s, %k), window={size=3 pad=1_1}, "
+         "dim_labels=b0f_0io->b0f", 2 * 13),
     ],
 )  # fmt: skip
 def test_products_as_convolutions(line, flops):
@@ -168,12 +171,12 @@ ENTRY %main (l: f32[4,8]) -> f32[4,6] {{
   ROOT %o = {line}
 }}
 """
-    assert Program(text).cost().flops == flops
+    assert module_cost(Module(text)).flops == flops
 
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_real_models_products_are_those_of_the_formula(scan):
-    """A forward pass: 2 N + 4 L H Q T a token, N the parameters that are multiplied; layers in a loop or not."""
+    """A forward pass is 2 N + 4 L H Q T per token, N the parameters of matrix products."""
     c = preset(
         "tiny",
         n_layers=3,
@@ -189,7 +192,8 @@ def test_a_real_models_products_are_those_of_the_formula(scan):
     def forward(params, tokens):
         return model.logits(params, model.hidden(params, tokens)).sum()
 
-    cost = Program(jax.jit(forward).lower(params, tokens).compile().as_text()).cost()
+    text = jax.jit(forward).lower(params, tokens).compile().as_text()
+    cost = module_cost(Module(text))
     multiplied = 3 * (4 * 64 * 64 + 3 * 64 * 96) + 64 * 256
     assert cost.flops == 2 * 32 * chips.token_flops(multiplied, c, 32) / 3
     assert cost.unknown_loops == 0 and cost.hbm > 4 * multiplied

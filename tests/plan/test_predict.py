@@ -1,4 +1,4 @@
-"""The command from end to end: on the devices at hand always, for a TPU where its compiler is installed."""
+"""`rlhfjax plan` from end to end: for this machine, and for a TPU if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -44,9 +44,9 @@ def test_the_command_on_the_devices_at_hand(tmp_path, capsys):
         f"--json={tmp_path}/plan.json",
     ]
     main.main(["rlhfjax", "plan", *argv])
-    said = capsys.readouterr().out
-    assert "By hand: 7,728 parameters" in said and "Memory per device" in said
-    assert f"by jaxlib {jaxlib.__version__}" in said
+    output = capsys.readouterr().out
+    assert "By hand: 7,728 parameters" in output and "Memory per device" in output
+    assert f"by jaxlib {jaxlib.__version__}" in output
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["compiler"] == f"jaxlib {jaxlib.__version__}"
     assert (plan["parameters"], plan["tokens_per_step"], plan["steps"]) == (
@@ -71,10 +71,13 @@ def test_a_part_of_a_step(monkeypatch):
     asked = []
     monkeypatch.setattr(
         compiler,
-        "ask",
-        lambda job: asked.append(job.program) or compiler.Answer(NOTHING, BIG_BUFFER),
+        "compile_program",
+        lambda request: (
+            asked.append(request.program)
+            or compiler.CompilerOutput(NOTHING, BIG_BUFFER)
+        ),
     )
-    plan = predict.make(chosen, A_CHIP, only=["know", "update"])
+    plan = predict.make_plan(chosen, A_CHIP, only=["know", "update"])
     assert [p.name for p in plan.programs] == asked == ["know", "update"]
     assert (
         plan.left_out == plan.as_dict()["left_out"] == ["rollout", "score", "prepare"]
@@ -87,17 +90,17 @@ def test_a_part_of_a_step(monkeypatch):
         ConfigError,
         match="--programs=step: the programs of ppo are rollout, know, score",
     ):
-        predict.make(chosen, A_CHIP, only=["step"])
+        predict.make_plan(chosen, A_CHIP, only=["step"])
 
 
 def test_the_arithmetic_alone(capsys):
     main.main(["rlhfjax", "plan", "--model=llama2-7b"])
-    said = capsys.readouterr().out
-    assert "6,738,415,616" in said and "26.08 GiB" in said and "77.49 GB" in said
+    output = capsys.readouterr().out
+    assert "6,738,415,616" in output and "26.08 GiB" in output and "77.49 GB" in output
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v9:2x2", "expected CHIP:SHAPE such as v5e:4x4.*chips are v4, v5e"),
         ("v5e", "expected CHIP:SHAPE"),
@@ -106,8 +109,8 @@ def test_the_arithmetic_alone(capsys):
         ),
     ],
 )
-def test_topologies_that_there_are_not(name, said):
-    with pytest.raises(ConfigError, match=said):
+def test_topologies_that_there_are_not(name, message):
+    with pytest.raises(ConfigError, match=message):
         topology.target(name)
 
 
@@ -117,48 +120,54 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
         topology.target("v5e:2x2")
 
 
-REFUSAL = (  # libtpu's words
-    "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (29.85G) "
-    "exceeds available HBM (15.75G). HLO module: jit_f."
+TOO_LARGE = (  # libtpu's words
+    "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (29.85G) exceeds available HBM (15.75G). HLO module: jit_f."
 )
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
-    said = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
+    needed = compiler.Memory(9 * 2.0**30, 20.85 * 2.0**30, 1.0, 1.0, 29.85 * 2.0**30)
     monkeypatch.setattr(
-        compiler, "ask", lambda job: compiler.Answer(said, BIG_BUFFER, REFUSAL)
+        compiler,
+        "compile_program",
+        lambda request: compiler.CompilerOutput(needed, BIG_BUFFER, TOO_LARGE),
     )
-    plan = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP)
+    plan = predict.make_plan(shapes.subject(tiny_sft(), "sft"), A_CHIP)
     (step,) = plan.programs
     assert plan.fits is False and step.cost is None and plan.step_seconds is None
-    assert step.memory == said and step.buffers == [
+    assert step.memory == needed and step.buffers == [
         ("f32[1024] p", 4096.0),
         ("f32[1024] jit(f)/sum", 4096.0),
     ]
     assert step.capacity == pytest.approx(15.75 * 2**30)
     assert re.search(
-        r"step needs 29\.\d GiB a device of 15\.8", plan.as_dict()["advice"][0]
+        r"step needs 29\.\d GiB per device of 15\.8", plan.as_dict()["advice"][0]
     )
     assert "It does not fit." in tables.verdict(
         plan
     ) and "CompileTimeHbmOom" in tables.verdict(plan)
-    assert plan.as_dict()["programs"][0]["compiler"] == REFUSAL
+    assert plan.as_dict()["programs"][0]["compiler"] == TOO_LARGE
 
 
 def test_what_other_programs_hold_counts(monkeypatch):
-    """PPO's rollout takes 15 GiB, and beside it lie the value function, the reference and the reward."""
+    """A rollout does not fit beside the value function, the reference and the reward model."""
     fits = compiler.Memory(1.0, 1.0, 1.0, 1.0, CHIPS["v5e"].hbm - 10_000)
-    monkeypatch.setattr(compiler, "ask", lambda job: compiler.Answer(fits, BIG_BUFFER))
-    (rollout,) = predict.make(
+    monkeypatch.setattr(
+        compiler,
+        "compile_program",
+        lambda request: compiler.CompilerOutput(fits, BIG_BUFFER),
+    )
+    (rollout,) = predict.make_plan(
         shapes.subject(tiny_sft(), "ppo"), A_CHIP, only=["rollout"]
     ).programs
-    assert rollout.elsewhere > 3 * 4 * 10_000 and rollout.fits is False
-    (step,) = predict.make(shapes.subject(tiny_sft(), "sft"), A_CHIP).programs
-    assert step.elsewhere == 0 and step.fits
+    assert rollout.held_by_others > 3 * 4 * 10_000 and rollout.fits is False
+    (step,) = predict.make_plan(shapes.subject(tiny_sft(), "sft"), A_CHIP).programs
+    assert step.held_by_others == 0 and step.fits
 
 
 def test_products_take_at_least_what_the_mathematics_needs():
-    """Loops of unknown length are counted once: of 5 FLOPs in the text and 12 in the equations, 12."""
+    """Loops of unknown length count once: of 5 FLOPs in the text and 12 in theory, 12 count."""
     cost = compiled.Cost(flops=5.0, hbm=7.0)
     assert (
         compiled._work(cost, 12.0) == (12.0, 7.0, 0.0, 0.0)
@@ -167,15 +176,14 @@ def test_products_take_at_least_what_the_mathematics_needs():
 
 
 def test_time_and_cost_from_a_roofline():
-    """100 steps of 2 s on 16 chips: 200 s, 16 x 200 / 3600 chip-hours; MFU is FLOPs over 2 s of 16 peaks."""
+    """100 steps of 2 s on 16 chips are 200 s and 16 x 200 / 3600 chip-hours."""
     chosen, chip = shapes.subject(tiny_sft(), "sft"), CHIPS["v5e"]
     target = topology.Target("v5e:4x4", [None] * 16, chip, chip.hbm)
-    drawn = predict.sketch(chosen, make_layout(chosen.config.mesh))._replace(
-        steps=100, tokens=1000
-    )
+    step = predict.step_programs(chosen, make_layout(chosen.config.mesh))
+    step = step._replace(steps=100, tokens=1000)
     roof = compiled.Roofline(compute=2.0, hbm=1.0, ici=0.5, dcn=0.0)
     memory = compiled.Memory(1.0, 1.0, 1.0, 1.0, 2.0)
-    step = compiled.Measured(
+    program = compiled.CompiledProgram(
         "step",
         memory,
         chip.hbm,
@@ -186,7 +194,7 @@ def test_time_and_cost_from_a_roofline():
         0.4 * 32 * chip.flops,
         0.0,
     )
-    out = predict.Plan(chosen, target, {}, drawn, [step]).as_dict()
+    out = predict.Plan(chosen, target, {}, step, [program]).as_dict()
     assert (
         out["step_seconds"] == 2.0
         and out["tokens_per_second"] == 500
@@ -207,7 +215,7 @@ def test_time_and_cost_from_a_roofline():
 def test_a_tpu_across_two_slices():
     """Data parallel over DCN, FSDP within: what crosses is the gradients' shards, in float32.
 
-    Widths are multiples of 128 a device: a TPU pads narrower rows to that, and would send the padding too.
+    Widths are multiples of 128 per device: a TPU pads narrower rows to that, and sends the padding.
     """
     config = tiny_sft()
     config["pretrain"]["mesh"] |= {"replica": 2, "fsdp": 4, "data": 1}
@@ -217,18 +225,19 @@ def test_a_tpu_across_two_slices():
         "d_ff": 1024,
         "n_heads": 4,
     }
-    plan = predict.make(
+    plan = predict.make_plan(
         shapes.subject(config, "pretrain"), topology.target("v5e:2x2", 2)
     )
     (step,) = plan.programs
     assert plan.fits and len(plan.target.devices) == 8 and plan.target.chips == 8
     assert {link for _, link in step.cost.sent} == {"ici", "dcn"}
-    # 320 x 512 + 4 x 512^2 + 3 x 512 x 1024 + 2 x 512 + 512 parameters: every gradient crosses once, as a quarter
-    # on each device; the tied embedding's twice, as input and as output; the rest is a few rows and scalars
+    # 320 x 512 + 4 x 512^2 + 3 x 512 x 1024 + 2 x 512 + 512 parameters. Every gradient crosses
+    # once, a quarter from each device; the tied embedding's crosses twice, as input and as output.
+    # The rest is a few rows and scalars.
     n, embedding = 2_786_816, 320 * 512
     assert memory.parameters(plan.subject.model) == n
     assert step.cost.link("dcn") == pytest.approx(4 * (n + embedding) / 4, rel=0.02)
-    assert plan.step_seconds > 0 and 0 < plan.mfu < 1
+    assert plan.step_seconds > 0 and 0 < plan.totals["mfu"] < 1
 
 
 @needs_libtpu
@@ -278,7 +287,9 @@ def test_a_group_with_adapters_on_a_tpu():
     }
     config["group"] |= own
     config["group"]["mesh"] |= {"data": 2, "fsdp": 2}
-    plan = predict.make(shapes.subject(config, "group"), topology.target("v5e:2x2"))
+    plan = predict.make_plan(
+        shapes.subject(config, "group"), topology.target("v5e:2x2")
+    )
     assert [p.name for p in plan.programs] == [
         "rollout",
         "know",
@@ -286,8 +297,9 @@ def test_a_group_with_adapters_on_a_tpu():
         "prepare",
         "update",
     ]
-    assert plan.fits and plan.step_seconds > 0 and 0 < plan.mfu < 1
-    # two adapters a layer of rank 2 on 16 x 16, twice summed in a minibatch at most; the base has 40 KB
+    assert plan.fits and plan.step_seconds > 0 and 0 < plan.totals["mfu"] < 1
+    # Two adapters per layer of rank 2 on 16 x 16, reduced at most twice per minibatch; the base has
+    # 40 KB.
     reduced = sum(
         n
         for (kind, _), n in plan.programs[-1].cost.sent.items()
@@ -299,7 +311,7 @@ def test_a_group_with_adapters_on_a_tpu():
 @needs_libtpu
 @pytest.mark.slow
 def test_the_search_with_the_compiler(tmp_path, capsys):
-    """A model of 40 KB fits one chip: one compilation, of the smallest slice; more chips send and do not help."""
+    """A model of 40 KB fits one chip, and larger slices promise nothing: one compilation."""
     argv = [
         "--config=tests/tiny.py:data=nowhere",
         "--stage=sft",
@@ -307,8 +319,9 @@ def test_the_search_with_the_compiler(tmp_path, capsys):
         "--chips=v5e,v6e",
     ]
     main.main(["rlhfjax", "plan", *argv, f"--json={tmp_path}/search.json"])
-    said = json.loads((tmp_path / "search.json").read_text())
-    assert said["smallest_by_chip"] == {"v5e": "v5e:1x1", "v6e": "v6e:1x1"} and said[
-        "best"
-    ] in ("v5e:1x1", "v6e:1x1")
-    assert said["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out
+    result = json.loads((tmp_path / "search.json").read_text())
+    assert result["smallest_by_chip"] == {
+        "v5e": "v5e:1x1",
+        "v6e": "v6e:1x1",
+    } and result["best"] in ("v5e:1x1", "v6e:1x1")
+    assert result["compiled"] == 2 and "Compiled 2 of" in capsys.readouterr().out

@@ -11,8 +11,11 @@ from rlhfjax import recipe
 from rlhfjax.config import to_dict
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
+from rlhfjax.footprint import Net
 from rlhfjax.mesh import MeshConfig, make_layout
+from rlhfjax.models.lora import LoraConfig
 from rlhfjax.plan import compiled, memory, programs, shapes
+from rlhfjax.roles import Role
 from tests import tiny
 from tests.frozen import programs as frozen
 from tests.plan import fingerprint
@@ -84,8 +87,10 @@ QUICK = (
 def test_what_is_planned_is_what_ran(
     name, conversations, finished, tmp_path, monkeypatch
 ):
-    """Every program of a plan is among those that the stage compiled when it ran (tests/frozen). The
-    plan reads the configs of models, no parameters and no data."""
+    """Every planned program is among those that the stage compiled in a run (tests/frozen).
+
+    The plan reads the configs of models, no parameters and no data.
+    """
     values = as_planned(
         frozen.variants(conversations, finished)[name],
         conversations,
@@ -100,10 +105,12 @@ def test_what_is_planned_is_what_ran(
     )
     subject = shapes.subject(values)
     completions = most_feedback(values) if name == "tamer" else COMPLETIONS
-    drawn = programs.sketch(subject, make_layout(subject.config.mesh), completions)
-    assert [program.name for program in drawn.programs] == PLANNED[name]
+    step = programs.step_programs(
+        subject, make_layout(subject.config.mesh), completions
+    )
+    assert [program.name for program in step.programs] == PLANNED[name]
     ran = frozen.read()[name]
-    for program in drawn.programs:
+    for program in step.programs:
         if program.name not in SMALL:
             module = fingerprint.received(program.lower(), {}).module
             assert frozen.digest(module) in ran, program.name
@@ -124,26 +131,26 @@ def most_feedback(values):
 
 
 def test_a_plan_without_any_file_is_the_same(finished):
-    """The models come from the recipe's configs alone: the same programs as of those on the disk."""
+    """Models from the recipe's configs give the same programs as models on the disk."""
     on_disk = {
         **NOWHERE["ppo"],
         "init_from": str(finished / "02_sft"),
         "reward": str(finished / "04_reward"),
     }
-    drawn = [
-        programs.sketch(subject, make_layout(MeshConfig()))
+    plans = [
+        programs.step_programs(subject, make_layout(MeshConfig()))
         for subject in (shapes.subject(NOWHERE, "ppo"), shapes.subject(on_disk))
     ]
-    assert [p.name for p in drawn[0].programs] == POLICY
-    for one, other in zip(drawn[0].programs, drawn[1].programs, strict=True):
+    assert [p.name for p in plans[0].programs] == POLICY
+    for one, other in zip(plans[0].programs, plans[1].programs, strict=True):
         assert described(one.inputs) == described(other.inputs)
         assert one.model_flops == other.model_flops
-    digests = [frozen.digest(d.programs[-1].lower().as_text()) for d in drawn]
+    digests = [frozen.digest(d.programs[-1].lower().as_text()) for d in plans]
     assert digests[0] == digests[1]
 
 
 def test_a_reference_takes_memory_where_a_loss_has_one():
-    """All of the model's parameters beside the policy's state; a precomputed one too, and no adapters' base twice."""
+    """A reference takes memory, a precomputed one too; a base that adapters share does not."""
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
 
     def beside(**changes):
@@ -154,9 +161,9 @@ def test_a_reference_takes_memory_where_a_loss_has_one():
         }
         config |= {"length": 32, "batch_size": 8, "steps": 2, **changes}
         values = {**NOWHERE, "stages": (*NOWHERE["stages"], "direct"), "direct": config}
-        sketch = programs.sketch(shapes.subject(values, "direct"), layout)
-        (step,) = (p for p in sketch.programs if p.name == "step")
-        return len(sketch.programs), compiled.beside(step, sketch.held)
+        step = programs.step_programs(shapes.subject(values, "direct"), layout)
+        (update,) = (p for p in step.programs if p.name == "step")
+        return len(step.programs), compiled.held_by_others(update, step.held)
 
     size = 4.0 * memory.parameters(shapes.subject(NOWHERE, "sft").model)
     assert beside(loss={"name": "dpo"}) == (2, size)
@@ -172,9 +179,9 @@ def beside_the_update(**changes):
         "ppo": NOWHERE["ppo"] | {"mesh": {"data": 2, "devices": "0:2"}} | changes,
     }
     subject = shapes.subject(values, "ppo")
-    drawn = programs.sketch(subject, make_layout(subject.config.mesh))
-    (update,) = (program for program in drawn.programs if program.name == "update")
-    return compiled.beside(update, drawn.held)
+    step = programs.step_programs(subject, make_layout(subject.config.mesh))
+    (update,) = (program for program in step.programs if program.name == "update")
+    return compiled.held_by_others(update, step.held)
 
 
 def test_memory_is_counted_per_role():
@@ -216,7 +223,7 @@ def as_group(ppo_values, estimator):
 
 
 def planned_as(name, values, completions=2):
-    """The tiny recipe with these values for a stage, sketched: programs by name."""
+    """Returns the programs by name of a stage of the tiny recipe with these values."""
     recipe_values = {
         **NOWHERE,
         "stages": tuple(dict.fromkeys((*NOWHERE["stages"], name))),
@@ -225,7 +232,7 @@ def planned_as(name, values, completions=2):
     subject = shapes.subject(recipe_values, name)
     return {
         p.name: p
-        for p in programs.sketch(
+        for p in programs.step_programs(
             subject, make_layout(subject.config.mesh), completions
         ).programs
     }
@@ -244,11 +251,12 @@ def test_a_group_runs_its_prompt_once():
 
 
 def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapters():
-    """Forward, gradients of inputs, gradients of weights are 3; remat=full adds a pass, adapters leave one out."""
+    """Of 3 passes, remat=full adds one, and adapters leave out the weights' gradients."""
     full = dataclasses.replace(MODEL, remat="full")
-    assert [
-        programs._passes(rank, c) * 3 for rank in (0, 4) for c in (MODEL, full)
-    ] == pytest.approx([3, 4, 2, 3])
+    for rank, c, passes in ((0, MODEL, 3), (0, full, 4), (4, MODEL, 2), (4, full, 3)):
+        role = Role("x", lora=LoraConfig(rank=rank))
+        ratio = programs.flops_ratio([Net("policy", role, c)])
+        assert ratio == pytest.approx(passes / 3)
     subject = shapes.subject(
         NOWHERE | {"ppo": NOWHERE["ppo"] | {"value": "policy"}}, "ppo"
     )
@@ -256,20 +264,20 @@ def test_training_computes_more_than_palm_counts_with_remat_and_less_with_adapte
         net._replace(config=full) if net.name == "policy" else net
         for net in subject.nets
     ]
-    assert programs.passes([net for net in mixed if net.role.optim]) == 1.0
+    assert programs.flops_ratio([net for net in mixed if net.role.optim]) == 1.0
     subject = subject.with_models(remat="full")
     times = {
-        p.name: p.passes
-        for p in programs.sketch(subject, make_layout(MeshConfig())).programs
+        p.name: p.flops_ratio
+        for p in programs.step_programs(subject, make_layout(MeshConfig())).programs
     }
     assert times.pop("update") == pytest.approx(4 / 3) and set(times.values()) == {1.0}
 
 
 def test_flops_of_ppos_programs_by_hand():
-    """PaLM's 6 N + 12 L H Q T a token, a forward pass a third; N by hand, LM 7,728 and a scalar head of 17."""
+    """6 N + 12 L H Q T per token, a forward pass a third; N is 7,728, a scalar head 17."""
     layout = make_layout(MeshConfig())
-    sketch = programs.sketch(shapes.subject(NOWHERE, "ppo"), layout)
-    flops = {p.name: p.model_flops for p in sketch.programs}
+    step = programs.step_programs(shapes.subject(NOWHERE, "ppo"), layout)
+    flops = {p.name: p.model_flops for p in step.programs}
     trunk = 320 * 16 + (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
     attention = 12 * 2 * 8 * 32
     policy, value = 6 * trunk + attention, 6 * (trunk + 17) + attention
@@ -282,7 +290,7 @@ def test_flops_of_ppos_programs_by_hand():
         2 * tokens * (policy + value) + 2 * tokens * policy
     )
     assert flops["prepare"] == 0
-    assert (sketch.tokens, sketch.batch, sketch.time) == (16 * 8, 8, 32)
+    assert (step.tokens, step.batch, step.time) == (16 * 8, 8, 32)
 
 
 def test_a_pass_without_a_gradient_is_a_third_of_a_step():
@@ -316,7 +324,7 @@ def test_a_reward_of_several_models_has_a_program_for_each():
         "reward_0",
         "reward_2",
     ]
-    planned = programs.sketch(subject, make_layout(MeshConfig())).programs
+    planned = programs.step_programs(subject, make_layout(MeshConfig())).programs
     scores = {p.name: p.model_flops for p in planned if p.name.startswith("score")}
     assert list(scores) == ["score_0", "score_2"]
     assert scores["score_0"] == scores["score_2"] > 0
@@ -326,7 +334,9 @@ def test_arrays_are_laid_over_the_mesh():
     config = to_dict(tiny.get_config("data=nowhere"))
     config["sft"]["mesh"] |= {"fsdp": 2, "tensor": 2}
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
-    inputs = programs.sketch(shapes.subject(config, "sft"), layout).programs[0].inputs
+    inputs = (
+        programs.step_programs(shapes.subject(config, "sft"), layout).programs[0].inputs
+    )
     by_path = {x.path: x for x in inputs if hasattr(x, "path")}
     kernel = by_path[
         next(
@@ -361,7 +371,7 @@ def test_a_model_that_is_nowhere_is_asked_for():
     }
     with pytest.raises(
         ConfigError,
-        match=r"ppo: policy=runs/start: no model there; say its shape with --model",
+        match=r"ppo: policy=runs/start: no model there; give its shape with --model",
     ):
         shapes.subject(config)
     got = shapes.subject(config, model="gpt3-1.3b:dtype=bfloat16,scan_layers=true")
@@ -388,4 +398,4 @@ def test_what_cannot_be_planned():
     with pytest.raises(
         ConfigError, match=r"sft.batch_size=6 is not divisible by the 4 devices"
     ):
-        programs.sketch(shapes.subject(config, "sft"), layout)
+        programs.step_programs(shapes.subject(config, "sft"), layout)

@@ -11,7 +11,7 @@ import pytest
 from rlhfjax.config import to_dict
 from rlhfjax.plan import shapes
 from rlhfjax.plan.chips import CHIPS
-from rlhfjax.plan.programs import Sketch
+from rlhfjax.plan.programs import StepPrograms
 from rlhfjax.plan.topology import Target
 from tests import tiny
 from tests.needs import needs
@@ -81,9 +81,9 @@ def test_a_known_row_is_not_compiled_and_what_does_not_fit_says_why(monkeypatch)
 
     monkeypatch.setattr(scale, "check_it_fits", check)
     ppo = next(row for row in ROWS if row.name.startswith("instructgpt/ppo"))
-    assert scale.judge(ppo, known="d") == Outcome("d", known=True)
+    assert scale.compile_if_new(ppo, known="d") == Outcome("d", known=True)
     failure = f"{ppo.name} does not fit: ('update',)"
-    assert scale.judge(ppo, known="") == Outcome("d", failure=failure)
+    assert scale.compile_if_new(ppo, known="") == Outcome("d", failure=failure)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_rows_digest_changes_with_its_program(small):
 
 FACTS = {
     "libtpu": lambda: "1.2.4",
-    "beside": lambda program, held: 1.0,
+    "held_by_others": lambda program, held: 1.0,
     "tpu_flags": lambda: ["--xla_tpu_x=1"],
     "options": lambda folder: {"xla_dump_to": folder},
     "topology": {"name": "2 x v5e:2x2"},
@@ -131,18 +131,20 @@ def test_a_rows_digest_changes_with_what_else_decides_whether_it_fits(
     small, monkeypatch
 ):
     """One program, lowered once: another version, memory, flags, options, or number of slices."""
-    real = scale.programs.sketch
-    sketched = []
+    real = scale.programs.step_programs
+    known = []
 
-    def sketch(subject, layout, completions):
-        if not sketched:
+    def step_programs(subject, layout, completions):
+        if not known:
             (step,) = real(subject, layout, completions).programs
             lowered = step.lower()
             step = step._replace(lower=lambda: lowered)
-            sketched.append(Sketch([step], tokens=1, steps=1, batch=1, time=1, held=[]))
-        return sketched[0]
+            known.append(
+                StepPrograms([step], tokens=1, steps=1, batch=1, time=1, held=[])
+            )
+        return known[0]
 
-    monkeypatch.setattr(scale.programs, "sketch", sketch)
+    monkeypatch.setattr(scale.programs, "step_programs", step_programs)
     digests = [small()]
     for name, value in FACTS.items():
         with monkeypatch.context() as patch:
@@ -178,5 +180,5 @@ def test_the_digest_of_a_row_is_that_of_another_process():
     environment |= {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *(row.name for row in rows)]
     how = {"env": environment, "cwd": Path(__file__).parent, "text": True}
-    said = subprocess.check_output(command, **how)
-    assert said.split() == [scale.digest(row) for row in rows][::-1]
+    output = subprocess.check_output(command, **how)
+    assert output.split() == [scale.digest(row) for row in rows][::-1]

@@ -11,9 +11,9 @@ from rlhfjax.mesh import AXES, MeshConfig
 from rlhfjax.models.presets import preset
 from rlhfjax.plan import chips, predict, search, topology
 from rlhfjax.plan.chips import CHIPS, GIB
-from rlhfjax.plan.compiled import Measured, Memory
+from rlhfjax.plan.compiled import CompiledProgram, Memory
 from rlhfjax.plan.estimate import Estimate
-from rlhfjax.plan.programs import Sketch
+from rlhfjax.plan.programs import StepPrograms
 from rlhfjax.stages.sft import Config
 from tests.plan.subjects import subject_of
 
@@ -33,10 +33,14 @@ def plan(fits, seconds=1.0):
         Memory(0.0, 0.0, 0.0, 0.0, GIB * (10 if fits else 20)),
         chips.Roofline(seconds, 0.0, 0.0, 0.0) if fits else None,
     )
-    step = Measured("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
+    step = CompiledProgram("step", memory, 16 * GIB, fits, None, [], roof, 1.0, 0.0)
     target = topology.Target("stub", jax.devices()[:1], CHIPS["v5e"], 16 * GIB)
     return predict.Plan(
-        sft(), target, dict.fromkeys(AXES, 1), Sketch([], 1000, 10, 1, 1, []), [step]
+        sft(),
+        target,
+        dict.fromkeys(AXES, 1),
+        StepPrograms([], 1000, 10, 1, 1, []),
+        [step],
     )
 
 
@@ -47,7 +51,7 @@ def candidate(chips, gib, seconds=1.0, chip="v5e"):
 
 @pytest.mark.parametrize("first_that_fits", [1, 2, 4, 8, 16, 32, 64, None])
 def test_the_smallest_is_found_wherever_arithmetic_begins(first_that_fits):
-    """Against every slice asked; about as many questions as steps between the guess and the answer."""
+    """It compiles about as many slices as there are between the guess and the answer."""
     sizes = [1, 2, 4, 8, 16, 32, 64]
     for guess in sizes:
         ordered, asked = [candidate(n, 14 if n >= guess else 15) for n in sizes], []
@@ -76,7 +80,7 @@ def stub(monkeypatch, table):
 
 
 def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
-    """Rates a chip fall with the slice, 1000 / (1.5^i x 2^i): nothing larger is worth a compilation."""
+    """Rates per chip fall with the slice, so nothing larger is worth a compilation."""
     stub(monkeypatch, {"v5e": [(2**i, 56 / 2**i, 1.5**i) for i in range(6)]})
     asked = []
 
@@ -91,7 +95,7 @@ def test_it_compiles_a_good_guess_and_the_one_below(monkeypatch):
 
 
 def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
-    """8 chips take a fifth of 4 chips' time, by arithmetic and, twice as slow, by the compiler; not so 16."""
+    """8 chips take a fifth of 4 chips' time, estimated and compiled; 16 promise less."""
     stub(monkeypatch, {"v5e": [(4, 10, 10.0), (8, 5, 2.0), (16, 3, 1.5), (32, 2, 1.4)]})
     asked = []
 
@@ -102,7 +106,7 @@ def test_a_larger_slice_with_more_tokens_a_chip_is_found(monkeypatch):
     found = search.search(sft(), ["v5e"], compiled)
     assert asked == [4, 8]
     assert found.fewest.chips == 4 and found.best.chips == 8
-    assert found.rate(found.best) == pytest.approx(1000 / 4 / 8)
+    assert found.best.rate == pytest.approx(1000 / 4 / 8)
 
 
 def test_chips_are_compared_and_each_has_its_smallest(monkeypatch):
@@ -146,7 +150,7 @@ def axes(mesh):
 
 
 def test_meshes_of_slices():
-    """64 rows: FSDP over up to 64 devices, tensor beyond; 50257 = 29 x 1733 is not divided by it."""
+    """64 rows: FSDP over up to 64 devices, then tensor, which does not divide 50257."""
     assert axes(search.mesh_for(sft(), 16)) == (1, 16, 1, {})
     assert axes(search.mesh_for(sft(), 128)) == (1, 64, 2, {"vocab": ()})
     assert axes(
@@ -165,7 +169,7 @@ def test_meshes_that_the_config_gives():
 
 
 def test_candidates_of_a_chip():
-    """1.3B with two moments and a gradient, 21 GB, fits no single v5e; sizes, meshes and a device's share of tpu7x."""
+    """1.3B with moments and gradients has 21 GB and fits no single v5e."""
     found = {c.topology: c for c in search.candidates(sft(), "v5e")}
     assert list(found) == [f"v5e:{s}" for s in search.FLAT]
     assert not found["v5e:1x1"].expected_to_fit and found["v5e:4x4"].expected_to_fit
