@@ -1,8 +1,9 @@
 """A conversation with a model in the terminal: turns, streamed tokens, `/reset`, `/quit`."""
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,8 @@ def run(
     max_new_tokens: int,
     seed: int,
     int8: bool = False,
-    inputs: TextIO | None = None,
-    out: TextIO | None = None,
+    inputs: io.TextIOBase | None = None,
+    out: io.TextIOBase | None = None,
 ) -> None:
     """Responds to one line after the other, until the input ends.
 
@@ -103,7 +104,8 @@ def run(
     Raises:
       CheckpointError: there is no model.
     """
-    source, target = inputs or sys.stdin, out or sys.stdout
+    source: Any = inputs or sys.stdin
+    target: Any = out or sys.stdout
     if source is sys.stdin and sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history)
     saved = store.load(path, make_layout())
@@ -130,7 +132,7 @@ def run(
             print(file=target)
 
 
-def _lines(source: TextIO, target: TextIO) -> Iterator[str]:
+def _lines(source: Any, target: Any) -> Iterator[str]:
     """Yields the lines of the input, with a prompt before each if it is a terminal."""
     if source is sys.stdin:
         try:

@@ -26,7 +26,7 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import task
 from rlhfjax.rl.config import HumanConfig
 from rlhfjax.rl.prompts import Repeated
-from rlhfjax.rl.rewards import with_human
+from rlhfjax.rl.rewards import add_human_reward
 from rlhfjax.rl.rollout import Rollout, TokenIds
 from rlhfjax.stages import group
 from tests import small_world
@@ -474,7 +474,7 @@ def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(
 
 def test_a_human_reward_is_added_less_and_less_by_hand():
     config = HumanConfig(reward="x", weight=0.5, factor=0.25)
-    scores, pairs = with_human(
+    scores, pairs = add_human_reward(
         config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2)
     )
     np.testing.assert_allclose(
