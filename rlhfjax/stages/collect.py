@@ -50,7 +50,7 @@ class Config(SamplingConfig):
     init_from: str
     """Workdir of the policy that responds."""
     labeler: str
-    """Labeler whose scores are kept: gold:sentiment, rankings:GLOB, a reward's or judge's workdir."""
+    """Labeler whose scores are kept: gold:sentiment, rankings:GLOB, or a reward's workdir."""
     others: tuple[str, ...] = ()
     """Labelers of the same responses, for inter-labeler agreement alone."""
     prompts: PromptConfig = PromptConfig()
