@@ -32,7 +32,14 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl.config import KLConfig
-from rlhfjax.rl.rollout import Rollout, Tokens, response_logprobs, sampled, truncated
+from rlhfjax.rl.rollout import (
+    Rollout,
+    TokenIds,
+    response_logprobs,
+    sample,
+    truncate_responses,
+)
+from rlhfjax.sampling import Sampling
 from rlhfjax.stages import group, ppo, reinforce_pp
 
 PAD, EOS, VOCAB, LENGTH = 0, 2, 6, 2
@@ -164,7 +171,7 @@ def ppo_config(steps: int, **changes: Any) -> ppo.Config:
 
 
 def group_config(steps: int, **changes: Any) -> group.Config:
-    own = {"batch_size": EPISODES // 8, "completions": 8, "minibatches": 2}
+    own = {"batch_size": EPISODES // 8, "samples_per_prompt": 8, "minibatches": 2}
     return group.Config(**settings(steps, **{**own, **changes}))
 
 
@@ -185,7 +192,7 @@ class Algorithm(NamedTuple):
 
     config: Any  # of a policy stage
     model: Model
-    tokens: Tokens
+    ids: TokenIds
     programs: Any  # its Programs
 
 
@@ -193,21 +200,21 @@ def start(
     config: Any, shape: TransformerConfig = SHAPE
 ) -> tuple[Algorithm, states.TrainState, Any]:
     """Returns (algorithm, state, reference); the reference is the same for every config."""
-    model, critic, tokens = Model(shape), Model(shape, "scalar"), Tokens(EOS, PAD)
+    model, critic, ids = Model(shape), Model(shape, "scalar"), TokenIds(EOS, PAD)
     params = {"policy": jax.tree.map(jnp.array, fresh(model, 100))}
     extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
     if isinstance(config, ppo.Config):
-        programs: Any = ppo.programs(config, model, critic, tokens)
+        programs: Any = ppo.programs(config, model, critic, ids)
         value = jax.tree.map(jnp.array, fresh(critic, 101))
         head = {"head": jax.tree.map(jnp.zeros_like, value["head"])}
         params["value"] = head if config.value == "shared" else value | head
     elif isinstance(config, group.Config):
-        programs = group.programs(config, model, tokens)
+        programs = group.programs(config, model, ids)
         extra |= {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
     else:
-        programs = reinforce_pp.programs(config, model, tokens)
+        programs = reinforce_pp.programs(config, model, ids)
     reference = fresh(model, 100)
-    algorithm = Algorithm(config, model, tokens, programs)
+    algorithm = Algorithm(config, model, ids, programs)
     return algorithm, states.TrainState.create(params, programs.tx, **extra), reference
 
 
@@ -215,8 +222,11 @@ def rollout_of(
     algorithm: Algorithm, params: Any, prompts: jax.Array, key: jax.Array
 ) -> Rollout:
     """Samples a response to every row."""
-    config, model, tokens, _ = algorithm
-    return sampled(config, model, tokens, params, prompts, jnp.ones_like(prompts), key)
+    sampling = Sampling.from_config(algorithm.config, algorithm.ids)
+    attention_mask = jnp.ones_like(prompts)
+    return sample(
+        algorithm.model, params, prompts, attention_mask, key, sampling=sampling
+    )
 
 
 def experience(
@@ -233,10 +243,10 @@ def experience_of(
     algorithm: Algorithm, state: states.TrainState, reference: Any, rollout: Rollout
 ) -> tuple[Any, Any]:
     """Returns (experience, metrics) of a rollout, scored by the table."""
-    scored = truncated(algorithm.config, algorithm.tokens, rollout)
-    scores = reward(scored.tokens, scored.segments, scored.mask)
-    known = algorithm.programs.forward(state.params, reference, rollout)
-    return algorithm.programs.make_experience(state, known, rollout, scores)
+    scored = truncate_responses(algorithm.config, algorithm.ids, rollout)
+    scores = reward(scored.tokens, scored.attention_mask, scored.mask)
+    outputs = algorithm.programs.forward(state.params, reference, rollout)
+    return algorithm.programs.make_experience(state, outputs, rollout, scores)
 
 
 def train(config: Any, seed: int = 0) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -40,6 +40,7 @@ from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
 from rlhfjax.rl import task
 from rlhfjax.rl.rollout import sample
+from rlhfjax.sampling import Sampling
 from rlhfjax.stages import stage_config
 
 SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
@@ -232,7 +233,7 @@ def stage_values(
         groups = {
             "estimator": "grpo",
             "batch_size": w["prompts"],
-            "completions": w["group"],
+            "samples_per_prompt": w["group"],
         }
         return (
             policy_options
@@ -290,12 +291,19 @@ def run_generate(shape: Any, w: dict[str, Any], meter: Meter) -> None:
     model = Model(shape)
     params = jax.jit(model.init)(jax.random.key(0))
     data = Data(prompts(w, shape.vocab_size), meter)
-    limits = {"max_new_tokens": w["new"], "eos_id": 2, "pad_id": 0, "temperature": 1.0}
+    sampling = Sampling(max_new_tokens=w["new"], eos_id=2, pad_id=0)
     for step in range(w["warmup"] + w["steps"] + 1):
         batch = next(data).prompts
         key = jax.random.key(step)
         jax.block_until_ready(
-            sample(model, params, batch.tokens, batch.attention_mask, key, **limits)
+            sample(
+                model,
+                params,
+                batch.tokens,
+                batch.attention_mask,
+                key,
+                sampling=sampling,
+            )
         )
 
 

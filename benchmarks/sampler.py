@@ -30,7 +30,7 @@ import numpy as np
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
-from rlhfjax.sampling import Samples, generate
+from rlhfjax.sampling import Samples, Sampling, generate
 
 PAD, EOS = 0, 2
 ROWS, PROMPT, NEW = 64, 64, 64  # the workload `generate` of benchmarks.run
@@ -59,19 +59,15 @@ class LongTail(Model):
 def sample(
     model: Model, params: Any, prompts: jax.Array, keys: jax.Array, **how: Any
 ) -> Samples:
-    settings = {
-        "max_new_tokens": how["new"],
-        "eos_id": how.get("eos", -1),
-        "pad_id": PAD,
-    }
-    rows = {
-        name: how[name]
-        for name in ("samples_per_prompt", "decode_batch")
-        if name in how
-    }
-    return generate(
-        model, params, prompts, jnp.ones_like(prompts), keys, **settings, **rows
+    sampling = Sampling(
+        max_new_tokens=how["new"],
+        eos_id=how.get("eos", -1),
+        pad_id=PAD,
+        samples_per_prompt=how.get("samples_per_prompt", 1),
+        decode_batch=how.get("decode_batch", 0),
     )
+    attention_mask = jnp.ones_like(prompts)
+    return generate(model, params, prompts, attention_mask, keys, sampling)
 
 
 def step_cost(shape: TransformerConfig, rows: int, places: int) -> tuple[float, float]:

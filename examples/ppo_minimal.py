@@ -47,7 +47,7 @@ from rlhfjax.data.loader import prompt_batches
 from rlhfjax.data.sources import open_source
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
-from rlhfjax.sampling import generate
+from rlhfjax.sampling import Sampling, generate
 
 SHOWN = ("score", "kl", "kl_coefficient", "policy_loss", "value_loss", "clip_fraction")
 jit = partial(jax.jit, static_argnames=("model", "config"))
@@ -92,18 +92,14 @@ class Experience(NamedTuple):
 @jit
 def sample(model, config, params, prompts_bp, attention_mask_bp, key):
     """Returns tokens_bt, attention_mask_bt and mask_br of one response to each prompt."""
-    rows_b = jnp.arange(config.batch_size)
-    samples = generate(
-        model,
-        params,
-        prompts_bp,
-        attention_mask_bp,
-        jax.vmap(jax.random.fold_in, (None, 0))(key, rows_b),
+    keys_b = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(config.batch_size))
+    sampling = Sampling(
         max_new_tokens=config.response_length,
         eos_id=config.eos_id,
         pad_id=config.pad_id,
         temperature=config.temperature,
     )
+    samples = generate(model, params, prompts_bp, attention_mask_bp, keys_b, sampling)
     mask_br = samples.mask
     tokens_bt = jnp.hstack([prompts_bp, samples.tokens])
     attention_mask_bt = jnp.hstack([attention_mask_bp, mask_br.astype(int)])

@@ -1,8 +1,9 @@
-"""A conversation with a model in the terminal: several turns, tokens as they are drawn, `/reset`, `/quit`."""
+"""A conversation with a model in the terminal: turns, streamed tokens, `/reset`, `/quit`."""
 
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,70 +16,64 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.paths import Path
-from rlhfjax.sampling.generate import stream
+from rlhfjax.sampling import Sampling, stream
 
 BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled
 HELP = "/reset forgets the conversation, /quit ends it"
 
 
 class Chat:
-    """One conversation: the messages so far and the model that answers."""
+    """A conversation: the messages so far, and the model that responds."""
 
-    def __init__(
-        self,
-        saved: store.SavedModel,
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-    ):
+    def __init__(self, saved: store.SavedModel, sampling: Sampling, *, seed: int):
         if saved.model.head != "lm":
             raise ConfigError(
-                f"chat: this model has a {saved.model.head} head and cannot speak"
+                f"chat: needs a language model, this one has a {saved.model.head} head"
             )
-        if max_new_tokens >= saved.model.config.max_length:
+        max_length = saved.model.config.max_length
+        if sampling.max_new_tokens >= max_length:
             raise ConfigError(
-                f"--max_new_tokens={max_new_tokens} leaves no room in a context of {saved.model.config.max_length}"
+                f"--max_new_tokens={sampling.max_new_tokens}: "
+                f"must be less than the model's context of {max_length}"
             )
         self.model, self.params = saved.model, saved.params
-        self.tokenizer = saved.tokenizer
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.tokenizer, self.sampling = saved.tokenizer, sampling
         self._key, self._turns = jax.random.key(seed), 0
         self.messages: list[Message] = []
 
     def reset(self) -> None:
         self.messages = []
 
-    def answer(self, text: str) -> Iterator[str]:
-        """Yields the pieces of the answer as they come, and remembers the turn."""
+    def respond(self, text: str) -> Iterator[str]:
+        """Yields the pieces of the response as they come, and adds both turns to the messages."""
         self.messages.append({"role": "user", "content": text})
-        tokens, segments = self._prompt()
+        tokens, attention_mask = self._prompt()
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
-        limits = {
-            "max_new_tokens": self.max_new_tokens,
-            "eos_id": self.tokenizer.eos_id,
-        }
-        rows = (jnp.asarray(tokens), jnp.asarray(segments))
-        drawn = stream(
-            self.model, self.params, *rows, key, temperature=self.temperature, **limits
+        ids = stream(
+            self.model,
+            self.params,
+            jnp.asarray(tokens),
+            jnp.asarray(attention_mask),
+            key,
+            self.sampling,
         )
         pieces = []
-        for piece in decode_stream(self.tokenizer, drawn):
+        for piece in decode_stream(self.tokenizer, ids):
             pieces.append(piece)
             yield piece
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _prompt(self) -> tuple[np.ndarray, np.ndarray]:
-        """The conversation as one left-padded row; its oldest turns go when the context is full."""
-        room = self.model.config.max_length - self.max_new_tokens
+        """Returns the conversation, left-padded; the oldest turns go if it is too long."""
+        room = self.model.config.max_length - self.sampling.max_new_tokens
         ids = render_prompt(self.tokenizer, self.messages, max_tokens=room)
         length = min(room, -(-len(ids) // BUCKET) * BUCKET)
         return pad_left([ids], length=length, pad_id=self.tokenizer.pad_id)
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens arrive; bytes of an unfinished character are held back."""
+    """Yields text as its tokens arrive; bytes of an unfinished character are held back."""
     seen, shown = [], 0
     for token in ids:
         seen.append(token)
@@ -101,44 +96,49 @@ def run(
     inputs: io.TextIOBase | None = None,
     out: io.TextIOBase | None = None,
 ) -> None:
-    """Reads a line, answers it, until the end of the input.
+    """Responds to one line after the other, until the input ends.
 
     Args:
       path: a model's folder or workdir, or a foreign name (see `interop.foreign`).
-      int8: whether its weights and its cache are int8.
+      int8: whether weights and cache are int8.
     Raises:
       CheckpointError: there is no model.
     """
-    inputs, out = inputs or sys.stdin, out or sys.stdout
-    if inputs is sys.stdin and sys.stdin.isatty():
+    source: Any = inputs or sys.stdin
+    target: Any = out or sys.stdout
+    if source is sys.stdin and sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history)
-    layout = make_layout()
-    saved = store.load(path, layout)
+    saved = store.load(path, make_layout())
     saved = store.int8(saved) if int8 else saved
-    chat = Chat(
-        saved, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        eos_id=saved.tokenizer.eos_id,
+        pad_id=saved.tokenizer.pad_id,
+        temperature=temperature,
     )
-    print(f"{store.found(path)}  ({HELP})", file=out)
-    for line in _lines(inputs, out):
+    chat = Chat(saved, sampling, seed=seed)
+    print(f"{store.found(path)}  ({HELP})", file=target)
+    for line in _lines(source, target):
         if line == "/quit":
             return
         if line == "/reset":
             chat.reset()
-            print("(a new conversation)", file=out)
+            print("(a new conversation)", file=target)
         elif line.startswith("/"):
-            print(f"({line} is unknown: {HELP})", file=out)
+            print(f"({line} is unknown: {HELP})", file=target)
         elif line:
-            for piece in chat.answer(line):
-                print(piece, end="", file=out, flush=True)
-            print(file=out)
+            for piece in chat.respond(line):
+                print(piece, end="", file=target, flush=True)
+            print(file=target)
 
 
-def _lines(inputs: io.TextIOBase, out: io.TextIOBase) -> Iterator[str]:
-    if inputs is sys.stdin:
+def _lines(source: Any, target: Any) -> Iterator[str]:
+    """Yields the lines of the input, with a prompt before each if it is a terminal."""
+    if source is sys.stdin:
         try:
             while True:
                 yield input("> ").strip()
         except EOFError:
-            print(file=out)
+            print(file=target)
     else:
-        yield from (line.strip() for line in inputs)
+        yield from (line.strip() for line in source)

@@ -154,7 +154,9 @@ def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
                 f.name: getattr(value, f.name) for f in dataclasses.fields(inner)
             }
             value = defaults(inner, inner_values, where)
-        elif Mapping in map(typing.get_origin, typing.get_args(hints[name])):
+        elif Mapping in [
+            typing.get_origin(arm) for arm in typing.get_args(hints[name])
+        ]:
             # A name or a mapping: each can be put in place of the other, in a file or by a flag.
             if isinstance(value, config_dict.FieldReference):
                 value = value.get()

@@ -76,8 +76,8 @@ DEFECTS = [
     d(
         1,
         "sampling/generate.py",
-        "length + s.step - 1, p + s.step - 1",
-        "jnp.full_like(length, p) + s.step - 1, p + s.step - 1",
+        "position, place = length + s.step - 1, p + s.step - 1",
+        "position, place = jnp.full_like(length, p) + s.step - 1, p + s.step - 1",
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
@@ -115,8 +115,8 @@ DEFECTS = [
     ),
     d(
         2,
-        "sampling/generate.py",
-        "if eos_id == pad_id:",
+        "sampling/config.py",
+        "if self.eos_id == self.pad_id:",
         "if False:",
         "sampling/test_generate.py::test_pitfall_02_the_end_is_not_padding",
     ),
@@ -131,9 +131,9 @@ DEFECTS = [
     # 3: the reference (and whoever scores with it) forgets the temperature
     d(
         3,
-        "rl/rollout.py",
-        "        rows = (\n            rollout.tokens,\n            rollout.segments,\n            rollout.mask.shape[1],\n            config.temperature,\n        )\n",
-        "        rows = (rollout.tokens, rollout.segments, rollout.mask.shape[1], 1.0)\n",
+        "rl/iteration.py",
+        "response_outputs(config, model, params, rollout)",
+        "response_outputs(__import__('dataclasses').replace(config, temperature=1.0), model, params, rollout)",
         "test_stages.py::test_pitfall_03_first_ratio_is_one_and_kl_zero_at_temperature_not_one",
         "test_stage_group.py::test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero",
     ),
@@ -141,36 +141,36 @@ DEFECTS = [
     d(
         3,
         "stages/ppo.py",
-        '            params["policy"], hidden, batch.tokens[:, -r:], c.temperature\n',
-        '            params["policy"], hidden, batch.tokens[:, -r:], 1.0\n',
+        'response_outputs(c, model, params["policy"], batch)',
+        'response_outputs(dataclasses.replace(c, temperature=1.0), model, params["policy"], batch)',
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     # 3: the sampler draws with it and reports without
     d(
         3,
         "sampling/choose.py",
-        "logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)\n        token = inverse_cdf(logits, u)",
-        "token = inverse_cdf(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), u)",
+        "token = inverse_cdf(logits, u)\n    picked",
+        "token = inverse_cdf(logits, u)\n        logits = logits * sampling.temperature\n    picked",
         "sampling/test_generate.py::test_pitfall_03_logprobs_carry_the_temperature",
     ),
     # 4: drawn from the truncated softmax, scored by the whole one
     d(
         4,
         "sampling/choose.py",
-        "logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)\n        token = inverse_cdf(logits, u)",
-        "logits = logits / temperature\n        token = inverse_cdf(keep_top_p(keep_top_k(logits, top_k), top_p), u)",
+        "logits = keep_top_k(logits / sampling.temperature, sampling.top_k)\n        logits = keep_top_p(logits, sampling.top_p)\n        token = inverse_cdf(logits, u)",
+        "logits = logits / sampling.temperature\n        token = inverse_cdf(keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p), u)",
         "sampling/test_generate.py::test_pitfall_04_truncated_logprobs_are_those_sampled_from",
     ),
     d(
         4,
-        "rl/rollout.py",
-        "        temperature=temperature,\n",
-        "        temperature=temperature,\n        top_p=0.95,\n",
+        "sampling/config.py",
+        "            temperature=config.temperature,\n",
+        "            temperature=config.temperature,\n            top_p=0.95,\n",
         "test_pitfalls.py::test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax",
     ),
     d(
         4,
-        "rl/config.py",
+        "sampling/config.py",
         "    stop_at_eos: bool = True",
         "    top_k: int = 0\n    top_p: float = 1.0\n    stop_at_eos: bool = True",
         "test_pitfalls.py::test_pitfall_04_a_training_stage_cannot_be_asked_to_truncate",
@@ -179,8 +179,8 @@ DEFECTS = [
     d(
         5,
         "sampling/generate.py",
-        "pick(model.logits(params, hidden), u[step])",
-        "pick(model.logits(params, hidden.astype(jnp.bfloat16)), u[step])",
+        "logits = model.logits(params, hidden)\n        token, logprob = choose(logits, u[step]",
+        "logits = model.logits(params, hidden.astype(jnp.bfloat16))\n        token, logprob = choose(logits, u[step]",
         "sampling/test_generate.py::test_pitfall_05_logprobs_are_teacher_forced",
         "sampling/test_generate.py::test_pitfall_05_cached_is_uncached",
     ),
@@ -190,7 +190,7 @@ DEFECTS = [
         5,
         "sampling/continuous.py",
         'position = lengths.at[s.row].get(mode="clip") + s.step - 1',
-        'position = lengths.at[s.row].get(mode="clip") + s.time',
+        'position = lengths.at[s.row].get(mode="clip") + s.decode_steps',
         "sampling/test_continuous.py::test_pitfall_05_continuous_logprobs_are_teacher_forced",
     ),
     # 6: text encoded anew: by the loader, by collection, before the reward
@@ -204,8 +204,8 @@ DEFECTS = [
     d(
         6,
         "stages/collect.py",
-        "rows += _rows(hosts.whole(rollout), some, labels, index, cut)",
-        """rows += _rows(hosts.whole(rollout), some, labels, index, cut)
+        "rows += _rows(batch, answers, labels)",
+        """rows += _rows(batch, answers, labels)
             for row in rows:
                 row["completion_tokens"] = [[*tokenizer.encode(x), tokenizer.eos_id] for x in row["completions"]]""",
         "test_pitfalls.py::test_pitfall_06_collected_answers_keep_their_ids",
@@ -213,8 +213,8 @@ DEFECTS = [
     d(
         6,
         "stages/ppo.py",
-        "rollout, state = drawn.rollout, without_next(state)",
-        """rollout, state = drawn.rollout, without_next(state)
+        "rollout, state = rollouts.current, drop_next_rollout(state)",
+        """rollout, state = rollouts.current, drop_next_rollout(state)
         import numpy as np
 
         tokens, mask = np.array(rollout.tokens), np.array(rollout.mask)
@@ -227,8 +227,8 @@ DEFECTS = [
     d(
         6,
         "stages/group.py",
-        "rollout, state = drawn.rollout, without_next(state)",
-        """rollout, state = drawn.rollout, without_next(state)
+        "rollout, state = rollouts.current, drop_next_rollout(state)",
+        """rollout, state = rollouts.current, drop_next_rollout(state)
         rollout = rollout._replace(tokens=rollout.tokens + 1)""",
         "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
@@ -243,9 +243,9 @@ DEFECTS = [
     ),
     d(
         7,
-        "rl/rollout.py",
-        "        temperature=temperature,\n",
-        "        temperature=0.0,\n",
+        "sampling/config.py",
+        "            temperature=config.temperature,\n",
+        "            temperature=0.0,\n",
         "test_stage_ppo.py::test_pitfall_07_every_iteration_draws_anew",
     ),
     # 8: an eos forced onto what was cut off; one token short of the limit; an eos in the padding
@@ -253,9 +253,9 @@ DEFECTS = [
     d(
         8,
         "sampling/generate.py",
-        "return jax.lax.while_loop(unfinished, advance, start).samples",
-        """samples = jax.lax.while_loop(unfinished, advance, start).samples
-    return samples._replace(tokens=samples.tokens.at[:, -1].set(eos_id))""",
+        "return jax.lax.while_loop(is_decoding, decode, start).samples",
+        """samples = jax.lax.while_loop(is_decoding, decode, start).samples
+    return samples._replace(tokens=samples.tokens.at[:, -1].set(sampling.eos_id))""",
         "sampling/test_generate.py::test_pitfall_08_the_end",
     ),
     d(
@@ -276,8 +276,8 @@ DEFECTS = [
     d(
         8,
         "stages/ppo.py",
-        "policy.entropy_bonus(entropy, mask, coefficient",
-        "policy.entropy_bonus(entropy, jnp.ones_like(mask), coefficient",
+        "                entropy, mask, coefficient=c.entropy_coefficient\n",
+        "                entropy, jnp.ones_like(mask), coefficient=c.entropy_coefficient\n",
         "test_pitfalls.py::test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss",
     ),
     d(
@@ -602,21 +602,21 @@ DEFECTS = [
     d(
         19,
         "rl/epochs.py",
-        "        jax.random.split(key, config.epochs)\n",
-        "        jax.random.split(key, 1)[jnp.zeros(config.epochs, int)]\n",
+        "epoch_keys = jax.random.split(key, config.epochs)",
+        "epoch_keys = jax.random.split(key, 1)[jnp.zeros(config.epochs, int)]",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
     d(
         19,
         "rl/epochs.py",
-        "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
+        "orders = orders.reshape(updates, b // config.minibatches)",
         "orders = jnp.repeat(orders[0].reshape(config.minibatches, -1), config.epochs, axis=0)",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
     d(
         19,
         "rl/epochs.py",
-        "orders = orders.reshape(config.epochs * config.minibatches, b // config.minibatches)",
+        "orders = orders.reshape(updates, b // config.minibatches)",
         "orders = orders[0].reshape(config.minibatches, b // config.minibatches)",
         "test_stage_ppo.py::test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order",
     ),
@@ -624,8 +624,14 @@ DEFECTS = [
     d(
         20,
         "stages/ppo.py",
-        '            model, params["policy"], batch.tokens, batch.segments, r\n',
-        '            model, params["policy"], batch.tokens, batch.segments, r, key\n',
+        'hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)',
+        """r = batch.mask.shape[1]
+        hidden = response_hidden(
+            model, params["policy"], batch.tokens, batch.attention_mask, r, key
+        )
+        logprobs, entropy = model.logprobs(
+            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
+        )""",
         "test_stage_ppo.py::test_pitfall_20_dropout_is_off_in_ppo",
     ),
     d(
@@ -754,15 +760,15 @@ DEFECTS = [
     d(
         26,
         "rl/epochs.py",
-        '    scale = c.coefficient * (\n        parts["loss"][1] / text.mask.shape[0] if c.unit == "sequence" else 1.0\n    )\n',
-        '    scale = c.coefficient * (parts["loss"][1] / text.mask.shape[0] if False else 1.0)\n',
+        'if config.ptx.unit == "sequence":',
+        "if False:",
         "test_stage_ppo.py::test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name",
     ),
     d(
         26,
         "rl/epochs.py",
-        'lambda g, m: g + scale * m, grads["policy"], more)',
-        'lambda g, m: (g + scale * config.ptx.ratio * m) / (1 + config.ptx.ratio), grads["policy"], more)',
+        "lambda g, ptx: g + scale * ptx, policy_grads, grads)",
+        "lambda g, ptx: (g + scale * config.ptx.ratio * ptx) / (1 + config.ptx.ratio), policy_grads, grads)",
         "test_stage_ppo.py::test_pitfall_26_gradients_of_ptx_are_added_in_the_unit_that_is_named",
     ),
     # ------------------------------------------------------------------ systems
@@ -770,24 +776,30 @@ DEFECTS = [
     d(
         27,
         "rl/rollout.py",
-        "return _SAMPLE(\n        model,\n        params,",
-        """return _SAMPLE(
-        model,
-        vars(sampled).setdefault("engine", jax.tree.map(jnp.copy, params)),""",
+        'sample = Program("rollout", _sample, _rollout_shapes)',
+        """engine = {}
+
+
+def _stale_sample(model, params, *rows, sampling):
+    params = engine.setdefault("params", jax.tree.map(jnp.copy, params))
+    return _sample(model, params, *rows, sampling=sampling)
+
+
+sample = Program("rollout", _stale_sample, _rollout_shapes)""",
         "test_stage_ppo.py::test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration",
     ),
     d(
         27,
         "stages/ppo.py",
-        'draw(config, sample, state, params["policy"], batch.prompts, key)',
-        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
+        "sample_rollouts(config, sampler, state, policy_params, prompts, key)",
+        "sample_rollouts(config, sampler, state, task.policy.read(), prompts, key)",
         "test_stages.py::test_pitfall_27_first_minibatch_of_every_iteration_has_ratio_one",
     ),
     d(
         27,
         "stages/group.py",
-        'draw(config, sample, state, params["policy"], batch.prompts, key)',
-        "draw(config, sample, state, task.policy.read(), batch.prompts, key)",
+        "sample_rollouts(config, sampler, state, policy_params, prompts, key)",
+        "sample_rollouts(config, sampler, state, task.policy.read(), prompts, key)",
         "test_policy_step.py::test_what_a_step_hands_to_its_parts",
     ),
     # 28: the mean of two hosts' means

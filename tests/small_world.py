@@ -41,11 +41,9 @@ def with_loss(patch: Any, module: Any, loss: Any) -> None:
     """
     minibatch_epochs = module.minibatch_epochs
 
-    def epochs(
-        config: Any, tx: Any, model: Any, own_loss: Any, *rows: Any, **options: Any
-    ) -> Any:
-        other = functools.partial(loss, **own_loss.keywords)
-        return minibatch_epochs(config, tx, model, other, *rows, **options)
+    def epochs(learner: Any, *args: Any) -> Any:
+        other = functools.partial(loss, **learner.loss.keywords)
+        return minibatch_epochs(learner._replace(loss=other), *args)
 
     patch.setattr(module, "minibatch_epochs", epochs)
 

@@ -15,7 +15,7 @@ from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.rl.rollout import row_keys, sample
-from rlhfjax.sampling.generate import generate
+from rlhfjax.sampling import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +30,31 @@ def saved(finished):
     return store.SavedModel(model, model.init(jax.random.key(1)), tiny.tokenizer)
 
 
-whole = jax.jit(
-    generate,
-    static_argnames=("model", "max_new_tokens", "eos_id", "pad_id", "temperature"),
-)
+whole = jax.jit(generate, static_argnames=("model", "sampling"))
 
 
-def start(saved, temperature=0.0, max_new_tokens=6, seed=0) -> Chat:
-    return Chat(
-        saved, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+def settings(saved, temperature=0.0, max_new_tokens=6) -> Sampling:
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        eos_id=saved.tokenizer.eos_id,
+        pad_id=saved.tokenizer.pad_id,
+        temperature=temperature,
     )
 
 
+def start(saved, temperature=0.0, max_new_tokens=6, seed=0) -> Chat:
+    return Chat(saved, settings(saved, temperature, max_new_tokens), seed=seed)
+
+
 def say(talk: Chat, text: str) -> str:
-    return "".join(talk.answer(text))
+    return "".join(talk.respond(text))
 
 
 def test_the_pieces_make_the_answer_that_generate_gives(saved):
     """Streaming and the batch sampler: same prompt, same key, same tokens, same text."""
     for temperature in (0.0, 1.0):
         talk = start(saved, temperature)
-        pieces = list(talk.answer("I love tea"))
+        pieces = list(talk.respond("I love tea"))
         tokenizer = talk.tokenizer
         ids = render_prompt(tokenizer, [{"role": "user", "content": "I love tea"}])
         out = whole(
@@ -59,10 +63,7 @@ def test_the_pieces_make_the_answer_that_generate_gives(saved):
             jnp.asarray(ids)[None],
             jnp.ones((1, len(ids)), jnp.int32),
             jax.random.fold_in(jax.random.key(0), 0)[None],
-            max_new_tokens=6,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            temperature=temperature,
+            settings(saved, temperature),
         )
         answer = tokenizer.decode(out.tokens[0][out.mask[0] > 0].tolist())
         assert "".join(pieces) == answer and answer
@@ -158,12 +159,15 @@ def test_unfinished_characters_are_held_back(saved):
 
 
 def test_a_model_that_cannot_speak_is_refused(finished, saved):
-    with pytest.raises(ConfigError, match="scalar head and cannot speak"):
+    with pytest.raises(
+        ConfigError, match="chat: needs a language model, this one has a scalar head"
+    ):
         start(
             store.load(finished / "04_reward", make_layout(devices=jax.devices()[:1]))
         )
     with pytest.raises(
-        ConfigError, match=r"--max_new_tokens=32 leaves no room in a context of 32"
+        ConfigError,
+        match="--max_new_tokens=32: must be less than the model's context of 32",
     ):
         start(saved, max_new_tokens=32)
 
@@ -227,16 +231,11 @@ def test_pitfall_29_equal_prompts_get_different_answers_on_every_device(saved):
     rows = layout.put(
         {"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)}
     )
-    limits = {
-        "max_new_tokens": 8,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "temperature": 1.0,
-    }
+    sampling = settings(saved, temperature=1.0, max_new_tokens=8)
     params = jax.device_put(saved.params, layout.replicated)
     draws = [
-        sample(saved.model, params, rows["p"], rows["s"], jax.random.key(k), **limits)
-        for k in (0, 1)
+        sample(saved.model, params, *rows.values(), key, sampling=sampling)
+        for key in (jax.random.key(0), jax.random.key(1))
     ]
     answers = np.concatenate([np.asarray(d.responses) for d in draws])
     assert len(np.unique(answers, axis=0)) == 32
@@ -245,7 +244,11 @@ def test_pitfall_29_equal_prompts_get_different_answers_on_every_device(saved):
         {"p": np.tile(ids, (16, 1)), "s": np.ones((16, len(ids)), np.int32)}
     )
     same = sample(
-        saved.model, saved.params, alone["p"], alone["s"], jax.random.key(0), **limits
+        saved.model,
+        saved.params,
+        *alone.values(),
+        jax.random.key(0),
+        sampling=sampling,
     )
     np.testing.assert_array_equal(
         same.responses, draws[0].responses

@@ -245,7 +245,7 @@ IMPOSSIBLE = [
     ("--config.reward.length=33", "reward.length=33 is longer"),
     (
         "--config.ppo.minibatches=3",
-        "ppo.batch_size=16 is not divisible by minibatches=3",
+        "ppo.batch_size=16: must be divisible by minibatches=3",
     ),
     ("--config.ppo.minibatches=0", "ppo.minibatches=0: expected int >= 1"),
     (
@@ -253,7 +253,7 @@ IMPOSSIBLE = [
         "ppo.prompt_length + max_new_tokens=33 is longer",
     ),
     ("--config.ppo.temperature=0.0", "ppo.temperature=0.0: expected float >= 0.0001"),
-    ("--config.ppo.kl.horizon=0", "an adaptive coefficient needs one"),
+    ("--config.ppo.kl.horizon=0", "ppo.kl.horizon=0: must be > 0 with a target"),
     ("--config.evaluate.batch_size=6", "evaluate.batch_size=6 is not divisible"),
     ("--config.evaluate.policy=nowhere", "nowhere: no model here"),
     (

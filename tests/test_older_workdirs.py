@@ -16,6 +16,7 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.report.workdir import read_run
 from rlhfjax.sweep.expand import expand
 from tests import expansion, half_run, tiny
+from tests.test_chat import settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -308,10 +309,10 @@ def test_a_model_is_read_and_talks(older, finished):
     )
     assert ours.model == theirs.model
     one, other = (
-        Chat(saved, temperature=0.0, max_new_tokens=2, seed=0)
+        Chat(saved, settings(saved, max_new_tokens=2), seed=0)
         for saved in (ours, theirs)
     )
-    assert list(one.answer("hello")) == list(other.answer("hello"))
+    assert list(one.respond("hello")) == list(other.respond("hello"))
 
 
 SWEPT = """

@@ -80,7 +80,7 @@ def test_what_has_no_ratio_is_refused(conversations, finished):
     )
     with pytest.raises(
         ConfigError,
-        match=r"ppo.one_step_off: pi_old is the policy that sampled, an iteration ago",
+        match=r"ppo.one_step_off: needs behavior_logprobs=.sampler.",
     ):
         stages.find("ppo").validate(forward, ONE, None)
     common = ppo(conversations, finished)
@@ -101,6 +101,7 @@ def test_what_has_no_ratio_is_refused(conversations, finished):
     }
     group = recipe.check(stages.stage_config("group", **values).to_dict(), "group")
     with pytest.raises(
-        ConfigError, match=r"group.one_step_off: rloo has no ratio to correct for it"
+        ConfigError,
+        match=r"group.one_step_off: needs a ratio that corrects for it; rloo has none",
     ):
         stages.find("group").validate(group, ONE, None)

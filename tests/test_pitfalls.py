@@ -97,7 +97,7 @@ def test_pitfall_04_rollouts_are_drawn_from_the_whole_softmax(name):
         algorithm.model,
         state.params["policy"],
         rollout.tokens,
-        rollout.segments,
+        rollout.attention_mask,
         2,
         TEMPERATURE,
     )[0]
@@ -159,7 +159,9 @@ def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name):
     state = away_from(reference, state)
     rollout, episodes, pairs = optimum.experience(algorithm, state, reference, KEY)
     assert 0 < float((rollout.mask[:, 1] == 0).sum()) < len(rollout.mask)
-    other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
+    other = rollout._replace(
+        tokens=jnp.where(rollout.attention_mask == 0, 5, rollout.tokens)
+    )
     assert (np.asarray(other.tokens) != np.asarray(rollout.tokens)).any()
     changed, changed_pairs = optimum.experience_of(algorithm, state, reference, other)
     assert finalize(jax.device_get(changed_pairs)) == pytest.approx(
@@ -180,7 +182,7 @@ def test_pitfall_08_what_stands_after_the_eos_is_in_no_kl_entropy_or_loss(name):
         expected,
     )
     (_, metrics), _ = expected
-    rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
+    rows = (rollout.tokens, rollout.attention_mask, 2, TEMPERATURE)
     logprobs, entropy = response_logprobs(
         algorithm.model, state.params["policy"], *rows
     )
@@ -212,7 +214,12 @@ def test_pitfall_15_a_stage_feeds_its_controller_the_mean_sequence_kl_to_the_ref
     state = away_from(reference, state)
     rollout, episodes, pairs = optimum.experience(algorithm, state, reference, KEY)
     ref = response_logprobs(
-        algorithm.model, reference, rollout.tokens, rollout.segments, 2, TEMPERATURE
+        algorithm.model,
+        reference,
+        rollout.tokens,
+        rollout.attention_mask,
+        2,
+        TEMPERATURE,
     )[0]
     kl = float(
         (np.asarray(rollout.logprobs - ref, np.float64) * np.asarray(rollout.mask))

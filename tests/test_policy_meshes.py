@@ -51,14 +51,14 @@ def test_ppo_with_rollouts_on_another_mesh_is_ppo(
     As on one device.
     """
     laid = []
-    sampled = rollout.sampled
+    sample = rollout.sample
 
-    def spy(config, model, tokens, params, prompts, *args, **options):
+    def spy(model, params, prompts, *args, **options):
         query = params["backbone"]["layers"]["layer_0"]["attention"]["query"]["kernel"]
         laid.append((str(query.sharding.spec), str(prompts.sharding.spec)))
-        return sampled(config, model, tokens, params, prompts, *args, **options)
+        return sample(model, params, prompts, *args, **options)
 
-    monkeypatch.setattr(rollout, "sampled", spy)
+    monkeypatch.setattr(rollout, "sample", spy)
     values = stage_values("ppo", conversations, finished, rollout_mesh=THERE)
     assert_same(
         alone,
@@ -143,7 +143,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         )
         with pytest.raises(
             ConfigError,
-            match=f"ppo.{other}: with adapters all share one base, on one mesh",
+            match=f"ppo.{other}: must be None with lora, whose models share one base",
         ):
             validate_policy(recipe.check(lora, "ppo"), ONE, None)
     three = make_layout(MeshConfig(), jax.devices()[:3])
@@ -154,7 +154,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         ConfigError,
         match=r"ppo.batch_size, over rollout_mesh,=\d+ is not divisible by the 3 devices",
     ):
-        rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.Tokens(2, 0))
+        rollout.make_sampler(wide, three, Model(optimum.SHAPE), rollout.TokenIds(2, 0))
     values = stage_values(
         "ppo", conversations, finished, frozen_mesh={"devices": "0:3"}
     )

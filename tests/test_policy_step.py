@@ -25,7 +25,7 @@ KEY = jax.random.key(3)
 IDS = jnp.ones((2, 4), jnp.int32)
 ROLLOUT = Rollout(IDS, IDS, jnp.ones((2, 2)), jnp.full((2, 2), -1.0))
 # what the reward may look at
-SEEN = ROLLOUT._replace(tokens=IDS + 6, segments=IDS + 7, mask=ROLLOUT.mask + 8)
+SEEN = ROLLOUT._replace(tokens=IDS + 6, attention_mask=IDS + 7, mask=ROLLOUT.mask + 8)
 
 
 @pytest.fixture(scope="module", params=["ppo", "group"])
@@ -57,7 +57,8 @@ class Told:
 
     def __init__(self, module):
         self.calls = []
-        self.known = module.Forward(*[ROLLOUT.logprobs] * len(module.Forward._fields))
+        numbers = [ROLLOUT.logprobs] * len(module.ForwardOutputs._fields)
+        self.outputs = module.ForwardOutputs(*numbers)
         own = {
             "forward": self.forward,
             "ref_logprobs": self.ref_logprobs,
@@ -74,13 +75,13 @@ class Told:
         self.calls.append(("sample", args))
         return ROLLOUT
 
-    def truncated(self, *args):
-        self.calls.append(("truncated", args))
+    def truncate_responses(self, *args):
+        self.calls.append(("truncate_responses", args))
         return SEEN
 
     def forward(self, *args):
         self.calls.append(("forward", args))
-        return self.known
+        return self.outputs
 
     def make_experience(self, *args):
         self.calls.append(("make_experience", args))
@@ -118,12 +119,12 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     monkeypatch.setattr(module, "open_task", make("task", task))
     monkeypatch.setattr(module, "programs", make("programs", told.programs))
     monkeypatch.setattr(module, "make_sampler", make("sampler", told.sample))
-    monkeypatch.setattr(module, "truncated", told.truncated)
+    monkeypatch.setattr(module, "truncate_responses", told.truncate_responses)
     step = module.build(config, ONE).step
-    assert made["sampler"] == (config, ONE, policy.model, task.tokens)
+    assert made["sampler"] == (config, ONE, policy.model, task.ids)
     assert (
         made["programs"][:2] == (config, policy.model)
-        and made["programs"][-1] is task.tokens
+        and made["programs"][-1] is task.ids
     )
 
     frozen, trained = {"policy": {"frozen": 1}}, {"policy": {"w": 5}}
@@ -142,7 +143,7 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     # what needs no score is asked for before the rewards, which may be made on the host
     assert names == [
         "sample",
-        "truncated",
+        "truncate_responses",
         "forward",
         "reward",
         "human",
@@ -153,14 +154,14 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     params, tokens, attention_mask, key = given["sample"]
     assert params == whole["policy"]
     assert tokens is prompts.tokens and attention_mask is prompts.attention_mask
-    assert key is KEY and given["truncated"] == (config, task.tokens, ROLLOUT)
+    assert key is KEY and given["truncate_responses"] == (config, task.ids, ROLLOUT)
     assert given["forward"][0] == whole and given["forward"][1] is task.reference
     assert given["forward"][2] is ROLLOUT
     for asked in (given["reward"], given["human"]):
-        expected = (SEEN.tokens, SEEN.segments, SEEN.mask)
+        expected = (SEEN.tokens, SEEN.attention_mask, SEEN.mask)
         assert all(a is b for a, b in zip(asked, expected, strict=True))
     assert (
-        given["make_experience"][1] is told.known
+        given["make_experience"][1] is told.outputs
         and given["make_experience"][2] is ROLLOUT
     )
     np.testing.assert_allclose(given["make_experience"][3], [1 + 4 / 32, 2 - 4 / 32])

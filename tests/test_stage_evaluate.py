@@ -45,7 +45,7 @@ def summarized(policy, baseline):
     """The metrics of made-up gold scores; the proxy has them with the other sign."""
     n = len(policy)
     told = {
-        "answer": ["a b"] * n,
+        "response": ["a b"] * n,
         "length": np.ones(n),
         "ended": np.ones(n),
         "kl": np.arange(n),

@@ -28,8 +28,8 @@ from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import task
 from rlhfjax.rl.config import HumanConfig
 from rlhfjax.rl.prompts import PtxConfig, policy_batches
-from rlhfjax.rl.rewards import with_human
-from rlhfjax.rl.rollout import Rollout, Tokens
+from rlhfjax.rl.rewards import add_human_reward
+from rlhfjax.rl.rollout import Rollout, TokenIds
 from rlhfjax.stages import group
 from tests import small_world
 from tests.small_world import response_logprobs
@@ -66,14 +66,14 @@ def assert_close(a, b, **tolerance):
 
 def scores_and_penalties(algorithm, reference, rollout, beta):
     """The score and beta log pi/rho of each answer, in numpy."""
-    rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
+    rows = (rollout.tokens, rollout.attention_mask, 2, TEMPERATURE)
     ref = response_logprobs(algorithm.model, reference, *rows)[0]
     spent = (
         (np.asarray(rollout.logprobs, np.float64) - np.asarray(ref))
         * np.asarray(rollout.mask)
     ).sum(1)
     return np.asarray(
-        optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+        optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
     ), beta * spent
 
 
@@ -125,7 +125,12 @@ def test_the_kl_of_rloo_is_subtracted_from_the_score_and_has_no_gradient():
 
     def by_hand(params):
         logprobs = response_logprobs(
-            algorithm.model, params, episodes.tokens, episodes.segments, 2, TEMPERATURE
+            algorithm.model,
+            params,
+            episodes.tokens,
+            episodes.attention_mask,
+            2,
+            TEMPERATURE,
         )[0]
         return -jnp.mean(
             jnp.asarray(episodes.advantages) * (logprobs * episodes.mask).sum(1)
@@ -149,7 +154,7 @@ def test_the_kl_of_grpo_is_k3_in_the_loss():
     state, _, _ = iterate(algorithm, state, reference)
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
     groups = np.asarray(
-        optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+        optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
     ).reshape(-1, 8)
     expected = (groups - groups.mean(1, keepdims=True)) / (
         groups.std(1, keepdims=True, ddof=1) + 1e-4
@@ -178,7 +183,7 @@ def test_the_moving_baseline_is_the_average_of_the_iterations_before():
             algorithm, state, reference, jax.random.fold_in(KEY, step)
         )
         scores = np.asarray(
-            optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+            optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
         )
         weights = 0.8 ** np.arange(len(means))[::-1]
         baseline = np.dot(weights, means) / weights.sum() if means else 0.0
@@ -220,7 +225,7 @@ def test_the_baseline_follows_what_the_advantages_are_made_of(monkeypatch):
     }
     options |= {"batch_size": 4, "samples_per_prompt": 1, "epochs": 2, "minibatches": 2}
     config = optimum.group_config(1, estimator="reinforce", **options)
-    programs = group.programs(config, Model(optimum.SHAPE), Tokens(EOS, PAD))
+    programs = group.programs(config, Model(optimum.SHAPE), TokenIds(EOS, PAD))
 
     def loss(params, batch, key, beta):
         one = (jnp.ones(()), jnp.ones(()))
@@ -270,7 +275,7 @@ def test_a_surrogate_has_the_configs_clips_length_and_kl(name, place):
     mask = jnp.arange(3) < jnp.array(LENGTHS)[:, None]
     batch = group.Experience(
         tokens=None,
-        segments=None,
+        attention_mask=None,
         mask=jnp.float32(mask),
         logprobs=logprobs - jnp.log(jnp.array(RATIOS)),
         advantages=jnp.array(ADVANTAGES),
@@ -488,7 +493,7 @@ def test_pitfall_03_first_ratio_of_a_group_stage_is_one_and_kl_zero(
 
 def test_a_human_reward_is_added_less_and_less_by_hand():
     config = HumanConfig(reward="x", weight=0.5, factor=0.25)
-    scores, pairs = with_human(
+    scores, pairs = add_human_reward(
         config, np.array([1.0, 2.0]), np.array([8.0, -16.0]), jnp.int32(2)
     )
     np.testing.assert_allclose(
@@ -585,25 +590,27 @@ def test_pitfall_30_a_group_stage_that_crashed_goes_on_to_the_same_bits(
 
 
 REFUSED = {
-    "compares at least 2": {"samples_per_prompt": 1, "batch_size": 8},
+    "must be >= 2, rloo compares responses": {"samples_per_prompt": 1, "batch_size": 8},
     "there can be grpo": {
         "estimator": "grpo",
         "kl": {"place": "loss", "estimator": "k3"},
     },
-    "put it in the reward": {
+    "put the KL in the reward": {
         "estimator": "dr_grpo",
         "kl": {"place": "loss", "estimator": "k3"},
     },
     "there can be sequence": {"kl": {"place": "loss", "estimator": "k1"}},
-    "a mean over tokens, dapo's": {"entropy_coefficient": 0.1},
-    "it lies within": {"overlong_soft": 9},
-    "every answer hits": {"overlong": "leave_out", "stop_at_eos": False},
+    "must be 0 with rloo; only the loss of dapo is a mean over tokens": {
+        "entropy_coefficient": 0.1
+    },
+    "overlong_soft=9: must be <= max_new_tokens=8": {"overlong_soft": 9},
+    "every response hits": {"overlong": "leave_out", "stop_at_eos": False},
     "clip=0.0: expected float >= 1.2e-38": {"clip": 0.0},
     "baseline_decay=1.0: expected float >= 0 and < 1": {
         "estimator": "reinforce",
         "baseline_decay": 1.0,
     },
-    "has no groups": {"estimator": "reinforce", "only_informative": True},
+    "which has no groups": {"estimator": "reinforce", "only_informative": True},
     "batch_size times samples_per_prompt=16": {"minibatches": 3},
 }
 

@@ -489,7 +489,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
             values("sft", conversations, finished, lora={"rank": 0, "base": "nf4"}),
         )
     with pytest.raises(
-        ConfigError, match=r"ppo.lora.dropout=0.1: a policy stage has none"
+        ConfigError, match=r"ppo.lora.dropout=0.1: must be 0 in a policy stage"
     ):
         started("ppo", values("ppo", conversations, finished, lora={"dropout": 0.1}))
     with pytest.raises(

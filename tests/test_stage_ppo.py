@@ -28,7 +28,7 @@ from rlhfjax.rl import epochs
 from rlhfjax.rl.config import KLConfig, TruncateConfig
 from rlhfjax.rl.prompts import PtxConfig
 from rlhfjax.rl.rewards import shape_rewards
-from rlhfjax.rl.rollout import Rollout, Tokens, response_hidden, truncated
+from rlhfjax.rl.rollout import Rollout, TokenIds, response_hidden, truncate_responses
 from rlhfjax.stages import ppo
 from rlhfjax.supervised import language_loss
 from tests import small_world
@@ -121,7 +121,7 @@ def test_pitfall_27_rollouts_come_from_the_weights_of_this_iteration():
     rollout, _, _ = optimum.experience(
         algorithm, state, reference, jax.random.fold_in(KEY, 2)
     )
-    rows = (rollout.tokens, rollout.segments, 2, TEMPERATURE)
+    rows = (rollout.tokens, rollout.attention_mask, 2, TEMPERATURE)
     now, before = (
         response_logprobs(algorithm.model, p, *rows)[0]
         for p in (state.params["policy"], reference)
@@ -200,7 +200,9 @@ def test_pitfall_10_the_score_is_on_the_last_response_token():
     """
     algorithm, state, reference = begin(batch_size=32, lam=0.0, kl=KLConfig(0.0))
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
+    scores = np.asarray(
+        optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
+    )
     ended = np.asarray(rollout.mask)[:, 1] == 0
     assert ended.any() and not ended.all()
     expected = np.where(
@@ -265,14 +267,14 @@ def test_truncation_and_rejection(stop):
         **PLAIN
         | {"max_new_tokens": 4, "truncate": TruncateConfig(".", after=1, value=-1.0)},
     )
-    ids = Tokens(EOS, PAD, stop=stop)
+    ids = TokenIds(EOS, PAD, stop_id=stop)
     tokens = jnp.array(
         [[1, 3, 4, stop, 5, 5], [1, 3, stop, 4, 5, EOS], [1, 4, 4, 4, 4, stop]]
     )
     rollout = Rollout(
         tokens, jnp.ones_like(tokens), jnp.ones((3, 4)), jnp.full((3, 4), -1.0)
     )
-    seen = truncated(config, ids, rollout)
+    seen = truncate_responses(config, ids, rollout)
     expected = [
         [1, 3, 4, stop, PAD, PAD],
         [1, 3, stop, 4, 5, EOS],
@@ -280,7 +282,7 @@ def test_truncation_and_rejection(stop):
     ]
     np.testing.assert_array_equal(seen.tokens, expected)
     np.testing.assert_array_equal(seen.mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(seen.segments[:, 2:], seen.mask)
+    np.testing.assert_array_equal(seen.attention_mask[:, 2:], seen.mask)
     shaped, _, pairs = shape_rewards(config, ids, jnp.array([0.5, 0.6, 0.7]), rollout)
     np.testing.assert_allclose(shaped, [0.5, -1.0, 0.7])
     assert finalize(jax.device_get(pairs))["accepted"] == pytest.approx(2 / 3)
@@ -323,7 +325,7 @@ def without_models(**changes):
     config = optimum.ppo_config(4, **PLAIN | own | changes)
     model = Model(optimum.SHAPE)
     programs = ppo.programs(
-        config, model, Model(model.config, "scalar"), Tokens(EOS, PAD)
+        config, model, Model(model.config, "scalar"), TokenIds(EOS, PAD)
     )
     seen = {name: jnp.zeros((4, 3)) for name in ("advantages", "returns")}
     params = {
@@ -339,7 +341,7 @@ def without_models(**changes):
     tokens = np.concatenate([numbered, responses], axis=1)
     segments = np.concatenate([np.ones((4, 1)), mask], axis=1)
     numbers = np.random.default_rng(3).normal(size=(3, 4, 3)) * mask
-    known = ppo.Forward(*jnp.float32(numbers))
+    known = ppo.ForwardOutputs(*jnp.float32(numbers))
     rollout = Rollout(
         jnp.int32(tokens), jnp.int32(segments), jnp.float32(mask), known.logprobs
     )
@@ -525,7 +527,7 @@ def test_pitfall_16_a_kl_in_the_loss_has_the_gradient_of_the_kl(estimator):
 
     def exact(params):
         hidden = [
-            response_hidden(algorithm.model, p, batch.tokens, batch.segments, 2)
+            response_hidden(algorithm.model, p, batch.tokens, batch.attention_mask, 2)
             for p in (params, reference)
         ]
         logits = [
@@ -577,7 +579,7 @@ def test_a_value_clip_of_0_clips_nothing():
     ids, row = jnp.array([[1, 3, 4]]), jnp.zeros((1, 1))
     batch = ppo.Experience(
         tokens=ids,
-        segments=jnp.ones_like(ids),
+        attention_mask=jnp.ones_like(ids),
         mask=jnp.ones((1, 1)),
         logprobs=row,
         values=row,
@@ -606,7 +608,7 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
         params={**state.params, "value": {**state.params["value"], "head": head}}
     )
     rollout, episodes, _ = optimum.experience(algorithm, state, reference, KEY)
-    scores = optimum.reward(rollout.tokens, rollout.segments, rollout.mask)
+    scores = optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
     last = np.asarray(rollout.mask).sum(1).astype(int) - 1
     assert set(last) == {0, 1}
     at_end = [
@@ -615,7 +617,9 @@ def test_pitfall_13_what_stands_after_the_eos_changes_nothing():
     ]
     assert np.abs(at_end[1]).min() > 1e-3
     np.testing.assert_allclose(at_end[0], np.asarray(scores) - at_end[1], atol=1e-5)
-    other = rollout._replace(tokens=jnp.where(rollout.segments == 0, 5, rollout.tokens))
+    other = rollout._replace(
+        tokens=jnp.where(rollout.attention_mask == 0, 5, rollout.tokens)
+    )
     known = algorithm.programs.forward(state.params, reference, other)
     changed, _ = algorithm.programs.make_experience(state, known, other, scores)
     for name in ("advantages", "returns", "values"):
@@ -688,7 +692,7 @@ def test_policy_and_value_function_have_optimizers_of_their_own_that_count_updat
     )
     model = Model(optimum.SHAPE)
     programs = ppo.programs(
-        config, model, Model(model.config, "scalar"), Tokens(EOS, PAD)
+        config, model, Model(model.config, "scalar"), TokenIds(EOS, PAD)
     )
 
     def loss(params, batch, key, beta):
@@ -747,7 +751,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_only_where_that_is_asked(
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
     state, metrics = epochs.minibatch_epochs(
-        config, tx, model, loss, state, jnp.arange(4), None, KEY
+        epochs.Learner(config, model, tx, loss), state, jnp.arange(4), None, KEY
     )
     left_out = on_nonfinite == "skip"
     assert float(state.params["policy"]) == pytest.approx(
@@ -800,7 +804,7 @@ def test_early_stop_is_by_the_mean_over_tokens(total, tokens, applied):
     tx, model = optax.sgd(1.0), Model(optimum.SHAPE)
     state = states.TrainState.create({"policy": jnp.zeros(())}, tx)
     state, _ = epochs.minibatch_epochs(
-        config, tx, model, loss, state, jnp.arange(4), None, KEY
+        epochs.Learner(config, model, tx, loss), state, jnp.arange(4), None, KEY
     )
     assert float(state.params["policy"]) == applied  # 1 per update
 
@@ -836,9 +840,8 @@ def test_pitfall_19_every_epoch_visits_every_episode_in_a_new_order():
 
     tx = optax.sgd(1.0)
     state = states.TrainState.create({"policy": jnp.zeros((n, n))}, tx)
-    state, _ = epochs.minibatch_epochs(
-        config, tx, Model(optimum.SHAPE), loss, state, jnp.arange(n), None, KEY
-    )
+    learner = epochs.Learner(config, Model(optimum.SHAPE), tx, loss)
+    state, _ = epochs.minibatch_epochs(learner, state, jnp.arange(n), None, KEY)
     together = np.asarray(state.params["policy"])
     np.testing.assert_array_equal(np.diag(together), 3)
     np.testing.assert_array_equal(
@@ -859,7 +862,7 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
         pair = (jnp.float32(40.0), jnp.float32(4.0))
         return lambda params, batch, key: (10 * params["w"], {"loss": pair})
 
-    monkeypatch.setattr(epochs, "_text_loss", mean_of_ten)
+    monkeypatch.setattr(epochs, "language_loss", mean_of_ten)
     config = optimum.ppo_config(
         1, **PLAIN | {"ptx": PtxConfig(coefficient=1.5, unit=unit)}
     )
@@ -867,13 +870,12 @@ def test_pitfall_26_the_unit_of_the_pretraining_loss_is_in_its_name(
     text = TokenBatch(
         mask=mask, tokens=None, targets=None, segment_ids=None, positions=None
     )
-    params, grads = {"w": jnp.ones(())}, {"policy": {"w": jnp.float32(7.0)}}
-    model = Model(optimum.SHAPE)
-    grads, pairs = epochs._add_ptx(config, model, params, None, grads, {}, text)
-    assert float(grads["policy"]["w"]) == 7.0 + added
-    assert finalize(jax.device_get(pairs)) == {
-        "ptx_loss": 10.0
-    }  # nats per token, either way
+    params, grads = {"w": jnp.ones(())}, {"w": jnp.float32(7.0)}
+    learner = epochs.Learner(config, Model(optimum.SHAPE), optax.sgd(1.0), None)
+    grads, ptx_loss = epochs._add_ptx(learner, grads, params, None, text)
+    assert float(grads["w"]) == 7.0 + added
+    # Nats per token, either way.
+    assert finalize(jax.device_get({"ptx_loss": ptx_loss})) == {"ptx_loss": 10.0}
 
 
 @pytest.mark.parametrize("unit, microbatches", [("token", 1), ("sequence", 2)])
@@ -992,16 +994,23 @@ def test_four_devices_give_what_one_gives_with_every_option(conversations, finis
 
 
 REFUSED = {
-    "in the reward: k1, k2, k3": {"kl": {"estimator": "sequence"}},
-    "stays 0 whatever the target": {
+    "in the reward it must be k1, k2 or k3": {"kl": {"estimator": "sequence"}},
+    "kl.coefficient=0: must be > 0 with a target": {
         "kl": {"coefficient": 0.0, "target": 2.0, "horizon": 100}
     },
-    "needs one; 10 to 20": {"kl": {"target": 2.0}},
-    "is the group stage's": {"kl": {"place": "loss", "estimator": "grpo"}},
-    "no response has an end": {"missing_eos": "penalty", "stop_at_eos": False},
-    "a response has max_new_tokens": {"truncate": {"token": ".", "after": 8}},
-    "it stops later updates": {"target_kl": 0.1, "epochs": 1, "minibatches": 1},
-    "advantages exist only there": {
+    "kl.horizon=0: must be > 0 with a target": {"kl": {"target": 2.0}},
+    "is for the group stage": {"kl": {"place": "loss", "estimator": "grpo"}},
+    "needs stop_at_eos=True, without it no response ends": {
+        "missing_eos": "penalty",
+        "stop_at_eos": False,
+    },
+    "after=8: must be below max_new_tokens=8": {"truncate": {"token": ".", "after": 8}},
+    "target_kl=0.1: must be 0 if an iteration has one update": {
+        "target_kl": 0.1,
+        "epochs": 1,
+        "minibatches": 1,
+    },
+    "with whiten_rewards=.minibatch.": {
         "whiten_rewards": "minibatch",
         "whiten_advantages": "batch",
     },
@@ -1013,7 +1022,7 @@ REFUSED = {
     },
     "temperature=0.0: expected float >= 0.0001": {"temperature": 0.0},
     "epochs=0: expected int >= 1": {"epochs": 0},
-    "not divisible": {"minibatches": 3},
+    "batch_size=16: must be divisible by minibatches=3": {"minibatches": 3},
 }
 
 

@@ -46,7 +46,9 @@ def test_what_every_token_learns_from_equals_a_loop():
         algorithm, state, reference, jax.random.key(0)
     )
     known = jax.device_get(algorithm.programs.forward(state.params, reference, rollout))
-    scores = np.asarray(optimum.reward(rollout.tokens, rollout.segments, rollout.mask))
+    scores = np.asarray(
+        optimum.reward(rollout.tokens, rollout.attention_mask, rollout.mask)
+    )
     mask = np.asarray(rollout.mask)
     to_come = np.zeros(mask.shape)
     for i, row in enumerate(mask):

@@ -3,6 +3,7 @@
 What they do is the same.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -15,7 +16,13 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.rl import rollout
-from rlhfjax.rl.answers import Sampling, answers, bucket, validate_buckets
+from rlhfjax.rl.responses import (
+    PromptBatching,
+    bucket_width,
+    sample_responses,
+    validate_buckets,
+)
+from rlhfjax.sampling import Sampling
 from rlhfjax.stages import best_of_n
 from tests import test_stage_best_of_n as pools
 from tests.test_stage_group import group_values
@@ -53,11 +60,11 @@ def test_buckets_by_hand():
     """
     for longest, width in ((0, 3), (1, 3), (3, 3), (4, 6), (7, 9), (9, 9), (10, 10)):
         segments = np.arange(10)[None] >= 10 - np.array([[0], [longest]])
-        assert bucket(segments.astype(np.int32), 4) == width
-    assert bucket(np.ones((1, 10), np.int32), 1) == 10
+        assert bucket_width(segments.astype(np.int32), 4) == width
+    assert bucket_width(np.ones((1, 10), np.int32), 1) == 10
     with pytest.raises(
         ConfigError,
-        match=r"collect.prompt_buckets=11: 1 \(one width\) to prompt_length=10",
+        match=r"collect.prompt_buckets=11: must be <= prompt_length=10",
     ):
         validate_buckets(11, 10, "collect")
 
@@ -87,19 +94,22 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
     """
     saved = store.load(finished / "02_sft", ONE)
     sampling = Sampling(
-        24, 3, 1.234, 1, buckets=2
-    )  # a temperature of nobody else's: nothing is compiled yet
+        max_new_tokens=3,
+        eos_id=saved.tokenizer.eos_id,
+        pad_id=saved.tokenizer.pad_id,
+        temperature=1.234,  # of no other test: nothing is compiled yet
+    )
     with caplog.at_level("INFO", "rlhfjax"), ONE.use():
-        found = answers(
+        batches = sample_responses(
             Questions((1, 2, 9, 1, 9, 2)),
             saved,
-            saved.tokenizer,
             sampling,
+            PromptBatching(batch_size=1, length=24, buckets=2),
             jax.random.key(0),
             ONE,
         )
-        rollouts = [drawn for drawn, *_ in found]
-    lengths = [int(drawn.segments[:, :24].sum()) for drawn in rollouts]
+        rollouts = [batch.rollout for batch in batches]
+    lengths = [int(drawn.attention_mask[:, :24].sum()) for drawn in rollouts]
     assert [length > 12 for length in lengths] == [
         False,
         False,
@@ -116,7 +126,7 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
     assert {drawn.tokens.shape for drawn in rollouts} == {(1, 27)}
     for drawn, length in zip(rollouts, lengths, strict=True):
         np.testing.assert_array_equal(
-            drawn.segments[0, :24], np.arange(24) >= 24 - length
+            drawn.attention_mask[0, :24], np.arange(24) >= 24 - length
         )
 
 
@@ -142,7 +152,7 @@ def test_a_pool_is_the_same_in_slots_and_without_shared_prompts(
     recipe.run_stage(
         pools.values(conversations, finished, decode_batch=4), tmp_path / "decode_batch"
     )
-    monkeypatch.setattr(best_of_n, "_same_prompt", lambda config: 1)
+    monkeypatch.setattr(best_of_n, "_samples_per_prompt", lambda config: 1)
     recipe.run_stage(pools.values(conversations, finished), tmp_path / "alone")
     one, other = (
         lines(tmp_path / folder / "scores.jsonl")
@@ -165,7 +175,7 @@ def test_the_rows_of_a_pool_that_share_a_prefix_have_one_prompt():
                 pool=pool,
                 batch_size=batch,
             )
-            samples_per_prompt = best_of_n._same_prompt(config)
+            samples_per_prompt = best_of_n._samples_per_prompt(config)
             for first in range(0, 5 * pool, batch):
                 prompts = (
                     np.minimum(np.arange(first, first + batch), 5 * pool - 1) // pool
@@ -186,13 +196,14 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
     got, params = run_steps(
         "group", group_values(conversations, finished, "rloo", **changes), ONE
     )
-    sampled, shared = rollout.sampled, []
+    sample, shared = rollout.sample, []
 
-    def alone(*args, samples_per_prompt):
-        shared.append(samples_per_prompt)
-        return sampled(*args)
+    def alone(*args, sampling):
+        shared.append(sampling.samples_per_prompt)
+        sampling = dataclasses.replace(sampling, samples_per_prompt=1)
+        return sample(*args, sampling=sampling)
 
-    monkeypatch.setattr(rollout, "sampled", alone)
+    monkeypatch.setattr(rollout, "sample", alone)
     expected, same = run_steps(
         "group", group_values(conversations, finished, "rloo"), ONE
     )
@@ -213,7 +224,7 @@ def test_a_group_shares_its_prompt(changes, conversations, finished, monkeypatch
         (
             "collect",
             3,
-            "collect.decode_batch=3: 0 .off., or at least the 4 answers to a prompt",
+            "collect.decode_batch=3: must be 0 .off. or at least the 4 responses per prompt",
         ),
         ("evaluate", 6, "evaluate.decode_batch=6 is not divisible by the 4 devices"),
     ],

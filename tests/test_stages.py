@@ -223,7 +223,7 @@ def test_pitfall_06_the_reward_scores_the_ids_that_were_sampled(first_step, fini
     """Some of them are not how the tokenizer would spell their text."""
     _, (drawn,), ((tokens, segments, mask),) = first_step
     np.testing.assert_array_equal(tokens, drawn.tokens)
-    np.testing.assert_array_equal(segments, drawn.segments)
+    np.testing.assert_array_equal(segments, drawn.attention_mask)
     np.testing.assert_array_equal(mask, drawn.mask)
     tokenizer = load_tokenizer(finished / "02_sft" / "model")
     ids = [

@@ -114,6 +114,7 @@ class Subject(NamedTuple):
     def _model_config(self, role: Role) -> TransformerConfig:
         if isinstance(role.source, TransformerConfig):
             return self.config.model
+        assert isinstance(role.source, str)
         model = self.sources.models[role.source]
         overrides = getattr(self.config, "overrides", {}) if role.overrides else {}
         return store.overridden(model, overrides, "overrides").config

@@ -24,7 +24,7 @@ from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
 from rlhfjax.roles import DISK, Sources
-from rlhfjax.sampling.generate import Samples, generate
+from rlhfjax.sampling import Sampling, generate
 from rlhfjax.types import PyTree
 
 Conversation = list[chat.Message]
@@ -137,6 +137,12 @@ class Judge:
         """
         size, room = self._config.batch_size, self._config.length - max_new_tokens
         eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            temperature=temperature,
+        )
         answers: list[list[int]] = []
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
@@ -159,10 +165,7 @@ class Judge:
                     placed["prompts"],
                     placed["attention_mask"],
                     keys,
-                    temperature,
-                    max_new_tokens=max_new_tokens,
-                    eos_id=eos_id,
-                    pad_id=pad_id,
+                    sampling,
                 )
             tokens, mask = hosts.whole((samples.tokens, samples.mask))
             for row, keep in zip(tokens[: len(batch)], mask[: len(batch)], strict=True):
@@ -171,33 +174,7 @@ class Judge:
         return answers
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "temperature", "max_new_tokens", "eos_id", "pad_id"),
-)
-def _generate(
-    model: Model,
-    params: PyTree,
-    prompts: jax.Array,
-    attention_mask: jax.Array,
-    keys: jax.Array,
-    temperature: float,
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-) -> Samples:
-    return generate(
-        model,
-        params,
-        prompts,
-        attention_mask,
-        keys,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
-        pad_id=pad_id,
-    )
+_generate = jax.jit(generate, static_argnames=("model", "sampling"))
 
 
 def span_logprobs(

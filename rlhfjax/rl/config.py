@@ -1,4 +1,4 @@
-"""The options that every stage which improves a policy against a reward has in common, and their validation."""
+"""The options that all policy stages have in common: what they mean, imply, and exclude."""
 
 import dataclasses
 from typing import Literal
@@ -19,291 +19,323 @@ from rlhfjax.ranges import (
     PositiveTemperature,
     ShareBelow1,
     Size,
-    SizeOrNone,
-    Tokens,
     TokensOrNone,
 )
 from rlhfjax.rewards.load import RewardSource
 from rlhfjax.rl.prompts import PromptConfig, PtxConfig
-from rlhfjax.roles import Pass, Role, Workload
+from rlhfjax.roles import Pass, Role, Workload, job_workload
+from rlhfjax.sampling.config import SamplingConfig
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """The penalty on log pi / pi_ref. With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
+    """The penalty on log pi / pi_ref, with a fixed or an adaptive coefficient.
 
-    coefficient: NonNegative = (
-        0.05  # reward units per nat; the first one where it adapts
-    )
-    target: NonNegative = 0.0  # nats per sequence; 0: the coefficient is fixed
-    horizon: Count = 0  # episodes; 10 to 20 batches
+    Source: Ziegler et al. 2019, section 2.2 (adaptive).
+    """
+
+    coefficient: NonNegative = 0.05
+    """Reward units per nat; with a target, the coefficient at the start."""
+    target: NonNegative = 0.0
+    """KL that an adaptive coefficient steers to, in nats per response; 0 fixes the coefficient."""
+    horizon: Count = 0
+    """Episodes over which an adaptive coefficient changes; 10 to 20 times batch_size."""
     place: Literal["reward", "loss"] = "reward"
-    # in the loss, k1, k2, k3 and sequence have the gradient of KL(pi || pi_ref); grpo is k3 differentiated as it stands
+    """Where the penalty is: in the reward per token, or a term of the loss."""
     estimator: Literal["k1", "k2", "k3", "sequence", "grpo"] = "k1"
+    """KL estimator. In the loss, all have the gradient of KL(pi || pi_ref), but grpo (plain k3)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncateConfig:
-    """The reward sees a response up to a token, and one without it is worth a fixed score.
+    """The reward sees a response up to a stop token; a response without one gets a fixed score.
 
-    The policy is trained on all that it sampled: it is to learn to stop, not to be cut.
+    The policy is trained on the whole response: it has to learn to stop.
 
     Source: Ziegler et al. 2019, section 2.2.
     """
 
-    token: str = ""  # a piece of the tokenizer, such as a full stop; empty: off
-    after: TokensOrNone = (
-        0  # the first response position that may be it (Ziegler: 16 of 24)
-    )
-    value: Finite = -1.0  # the score where there is none
+    token: str = ""
+    """The stop token, a piece of the tokenizer such as a full stop; empty is off."""
+    after: TokensOrNone = 0
+    """First position in the response at which the token counts (Ziegler: 16 of 24)."""
+    value: Finite = -1.0
+    """Score of a response without the token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HumanConfig:
-    """A learned human reward H added to the score R, less and less: R + weight factor^i H in iteration i.
+    """A learned human reward H that is added to the score R and fades out.
+
+    Iteration i is trained on R + weight factor^i H.
 
     Source: Knox & Stone 2010 (TAMER+RL, reward addition).
     """
 
-    reward: RewardSource = ""  # a tamer stage's workdir, or any reward; empty: none
-    weight: Finite = 1.0  # reward units a unit of H, in the first iteration
-    factor: PositiveShare = (
-        0.98  # "and the like", Knox & Stone 2010, who anneal an episode
-    )
+    reward: RewardSource = ""
+    """Workdir of a tamer stage, or any other reward; empty is off."""
+    weight: Finite = 1.0
+    """Weight of H in the first iteration, reward units per unit of H."""
+    factor: PositiveShare = 0.98
+    """Factor per iteration (Knox & Stone 2010 anneal per episode, with values like this one)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyConfig(TrainConfig):
-    # `field()` undoes the default of TrainConfig: a policy stage needs a policy.
-    init_from: str = dataclasses.field()  # the policy at the start, and the reference
-    reference: str | None = None  # None: init_from
-    lora: LoraConfig = LoraConfig()  # rank 0: all of the policy is trained
-    reward: RewardSource  # a reward stage's workdir, a scorer such as gold:sentiment, or a description
-    human: HumanConfig = HumanConfig()
-    prompts: PromptConfig = PromptConfig()
-    eval_prompts: PromptConfig = PromptConfig()
-    gold: RewardSource = (
-        ""  # a scorer to measure held-out answers with; it is never trained on
-    )
-    prompt_length: Tokens
-    max_new_tokens: Tokens
-    temperature: PositiveTemperature = 1.0
-    stop_at_eos: bool = True  # False: every response has max_new_tokens tokens, an eos among them is one as any (Ziegler)
-    # whose numbers are log pi_old: the sampler's, or a forward pass's as in training (bfloat16 differs between the two)
-    behavior_logprobs: Literal["sampler", "forward"] = "sampler"
-    batch_size: Size
-    decode_batch: SizeOrNone = 0  # responses decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
-    rollout_mesh: MeshConfig | None = (
-        None  # of the same devices, for sampling; None: the mesh of training
-    )
-    # of reward and reference, on devices of their own: mesh.devices="0:6", frozen_mesh.devices="6:8"; None: the policy's
-    frozen_mesh: MeshConfig | None = None
-    # learn from the responses of the iteration before, while new ones are sampled and the host makes rewards
-    one_step_off: bool = False
-    epochs: PositiveCount
-    minibatches: Size  # of an epoch
-    microbatches: Size = 1  # of a minibatch
-    # nats per token from pi_old, beyond which the rest of an iteration's updates is left; 0: off
-    target_kl: NonNegative = 0.0
-    entropy_coefficient: NonNegative = 0.0
-    truncate: TruncateConfig = TruncateConfig()
-    missing_eos: Literal["none", "penalty", "replace"] = "none"
-    missing_eos_value: Finite = (
-        1.0  # subtracted from the score ("penalty") or put in its place ("replace": -1)
-    )
-    score_clip: NonNegative = 0.0  # 0: none
-    kl: KLConfig = KLConfig()
-    ptx: PtxConfig = PtxConfig()
-    ema: ShareBelow1 = 0.0  # decay an iteration of averaged weights (or adapters), then the stage's model; 0: none
-    optim: OptimConfig = OptimConfig()
+class PolicyConfig(TrainConfig, SamplingConfig):
+    """The options of every stage that trains a policy against a reward."""
 
-    @property
-    def episodes(self) -> int:
-        """Responses of an iteration."""
-        return self.batch_size
+    # `field()` removes the default of TrainConfig: a policy stage needs a policy.
+    init_from: str = dataclasses.field()
+    """Workdir of the model that the policy starts from."""
+    reference: str | None = None
+    """Workdir of the KL's reference model; None: init_from."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters to train in place of all weights; rank 0 trains all weights."""
+    reward: RewardSource
+    """Workdir of a reward stage, a scorer such as gold:sentiment, or a description."""
+    human: HumanConfig = HumanConfig()
+    """Human reward that is added to the score."""
+    prompts: PromptConfig = PromptConfig()
+    """Prompts to train on."""
+    eval_prompts: PromptConfig = PromptConfig()
+    """Held-out prompts for evaluation."""
+    gold: RewardSource = ""
+    """Scorer that measures held-out responses and is never trained on; empty is off."""
+    temperature: PositiveTemperature = 1.0
+    """Sampling temperature, which log-probabilities are computed at too."""
+    behavior_logprobs: Literal["sampler", "forward"] = "sampler"
+    """Source of log pi_old: the sampler, or a forward pass as in training (equal in float32)."""
+    batch_size: Size
+    """Episodes per iteration; in the group stage, prompts per iteration."""
+    rollout_mesh: MeshConfig | None = None
+    """Mesh over the same devices for sampling; None: the training mesh."""
+    frozen_mesh: MeshConfig | None = None
+    """Mesh of reward and reference on devices of their own, such as devices="6:8"; None: mesh."""
+    one_step_off: bool = False
+    """Whether to learn from the previous iteration's responses while new ones are sampled."""
+    epochs: PositiveCount
+    """Passes over the episodes of an iteration."""
+    minibatches: Size
+    """Minibatches per epoch, with one update each."""
+    microbatches: Size = 1
+    """Forward-backward passes per minibatch; their gradients are accumulated."""
+    target_kl: NonNegative = 0.0
+    """KL to pi_old, nats per token, that ends the updates of an iteration; 0 is off."""
+    entropy_coefficient: NonNegative = 0.0
+    """Weight of the entropy bonus in the loss."""
+    truncate: TruncateConfig = TruncateConfig()
+    """Stop token, up to which the reward sees a response."""
+    missing_eos: Literal["none", "penalty", "replace"] = "none"
+    """What happens to the score of a response without eos."""
+    missing_eos_value: Finite = 1.0
+    """Amount to subtract from that score (penalty), or the new score (replace, usually -1)."""
+    score_clip: NonNegative = 0.0
+    """Scores are clipped to [-score_clip, score_clip]; 0 is off."""
+    kl: KLConfig = KLConfig()
+    """Penalty on the KL to the reference."""
+    ptx: PtxConfig = PtxConfig()
+    """Pretraining loss that is mixed in (PPO-ptx)."""
+    ema: ShareBelow1 = 0.0
+    """EMA decay per iteration; the EMA weights become the stage's model; 0 disables EMA."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer of the policy."""
 
     @property
     def samples_per_prompt(self) -> int:
-        """Responses to a prompt."""
-        return self.episodes // max(1, self.batch_size)
+        """Responses per prompt."""
+        return 1
+
+    @property
+    def episodes(self) -> int:
+        """Responses per iteration."""
+        return self.batch_size * self.samples_per_prompt
 
     @property
     def updates(self) -> int:
-        """Of the parameters, over the whole run: what learning-rate schedules count."""
+        """Updates over the whole run, which learning-rate schedules count."""
         return self.steps * self.epochs * self.minibatches
 
 
 def policy_roles(config: PolicyConfig) -> dict[str, Role]:
-    """Returns the roles of every policy stage: policy, reference, and what scores.
+    """Returns the roles of every policy stage: policy, reference, and what scores responses.
 
-    With adapters the policy's base is the reference, unless there is another.
+    With adapters the frozen base of the policy is the reference, unless the config names another.
     """
     shares = "policy" if config.lora.rank and config.reference is None else None
     mesh = "train" if config.frozen_mesh is None else "frozen"
     scorer = Role("", head="scalar", mesh=mesh, scores=True)
-    found = {
-        "policy": Role(
-            config.init_from,
-            optim=config.optim,
-            lora=config.lora,
-            averaged=bool(config.ema),
-            keeps_head=True,
-        ),
-        "reference": Role(
-            config.reference or config.init_from, mesh=mesh, shares=shares
-        ),
+    policy = Role(
+        config.init_from,
+        optim=config.optim,
+        lora=config.lora,
+        averaged=bool(config.ema),
+        keeps_head=True,
+    )
+    reference = config.reference or config.init_from
+    roles = {
+        "policy": policy,
+        "reference": Role(reference, mesh=mesh, shares=shares),
         "reward": scorer._replace(source=config.reward),
         "human": scorer._replace(source=config.human.reward),
         "gold": scorer._replace(source=config.gold, mesh="train"),
     }
-    return {name: role for name, role in found.items() if role.source}
+    return {name: role for name, role in roles.items() if role.source}
 
 
 def policy_workload(
-    config: PolicyConfig, completions: int = 1, values: tuple[str, ...] = ()
+    config: PolicyConfig, completions: int = 1, trained: tuple[str, ...] = ()
 ) -> Workload:
     """Returns what an iteration computes. Consecutive rows that share a prompt prefill it once.
 
     Args:
       completions: what other stages learn from their data; here the config says it.
-      values: roles that are trained beside the policy, on the same rows.
+      trained: roles that are trained beside the policy, on the same rows.
     """
     length = config.prompt_length + config.max_new_tokens
     tokens = config.episodes * length
-    sampled = (
-        config.batch_size * config.prompt_length
-        + config.episodes * config.max_new_tokens
-    )
+    prompt_tokens = config.batch_size * config.prompt_length
+    response_tokens = config.episodes * config.max_new_tokens
     microbatches = config.minibatches * config.microbatches
     reference = "know" if config.frozen_mesh is None else "ref_logprobs"
     passes = [
-        Pass("rollout", "policy", sampled, length),
+        Pass("rollout", "policy", prompt_tokens + response_tokens, length),
         Pass(reference, "reference", tokens, length),
-        *(Pass("know", role, tokens, length) for role in values),
         Pass("score", "reward", tokens, length),
         Pass("human", "human", tokens, length),
-        *(
-            Pass("update", role, config.epochs * tokens, length, True)
-            for role in ("policy", *values)
-        ),
+    ]
+    passes += [Pass("know", role, tokens, length) for role in trained]
+    passes += [
+        Pass("update", role, config.epochs * tokens, length, trains=True)
+        for role in ("policy", *trained)
     ]
     if config.behavior_logprobs == "forward":
         passes.append(Pass("know", "policy", tokens, length))
-    text = config.ptx.ratio if config.ptx.coefficient else 0
-    if text:
-        text_tokens = config.episodes * text * config.ptx.length
-        passes.append(
-            Pass(
-                "update", "policy", config.epochs * text_tokens, config.ptx.length, True
-            )
-        )
+    ratio = config.ptx.ratio if config.ptx.coefficient else 0
+    if ratio:
+        length_of_text = config.ptx.length
+        text_tokens = config.epochs * config.episodes * ratio * length_of_text
+        text_pass = Pass("update", "policy", text_tokens, length_of_text, trains=True)
+        passes.append(text_pass)
     return Workload(
-        rows=config.episodes * max(text, 1) // microbatches,
+        rows=config.episodes * max(ratio, 1) // microbatches,
         batch=config.episodes // microbatches,
         length=length,
-        units=config.episodes * config.max_new_tokens,
-        rounds=config.epochs * microbatches * (2 if text else 1),
+        units=response_tokens,
+        rounds=config.epochs * microbatches * (2 if ratio else 1),
         microbatches=config.microbatches,
         passes=tuple(passes),
-        decoded=config.decode_batch if config.decode_batch > 0 else config.episodes,
+        decoded=config.decode_batch or config.episodes,
         sampled=config.max_new_tokens,
     )
+
+
+def sampling_workload(config: SamplingConfig, completions: int = 1) -> Workload:
+    """Returns what a batch of a job that samples computes."""
+    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+
+
+# ------------------------------------------------------------------ validation
 
 
 def validate_policy(
     config: PolicyConfig, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
-    """Validates the options of every policy stage. Raises ConfigError for the first that is invalid."""
+    """Validates the options of every policy stage. Raises ConfigError for the first invalid one."""
     name = config.stage
     layout.check_batch(config.episodes, f"{name}.batch_size")
-    validate_decode_batch(config.decode_batch, config.samples_per_prompt, layout, name)
+    validate_sampling(config, layout, model_config, config.samples_per_prompt)
+    validate_truncate(config.truncate, config.max_new_tokens, name)
+    _validate_batches(config, layout)
+    # Raises for a warm-up longer than the run.
+    make_schedule(config.optim, config.updates)
+    validate_lora(config.lora, model_config)
+    validate_kernel(model_config, layout, name)
+    if config.lora.dropout:
+        raise ConfigError(
+            f"{name}.lora.dropout={config.lora.dropout}: must be 0 in a policy stage, "
+            "whose probability ratios dropout would make noise"
+        )
+    for option in ("rollout_mesh", "frozen_mesh"):
+        if getattr(config, option) is not None and config.lora.rank:
+            raise ConfigError(
+                f"{name}.{option}: must be None with lora, whose models share one base"
+            )
+    if config.one_step_off and config.behavior_logprobs != "sampler":
+        raise ConfigError(
+            f'{name}.one_step_off: needs behavior_logprobs="sampler", '
+            "the log-probabilities of the policy that sampled"
+        )
+    if config.missing_eos != "none" and not config.stop_at_eos:
+        raise ConfigError(
+            f"{name}.missing_eos={config.missing_eos!r}: needs stop_at_eos=True, "
+            "without it no response ends"
+        )
+    _validate_kl(config.kl, f"{name}.kl")
+
+
+def _validate_batches(config: PolicyConfig, layout: Layout) -> None:
+    """Validates how the episodes of an iteration are split. Raises ConfigError."""
+    name, passes = config.stage, config.minibatches * config.microbatches
+    if config.episodes % passes:
+        is_grouped = config.samples_per_prompt > 1
+        option = "batch_size" + " times samples_per_prompt" * is_grouped
+        raise ConfigError(
+            f"{name}.{option}={config.episodes}: must be divisible by "
+            f"minibatches={config.minibatches} times microbatches={config.microbatches}"
+        )
+    layout.check_batch(config.episodes // passes, f"a {name} microbatch")
+    if config.target_kl and config.epochs * config.minibatches == 1:
+        raise ConfigError(
+            f"{name}.target_kl={config.target_kl}: must be 0 "
+            "if an iteration has one update, there is none to leave out"
+        )
+    if config.ptx.coefficient:
+        sequences = config.episodes * config.ptx.ratio
+        rows_per_stream(sequences, config.ptx.data_shards, f"{name}.ptx")
+
+
+def _validate_kl(config: KLConfig, context: str) -> None:
+    if config.target and not config.horizon:
+        raise ConfigError(
+            f"{context}.horizon=0: must be > 0 with a target; take 10 to 20 times batch_size"
+        )
+    if config.target and not config.coefficient:
+        raise ConfigError(
+            f"{context}.coefficient=0: must be > 0 with a target, which only scales it"
+        )
+    if config.place == "reward" and config.estimator not in ("k1", "k2", "k3"):
+        raise ConfigError(
+            f"{context}.estimator={config.estimator!r}: is for the loss; "
+            "in the reward it must be k1, k2 or k3"
+        )
+
+
+def validate_sampling(
+    config: SamplingConfig,
+    layout: Layout,
+    model_config: TransformerConfig | None,
+    samples_per_prompt: int = 1,
+) -> None:
+    """Validates the options of every stage that samples. Raises ConfigError."""
+    name, decode_batch = config.stage, config.decode_batch
+    if 0 < decode_batch < samples_per_prompt:
+        raise ConfigError(
+            f"{name}.decode_batch={decode_batch}: must be 0 (off) "
+            f"or at least the {samples_per_prompt} responses per prompt"
+        )
+    layout.check_batch(decode_batch, f"{name}.decode_batch")
     validate_length(
         config.prompt_length + config.max_new_tokens,
         model_config,
         f"{name}.prompt_length + max_new_tokens",
     )
-    if config.episodes % (config.minibatches * config.microbatches):
-        what = (
-            "batch_size"
-            if config.episodes == config.batch_size
-            else "batch_size times completions"
-        )
-        raise ConfigError(
-            f"{name}.{what}={config.episodes} is not divisible by minibatches={config.minibatches} times "
-            f"microbatches={config.microbatches}"
-        )
-    layout.check_batch(
-        config.episodes // config.minibatches // config.microbatches,
-        f"a {name} microbatch",
-    )
-    make_schedule(
-        config.optim, config.updates
-    )  # raises for a warm-up longer than the run
-    validate_lora(config.lora, model_config)
-    validate_kernel(model_config, layout, name)
-    if config.lora.dropout:
-        raise ConfigError(
-            f"{name}.lora.dropout={config.lora.dropout}: a policy stage has none, its ratios would be noise"
-        )
-    for other in ("rollout_mesh", "frozen_mesh"):
-        if getattr(config, other) is not None and config.lora.rank:
-            raise ConfigError(
-                f"{name}.{other}: with adapters all share one base, on one mesh"
-            )
-    if config.one_step_off and config.behavior_logprobs != "sampler":
-        raise ConfigError(
-            f"{name}.one_step_off: pi_old is the policy that sampled, an iteration ago; behavior_logprobs='sampler'"
-        )
-    _validate_kl(config.kl, f"{name}.kl")
-    _validate_score(config)
-    if config.target_kl and config.epochs * config.minibatches == 1:
-        raise ConfigError(
-            f"{name}.target_kl={config.target_kl}: it stops later updates of an iteration, which has one"
-        )
-    if config.ptx.coefficient:
-        rows_per_stream(
-            config.episodes * config.ptx.ratio, config.ptx.data_shards, f"{name}.ptx"
-        )
 
 
-def _validate_kl(config: KLConfig, where: str) -> None:
-    if config.target and not config.horizon:
-        raise ConfigError(
-            f"{where}.horizon: an adaptive coefficient needs one; 10 to 20 times batch_size"
-        )
-    if config.target and not config.coefficient:
-        raise ConfigError(
-            f"{where}.coefficient=0 stays 0 whatever the target: it is multiplied"
-        )
-    if config.place == "reward" and config.estimator not in ("k1", "k2", "k3"):
-        raise ConfigError(
-            f"{where}.estimator={config.estimator!r} is a loss; in the reward: k1, k2, k3"
-        )
-
-
-def _validate_score(config: PolicyConfig) -> None:
-    name = config.stage
-    if config.missing_eos != "none" and not config.stop_at_eos:
-        raise ConfigError(
-            f"{name}.missing_eos={config.missing_eos!r}: with stop_at_eos=False no response has an end"
-        )
-    validate_truncate(config.truncate, config.max_new_tokens, name)
-
-
-def validate_decode_batch(
-    decode_batch: int, samples_per_prompt: int, layout: Layout, name: str
-) -> None:
-    """Raises ConfigError unless `slots` is 0 or can be shared by the devices and by the `each` answers to a prompt."""
-    if 0 < decode_batch < samples_per_prompt:
-        raise ConfigError(
-            f"{name}.decode_batch={decode_batch}: 0 (off), or at least the {samples_per_prompt} answers to a prompt"
-        )
-    layout.check_batch(decode_batch, f"{name}.decode_batch")
-
-
-def validate_truncate(config: TruncateConfig, max_new_tokens: int, name: str) -> None:
+def validate_truncate(config: TruncateConfig, max_new_tokens: int, stage: str) -> None:
+    """Raises ConfigError if no position of a response can hold the stop token."""
     if config.token and config.after >= max_new_tokens:
         raise ConfigError(
-            f"{name}.truncate.after={config.after}: a response has max_new_tokens={max_new_tokens} tokens"
+            f"{stage}.truncate.after={config.after}: "
+            f"must be below max_new_tokens={max_new_tokens}"
         )

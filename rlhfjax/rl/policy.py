@@ -1,7 +1,7 @@
-"""The Stage around an algorithm's step: how its state starts, its data, what it leaves."""
+"""The Stage around an algorithm's step: initial state, data, and the models that it leaves."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,32 @@ import optax
 
 from rlhfjax.interop import store
 from rlhfjax.rl.config import PolicyConfig
-from rlhfjax.rl.held_out import held_out
+from rlhfjax.rl.held_out import make_evals
+from rlhfjax.rl.iteration import NEXT_ROLLOUT, STORED_FIELDS
 from rlhfjax.rl.prompts import batch_shapes, policy_batches, prompt_batches
-from rlhfjax.rl.rollout import AHEAD, Rollout
 from rlhfjax.rl.task import Task
 from rlhfjax.roles import Loaded
 from rlhfjax.stage import Data, Finished, Stage
 from rlhfjax.state import TrainState
 from rlhfjax.types import PyTree
+
+
+class ExtraModels(NamedTuple):
+    """Models that are trained beside the policy, such as a value function.
+
+    init: key -> fresh trainable parameters by role.
+    axes: their logical axes.
+    load: state -> the state with pretrained values in those parameters.
+    saved: state -> the models to save, by folder.
+    """
+
+    init: Callable[[jax.Array], dict[str, PyTree]] = lambda key: {}
+    axes: Mapping[str, PyTree] = {}
+    load: Callable[[TrainState], TrainState] = lambda state: state
+    saved: Callable[[TrainState], dict[str, store.SavedModel]] = lambda state: {}
+
+
+NO_EXTRA_MODELS = ExtraModels()
 
 
 def policy_stage(
@@ -25,49 +43,43 @@ def policy_stage(
     tx: optax.GradientTransformation,
     step: Callable[..., Any],
     *,
-    init_others: Callable[[jax.Array], dict[str, PyTree]] = lambda key: {},
-    axes: Mapping[str, PyTree] | None = None,
-    start: Callable[[TrainState], TrainState] = lambda state: state,
-    extra: Mapping[str, Any] | None = None,
-    also: Callable[[TrainState], dict[str, Any]] = lambda state: {},
+    extra_models: ExtraModels = NO_EXTRA_MODELS,
+    extra_state: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Returns the Stage of an algorithm that trains a policy.
 
     Args:
-      init_others: key -> fresh parameters that are trained beside the policy, and `axes` their logical axes.
-      start: puts pretrained values into them.
-      extra: what the state carries besides the KL coefficient and the average.
-      also: state -> further models to keep, by folder.
+      extra_state: what the state carries besides the KL coefficient and the EMA weights.
     """
-    model, episodes = task.policy.model, config.episodes
+    policy, episodes = task.policy, config.episodes
 
     def open_data() -> Data:
         prompts = prompt_batches(config.prompts, task.tokenizer, config)
         batches = policy_batches(
             config.ptx, prompts, task.tokenizer, config, task.layout
         )
-        return Data(batches, held_out(config, task, task.layout), finish)
+        return Data(batches, make_evals(config, task), finish)
 
     def finish(state: TrainState) -> Finished:
         trained = state.extra["ema"]["policy"] if config.ema else state.params["policy"]
-        models = {store.FOLDER: task.policy.saved(trained), **also(state)}
-        return Finished(models, {}, {}, task.policy.adapters(trained))
-
-    rows = (
-        {AHEAD: dict.fromkeys(Rollout._fields, ("batch", None))}
-        if config.one_step_off
-        else {}
-    )
-    shapes = batch_shapes(config.ptx, episodes, config.prompt_length)
+        models = {store.FOLDER: policy.saved(trained), **extra_models.saved(state)}
+        return Finished(models, {}, {}, policy.adapters(trained))
 
     def init_params(key: jax.Array) -> dict[str, PyTree]:
-        others = init_others(key)
-        return {"policy": model.init_trained(key), **others}
+        others = extra_models.init(key)
+        return {"policy": policy.model.init_trained(key), **others}
 
+    def start(state: TrainState) -> TrainState:
+        return extra_models.load(_load_policy(config, policy, state))
+
+    axes = {"policy": policy.model.trained_axes(), **extra_models.axes}
+    if config.one_step_off:
+        axes[NEXT_ROLLOUT] = dict.fromkeys(STORED_FIELDS, ("batch", None))
+    shapes = batch_shapes(config.ptx, episodes, config.prompt_length)
     return Stage(
-        init=fresh_state(config, tx, init_params, extra),
-        axes={"policy": model.trained_axes(), **(axes or {}), **rows},
-        start=lambda state: start(_with_policy(config, task.policy, state)),
+        init=initial_state(config, tx, init_params, extra_state),
+        axes=axes,
+        start=start,
         step=step,
         batch=lambda _: shapes,
         open=open_data,
@@ -75,8 +87,8 @@ def policy_stage(
     )
 
 
-def _with_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> TrainState:
-    """Returns a fresh state with the pretrained policy in it, and in the average."""
+def _load_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> TrainState:
+    """Returns a fresh state with the pretrained policy in it, and in the EMA weights."""
     params = state.params | {"policy": policy.start(state.params["policy"])}
     extra = dict(state.extra)
     if config.ema:
@@ -84,33 +96,36 @@ def _with_policy(config: PolicyConfig, policy: Loaded, state: TrainState) -> Tra
     return state.replace(params=params, extra=extra)
 
 
-def fresh_state(
+def initial_state(
     config: PolicyConfig,
     tx: optax.GradientTransformation,
     init_params: Callable[[jax.Array], dict[str, PyTree]],
-    extra: Mapping[str, Any] | None = None,
+    extra_state: Mapping[str, Any] | None = None,
 ) -> Callable[[jax.Array], TrainState]:
-    """Returns a function key -> the state before anything is loaded.
+    """Returns a function key -> the state before pretrained parameters are loaded.
 
     Args:
-      init_params: key -> what is trained, "policy" among it.
-      extra: what the state carries besides the KL coefficient and the average.
+      init_params: key -> fresh trainable parameters by role, the policy among them.
+      extra_state: what the state carries besides the KL coefficient and the EMA weights.
     """
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        own = {"kl_coefficient": jnp.float32(config.kl.coefficient), **(extra or {})}
+        extra = {"kl_coefficient": jnp.float32(config.kl.coefficient)}
+        extra |= extra_state or {}
         if config.ema:
-            own["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
+            extra["ema"] = {"policy": jax.tree.map(jnp.array, params["policy"])}
         if config.one_step_off:
-            own[AHEAD] = _empty_rollout(config)
-        return TrainState.create(params, tx, **own)
+            extra[NEXT_ROLLOUT] = _empty_rollout(config)
+        return TrainState.create(params, tx, **extra)
 
     return init
 
 
 def _empty_rollout(config: PolicyConfig) -> dict[str, jax.Array]:
-    """Returns arrays with the shapes of an iteration's rollout, before there is one."""
-    b, t = config.episodes, config.prompt_length + config.max_new_tokens
-    ids, row = jnp.zeros((b, t), jnp.int32), jnp.zeros((b, config.max_new_tokens))
-    return Rollout(ids, jnp.zeros_like(ids), row, jnp.zeros_like(row))._asdict()
+    """Returns zeros with the shapes of an iteration's rollout, before there is one."""
+    length = config.prompt_length + config.max_new_tokens
+    tokens = jnp.zeros((config.episodes, length), jnp.int32)
+    mask = jnp.zeros((config.episodes, config.max_new_tokens))
+    arrays = (tokens, jnp.zeros_like(tokens), mask, jnp.zeros_like(mask))
+    return dict(zip(STORED_FIELDS, arrays, strict=True))

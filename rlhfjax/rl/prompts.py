@@ -1,4 +1,4 @@
-"""Prompts for the stages that sample responses, and the text beside them that PPO-ptx trains on."""
+"""Prompts for the stages that sample responses, and the pretraining text of PPO-ptx."""
 
 import dataclasses
 from typing import Any, Literal
@@ -22,44 +22,52 @@ from rlhfjax.types import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """Prompts: rows of kind prompt as they are, or prefixes of conversations (kind messages) that end with a user."""
+    """Prompts: rows of kind prompt, or prefixes of conversations (kind messages).
+
+    A prefix ends with a user's turn.
+    """
 
     source: SourceConfig | None = None
-    per_conversation: Count = 1  # prefixes of one conversation, 0: all
-    limit: Count = 0  # prompts, 0: all
+    """Where the prompts are; required in stages that sample."""
+    per_conversation: Count = 1
+    """Prefixes per conversation; 0 takes all."""
+    limit: Count = 0
+    """Number of prompts; 0 takes all."""
 
 
-def open_prompts(config: PromptConfig, what: str, seed: int = 0) -> Source:
+def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
+    """Opens the prompts of a config option. Raises ConfigError if it names no source."""
     if config.source is None:
-        raise ConfigError(f"{what}.source: prompts are needed")
+        raise ConfigError(f"{option}.source: a value is required")
     source = config.source.open()
     if source.kind == "messages":
-        most = config.per_conversation if config.per_conversation > 0 else None
-        source = Prompts(source, per_conversation=most, seed=seed)
+        per_conversation = config.per_conversation or None
+        source = Prompts(source, per_conversation=per_conversation, seed=seed)
     return Limited(source, config.limit) if config.limit else source
 
 
 def prompt_batches(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
 ) -> loader.BatchStream:
-    """Endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
+    """Returns endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
-    options = {
-        "batch_size": stage.batch_size,
-        "length": stage.prompt_length,
-        "seed": stage.seed,
-    }
-    return loader.prompt_batches(source, tokenizer, train=True, **options)
+    return loader.prompt_batches(
+        source,
+        tokenizer,
+        batch_size=stage.batch_size,
+        length=stage.prompt_length,
+        seed=stage.seed,
+        train=True,
+    )
 
 
 def held_out_prompts(
     config: PromptConfig, tokenizer: Tokenizer, stage: Any
 ) -> loader.BatchStream:
-    """One pass over held-out prompts, in order."""
+    """Returns one pass over held-out prompts, in order, in batches of at most `stage.episodes`."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
-    size = stage.episodes
-    if len(source) < size:
-        size = min(size, -(-len(source) // 8) * 8)
+    # Few prompts make a smaller batch, in a multiple of 8 that devices can share.
+    size = min(stage.episodes, -(-len(source) // 8) * 8)
     return loader.prompt_batches(
         source, tokenizer, train=False, batch_size=size, length=stage.prompt_length
     )
@@ -71,24 +79,30 @@ def prompt_metrics(prompts: PromptBatch) -> Metrics:
     return {"prompts_cut": share_cut(prompts.cut)}
 
 
-# ------------------------------------------------------------------ PPO-ptx: text beside the prompts
+# ------------------------------------------------------------------ PPO-ptx: text beside prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class PtxConfig:
-    """gamma E[log pi(x)] over pretraining text, its gradient added to PPO's in every minibatch.
+    """gamma E[log pi(x)] over pretraining text; its gradient is added to PPO's per minibatch.
 
-    The paper's gamma, 27.8, comes without a unit; here it multiplies nats per token or nats per sequence: see `unit`.
+    The paper's gamma, 27.8, comes without a unit. Here `unit` says what gamma multiplies.
+
+    Source: Ouyang et al. 2022, eq. 2.
     """
 
-    coefficient: NonNegative = 0.0  # 0: off
+    coefficient: NonNegative = 0.0
+    """Weight gamma of the pretraining loss; 0 is off."""
     unit: Literal["token", "sequence"] = "token"
-    ratio: Size = (
-        8  # sequences of text for every episode, over an iteration (InstructGPT C.4: 8)
-    )
-    length: TokensOrNone = 0  # tokens of a sequence
-    data_shards: Size = 1  # streams that the text comes in, as of a StreamConfig
+    """Whether gamma multiplies nats per token or nats per sequence."""
+    ratio: Size = 8
+    """Sequences of text per episode of an iteration (InstructGPT C.4: 8)."""
+    length: TokensOrNone = 0
+    """Tokens per sequence."""
+    data_shards: Size = 1
+    """Streams that the text comes in, as in a StreamConfig."""
     sources: tuple[SourceConfig, ...] = ()
+    """Where the text is."""
 
 
 def policy_batches(
@@ -98,28 +112,27 @@ def policy_batches(
     stage: Any,
     layout: Layout,
 ) -> loader.Joined:
-    """Returns PolicyBatches: the prompts, `samples_per_prompt` times each, and PPO-ptx's text."""
+    """Returns a stream of PolicyBatch: every prompt `samples_per_prompt` times, and the text."""
 
     def make(prompts: PromptBatch, text: TokenBatch | None = None) -> PolicyBatch:
         return PolicyBatch(prompts=repeat(prompts, stage.samples_per_prompt), text=text)
 
-    # The names of the streams stand in checkpoints.
+    # Checkpoints store the streams' positions by these names.
     if not config.coefficient:
         return loader.Joined(make, {"": prompts})
     if not config.length:
         raise ConfigError(
-            f"{stage.stage}.ptx.length: the mix needs the length of its sequences"
+            f"{stage.stage}.ptx.length=0: must be > 0 with a ptx.coefficient"
         )
     size = stage.episodes * config.ratio
-    source = open_sources(config.sources, f"{stage.stage}.ptx.sources")
-    own = own_shards(config.data_shards, size, layout)
-    options = {
-        "batch_size": size,
-        "length": config.length,
-        "seed": stage.seed + PRETRAINING_MIX,
-        "shards": own,
-    }
-    text = loader.pretrain_batches(source, tokenizer, **options)
+    text = loader.pretrain_batches(
+        open_sources(config.sources, f"{stage.stage}.ptx.sources"),
+        tokenizer,
+        batch_size=size,
+        length=config.length,
+        seed=stage.seed + PRETRAINING_MIX,
+        shards=own_shards(config.data_shards, size, layout),
+    )
     return loader.Joined(make, {"": prompts, "ptx/": text})
 
 

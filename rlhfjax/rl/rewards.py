@@ -1,4 +1,4 @@
-"""What a rollout is worth: shaped rewards, the KL to the reference, annealed human reward."""
+"""The rewards of a rollout: shaped scores, the KL to the reference, an annealed human reward."""
 
 import functools
 from typing import Any
@@ -8,37 +8,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhfjax.algos import kl, shaping, tamer
+from rlhfjax.models.transformer import Model
 from rlhfjax.programs import ROWS, WHOLE, small
 from rlhfjax.rl.config import HumanConfig, KLConfig, PolicyConfig
-from rlhfjax.rl.rollout import Rollout, Tokens
-from rlhfjax.types import Metrics
+from rlhfjax.rl.rollout import Rollout, TokenIds, response_outputs
+from rlhfjax.sampling.config import SamplingConfig
+from rlhfjax.types import Loss, Metrics, PyTree
 
 
 def shape_rewards(
-    config: PolicyConfig, tokens: Tokens, scores: Float[Array, "b"], rollout: Rollout
+    config: PolicyConfig, ids: TokenIds, scores: Float[Array, "b"], rollout: Rollout
 ) -> tuple[Float[Array, "b"], Bool[Array, "b"], Metrics]:
-    """Returns scores after missing-EOS, rejection and clipping, in this order; whether each response
-    ended; metrics."""
-    mask, metrics = rollout.mask, {}
-    ended = shaping.has_token(rollout.responses, mask, tokens.eos)
+    """Returns shaped scores, whether each response ended with an eos, and metrics.
+
+    The order is: missing eos, rejection of responses without the stop token, clipping.
+    """
+    mask = rollout.mask
+    metrics: Metrics = {}
+    ended = shaping.has_token(rollout.responses, mask, ids.eos_id)
+    value = config.missing_eos_value
     if config.missing_eos == "penalty":
-        scores = shaping.penalize_missing_eos(
-            scores, ended, penalty=config.missing_eos_value
-        )
+        scores = shaping.penalize_missing_eos(scores, ended, penalty=value)
     elif config.missing_eos == "replace":
-        scores = shaping.replace_missing_eos(
-            scores, ended, value=config.missing_eos_value
+        scores = shaping.replace_missing_eos(scores, ended, value=value)
+    if ids.stop_id is not None:
+        _, accepted = shaping.truncate_mask(
+            rollout.responses,
+            mask,
+            token_id=ids.stop_id,
+            after=config.truncate.after,
         )
-    if tokens.stop is not None:
-        after = config.truncate.after
-        _, found = shaping.truncate_mask(
-            rollout.responses, mask, token_id=tokens.stop, after=after
-        )
-        scores = shaping.reject(scores, found, value=config.truncate.value)
-        metrics["accepted"] = (
-            found.astype(jnp.float32).sum(),
-            jnp.float32(found.shape[0]),
-        )
+        scores = shaping.reject(scores, accepted, value=config.truncate.value)
+        total = accepted.astype(jnp.float32).sum()
+        metrics["accepted"] = (total, jnp.float32(accepted.shape[0]))
     if config.score_clip:
         scores = shaping.clip_score(scores, limit=config.score_clip)
     return scores, ended, metrics
@@ -51,8 +53,8 @@ def rollout_metrics(
     sequence_kl: Float[Array, "b"],
     ended: Bool[Array, "b"],
     mask: Float[Array, "b r"],
-) -> dict[str, Any]:
-    """Returns what every policy stage logs of a rollout, means over responses."""
+) -> Metrics:
+    """Returns the metrics of a rollout that every policy stage logs, means over responses."""
     n = jnp.float32(mask.shape[0])
     return {
         "score": (scores.sum(), n),
@@ -69,10 +71,10 @@ def kl_penalty(
     ref_logprobs: Float[Array, "b r"],
     mask: Float[Array, "b r"],
 ) -> tuple[Float[Array, "b r"], Float[Array, "b"]]:
-    """Returns the penalty per token (0 where it is in the loss), and log pi(y|x) / pi_ref(y|x) per
-    response.
+    """Returns the penalty per token, and log pi(y|x) / pi_ref(y|x) per response.
 
-    The second is what is logged and what a controller gets, whichever estimator the penalty has.
+    The penalty is 0 if the KL is in the loss. The log-ratio is what is logged and what an adaptive
+    coefficient is steered by, whatever the estimator of the penalty.
     """
     log_ratio = kl.k1(logprobs, ref_logprobs) * mask
     if config.place == "loss":
@@ -81,12 +83,18 @@ def kl_penalty(
     return per_token, kl.sequence_kl(log_ratio, mask)
 
 
-def kl_loss(
-    config: KLConfig, logprobs: Float[Array, "b r"], batch: Any
-) -> tuple[jax.Array, Metrics]:
-    """Returns the KL to the reference as a loss, and kl_clamped where its estimator has a clamp.
+def reference_kl(
+    config: SamplingConfig, model: Model, reference: PyTree, rollout: Rollout
+) -> Float[Array, "b"]:
+    """Returns log pi(y|x) / pi_ref(y|x) per response, nats, given the reference's parameters."""
+    _, ref_logprobs, _ = response_outputs(config, model, reference, rollout)
+    return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
 
-    The loss's weight is the number of responses for `sequence`, of tokens for others.
+
+def kl_loss(config: KLConfig, logprobs: Float[Array, "b r"], batch: Any) -> Loss:
+    """Returns the KL to the reference as a loss, with kl_clamped if its estimator has a clamp.
+
+    The weight of the loss is the number of responses for `sequence`, of tokens for the others.
     """
     old, ref, mask = batch.logprobs, batch.ref_logprobs, batch.mask
     losses = {
@@ -96,29 +104,27 @@ def kl_loss(
         "sequence": lambda: kl.kl_loss_sequence(logprobs, ref, mask),
     }
     scalar, metrics = losses[config.estimator]()
-    return scalar, {name: pair for name, pair in metrics.items() if name != "kl"}
+    return scalar, {name: metric for name, metric in metrics.items() if name != "kl"}
 
 
-def with_human(
+def add_human_reward(
     config: HumanConfig, scores: Any, human: Any, step: Any
 ) -> tuple[Any, Metrics]:
-    """Returns R + w H of every response, w annealed by the iteration; the mean of H and w as metrics."""
-    return small(functools.partial(_with_human, config), [ROWS, WHOLE])(
-        scores, human, step
-    )
+    """Returns R + w H per response, with w annealed by the iteration; and the means of H and w."""
+    add = functools.partial(_add_human_reward, config)
+    return small(add, [ROWS, WHOLE])(scores, human, step)
 
 
-def _with_human(
+def _add_human_reward(
     config: HumanConfig, scores: Any, human: Any, step: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    first, factor = jnp.float32(config.weight), jnp.float32(config.factor)
-    weight = tamer.annealed(first, factor=factor, iteration=step)
+    weight = tamer.annealed(
+        jnp.float32(config.weight), factor=jnp.float32(config.factor), iteration=step
+    )
+    scores = jnp.asarray(scores, jnp.float32)
     human = jnp.asarray(human, jnp.float32)
     metrics = {
         "human": (human.sum(), jnp.float32(human.size)),
         "human_weight": (weight, jnp.ones(())),
     }
-    total = tamer.reward_addition(
-        jnp.asarray(scores, jnp.float32), human, weight=weight
-    )
-    return total, metrics
+    return tamer.reward_addition(scores, human, weight=weight), metrics

@@ -1,4 +1,4 @@
-"""What a policy stage works with: the policy, its reference, and what scores its responses."""
+"""The models of a policy stage: the policy, its reference, and what scores its responses."""
 
 import functools
 from collections.abc import Callable
@@ -11,63 +11,63 @@ from rlhfjax.programs import on_mesh
 from rlhfjax.rewards.load import RewardSource, load_reward
 from rlhfjax.rewards.responses import Reward, score
 from rlhfjax.rl.config import PolicyConfig
-from rlhfjax.rl.rewards import with_human
-from rlhfjax.rl.rollout import Tokens, tokens_of
+from rlhfjax.rl.iteration import ForwardOutputs, Programs
+from rlhfjax.rl.rewards import add_human_reward
+from rlhfjax.rl.rollout import Rollout, TokenIds, find_token_ids
 from rlhfjax.roles import Loaded, Models, Roles, Sources
 from rlhfjax.types import Metrics, PyTree
 
 
 class Task(NamedTuple):
-    """A policy to improve and what it is improved against."""
+    """A policy, and what it is trained against."""
 
     policy: Loaded
     tokenizer: Tokenizer
-    tokens: Tokens
+    ids: TokenIds
     reference: PyTree  # parameters
+    layout: Layout  # the training mesh
+    frozen_layout: Layout | None  # the mesh of rewards and reference, if it is another
     reward: Reward
-    human: Reward | None = None  # added to the reward, with a weight that is annealed
+    human: Reward | None = None  # added to the reward, with an annealed weight
     gold: Reward | None = None  # measures held-out responses
-    layout: Layout | None = None  # the mesh of training
-    frozen_layout: Layout | None = (
-        None  # of rewards and reference, if not that of training
-    )
 
-    def forward(self, programs: Any) -> Callable[..., Any]:
-        """Returns a function (params, rollout) -> what forward passes give of a rollout.
+    def make_forward(self, programs: Programs) -> Callable[..., ForwardOutputs]:
+        """Returns a function (params, rollout) -> the outputs of all forward passes over a rollout.
 
-        It is dispatched before the rewards, which may be made on the host meanwhile.
+        Dispatch it before the rewards: the host may compute those meanwhile.
         """
         if self.frozen_layout is None:
             return lambda params, rollout: programs.forward(
                 params, self.reference, rollout
             )
-        of_reference = self.on_frozen(
+        ref_logprobs = self.on_frozen(
             functools.partial(programs.ref_logprobs, self.reference)
         )
 
-        def forward(params: PyTree, rollout: Any) -> Any:
-            known = programs.forward(params, None, rollout)
-            return known._replace(ref_logprobs=of_reference(rollout))
+        def forward(params: PyTree, rollout: Rollout) -> ForwardOutputs:
+            outputs = programs.forward(params, None, rollout)
+            return outputs._replace(ref_logprobs=ref_logprobs(rollout))
 
         return forward
 
     def score(
-        self, config: PolicyConfig, scored: Any, step: Any
+        self, config: PolicyConfig, rollout: Rollout, step: Any
     ) -> tuple[Any, Metrics]:
-        """Returns the scores [b] of what the reward sees, and the rewards' own metrics.
+        """Returns the scores [b] of a rollout's responses, and the rewards' own metrics.
 
         A human reward is added with its weight at this step.
         """
-        rows = (scored.tokens, scored.segments, scored.mask)
-        scores, metrics = self.on_frozen(functools.partial(score, self.reward))(*rows)
+        rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
+        score_rows = self.on_frozen(functools.partial(score, self.reward))
+        scores, metrics = score_rows(*rows)
         if self.human is not None:
             human = self.on_frozen(self.human)(*rows)
-            scores, human_metrics = with_human(config.human, scores, human, step)
+            scores, human_metrics = add_human_reward(config.human, scores, human, step)
             metrics = {**metrics, **human_metrics}
         return self.layout.put_rows(scores), metrics
 
     def on_frozen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function of rows that runs where rewards and reference are."""
+        """Returns a function of rows that runs on the mesh of rewards and reference."""
         return on_mesh(self.frozen_layout, self.layout, function)
 
 
@@ -80,34 +80,31 @@ def open_task(
       ConfigError: `init_from` is not a language model.
     """
     models = Models(config.stage, roles, layout, sources, config.frozen_mesh)
-    policy, frozen = models["policy"], models.frozen_layout
-    if policy.source_head != "lm":
-        context = f"{config.stage}.init_from={config.init_from}"
-        head = policy.source_head
+    policy, frozen_layout = models["policy"], models.frozen_layout
+    tokenizer = policy.tokenizer
+    if policy.source_head != "lm" or tokenizer is None:
         raise ConfigError(
-            f"{context}: a policy is needed, this model has a {head} head"
+            f"{config.stage}.init_from={config.init_from}: "
+            f"a policy is needed, this model has a {policy.source_head} head"
         )
-    if frozen is not None:
-        frozen.check_batch(
+    if frozen_layout is not None:
+        frozen_layout.check_batch(
             config.episodes,
             f"{config.stage}: the responses of an iteration, over frozen_mesh,",
         )
 
-    def load(source: RewardSource, where: Layout, program: str) -> Reward | None:
-        return (
-            load_reward(source, where, policy.tokenizer, models, program)
-            if source
-            else None
-        )
+    def load(source: RewardSource, layout: Layout, program: str) -> Reward:
+        return load_reward(source, layout, tokenizer, models, program)
 
+    reward_layout, human = frozen_layout or layout, config.human.reward
     return Task(
         policy=policy,
-        tokenizer=policy.tokenizer,
-        tokens=tokens_of(config, policy.tokenizer),
+        tokenizer=tokenizer,
+        ids=find_token_ids(config, tokenizer),
         reference=models["reference"].frozen,
-        reward=load(config.reward, frozen or layout, "score"),
-        human=load(config.human.reward, frozen or layout, "human"),
-        gold=load(config.gold, layout, "gold"),
         layout=layout,
-        frozen_layout=frozen,
+        frozen_layout=frozen_layout,
+        reward=load(config.reward, reward_layout, "score"),
+        human=load(human, reward_layout, "human") if human else None,
+        gold=load(config.gold, layout, "gold") if config.gold else None,
     )

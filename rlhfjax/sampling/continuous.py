@@ -1,16 +1,17 @@
-"""Continuous batching: many prompts through a few slots; a slot whose response has ended takes the next prompt.
+"""Continuous batching: many rows through a few lanes; a lane that finished takes the next prompt.
 
-Static batching runs every row as long as the longest. Here the loop's shapes are just as fixed, but a slot is free for
-the next prompt as soon as its response ends, so that lengths with a long tail cost about their mean.
+Static batching decodes every row until the longest one ends. Here shapes are just as fixed, but a
+lane is free as soon as its response ends, so that a batch costs about the mean length of its
+responses, not their maximum.
 
-The cache of a slot is a ring of p + r - 1 places, and all slots write their token's keys and values to the same place,
-one further each step, as a static batch does. A prompt that comes in late is put into the p places just behind: its
-response fills the others, and no more, before the ring comes round. Positions are in the keys already, so that
-attention asks only which places are valid, not in what order they stand.
+A lane's KV cache is a ring of p + r - 1 places. All lanes write the keys and values of their token
+to the same place, one place further at every step, as a static batch does. The prompt of a refilled
+lane goes into the p places behind the current one; its response fills the other places, and no
+more, before the ring comes round. Keys carry their positions (rope) already, so attention only
+needs to know which places are valid, not their order.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,133 +19,147 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.transformer import Cache, Model
+from rlhfjax.sampling.choose import choose
+from rlhfjax.sampling.config import Sampling
 from rlhfjax.sampling.samples import Samples
 
 
 class _State(NamedTuple):
-    """`k` slots answer `n` rows."""
+    """The state of the decoding loop: `k` lanes for `n` rows of at most `r` tokens."""
 
-    time: Int[Array, ""]  # decode steps so far
-    asked: Int[Array, ""]  # rows that have been given to a slot
-    row: Int[Array, " k"]  # the row that a slot answers; n where it is free
-    step: Int[Array, " k"]  # tokens drawn for that row
-    token: Int[Array, " k"]  # the last of them
+    decode_steps: Int[Array, ""]  # decode steps so far
+    next_row: Int[Array, ""]  # the first row that no lane has taken yet
+    row: Int[Array, " k"]  # the row that each lane decodes; n if the lane is free
+    step: Int[Array, " k"]  # tokens drawn so far for that row
+    token: Int[Array, " k"]  # the last of these tokens
     cache: Cache
     samples: Samples  # [n, r]
-
-
-def refill_size(decode_batch: int, samples_per_prompt: int) -> int:
-    """How many slots are filled at once: an eighth of them, in whole groups of `each` rows with one prompt.
-
-    A prefill of few rows wastes no slot for long; one of many uses the machine better.
-    """
-    return samples_per_prompt * max(1, decode_batch // 8 // samples_per_prompt)
 
 
 def continuous(
     model: Model,
     params: dict[str, Any],
     tokens: Int[Array, "b p"],
-    segments: Int[Array, "b p"],
+    attention_mask: Int[Array, "b p"],
     u: Float[Array, "r n"],
-    pick: Callable[[Array, Array], tuple[Array, Array]],
-    *,
-    decode_batch: int,
-    samples_per_prompt: int,
-    eos_id: int,
-    pad_id: int,
+    sampling: Sampling,
 ) -> Samples:
-    """Responses [n, r] to n = b * each rows, `slots` of them at a time; see `generate`.
+    """Returns responses [n, r] to n = b * samples_per_prompt rows, decode_batch rows at a time.
 
     Args:
-      u: what row i's token j is drawn with, u[j, i].
-      pick: (logits [k, v], u [k]) -> (token [k], logprob [k]).
+      u: u[j, i] draws token j of row i.
     """
     (b, p), (r, n) = tokens.shape, u.shape
-    ring, group = p + r - 1, refill_size(decode_batch, samples_per_prompt)
-    lengths = jnp.repeat((segments > 0).sum(1, dtype=jnp.int32), samples_per_prompt)
+    samples_per_prompt = sampling.samples_per_prompt
+    ring = p + r - 1
+    group = refill_size(sampling.decode_batch, samples_per_prompt)
+    lengths = (attention_mask > 0).sum(1, dtype=jnp.int32)
+    lengths = jnp.repeat(lengths, samples_per_prompt)
 
     def draw(hidden, row, step, samples):
-        """Token number `step` of each row, written down; the row becomes n where it was the last."""
-        token, logprob = pick(
-            model.logits(params, hidden), u.at[step, row].get(mode="clip")
-        )
-        new = Samples(token, jnp.ones_like(logprob), logprob)
+        """Draws and stores token number `step` of each row; a row that it ends becomes n."""
+        logits = model.logits(params, hidden)
+        token, logprob = choose(logits, u.at[step, row].get(mode="clip"), sampling)
+        new = Samples(tokens=token, mask=jnp.ones_like(logprob), logprobs=logprob)
         samples = jax.tree.map(
             lambda x, y: x.at[row, step].set(y, mode="drop"), samples, new
         )
-        return token, jnp.where((token == eos_id) | (step == r - 1), n, row), samples
+        ended = (token == sampling.eos_id) | (step == r - 1)
+        return token, jnp.where(ended, n, row), samples
 
-    def refill(s: _State) -> _State:
-        """The next `group` rows into the first free slots. Rows past the last leave theirs free."""
-        free = jnp.nonzero(s.row == n, size=group)[0]
-        rows = s.asked + jnp.arange(group)
-        prompts = jnp.minimum(rows[::samples_per_prompt] // samples_per_prompt, b - 1)
-        fresh = model.init_cache(group // samples_per_prompt, ring)
-        hidden, fresh = model.prefill(params, tokens[prompts], segments[prompts], fresh)
-        hidden, fresh = repeat((hidden, fresh), samples_per_prompt)
-        token, rows, samples = draw(hidden, rows, jnp.zeros_like(rows), s.samples)
-        rows = jnp.where(rows < n, rows, n)
-        cache = _put(s.cache, fresh, free, s.time % ring)
-        row, step, token = (
-            x.at[free].set(y)
-            for x, y in ((s.row, rows), (s.step, jnp.ones_like(rows)), (s.token, token))
-        )
-        return _State(s.time, s.asked + group, row, step, token, cache, samples)
+    def can_refill(s: _State):
+        return (s.next_row < n) & ((s.row == n).sum() >= group)
 
-    def advance(s: _State) -> _State:
-        position = lengths.at[s.row].get(mode="clip") + s.step - 1
-        hidden, cache = model.decode(
-            params, s.token, position, (p + s.time) % ring, s.cache
-        )
-        token, row, samples = draw(hidden, s.row, s.step, s.samples)
-        return _State(s.time + 1, s.asked, row, s.step + 1, token, cache, samples)
-
-    def refillable(s: _State):
-        return (s.asked < n) & ((s.row == n).sum() >= group)
-
-    def answering(s: _State):
+    def is_decoding(s: _State):
         return (s.row < n).any()
 
-    def turn(s: _State) -> _State:
-        return jax.lax.while_loop(
-            lambda s: answering(s) & ~refillable(s), advance, refill(s)
+    def refill(s: _State) -> _State:
+        """Prefills the next `group` rows into free lanes, and draws their first tokens."""
+        lanes = jnp.nonzero(s.row == n, size=group)[0]
+        rows = s.next_row + jnp.arange(group)
+        prompts = jnp.minimum(rows[::samples_per_prompt] // samples_per_prompt, b - 1)
+        cache = model.init_cache(group // samples_per_prompt, ring)
+        hidden, cache = model.prefill(
+            params, tokens[prompts], attention_mask[prompts], cache
+        )
+        hidden, cache = repeat((hidden, cache), samples_per_prompt)
+        token, rows, samples = draw(hidden, rows, jnp.zeros_like(rows), s.samples)
+        # Rows past the last one leave their lanes free.
+        rows = jnp.where(rows < n, rows, n)
+        cache = _write_lanes(s.cache, cache, lanes, s.decode_steps % ring)
+        step = jnp.ones_like(rows)
+        return s._replace(
+            row=s.row.at[lanes].set(rows),
+            step=s.step.at[lanes].set(step),
+            token=s.token.at[lanes].set(token),
+            next_row=s.next_row + group,
+            cache=cache,
+            samples=samples,
         )
 
-    idle, zero = jnp.full(decode_batch, n), jnp.zeros((), jnp.int32)
-    empty = Samples.empty(n, r, pad_id)
+    def decode(s: _State) -> _State:
+        """Runs one decode step: each lane takes its last token in and draws the next one."""
+        position = lengths.at[s.row].get(mode="clip") + s.step - 1
+        place = (p + s.decode_steps) % ring
+        hidden, cache = model.decode(params, s.token, position, place, s.cache)
+        token, row, samples = draw(hidden, s.row, s.step, s.samples)
+        return _State(
+            decode_steps=s.decode_steps + 1,
+            next_row=s.next_row,
+            row=row,
+            step=s.step + 1,
+            token=token,
+            cache=cache,
+            samples=samples,
+        )
+
+    def refill_and_decode(s: _State) -> _State:
+        """Refills free lanes, then decodes until the next refill or the last end."""
+        return jax.lax.while_loop(
+            lambda s: is_decoding(s) & ~can_refill(s), decode, refill(s)
+        )
+
+    free = jnp.full(sampling.decode_batch, n)
+    zero = jnp.zeros((), jnp.int32)
+    samples = Samples.empty(n, r, sampling.pad_id)
     start = _State(
-        zero,
-        zero,
-        idle,
-        jnp.zeros_like(idle),
-        jnp.zeros_like(idle),
-        model.init_cache(decode_batch, ring),
-        empty,
+        decode_steps=zero,
+        next_row=zero,
+        row=free,
+        step=jnp.zeros_like(free),
+        token=jnp.zeros_like(free),
+        cache=model.init_cache(sampling.decode_batch, ring),
+        samples=samples,
     )
-    return jax.lax.while_loop(
-        lambda s: answering(s) | (s.asked < n), turn, start
-    ).samples
+    end = jax.lax.while_loop(
+        lambda s: is_decoding(s) | (s.next_row < n), refill_and_decode, start
+    )
+    return end.samples
+
+
+def refill_size(decode_batch: int, samples_per_prompt: int) -> int:
+    """Returns how many lanes are refilled at once: an eighth, in whole groups of one prompt.
+
+    Refills of few rows leave no lane free for long; refills of many rows use the device better.
+    """
+    return samples_per_prompt * max(1, decode_batch // 8 // samples_per_prompt)
 
 
 def repeat(tree: Any, samples_per_prompt: int) -> Any:
-    """Every row of every array `each` times, one after the other."""
-    return (
-        tree
-        if samples_per_prompt == 1
-        else jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), tree)
-    )
+    """Returns a tree of arrays with every row repeated, copies next to each other."""
+    if samples_per_prompt == 1:
+        return tree
+    return jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), tree)
 
 
-def _put(
-    cache: Cache, fresh: Cache, lanes: Int[Array, " m"], shift: Int[Array, ""]
+def _write_lanes(
+    cache: Cache, new: Cache, lanes: Int[Array, " m"], shift: Int[Array, ""]
 ) -> Cache:
-    """`fresh`, turned by `shift` places, in the place of some slots' rings."""
+    """Returns the cache with the rings of some lanes replaced by new ones, shifted."""
 
-    def put(axis, old, new):
+    def write(axis, old, new):
         return old.at[lanes].set(jnp.roll(new, shift, axis), unique_indices=True)
 
-    k, v = jax.tree.map(
-        functools.partial(put, 2), (cache.k, cache.v), (fresh.k, fresh.v)
-    )
-    return Cache(k, v, put(1, cache.valid, fresh.valid))
+    keys_and_values = functools.partial(write, 2)
+    k, v = jax.tree.map(keys_and_values, (cache.k, cache.v), (new.k, new.v))
+    return Cache(k, v, write(1, cache.valid, new.valid))

@@ -1,4 +1,4 @@
-"""Autoregressive sampling with a KV cache: `generate` for batches, under jit; `stream` token by token, for a chat."""
+"""Autoregressive sampling with a KV cache: `generate` for jitted batches, `stream` for a chat."""
 
 import functools
 import logging
@@ -7,238 +7,184 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Bool, Int, Key
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.transformer import Cache, Model
-from rlhfjax.sampling.choose import check, choose
+from rlhfjax.sampling.choose import choose
+from rlhfjax.sampling.config import Sampling
 from rlhfjax.sampling.continuous import continuous, repeat
 from rlhfjax.sampling.samples import Samples, uniforms
 
 log = logging.getLogger("rlhfjax")
 
 
-class _Loop(NamedTuple):
-    """State of the decoding loop when `step` tokens a row have been drawn."""
-
-    step: Int[Array, ""]
-    token: Int[Array, " b"]  # the last one drawn (pad_id in a row that is done)
-    done: Bool[Array, " b"]  # rows that have drawn their eos
-    cache: Cache  # holds the prompt and the tokens before the last
-    samples: Samples
-
-
 def generate(
     model: Model,
     params: dict[str, Any],
     tokens: Int[Array, "b p"],
-    segments: Int[Array, "b p"],
+    attention_mask: Int[Array, "b p"],
     keys: Key[Array, " n"],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    samples_per_prompt: int = 1,
-    decode_batch: int = 0,
+    sampling: Sampling,
 ) -> Samples:
-    """Sample `each` responses of at most max_new_tokens tokens to each left-padded prompt.
+    """Samples samples_per_prompt responses of at most max_new_tokens tokens to each prompt.
 
-    y_i ~ top_p(top_k(softmax(logits(prompt, y_<i) / temperature))). The eos is part of the response; slots after it
-    hold pad_id with mask 0. A row that reaches max_new_tokens simply ends: no eos is forced on it. The loop stops when every
-    row is done. A row depends on its own prompt and key only.
+    y_i ~ top_p(top_k(softmax(logits(prompt, y_<i) / temperature))). The eos is part of the
+    response; pad_id follows it, with mask 0. A row that reaches max_new_tokens simply ends: no eos
+    is forced on it. Decoding stops when every row has ended. A response depends on its own prompt
+    and key only: with continuous batching (decode_batch) it is the same.
 
     Args:
-      tokens, segments: prompts, left-padded; segments are 1 on real tokens and 0 on padding.
-      keys: one typed key a row; rows i * each .. (i + 1) * each - 1 answer prompt i, which is prefilled once.
-      temperature: 0 is greedy, and logprobs are then those of temperature 1.
-      top_k, top_p: 0 and 1 are off. For evaluation: a training rollout must not truncate.
-      slots: so many rows are decoded at a time, and one that ends makes room for the next (continuous batching): the
-        same responses, sooner where lengths differ much. 0, or no fewer than there are rows: all of them at once.
-    Returns: Samples(tokens, mask, logprobs), each [n, max_new_tokens] with n = b * each.
-    Raises: ConfigError for impossible settings, or when prompt and response exceed the model's context.
+      tokens: prompts, left-padded.
+      attention_mask: 1 on real tokens, 0 on padding.
+      keys: one typed key per row. Rows i * K .. (i + 1) * K - 1 are the K = samples_per_prompt
+        responses to prompt i, which is prefilled once.
+    Returns: Samples(tokens, mask, logprobs), each [n, max_new_tokens] with n = b * K.
+    Raises: ConfigError if the number of keys is wrong, or if prompt and response exceed the model's
+      context.
     """
-    check(temperature, top_k, top_p)
-    if eos_id == pad_id:
-        raise ConfigError(
-            f"eos_id and pad_id are both {eos_id}: a response's end would be taken for padding"
-        )
     (b, p), n = tokens.shape, keys.shape[0]
-    _check_length(model, p, max_new_tokens)
-    check_rows(b, n, samples_per_prompt, decode_batch)
-    if isinstance(tokens, jax.core.Tracer):  # that is, once a shape
+    _validate_length(model, p, sampling.max_new_tokens)
+    if n != b * sampling.samples_per_prompt:
+        raise ConfigError(
+            f"samples_per_prompt={sampling.samples_per_prompt}: "
+            f"must be the number of keys per prompt; {b} prompts have {n} keys"
+        )
+    # Under jit this line runs once per compiled program.
+    if isinstance(tokens, core.Tracer):
         log.info(
             "the sampler is compiled for %d prompts of %d tokens, %d responses of %d",
             b,
             p,
             n,
-            max_new_tokens,
+            sampling.max_new_tokens,
         )
-    pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
-    u = uniforms(keys, max_new_tokens)
-    ends = {"eos_id": eos_id, "pad_id": pad_id}
-    if 0 < decode_batch < n:
-        return continuous(
-            model,
-            params,
-            tokens,
-            segments,
-            u,
-            pick,
-            decode_batch=decode_batch,
-            samples_per_prompt=samples_per_prompt,
-            **ends,
-        )
-    return _static(
-        model,
-        params,
-        tokens,
-        segments,
-        u,
-        pick,
-        samples_per_prompt=samples_per_prompt,
-        **ends,
-    )
+    u = uniforms(keys, sampling.max_new_tokens)
+    is_continuous = 0 < sampling.decode_batch < n
+    sample = continuous if is_continuous else _static
+    return sample(model, params, tokens, attention_mask, u, sampling)
 
 
-def check_rows(
-    prompts: int, rows: int, samples_per_prompt: int, decode_batch: int, where: str = ""
-) -> None:
-    """Raises ConfigError unless every prompt has `each` >= 1 rows, and the slots (0: off) hold those of one prompt."""
-    if samples_per_prompt < 1 or rows != prompts * samples_per_prompt:
+def _validate_length(model, prompt_length, max_new_tokens):
+    limit = model.config.max_length
+    if prompt_length + max_new_tokens > limit:
         raise ConfigError(
-            f"{where}samples_per_prompt is {samples_per_prompt}: {prompts} prompts and {rows} keys are given"
-        )
-    if decode_batch < 0 or 0 < decode_batch < samples_per_prompt:
-        raise ConfigError(
-            f"{where}decode_batch is {decode_batch}: it must be 0 (off) or hold at least the {samples_per_prompt} responses to a prompt"
+            f"a prompt of {prompt_length} and a response of {max_new_tokens} tokens "
+            f"exceed model.max_length={limit}"
         )
 
 
-def _static(
-    model, params, tokens, segments, u, pick, *, samples_per_prompt, eos_id, pad_id
-):
-    """All rows at once, until the last one ends."""
+# ------------------------------------------------------------------ static batches
+
+
+class _State(NamedTuple):
+    """The state of the decoding loop."""
+
+    step: Int[Array, ""]  # tokens drawn so far per row
+    token: Int[Array, " b"]  # the last one drawn; pad_id in a row that has ended
+    done: Bool[Array, " b"]  # rows that have drawn their eos
+    cache: Cache  # holds the prompt and all tokens before the last one
+    samples: Samples
+
+
+def _static(model, params, tokens, attention_mask, u, sampling):
+    """Returns what `generate` does, decoding all rows together until the last one ends."""
     (b, p), (max_new_tokens, n) = tokens.shape, u.shape
-    length = repeat((segments > 0).sum(1, dtype=jnp.int32), samples_per_prompt)
+    samples_per_prompt, pad_id = sampling.samples_per_prompt, sampling.pad_id
+    length = (attention_mask > 0).sum(1, dtype=jnp.int32)
+    length = repeat(length, samples_per_prompt)
 
     def draw(step, hidden, done, samples):
-        token, logprob = pick(model.logits(params, hidden), u[step])
+        """Draws and stores token number `step` of each row."""
+        logits = model.logits(params, hidden)
+        token, logprob = choose(logits, u[step], sampling)
         live = (~done).astype(jnp.float32)
         token = jnp.where(done, pad_id, token)
-        samples = _write(samples, step, Samples(token, live, logprob * live))
-        return token, done | (token == eos_id), samples
+        new = Samples(tokens=token, mask=live, logprobs=logprob * live)
+        samples = _write_column(samples, step, new)
+        return token, done | (token == sampling.eos_id), samples
 
-    def unfinished(s: _Loop):
+    def is_decoding(s: _State):
         return (s.step < max_new_tokens) & ~s.done.all()
 
-    def advance(s: _Loop) -> _Loop:
-        hidden, cache = model.decode(
-            params, s.token, length + s.step - 1, p + s.step - 1, s.cache
-        )
+    def decode(s: _State) -> _State:
+        """Runs one decode step: each row takes its last token in and draws the next one."""
+        position, place = length + s.step - 1, p + s.step - 1
+        hidden, cache = model.decode(params, s.token, position, place, s.cache)
         token, done, samples = draw(s.step, hidden, s.done, s.samples)
-        return _Loop(s.step + 1, token, done, cache, samples)
-
-    # The last token drawn is never run through the model, so it needs no slot.
-    hidden, cache = repeat(
-        model.prefill(
-            params, tokens, segments, model.init_cache(b, p + max_new_tokens - 1)
-        ),
-        samples_per_prompt,
-    )
-    token, done, samples = draw(
-        0, hidden, jnp.zeros(n, bool), Samples.empty(n, max_new_tokens, pad_id)
-    )
-    start = _Loop(jnp.ones((), jnp.int32), token, done, cache, samples)
-    return jax.lax.while_loop(unfinished, advance, start).samples
-
-
-def _write(samples, step, column):
-    def put(rows, new):
-        return jax.lax.dynamic_update_slice(
-            rows, new[:, None].astype(rows.dtype), (0, step)
+        return _State(
+            step=s.step + 1, token=token, done=done, cache=cache, samples=samples
         )
 
-    return jax.tree.map(put, samples, column)
+    # The last token drawn never goes through the model, so the cache has no place for it.
+    cache = model.init_cache(b, p + max_new_tokens - 1)
+    prefilled = model.prefill(params, tokens, attention_mask, cache)
+    hidden, cache = repeat(prefilled, samples_per_prompt)
+    done = jnp.zeros(n, bool)
+    samples = Samples.empty(n, max_new_tokens, pad_id)
+    token, done, samples = draw(0, hidden, done, samples)
+    step = jnp.ones((), jnp.int32)
+    start = _State(step=step, token=token, done=done, cache=cache, samples=samples)
+    return jax.lax.while_loop(is_decoding, decode, start).samples
 
 
-def _check_length(model, prompt, new):
-    if new < 1:
-        raise ConfigError(f"max_new_tokens is {new}: it must be at least 1")
-    if prompt + new > model.config.max_length:
-        raise ConfigError(
-            f"a prompt of {prompt} and a response of {new} tokens exceed model.max_length = {model.config.max_length}"
-        )
+def _write_column(samples, step, column):
+    """Returns samples [n, r] with token number `step` of every row."""
+
+    def write(rows, new):
+        new = new[:, None].astype(rows.dtype)
+        return jax.lax.dynamic_update_slice(rows, new, (0, step))
+
+    return jax.tree.map(write, samples, column)
+
+
+# ------------------------------------------------------------------ token by token
 
 
 def stream(
     model: Model,
     params: dict[str, Any],
     tokens: Int[Array, "1 p"],
-    segments: Int[Array, "1 p"],
+    attention_mask: Int[Array, "1 p"],
     key: Key[Array, ""],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling,
 ) -> Iterator[int]:
-    """Yield the tokens of one response as they are drawn, the eos (if it comes) last.
+    """Yields the tokens of one response as they are drawn; the eos (if it comes) is the last.
 
-    The same tokens as `generate` gives for this prompt and key. Pad prompts (on the left) to a few lengths: each
-    length compiles once. Raises ConfigError as `generate` does.
+    They are the tokens that `generate` returns for this prompt and key. Pad prompts (on the left)
+    to a few lengths: each length compiles once. Raises ConfigError as `generate` does.
     """
-    check(temperature, top_k, top_p)
-    _check_length(model, tokens.shape[1], max_new_tokens)
-    return _stream(
-        model,
-        params,
-        tokens,
-        segments,
-        key,
-        max_new_tokens,
-        eos_id,
-        (temperature, top_k, top_p),
-    )
+    _validate_length(model, tokens.shape[1], sampling.max_new_tokens)
+    return _stream(model, params, tokens, attention_mask, key, sampling)
 
 
-def _stream(model, params, tokens, segments, key, max_new_tokens, eos_id, settings):
-    p = tokens.shape[1]
-    length = (segments > 0).sum(1, dtype=jnp.int32)
-    hidden, cache = _first(model, p + max_new_tokens - 1, params, tokens, segments)
+def _stream(model, params, tokens, attention_mask, key, sampling):
+    p, max_new_tokens = tokens.shape[1], sampling.max_new_tokens
+    length = (attention_mask > 0).sum(1, dtype=jnp.int32)
+    places = p + max_new_tokens - 1
+    hidden, cache = _prefill(model, places, params, tokens, attention_mask)
     for step in range(max_new_tokens):
-        token = _next_token(model, settings, params, hidden, key, step)
+        token = _next_token(model, sampling, params, hidden, key, step)
         yield int(token[0])
-        if int(token[0]) == eos_id or step + 1 == max_new_tokens:
+        if int(token[0]) == sampling.eos_id or step + 1 == max_new_tokens:
             return
-        hidden, cache = _advance(
-            model, params, token, length + step, jnp.int32(p + step), cache
-        )
+        position, place = length + step, jnp.int32(p + step)
+        hidden, cache = _decode(model, params, token, position, place, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _first(model, decode_batch, params, tokens, segments):
-    return model.prefill(
-        params, tokens, segments, model.init_cache(tokens.shape[0], decode_batch)
-    )
+def _prefill(model, places, params, tokens, attention_mask):
+    cache = model.init_cache(tokens.shape[0], places)
+    return model.prefill(params, tokens, attention_mask, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _next_token(model, settings, params, hidden, key, step):
-    temperature, top_k, top_p = settings
+def _next_token(model, sampling, params, hidden, key, step):
     u = jax.random.uniform(jax.random.fold_in(key, step))[None]
-    return choose(
-        model.logits(params, hidden),
-        u,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )[0]
+    return choose(model.logits(params, hidden), u, sampling)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _advance(model, params, token, position, slot, cache):
-    return model.decode(params, token, position, slot, cache)
+def _decode(model, params, token, position, place, cache):
+    return model.decode(params, token, position, place, cache)

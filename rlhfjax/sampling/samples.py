@@ -1,4 +1,4 @@
-"""What a sampler returns, and the random numbers that it draws with."""
+"""The sampler's result, and the random numbers that it draws tokens with."""
 
 from typing import NamedTuple
 
@@ -12,19 +12,21 @@ class Samples(NamedTuple):
 
     tokens: Int[Array, "b r"]  # pad_id after the end
     mask: Float[Array, "b r"]  # 1 on response tokens, the eos included
-    logprobs: Float[
-        Array, "b r"
-    ]  # nats, of the distribution sampled from; 0 where the mask is 0
+    # Nats, under the distribution sampled from; 0 where the mask is 0.
+    logprobs: Float[Array, "b r"]
 
     @classmethod
     def empty(cls, b: int, r: int, pad_id: int) -> "Samples":
-        return cls(
-            jnp.full((b, r), pad_id, jnp.int32), jnp.zeros((b, r)), jnp.zeros((b, r))
-        )
+        """Returns responses of no token: what the decoding loop starts from."""
+        tokens = jnp.full((b, r), pad_id, jnp.int32)
+        return cls(tokens=tokens, mask=jnp.zeros((b, r)), logprobs=jnp.zeros((b, r)))
 
 
 def uniforms(keys: Key[Array, " b"], steps: int) -> Float[Array, "r b"]:
-    """u[i, row] = uniform(fold_in(keys[row], i)): a row's draws depend on its own key and the step alone."""
+    """Returns u[i, row] = uniform(fold_in(keys[row], i)), the number that draws token i of a row.
+
+    It depends on the row's own key and the step alone, not on the other rows.
+    """
 
     def draw(i, key):
         return jax.random.uniform(jax.random.fold_in(key, i))

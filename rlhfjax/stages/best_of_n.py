@@ -1,15 +1,17 @@
-"""Best-of-n: what a reward would buy without any training, by picking the best of n samples.
+"""Best-of-n: what a reward would buy without any training, by picking the best of n responses.
 
-A pool of N answers to every held-out prompt gives, for n = 1, 2, 4 .. N, the unbiased estimate of both rewards of the
-answer that the proxy likes best (Nakano et al. 2021, appendix I), against KL = log n - (n - 1) / n.
+A pool of N responses to every held-out prompt gives, for n = 1, 2, 4 .. N, the unbiased estimate of
+both rewards of the response that the proxy likes best (Nakano et al. 2021, appendix I), against
+KL = log n - (n - 1) / n.
 
-metrics.jsonl   a line an n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut}
-scores.jsonl    a line a prompt: every answer's proxy, gold and length, so that all of it can be computed again
-samples.jsonl   a line a prompt: the best of its pool, and a plain sample
+metrics.jsonl   one line per n, step = n: best_of_n/{proxy, gold, kl, kl_pool, prompts_cut}
+scores.jsonl    one line per prompt: proxy, gold and length of every response, to recompute it all
+samples.jsonl   one line per prompt: the best response of its pool, and a plain sample
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,7 +27,6 @@ from rlhfjax.algos.best_of_n import (
 )
 from rlhfjax.data import loader
 from rlhfjax.data.batches import PromptBatch, take
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.evals import stats
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
@@ -33,46 +34,53 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.ranges import PositiveTemperature, Seed, Size, SizeOrNone, Tokens
+from rlhfjax.ranges import PositiveTemperature, Seed, Size
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import Reward, texts
-from rlhfjax.rl.config import validate_decode_batch
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
 from rlhfjax.rl.rollout import Rollout, sample
-from rlhfjax.roles import Role, Workload, job_workload, scorers
-from rlhfjax.supervised import validate_length
+from rlhfjax.roles import Role, scorers
+from rlhfjax.sampling.config import Sampling, SamplingConfig
+from rlhfjax.stages.evaluate import SAMPLES, sample_rows
 
-SCORES, SAMPLES = "scores.jsonl", "samples.jsonl"
-# {"proxy" [p, N], "gold" [p, N], "length" [p, N], "answer" [p, N] ids of equal answers, "cut" [p]}
+SCORES = "scores.jsonl"
+# "proxy", "gold", "length" and "answer" [p, N], "cut" [p], as scores.jsonl names them. "answer" is
+# an id that equal responses share.
 Pool = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(SamplingConfig):
+    """The options of best-of-n."""
+
     stage: str = "best_of_n"
-    init_from: str  # the policy that answers
-    proxy: RewardSource  # what picks: a reward stage's workdir, or a scorer
-    gold: RewardSource = ""  # what judges the pick; empty: the proxy alone
+    init_from: str
+    """Workdir of the policy that responds."""
+    proxy: RewardSource
+    """Reward that picks the best response: a reward stage's workdir, or a scorer."""
+    gold: RewardSource = ""
+    """Scorer that measures the pick; empty: the proxy alone."""
     prompts: PromptConfig = PromptConfig()
-    pool: Size = 64  # N, answers to a prompt; Gao et al. 2022: 60,000 at the most
-    prompt_length: Tokens
-    max_new_tokens: Tokens
+    """Held-out prompts."""
+    pool: Size = 64
+    """N, responses per prompt (Gao et al. 2022: up to 60,000)."""
     temperature: PositiveTemperature = 1.0
-    batch_size: Size = 64  # answers at a time
-    decode_batch: SizeOrNone = 0  # of them decoded together, the next prompt as soon as one ends; 0: all, to the longest
+    """Sampling temperature."""
+    batch_size: Size = 64
+    """Responses per batch."""
     seed: Seed = 0
+    """Seed of prompts and responses."""
     mesh: MeshConfig = MeshConfig()
+    """Mesh of devices."""
 
 
 def roles(config: Config) -> dict[str, Role]:
-    return {
-        "policy": Role(config.init_from),
-        **scorers(proxy=config.proxy, gold=config.gold),
-    }
+    rewards = scorers(proxy=config.proxy, gold=config.gold)
+    return {"policy": Role(config.init_from), **rewards}
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+workload = sampling_workload
 
 
 def validate(
@@ -80,14 +88,7 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "best_of_n.batch_size")
-    validate_decode_batch(
-        config.decode_batch, _same_prompt(config), layout, "best_of_n"
-    )
-    validate_length(
-        config.prompt_length + config.max_new_tokens,
-        model_config,
-        "best_of_n.prompt_length + max_new_tokens",
-    )
+    validate_sampling(config, layout, model_config, _samples_per_prompt(config))
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -98,196 +99,180 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """
     policy = store.load(config.init_from, layout)
     validate(config, layout, policy.model.config)
-    tokenizer = policy.tokenizer
-    rewards = {"proxy": load_reward(config.proxy, layout, tokenizer)}
+    rewards = {"proxy": load_reward(config.proxy, layout, policy.tokenizer)}
     if config.gold:
-        rewards["gold"] = load_reward(config.gold, layout, tokenizer)
+        rewards["gold"] = load_reward(config.gold, layout, policy.tokenizer)
     with layout.use():
-        prompts, answers, pool = _pools(config, policy, tokenizer, rewards, layout)
+        prompts, responses, pool = _pools(config, policy, rewards, layout)
     for name in rewards:
         context = f"best_of_n.{name}={label(getattr(config, name))}"
         stats.validate_scores(pool[name], context)
     write_jsonl(workdir / SCORES, _score_rows(prompts, pool))
-    write_jsonl(workdir / SAMPLES, _sample_rows(prompts, answers, pool))
+    best = np.argmax(pool["proxy"], axis=1)
+    rows = sample_rows(
+        prompts,
+        policy=_picked(responses, pool, best),
+        baseline=_picked(responses, pool, np.zeros_like(best)),
+    )
+    write_jsonl(workdir / SAMPLES, rows)
     metrics: dict[str, float] = {}
     with Writer(workdir) as writer:
         for n in sizes(config.pool):
-            point = {**curve_point(pool, n), "prompts_cut": float(pool["cut"].mean())}
+            point = curve_point(pool, n)
+            point["prompts_cut"] = float(pool["cut"].mean())
             metrics = {f"best_of_n/{name}": value for name, value in point.items()}
             writer.write(n, metrics)
     return metrics
 
 
 def sizes(pool: int) -> list[int]:
-    """1, 2, 4 .. and the pool itself."""
+    """Returns 1, 2, 4 .. and the pool's size."""
     powers = [2**i for i in range(pool.bit_length()) if 2**i < pool]
     return [*powers, pool]
 
 
 def curve_point(pool: Pool, n: int) -> dict[str, float]:
-    """What best-of-n by proxy gives, mean over prompts.
+    """Returns what best-of-n by the proxy gives, mean over prompts.
 
-    proxy, gold: unbiased estimates over all subsets of n answers. kl: log n - (n - 1) / n, which is exact where no two
-    samples are alike and an upper bound where a policy repeats itself. kl_pool: the exact KL of best-of-n out of the
-    pool's own distribution of distinct answers, which sees repetitions; with n near N it is too low, since the pool is
-    all it knows (it cannot exceed log N).
+    proxy, gold: unbiased estimates over all subsets of n responses.
+    kl: log n - (n - 1) / n, which is exact if no two samples are alike, and an upper bound if a
+      policy repeats itself.
+    kl_pool: the exact KL of best-of-n out of the pool's own distribution of distinct responses,
+      which sees repetitions. With n near N it is too low, since it cannot exceed log N.
     """
     proxy = jnp.asarray(pool["proxy"], jnp.float32)
     estimate = jax.jit(jax.vmap(lambda p, g: best_of_n_reward(p, g, n=n)))
-    rewards = {
-        name: estimate(proxy, jnp.asarray(pool[name], jnp.float32))
-        for name in ("proxy", "gold")
-        if name in pool
-    }
-    kls = [
-        pool_kl(*row, n=n) for row in zip(pool["answer"], pool["proxy"], strict=True)
-    ]
-    values = {
-        name: float(np.mean(np.asarray(x, np.float64))) for name, x in rewards.items()
-    }
-    return values | {"kl": best_of_n_kl(n), "kl_pool": float(np.mean(kls))}
+    point = {}
+    for name in ("proxy", "gold"):
+        if name in pool:
+            rewards = estimate(proxy, jnp.asarray(pool[name], jnp.float32))
+            point[name] = float(np.mean(np.asarray(rewards, np.float64)))
+    rows = zip(pool["answer"], pool["proxy"], strict=True)
+    kls = [pool_kl(*row, n=n) for row in rows]
+    return point | {"kl": best_of_n_kl(n), "kl_pool": float(np.mean(kls))}
 
 
 def pool_kl(
-    answers: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *, n: int
+    responses: Int[np.ndarray, " N"], rewards: Float[np.ndarray, " N"], *, n: int
 ) -> float:
-    """KL(best-of-n || p) in nats, p being how often each distinct answer stands in the pool.
+    """Returns KL(best-of-n || p) in nats; p are the frequencies of the pool's distinct responses.
 
     Args:
-      answers: equal ids are equal answers.
-      rewards: by which the best is picked; ties between distinct answers are broken at random.
+      responses: ids, equal for equal responses.
+      rewards: pick the best; ties between distinct responses are broken at random.
     """
-    _, first, counts = np.unique(answers, return_index=True, return_counts=True)
+    _, first, counts = np.unique(responses, return_index=True, return_counts=True)
     p = jnp.asarray(counts / counts.sum(), jnp.float32)
-    q = np.asarray(
-        best_of_n_distribution(p, jnp.asarray(rewards[first], jnp.float32), n=n),
-        np.float64,
-    )
+    q = best_of_n_distribution(p, jnp.asarray(rewards[first], jnp.float32), n=n)
+    p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
     chosen = q > 0
-    return float(
-        np.sum(q[chosen] * np.log(q[chosen] / np.asarray(p, np.float64)[chosen]))
-    )
+    p, q = p[chosen], q[chosen]
+    return float(np.sum(q * np.log(q / p)))
+
+
+# ------------------------------------------------------------------ pools
 
 
 def _pools(
     config: Config,
     policy: store.SavedModel,
-    tokenizer: Tokenizer,
     rewards: dict[str, Reward],
     layout: Layout,
 ) -> tuple[list[str], list[list[str]], Pool]:
-    """Texts of prompts and of their answers [p][N], and the pools; answer j of prompt i is row i N + j."""
+    """Returns the texts of prompts [p] and of their responses [p][N], and the pools."""
     source = open_prompts(config.prompts, "best_of_n.prompts", seed=config.seed)
-    options = {"batch_size": len(source), "length": config.prompt_length}
-    encoded = next(loader.prompt_batches(source, tokenizer, train=False, **options))
+    encoded = next(
+        loader.prompt_batches(
+            source,
+            policy.tokenizer,
+            train=False,
+            batch_size=len(source),
+            length=config.prompt_length,
+        )
+    )
     total = len(source) * config.pool
     prompts: list[str] = []
-    answers: list[str] = []
-    parts: dict[str, list] = {name: [] for name in (*rewards, "length", "answer")}
-    with Progress(total, "answers", title="best_of_n") as progress:
-        for i, first in enumerate(range(0, total, config.batch_size)):
-            count = min(config.batch_size, total - first)
-            rows = (
-                np.minimum(np.arange(first, first + config.batch_size), total - 1)
-                // config.pool
-            )
-            rollout = _sample(
-                config,
-                policy,
-                tokenizer,
-                take(encoded, rows),
-                i,
-                layout,
-            )
+    responses: list[str] = []
+    ids: list[bytes] = []
+    scores: dict[str, list[float]] = {name: [] for name in (*rewards, "length")}
+    with Progress(total, "responses", title="best_of_n") as progress:
+        for rollout, count in _rollouts(config, policy, encoded, total, layout):
+            rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
             for name, reward in rewards.items():
-                parts[name] += hosts.whole(
-                    reward(rollout.tokens, rollout.segments, rollout.mask)
-                )[:count].tolist()
-            host = hosts.whole(rollout)
-            asked, said = texts(tokenizer, host.tokens, host.segments, host.mask)
-            prompts += [
-                text
-                for text, row in zip(asked, range(first, first + count), strict=False)
-                if not row % config.pool
-            ]
-            answers += said[:count]
-            parts["length"] += host.mask.sum(1)[:count].tolist()
-            parts["answer"] += [
-                ids[keep > 0].tobytes()
-                for ids, keep in zip(host.responses, host.mask, strict=True)
-            ][:count]
-            progress.update(first + count, count=count)
-    _, parts["answer"] = np.unique(
-        np.array(parts["answer"], object), return_inverse=True
-    )
+                scores[name] += hosts.whole(reward(*rows))[:count].tolist()
+            rollout = hosts.whole(rollout)
+            batch_prompts, batch_responses = texts(
+                policy.tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
+            )
+            prompts += batch_prompts[:count]
+            responses += batch_responses[:count]
+            scores["length"] += rollout.mask.sum(1)[:count].tolist()
+            for row, keep in zip(rollout.responses, rollout.mask, strict=True):
+                ids.append(row[keep > 0].tobytes())
+            del ids[len(responses) :]
+            progress.update(len(responses), count=count)
     shape = (len(source), config.pool)
-    kinds = {"length": np.int64, "answer": np.int64}
-    pool = {
-        name: np.array(x, kinds.get(name, np.float64)).reshape(shape)
-        for name, x in parts.items()
+    pool: Pool = {
+        name: np.array(x, np.float64).reshape(shape) for name, x in scores.items()
     }
+    pool["length"] = pool["length"].astype(np.int64)
+    _, distinct = np.unique(np.array(ids, object), return_inverse=True)
+    pool["answer"] = distinct.astype(np.int64).reshape(shape)
     pool["cut"] = encoded.cut
-    return (
-        prompts,
-        [answers[i * config.pool : (i + 1) * config.pool] for i in range(len(source))],
-        pool,
-    )
+    first_rows = range(0, total, config.pool)
+    grouped = [responses[i : i + config.pool] for i in first_rows]
+    return prompts[:: config.pool], grouped, pool
 
 
-def _sample(
+def _rollouts(
     config: Config,
     policy: store.SavedModel,
-    tokenizer: Any,
     prompts: PromptBatch,
-    number: int,
+    total: int,
     layout: Layout,
-) -> Rollout:
-    placed = layout.put(prompts)
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
-    return sample(
-        policy.model,
-        policy.params,
-        placed.tokens,
-        placed.attention_mask,
-        key,
-        max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        temperature=config.temperature,
-        samples_per_prompt=_same_prompt(config),
-        decode_batch=config.decode_batch,
-    )
+) -> Iterator[tuple[Rollout, int]]:
+    """Yields batches of responses, and how many of their rows count; row i N + j is of prompt i."""
+    k = _samples_per_prompt(config)
+    sampling = Sampling.from_config(config, policy.tokenizer, k)
+    for i, first in enumerate(range(0, total, config.batch_size)):
+        rows = np.arange(first, first + config.batch_size)
+        # Rows past the last one only fill the batch.
+        of_prompt = np.minimum(rows, total - 1) // config.pool
+        batch = layout.put(take(prompts, of_prompt))
+        rollout = sample(
+            policy.model,
+            policy.params,
+            batch.tokens,
+            batch.attention_mask,
+            jax.random.fold_in(jax.random.key(config.seed), i),
+            sampling=sampling,
+        )
+        yield rollout, min(config.batch_size, total - first)
 
 
-def _same_prompt(config: Config) -> int:
-    """Rows of a batch that are sure to have one prompt: pools and batches both begin and end between such groups."""
+def _samples_per_prompt(config: Config) -> int:
+    """Returns how many consecutive rows of a batch are sure to share a prompt.
+
+    Pools and batches both begin and end between groups of that many rows.
+    """
     return math.gcd(config.pool, config.batch_size)
 
 
 def _score_rows(prompts: list[str], pool: Pool) -> list[dict[str, Any]]:
+    """Returns the lines of scores.jsonl."""
     return [
-        {"prompt": text} | {name: x[i].tolist() for name, x in pool.items()}
-        for i, text in enumerate(prompts)
+        {"prompt": prompt} | {name: x[i].tolist() for name, x in pool.items()}
+        for i, prompt in enumerate(prompts)
     ]
 
 
-def _sample_rows(
-    prompts: list[str], answers: list[list[str]], pool: Pool
-) -> list[dict[str, Any]]:
-    """As the evaluation writes them: the policy is best-of-N, the baseline the first answer of the pool."""
-    rows = []
-    for i, prompt in enumerate(prompts):
-        best = int(np.argmax(pool["proxy"][i]))
-        row: dict[str, Any] = {
-            "prompt": prompt,
-            "policy": answers[i][best],
-            "baseline": answers[i][0],
-        }
-        for name in ("gold", "proxy"):
-            if name in pool:
-                row |= {
-                    f"{name}_policy": pool[name][i, best],
-                    f"{name}_baseline": pool[name][i, 0],
-                }
-        rows.append(row)
-    return rows
+def _picked(
+    responses: list[list[str]], pool: Pool, index: Int[np.ndarray, " p"]
+) -> dict[str, Any]:
+    """Returns one response per prompt with its scores, as `sample_rows` takes them."""
+    prompts = np.arange(len(index))
+    scores: dict[str, Any] = {
+        name: pool[name][prompts, index] for name in ("gold", "proxy") if name in pool
+    }
+    scores["response"] = [row[i] for row, i in zip(responses, index, strict=True)]
+    return scores

@@ -1,12 +1,13 @@
-"""Critique and revision: a policy's answers, criticised and rewritten by a model, as fine-tuning data (SL-CAI).
+"""Critique and revision: responses, criticized and rewritten, as fine-tuning data (SL-CAI).
 
-workdir/{train,validation}.jsonl    {"messages": [..., the revised answer]}, rows of kind messages
+workdir/{train,validation}.jsonl    {"messages": [..., the revised response]}, rows of kind messages
 workdir/revisions.jsonl             every draft with its critiques, for people
 
-Every round draws a principle for each prompt, by seed, round and prompt: a line of `principles` is JSON,
-{"critique": "Identify …", "revision": "Please rewrite …"}.
+Every round draws a principle for each prompt, by seed, round and prompt. A line of `principles` is
+JSON: {"critique": "Identify …", "revision": "Please rewrite …"}.
 
-Source: Bai et al. 2022, "Constitutional AI", section 3.1 and appendix C (four revisions, principles drawn at random).
+Source: Bai et al. 2022, "Constitutional AI", section 3.1 and appendix C (four revisions, principles
+drawn at random).
 """
 
 import dataclasses
@@ -30,27 +31,38 @@ from rlhfjax.streams import PER_CRITIQUE_SEED
 from rlhfjax.supervised import validate_length
 
 SPLITS = ("train", "validation")
+Principle = dict[str, str]  # {"critique": request, "revision": request}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    """The options of critique and revision."""
+
     stage: str = "critique"
-    init_from: str  # the policy that answers
-    critic: str | None = (
-        None  # criticises and revises; None: the policy itself, as in the paper
-    )
+    init_from: str
+    """Workdir of the policy that responds."""
+    critic: str | None = None
+    """Workdir of the model that criticizes and revises; None: the policy, as in the paper."""
     prompts: PromptConfig = PromptConfig()
-    principles: str  # a file of JSON lines
-    rounds: PositiveCount = 1  # revisions; the paper: 4
-    length: Tokens  # conversation and answer, tokens; the prompt of a longer one loses its beginning
-    max_new_tokens: Tokens  # tokens of an answer, a critique, a revision
+    """Prompts to respond to."""
+    principles: str
+    """File of JSON lines, one principle per line."""
+    rounds: PositiveCount = 1
+    """Revisions per response (the paper: 4)."""
+    length: Tokens
+    """Tokens of a conversation with its response; a longer one's prompt loses its beginning."""
+    max_new_tokens: Tokens
+    """Tokens of the longest response, critique or revision."""
     temperature: Temperature = 1.0
-    validation: ProperShare = (
-        0.1  # share of the prompts, by a stable hash of their first user turn
-    )
+    """Sampling temperature; 0 is greedy."""
+    validation: ProperShare = 0.1
+    """Share of the prompts in the validation split, by a stable hash of their first user turn."""
     batch_size: Size = 32
+    """Conversations per batch."""
     seed: Seed = 0
+    """Seed of prompts, principles and responses."""
     mesh: MeshConfig = MeshConfig()
+    """Mesh of devices."""
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -70,61 +82,52 @@ def validate(
     validate_length(config.length, model_config, "critique.length")
     if config.max_new_tokens >= config.length:
         raise ConfigError(
-            f"critique.max_new_tokens={config.max_new_tokens}: expected less than length={config.length}"
+            f"critique.max_new_tokens={config.max_new_tokens}: "
+            f"must be less than length={config.length}"
         )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes both files; returns how many rows there are, how many answers a revision changed, and
-    how many prompts lost their beginning in a request that had no room for them."""
+    """Writes the files; returns the numbers of prompts, of revised and of empty responses, and the
+    share of prompts that lost their beginning."""
     principles = read_principles(config.principles)
-    options = {"length": config.length, "batch_size": config.batch_size}
-    policy = Judge(JudgeConfig(model=config.init_from, **options), layout)
-    critic = (
-        policy
-        if config.critic is None
-        else Judge(JudgeConfig(model=config.critic, **options), layout)
-    )
+    policy = _open_model(config, config.init_from, layout)
+    critic = policy
+    if config.critic is not None:
+        critic = _open_model(config, config.critic, layout)
     source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
     prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
     cut: set[int] = set()
 
-    def fitted(speaker: Judge, after: list[Conversation]) -> list[Conversation]:
-        """What is asked about each prompt: the prompt, as the speaker has room for it, and the
-        turns after it."""
-        room, asked = config.length - config.max_new_tokens, []
-        for i, (prompt, rest) in enumerate(zip(prompts, after, strict=True)):
-            asked.append(
-                chat.shorten_conversation(speaker.tokenizer, prompt, rest, room)
-            )
-            cut.update([i] if asked[-1] != [*prompt, *rest] else [])
-        return asked
+    def shortened(model: Judge, turns: list[Conversation]) -> list[Conversation]:
+        """Returns each prompt, as far as the model has room for it, with the turns after it."""
+        room = config.length - config.max_new_tokens
+        questions = []
+        for i, (prompt, rest) in enumerate(zip(prompts, turns, strict=True)):
+            question = chat.shorten_conversation(model.tokenizer, prompt, rest, room)
+            if question != [*prompt, *rest]:
+                cut.add(i)
+            questions.append(question)
+        return questions
 
-    drafts = [_say(config, policy, fitted(policy, [[] for _ in prompts]), 0)]
+    no_turns: list[Conversation] = [[] for _ in prompts]
+    drafts = [_say(config, policy, shortened(policy, no_turns), 0)]
     critiques: list[list[str]] = []
     for number in range(config.rounds):
-        chosen = [
-            principles[
-                int(choose(_numbers(principles), config.seed, number, chat.to_text(p)))
-            ]
-            for p in prompts
-        ]
-        after = [
+        chosen = [_choose(config, principles, number, prompt) for prompt in prompts]
+        turns = [
             [_turn("assistant", draft), _turn("user", principle["critique"])]
             for draft, principle in zip(drafts[-1], chosen, strict=True)
         ]
-        critiques.append(_say(config, critic, fitted(critic, after), 2 * number + 1))
-        after = [
-            [
-                *before,
-                _turn("assistant", critique),
-                _turn("user", principle["revision"]),
-            ]
-            for before, critique, principle in zip(
-                after, critiques[-1], chosen, strict=True
-            )
-        ]
-        drafts.append(_say(config, critic, fitted(critic, after), 2 * number + 2))
+        questions = shortened(critic, turns)
+        critiques.append(_say(config, critic, questions, 2 * number + 1))
+        for before, critique, principle in zip(
+            turns, critiques[-1], chosen, strict=True
+        ):
+            before.append(_turn("assistant", critique))
+            before.append(_turn("user", principle["revision"]))
+        questions = shortened(critic, turns)
+        drafts.append(_say(config, critic, questions, 2 * number + 2))
     metrics = _write(config, workdir, prompts, drafts, critiques)
     metrics["critique/prompts_cut"] = len(cut) / len(prompts)
     with Writer(workdir) as writer:
@@ -132,8 +135,8 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     return metrics
 
 
-def read_principles(path: str) -> list[dict[str, str]]:
-    """Returns the file's lines {"critique": request, "revision": request}.
+def read_principles(path: str) -> list[Principle]:
+    """Returns the principles of a file of JSON lines.
 
     Raises:
       DataError: the file has no line, or one of another form.
@@ -147,12 +150,24 @@ def read_principles(path: str) -> list[dict[str, str]]:
             )
         principles.append(row)
     if not principles:
-        raise DataError(f"principles: {path} is empty; one a line is expected")
+        raise DataError(f"principles: {path} is empty; expected one principle per line")
     return principles
 
 
-def _numbers(principles: list[Any]) -> list[str]:
-    return [str(i) for i in range(len(principles))]
+def _open_model(config: Config, model: str, layout: Layout) -> Judge:
+    judge_config = JudgeConfig(
+        model=model, length=config.length, batch_size=config.batch_size
+    )
+    return Judge(judge_config, layout)
+
+
+def _choose(
+    config: Config, principles: list[Principle], number: int, prompt: Conversation
+) -> Principle:
+    """Returns the principle of a prompt in a round."""
+    indices = [str(i) for i in range(len(principles))]
+    index = choose(indices, config.seed, number, chat.to_text(prompt))
+    return principles[int(index)]
 
 
 def _turn(role: str, content: str) -> chat.Message:
@@ -160,17 +175,17 @@ def _turn(role: str, content: str) -> chat.Message:
 
 
 def _say(
-    config: Config, speaker: Judge, questions: list[Conversation], draw: int
+    config: Config, model: Judge, questions: list[Conversation], draw: int
 ) -> list[str]:
-    """The speaker's answers as text; the draw numbers what is asked, so that no two share their randomness."""
+    """Returns the model's responses as text; another `draw` has other random numbers."""
     seed = (config.seed * PER_CRITIQUE_SEED + draw) % 2**31
-    ids = speaker.answer(
+    responses = model.answer(
         questions,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed=seed,
     )
-    return [speaker.tokenizer.decode(one).strip() for one in ids]
+    return [model.tokenizer.decode(ids).strip() for ids in responses]
 
 
 def _write(
@@ -180,30 +195,28 @@ def _write(
     drafts: list[list[str]],
     critiques: list[list[str]],
 ) -> dict[str, float]:
-    """An empty last draft is no example and is left out, and counted."""
-    kept: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    everything = []
+    """Writes the files; an empty last draft is left out of the splits, and counted."""
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    revisions = []
     for i, prompt in enumerate(prompts):
-        everything.append(
+        revisions.append(
             {
                 "messages": prompt,
-                "drafts": [d[i] for d in drafts],
-                "critiques": [c[i] for c in critiques],
+                "drafts": [texts[i] for texts in drafts],
+                "critiques": [texts[i] for texts in critiques],
             }
         )
-        if drafts[-1][i]:
+        last = drafts[-1][i]
+        if last:
             split = split_of(opening(prompt), validation=config.validation, test=0.0)
-            held_out = split == "validation"
-            kept[SPLITS[held_out]].append(
-                {"messages": [*prompt, _turn("assistant", drafts[-1][i])]}
-            )
-    for split, rows in {**kept, "revisions": everything}.items():
+            splits[split].append({"messages": [*prompt, _turn("assistant", last)]})
+    for split, rows in {**splits, "revisions": revisions}.items():
         write_jsonl(workdir / f"{split}.jsonl", rows)
-    changed = sum(
-        first != last for first, last in zip(drafts[0], drafts[-1], strict=True)
-    )
+    first_and_last = zip(drafts[0], drafts[-1], strict=True)
+    changed = sum(first != last for first, last in first_and_last)
+    kept = sum(len(rows) for rows in splits.values())
     return {
         "critique/prompts": float(len(prompts)),
-        "critique/empty": float(len(prompts) - sum(map(len, kept.values()))),
+        "critique/empty": float(len(prompts) - kept),
         "critique/revised": changed / len(prompts),
     }

@@ -1,6 +1,7 @@
-"""Evaluation on held-out prompts: a policy against a baseline, by a gold reward that neither was trained on.
+"""Evaluation on held-out prompts: a policy against a baseline, by a gold reward.
 
-Both answer the same prompts. metrics.jsonl has, as `evaluate/NAME`:
+Neither model was trained on the gold reward, and both respond to the same prompts. metrics.jsonl
+has, as `evaluate/NAME`:
 
 gold_win_rate, proxy_win_rate    (wins + ties / 2) / prompts, with NAME_wilson_{low,high}, 95 %
 gold_difference                  mean of policy - baseline, prompt by prompt, with its 95 %
@@ -19,8 +20,6 @@ import jax
 import numpy as np
 
 from rlhfjax import hosts
-from rlhfjax.algos import kl
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.evals.text import distinct_n
@@ -30,44 +29,50 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.ranges import Seed, Size, SizeOrNone, Temperature, Tokens
+from rlhfjax.ranges import Seed, Size, Tokens
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import texts
-from rlhfjax.rl.answers import Sampling, answers, validate_buckets
-from rlhfjax.rl.config import validate_decode_batch
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
-from rlhfjax.rl.rollout import Rollout, response_logprobs
-from rlhfjax.roles import Role, Workload, job_workload, scorers
-from rlhfjax.supervised import validate_length
+from rlhfjax.rl.responses import PromptBatching, sample_responses, validate_buckets
+from rlhfjax.rl.rewards import reference_kl
+from rlhfjax.roles import Role, scorers
+from rlhfjax.sampling.config import Sampling, SamplingConfig
 
 SAMPLES = "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(SamplingConfig):
+    """The options of evaluation."""
+
     stage: str = "evaluate"
     policy: str
-    baseline: str  # also the reference of the KL
-    gold: RewardSource  # a scorer
-    proxy: RewardSource | None = None  # the reward that the policy was trained on
+    """Workdir of the policy."""
+    baseline: str
+    """Workdir of the baseline, which is also the reference of the KL."""
+    gold: RewardSource
+    """Scorer that decides which response is better."""
+    proxy: RewardSource | None = None
+    """The reward that the policy was trained on; None: not measured."""
     prompts: PromptConfig = PromptConfig()
-    prompt_length: Tokens
-    max_new_tokens: Tokens
-    temperature: Temperature = 1.0
+    """Held-out prompts."""
     batch_size: Size = 64
-    decode_batch: SizeOrNone = 0  # answers decoded at a time, the next prompt as soon as one ends; 0: all, to the longest
-    prompt_buckets: Tokens = 1  # widths that prompts are padded to, even parts of prompt_length; each is compiled once
+    """Prompts per batch."""
+    prompt_buckets: Tokens = 1
+    """Widths that prompts are padded to, even parts of prompt_length; each is compiled once."""
     seed: Seed = 0
+    """Seed of prompts and responses."""
     mesh: MeshConfig = MeshConfig()
+    """Mesh of devices."""
 
 
 def roles(config: Config) -> dict[str, Role]:
-    scored = scorers(gold=config.gold, proxy=config.proxy)
-    return {"policy": Role(config.policy), "baseline": Role(config.baseline), **scored}
+    rewards = scorers(gold=config.gold, proxy=config.proxy)
+    return {"policy": Role(config.policy), "baseline": Role(config.baseline), **rewards}
 
 
-def workload(config: Config, completions: int = 1) -> Workload:
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+workload = sampling_workload
 
 
 def validate(
@@ -75,129 +80,119 @@ def validate(
 ) -> None:
     """Validates the config. Raises ConfigError."""
     layout.check_batch(config.batch_size, "evaluate.batch_size")
-    validate_decode_batch(config.decode_batch, 1, layout, "evaluate")
+    validate_sampling(config, layout, model_config)
     validate_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
-    validate_length(
-        config.prompt_length + config.max_new_tokens,
-        model_config,
-        "evaluate.prompt_length + max_new_tokens",
-    )
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
-    """Writes metrics.jsonl and samples.jsonl (both answers to every prompt with their scores)."""
+    """Writes metrics.jsonl and samples.jsonl (both responses to every prompt with their scores)."""
     models = {
-        name: store.load(getattr(config, name), layout)
-        for name in ("policy", "baseline")
+        "policy": store.load(config.policy, layout),
+        "baseline": store.load(config.baseline, layout),
     }
     for saved in models.values():
         validate(config, layout, saved.model.config)
     tokenizer = models["policy"].tokenizer
-    if models["policy"].tokenizer != models["baseline"].tokenizer:
+    if tokenizer != models["baseline"].tokenizer:
         raise ConfigError(
-            "evaluate: policy and baseline have different tokenizers; a KL between them means nothing"
+            "evaluate.baseline: must have the policy's tokenizer, "
+            "a KL between different ones means nothing"
         )
     rewards = {"gold": load_reward(config.gold, layout, tokenizer)}
     if config.proxy:
         rewards["proxy"] = load_reward(config.proxy, layout, tokenizer)
     with layout.use():
-        answered = {
-            name: _answer(config, saved, models["baseline"], tokenizer, rewards, layout)
+        results = {
+            name: _measure(config, saved, models["baseline"], rewards, layout)
             for name, saved in models.items()
         }
-    for who, name in itertools.product(answered, rewards):
-        context = (
-            f"evaluate.{name}={label(getattr(config, name))}, responses of the {who}"
-        )
-        stats.validate_scores(answered[who][name], context)
-    metrics = summarize(answered)
-    _write_samples(workdir / SAMPLES, answered)
+    for model, reward in itertools.product(results, rewards):
+        source = label(getattr(config, reward))
+        context = f"evaluate.{reward}={source}, responses of the {model}"
+        stats.validate_scores(results[model][reward], context)
+    metrics = summarize(results)
+    policy = results["policy"]
+    rows = sample_rows(policy["prompt"], policy, results["baseline"])
+    write_jsonl(workdir / SAMPLES, rows)
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
 
 
-def _answer(
+def _measure(
     config: Config,
     saved: store.SavedModel,
     reference: store.SavedModel,
-    tokenizer: Tokenizer,
     rewards: dict[str, Any],
     layout: Layout,
 ) -> dict[str, Any]:
-    """One model's answers to all prompts: texts, scores, KL to the reference, lengths."""
-    source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
-    lengths = (config.prompt_length, config.max_new_tokens)
-    more = {"decode_batch": config.decode_batch, "buckets": config.prompt_buckets}
-    sampling = Sampling(*lengths, config.temperature, config.batch_size, **more)
-    parts: dict[str, list] = {}
-    key = jax.random.key(config.seed)
-    for rollout, index, cut in answers(source, saved, tokenizer, sampling, key, layout):
-        rows = (rollout.tokens, rollout.segments, rollout.mask)
+    """Returns texts, scores, KL and lengths of one model's responses, per prompt."""
+    tokenizer = saved.tokenizer
+    batches = sample_responses(
+        open_prompts(config.prompts, "evaluate.prompts", seed=config.seed),
+        saved,
+        Sampling.from_config(config, tokenizer),
+        PromptBatching(
+            batch_size=config.batch_size,
+            length=config.prompt_length,
+            buckets=config.prompt_buckets,
+        ),
+        jax.random.key(config.seed),
+        layout,
+    )
+    results: dict[str, list] = {}
+    for rollout, index, cut in batches:
+        rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
         measured = {name: reward(*rows) for name, reward in rewards.items()}
         if config.temperature > 0:
-            measured["kl"] = _sequence_kl(reference, rollout, config.temperature)
+            measured["kl"] = reference_kl(
+                config, reference.model, reference.params, rollout
+            )
         rollout, measured = hosts.whole((rollout, measured))
-        prompts, answered = texts(
-            tokenizer, rollout.tokens, rollout.segments, rollout.mask
+        measured["prompt"], measured["response"] = texts(
+            tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
         )
-        ended = ((rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)).any(
-            axis=1
-        )
-        measured |= {
-            "prompt": prompts,
-            "answer": answered,
-            "length": rollout.mask.sum(1),
-            "ended": ended,
-        }
-        measured |= {"cut": cut}
-        real = np.flatnonzero(index >= 0)
+        is_eos = (rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)
+        measured["ended"] = is_eos.any(axis=1)
+        measured["length"] = rollout.mask.sum(1)
+        measured["cut"] = cut
+        is_prompt = np.flatnonzero(index >= 0)
         for name, values in measured.items():
-            parts.setdefault(name, []).extend(values[i] for i in real)
+            results.setdefault(name, []).extend(values[i] for i in is_prompt)
     return {
-        k: v if isinstance(v[0], str) else np.array(v, np.float64)
-        for k, v in parts.items()
+        name: values if isinstance(values[0], str) else np.array(values, np.float64)
+        for name, values in results.items()
     }
 
 
-def _sequence_kl(
-    reference: store.SavedModel, rollout: Rollout, temperature: float
-) -> jax.Array:
-    """log pi(y|x) / pi_ref(y|x) of each response, nats; the temperature is above 0."""
-    model, params, r = reference.model, reference.params, rollout.mask.shape[1]
-    tokens, segments = rollout.tokens, rollout.segments
-    ref_logprobs, _ = response_logprobs(model, params, tokens, segments, r, temperature)
-    return kl.sequence_kl(kl.k1(rollout.logprobs, ref_logprobs), rollout.mask)
-
-
-def summarize(answers: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The held-out table: `evaluate/gold_win_rate`, `evaluate/kl`, …; see the module."""
-    policy, baseline = answers["policy"], answers["baseline"]
-    out = {"prompts": len(policy["answer"]), "prompts_cut": policy["cut"].mean()}
+def summarize(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Returns the metrics of a policy and a baseline, as the module's docstring lists them."""
+    policy, baseline = results["policy"], results["baseline"]
+    metrics = {"prompts": len(policy["cut"]), "prompts_cut": policy["cut"].mean()}
     for score in ("gold", "proxy"):
         if score in policy:
             wins = stats.win_rate(policy[score], baseline[score])
-            out |= _with_interval(f"{score}_win_rate", wins)
+            metrics |= _with_interval(f"{score}_win_rate", wins)
     if len(policy["gold"]) > 1:
         difference = stats.mean_interval(policy["gold"] - baseline["gold"])
-        out |= _with_interval("gold_difference", difference)
+        metrics |= _with_interval("gold_difference", difference)
     if "kl" in policy:
-        out["kl"] = policy["kl"].mean()
-    for name, side in (("policy", policy), ("baseline", baseline)):
-        out |= {
-            f"gold_{name}": side["gold"].mean(),
-            f"distinct_1_{name}": distinct_n(side["answer"], 1),
-            f"distinct_2_{name}": distinct_n(side["answer"], 2),
-            f"response_length_{name}": side["length"].mean(),
-            f"eos_rate_{name}": side["ended"].mean(),
+        metrics["kl"] = policy["kl"].mean()
+    for name, result in results.items():
+        metrics |= {
+            f"gold_{name}": result["gold"].mean(),
+            f"distinct_1_{name}": distinct_n(result["response"], 1),
+            f"distinct_2_{name}": distinct_n(result["response"], 2),
+            f"response_length_{name}": result["length"].mean(),
+            f"eos_rate_{name}": result["ended"].mean(),
         }
-        if "proxy" in side:
-            out[f"proxy_{name}"] = side["proxy"].mean()
-    return {f"evaluate/{name}": float(value) for name, value in out.items()}
+        if "proxy" in result:
+            metrics[f"proxy_{name}"] = result["proxy"].mean()
+    return {f"evaluate/{name}": float(value) for name, value in metrics.items()}
 
 
 def _with_interval(name: str, interval: stats.Interval) -> dict[str, float]:
-    """NAME, and the ends of its interval, whose names say which interval it is."""
+    """Returns NAME and the ends of its interval, whose names say which kind of interval it is."""
     prefix = f"{name}_{interval.method.lower()}"
     return {
         name: interval.value,
@@ -206,20 +201,20 @@ def _with_interval(name: str, interval: stats.Interval) -> dict[str, float]:
     }
 
 
-def _write_samples(path: Path, answers: dict[str, dict[str, Any]]) -> None:
-    policy, baseline = answers["policy"], answers["baseline"]
+def sample_rows(
+    prompts: list[str], policy: dict[str, Any], baseline: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the lines of samples.jsonl, one per prompt: both responses and their scores."""
     rows = []
-    for i, prompt in enumerate(policy["prompt"]):
-        row = {
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {
             "prompt": prompt,
-            "policy": policy["answer"][i],
-            "baseline": baseline["answer"][i],
+            "policy": policy["response"][i],
+            "baseline": baseline["response"][i],
         }
         for score in ("gold", "proxy"):
             if score in policy:
-                row |= {
-                    f"{score}_policy": float(policy[score][i]),
-                    f"{score}_baseline": float(baseline[score][i]),
-                }
+                row[f"{score}_policy"] = float(policy[score][i])
+                row[f"{score}_baseline"] = float(baseline[score][i])
         rows.append(row)
-    write_jsonl(path, rows)
+    return rows

@@ -1,9 +1,11 @@
-"""Policy gradients without a value function: K answers to a prompt are each other's baseline.
+"""Policy gradients without a value function: K responses to a prompt are each other's baseline.
 
-One stage for RLOO, GRPO, Dr. GRPO, DAPO and REINFORCE with a moving baseline: K samples a prompt -> score -> advantages
-within each group -> minibatch epochs. `estimator` names the pair of functions in `algos/group.py`.
+One stage for RLOO, GRPO, Dr. GRPO, DAPO and REINFORCE with a moving baseline: K responses per
+prompt -> score -> advantages within each group -> minibatch epochs. `estimator` names the pair of
+functions in `algos/group.py`.
 
-Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025 (DAPO); Williams 1992.
+Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025
+(DAPO); Williams 1992 (REINFORCE).
 """
 
 import dataclasses
@@ -31,111 +33,128 @@ from rlhfjax.rl.config import (
     policy_workload,
     validate_policy,
 )
-from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
+from rlhfjax.rl.epochs import Learner, end_iteration, minibatch_epochs
+from rlhfjax.rl.iteration import (
+    ForwardOutputs,
+    Programs,
+    drop_next_rollout,
+    jit_programs,
+    make_forward_passes,
+    make_rollout_logprobs,
+    sample_rollouts,
+    store_next_rollout,
+    stream_key,
+)
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    Forward,
-    Programs,
     Rollout,
-    Tokens,
-    behavior_logprobs,
-    draw,
-    logprobs_with,
+    TokenIds,
     make_sampler,
-    programs_of,
-    response_hidden,
-    stream,
-    truncated,
-    with_next,
-    without_next,
+    response_outputs,
+    truncate_responses,
 )
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, merge_params
 from rlhfjax.streams import UPDATE
-from rlhfjax.types import Metrics, PyTree
+from rlhfjax.types import Loss, Metrics, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
-    """See PolicyConfig for the options of every policy stage; batch_size counts *prompts* of an iteration."""
+    """The group stage's own options; those of every policy stage are in PolicyConfig.
+
+    batch_size counts *prompts* per iteration; an iteration has batch_size times K episodes.
+    """
 
     stage: str = "group"
     estimator: Literal["rloo", "grpo", "dr_grpo", "dapo", "reinforce"] = "rloo"
-    samples_per_prompt: Size = (
-        4  # K, answers to a prompt; an iteration has batch_size times K episodes
-    )
+    """How advantages are estimated, and the loss that goes with them."""
+    samples_per_prompt: Size = 4
+    """K, responses per prompt."""
     epochs: PositiveCount = 1
+    """Passes over the episodes of an iteration."""
     minibatches: Size = 1
+    """Minibatches per epoch, with one update each."""
     clip: Positive = 0.2
-    clip_high: Positive = 0.28  # of dapo; DAPO, section 4.1
-    baseline_decay: ShareBelow1 = 0.9  # of reinforce, an iteration
-    overlong: Literal["keep", "leave_out"] = (
-        "keep"  # what hit the length limit in the loss; DAPO leaves it out
-    )
-    overlong_soft: TokensOrNone = 0  # last tokens before max_new_tokens over which the score falls by 1 (DAPO eq. 13); 0: off
-    only_informative: bool = (
-        False  # groups of equal scores (without a KL) do not count in the mean
-    )
-
-    @property
-    def episodes(self) -> int:
-        return self.batch_size * self.samples_per_prompt
+    """Probability ratios are clipped to [1 - clip, 1 + clip]."""
+    clip_high: Positive = 0.28
+    """dapo: ratios are clipped to [1 - clip, 1 + clip_high] (DAPO, section 4.1)."""
+    baseline_decay: ShareBelow1 = 0.9
+    """reinforce: decay of the moving baseline per iteration."""
+    overlong: Literal["keep", "leave_out"] = "keep"
+    """Whether responses that hit the length limit are in the loss; DAPO leaves them out."""
+    overlong_soft: TokensOrNone = 0
+    """Last tokens before max_new_tokens over which the score falls by 1 (DAPO eq. 13); 0 is off."""
+    only_informative: bool = False
+    """Whether to leave groups of equal scores (KL aside) out of the loss."""
 
 
 class Estimator(NamedTuple):
-    """How advantages and then the loss are made, and which KL may join that loss."""
+    """How advantages and the loss are computed, and which KL may join that loss."""
 
     # (scores, penalties) -> advantages, all [p, k]; a penalty is beta times the KL of a response.
     # None: scores minus penalties minus the moving baseline.
     advantages: Callable[[jax.Array, jax.Array], jax.Array] | None
-    loss: Callable[["Config", jax.Array, "Experience", Any], tuple[jax.Array, Metrics]]
+    # (config, logprobs, minibatch, beta) -> (scalar, metrics)
+    loss: Callable[["Config", jax.Array, "Experience", Any], Loss]
     kl_losses: tuple[str, ...] = ()
 
 
 class Experience(NamedTuple):
-    """An iteration's responses with all that is constant over its epochs."""
+    """An iteration's rollout with everything that is constant over its epochs."""
 
     tokens: Any  # [b, p + r]
-    segments: Any  # [b, p + r]
+    attention_mask: Any  # [b, p + r]
     mask: Any  # [b, r], 0 also in responses that are left out of the loss
     logprobs: Any  # [b, r] of the policy that sampled
-    advantages: Any  # [b], made within whole groups
+    advantages: Any  # [b], computed within whole groups
     ref_logprobs: Any  # [b, r]
 
 
-def _reinforce(
-    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
-) -> tuple[jax.Array, Metrics]:
+def _reinforce(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> Loss:
     return group.rloo_loss(logprobs, batch.advantages, batch.mask)
 
 
-def _grpo(
-    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
-) -> tuple[jax.Array, Metrics]:
-    """With the KL in the reward there is none here."""
-    rows = (logprobs, batch.logprobs, batch.ref_logprobs, batch.advantages, batch.mask)
+def _grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> Loss:
+    """If the KL is in the reward, the loss has none."""
     in_loss = c.kl.place == "loss"
-    scalar, pairs = group.grpo_loss(*rows, clip=c.clip, beta=beta if in_loss else 0.0)
+    scalar, metrics = group.grpo_loss(
+        logprobs,
+        batch.logprobs,
+        batch.ref_logprobs,
+        batch.advantages,
+        batch.mask,
+        clip=c.clip,
+        beta=beta if in_loss else 0.0,
+    )
     left_out = ("kl",) if in_loss else ("kl", "kl_clamped")
-    return scalar, {name: pair for name, pair in pairs.items() if name not in left_out}
+    return scalar, {name: x for name, x in metrics.items() if name not in left_out}
 
 
-def _dr_grpo(
-    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
-) -> tuple[jax.Array, Metrics]:
-    rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
-    return group.dr_grpo_loss(*rows, clip=c.clip, length=c.max_new_tokens)
+def _dr_grpo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> Loss:
+    return group.dr_grpo_loss(
+        logprobs,
+        batch.logprobs,
+        batch.advantages,
+        batch.mask,
+        clip=c.clip,
+        length=c.max_new_tokens,
+    )
 
 
-def _dapo(
-    c: Config, logprobs: jax.Array, batch: Experience, beta: Any
-) -> tuple[jax.Array, Metrics]:
-    rows = (logprobs, batch.logprobs, batch.advantages, batch.mask)
-    return group.dapo_loss(*rows, clip_low=c.clip, clip_high=c.clip_high)
+def _dapo(c: Config, logprobs: jax.Array, batch: Experience, beta: Any) -> Loss:
+    return group.dapo_loss(
+        logprobs,
+        batch.logprobs,
+        batch.advantages,
+        batch.mask,
+        clip_low=c.clip,
+        clip_high=c.clip_high,
+    )
 
 
 def _rloo_advantages(scores: jax.Array, penalties: jax.Array) -> jax.Array:
@@ -167,92 +186,96 @@ def validate(
     name, estimator = config.estimator, ESTIMATORS[config.estimator]
     if config.samples_per_prompt == 1 and estimator.advantages is not None:
         raise ConfigError(
-            f"group.samples_per_prompt={config.samples_per_prompt}: {name} compares at least 2 answers to a prompt"
+            f"group.samples_per_prompt=1: must be >= 2, {name} compares responses"
         )
     if config.kl.place == "loss" and config.kl.estimator not in estimator.kl_losses:
-        known = ", ".join(estimator.kl_losses) or "none (put it in the reward)"
+        allowed = ", ".join(estimator.kl_losses) or "none (put the KL in the reward)"
         raise ConfigError(
-            f"group.kl.estimator={config.kl.estimator!r}: in the loss of {name} there can be {known}"
+            f"group.kl.estimator={config.kl.estimator!r}: "
+            f"in the loss of {name} there can be {allowed}"
         )
     if config.entropy_coefficient and name != "dapo":
         raise ConfigError(
-            f"group.entropy_coefficient: a bonus per token joins a mean over tokens, dapo's, not {name}'s"
+            f"group.entropy_coefficient={config.entropy_coefficient}: must be 0 "
+            f"with {name}; only the loss of dapo is a mean over tokens, as the bonus is"
         )
     if config.overlong_soft > config.max_new_tokens:
         raise ConfigError(
-            f"group.overlong_soft={config.overlong_soft}: it lies within max_new_tokens={config.max_new_tokens} tokens"
+            f"group.overlong_soft={config.overlong_soft}: "
+            f"must be <= max_new_tokens={config.max_new_tokens}"
         )
     if config.overlong == "leave_out" and not config.stop_at_eos:
         raise ConfigError(
-            'group.overlong="leave_out": with stop_at_eos=False every answer hits the length limit'
+            'group.overlong="leave_out": needs stop_at_eos=True, '
+            "without it every response hits the length limit"
         )
     if config.one_step_off and estimator.loss is _reinforce:
         raise ConfigError(
-            f"group.one_step_off: {name} has no ratio to correct for it; grpo, dr_grpo and dapo have"
+            f"group.one_step_off: needs a ratio that corrects for it; "
+            f"{name} has none, grpo, dr_grpo and dapo have"
         )
     if config.only_informative and estimator.advantages is None:
         raise ConfigError(
-            "group.only_informative: reinforce has no groups, equal rewards may be worth learning from"
+            "group.only_informative: must be False with reinforce, which has no groups"
         )
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    """Returns the stage. Its `step` is one iteration."""
     task = open_task(config, roles(config), layout, sources)
     model = task.policy.model
     validate(config, layout, model.config)
     frozen = {"policy": task.policy.frozen}
-    made = programs(config, model, task.tokens)
-    sample = make_sampler(config, layout, model, task.tokens)
-    forward = task.forward(made)
+    jitted = programs(config, model, task.ids)
+    sampler = make_sampler(config, layout, model, task.ids)
+    forward = task.make_forward(jitted)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
         params = merge_params(frozen, state.params)
-        drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
-        rollout, state = drawn.rollout, without_next(state)
-        scored = truncated(config, task.tokens, rollout)  # what the reward model sees
-        known = forward(params, rollout)
+        prompts, policy_params = batch.prompts, params["policy"]
+        rollouts = sample_rollouts(config, sampler, state, policy_params, prompts, key)
+        rollout, state = rollouts.current, drop_next_rollout(state)
+        scored = truncate_responses(config, task.ids, rollout)
+        # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
+        outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
-        experience, metrics = made.make_experience(state, known, rollout, scores)
-        text, update_key = batch.text, stream(key, UPDATE)
-        state, update_metrics = made.update(
-            state, experience, text, metrics, update_key, frozen
+        experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        update_key = stream_key(key, UPDATE)
+        state, update_metrics = jitted.update(
+            state, experience, batch.text, metrics, update_key, frozen
         )
-        state, staleness = with_next(state, drawn)
+        state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics,
-            metrics,
-            update_metrics,
-            staleness,
-            prompt_metrics(batch.prompts),
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
         )
 
-    extra = {"baseline": jnp.zeros(())} if config.estimator == "reinforce" else {}
-    return policy_stage(config, task, made.tx, step, extra=extra)
+    extra_state = {}
+    if config.estimator == "reinforce":
+        extra_state["baseline"] = jnp.zeros(())
+    return policy_stage(config, task, jitted.tx, step, extra_state=extra_state)
 
 
-def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
-    """Returns the jitted functions of an iteration, in their order."""
+def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
+    """Returns the jitted functions of an iteration; they are below in the order of use."""
     c, estimator = config, ESTIMATORS[config.estimator]
     tx = make_optimizer(c.optim, c.updates)
-    logprobs_of = logprobs_with(c, model)
+    rollout_logprobs = make_rollout_logprobs(c, model)
+    forward = make_forward_passes(c, rollout_logprobs)
 
     # ------------------------------------------------------------------ score -> advantages
 
-    def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
-        """All passes that need no score; of a reference on another mesh, pass None."""
-        ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
-        logprobs = behavior_logprobs(c, logprobs_of, params["policy"], rollout)
-        return Forward(logprobs, ref_logprobs)
-
     def make_experience(
-        state: TrainState, known: Forward, rollout: Rollout, scores: jax.Array
+        state: TrainState, outputs: ForwardOutputs, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Metrics]:
-        """One advantage per response, from the rewards of its whole group; nothing here has a gradient."""
+        """Returns one advantage per response, from the rewards of its whole group.
+
+        Nothing here has a gradient.
+        """
         mask = rollout.mask
-        old_logprobs, ref_logprobs, _ = known
-        shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
+        old_logprobs, ref_logprobs, _ = outputs
+        shaped, ended, metrics = shape_rewards(c, ids, scores, rollout)
         if c.overlong_soft:
             shaped = shaped + shaping.overlong_penalty(
                 mask, limit=c.max_new_tokens, soft=c.overlong_soft
@@ -270,63 +293,55 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
             "group_std": (jnp.std(groups, axis=1).sum(), jnp.float32(groups.shape[0])),
             "advantage_reward": ((shaped - penalties).sum(), n),
         }
-        counted = mask
+        in_loss = mask
         if c.overlong == "leave_out":
-            counted = counted * ended[:, None]
+            in_loss = in_loss * ended[:, None]
         if c.only_informative:
-            counted = counted * informative[:, None]
+            in_loss = in_loss * informative[:, None]
         experience = Experience(
             tokens=rollout.tokens,
-            segments=rollout.segments,
-            mask=counted,
+            attention_mask=rollout.attention_mask,
+            mask=in_loss,
             logprobs=old_logprobs,
-            advantages=advantages_of(groups, penalties.reshape(groups.shape), state),
+            advantages=compute_advantages(
+                groups, penalties.reshape(groups.shape), state
+            ),
             ref_logprobs=ref_logprobs,
         )
         return experience, metrics
 
-    def advantages_of(
+    def compute_advantages(
         scores: Float[Array, "p k"], penalties: Float[Array, "p k"], state: TrainState
     ) -> Float[Array, "b"]:
         if estimator.advantages is not None:
             return estimator.advantages(scores, penalties).reshape(-1)
-        # the average of the iterations before this one, free of the zero that it began with
+        # The mean of the iterations before this one, without the zero that it started from.
         weight = 1 - c.baseline_decay ** state.step.astype(jnp.float32)
-        return (scores - penalties).reshape(-1) - masked.divide(
-            state.extra["baseline"], weight
-        )
+        rewards = (scores - penalties).reshape(-1)
+        return rewards - masked.divide(state.extra["baseline"], weight)
 
     # ------------------------------------------------------------------ minibatch epochs
 
     def loss(
-        params: PyTree,
-        batch: Experience,
-        key: jax.Array | None,
-        beta: jax.Array | float = 0.0,
-    ) -> tuple[jax.Array, Metrics]:
-        """The estimator's surrogate, and what joins it: KL in the loss, entropy bonus."""
-        mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(
-            model, params["policy"], batch.tokens, batch.segments, r
-        )
-        logprobs, entropy = model.logprobs(
-            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
-        )
-        terms = {"policy": (1.0, estimator.loss(c, logprobs, batch, beta))}
+        params: PyTree, batch: Experience, key: jax.Array | None, beta: Scalar = 0.0
+    ) -> Loss:
+        """Returns the estimator's loss, with KL and entropy bonus if the config adds them."""
+        mask = batch.mask
+        _, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        policy_loss = estimator.loss(c, logprobs, batch, beta)
+        terms: dict[str, tuple[Scalar, Loss]] = {"policy": (1.0, policy_loss)}
         if c.entropy_coefficient:
-            terms["entropy"] = (
-                1.0,
-                policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient),
+            bonus = policy.entropy_bonus(
+                entropy, mask, coefficient=c.entropy_coefficient
             )
+            terms["entropy"] = (1.0, bonus)
         if c.kl.place == "loss" and c.kl.estimator != "grpo":
             terms["kl"] = (beta, kl_loss(c.kl, logprobs, batch))
         total, metrics = add_losses(**terms)
-        ratios = policy.ratio_metrics(
-            policy.log_ratio(logprobs, batch.logprobs, mask), mask
-        )
-        return total, ratios | metrics | {
-            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        }
+        log_ratio = policy.log_ratio(logprobs, batch.logprobs, mask)
+        metrics = policy.ratio_metrics(log_ratio, mask) | metrics
+        metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        return total, metrics
 
     def update(
         state: TrainState,
@@ -336,18 +351,25 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         key: jax.Array,
         frozen: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """The epochs of an iteration, then its KL coefficient, averages and baseline."""
-        of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
-        rows = (state, experience, text, key)
+        """Runs the epochs of an iteration, then adapts KL coefficient, EMA weights and baseline."""
+        minibatch_loss = functools.partial(loss, beta=state.extra["kl_coefficient"])
+        learner = Learner(c, model, tx, minibatch_loss)
         state, update_metrics = minibatch_epochs(
-            c, tx, model, of_minibatch, *rows, frozen=frozen
+            learner, state, experience, text, key, frozen
         )
         if "baseline" in state.extra:
-            total, n = metrics["advantage_reward"]
-            decayed = group.moving_baseline(
-                state.extra["baseline"], (total / n)[None], decay=c.baseline_decay
+            reward = jnp.divide(*metrics["advantage_reward"])
+            baseline = group.moving_baseline(
+                state.extra["baseline"], reward[None], decay=c.baseline_decay
             )
-            state = state.replace(extra={**state.extra, "baseline": decayed})
+            state = state.replace(extra={**state.extra, "baseline": baseline})
         return end_iteration(c, state, metrics), update_metrics
 
-    return programs_of(logprobs_of, forward, make_experience, update, loss, tx)
+    return jit_programs(
+        rollout_logprobs=rollout_logprobs,
+        forward=forward,
+        make_experience=make_experience,
+        update=update,
+        loss=loss,
+        tx=tx,
+    )

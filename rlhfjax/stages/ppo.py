@@ -1,6 +1,8 @@
-"""PPO against a reward, with a KL penalty to a reference: rollout -> score -> advantages -> minibatch epochs.
+"""PPO with a KL penalty to a reference: rollout -> score -> advantages -> minibatch epochs.
 
-maximize E[ r(x, y) - beta log pi(y | x) / pi_ref(y | x) ] (+ gamma E[ log pi(x) ] over pretraining text, PPO-ptx)
+maximize E[ r(x, y) - beta log pi(y | x) / pi_ref(y | x) ] (+ gamma E[ log pi(x) ], PPO-ptx)
+
+with y sampled from pi, and the x of the second term from pretraining text.
 
 Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2 and appendix C.4.
 """
@@ -17,6 +19,7 @@ from rlhfjax.algos import advantages, masked, policy, shaping, value
 from rlhfjax.algos.combine import add_losses
 from rlhfjax.data.batches import PolicyBatch, TokenBatch
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop import store
 from rlhfjax.mesh import Layout
 from rlhfjax.metrics import merge
 from rlhfjax.models.config import TransformerConfig
@@ -24,7 +27,6 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.ranges import NonNegative, Positive, PositiveCount, Share, Size
-from rlhfjax.rewards.load import label
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import (
     PolicyConfig,
@@ -32,75 +34,91 @@ from rlhfjax.rl.config import (
     policy_workload,
     validate_policy,
 )
-from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
-from rlhfjax.rl.policy import policy_stage
+from rlhfjax.rl.epochs import Learner, end_iteration, minibatch_epochs
+from rlhfjax.rl.iteration import (
+    ForwardOutputs,
+    Programs,
+    drop_next_rollout,
+    jit_programs,
+    make_forward_passes,
+    make_rollout_logprobs,
+    sample_rollouts,
+    store_next_rollout,
+    stream_key,
+)
+from rlhfjax.rl.policy import ExtraModels, policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_loss, kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    Forward,
-    Programs,
     Rollout,
-    Tokens,
-    behavior_logprobs,
-    draw,
-    logprobs_with,
+    TokenIds,
     make_sampler,
-    programs_of,
     response_hidden,
-    stream,
-    truncated,
-    with_next,
-    without_next,
+    response_outputs,
+    truncate_responses,
 )
 from rlhfjax.rl.task import Task, open_task
 from rlhfjax.roles import DISK, Loaded, Role, Sources, Workload
 from rlhfjax.stage import Stage
-from rlhfjax.state import TrainState, copy_into, merge_params
+from rlhfjax.state import TrainState, merge_params
 from rlhfjax.streams import UPDATE, VALUE_INIT
-from rlhfjax.types import Metrics, PyTree
+from rlhfjax.types import Loss, Metrics, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
-    """See PolicyConfig for the options that are not PPO's own; batch_size counts episodes of an iteration."""
+    """PPO's own options; those of every policy stage are in PolicyConfig."""
 
     stage: str = "ppo"
-    # trunk of the value function: a copy of the reward model's or of the policy's (with adapters: the very same, under
-    # adapters of its own), or the policy's own
     value: Literal["reward", "policy", "shared"] = "reward"
-    # loaded: the reward model's (a policy's trunk has none, it is 0); normal: of std 1 / sqrt(d + 1)
+    """Trunk of the value function: a copy of the reward model's, a copy of the policy's, or shared.
+
+    A shared trunk is the policy's own. With lora a copy is the frozen trunk, with other adapters.
+    """
     value_head: Literal["loaded", "zero", "normal"] = "loaded"
+    """Head at the start: the reward model's (0 if there is none), 0, or std 1 / sqrt(d + 1)."""
     epochs: PositiveCount = 4
+    """Passes over the episodes of an iteration."""
     minibatches: Size = 4
+    """Minibatches per epoch, with one update each."""
     clip: Positive = 0.2
-    value_clip: NonNegative = 0.2  # 0: none
+    """Probability ratios are clipped to [1 - clip, 1 + clip]."""
+    value_clip: NonNegative = 0.2
+    """Values are clipped to this distance from those of the rollout; 0 is off."""
     value_coefficient: NonNegative = 0.1
+    """Weight of the value loss."""
     gamma: Share = 1.0
+    """Discount per token."""
     lam: Share = 0.95
-    whiten_rewards: Literal["none", "batch", "minibatch"] = (
-        "none"  # in a minibatch: lm-human-preferences
-    )
+    """Lambda of generalized advantage estimation."""
+    whiten_rewards: Literal["none", "batch", "minibatch"] = "none"
+    """Where rewards get standard deviation 1, their mean kept (minibatch: lm-human-preferences)."""
     whiten_advantages: Literal["none", "batch", "minibatch"] = "minibatch"
+    """Where advantages get mean 0 and standard deviation 1."""
     value_optim: OptimConfig = OptimConfig()
+    """Optimizer of the value function."""
 
 
 def roles(config: Config) -> dict[str, Role]:
     """Returns the roles of every policy stage, and the value function."""
+    is_shared = config.value == "shared"
     critic = Role(
-        config.init_from, head="scalar", optim=config.value_optim, lora=config.lora
+        config.init_from,
+        head="scalar",
+        optim=config.value_optim,
+        lora=LoraConfig() if is_shared else config.lora,
+        shares="policy",
+        head_alone=is_shared,
     )
-    shares = "reward" if config.value == "reward" else "policy"
     if config.value == "reward":
-        critic = critic._replace(source=config.reward, scores=True)
-    if config.value == "shared":
-        critic = critic._replace(lora=LoraConfig(), head_alone=True)
-    return policy_roles(config) | {"value": critic._replace(shares=shares)}
+        critic = critic._replace(source=config.reward, shares="reward", scores=True)
+    return policy_roles(config) | {"value": critic}
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    return policy_workload(
-        config, values=() if config.value == "shared" else ("value",)
-    )
+    """Returns what an iteration computes."""
+    trained = () if config.value == "shared" else ("value",)
+    return policy_workload(config, trained=trained)
 
 
 def validate(
@@ -111,92 +129,86 @@ def validate(
     make_schedule(config.value_optim, config.updates)
     if config.whiten_rewards == "minibatch" and config.whiten_advantages == "batch":
         raise ConfigError(
-            "ppo.whiten_advantages: where rewards are whitened in a minibatch, advantages exist only there"
+            'ppo.whiten_advantages="batch": must be "none" or "minibatch" '
+            'with whiten_rewards="minibatch"'
         )
     if config.kl.place == "loss" and config.kl.estimator == "grpo":
         raise ConfigError(
-            "ppo.kl.estimator=\"grpo\" is the group stage's; in PPO's loss: k1, k2, k3, sequence"
+            'ppo.kl.estimator="grpo": is for the group stage; '
+            "in PPO's loss it must be k1, k2, k3 or sequence"
         )
 
 
 class Experience(NamedTuple):
-    """An iteration's rollouts with all that is constant over its epochs."""
+    """An iteration's rollout with everything that is constant over its epochs."""
 
     tokens: Any  # [b, p + r]
-    segments: Any  # [b, p + r]
+    attention_mask: Any  # [b, p + r]
     mask: Any  # [b, r]
     logprobs: Any  # [b, r] of the policy that sampled
     values: Any  # [b, r]
     advantages: Any  # [b, r]
     returns: Any  # [b, r]
-    rewards: Any = (
-        None  # [b, r], where advantages are made from them in every minibatch
-    )
-    ref_logprobs: Any = None  # [b, r], where the KL is in the loss
+    rewards: Any = None  # [b, r], if every minibatch makes advantages from them
+    ref_logprobs: Any = None  # [b, r], if the KL is in the loss
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    """Returns the stage. Its `step` is one iteration of PPO."""
     task = open_task(config, roles(config), layout, sources)
-    policy_model = task.policy.model
-    validate(config, layout, policy_model.config)
+    model = task.policy.model
+    validate(config, layout, model.config)
     critic = _value_function(config, task)
     frozen = {"policy": task.policy.frozen, "value": critic.frozen}
-    made = programs(config, policy_model, critic.model, task.tokens)
-    sample = make_sampler(config, layout, policy_model, task.tokens)
-    forward = task.forward(made)
+    jitted = programs(config, model, critic.model, task.ids)
+    sampler = make_sampler(config, layout, model, task.ids)
+    forward = task.make_forward(jitted)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
         params = merge_params(frozen, state.params)
-        drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
-        rollout, state = drawn.rollout, without_next(state)
-        scored = truncated(config, task.tokens, rollout)  # what the reward model sees
-        known = forward(params, rollout)
+        prompts, policy_params = batch.prompts, params["policy"]
+        rollouts = sample_rollouts(config, sampler, state, policy_params, prompts, key)
+        rollout, state = rollouts.current, drop_next_rollout(state)
+        scored = truncate_responses(config, task.ids, rollout)
+        # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
+        outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
-        experience, metrics = made.make_experience(state, known, rollout, scores)
-        text, update_key = batch.text, stream(key, UPDATE)
-        state, update_metrics = made.update(
-            state, experience, text, metrics, update_key, frozen
+        experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        update_key = stream_key(key, UPDATE)
+        state, update_metrics = jitted.update(
+            state, experience, batch.text, metrics, update_key, frozen
         )
-        state, staleness = with_next(state, drawn)
+        state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics,
-            metrics,
-            update_metrics,
-            staleness,
-            prompt_metrics(batch.prompts),
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
         )
 
     def init_value(key: jax.Array) -> dict[str, PyTree]:
         fresh = critic.model.init_trained(jax.random.fold_in(key, VALUE_INIT))
-        return {"value": _own(config, fresh)}
+        return {"value": _own_params(config, fresh)}
 
-    def start(state: TrainState) -> TrainState:
-        value_params = _start_value(config, critic, state.params["value"])
+    def load_value(state: TrainState) -> TrainState:
+        value_params = critic.start(state.params["value"])
         return state.replace(params=state.params | {"value": value_params})
 
-    def also(state: TrainState) -> dict[str, Any]:
-        return (
-            {}
-            if config.value == "shared"
-            else {"value": critic.saved(state.params["value"])}
-        )
+    def saved_value(state: TrainState) -> dict[str, store.SavedModel]:
+        if config.value == "shared":
+            return {}
+        return {"value": critic.saved(state.params["value"])}
 
-    return policy_stage(
-        config,
-        task,
-        made.tx,
-        step,
-        init_others=init_value,
-        axes={"value": _own(config, critic.model.trained_axes())},
-        start=start,
-        also=also,
+    value_function = ExtraModels(
+        init=init_value,
+        axes={"value": _own_params(config, critic.model.trained_axes())},
+        load=load_value,
+        saved=saved_value,
     )
+    return policy_stage(config, task, jitted.tx, step, extra_models=value_function)
 
 
-def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Programs:
-    """Returns the jitted functions of an iteration, in their order."""
+def programs(config: Config, model: Model, critic: Model, ids: TokenIds) -> Programs:
+    """Returns the jitted functions of an iteration; they are below in the order of use."""
     c = config
     tx = optax.partition(
         {
@@ -204,40 +216,35 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
             "value": make_optimizer(c.value_optim, c.updates),
         },
         lambda params: {
-            name: jax.tree.map(lambda _, n=name: n, tree)
-            for name, tree in params.items()
+            role: jax.tree.map(lambda _, role=role: role, tree)
+            for role, tree in params.items()
         },
     )
-
-    logprobs_of = logprobs_with(c, model)
+    rollout_logprobs = make_rollout_logprobs(c, model)
 
     # ------------------------------------------------------------------ score -> advantages
 
-    def values_of(params: PyTree, batch: Any) -> jax.Array:
-        trunk, trunk_params = (
-            (model, params["policy"])
-            if c.value == "shared"
-            else (critic, params["value"])
-        )
+    def compute_values(params: PyTree, batch: Any) -> jax.Array:
+        """Returns V [b, r] of the state in which each response token is chosen."""
+        is_shared = c.value == "shared"
         hidden = response_hidden(
-            trunk, trunk_params, batch.tokens, batch.segments, batch.mask.shape[1]
+            model if is_shared else critic,
+            params["policy"] if is_shared else params["value"],
+            batch.tokens,
+            batch.attention_mask,
+            batch.mask.shape[1],
         )
         return critic.scalar(params["value"], hidden)
 
-    def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
-        """All passes that need no score; of a reference on another mesh, pass None."""
-        values = values_of(params, rollout) * rollout.mask
-        ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
-        logprobs = behavior_logprobs(c, logprobs_of, params["policy"], rollout)
-        return Forward(logprobs, ref_logprobs, values)
+    forward = make_forward_passes(c, rollout_logprobs, compute_values)
 
     def make_experience(
-        state: TrainState, known: Forward, rollout: Rollout, scores: jax.Array
+        state: TrainState, outputs: ForwardOutputs, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Metrics]:
-        """Rewards and advantages of a rollout; nothing here has a gradient."""
+        """Returns rewards and advantages of a rollout; nothing here has a gradient."""
         mask = rollout.mask
-        old_logprobs, ref_logprobs, values = known
-        shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
+        old_logprobs, ref_logprobs, values = outputs
+        shaped, ended, metrics = shape_rewards(c, ids, scores, rollout)
         penalty, sequence_kl = kl_penalty(c.kl, old_logprobs, ref_logprobs, mask)
         beta = state.extra["kl_coefficient"]
         rewards = shaping.token_rewards(shaped, penalty, mask, beta=beta)
@@ -255,7 +262,7 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         }
         experience = Experience(
             tokens=rollout.tokens,
-            segments=rollout.segments,
+            attention_mask=rollout.attention_mask,
             mask=mask,
             logprobs=old_logprobs,
             values=values,
@@ -269,6 +276,7 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
     # ------------------------------------------------------------------ minibatch epochs
 
     def whiten(batch: Experience) -> Experience:
+        """Whitens what the config whitens per minibatch."""
         if c.whiten_rewards == "minibatch":
             rewards = masked.whiten_keep_mean(batch.rewards, batch.mask)
             advantage, returns = advantages.gae(
@@ -276,60 +284,51 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
             )
             batch = batch._replace(advantages=advantage, returns=returns)
         if c.whiten_advantages == "minibatch":
-            batch = batch._replace(
-                advantages=masked.whiten(batch.advantages, batch.mask)
-            )
+            advantage = masked.whiten(batch.advantages, batch.mask)
+            batch = batch._replace(advantages=advantage)
         return batch
 
     def loss(
-        params: PyTree,
-        batch: Experience,
-        key: jax.Array | None,
-        beta: jax.Array | float = 0.0,
-    ) -> tuple[jax.Array, Metrics]:
-        """Clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy, mean over tokens.
+        params: PyTree, batch: Experience, key: jax.Array | None, beta: Scalar = 0.0
+    ) -> Loss:
+        """Returns the mean over tokens of
 
-        beta weighs the KL to the reference where that is in the loss.
+        clipped policy loss + value_coefficient x value loss - entropy_coefficient x entropy
+
+        plus beta x the KL to the reference, if that is in the loss.
         """
-        mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(
-            model, params["policy"], batch.tokens, batch.segments, r
-        )
-        logprobs, entropy = model.logprobs(
-            params["policy"], hidden, batch.tokens[:, -r:], c.temperature
-        )
-        values = (
-            critic.scalar(params["value"], hidden)
-            if c.value == "shared"
-            else values_of(params, batch)
-        )
-        policy_terms = policy.ppo_loss(
+        mask = batch.mask
+        hidden, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        if c.value == "shared":
+            values = critic.scalar(params["value"], hidden)
+        else:
+            values = compute_values(params, batch)
+        policy_loss = policy.ppo_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
         )
         if c.value_clip:
-            rows = (values, batch.values, batch.returns, mask)
-            value_terms = value.clipped_value_loss(*rows, clip=c.value_clip)
+            value_loss = value.clipped_value_loss(
+                values, batch.values, batch.returns, mask, clip=c.value_clip
+            )
         else:
-            value_terms = value.value_loss(values, batch.returns, mask)
-        terms = {
-            "policy": (1.0, policy_terms),
-            "value": (c.value_coefficient, value_terms),
+            value_loss = value.value_loss(values, batch.returns, mask)
+        terms: dict[str, tuple[Scalar, Loss]] = {
+            "policy": (1.0, policy_loss),
+            "value": (c.value_coefficient, value_loss),
         }
         if c.entropy_coefficient:
-            terms["entropy"] = (
-                1.0,
-                policy.entropy_bonus(entropy, mask, coefficient=c.entropy_coefficient),
+            bonus = policy.entropy_bonus(
+                entropy, mask, coefficient=c.entropy_coefficient
             )
-        if c.kl.place == "loss":  # weighted by tokens, as the terms that it joins
-            scalar, pairs = kl_loss(c.kl, logprobs, batch)
-            terms["kl"] = (
-                beta,
-                (scalar, {**pairs, "loss": (pairs["loss"][0], mask.sum())}),
-            )
+            terms["entropy"] = (1.0, bonus)
+        if c.kl.place == "loss":
+            scalar, kl_metrics = kl_loss(c.kl, logprobs, batch)
+            # The weight is the number of tokens, as that of the other terms.
+            kl_metrics["loss"] = (kl_metrics["loss"][0], mask.sum())
+            terms["kl"] = (beta, (scalar, kl_metrics))
         total, metrics = add_losses(**terms)
-        return total, metrics | {
-            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        }
+        metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        return total, metrics
 
     def update(
         state: TrainState,
@@ -339,54 +338,65 @@ def programs(config: Config, model: Model, critic: Model, tokens: Tokens) -> Pro
         key: jax.Array,
         frozen: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """The epochs of an iteration, then its KL coefficient and averages."""
-        of_minibatch = functools.partial(loss, beta=state.extra["kl_coefficient"])
-        rows = (state, experience, text, key)
+        """Runs the epochs of an iteration, then adapts its KL coefficient and EMA weights."""
+        minibatch_loss = functools.partial(loss, beta=state.extra["kl_coefficient"])
+        learner = Learner(c, model, tx, minibatch_loss, whiten)
         state, update_metrics = minibatch_epochs(
-            c, tx, model, of_minibatch, *rows, whiten, frozen
+            learner, state, experience, text, key, frozen
         )
         return end_iteration(c, state, metrics), update_metrics
 
-    return programs_of(logprobs_of, forward, make_experience, update, loss, tx, whiten)
+    return jit_programs(
+        rollout_logprobs=rollout_logprobs,
+        forward=forward,
+        make_experience=make_experience,
+        update=update,
+        loss=loss,
+        tx=tx,
+        whiten=whiten,
+    )
 
 
 # ------------------------------------------------------------------ the value function
 
 
 def _value_function(config: Config, task: Task) -> Loaded:
-    """Returns the value function, and how the parameters that it starts from are read."""
-    policy = task.policy
+    """Returns the value function, and how its pretrained parameters are read."""
     if config.value == "reward":
-        if not isinstance(task.reward, ModelReward):
+        reward = task.reward
+        if not isinstance(reward, ModelReward):
             raise ConfigError(
-                f'ppo.value="reward": {label(config.reward)} is no model; use "policy" or "shared"'
+                f'ppo.value="reward": must be "policy" or "shared" '
+                f"if the reward is no model, as {config.reward}"
             )
-        config_of_value, params = task.reward.model.config, task.reward.params
-        read = lambda: dict(params)  # noqa: E731
+        model_config = reward.model.config
+        read_model = functools.partial(dict, reward.params)
     else:
-        config_of_value = policy.model.config
-        read = lambda: {"backbone": policy.read()["backbone"]}  # noqa: E731
+        model_config = task.policy.model.config
+        read_model = functools.partial(_read_backbone, task.policy)
+
+    def read() -> PyTree:
+        params = {} if config.value == "shared" else read_model()
+        use_zeros = config.value_head == "loaded" and "head" not in params
+        if config.value_head == "zero" or use_zeros:
+            kernel = jnp.zeros(model_config.d_model)
+            params["head"] = {"kernel": kernel, "bias": jnp.zeros(())}
+        elif config.value_head == "normal":
+            params.pop("head", None)
+        return params
+
     frozen = {}
     if config.lora.rank and config.value != "shared":
-        frozen = {"backbone": read()["backbone"]}
-    return Loaded(
-        Model(config_of_value, "scalar", config.lora), task.tokenizer, frozen, read
-    )
+        frozen = {"backbone": read_model()["backbone"]}
+    model = Model(model_config, "scalar", config.lora)
+    return Loaded(model, task.tokenizer, frozen, read)
 
 
-def _own(config: Config, tree: PyTree) -> PyTree:
-    """Returns what a value function has of its own: on the policy's trunk its head alone."""
-    return {"head": tree["head"]} if config.value == "shared" else tree
+def _read_backbone(policy: Loaded) -> dict[str, PyTree]:
+    assert policy.read is not None  # a policy always starts from a model
+    return {"backbone": policy.read()["backbone"]}
 
 
-def _start_value(config: Config, critic: Loaded, params: PyTree) -> PyTree:
-    """Returns fresh parameters with the pretrained ones and the head that the config names in them."""
-    pretrained = {} if config.value == "shared" else critic.read()
-    if config.value_head == "zero" or (
-        config.value_head == "loaded" and "head" not in pretrained
-    ):
-        width = critic.model.config.d_model
-        pretrained["head"] = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
-    elif config.value_head == "normal":
-        pretrained.pop("head", None)
-    return copy_into(params, pretrained)
+def _own_params(config: Config, params: PyTree) -> PyTree:
+    """Returns the value function's own part of a scalar model: the head alone on a shared trunk."""
+    return {"head": params["head"]} if config.value == "shared" else params

@@ -1,8 +1,9 @@
-"""Recentring: a reward model whose bias is set anew, and nothing else, so that some samples have mean reward 0.
+"""Recentering: a reward model with a new bias, so that some samples have mean reward 0.
 
-r'(x, y) = r(x, y) - mean r over the samples; which of two answers is better does not change.
+r'(x, y) = r(x, y) - mean r over the samples; which of two responses is better does not change.
 
-The samples are answers of a policy to prompts, completions of preference folders, or demonstrations.
+The samples are a policy's responses to prompts, completions of preference folders, or
+demonstrations.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.data import loader
-from rlhfjax.data.batches import concatenate
 from rlhfjax.data.config import SourceConfig, open_preferences, open_sources
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
@@ -21,13 +21,15 @@ from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer, finalize
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
-from rlhfjax.ranges import Seed, Size, Temperature, TokensOrNone
+from rlhfjax.ranges import Seed, Size, TokensOrNone
 from rlhfjax.rewards import center
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import validate_reward_model
-from rlhfjax.rl.answers import Sampling, answers
+from rlhfjax.rl.config import sampling_workload, validate_sampling
 from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.responses import PromptBatching, sample_responses
 from rlhfjax.roles import Role, Workload, job_workload
+from rlhfjax.sampling.config import Sampling, SamplingConfig
 from rlhfjax.stages.reward import make_scorer
 from rlhfjax.supervised import validate_length
 
@@ -35,22 +37,32 @@ LEAVES_MODEL = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(SamplingConfig):
+    """The options of recentering; those of sampling are for `policy`."""
+
     stage: str = "recenter"
-    init_from: str  # the reward model
-    policy: str | None = None  # answers `prompts`; or else:
-    preferences: tuple[str, ...] = ()  # completions of the train split
+    init_from: str
+    """Workdir of the reward model."""
+    policy: str | None = None
+    """Workdir of a policy whose responses to `prompts` are the samples."""
+    preferences: tuple[str, ...] = ()
+    """Preference folders whose completions (train split) are the samples."""
     demonstrations: tuple[SourceConfig, ...] = ()
+    """Conversations whose last responses are the samples."""
     prompts: PromptConfig = PromptConfig()
-    prompt_length: TokensOrNone = 0  # of `policy`
-    max_new_tokens: TokensOrNone = 0  # of `policy`
-    temperature: Temperature = 1.0
-    length: TokensOrNone = (
-        0  # prompt and response, of `preferences` and `demonstrations`
-    )
+    """Prompts for `policy`."""
+    prompt_length: TokensOrNone = 0
+    """Tokens that prompts are padded to, for `policy`."""
+    max_new_tokens: TokensOrNone = 0
+    """Tokens of the longest response of `policy`."""
+    length: TokensOrNone = 0
+    """Tokens of prompt and response, for `preferences` and `demonstrations`."""
     batch_size: Size
+    """Samples per batch."""
     seed: Seed = 0
+    """Seed of prompts and responses."""
     mesh: MeshConfig = MeshConfig()
+    """Mesh of devices."""
 
 
 def roles(config: Config) -> dict[str, Role]:
@@ -59,8 +71,9 @@ def roles(config: Config) -> dict[str, Role]:
 
 
 def workload(config: Config, completions: int = 1) -> Workload:
-    sampled = config.prompt_length + config.max_new_tokens
-    return job_workload(config.batch_size, sampled if config.policy else config.length)
+    if config.policy:
+        return sampling_workload(config)
+    return job_workload(config.batch_size, config.length)
 
 
 def validate(
@@ -69,17 +82,17 @@ def validate(
     """Validates the config. Raises ConfigError."""
     if sum(map(bool, (config.policy, config.preferences, config.demonstrations))) != 1:
         raise ConfigError(
-            "recenter: give the samples by one of policy, preferences and demonstrations"
+            "recenter: needs samples from one of policy, preferences and demonstrations"
         )
     needed = ("prompt_length", "max_new_tokens") if config.policy else ("length",)
-    if missing := [name for name in needed if getattr(config, name) < 1]:
-        raise ConfigError(f"recenter.{missing[0]}: a value is required")
+    for option in needed:
+        if getattr(config, option) < 1:
+            raise ConfigError(f"recenter.{option}: a value is required")
     layout.check_batch(config.batch_size, "recenter.batch_size")
-    validate_length(
-        sum(getattr(config, name) for name in needed),
-        model_config,
-        f"recenter.{' + '.join(needed)}",
-    )
+    if config.policy:
+        validate_sampling(config, layout, model_config)
+    else:
+        validate_length(config.length, model_config, "recenter.length")
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -88,7 +101,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     validate(config, layout, saved.model.config)
     validate_reward_model(saved, saved.tokenizer, config.init_from)
     with layout.use():
-        rewards, valid, cut = _samples(config, saved, layout)
+        if config.policy:
+            rewards, valid, cut = _score_responses(config, config.policy, saved, layout)
+        else:
+            rewards, valid, cut = _score_rows(config, saved, layout)
         context = f"recenter.init_from={config.init_from}"
         stats.validate_scores(rewards, context, valid)
         params, metrics = center.normalize(saved.params, rewards, valid, "mean")
@@ -103,45 +119,48 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 Samples = tuple[np.ndarray, np.ndarray, np.ndarray]  # rewards, valid, cut
 
 
-def _samples(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
-    """Returns the rewards of the samples, which of them exist, and which lost tokens."""
-    tokenizer = saved.tokenizer
-    if config.policy:
-        return _sampled(config, saved, layout)
-    size, length = config.batch_size, config.length
+def _score_rows(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
+    """Returns rewards, valid and cut of preferences or demonstrations."""
     if config.preferences:
-        source = open_preferences(config.preferences, "train")
         batches = loader.preference_batches(
-            source, tokenizer, batch_size=size, length=length, train=False
+            open_preferences(config.preferences, "train"),
+            saved.tokenizer,
+            batch_size=config.batch_size,
+            length=config.length,
+            train=False,
         )
     else:
-        source = open_sources(config.demonstrations, "recenter.demonstrations")
         batches = center.demonstrations(
-            source, tokenizer, batch_size=size, length=length
+            open_sources(config.demonstrations, "recenter.demonstrations"),
+            saved.tokenizer,
+            batch_size=config.batch_size,
+            length=config.length,
         )
     rewards, labels = make_scorer(saved.model, layout)(saved.params, batches)
     return rewards, labels.valid, labels.cut
 
 
-def _sampled(config: Config, saved: store.SavedModel, layout: Layout) -> Samples:
-    policy = store.load(config.policy or "", layout)
-    tokenizer = policy.tokenizer
+def _score_responses(
+    config: Config, policy_path: str, saved: store.SavedModel, layout: Layout
+) -> Samples:
+    """Returns rewards, valid and cut of a policy's responses; valid is 0 in rows that only fill."""
+    policy = store.load(policy_path, layout)
     if policy.tokenizer != saved.tokenizer:
-        raise ConfigError("recenter: policy and reward model have different tokenizers")
-    source = open_prompts(config.prompts, "recenter.prompts", seed=config.seed)
-    sampling = Sampling(
-        config.prompt_length,
-        config.max_new_tokens,
-        config.temperature,
-        config.batch_size,
+        raise ConfigError("recenter.policy: must have the reward model's tokenizer")
+    reward = ModelReward(saved.model, saved.params)
+    batches = sample_responses(
+        open_prompts(config.prompts, "recenter.prompts", seed=config.seed),
+        policy,
+        Sampling.from_config(config, policy.tokenizer),
+        PromptBatching(batch_size=config.batch_size, length=config.prompt_length),
+        jax.random.key(config.seed),
+        layout,
     )
-    reward, key = ModelReward(saved.model, saved.params), jax.random.key(config.seed)
-    parts = [
-        (
-            hosts.whole(reward(one.tokens, one.segments, one.mask)),
-            (index >= 0).astype(np.float32),
-            cut,
-        )
-        for one, index, cut in answers(source, policy, tokenizer, sampling, key, layout)
-    ]
-    return concatenate(parts)
+    rewards, valid, cut = [], [], []
+    for batch in batches:
+        rollout = batch.rollout
+        scores = reward(rollout.tokens, rollout.attention_mask, rollout.mask)
+        rewards.append(hosts.whole(scores))
+        valid.append((batch.index >= 0).astype(np.float32))
+        cut.append(batch.cut)
+    return np.concatenate(rewards), np.concatenate(valid), np.concatenate(cut)

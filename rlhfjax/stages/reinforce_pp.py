@@ -1,6 +1,7 @@
 """REINFORCE++: PPO's clipped loss on advantages without a value function and without groups.
 
-The advantage of a token is the score minus beta times the KL still to come, normalized over the whole batch.
+The advantage of a token is the score minus beta times the KL from this token on, normalized over
+the whole batch.
 
 Hu et al. 2025, "REINFORCE++".
 """
@@ -27,42 +28,47 @@ from rlhfjax.rl.config import (
     policy_workload,
     validate_policy,
 )
-from rlhfjax.rl.epochs import end_iteration, minibatch_epochs
+from rlhfjax.rl.epochs import Learner, end_iteration, minibatch_epochs
+from rlhfjax.rl.iteration import (
+    ForwardOutputs,
+    Programs,
+    drop_next_rollout,
+    jit_programs,
+    make_forward_passes,
+    make_rollout_logprobs,
+    sample_rollouts,
+    store_next_rollout,
+    stream_key,
+)
 from rlhfjax.rl.policy import policy_stage
 from rlhfjax.rl.prompts import prompt_metrics
 from rlhfjax.rl.rewards import kl_penalty, rollout_metrics, shape_rewards
 from rlhfjax.rl.rollout import (
-    Forward,
-    Programs,
     Rollout,
-    Tokens,
-    behavior_logprobs,
-    draw,
-    logprobs_with,
+    TokenIds,
     make_sampler,
-    programs_of,
-    response_hidden,
-    stream,
-    truncated,
-    with_next,
-    without_next,
+    response_outputs,
+    truncate_responses,
 )
 from rlhfjax.rl.task import open_task
 from rlhfjax.roles import DISK, Sources
 from rlhfjax.stage import Stage
 from rlhfjax.state import TrainState, merge_params
 from rlhfjax.streams import UPDATE
-from rlhfjax.types import Metrics, PyTree
+from rlhfjax.types import Loss, Metrics, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
-    """See PolicyConfig for the options of every policy stage; batch_size counts responses per iteration."""
+    """REINFORCE++'s own options; those of every policy stage are in PolicyConfig."""
 
     stage: str = "reinforce_pp"
     epochs: PositiveCount = 1
+    """Passes over the episodes of an iteration."""
     minibatches: Size = 1
+    """Minibatches per epoch, with one update each."""
     clip: Positive = 0.2
+    """Probability ratios are clipped to [1 - clip, 1 + clip]."""
 
 
 roles = policy_roles
@@ -76,112 +82,102 @@ def validate(
     validate_policy(config, layout, model_config)
     if config.kl.place != "reward":
         raise ConfigError(
-            "reinforce_pp.kl.place: the KL is in the reward; in the loss it is GRPO's or PPO's"
+            f'reinforce_pp.kl.place={config.kl.place!r}: must be "reward"; '
+            "PPO and GRPO can have the KL in the loss"
         )
 
 
 class Experience(NamedTuple):
-    """An iteration's responses with all that is constant over its epochs."""
+    """An iteration's rollout with everything that is constant over its epochs."""
 
     tokens: Any  # [b, p + r]
-    segments: Any  # [b, p + r]
+    attention_mask: Any  # [b, p + r]
     mask: Any  # [b, r]
     logprobs: Any  # [b, r] of the policy that sampled
     advantages: Any  # [b, r]
 
 
 def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
+    """Returns the stage. Its `step` is one iteration of REINFORCE++."""
     task = open_task(config, roles(config), layout, sources)
     model = task.policy.model
     validate(config, layout, model.config)
     frozen = {"policy": task.policy.frozen}
-    made = programs(config, model, task.tokens)
-    sample = make_sampler(config, layout, model, task.tokens)
-    forward = task.forward(made)
+    jitted = programs(config, model, task.ids)
+    sampler = make_sampler(config, layout, model, task.ids)
+    forward = task.make_forward(jitted)
 
     def step(
         state: TrainState, batch: PolicyBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
         params = merge_params(frozen, state.params)
-        drawn = draw(config, sample, state, params["policy"], batch.prompts, key)
-        rollout, state = drawn.rollout, without_next(state)
-        scored = truncated(config, task.tokens, rollout)  # what the reward model sees
-        known = forward(params, rollout)
+        prompts, policy_params = batch.prompts, params["policy"]
+        rollouts = sample_rollouts(config, sampler, state, policy_params, prompts, key)
+        rollout, state = rollouts.current, drop_next_rollout(state)
+        scored = truncate_responses(config, task.ids, rollout)
+        # Forward passes are dispatched before the rewards, which the host may compute meanwhile.
+        outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
-        experience, metrics = made.make_experience(state, known, rollout, scores)
-        text, update_key = batch.text, stream(key, UPDATE)
-        state, update_metrics = made.update(
-            state, experience, text, metrics, update_key, frozen
+        experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        update_key = stream_key(key, UPDATE)
+        state, update_metrics = jitted.update(
+            state, experience, batch.text, metrics, update_key, frozen
         )
-        state, staleness = with_next(state, drawn)
+        state, staleness = store_next_rollout(state, rollouts)
         return state, merge(
-            reward_metrics,
-            metrics,
-            update_metrics,
-            staleness,
-            prompt_metrics(batch.prompts),
+            reward_metrics, metrics, update_metrics, staleness, prompt_metrics(prompts)
         )
 
-    return policy_stage(config, task, made.tx, step)
+    return policy_stage(config, task, jitted.tx, step)
 
 
-def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
-    """Returns the jitted functions of an iteration, in their order."""
+def programs(config: Config, model: Model, ids: TokenIds) -> Programs:
+    """Returns the jitted functions of an iteration; they are below in the order of use."""
     c = config
     tx = make_optimizer(c.optim, c.updates)
-    logprobs_of = logprobs_with(c, model)
+    rollout_logprobs = make_rollout_logprobs(c, model)
+    forward = make_forward_passes(c, rollout_logprobs)
 
-    def forward(params: PyTree, reference: PyTree | None, rollout: Rollout) -> Forward:
-        """All passes that need no score; of a reference on another mesh, pass None."""
-        ref_logprobs = None if reference is None else logprobs_of(reference, rollout)
-        logprobs = behavior_logprobs(c, logprobs_of, params["policy"], rollout)
-        return Forward(logprobs, ref_logprobs)
+    # ------------------------------------------------------------------ score -> advantages
 
     def make_experience(
-        state: TrainState, known: Forward, rollout: Rollout, scores: jax.Array
+        state: TrainState, outputs: ForwardOutputs, rollout: Rollout, scores: jax.Array
     ) -> tuple[Experience, Metrics]:
-        """Rewards and advantages of a rollout; nothing here has a gradient."""
+        """Returns rewards and advantages of a rollout; nothing here has a gradient."""
         mask, beta = rollout.mask, state.extra["kl_coefficient"]
-        logprobs, ref_logprobs, _ = known
-        shaped, ended, metrics = shape_rewards(c, tokens, scores, rollout)
+        logprobs, ref_logprobs, _ = outputs
+        shaped, ended, metrics = shape_rewards(c, ids, scores, rollout)
         penalty, sequence_kl = kl_penalty(c.kl, logprobs, ref_logprobs, mask)
         rewards = shaping.token_rewards(shaped, penalty, mask, beta=beta)
         metrics |= rollout_metrics(scores, shaped, beta, sequence_kl, ended, mask)
-        metrics |= {
-            "kl_coefficient": (beta, jnp.ones(())),
-        }
+        metrics["kl_coefficient"] = (beta, jnp.ones(()))
         experience = Experience(
             tokens=rollout.tokens,
-            segments=rollout.segments,
+            attention_mask=rollout.attention_mask,
             mask=mask,
             logprobs=logprobs,
             advantages=advantages.reinforce_pp(rewards, mask),
         )
         return experience, metrics
 
-    def loss(params: PyTree, batch: Experience, key: None) -> tuple[jax.Array, Metrics]:
-        """Clipped policy loss - entropy_coefficient x entropy, mean over tokens."""
-        mask, r = batch.mask, batch.mask.shape[1]
-        hidden = response_hidden(
-            model, params["policy"], batch.tokens, batch.segments, r
-        )
-        targets = batch.tokens[:, -r:]
-        logprobs, entropy = model.logprobs(
-            params["policy"], hidden, targets, c.temperature
-        )
-        surrogate = policy.ppo_loss(
+    # ------------------------------------------------------------------ minibatch epochs
+
+    def loss(params: PyTree, batch: Experience, key: jax.Array | None) -> Loss:
+        """Returns clipped policy loss - entropy_coefficient x entropy, mean over tokens."""
+        mask = batch.mask
+        _, logprobs, entropy = response_outputs(c, model, params["policy"], batch)
+        policy_loss = policy.ppo_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip=c.clip
         )
-        terms = {"policy": (1.0, surrogate)}
+        terms = {"policy": (1.0, policy_loss)}
         if c.entropy_coefficient:
             bonus = policy.entropy_bonus(
                 entropy, mask, coefficient=c.entropy_coefficient
             )
             terms["entropy"] = (1.0, bonus)
         total, metrics = add_losses(**terms)
-        return total, metrics | {
-            "entropy": masked.token_mean(jax.lax.stop_gradient(entropy), mask)
-        }
+        metrics["entropy"] = masked.token_mean(jax.lax.stop_gradient(entropy), mask)
+        return total, metrics
 
     def update(
         state: TrainState,
@@ -191,11 +187,18 @@ def programs(config: Config, model: Model, tokens: Tokens) -> Programs:
         key: jax.Array,
         frozen: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """The epochs of an iteration, then its KL coefficient and averages."""
-        rows = (state, experience, text, key)
+        """Runs the epochs of an iteration, then adapts its KL coefficient and EMA weights."""
+        learner = Learner(c, model, tx, loss)
         state, update_metrics = minibatch_epochs(
-            c, tx, model, loss, *rows, frozen=frozen
+            learner, state, experience, text, key, frozen
         )
         return end_iteration(c, state, metrics), update_metrics
 
-    return programs_of(logprobs_of, forward, make_experience, update, loss, tx)
+    return jit_programs(
+        rollout_logprobs=rollout_logprobs,
+        forward=forward,
+        make_experience=make_experience,
+        update=update,
+        loss=loss,
+        tx=tx,
+    )

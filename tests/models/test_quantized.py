@@ -14,7 +14,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models import Model, TransformerConfig, blocks, lora, quantized
 from rlhfjax.models.attention import cached_attention, causal_attention, rope_tables
 from rlhfjax.models.quantized import absmax, linear
-from rlhfjax.sampling import generate
+from rlhfjax.sampling import Sampling, generate
 from tests.models.families import (
     FAMILIES,
     MOSTLY_SLOW,
@@ -245,17 +245,8 @@ def test_what_is_int8_already_is_refused():
     jax.jit, static_argnums=0, static_argnames=("samples_per_prompt", "decode_batch")
 )
 def sampled(model, params, prompts, segments, keys, **how):
-    return generate(
-        model,
-        params,
-        prompts,
-        segments,
-        keys,
-        max_new_tokens=10,
-        eos_id=EOS,
-        pad_id=PAD,
-        **how,
-    )
+    sampling = Sampling(max_new_tokens=10, eos_id=EOS, pad_id=PAD, **how)
+    return generate(model, params, prompts, segments, keys, sampling)
 
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():

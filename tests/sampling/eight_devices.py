@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model, TransformerConfig
-from rlhfjax.sampling import generate
+from rlhfjax.sampling import Sampling, generate
 from tests.models.families import shaken
 from tests.sampling.test_generate import PAD, keys, left_padded
 
@@ -50,15 +50,9 @@ def main():
         drawn = keys(PROMPTS * way.get("samples_per_prompt", 1))
 
         def sample(*x, way=way):
-            return generate(
-                model,
-                *x,
-                max_new_tokens=NEW,
-                eos_id=EOS,
-                pad_id=PAD,
-                temperature=4.0,
-                **way,
-            )
+            settings = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD}
+            sampling = Sampling(temperature=4.0, **settings, **way)
+            return generate(model, *x, sampling)
 
         one = jax.device_get(jax.jit(sample)(params, *prompts, drawn))
         layout = make_layout(MeshConfig(**mesh))
@@ -75,7 +69,7 @@ def main():
             "tokens": bool((got.tokens == one.tokens).all()),
             "logprobs": float(np.abs(got.logprobs - one.logprobs).max()),
             "lengths": len(set(one.mask.sum(1).tolist())),
-            "whole": f"f32[{way.get('slots') or len(drawn)},4,{PLACES},4]"
+            "whole": f"f32[{way.get('decode_batch') or len(drawn)},4,{PLACES},4]"
             in program.as_text(),
         }
         print(json.dumps(line))

@@ -1,16 +1,27 @@
 """The draw itself: inverse CDF, top-k, top-p, by enumeration of u and by frequencies."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.sampling import Sampling
 from rlhfjax.sampling import choose as module
-from rlhfjax.sampling.choose import check, choose, inverse_cdf, keep_top_k, keep_top_p
+from rlhfjax.sampling.choose import choose, inverse_cdf, keep_top_k, keep_top_p
 
 cdf = jax.jit(inverse_cdf)
-drawn = jax.jit(choose, static_argnames=("temperature", "top_k", "top_p"))
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def drawn(logits, u, **settings):
+    return choose(logits, u, sampling(**settings))
+
+
+def sampling(**settings):
+    return Sampling(max_new_tokens=1, eos_id=1, pad_id=0, **settings)
 
 
 def grid(n):
@@ -126,13 +137,13 @@ def test_greedy_is_the_first_largest_with_its_plain_logprob():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ((-1.0, 0, 1.0), "temperature is -1.0"),
-        ((float("nan"), 0, 1.0), "temperature is nan"),
-        ((1.0, -1, 1.0), "top_k is -1"),
-        ((1.0, 0, 0.0), "top_p is 0.0"),
-        ((1.0, 0, 1.5), "top_p is 1.5"),
+        ({"temperature": -1.0}, "temperature=-1.0: must be >= 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1: must be >= 0"),
+        ({"top_p": 0.0}, "top_p=0.0: must be > 0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
     ],
 )
 def test_impossible_settings_say_why(settings, words):
     with pytest.raises(ConfigError, match=words):
-        check(*settings)
+        sampling(**settings)

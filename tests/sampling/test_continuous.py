@@ -25,6 +25,7 @@ from tests.sampling.test_generate import (
     left_padded,
     rigged,
     run,
+    sampling,
     teacher_forced,
 )
 
@@ -181,16 +182,8 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
         return decode(self, params, token, position, slot, cache)
 
     monkeypatch.setattr(Model, "decode", counted)
-    settings = {
-        "max_new_tokens": NEW,
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "temperature": 0.0,
-        "decode_batch": 2,
-    }
-    samples = jax.jit(lambda *x: generate(model, *x, **settings))(
-        params, *rows, keys(6)
-    )
+    settings = sampling(temperature=0.0, decode_batch=2)
+    samples = jax.jit(lambda *x: generate(model, *x, settings))(params, *rows, keys(6))
     jax.block_until_ready(samples)
     jax.effects_barrier()
     assert len(calls) == 5
@@ -200,7 +193,7 @@ def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
 
 def test_a_group_needs_slots_for_all_of_it(gpt2):
     with pytest.raises(
-        ConfigError, match=r"decode_batch is 2: .* at least the 3 responses to a prompt"
+        ConfigError, match=r"decode_batch=2: .* at least samples_per_prompt=3"
     ):
         run(*gpt2, *left_padded((7, 1)), keys(6), samples_per_prompt=3, decode_batch=2)
 

@@ -11,7 +11,7 @@ import pytest
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.models import Model
-from rlhfjax.sampling import Samples, generate, stream
+from rlhfjax.sampling import Samples, Sampling, generate, stream
 from rlhfjax.sampling.choose import choose
 from tests.models.families import DISTINCT, FAMILIES, MOSTLY_SLOW, random_params, tokens
 
@@ -65,13 +65,12 @@ def keys(n, seed=3):
     ),
 )
 def run(model, params, prompts, segments, keys, **settings):
-    settings = {
-        "max_new_tokens": NEW,
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "temperature": 0.8,
-    } | settings
-    return generate(model, params, prompts, segments, keys, **settings)
+    return generate(model, params, prompts, segments, keys, sampling(**settings))
+
+
+def sampling(**settings):
+    own = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
+    return Sampling(**own | settings)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -155,7 +154,7 @@ def next_token(model, params, rows, segments, at, u, temperature):
     logits = model.logits(
         params, jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
     )
-    return choose(logits, u, temperature=temperature, top_k=0, top_p=1.0)
+    return choose(logits, u, sampling(temperature=temperature))
 
 
 def uncached(model, params, prompts, segments, keys, temperature):
@@ -297,8 +296,7 @@ def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
         return decode(self, params, token, position, slot, cache)
 
     monkeypatch.setattr(Model, "decode", counted)
-    settings = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.0}
-    samples = jax.jit(lambda *x: generate(model, *x, **settings))(
+    samples = jax.jit(lambda *x: generate(model, *x, sampling(temperature=0.0)))(
         params, prompts, segments, keys(2)
     )
     jax.block_until_ready(samples)
@@ -327,13 +325,12 @@ def test_pitfall_04_truncated_logprobs_are_those_sampled_from(gpt2):
 def test_stream_is_generate(gpt2):
     model, params = gpt2
     prompts, segments = left_padded((5,))
-    settings = {"max_new_tokens": NEW, "eos_id": EOS, "temperature": 0.8}
-    whole = run(model, params, prompts, segments, keys(1), **settings)
-    got = list(stream(model, params, prompts, segments, keys(1)[0], **settings))
+    whole = run(model, params, prompts, segments, keys(1))
+    got = list(stream(model, params, prompts, segments, keys(1)[0], sampling()))
     assert got == np.asarray(whole.tokens)[np.asarray(whole.mask) > 0].tolist()
     ended = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16])
-    settings = settings | {"temperature": 0.0}
-    assert list(stream(*ended, prompts, segments, keys(1)[0], **settings)) == [14, EOS]
+    greedy = stream(*ended, prompts, segments, keys(1)[0], sampling(temperature=0.0))
+    assert list(greedy) == [14, EOS]
 
 
 def test_bf16_logprobs_are_near_teacher_forced(gpt2):
@@ -357,9 +354,8 @@ def test_four_devices_sample_what_one_does(gpt2):
     def put(x):
         return jax.device_put(x, layout.sharding("batch"))
 
-    settings = {"max_new_tokens": NEW, "eos_id": EOS, "pad_id": PAD, "temperature": 0.8}
     with layout.use():
-        got = jax.jit(lambda *x: generate(model, *x, **settings))(
+        got = jax.jit(lambda *x: generate(model, *x, sampling()))(
             jax.device_put(params, layout.replicated),
             put(prompts),
             put(segments),
@@ -374,14 +370,14 @@ def test_four_devices_sample_what_one_does(gpt2):
     [
         (
             {"samples_per_prompt": 2},
-            "samples_per_prompt is 2: 4 prompts and 4 keys are given",
+            "samples_per_prompt=2: must be the .* keys per prompt; 4 prompts have 4 keys",
         ),
-        ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
-        ({"decode_batch": -1}, "decode_batch is -1: it must be 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt=0: must be >= 1"),
+        ({"decode_batch": -1}, "decode_batch=-1: must be 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be >= 1"),
         (
             {"max_new_tokens": 26},
-            "prompt of 7 and a response of 26 tokens exceed model.max_length = 32",
+            "prompt of 7 and a response of 26 tokens exceed model.max_length=32",
         ),
         ({"temperature": -1.0}, "temperature"),
     ],
@@ -392,7 +388,7 @@ def test_impossible_requests_say_why(gpt2, settings, words):
 
 
 def test_pitfall_02_the_end_is_not_padding(gpt2):
-    with pytest.raises(ConfigError, match="eos_id and pad_id are both 0"):
+    with pytest.raises(ConfigError, match="eos_id=pad_id=0: must differ"):
         run(*gpt2, *left_padded(), keys(4), eos_id=PAD)
 
 
@@ -401,9 +397,7 @@ def test_every_shape_is_compiled_once_and_logged(caplog):
     caplog.set_level("INFO", logger="rlhfjax")
     model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1))
     params = random_params(model)
-    jitted = jax.jit(
-        lambda *x: generate(model, *x, max_new_tokens=1, eos_id=EOS, pad_id=PAD)
-    )
+    jitted = jax.jit(lambda *x: generate(model, *x, sampling(max_new_tokens=1)))
     for lengths, width in (
         ((7, 1, 4, 6), 7),
         ((2, 2, 3, 1), 7),

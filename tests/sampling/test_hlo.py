@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhfjax.models import Model, TransformerConfig
-from rlhfjax.sampling import generate
+from rlhfjax.sampling import Sampling, generate
 
 # Sizes that make an array known by its shape.
 CONFIG = TransformerConfig(
@@ -39,20 +39,20 @@ NO_WORK = {
 def compiled_text(samples_per_prompt=1, decode_batch=0):
     """The optimized program; ask for it in a test that has the fixture `optimized`."""
     model = Model(CONFIG)
-    settings = {
-        "max_new_tokens": NEW,
-        "eos_id": 1,
-        "pad_id": 0,
-        "samples_per_prompt": samples_per_prompt,
-        "decode_batch": decode_batch,
-    }
+    sampling = Sampling(
+        max_new_tokens=NEW,
+        eos_id=1,
+        pad_id=0,
+        samples_per_prompt=samples_per_prompt,
+        decode_batch=decode_batch,
+    )
     params = model.shapes()
     rows = jax.ShapeDtypeStruct((PROMPTS, PROMPT), jnp.int32)
     keys = jax.eval_shape(
         lambda: jax.random.split(jax.random.key(0), PROMPTS * samples_per_prompt)
     )
     return (
-        jax.jit(lambda *x: generate(model, *x, **settings))
+        jax.jit(lambda *x: generate(model, *x, sampling))
         .lower(params, rows, rows, keys)
         .compile()
         .as_text()
