@@ -169,7 +169,7 @@ class Layout:
             return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
         return self.put(np.asarray(rows))
 
-    def check_batch(self, size: int, what: str = "batch_size") -> None:
+    def validate_batch(self, size: int, what: str = "batch_size") -> None:
         """Raises ConfigError if the devices do not divide a batch.
 
         Args:

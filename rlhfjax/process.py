@@ -66,7 +66,7 @@ def exit_on_sigterm() -> None:
 
 
 def _on_sigterm(*_: object) -> None:
-    message = "stopped; the same command goes on from here"
+    message = "stopped; run the same command to resume"
     if _has_peers():
         _hosts().fail(message, Preempted.exit_code)
     _print_error(message)

@@ -316,12 +316,12 @@ def validate_training(
     """
     stage, size, parts = config.stage, config.batch_size, config.microbatches
     validate_origin(config)
-    layout.check_batch(size, f"{stage}.batch_size")
+    layout.validate_batch(size, f"{stage}.batch_size")
     if size % parts:
         raise ConfigError(
             f"{stage}.batch_size={size}: must be divisible by microbatches={parts}"
         )
-    layout.check_batch(size // parts, f"a {stage} microbatch")
+    layout.validate_batch(size // parts, f"a {stage} microbatch")
     validate_length(config.length, model_config, f"{stage}.length")
     make_schedule(config.optim, config.steps)  # validates the warm-up
     validate_lora(config.lora, model_config)

@@ -133,12 +133,12 @@ def test_wrong_names_and_sizes_are_named():
 def test_batches_are_shared_by_the_data_like_axes():
     layout = make_layout(MeshConfig(data=2, fsdp=2))
     assert layout.batch_shards == 4
-    layout.check_batch(8)
+    layout.validate_batch(8)
     with pytest.raises(
         ConfigError,
         match=r"ppo\.batch_size=6 is not divisible by the 4 devices .*replica, data, fsdp",
     ):
-        layout.check_batch(6, "ppo.batch_size")
+        layout.validate_batch(6, "ppo.batch_size")
     placed = layout.put({"x": np.arange(8.0).reshape(8, 1)})["x"]
     assert [s.data.ravel().tolist() for s in placed.addressable_shards] == [
         [0, 1],

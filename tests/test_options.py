@@ -100,10 +100,6 @@ def test_every_option_of_the_shared_configs_has_a_meaning():
     assert without_meaning(shared) == []
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="the configs of rl, rewards and the stages get theirs one by one",
-)
 def test_every_option_has_a_meaning():
     missing = without_meaning(CONFIGS)
     assert not missing, (

@@ -440,5 +440,5 @@ def test_pitfall_32_outside_of_the_loop_a_preempted_run_leaves_at_once(tmp_path)
     )
     assert done.returncode == 75, done.stderr
     assert done.stderr.splitlines() == [
-        "rlhfjax: stopped; the same command goes on from here"
+        "rlhfjax: stopped; run the same command to resume"
     ]

@@ -83,46 +83,158 @@ LM, SCALAR = "a language model", "a reward model"
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        ("ppo.reward", "gold:foo", ("ppo.reward=gold:foo: gold.name='foo': expected one of 'sentiment'",)),
-        ("ppo.reward", "TMP/none", ("ppo.reward=TMP/none: there is no such reward", REWARDS)),
+        (
+            "ppo.reward",
+            "gold:foo",
+            ("ppo.reward=gold:foo: gold.name='foo': expected one of 'sentiment'",),
+        ),
+        (
+            "ppo.reward",
+            "TMP/none",
+            ("ppo.reward=TMP/none: there is no such reward", REWARDS),
+        ),
         ("ppo.reward", "rankings:x", ("ppo.reward=rankings:x: expected a reward",)),
-        ("ppo.reward", "stage:tokenizer", ("there is no such reward", "leaves no model")),
+        (
+            "ppo.reward",
+            "stage:tokenizer",
+            ("there is no such reward", "leaves no model"),
+        ),
         ("ppo.reward", "stage:sft", ("ppo.reward=", f"expected {SCALAR}, found {LM}")),
-        ("ppo.reward", "TMP/lm", (f"ppo.reward=TMP/lm: expected {SCALAR}, found {LM}",)),
-        ("ppo.reward", "rule:no.such:f", ("ppo.reward=rule:no.such:f: ", "can be imported")),
-        ("ppo.reward", "rule:json:dumps?retries=3", ("ppo.reward.retries: no such option",)),
-        ("ppo.reward", "rule:json:dumps?metadata=/no/x", ("metadata=/no/x: metadata=/no/x: no file matches",)),
-        ("ppo.human.reward", "gold:foo", ("ppo.human.reward=gold:foo: gold.name='foo'",)),
+        (
+            "ppo.reward",
+            "TMP/lm",
+            (f"ppo.reward=TMP/lm: expected {SCALAR}, found {LM}",),
+        ),
+        (
+            "ppo.reward",
+            "rule:no.such:f",
+            ("ppo.reward=rule:no.such:f: ", "can be imported"),
+        ),
+        (
+            "ppo.reward",
+            "rule:json:dumps?retries=3",
+            ("ppo.reward.retries: no such option",),
+        ),
+        (
+            "ppo.reward",
+            "rule:json:dumps?metadata=/no/x",
+            ("metadata=/no/x: metadata=/no/x: no file matches",),
+        ),
+        (
+            "ppo.human.reward",
+            "gold:foo",
+            ("ppo.human.reward=gold:foo: gold.name='foo'",),
+        ),
         ("ppo.gold", "gold:foo", ("ppo.gold=gold:foo: gold.name='foo': expected",)),
         ("ppo.reference", "TMP/none", ("ppo.reference=TMP/none: no model here",)),
-        ("ppo.reference", "TMP/scalar", (f"ppo.reference=TMP/scalar: expected {LM}, found",)),
-        ("ppo.init_from", "stage:reward", ("ppo.init_from=", f"expected {LM}, found {SCALAR}")),
+        (
+            "ppo.reference",
+            "TMP/scalar",
+            (f"ppo.reference=TMP/scalar: expected {LM}, found",),
+        ),
+        (
+            "ppo.init_from",
+            "stage:reward",
+            ("ppo.init_from=", f"expected {LM}, found {SCALAR}"),
+        ),
         ("ppo.init_from", "TMP/scalar", ("ppo.init_from=TMP/scalar", f"expected {LM}")),
-        ("sft.init_from", "stage:tokenizer", ("00_tokenizer: the stage tokenizer leaves no",)),
+        (
+            "sft.init_from",
+            "stage:tokenizer",
+            ("00_tokenizer: the stage tokenizer leaves no",),
+        ),
         ("sft.init_from", "pip:no-such-package", ("no such package is installed",)),
         ("collect.init_from", "TMP/none", ("TMP/none: no model here",)),
         ("collect.labeler", "gold:foo", ("collect.labeler=gold:foo: gold.name='foo'",)),
-        ("collect.labeler", "rankings:/no/*.jsonl", ("rankings=/no/*.jsonl: no file matches",)),
+        (
+            "collect.labeler",
+            "rankings:/no/*.jsonl",
+            ("rankings=/no/*.jsonl: no file matches",),
+        ),
         ("collect.labeler", "TMP/lm", (f"collect.labeler=TMP/lm: expected {SCALAR}",)),
-        ("collect.others", ["gold:sentiment", "gold:foo"], ("collect.others[1]=gold:foo: ",)),
+        (
+            "collect.others",
+            ["gold:sentiment", "gold:foo"],
+            ("collect.others[1]=gold:foo: ",),
+        ),
         ("evaluate.gold", "gold:foo", ("evaluate.gold=gold:foo: gold.name='foo'",)),
-        ("evaluate.proxy", "stage:sft", ("evaluate.proxy=", f"expected {SCALAR}, found {LM}")),
-        ("evaluate.policy", "stage:reward", ("evaluate.policy=", f"expected {LM}, found")),
-        ("evaluate.policy", "stage:collect", ("03_collect: the stage collect leaves no model",)),
-        ("evaluate.baseline", "TMP/none", ("evaluate.baseline=TMP/none: no model here",)),
-        ("evaluate.baseline", "TMP/scalar", ("evaluate.baseline=TMP/scalar: expected",)),
-        ("pretrain.tokenizer", "TMP/none", ("pretrain.tokenizer=TMP/none: expected a token",)),
-        ("reward.preferences", ["TMP/empty"], ("preferences[0]=TMP/empty: expected a folder",)),
-        ("reward.preferences", ["text:x"], ("preferences[0]=text:x: expected a folder",)),
-        ("reward.preferences", ["jsonl:/no/x"], ("preferences[0]=/no/x: no file matches",)),
-        ("sft.sources.0.spec", "json:x", ("sft.sources[0].spec=json:x: expected tfds:NAME",)),
-        ("sft.sources.0.spec", "jsonl:/no/x", ("sft.sources[0].spec=/no/x: no file matches",)),
-        ("sft.sources.0.spec", "tfds:no_such_set", ("spec=tfds:no_such_set: no such TFDS",)),
-        ("sft.sources.0.kind", "poem", ("kind='poem': expected one of 'text', 'messages'",)),
-        ("ppo.eval_prompts.source.spec", "jsonl:/no/x", ("ppo.eval_prompts.source.spec=/no/x",)),
-        ("ppo.ptx.sources.0.spec", "text:/no/x", ("ppo.ptx.sources[0].spec=/no/x: no file",)),
+        (
+            "evaluate.proxy",
+            "stage:sft",
+            ("evaluate.proxy=", f"expected {SCALAR}, found {LM}"),
+        ),
+        (
+            "evaluate.policy",
+            "stage:reward",
+            ("evaluate.policy=", f"expected {LM}, found"),
+        ),
+        (
+            "evaluate.policy",
+            "stage:collect",
+            ("03_collect: the stage collect leaves no model",),
+        ),
+        (
+            "evaluate.baseline",
+            "TMP/none",
+            ("evaluate.baseline=TMP/none: no model here",),
+        ),
+        (
+            "evaluate.baseline",
+            "TMP/scalar",
+            ("evaluate.baseline=TMP/scalar: expected",),
+        ),
+        (
+            "pretrain.tokenizer",
+            "TMP/none",
+            ("pretrain.tokenizer=TMP/none: expected a token",),
+        ),
+        (
+            "reward.preferences",
+            ["TMP/empty"],
+            ("preferences[0]=TMP/empty: expected a folder",),
+        ),
+        (
+            "reward.preferences",
+            ["text:x"],
+            ("preferences[0]=text:x: expected a folder",),
+        ),
+        (
+            "reward.preferences",
+            ["jsonl:/no/x"],
+            ("preferences[0]=/no/x: no file matches",),
+        ),
+        (
+            "sft.sources.0.spec",
+            "json:x",
+            ("sft.sources[0].spec=json:x: expected tfds:NAME",),
+        ),
+        (
+            "sft.sources.0.spec",
+            "jsonl:/no/x",
+            ("sft.sources[0].spec=/no/x: no file matches",),
+        ),
+        (
+            "sft.sources.0.spec",
+            "tfds:no_such_set",
+            ("spec=tfds:no_such_set: no such TFDS",),
+        ),
+        (
+            "sft.sources.0.kind",
+            "poem",
+            ("kind='poem': expected one of 'text', 'messages'",),
+        ),
+        (
+            "ppo.eval_prompts.source.spec",
+            "jsonl:/no/x",
+            ("ppo.eval_prompts.source.spec=/no/x",),
+        ),
+        (
+            "ppo.ptx.sources.0.spec",
+            "text:/no/x",
+            ("ppo.ptx.sources[0].spec=/no/x: no file",),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_reference_is_one_line(place, value, said, config, tmp_path, started):
     filled = json.loads(json.dumps(value).replace("TMP", str(tmp_path)))
     set_option(config, place, filled)
@@ -141,44 +253,121 @@ CLASSES = ({"option": "A", "reward": 1.0}, {"option": "B", "reward": 0.0})
 @pytest.mark.parametrize(
     ("stage", "values", "said"),
     [
-        ("recenter", {"init_from": "stage:sft", **RANKED},
-         ("recenter.init_from=", f"expected {SCALAR}, found {LM}")),
-        ("recenter", {"init_from": "stage:reward", "policy": "TMP/scalar", "batch_size": 8, **BEST_OF_N},
-         (f"recenter.policy=TMP/scalar: expected {LM}, found {SCALAR}",)),
-        ("direct", {"init_from": "stage:reward", **DIRECT},
-         ("direct.init_from=", f"expected {LM}, found {SCALAR}")),
-        ("direct", {"init_from": "TMP/scalar", **DIRECT, "loss": {"name": "simpo"}},
-         ("direct.init_from=TMP/scalar: expected", f"found {SCALAR}")),
-        ("direct", {"init_from": "stage:sft", "reference": "TMP/none", **DIRECT},
-         ("direct.reference=TMP/none: no model here",)),
-        ("best_of_n", {"init_from": "stage:sft", "proxy": "gold:foo", **BEST_OF_N},
-         ("best_of_n.proxy=gold:foo: gold.name='foo'",)),
-        ("best_of_n", {"init_from": "stage:sft", "proxy": "stage:reward", "gold": "TMP/lm", **BEST_OF_N},
-         (f"best_of_n.gold=TMP/lm: expected {SCALAR}",)),
-        ("best_of_n", {"init_from": "stage:reward", "proxy": "stage:reward", **BEST_OF_N},
-         ("best_of_n.init_from=", f"expected {LM}")),
-        ("critique", {"init_from": "stage:sft", "critic": "stage:reward", "principles": "TMP/lines.txt",
-                      "length": 16, "max_new_tokens": 8},
-         ("critique.critic=", f"expected {LM}, found {SCALAR}")),
-        ("critique", {"init_from": "stage:sft", "principles": "TMP/none", "length": 16, "max_new_tokens": 8},
-         ("critique.principles=TMP/none: no file matches",)),
-        ("rubric", {"template": "{response}", "classes": CLASSES, **JUDGE},
-         ("rubric.judge.model=", f"expected {LM}, found {SCALAR}")),
-        ("feedback", {"principles": "TMP/none", "judge": {"model": "stage:sft", "length": 16}},
-         ("feedback.principles=TMP/none: no file",)),
-        ("compose", {"members": ({"reward": "gold:foo"},)},
-         ("compose.members[0].reward=gold:foo: gold.name='foo'",)),
-        ("compose", {"members": ({"reward": "stage:reward", "where": "rule:json:nothing"},)},
-         ("compose.members[0].where=rule:json:nothing: rule", "can be imported")),
-        ("select", {"preferences": ("stage:collect/preferences",), "tokenizer": "TMP/none"},
-         ("select.tokenizer=TMP/none: expected a token",)),
-        ("import_rankings", {"rankings": "/no/*.jsonl", "tokenizer": "stage:tokenizer"},
-         ("rankings=/no/*.jsonl: no file matches",)),
-        ("tamer", {"init_from": "stage:sft", "feedback": "TMP/none", "held_out": "TMP/lines.txt",
-                   "length": 8, "batch_size": 8, "steps": 9},
-         ("tamer.feedback=TMP/none: no file matches",)),
+        (
+            "recenter",
+            {"init_from": "stage:sft", **RANKED},
+            ("recenter.init_from=", f"expected {SCALAR}, found {LM}"),
+        ),
+        (
+            "recenter",
+            {
+                "init_from": "stage:reward",
+                "policy": "TMP/scalar",
+                "batch_size": 8,
+                **BEST_OF_N,
+            },
+            (f"recenter.policy=TMP/scalar: expected {LM}, found {SCALAR}",),
+        ),
+        (
+            "direct",
+            {"init_from": "stage:reward", **DIRECT},
+            ("direct.init_from=", f"expected {LM}, found {SCALAR}"),
+        ),
+        (
+            "direct",
+            {"init_from": "TMP/scalar", **DIRECT, "loss": {"name": "simpo"}},
+            ("direct.init_from=TMP/scalar: expected", f"found {SCALAR}"),
+        ),
+        (
+            "direct",
+            {"init_from": "stage:sft", "reference": "TMP/none", **DIRECT},
+            ("direct.reference=TMP/none: no model here",),
+        ),
+        (
+            "best_of_n",
+            {"init_from": "stage:sft", "proxy": "gold:foo", **BEST_OF_N},
+            ("best_of_n.proxy=gold:foo: gold.name='foo'",),
+        ),
+        (
+            "best_of_n",
+            {
+                "init_from": "stage:sft",
+                "proxy": "stage:reward",
+                "gold": "TMP/lm",
+                **BEST_OF_N,
+            },
+            (f"best_of_n.gold=TMP/lm: expected {SCALAR}",),
+        ),
+        (
+            "best_of_n",
+            {"init_from": "stage:reward", "proxy": "stage:reward", **BEST_OF_N},
+            ("best_of_n.init_from=", f"expected {LM}"),
+        ),
+        (
+            "critique",
+            {
+                "init_from": "stage:sft",
+                "critic": "stage:reward",
+                "principles": "TMP/lines.txt",
+                "length": 16,
+                "max_new_tokens": 8,
+            },
+            ("critique.critic=", f"expected {LM}, found {SCALAR}"),
+        ),
+        (
+            "critique",
+            {
+                "init_from": "stage:sft",
+                "principles": "TMP/none",
+                "length": 16,
+                "max_new_tokens": 8,
+            },
+            ("critique.principles=TMP/none: no file matches",),
+        ),
+        (
+            "rubric",
+            {"template": "{response}", "classes": CLASSES, **JUDGE},
+            ("rubric.judge.model=", f"expected {LM}, found {SCALAR}"),
+        ),
+        (
+            "feedback",
+            {"principles": "TMP/none", "judge": {"model": "stage:sft", "length": 16}},
+            ("feedback.principles=TMP/none: no file",),
+        ),
+        (
+            "compose",
+            {"members": ({"reward": "gold:foo"},)},
+            ("compose.members[0].reward=gold:foo: gold.name='foo'",),
+        ),
+        (
+            "compose",
+            {"members": ({"reward": "stage:reward", "where": "rule:json:nothing"},)},
+            ("compose.members[0].where=rule:json:nothing: rule", "can be imported"),
+        ),
+        (
+            "select",
+            {"preferences": ("stage:collect/preferences",), "tokenizer": "TMP/none"},
+            ("select.tokenizer=TMP/none: expected a token",),
+        ),
+        (
+            "import_rankings",
+            {"rankings": "/no/*.jsonl", "tokenizer": "stage:tokenizer"},
+            ("rankings=/no/*.jsonl: no file matches",),
+        ),
+        (
+            "tamer",
+            {
+                "init_from": "stage:sft",
+                "feedback": "TMP/none",
+                "held_out": "TMP/lines.txt",
+                "length": 8,
+                "batch_size": 8,
+                "steps": 9,
+            },
+            ("tamer.feedback=TMP/none: no file matches",),
+        ),
     ],
-)  # fmt: skip
+)
 def test_so_is_one_of_other_stages(stage, values, said, config, tmp_path, started):
     filled = json.loads(json.dumps(values).replace("TMP", str(tmp_path)))
     add(config, stage, **filled)
@@ -193,8 +382,12 @@ def test_what_an_earlier_stage_makes_is_taken_on_trust(config, tmp_path, started
         "compose",
         members=({"reward": "stage:reward"}, {"reward": "gold:sentiment"}),
     )
-    add(config, "feedback", principles=str(tmp_path / "lines.txt"),
-        judge={"model": "stage:sft", "length": 16})  # fmt: skip
+    add(
+        config,
+        "feedback",
+        principles=str(tmp_path / "lines.txt"),
+        judge={"model": "stage:sft", "length": 16},
+    )
     add(
         config,
         "select",

@@ -280,7 +280,7 @@ def test_four_devices_give_a_direct_stage_what_one_gives(
     ],
 )
 def test_precomputed_reference_logprobs_are_the_live_ones(name, finished, separable):
-    """Over more than an epoch (40 prompts, 7 batches of 8), with another reference than the start."""
+    """Over more than an epoch (40 prompts, 7 batches of 8), from another model."""
     other = {"reference": str(finished / "01_pretrain"), "optim": SGD}
     live = run_steps(
         values(finished, separable, name, **other), steps=7, held_out=False

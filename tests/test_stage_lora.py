@@ -482,7 +482,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
         started("pretrain", new)
     with pytest.raises(
         ConfigError,
-        match=r"lora.base='nf4': a base is quantized under adapters, and lora.rank=0",
+        match=r"lora.base='nf4': must be float32 with lora.rank=0",
     ):
         started(
             "sft",

@@ -272,15 +272,15 @@ def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypa
             preferences=(str(finished / "03_collect" / "preferences"),),
             length=32,
         )
-    assert not (tmp_path / "recenterd" / "model").exists()
+    assert not (tmp_path / "recentered" / "model").exists()
 
 
 def recenter(finished, tmp_path, **values):
     config = stage_config(
         "recenter", init_from=str(finished / "04_reward"), batch_size=8, **values
     )
-    recipe.run(config, tmp_path / "recenterd")
-    return store.load(tmp_path / "recenterd", ONE)
+    recipe.run(config, tmp_path / "recentered")
+    return store.load(tmp_path / "recentered", ONE)
 
 
 def test_recentring_moves_the_bias_alone(conversations, finished, saved, tmp_path):
@@ -319,7 +319,7 @@ def test_recentring_on_a_policys_answers_and_on_completions(
     )
     again = stage_config(
         "recenter",
-        init_from=str(tmp_path / "a" / "recenterd"),
+        init_from=str(tmp_path / "a" / "recentered"),
         batch_size=8,
         policy=str(finished / "02_sft"),
         prompts=prompts,

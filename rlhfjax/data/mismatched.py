@@ -15,8 +15,8 @@ class Mismatched:
     """A source with the prompt of every row and the completions of another prompt.
 
     With n distinct prompts, ordered by first appearance, the completions are those of the prompt
-    n / 2 places further. This is never the same prompt, however often a prompt appears, and unlike a
-    neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the
+    n / 2 places further. This is never the same prompt, however often a prompt appears, and unlike
+    a neighbor it is rarely a prefix of the same conversation. The i-th row of a prompt takes the
     i-th row of the other prompt, in turn if that has fewer rows.
 
     The choice depends on the data and not on the batch. An estimate over a batch is therefore

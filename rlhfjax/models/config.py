@@ -99,7 +99,7 @@ class TransformerConfig:
         if self.positions == "rope" and (self.rope_dim % 2 or not self.rope_dim):
             raise ConfigError(
                 f"model.rope_fraction = {self.rope_fraction} of a head of {self.head_dim} "
-                f"is {self.rope_dim}: model.positions = 'rope' rotates pairs, so it must be even and at least 2"
+                f"is {self.rope_dim}: must be even and at least 2 with positions='rope'"
             )
         if self.attention != "einsum" and self.dropout:
             raise ConfigError(

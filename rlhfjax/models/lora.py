@@ -45,7 +45,7 @@ class LoraConfig:
     def __post_init__(self):
         if self.base != "float32" and not self.rank:
             raise ConfigError(
-                f"lora.base={self.base!r}: a base is quantized under adapters, and lora.rank=0 has none"
+                f"lora.base={self.base!r}: must be float32 with lora.rank=0, which has no adapters"
             )
         try:
             re.compile(self.targets)

@@ -62,7 +62,7 @@ class Judge:
             raise ConfigError(
                 f"judge.length={config.length}: must be <= the model's max_length={longest}"
             )
-        layout.check_batch(config.batch_size, "judge.batch_size")
+        layout.validate_batch(config.batch_size, "judge.batch_size")
         self.tokenizer: Tokenizer = saved.tokenizer
         self._config, self._layout = config, layout
         self._model, self._params = saved.model, saved.params

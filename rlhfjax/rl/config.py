@@ -243,7 +243,7 @@ def validate_policy(
 ) -> None:
     """Validates the options of every policy stage. Raises ConfigError for the first invalid one."""
     name = config.stage
-    layout.check_batch(config.episodes, f"{name}.batch_size")
+    layout.validate_batch(config.episodes, f"{name}.batch_size")
     validate_sampling(config, layout, model_config, config.samples_per_prompt)
     validate_truncate(config.truncate, config.max_new_tokens, name)
     _validate_batches(config, layout)
@@ -284,7 +284,7 @@ def _validate_batches(config: PolicyConfig, layout: Layout) -> None:
             f"{name}.{option}={config.episodes}: must be divisible by "
             f"minibatches={config.minibatches} times microbatches={config.microbatches}"
         )
-    layout.check_batch(config.episodes // passes, f"a {name} microbatch")
+    layout.validate_batch(config.episodes // passes, f"a {name} microbatch")
     if config.target_kl and config.epochs * config.minibatches == 1:
         raise ConfigError(
             f"{name}.target_kl={config.target_kl}: must be 0 "
@@ -324,7 +324,7 @@ def validate_sampling(
             f"{name}.decode_batch={decode_batch}: must be 0 (off) "
             f"or at least the {samples_per_prompt} responses per prompt"
         )
-    layout.check_batch(decode_batch, f"{name}.decode_batch")
+    layout.validate_batch(decode_batch, f"{name}.decode_batch")
     validate_length(
         config.prompt_length + config.max_new_tokens,
         model_config,

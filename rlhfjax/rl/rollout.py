@@ -135,7 +135,7 @@ def make_sampler(
         return sample_here
     devices = list(layout.mesh.devices.flat)
     rollout_layout = make_layout(config.rollout_mesh, devices)
-    rollout_layout.check_batch(
+    rollout_layout.validate_batch(
         config.episodes, f"{config.stage}.batch_size, over rollout_mesh,"
     )
     axes = model.axes()

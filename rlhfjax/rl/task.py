@@ -88,7 +88,7 @@ def open_task(
             f"a policy is needed, this model has a {policy.source_head} head"
         )
     if frozen_layout is not None:
-        frozen_layout.check_batch(
+        frozen_layout.validate_batch(
             config.episodes,
             f"{config.stage}: the responses of an iteration, over frozen_mesh,",
         )

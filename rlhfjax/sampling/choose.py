@@ -26,9 +26,9 @@ def choose(
         logits = keep_top_k(logits / sampling.temperature, sampling.top_k)
         logits = keep_top_p(logits, sampling.top_p)
         token = inverse_cdf(logits, u)
-    picked = _pick(logits, token)
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
-    return token, picked - log_normalizer
+    logprob = _pick(logits, token) - log_normalizer
+    return token, logprob
 
 
 def keep_top_k(logits: Float[Array, "b v"], top_k: int) -> Float[Array, "b v"]:
@@ -80,8 +80,9 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     weights = jnp.pad(weights, ((0, 0), (0, padding)))
     weights = constrain(weights, ("batch", "vocab"))
     weights = weights.reshape(b, blocks, BLOCK)
+    block_weights = weights.sum(2)
     # The block in which the CDF passes u ...
-    ends = jnp.cumsum(weights.sum(2), axis=1)
+    ends = jnp.cumsum(block_weights, axis=1)
     rest = u * ends[:, -1]
     block = _first_above(ends, rest)
     # ... and the token within it, after what the blocks before it add.
@@ -100,8 +101,9 @@ def _first_above(ends, x):
 
     If there is none, it returns the last index at which the row still grew.
     """
-    first = (ends <= x[:, None]).sum(1)
-    last = (ends < ends[:, -1:]).sum(1)
+    x, total = x[:, None], ends[:, -1:]
+    first = (ends <= x).sum(1)
+    last = (ends < total).sum(1)
     index = jnp.minimum(first, last)
     return index.astype(jnp.int32)
 

@@ -87,7 +87,7 @@ def validate(
     config: Config, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.check_batch(config.batch_size, "best_of_n.batch_size")
+    layout.validate_batch(config.batch_size, "best_of_n.batch_size")
     validate_sampling(config, layout, model_config, _samples_per_prompt(config))
 
 

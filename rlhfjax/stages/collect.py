@@ -87,7 +87,7 @@ def validate(
     config: Config, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.check_batch(
+    layout.validate_batch(
         config.batch_size * config.samples_per_prompt,
         "collect.batch_size times samples_per_prompt",
     )

@@ -23,7 +23,7 @@ class Config(ComposeConfig):
     """The members, and how they are combined."""
 
     stage: str = "compose"
-    """name of the stage"""
+    """Name of the stage."""
     mesh: MeshConfig = MeshConfig()
     """not used: the stage computes on no device"""
 

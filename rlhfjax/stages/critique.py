@@ -39,6 +39,7 @@ class Config:
     """The options of critique and revision."""
 
     stage: str = "critique"
+    """Name of the stage."""
     init_from: str
     """Workdir of the policy that responds."""
     critic: str | None = None
@@ -78,7 +79,7 @@ def validate(
     config: Config, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.check_batch(config.batch_size, "critique.batch_size")
+    layout.validate_batch(config.batch_size, "critique.batch_size")
     validate_length(config.length, model_config, "critique.length")
     if config.max_new_tokens >= config.length:
         raise ConfigError(

@@ -297,10 +297,9 @@ def _reference(
     if not config.loss.needs_reference:
         return lambda batch: batch
     rho = models[REFERENCE]
-    if rho.model.head != "lm" or rho.tokenizer != loaded.tokenizer:
+    if rho.tokenizer != loaded.tokenizer:
         raise ConfigError(
-            f"direct.reference={config.reference}: must be a language model with the "
-            "policy's tokenizer"
+            f"direct.reference={config.reference}: must have the policy's tokenizer"
         )
     model = loaded.model if config.reference is None else rho.model
     total = total_logprobs(model, config.microbatches)

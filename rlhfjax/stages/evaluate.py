@@ -79,7 +79,7 @@ def validate(
     config: Config, layout: Layout, model_config: TransformerConfig | None
 ) -> None:
     """Validates the config. Raises ConfigError."""
-    layout.check_batch(config.batch_size, "evaluate.batch_size")
+    layout.validate_batch(config.batch_size, "evaluate.batch_size")
     validate_sampling(config, layout, model_config)
     validate_buckets(config.prompt_buckets, config.prompt_length, "evaluate")
 

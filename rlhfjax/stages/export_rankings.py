@@ -23,7 +23,7 @@ class Config:
     """Which rankings are exported."""
 
     stage: str = "export_rankings"
-    """name of the stage"""
+    """Name of the stage."""
     preferences: tuple[str, ...] = ()
     """folders that `collect` wrote, or jsonl: globs"""
     splits: tuple[str, ...] = ("train", "validation")

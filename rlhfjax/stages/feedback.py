@@ -22,7 +22,7 @@ class Config(FeedbackConfig):
     """The judge, and what it is asked."""
 
     stage: str = "feedback"
-    """name of the stage"""
+    """Name of the stage."""
     mesh: MeshConfig = MeshConfig()
     """not used: the stage computes on no device"""
 

@@ -31,7 +31,7 @@ class Config:
     """The model, and what is changed when it is imported."""
 
     stage: str = "import_model"
-    """name of the stage"""
+    """Name of the stage."""
     init_from: str
     """hf:FOLDER, gguf:FILE, pip:PACKAGE, or a folder with a model of ours"""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -36,7 +36,7 @@ class Config:
     """The rankings, and how they become a dataset."""
 
     stage: str = "import_rankings"
-    """name of the stage"""
+    """Name of the stage."""
     rankings: str
     """glob of JSON lines with rankings"""
     tokenizer: str

@@ -88,7 +88,7 @@ def validate(
     for option in needed:
         if getattr(config, option) < 1:
             raise ConfigError(f"recenter.{option}: a value is required")
-    layout.check_batch(config.batch_size, "recenter.batch_size")
+    layout.validate_batch(config.batch_size, "recenter.batch_size")
     if config.policy:
         validate_sampling(config, layout, model_config)
     else:

@@ -22,7 +22,7 @@ class Config(RubricConfig):
     """The rubric and its judge."""
 
     stage: str = "rubric"
-    """name of the stage"""
+    """Name of the stage."""
     mesh: MeshConfig = MeshConfig()
     """not used: the stage computes on no device"""
 

@@ -35,7 +35,7 @@ class Config:
     """Which responses are selected."""
 
     stage: str = "select"
-    """name of the stage"""
+    """Name of the stage."""
     preferences: tuple[str, ...] = ()
     """folders that `collect` wrote, or jsonl: globs"""
     tokenizer: str

@@ -30,7 +30,7 @@ class Config:
     """Which tasks are generated, and how many prompts of each."""
 
     stage: str = "tasks"
-    """name of the stage"""
+    """Name of the stage."""
     tasks: tuple[str, ...] = ()
     """names in reasoning-gym: chain_sum, spell_backward, word_sorting, …"""
     size: PositiveCount

@@ -24,7 +24,7 @@ class Config:
     """The corpus, and the size and type of the tokenizer."""
 
     stage: str = "tokenizer"
-    """name of the stage"""
+    """Name of the stage."""
     sources: tuple[SourceConfig, ...] = ()
     """texts to train on"""
     vocab_size: Tokens

@@ -15,7 +15,9 @@ MASKS = st.lists(st.booleans(), min_size=18, max_size=18).map(
 
 
 def loop_gae(rewards, values, mask, gamma, lam):
-    """A_t = sum_l (gamma lam)^l delta_{t+l} on the counted tokens alone: the definition, not the recurrence."""
+    """A_t = sum_l (gamma lam)^l delta_{t+l} on the counted tokens alone: the definition, not the
+    recurrence.
+    """
     advantages = np.zeros(rewards.shape, np.float64)
     for i in range(rewards.shape[0]):
         columns = [j for j in range(rewards.shape[1]) if mask[i, j] > 0]
@@ -96,7 +98,8 @@ def test_pitfall_13_a_hole_is_no_step():
 
 
 def test_pitfall_13_no_bootstrap_past_the_end():
-    # The value of the padding after the last token (9) and of the last token of a full row are not continued from.
+    # The value of the padding after the last token (9) and of the last token of a full row are not
+    # continued from.
     values = jnp.array([[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]])
     mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     advantages, _ = gae(jnp.zeros((2, 3)), values, mask, gamma=1.0, lam=0.0)
@@ -132,7 +135,7 @@ def test_lambda_1_is_the_monte_carlo_return():
 
 
 def test_reinforce_pp_by_hand():
-    """To come: 6, 5, 3 and 4. Their mean is 4.5, their variance (2 x 1.5^2 + 2 x 0.5^2) / 4 = 1.25."""
+    """Returns 6, 5, 3, 4: mean 4.5, variance (2 x 1.5^2 + 2 x 0.5^2) / 4 = 1.25."""
     rewards = jnp.array([[1.0, 2.0, 3.0], [4.0, 9.0, jnp.nan]])
     mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     expected = np.array([[1.5, 0.5, -1.5], [-0.5, 0.0, 0.0]]) / np.sqrt(1.25)

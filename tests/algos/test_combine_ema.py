@@ -9,7 +9,8 @@ from rlhfjax.algos.value import value_loss
 
 
 def test_add_losses_by_hand():
-    # On-policy, A = 1: policy loss -1. Value error 2: value loss 2. Entropy 3, coefficient 0.1: -0.3.
+    # On-policy, A = 1: policy loss -1. Value error 2: value loss 2. Entropy 3, coefficient 0.1:
+    # -0.3.
     ones, mask = jnp.ones((1, 3)), jnp.array([[1.0, 1.0, 0.0]])
     loss, metrics = add_losses(
         policy=(1.0, ppo_loss(-ones, -ones, ones, mask, clip=0.2)),

@@ -44,7 +44,8 @@ def test_sequence_and_mean_logprobs():
 
 
 def test_dpo_by_hand():
-    # beta = 1/2; chosen rose by 2 nats, rejected fell by 1: rewards 1 and -1/2, -log sigmoid(1.5) = 0.201413.
+    # beta = 1/2; chosen rose by 2 nats, rejected fell by 1: rewards 1 and -1/2, -log sigmoid(1.5) =
+    # 0.201413.
     loss, metrics = direct.dpo_loss(
         jnp.array([-8.0]),
         jnp.array([-6.0]),
@@ -133,7 +134,8 @@ def test_equals_the_loop(name):
 
 
 def test_cdpo_has_its_minimum_at_the_log_odds():
-    # -(1 - eps) log sigmoid(m) - eps log sigmoid(-m) is least at m = log((1 - eps) / eps): dpo has no minimum.
+    # -(1 - eps) log sigmoid(m) - eps log sigmoid(-m) is least at m = log((1 - eps) / eps): dpo has
+    # no minimum.
     zero = jnp.zeros(1)
     gradient = jax.grad(
         lambda x: direct.cdpo_loss(
@@ -251,8 +253,9 @@ def test_kto_reference_point():
 
 
 def test_dpo_on_all_preferences_has_the_tilted_reference_as_its_optimum():
-    # A bandit of 5 arms, preferences of every pair in the proportions of Bradley-Terry with reward r: DPO's minimizer
-    # is pi* = rho exp(r / beta) / Z (Rafailov et al. 2023, section 4), reached here by gradient descent.
+    # A bandit of 5 arms, preferences of every pair in the proportions of Bradley-Terry with reward
+    # r: DPO's minimizer is pi* = rho exp(r / beta) / Z (Rafailov et al. 2023, section 4), reached
+    # here by gradient descent.
     beta, rng = 0.5, np.random.default_rng(10)
     reference = jax.nn.log_softmax(jnp.array(rng.normal(size=5), jnp.float32))
     reward = jnp.array(rng.normal(size=5), jnp.float32)

@@ -1,7 +1,8 @@
 """Estimators against exact expectations over a whole language: 3 tokens, 2 steps, 9 sentences.
 
-The policy is softmax of logits: `first` [3] and, given the first token, `second` [3, 3]. Expectations are sums over the
-9 sentences (or over all tuples of K of them), so that nothing here is a matter of luck.
+The policy is softmax of logits: `first` [3] and, given the first token, `second` [3, 3].
+Expectations are sums over the 9 sentences (or over all tuples of K of them), so that nothing here
+is a matter of luck.
 """
 
 import itertools
@@ -59,7 +60,10 @@ def sequence_kl(logits, ref, p=None):
 
 
 def token_kl_at_fixed_states(logits, ref, fixed, flipped=False):
-    """sum over the 2 steps of E_{prefix ~ fixed} KL(pi(. | prefix) || rho(. | prefix)): the prefixes do not move."""
+    """sum over the 2 steps of E_{prefix ~ fixed} KL(pi(.
+
+    | prefix) || rho(. | prefix)): the prefixes do not move.
+    """
     both = [token_logprobs(logits), ref]
     q, r = both[::-1] if flipped else both
     visit = jnp.exp(jax.nn.log_softmax(fixed["first"]))
@@ -69,7 +73,9 @@ def token_kl_at_fixed_states(logits, ref, fixed, flipped=False):
 
 
 def expected_gradient(loss, world):
-    """E_{y ~ pi} grad loss(y): each sentence as a batch of one, weighted by its probability, which is a constant."""
+    """E_{y ~ pi} grad loss(y): each sentence as a batch of one, weighted by its probability, which
+    is a constant.
+    """
 
     def surrogate(logits):
         logprobs = token_logprobs(logits)
@@ -131,7 +137,8 @@ def test_pitfall_16_the_sequence_loss_has_the_whole_gradient_and_value(world):
         )
     )
     np.testing.assert_allclose(value, sequence_kl(world.theta, world.ref), rtol=1e-12)
-    # It differs from the token-level one in `first` (which prefixes are visited), as the docstring says.
+    # It differs from the token-level one in `first` (which prefixes are visited), as the docstring
+    # says.
     at_states = gradient(lambda x: token_kl_at_fixed_states(x, world.ref, world.theta))(
         world.theta
     )
@@ -185,7 +192,8 @@ def test_dr_grpo_is_k_minus_1_over_k_of_the_gradient(world, k):
 
 
 def test_grpo_with_two_samples_only_sees_who_won(world):
-    # k = 2: (r - mean) / std is +-1/sqrt(2), so that a monotone change of the rewards changes nothing.
+    # k = 2: (r - mean) / std is +-1/sqrt(2), so that a monotone change of the rewards changes
+    # nothing.
     of = lambda power: expected_group_gradient(  # noqa: E731
         world, lambda r: group.grpo_advantages(r**power, eps=1e-12), 2
     )
@@ -214,8 +222,9 @@ def test_reinforce_with_any_constant_baseline_is_unbiased(world, baseline):
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
 def test_ppo_with_gae_has_the_gradient_of_reward_minus_kl(world, lam):
-    # Rewards on tokens (-beta k1, score at the end), gamma = 1. With lam = 1 any value function will do; with lam = 0
-    # the exact one is needed: V(start) and V(after the first token), by enumeration.
+    # Rewards on tokens (-beta k1, score at the end), gamma = 1. With lam = 1 any value function
+    # will do; with lam = 0 the exact one is needed: V(start) and V(after the first token), by
+    # enumeration.
     beta = 0.3
     k1 = kl.k1(world.logprobs, world.ref)
     rewards = shaping.token_rewards(jnp.array(REWARDS), k1, world.mask, beta=beta)
@@ -303,7 +312,11 @@ def climb_rloo(logits, key, baseline):
 
 
 def climb_group_with_kl_in_the_loss(logits, key, baseline):
-    """Dr. GRPO's advantages, DAPO's loss, and k3 in the loss with its right gradient. (r - mean is (K-1)/K of r's.)"""
+    """Dr.
+
+    GRPO's advantages, DAPO's loss, and k3 in the loss with its right gradient. (r - mean is (K-1)/K
+    of r's.)
+    """
     arms = jax.random.categorical(key, logits, shape=(N,))
     old, ref = jax.nn.log_softmax(logits)[arms][:, None], RHO[arms][:, None]
     advantage = (

@@ -39,7 +39,9 @@ LABELS = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss of arrays whose first axis is the batch; the last of them is the mask, the first is differentiated."""
+    """A loss of arrays whose first axis is the batch; the last of them is the mask, the first is
+    differentiated.
+    """
 
     loss: Callable
     columns: Callable[[], list]
@@ -197,8 +199,8 @@ def test_the_scalar_is_the_sum_over_the_weight(name):
 
 @every_loss
 def test_pitfall_17_accumulation_over_microbatches_is_the_whole_batch(name):
-    # The rows have 5, 2, 2 and 3 tokens (or weights 1, 1, 0, 1): a mean of means would differ. Sums and weights (and
-    # gradients times weights) are added over 4 microbatches, then divided once.
+    # The rows have 5, 2, 2 and 3 tokens (or weights 1, 1, 0, 1): a mean of means would differ. Sums
+    # and weights (and gradients times weights) are added over 4 microbatches, then divided once.
     arrays = CASES[name].arrays()
     (loss, _), gradient = compiled(name)(*arrays)
     total, weight, gradients = 0.0, 0.0, []

@@ -22,7 +22,9 @@ def random_batch(b=4, t=5):
 
 
 def loop_terms(new, old, reference, advantages, mask, low, high, beta):
-    """Per response, the list of its tokens' terms: Shao et al. 2024, eq. 3 and 4, without the means."""
+    """Per response, the list of its tokens' terms: Shao et al. 2024, eq. 3 and 4, without the
+    means.
+    """
     rows = []
     for i in range(mask.shape[0]):
         row = []

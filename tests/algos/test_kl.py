@@ -75,7 +75,8 @@ def test_pitfall_37_a_ratio_times_a_ratio_is_finite_and_counted(loss, at_limit):
 
 
 def test_k3_of_a_tiny_step_is_not_rounding_noise():
-    # (e^-x - 1 + x) = x^2 / 2 - x^3 / 6 + ...; exp(-x) - 1 + x in float32 would be off by 10 times at x = 1e-4.
+    # (e^-x - 1 + x) = x^2 / 2 - x^3 / 6 + ...; exp(-x) - 1 + x in float32 would be off by 10 times
+    # at x = 1e-4.
     x = jnp.array([1e-4, -1e-4, 1e-3])
     np.testing.assert_allclose(
         kl.k3(x, jnp.zeros(3)), np.array(x, np.float64) ** 2 / 2, rtol=5e-3
@@ -91,7 +92,8 @@ def test_k2_and_k3_are_never_negative(values):
 
 
 def test_pitfall_15_the_controller_is_fed_the_sum_over_the_sequence():
-    # Row 1: 1 + 2, row 2: 4, the rest is padding or a hole. Mean per sequence 3.5, a token mean would be 7/3.
+    # Row 1: 1 + 2, row 2: 4, the rest is padding or a hole. Mean per sequence 3.5, a token mean
+    # would be 7/3.
     values = jnp.array([[1.0, 2.0, 50.0], [jnp.nan, 4.0, 9.0]])
     mask = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     np.testing.assert_allclose(kl.sequence_kl(values, mask), [3.0, 4.0])
@@ -112,7 +114,8 @@ def test_pitfall_15_adaptive_controller_by_hand(measured, factor):
 
 
 def test_pitfall_15_horizon_counts_episodes():
-    # A batch of 64 with the paper's horizon moves beta by 0.13 % at most; with 16 batches as horizon by 1.25 %.
+    # A batch of 64 with the paper's horizon moves beta by 0.13 % at most; with 16 batches as
+    # horizon by 1.25 %.
     small = kl.adaptive_kl(1.0, 100.0, target=6.0, horizon=10000.0, episodes=64)
     scaled = kl.adaptive_kl(1.0, 100.0, target=6.0, horizon=16.0 * 64, episodes=64)
     np.testing.assert_allclose([small, scaled], [1.00128, 1.0125], rtol=1e-6)
@@ -120,7 +123,8 @@ def test_pitfall_15_horizon_counts_episodes():
 
 @pytest.mark.parametrize("target", [3.0, 6.0, 10.0])
 def test_adaptive_controller_reaches_its_target(target):
-    # A policy whose KL answers to beta as 0.6 / beta (so that 6 nats need beta = 0.1), K_beta = 0.1, 400 updates.
+    # A policy whose KL answers to beta as 0.6 / beta (so that 6 nats need beta = 0.1), K_beta =
+    # 0.1, 400 updates.
     beta = jnp.float32(0.15)
     for _ in range(400):
         beta = kl.adaptive_kl(

@@ -7,7 +7,7 @@ language = jitted(language)
 
 
 def test_pitfall_42_nats_per_byte_of_the_counted_targets():
-    # bos 0, "a" 1, "é" 2 and "今" 3 bytes; counted are a é eos | 今, in 2 + 1 + 3 bytes, and 12 nats.
+    # Bytes: bos 0, "a" 1, "é" 2, "今" 3. Counted: a é eos | 今, 6 bytes and 12 nats.
     targets, mask = (
         jnp.array([[1, 2, 0, 3], [3, 3, 1, 0]]),
         jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]),

@@ -98,7 +98,8 @@ def test_pitfall_12_rewards_keep_their_mean_and_advantages_lose_it():
 
 @pytest.mark.parametrize("function", [masked.whiten, masked.whiten_keep_mean])
 def test_pitfall_12_whitening_is_over_the_whole_batch_without_padding(function):
-    # Two rows of 3 and 1 tokens are one population of 4: mean 4, biased variance (9 + 4 + 1 + 36) / 4 = 12.5.
+    # Two rows of 3 and 1 tokens are one population of 4: mean 4, biased variance (9 + 4 + 1 + 36) /
+    # 4 = 12.5.
     x = jnp.array([[1.0, 2.0, 3.0], [10.0, jnp.nan, -1e30]])
     mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     expected = np.array([[-3.0, -2.0, -1.0], [6.0, 0.0, 0.0]]) / np.sqrt(12.5)
@@ -151,8 +152,8 @@ def test_pitfall_23_an_all_zero_mask_gives_zero_and_a_zero_gradient(function):
 
 
 def test_three_means_of_unequal_rows():
-    # Rows [1, 2, 3] and [10]. Tokens: 16 / 4. Sums of rows: (6 + 10) / 2. Means of rows: (2 + 10) / 2. The third row
-    # is empty and has no weight.
+    # Rows [1, 2, 3] and [10]. Tokens: 16 / 4. Sums of rows: (6 + 10) / 2. Means of rows: (2 + 10) /
+    # 2. The third row is empty and has no weight.
     x = jnp.array([[1.0, 2.0, 3.0], [10.0, 5.0, 5.0], [7.0, 7.0, 7.0]])
     mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert [float(v) for v in masked.token_mean(x, mask)] == [16, 4]

@@ -45,11 +45,11 @@ def loop_kwise(rewards, labels, valid):
 
 
 def test_by_hand():
-    # Prompt 1: r = (2, 0, 1), ranks best to worst 0, 2, 1 -> pairs (0,2) d = 1, (0,1) d = 2, (2,1) d = 1.
-    #   -log sigmoid(1) = 0.313262, -log sigmoid(2) = 0.126928: (2 * 0.313262 + 0.126928) / 3 = 0.251151
-    # Prompt 2: labels (1, 1, 0): the tie is dropped, d = 0 - 3 = -3 and 3 - 3 = 0:
-    #   (3.048587 + 0.693147) / 2 = 1.870867
-    # Prompt 3: all tied, no weight. Loss (0.251151 + 1.870867) / 2 = 1.061009.
+    # Prompt 1: r = (2, 0, 1), ranks best to worst 0, 2, 1 -> pairs (0,2) d = 1, (0,1) d = 2, (2,1)
+    # d = 1.   -log sigmoid(1) = 0.313262, -log sigmoid(2) = 0.126928: (2 * 0.313262 + 0.126928) / 3
+    # = 0.251151 Prompt 2: labels (1, 1, 0): the tie is dropped, d = 0 - 3 = -3 and 3 - 3 = 0:
+    # (3.048587 + 0.693147) / 2 = 1.870867 Prompt 3: all tied, no weight. Loss (0.251151 + 1.870867)
+    # / 2 = 1.061009.
     rewards = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0], [5.0, 6.0, 7.0]])
     labels = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])
     loss, metrics = preference.kwise_loss(rewards, labels, jnp.ones((3, 3)))
@@ -83,7 +83,8 @@ def test_equals_the_loop_for_any_ties_and_group_sizes(labels, valid):
 
 
 def test_a_prompt_counts_once_whatever_its_k():
-    # The pair's loss is log 2 in both prompts; K = 2 and K = 4 weigh alike, and so do their gradients in total.
+    # The pair's loss is log 2 in both prompts; K = 2 and K = 4 weigh alike, and so do their
+    # gradients in total.
     rewards, labels = (
         jnp.zeros((2, 4)),
         jnp.array([[1.0, 0.0, 9.0, 9.0], [3.0, 2.0, 1.0, 0.0]]),
@@ -92,8 +93,9 @@ def test_a_prompt_counts_once_whatever_its_k():
     gradient = np.array(
         jax.grad(lambda r: preference.kwise_loss(r, labels, valid)[0])(rewards)
     )
-    # d/dr of log 2's: -1/2 per pair on the winner. Prompt 1: 1 pair, half the mean: -1/4. Prompt 2: the best is in 3
-    # of 6 pairs: -1/2 * 3/6 * 1/2 = -1/8, the next wins 2 and loses 1: -1/24, and mirrored.
+    # d/dr of log 2's: -1/2 per pair on the winner. Prompt 1: 1 pair, half the mean: -1/4. Prompt 2:
+    # the best is in 3 of 6 pairs: -1/2 * 3/6 * 1/2 = -1/8, the next wins 2 and loses 1: -1/24, and
+    # mirrored.
     np.testing.assert_allclose(
         gradient, [[-1 / 4, 1 / 4, 0, 0], [-1 / 8, -1 / 24, 1 / 24, 1 / 8]], rtol=1e-5
     )

@@ -1,4 +1,6 @@
-"""Properties that hold for every mask, length, group size and pool: hypothesis looks for one for which they do not."""
+"""Properties that hold for every mask, length, group size and pool: hypothesis looks for one for
+which they do not.
+"""
 
 import itertools
 import math
@@ -84,7 +86,9 @@ def test_the_three_means_are_those_of_the_counted_tokens(x, mask):
 @hypothesis.given(array(4, 5, st.floats(-50, 50, width=32)), masks(4, 5))
 @quick
 def test_whitening_is_that_of_the_counted_entries_and_of_no_others(x, mask):
-    """Against numpy in float64 where there is a variance; finite, and 0 behind the mask, whatever stands there."""
+    """Against numpy in float64 where there is a variance; finite, and 0 behind the mask, whatever
+    stands there.
+    """
     entries = np.array([v for row in chosen(x, mask) for v in row])
     spoilt = jnp.array(np.where(mask > 0, x, np.nan), jnp.float32)
     shifted, kept = (
@@ -117,7 +121,7 @@ def test_whitening_is_that_of_the_counted_entries_and_of_no_others(x, mask):
 def test_gae_of_a_row_with_holes_is_that_of_its_tokens_alone(
     rewards, values, mask, gamma, lam
 ):
-    """Pushed together to the left, a row has the advantages that it had; and the last one is r - V."""
+    """A row packed to the left has the same advantages; the last one is r - V."""
     order = np.argsort(-mask, axis=1, kind="stable")
     packed = [np.take_along_axis(x, order, axis=1) for x in (rewards, values, mask)]
     spread = any_gae(*map(jnp.array, (rewards, values, mask)), gamma, lam)
@@ -141,7 +145,9 @@ def test_gae_of_a_row_with_holes_is_that_of_its_tokens_alone(
 )
 @quick
 def test_rewards_on_tokens_add_up_to_the_sequences_reward(kls, mask, score, beta):
-    """Also in value: a response's return with gamma = 1 is its score minus beta times its KL, whatever its length."""
+    """Also in value: a response's return with gamma = 1 is its score minus beta times its KL,
+    whatever its length.
+    """
     score = np.array(score, np.float32)
     per_token = shaping.token_rewards(
         jnp.array(score), jnp.array(kls), jnp.array(mask), beta=beta
@@ -164,7 +170,9 @@ def test_rewards_on_tokens_add_up_to_the_sequences_reward(kls, mask, score, beta
 
 
 def pairs_of(mask):
-    """{name: (scalar, metrics)} of every loss with this mask [B, T], or with its first column where a row is a pair."""
+    """{name: (scalar, metrics)} of every loss with this mask [B, T], or with its first column where
+    a row is a pair.
+    """
     out = {}
     for name, case in CASES.items():
         *arrays, own = case.arrays()
@@ -175,7 +183,9 @@ def pairs_of(mask):
 @hypothesis.given(masks(B, T))
 @few
 def test_every_loss_is_a_sum_over_rows_on_any_mask(mask):
-    """The whole batch's (sum, weight) is the sum of those of its rows, each alone; what is empty is 0 and finite."""
+    """The whole batch's (sum, weight) is the sum of those of its rows, each alone; what is empty is
+    0 and finite.
+    """
     whole = EVERY_LOSS(jnp.array(mask))
     rows = [
         EVERY_LOSS(jnp.array(mask * (np.arange(B) == i)[:, None])) for i in range(B)
@@ -206,7 +216,9 @@ REWARD_LEVELS = st.sampled_from(
 @hypothesis.given(st.integers(2, 5).flatmap(lambda k: array(3, k, REWARD_LEVELS)))
 @quick
 def test_group_advantages_for_any_group_size(rewards):
-    """By plain loops over the others; a group's add up to 0; equal rewards give exactly 0; order does not matter."""
+    """By plain loops over the others; a group's add up to 0; equal rewards give exactly 0; order
+    does not matter.
+    """
     k = rewards.shape[1]
     found = {
         f: np.asarray(getattr(group, f"{f}_advantages")(jnp.array(rewards)))
@@ -337,7 +349,9 @@ def test_best_of_k_for_any_number_of_answers(rewards, best, valid):
 )
 @quick
 def test_best_of_n_is_the_mean_over_all_subsets_of_any_pool(pool):
-    """For every n up to the pool's size; of equal proxies the later one is taken, as its docstring has it."""
+    """For every n up to the pool's size; of equal proxies the later one is taken, as its docstring
+    has it.
+    """
     proxy, gold = (np.array(x, np.float32) for x in pool)
     for n in range(1, len(proxy) + 1):
         subsets = itertools.combinations(range(len(proxy)), n)
@@ -354,7 +368,9 @@ def test_best_of_n_is_the_mean_over_all_subsets_of_any_pool(pool):
 )
 @few
 def test_the_best_of_any_n_is_a_distribution_within_its_kl(weights, rewards):
-    """It adds up to 1, its KL is at most log n - (n - 1) / n and does not fall with n, and neither does the reward."""
+    """It adds up to 1, its KL is at most log n - (n - 1) / n and does not fall with n, and neither
+    does the reward.
+    """
     p, rewards = (
         np.array(weights, np.float32) / sum(weights),
         np.array(rewards, np.float32),

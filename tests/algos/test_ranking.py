@@ -34,7 +34,8 @@ def loop_pairs(function, *columns, weight):
 
 
 def test_bradley_terry_by_hand():
-    # d = 1 and -1: (0.313262 + 1.313262) / 2 = 0.813262, one of two right; the third pair is padding.
+    # d = 1 and -1: (0.313262 + 1.313262) / 2 = 0.813262, one of two right; the third pair is
+    # padding.
     loss, metrics = ranking.bradley_terry_loss(
         jnp.array([1.0, 0.0, jnp.nan]),
         jnp.array([0.0, 1.0, 0.0]),
@@ -114,7 +115,8 @@ def test_smoothing_has_its_minimum_at_the_log_odds():
 
 @pytest.mark.parametrize("difference, eta", [(0.0, 0.5), (1.3, 0.2), (-2.0, 1.0)])
 def test_rao_kupper_probabilities_by_the_papers_form(difference, eta):
-    # P(a) = e^a / (e^a + theta e^b), P(b) = e^b / (e^b + theta e^a), P(tie) = 1 - both, theta = e^eta.
+    # P(a) = e^a / (e^a + theta e^b), P(b) = e^b / (e^b + theta e^a), P(tie) = 1 - both, theta =
+    # e^eta.
     a, b, theta = 0.4 + difference, 0.4, math.exp(eta)
     wins = math.exp(a) / (math.exp(a) + theta * math.exp(b))
     loses = math.exp(b) / (math.exp(b) + theta * math.exp(a))
@@ -138,8 +140,9 @@ def test_rao_kupper_without_ties_is_bradley_terry():
 
 
 def test_best_of_k_by_hand():
-    # Prompt 1: e^2 / (e^2 + e^0 + e^1) = 0.665241 -> 0.407606. Prompt 2, K = 2: 1/2 -> 0.693147. Prompt 3 has one
-    # completion, prompt 4 a best that is not there: no weight. Argmax right in 1 (and in 2 by order).
+    # Prompt 1: e^2 / (e^2 + e^0 + e^1) = 0.665241 -> 0.407606. Prompt 2, K = 2: 1/2 -> 0.693147.
+    # Prompt 3 has one completion, prompt 4 a best that is not there: no weight. Argmax right in 1
+    # (and in 2 by order).
     rewards = jnp.array(
         [[2.0, 0.0, 1.0], [1.0, 1.0, jnp.nan], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     )

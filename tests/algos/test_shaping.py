@@ -88,7 +88,8 @@ def test_pitfall_10_the_score_is_on_the_last_response_token_alone(mask, last):
 
 
 def test_pitfall_11_a_score_of_zero_is_a_score():
-    # 0.0 stays 0.0 where the response ended, and is replaced (or lowered) like any other where it did not.
+    # 0.0 stays 0.0 where the response ended, and is replaced (or lowered) like any other where it
+    # did not.
     score, ended = jnp.array([0.0, 0.0]), jnp.array([True, False])
     np.testing.assert_array_equal(
         shaping.replace_missing_eos(score, ended, value=-1.0), [0.0, -1.0]
@@ -102,8 +103,9 @@ def test_pitfall_11_a_score_of_zero_is_a_score():
 
 
 def test_pitfall_14_missing_eos_is_penalized_before_whitening():
-    # Scores 3 (ended) and 5 (cut off, hence -1), no KL, one token each: rewards 3 and -1, mean 1, std 2. Whitened
-    # without shifting the mean: (3 - 1) / 2 + 1 = 2 and (-1 - 1) / 2 + 1 = 0. A penalty after whitening would give -1.
+    # Scores 3 (ended) and 5 (cut off, hence -1), no KL, one token each: rewards 3 and -1, mean 1,
+    # std 2. Whitened without shifting the mean: (3 - 1) / 2 + 1 = 2 and (-1 - 1) / 2 + 1 = 0. A
+    # penalty after whitening would give -1.
     tokens, mask = jnp.array([[4, 2], [4, 4]]), jnp.ones((2, 2))
     ended = shaping.has_token(tokens, mask, 2)
     score = shaping.replace_missing_eos(jnp.array([3.0, 5.0]), ended, value=-1.0)
@@ -156,7 +158,8 @@ def test_truncation_equals_the_loop(mask, tokens, after):
 
 
 def test_truncation_and_rejection_by_hand():
-    # A full stop (13) at position 1 is too early for after = 2; the one at 3 ends row 1; row 2 has none in time.
+    # A full stop (13) at position 1 is too early for after = 2; the one at 3 ends row 1; row 2 has
+    # none in time.
     tokens = jnp.array([[5, 13, 5, 13, 5, 13], [5, 13, 5, 5, 5, 5]])
     mask, found = shaping.truncate_mask(tokens, jnp.ones((2, 6)), token_id=13, after=2)
     np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])

@@ -8,8 +8,8 @@ STARTS, ENDS = jnp.array([0.0, 0.3, 0.6, 0.9]), jnp.array([0.3, 0.6, 0.9, 1.2])
 
 
 def test_uniform_credit_by_hand():
-    # Feedback at 1.0 s, delays 0.2 .. 0.8 s: it points at 0.2 .. 0.8 s. Step 1 holds 0.1 s of it, step 2 0.3 s,
-    # step 3 0.2 s, of 0.6 s.
+    # Feedback at 1.0 s, delays 0.2 .. 0.8 s: it points at 0.2 .. 0.8 s. Step 1 holds 0.1 s of it,
+    # step 2 0.3 s, step 3 0.2 s, of 0.6 s.
     credit = tamer.uniform_credit(STARTS, ENDS, jnp.array([1.0]), low=0.2, high=0.8)
     np.testing.assert_allclose(credit, [[1 / 6, 3 / 6, 2 / 6, 0]], rtol=1e-5, atol=1e-6)
 
@@ -68,8 +68,9 @@ def test_losses_by_hand():
 
 
 def test_delayed_feedback_is_credited_to_the_action_that_earned_it():
-    # 4 actions, one random action every 0.3 s; a human rates each by `true`, 0.5 s after it began (on average). The
-    # regression over the delay window finds the ratings; without the window (credit to the step under way) it cannot.
+    # 4 actions, one random action every 0.3 s; a human rates each by `true`, 0.5 s after it began
+    # (on average). The regression over the delay window finds the ratings; without the window
+    # (credit to the step under way) it cannot.
     rng = np.random.default_rng(13)
     true = np.array([1.0, -1.0, 0.5, 0.0])
     actions = rng.integers(0, 4, 400)

@@ -87,7 +87,8 @@ def test_squared_by_hand():
 
 
 def test_pitfall_18_value_and_policy_losses_are_normalized_alike():
-    # Every counted token has policy loss -1 and value loss 1/2 (3 - 1)^2 = 2, in rows of 3, 1 and 0 tokens.
+    # Every counted token has policy loss -1 and value loss 1/2 (3 - 1)^2 = 2, in rows of 3, 1 and 0
+    # tokens.
     mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     zeros, ones = jnp.zeros((3, 3)), jnp.ones((3, 3))
     policy_loss, policy_metrics = policy.ppo_loss(zeros, zeros, ones, mask, clip=0.2)
@@ -110,7 +111,8 @@ def test_returns_and_old_values_are_constants():
 
 
 def test_explained_variance_by_hand():
-    # Returns 1, 2, 3 (variance 2/3). Errors 1/2, -1/2, 0 have variance 1/6: 1 - 1/4. A constant offset costs nothing.
+    # Returns 1, 2, 3 (variance 2/3). Errors 1/2, -1/2, 0 have variance 1/6: 1 - 1/4. A constant
+    # offset costs nothing.
     returns, mask = (
         jnp.array([[1.0, 2.0, 3.0, 50.0]]),
         jnp.array([[1.0, 1.0, 1.0, 0.0]]),

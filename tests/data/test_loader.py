@@ -1,4 +1,6 @@
-"""Batches: what they hold, that none of it depends on hosts, and that a saved state goes on with exactly the next."""
+"""Batches: what they hold, that none of it depends on hosts, and that a saved state goes on with
+exactly the next.
+"""
 
 import itertools
 import json
@@ -60,8 +62,9 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pitfall_30_a_restored_iterator_goes_on_with_exactly_the_next_batch(make, kind):
-    # 40 batches are several epochs of the little sets, so that states lie in the middle of one, and of a packed bin.
-    # What happens after a save must not reach into its state: the run goes on to the end before any is restored.
+    # 40 batches are several epochs of the little sets, so that states lie in the middle of one, and
+    # of a packed bin. What happens after a save must not reach into its state: the run goes on to
+    # the end before any is restored.
     running, whole, states = make(kind), [], {}
     for done in range(48):
         if done in (0, 1, 5, 40):
@@ -217,7 +220,8 @@ def test_pitfall_24_sft_learns_each_answer_once_and_no_prompt(
 
 
 def test_mixing_follows_the_weights(make, tokenizer):
-    # Conversations carry markers, plain documents do not: count how many documents of each kind begin.
+    # Conversations carry markers, plain documents do not: count how many documents of each kind
+    # begin.
     batches = take(make("mixed"), 120)
     starts = np.concatenate(
         [batch.targets[batch.tokens == tokenizer.bos_id] for batch in batches]

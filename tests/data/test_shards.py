@@ -1,4 +1,4 @@
-"""Streams that make a batch together: each example in one of them, no matter which host runs which."""
+"""Streams that make a batch together: each example is in one, whichever host runs which."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,7 @@ def assert_equal(ours, theirs):
 
 
 def on_hosts(monkeypatch, jobs):
-    """The results of a job a host, run at the same time; `hosts.gather` is what it is between processes."""
+    """Returns the results of one job per host, run at once; `hosts.gather` works between them."""
     said, barrier, this = (
         [None] * len(jobs),
         threading.Barrier(len(jobs), timeout=60),
@@ -132,7 +132,7 @@ def packed_conversations(tokenizer, conversations, order, seed, size):
 def test_every_stream_packs_and_shuffles_by_itself(
     make, tokenizer, documents, conversations, kind, streams
 ):
-    """Reference: a stream's part of the order, packed and shuffled as everything was before there were streams."""
+    """Reference: a stream's part of the order, packed and shuffled as a single stream is."""
     source, pack = {
         "pretrain": (documents, packed_documents),
         "sft": (conversations, packed_conversations),
@@ -172,8 +172,11 @@ def test_the_position_of_one_stream_has_the_form_of_before_there_were_several(ma
 
 
 def test_streams_are_disjoint_and_hold_every_document_once_an_epoch(tokenizer):
-    """16 documents of 4 inputs each, so that a row is a document; 2 streams have 8 each of an epoch. 16 batches of 2
-    rows are 2 epochs, and a window of shuffling is 16 rows of a stream: every document comes exactly twice."""
+    """Every document comes exactly twice in two epochs.
+
+    16 documents of 4 inputs each make a row each; 2 streams have 8 each per epoch. 16 batches of 2
+    rows are 2 epochs, and a shuffling window is 16 rows of a stream.
+    """
     words = ("the", "a", "cat", "dog", "bird", "sat", "ran", "sang")
     texts = [
         " ".join(some) for n in (1, 2, 3) for some in itertools.permutations(words, n)
@@ -201,7 +204,7 @@ def test_streams_are_disjoint_and_hold_every_document_once_an_epoch(tokenizer):
 
 
 def test_every_stream_is_mixed_by_the_same_weights(make, tokenizer):
-    """3 to 1, by 4 streams: dealt out in turn after mixing, one stream would have all of the conversations."""
+    """3 to 1, by 4 streams: dealt out after mixing, one stream would have all conversations."""
     found = take(make("mixed", shards=Shards(4, (0, 1, 2, 3))), 100)
     for j in range(4):
         rows = slice(2 * j, 2 * j + 2)
@@ -303,8 +306,7 @@ def test_pitfall_30_a_position_of_two_hosts_is_gone_on_from_by_one_and_by_four(
 def test_a_host_does_not_encode_what_is_not_its_own(
     kind, tokenizer, talk, monkeypatch, tmp_path
 ):
-    """Texts that the tokenizer is asked for, each with its row's number: those of the two halves are disjoint, and
-    together they are all."""
+    """Two hosts ask the tokenizer for disjoint texts, each with its row's number, all together."""
     rng, asked = random.Random(0), []
     chats = [talk(rng, 4) for _ in range(600)]
     for i, messages in enumerate(chats):

@@ -42,7 +42,7 @@ def test_pitfall_42_a_chinese_character_and_a_kana_is_a_word(said, words):
 
 
 def test_pitfall_42_figures_of_chinese_answers_by_hand():
-    # Bigrams: 今天 天天 天气 | 今天 天气: 3 different of 5. Words: 4 and 3. In the first, 天 stands twice.
+    # Bigrams: 今天 天天 天气 | 今天 天气: 3 distinct of 5. Words: 4 and 3; 天 is twice in one.
     answers = ["今天天气", "今天气"]
     assert text.distinct_n(answers, 2) == pytest.approx(3 / 5)
     assert text.repeated_n(answers[0], 1) == pytest.approx(1 / 4)

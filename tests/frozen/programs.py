@@ -5,7 +5,7 @@ compiles when it runs for two steps, evaluation included. A change of the code t
 change no behavior leaves them as they are. After a change that is meant to change them,
 
     python -m tests.frozen.programs               # writes every variant
-    python -m tests.frozen.programs ppo group     # only those whose name contains one of these words
+    python -m tests.frozen.programs ppo group     # those with one of these words in their name
 
 metrics.json has the last metrics of each variant and the CPU that computed them, written by the
 same command; `--metrics` writes the metrics alone.
@@ -39,7 +39,7 @@ DIRECT = ("dpo", "cdpo", "ipo", "kto", "orpo", "simpo")
 
 
 def variants(conversations: Path, finished: Path) -> dict[str, dict[str, Any]]:
-    """Returns the config of every variant by its name, on what the tiny recipe left in `finished`."""
+    """Returns the config of every variant by name; `finished` is the workdir of the tiny recipe."""
     config = to_dict(tiny.get_config(f"data={conversations},steps=2"))
     folders = recipe.stage_folders(config, finished)
     stages = {

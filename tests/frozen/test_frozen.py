@@ -14,7 +14,8 @@ from rlhfjax import recipe
 from tests.frozen import programs
 
 QUICK = ("ppo", "group rloo")  # in every CI run; the others are nightly
-# Another CPU rounds sums in another order, so metrics are near the stored ones and not equal to them.
+# Another CPU rounds sums in another order, so metrics are near the stored ones and not equal to
+# them.
 RTOL, ATOL = 1e-2, 1e-3
 
 
@@ -49,9 +50,13 @@ def test_a_stage_runs_the_programs_that_it_ran(name, conversations, finished, tm
 def test_names_and_spellings_of_shardings_are_left_out():
     """One program with a mesh axis of size 1 named or not, and a key on the mesh or on none."""
     mesh = 'sdy.mesh @mesh = <["data"=4, "fsdp"=1]>'
-    main = "func.func public @main(%a: tensor<4xf32> {{sdy.sharding = #sdy.sharding<@{where}, [{{{axes}}}]>}}) {{"
+    main = (
+        "func.func public @main(%a: tensor<4xf32> "
+        "{{sdy.sharding = #sdy.sharding<@{where}, [{{{axes}}}]>}}) {{"
+    )
     texts = [
-        f"module @jit_{name} {{\n  {mesh}\n{empty}  {main.format(where=where, axes=axes)}\n    return\n  }}\n}}\n"
+        f"module @jit_{name} {{\n  {mesh}\n{empty}  "
+        f"{main.format(where=where, axes=axes)}\n    return\n  }}\n}}\n"
         for name, empty, where, axes in (
             ("f", "", "mesh", '"data", "fsdp"'),
             ("g", "  sdy.mesh @empty_mesh = <[]>\n", "mesh", '"data"'),

@@ -202,7 +202,10 @@ def test_pitfall_31_gguf_queries_and_keys_are_put_back_in_our_order(grouped):
 
 
 def test_half_split_by_hand():
-    """llama.cpp has rows 0, 2, 1, 3 of heads of four, and rows 0, 4, 1, 5, ... of heads of eight."""
+    """llama.cpp has rows 0, 2, 1, 3 of heads of four, and rows 0, 4, 1, 5, ...
+
+    Of heads of eight.
+    """
     rows = np.arange(8.0, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(half_split(rows[[0, 2, 1, 3, 4, 6, 5, 7]], 2), rows)
     np.testing.assert_array_equal(half_split(rows[[0, 4, 1, 5, 2, 6, 3, 7]], 1), rows)

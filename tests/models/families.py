@@ -1,4 +1,6 @@
-"""Small configs of each family, and parameters that are not all at their init (biases and scales included)."""
+"""Small configs of each family, and parameters that are not all at their init (biases and scales
+included).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +51,11 @@ FAMILIES = {
         **SIZE, n_kv_heads=2, qkv_bias=True, rope_theta=1000.0, norm_eps=1e-6
     ),
 }
-# Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied output).
+# Each option once: "llama" is in "llama-gqa" and "neox" (all heads their own keys, an untied
+# output).
 DISTINCT = tuple(name for name in FAMILIES if name != "llama")
-# For what compiles much: two families that differ in positions, norms, heads and biases at once, the others among the
-# slow proofs.
+# For what compiles much: two families that differ in positions, norms, heads and biases at once,
+# the others among the slow proofs.
 MOSTLY_SLOW = [
     pytest.param(name, marks=[] if name in ("llama-gqa", "gpt2") else pytest.mark.slow)
     for name in FAMILIES
@@ -68,7 +71,8 @@ STD = {
 
 
 def random_params(model, seed=0):
-    """Parameters of a model, none of them at its init: a bias or a scale that is left out of a sum shows.
+    """Parameters of a model, none of them at its init: a bias or a scale that is left out of a sum
+    shows.
 
     They are drawn by numpy, so that no program is compiled for them.
     """
@@ -81,7 +85,9 @@ def random_trained(model, seed=1):
 
 
 def random_like(shapes, std, seed):
-    """Arrays of these shapes from N(0, std), biases, scales and adapters from narrower ones; scales around 1."""
+    """Arrays of these shapes from N(0, std), biases, scales and adapters from narrower ones; scales
+    around 1.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -93,7 +99,7 @@ def random_like(shapes, std, seed):
 
 
 def shaken(params, seed=7):
-    """Every parameter moved by N(0, 0.1), so that a bias or scale that is left out of a sum shows."""
+    """Returns the parameters plus N(0, 0.1), so that a missing bias or scale shows."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(

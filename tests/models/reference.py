@@ -1,4 +1,6 @@
-"""The Transformer again, in plain numpy float64, one token at a time: slow, short and written from the papers alone."""
+"""The Transformer again, in plain numpy float64, one token at a time: slow, short and written from
+the papers alone.
+"""
 
 import math
 
@@ -6,7 +8,10 @@ import numpy as np
 
 
 def forward(params, config, row, segments=None, positions=None):
-    """Logits [t, v] of one row of tokens. `segments` as in the models; positions count within each segment."""
+    """Logits [t, v] of one row of tokens.
+
+    `segments` as in the models; positions count within each segment.
+    """
     p = _float64(params)
     t = len(row)
     segments = np.ones(t, int) if segments is None else np.asarray(segments)
@@ -94,7 +99,9 @@ def mlp(p, config, x):
 
 
 def rope(x, position, config):
-    """Each pair (x_i, x_{i + n/2}) of the first n dimensions, a complex number, times exp(i position theta^(-2i/n))."""
+    """Each pair (x_i, x_{i + n/2}) of the first n dimensions, a complex number, times exp(i
+    position theta^(-2i/n)).
+    """
     n = int(len(x) * config.rope_fraction)
     half = n // 2
     turned = x.copy()

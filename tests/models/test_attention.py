@@ -47,7 +47,9 @@ def test_blocks_and_their_gradient_are_plain_attention(monkeypatch, kv_heads, bl
 
 
 def test_dropped_weights_in_value_and_gradient():
-    """With values = identity the output is the weights: each is 0 or the undropped one / (1 - rate)."""
+    """With values = identity the output is the weights: each is 0 or the undropped one / (1 -
+    rate).
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, direction = (jax.random.normal(key, (1, 1, 8, 8)) for key in keys)
     step = 1e-2
@@ -92,7 +94,10 @@ def test_dropout_keeps_the_mean_and_the_rate():
 
 
 def test_rope_depends_on_distance_only():
-    """<R(m) q, R(n) k> is a function of m - n (Su et al. 2021, eq. 11); a rotation keeps the norm."""
+    """<R(m) q, R(n) k> is a function of m - n (Su et al.
+
+    2021, eq. 11); a rotation keeps the norm.
+    """
     q, k = (
         jax.random.normal(key, (1, 1, 1, 16))
         for key in jax.random.split(jax.random.key(0))

@@ -1,4 +1,6 @@
-"""Prefill and decode against the whole row at once, in every family; the same for the last position alone."""
+"""Prefill and decode against the whole row at once, in every family; the same for the last position
+alone.
+"""
 
 import dataclasses
 import functools
@@ -32,7 +34,9 @@ def llama():
 
 
 def batch(lengths=LENGTHS, seed=1, width=PROMPT):
-    """Left-padded prompts with NEW tokens after each, and their segments; what pads is not one id but any."""
+    """Left-padded prompts with NEW tokens after each, and their segments; what pads is not one id
+    but any.
+    """
     positions = jnp.arange(width + NEW)[None]
     return tokens(len(lengths), width + NEW, seed), (
         positions >= width - jnp.array(lengths)[:, None]
@@ -41,7 +45,9 @@ def batch(lengths=LENGTHS, seed=1, width=PROMPT):
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, rows, segments):
-    """Log-probabilities [b, NEW, v] of every token at the positions of the continuation, by one pass over the rows."""
+    """Log-probabilities [b, NEW, v] of every token at the positions of the continuation, by one
+    pass over the rows.
+    """
     hidden = model.hidden(params, rows, segments=segments)[:, -NEW - 1 : -1]
     return jax.nn.log_softmax(model.logits(params, hidden))
 
@@ -74,9 +80,11 @@ def test_cached_is_uncached(model, params, lengths):
 
 
 def test_cached_is_uncached_in_bf16(llama):
-    """Less apart than bf16 is from float32: XLA leaves out roundings within what it fuses, and fuses the two otherwise.
+    """Less apart than bf16 is from float32: XLA leaves out roundings within what it fuses, and
+    fuses the two otherwise.
 
-    Over 6 seeds the mean was 0.0008 nats at most (0.015 in "llama"), the largest 0.03 (0.16); bf16's own 0.02 and 0.25.
+    Over 6 seeds the mean was 0.0008 nats at most (0.015 in "llama"), the largest 0.03 (0.16);
+    bf16's own 0.02 and 0.25.
     """
     model, params = llama
     narrow = Model(dataclasses.replace(model.config, dtype="bfloat16"))
@@ -90,7 +98,10 @@ def test_cached_is_uncached_in_bf16(llama):
 
 
 def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
-    """... to the bit on one machine; elsewhere a sum in another order may turn a rounding here and there."""
+    """...
+
+    To the bit on one machine; elsewhere a sum in another order may turn a rounding here and there.
+    """
     model = Model(dataclasses.replace(FAMILIES["llama"], dtype="bfloat16"))
     params = random_params(model)
     options = {"compiler_options": {"xla_allow_excess_precision": False}}
@@ -103,7 +114,9 @@ def test_cached_is_uncached_in_bf16_where_every_rounding_is_done():
 
 
 def test_a_row_does_not_depend_on_its_neighbors(llama):
-    """Among others, of other lengths: equal to the bit. In another place, alone, with more padding: to rounding."""
+    """Among others, of other lengths: equal to the bit. In another place, alone, with more padding:
+    to rounding.
+    """
     model, params = llama
     rows, segments = batch()
     together = np.asarray(cached(model, params, rows, segments))
@@ -131,7 +144,9 @@ def test_a_row_does_not_depend_on_its_neighbors(llama):
     "family", ["llama-gqa", "gpt1", "neox"]
 )  # the three residual forms
 def test_the_last_position_is_that_of_the_whole_row(family):
-    """Value and gradient, of rows padded on either side; the last layer is computed at that position alone."""
+    """Value and gradient, of rows padded on either side; the last layer is computed at that
+    position alone.
+    """
     model = Model(FAMILIES[family])
     params = random_params(model)
     rows = tokens(3, 9)

@@ -1,4 +1,6 @@
-"""Kernels for attention that others keep, against ours: equal at every position that is not padding, gradients too."""
+"""Kernels for attention that others keep, against ours: equal at every position that is not
+padding, gradients too.
+"""
 
 import dataclasses
 import functools
@@ -35,7 +37,9 @@ KERNELS = {
     ],
 )
 def test_a_kernel_is_our_attention_and_so_is_its_gradient(kernel, packed):
-    """140 positions: two blocks of splash, the second one padded; two documents and padding; two queries a key head."""
+    """140 positions: two blocks of splash, the second one padded; two documents and padding; two
+    queries a key head.
+    """
     keys = jax.random.split(jax.random.key(0), 4)
     q, weight = (jax.random.normal(key, (2, 4, 140, 16)) for key in keys[:2])
     k, v = (jax.random.normal(key, (2, 2, 140, 16)) for key in keys[2:])

@@ -93,7 +93,9 @@ def test_logprobs_are_plain(tied, chunk, monkeypatch):
 
 
 def test_cross_entropy_by_hand():
-    """Logits (0, ln 3): p = (1/4, 3/4); target 1 costs ln(4/3), target 0 costs ln 4, and the masked row nothing."""
+    """Logits (0, ln 3): p = (1/4, 3/4); target 1 costs ln(4/3), target 0 costs ln 4, and the masked
+    row nothing.
+    """
     hidden, output = jnp.ones((1, 3, 1)), jnp.array([[0.0], [np.log(3.0)]])
     total, weight = chunked.cross_entropy(
         hidden, output, jnp.array([[1, 0, 0]]), jnp.array([[1.0, 1, 0]]), tied=True
@@ -186,7 +188,9 @@ def test_pitfall_24_a_token_outside_the_mask_has_no_gradient():
 
 
 def test_whole_logits_never_live(monkeypatch, optimized):
-    """No array of b * t * v elements in the compiled loss and gradient, where the plain form has several."""
+    """No array of b * t * v elements in the compiled loss and gradient, where the plain form has
+    several.
+    """
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * 1024)
     hidden, output = jnp.ones((4, 32, 8)), jnp.ones((1024, 8))
     targets, mask = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32))
@@ -240,9 +244,11 @@ def test_linear_gradient_is_autodiffs(shape):
 def test_devices_add_their_gradients_once_not_in_every_chunk(
     axes, tied, monkeypatch, optimized
 ):
-    """Loss and gradients are one device's; of the loop's collectives none is as large as the output matrix's gradient.
+    """Loss and gradients are one device's; of the loop's collectives none is as large as the output
+    matrix's gradient.
 
-    Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 positions are no multiple of two devices'.
+    Before, its [d, v] were all-reduced in each of the chunks: 13 times here. 13 positions are no
+    multiple of two devices'.
     """
     b, t, d, v = 8, 13, 16, 64
     keys = jax.random.split(jax.random.key(0), 4)

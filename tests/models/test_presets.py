@@ -12,11 +12,14 @@ from rlhfjax.models import Model
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.presets import PRESETS, preset
 
-# l layers, width d, MLP width f, vocabulary v, context t. Every formula: layers, then embeddings, then the final norm.
+# l layers, width d, MLP width f, vocabulary v, context t. Every formula: layers, then embeddings,
+# then the final norm.
 
 
 def gpt(l, d, v=50257, t=2048):
-    """4 d^2 + 4 d of attention, 8 d^2 + 5 d of MLP and 4 d of norms a layer; tied output, learned positions."""
+    """4 d^2 + 4 d of attention, 8 d^2 + 5 d of MLP and 4 d of norms a layer; tied output, learned
+    positions.
+    """
     return l * (12 * d**2 + 13 * d) + (v + t) * d + 2 * d
 
 
@@ -31,7 +34,9 @@ def neox(l, d, v):
 
 
 def llama(l, d, f, v, group=1, embeddings=1):
-    """2 d^2 of queries and out, 2 d^2/group of keys and values, 3 d f of MLP and 2 d of norms a layer; no biases."""
+    """2 d^2 of queries and out, 2 d^2/group of keys and values, 3 d f of MLP and 2 d of norms a
+    layer; no biases.
+    """
     return (
         l * (2 * d**2 + 2 * d**2 // group + 3 * d * f + 2 * d) + embeddings * v * d + d
     )
@@ -42,8 +47,8 @@ def qwen2(l, d, f, v, group):
     return llama(l, d, f, v, group) + l * (d + 2 * d // group)
 
 
-# Each preset's shape again, from its source, and what the formula gives. GPT-3's and Stiennon's are published in two or
-# three digits; what the releases of the others hold is this.
+# Each preset's shape again, from its source, and what the formula gives. GPT-3's and Stiennon's are
+# published in two or three digits; what the releases of the others hold is this.
 COUNTS = {
     "tiny": (llama(4, 128, 352, 4096), 1_328_256),
     "small": (llama(6, 384, 1024, 8192), 13_767_552),
@@ -88,6 +93,10 @@ def test_unrolled_layers_count_the_same():
     assert count(preset("small")) == COUNTS["small"][1]
 
 
+# Families in which every head has 64 numbers.
+OF_64 = ("gpt1", "gpt2", "smollm2", "qwen2.5")
+
+
 def count(config):
     params = jax.eval_shape(Model(config).init, jax.random.key(0))
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
@@ -96,15 +105,23 @@ def count(config):
 @pytest.mark.parametrize(
     ("name", "heads", "width"),
     [
-        *[(name, None, 64) for name in PRESETS if name.startswith(("gpt1", "gpt2", "smollm2", "qwen2.5"))],
+        *[(name, None, 64) for name in PRESETS if name.startswith(OF_64)],
         *[(name, None, 128) for name in PRESETS if name.startswith("llama")],
         # Brown et al. 2020, Table 2.1: the column d_head
-        ("gpt3-125m", 12, 64), ("gpt3-350m", 16, 64), ("gpt3-760m", 16, 96), ("gpt3-1.3b", 16, 128),
-        ("gpt3-2.7b", 32, 80), ("gpt3-6.7b", 32, 128), ("gpt3-13b", 40, 128), ("gpt3-175b", 96, 128),
+        ("gpt3-125m", 12, 64),
+        ("gpt3-350m", 16, 64),
+        ("gpt3-760m", 16, 96),
+        ("gpt3-1.3b", 16, 128),
+        ("gpt3-2.7b", 32, 80),
+        ("gpt3-6.7b", 32, 128),
+        ("gpt3-13b", 40, 128),
+        ("gpt3-175b", 96, 128),
         # Biderman et al. 2023, Table 1: heads
-        ("pythia-1b", 8, 256), ("pythia-2.8b", 32, 80), ("pythia-6.9b", 32, 128),
+        ("pythia-1b", 8, 256),
+        ("pythia-2.8b", 32, 80),
+        ("pythia-6.9b", 32, 128),
     ],
-)  # fmt: skip
+)
 def test_heads(name, heads, width):
     """How many heads there are changes no count: pinned by their width instead."""
     c = preset(name)

@@ -94,7 +94,10 @@ def test_nf4_is_the_nearest_value_of_its_block():
 
 
 def test_the_nf4_values_are_the_quantiles_that_the_paper_takes():
-    """QLoRA, section 3, eq. 4 and its data type: 7 quantiles of N(0, 1) below 0 and 8 above, to an offset."""
+    """QLoRA, section 3, eq.
+
+    4 and its data type: 7 quantiles of N(0, 1) below 0 and 8 above, to an offset.
+    """
     outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
     above, below = (stats.norm.ppf(np.linspace(outermost, 0.5, n)[:-1]) for n in (9, 8))
     values = np.sort(np.concatenate([above, -below, [0.0]]))
@@ -122,7 +125,9 @@ def quantized_base(model, kind, params):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_backward_pass_keeps_no_wide_kernel(kind):
-    """What is saved for the gradient of a model on a quantized base: no float array of a kernel's size."""
+    """What is saved for the gradient of a model on a quantized base: no float array of a kernel's
+    size.
+    """
     model = Model(FAMILIES["llama-gqa"])
     params = jax.eval_shape(
         functools.partial(quantized_base, model, kind), model.shapes()
@@ -204,7 +209,7 @@ def test_wide_by_hand():
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_adapters_learn_on_a_quantized_base(kind):
-    """QLoRA's split: the adapters' gradient on a quantized base is that on the same base in floats."""
+    """The adapters' gradient on a quantized base is that on the same base in floats."""
     model = Model(
         FAMILIES["llama-gqa"],
         lora=lora.LoraConfig(rank=2, targets="attention|mlp", base=kind),
@@ -250,8 +255,9 @@ def sampled(model, params, prompts, segments, keys, **how):
 
 
 def test_an_int8_cache_samples_from_nearly_the_same_distribution():
-    """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is int8). Tokens of a
-    position that came in late are those of a static batch: each token has scales of its own, whoever its neighbors.
+    """Logprobs of what was drawn against teacher forcing in floats: near, but not equal (it is
+    int8). Tokens of a position that came in late are those of a static batch: each token has scales
+    of its own, whoever its neighbors.
     """
     config = dataclasses.replace(FAMILIES["llama-gqa"], n_layers=1)
     model, own = Model(config, int8_cache=True), keys(10)
@@ -289,7 +295,8 @@ def test_int8_attention_is_that_of_the_dequantized_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "limit"), [("weights", 0.025), ("cache", 0.005)])
 def test_how_far_logits_move(what, limit):
-    """The error beside the spread of the logits, both as root mean squares, in a wider model at random.
+    """The error beside the spread of the logits, both as root mean squares, in a wider model at
+    random.
 
     Measured: weights 0.0196, cache 0.0036.
     """

@@ -1,7 +1,9 @@
-"""The model against an independent transcription, and the invariances that a Transformer has by its definition.
+"""The model against an independent transcription, and the invariances that a Transformer has by its
+definition.
 
-What is asked of every family is asked of one compiled program: `logits_of` at rows of 12 positions. An equality of one
-component (attention, a head, dropout, recomputation) is asked of one family that has it.
+What is asked of every family is asked of one compiled program: `logits_of` at rows of 12 positions.
+An equality of one component (attention, a head, dropout, recomputation) is asked of one family that
+has it.
 """
 
 import dataclasses
@@ -82,7 +84,8 @@ def test_causal_by_gradient():
     params, positions = random_params(model), jnp.array([0, 3, 7])
     table = params["backbone"]["embed"]["tokens"]
 
-    # A row of the table of its own for each position, so that the gradient says which position mattered.
+    # A row of the table of its own for each position, so that the gradient says which position
+    # mattered.
     def out(own, t):
         backbone = params["backbone"] | {"embed": {"tokens": own}}
         return (
@@ -122,7 +125,9 @@ def test_packed_is_unpacked(model, params):
 
 
 def test_pitfall_01_left_padding_changes_nothing(model, params):
-    """Positions count real tokens: whatever the padding, and whatever ids it holds, the real tokens' logits stay."""
+    """Positions count real tokens: whatever the padding, and whatever ids it holds, the real
+    tokens' logits stay.
+    """
     padding = (0, 1, 5)
     row, rows = np.asarray(tokens(1, 6)[0]), np.asarray(tokens(3, 12, seed=5)).copy()
     segments = np.zeros((3, 12), np.int32)
@@ -324,7 +329,9 @@ def dropped_out(model, params):
 
 
 def test_dropout_differs_between_the_branches_of_a_parallel_layer():
-    """Attention and MLP both give 1: an entry keeps none, one or both, where one mask would leave none or both."""
+    """Attention and MLP both give 1: an entry keeps none, one or both, where one mask would leave
+    none or both.
+    """
     model = Model(
         dataclasses.replace(
             FAMILIES["neox"], dropout=0.5, d_model=256, n_layers=1, norm_eps=1.0
@@ -339,7 +346,9 @@ def test_dropout_differs_between_the_branches_of_a_parallel_layer():
 
 
 def test_dropout_differs_between_layers():
-    """Two layers with the same weights, whose MLPs give a constant: with one mask for both, both would drop alike."""
+    """Two layers with the same weights, whose MLPs give a constant: with one mask for both, both
+    would drop alike.
+    """
     config = dataclasses.replace(FAMILIES["gpt2"], dropout=0.5, d_model=256)
     model = Model(config)
     params = zeros(model)
@@ -356,9 +365,20 @@ def test_dropout_differs_between_layers():
 
 def test_init_standard_deviations():
     config = TransformerConfig(
-        vocab_size=512, d_model=128, n_layers=2, n_heads=4, d_ff=256, max_length=64, positions="learned",
-        norm="layernorm", mlp="gelu", bias=True, scale_residual_init=True, init_std=0.02, tie_embeddings=False,
-    )  # fmt: skip
+        vocab_size=512,
+        d_model=128,
+        n_layers=2,
+        n_heads=4,
+        d_ff=256,
+        max_length=64,
+        positions="learned",
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        scale_residual_init=True,
+        init_std=0.02,
+        tie_embeddings=False,
+    )
     params = jax.jit(Model(config).init)(jax.random.key(0))
     layer, other = (params["backbone"]["layers"][f"layer_{i}"] for i in range(2))
     for kernel in (
@@ -539,7 +559,7 @@ def test_four_devices_are_one(family, mesh, scan):
         ({"n_kv_heads": 3}, "n_kv_heads = 3 does not divide"),
         (
             {"d_head": 7},
-            "of a head of 7 is 7: model.positions = 'rope' rotates pairs, so it must be even",
+            "of a head of 7 is 7: must be even and at least 2 with positions='rope'",
         ),
         ({"rope_fraction": 0.25}, "model.rope_fraction = 0.25 of a head of 6 is 1"),
         ({"rope_fraction": 0.1}, "at least 2"),
@@ -568,7 +588,9 @@ def test_impossible_configs_say_why(change, words):
 
 
 def test_a_config_from_before_an_option_is_that_model_still():
-    """A saved model's config.json names the options of its day; later ones stand at what was then the only way."""
+    """A saved model's config.json names the options of its day; later ones stand at what was then
+    the only way.
+    """
     later = {"rope_fraction": 1.0, "residual": "pre_norm", "qkv_bias": False}
     saved = {
         name: value

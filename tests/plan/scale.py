@@ -1,7 +1,8 @@
 """The rows of experiments/README.md, and which of their programs the TPU compiler accepted.
 
 scale.txt has one line per row: its name, and the digest of its training program. A program whose
-digest is there was compiled and fits; CI compiles new ones. After a change that makes many programs new,
+digest is there was compiled and fits; CI compiles new ones. After a change that makes many
+programs new,
 
     pip install -e '.[test,plan]'
     python -m tests.plan.scale            # compiles every new row, two at a time
@@ -126,8 +127,8 @@ def check_it_fits(row: Row, names: tuple[str, ...], out: Path) -> None:
 def digest(row: Row) -> str:
     """Returns a digest of what decides whether a row fits; lowers the row, without compiling it.
 
-    The digest covers the program, its compile options, the topology, libtpu, the memory of a device and the
-    bytes that other programs hold there.
+    The digest covers the program, its compile options, the topology, libtpu, the memory of a device
+    and the bytes that other programs hold there.
     """
     subject, completions = planned(row)
     where = target(row.topology)

@@ -156,7 +156,7 @@ def test_a_paper_scale_config_trains_where_it_says(row, digest_of, tmp_path):
 
 @pytest.fixture
 def compiled_rows(monkeypatch, tmp_path):
-    """compiled_rows(n, table): what the first row's test compiles if the first n rows are changed."""
+    """(n, table) -> what the first row's test compiles if the first n rows are changed."""
     monkeypatch.setattr(scale, "libtpu", lambda: "0.2")
 
     def first_row(new: int, table: dict[str, str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Rewards that are described in place: the same as the stage's, validated, resolved, planned and resumed."""
+"""Rewards that are described in place: the same as the stage's, validated, resolved, planned and
+resumed.
+"""
 
 import json
 import runpy
@@ -190,11 +192,19 @@ def test_references_within_a_description_are_those_of_the_recipe(tmp_path):
             ConfigError,
             "judge.model={reward}: expected a language model, found a reward model",
         ),
-        ({"kind": "rule", "function": "no:f"}, ConfigError, "{place}=rule: rule 'no:f'"),
+        (
+            {"kind": "rule", "function": "no:f"},
+            ConfigError,
+            "{place}=rule: rule 'no:f'",
+        ),
         (WORDS | {"metadata": "no/*.jsonl"}, DataError, "metadata=no/*.jsonl: no file"),
-        ({"kind": "rubric", **RUBRIC, "judge": JUDGE | {"model": "no"}}, CheckpointError, "judge.model=no"),
+        (
+            {"kind": "rubric", **RUBRIC, "judge": JUDGE | {"model": "no"}},
+            CheckpointError,
+            "judge.model=no",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_description_refers_to_is_there_before_the_first_stage(
     reward, error, message, conversations, finished, tmp_path
 ):

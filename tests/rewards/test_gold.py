@@ -32,7 +32,8 @@ def test_an_answer_without_words_is_the_worst_plain_one(gold, answer):
 
 
 def test_repetition_by_hand(gold):
-    # 4 words, 2 different: r1 = 1/2. Bigrams "we go", "go we", "we go": r2 = 1/3. (1/2 - 1/4) + 1/3 = 7/12.
+    # 4 words, 2 different: r1 = 1/2. Bigrams "we go", "go we", "we go": r2 = 1/3. (1/2 - 1/4) + 1/3
+    # = 7/12.
     assert gold.score("we go we go") == pytest.approx(-7 / 12)
     # 3 words, all the same: (2/3 - 1/4) + 1/2 = 11/12; one more and the ceiling of 1 is reached.
     assert gold.score("table table table") == pytest.approx(-11 / 12)
@@ -40,8 +41,8 @@ def test_repetition_by_hand(gold):
 
 
 def test_pitfall_42_repetition_and_length_of_chinese_answers_by_hand(gold):
-    # 6 characters, 3 different: r1 = 1/2. Bigrams 我们 们走 走我 我们 们走: r2 = 2/5. (1/2 - 1/4) + 2/5 =
-    # 13/20.
+    # 6 characters, 3 distinct: r1 = 1/2. Bigrams 我们 们走 走我 我们 们走: r2 = 2/5.
+    # (1/2 - 1/4) + 2/5 = 13/20.
     assert gold.score("我们走我们走") == pytest.approx(-13 / 20)
     different = "".join(
         chr(0x4E00 + i) for i in range(34)

@@ -1,4 +1,6 @@
-"""Judges: option log-probabilities against a plain loop, rubrics, AI feedback, critique and revision."""
+"""Judges: option log-probabilities against a plain loop, rubrics, AI feedback, critique and
+revision.
+"""
 
 import functools
 import itertools
@@ -65,7 +67,9 @@ def judge(folder):
 
 @functools.cache
 def opened(folder):
-    """(tokenizer, ids -> float64 logits after the last of them): each a whole forward pass, of one compiled length."""
+    """(tokenizer, ids -> float64 logits after the last of them): each a whole forward pass, of one
+    compiled length.
+    """
     saved = store.load(folder, ONE)
 
     @jax.jit

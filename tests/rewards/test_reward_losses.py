@@ -1,4 +1,6 @@
-"""Every loss of the reward stage against a plain loop over pairs in float64, with ragged K and ties."""
+"""Every loss of the reward stage against a plain loop over pairs in float64, with ragged K and
+ties.
+"""
 
 import jax
 import jax.numpy as jnp

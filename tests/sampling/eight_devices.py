@@ -1,4 +1,5 @@
-"""Run as a program, on 8 devices that XLA makes of one CPU: sampling on meshes against one device, a JSON line each.
+"""Run as a program, on 8 devices that XLA makes of one CPU: sampling on meshes against one device,
+a JSON line each.
 
 tokens     are they equal to one device's
 logprobs   the largest difference, nats

@@ -35,7 +35,9 @@ def rows(logits, n):
 
 @pytest.mark.parametrize("vocab", [3, 64, 65, 200])
 def test_inverse_cdf_measures_are_the_probabilities(vocab):
-    """Over an even grid of u, token i is drawn on an interval of length p_i, and the tokens come in order."""
+    """Over an even grid of u, token i is drawn on an interval of length p_i, and the tokens come in
+    order.
+    """
     logits = 2 * np.random.default_rng(0).normal(size=vocab)
     n = 20_000
     tokens = np.asarray(cdf(rows(logits, n), grid(n)))
@@ -45,7 +47,9 @@ def test_inverse_cdf_measures_are_the_probabilities(vocab):
 
 
 def test_a_removed_token_is_never_drawn():
-    """Not at u = 0, not just below 1, and not where rounding leaves the CDF's end below u times the total."""
+    """Not at u = 0, not just below 1, and not where rounding leaves the CDF's end below u times the
+    total.
+    """
     logits = np.full(200, -np.inf)
     logits[[5, 70, 130]] = 0.0, 1.0, -20.0
     u = np.concatenate(
@@ -63,7 +67,9 @@ def test_first_above_falls_back_to_the_last_that_adds():
 
 
 def test_frequencies_match_probabilities():
-    """Chi-square of 20,000 draws over 6 tokens, 5 degrees of freedom: 20.5 is exceeded once in a thousand."""
+    """Chi-square of 20,000 draws over 6 tokens, 5 degrees of freedom: 20.5 is exceeded once in a
+    thousand.
+    """
     p = np.array([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
     n = 20_000
     u = jax.random.uniform(jax.random.key(0), (n,))
@@ -104,7 +110,9 @@ SHUFFLED = np.array([0.10, 0.40, 0.05, 0.30, 0.15])
     ],
 )
 def test_truncation_is_exactly_renormalized(top_k, top_p, kept):
-    """Which tokens are ever drawn, how often, and their logprobs: those of the distribution sampled from."""
+    """Which tokens are ever drawn, how often, and their logprobs: those of the distribution sampled
+    from.
+    """
     n = 4000
     token, logprob = drawn(
         rows(np.log(SHUFFLED), n), grid(n), temperature=1.0, top_k=top_k, top_p=top_p

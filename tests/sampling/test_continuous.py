@@ -1,4 +1,6 @@
-"""Continuous batching and shared prefixes against static batches of repeated prompts: the same responses."""
+"""Continuous batching and shared prefixes against static batches of repeated prompts: the same
+responses.
+"""
 
 import dataclasses
 import json
@@ -65,7 +67,9 @@ def ended_by(samples, eos):
 
 
 def eos_that_ends(samples):
-    """The token that ends the most responses at different places: lengths with a spread, whatever the parameters."""
+    """The token that ends the most responses at different places: lengths with a spread, whatever
+    the parameters.
+    """
     lengths = {
         t: ended_by(samples, t).mask.sum(1).astype(int).tolist() for t in range(2, 61)
     }
@@ -80,7 +84,9 @@ LENGTHS = (7, 1, 4, 6, 2, 5, 3, 7, 1, 1, 6)
 
 @pytest.mark.parametrize("family", FIRST)
 def test_continuous_is_static(family):
-    """11 prompts of every length through 3 slots: with responses of different lengths, the same tokens."""
+    """11 prompts of every length through 3 slots: with responses of different lengths, the same
+    tokens.
+    """
     model = Model(FAMILIES[family])
     params, rows, drawn = random_params(model), left_padded(LENGTHS), keys(len(LENGTHS))
     endless = run(model, params, *rows, drawn, eos_id=-1)
@@ -116,7 +122,8 @@ def test_a_shared_prefix_is_a_repeated_prompt(gpt2):
 
 
 def test_random_lengths_are_the_static_ones(gpt2):
-    """A property, ten times: prompts and responses of random lengths, refilled by pairs; a group of two has one prompt.
+    """A property, ten times: prompts and responses of random lengths, refilled by pairs; a group of
+    two has one prompt.
 
     Prompts are in the order they came, whatever the order in which they end.
     """
@@ -148,7 +155,7 @@ def test_random_lengths_are_the_static_ones(gpt2):
     ("decode_batch", "max_new_tokens"), [(7, NEW), (2, 1), (100, NEW)]
 )
 def test_every_number_of_slots_gives_the_same(gpt2, decode_batch, max_new_tokens):
-    """Rows not divisible by slots, responses of one token, more slots than rows (a static batch)."""
+    """Rows not divisible by lanes, responses of one token, more lanes than rows."""
     model, params = gpt2
     rows, drawn = left_padded((7, 1, 4, 6, 2, 5, 3, 7)), keys(8)
     expected = run(model, params, *rows, drawn, max_new_tokens=max_new_tokens)
@@ -168,10 +175,12 @@ def test_every_number_of_slots_gives_the_same(gpt2, decode_batch, max_new_tokens
 
 
 def test_a_slot_that_ends_takes_the_next_prompt_at_once(gpt2, monkeypatch):
-    """Decode steps counted as they run. A row of length L is rigged to end with its token number 7 - L: 6 - L steps.
+    """Decode steps counted as they run. A row of length L is rigged to end with its token number 7
+    - L: 6 - L steps.
 
-    Two slots: the row of length 1 takes 5 steps, meanwhile five of length 5 take 1 each beside it. 5 steps are all;
-    static batches of two would take 5 + 1 + 1. Nothing is decoded once the last row has ended.
+    Two slots: the row of length 1 takes 5 steps, meanwhile five of length 5 take 1 each beside it.
+    5 steps are all; static batches of two would take 5 + 1 + 1. Nothing is decoded once the last
+    row has ended.
     """
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
     rows = left_padded((1, 5, 5, 5, 5, 5))
@@ -200,7 +209,9 @@ def test_a_group_needs_slots_for_all_of_it(gpt2):
 
 @pytest.mark.slow
 def test_eight_devices_sample_what_one_does():
-    """Rows split over 8 devices, and heads over 4 of them; static and continuous. The cache stays split."""
+    """Rows split over 8 devices, and heads over 4 of them; static and continuous. The cache stays
+    split.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

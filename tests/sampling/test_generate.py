@@ -1,4 +1,6 @@
-"""Sampling against teacher forcing and against a sampler without a cache; ends, independence, repeatability."""
+"""Sampling against teacher forcing and against a sampler without a cache; ends, independence,
+repeatability.
+"""
 
 import dataclasses
 import functools
@@ -75,7 +77,9 @@ def sampling(**settings):
 
 @functools.partial(jax.jit, static_argnums=1)
 def draws(keys, steps):
-    """[n, steps]: the uniform numbers that each row's tokens are drawn with, from its key and the step alone."""
+    """[n, steps]: the uniform numbers that each row's tokens are drawn with, from its key and the
+    step alone.
+    """
     return jax.vmap(
         lambda key: jnp.stack(
             [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(steps)]
@@ -109,9 +113,11 @@ def teacher_forced(model, params, prompts, segments, samples, temperature):
 
 
 def decided(model, params, prompts, segments, drawn, samples, temperature=0.8):
-    """[n] which responses are for the sampler to decide, and not for rounding: every draw is 1e-5 from the next token.
+    """[n] which responses are for the sampler to decide, and not for rounding: every draw is 1e-5
+    from the next token.
 
-    Where u lies on the edge between two tokens of the CDF, another order of summation may draw the other one.
+    Where u lies on the edge between two tokens of the CDF, another order of summation may draw the
+    other one.
     """
     logits = np.asarray(
         forced_logits(model, params, prompts, segments, samples, temperature),
@@ -126,7 +132,11 @@ def decided(model, params, prompts, segments, drawn, samples, temperature=0.8):
 
 
 def test_pitfall_05_logprobs_are_teacher_forced(made, optimized):
-    """... at a temperature other than 1, for prompts of other lengths: sampler and trainer are one distribution."""
+    """...
+
+    At a temperature other than 1, for prompts of other lengths: sampler and trainer are one
+    distribution.
+    """
     model, params = made
     prompts, segments = left_padded()
     samples = run(model, params, prompts, segments, keys(4))
@@ -136,7 +146,9 @@ def test_pitfall_05_logprobs_are_teacher_forced(made, optimized):
 
 
 def test_pitfall_03_logprobs_carry_the_temperature(gpt2):
-    """The same tokens' logprobs at temperature 1 are others: a trainer that forgets it is off by this much."""
+    """The same tokens' logprobs at temperature 1 are others: a trainer that forgets it is off by
+    this much.
+    """
     model, params = gpt2
     prompts, segments = left_padded()
     samples = run(model, params, prompts, segments, keys(4))
@@ -225,7 +237,9 @@ def test_a_row_depends_on_its_own_prompt_and_key_alone(gpt2):
 
 
 def test_pitfall_07_keys_make_the_draw(gpt2):
-    """Equal keys repeat, other keys differ, and rows with one prompt but own keys differ among themselves."""
+    """Equal keys repeat, other keys differ, and rows with one prompt but own keys differ among
+    themselves.
+    """
     model, params = gpt2
     prompts, segments = (jnp.repeat(x[:1], 4, axis=0) for x in left_padded())
     one, again, other = (
@@ -243,7 +257,9 @@ def test_pitfall_07_keys_make_the_draw(gpt2):
 
 
 def rigged(gpt2, script):
-    """A model whose greedy continuation is `script[position]`: position embeddings alone decide the token."""
+    """A model whose greedy continuation is `script[position]`: position embeddings alone decide the
+    token.
+    """
     model, params = gpt2
     params = jax.tree.map(jnp.zeros_like, params)
     embed = params["backbone"]["embed"]
@@ -262,10 +278,11 @@ def rigged(gpt2, script):
 
 
 def test_pitfall_08_the_end(gpt2):
-    """Rows of length 4, 3 and 1 reach the position whose next token is eos (position 5) after 3, 4 and 6 tokens.
+    """Rows of length 4, 3 and 1 reach the position whose next token is eos (position 5) after 3, 4
+    and 6 tokens.
 
-    The eos is the response's last token, with mask 1; after it pad, mask 0 and logprob 0. A row of length 7 is past
-    that position: it ends at the limit, without an eos.
+    The eos is the response's last token, with mask 1; after it pad, mask 0 and logprob 0. A row of
+    length 7 is past that position: it ends at the limit, without an eos.
     """
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, *range(16, 16 + NEW)])
     prompts, segments = left_padded((4, 3, 1, 7))
@@ -286,7 +303,9 @@ def test_pitfall_08_the_end(gpt2):
 
 
 def test_the_loop_stops_when_all_rows_are_done(gpt2, monkeypatch):
-    """Decode steps counted as they run: two rows end after 3 and 4 tokens, so 3 decodes, not max_new_tokens - 1 = 9."""
+    """Decode steps counted as they run: two rows end after 3 and 4 tokens, so 3 decodes, not
+    max_new_tokens - 1 = 9.
+    """
     model, params = rigged(gpt2, [10, 11, 12, 13, 14, EOS, 16, 17])
     prompts, segments = left_padded((4, 3))
     calls, decode = [], Model.decode
@@ -334,7 +353,9 @@ def test_stream_is_generate(gpt2):
 
 
 def test_bf16_logprobs_are_near_teacher_forced(gpt2):
-    """bf16 keeps 8 bits: on logits of about 3 the two computations differ by a few hundredths of a nat."""
+    """bf16 keeps 8 bits: on logits of about 3 the two computations differ by a few hundredths of a
+    nat.
+    """
     model = Model(dataclasses.replace(gpt2[0].config, dtype="bfloat16"))
     prompts, segments = left_padded()
     samples = run(model, gpt2[1], prompts, segments, keys(4))
@@ -393,7 +414,9 @@ def test_pitfall_02_the_end_is_not_padding(gpt2):
 
 
 def test_every_shape_is_compiled_once_and_logged(caplog):
-    """Batches of one length of prompt are one program, whatever stands in them; another length says so."""
+    """Batches of one length of prompt are one program, whatever stands in them; another length says
+    so.
+    """
     caplog.set_level("INFO", logger="rlhfjax")
     model = Model(dataclasses.replace(FAMILIES["gpt2"], n_layers=1))
     params = random_params(model)

@@ -1,4 +1,6 @@
-"""What the compiled sampler does not do: copy its cache, make logits of a whole prompt, prefill one prompt twice."""
+"""What the compiled sampler does not do: copy its cache, make logits of a whole prompt, prefill one
+prompt twice.
+"""
 
 import functools
 import math
@@ -60,7 +62,9 @@ def compiled_text(samples_per_prompt=1, decode_batch=0):
 
 
 def computations(text):
-    """name -> [(what an instruction makes, its operation, the computations that it calls)], and the entry's name."""
+    """name -> [(what an instruction makes, its operation, the computations that it calls)], and the
+    entry's name.
+    """
     found, entry, name = {}, None, None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -92,7 +96,9 @@ def sizes(shape):
 
 
 def copies(text, size):
-    """Instructions within loops that make an array of `size` elements otherwise than by an update in place."""
+    """Instructions within loops that make an array of `size` elements otherwise than by an update
+    in place.
+    """
     found, entry = computations(text)
     bodies = inside(
         found,
@@ -128,9 +134,11 @@ def copies(text, size):
 def test_the_cache_is_never_copied_in_a_loop(
     samples_per_prompt, decode_batch, rows, optimized
 ):
-    """Not in a step, nor in a refill: one layer's keys are [rows, 2, places, 6], and only updates in place make them.
+    """Not in a step, nor in a refill: one layer's keys are [rows, 2, places, 6], and only updates
+    in place make them.
 
-    (With a single key head XLA's CPU compiler does copy: it fuses the update into what reads it, for a second time.)
+    (With a single key head XLA's CPU compiler does copy: it fuses the update into what reads it,
+    for a second time.)
     """
     text = compiled_text(samples_per_prompt, decode_batch)
     assert f"f32[{rows},2,{PLACES},6]" in text
