@@ -167,8 +167,8 @@ class Loaded:
         if model.lora.rank:
             params = lora.merge(model.lora, quantized.wide(params, model.axes()))
             model = Model(model.config, model.head)
-        # A new model has its tokenizer once it is trained.
-        return store.SavedModel(model, params, self.tokenizer)  # pyright: ignore[reportArgumentType]
+        assert self.tokenizer is not None  # a new model has one once it is trained
+        return store.SavedModel(model, params, self.tokenizer)
 
     def adapters(self, trained: PyTree) -> dict[str, Any]:
         """Returns the trained adapters, if there are any, for `Finished.adapters`."""

@@ -76,13 +76,15 @@ def fleiss_kappa(counts: Int[np.ndarray, "pairs categories"]) -> float:
     if not len(n):
         return float("nan")
     agreeing = (counts * (counts - 1)).sum(1)
-    observed = np.mean(agreeing / (n * (n - 1)))
+    rater_pairs = n * (n - 1)
+    observed = np.mean(agreeing / rater_pairs)
     share = counts.sum(0) / counts.sum()
     share[[0, 2]] = share[[0, 2]].mean()
     expected = float(np.sum(share**2))
     if expected == 1:
         return 1.0
-    return float((observed - expected) / (1 - expected))
+    kappa = (observed - expected) / (1 - expected)
+    return float(kappa)
 
 
 def agreement(labels: Mapping[str, Scores] | Sequence[Scores]) -> dict[str, float]:
