@@ -16,8 +16,7 @@ from rlhfjax.origins import Origins, roles_of
 from rlhfjax.rewards.compose import MemberConfig
 from rlhfjax.rewards.judge import JudgeConfig
 from rlhfjax.rewards.rubric import ClassConfig
-from rlhfjax.rl.config import HumanConfig
-from rlhfjax.rl.prompts import PtxConfig
+from rlhfjax.rl.config import HumanConfig, PtxConfig
 from rlhfjax.stages import (
     best_of_n,
     collect,

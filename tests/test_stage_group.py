@@ -5,7 +5,6 @@ And the whole stage.
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import task
-from rlhfjax.rl.config import HumanConfig
-from rlhfjax.rl.prompts import PtxConfig, policy_batches
+from rlhfjax.rl.config import HumanConfig, PtxConfig
+from rlhfjax.rl.prompts import policy_batches
 from rlhfjax.rl.rewards import add_human_reward
 from rlhfjax.rl.rollout import Rollout, TokenIds
 from rlhfjax.stages import group
@@ -430,7 +429,7 @@ def test_repeated_prompts_are_consecutive_and_resumable():
         def set_state(self, state):
             self.n = state
 
-    config = SimpleNamespace(samples_per_prompt=2)
+    config = optimum.group_config(1, samples_per_prompt=2, batch_size=4)
     stream = policy_batches(PtxConfig(), Counting(), None, config, None)
     np.testing.assert_array_equal(
         next(stream).prompts.tokens, [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]]

@@ -25,8 +25,7 @@ from rlhfjax.metrics import finalize
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig
 from rlhfjax.rl import epochs
-from rlhfjax.rl.config import KLConfig, TruncateConfig
-from rlhfjax.rl.prompts import PtxConfig
+from rlhfjax.rl.config import KLConfig, PtxConfig, TruncateConfig
 from rlhfjax.rl.rewards import shape_rewards
 from rlhfjax.rl.rollout import Rollout, TokenIds, response_hidden, truncate_responses
 from rlhfjax.stages import ppo

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from rlhfjax.config import TrainConfig
+from rlhfjax.data.config import SourceConfig
 from rlhfjax.data.loader import rows_per_stream
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout, MeshConfig
@@ -22,7 +23,6 @@ from rlhfjax.ranges import (
     TokensOrNone,
 )
 from rlhfjax.rewards.load import RewardSource
-from rlhfjax.rl.prompts import PromptConfig, PtxConfig
 from rlhfjax.roles import Pass, Role, Workload, job_workload
 from rlhfjax.sampling.config import SamplingConfig
 from rlhfjax.supervised import validate_kernel, validate_length, validate_lora
@@ -62,6 +62,44 @@ class TruncateConfig:
     """First position in the response at which the token counts (Ziegler: 16 of 24)."""
     value: Finite = -1.0
     """Score of a response without the token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Prompts: rows of kind prompt, or prefixes of conversations (kind messages).
+
+    A prefix ends with a user's turn.
+    """
+
+    source: SourceConfig | None = None
+    """Where the prompts are; required in stages that sample."""
+    per_conversation: Count = 1
+    """Prefixes per conversation; 0 takes all."""
+    limit: Count = 0
+    """Number of prompts; 0 takes all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PtxConfig:
+    """gamma E[log pi(x)] over pretraining text; its gradient is added to PPO's per minibatch.
+
+    The paper's gamma, 27.8, comes without a unit. Here `unit` says what gamma multiplies.
+
+    Source: Ouyang et al. 2022, eq. 2.
+    """
+
+    coefficient: NonNegative = 0.0
+    """Weight gamma of the pretraining loss; 0 is off."""
+    unit: Literal["token", "sequence"] = "token"
+    """Whether gamma multiplies nats per token or nats per sequence."""
+    ratio: Size = 8
+    """Sequences of text per episode of an iteration (InstructGPT C.4: 8)."""
+    length: TokensOrNone = 0
+    """Tokens per sequence."""
+    data_shards: Size = 1
+    """Streams that the text comes in, as in a StreamConfig."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Where the text is."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,38 +1,20 @@
 """Prompts for the stages that sample responses, and the pretraining text of PPO-ptx."""
 
-import dataclasses
-from typing import Any, Literal
-
 import jax.numpy as jnp
 
 from rlhfjax.data import loader
 from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat, shapes
-from rlhfjax.data.config import Limited, SourceConfig, open_sources, own_shards
+from rlhfjax.data.config import Limited, open_sources, own_shards
 from rlhfjax.data.examples import Prompts
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.programs import small
-from rlhfjax.ranges import Count, NonNegative, Size, TokensOrNone
+from rlhfjax.rl.config import PolicyConfig, PromptConfig, PtxConfig
 from rlhfjax.stage import Batches
 from rlhfjax.streams import PRETRAINING_MIX
 from rlhfjax.types import Metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptConfig:
-    """Prompts: rows of kind prompt, or prefixes of conversations (kind messages).
-
-    A prefix ends with a user's turn.
-    """
-
-    source: SourceConfig | None = None
-    """Where the prompts are; required in stages that sample."""
-    per_conversation: Count = 1
-    """Prefixes per conversation; 0 takes all."""
-    limit: Count = 0
-    """Number of prompts; 0 takes all."""
 
 
 def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
@@ -47,7 +29,7 @@ def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
 
 
 def prompt_batches(
-    config: PromptConfig, tokenizer: Tokenizer, stage: Any
+    config: PromptConfig, tokenizer: Tokenizer, stage: PolicyConfig
 ) -> loader.BatchStream:
     """Returns endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
     source = open_prompts(config, f"{stage.stage}.prompts")
@@ -62,7 +44,7 @@ def prompt_batches(
 
 
 def held_out_prompts(
-    config: PromptConfig, tokenizer: Tokenizer, stage: Any
+    config: PromptConfig, tokenizer: Tokenizer, stage: PolicyConfig
 ) -> loader.BatchStream:
     """Returns one pass over held-out prompts, in order, in batches of at most `stage.episodes`."""
     source = open_prompts(config, f"{stage.stage}.eval_prompts")
@@ -82,34 +64,11 @@ def prompt_metrics(prompts: PromptBatch) -> Metrics:
 # ------------------------------------------------------------------ PPO-ptx: text beside prompts
 
 
-@dataclasses.dataclass(frozen=True)
-class PtxConfig:
-    """gamma E[log pi(x)] over pretraining text; its gradient is added to PPO's per minibatch.
-
-    The paper's gamma, 27.8, comes without a unit. Here `unit` says what gamma multiplies.
-
-    Source: Ouyang et al. 2022, eq. 2.
-    """
-
-    coefficient: NonNegative = 0.0
-    """Weight gamma of the pretraining loss; 0 is off."""
-    unit: Literal["token", "sequence"] = "token"
-    """Whether gamma multiplies nats per token or nats per sequence."""
-    ratio: Size = 8
-    """Sequences of text per episode of an iteration (InstructGPT C.4: 8)."""
-    length: TokensOrNone = 0
-    """Tokens per sequence."""
-    data_shards: Size = 1
-    """Streams that the text comes in, as in a StreamConfig."""
-    sources: tuple[SourceConfig, ...] = ()
-    """Where the text is."""
-
-
 def policy_batches(
     config: PtxConfig,
     prompts: Batches,
     tokenizer: Tokenizer,
-    stage: Any,
+    stage: PolicyConfig,
     layout: Layout,
 ) -> loader.Joined:
     """Returns a stream of PolicyBatch: every prompt `samples_per_prompt` times, and the text."""

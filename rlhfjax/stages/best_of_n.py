@@ -37,8 +37,8 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import PositiveTemperature, Seed, Size
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import Reward, texts
-from rlhfjax.rl.config import sampling_workload, validate_sampling
-from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
+from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.rollout import Rollout, sample
 from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig

@@ -24,12 +24,13 @@ from rlhfjax.rewards.agreement import agreement
 from rlhfjax.rewards.labelers import Answers, Labeler, make_answers
 from rlhfjax.rewards.load import LabelerSource, label, load_labeler
 from rlhfjax.rl.config import (
+    PromptConfig,
     TruncateConfig,
     sampling_workload,
     validate_sampling,
     validate_truncate,
 )
-from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.responses import (
     PromptBatching,
     Responses,

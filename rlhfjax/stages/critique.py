@@ -25,7 +25,8 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import PositiveCount, ProperShare, Seed, Size, Temperature, Tokens
 from rlhfjax.rewards.feedback import choose
 from rlhfjax.rewards.judge import Conversation, Judge, JudgeConfig
-from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.config import PromptConfig
+from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.roles import Role, Workload, job_workload
 from rlhfjax.streams import PER_CRITIQUE_SEED
 from rlhfjax.supervised import validate_length

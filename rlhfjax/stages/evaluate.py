@@ -32,8 +32,8 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Tokens
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import texts
-from rlhfjax.rl.config import sampling_workload, validate_sampling
-from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
+from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses, validate_buckets
 from rlhfjax.rl.rewards import reference_kl
 from rlhfjax.roles import Role, scorers

@@ -25,8 +25,8 @@ from rlhfjax.ranges import Seed, Size, TokensOrNone
 from rlhfjax.rewards import center
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rewards.responses import validate_reward_model
-from rlhfjax.rl.config import sampling_workload, validate_sampling
-from rlhfjax.rl.prompts import PromptConfig, open_prompts
+from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
+from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses
 from rlhfjax.roles import Role, Workload, job_workload
 from rlhfjax.sampling.config import Sampling, SamplingConfig
