@@ -104,7 +104,26 @@ def traced_in() -> dict[str, list[str]]:
 TRACED_IN = traced_in()
 
 
-@pytest.mark.parametrize("stage", TRACED_IN)
+# One stage per kind in every run; the rest, which takes most of a minute, is slow.
+QUICK = (
+    "ppo",
+    "group estimator=dr_grpo",
+    "direct loss.name=kto",
+    "reward",
+    "tamer",
+    "sft",
+    "pretrain",
+)
+
+
+def stage_params() -> list[Any]:
+    marks = {
+        stage: () if stage in QUICK else (pytest.mark.slow,) for stage in TRACED_IN
+    }
+    return [pytest.param(stage, marks=mark) for stage, mark in marks.items()]
+
+
+@pytest.mark.parametrize("stage", stage_params())
 def test_functions_are_entered_when_their_stage_is_traced(stage):
     """The stage's own step runs on shapes, and enters each function that stands beside it."""
     codes = traced.entered(stage)

@@ -227,7 +227,7 @@ IMPOSSIBLE = [
     ("--config.pretrain.optim.name=adaam", "optim.name"),
     (
         "--config.sft.microbatches=3",
-        "sft.batch_size=8 is not divisible by microbatches=3",
+        "sft.batch_size=8: must be divisible by microbatches=3",
     ),
     (
         "--config.sft.microbatches=4",

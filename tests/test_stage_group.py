@@ -19,6 +19,7 @@ from rlhfjax.algos import group as estimators
 from rlhfjax.algos import kl
 from rlhfjax.config import to_dict
 from rlhfjax.data.batches import PromptBatch
+from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.metrics import finalize
@@ -414,7 +415,7 @@ def test_a_batch_in_which_nothing_counts_leaves_the_policy_as_it_is():
     assert all(np.isfinite(v) for v in finalize(jax.device_get(more)).values())
 
 
-def test_repeated_prompts_are_consecutive_and_resumable():
+def test_repeated_prompts_are_consecutive_and_resumable(finished):
     class Counting:
         n = 0
 
@@ -430,7 +431,8 @@ def test_repeated_prompts_are_consecutive_and_resumable():
             self.n = state
 
     config = optimum.group_config(1, samples_per_prompt=2, batch_size=4)
-    stream = policy_batches(PtxConfig(), Counting(), None, config, None)
+    tokenizer = load_tokenizer(finished / "00_tokenizer")
+    stream = policy_batches(PtxConfig(), Counting(), tokenizer, config, ONE)
     np.testing.assert_array_equal(
         next(stream).prompts.tokens, [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]]
     )

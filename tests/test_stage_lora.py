@@ -477,7 +477,7 @@ def test_what_cannot_be_meant_is_one_line(conversations, finished):
     new = values("pretrain", conversations, finished)
     with pytest.raises(
         ConfigError,
-        match=r"pretrain.lora.rank=2: adapters are of a trained model, `init_from`",
+        match=r"pretrain.lora.rank=2: adapters need a trained model, `init_from`",
     ):
         started("pretrain", new)
     with pytest.raises(

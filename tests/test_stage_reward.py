@@ -260,8 +260,8 @@ def test_pitfall_36_a_reward_of_nan_centers_nothing(finished, tmp_path, monkeypa
         np.array([[1.0, np.nan], [np.nan, 2.0]]),
         np.array([[1.0, 0.0], [1.0, 1.0]]),
     )
-    samples = {"rewards": rewards, "valid": valid}
-    monkeypatch.setattr(stages.find("recenter"), "_samples", lambda *_: samples)
+    samples = (rewards, valid, np.zeros(2))
+    monkeypatch.setattr(stages.find("recenter"), "_score_rows", lambda *_: samples)
     said = (
         r"^recenter\.init_from=.*/04_reward: the score of prompt 1, response 0 is nan"
     )

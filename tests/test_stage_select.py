@@ -82,9 +82,8 @@ def test_fine_tuning_learns_the_sampled_ids_and_their_eos_alone(finished, select
     for batch in loader.sft_batches(
         source, tokenizer, batch_size=4, length=32, train=False
     ):
-        for tokens, targets, mask, segments in zip(
-            *(batch[k] for k in ("tokens", "targets", "mask", "segments")), strict=True
-        ):
+        arrays = (batch.tokens, batch.targets, batch.mask, batch.segment_ids)
+        for tokens, targets, mask, segments in zip(*arrays, strict=True):
             for segment in range(1, segments.max() + 1):
                 here = segments == segment
                 prompt = [

@@ -79,7 +79,8 @@ class _Counting:
             elif i.op == "while":
                 times = self.module.trip_count(i)
                 total.unknown_loops += times is None
-                total.add(self.computation(i.computation("body")), times or 1)
+                times = 1 if times is None else times
+                total.add(self.computation(i.computation("body")), times)
             elif i.op == "conditional":
                 branches = [self.computation(called) for called in i.called]
                 longest = max(branches, key=lambda c: (c.flops, c.hbm), default=Cost())

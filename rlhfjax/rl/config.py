@@ -263,7 +263,7 @@ def policy_workload(
         rounds=config.epochs * microbatches * (2 if ratio else 1),
         microbatches=config.microbatches,
         passes=tuple(passes),
-        decoded=config.decode_batch or config.episodes,
+        decoded=config.decode_batch if config.decode_batch > 0 else config.episodes,
         sampled=config.max_new_tokens,
     )
 

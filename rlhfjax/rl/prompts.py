@@ -23,7 +23,8 @@ def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
         raise ConfigError(f"{option}.source: a value is required")
     source = config.source.open()
     if source.kind == "messages":
-        per_conversation = config.per_conversation or None
+        takes_all = config.per_conversation == 0
+        per_conversation = None if takes_all else config.per_conversation
         source = Prompts(source, per_conversation=per_conversation, seed=seed)
     return Limited(source, config.limit) if config.limit else source
 

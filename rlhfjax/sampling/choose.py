@@ -26,8 +26,9 @@ def choose(
         logits = keep_top_k(logits / sampling.temperature, sampling.top_k)
         logits = keep_top_p(logits, sampling.top_p)
         token = inverse_cdf(logits, u)
+    picked = _pick(logits, token)
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
-    logprob = _pick(logits, token) - log_normalizer
+    logprob = picked - log_normalizer
     return token, logprob
 
 
@@ -80,9 +81,8 @@ def inverse_cdf(logits: Float[Array, "b v"], u: Float[Array, " b"]) -> Int[Array
     weights = jnp.pad(weights, ((0, 0), (0, padding)))
     weights = constrain(weights, ("batch", "vocab"))
     weights = weights.reshape(b, blocks, BLOCK)
-    block_weights = weights.sum(2)
     # The block in which the CDF passes u ...
-    ends = jnp.cumsum(block_weights, axis=1)
+    ends = jnp.cumsum(weights.sum(2), axis=1)
     rest = u * ends[:, -1]
     block = _first_above(ends, rest)
     # ... and the token within it, after what the blocks before it add.
@@ -101,9 +101,10 @@ def _first_above(ends, x):
 
     If there is none, it returns the last index at which the row still grew.
     """
-    x, total = x[:, None], ends[:, -1:]
-    first = (ends <= x).sum(1)
-    last = (ends < total).sum(1)
+    is_below = ends <= x[:, None]
+    first = is_below.sum(1)
+    is_growing = ends < ends[:, -1:]
+    last = is_growing.sum(1)
     index = jnp.minimum(first, last)
     return index.astype(jnp.int32)
 

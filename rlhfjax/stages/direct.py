@@ -135,7 +135,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
     mismatched = Program("mismatched", total_logprobs(model, config.microbatches), ROWS)
 
     def step(
-        state: TrainState, batch: DirectBatch, key: jax.Array
+        state: TrainState, batch: DirectBatch, key: Any
     ) -> tuple[TrainState, Metrics]:
         if batch.reference is None:
             batch = add_reference(batch)
