@@ -27,6 +27,7 @@ from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
 from rlhfjax.optim import OptimConfig, make_optimizer, make_schedule
 from rlhfjax.ranges import NonNegative, Positive, PositiveCount, Share, Size
+from rlhfjax.rewards.load import label
 from rlhfjax.rewards.model import ModelReward
 from rlhfjax.rl.config import (
     PolicyConfig,
@@ -367,7 +368,7 @@ def _value_function(config: Config, task: Task) -> Loaded:
         if not isinstance(reward, ModelReward):
             raise ConfigError(
                 f'ppo.value="reward": must be "policy" or "shared" '
-                f"if the reward is no model, as {config.reward}"
+                f"if the reward is no model, as {label(config.reward)}"
             )
         model_config = reward.model.config
         read_model = functools.partial(dict, reward.params)
