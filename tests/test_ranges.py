@@ -68,7 +68,7 @@ def test_every_config_is_found():
     for name in (
         "mesh.MeshConfig",
         "models.config.TransformerConfig",
-        "rl.prompts.PtxConfig",
+        "rl.config.PtxConfig",
         "rewards.direct.LossConfig",
     ):
         assert f"rlhfjax.{name}" in CONFIGS
