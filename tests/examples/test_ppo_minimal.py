@@ -96,7 +96,9 @@ def stage_values(config, conversations, finished):
     }
 
 
-@pytest.mark.parametrize("epochs, minibatches", [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "epochs, minibatches", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)]
+)
 def test_it_computes_what_the_stage_does(
     epochs, minibatches, conversations, finished, tmp_path
 ):
