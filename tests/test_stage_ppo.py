@@ -656,7 +656,7 @@ def test_a_shared_trunk_has_a_value_function_of_its_own_that_learns():
     def trunk(coefficient):
         config = dataclasses.replace(algorithm.config, value_coefficient=coefficient)
         critic = Model(algorithm.model.config, "scalar")
-        other = ppo.programs(config, algorithm.model, critic, algorithm.tokens)
+        other = ppo.programs(config, algorithm.model, critic, algorithm.ids)
         params = {
             **state.params,
             "value": {"head": {"kernel": jnp.ones(32), "bias": jnp.zeros(())}},
