@@ -227,7 +227,7 @@ def table(shape: TransformerConfig, t: dict[str, float], drawn: np.ndarray) -> s
         [
             "| what | measured |",
             "|---|---|",
-            *(f"| {what} | {said} |" for what, said in lines),
+            *(f"| {name} | {result} |" for name, result in lines),
         ]
     )
 

@@ -108,7 +108,7 @@ def sample(model, config, params, prompts_bp, attention_mask_bp, key):
 
 def response_hidden(model, config, params, tokens_bt, attention_mask_bt):
     """Returns hidden_brd, the hidden states at the position before each response token."""
-    hidden_btd = model.hidden(params, tokens_bt, segments=attention_mask_bt)
+    hidden_btd = model.hidden(params, tokens_bt, segment_ids=attention_mask_bt)
     return hidden_btd[:, config.prompt_length - 1 : -1]
 
 

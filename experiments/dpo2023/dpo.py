@@ -50,7 +50,7 @@ def optim(**changes) -> dict:
         "name": "rmsprop",
         "learning_rate": 1e-6,
         "warmup_steps": 150,
-        "schedule": "constant",  # unpublished; nothing is said about a schedule after the warm-up
+        "schedule": "constant",  # unpublished; the paper names no schedule after the warm-up
         "b2": 0.99,  # unpublished; PyTorch's default for RMSprop (its alpha)
         "eps": 1e-8,  # unpublished; PyTorch's default
         "clip_norm": 0.0,  # unpublished; no clipping is mentioned

@@ -4,7 +4,7 @@
 
     model = Model(TransformerConfig(...))
     params = model.init(jax.random.key(0))
-    hidden = model.hidden(params, tokens, segments=segment_ids)
+    hidden = model.hidden(params, tokens, segment_ids=segment_ids)
     logprob, entropy = model.logprobs(params, hidden, targets)
 
 The parameters are a nested dict of float32 arrays: "backbone" (embedding, layers, and a final norm
@@ -139,24 +139,24 @@ class Model:
         params: Params,
         tokens: Int[Array, "b t"],
         positions: Int[Array, "b t"] | None = None,
-        segments: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Returns the hidden states after the final norm, if any, in config.dtype.
 
         Args:
           positions: by default counted from 0 within each document.
-          segments: segment ids, 0 on padding and >= 1 on the documents of a packed row; an
-            attention mask if a row is one document. None: one document without padding.
+          segment_ids: 0 on padding and >= 1 on the documents of a packed row; an attention mask if
+            a row is one document. None: one document without padding.
           key: turns dropout on.
 
         Raises:
           ConfigError: the sequence is longer than the model's context.
         """
         if positions is None:
-            segment_ids = jnp.ones_like(tokens) if segments is None else segments
-            positions = positions_of(segment_ids)
-        x, _, layer = self._begin(params, tokens, positions, segments, key)
+            documents = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            positions = positions_of(documents)
+        x, _, layer = self._begin(params, tokens, positions, segment_ids, key)
         x = self._run(self._remat(layer), params, x, self.config.n_layers)
         return self._norm(params, x)
 
@@ -180,7 +180,7 @@ class Model:
             return jnp.take_along_axis(x, index, axis=1)
 
         if c.scan_layers or (key is not None and self.drops):
-            hidden = self.hidden(params, tokens, segments=attention_mask, key=key)
+            hidden = self.hidden(params, tokens, segment_ids=attention_mask, key=key)
             return pick(hidden)[:, 0]
         positions = positions_of(attention_mask)
         x, rope, layer = self._begin(params, tokens, positions, attention_mask, None)

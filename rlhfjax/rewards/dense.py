@@ -22,7 +22,9 @@ def token_rewards(
 
     This state depends on the token, which is the action.
     """
-    return model.scalar(params, model.hidden(params, tokens, segments=attention_mask))
+    return model.scalar(
+        params, model.hidden(params, tokens, segment_ids=attention_mask)
+    )
 
 
 class DenseReward(ModelReward):
@@ -38,17 +40,17 @@ class DenseReward(ModelReward):
         )
         self._sum = Program(f"{program}_sum", total, ROWS)
 
-    def per_token(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
+    def per_token(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
         """Returns H of the response's tokens, [n, r], 0 on padding."""
         r = mask.shape[1]
-        rewards = self._dense(self.params, tokens, segments)
+        rewards = self._dense(self.params, tokens, attention_mask)
         return small(lambda rewards, mask: rewards[:, -r:] * mask, ROWS)(rewards, mask)
 
-    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
         """Returns the scores [n] of responses.
 
         Args:
-          tokens, segments: [n, p + r], prompts and responses.
+          tokens, attention_mask: [n, p + r], prompts and responses.
           mask: [n, r], 1 on the response's tokens.
         """
-        return self._sum(self.per_token(tokens, segments, mask), mask)
+        return self._sum(self.per_token(tokens, attention_mask, mask), mask)

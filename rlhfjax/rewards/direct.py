@@ -240,7 +240,7 @@ def token_logprobs(
     length = batch.tokens.shape[-1]
     tokens = batch.tokens.reshape(-1, length)
     attention_mask = batch.attention_mask.reshape(-1, length)
-    hidden = model.hidden(params, tokens, segments=attention_mask, key=key)
+    hidden = model.hidden(params, tokens, segment_ids=attention_mask, key=key)
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
     return logprobs, completion_mask(attention_mask, batch.lengths.reshape(-1))
 

@@ -185,7 +185,7 @@ def span_logprobs(
     mask: Float[Array, "n t"],
 ) -> Float[Array, " n"]:
     """Returns the summed log-probabilities, in nats, of the tokens where the mask is 1."""
-    hidden = model.hidden(params, tokens, segments=attention_mask)
+    hidden = model.hidden(params, tokens, segment_ids=attention_mask)
     logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
     return jnp.sum(jnp.where(mask[:, 1:] > 0, logprobs, 0), axis=1)
 

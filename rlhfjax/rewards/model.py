@@ -36,11 +36,11 @@ class ModelReward:
             program, jax.jit(functools.partial(sequence_rewards, model)), ROWS
         )
 
-    def __call__(self, tokens: Rows, segments: Rows, mask: Rows) -> Rows:
+    def __call__(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Rows:
         """Returns the scores [n] of responses.
 
         Args:
-          tokens, segments: [n, p + r], prompts and responses.
+          tokens, attention_mask: [n, p + r], prompts and responses.
           mask: [n, r], 1 on the response's tokens.
         """
-        return self._score(self.params, tokens, segments)
+        return self._score(self.params, tokens, attention_mask)

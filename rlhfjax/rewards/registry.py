@@ -2,7 +2,7 @@
 
     reward = load_reward("gold:sentiment", layout, tokenizer)
     reward = load_reward({"kind": "gold", "name": "sentiment"}, layout, tokenizer)  # the same
-    scores = reward(tokens, segments, mask)  # [n]
+    scores = reward(tokens, attention_mask, mask)  # [n]
     labeler = load_labeler("rankings:people/*.jsonl", layout, tokenizer)
     scores = labeler(answers)  # [p, k], higher is better, equal is a tie
 

@@ -209,7 +209,7 @@ def response_hidden(
 
     They predict the token, and they are the state that a value function values.
     """
-    hidden = model.hidden(params, tokens, segments=attention_mask, key=key)
+    hidden = model.hidden(params, tokens, segment_ids=attention_mask, key=key)
     return hidden[:, -r - 1 : -1]
 
 

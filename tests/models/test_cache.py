@@ -48,7 +48,7 @@ def whole(model, params, rows, segments):
     """Log-probabilities [b, NEW, v] of every token at the positions of the continuation, by one
     pass over the rows.
     """
-    hidden = model.hidden(params, rows, segments=segments)[:, -NEW - 1 : -1]
+    hidden = model.hidden(params, rows, segment_ids=segments)[:, -NEW - 1 : -1]
     return jax.nn.log_softmax(model.logits(params, hidden))
 
 
@@ -157,7 +157,7 @@ def test_the_last_position_is_that_of_the_whole_row(family):
     @jax.jit
     def value_and_grads(params):
         def picked(p):
-            hidden = model.hidden(p, rows, segments=segments)[jnp.arange(3), last]
+            hidden = model.hidden(p, rows, segment_ids=segments)[jnp.arange(3), last]
             return (hidden * weights).sum(), hidden
 
         def alone(p):

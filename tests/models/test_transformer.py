@@ -39,13 +39,15 @@ def params(model):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, rows, segments=None, key=None):
-    return model.logits(params, model.hidden(params, rows, segments=segments, key=key))
+    return model.logits(
+        params, model.hidden(params, rows, segment_ids=segments, key=key)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_grad(model, params, segments, key=None):
     def loss(p):
-        hidden = model.hidden(p, tokens(2, 9), segments=segments, key=key)
+        hidden = model.hidden(p, tokens(2, 9), segment_ids=segments, key=key)
         return model.cross_entropy(
             p, hidden, tokens(2, 9, seed=3), (segments > 0).astype(jnp.float32)
         )[0]

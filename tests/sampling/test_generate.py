@@ -95,7 +95,7 @@ def forced_logits(model, params, prompts, segments, samples, temperature):
     width = prompts.shape[1]
     return (
         model.logits(
-            params, model.hidden(params, rows, segments=seen)[:, width - 1 : -1]
+            params, model.hidden(params, rows, segment_ids=seen)[:, width - 1 : -1]
         )
         / temperature
     )
@@ -162,7 +162,7 @@ def test_pitfall_03_logprobs_carry_the_temperature(gpt2):
 @functools.partial(jax.jit, static_argnums=0, static_argnames="temperature")
 def next_token(model, params, rows, segments, at, u, temperature):
     """Token and logprob after slot `at` of every row, by a pass over the whole rows."""
-    hidden = model.hidden(params, rows, segments=segments)
+    hidden = model.hidden(params, rows, segment_ids=segments)
     logits = model.logits(
         params, jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
     )
