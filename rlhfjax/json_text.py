@@ -1,4 +1,8 @@
-"""Encodes JSON text. Every JSON file of the package is written with this encoder.
+"""Reads and writes JSON. All JSON of the package, our own or foreign, goes through this file.
+
+Reading is strict (RFC 8259): UTF-8, no NaN, no infinity, no lone surrogates, no number that a
+float64 cannot hold, at most 200 levels of nesting. `parse` returns the value or raises `NotJson`;
+`decode` and `read` raise one of our errors, which names the file and the place in it.
 
 JSON has no NaN and no infinity. Python's encoder writes them nevertheless, and most other parsers
 cannot read them. Therefore:
@@ -7,12 +11,156 @@ cannot read them. Therefore:
 - Any other number that is not finite is an error that names its place (`encode`).
 """
 
+import codecs
+import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rlhfjax.errors import DataError
+import pydantic
+import pydantic_core
+
+from rlhfjax import paths
+from rlhfjax.errors import DataError, UserError
+from rlhfjax.paths import Path
+
+Object = dict[str, Any]
+"""A JSON object of any content."""
+
+# Openings of files that are not UTF-8 text: (bytes, name).
+_OTHER_FORMATS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+    (b"\x1f\x8b", "compressed by gzip"),
+    (b"BZh", "compressed by bzip2"),
+    (b"\xfd7zXZ\0", "compressed by xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (b"PK\x03\x04", "a zip archive"),
+)
+# What a number beyond float64 contains: 200 digits, or an exponent of three.
+_MAYBE_HUGE = re.compile(rb"[0-9]{200}|[eE]\+?[0-9]{3}")
+
+
+class NotJson(ValueError):
+    """Why a text is not JSON that we accept, and the line and column of the mistake."""
+
+
+def parse(text: bytes | str) -> Any:
+    """Returns the value of a JSON text. A byte-order mark of UTF-8 is skipped.
+
+    Raises:
+      NotJson: the text is not strict JSON; see the module.
+    """
+    try:
+        content = text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise NotJson(f"lone surrogate at character {error.start}") from None
+    if other := other_format(content):
+        raise NotJson(f"it is {other}; expected UTF-8 text")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        value = pydantic_core.from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise NotJson(str(error)) from None
+    if _MAYBE_HUGE.search(content):
+        _validate_range(value)
+    return value
+
+
+def other_format(content: bytes) -> str | None:
+    """Returns what a file is by its first bytes, if it is certainly no UTF-8 text; else None."""
+    for opening, name in _OTHER_FORMATS:
+        if content.startswith(opening):
+            return name
+    return None
+
+
+def _validate_range(value: Any, place: str = "") -> None:
+    """Raises NotJson if a number of a JSON value is beyond the range of float64."""
+    if isinstance(value, int | float):
+        try:
+            huge = not math.isfinite(value)  # int: OverflowError
+        except OverflowError:
+            huge = True
+        if huge:
+            raise NotJson(f"{place or 'a number'} is beyond the range of float64")
+    for inner, part in parts(value, place):
+        _validate_range(part, inner)
+
+
+def decode(
+    text: bytes | str,
+    context: Any,
+    hint: Any = Any,
+    *,
+    error: type[UserError] = DataError,
+) -> Any:
+    """Returns the value of a JSON text.
+
+    Args:
+      context: where the text is from, such as FILE or FILE:LINE, for errors.
+      hint: the type that the value must have, such as `Object`, `dict[str, float]` or a TypedDict.
+        It is checked strictly: a bool is no number, and a string is no number.
+      error: class of the error.
+
+    Raises:
+      UserError: of the given class, one line: the context, the place in the value, what is
+        accepted.
+    """
+    try:
+        value = parse(text)
+    except NotJson as mistake:
+        raise error(f"{context}: not JSON: {mistake}") from None
+    return validate(value, context, hint, error=error)
+
+
+def validate(
+    value: Any, context: Any, hint: Any, *, error: type[UserError] = DataError
+) -> Any:
+    """Returns a JSON value if it has a type, as `decode` does."""
+    try:
+        return _adapter(hint).validate_python(value, strict=True)
+    except pydantic.ValidationError as mistakes:
+        first = mistakes.errors(include_url=False)[0]
+        place = ""
+        for part in first["loc"]:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}"
+        place = f"{place.removeprefix('.')}: " if place else ""
+        got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise error(f"{context}: {place}{message}{got}") from None
+
+
+@functools.cache
+def _adapter(hint: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(hint)
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """Returns a value for an error message: its repr, cut to a length."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def read(path: Path, hint: Any = Any, *, error: type[UserError] = DataError) -> Any:
+    """Returns the value of a JSON file. Arguments and errors are those of `decode`.
+
+    Raises:
+      UserError: also if the file is missing, a folder, or cannot be read.
+    """
+    return decode(paths.read(path, error), path, hint, error=error)
+
+
+def read_if_there(
+    path: Path, hint: Any = Any, *, error: type[UserError] = DataError
+) -> Any:
+    """Returns the value of a JSON file as `read` does; None if there is no file of this name."""
+    content = paths.read_if_there(path, error)
+    return None if content is None else decode(content, path, hint, error=error)
 
 
 def encode(

@@ -1,6 +1,5 @@
 """Reads and writes files of JSON lines: one JSON object per line."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,20 +28,17 @@ def located_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str,
     Raises:
       DataError: the file cannot be read, or a line is not a JSON object.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+    lines = paths.read(path).splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:  # bad JSON or bad UTF-8
+            row = json_text.parse(line)
+        except json_text.NotJson as mistake:
             if unfinished and number == len(lines):
                 return
-            raise DataError(f"{place}: not a JSON object ({error})") from None
+            raise DataError(f"{place}: not a JSON object ({mistake})") from None
         if not isinstance(row, dict):
             raise DataError(
                 f"{place}: expected a JSON object, got {type(row).__name__}"

@@ -15,6 +15,7 @@ import pathlib
 import posixpath
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax.errors import ConfigError, DataError, UserError, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
@@ -124,6 +125,54 @@ def within(folder: Path, name: str) -> Path:
     if not remote(joined):
         return pathlib.Path(joined)
     return path(SCHEME + posixpath.normpath(joined.removeprefix(SCHEME)))
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read(path: Path, error: type[UserError] = DataError) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+      UserError: of the given class, if there is no such file or it cannot be read.
+    """
+    content = read_if_there(path, error)
+    if content is None:
+        raise error(f"{path}: there is no such file")
+    return content
+
+
+def read_if_there(path: Path, error: type[UserError] = DataError) -> bytes | None:
+    """Returns the content of a file; None if there is nothing of this name.
+
+    Raises:
+      UserError: of the given class, if it is a folder or device, a loop of links, or cannot be
+        read.
+    """
+    try:
+        if not remote(path):
+            validate_regular(path, error)
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or first_line(problem)}") from None
+    except ValueError as problem:  # a name with NUL
+        raise error(f"{path!s:.60}: {first_line(problem)}") from None
+
+
+def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
+    """Raises an error if a local path is anything but a file: reading a pipe may never end.
+
+    Raises:
+      FileNotFoundError: there is nothing of this name.
+      UserError: of the given class: it is a folder, a device or a pipe.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise error(f"{path}: is a folder; expected a file")
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: is a device or a pipe; expected a file")
 
 
 # ------------------------------------------------------------------ writing
@@ -293,8 +342,8 @@ class Mirror:
         self._synced = time.monotonic()
 
     def _upload(self, file: pathlib.Path) -> None:
-        stat = file.stat()
-        version = (stat.st_size, stat.st_mtime_ns)
+        status = file.stat()
+        version = (status.st_size, status.st_mtime_ns)
         if not file.is_symlink() and self._uploaded.get(file) != version:
             write(self._target / file.relative_to(self.folder), file.read_bytes())
             self._uploaded[file] = version

@@ -1,8 +1,10 @@
 """JSON text: what a parser of the standard reads, whatever the numbers are."""
 
 import ast
+import gzip
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from rlhfjax import json_text
 from rlhfjax.config import write_json
-from rlhfjax.errors import DataError
+from rlhfjax.errors import CheckpointError, DataError
 from rlhfjax.jsonl import write_jsonl
 from tests import sources
 
@@ -90,3 +92,78 @@ def test_other_errors_of_the_encoder_stay_what_they_are():
         json_text.encode({"x": object()}, "")
     assert json_text.encode({"x": {1}}, "", default=list) == '{"x": [1]}'
     assert json_text.encode({"é": "ü"}, "") == '{"é": "ü"}'
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        ('"\\ud83d\\ude00"', "😀"),
+        ("1e308", 1e308),
+        (b"1" + b"0" * 307, 10**307),
+        ('{"model_max_length": 1000000000000000019884624838656}', None),
+        ("[" * 199 + "]" * 199, None),
+    ],
+)
+def test_strict_json_is_read(text, value):
+    expected = json.loads(text) if value is None else value
+    assert json_text.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("NaN", "expected value at line 1 column 1"),
+        ('{"a": -Infinity}', "invalid number at line 1 column 8"),
+        ('{"a": [1, 1e400]}', "a[1] is beyond the range of float64"),
+        ('{"a": {"b": 1%s}}' % ("0" * 400), "a.b is beyond the range of float64"),
+        ("1" * 5000, "number out of range at line 1 column 4302"),
+        ("9" * 199 + "e99.5", "trailing characters at line 1 column 203"),
+        ("[" * 200_000, "recursion limit exceeded at line 1 column 202"),
+        ('{"a":' * 200_000, "recursion limit exceeded at line 1 column 1006"),
+        ('"\\ud800"', "unexpected end of hex escape at line 1 column 8"),
+        ('"\ud800"', "lone surrogate at character 1"),
+        (b'"\xff"', "invalid unicode code point at line 1 column 2"),
+        ('{"a": 1}'.encode("utf-16"), "it is UTF-16; expected UTF-8 text"),
+        (gzip.compress(b"{}"), "it is compressed by gzip; expected UTF-8 text"),
+        ("", "EOF while parsing a value at line 1 column 0"),
+        ('{"a": 1', "EOF while parsing an object at line 1 column 7"),
+        ("{} {}", "trailing characters at line 1 column 4"),
+    ],
+)
+def test_other_texts_are_errors_with_a_place(text, reason):
+    with pytest.raises(json_text.NotJson) as error:
+        json_text.parse(text)
+    assert str(error.value) == reason
+
+
+def test_a_value_of_another_type_is_an_error_with_its_place():
+    hint = dict[str, list[float]]
+    assert json_text.decode('{"a": [1, 2.5]}', "x", hint) == {"a": [1, 2.5]}
+    for text, place in [
+        ("[]", "x: input should be a valid dictionary, got []"),
+        ('{"a": [1, "2"]}', "x: a[1]: input should be a valid number, got '2'"),
+        ('{"a": [true]}', "x: a[0]: input should be a valid number, got True"),
+        ('{"a": null}', "x: a: input should be a valid list, got None"),
+    ]:
+        with pytest.raises(CheckpointError) as error:
+            json_text.decode(text, "x", hint, error=CheckpointError)
+        assert str(error.value) == place
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, reason in [
+        (tmp_path, "is a folder; expected a file"),
+        (tmp_path / "none", "there is no such file"),
+        (loop, "Too many levels of symbolic links"),
+        (pipe, "is a device or a pipe; expected a file"),
+        (tmp_path / ("a" * 300), "File name too long"),
+        (tmp_path / "a\0b", "embedded null byte"),
+    ]:
+        with pytest.raises(DataError, match=reason):
+            json_text.read(path)
+    assert json_text.read_if_there(tmp_path / "none") is None

@@ -37,5 +37,5 @@ def test_a_rows_place_counts_blank_lines_and_windows_lines(tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
-    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl: there is no such file"):
         list(located_rows(tmp_path / "none.jsonl"))
