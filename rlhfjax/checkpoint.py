@@ -56,7 +56,7 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(config.keep_every))
         any_policy: Any = policies.AnyPreservationPolicy(keep)
         self._orbax = ocp.training.Checkpointer(
-            str(self.directory),
+            str(paths.without_patterns(self.directory)),
             preservation_policy=any_policy,
             cleanup_tmp_directories=True,
         )
@@ -153,7 +153,10 @@ def save_tree(path: Path, tree: PyTree) -> None:
     metadata: Any = {"checksums": checksums(tree)}
     with _disk_errors(path):
         ocp.save_checkpointables(
-            str(path), {"state": tree}, overwrite=True, custom_metadata=metadata
+            str(paths.without_patterns(path)),
+            {"state": tree},
+            overwrite=True,
+            custom_metadata=metadata,
         )
 
 
@@ -217,8 +220,9 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
       CheckpointError: its shapes differ from those of `abstract`.
       _Damaged: anything else is wrong.
     """
+    name = str(paths.without_patterns(path))
     try:
-        saved = ocp.metadata(str(path), checkpointable_name="state")
+        saved = ocp.metadata(name, checkpointable_name="state")
     except Exception as e:  # Orbax and TensorStore raise many types for damaged files
         raise _Damaged(_one_line(e)) from e
     metadata: Any = saved.custom_metadata
@@ -227,7 +231,7 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
     _validate_shapes(path, saved.metadata, abstract)
     state, problem = None, ""
     try:
-        state = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
+        state = ocp.load_checkpointables(name, {"state": abstract})["state"]
     except Exception as e:
         problem = _one_line(e)
     if hosts.anywhere(bool(problem)):

@@ -5,20 +5,23 @@ made by `stages.stage_config`, or a recipe: `stages`, a tuple of names, and the 
 """
 
 import dataclasses
+import difflib
+import enum
 import functools
 import itertools
+import math
 import os
 import re
 import traceback
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import pydantic
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import hosts, json_text, options, paths, renamed
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, cut, first_line
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
@@ -88,28 +91,87 @@ class Argument:
     hint: Any
 
 
+_QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")(?=,|$)', re.DOTALL)
 _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Returns the arguments of an experiment file, parsed from `"size=tiny,seed=3"`.
 
+    A value that holds a comma is in double quotes, as JSON has them: `run="a,b"`. The name of a file
+    or folder that exists needs none.
+
     Args:
       defaults: per argument its default, whose type its values have; a tuple of the accepted
         values, the default first; or an `Argument` with a range.
 
     Raises:
-      ConfigError: an unknown name, or a value that is not accepted.
+      ConfigError: an unknown name, a name given twice, or a value that is not accepted.
     """
     arguments = {name: _argument(default) for name, default in defaults.items()}
     parsed = {name: argument.default for name, argument in arguments.items()}
-    for item in filter(None, (arg or "").split(",")):
-        name, _, text = item.partition("=")
+    given: set[str] = set()
+    for name, text in split_arg(arg or ""):
         if name not in arguments:
             known = ", ".join(arguments) or "none"
-            raise ConfigError(f"config argument {name!r} is unknown; known: {known}")
+            raise ConfigError(
+                f"config argument {cut(name)!r} is unknown{_close(name, arguments)};"
+                f" known: {known}"
+            )
+        if name in given:
+            raise ConfigError(f"config argument {name}: given twice")
+        given.add(name)
         parsed[name] = _parse_value(arguments[name], name, text)
     return ConfigDict(parsed)
+
+
+def split_arg(arg: str) -> Iterator[tuple[str, str]]:
+    """Yields the names and texts of the arguments of an experiment file; see `parse_arg`.
+
+    Raises:
+      ConfigError: a double quote is not closed.
+    """
+    while arg:
+        name = re.match("[^,=]*", arg)[0]  # type: ignore[index]
+        arg = arg[len(name) :]
+        text = ""
+        if arg.startswith("="):
+            text, arg = _value_of(name, arg[1:])
+        if name or text:
+            yield name, text
+        arg = arg.removeprefix(",")
+
+
+def _value_of(name: str, rest: str) -> tuple[str, str]:
+    """Returns the value that a text begins with, and what follows it."""
+    if rest.startswith('"'):
+        quoted = _QUOTED.match(rest)
+        if quoted is None:
+            raise ConfigError(
+                f"config argument {name}={cut(rest)}: expected a closing double quote"
+            )
+        try:
+            return json_text.parse(quoted[1]), rest[quoted.end() :]
+        except json_text.NotJson as e:
+            raise ConfigError(f"config argument {name}={cut(quoted[1])}: {e}") from None
+    parts = rest.split(",")
+    ends = range(len(parts), 1, -1) if not os.path.exists(parts[0]) else ()
+    for end in ends:
+        if os.path.exists(",".join(parts[:end])):
+            return ",".join(parts[:end]), "".join(f",{part}" for part in parts[end:])
+    return parts[0], "".join(f",{part}" for part in parts[1:])
+
+
+def quote_arg(text: str) -> str:
+    """Returns a value as `parse_arg` reads it, quoted if it has to be."""
+    if "," in text or text.startswith('"'):
+        return json_text.encode(text, "argument")
+    return text
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.strip().lower(), list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _argument(default: Any) -> Argument:
@@ -124,11 +186,13 @@ def _parse_value(argument: Argument, name: str, text: str) -> Any:
     kind = type(argument.default)
     try:
         value = _SWITCH[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("not finite")
         return _adapter(argument.hint).validate_python(value)
     except (ValueError, KeyError):
         expected = options.describe(argument.hint)
         raise ConfigError(
-            f"config argument {name}={text}: expected {expected}"
+            f"config argument {name}={cut(text)}: expected {expected}"
         ) from None
 
 
@@ -235,12 +299,23 @@ def build(
     try:
         text = json_text.encode(values, where)
     except TypeError as e:
-        raise ConfigError(f"{where}: {e}") from None
+        raise ConfigError(f"{where}: {e}{_not_json(values, where)}") from None
     try:  # strict JSON has no tuples and no dataclasses: lists and objects stand for them
         return _adapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as e:
         mistakes = e.errors(include_url=False)
         raise ConfigError(_first_mistake(cls, mistakes, where)) from None
+
+
+def _not_json(values: Any, where: str) -> str:
+    """Returns the end of the message about a value of a type that JSON lacks: its place."""
+    for place, value in json_text.parts(values, where):
+        if isinstance(value, dict | list):
+            if inner := _not_json(value, place):
+                return inner
+        elif not isinstance(value, str | int | float | None):
+            return f" ({place}={json_text.shown(value)})"
+    return ""
 
 
 @functools.cache
@@ -293,18 +368,19 @@ def explain(error: BaseException, path: str, flags: Sequence[str] = ()) -> str:
     while link is not None:
         line = _last_line_in(path, link)
         if line:
-            return f"{path}:{line}: {type(link).__name__}: {_flat(link)}"
+            return f"{path}:{line}: {type(link).__name__}{_reason(link)}"
         link = link.__cause__ or link.__context__
     if isinstance(error, SyntaxError):
-        return f"{path}:{error.lineno}: {error.msg}"
-    if isinstance(error, KeyError | AttributeError):
-        name = re.search(r"\w+", str(error))  # ml_collections names only the last part
-        missing = name[0] if name else ""
-        for flag in flags:
-            if flag.startswith("--config.") and missing in flag.split("."):
-                hint = renamed.hint(missing, renamed.OPTIONS) or _did_you_mean(error)
-                return f"{flag}: the config has no option {missing!r}{hint}"
-    return _flat(error) or type(error).__name__
+        line = "" if error.lineno is None else f":{error.lineno}"
+        return f"{path}{line}: {error.msg}"
+    return first_line(error, kind=True) if error.args else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return ": a config file must not end the process"
+    reason = " ".join(str(error).split())
+    return f": {cut(reason, 400)}" if reason else ""
 
 
 def _last_line_in(path: str, error: BaseException) -> int | None:
@@ -317,24 +393,42 @@ def _last_line_in(path: str, error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _did_you_mean(error: BaseException) -> str:
-    close = re.search(r'Did you mean "(\w+)"', str(error))
-    return f"; did you mean {close[1]}?" if close else ""
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def to_dict(config: Any) -> Any:
-    """Returns ConfigDicts, dataclasses and tuples as plain dicts and lists, as JSON has them."""
+    """Returns ConfigDicts, dataclasses and tuples as plain dicts and lists, as JSON has them.
+
+    Numbers and texts of NumPy and JAX, enums and paths become Python's own.
+
+    Raises:
+      ConfigError: a required value of the config was not given.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return to_dict(dataclasses.asdict(config))
     if isinstance(config, Mapping | ConfigDict):
-        return {k: to_dict(v) for k, v in config.items()}
+        return {k: to_dict(_item(config, k)) for k in config}
     if isinstance(config, list | tuple):
         return [to_dict(v) for v in config]
-    return config
+    value = scalar(config)
+    return to_dict(value) if isinstance(value, list) else value
+
+
+def _item(config: Mapping[str, Any] | ConfigDict, key: str) -> Any:
+    try:
+        return config[key]
+    except config_dict.RequiredValueError:
+        raise ConfigError(f"{key}: a value is required") from None
+
+
+def scalar(value: Any) -> Any:
+    """Returns a number or text of NumPy or JAX, an enum's value, or a path, of Python's own types.
+
+    An array becomes a list. Anything else stays as it is.
+    """
+    if isinstance(value, enum.Enum):
+        return scalar(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_array = hasattr(value, "dtype") and hasattr(value, "tolist")
+    return value.tolist() if is_array else value
 
 
 def write_json(path: Path, value: Any) -> None:

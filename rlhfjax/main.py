@@ -1,14 +1,13 @@
 """The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from rlhfjax import process
-from rlhfjax.errors import ConfigError, UserError
+from rlhfjax import arguments, process
+from rlhfjax.errors import ConfigError, first_line
 
 Flags = flags.FlagValues
 
@@ -58,11 +57,13 @@ def parse(argv: list[str]) -> tuple[Command, Flags] | None:
             f"command {argv[1]!r} is unknown; known: {', '.join(COMMANDS)}"
         )
     command = COMMANDS[argv[1]]
-    fv = _defined_flags(command, argv)
-    if {"--help", "-h", "--helpfull"} & set(argv[2:]):
+    words = [argv[0], *argv[2:]]
+    helps = bool({"--help", "-h", "--helpfull"} & set(words))
+    fv, words = _defined_flags(command, words)
+    if helps:
         print(f"{command.help}\n{fv.get_help()}")
         return None
-    rest = _read_flags(fv, argv)
+    rest = arguments.parse(fv, words)
     if rest[1:]:
         raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
     return command, fv
@@ -73,7 +74,8 @@ def _usage() -> str:
     return "usage: rlhfjax COMMAND [--help] [flags]\n\n" + "\n".join(lines)
 
 
-def _defined_flags(command: Command, argv: list[str]) -> Flags:
+def _defined_flags(command: Command, argv: list[str]) -> tuple[Flags, list[str]]:
+    """Returns the flags of a command, and `argv` without --config."""
     fv = Flags()
     flags.DEFINE_bool(
         "help", False, "show this and exit", short_name="h", flag_values=fv
@@ -84,37 +86,58 @@ def _defined_flags(command: Command, argv: list[str]) -> Flags:
         "folder of the run, local or gs://…; an unfinished run in it continues",
         flag_values=fv,
     )
-    if command.config:
-        _config_flag(fv, argv)
     if command.several_hosts:
         _hosts_flags(fv)
     if command.define_flags:
         command.define_flags(fv)
-    return fv
-
-
-def _read_flags(fv: Flags, argv: list[str]) -> list[str]:
-    """Parses the flags, the config file of --config and its overrides.
-
-    Returns:
-      The arguments that are not flags, after the program's name.
-    """
-    from rlhfjax.config import explain
-
-    names = [arg.partition("=")[0] for arg in argv]
-    file = ""
-    for i, arg in enumerate(argv):
-        if names[i] == "--config":
-            value = arg.partition("=")[2] if "=" in arg else argv[i + 1 : i + 2]
-            file = "".join(value).partition(":")[0]
-    if "--config" in names and not os.path.isfile(file):
-        raise ConfigError(f"--config={file}: there is no such file")
     try:
-        return fv([argv[0], *argv[2:]])
-    except UserError:
-        raise
-    except Exception as e:
-        raise ConfigError(explain(e, file, names)) from e
+        argv = fv.read_flags_from_files(argv, force_gnu=False)
+    except flags.Error as e:
+        raise ConfigError(f"--flagfile: {first_line(e)}") from None
+    if command.config:
+        argv = _config_flag(fv, argv)
+    return fv, argv
+
+
+def _config_flag(fv: Flags, argv: list[str]) -> list[str]:
+    """Defines --config with its overrides; returns `argv` without the word, or two, of --config.
+
+    Raises:
+      ConfigError: --config is given twice, or an override without it; or as `experiment.load`.
+    """
+    from rlhfjax import experiment
+
+    specs, rest = _split_config(argv)
+    helps = "experiment file, FILE.py[:args]; --config.a.b=v overrides"
+    if len(specs) > 1:
+        raise ConfigError(f"--config: given {len(specs)} times; expected once")
+    if not specs:
+        lost = [word for word in rest if word.startswith(("--config.", "-config."))]
+        if lost:
+            raise ConfigError(f"{lost[0]}: expected --config=FILE.py with it")
+        flags.DEFINE_string("config", None, helps, flag_values=fv)
+        return rest
+    config = experiment.load(specs[0]).config()
+    experiment.define_config(fv, config, rest[1:], helps)
+    setattr(fv["config"], "spec", specs[0])  # for `sweep`, which loads it again
+    return rest
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the values of --config, and the other words."""
+    specs: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word in ("--config", "-config"):
+            specs.append(next(words, ""))
+        elif word.startswith(("--config=", "-config=")):
+            specs.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return specs, rest
 
 
 # ------------------------------------------------------------------ commands
@@ -164,8 +187,8 @@ def sweep(fv: Flags) -> None:
         metrics=tuple(fv.metrics),
     )
     given = config_flags.get_override_values(fv["config"])
-    file = config_flags.get_config_filename(fv["config"])
-    command.sweep(file, _path(fv.workdir), given, options)
+    spec = getattr(fv["config"], "spec")
+    command.sweep(spec, _path(fv.workdir), given, options)
 
 
 def evaluate(fv: Flags) -> None:
@@ -291,18 +314,6 @@ def _path(name: str) -> Any:
 
 
 # ------------------------------------------------------------------ flags of the commands
-
-
-def _config_flag(fv: Flags, argv: list[str]) -> None:
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "experiment file, FILE.py[:args]; --config.a.b=v overrides",
-        flag_values=fv,
-        sys_argv=argv,
-    )
 
 
 def _hosts_flags(fv: Flags) -> None:

@@ -25,20 +25,26 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from rlhfjax.errors import ConfigError, DataError, UserError, first_line
+from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; of a path with the NUL that ends it
 
 
 def path(name: str | os.PathLike) -> Path:
-    """Returns the path of a name.
+    """Returns the path of a name. `~/` stands for the home folder, as in a shell.
 
     Raises:
-      ConfigError: the scheme is unknown, or the name is in a bucket and gcsfs is not installed.
+      ConfigError: the scheme is unknown, the name is in a bucket and gcsfs is not installed, or no
+        file can have this name.
     """
     name = os.fspath(name)
     if not remote(name):
+        _validate_name(name)
+        in_home = name == "~" or name.startswith("~/")
+        if in_home and not os.path.lexists(name):
+            name = os.path.expanduser(name)
         return pathlib.Path(name)
     if not name.startswith(SCHEME):
         raise ConfigError(
@@ -60,6 +66,47 @@ def path(name: str | os.PathLike) -> Path:
 def remote(name: str | os.PathLike) -> bool:
     """Returns whether a name is in a bucket."""
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(name)) is not None
+
+
+def _validate_name(name: str) -> None:
+    """Raises ConfigError if no file can have a local name."""
+    if "\0" in name:
+        raise ConfigError(f"{cut(name)}: a file's name has no NUL character")
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{cut(name)}: the name is not Unicode") from None
+    longest = max(map(len, encoded.split(b"/")))
+    if len(encoded) >= LONGEST_PATH or longest > LONGEST_NAME:
+        raise ConfigError(
+            f"{cut(name)}: a path has at most {LONGEST_PATH - 1} bytes, and each name in it"
+            f" {LONGEST_NAME}"
+        )
+
+
+def lexists(name: str) -> bool:
+    """Returns whether a local name is there, be it a link that leads nowhere."""
+    try:
+        return os.path.lexists(name)
+    except ValueError:
+        return False
+
+
+def without_patterns(path: Path) -> Path:
+    """Returns a name of a local file or folder for libraries that take some characters otherwise.
+
+    Orbax takes `[` as the beginning of a pattern, TensorStore a backslash as a separator, and
+    epath a name that ends with a colon as a scheme. The parent folder is then reached by a link in
+    a folder of this process; it is created if missing.
+    """
+    if remote(path) or not re.search(r"[\[\\]|:(?=/)", str(path)):
+        return path
+    parent = os.path.abspath(path.parent)
+    make_folder(pathlib.Path(parent))
+    link = scratch() / f"to-{hashlib.sha256(os.fsencode(parent)).hexdigest()[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(parent)
+    return link / path.name
 
 
 def absolute(path: Path) -> Path:

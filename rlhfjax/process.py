@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rlhfjax.errors import Preempted, UserError, first_line
+from rlhfjax.errors import Preempted, UserError, first_line, printable
 
 INTERRUPTED = 130  # a shell's exit code after SIGINT
 # Errors of the disk, which need no traceback.
@@ -33,9 +33,9 @@ def run(command: Callable[[], None]) -> None:
     except UserError as e:
         _exit(str(e), e.exit_code)
     except OSError as e:
-        if e.errno not in _DISK:
+        if e.errno not in _DISK and not e.filename:
             _exit_on_unexpected(e)
-        _exit(f"{e.strerror}: {e.filename or 'a file of the run'}", 1)
+        _exit(f"{e.strerror or first_line(e)}: {e.filename or 'a file of the run'}", 1)
     except KeyboardInterrupt:
         if _has_peers():
             _exit("interrupted", INTERRUPTED)
@@ -117,7 +117,7 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
+    print(f"rlhfjax: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _has_peers() -> bool:
