@@ -373,7 +373,7 @@ def explain(error: BaseException, path: str, flags: Sequence[str] = ()) -> str:
     if isinstance(error, SyntaxError):
         line = "" if error.lineno is None else f":{error.lineno}"
         return f"{path}{line}: {error.msg}"
-    return first_line(error, kind=True) if error.args else type(error).__name__
+    return f"{path}: {first_line(error, kind=True)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -93,11 +93,11 @@ def load(spec: str) -> Experiment:
 
 
 def split(spec: str) -> tuple[str, str | None]:
-    """Splits FILE[:ARGS] at the first colon before which a file's name ends.
+    """Splits FILE[:ARGS], at the last colon before which there is a file.
 
-    A name that exists may have colons in it. Without ARGS, None takes their place.
+    A name that exists may thus have colons in it. Without ARGS, None takes their place.
     """
-    for colon in re.finditer(":|$", spec):
+    for colon in reversed(list(re.finditer(":|$", spec))):
         file = spec[: colon.start()]
         if os.path.isfile(file):
             return file, spec[colon.end() :] if colon[0] else None

@@ -141,7 +141,7 @@ def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
     return [
         *(word.replace("{name}", run.name) for word in launcher),
         "rlhfjax",
-        *run.command,
+        *map(pool.Verbatim, run.command),
     ]
 
 
