@@ -18,40 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
+from launch import arguments
+from launch.redact import is_secret, printable, redact
+
 PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
 LOST = 255  # what ssh exits with when the connection, not the command, failed
-_WORDS = (
-    r"(?<![A-Za-z])"
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
-    r"(?![A-Za-z])"
-)
-SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
-SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
-HIDDEN = "***"
-_ASSIGNED = re.compile(
-    rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE
-)  # $: a reference
 LONGEST = 40  # characters of a name: clouds take 63, with what they append
 SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 class LaunchError(Exception):
     """One line that says what is wrong, where, and what is accepted."""
-
-
-def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of
-    a secret.
-    """
-    environ = os.environ if environ is None else environ
-    values = [
-        value
-        for name, value in environ.items()
-        if SECRET.search(name) and len(value) >= SHORTEST
-    ]
-    for value in sorted(values, key=len, reverse=True):  # one may hold another
-        text = text.replace(value, HIDDEN)
-    return _ASSIGNED.sub(rf"\1{HIDDEN}", text)
 
 
 class Shell:
@@ -176,7 +153,7 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise LaunchError(f"--env={redact(pair)}: expected NAME=VALUE")
-        if SECRET.search(name) or redact(value) != value:
+        if is_secret(name, value) or redact(value) != value:
             raise LaunchError(
                 f"--env={name}=…: this looks like a secret; use --secret, or the machine's own "
                 "environment"
@@ -357,14 +334,14 @@ def launch(
     common_flags(fv)
     define(fv)
     try:
-        words = fv(argv[:cut])[1:]
+        words = arguments.parse(fv, argv[:cut], once=False)[1:]
         if fv.help:
             print(f"{doc}\n{fv.get_help()}")
             return
         code = act(fv, words, argv[cut + 1 :])
     except (LaunchError, flags.Error) as e:
-        print(f"launch: {redact(str(e))}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, flags.Error) else 1)
+        print(f"launch: {printable(redact(str(e)))}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, LaunchError) else 2)
     except KeyboardInterrupt:
         print(
             "launch: interrupted; what runs elsewhere goes on running", file=sys.stderr

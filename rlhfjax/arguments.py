@@ -1,4 +1,7 @@
-"""Parses absl's flags; an error names the flag, its value and the rule."""
+"""Parses absl's flags; an error names the flag, its value and the rule.
+
+launch/ has this file by a link, because it runs where rlhfjax is not installed.
+"""
 
 import math
 import re
@@ -6,8 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from rlhfjax.errors import ConfigError, cut
-
+LONGEST = 100  # characters of a value in a message
 _MISSING = "Missing value for flag "
 _NUMBERS = ((flags.IntegerParser, "int"), (flags.FloatParser, "float"))
 
@@ -19,19 +21,19 @@ def parse(fv: flags.FlagValues, argv: Sequence[str], *, once: bool = True) -> li
       once: whether a flag may be given once only. Otherwise its last value holds.
 
     Raises:
-      ConfigError: an unknown flag, or a value that its flag does not accept.
+      flags.Error: an unknown flag, or a value that its flag does not accept.
     """
     try:
         rest = fv(list(argv))
     except flags.Error as e:
-        raise ConfigError(_explain(fv, argv, str(e))) from None
+        raise flags.IllegalFlagValueError(_explain(fv, argv, str(e))) from None
     for flag in {id(fv[name]): fv[name] for name in fv}.values():
         if once and flag.present > 1 and not isinstance(flag, flags.MultiFlag):
-            raise ConfigError(
+            raise flags.IllegalFlagValueError(
                 f"--{flag.name}: given {flag.present} times; expected once"
             )
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise ConfigError(
+            raise flags.IllegalFlagValueError(
                 f"--{flag.name}={flag.value}: expected {accepted(flag.parser)}"
             )
     return rest
@@ -47,8 +49,12 @@ def _explain(fv: flags.FlagValues, argv: Sequence[str], message: str) -> str:
         rest = message[illegal.end() :]
         value = next((text for text in _values(argv) if rest.startswith(text)), "…")
         what = accepted(fv[illegal[1]].parser)
-        return f"--{illegal[1]}={cut(value)}: expected {what}"
-    return cut(" ".join(message.removeprefix("flag ").split()), 400)
+        return f"--{illegal[1]}={_cut(value)}: expected {what}"
+    return _cut(" ".join(message.removeprefix("flag ").split()), 4 * LONGEST)
+
+
+def _cut(text: str, most: int = LONGEST) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _values(argv: Sequence[str]) -> list[str]:

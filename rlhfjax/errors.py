@@ -24,17 +24,6 @@ def cut(text: str, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def printable(text: str) -> str:
-    """Returns a text with escapes in place of line breaks, control characters and half characters.
-
-    A name or a value in a message can thereby neither add lines nor color a terminal.
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
 class UserError(Exception):
     """A failed run (exit code 1). The message is shown without a traceback."""
 

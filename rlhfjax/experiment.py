@@ -270,5 +270,8 @@ def overridden(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     """
     fv = flags.FlagValues()
     define_config(fv, config, words, "")
-    arguments.parse(fv, ["", *words])
+    try:
+        arguments.parse(fv, ["", *words])
+    except flags.Error as e:
+        raise ConfigError(str(e)) from None
     return fv.config

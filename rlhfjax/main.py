@@ -63,7 +63,10 @@ def parse(argv: list[str]) -> tuple[Command, Flags] | None:
     if helps:
         print(f"{command.help}\n{fv.get_help()}")
         return None
-    rest = arguments.parse(fv, words)
+    try:
+        rest = arguments.parse(fv, words)
+    except flags.Error as e:
+        raise ConfigError(str(e)) from None
     if rest[1:]:
         raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
     return command, fv

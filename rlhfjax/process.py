@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rlhfjax.errors import Preempted, UserError, first_line, printable
+from rlhfjax.errors import Preempted, UserError, first_line
+from rlhfjax.redact import printable, redact
 
 INTERRUPTED = 130  # a shell's exit code after SIGINT
 # Errors of the disk, which need no traceback.
@@ -117,7 +118,7 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    print(f"rlhfjax: {printable(message)}", file=sys.stderr, flush=True)
+    print(f"rlhfjax: {printable(redact(message))}", file=sys.stderr, flush=True)
 
 
 def _has_peers() -> bool:
