@@ -6,7 +6,6 @@ The value of a secret is never printed.
 import gzip
 import hashlib
 import itertools
-import os
 import re
 import shlex
 import signal

@@ -16,6 +16,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.paths import Path
+from rlhfjax.redact import printable
 from rlhfjax.sampling import Sampling, stream
 
 BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled
@@ -125,11 +126,16 @@ def run(
             chat.reset()
             print("(a new conversation)", file=target)
         elif line.startswith("/"):
-            print(f"({line} is unknown: {HELP})", file=target)
+            print(f"({printable(line)} is unknown: {HELP})", file=target)
         elif line:
             for piece in chat.respond(line):
-                print(piece, end="", file=target, flush=True)
+                print(_shown(piece), end="", file=target, flush=True)
             print(file=target)
+
+
+def _shown(piece: str) -> str:
+    """Returns a piece of a response without the escapes that a terminal would obey."""
+    return "".join(char if char in "\n\t" else printable(char) for char in piece)
 
 
 def _lines(source: Any, target: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ from rlhfjax.errors import ConfigError, cut, first_line
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
+from rlhfjax.redact import has_form
 
 T = TypeVar("T")
 PLACE = "\0"
@@ -300,6 +301,7 @@ def build(
         text = json_text.encode(values, where)
     except TypeError as e:
         raise ConfigError(f"{where}: {e}{_not_json(values, where)}") from None
+    validate_without_secrets(values, where)
     try:  # strict JSON has no tuples and no dataclasses: lists and objects stand for them
         return _adapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as e:
@@ -316,6 +318,18 @@ def _not_json(values: Any, where: str) -> str:
         elif not isinstance(value, str | int | float | None):
             return f" ({place}={json_text.shown(value)})"
     return ""
+
+
+def validate_without_secrets(value: Any, where: str) -> None:
+    """Raises ConfigError if a text has the form of a secret: config.json and reports would show it."""
+    if isinstance(value, str) and has_form(value):
+        raise ConfigError(
+            f"{where}=…: this is a secret, which config.json would show; expected it in the"
+            " environment of the process"
+        )
+    if isinstance(value, dict | list):
+        for place, part in json_text.parts(value, where):
+            validate_without_secrets(part, place)
 
 
 @functools.cache

@@ -230,7 +230,7 @@ def define_config(
         config_flags.DEFINE_config_dict(
             "config", config, spec, flag_values=fv, sys_argv=["", *words]
         )
-    except config_flags.FlagOrderError as e:
+    except config_flags.config_flags.FlagOrderError as e:
         pair = sorted(set(re.findall(r"--config\.[^\s,]+", str(e))))
         raise ConfigError(f"{' and '.join(pair)}: one holds the other") from None
     except (flags.Error, ValueError, TypeError, LookupError) as e:

@@ -122,7 +122,7 @@ def _config_flag(fv: Flags, argv: list[str]) -> list[str]:
         return rest
     config = experiment.load(specs[0]).config()
     experiment.define_config(fv, config, rest[1:], helps)
-    setattr(fv["config"], "spec", specs[0])  # for `sweep`, which loads it again
+    fv["config"].spec = specs[0]  # for `sweep`, which loads it again
     return rest
 
 
@@ -190,7 +190,7 @@ def sweep(fv: Flags) -> None:
         metrics=tuple(fv.metrics),
     )
     given = config_flags.get_override_values(fv["config"])
-    spec = getattr(fv["config"], "spec")
+    spec = fv["config"].spec
     command.sweep(spec, _path(fv.workdir), given, options)
 
 

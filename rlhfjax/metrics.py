@@ -309,9 +309,9 @@ class Progress:
         console = rich.console.Console(file=output)
         if console.is_terminal:
             columns = (
-                "{task.description}",
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=None),
-                "{task.fields[text]}",
+                rich.progress.TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = rich.progress.Progress(*columns, console=console, expand=True)
             self._task = self._bar.add_task(

@@ -47,11 +47,20 @@ def run(command: Callable[[], None]) -> None:
 
 def _set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Redacting("%(message)s"))
     logging.getLogger("rlhfjax").setLevel(logging.INFO)
     # Orbax and gcsfs log there what they also raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+class _Redacting(logging.Formatter):
+    """Formats messages without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 # ------------------------------------------------------------------ before the first call of jax

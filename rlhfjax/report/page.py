@@ -13,6 +13,7 @@ from markupsafe import Markup
 from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 from rlhfjax.report import figures, tables
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
 
@@ -39,7 +40,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
       DataError: a file in it is damaged.
     """
     workdir = paths.path(workdir)
-    return paths.write(workdir / REPORT, render(read_run(workdir)))
+    page = render(read_run(workdir))
+    return paths.write(workdir / REPORT, page.encode(errors="backslashreplace"))
 
 
 def environment() -> jinja2.Environment:
@@ -60,7 +62,7 @@ def environment() -> jinja2.Environment:
 def _json(value: Any) -> str:
     """Returns indented JSON; a number that is not finite becomes null."""
     finite = json_text.null_nonfinite(value)
-    return json_text.encode(finite, REPORT, indent=2, default=str)
+    return redact(json_text.encode(finite, REPORT, indent=2, default=str), {})
 
 
 def render(run: Run) -> str:

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -83,7 +84,7 @@ def read_result(
         status="done" if is_done else "unfinished",
         metrics=metrics,
         telling=telling,
-        page=f"{name}/{REPORT}" if (workdir / REPORT).exists() else "",
+        page=quote(f"{name}/{REPORT}") if (workdir / REPORT).exists() else "",
     )
 
 
@@ -147,7 +148,7 @@ def write_sweep(
     paths.write(folder / RUNS, _csv(run_rows(results)))
     paths.write(folder / GROUPS, _csv(group_rows(results)))
     page = render(paths.absolute(folder).name, results, names)
-    return paths.write(folder / PAGE, page)
+    return paths.write(folder / PAGE, page.encode(errors="backslashreplace"))
 
 
 def run_rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -206,7 +206,7 @@ def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
             raise ConfigError(f"sweep: the config has no option {key!r}")
         try:
             node[last] = value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(
                 f"sweep: {key}={shown(value)} is not of type {type(node[last]).__name__}"
             ) from None
@@ -277,6 +277,6 @@ def name_of(overrides: Mapping[str, Any]) -> str:
 
 
 def _name_of_value(value: Any) -> str:
-    """Returns a value's text; in quotes, which names lack, if it could be that of several options."""
+    """Returns a value's text; quoted, which no name is, if several options could have it."""
     text = literal(value)
     return repr(text) if re.search(",.*=", text, re.DOTALL) else text
