@@ -99,8 +99,8 @@ _SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Returns the arguments of an experiment file, parsed from `"size=tiny,seed=3"`.
 
-    A value that holds a comma is in double quotes, as JSON has them: `run="a,b"`. The name of a file
-    or folder that exists needs none.
+    A value that holds a comma is in double quotes, as in JSON: `run="a,b"`. The name of a file or
+    folder that exists needs none.
 
     Args:
       defaults: per argument its default, whose type its values have; a tuple of the accepted
@@ -321,7 +321,7 @@ def _not_json(values: Any, where: str) -> str:
 
 
 def validate_without_secrets(value: Any, where: str) -> None:
-    """Raises ConfigError if a text has the form of a secret: config.json and reports would show it."""
+    """Raises ConfigError if a text has the form of a secret, which config.json would show."""
     if isinstance(value, str) and has_form(value):
         raise ConfigError(
             f"{where}=…: this is a secret, which config.json would show; expected it in the"

@@ -163,6 +163,8 @@ class _Options(flags.ArgumentParser):
     syntactic_help = "a dict, such as {'a': 1}; .a=1 after its name sets one option"
 
     def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):  # the default
+            return argument
         value = _shallow(argument, _literal)
         if not isinstance(value, dict):
             raise ValueError("not a dict")
@@ -175,6 +177,8 @@ class _Anything(flags.ArgumentParser):
     syntactic_help = "a text or a Python literal"
 
     def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):  # the default
+            return argument
         try:
             return _shallow(
                 {"true": "True", "false": "False"}.get(argument, argument), _literal

@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -107,6 +107,15 @@ def without_patterns(path: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         link.symlink_to(parent)
     return link / path.name
+
+
+def scheme(name: str, known: Collection[str]) -> str:
+    """Returns the known scheme that a name begins with, as in jsonl:REST; "" for a path.
+
+    A path may have colons in it, as a time has.
+    """
+    prefix, colon, _ = name.partition(":")
+    return prefix if colon and prefix in known else ""
 
 
 def absolute(path: Path) -> Path:

@@ -100,7 +100,7 @@ def open_preferences(
         )
     sources = []
     for name in names:
-        if ":" in name and not paths.remote(name):
+        if paths.scheme(name, ("tfds", "jsonl", "text")):
             sources.append(open_source(name, kind="preferences", split=split))
         else:
             sources.append(read_preferences(name, split))
