@@ -34,7 +34,7 @@ def parse(fv: flags.FlagValues, argv: Sequence[str], *, once: bool = True) -> li
             )
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise flags.IllegalFlagValueError(
-                f"--{flag.name}={flag.value}: expected {accepted(flag.parser)}"
+                f"--{flag.name}={flag.value}: expected a finite {accepted(flag.parser)}"
             )
     return rest
 

@@ -10,6 +10,8 @@ from rlhfjax import arguments, process
 from rlhfjax.errors import ConfigError, first_line
 
 Flags = flags.FlagValues
+MOST = 1024  # processes, TPUs and slices that a command takes
+LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
 
 
 class Command(NamedTuple):
@@ -211,7 +213,7 @@ def chat(fv: Flags) -> None:
     [--temperature=0.7] [--max_new_tokens=64]"""
     from rlhfjax import chat
 
-    if (fv.workdir is None) == (fv.model is None):
+    if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
         raise ConfigError(f"chat: give --workdir (a run's) or {model}")
     chat.run(
@@ -306,8 +308,11 @@ def options(fv: Flags) -> None:
 
 def _need(fv: Flags, *names: str) -> None:
     for name in names:
-        if fv[name].value is None:
+        value = fv[name].value
+        if value is None:
             raise ConfigError(f"--{name} is required")
+        if value == "":
+            raise ConfigError(f"--{name}=: expected --{name}=VALUE")
 
 
 def _path(name: str) -> Any:
@@ -332,6 +337,7 @@ def _hosts_flags(fv: Flags) -> None:
         "seconds without a heartbeat after which another host counts as lost; longer than the "
         "longest compilation",
         1,
+        LONGEST_WAIT,
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -339,6 +345,7 @@ def _hosts_flags(fv: Flags) -> None:
         3600,
         "seconds to wait for the other hosts to start",
         1,
+        LONGEST_WAIT,
         flag_values=fv,
     )
 
@@ -349,6 +356,7 @@ def _sweep_flags(fv: Flags) -> None:
         1,
         "number of runs at a time; an accelerator has room for one",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_string(
@@ -365,6 +373,7 @@ def _sweep_flags(fv: Flags) -> None:
         "with --launcher='tpu …': number of TPUs that take the runs in turn, without queueing and "
         "installing per run",
         0,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_bool(
@@ -447,6 +456,7 @@ def _plan_flags(fv: Flags) -> None:
         1,
         "number of slices, joined by the data center's network",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_list(
@@ -460,6 +470,7 @@ def _plan_flags(fv: Flags) -> None:
         8,
         "number of slices that --topology=search may compile for",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_string(
