@@ -69,7 +69,9 @@ def accepted(parser: flags.ArgumentParser) -> str:
         if isinstance(parser, kind):
             bounds = ((">=", parser.lower_bound), ("<=", parser.upper_bound))
             limits = [
-                f"{sign} {bound:g}" for sign, bound in bounds if bound is not None
+                f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}"
+                for sign, bound in bounds
+                if bound is not None
             ]
             return f"{name} {' and '.join(limits)}".rstrip()
     if isinstance(parser, flags.BooleanParser):

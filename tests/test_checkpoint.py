@@ -382,6 +382,19 @@ def test_save_tree_and_load_tree(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["params"]
 
 
+@pytest.mark.parametrize("name", ["10:00 [x]*?", "a\\b", "gs:"])
+def test_a_folder_may_have_any_name(name, tmp_path):
+    """Orbax and TensorStore take some characters for patterns, separators or schemes."""
+    save_tree(tmp_path / name / "params", tree(1))
+    assert same(load_tree(tmp_path / name / "params", shapes(tree())), tree(1))
+    with Checkpoints(tmp_path / name, CheckpointConfig()) as checkpoints:
+        checkpoints.save(3, tree(2), {"position": 1})
+        checkpoints.wait()
+        state, position = checkpoints.restore(shapes(tree())) or (None, None)
+    assert same(state, tree(2)) and position == {"position": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damaged_parameters_are_refused(damage, tmp_path):
     save_tree(tmp_path / "params", tree())

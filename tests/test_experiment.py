@@ -57,7 +57,8 @@ RETURN = "def get_config(arg=None):\n    return "
 FILES = {
     "x = 1": "exp.py: it has no get_config(arg=None)",
     "get_config = 3": "it has no get_config(arg=None)",
-    RETURN + "None": "its get_config returned None; expected an ml_collections.ConfigDict",
+    RETURN
+    + "None": "its get_config returned None; expected an ml_collections.ConfigDict",
     RETURN + "[1]": "its get_config returned [1]",
     RETURN + "iter(())": "its get_config returned <",
     "def get_config():\n    return {}": "its get_config() cannot be called with 'a=b'",
@@ -119,12 +120,8 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("word", "said"), OVERRIDES.items(), ids=range(len(OVERRIDES))
-)
-def test_an_override_that_cannot_be_meant_names_option_value_and_rule(
-    word, said, file
-):
+@pytest.mark.parametrize(("word", "said"), OVERRIDES.items(), ids=range(len(OVERRIDES)))
+def test_an_override_that_cannot_be_meant_names_option_value_and_rule(word, said, file):
     config = experiment.load(str(file)).config()
     with pytest.raises(ConfigError) as caught:
         experiment.overridden(config, [f"--config.{word}"])

@@ -108,7 +108,7 @@ def _run(
         raise ConfigError(f"--config.{both[0]}: this option is what the sweep varies")
     options = {key: plain(key, value) for key, value in given.items()} | options
     text = with_arguments(loaded.arg or "", arguments)
-    config, words = _with_options(lambda: loaded.config(text or None), options)
+    config, words = with_options(lambda: loaded.config(text or None), options)
     values = to_dict(config)
     with _naming_nulls(options):
         for stage in (
@@ -141,7 +141,7 @@ def _naming_nulls(options: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
-def _with_options(
+def with_options(
     get_config: Callable[[], ConfigDict], options: Mapping[str, Any]
 ) -> tuple[ConfigDict, list[str]]:
     """Returns the config with options, and the words of a command line that lead to it.
@@ -150,7 +150,7 @@ def _with_options(
       ConfigError: an unknown option, a value of another type, or one that no word leads to.
     """
     wanted = overlay(get_config(), options)
-    texts = {key: literal(value) for key, value in options.items()}
+    texts = {key: literal(key, value) for key, value in options.items()}
     for spell in (repr, None):  # a text that looks like a literal is quoted
         words = [f"--config.{key}={text}" for key, text in texts.items()]
         config = experiment.overridden(get_config(), words)
@@ -187,7 +187,9 @@ def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
             raise ConfigError(
                 f"--config=…:{name}={cut(text)}: this argument is what the sweep varies"
             )
-    items = [f"{name}={quote_arg(literal(value))}" for name, value in arguments.items()]
+    items = [
+        f"{name}={quote_arg(literal(name, value))}" for name, value in arguments.items()
+    ]
     return ",".join(filter(None, [arg, *items]))
 
 
@@ -250,8 +252,13 @@ def _validate_text(option: str, text: str) -> None:
         )
 
 
-def literal(value: Any) -> str:
-    """Formats a plain value for the command line."""
+def literal(option: str, value: Any) -> str:
+    """Formats a value for the command line.
+
+    Raises:
+      ConfigError: the command line cannot hold such a value.
+    """
+    value = plain(option, value)
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else repr(value)
@@ -264,7 +271,7 @@ def name_of(overrides: Mapping[str, Any]) -> str:
     are replaced and a long name is cut; then a hash of the full name keeps it unique.
     """
     items = [
-        f"{key.removeprefix(ARG)}={_name_of_value(value)}"
+        f"{key.removeprefix(ARG)}={_name_of_value(key, value)}"
         for key, value in overrides.items()
     ]
     full_name = ",".join(items) or "base"
@@ -276,7 +283,7 @@ def name_of(overrides: Mapping[str, Any]) -> str:
     return f"{cut_name}-{digest[:8]}"
 
 
-def _name_of_value(value: Any) -> str:
+def _name_of_value(option: str, value: Any) -> str:
     """Returns a value's text; quoted, which no name is, if several options could have it."""
-    text = literal(value)
+    text = literal(option, value)
     return repr(text) if re.search(",.*=", text, re.DOTALL) else text
