@@ -50,7 +50,8 @@ class Experiment(NamedTuple):
                 " expected an ml_collections.ConfigDict"
             )
         if isinstance(config, Mapping):
-            config = guarded(self.file, lambda: ConfigDict(config))
+            values = dict(config)
+            return guarded(self.file, lambda: ConfigDict(values))
         return config
 
     def _validate_signature(

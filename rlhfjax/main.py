@@ -124,7 +124,8 @@ def _config_flag(fv: Flags, argv: list[str]) -> list[str]:
         return rest
     config = experiment.load(specs[0]).config()
     experiment.define_config(fv, config, rest[1:], helps)
-    fv["config"].spec = specs[0]  # for `sweep`, which loads it again
+    flag: Any = fv["config"]
+    flag.spec = specs[0]  # for `sweep`, which loads it again
     return rest
 
 
@@ -192,8 +193,8 @@ def sweep(fv: Flags) -> None:
         metrics=tuple(fv.metrics),
     )
     given = config_flags.get_override_values(fv["config"])
-    spec = fv["config"].spec
-    command.sweep(spec, _path(fv.workdir), given, options)
+    flag: Any = fv["config"]
+    command.sweep(flag.spec, _path(fv.workdir), given, options)
 
 
 def evaluate(fv: Flags) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhfjax import experiment, recipe
-from rlhfjax.config import quote_arg, scalar, split_arg, to_dict
+from rlhfjax.config import scalar, to_dict
 from rlhfjax.errors import ConfigError, cut
 from rlhfjax.experiment import Experiment
+from rlhfjax.experiment_args import quote_arg, split_arg
 from rlhfjax.json_text import shown
 from rlhfjax.paths import Path
 from rlhfjax.sweep import Overrides
@@ -171,9 +172,10 @@ def _equal(config: ConfigDict, wanted: ConfigDict, option: str) -> bool:
 
 
 def _at(config: ConfigDict, option: str) -> Any:
+    node: Any = config
     for part in option.split("."):
-        config = config[part]
-    return config
+        node = node[part]
+    return node
 
 
 def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
