@@ -40,8 +40,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
       DataError: a file in it is damaged.
     """
     workdir = paths.path(workdir)
-    page = render(read_run(workdir))
-    return paths.write(workdir / REPORT, page.encode(errors="backslashreplace"))
+    return paths.write(workdir / REPORT, render(read_run(workdir)))
 
 
 def environment() -> jinja2.Environment:
@@ -71,8 +70,8 @@ def render(run: Run) -> str:
     seconds = sum(stage.seconds or 0 for stage in run.stages)
     comparisons = [stage for stage in run.stages if compares(stage)]
     others = [stage for stage in run.stages if stage.samples and not compares(stage)]
-    page = environment().get_template("page.html")
-    return page.render(
+    template = environment().get_template("page.html")
+    page = template.render(
         run=run,
         finished=all(stage.status == "done" for stage in run.stages),
         total_time=duration(seconds) if seconds else "",
@@ -89,6 +88,12 @@ def render(run: Run) -> str:
         comparisons=[(s, s.samples[:FEW], s.samples[FEW:MANY]) for s in comparisons],
         examples=[(stage, stage.samples[:FEW]) for stage in others],
     )
+    return encodable(page)
+
+
+def encodable(page: str) -> str:
+    """Returns a page with escapes for what UTF-8 lacks: bytes of a file's name in another code."""
+    return page.encode(errors="backslashreplace").decode()
 
 
 def turns(prompt: str) -> list[tuple[str, str]]:

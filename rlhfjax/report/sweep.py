@@ -18,7 +18,7 @@ from rlhfjax import json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
-from rlhfjax.report.page import REPORT, environment
+from rlhfjax.report.page import REPORT, encodable, environment
 from rlhfjax.report.workdir import read_run
 
 RUNS, GROUPS, PAGE = "sweep.csv", "sweep_groups.csv", "sweep.html"
@@ -148,7 +148,7 @@ def write_sweep(
     paths.write(folder / RUNS, _csv(run_rows(results)))
     paths.write(folder / GROUPS, _csv(group_rows(results)))
     page = render(paths.absolute(folder).name, results, names)
-    return paths.write(folder / PAGE, page.encode(errors="backslashreplace"))
+    return paths.write(folder / PAGE, page)
 
 
 def run_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -179,8 +179,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str:
     """Returns the page as HTML."""
-    page = environment().get_template("sweep.html")
-    return page.render(
+    template = environment().get_template("sweep.html")
+    page = template.render(
         title=title,
         results=results,
         done=sum(result.status == "done" for result in results),
@@ -189,6 +189,7 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
         sizes={group: len(members) for group, members in groups(results).items()},
         panels=[(name, _figure(results, name)) for name in metrics],
     )
+    return encodable(page)
 
 
 def _figure(results: Sequence[Result], metric: str) -> Markup:
