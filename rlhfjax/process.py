@@ -33,6 +33,9 @@ def run(command: Callable[[], None]) -> None:
             _hosts().leave()
     except UserError as e:
         _exit(str(e), e.exit_code)
+    except BrokenPipeError:  # such as `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit("its output was closed before the end", 1)
     except OSError as e:
         if e.errno not in _DISK and not e.filename:
             _exit_on_unexpected(e)
