@@ -14,7 +14,7 @@ from typing import Any
 from rlhfjax.errors import ConfigError, first_line
 
 SIGNATURE = "def f(prompt: str, response: str, metadata: dict) -> float"
-RULE = f"package.module:function, of a function {SIGNATURE}"
+RULE = f"package.module:function with {SIGNATURE}"
 STAGE = "package.module:Config"
 MOST_SHOWN = 300  # characters of a name or of an error in a message
 
@@ -116,9 +116,7 @@ def validate_rule(function: Any, name: str) -> Callable[..., Any]:
     """
     problem = _no_rule(function)
     if problem:
-        raise ConfigError(
-            f"rule {_shown(name)}: {problem}; expected a function, {RULE}"
-        )
+        raise ConfigError(f"rule {_shown(name)}: {problem}; expected {SIGNATURE}")
     return function
 
 

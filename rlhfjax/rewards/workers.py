@@ -79,9 +79,11 @@ def _serve(connection: Connection, name: str) -> None:
     _die_first_without_memory()
     try:
         function = find_function(name)
+    except ConfigError as error:
+        connection.send(str(error))
+        return
     except BaseException as error:
-        is_ours = isinstance(error, ConfigError)
-        connection.send(str(error) if is_ours else user_code.describe(error))
+        connection.send(f"rule {name!r}: {user_code.describe(error)}")
         return
     connection.send("")
     try:
@@ -101,6 +103,7 @@ class _Worker:
     """A process, and the call that it is running."""
 
     def __init__(self, name: str):
+        self.name = name
         # A fork would share the accelerator's threads and locks.
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
@@ -108,7 +111,6 @@ class _Worker:
             target=_serve, args=(other_end, name), daemon=True
         )
         self.process.start()
-        self.name = name
         other_end.close()
         self.item: int | None = None  # index of the call
         self.ready = False
@@ -131,13 +133,17 @@ class _Worker:
         self.ready = True
 
     def _not_started(self, why: str) -> str:
-        return f"rule {self.name!r}: its module was not imported {why}"
+        return (
+            f"rule {self.name!r}: its module was not imported {why};"
+            f" expected {user_code.RULE}"
+        )
 
     def death(self) -> str:
         """Returns how the process ended."""
-        self.process.join()
+        self.process.join(timeout=1.0)  # it may have closed its connection alone
         code = self.process.exitcode or 0
-        return f"its process died, {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"its process died, {how}"
 
     def stop(self) -> None:
         self.process.kill()

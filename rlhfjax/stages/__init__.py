@@ -33,7 +33,7 @@ def names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
-def find(name: str) -> ModuleType:
+def find(name: Any) -> ModuleType:
     """Returns the module of a stage.
 
     Raises:
@@ -64,10 +64,11 @@ def _outside(name: str) -> ModuleType:
     return outside
 
 
-def config_class(name: str) -> type:
+def config_class(name: Any) -> type:
     """Returns the config dataclass of a stage."""
+    found = find(name)
     module, _, attribute = name.partition(":")
-    cls = getattr(find(name), attribute or "Config", None)
+    cls = getattr(found, attribute or "Config", None)
     if not isinstance(cls, type):
         raise ConfigError(f"stage {name!r}: {module} has no class {attribute!r}")
     return cls
