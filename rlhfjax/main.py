@@ -318,6 +318,7 @@ def _hosts_flags(fv: Flags) -> None:
         "seconds without a heartbeat after which another host counts as lost; longer than the "
         "longest compilation",
         1,
+        2**31 - 1,
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -325,6 +326,7 @@ def _hosts_flags(fv: Flags) -> None:
         3600,
         "seconds to wait for the other hosts to start",
         1,
+        2**31 - 1,
         flag_values=fv,
     )
 
@@ -335,6 +337,7 @@ def _sweep_flags(fv: Flags) -> None:
         1,
         "number of runs at a time; an accelerator has room for one",
         1,
+        1024,
         flag_values=fv,
     )
     flags.DEFINE_string(
@@ -351,6 +354,7 @@ def _sweep_flags(fv: Flags) -> None:
         "with --launcher='tpu …': number of TPUs that take the runs in turn, without queueing and "
         "installing per run",
         0,
+        1024,
         flag_values=fv,
     )
     flags.DEFINE_bool(
@@ -375,17 +379,16 @@ def _model_flag(fv: Flags) -> None:
 
 def _chat_flags(fv: Flags) -> None:
     _model_flag(fv)
-    flags.DEFINE_float(
-        "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
-    )
+    flags.DEFINE_float("temperature", 0.7, "0 is greedy", 0.0, 1e4, flag_values=fv)
     flags.DEFINE_integer(
         "max_new_tokens",
         64,
         "longest response, in tokens",
         lower_bound=1,
+        upper_bound=2**24,
         flag_values=fv,
     )
-    flags.DEFINE_integer("seed", 0, "seed of the sampler", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
 
 
@@ -433,6 +436,7 @@ def _plan_flags(fv: Flags) -> None:
         1,
         "number of slices, joined by the data center's network",
         1,
+        2**20,
         flag_values=fv,
     )
     flags.DEFINE_list(
@@ -446,6 +450,7 @@ def _plan_flags(fv: Flags) -> None:
         8,
         "number of slices that --topology=search may compile for",
         1,
+        2**20,
         flag_values=fv,
     )
     flags.DEFINE_string(
@@ -472,6 +477,7 @@ def _plan_flags(fv: Flags) -> None:
         2,
         "completions per prompt, if the data decides it",
         2,
+        2**20,
         flag_values=fv,
     )
     flags.DEFINE_list(
