@@ -57,7 +57,11 @@ def validate(tmp_path, stage, changes):
         ("sft", {"batch_size": 2**20, "length": 2**12}, "activations"),
         ("reward", {"batch_size": 2**20, "length": 2**12}, "activations"),
         ("ppo", {"max_new_tokens": 2**24}, ""),
-        ("collect", {"samples_per_prompt": 2**20, "max_new_tokens": 2**10}, "the KV cache"),
+        (
+            "collect",
+            {"samples_per_prompt": 2**20, "max_new_tokens": 2**10},
+            "the KV cache",
+        ),
         ("ppo", {"batch_size": 2**20, "max_new_tokens": 2**10}, ""),
         ("ppo", {"decode_batch": 2**20, "max_new_tokens": 2**10}, "the KV cache"),
         ("collect", {"max_new_tokens": 2**24}, "the KV cache"),
@@ -141,7 +145,7 @@ class NoTokenizer(Tokenizer):
 
 
 def test_chat_refuses_a_response_that_does_not_fit(laptop):
-    config = dataclasses.replace(SHAPE, max_length=2**24)
+    config = dataclasses.replace(SHAPE, n_layers=64, max_length=2**24)
     saved = SavedModel(Model(config, "lm"), {}, NoTokenizer())
     sampling = Sampling(max_new_tokens=2**24 - 1, eos_id=1, pad_id=0)
     with pytest.raises(

@@ -115,11 +115,11 @@ class TextReward:
         scores[chosen], metrics = self._share_scores([x[chosen] for x in rows])
         return scores, metrics
 
-    def _share_scores(self, rows: Sequence[np.ndarray]) -> Scored:
+    def _share_scores(self, rows: Sequence[np.ndarray]) -> tuple[Any, Metrics]:
         """Returns the scores [n] and metrics of the first host."""
         prompts, responses = texts(self.tokenizer, *rows)
 
-        def scored() -> Scored:
+        def scored() -> tuple[Any, Metrics]:
             if isinstance(self.scorer, ScorerWithMetrics):
                 return self.scorer.with_metrics(prompts, responses)
             return self.scorer(prompts, responses), {}
