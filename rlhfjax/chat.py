@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import capacity
 from rlhfjax.data.chat import Message, render_prompt
 from rlhfjax.data.padding import pad_left
 from rlhfjax.data.tokenizer import Tokenizer
@@ -37,6 +38,9 @@ class Chat:
                 f"--max_new_tokens={sampling.max_new_tokens}: "
                 f"must be less than the model's context of {max_length}"
             )
+        cache = capacity.cache_bytes(saved.model.config, 1, sampling.max_new_tokens)
+        needed = {"the KV cache": cache}
+        capacity.validate_bytes("chat", needed, "--max_new_tokens")
         self.model, self.params = saved.model, saved.params
         self.tokenizer, self.sampling = saved.tokenizer, sampling
         self._key, self._turns = jax.random.key(seed), 0

@@ -399,17 +399,16 @@ def _model_flag(fv: Flags) -> None:
 
 def _chat_flags(fv: Flags) -> None:
     _model_flag(fv)
-    flags.DEFINE_float(
-        "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
-    )
+    flags.DEFINE_float("temperature", 0.7, "0 is greedy", 0.0, 1e4, flag_values=fv)
     flags.DEFINE_integer(
         "max_new_tokens",
         64,
         "longest response, in tokens",
         lower_bound=1,
+        upper_bound=2**24,
         flag_values=fv,
     )
-    flags.DEFINE_integer("seed", 0, "seed of the sampler", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
 
 
@@ -498,6 +497,7 @@ def _plan_flags(fv: Flags) -> None:
         2,
         "completions per prompt, if the data decides it",
         2,
+        2**20,
         flag_values=fv,
     )
     flags.DEFINE_list(

@@ -117,6 +117,7 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
     """Ends with the traceback of an unexpected error; ends the other hosts too."""
     paths = sys.modules.get("rlhfjax.paths")
     refusal = paths.refusal(error) if paths else None
+    refusal = refusal or out_of_memory(error)
     if refusal:
         _exit(refusal, 1)
     if not _has_peers():
@@ -127,6 +128,20 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
         hosts.fail_for_another(error)
     traceback.print_exception(error)
     hosts.fail(first_line(error, kind=True), 1)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Returns what could not be allocated, in one line; "" for other errors."""
+    what = first_line(error)
+    if isinstance(error, MemoryError):
+        what = what.removeprefix("MemoryError")
+    elif "RESOURCE_EXHAUSTED" not in what:
+        return ""
+    detail = f" ({what})" if what else ""
+    return (
+        f"out of memory{detail}: make the model, batch_size or the lengths smaller, or use"
+        " more devices; rlhfjax plan tells what a stage needs"
+    )
 
 
 def _print_error(message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhfjax import (
+    capacity,
     footprint,
     hosts,
     json_text,
@@ -55,6 +56,7 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     resolved = {name: resolve(values[name], folders, name) for name in folders}
     typed = check_all(resolved, folders)
     hosts.share(lambda: references.validate(typed, folders, DONE))
+    capacity.validate(typed, folders, DONE)
     hosts.share(lambda: claim(workdir, values))
     metrics: dict[str, float] = {}
     for name, stage_values in resolved.items():
@@ -90,6 +92,7 @@ def run_stage(
     name = config["stage"]
     configs = check_all({name: config}, {name: workdir})
     hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
+    capacity.validate(configs, {name: workdir}, DONE)
     typed = configs[name]
     hosts.share(lambda: claim(workdir, config if record is None else record))
     if done := hosts.share(lambda: read_done(workdir)):
