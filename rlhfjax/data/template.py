@@ -16,8 +16,8 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from rlhfjax.data.sandbox import compile_template
-from rlhfjax.errors import DataError, first_line
+from rlhfjax.data.sandbox import Program, explain
+from rlhfjax.errors import DataError
 
 Message = Mapping[str, str]
 ROLES = ("user", "assistant", "system")
@@ -128,7 +128,7 @@ class Template:
         # A conversation that is cut to length is rendered several times.
         self._encode = functools.lru_cache(1024)(encode)
         self._pieces = functools.lru_cache(4096)(self._cut)
-        self._jinja = compile_template(source, context)
+        self._jinja = Program(source, context)
         longest_first = sorted(self._specials, key=len, reverse=True)
         parts = [_RESPONSE, _CONTENT, *map(re.escape, longest_first)]
         self._splitter = re.compile(f"({'|'.join(parts)})")
@@ -166,7 +166,7 @@ class Template:
                 **self._names,
             )
         except Exception as error:  # a template is a program and may raise anything
-            raise self._error(first_line(error)) from None
+            raise self._error(explain(error)) from None
 
     def render(
         self, messages: Sequence[Message], *, cue: bool = False
