@@ -31,6 +31,7 @@ from rlhfjax.data.template_cost import CALL, ESCAPE, ITEM, Budget, Metered
 from rlhfjax.errors import DataError, first_line
 
 LONGEST_SOURCE = 100_000  # characters; templates of models have up to 30,000
+MOST_NODES = 20_000  # of the syntax tree, which takes longer to compile than to parse
 _FILE = "<template>"  # what Jinja calls a source without a file
 _ABSENT_FILTERS = ("pprint", "random", "striptags", "urlize", "xmlattr")
 _ABSENT_METHODS = ("encode", "maketrans", "striptags", "translate")
@@ -60,24 +61,28 @@ class Program:
     """
 
     def __init__(self, source: str, context: str):
-        if len(source) > LONGEST_SOURCE:
-            raise DataError(
-                f"{context}: the chat template has {len(source):,} characters; "
-                f"must be <= {LONGEST_SOURCE:,}"
-            )
         self._budget = Budget()
         self._lock = threading.Lock()
         environment = _Environment(self._budget)
         try:
-            tree = Metered().visit(environment.parse(source))
-            self._template = environment.from_string(tree)
-            self._globals = dict(self._template.globals)
-        except Exception as error:  # Jinja's errors, and Python's for the code made of it
+            _validate_size("characters", len(source), LONGEST_SOURCE)
+            tree = environment.parse(source)
+            nodes = sum(1 for _ in tree.find_all(jinja2.nodes.Node))
+            _validate_size("expressions", nodes, MOST_NODES)
+            self._template = environment.from_string(Metered().visit(tree))
+        except (
+            Exception
+        ) as error:  # Jinja's errors, and Python's for the code made of it
             line = getattr(error, "lineno", None)
-            where = f", line {line}" if isinstance(error, jinja2.TemplateError) else ""
+            where = (
+                f", line {line}"
+                if isinstance(error, jinja2.TemplateSyntaxError)
+                else ""
+            )
             raise DataError(
-                f"{context}: the chat template is not Jinja: {first_line(error)}{where}"
+                f"{context}: the chat template is not Jinja: {_reason(error)}{where}"
             ) from None
+        self._globals = dict(self._template.globals)
 
     def render(self, messages: Sequence[Mapping[str, str]], **names: Any) -> str:
         """Returns the text of a conversation.
@@ -101,7 +106,7 @@ def explain(error: Exception) -> str:
 
     What the template itself says with raise_exception is returned as it is.
     """
-    reason = first_line(error)
+    reason = _reason(error)
     if isinstance(error, Refusal):
         return reason
     lines = []
@@ -111,6 +116,19 @@ def explain(error: Exception) -> str:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f"{reason}, line {lines[-1]}" if lines else reason
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return first_line(error)
+
+
+def _validate_size(what: str, size: int, most: int) -> None:
+    if size > most:
+        raise template_cost.TooMuch(
+            f"it has {size:,} {what}; at most {most:,} are accepted"
+        )
 
 
 class Refusal(jinja2.TemplateError):
@@ -137,7 +155,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for name in _ABSENT_FILTERS:
             del self.filters[name]
         self.filters = {
-            name: self._charged(name, function) for name, function in self.filters.items()
+            name: self._charged(name, function)
+            for name, function in self.filters.items()
         }
         self.filters[template_cost.SPEND] = budget.spend
         self.filters[template_cost.SIZE] = budget.spend_size
@@ -147,7 +166,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise,
-            "strftime_now": functools.partial(self._date, datetime.datetime.now()),
+            "strftime_now": self._clock(datetime.datetime.now()),
             "namespace": _Namespace,
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         }
@@ -164,7 +183,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.binop_table[operator](left, right)
 
     def call(
-        self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any
+        self,
+        context: jinja2.runtime.Context,
+        function: Any,
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if type(function) is types.BuiltinMethodType:
             name, owner = function.__name__, function.__self__
@@ -182,7 +206,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
-        if attribute in _SAFE.get(kind, ()):  # most uses, for which Jinja takes microseconds
+        if attribute in _SAFE.get(
+            kind, ()
+        ):  # most uses, for which Jinja takes microseconds
             return getattr(obj, attribute)
         if kind is dict and attribute in obj and attribute not in _DICT_METHODS:
             return obj[attribute]
@@ -234,10 +260,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return measured
 
-    def _date(self, now: datetime.datetime, form: str) -> str:
-        width = len(form) + template_cost.numbers_in(form)
-        self.budget.spend(CALL * width)
-        return now.strftime(form)
+    def _clock(self, now: datetime.datetime) -> Callable[[str], str]:
+        def strftime_now(form: str) -> str:
+            width = len(form) + template_cost.numbers_in(form)
+            self.budget.spend(CALL * width)
+            return now.strftime(form)
+
+        return strftime_now
 
     def _to_json(
         self,
@@ -308,7 +337,7 @@ class _Namespace(jinja2.utils.Namespace):
         jinja2.utils.Namespace.__init__(args[0], names)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._validate(name)
+        _Namespace._validate(name)  # `self.…` is a name in the namespace
         super().__setitem__(name, value)
 
     @staticmethod

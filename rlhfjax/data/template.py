@@ -182,6 +182,12 @@ class Template:
         Raises:
           DataError: a role is unknown, or the template cannot be cut into turns.
         """
+        return self._tokens(self.validate(messages, cue=cue), messages)
+
+    def validate(
+        self, messages: Sequence[Message], *, cue: bool = False
+    ) -> tuple[Piece, ...]:
+        """Returns the pieces of a conversation. Raises as `render` does, and encodes nothing."""
         for message in messages:
             if message["role"] not in ROLES:
                 raise DataError(
@@ -190,10 +196,10 @@ class Template:
         pieces = self._pieces(_roles(messages), cue)
         # Our own template is known to write contents as they are, and is the most used.
         if self.source != OURS:
-            filled = "".join(piece.fill(messages) for piece in pieces)
+            filled = "".join([piece.fill(messages) for piece in pieces])
             if filled != self.text(messages, cue=cue):
                 raise self._error("it changes a message by more than trimming it")
-        return self._tokens(pieces, messages)
+        return pieces
 
     def edges(
         self, messages: Sequence[Message], message: int, *, cue: bool = False

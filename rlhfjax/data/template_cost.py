@@ -137,7 +137,10 @@ class Metered(NodeTransformer):
     def visit_Add(self, node: nodes.Add) -> nodes.Expr:
         self.generic_visit(node)
         if _terms(node) <= LONGEST_SUM:
-            node.left, node.right = _without_charge(node.left), _without_charge(node.right)
+            node.left, node.right = (
+                _without_charge(node.left),
+                _without_charge(node.right),
+            )
         return _charge(node, SIZE)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Concat:
@@ -278,11 +281,17 @@ _SHALLOW = frozenset(
 )
 _ITEMIZE = frozenset("batch groupby list map reject select slice sort unique".split())
 SIMPLE = frozenset("capitalize length list lower safe string trim upper".split())
-_SLOW = frozenset("dictsort groupby max min sort title unique wordcount wordwrap".split())
+_SLOW = frozenset(
+    "dictsort groupby max min sort title unique wordcount wordwrap".split()
+)
 
 
 def filtered(
-    budget: Budget, name: str, value: Any, args: Sequence[Any], options: Mapping[str, Any]
+    budget: Budget,
+    name: str,
+    value: Any,
+    args: Sequence[Any],
+    options: Mapping[str, Any],
 ) -> int:
     """Returns the units of a filter.
 

@@ -19,7 +19,7 @@ from rlhfjax.data import chat
 from rlhfjax.data.examples import prompt_room
 from rlhfjax.data.padding import pad_left, pad_right
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
@@ -64,9 +64,17 @@ class Judge:
             )
         layout.validate_batch(config.batch_size, "judge.batch_size")
         self.tokenizer: Tokenizer = saved.tokenizer
+        self._validate_template(config.model)
         self._config, self._layout = config, layout
         self._model, self._params = saved.model, saved.params
         self._score = jax.jit(functools.partial(span_logprobs, saved.model))
+
+    def _validate_template(self, model: str) -> None:
+        """Validates that the model's chat template takes a question. Raises DataError."""
+        try:
+            chat.validate_prompt(self.tokenizer, _question("?"))
+        except DataError as error:
+            raise DataError(f"judge.model={model}: {error}") from None
 
     def room(self, options: Sequence[str], thought: int = 0) -> int:
         """Returns how many tokens a question may have before a thought and the longest option."""
