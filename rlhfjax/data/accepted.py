@@ -1,6 +1,6 @@
-"""Rows that a chat template takes, found when their source is opened and not in the middle of a run.
+"""Rows that a chat template takes, found when a source is opened and not in the middle of a run.
 
-Rendering a conversation is as cheap as reading it, so every row is rendered once. Nothing is encoded.
+Rendering a conversation is as cheap as reading it, so every row is rendered once and not encoded.
 """
 
 import logging

@@ -32,20 +32,42 @@ from rlhfjax.errors import DataError, first_line
 
 LONGEST_SOURCE = 100_000  # characters; templates of models have up to 30,000
 MOST_NODES = 20_000  # of the syntax tree, which takes longer to compile than to parse
+LONGEST_REASON = 300  # characters
 _FILE = "<template>"  # what Jinja calls a source without a file
 _ABSENT_FILTERS = ("pprint", "random", "striptags", "urlize", "xmlattr")
 _ABSENT_METHODS = ("encode", "maketrans", "striptags", "translate")
 _INTERNAL = ("_block_vars", "_loop_vars")
 _SAFE = {
     jinja2.runtime.LoopContext: frozenset(
-        "first index index0 last length nextitem previtem".split()
+        ["first", "index", "index0", "last", "length", "nextitem", "previtem"]
     ),
-    str: frozenset("endswith lstrip replace rstrip split startswith strip".split()),
-    dict: frozenset("get items keys values".split()),
+    str: frozenset(
+        ["endswith", "lstrip", "replace", "rstrip", "split", "startswith", "strip"]
+    ),
+    dict: frozenset(["get", "items", "keys", "values"]),
 }
 _DICT_METHODS = frozenset(dir(dict))
 _COMPARING_TESTS = frozenset(
-    "in lower upper == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le".split()
+    [
+        "in",
+        "lower",
+        "upper",
+        "==",
+        "eq",
+        "equalto",
+        "!=",
+        "ne",
+        ">",
+        "gt",
+        "greaterthan",
+        ">=",
+        "ge",
+        "<",
+        "lt",
+        "lessthan",
+        "<=",
+        "le",
+    ]
 )
 
 
@@ -84,6 +106,11 @@ class Program:
             ) from None
         self._globals = dict(self._template.globals)
 
+    @property
+    def spent(self) -> int:
+        """The units that all renderings before the last have cost."""
+        return self._budget.spent
+
     def render(self, messages: Sequence[Mapping[str, str]], **names: Any) -> str:
         """Returns the text of a conversation.
 
@@ -121,7 +148,8 @@ def explain(error: Exception) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return first_line(error)
+    reason = first_line(error)[:LONGEST_REASON]
+    return reason.encode(errors="backslashreplace").decode()
 
 
 def _validate_size(what: str, size: int, most: int) -> None:

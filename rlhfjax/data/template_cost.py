@@ -21,8 +21,8 @@ CALL = 100
 COMPARE = 20  # per unit of what is sorted
 ESCAPE = 12  # characters that one character becomes at most, in JSON or a URL
 LONGEST_SUM = 8  # terms that are added before their sum is charged
-LIMIT = 10_000_000  # of an empty conversation
-PER_MESSAGE = 100_000
+LIMIT = 1_000_000  # of an empty conversation
+PER_MESSAGE = 50_000
 PER_CHARACTER = 300
 
 # Filters of the syntax tree that `Metered` inserts. No template can spell their names.
@@ -36,13 +36,15 @@ class TooMuch(jinja2.TemplateError):
 class Budget:
     """The units that a rendering may still spend."""
 
-    __slots__ = ("left", "limit")
+    __slots__ = ("left", "limit", "spent")
 
     def __init__(self):
         self.limit = self.left = LIMIT
+        self.spent = 0  # of all renderings but the last
 
     def start(self, messages: Sequence[Mapping[str, str]] = ()) -> None:
         """Begins the rendering of a conversation, whose length decides the limit."""
+        self.spent += self.limit - self.left
         length = sum([len(message["content"]) for message in messages])
         self.limit = LIMIT + PER_MESSAGE * len(messages) + PER_CHARACTER * length
         self.left = self.limit
@@ -51,10 +53,7 @@ class Budget:
         """Charges some units; returns True. Raises TooMuch beyond the limit."""
         self.left -= units
         if self.left < 0:
-            raise TooMuch(
-                f"it exceeds the limit on time and output: {self.limit:,} characters, "
-                f"or {self.limit // NODE:,} operations"
-            )
+            raise TooMuch(too_much(self.limit))
         return True
 
     def spend_size(self, value: Any) -> Any:
@@ -93,6 +92,14 @@ class Budget:
                     pending += value.values()
         self.spend(0 if total <= self.left else total)
         return total
+
+
+def too_much(limit: int) -> str:
+    """Returns the message of a template that exceeds its limit."""
+    return (
+        f"it exceeds the limit on time and output: {limit:,} characters, "
+        f"or {limit // NODE:,} operations"
+    )
 
 
 def length_of(value: Any) -> int:
@@ -276,13 +283,45 @@ def _integers(values: Iterable[Any]) -> int:
 
 # Filters that neither read nor copy what a list contains.
 _SHALLOW = frozenset(
-    "attr batch count d default first items last length list map reject rejectattr reverse safe "
-    "select selectattr slice".split()
+    [
+        "attr",
+        "batch",
+        "count",
+        "d",
+        "default",
+        "first",
+        "items",
+        "last",
+        "length",
+        "list",
+        "map",
+        "reject",
+        "rejectattr",
+        "reverse",
+        "safe",
+        "select",
+        "selectattr",
+        "slice",
+    ]
 )
-_ITEMIZE = frozenset("batch groupby list map reject select slice sort unique".split())
-SIMPLE = frozenset("capitalize length list lower safe string trim upper".split())
+_ITEMIZE = frozenset(
+    ["batch", "groupby", "list", "map", "reject", "select", "slice", "sort", "unique"]
+)
+SIMPLE = frozenset(
+    ["capitalize", "length", "list", "lower", "safe", "string", "trim", "upper"]
+)
 _SLOW = frozenset(
-    "dictsort groupby max min sort title unique wordcount wordwrap".split()
+    [
+        "dictsort",
+        "groupby",
+        "max",
+        "min",
+        "sort",
+        "title",
+        "unique",
+        "wordcount",
+        "wordwrap",
+    ]
 )
 
 

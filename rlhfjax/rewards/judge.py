@@ -284,6 +284,37 @@ def _parts(
     return {name: chat.decode_part(tokenizer, part) for name, part in parts.items()}
 
 
+# `{name}`, also with what str.format takes after a name. LaTeX has a word, `^`, `_` or a brace
+# right before its braces; other braces in a text have a blank, a quote or a comma in them.
+_PLACEHOLDER = re.compile(r"(?<![\w^}\\{])\{(\w+)((?:[.!:\[][^{}\s]*)?)\}(?!\})")
+
+
+def validate_placeholders(
+    option: str, template: str, names: Sequence[str], required: Sequence[str]
+) -> None:
+    """Validates the placeholders of a template for `fill`.
+
+    Args:
+      option: its name, for errors.
+      names: the accepted placeholders.
+      required: those that must be there.
+
+    Raises:
+      ConfigError: one is missing, or unknown, or has a format.
+    """
+    for name in required:
+        if f"{{{name}}}" not in template:
+            raise ConfigError(f"{option}: it has no {{{name}}}")
+    accepted = ", ".join(f"{{{name}}}" for name in names)
+    for match in _PLACEHOLDER.finditer(template):
+        name, form = match.groups()
+        if name not in names or form:
+            raise ConfigError(
+                f"{option}: {match.group()[:60]} is no placeholder; accepted: {accepted}, "
+                f"and {{ {name} }} with blanks for text in braces"
+            )
+
+
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Returns a template with values in place of `{name}`; braces within a value stay."""
     names = "|".join(rf"\{{{name}\}}" for name in values)
