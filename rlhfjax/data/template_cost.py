@@ -185,7 +185,8 @@ def _charge(value: nodes.Expr, how: str) -> nodes.Expr:
     if isinstance(value, nodes.Const) and how != SPEND:
         return value
     charged = nodes.Filter(value, how, [], [], None, None)
-    return charged.set_lineno(value.lineno or 1)
+    charged.set_lineno(value.lineno or 1)
+    return charged
 
 
 def _without_charge(value: Any) -> Any:
