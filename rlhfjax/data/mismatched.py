@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from rlhfjax.data import examples
-from rlhfjax.data.accepted import accepted, validate_preference
+from rlhfjax.data.accepted import validate_preference
 from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
@@ -30,9 +30,8 @@ class Mismatched:
     kind = "preferences"
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
-        source = accepted(source, tokenizer, validate_preference)
         self.skipped = source.skipped
-        self.accepted_by = (tokenizer, validate_preference)
+        self.accepted_by = (tokenizer, validate_preference)  # if `source` was
         self._source = source
         self._tokenizer = tokenizer
         self._donors = _donors([_prompt_key(source[i]) for i in range(len(source))])
@@ -55,8 +54,8 @@ class Mismatched:
 
 def _prompt_key(row: Row) -> Hashable:
     """Returns a key that is equal for equal prompts, as text or as one user turn."""
-    turns = examples.prompt_of(row)
-    return tuple((turn["role"], turn["content"]) for turn in turns)
+    messages = examples.prompt_of(row)
+    return tuple((turn["role"], turn["content"]) for turn in messages)
 
 
 def _donors(keys: Sequence[Hashable]) -> list[int]:

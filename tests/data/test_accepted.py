@@ -9,10 +9,10 @@ from rlhfjax.data import loader
 from rlhfjax.data.accepted import accepted, validate_prompt
 from rlhfjax.data.config import Limited
 from rlhfjax.data.examples import Prompts
-from rlhfjax.data.mismatched import Mismatched
 from rlhfjax.data.sources import Concatenated, Rows, open_source
 from rlhfjax.errors import DataError
 from rlhfjax.rewards import center
+from rlhfjax.stages import direct
 from tests.data.test_templates import CUE, TURN, make
 
 USER = {"role": "user", "content": "who?"}
@@ -125,8 +125,19 @@ def test_the_rows_that_are_left_keep_their_places(tokenizers, tmp_path, caplog):
 def test_other_readers_of_rows_find_it_too(tokenizers, tmp_path):
     spec = write(tmp_path / "rows.jsonl", "preferences", "content")
     source = open_source(spec, kind="preferences", split="all")
+    config = direct.Config(
+        init_from="x",
+        preferences=("x",),
+        length=64,
+        batch_size=2,
+        steps=1,
+        loss=direct.LossConfig(name="kto"),
+    )
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*no bad"):
-        Mismatched(source, tokenizers["content"])
+        direct.direct_batches(config, tokenizers["content"], source)
+    source = open_source(spec, kind="preferences", split="all", on_bad_row="skip")
+    batches = direct.direct_batches(config, tokenizers["content"], source)
+    assert next(batches).mismatched is not None
     spec = write(tmp_path / "talks.jsonl", "messages", "content")
     talks = open_source(spec, kind="messages", split="all")
     with pytest.raises(DataError, match=r"talks.jsonl:2: .*no bad"):
