@@ -1,11 +1,14 @@
 """Runs recipes: stages one after the other, each in its own folder.
 
 A recipe's config has `stages`, a tuple of names, and the config of each name. In these configs
-`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage. The same command
-run again continues where the recipe stopped.
+`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage, also after a scheme
+(`"jsonl:stage:NAME/FILE"`) or a parameter (`"rule:MODULE:FUNCTION?metadata=stage:NAME/FILE"`). Any
+other text with `stage:` in it is text. The same command run again continues where the recipe
+stopped.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +40,9 @@ from rlhfjax.renamed import config_with_present_names
 DONE = "done.json"
 CONFIG = "config.json"
 MOST_STAGES = 100  # the folders of stages are numbered by two digits
+# (what stands before the reference, name of the stage, file)
+_REFERENCE = re.compile(r"((?:\S*[:=])?)stage:([^\s/]*)((?:/.*)?)", re.DOTALL)
+_TEXTS = ("option", "template", "token")  # options that a model reads
 
 
 def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
@@ -211,7 +217,7 @@ def finished(config: Mapping[str, Any], workdir: Path) -> bool:
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
-    """Returns a config with `stage:NAME[/FILE]` replaced by a path.
+    """Returns a config with references to stages replaced by paths.
 
     Args:
       name: the stage whose config it is; it can refer to the stages before it.
@@ -220,13 +226,16 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
       ConfigError: a reference to any other stage.
     """
     if isinstance(value, Mapping):
-        return {k: resolve(v, folders, name) for k, v in value.items()}
+        return {
+            key: part if key in _TEXTS else resolve(part, folders, name)
+            for key, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [resolve(v, folders, name) for v in value]
-    if not isinstance(value, str) or "stage:" not in value:
+    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if reference is None:
         return value
-    prefix, _, rest = value.partition("stage:")
-    target, slash, file = rest.partition("/")
+    prefix, target, file = reference.groups()
     names = list(folders)
     earlier = names[: names.index(name)] if name in folders else []
     if target not in earlier:
@@ -234,7 +243,7 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
         raise ConfigError(
             f"recipe: {name} refers to {value!r}; the stages before it are {known}"
         )
-    return f"{prefix}{folders[target]}{slash}{file}"
+    return f"{prefix}{folders[target]}{file}"
 
 
 def check(config: Mapping[str, Any], where: str) -> Any:

@@ -59,6 +59,7 @@ class Limited:
     def __init__(self, source: Source, limit: int):
         self.kind = source.kind
         self.skipped = source.skipped
+        self.on_bad_row = getattr(source, "on_bad_row", "error")
         self._source = source
         self._limit = limit
 

@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face's `tokenizers` library: tokenizer.json and the files beside it."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from rlhfjax import json_text, paths
-from rlhfjax.data.template import BUILT_IN, MARKERS, Template
+from rlhfjax.data.template import BUILT_IN, MARKERS, Template, read_template
 from rlhfjax.errors import DataError, first_line
 from rlhfjax.paths import Path
 
@@ -62,7 +63,7 @@ class HuggingFaceTokenizer:
     ):
         self._context = context
         self._config = dict(config)
-        source = BUILT_IN.get(template, template) or _template_of(config)
+        source = BUILT_IN.get(template, template) or _template_of(config, context)
         names = {name: _content(config[name]) for name in NAMES if config.get(name)}
         data = _with_specials(backend, set(names.values()), source)
         self._json = json_text.encode(data, context)
@@ -283,8 +284,8 @@ def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:
     except Exception as error:  # the library raises nothing more special
         raise DataError(f"{path}: not a tokenizer ({first_line(error)})") from None
     config = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
-    if (folder / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if (folder / TEMPLATE_FILE).exists():
+        config["chat_template"] = read_template(folder / TEMPLATE_FILE)
     return HuggingFaceTokenizer(backend, config, context=str(path))
 
 
@@ -304,12 +305,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: expected a JSON object") from None
 
 
-def _template_of(config: Mapping[str, Any]) -> str:
+def _template_of(config: Mapping[str, Any], context: str) -> str:
     """Returns the config's chat template; of several named ones the default."""
     template = config.get("chat_template") or ""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template if isinstance(template, str) else template.get("default", "")
+    with contextlib.suppress(TypeError, KeyError):
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    if not isinstance(template, str):
+        raise DataError(
+            f"{context}: chat_template={json_text.shown(template)}: expected Jinja source, "
+            "or a list of {name, template}"
+        )
+    return template
 
 
 def _content(token: Any) -> str:

@@ -28,6 +28,14 @@ import numpy as np
 
 from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
+from rlhfjax.data.accepted import (
+    Validate,
+    accepted,
+    validate_document,
+    validate_fine_tuning,
+    validate_preference,
+    validate_prompt,
+)
 from rlhfjax.data.batches import (
     PreferenceBatch,
     PromptBatch,
@@ -270,6 +278,7 @@ def pretrain_batches(
         return rows.map(to_row)
 
     sources = _with_weights(source, ("text", "messages", "mixed"), length)
+    sources = _accepted(sources, tokenizer, validate_document)
     order = _Order(batch_size, seed, train, shards)
     identity = _identity("pretrain", sources, length, order)
     identity["cross_document"] = cross_document
@@ -295,6 +304,7 @@ def sft_batches(
       DataError: no conversation has an assistant turn.
     """
     sources = _with_weights(source, ("messages",), length)
+    sources = _accepted(sources, tokenizer, validate_fine_tuning)
     if not any(_has_response(each) for each, _ in sources):
         raise DataError("sft: no conversation has an assistant turn to learn")
 
@@ -363,6 +373,7 @@ def prompt_batches(
         return replace(row, index=np.int32(-1))
 
     sources = _with_weights(source, ("prompt",), length)
+    sources = _accepted(sources, tokenizer, validate_prompt)
     order = _Order(batch_size, seed, train)
     identity = _identity("prompts", sources, length, order)
     return _batches(sources, encode, _unpacked, filler, order, identity)
@@ -385,6 +396,8 @@ def preference_batches(
       k: the largest number of completions per prompt; None: the largest of the source.
     """
     sources = _with_weights(source, ("preferences",), length)
+    sources = _accepted(sources, tokenizer, validate_preference)
+    ((source, _),) = sources
     if k is None:
         k = max(len(source[i]["completions"]) for i in range(len(source)))
 
@@ -514,6 +527,13 @@ def _with_weights(
     if length < 4:
         raise ConfigError(f"loader: length={length}: must be >= 4")
     return pairs
+
+
+def _accepted(
+    sources: list[tuple[Source, float]], tokenizer: Tokenizer, validate: Validate
+) -> list[tuple[Source, float]]:
+    """Returns the sources with the rows that the chat template takes."""
+    return [(accepted(each, tokenizer, validate), weight) for each, weight in sources]
 
 
 # ------------------------------------------------------------------ saved positions

@@ -129,6 +129,7 @@ class CheckedSource:
     def __init__(self, records: files.Records, kind: str, columns: Mapping[str, str]):
         self.kind = kind
         self.skipped = 0
+        self.on_bad_row = "error"
         self._records = records
         self._columns = columns
         self._indices: Sequence[int] = range(len(records))
@@ -139,6 +140,7 @@ class CheckedSource:
         Args:
           skip: leave out malformed rows instead of raising DataError.
         """
+        self.on_bad_row = "skip" if skip else "error"
         indices = array("q")
         for i in range(len(self)):
             try:
@@ -208,14 +210,14 @@ class Concatenated:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        source, local = self._find(index)
+        source, local = self.find(index)
         return source[local]
 
     def locate(self, index: int) -> str:
-        source, local = self._find(index)
+        source, local = self.find(index)
         return source.locate(local)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def find(self, index: int) -> tuple[Source, int]:
         """Returns the source of a row, and the row's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -29,6 +29,7 @@ from rlhfjax.rewards.judge import (
     ask,
     class_probabilities,
     readable,
+    validate_placeholders,
 )
 from rlhfjax.rewards.labelers import Answers
 from rlhfjax.rewards.registry import Loader
@@ -69,9 +70,12 @@ class FeedbackConfig:
             raise ConfigError(
                 f"feedback.clamp={self.clamp}: must be (x, 1 - x) with x below 1/2"
             )
-        for name in ("prompt", "a", "b"):
-            if f"{{{name}}}" not in self.template:
-                raise ConfigError(f"feedback.template: it has no {{{name}}}")
+        validate_placeholders(
+            "feedback.template",
+            self.template,
+            ("prompt", "principle", "a", "b"),
+            ("prompt", "a", "b"),
+        )
 
 
 class Feedback:

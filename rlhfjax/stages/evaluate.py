@@ -129,7 +129,7 @@ def _measure(
     """Returns texts, scores, KL and lengths of one model's responses, per prompt."""
     tokenizer = saved.tokenizer
     batches = sample_responses(
-        open_prompts(config.prompts, "evaluate.prompts", seed=config.seed),
+        open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed),
         saved,
         Sampling.from_config(config, tokenizer),
         PromptBatching(

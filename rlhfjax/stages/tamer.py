@@ -252,6 +252,8 @@ def _read_line(
             prompt = [{"role": "user", "content": prompt}]
         response = chat.response_tokens(tokenizer, line["response"])
         prompt = chat.render_prompt(tokenizer, prompt).tolist()
+    except DataError as error:
+        raise DataError(f"{context}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         expected = '{"prompt", "response", "feedback": [[seconds, value], ...]}'
         raise DataError(f"{context}: expected {expected} ({error})") from None
