@@ -17,7 +17,7 @@ from rlhfjax.errors import CheckpointError
 from rlhfjax.interop import names
 from rlhfjax.interop.gguf_file import Tensor, open_gguf, package
 from rlhfjax.interop.names import build_config
-from rlhfjax.json_text import shown
+from rlhfjax.json_text import named, shown
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.paths import Path
 
@@ -210,5 +210,5 @@ def _validate_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
             continue
         if name not in NEUTRAL or value != NEUTRAL[name]:
             raise CheckpointError(
-                f"{path}: our Transformer cannot do what {key} = {shown(value)} says"
+                f"{path}: our Transformer cannot do what {named(key)} = {shown(value)} says"
             )

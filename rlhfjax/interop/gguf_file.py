@@ -18,7 +18,7 @@ import numpy as np
 
 from rlhfjax import paths
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.json_text import shown
+from rlhfjax.json_text import named, shown
 from rlhfjax.paths import Path
 
 MAGIC = b"GGUF"
@@ -30,6 +30,7 @@ MOST_ELEMENTS = 2**21
 """Elements of all arrays."""
 MOST_NAMES = 2**16
 """Keys, and tensors."""
+LONGEST_NAME = 128  # of a tensor; llama.cpp accepts 63
 MOST_DIMS = 4  # GGML_MAX_DIMS
 
 # Types of values, as `struct` has them.
@@ -227,15 +228,15 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     for i in range(count):
         key = cursor.text(f"key {i}")
         if key in metadata:
-            raise CheckpointError(f"{cursor.path}: {shown(key)} is there twice")
-        (kind,) = cursor.take("I", shown(key))
+            raise CheckpointError(f"{cursor.path}: {named(key)} is there twice")
+        (kind,) = cursor.take("I", named(key))
         metadata[key] = _value(cursor, kind, key)
     return metadata
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     """Returns the next value, of a type."""
-    key = key if len(key) < 60 else shown(key)
+    key = named(key)
     if kind == _STRING:
         return cursor.text(key)
     if kind == _ARRAY:
@@ -265,7 +266,12 @@ def _array(cursor: _Cursor, key: str) -> list[Any]:
 def _tensor_info(cursor: _Cursor) -> tuple[str, _Info]:
     """Returns a tensor's name and what the file says of it."""
     name = cursor.text("a tensor's name")
-    what = f"the tensor {shown(name)}"
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{cursor.path}: a tensor is called {shown(name)}: "
+            f"accepted are {LONGEST_NAME} printable characters"
+        )
+    what = f"the tensor {name}"
     (n_dims,) = cursor.take("I", what)
     if n_dims > MOST_DIMS:
         raise CheckpointError(

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhfjax.config import build
 from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.json_text import named
 from rlhfjax.models import Model, TransformerConfig
 
 Shape = tuple[int, ...]
@@ -266,7 +267,7 @@ def validate_tensors(
             )
         if name not in expected:
             raise CheckpointError(
-                f"{files[name]}: our Transformer has no place for the tensor {name}"
+                f"{files[name]}: our Transformer has no place for the tensor {named(name)}"
             )
 
 

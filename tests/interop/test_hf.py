@@ -402,7 +402,7 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         (
             SMOLLM2,
             {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config = ",
+            "quantization_config.quant_method = 'gptq' says; take the model",
         ),
         (SMOLLM2, {"auto_map": {"AutoModelForCausalLM": "x.py"}}, "auto_map = "),
         (SMOLLM2, {"sliding_window": 4096}, "sliding_window = 4096"),
@@ -562,7 +562,7 @@ def test_gpt2_as_it_was_released_has_bare_names_and_masks(tmp_path):
 def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     model, params = small[1:]
     folder = tmp_path / "x"
-    with pytest.raises(CheckpointError, match=r"x/config.json: No such file"):
+    with pytest.raises(CheckpointError, match=r"x/config.json: there is no such file"):
         load_hf(folder, None)
     save_hf(folder, model, params, shard_bytes=8000)
     with pytest.raises(CheckpointError, match=r"x exists already"):
@@ -579,14 +579,19 @@ def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     part.unlink()
     with pytest.raises(
         CheckpointError,
-        match=rf"{part.name}: not a whole safetensors file: No such file",
+        match=rf"{part.name}: there is no such file, which {index.name} names",
     ):
         load_hf(folder, None)
     part.write_bytes(whole)
     for text in (
         "[]",
-        "{",
+        "{}",
         '{"weight_map": {"a": "../secret.safetensors"}}',
+        '{"weight_map": {"a": "/secret.safetensors"}}',
+        '{"weight_map": {"a": "secret\\u0000.safetensors"}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {}}',
         '{"weight_map": 3}',
     ):
         index.write_text(text)
