@@ -22,7 +22,6 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
 from rlhfjax.types import PyTree
 
-
 CONFIG = "config.json"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

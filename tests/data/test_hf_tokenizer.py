@@ -344,7 +344,7 @@ def test_errors_are_one_line(smollm, tmp_path):
     with pytest.raises(DataError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
     smollm.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("[]x")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(
         DataError, match=r"tokenizer_config\.json: expected a JSON object"
     ):
