@@ -16,13 +16,14 @@ import jax
 from rlhfjax import paths, state
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError
-from rlhfjax.json_text import shown
+from rlhfjax.json_text import named, shown
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.paths import Path
 from rlhfjax.types import PyTree
 
 CONFIG = "config.json"
+_PACKAGE_NAME = re.compile(r"[^\W\d][\w-]{,99}")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -47,7 +48,6 @@ def find(name: str | Path) -> Foreign | None:
 
 
 def _hf(folder: str) -> Foreign:
-    from rlhfjax.data.tokenizer import load_tokenizer
     from rlhfjax.interop import hf, hf_config
 
     _validate_folder(folder)
@@ -55,7 +55,7 @@ def _hf(folder: str) -> Foreign:
     return Foreign(
         model,
         params=lambda layout: hf.load_hf(folder, layout)[1],
-        tokenizer=functools.partial(load_tokenizer, folder),
+        tokenizer=functools.partial(_hf_tokenizer, folder),
     )
 
 
@@ -66,20 +66,36 @@ def _validate_folder(name: str) -> None:
             f"{shown('hf:' + name)}: expected hf:FOLDER, a local folder"
         )
     folder = paths.path(name)
-    if folder.is_file():
-        raise CheckpointError(
-            f"hf:{name}: is a file; expected the folder that holds {CONFIG}"
-        )
-    if (folder / CONFIG).exists():
-        return
+    try:
+        if folder.is_file():
+            raise CheckpointError(
+                f"hf:{name}: is a file; expected the folder that holds {CONFIG}"
+            )
+        if (folder / CONFIG).exists():
+            return
+        there = folder.exists()
+    except OSError as error:  # the name is too long, or a folder is not ours to read
+        raise CheckpointError(f"hf:{named(name)}: {error.strerror}") from None
     missing = f"hf:{name}: expected a local folder; there is no {folder / CONFIG}"
-    if folder.exists() or not _HUB_NAME.fullmatch(name):
+    if there or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(missing)
     download = f"download {name} --local-dir {name}"
     raise CheckpointError(
         f"{missing}; to get a model of the Hugging Face Hub: hf {download} "
         f"(older: huggingface-cli {download})"
     )
+
+
+def _hf_tokenizer(folder: str) -> Tokenizer:
+    from rlhfjax.data.tokenizer import MODEL_FILE, load_tokenizer
+    from rlhfjax.data.tokenizer_files import FILE
+
+    if not any((paths.path(folder) / name).exists() for name in (FILE, MODEL_FILE)):
+        raise CheckpointError(
+            f"{folder}: there is no {FILE}; to write it, in Python with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return load_tokenizer(folder)
 
 
 def _gguf(file: str | Path) -> Foreign:
@@ -118,7 +134,7 @@ def _package_folders(package: str) -> list[str]:
     """Returns the folders of an installed package, which is not imported."""
     module = package.replace("-", "_")
     # With a dot in the name, Python would import what stands before it.
-    if not module.isidentifier():
+    if not _PACKAGE_NAME.fullmatch(package):
         raise CheckpointError(
             f"pip:{shown(package)}: expected pip:PACKAGE, a name without dots and slashes"
         )

@@ -23,10 +23,10 @@ from rlhfjax.paths import Path
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# Limits, all far above those of published models: Gemma 3 has 262,144 tokens in 15 MB of metadata.
-MOST_BYTES = 2**26
+# Limits. The largest published vocabularies have 262,144 tokens, in three arrays of this length.
+MOST_BYTES = 2**25
 """Bytes before the first tensor."""
-MOST_ELEMENTS = 2**21
+MOST_ELEMENTS = 3 * 2**19
 """Elements of all arrays."""
 MOST_NAMES = 2**16
 """Keys, and tensors."""
@@ -136,11 +136,11 @@ class _Cursor:
         self.at = 0
         self.elements = 0  # of the arrays so far
         self._size = len(data)
-        self._view = memoryview(data[:MOST_BYTES])
+        self._head = data[:MOST_BYTES].tobytes()
 
     @property
     def left(self) -> int:
-        return len(self._view) - self.at
+        return len(self._head) - self.at
 
     def whole(self, size: int, what: str) -> None:
         """Raises CheckpointError if the file ends within the next bytes."""
@@ -162,14 +162,14 @@ class _Cursor:
         """Returns the next numbers, described as `struct` does."""
         layout = f"<{layout}"
         self.whole(struct.calcsize(layout), what)
-        numbers = struct.unpack_from(layout, self._view, self.at)
+        numbers = struct.unpack_from(layout, self._head, self.at)
         self.at += struct.calcsize(layout)
         return numbers
 
     def content(self, size: int, what: str) -> bytes:
         self.whole(size, what)
         self.at += size
-        return bytes(self._view[self.at - size : self.at])
+        return self._head[self.at - size : self.at]
 
     def text(self, what: str) -> str:
         (size,) = self.take("Q", what)
@@ -182,17 +182,20 @@ class _Cursor:
             ) from None
 
     def strings(self, count: int, what: str) -> list[bytes]:
-        """Returns the next strings. A loop of its own, because there are 100,000s of them."""
+        """Returns the next strings. There are 100,000s of them, so it calls little."""
         result = []
+        head, at = self._head, self.at
         for _ in range(count):
-            if self.left < _LENGTH.size:
+            self.at = at
+            if at + _LENGTH.size > len(head):
                 self.whole(_LENGTH.size, what)
-            (size,) = _LENGTH.unpack_from(self._view, self.at)
-            self.at += _LENGTH.size
-            if self.left < size:
-                self.whole(size, what)
-            result.append(bytes(self._view[self.at : self.at + size]))
-            self.at += size
+            (size,) = _LENGTH.unpack_from(head, at)
+            start = at + _LENGTH.size
+            at = start + size
+            if at > len(head):
+                self.whole(_LENGTH.size + size, what)
+            result.append(head[start:at])
+        self.at = at
         return result
 
 
