@@ -64,8 +64,10 @@ def read_config(folder: Path) -> Object:
     config: Object = {}
     for name in (MAP_FILE, CONFIG_FILE):
         path = folder / name
-        content = json_text.read_if_there(path)
-        values = {} if content is None else json_text.as_object(content, path)
+        content = paths.read_if_there(path)
+        if content is None:
+            continue
+        values = json_text.as_object(json_text.decode(content, path), path)
         validate_config(values, path)
         config |= values
     template = _read_text(folder / TEMPLATE_FILE)
@@ -90,9 +92,9 @@ def template_of(config: Mapping[str, Any], context: Any) -> str:
     Raises:
       DataError: it is no text, and none of several is the default.
     """
-    template = config.get("chat_template") or ""
-    if isinstance(template, str):
-        return template
+    template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template or ""
     named_ones = template
     if isinstance(template, list):
         named_ones = {}

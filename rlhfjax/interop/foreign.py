@@ -5,7 +5,6 @@ gguf:FILE    a file in llama.cpp's format
 pip:PACKAGE  an installed Python package that holds one GGUF file; it is located, never imported
 """
 
-import functools
 import importlib.util
 import re
 from collections.abc import Callable
@@ -55,7 +54,7 @@ def _hf(folder: str) -> Foreign:
     return Foreign(
         model,
         params=lambda layout: hf.load_hf(folder, layout)[1],
-        tokenizer=functools.partial(_hf_tokenizer, folder),
+        tokenizer=lambda: _validated(_hf_tokenizer(folder), model, f"hf:{folder}"),
     )
 
 
@@ -111,8 +110,21 @@ def _gguf(file: str | Path) -> Foreign:
         return jax.tree.map(jax.device_put, gguf.load_gguf(file)[1], shardings)
 
     return Foreign(
-        model, params=params, tokenizer=functools.partial(gguf_tokenizer, file)
+        model,
+        params=params,
+        tokenizer=lambda: _validated(gguf_tokenizer(file), model, f"gguf:{file}"),
     )
+
+
+def _validated(tokenizer: Tokenizer, model: Model, name: str) -> Tokenizer:
+    """Returns the tokenizer of a model, which has an embedding for each of its ids."""
+    rows = model.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{name}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"and the model has embeddings of {rows} ids"
+        )
+    return tokenizer
 
 
 def _pip(package: str) -> Foreign:

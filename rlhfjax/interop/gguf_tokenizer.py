@@ -5,7 +5,7 @@ models' own tokenizer.json. llama.cpp's agree with them except that Qwen2's norm
 first, which llama.cpp does not.
 """
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import tokenizers
@@ -18,6 +18,7 @@ from rlhfjax.json_text import shown
 from rlhfjax.paths import Path
 
 # Values of tokenizer.ggml.token_type.
+_KINDS = range(7)
 _CONTROL = 3  # a special token
 _USER_DEFINED = 4  # a token that is found whole in a text
 # The pattern of Llama 3 and Qwen2 has the numbers between these two halves.
@@ -91,6 +92,7 @@ def _backend(
 ) -> tokenizers.Tokenizer:
     merges = _strings(path, metadata, "merges")
     kinds = _array(path, metadata, "token_type")
+    _validate_kinds(path, tokens, kinds)
     vocabulary = {text: i for i, text in enumerate(tokens)}
     _validate_lengths(path, tokens, vocabulary, kinds)
     try:
@@ -130,9 +132,26 @@ def _validate_lengths(
         )
 
 
+def _validate_kinds(
+    path: str | Path, tokens: Sequence[str], kinds: Sequence[Any]
+) -> None:
+    """Raises CheckpointError for an empty token, or a type that GGUF does not have."""
+    if "" in tokens:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens[{tokens.index('')}] is empty"
+        )
+    for i, kind in enumerate(kinds):
+        if type(kind) is not int or kind not in _KINDS:
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.token_type[{i}] is {shown(kind)}: expected 0 to 6"
+            )
+
+
 def _split_merge(merge: str) -> tuple[str, str]:
     """Returns the two halves of a merge; the first may itself start with a blank."""
-    cut = merge.index(" ", 1)
+    cut = merge.find(" ", 1)
+    if cut < 0:
+        raise ValueError(f"{shown(merge)} is not two tokens with a blank between them")
     return merge[:cut], merge[cut + 1 :]
 
 

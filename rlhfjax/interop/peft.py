@@ -125,7 +125,7 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
             _validate_scale(folder, _module(row), config)
             a, b = (np.asarray(tensors.pop(name), np.float32) for name in pair)
             _validate_shapes(weights, row, a, b, shapes)
-            by_kernel |= _split(row, a, b, rank, shapes)
+            by_kernel |= _split(weights, row, a, b, rank, shapes)
     head = {}
     if model.head == "scalar" and SCORE in tensors:
         score = np.asarray(tensors.pop(SCORE), np.float32)
@@ -269,7 +269,12 @@ def _no_place(path: Path, name: str, config: Mapping[str, Any]) -> CheckpointErr
 
 
 def _split(
-    row: Row, a: np.ndarray, b: np.ndarray, rank: int, shapes: Mapping[str, Shape]
+    path: Path,
+    row: Row,
+    a: np.ndarray,
+    b: np.ndarray,
+    rank: int,
+    shapes: Mapping[str, Shape],
 ) -> dict[str, Adapter]:
     """Returns the adapters in one module by the path of their kernel; the inverse of `_join`.
 
@@ -277,7 +282,7 @@ def _split(
     """
     total = len(a)
     if total % rank:
-        raise _other_rank(row, total, rank)
+        raise _other_rank(path, row, total, rank)
     n = total // rank
     b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
     blocks = [
@@ -289,7 +294,7 @@ def _split(
     if not any(used):  # fresh adapters, with B = 0
         used = [[i] for i in range(n)] if n == len(blocks) else [[0]] * len(blocks)
     if max(map(len, used)) > 1:
-        raise _other_rank(row, total, rank)
+        raise _other_rank(path, row, total, rank)
     adapters = {}
     for path, block, indices in zip(row.params, blocks, used, strict=True):
         for i in indices:
@@ -299,9 +304,9 @@ def _split(
     return adapters
 
 
-def _other_rank(row: Row, total: int, rank: int) -> CheckpointError:
+def _other_rank(path: Path, row: Row, total: int, rank: int) -> CheckpointError:
     return CheckpointError(
-        f"{_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
+        f"{path}: {_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
     )
 
 

@@ -100,9 +100,10 @@ class Folder:
 def _read_index(folder: Path) -> dict[str, str]:
     """Returns the name of each tensor's file."""
     path = folder / INDEX
-    index = json_text.read_if_there(path, error=CheckpointError)
-    if index is None:
+    content = paths.read_if_there(path, CheckpointError)
+    if content is None:
         raise _no_weights(folder)
+    index = json_text.decode(content, path, error=CheckpointError)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise CheckpointError(
