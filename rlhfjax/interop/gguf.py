@@ -198,7 +198,7 @@ def _validate_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
         )
     accepted = {"general.architecture": "llama", "general.type": "model"}
     # Old files have no type.
-    given = {"general.architecture": None, "general.type": "model"} | metadata
+    given = {"general.architecture": None, "general.type": "model", **metadata}
     for key, value in accepted.items():
         if given[key] != value:
             raise CheckpointError(

@@ -430,7 +430,7 @@ def test_a_tokenizer_json_that_is_none_is_one_line(
     [
         (b"null", "expected a JSON object, got None"),
         (b"", "not JSON: "),
-        (b"\xff\xfe{\0}\0", "not JSON: it is UTF-16; expected UTF-8"),
+        (b"\xff\xfe{\0}\0", "not JSON: it is UTF-16.*expected UTF-8"),
         (
             b'{"bos_token": 1}',
             "bos_token is 1: expected text, or an object with content",
@@ -474,7 +474,7 @@ def test_a_config_of_a_tokenizer_that_is_none_is_one_line(
     ("content", "message"),
     [
         (b"\xff", "not UTF-8 at byte 0"),
-        ("x".encode("utf-16"), "it is UTF-16; expected UTF-8 text"),
+        ("x".encode("utf-16"), "it is UTF-16.*expected UTF-8 text"),
         (None, "is a folder; expected a file"),
     ],
 )
