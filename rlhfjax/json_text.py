@@ -146,6 +146,11 @@ def shown(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def named(name: str, most: int = 100) -> str:
+    """Returns a name for an error message: its repr, cut, if it is long or has line breaks."""
+    return name if len(name) <= most and name.isprintable() else shown(name, most)
+
+
 def read(path: Path, hint: Any = Any, *, error: type[UserError] = DataError) -> Any:
     """Returns the value of a JSON file. Arguments and errors are those of `decode`.
 
@@ -153,6 +158,20 @@ def read(path: Path, hint: Any = Any, *, error: type[UserError] = DataError) -> 
       UserError: also if the file is missing, a folder, or cannot be read.
     """
     return decode(paths.read(path, error), path, hint, error=error)
+
+
+def read_object(path: Path, *, error: type[UserError] = DataError) -> Object:
+    """Returns the object in a JSON file. Raises the errors of `read`."""
+    return as_object(read(path, error=error), path, error=error)
+
+
+def as_object(
+    value: Any, context: Any, *, error: type[UserError] = DataError
+) -> Object:
+    """Returns a JSON value if it is an object. `context` says where it stands, for errors."""
+    if not isinstance(value, dict):
+        raise error(f"{context}: expected a JSON object, got {shown(value)}")
+    return value
 
 
 def read_if_there(

@@ -167,3 +167,18 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
         with pytest.raises(DataError, match=reason):
             json_text.read(path)
     assert json_text.read_if_there(tmp_path / "none") is None
+
+
+def test_an_object_is_an_object_and_a_name_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert json_text.read_object(path) == {"a": 1}
+    for text, value in (("[1]", r"\[1\]"), ("null", "None"), ('"a"', "'a'")):
+        path.write_text(text)
+        with pytest.raises(
+            DataError, match=rf"x.json: expected a JSON object, got {value}$"
+        ):
+            json_text.read_object(path)
+    assert json_text.named("blk.0.attn_q") == "blk.0.attn_q"
+    assert json_text.named("a\nb") == r"'a\nb'"
+    assert len(json_text.named("a" * 1000)) < 110
