@@ -72,7 +72,7 @@ def read_config(folder: Path) -> Object:
         validate_config(values, path)
         config |= values
     template = folder / TEMPLATE_FILE
-    if not paths.lexists(template):
+    if not paths.lexists(str(template)):
         return config
     return config | {"chat_template": read_template(template)}
 
