@@ -19,8 +19,17 @@ from typing import Any, NoReturn
 from rlhfjax.errors import Preempted, UserError, first_line
 
 INTERRUPTED = 130  # a shell's exit code after SIGINT
-# Errors of the disk, which need no traceback.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# Errors of the disk or of names on it, which need no traceback.
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 def run(command: Callable[[], None]) -> None:

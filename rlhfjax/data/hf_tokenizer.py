@@ -18,6 +18,7 @@ FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+FILES = (FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Specials that can be the pad where none is named so: document end, and unknown.
 _PADS = ("<|endoftext|>", "<unk>")

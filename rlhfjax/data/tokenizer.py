@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import sentencepiece
 
-from rlhfjax import paths
+from rlhfjax import paths, sums
 from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import OURS, Template
 from rlhfjax.errors import ConfigError, DataError, first_line
@@ -22,6 +22,8 @@ from rlhfjax.paths import Path
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 MARKERS = (USER, ASSISTANT, SYSTEM)
 MODEL_FILE = "tokenizer.model"
+# All files that a tokenizer may consist of.
+FILES = (MODEL_FILE, *hf_tokenizer.FILES)
 # SentencePiece spells a blank as this character, so a literal one has to be spelled in bytes.
 _SPACE = "\u2581"
 # SentencePiece silently drops longer lines (its limit is 4,192).
@@ -229,11 +231,21 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
       DataError: there is neither, or it is damaged.
+      CheckpointError: the folder has checksums, and a file differs from the one that was saved.
     """
     path = paths.path(path)
+    paths.exists(path)  # raises if no file can have this name
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or path.name in FILES:
+        sums.verify(folder, FILES, expected=False)
     if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
-        return hf_tokenizer.read_folder(path if path.is_dir() else path.parent)
+        return hf_tokenizer.read_folder(folder)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Returns the names of the files in a folder that `load_tokenizer` reads."""
+    return [name for name in FILES if paths.exists(folder / name)]
 
 
 def _validate_round_trip(

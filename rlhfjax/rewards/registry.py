@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator
 
-from rlhfjax import paths
+from rlhfjax import paths, sums
 from rlhfjax.config import PLACE, build, to_dict, write_json
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -200,6 +200,7 @@ def write(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes reward.json. Its paths are relative to the folder, so that a workdir can be moved."""
     relative = _with_names(description, lambda name: paths.relative(name, folder))
     write_json(folder / REWARD, relative)
+    sums.write(folder, [REWARD])
 
 
 def _found(name: str, folder: Path) -> str:
