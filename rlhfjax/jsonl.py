@@ -8,11 +8,12 @@ from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
-
 REMEDY = "restore the file from a copy, or delete this line"
 
 
-def read_jsonl(path: str | os.PathLike, hint: Any = json_text.Object) -> list[dict]:
+def read_jsonl(
+    path: str | os.PathLike, hint: Any = json_text.Object, remedy: str = ""
+) -> list[dict]:
     """Returns the objects of a file that a run appends to; [] if the file does not exist.
 
     A half-written last line is left out: a killed process leaves one, and a machine that lost its
@@ -20,9 +21,10 @@ def read_jsonl(path: str | os.PathLike, hint: Any = json_text.Object) -> list[di
 
     Args:
       hint: the type of a line, see `json_text.decode`.
+      remedy: what to do about a damaged line, for the error.
 
     Raises:
-      DataError: any other line is damaged; the message names it and says what to do.
+      DataError: any other line is damaged; the message names it.
     """
     path = paths.path(path)
     content = paths.read_if_there(path)
@@ -33,7 +35,7 @@ def read_jsonl(path: str | os.PathLike, hint: Any = json_text.Object) -> list[di
         for place, row in located:
             json_text.validate(row, place, hint)
     except DataError as error:
-        raise DataError(f"{error}; {REMEDY}") from None
+        raise DataError(f"{error}; {remedy}" if remedy else str(error)) from None
     return [row for _, row in located]
 
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
-from rlhfjax.jsonl import read_jsonl, write_jsonl
+from rlhfjax.jsonl import REMEDY, read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count
 from rlhfjax.types import Metric, Metrics
@@ -99,7 +99,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
       DataError: another line is damaged; the message names it and says what to do.
     """
-    return read_jsonl(path, Row)
+    return read_jsonl(path, Row, REMEDY)
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhfjax import clock, paths, sums, workdirs
 from rlhfjax.errors import ConfigError
-from rlhfjax.jsonl import read_jsonl
+from rlhfjax.jsonl import REMEDY, read_jsonl
 from rlhfjax.metrics import METRICS_FILE, TIMING_FILE, read_rows
 from rlhfjax.paths import Path
 from rlhfjax.renamed import STAGES
@@ -115,7 +115,7 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
         rates={
             name: statistics.median(values) for name, (_, values) in timings.items()
         },
-        samples=read_jsonl(folder / "samples.jsonl"),
+        samples=read_jsonl(folder / "samples.jsonl", remedy=REMEDY),
         calibration=_calibration(folder) or ended.get("calibration"),
         config=config,
         goodput=clock.read(folder),
