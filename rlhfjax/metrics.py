@@ -83,6 +83,12 @@ def _sum64(x: Any) -> float:
 # ------------------------------------------------------------------ files
 
 
+class Values(TypedDict, extra_items=float | None):
+    """Metrics by their names, in a recipe with the stage."""
+
+    stage: NotRequired[str]
+
+
 class Row(TypedDict, extra_items=float | None):
     """A line of metrics.jsonl or timing.jsonl: a step, and metrics by their names."""
 
@@ -90,16 +96,19 @@ class Row(TypedDict, extra_items=float | None):
     stage: NotRequired[str]  # in the metrics.jsonl of a recipe
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, hint: Any = Row) -> list[dict[str, Any]]:
     """Returns the lines of a stage's metrics.jsonl or timing.jsonl; [] if there is no file.
 
     A line has an int `step` and numbers by their names, None for one that was not finite. A
     half-written last line is left out.
 
+    Args:
+      hint: the type of a line; `Values` if no step is needed.
+
     Raises:
       DataError: another line is damaged; the message names it and says what to do.
     """
-    return read_jsonl(path, Row, REMEDY)
+    return read_jsonl(path, hint, REMEDY)
 
 
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
