@@ -1,5 +1,6 @@
 """Brings one run on a queued resource from any state to the end that a worker reports."""
 
+import json
 import os
 import secrets
 import shlex
@@ -236,7 +237,7 @@ class Runner:
     def wait_for_another(self, reports: dict[Worker, Report]) -> bool:
         """Whether another command ran there; it is followed to its end first."""
         lead = reports.get(LEAD, {})
-        if not _running(lead) or lead["run_id"] == self.job.run_id:
+        if not _running(lead) or lead.get("run_id") == self.job.run_id:
             return False
         self.say("another command runs there; this one waits for its end")
         self.follow()

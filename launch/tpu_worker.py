@@ -556,12 +556,13 @@ def read_json(file):
 
 def read_status(place):
     """A worker's status; {} where there is none, or a damaged one."""
-    return sound(read_json(place.status))
+    status = sound(read_json(place.status))
+    return status if set(STATUS) <= set(status) else {}
 
 
 def read_description():
     """The described run; {} where its description did not arrive whole."""
-    wanted = read_description()
+    wanted = read_json(DESCRIPTION)
     whole = isinstance(wanted, dict) and all(name in wanted for name in DESCRIBED)
     return wanted if whole else {}
 
@@ -578,7 +579,7 @@ def sound(status):
     """The status; {} where a field of it is missing or has another type."""
     if not isinstance(status, dict):
         return {}
-    needed = set(STATUS) if "phase" in status or "generation" in status else set()
+    needed = {"generation"} if "phase" in status else set()
     if status.get("phase") == "ended" or "ended" in status:
         needed |= set(ENDED)
     kinds = dict(STATUS, **ENDED, **OTHERS)
