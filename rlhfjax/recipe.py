@@ -210,7 +210,7 @@ def finished(config: Mapping[str, Any], workdir: Path) -> bool:
     folders = [workdir]
     if "stages" in config:
         folders = list(stage_folders(config, workdir).values())
-    return all(workdirs.is_done(folder) for folder in folders)
+    return all(workdirs.read_done(folder) is not None for folder in folders)
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:

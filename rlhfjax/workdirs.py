@@ -10,7 +10,7 @@ from annotated_types import Interval
 from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
-from rlhfjax import json_text, paths
+from rlhfjax import json_text
 from rlhfjax.errors import DataError, UserError
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, Share
@@ -102,6 +102,8 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 def _validate_config(config: json_text.Object, path: Path) -> None:
     if "stages" not in config:
+        if "stage" not in config:
+            raise DataError(f"{path}: neither `stage` nor `stages` is in this config")
         json_text.validate(config, path, _Stage)
         return
     json_text.validate(config, path, _Recipe)
@@ -127,8 +129,3 @@ def read_done(workdir: Path) -> Done | None:
       DataError: the file is damaged.
     """
     return read(workdir / DONE, Done, RUN_AGAIN)
-
-
-def is_done(folder: Path) -> bool:
-    """Returns whether a stage has run to its end in this folder."""
-    return paths.exists(folder / DONE)

@@ -209,7 +209,7 @@ def finished(run: Path) -> dict[str, Any]:
     """Returns the config of a finished quickstart, its `stage:` references resolved."""
     config = workdirs.read_config(run) or {}
     folders = recipe.stage_folders(config, run) if "stages" in config else {}
-    if not folders or not all(map(workdirs.is_done, folders.values())):
+    if not folders or not all(map(workdirs.read_done, folders.values())):
         raise ConfigError(
             f"run={run}: expected the workdir of a quickstart that has run to its end"
         )

@@ -75,9 +75,10 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         """Reads the file, unless `model` has its content."""
         try:
-            self._model = paths.path(path).read_bytes() if model is None else model
+            self._model = _content(paths.path(path)) if model is None else model
             sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (OSError, RuntimeError) as error:
+            self._ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path}: not a SentencePiece model ({first_line(error)})"
             ) from error
@@ -89,7 +90,6 @@ class SentencePieceTokenizer:
                 f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
             )
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = specials
-        self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         markers = list(filter(_is_marker, self._ids))
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
         # The id of a missing piece is that of unk.
@@ -163,6 +163,13 @@ class SentencePieceTokenizer:
         if self._sp.is_control(i) or self._sp.is_unknown(i) or _is_marker(piece):
             return 0
         return len(piece.replace(_SPACE, " ").encode())
+
+
+def _content(path: Path) -> bytes:
+    content = paths.read_if_there(path)
+    if content is None:
+        raise FileNotFoundError(f"{path}: there is no such file")
+    return content
 
 
 def _is_marker(piece: str) -> bool:

@@ -150,7 +150,10 @@ def _read_model(folder: Path) -> Model:
         expected = _model(saved["model"], f"{folder / sums.FILE}: model")
         _validate_same(model, expected, file)
     except (ConfigError, DataError) as error:
-        raise CheckpointError(f"{error}; {sums.RESTORE}") from None
+        message = str(error)
+        if str(folder) not in message:  # two options that do not fit each other
+            message = f"{file}: {message}"
+        raise CheckpointError(f"{message}; {sums.RESTORE}") from None
     return model
 
 

@@ -183,7 +183,7 @@ def _parse_name(name: str) -> dict[str, Any] | None:
 def _typed(values: Mapping[str, Any], context: str) -> Description:
     options = dict(values)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(map(repr, KINDS))
         raise ConfigError(f"{context}.kind={kind!r}: expected one of {known}")
     return Description(kind, build(KINDS[kind].config, options, context))
@@ -214,8 +214,9 @@ def _with_names(
 ) -> Any:
     """Returns a description with `change` of every name in it; its parts are described too."""
     if isinstance(value, Mapping):
-        if value.get("kind") in KINDS:
-            names = KINDS[value["kind"]].sources + KINDS[value["kind"]].files
+        kind = value.get("kind")
+        if isinstance(kind, str) and kind in KINDS:
+            names = KINDS[kind].sources + KINDS[kind].files
         changed = {}
         for option, part in value.items():
             is_name = option in names and isinstance(part, str) and part
