@@ -170,7 +170,13 @@ def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
     if values.get("kind") == "dense":  # the model is that of the folder itself
         values = values | {"model": source}
     reachable = _with_names(values, lambda name: _found(name, folder))
-    return _typed(reachable, str(folder / REWARD))
+    file = str(folder / REWARD)
+    try:
+        return _typed(reachable, file)
+    except ConfigError as error:
+        if file in str(error):
+            raise
+        raise ConfigError(f"{file}: {error}") from None  # options that do not fit
 
 
 def _parse_name(name: str) -> dict[str, Any] | None:
