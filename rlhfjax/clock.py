@@ -86,7 +86,7 @@ class Clock:
         self._path = workdir / FILE
         saved = hosts.share(lambda: read(workdir))
         started = time.time() if Clock._process_start_counted else rlhfjax.BEGAN
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.starts = 1
         if saved is not None:
             self.seconds = dict(saved["seconds"])
