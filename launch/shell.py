@@ -6,6 +6,7 @@ The value of a secret is never printed.
 import gzip
 import hashlib
 import itertools
+import json
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -115,6 +117,31 @@ class Shell:
         with _started(words, stdin=subprocess.DEVNULL, **streams) as process:
             out, _ = process.communicate()
         return None if process.returncode else out
+
+
+def parsed(text: str, program: str) -> dict[str, Any]:
+    """Returns the JSON object that a program printed.
+
+    Raises:
+      LaunchError: it printed something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise LaunchError(f"{program}: its answer is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise LaunchError(f"{program}: its answer is {text[:40]!r}; expected an object")
+    return value
+
+
+def field(value: Mapping[str, Any], name: str, kind: type, program: str) -> Any:
+    """Returns a field of an answer. Raises LaunchError if it has another type."""
+    if not isinstance(value.get(name), kind):
+        found = repr(value.get(name))[:40]
+        raise LaunchError(
+            f"{program}: {name}={found} in its answer; expected {kind.__name__}"
+        )
+    return value[name]
 
 
 def last_line(output: str) -> str:

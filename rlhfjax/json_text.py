@@ -131,7 +131,8 @@ def validate(
             place += f"[{part}]" if isinstance(part, int) else f".{part}"
         place = f"{place.removeprefix('.')}: " if place else ""
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-        message = first["msg"][:1].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
         raise error(f"{context}: {place}{message}{got}") from None
 
 

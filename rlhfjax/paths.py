@@ -138,8 +138,12 @@ def children(folder: Path) -> list[Path]:
     """
     try:
         return sorted(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as problem:
+        raise DataError(f"{folder!s:.200}: {problem.strerror}") from None
+    except ValueError as problem:  # a name with NUL
+        raise DataError(f"{folder!s:.60}: {first_line(problem)}") from None
 
 
 def files(folder: Path) -> list[Path]:
@@ -217,6 +221,25 @@ def read_if_there(path: Path, error: type[UserError] = DataError) -> bytes | Non
         raise error(f"{path!s:.60}: {first_line(problem)}") from None
 
 
+def exists(path: Path, error: type[UserError] = DataError) -> bool:
+    """Returns whether there is a file or folder of this name.
+
+    Raises:
+      UserError: of the given class: the name leads to a loop of links, or no file can have it.
+    """
+    try:
+        if remote(path):
+            return path.exists()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as problem:
+        raise error(f"{path!s:.200}: {problem.strerror}") from None
+    except ValueError as problem:  # a name with NUL
+        raise error(f"{path!s:.60}: {first_line(problem)}") from None
+    return True
+
+
 def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
     """Raises an error if a local path is anything but a file: reading a pipe may never end.
 
@@ -245,6 +268,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
     Raises:
       ConfigError: the bucket does not exist.
+      DataError: a folder has this name.
     """
     content = content.encode() if isinstance(content, str) else content
     if remote(path):
@@ -260,6 +284,10 @@ def write(path: Path, content: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except IsADirectoryError:
+        raise DataError(
+            f"{path}: is a folder; a file is written here: move it away"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -20,8 +20,17 @@ from rlhfjax.errors import Preempted, UserError, first_line
 from rlhfjax.redact import printable, redact
 
 INTERRUPTED = 130  # a shell's exit code after SIGINT
-# Errors of the disk, which need no traceback.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# Errors of the disk or of names on it, which need no traceback.
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 def run(command: Callable[[], None]) -> None:

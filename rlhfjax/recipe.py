@@ -7,7 +7,6 @@ other text with `stage:` in it is text. The same command run again continues whe
 stopped.
 """
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -25,20 +24,20 @@ from rlhfjax import (
     references,
     stages,
     train,
+    workdirs,
 )
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
-from rlhfjax.jsonl import read_jsonl, write_jsonl
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, make_layout
+from rlhfjax.metrics import METRICS_FILE, read_rows
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
-from rlhfjax.renamed import config_with_present_names
+from rlhfjax.workdirs import CONFIG, DONE
 
-DONE = "done.json"
-CONFIG = "config.json"
 MOST_STAGES = 100  # the folders of stages are numbered by two digits
 # (what stands before the reference, name of the stage, file)
 _REFERENCE = re.compile(r"((?:\S*[:=])?)stage:([^\s/]*)((?:/.*)?)", re.DOTALL)
@@ -127,10 +126,10 @@ def run_stage(
 
 def read_done(workdir: Path) -> dict[str, Any] | None:
     """Returns a finished stage's done.json, NaN for metrics that are null; None if unfinished."""
-    if not (workdir / DONE).exists():
+    done = workdirs.read_done(workdir)
+    if done is None:
         return None
-    done = json.loads((workdir / DONE).read_text())
-    return done | {"metrics": json_text.nan_for_null(done["metrics"])}
+    return {**done, "metrics": json_text.nan_for_null(done["metrics"])}
 
 
 def evaluate(
@@ -147,11 +146,11 @@ def evaluate(
       CheckpointError: the stage has no checkpoint.
     """
     if config is None:
-        if not (workdir / CONFIG).exists():
+        config = workdirs.read_config(workdir)
+        if config is None:
             raise ConfigError(
                 f"{workdir}: no config.json here; expected the workdir of a stage"
             )
-        config = config_with_present_names(json.loads((workdir / CONFIG).read_text()))
     values = to_dict(config)
     if "stages" in values:
         raise ConfigError(
@@ -184,7 +183,13 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     Raises:
       ConfigError: a stage without a config, a config without a stage, or a name given twice.
     """
-    names = list(config["stages"])
+    names = config["stages"]
+    is_list = isinstance(names, list | tuple)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"recipe: stages={json_text.shown(names)}: expected the names of stages"
+        )
+    names = list(names)
     if not names:
         raise ConfigError("recipe: `stages` is empty; expected the names of stages")
     for name in names:
@@ -192,6 +197,7 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
             raise ConfigError(
                 f"recipe: stage {name!r} is in `stages` and has no config of its own"
             )
+        workdirs.validate_name(name, "recipe: stages", ConfigError)
     extra = sorted(set(config) - set(names) - {"stages"})
     if extra:
         raise ConfigError(
@@ -213,7 +219,7 @@ def finished(config: Mapping[str, Any], workdir: Path) -> bool:
     folders = [workdir]
     if "stages" in config:
         folders = list(stage_folders(config, workdir).values())
-    return all((folder / DONE).exists() for folder in folders)
+    return all(workdirs.read_done(folder) is not None for folder in folders)
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
@@ -319,7 +325,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
       ConfigError: the workdir belongs to another config; the message names the options that differ.
     """
     compare(workdir, config)
-    if (workdir / CONFIG).exists() and not _has_only_configs(workdir):
+    if paths.exists(workdir / CONFIG) and not _has_only_configs(workdir):
         return
     try:
         paths.make_folder(workdir)
@@ -337,10 +343,10 @@ def compare(workdir: Path, config: Mapping[str, Any]) -> None:
       ConfigError: it belongs to another config; the message names the options that differ.
     """
     path = workdir / CONFIG
-    if not path.exists() or _has_only_configs(workdir):
+    if not paths.exists(path) or _has_only_configs(workdir):
         return
-    before = _Options(config_with_present_names(json.loads(path.read_text())))
-    now = _Options(json.loads(json_text.encode(config, path)))
+    before = _Options(workdirs.read_config(workdir) or {})
+    now = _Options(json_text.parse(json_text.encode(config, path)))
     options = sorted(before.all.keys() | now.all.keys())
     differ = [
         k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)
@@ -401,5 +407,5 @@ def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:
     """Writes the recipe's metrics.jsonl: all lines of its stages so far, with the stage's name."""
     rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
-        rows += [{"stage": name, **row} for row in read_jsonl(folder / "metrics.jsonl")]
-    write_jsonl(workdir / "metrics.jsonl", rows)
+        rows += [{"stage": name, **row} for row in read_rows(folder / METRICS_FILE)]
+    write_jsonl(workdir / METRICS_FILE, rows)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhfjax import recipe
+from rlhfjax import checkpoint, recipe
 from rlhfjax.checkpoint import Checkpoints, checksums, load_tree, save_tree
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError, DataError
@@ -424,3 +424,30 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
     assert "checkpoints/4 is damaged" in caplog.text
     assert_same_stage(reference, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "done.json").read_text())["steps"] == 6
+
+
+POSITIONS = [
+    {"data": {"next": -5}, "checksums": [1], "data_checksum": 3},
+    {"data": {"next": 5}, "checksums": ["x"]},
+    {"data": {"next": 5}, "checksums": None},
+    {"checksums": [True]},
+    {"data": 3},
+    [],
+]
+
+
+@pytest.mark.parametrize("metadata", POSITIONS)
+def test_altered_metadata_are_damage(metadata):
+    with pytest.raises(checkpoint._Damaged):
+        checkpoint._validate_metadata(metadata)
+
+
+def test_a_position_keeps_its_checksum_when_it_is_read_back():
+    position = {"rows": (1, 2), 10: 0.1, 9: "é"}
+    as_read = {"rows": [1, 2], "10": 0.1, "9": "é"}
+    checksum = checkpoint._data_checksum(position)
+    assert checkpoint._data_checksum(as_read) == checksum
+    read = {"data": as_read, "checksums": [1], "data_checksum": checksum}
+    checkpoint._validate_metadata(read)
+    del read["data_checksum"]
+    checkpoint._validate_metadata(read)  # an older checkpoint

@@ -17,7 +17,6 @@ j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows
 hosts.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
@@ -146,7 +146,7 @@ class Batches(Iterator[PyTree]):
         Raises:
           CheckpointError: the position was saved with other data or settings.
         """
-        _validate_identity(state["loader"], self._identity)
+        _validate_identity(state, self._identity)
         self._iterator = iter(self._rows)
         self._iterator.set_state(_as_tuples(state["rows"]))
 
@@ -225,7 +225,7 @@ class ShardedBatches(Joined):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a saved position, whichever processes ran the streams when it was saved."""
-        _validate_identity(state["loader"], self._identity)
+        _validate_identity(state, self._identity)
         for j, stream in self._streams.items():
             stream.set_state({"loader": state["loader"], "rows": state["rows"][j]})
 
@@ -556,9 +556,17 @@ def _identity(
     return identity
 
 
-def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+class _Position(TypedDict, extra_items=Any):
+    """A saved position: the settings, and where grain's iterator stands."""
+
+    loader: json_text.Object
+    rows: json_text.Object | list[json_text.Object]  # a list: one per stream
+
+
+def _validate_identity(state: Any, identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a position was saved with other data or settings."""
-    saved = {"data_shards": 1, **saved}
+    json_text.validate(state, "data iterator", _Position, error=CheckpointError)
+    saved = {"data_shards": 1, **state["loader"]}
     identity = {"data_shards": 1, **_as_json(identity)}
     for name, value in identity.items():
         if saved.get(name) != value:
@@ -569,7 +577,7 @@ def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) ->
 
 def _as_json(value: Any) -> Any:
     """Returns a value as JSON reads it back: with lists for tuples, and strings for keys."""
-    return json.loads(json_text.encode(value, "data iterator"))
+    return json_text.parse(json_text.encode(value, "data iterator"))
 
 
 def _as_tuples(value: Any) -> Any:

@@ -27,6 +27,7 @@ _ACCEPTED = {
     "end_of_word_suffix": (None, ""),
     "dropout": (None, 0),
 }
+FILES = (FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from rlhfjax.evals.stats import best_of_n_kl
 from rlhfjax.redact import printable
 from rlhfjax.report.workdir import Curve
+from rlhfjax.workdirs import Calibration
 
 # Placeholder colors for matplotlib, which `_svg` replaces by CSS variables.
 INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
@@ -209,7 +210,7 @@ def _apart(
     return kept
 
 
-def reliability(calibration: dict) -> str:
+def reliability(calibration: Calibration) -> str:
     """Returns a figure of accuracy against stated confidence, with the diagonal for reference.
 
     The bars are each bin's share of the pairs.

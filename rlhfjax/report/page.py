@@ -16,6 +16,7 @@ from rlhfjax.paths import Path
 from rlhfjax.redact import redact
 from rlhfjax.report import figures, tables
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
+from rlhfjax.workdirs import Calibration
 
 # Samples that are shown, and samples in all, the others being folded.
 FEW, MANY = 8, 40
@@ -194,7 +195,7 @@ def _end(run: Run, key: str) -> Curve | None:
     return [0.0, kl], [baseline, policy]
 
 
-def calibrations(run: Run) -> list[tuple[str, dict, Markup]]:
+def calibrations(run: Run) -> list[tuple[str, Calibration, Markup]]:
     """Returns (stage, calibration, figure) of the reward models whose calibration was measured."""
     return [
         (stage.name, stage.calibration, Markup(figures.reliability(stage.calibration)))

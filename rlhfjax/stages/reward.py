@@ -47,6 +47,7 @@ from rlhfjax.supervised import (
     validate_streams,
 )
 from rlhfjax.types import Loss, Metrics, PyTree
+from rlhfjax.workdirs import CALIBRATION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
             )
             calibration = stats.calibration(_margins(scored)).as_dict()
             return finished_model(loaded, params)._replace(
-                metrics=metrics, files={"calibration.json": calibration}
+                metrics=metrics, files={CALIBRATION: calibration}
             )
 
         return Data(train, evals, finish)

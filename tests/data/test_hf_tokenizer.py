@@ -473,8 +473,8 @@ def test_a_config_of_a_tokenizer_that_is_none_is_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff", "not UTF-8 at byte 0"),
-        ("x".encode("utf-16"), "it is UTF-16.*expected UTF-8 text"),
+        (b"\xff", "invalid UTF-8 at byte 0; expected Jinja source"),
+        ("x".encode("utf-16"), "it is UTF-16; expected Jinja source in UTF-8"),
         (None, "is a folder; expected a file"),
     ],
 )
