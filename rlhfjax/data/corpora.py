@@ -8,21 +8,23 @@ import contextlib
 import fcntl
 import importlib.util
 import io
-import json
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import tensorflow_datasets as tfds
+from typing_extensions import (
+    TypedDict,
+)  # that of typing, before Python 3.12, is not enough
 
 from rlhfjax import json_text, paths
-from rlhfjax.data import chat
+from rlhfjax.data import chat, network
 from rlhfjax.data.rows import SPLITS, split_of
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, UserError, first_line
 from rlhfjax.paths import Path
 
 Example = tuple[str, dict[str, Any]]  # key, features
@@ -80,6 +82,17 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
                 yield key, features
 
 
+class _Message(TypedDict):
+    text: str
+    sender: str
+
+
+class _Conversation(TypedDict):
+    messages: list[list[_Message]]
+    prompt: NotRequired[str | None]
+    ratings: NotRequired[dict[str, int | str] | None]
+
+
 class Chitchat(_PackageCorpus):
     """7,168 human conversations (chitchat-dataset 0.9.0, MIT).
 
@@ -105,7 +118,7 @@ class Chitchat(_PackageCorpus):
     def examples(self) -> Iterator[Example]:
         """Yields conversations by id; those without a single word are left out."""
         file = package_file(*self.source)
-        conversations = json.loads(file.read_text(encoding="utf-8"))
+        conversations = json_text.read(file, dict[str, _Conversation])
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
             if not turns:
@@ -170,9 +183,38 @@ class KingJamesBible(_PackageCorpus):
             yield key, {"id": key, "text": text}
 
 
+FEATURES = "features.json"
 INFO = "dataset_info.json"  # a folder with this file is a whole dataset
 BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
+OFFLINE = (
+    f"without a network there are tfds:{', tfds:'.join(BUILDERS)}, tfds:FOLDER of a dataset that"
+    " was prepared elsewhere, jsonl:GLOB and text:GLOB"
+)
 DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
+
+
+def is_dataset(name: str | os.PathLike) -> bool:
+    """Returns whether a name is that of a folder that holds a whole dataset."""
+    if paths.remote(name):
+        return (paths.path(name) / INFO).is_file()
+    return os.path.isfile(os.path.join(name, INFO))
+
+
+def open_folder(folder: paths.Path) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a folder that TFDS wrote.
+
+    Raises:
+      DataError: a file of the folder is damaged or missing.
+    """
+    for name in (INFO, FEATURES):
+        json_text.read(folder / name, json_text.Object)
+    try:
+        return tfds.builder_from_directory(paths.local(folder))
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(
+            f"{folder}: {INFO} or {FEATURES} is not one that TFDS wrote ({why})"
+        ) from error
 
 
 def writable(data_dir: Path) -> Path:
@@ -193,7 +235,7 @@ def prepare_for(
     if not (kept / INFO).exists():
         with paths.replacing(kept, INFO) as new:
             shutil.copytree(prepare(builder).data_dir, new, dirs_exist_ok=True)
-    return tfds.builder_from_directory(paths.local(kept))
+    return open_folder(kept)
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -212,7 +254,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
                     shutil.rmtree(leftover)
                 _write(builder)
     # The given builder does not know what another process wrote.
-    return tfds.builder_from_directory(folder)
+    return open_folder(folder)
 
 
 def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -228,7 +270,33 @@ def _write(builder: tfds.core.DatasetBuilder) -> None:
     if isinstance(builder, _PackageCorpus):
         write_quietly(builder)
     else:
+        _download(builder)
+
+
+def _download(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares a dataset of TFDS's catalogue.
+
+    Raises:
+      DataError: its servers cannot be reached, or TFDS fails for another reason.
+    """
+    name = f"tfds:{builder.info.full_name}"
+    # TFDS keeps what it downloaded or was given; it asks an unreachable server for minutes.
+    downloads = pathlib.Path(builder._data_dir_root) / "downloads"
+    has_files = downloads.is_dir() and any(
+        map(pathlib.Path.is_file, downloads.rglob("*"))
+    )
+    reason = None if has_files else network.unreachable(builder.url_infos)
+    if reason:
+        raise DataError(
+            f"{name}: not in {builder.data_dir}, and it cannot be downloaded: {reason}; {OFFLINE}"
+        )
+    try:
         builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(f"{name}: TFDS cannot prepare it: {why}") from error
 
 
 @contextlib.contextmanager

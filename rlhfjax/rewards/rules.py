@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from rlhfjax import paths
+from rlhfjax.data.files import matching
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
@@ -145,11 +145,8 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
     Raises:
       DataError: no file matches, a line is malformed, or a question has two different rows.
     """
-    files = paths.glob(pattern)
-    if not files:
-        raise DataError(f"rule metadata: no file matches {pattern}")
     metadata: dict[str, dict[str, Any]] = {}
-    for path in files:
+    for path in matching(pattern, "rule metadata"):
         for place, row in located_rows(path):
             try:
                 prompt = row.pop("prompt")
