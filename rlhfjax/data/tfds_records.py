@@ -99,9 +99,9 @@ def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
     """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
     if corpora.is_dataset(name):
         return corpora.open_folder(paths.path(name))
-    if os.path.isdir(name) and os.sep in name:
+    if name.startswith((os.sep, ".", "~")) or (os.sep in name and os.path.isdir(name)):
         raise DataError(
-            f"source {spec!r}: the folder holds no dataset: there is no {corpora.INFO}"
+            f"source {spec!r}: there is no dataset: no {corpora.INFO} in such a folder"
         )
     if name.startswith(HUGGING_FACE):
         reason = network.unreachable(["https://huggingface.co"])

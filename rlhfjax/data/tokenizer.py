@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from rlhfjax import paths
 from rlhfjax.data import hf_tokenizer
@@ -73,9 +75,11 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         """Reads the file, unless `model` has its content."""
         try:
-            self._model = paths.path(path).read_bytes() if model is None else model
+            self._model = paths.read(paths.path(path)) if model is None else model
+            _validate_whole(self._model)
             sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (OSError, RuntimeError) as error:
+            self._ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+        except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
             raise DataError(
                 f"{path}: not a SentencePiece model ({first_line(error)})"
             ) from error
@@ -87,7 +91,6 @@ class SentencePieceTokenizer:
                 f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
             )
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = specials
-        self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         markers = list(filter(_is_marker, self._ids))
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
         # The id of a missing piece is that of unk.
@@ -163,6 +166,19 @@ class SentencePieceTokenizer:
         return len(piece.replace(_SPACE, " ").encode())
 
 
+def _validate_whole(model: bytes) -> None:
+    """Raises ValueError if a model's file is cut: its settings stand behind the pieces."""
+    try:
+        content = sentencepiece_model_pb2.ModelProto.FromString(model)
+    except DecodeError:
+        raise ValueError("damaged, or another kind of file") from None
+    for part in ("trainer_spec", "normalizer_spec"):
+        if not content.HasField(part):
+            raise ValueError(f"it is cut: it has no {part}")
+    if not content.pieces:
+        raise ValueError("it has no pieces")
+
+
 def _is_marker(piece: str) -> bool:
     return re.fullmatch(r"<\|[^|]+\|>", piece) is not None
 
@@ -231,9 +247,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       DataError: there is neither, or it is damaged.
     """
     path = paths.path(path)
-    if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
-        return hf_tokenizer.read_folder(path if path.is_dir() else path.parent)
-    return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
+    try:
+        is_folder = path.is_dir()
+        is_foreign = (path / hf_tokenizer.FILE).is_file()
+    except OSError as error:  # a name that is too long
+        reason = error.strerror or first_line(error)
+        raise DataError(f"tokenizer {path!s:.60}: {reason}") from None
+    if path.name == hf_tokenizer.FILE or is_foreign:
+        return hf_tokenizer.read_folder(path if is_folder else path.parent)
+    return SentencePieceTokenizer(path / MODEL_FILE if is_folder else path)
 
 
 def _validate_round_trip(

@@ -156,8 +156,12 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
                 raise DataError(
                     f"{place}: expected a JSON object with a 'prompt'"
                 ) from None
+            if not key:
+                raise DataError(f"{place}: the prompt is empty")
             if metadata.setdefault(key, row) != row:
                 raise DataError(
                     f"{place}: the prompt {key[:60]!r} stands twice with different metadata"
                 )
+    if not metadata:
+        raise DataError(f"rule metadata: {pattern} holds no row")
     return metadata
