@@ -104,8 +104,7 @@ def test_a_conversation_as_damaged_json_is_not_a_prompt(text):
 @pytest.mark.parametrize(
     ("columns", "kind"),
     [
-        ({3: "text"}, "text"),
-        ({"text": ["a"]}, "text"),
+        ({"": "text"}, "text"),
         ({"chosen": "a", "scores": "b"}, "preferences"),
         ({"messages": "a"}, "prompt"),
     ],
@@ -230,7 +229,7 @@ def test_loops_and_chains_of_links_end(tmp_path):
             os.symlink(following, folder / name)
     (chain[-1] / "f").write_text("a")
     found = paths.glob(f"{tmp_path}/**/**/f")
-    assert found[0] == tmp_path / "0" / "x" / "f" or chain[-1] / "f" in found
+    assert chain[-1] / "f" in found and len(found) < 100
 
 
 @pytest.fixture
@@ -272,7 +271,7 @@ def test_a_dataset_of_the_catalogue_fails_in_seconds_without_a_network(
     monkeypatch.setattr(network, "_connect", lambda *arguments: time.sleep(5))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: time.sleep(5))
     start = time.monotonic()
-    with pytest.raises(DataError, match="www.statmt.org does not answer") as error:
+    with pytest.raises(DataError, match=r"www\.statmt\.org does not answer") as error:
         open_source("tfds:lm1b", data_dir=tmp_path)
     assert time.monotonic() - start < 5 and corpora.OFFLINE in str(error.value)
 
@@ -281,7 +280,7 @@ def test_a_dataset_of_the_catalogue_fails_in_seconds_without_a_network(
     ("column", "value"),
     [
         ("ranking", [True, 1]),
-        ("ranking", [10**400 // 10**100, 1]),
+        ("ranking", [10**300, 1]),
         ("ranking", [1001, 1]),
         ("time", 5),
         ("time", "yesterday"),
