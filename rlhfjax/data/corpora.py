@@ -273,12 +273,8 @@ def _download(builder: tfds.core.DatasetBuilder) -> None:
       DataError: its servers cannot be reached, or TFDS fails for another reason.
     """
     name = f"tfds:{builder.info.full_name}"
-    # TFDS keeps what it downloaded or was given; it asks an unreachable server for minutes.
-    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
-    has_files = downloads.is_dir() and any(
-        map(pathlib.Path.is_file, downloads.rglob("*"))
-    )
-    reason = None if has_files else network.unreachable(builder.url_infos or ())
+    # TFDS asks a server that cannot be reached for minutes.
+    reason = network.unreachable(_needed_urls(builder))
     if reason:
         raise DataError(
             f"{name}: not in {builder.data_dir}, and it cannot be downloaded: {reason}; {OFFLINE}"
@@ -290,6 +286,20 @@ def _download(builder: tfds.core.DatasetBuilder) -> None:
     except Exception as error:
         why = first_line(error, kind=True)
         raise DataError(f"{name}: TFDS cannot prepare it: {why}") from error
+
+
+def _needed_urls(builder: tfds.core.DatasetBuilder) -> list[str]:
+    """Returns what TFDS will download: it keeps what it has, and takes what it is given."""
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
+    given = {file.name for file in (downloads / "manual").glob("*")}
+    kept = set()
+    for note in downloads.glob("*.INFO"):
+        kept |= set(json_text.read(note, json_text.Object).get("urls") or ())
+    return [
+        url
+        for url in builder.url_infos or ()
+        if url not in kept and url.rpartition("/")[2] not in given
+    ]
 
 
 @contextlib.contextmanager

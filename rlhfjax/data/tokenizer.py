@@ -169,7 +169,9 @@ class SentencePieceTokenizer:
 def _validate_whole(model: bytes) -> None:
     """Raises ValueError if a model's file is cut: its settings stand behind the pieces."""
     try:
-        content = sentencepiece_model_pb2.ModelProto.FromString(model)
+        # Made at run time, which a type checker cannot see.
+        proto: Any = sentencepiece_model_pb2
+        content = proto.ModelProto.FromString(model)
     except DecodeError:
         raise ValueError("damaged, or another kind of file") from None
     for part in ("trainer_spec", "normalizer_spec"):

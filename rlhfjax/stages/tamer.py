@@ -251,7 +251,8 @@ def _read_line(
     """Returns the ids of prompt and response, and the feedback, float32 [f, 2]."""
     try:
         feedback = _feedback(line.get("feedback"))
-        prompt, text = line.get("prompt"), line.get("response")
+        prompt: Any = line.get("prompt")
+        text = line.get("response")
         if not isinstance(text, str):
             raise BadRow("'response' must be text")
         if isinstance(prompt, str) and prompt.strip():
