@@ -17,7 +17,6 @@ j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows
 hosts.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -549,7 +548,7 @@ def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) ->
 
 def _as_json(value: Any) -> Any:
     """Returns a value as JSON reads it back: with lists for tuples, and strings for keys."""
-    return json.loads(json_text.encode(value, "data iterator"))
+    return json_text.parse(json_text.encode(value, "data iterator"))
 
 
 def _as_tuples(value: Any) -> Any:

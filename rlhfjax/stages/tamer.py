@@ -251,15 +251,14 @@ def _read_line(
     """Returns the ids of prompt and response, and the feedback, float32 [f, 2]."""
     try:
         feedback = _feedback(line.get("feedback"))
-        prompt: Any = line.get("prompt")
-        text = line.get("response")
+        prompt, text = line.get("prompt"), line.get("response")
         if not isinstance(text, str):
             raise BadRow("'response' must be text")
-        if isinstance(prompt, str) and prompt.strip():
-            prompt = [{"role": "user", "content": prompt}]
-        normalize("prompt", {"prompt": prompt}, {})  # raises for malformed messages
+        is_text = isinstance(prompt, str) and prompt.strip()
+        messages: Any = [{"role": "user", "content": prompt}] if is_text else prompt
+        normalize("prompt", {"prompt": messages}, {})  # raises for malformed messages
         response = chat.response_tokens(tokenizer, text)
-        ids = chat.render_prompt(tokenizer, prompt).tolist()
+        ids = chat.render_prompt(tokenizer, messages).tolist()
     except BadRow as error:
         expected = '{"prompt", "response", "feedback": [[seconds, value], ...]}'
         raise DataError(f"{context}: expected {expected} ({error})") from None
