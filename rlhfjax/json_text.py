@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ _HUGE, _EXPONENT, _POSITIVE_EXPONENT = b"0" * 200, b"0e000", b"0e+000"
 _MAYBE_HUGE = re.compile(
     rb"[0-9]{200}|(?:^|[\s:,\[])-?[0-9]+(?:\.[0-9]+)?[eE]\+?[0-9]{3}"
 )
+_MOST = sys.float_info.max
 
 
 class NotJson(ValueError):
@@ -84,7 +86,7 @@ def parse(text: bytes | str) -> Any:
         value = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise NotJson(str(error)) from None
-    if _may_be_huge(content):
+    if _may_be_huge(content) and _is_huge(value):
         _validate_range(value)
     return value
 
@@ -111,6 +113,20 @@ def _is_text(opening: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return b"\0" not in opening
+
+
+def _is_huge(value: Any) -> bool:
+    """Returns whether a number of a JSON value may be beyond float64; fast, without its place."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, int | float) and not -_MOST <= part <= _MOST:
+            return True
+    return False
 
 
 def _validate_range(value: Any, place: str = "") -> None:
