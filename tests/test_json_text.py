@@ -124,8 +124,14 @@ def test_strict_json_is_read(text, value):
         ('"\\ud800"', "unexpected end of hex escape at line 1 column 8"),
         ('"\ud800"', "lone surrogate at character 1"),
         (b'"\xff"', "invalid unicode code point at line 1 column 2"),
-        ('{"a": 1}'.encode("utf-16"), "it is UTF-16; expected UTF-8 text"),
-        (gzip.compress(b"{}"), "it is compressed by gzip; expected UTF-8 text"),
+        (
+            '{"a": 1}'.encode("utf-16"),
+            "it is UTF-16 (iconv -f UTF-16 -t UTF-8 converts it); expected UTF-8 text",
+        ),
+        (
+            gzip.compress(b"{}"),
+            "it is compressed by gzip (gunzip decompresses it); expected UTF-8 text",
+        ),
         ("", "EOF while parsing a value at line 1 column 0"),
         ('{"a": 1', "EOF while parsing an object at line 1 column 7"),
         ("{} {}", "trailing characters at line 1 column 4"),
