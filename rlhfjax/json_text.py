@@ -15,7 +15,6 @@ import codecs
 import functools
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -55,13 +54,10 @@ _OTHER_FORMATS = (
 _OPENINGS = tuple(opening for opening, _ in _OTHER_FORMATS)
 OPENING = 512
 """Bytes of a file that `other_format` needs."""
-# A number beyond float64 has 200 digits or an exponent of three. Regular expressions are slow, so
-# that the first search is for bytes, with 0 for every digit.
+# A number beyond float64 has 200 digits, or an exponent of three. This search is for bytes, with 0
+# for every digit: a regular expression takes ten times as long.
 _AS_ZEROS = bytes.maketrans(b"0123456789E", b"0000000000e")
 _HUGE, _EXPONENT, _POSITIVE_EXPONENT = b"0" * 200, b"0e000", b"0e+000"
-_MAYBE_HUGE = re.compile(
-    rb"[0-9]{200}|(?:^|[\s:,\[])-?[0-9]+(?:\.[0-9]+)?[eE]\+?[0-9]{3}"
-)
 _MOST = sys.float_info.max
 
 
@@ -94,9 +90,7 @@ def parse(text: bytes | str) -> Any:
 def _may_be_huge(content: bytes) -> bool:
     """Returns whether a JSON text may have a number beyond float64."""
     digits = content.translate(_AS_ZEROS)
-    if _HUGE in digits or _EXPONENT in digits or _POSITIVE_EXPONENT in digits:
-        return _MAYBE_HUGE.search(content) is not None
-    return False
+    return _HUGE in digits or _EXPONENT in digits or _POSITIVE_EXPONENT in digits
 
 
 def other_format(content: bytes) -> str | None:
