@@ -7,11 +7,12 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
 
 from rlhfjax.errors import UserError
 from tests.fuzz import watch
@@ -32,19 +33,36 @@ class Found(NamedTuple):
 def explore(
     name: str, seconds: float | None = None, start: int | None = None
 ) -> list[Found]:
-    """Returns what a reader gets wrong, by inputs made in a process of its own.
+    """Returns what a reader gets wrong, by inputs made in processes of its own.
 
     Args:
       seconds: time to spend; None: the reader's fixed number of examples, always the same.
       start: seed of the first examples, if `seconds` is given.
     """
+    end = time.monotonic() + (seconds or 0)
+    found: dict[tuple[str, str], Found] = {}
+    while True:
+        left = None if seconds is None else max(1.0, end - time.monotonic())
+        more, died = _explore_once(name, left, start)
+        for one in more:
+            found.setdefault(one.finding.key, one)
+        # A process that died is followed by another while there is time.
+        if not died or time.monotonic() >= end:
+            return list(found.values())
+        start = (start or 0) + _ROUND
+
+
+def _explore_once(
+    name: str, seconds: float | None, start: int | None
+) -> tuple[list[Found], bool]:
+    """Returns what one process finds, and whether it died of the last input."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         answer = _run(_explore_here, name, Path(folder), seconds, start)
-        if isinstance(answer, int):
-            last = Path(folder, LAST)
-            content = last.read_bytes() if last.exists() else b""
-            return [Found(_died(answer), content)]
-        return answer
+        if not isinstance(answer, int):
+            return answer, False
+        last = Path(folder, LAST)
+        content = last.read_bytes() if last.exists() else b""
+        return [Found(_died(answer), content)], True
 
 
 def judge(name: str, content: bytes) -> Finding | None:
@@ -102,7 +120,7 @@ def _send(pipe: Any, work: Any, arguments: tuple[Any, ...]) -> None:
 @contextlib.contextmanager
 def _ready(name: str, folder: Path) -> Iterator[tuple[Any, Any]]:
     """Yields a reader and its trial, after good inputs were read once; output goes to files."""
-    from tests.fuzz.readers import READERS
+    from tests.fuzz.readers import find
 
     for descriptor in (1, 2):
         file = os.open(folder / f"output{descriptor}", os.O_WRONLY | os.O_CREAT)
@@ -110,7 +128,7 @@ def _ready(name: str, folder: Path) -> Iterator[tuple[Any, Any]]:
     work = folder / "work"
     work.mkdir()
     os.chdir(work)
-    reader = READERS[name]
+    reader = find(name)
     trial = reader.make(work)
     for content in trial.seeds:
         # A good input has to be read. This also imports what is imported late.
@@ -140,7 +158,7 @@ def _explore_here(
                 found[finding.key] = Found(finding, content)
 
         if seconds is None:
-            _examples(trial.inputs, look, reader.examples, None)
+            give_examples(trial.inputs, look, reader.examples, None)
         else:
             _until(time.monotonic() + seconds, trial.inputs, look, start or 0)
         return [_smaller(trial.call, reader.accepted, one) for one in found.values()]
@@ -149,11 +167,16 @@ def _explore_here(
 def _until(end: float, inputs: Any, look: Any, start: int) -> None:
     number = start
     while time.monotonic() < end:
-        _examples(inputs, look, _ROUND, number)
+        give_examples(inputs, look, _ROUND, number)
         number += 1
 
 
-def _examples(inputs: Any, look: Any, count: int, number: int | None) -> None:
+def give_examples(
+    inputs: st.SearchStrategy,
+    look: Callable[[bytes], Any],
+    count: int,
+    number: int | None = None,
+) -> None:
     """Calls `look` with examples; the same ones every time if there is no number."""
     checked = settings(
         max_examples=count,
@@ -163,7 +186,7 @@ def _examples(inputs: Any, look: Any, count: int, number: int | None) -> None:
         phases=(Phase.generate,),
         verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
-    )(given(inputs)(look))
+    )(given(inputs)(lambda content: look(content)))
     if number is not None:
         checked = seed(number)(checked)
     checked()

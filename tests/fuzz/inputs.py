@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ VALUES = (
     *("[" * 150 + "]" * 150, "[" * 990 + "]" * 990, "[" * 200_000, '{"a":' * 200_000),
     *("", ",", "'a'", "undefined", "// x", "[1,]", '{"a" 1}', '"a', "{", "]"),
 )
+NUMBERS = tuple(text for text in VALUES if text.lstrip("-")[:1].isdigit())
+STRINGS = tuple(text for text in VALUES if text.startswith('"'))
 KEYS = ("", "a", "x" * 300, "\0", "stage", "kind", "é", "__class__", "step", "a.b/c")
 # Numbers that a length or a count in a binary format may be replaced by.
 COUNTS = (0, 1, 2, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63)
@@ -105,7 +108,16 @@ def _edit(draw: Draw, node: Any) -> Any:
         return changed
     if isinstance(node, list) and draw(st.booleans()):
         return _edit_members(draw, node)
-    return Raw(draw(st.sampled_from(VALUES)))
+    return Raw(draw(st.sampled_from(_likely(node) if draw(st.booleans()) else VALUES)))
+
+
+def _likely(node: Any) -> Sequence[str]:
+    """Returns values of the type of a JSON value, which pass the first checks."""
+    if isinstance(node, str):
+        return STRINGS
+    if isinstance(node, int | float) and not isinstance(node, bool):
+        return NUMBERS
+    return VALUES
 
 
 def _edit_members(draw: Draw, node: Any) -> Any:
@@ -194,6 +206,26 @@ def _damage(draw: Draw, content: bytes) -> bytes:
     return content[:end] + content[at:end] * draw(st.sampled_from((1, 3, 50)))
 
 
+def fields_bytes(
+    seeds: Sequence[bytes], fields: Callable[[bytes], list[tuple[int, int]]]
+) -> Bytes:
+    """Returns a strategy of binary files in which numbers are others, and of damaged files.
+
+    Args:
+      fields: returns the (offset, width) of the numbers in a good file.
+    """
+    places = [(seed, place) for seed in seeds for place in fields(seed)]
+
+    @st.composite
+    def edited(draw: Draw) -> bytes:
+        content, (at, width) = draw(st.sampled_from(places))
+        number = draw(st.sampled_from(COUNTS) | st.integers(0, 20))
+        number %= 2 ** (8 * width)
+        return content[:at] + number.to_bytes(width, "little") + content[at + width :]
+
+    return weighted({edited(): 4, binary_bytes(seeds): 1})
+
+
 def sized_json_bytes(seeds: Sequence[bytes]) -> Bytes:
     """Returns a strategy of safetensors files: 8 bytes of length, JSON, then tensors."""
     headers, bodies = [], []
@@ -220,11 +252,14 @@ ODD_TEXT = (
 )
 
 
-def text_bytes(seeds: Sequence[str], parts: Sequence[str] = ()) -> Bytes:
+def text_bytes(
+    seeds: Sequence[str], parts: Sequence[str] = (), ends: str = ""
+) -> Bytes:
     """Returns a strategy of texts in which parts are put, removed, doubled and exchanged.
 
     Args:
       parts: pieces of the language that the texts are in.
+      ends: a pattern of where such a piece ends; most are then put between two others.
     """
     pieces = (*parts, *parts, *parts, *ODD_TEXT) if parts else ODD_TEXT
     start = weighted({st.sampled_from(seeds): 4, st.sampled_from(pieces): 1})
@@ -235,6 +270,9 @@ def text_bytes(seeds: Sequence[str], parts: Sequence[str] = ()) -> Bytes:
         for _ in range(draw(st.sampled_from((1, 1, 2, 3, 4)))):
             at = draw(st.integers(0, len(text)))
             end = at + draw(st.sampled_from((0, 0, 1, 3, 10)))
+            if ends and draw(st.integers(0, 4)):
+                between = [match.end() for match in re.finditer(ends, text)]
+                at = end = draw(st.sampled_from([0, *between]))
             text = text[:at] + draw(st.sampled_from(pieces)) + text[end:]
         return text.encode("utf-8", "surrogatepass")
 

@@ -19,7 +19,7 @@ MEMORY = 500 * 2**20  # bytes above what the process holds before the call
 PRINTED = 10_000  # bytes on the standard error, per call: more is a storm of warnings
 WARNINGS = 20
 LONGEST = 1000  # characters of a message about a short input
-_HANG = 4 * SECONDS  # of the CPU; then Python is interrupted
+HANG = 4 * SECONDS  # of the CPU; then Python is interrupted
 _ASLEEP = 60.0  # seconds of a call that waits for something
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ def judge(
     except (UserError, *accepted) as error:
         if finding := _hidden(error):
             return finding
-        if finding := _wrong_message(error, len(content)):
+        if finding := _wrong_message(error, content):
             return finding
     except KeyboardInterrupt:
         raise
@@ -92,14 +92,18 @@ def _hidden(error: BaseException) -> Finding | None:
     return None
 
 
-def _wrong_message(error: BaseException, size: int) -> Finding | None:
-    """Returns a message that is no single line, or far longer than an input of this size."""
+def _wrong_message(error: BaseException, content: bytes) -> Finding | None:
+    """Returns a message that is no single line, or far longer than its input.
+
+    A line break of the input may be in it: the command line shows it as an escape.
+    """
     message = str(error)
+    breaks = re.search(b"[\r\n]|\\\\[rn]", content)
     if not message.strip():
         return Finding("message", _place(error), "it is empty")
-    if len(message) > LONGEST + 2 * size:
+    if len(message) > LONGEST + 2 * len(content):
         return Finding("message", _place(error), f"it has {len(message)} characters")
-    if re.search("[\r\n]", message.strip()):
+    if not breaks and re.search("[\r\n]", message.strip()):
         return Finding("message", _place(error), f"several lines: {message!r}"[:200])
     return None
 
@@ -129,9 +133,9 @@ def _limits() -> Iterator[None]:
     signal.signal(signal.SIGVTALRM, _hang)
     signal.signal(signal.SIGALRM, _hang)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, 2 * _HANG)
+    signal.setitimer(signal.ITIMER_PROF, 2 * HANG)
     signal.setitimer(signal.ITIMER_REAL, _ASLEEP)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _HANG)
+    signal.setitimer(signal.ITIMER_VIRTUAL, HANG)
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MEMORY, hard))
         yield
@@ -144,7 +148,7 @@ def _limits() -> Iterator[None]:
 def _hang(number: int, _frame: object) -> None:
     # A handler of the package may catch what is raised here once; it is raised again.
     signal.setitimer(signal.ITIMER_VIRTUAL, 0.5)
-    raise Hang(f"no end after {_HANG:.0f} s of the CPU or {_ASLEEP:.0f} s of waiting")
+    raise Hang(f"no end after {HANG:.0f} s of the CPU or {_ASLEEP:.0f} s of waiting")
 
 
 def _data_bytes() -> int:

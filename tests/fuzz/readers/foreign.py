@@ -20,7 +20,12 @@ from rlhfjax.interop import gguf as our_gguf
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import Model
-from tests.fuzz.inputs import binary_bytes, json_bytes, sized_json_bytes, text_bytes
+from tests.fuzz.inputs import (
+    binary_bytes,
+    fields_bytes,
+    json_bytes,
+    sized_json_bytes,
+)
 from tests.fuzz.readers.table import Reader, Table, Trial, file_reader, text_reader
 
 TABLE: Table = {}
@@ -219,6 +224,51 @@ def write_gguf(path: Path) -> bytes:
     return path.read_bytes()
 
 
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_FEW = 3  # members of an array whose lengths are fields
+
+
+def gguf_fields(content: bytes) -> list[tuple[int, int]]:
+    """Returns the places of counts, lengths, types and integers in a GGUF file."""
+    places = [(4, 4), (8, 8), (16, 8)]  # version, tensors, metadata
+    at = 24
+
+    def number(width: int, keep: bool = True) -> int:
+        nonlocal at
+        if keep:
+            places.append((at, width))
+        at += width
+        return int.from_bytes(content[at - width : at], "little")
+
+    def skip(kind: int, keep: bool = True) -> None:
+        nonlocal at
+        if kind == _STRING:
+            size = number(8, keep)
+            at += size
+        elif kind == _ARRAY:
+            member, count = number(4), number(8)
+            for i in range(count):
+                skip(member, i < _FEW)
+        else:
+            number(_WIDTHS[kind], keep)
+
+    for _ in range(int.from_bytes(content[16:24], "little")):
+        skip(_STRING)
+        skip(number(4))
+    for _ in range(int.from_bytes(content[8:16], "little")):
+        skip(_STRING)
+        for _ in range(number(4)):
+            number(8)
+        number(4)
+        number(8)
+    return places
+
+
+def _gguf_bytes(seeds: Sequence[bytes]) -> Any:
+    return fields_bytes(seeds, gguf_fields)
+
+
 def _gguf(read: Callable[[Path], Any]) -> Callable:
     def prepare(folder: Path) -> tuple[Path, list[bytes], Callable]:
         file = folder / "x.gguf"
@@ -230,14 +280,14 @@ def _gguf(read: Callable[[Path], Any]) -> Callable:
 file_reader(
     TABLE,
     "gguf_model",
-    binary_bytes,
+    _gguf_bytes,
     _gguf(lambda file: our_gguf.load_gguf(file)),
     examples=100,
 )
 file_reader(
     TABLE,
     "gguf_tokenizer",
-    binary_bytes,
+    _gguf_bytes,
     _gguf(lambda file: use(gguf_tokenizer.gguf_tokenizer(file))),
     examples=100,
 )
@@ -285,4 +335,6 @@ def _render(source: str) -> None:
 
 
 _SOURCES = [CHATML, BUILT_IN["llama2"].replace("[INST]", "<|im_start|>")]
-text_reader(TABLE, "chat_template", _SOURCES[:1], JINJA, _render, examples=60)
+text_reader(
+    TABLE, "chat_template", _SOURCES[:1], JINJA, _render, "[}%]}", examples=100
+)

@@ -104,18 +104,20 @@ def text_reader(
     seeds: Sequence[str],
     parts: Sequence[str],
     read: Callable[[str], Any],
+    ends: str = "",
     **options: Any,
 ) -> None:
     """Adds a reader of a text, such as the value of a flag, to a table.
 
     Args:
       parts: pieces of the language that the text is in.
+      ends: a pattern of where such a piece ends.
     """
 
     def make(folder: Path) -> Trial:
         return Trial(
             seeds=[seed.encode() for seed in seeds],
-            inputs=inputs.text_bytes(seeds, parts),
+            inputs=inputs.text_bytes(seeds, parts, ends),
             call=lambda content: read(content.decode("utf-8", "surrogateescape")),
             refusable=True,
         )
