@@ -218,7 +218,7 @@ def slug(name: str) -> str:
     """
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if made != name or len(made) > LONGEST:
-        digits = hashlib.sha256(name.encode()).hexdigest()[:6]
+        digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
         made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
