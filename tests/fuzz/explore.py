@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
+from rlhfjax import process
 from rlhfjax.errors import UserError
 from tests.fuzz import watch
 from tests.fuzz.watch import Finding
@@ -91,16 +92,16 @@ def _run(work: Any, *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.fuzz.readers"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, work, arguments))
-    process.start()
+    worker = context.Process(target=_send, args=(theirs, work, arguments))
+    worker.start()
     theirs.close()
     try:
         answer, failure = ours.recv()
     except EOFError:
-        process.join()
-        return process.exitcode
+        worker.join()
+        return worker.exitcode
     finally:
-        process.join()
+        worker.join()
         ours.close()
     if failure:
         raise RuntimeError(f"{arguments[0]}: a good input is not read:\n{failure}")
@@ -125,6 +126,7 @@ def _ready(name: str, folder: Path) -> Iterator[tuple[Any, Any]]:
     for descriptor in (1, 2):
         file = os.open(folder / f"output{descriptor}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
+    process._set_up_logging()
     work = folder / "work"
     work.mkdir()
     os.chdir(work)

@@ -193,7 +193,9 @@ def _damage(draw: Draw, content: bytes) -> bytes:
     at = draw(st.integers(0, draw(ends)))
     how = draw(st.sampled_from(("flip", "cut", "number", "number", "insert", "repeat")))
     if how == "flip":
-        return content[:at] + draw(st.binary(min_size=1, max_size=1)) + content[at + 1 :]
+        return (
+            content[:at] + draw(st.binary(min_size=1, max_size=1)) + content[at + 1 :]
+        )
     if how == "cut":
         return content[:at]
     if how == "number":

@@ -26,7 +26,14 @@ TABLE: Table = {}
 
 PIECES = (
     *("%p0", "%x = ", "f32[", "f32[8,8]", "s32[]", "(", ")", "{", "}", "parameter(0)"),
-    *("constant(3)", "dot(", "fusion(%w), calls=%sliced", "while(%a)", "ROOT ", "ENTRY "),
+    *(
+        "constant(3)",
+        "dot(",
+        "fusion(%w), calls=%sliced",
+        "while(%a)",
+        "ROOT ",
+        "ENTRY ",
+    ),
     *("convolution(%x, %w), window={size=1x2}, dim_labels=b0f_0io->b0f", "index=9"),
     *("get-tuple-element(%arg), index=7", "all-reduce(%y)", "replica_groups={{0}}"),
     *("call(%x), to_apply=%body", "conditional(%x)", "body=%body", "condition=%body"),
@@ -56,7 +63,15 @@ text_reader(
     TABLE,
     "buffer_assignment",
     [ASSIGNMENT + RANGES],
-    ("allocation ", "size ", "color ", "(peak):", " bytes", "maybe-live-out", "9" * 5000),
+    (
+        "allocation ",
+        "size ",
+        "color ",
+        "(peak):",
+        " bytes",
+        "maybe-live-out",
+        "9" * 5000,
+    ),
     _assignment,
 )
 
@@ -175,12 +190,13 @@ for _name in ANSWERS:
 
 
 def _status(folder: Path) -> Trial:
-    """A worker's own files."""
+    """A worker's own status."""
     file = folder / "status.json"
+    place = types.SimpleNamespace(status=str(file))
 
     def call(content: bytes) -> None:
         file.write_bytes(content)
-        status = tpu_worker.read_json(str(file))
+        status = tpu_worker.read_status(place)
         tpu_worker.alive(status)
         status.get("offset", 0)
         tpu_worker.parse(content.decode("utf-8", "replace")).get("phase")

@@ -12,7 +12,6 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import BUILT_IN, CHATML, Template
 from rlhfjax.data.tokenizer import load_tokenizer
 from rlhfjax.interop import foreign, gguf_tokenizer, hf, peft
@@ -26,9 +25,11 @@ from tests.fuzz.inputs import (
     json_bytes,
     sized_json_bytes,
 )
-from tests.fuzz.readers.table import Reader, Table, Trial, file_reader, text_reader
+from tests.fuzz.readers.table import Table, file_reader, text_reader
 
 TABLE: Table = {}
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+MAP_FILE, TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 NAMES = {
     "bos_token": "<|im_start|>",
@@ -127,14 +128,14 @@ def _byte_bpe() -> tokenizers.Tokenizer:
 
 def _tokenizer(file: str, folder: Path) -> tuple[Path, list[bytes], Callable]:
     config = NAMES | {"chat_template": CHATML, "model_max_length": 10**30}
-    (folder / hf_tokenizer.FILE).write_text(_byte_bpe().to_str())
-    (folder / hf_tokenizer.CONFIG_FILE).write_text(json.dumps(config))
+    (folder / FILE).write_text(_byte_bpe().to_str())
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     token = {"content": "<|im_end|>", "lstrip": False, "special": True}
     seeds = {
-        hf_tokenizer.FILE: (folder / hf_tokenizer.FILE).read_text(),
-        hf_tokenizer.CONFIG_FILE: json.dumps(config | {"eos_token": token}),
-        hf_tokenizer.MAP_FILE: json.dumps(NAMES | {"eos_token": token}),
-        hf_tokenizer.TEMPLATE_FILE: CHATML,
+        FILE: (folder / FILE).read_text(),
+        CONFIG_FILE: json.dumps(config | {"eos_token": token}),
+        MAP_FILE: json.dumps(NAMES | {"eos_token": token}),
+        TEMPLATE_FILE: CHATML,
     }
     return folder / file, [seeds[file].encode()], lambda: use(load_tokenizer(folder))
 
@@ -152,10 +153,10 @@ def _named(seeds: Sequence[bytes]) -> Any:
 
 
 for _name, _file, _strategy, _count in (
-    ("hf_tokenizer", hf_tokenizer.FILE, json_bytes, 40),
-    ("hf_tokenizer_config", hf_tokenizer.CONFIG_FILE, _named, 60),
-    ("hf_special_tokens", hf_tokenizer.MAP_FILE, json_bytes, 60),
-    ("hf_template_file", hf_tokenizer.TEMPLATE_FILE, binary_bytes, 60),
+    ("hf_tokenizer", FILE, json_bytes, 40),
+    ("hf_tokenizer_config", CONFIG_FILE, _named, 60),
+    ("hf_special_tokens", MAP_FILE, json_bytes, 60),
+    ("hf_template_file", TEMPLATE_FILE, binary_bytes, 60),
 ):
     _read = functools.partial(_tokenizer, _file)
     file_reader(TABLE, _name, _strategy, _read, examples=_count)
@@ -335,6 +336,4 @@ def _render(source: str) -> None:
 
 
 _SOURCES = [CHATML, BUILT_IN["llama2"].replace("[INST]", "<|im_start|>")]
-text_reader(
-    TABLE, "chat_template", _SOURCES[:1], JINJA, _render, "[}%]}", examples=100
-)
+text_reader(TABLE, "chat_template", _SOURCES[:1], JINJA, _render, "[}%]}", examples=100)

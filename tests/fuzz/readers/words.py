@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from launch import gke, shell, slurm, tpu_gcloud
-from launch.gke_manifest import CHIPS
 from rlhfjax import main, paths, profile, recipe, stages
 from rlhfjax.config import Argument, parse_arg
 from rlhfjax.data.sources import open_source
@@ -25,7 +21,19 @@ from tests.fuzz.readers.rows import read_all
 from tests.fuzz.readers.table import Reader, Table, Trial, dumped, text_reader
 
 TABLE: Table = {}
-NUMBERS = ("0", "-1", "1e400", "nan", "inf", "1_000", "٣", "0x10", "1e3", "2.5", "9" * 5000)
+NUMBERS = (
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "inf",
+    "1_000",
+    "٣",
+    "0x10",
+    "1e3",
+    "2.5",
+    "9" * 5000,
+)
 
 # ------------------------------------------------------------------ names
 
@@ -42,7 +50,19 @@ def _arguments(text: str) -> None:
     )
 
 
+def _model(name: str) -> None:
+    if not in_bucket(name):
+        foreign.find(name)
+
+
+def in_bucket(name: str) -> bool:
+    """Returns whether a name would be looked for in the network."""
+    return paths.SCHEME in name or "gs:/" in name
+
+
 def _reward(name: str) -> None:
+    if in_bucket(name):
+        return
     registry.validate(name, "ppo.reward", labels=True)
     registry.describe(name)
 
@@ -53,7 +73,9 @@ def _rule(text: str) -> None:
 
 
 def _source(spec: str) -> None:
-    if spec.startswith("tfds:"):  # a name would be prepared, or looked for in the network
+    if spec.startswith("tfds:") or in_bucket(
+        spec
+    ):  # a name would be prepared, or looked for in the network
         return
     for kind in ("text", "preferences"):
         with contextlib.suppress(UserError):
@@ -82,34 +104,141 @@ def _template(text: str) -> None:
     judge.readable(text)
 
 
-SPECS = ("jsonl:", "text:", "tfds:", "{split}", "*", "**/", "[a-", "?", "./", "/dev/zero")
-text_reader(TABLE, "config_argument", ["size=smoke,seed=3,rate=1.5,fast"], (
-    *("seed=", "size=", "rate=", "fast=", "steps=", "data=", "=", ",", "full"),
-    *NUMBERS,
-), _arguments)
-text_reader(TABLE, "reward_name", ["gold:sentiment", "rule:json:dumps?timeout=2"], (
-    *("gold:", "rule:", "rankings:", "@", "?", "&", "model:", "sentiment", "compose:"),
-    *("timeout=", "failed=", "workers=", "metadata=", "dense:", *NUMBERS),
-), _reward)
-text_reader(TABLE, "rule_options", ["json:dumps?timeout=2&failed=-1&workers=1"], (
-    *("timeout=", "failed=", "workers=", "metadata=", "function=", "kind=", "&", "?"),
-    *NUMBERS,
-), _rule)
-text_reader(TABLE, "source_spec", ["jsonl:x/{split}/*.jsonl", "text:*.txt"], SPECS, _source)
+SPECS = (
+    "jsonl:",
+    "text:",
+    "tfds:",
+    "{split}",
+    "*",
+    "**/",
+    "[a-",
+    "?",
+    "./",
+    "/dev/zero",
+)
+text_reader(
+    TABLE,
+    "config_argument",
+    ["size=smoke,seed=3,rate=1.5,fast"],
+    (
+        *("seed=", "size=", "rate=", "fast=", "steps=", "data=", "=", ",", "full"),
+        *NUMBERS,
+    ),
+    _arguments,
+)
+text_reader(
+    TABLE,
+    "reward_name",
+    ["gold:sentiment", "rule:json:dumps?timeout=2"],
+    (
+        *(
+            "gold:",
+            "rule:",
+            "rankings:",
+            "@",
+            "?",
+            "&",
+            "model:",
+            "sentiment",
+            "compose:",
+        ),
+        *("timeout=", "failed=", "workers=", "metadata=", "dense:", *NUMBERS),
+    ),
+    _reward,
+)
+text_reader(
+    TABLE,
+    "rule_options",
+    ["json:dumps?timeout=2&failed=-1&workers=1"],
+    (
+        *(
+            "timeout=",
+            "failed=",
+            "workers=",
+            "metadata=",
+            "function=",
+            "kind=",
+            "&",
+            "?",
+        ),
+        *NUMBERS,
+    ),
+    _rule,
+)
+text_reader(
+    TABLE, "source_spec", ["jsonl:x/{split}/*.jsonl", "text:*.txt"], SPECS, _source
+)
 text_reader(TABLE, "path_name", ["x/y.json", "gs://bucket/x"], SPECS, _path)
-text_reader(TABLE, "model_name", ["hf:x", "gguf:x.gguf", "pip:llm-x"], (
-    "hf:", "gguf:", "pip:", ".", "..", "pip:.", "pip:json", "hf:/dev", "gguf:/dev/zero",
-), foreign.find)
-text_reader(TABLE, "preset", ["gpt3-1.3b:dtype=bfloat16,scan_layers=true"], (
-    *("dtype=", "n_layers=", "d_model=", "n_heads=", "vocab_size=", ",", ":", *NUMBERS),
-), parse_model)
-text_reader(TABLE, "stage_name", ["sft", "json:Config", "rlhfjax.stages.sft:Config"], (
-    ".", ":", "..", "json", "os", "Config", "rlhfjax", "stages",
-), lambda name: stages.config_class(name))
+text_reader(
+    TABLE,
+    "model_name",
+    ["hf:x", "gguf:x.gguf", "pip:llm-x"],
+    (
+        "hf:",
+        "gguf:",
+        "pip:",
+        ".",
+        "..",
+        "pip:.",
+        "pip:json",
+        "hf:/dev",
+        "gguf:/dev/zero",
+    ),
+    _model,
+)
+text_reader(
+    TABLE,
+    "preset",
+    ["gpt3-1.3b:dtype=bfloat16,scan_layers=true"],
+    (
+        *(
+            "dtype=",
+            "n_layers=",
+            "d_model=",
+            "n_heads=",
+            "vocab_size=",
+            ",",
+            ":",
+            *NUMBERS,
+        ),
+    ),
+    parse_model,
+)
+text_reader(
+    TABLE,
+    "stage_name",
+    ["sft", "json:Config", "rlhfjax.stages.sft:Config"],
+    (
+        ".",
+        ":",
+        "..",
+        "json",
+        "os",
+        "Config",
+        "rlhfjax",
+        "stages",
+    ),
+    lambda name: stages.config_class(name),
+)
 text_reader(TABLE, "profile_steps", ["10:15"], (":", *NUMBERS), _profile)
-text_reader(TABLE, "prompt_template", ["{prompt} {a} {b}"], (
-    "{", "}", "{{", "{a", "{0}", "{a.b}", "\\1", "<|user|>", "<|assistant|>", "<|",
-), _template)
+text_reader(
+    TABLE,
+    "prompt_template",
+    ["{prompt} {a} {b}"],
+    (
+        "{",
+        "}",
+        "{{",
+        "{a",
+        "{0}",
+        "{a.b}",
+        "\\1",
+        "<|user|>",
+        "<|assistant|>",
+        "<|",
+    ),
+    _template,
+)
 
 # ------------------------------------------------------------------ the command line
 
@@ -144,7 +273,7 @@ WORDS = (
 COMMANDS = [["rlhfjax", name, "--config=x.py", "--workdir=w"] for name in main.COMMANDS]
 
 
-def _words(content: bytes) -> list[str]:
+def words_of(content: bytes) -> list[str]:
     return content.decode("utf-8", "surrogateescape").split(SEPARATOR)
 
 
@@ -157,17 +286,24 @@ def _quiet(call: Any, *arguments: Any) -> Any:
 def _command_line(folder: Path) -> Trial:
     (folder / "x.py").write_text(FILE)
     seeds = [SEPARATOR.join(words).encode() for words in (COMMANDS[0], COMMANDS[1])]
-    call = lambda content: _quiet(main.parse, _words(content))  # noqa: E731
+    call = lambda content: _quiet(main.parse, words_of(content))  # noqa: E731
     return Trial(seeds, words_bytes(COMMANDS, WORDS), call)
 
 
 PYTHON = (
     *("def get_config(arg=None):\n    return 3\n", "def get_config(): return {}\n"),
-    *("get_config = 3\n", "import nothing\n", "raise SystemExit\n", "raise ValueError\n"),
+    *(
+        "get_config = 3\n",
+        "import nothing\n",
+        "raise SystemExit\n",
+        "raise ValueError\n",
+    ),
     *("raise KeyboardInterrupt\n", "1/0\n", "print('x')\n", "(", "\t", "    ", "\x0c"),
     *("import sys; sys.exit(3)\n", "return", "yield", "None", "3", "()", "{}", "[]"),
-    *("def get_config(arg=None):\n    from ml_collections import ConfigDict\n"
-      "    return ConfigDict({'stages': ('a', 'a')})\n",),
+    *(
+        "def get_config(arg=None):\n    from ml_collections import ConfigDict\n"
+        "    return ConfigDict({'stages': ('a', 'a')})\n",
+    ),
     *("raise ExceptionGroup('x', [ValueError()])\n", "class E(BaseException): pass\n"),
     *("sources=", "vocab_size=", "float('nan')", "object()", "'\\ud800'", "lambda: 0"),
     *("def sweep(add): add(3)\n", "def sweep(add): add({3: 4})\n", "sweep = 3\n"),
@@ -221,71 +357,10 @@ def _sweep_values(folder: Path) -> Trial:
 
 
 TABLE["sweep_values"] = Reader(_sweep_values)
-text_reader(TABLE, "sweep_launcher", ["local", "slurm --nodes=2", "ssh {name}"], (
-    *("'", '"', "tpu", "gke", "slurm", "--name=", "{name}", "{", "}", "{0}", "ssh"),
-), lambda text: command.launcher(text))
-
-# ------------------------------------------------------------------ launchers
-
-REFUSED = (shell.LaunchError, flags.Error)
-ONES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "environment": (lambda text: shell.environment([text]), ("A=b", "A", "=", "1A=b")),
-    "secrets": (lambda text: shell.secrets([text]), ("A=b:latest", "A=b", "A=")),
-    "slug": (shell.slug, ("kl=0.1,seed=1", "a", "-")),
-    "seconds": (lambda text: shell.seconds("poll", text), ("1h30m", "90s", "0", ".")),
-    "minutes": (slurm.minutes, ("1-02:03:04", "02:03:04", "::")),
-    "sbatch": (lambda text: slurm.sbatch_options([text]), ("exclusive", "mem=1")),
-    "accelerator": (tpu_gcloud.runtime_of, ("v5litepod-16", "v4-8", "tpu7x-4")),
-    "redact": (shell.redact, ("A_TOKEN=xyz", "hf_" + "a" * 30)),
-}
-
-
-def _launch_words(name: str, define: Any, act: Any, good: Sequence[str]) -> None:
-    words = (
-        *("--name=x", "--name=", "--env=A=b", "--env=A", "--dry_run", "--help", "--"),
-        *("rlhfjax", "run", "train", "--topology=4x4", "--topology=4", "--chip=v9"),
-        *("--slices=0", "--grace=x", "--keep_days=nan", "--keep_days=inf", "--image="),
-        *("--nodes=0", "--time=1", "--time=01:00:00", "--hosts=", "--hosts=a,b", "-x"),
-        *("--bucket=b", "--workdir=gs://b/x", "--slices=" + "9" * 5000, "states", "up"),
-        *(f"--topology={'x'.join('9' * 3)}", "--topology=0x0", "--topology=4x"),
-    )
-
-    def call(content: bytes) -> None:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                shell.launch("doc", define, act, ["x", "--dry_run", *_words(content)])
-            except SystemExit as end:
-                if end.code not in (0, 1, 2, None):
-                    raise AssertionError(f"exit code {end.code}") from None
-
-    def make(folder: Path) -> Trial:
-        seed = SEPARATOR.join(good).encode()
-        return Trial([seed], words_bytes([good], words), call)
-
-    TABLE[name] = Reader(make, 80)
-
-
-for _name, (_call, _seeds) in ONES.items():
-    text_reader(
-        TABLE,
-        f"launch_{_name}",
-        _seeds[:1],
-        (*_seeds, *NUMBERS),
-        _call,
-        examples=120,
-        accepted=REFUSED,
-    )
-_launch_words(
-    "launch_gke",
-    gke._flags,
-    gke.act,
-    ["run", "--name=a", "--image=i", f"--chip={next(iter(CHIPS))}", "--topology=4x4",
-     "--", "rlhfjax", "run", "--config=x.py", "--workdir=gs://b/x"],
-)
-_launch_words(
-    "launch_slurm",
-    slurm._flags,
-    slurm.act,
-    ["run", "--name=a", "--nodes=1", "--", "rlhfjax", "run", "--workdir=w"],
+text_reader(
+    TABLE,
+    "sweep_launcher",
+    ["local", "slurm --nodes=2", "ssh {name}"],
+    (*("'", '"', "tpu", "gke", "slurm", "--name=", "{name}", "{", "}", "{0}", "ssh"),),
+    lambda text: command.launcher(text),
 )
