@@ -252,7 +252,7 @@ def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
       FileNotFoundError: there is nothing of this name.
       UserError: of the given class: it is a folder, a device or a pipe.
     """
-    mode = path.stat().st_mode
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise error(f"{path}: is a folder; expected a file")
     if not stat.S_ISREG(mode):
