@@ -1,13 +1,14 @@
 """The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from rlhfjax import process
+from rlhfjax import __version__, process
 from rlhfjax.errors import ConfigError, UserError
 
 Flags = flags.FlagValues
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    _greet(argv)
     parsed = parse(argv)
     if parsed is None:
         return
@@ -46,6 +48,19 @@ def _run(argv: list[str]) -> None:
             process.keep_compiled_programs(str(_path(fv.compilation_cache)))
         process.join_hosts(fv.host_timeout, fv.join_timeout)
     command.run(fv)
+
+
+def _greet(argv: list[str]) -> None:
+    """Prints what begins, before the seconds that importing jax takes."""
+    if len(argv) < 2 or argv[1] not in COMMANDS or not COMMANDS[argv[1]].goes_on:
+        return
+    given: dict[str, str] = {}
+    for argument in argv[2:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        given[name] = value
+    if given.get("config") and given.get("workdir"):
+        what = f"{given['config']} in {given['workdir']}"
+        process.log.info("rlhfjax %s: %s; loading", __version__, what)
 
 
 def parse(argv: list[str]) -> tuple[Command, Flags] | None:
@@ -144,8 +159,17 @@ def run(fv: Flags) -> None:
     recipe.run(fv.config, _path(fv.workdir))
     if hosts.first():
         report(fv)
-        if recipe.can_talk(_path(fv.workdir)):
-            print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
+        _print_next_steps(_path(fv.workdir))
+
+
+def _print_next_steps(workdir: Any) -> None:
+    """Prints the commands that a finished recipe is usually followed by."""
+    from rlhfjax import recipe
+
+    name = shlex.quote(str(workdir))
+    if recipe.can_talk(workdir):
+        print(f"chat:   rlhfjax chat --workdir={name}")
+    print(f"curves: tensorboard --logdir={name}")
 
 
 def sweep(fv: Flags) -> None:

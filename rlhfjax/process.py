@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from rlhfjax.errors import Interrupted, Preempted, UserError, first_line
 
+log = logging.getLogger("rlhfjax")
 _RESUME = "run the same command to resume"
 # Errors of the disk, which need no traceback.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -49,7 +50,7 @@ def run(command: Callable[[], None]) -> None:
 def _set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("rlhfjax").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     # Orbax and gcsfs log there what they also raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
@@ -146,7 +147,7 @@ def join_hosts(heartbeat_timeout: int, join_timeout: int) -> None:
     """Joins the other hosts, if there are any. Only the first host logs its progress."""
     _hosts().join(heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout)
     if not _hosts().first():
-        logging.getLogger("rlhfjax").setLevel(logging.WARNING)
+        log.setLevel(logging.WARNING)
 
 
 def keep_compiled_programs(folder: str) -> None:

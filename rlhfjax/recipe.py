@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhfjax import (
+    announce,
     footprint,
     hosts,
     json_text,
@@ -56,9 +57,14 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
     typed = check_all(resolved, folders)
     hosts.share(lambda: references.validate(typed, folders, DONE))
     hosts.share(lambda: claim(workdir, values))
+    done = {name for name, folder in folders.items() if (folder / DONE).exists()}
+    announce.stages(folders, done)
     metrics: dict[str, float] = {}
-    for name, stage_values in resolved.items():
-        metrics |= run_stage(stage_values, folders[name], record=values[name])
+    for i, (name, stage_values) in enumerate(resolved.items(), start=1):
+        title = f"[{i}/{len(folders)}] {name}"
+        metrics |= run_stage(
+            stage_values, folders[name], record=values[name], title=title
+        )
         hosts.share(lambda: collect_metrics(workdir, folders))
     return metrics
 
@@ -78,13 +84,17 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
 
 
 def run_stage(
-    config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None
+    config: dict[str, Any],
+    workdir: Path,
+    record: dict[str, Any] | None = None,
+    title: str = "",
 ) -> dict[str, float]:
     """Runs one stage and returns its metrics; of a finished stage only returns its metrics.
 
     Args:
       record: the workdir's config.json. In a recipe it is the config with its `stage:` references,
         so that the recipe's folder may be moved.
+      title: the stage's name for the log; default: the kind of stage.
     """
     module = stages.find(config.get("stage", ""))
     name = config["stage"]
@@ -96,6 +106,7 @@ def run_stage(
         return done["metrics"]
     start = time.time()
     layout = layout_of(typed, Origins({}))
+    announce.stage(typed, title or name, layout)
     clock = Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(typed, workdir, layout))

@@ -41,6 +41,7 @@ from rlhfjax.profile import Profile
 from rlhfjax.stage import Stage
 from rlhfjax.types import Metrics, PyTree
 
+logger = logging.getLogger("rlhfjax")
 # What a host asks for at a step. The largest number among the hosts is what all of them do.
 _CONTINUE, _SAVE, _STOP = 0, 1, 2
 
@@ -72,6 +73,9 @@ def run(
         with clock.part("restore"):
             state, resumed_step = _first_state(stage, key, layout, checkpoints)
         start = 0 if resumed_step is None else resumed_step
+        if start:
+            where = f"step {start} of {config.steps}"
+            logger.info("%s: resuming at %s", config.stage, where)
         with (
             _open_writer(config, workdir, resumed_step) as writer,
             metric.Progress(
@@ -200,9 +204,7 @@ def _save_adapters(folder: Path, model: Any, adapters: PyTree, layout: Layout) -
     try:
         peft.save_peft(folder, model, on_host)
     except ConfigError as e:
-        logging.getLogger("rlhfjax").warning(
-            "%s is not written (the merged model is): %s", folder, e
-        )
+        logger.warning("%s is not written (the merged model is): %s", folder, e)
 
 
 class _SaveTimer:

@@ -1,0 +1,76 @@
+"""What a run says about itself in its log: its stages, its models, its devices."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rlhfjax.errors import UserError
+from rlhfjax.footprint import Net
+from rlhfjax.mesh import Layout
+from rlhfjax.origins import Origins, roles_of
+from rlhfjax.paths import Path
+
+log = logging.getLogger("rlhfjax")
+
+
+def stages(folders: Mapping[str, Path], done: set[str]) -> None:
+    """Logs the stages of a recipe, and which of them are done.
+
+    Args:
+      done: names of the finished stages.
+    """
+    if len(done) == len(folders):
+        log.info("all %d stages are done: there is nothing to run", len(folders))
+        return
+    names = [f"{name} (done)" if name in done else name for name in folders]
+    log.info("stages: %s", ", ".join(names))
+
+
+def stage(config: Any, title: str, layout: Layout) -> None:
+    """Logs what a stage is about to do: its steps, models and devices.
+
+    Args:
+      config: the stage's typed config.
+      title: the stage's name and its number in the recipe, such as `[2/7] pretrain`.
+    """
+    parts = []
+    if steps := getattr(config, "steps", 0):
+        parts.append(f"{steps:,} steps")
+    parts += _models(config)
+    parts.append(_devices(layout))
+    log.info("%s: %s", title, "; ".join(parts))
+
+
+def _models(config: Any) -> list[str]:
+    """Returns the sizes of the stage's models; [] if they are not known yet."""
+    try:
+        nets = Origins({}).nets(roles_of(config), config.stage)
+    except UserError:  # the stage itself says what is missing
+        return []
+    return [
+        f"{net.name} of {number(net.numbers)} parameters{_note(net)}" for net in nets
+    ]
+
+
+def _note(net: Net) -> str:
+    if net.role.shares:
+        return f", shared with {net.role.shares}"
+    if net.role.optim is None:
+        return ", frozen"
+    return f", {number(net.trained)} trained" if net.trained < net.numbers else ""
+
+
+def _devices(layout: Layout) -> str:
+    devices = layout.mesh.devices.flatten()
+    kind = devices[0].device_kind
+    axes = [f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1]
+    mesh = f" ({', '.join(axes)})" if axes else ""
+    return f"{len(devices)} x {kind}{mesh}"
+
+
+def number(count: int) -> str:
+    """Returns a count for people: `950`, `1.12 M`, `6.74 B`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return str(count)
