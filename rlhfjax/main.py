@@ -150,13 +150,19 @@ def train(fv: Flags) -> None:
 
 def run(fv: Flags) -> None:
     """Runs a recipe, stage by stage: rlhfjax run --config=experiments/quickstart/recipe.py
-    --workdir=DIR"""
-    from rlhfjax import hosts, recipe
+    --workdir=DIR [--from=STAGE | --only=STAGE]"""
+    from rlhfjax import hosts, recipe, rerun
 
     _need(fv, "config", "workdir")
     if "stages" not in fv.config:
         raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
-    recipe.run(fv.config, _path(fv.workdir))
+    if fv["from"].value and fv.only:
+        raise ConfigError("give --from or --only, not both")
+    if stage := fv["from"].value or fv.only:
+        choice = rerun.Choice("only" if fv.only else "from", stage)
+        rerun.run(fv.config, _path(fv.workdir), choice)
+    else:
+        recipe.run(fv.config, _path(fv.workdir))
     if hosts.first():
         report(fv)
         _print_next_steps(_path(fv.workdir))
@@ -353,6 +359,21 @@ def _hosts_flags(fv: Flags) -> None:
     )
 
 
+def _run_flags(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "from",
+        None,
+        "run this stage and those after it again; the stages before it are taken as they are",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "only",
+        None,
+        "run this stage alone again; finished stages that depend on it are moved away too",
+        flag_values=fv,
+    )
+
+
 def _sweep_flags(fv: Flags) -> None:
     flags.DEFINE_integer(
         "parallel",
@@ -513,7 +534,7 @@ def _options_flags(fv: Flags) -> None:
 
 COMMANDS = {
     "train": Command(train, config=True, several_hosts=True, goes_on=True),
-    "run": Command(run, config=True, several_hosts=True, goes_on=True),
+    "run": Command(run, _run_flags, config=True, several_hosts=True, goes_on=True),
     "sweep": Command(sweep, _sweep_flags, config=True),
     "eval": Command(evaluate, config=True, several_hosts=True),
     "chat": Command(chat, _chat_flags),

@@ -7,7 +7,7 @@ run again continues where the recipe stopped.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,8 +39,13 @@ CONFIG = "config.json"
 MOST_STAGES = 100  # the folders of stages are numbered by two digits
 
 
-def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
+def run(
+    config: Mapping[str, Any] | ConfigDict, workdir: Path, last: str = ""
+) -> dict[str, float]:
     """Runs a recipe, or the one stage that the config describes.
+
+    Args:
+      last: the stage of the recipe after which to stop; default: the last one.
 
     Returns:
       The last value of every metric of every stage.
@@ -66,6 +71,8 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
             stage_values, folders[name], record=values[name], title=title
         )
         hosts.share(lambda: collect_metrics(workdir, folders))
+        if name == last:
+            break
     return metrics
 
 
@@ -330,26 +337,45 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 def compare(workdir: Path, config: Mapping[str, Any]) -> None:
     """Validates that the workdir is free or was started with this config.
 
-    An absent option counts as its default, so that new options leave older workdirs usable.
-
     Raises:
       ConfigError: it belongs to another config; the message names the options that differ.
     """
+    if differ := differences(workdir, config):
+        texts = [f"{place}: {change}" for place, change in differ.items()]
+        more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
+        raise ConfigError(
+            f"{workdir} was started with another config ({'; '.join(texts[:5])}{more}); "
+            f"use a new --workdir{_from_first_changed(config, differ)}"
+        )
+
+
+def _from_first_changed(config: Mapping[str, Any], places: Iterable[str]) -> str:
+    """Returns the advice to run the changed stages again; "" if that is not possible."""
+    names = list(config.get("stages", ()))
+    changed = {place.partition(".")[0] for place in places}
+    if not changed <= set(names):
+        return ""
+    first = next(name for name in names if name in changed)
+    return f", or --from={first}, which runs {first} and the stages after it again"
+
+
+def differences(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns how a config differs from the workdir's: {place of an option: old -> new}.
+
+    An absent option counts as its default, so that new options leave older workdirs usable.
+    A workdir without results differs from nothing.
+    """
     path = workdir / CONFIG
     if not path.exists() or _has_only_configs(workdir):
-        return
+        return {}
     before = _Options(config_with_present_names(json.loads(path.read_text())))
     now = _Options(json.loads(json_text.encode(config, path)))
-    options = sorted(before.all.keys() | now.all.keys())
-    differ = [
-        k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)
-    ]
-    if differ:
-        shown = "; ".join(f"{k}: {before.show(k)} -> {now.show(k)}" for k in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ConfigError(
-            f"{workdir} was started with another config ({shown}{more}); use a new --workdir"
-        )
+    places = sorted(before.all.keys() | now.all.keys())
+    return {
+        place: f"{before.show(place)} -> {now.show(place)}"
+        for place in places
+        if before.all.get(place, _ABSENT) != now.all.get(place, _ABSENT)
+    }
 
 
 class _Options:
