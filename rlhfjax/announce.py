@@ -9,6 +9,7 @@ from rlhfjax.footprint import Net
 from rlhfjax.mesh import Layout
 from rlhfjax.origins import Origins, roles_of
 from rlhfjax.paths import Path
+from rlhfjax.stages import find
 
 log = logging.getLogger("rlhfjax")
 
@@ -36,9 +37,18 @@ def stage(config: Any, title: str, layout: Layout) -> None:
     parts = []
     if steps := getattr(config, "steps", 0):
         parts.append(f"{steps:,} steps")
-    parts += _models(config)
-    parts.append(_devices(layout))
-    log.info("%s: %s", title, "; ".join(parts))
+    if not getattr(find(config.stage), "ON_ONE_HOST", False):
+        parts += [*_models(config), _devices(layout)]
+    log.info("%s: %s", title, "; ".join(parts) or "it needs no device")
+
+
+def cached(title: str, done: Mapping[str, Any]) -> None:
+    """Logs that a stage's files were copied from the cache.
+
+    Args:
+      done: content of the stage's done.json.
+    """
+    log.info("%s: taken from the cache (it took %s s)", title, done["seconds"])
 
 
 def _models(config: Any) -> list[str]:

@@ -145,7 +145,11 @@ def train(fv: Flags) -> None:
         raise ConfigError(
             "this config is a recipe: rlhfjax run --config=… runs its stages"
         )
-    recipe.run(fv.config, _path(fv.workdir))
+    recipe.run(fv.config, _path(fv.workdir), cache=_cache(fv))
+
+
+def _cache(fv: Flags) -> Any:
+    return _path(fv.cache) if fv.cache else None
 
 
 def run(fv: Flags) -> None:
@@ -160,9 +164,9 @@ def run(fv: Flags) -> None:
         raise ConfigError("give --from or --only, not both")
     if stage := fv["from"].value or fv.only:
         choice = rerun.Choice("only" if fv.only else "from", stage)
-        rerun.run(fv.config, _path(fv.workdir), choice)
+        rerun.run(fv.config, _path(fv.workdir), choice, _cache(fv))
     else:
-        recipe.run(fv.config, _path(fv.workdir))
+        recipe.run(fv.config, _path(fv.workdir), cache=_cache(fv))
     if hosts.first():
         report(fv)
         _print_next_steps(_path(fv.workdir))
@@ -186,9 +190,14 @@ def sweep(fv: Flags) -> None:
     from rlhfjax.sweep import command
 
     _need(fv, "config", "workdir")
+    launcher = command.launcher(fv.launcher)
+    cache = fv.cache
+    if cache is None:
+        cache = command.default_cache(_path(fv.workdir), launcher)
     options = command.Options(
         parallel=fv.parallel,
-        launcher=command.launcher(fv.launcher),
+        launcher=launcher,
+        cache=cache,
         slices_in_turn=fv.slices_in_turn,
         dry_run=fv.dry_run,
         metrics=tuple(fv.metrics),
@@ -359,7 +368,18 @@ def _hosts_flags(fv: Flags) -> None:
     )
 
 
+def _cache_flag(fv: Flags, default: str = "") -> None:
+    flags.DEFINE_string(
+        "cache",
+        None,
+        "folder that keeps finished stages; one with the same config, inputs, code and hardware "
+        f"is copied from it instead of computed{default}",
+        flag_values=fv,
+    )
+
+
 def _run_flags(fv: Flags) -> None:
+    _cache_flag(fv)
     flags.DEFINE_string(
         "from",
         None,
@@ -375,6 +395,7 @@ def _run_flags(fv: Flags) -> None:
 
 
 def _sweep_flags(fv: Flags) -> None:
+    _cache_flag(fv, "; default: cache/ in the sweep's folder; empty: none")
     flags.DEFINE_integer(
         "parallel",
         1,
@@ -533,7 +554,7 @@ def _options_flags(fv: Flags) -> None:
 
 
 COMMANDS = {
-    "train": Command(train, config=True, several_hosts=True, goes_on=True),
+    "train": Command(train, _cache_flag, config=True, several_hosts=True, goes_on=True),
     "run": Command(run, _run_flags, config=True, several_hosts=True, goes_on=True),
     "sweep": Command(sweep, _sweep_flags, config=True),
     "eval": Command(evaluate, config=True, several_hosts=True),

@@ -5,6 +5,7 @@ A recipe's config has `stages`, a tuple of names, and the config of each name. I
 run again continues where the recipe stopped.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
 from rlhfjax.renamed import config_with_present_names
+from rlhfjax.stage_cache import Cache
 
 DONE = "done.json"
 CONFIG = "config.json"
@@ -40,12 +42,17 @@ MOST_STAGES = 100  # the folders of stages are numbered by two digits
 
 
 def run(
-    config: Mapping[str, Any] | ConfigDict, workdir: Path, last: str = ""
+    config: Mapping[str, Any] | ConfigDict,
+    workdir: Path,
+    *,
+    last: str = "",
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """Runs a recipe, or the one stage that the config describes.
 
     Args:
       last: the stage of the recipe after which to stop; default: the last one.
+      cache: folder of finished stages, see `stage_cache`; None: every stage is computed.
 
     Returns:
       The last value of every metric of every stage.
@@ -55,8 +62,9 @@ def run(
         that is not there, or differs from the workdir's.
     """
     values = to_dict(config)
+    stage_cache = Cache(cache) if cache is not None else None
     if "stages" not in values:
-        return run_stage(values, workdir)
+        return run_stage(values, workdir, cache=stage_cache)
     folders = stage_folders(values, workdir)
     resolved = {name: resolve(values[name], folders, name) for name in folders}
     typed = check_all(resolved, folders)
@@ -68,7 +76,11 @@ def run(
     for i, (name, stage_values) in enumerate(resolved.items(), start=1):
         title = f"[{i}/{len(folders)}] {name}"
         metrics |= run_stage(
-            stage_values, folders[name], record=values[name], title=title
+            stage_values,
+            folders[name],
+            record=values[name],
+            title=title,
+            cache=stage_cache,
         )
         hosts.share(lambda: collect_metrics(workdir, folders))
         if name == last:
@@ -95,6 +107,7 @@ def run_stage(
     workdir: Path,
     record: dict[str, Any] | None = None,
     title: str = "",
+    cache: Cache | None = None,
 ) -> dict[str, float]:
     """Runs one stage and returns its metrics; of a finished stage only returns its metrics.
 
@@ -102,31 +115,50 @@ def run_stage(
       record: the workdir's config.json. In a recipe it is the config with its `stage:` references,
         so that the recipe's folder may be moved.
       title: the stage's name for the log; default: the kind of stage.
+      cache: finished stages; a stage that is there is copied, not computed.
     """
-    module = stages.find(config.get("stage", ""))
+    stages.find(config.get("stage", ""))
     name = config["stage"]
+    title = title or name
     configs = check_all({name: config}, {name: workdir})
     hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
-    typed = configs[name]
-    hosts.share(lambda: claim(workdir, config if record is None else record))
+    record = config if record is None else record
+    hosts.share(lambda: claim(workdir, record))
+    key = hosts.share(lambda: cache.key(config, workdir)) if cache else None
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
+    if cache is None or key is None:
+        return _compute(configs[name], workdir, title)
+    with cache.locked(key, title) if hosts.first() else contextlib.nullcontext():
+        if hosts.share(lambda: cache.restore(key, workdir, DONE)):
+            hosts.share(lambda: write_json(workdir / CONFIG, record))
+            done = hosts.share(lambda: read_done(workdir)) or {}
+            announce.cached(title, done)
+            return done["metrics"]
+        metrics = _compute(configs[name], workdir, title)
+        hosts.share(lambda: cache.store(key, workdir))
+    return metrics
+
+
+def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
+    """Runs a stage that is not finished, writes its done.json, and returns its metrics."""
+    module = stages.find(config.stage)
     start = time.time()
-    layout = layout_of(typed, Origins({}))
-    announce.stage(typed, title or name, layout)
+    layout = layout_of(config, Origins({}))
+    announce.stage(config, title, layout)
     clock = Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
-        metrics = hosts.share(lambda: module.run(typed, workdir, layout))
+        metrics = hosts.share(lambda: module.run(config, workdir, layout))
     elif hasattr(module, "run"):
-        metrics = module.run(typed, workdir, layout)
+        metrics = module.run(config, workdir, layout)
     else:
         with layout.use():
-            stage = module.build(typed, layout)
-        metrics = train.run(stage, typed, workdir, layout, clock)
+            stage = module.build(config, layout)
+        metrics = train.run(stage, config, workdir, layout, clock)
     done = {
         "stage": workdir.name,
-        "kind": typed.stage,
-        "steps": getattr(typed, "steps", 0),
+        "kind": config.stage,
+        "steps": getattr(config, "steps", 0),
         "seconds": round(time.time() - start, 1),
         "metrics": json_text.null_nonfinite(metrics),
     }

@@ -30,7 +30,10 @@ class Choice(NamedTuple):
 
 
 def run(
-    config: Mapping[str, Any] | ConfigDict, workdir: Path, choice: Choice
+    config: Mapping[str, Any] | ConfigDict,
+    workdir: Path,
+    choice: Choice,
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """Runs the chosen stages of a recipe; returns the last value of every metric of every stage.
 
@@ -47,7 +50,7 @@ def run(
     folders = recipe.stage_folders(values, workdir)
     hosts.share(lambda: _prepare(values, folders, workdir, choice))
     last = choice.stage if choice.flag == "only" else ""
-    return recipe.run(values, workdir, last=last)
+    return recipe.run(values, workdir, last=last, cache=cache)
 
 
 def _prepare(
