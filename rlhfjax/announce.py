@@ -1,7 +1,7 @@
 """What a run says about itself in its log: its stages, its models, its devices."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfjax.errors import UserError
@@ -27,18 +27,31 @@ def stages(folders: Mapping[str, Path], done: set[str]) -> None:
     log.info("stages: %s", ", ".join(names))
 
 
-def stage(config: Any, title: str, layout: Layout) -> None:
+def models(config: Any) -> list[Net]:
+    """Returns the models of a stage; [] if they are not known yet."""
+    try:
+        return Origins({}).nets(roles_of(config), config.stage)
+    except UserError:  # the stage itself says what is missing
+        return []
+
+
+def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
     """Logs what a stage is about to do: its steps, models and devices.
 
     Args:
       config: the stage's typed config.
       title: the stage's name and its number in the recipe, such as `[2/7] pretrain`.
+      nets: its models.
     """
     parts = []
     if steps := getattr(config, "steps", 0):
         parts.append(f"{steps:,} steps")
     if not getattr(find(config.stage), "ON_ONE_HOST", False):
-        parts += [*_models(config), _devices(layout)]
+        parts += [
+            f"{net.name} of {number(net.numbers)} parameters{_note(net)}"
+            for net in nets
+        ]
+        parts.append(_devices(layout))
     log.info("%s: %s", title, "; ".join(parts) or "it needs no device")
 
 
@@ -49,17 +62,6 @@ def cached(title: str, done: Mapping[str, Any]) -> None:
       done: content of the stage's done.json.
     """
     log.info("%s: taken from the cache (it took %s s)", title, done["seconds"])
-
-
-def _models(config: Any) -> list[str]:
-    """Returns the sizes of the stage's models; [] if they are not known yet."""
-    try:
-        nets = Origins({}).nets(roles_of(config), config.stage)
-    except UserError:  # the stage itself says what is missing
-        return []
-    return [
-        f"{net.name} of {number(net.numbers)} parameters{_note(net)}" for net in nets
-    ]
 
 
 def _note(net: Net) -> str:

@@ -20,6 +20,7 @@ from rlhfjax import (
     json_text,
     paths,
     profile,
+    provenance,
     references,
     stages,
     train,
@@ -72,6 +73,11 @@ def run(
     hosts.share(lambda: claim(workdir, values))
     done = {name for name, folder in folders.items() if (folder / DONE).exists()}
     announce.stages(folders, done)
+    if len(done) < len(folders):
+        seeds = {
+            name: stage.seed for name, stage in typed.items() if hasattr(stage, "seed")
+        }
+        hosts.share(lambda: provenance.record(workdir, seeds=seeds))
     metrics: dict[str, float] = {}
     for i, (name, stage_values) in enumerate(resolved.items(), start=1):
         title = f"[{i}/{len(folders)}] {name}"
@@ -145,7 +151,11 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
     module = stages.find(config.stage)
     start = time.time()
     layout = layout_of(config, Origins({}))
-    announce.stage(config, title, layout)
+    nets = announce.models(config)
+    announce.stage(config, title, nets, layout)
+    seeds = {config.stage: config.seed} if hasattr(config, "seed") else {}
+    sizes = {net.name: net.numbers for net in nets}
+    hosts.share(lambda: provenance.record(workdir, seeds=seeds, parameters=sizes))
     clock = Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
         metrics = hosts.share(lambda: module.run(config, workdir, layout))
@@ -440,7 +450,8 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _has_only_configs(workdir: Path) -> bool:
     """Returns whether a run stopped before its first result: its config may be corrected."""
-    return all(file.name == CONFIG for file in paths.files(workdir))
+    names = {file.name for file in paths.files(workdir)}
+    return names <= {CONFIG, provenance.FILE}
 
 
 _ABSENT = object()
