@@ -47,7 +47,7 @@ _NEUTRAL = {
 class GenerationConfig(NamedTuple):
     """What a folder's generation_config.json says about sampling."""
 
-    settings: dict[str, float]  # by the names of `Sampling`
+    settings: dict[str, int | float]  # by the names of `Sampling`
     stop_ids: frozenset[int]  # ids that end a response
     ignored: dict[str, Any]  # options that change the result and that we do not have
 
