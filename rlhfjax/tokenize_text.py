@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.markup
@@ -17,9 +17,9 @@ from rlhfjax.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import foreign, store
 
-# Backgrounds of neighboring pieces; black text is readable on each.
-_COLORS = ("#ffd6a5", "#caffbf", "#9bf6ff", "#bdb2ff", "#ffadad")
-_SPECIAL = "bold white on #444444"
+# Backgrounds of neighboring pieces, which differ in terminals of 16 colors too.
+_COLORS = ("bright_yellow", "bright_cyan", "bright_magenta", "bright_green")
+_SPECIAL = "bold white on bright_black"
 _LINE_END = "↵"
 
 
@@ -186,8 +186,8 @@ def visible(text: str, keep: str = "\n\t") -> str:
     )
 
 
-def print_pieces(tokenizer: Tokenizer, ids: Sequence[int], file: TextIO) -> None:
-    """Prints the pieces: in color in a terminal, else as a JSON array."""
+def print_pieces(tokenizer: Tokenizer, ids: Sequence[int], file: Any) -> None:
+    """Prints the pieces into a text file: in color in a terminal, else as a JSON array."""
     tokens = pieces(tokenizer, ids)
     if file.isatty():
         rich.console.Console(file=file).print(colored(tokens))
@@ -225,12 +225,13 @@ class Cut(NamedTuple):
 
 def _table(cuts: Mapping[str, Cut]) -> rich.table.Table:
     """Returns a table with one column per tokenizer."""
-    table = rich.table.Table("", *map(rich.markup.escape, cuts), show_lines=True)
+    table = rich.table.Table("", *map(rich.markup.escape, cuts))
     numbers = [cut.numbers() for cut in cuts.values()]
     for name in numbers[0]:
         table.add_row(name, *(column[name] for column in numbers))
+    table.add_section()
     tokens = [colored(pieces(cut.tokenizer, cut.ids)) for cut in cuts.values()]
-    table.add_row("pieces", *tokens)
+    table.add_row("pieces", *tokens, end_section=True)
     table.add_row("ids", *(" ".join(map(str, cut.ids)) for cut in cuts.values()))
     return table
 
