@@ -103,7 +103,7 @@ class Chat:
         validate_template(self.tokenizer, text)
         self.system = text
 
-    def set_sampling(self, **changes: float) -> None:
+    def set_sampling(self, **changes: int | float) -> None:
         """Changes settings of the sampler.
 
         Raises:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from rlhfjax.chat import Chat
 from rlhfjax.chat_settings import (
@@ -32,6 +32,7 @@ from rlhfjax.paths import Path
 from rlhfjax.tokenize_text import print_pieces, visible
 
 log = logging.getLogger("rlhfjax")
+TextFile = Any  # no type has both sys.stdout and a StringIO
 _QUOTES = '"""'
 _INTERRUPTED = 128 + signal.SIGINT
 _PATIENCE = 0.5  # seconds until the user is told why a response does not stop at once
@@ -41,9 +42,9 @@ def run(
     path: str | Path,
     options: Options,
     *,
-    inputs: TextIO | None = None,
-    out: TextIO | None = None,
-    notes: TextIO | None = None,
+    inputs: TextFile | None = None,
+    out: TextFile | None = None,
+    notes: TextFile | None = None,
 ) -> None:
     """Responds to one message after the other, until the input ends.
 
@@ -127,7 +128,7 @@ def _language_models(recipe: Path) -> list[Path]:
 class Screen:
     """The terminal, or files in its place."""
 
-    def __init__(self, inputs: TextIO, out: TextIO, notes: TextIO):
+    def __init__(self, inputs: TextFile, out: TextFile, notes: TextFile):
         self._inputs, self._out, self._notes = inputs, out, notes
         self.interactive = inputs is sys.stdin and inputs.isatty()
         self._line_is_open = False
@@ -274,11 +275,16 @@ class Session:
         self.screen.note(f"system message: {self.chat.system or 'none'}")
 
     def retry(self, _: str) -> None:
+        before = self.chat.messages[-1:]
         text = self.chat.undo()
-        if text:
-            self._respond(text)
-        else:
+        if not text:
             self.screen.note("there is no message yet")
+            return
+        self._respond(text)
+        if self.chat.messages[-1:] == before:
+            self.screen.note(
+                "the same response again: a higher temperature or top_p varies it"
+            )
 
     def undo(self, _: str) -> None:
         text = self.chat.undo()

@@ -414,7 +414,8 @@ def _chat_flags(fv: Flags) -> None:
     flags.DEFINE_float(
         "top_p",
         None,
-        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9",
+        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
+        "and 0.5 for models from elsewhere",
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -574,10 +575,10 @@ COMMANDS = {
     "sweep": Command(sweep, _sweep_flags, config=True),
     "eval": Command(evaluate, config=True, several_hosts=True),
     "chat": Command(chat, _chat_flags),
-    "tokenize": Command(tokenize, _tokenize_flags, takes_text=True),
     "report": Command(report),
     "import": Command(import_model, _import_flags, several_hosts=True),
     "export": Command(export, _export_flags),
     "plan": Command(plan, _plan_flags, config=True),
     "options": Command(options, _options_flags),
+    "tokenize": Command(tokenize, _tokenize_flags, takes_text=True),
 }
