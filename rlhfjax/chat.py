@@ -32,7 +32,7 @@ class Response:
     tokens: int = 0
     """Sampled tokens, the eos included."""
     seconds: float = 0.0
-    """From the first token to the last."""
+    """From the second token to the last: programs are compiled for the first two."""
     end: str = "stopped"
     """`eos`, `max_new_tokens`, or `stopped` from outside."""
 
@@ -159,9 +159,11 @@ class Chat:
             key,
             self.sampling,
         ):
-            start = start or time.monotonic()
             self.last.tokens += 1
-            self.last.seconds = time.monotonic() - start
+            if self.last.tokens == 2:
+                start = time.monotonic()
+            elif self.last.tokens > 2:
+                self.last.seconds = time.monotonic() - start
             if token == self.sampling.eos_id or token in self._stop_ids:
                 self.last.end = "eos"
                 return

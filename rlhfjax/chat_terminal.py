@@ -214,9 +214,9 @@ class Session:
             for piece in worker:
                 self.screen.write(piece)
         except KeyboardInterrupt:
+            self._stop(worker)
             if not self.screen.interactive:
                 raise
-            self._stop(worker)
         self.screen.write("\n")
         self._note_end()
 
@@ -302,8 +302,8 @@ class Session:
         last, context = self.chat.last, self.chat.context
         used = len(self.chat.prompt().ids)
         self.screen.note(f"{used} tokens of a context of {context}")
-        if last.tokens > 1 and last.seconds > 0:
-            rate = (last.tokens - 1) / last.seconds
+        if last.seconds > 0:
+            rate = (last.tokens - 2) / last.seconds
             self.screen.note(
                 f"last response: {last.tokens} tokens, {rate:.1f} per second"
             )
