@@ -207,7 +207,8 @@ def states(
 
 def _state_of(item: dict) -> str:
     """Completed or Failed where it has ended; Queued while Kueue has not admitted it."""
-    end = item.get("status", {}).get("terminalState")
+    status = field(item, "status", dict, "kubectl", {})
+    end = field(status, "terminalState", str, "kubectl", "")
     if end:
         return end
     spec = field(item, "spec", dict, "kubectl")

@@ -134,8 +134,16 @@ def parsed(text: str, program: str) -> dict[str, Any]:
     return value
 
 
-def field(value: Mapping[str, Any], name: str, kind: type, program: str) -> Any:
-    """Returns a field of an answer. Raises LaunchError if it has another type."""
+def field(
+    value: Mapping[str, Any], name: str, kind: type, program: str, default: Any = None
+) -> Any:
+    """Returns a field of an answer. Raises LaunchError if it has another type.
+
+    Args:
+      default: what an absent field stands for; None: the field is required.
+    """
+    if default is not None and value.get(name) is None:
+        return default
     if not isinstance(value.get(name), kind):
         found = repr(value.get(name))[:40]
         raise LaunchError(

@@ -113,12 +113,13 @@ class Runner:
             return Look(state=None, nodes={})
         about = sh.field(sh.parsed(text, "gcloud"), "state", dict, "gcloud")
         state = sh.field(about, "state", str, "gcloud")
-        failed = about.get("failedData", {}).get("error", {})
+        failed = sh.field(about, "failedData", dict, "gcloud", {})
+        failed = sh.field(failed, "error", dict, "gcloud", {})
         nodes = self.tpu.nodes if state == "ACTIVE" else []
         return Look(
             state=state,
             nodes={node: self._node(node) for node in nodes},
-            why=failed.get("message", "no reason is given"),
+            why=sh.field(failed, "message", str, "gcloud", "no reason is given"),
         )
 
     def _node(self, node: str) -> str:
@@ -129,8 +130,9 @@ class Runner:
         if text is None:
             return "gone"
         about = sh.parsed(text, "gcloud")
-        networks = max(1, len(about.get("networkConfigs", [])))
-        self.workers[node] = max(1, len(about.get("networkEndpoints", [])) // networks)
+        networks = len(sh.field(about, "networkConfigs", list, "gcloud", []))
+        endpoints = len(sh.field(about, "networkEndpoints", list, "gcloud", []))
+        self.workers[node] = max(1, endpoints // max(1, networks))
         return sh.field(about, "state", str, "gcloud")
 
     def settle(self) -> Look:

@@ -32,6 +32,7 @@ from rlhfjax.rewards.load import (
     RewardSource,
     describe,
     label,
+    validate_acyclic,
     validate_kind,
 )
 from rlhfjax.roles import Head
@@ -112,10 +113,19 @@ class _Stage(NamedTuple):
             )
 
     def _validate_reward(
-        self, option: str, source: RewardSource, labels: bool = False
+        self,
+        option: str,
+        source: RewardSource,
+        labels: bool = False,
+        around: tuple[RewardSource, ...] = (),
     ) -> None:
-        """Validates a reward, or with `labels` a labeler, and all that it is made of."""
+        """Validates a reward, or with `labels` a labeler, and all that it is made of.
+
+        Args:
+          around: the rewards that it is a part of.
+        """
         try:
+            validate_acyclic(source, around)
             kind, config = describe(source, self.origins)
             KINDS[kind].check(config)
         except UserError as e:
@@ -130,7 +140,8 @@ class _Stage(NamedTuple):
                 _validate_glob(where + file, pattern, self._is_made)
         for part in KINDS[kind].parts(config):
             if part.head is None:
-                self._validate_reward(where + part.option, part.source)
+                within = (*around, source)
+                self._validate_reward(where + part.option, part.source, around=within)
             else:
                 self._validate_model(where + part.option, str(part.source), part.head)
 

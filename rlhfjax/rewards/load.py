@@ -26,6 +26,7 @@ from rlhfjax.rewards.registry import (
     load_reward,
     models_of,
     stage_description,
+    validate_acyclic,
     validate_kind,
     write,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "load_reward",
     "models_of",
     "stage_description",
+    "validate_acyclic",
     "validate_kind",
     "write",
 ]

@@ -16,7 +16,7 @@ for one description:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator
@@ -161,6 +161,8 @@ def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
     """
     if not isinstance(source, str):
         return _typed(source, "reward")
+    if not source:
+        raise ConfigError("reward='': expected the name of a reward")
     if (values := _parse_name(source)) is not None:
         return _typed(values, source)
     values = sources.described(source)
@@ -235,16 +237,43 @@ def _with_names(
     return value
 
 
+def validate_acyclic(source: RewardSource, around: Sequence[RewardSource]) -> None:
+    """Raises ConfigError if a reward is one of those that it is a part of.
+
+    Args:
+      around: the rewards that it is a part of, from the outermost.
+    """
+    if _identity(source) in map(_identity, around):
+        chain = " → ".join(map(label, [*around, source]))
+        raise ConfigError(f"reward {label(source)} is a part of itself: {chain}")
+
+
+def _identity(source: RewardSource) -> Any:
+    """Returns what is equal for two names of one folder."""
+    if isinstance(source, str):
+        return str(paths.absolute(paths.path(source)))
+    return source
+
+
 def models_of(
-    source: RewardSource, sources: Descriptions, suffix: str = ""
+    source: RewardSource,
+    sources: Descriptions,
+    suffix: str = "",
+    around: tuple[RewardSource, ...] = (),
 ) -> list[Part]:
-    """Returns the models that a reward or labeler runs; none where rules score."""
+    """Returns the models that a reward or labeler runs; none where rules score.
+
+    Args:
+      suffix: of the parts' names.
+      around: the rewards that it is a part of.
+    """
+    validate_acyclic(source, around)
     kind, config = describe(source, sources)
     models: list[Part] = []
     for part in KINDS[kind].parts(config):
         whole = part._replace(suffix=suffix + part.suffix)
         if part.head is None:
-            models += models_of(part.source, sources, whole.suffix)
+            models += models_of(part.source, sources, whole.suffix, (*around, source))
         else:
             models.append(whole)
     return models

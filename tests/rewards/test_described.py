@@ -3,6 +3,7 @@ resumed.
 """
 
 import json
+import os
 import runpy
 import shutil
 
@@ -21,7 +22,14 @@ from rlhfjax.interop import store
 from rlhfjax.mesh import MeshConfig, make_layout
 from rlhfjax.origins import Origins, roles_of
 from rlhfjax.rewards.labelers import make_answers
-from rlhfjax.rewards.load import KINDS, describe, label, load_labeler, load_reward
+from rlhfjax.rewards.load import (
+    KINDS,
+    describe,
+    label,
+    load_labeler,
+    load_reward,
+    models_of,
+)
 from rlhfjax.rewards.responses import score
 from rlhfjax.stages import stage_config
 from tests import tiny
@@ -297,3 +305,19 @@ def test_a_policy_is_resumed_with_a_reward_in_place(conversations, finished, tmp
     (tmp_path / "done.json").unlink()
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     assert recipe.run(values, tmp_path) == metrics
+
+
+def test_a_reward_that_is_a_part_of_itself_is_an_error(tmp_path):
+    """Also where it is one by way of another: a → b → a."""
+    for name, member in (("a", "../b"), ("b", "../a"), ("c", "")):
+        (tmp_path / name).mkdir()
+        members = [{"reward": "gold:sentiment"}, {"reward": member}]
+        text = json.dumps({"kind": "compose", "members": members})
+        (tmp_path / name / "reward.json").write_text(text)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    with pytest.raises(ConfigError) as error:
+        models_of(a, store)
+    chain = str(error.value).rpartition(": ")[2].split(" → ")
+    assert [os.path.normpath(name) for name in chain] == [a, b, a]
+    with pytest.raises(ConfigError, match="reward='': expected the name of a reward"):
+        models_of(str(tmp_path / "c"), store)
