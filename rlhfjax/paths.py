@@ -25,7 +25,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from rlhfjax import patterns
+from rlhfjax import network, patterns
 from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
@@ -126,7 +126,16 @@ def absolute(path: Path) -> Path:
 
 def _store() -> Any:
     """Returns the client for buckets, which fsspec caches. It handles many files at a time."""
+    _reach_buckets()
     return fsspec.filesystem("gcs")
+
+
+@functools.cache  # only where it does not raise
+def _reach_buckets() -> None:
+    """Raises DataError within seconds if there is no network: the client would try for a minute."""
+    server = os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")
+    if reason := network.unreachable([server]):
+        raise DataError(f"Google Cloud Storage cannot be reached: {reason}")
 
 
 # ------------------------------------------------------------------ listing
@@ -138,6 +147,8 @@ def children(folder: Path) -> list[Path]:
     `is_dir` of a path cannot replace this: it returns False if a bucket cannot be reached.
     """
     try:
+        if remote(folder):
+            _reach_buckets()
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -215,7 +226,9 @@ def read_if_there(path: Path, error: type[UserError] = DataError) -> bytes | Non
         read.
     """
     try:
-        if not remote(path):
+        if remote(path):
+            _reach_buckets()
+        else:
             validate_regular(path, error)
         return path.read_bytes()
     except FileNotFoundError:
@@ -234,6 +247,7 @@ def exists(path: Path, error: type[UserError] = DataError) -> bool:
     """
     try:
         if remote(path):
+            _reach_buckets()
             return path.exists()
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from rlhfjax import paths
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from tests import gcs
 
 
@@ -456,3 +456,14 @@ def test_libraries_that_know_patterns_reach_any_folder(name, tmp_path):
     (plain / "x").touch()
     assert (target / "x").exists()
     assert paths.without_patterns(tmp_path / "a b:c") == tmp_path / "a b:c"
+
+
+def test_a_bucket_without_network_is_one_line_within_seconds(monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://no-such-host.invalid:1")
+    paths._reach_buckets.cache_clear()
+    name = paths.path("gs://bucket/x")
+    for read in (paths.read, paths.exists, paths.children, paths.files):
+        with pytest.raises(
+            DataError, match=r"^Google Cloud Storage cannot be reached: "
+        ):
+            read(name)

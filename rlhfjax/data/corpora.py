@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax import json_text, paths
-from rlhfjax.data import chat, network
+from rlhfjax import json_text, network, paths
+from rlhfjax.data import chat
 from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.errors import DataError, UserError, first_line
 from rlhfjax.paths import Path

@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from rlhfjax import paths
-from rlhfjax.data import corpora, network
+from rlhfjax import network, paths
+from rlhfjax.data import corpora
 from rlhfjax.errors import DataError, UserError, first_line
 
 HUGGING_FACE = "huggingface:"

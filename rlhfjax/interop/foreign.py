@@ -70,9 +70,9 @@ def _validate_folder(name: str) -> None:
             raise CheckpointError(
                 f"hf:{name}: is a file; expected the folder that holds {CONFIG}"
             )
-        if (folder / CONFIG).exists():
+        if paths.exists(folder / CONFIG):
             return
-        there = folder.exists()
+        there = paths.exists(folder)
     except OSError as error:  # the name is too long, or a folder is not ours to read
         raise CheckpointError(f"hf:{named(name)}: {error.strerror}") from None
     missing = f"hf:{name}: expected a local folder; there is no {folder / CONFIG}"

@@ -214,7 +214,7 @@ def write(folder: Path, description: Mapping[str, Any]) -> None:
 def _found(name: str, folder: Path) -> str:
     """Returns a name in a folder's reward.json as it is reached from here."""
     path = paths.within(folder, name)
-    return str(path) if path.exists() else name
+    return str(path) if paths.exists(path) else name
 
 
 def _with_names(
