@@ -65,8 +65,9 @@ def workload_of(config: Any) -> Workload:
     workload: Workload = declared(config)
     if workload.decoded or not isinstance(config, SamplingConfig):
         return workload
-    together = config.batch_size * getattr(config, "samples_per_prompt", 1)
-    rows = config.decode_batch or together
+    rows = config.decode_batch
+    if not rows:  # all responses of a batch together
+        rows = config.batch_size * getattr(config, "samples_per_prompt", 1)
     return workload._replace(decoded=rows, sampled=config.max_new_tokens)
 
 

@@ -179,7 +179,7 @@ def test_lines_and_texts_are_read_as_from_a_disk(conversations, chats):
     paths.write(chats / "bad.jsonl", '{"messages": []}\n')
     with pytest.raises(DataError, match=rf"^{chats}/bad\.jsonl:1: "):
         open_source(f"jsonl:{chats}/bad.jsonl", kind="messages", split="all")
-    with pytest.raises(DataError, match=f"no file matches {chats}/nowhere"):
+    with pytest.raises(DataError, match=f"no file matches '{chats}/nowhere"):
         open_source(f"jsonl:{chats}/nowhere*", kind="messages")
 
 
@@ -271,7 +271,7 @@ def test_what_is_wrong_with_a_bucket_is_one_line(capsys, cloud, bucket, conversa
     assert f"{bucket}: no model here" in refused(
         capsys, "chat", f"--workdir={bucket}", code=1
     )
-    assert f"{bucket}/config.json: there is no such file" in refused(
+    assert f"expected a local folder; there is no {bucket}/config.json" in refused(
         capsys, "chat", f"--model=hf:{bucket}", code=1
     )
     paths.write(bucket / "x", "")
@@ -293,13 +293,10 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_and_not_one_that_is_empty(
 
     monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_request", lost)
     for look in (paths.children, paths.files, recipe.read_done, store.find):
-        with pytest.raises(aiohttp.ClientOSError):
+        with pytest.raises((aiohttp.ClientOSError, DataError), match="Network is unr"):
             look(bucket)
     said = refused(capsys, "report", f"--workdir={bucket}", code=1)
-    assert (
-        said
-        == "rlhfjax: Google Cloud Storage: ClientOSError: [Errno 101] Network is unreachable"
-    )
+    assert said.startswith("rlhfjax: ") and said.endswith("Network is unreachable")
 
 
 def test_without_gcsfs_every_command_says_what_to_install(capsys, monkeypatch):

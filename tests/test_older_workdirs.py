@@ -337,7 +337,7 @@ def test_a_sweep_goes_on_with_its_runs(tmp_path):
     run.workdir.parent.mkdir()
     started(run.workdir, config)
     assert not expand(file, tmp_path / "runs")[0].finished
-    (run.workdir / "done.json").write_text("{}")
+    (run.workdir / "done.json").write_text('{"metrics": {}}')
     assert expand(file, tmp_path / "runs")[0].finished
     with pytest.raises(ConfigError, match=r"\(model_type: absent \(bpe\) -> unigram\)"):
         expand(file, tmp_path / "runs", {"model_type": "unigram"})

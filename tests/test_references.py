@@ -27,7 +27,7 @@ def started(monkeypatch) -> list[str]:
     """The stages that a recipe starts, none of which computes anything."""
     names: list[str] = []
 
-    def run_stage(config: Any, workdir: Path, record: Any = None) -> dict[str, float]:
+    def run_stage(config: Any, workdir: Path, **_: Any) -> dict[str, float]:
         names.append(workdir.name)
         return {}
 
@@ -108,7 +108,7 @@ LM, SCALAR = "a language model", "a reward model"
         (
             "ppo.reward",
             "rule:no.such:f",
-            ("ppo.reward=rule:no.such:f: ", "can be imported"),
+            ("ppo.reward=rule:no.such:f: ", "no.such cannot be imported"),
         ),
         (
             "ppo.reward",
@@ -117,7 +117,7 @@ LM, SCALAR = "a language model", "a reward model"
         ),
         (
             "ppo.reward",
-            "rule:json:dumps?metadata=/no/x",
+            "rule:tests.rewards.some_rules:words?metadata=/no/x",
             ("metadata=/no/x: metadata=/no/x: no file matches",),
         ),
         (
@@ -342,7 +342,7 @@ CLASSES = ({"option": "A", "reward": 1.0}, {"option": "B", "reward": 0.0})
         (
             "compose",
             {"members": ({"reward": "stage:reward", "where": "rule:json:nothing"},)},
-            ("compose.members[0].where=rule:json:nothing: rule", "can be imported"),
+            ("compose.members[0].where=rule:json:nothing: rule", "has no 'nothing'"),
         ),
         (
             "select",

@@ -347,7 +347,7 @@ def test_one_prompt_ranked_twice_is_looked_up_in_the_ranking_that_holds_the_answ
         ({"ranking": [1, True, 2]}, "whole numbers from 1"),
         ({"completions": "abc"}, "list of texts"),
         ({"prompt": ""}, "'prompt' must be"),
-        ({"prompt": [{"role": "robot", "content": "x"}]}, "'prompt' must be"),
+        ({"prompt": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of"),
         ({"time": "yesterday"}, "yesterday"),
         ({"labeler": 3}, "'labeler' must be text"),
     ],

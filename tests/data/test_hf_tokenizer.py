@@ -341,7 +341,7 @@ def test_a_streamed_answer_holds_unfinished_characters_back(smollm):
 def test_errors_are_one_line(smollm, tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: there is no such file"):
         hf_tokenizer.read_folder(tmp_path)
-    with pytest.raises(DataError, match="not a SentencePiece model"):
+    with pytest.raises(DataError, match=r"tokenizer\.model: there is no such file"):
         load_tokenizer(tmp_path)
     smollm.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -474,7 +474,7 @@ def test_a_config_of_a_tokenizer_that_is_none_is_one_line(
     ("content", "message"),
     [
         (b"\xff", "invalid UTF-8 at byte 0; expected Jinja source"),
-        ("x".encode("utf-16"), "it is UTF-16; expected Jinja source in UTF-8"),
+        ("x".encode("utf-16"), "it is UTF-16 .*; expected Jinja source in UTF-8"),
         (None, "is a folder; expected a file"),
     ],
 )

@@ -425,7 +425,7 @@ def test_generation_blocks_and_todays_date_are_understood():
         (b"", "it is empty; expected Jinja source"),
         (b"\xef\xbb\xbf \n", "it is empty"),
         (b"a\xff", "invalid UTF-8 at byte 1"),
-        ("a".encode("utf-16"), "it is UTF-16; expected Jinja source in UTF-8"),
+        ("a".encode("utf-16"), "; expected Jinja source in UTF-8"),
         (gzip.compress(b"a"), "it is compressed by gzip"),
         (b"\xef\xbb\xbfa", ""),
     ],
@@ -447,7 +447,9 @@ def test_a_file_with_a_template_is_utf8_text(tmp_path, content, why):
 @pytest.mark.parametrize("value", [5, [5], [{"name": "default"}], {"default": 5}, True])
 def test_a_chat_template_in_a_config_is_text(value):
     config = {"eos_token": "<|im_end|>", "chat_template": value}
-    with pytest.raises(DataError, match=r"tokenizer: chat_template=.*: expected Jinja"):
+    with pytest.raises(
+        DataError, match=r"tokenizer: chat_template.*(expected|input should)"
+    ):
         HuggingFaceTokenizer(byte_bpe(SPECIALS["chatml"]), config)
 
 
