@@ -4,8 +4,6 @@ A metric is a pair `(sum, weight)` until it is written. Pairs add up exactly ove
 steps and hosts, whereas means would have to be re-weighted. `finalize` divides, once.
 """
 
-import hashlib
-import importlib
 import io
 import math
 import os
@@ -18,8 +16,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from rlhfjax import hosts, json_text, paths
-from rlhfjax.errors import ConfigError
+from rlhfjax import hosts, json_text, paths, trackers
 from rlhfjax.jsonl import read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.types import Metric, Metrics
@@ -124,7 +121,7 @@ class Writer:
         resume_step: int | None = None,
         *,
         tensorboard: bool = True,
-        wandb: Mapping[str, Any] | None = None,
+        wandb: str = "",
         primary: bool | None = None,
     ):
         """Opens the files of a workdir.
@@ -134,15 +131,15 @@ class Writer:
           resume_step: the step of the checkpoint that the run resumes from. Lines of later steps
             are dropped, because they will be written again. None starts from empty files.
           tensorboard: whether to write `tb/` as well.
-          wandb: keyword arguments of `wandb.init` ({} for its defaults); None turns wandb off.
+          wandb: project in Weights & Biases; empty: off.
           primary: whether this process writes at all; None: only the first host does.
 
         Raises:
-          ConfigError: wandb is requested and not installed.
+          ConfigError: wandb is requested, and is not installed or does not start.
         """
         self._files: dict[str, IO[str]] = {}
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._wandb: trackers.Wandb | None = None
         self._mirror: paths.Mirror | None = None
         if not (hosts.first() if primary is None else primary):
             return
@@ -150,14 +147,14 @@ class Writer:
         workdir = paths.path(workdir)
         self._mirror = paths.Mirror(workdir, names)
         folder = self._mirror.folder
-        if wandb is not None:
-            self._wandb = _start_wandb(folder, workdir, wandb)
+        if wandb:
+            self._wandb = trackers.Wandb(workdir, wandb)
         paths.make_folder(folder)
         for name in names:
             _drop_lines_after(folder / name, resume_step)
             self._files[name] = (folder / name).open("a", encoding="utf-8")
         if tensorboard:
-            self._tensorboard = _start_tensorboard(folder, resume_step)
+            self._tensorboard = trackers.tensorboard(folder, workdir, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
         """Writes one line of metrics. A step may have several lines (training, evaluation)."""
@@ -176,7 +173,7 @@ class Writer:
             for name, value in sorted(values.items()):
                 self._tensorboard.add_scalar(name, float(value), int(step))
         if self._wandb:
-            self._wandb.log(dict(values), step=int(step))
+            self._wandb.log(int(step), values)
         self._mirror.sync(UPLOAD_EVERY)
 
     def flush(self) -> None:
@@ -186,18 +183,24 @@ class Writer:
             os.fsync(file.fileno())
         if self._tensorboard:
             self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.sync()
         if self._mirror:
             self._mirror.sync()
 
-    def close(self) -> None:
-        """Flushes and closes everything. A second call does nothing."""
+    def close(self, failed: bool = False) -> None:
+        """Flushes and closes everything. A second call does nothing.
+
+        Args:
+          failed: wandb marks the run as failed.
+        """
         self.flush()
         for file in self._files.values():
             file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.close(failed)
         if self._mirror:
             self._mirror.close()
         self._files = {}
@@ -206,29 +209,8 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _start_tensorboard(folder: Path, resume_step: int | None) -> Any:
-    # Imported here because it takes half a second, which `--help` should not.
-    from tensorboardX import SummaryWriter
-
-    first_step = 0 if resume_step is None else resume_step + 1
-    return SummaryWriter(str(folder / "tb"), purge_step=first_step, flush_secs=10)
-
-
-def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise ConfigError(
-            "log.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it empty"
-        ) from None
-    # One workdir is one wandb run, however often it is resumed.
-    digest = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()
-    defaults = {"dir": str(folder), "id": digest[:16], "resume": "allow"}
-    return wandb.init(**{**defaults, **options})
+    def __exit__(self, kind: object, *exc: object) -> None:
+        self.close(failed=kind is not None)
 
 
 # ------------------------------------------------------------------ progress

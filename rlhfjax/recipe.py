@@ -23,6 +23,7 @@ from rlhfjax import (
     provenance,
     references,
     stages,
+    trackers,
     train,
 )
 from rlhfjax.clock import Clock
@@ -140,6 +141,7 @@ def run_stage(
             hosts.share(lambda: write_json(workdir / CONFIG, record))
             done = hosts.share(lambda: read_done(workdir)) or {}
             announce.cached(title, done)
+            hosts.share(lambda: trackers.log_finished_stage(workdir))
             return done["metrics"]
         metrics = _compute(configs[name], workdir, title)
         hosts.share(lambda: cache.store(key, workdir))
@@ -172,6 +174,8 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
         "seconds": round(time.time() - start, 1),
         "metrics": json_text.null_nonfinite(metrics),
     }
+    if hasattr(module, "run"):
+        hosts.share(lambda: trackers.log_finished_stage(workdir))
     hosts.share(lambda: write_json(workdir / DONE, done))
     return metrics
 
@@ -424,8 +428,8 @@ class _Options:
     """The options of a config by their places; `all` has those that are absent too."""
 
     def __init__(self, config: Mapping[str, Any]):
-        self._present = _flatten(config)
-        self.all = _flatten(with_defaults(config))
+        self._present = json_text.leaves(config)
+        self.all = json_text.leaves(with_defaults(config))
 
     def show(self, place: str) -> str:
         if place in self._present:
@@ -455,14 +459,6 @@ def _has_only_configs(workdir: Path) -> bool:
 
 
 _ABSENT = object()
-
-
-def _flatten(value: Any, place: str = "") -> dict[str, Any]:
-    """Returns {place: leaf} of a JSON value: `a.b[0].c` is a place, an empty array a leaf."""
-    leaves: dict[str, Any] = {}
-    for inner, part in json_text.parts(value, place):
-        leaves |= _flatten(part, inner)
-    return leaves or {place: value}
 
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhfjax import metrics
-from rlhfjax.errors import ConfigError
 
 
 def test_finalize_divides_once_and_omits_what_was_not_observed():
@@ -162,40 +160,6 @@ def test_tensorboard_has_metrics_and_timings_and_purges_on_resume(tmp_path):
     metrics.Writer(tmp_path, resume_step=3).close()
     starts = [e.step for e in events(tmp_path / "tb") if e.HasField("session_log")]
     assert starts == [4]  # TensorBoard forgets what it was told of step 4 and after
-
-
-def test_wandb_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[wandb\]'"):
-        metrics.Writer(tmp_path / "w", wandb={})
-    assert not (tmp_path / "w").exists()
-
-
-def test_wandb_gets_one_run_per_workdir_and_every_line(tmp_path, monkeypatch):
-    class Fake:
-        calls: list = []  # noqa: RUF012
-
-        def init(self, **kwargs):
-            self.calls.append(kwargs)
-            return self
-
-        def log(self, values, step):
-            self.calls.append((step, values))
-
-        def finish(self):
-            self.calls.append("finish")
-
-    monkeypatch.setitem(sys.modules, "wandb", Fake())
-    for resume in (None, 1):
-        with metrics.Writer(tmp_path, resume, wandb={"project": "p"}) as w:
-            w.write(2, {"loss": 1.0})
-    first, logged, end, second, *_ = Fake.calls
-    assert (first["project"], first["resume"], first["id"]) == (
-        "p",
-        "allow",
-        second["id"],
-    )
-    assert (logged, end) == ((2, {"loss": 1.0}), "finish")
 
 
 class Clock:
