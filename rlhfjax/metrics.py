@@ -4,12 +4,13 @@ A metric is a pair `(sum, weight)` until it is written. Pairs add up exactly ove
 steps and hosts, whereas means would have to be re-weighted. `finalize` divides, once.
 """
 
+import contextlib
 import io
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -228,6 +229,17 @@ def duration(seconds: Real) -> str:
     return f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+def about(seconds: Real) -> str:
+    """Returns an estimated length of time for people, rounded: `20s`, `4m`, `2h10m`."""
+    if seconds < 90:
+        return f"{5 * max(1, round(seconds / 5))}s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes}m"
+    minutes = 10 * round(minutes / 10)
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
 def headline(metrics: Mapping[str, Real]) -> str:
     """Returns `reward VALUE` if there is a reward, else `loss VALUE`, else an empty text."""
     for wanted in ("reward", "loss"):
@@ -235,6 +247,17 @@ def headline(metrics: Mapping[str, Real]) -> str:
             if name.rsplit("/", 1)[-1] == wanted:
                 return f"{wanted} {value:.4g}"
     return ""
+
+
+@contextlib.contextmanager
+def followed_by(seconds: float | None) -> Iterator[None]:
+    """Tells every `Progress` inside of the block how long the recipe's later stages take."""
+    before = Progress.seconds_after
+    Progress.seconds_after = seconds
+    try:
+        yield
+    finally:
+        Progress.seconds_after = before
 
 
 class _Discard(io.TextIOBase):
@@ -249,7 +272,12 @@ class Progress:
 
     On a terminal the line is updated in place (rich). Elsewhere, as in a log file, a plain line is
     printed at most every `interval` seconds, and always at the last step.
+
+    In a recipe the line also has the time that the recipe still takes, if that is known.
     """
+
+    seconds_after: float | None = None
+    """What the recipe's later stages take, in seconds; None: unknown, or no recipe."""
 
     def __init__(
         self,
@@ -325,6 +353,9 @@ class Progress:
             seconds_per_step = elapsed / (step - first_step)
             remaining = seconds_per_step * (self._total - step)
             parts.append(f"ETA {duration(remaining)}")
+            if self.seconds_after:
+                left = about(remaining + self.seconds_after)
+                parts.append(f"recipe about {left} left")
         else:
             parts.append("ETA -")
         text = "  ".join(filter(None, parts))

@@ -18,6 +18,7 @@ from rlhfjax import (
     footprint,
     hosts,
     json_text,
+    pace,
     paths,
     profile,
     provenance,
@@ -80,15 +81,18 @@ def run(
         }
         hosts.share(lambda: provenance.record(workdir, seeds=seeds))
     metrics: dict[str, float] = {}
+    names = list(folders)
+    to_run = {name: typed[name] for name in names[: names.index(last or names[-1]) + 1]}
     for i, (name, stage_values) in enumerate(resolved.items(), start=1):
         title = f"[{i}/{len(folders)}] {name}"
-        metrics |= run_stage(
-            stage_values,
-            folders[name],
-            record=values[name],
-            title=title,
-            cache=stage_cache,
-        )
+        with pace.announced(name, to_run, folders, DONE):
+            metrics |= run_stage(
+                stage_values,
+                folders[name],
+                record=values[name],
+                title=title,
+                cache=stage_cache,
+            )
         hosts.share(lambda: collect_metrics(workdir, folders))
         if name == last:
             break
@@ -177,6 +181,7 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
     if hasattr(module, "run"):
         hosts.share(lambda: trackers.log_finished_stage(workdir))
     hosts.share(lambda: write_json(workdir / DONE, done))
+    pace.keep(config, nets, clock)
     return metrics
 
 
