@@ -229,15 +229,16 @@ def duration(seconds: Real) -> str:
     return f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+# (seconds below which, seconds to a multiple of which) an estimate is rounded.
+_ROUNDED_TO = ((60, 5), (300, 10), (3600, 60), (math.inf, 600))
+
+
 def about(seconds: Real) -> str:
-    """Returns an estimated length of time for people, rounded: `20s`, `4m`, `2h10m`."""
-    if seconds < 90:
-        return f"{5 * max(1, round(seconds / 5))}s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes}m"
-    minutes = 10 * round(minutes / 10)
-    return f"{minutes // 60}h{minutes % 60:02d}m"
+    """Returns an estimate for people: `20s`, `1m30s`, `7m`, `2h10m`."""
+    step = next(step for limit, step in _ROUNDED_TO if seconds < limit)
+    rounded = max(5, step * round(seconds / step))
+    text = duration(rounded)
+    return text.removesuffix("00s") if rounded >= 60 else text
 
 
 def headline(metrics: Mapping[str, Real]) -> str:

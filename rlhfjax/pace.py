@@ -44,11 +44,15 @@ class Work(NamedTuple):
     )
     decoded: float  # tokens
     programs: int  # different programs, each of which is compiled
+    trains: bool
 
     @property
     def load(self) -> float:
         """All FLOPs: a decoded token takes 2 per parameter."""
         return self.flops + 2.0 * self.parameters * self.decoded
+
+
+_NOTHING = Work(parameters=0, flops=0.0, decoded=0.0, programs=0, trains=False)
 
 
 class Measured(TypedDict):
@@ -60,6 +64,7 @@ class Measured(TypedDict):
     flops: float
     decoded: float
     programs: int
+    trains: bool
     seconds: float  # of the work
     fixed: float  # seconds of everything else
 
@@ -109,7 +114,7 @@ def work(config: Any, nets: Sequence[Net], completions: int = 2) -> Work | None:
     """
     module = stages.find(config.stage)
     if not hasattr(module, "workload"):
-        return Work(parameters=0, flops=0.0, decoded=0.0, programs=0)
+        return _NOTHING
     count = _number_of_steps(module, config)
     if not nets or count is None:
         return None
@@ -121,6 +126,7 @@ def work(config: Any, nets: Sequence[Net], completions: int = 2) -> Work | None:
         flops=count * sum(n for name, n in flops.items() if name != _ROLLOUT),
         decoded=float(count * workload.units) if decodes else 0.0,
         programs=len(flops.keys() - {_ROLLOUT}) + decodes,
+        trains=hasattr(module, "build"),
     )
 
 
@@ -202,7 +208,7 @@ def seconds(kind: str, work: Work, measured: Sequence[Measured]) -> float | None
         return ratio * last["seconds"] + last["fixed"]
     if not work.load:
         return None
-    passes = _closest(work, [one for one in measured if _trains_alone(one)])
+    passes = _closest(work, [one for one in measured if _only_passes(one)])
     total = 0.0
     if work.flops:
         if passes is None:
@@ -213,12 +219,20 @@ def seconds(kind: str, work: Work, measured: Sequence[Measured]) -> float | None
         if decoder is None:
             return None
         total += work.decoded * _seconds_per_token(decoder, passes)
-    model = passes or decoder
-    assert model is not None
-    return total + model["fixed"] * (1 + work.programs) / (1 + model["programs"])
+    return total + _fixed(work, measured)
 
 
-def _trains_alone(one: Measured) -> bool:
+def _fixed(work: Work, measured: Sequence[Measured]) -> float:
+    """Returns the fixed seconds of a stage; most of them are spent on compiling its programs."""
+    with_models = [one for one in measured if one["programs"]]
+    alike = [one for one in with_models if one["trains"] == work.trains]
+    model = _closest(work, alike or with_models)
+    if model is None:
+        return 0.0
+    return model["fixed"] * (1 + work.programs) / (1 + model["programs"])
+
+
+def _only_passes(one: Measured) -> bool:
     return one["flops"] > 0 and not one["decoded"]
 
 

@@ -16,6 +16,7 @@ SFT = {
     "flops": 6e6,
     "decoded": 0.0,
     "programs": 1,
+    "trains": True,
     "seconds": 3.0,
     "fixed": 10.0,
 }
@@ -25,39 +26,45 @@ COLLECT = SFT | {
     "flops": 3e6,
     "decoded": 500.0,
     "programs": 2,
+    "trains": False,
     "seconds": 6.5,
     "fixed": 4.0,
 }
 
 
 def test_a_stage_of_the_same_kind_scales_by_its_flops():
-    work = Work(parameters=1500, flops=12e6, decoded=0.0, programs=1)
+    work = Work(parameters=1500, flops=12e6, decoded=0.0, programs=1, trains=True)
     assert pace.seconds("sft", work, [SFT]) == 2 * 3.0 + 10.0
 
 
 def test_another_kind_takes_its_flops_at_the_measured_rate():
-    work = Work(parameters=9000, flops=4e6, decoded=0.0, programs=3)
+    work = Work(parameters=9000, flops=4e6, decoded=0.0, programs=3, trains=True)
     # 2 s of work; four programs' worth of fixed time instead of two.
     assert pace.seconds("reward", work, [SFT]) == 2.0 + 10.0 * 4 / 2
 
 
 def test_decoded_tokens_take_longer_than_their_flops():
-    work = Work(parameters=9000, flops=2e6, decoded=1000.0, programs=1)
+    work = Work(parameters=9000, flops=2e6, decoded=1000.0, programs=1, trains=True)
     assert pace.seconds("ppo", work, [SFT, COLLECT]) == pytest.approx(1 + 10 + 10)
     assert pace.seconds("ppo", work, [SFT]) is None
 
 
+def test_a_job_takes_the_fixed_seconds_of_a_job():
+    work = Work(parameters=9000, flops=0.0, decoded=100.0, programs=1, trains=False)
+    assert pace.seconds("evaluate", work, [SFT, COLLECT]) == 1.0 + 4.0 * 2 / 3
+
+
 def test_the_closest_model_counts_and_of_several_the_last():
     big = SFT | {"parameters": 10**6, "seconds": 6e6 / 1e9}
-    work = Work(parameters=400_000, flops=6e6, decoded=0.0, programs=1)
+    work = Work(parameters=400_000, flops=6e6, decoded=0.0, programs=1, trains=True)
     assert pace.seconds("reward", work, [big, SFT]) == pytest.approx(0.006 + 10)
     twice = [SFT, SFT | {"seconds": 4.0}]
-    small = Work(parameters=1000, flops=6e6, decoded=0.0, programs=1)
+    small = Work(parameters=1000, flops=6e6, decoded=0.0, programs=1, trains=True)
     assert pace.seconds("sft", small, twice) == 14.0
 
 
 def test_a_stage_without_a_model_takes_what_it_took_before():
-    nothing = Work(parameters=0, flops=0.0, decoded=0.0, programs=0)
+    nothing = pace._NOTHING
     before = {"kind": "tokenizer", "device": "here", **nothing._asdict()}
     before |= {"seconds": 0.0, "fixed": 20.0}
     assert pace.seconds("tokenizer", nothing, [before, SFT]) == 20.0
@@ -102,9 +109,9 @@ def test_the_work_of_a_recipes_stages(tmp_path):
         earlier[folders[name]] = config
     n = works["pretrain"].parameters
     per_token = 6 * n + 12 * 1 * 2 * 4 * 16
-    assert works["pretrain"] == Work(n, 3 * 2 * 16 * per_token, 0.0, 1)
+    assert works["pretrain"] == Work(n, 3 * 2 * 16 * per_token, 0.0, 1, True)
     # 10 prompts in two batches of five and one in a third, three responses of 4 tokens each.
-    assert works["collect"] == Work(n, 0.0, 3 * 5 * 3 * 4, 1)
+    assert works["collect"] == Work(n, 0.0, 3 * 5 * 3 * 4, 1, False)
     trained = works["reward"]
     per_token = 6 * trained.parameters + 12 * 1 * 2 * 4 * 10
     assert trained.flops == 1 * 2 * 3 * 10 * per_token
@@ -155,7 +162,17 @@ def test_the_file_is_in_the_home_or_nowhere(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(1, "5s"), (42, "40s"), (91, "2m"), (3600, "60m"), (2 * 3600 + 500, "2h10m")],
+    [
+        (1, "5s"),
+        (42, "40s"),
+        (58, "1m"),
+        (91, "1m30s"),
+        (119, "2m"),
+        (500, "8m"),
+        (3590, "1h00m"),
+        (3600, "1h00m"),
+        (2 * 3600 + 500, "2h10m"),
+    ],
 )
 def test_an_estimate_is_rounded(seconds, text):
     assert metrics.about(seconds) == text
