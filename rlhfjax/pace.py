@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from typing_extensions import TypedDict
 
-from rlhfjax import announce, hosts, json_text, paths, stages
+from rlhfjax import announce, hosts, json_text, paths, stages, workdirs
 from rlhfjax.clock import Clock
 from rlhfjax.errors import UserError
 from rlhfjax.footprint import Net
@@ -144,8 +144,7 @@ def _completions(config: Any, earlier: Mapping[str, Any]) -> int:
         if folder in earlier:
             return getattr(earlier[folder], "samples_per_prompt", 2)
         with contextlib.suppress(UserError):
-            path = paths.path(folder) / "config.json"
-            values = json_text.read_if_there(path, json_text.Object) or {}
+            values = workdirs.read_config(paths.path(folder)) or {}
             return int(values.get("samples_per_prompt", 2))
     return 2
 
@@ -178,16 +177,15 @@ def estimate(
 
 @contextlib.contextmanager
 def announced(
-    name: str, configs: Mapping[str, Any], folders: Mapping[str, Path], done: str
+    name: str, configs: Mapping[str, Any], folders: Mapping[str, Path]
 ) -> Iterator[None]:
     """Logs the time left before a stage, and gives that of later stages to its progress line.
 
     Args:
       name: the stage; if it is finished, nothing is logged.
       configs: typed configs of the stages to run.
-      done: the file that a finished stage has.
     """
-    left = [stage for stage in configs if not (folders[stage] / done).exists()]
+    left = [stage for stage in configs if workdirs.read_done(folders[stage]) is None]
     if name not in left:
         yield
         return

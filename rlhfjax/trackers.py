@@ -11,18 +11,19 @@ is named like its folder, and the runs of a sweep are a group. wandb's own varia
 WANDB_NAME, WANDB_RUN_GROUP, WANDB_MODE, WANDB_ENTITY and others.
 """
 
+import contextlib
 import importlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from rlhfjax import json_text, paths, provenance
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax import json_text, paths, provenance, workdirs
+from rlhfjax.errors import ConfigError, DataError, first_line
 from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
 
-CONFIG, DONE, METRICS = "config.json", "done.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 ID = "wandb_id.txt"
 SWEEP = "sweep.json"  # in a sweep's folder: the names of its runs
 
@@ -53,7 +54,9 @@ def run_of(workdir: Path) -> Run:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return json_text.read_if_there(folder / CONFIG, json_text.Object) or {}
+    with contextlib.suppress(DataError):  # the file of another program
+        return workdirs.read_config(folder) or {}
+    return {}
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
@@ -181,7 +184,7 @@ class Wandb:
         """Logs the stages before this one, if the run is new and they are not."""
         for name, folder in self._run.stages():
             is_other = name != self._run.stage
-            if is_other and (folder / DONE).exists() and _project(self._run, name):
+            if is_other and workdirs.read_done(folder) and _project(self._run, name):
                 self._log_file(name, folder)
 
     def _log_file(self, stage: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from rlhfjax import paths, trackers
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError, Preempted, UserError
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 from rlhfjax.report.sweep import read_result, write_sweep
 from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
@@ -105,7 +106,8 @@ def sweep(
     if options.dry_run:
         for run in runs:
             command = commands.get(run.name)
-            print(shlex.join(command) if command else f"# {run.name} is finished")
+            line = shlex.join(command) if command else f"# {run.name} is finished"
+            print(redact(line))
         return
     finished = len(runs) - len(commands)
     logs = workdir / pool.LOGS
@@ -157,7 +159,7 @@ def whole_command(
     return [
         *(word.replace("{name}", run.name) for word in launcher),
         "rlhfjax",
-        *words,
+        *map(pool.Verbatim, words),
     ]
 
 
