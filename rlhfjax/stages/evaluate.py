@@ -80,7 +80,7 @@ def roles(config: Config) -> dict[str, Role]:
 def workload(config: Config, completions: int = 1) -> Workload:
     """Returns what a batch computes. Both models respond to its prompts."""
     passes = [("score", "gold"), ("score", "proxy")]
-    if config.temperature > 0:
+    if config.temperature:
         passes.append(("kl", "baseline"))
     return sampling_workload(config, 2, passes)
 
