@@ -25,6 +25,7 @@ from rlhfjax.paths import Path
 
 METRICS = "metrics.jsonl"
 ID = "wandb_id.txt"
+WANDB_FILES = ("wandb", ID)
 SWEEP = "sweep.json"  # in a sweep's folder: the names of its runs
 
 

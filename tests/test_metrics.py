@@ -195,6 +195,20 @@ def test_progress_of_a_resumed_run_does_not_count_the_steps_before():
     assert stream.getvalue().splitlines()[-1] == "92/100  92%  0 tokens/s  ETA 16s"
 
 
+def test_progress_of_a_recipe_has_the_time_of_later_stages_if_it_is_known():
+    stream, clock = io.StringIO(), Clock()
+    with metrics.followed_by(100.0):
+        p = metrics.Progress(100, stream=stream, interval=0, clock=clock)
+        for step in (1, 2):
+            clock.now += 1.0
+            p.update(step)
+    p.update(3)
+    lines = stream.getvalue().splitlines()
+    # 98 s of this stage and 100 s of those after it.
+    assert lines[1].endswith("ETA 1m38s  recipe about 3m20s left")
+    assert "recipe" not in lines[0] + lines[2]
+
+
 def test_progress_on_a_terminal_stays_on_one_line():
     class Terminal(io.StringIO):
         def isatty(self):
