@@ -19,6 +19,7 @@ import rich.progress
 from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths, trackers
+from rlhfjax.errors import Preempted
 from rlhfjax.jsonl import REMEDY, read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count
@@ -240,8 +241,8 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: object, *exc: object) -> None:
-        self.close(failed=kind is not None)
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.close(failed=kind is not None and not issubclass(kind, Preempted))
 
 
 # ------------------------------------------------------------------ progress

@@ -9,7 +9,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from rlhfjax import metrics, provenance, rerun, trackers
 from rlhfjax.config import write_json
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, Interrupted, Preempted
 from tests.test_metrics import events
 
 RECIPE = {
@@ -121,14 +121,16 @@ def test_runs_of_a_sweep_are_a_group_in_wandb(run, wandb, monkeypatch):
     assert {"name", "group"}.isdisjoint(wandb.starts[1])
 
 
-def test_a_run_that_fails_is_marked_in_wandb(run, wandb):
+@pytest.mark.parametrize(
+    ("error", "code"), [(ZeroDivisionError, 1), (Preempted, 0), (Interrupted, 0)]
+)
+def test_a_run_that_fails_is_marked_in_wandb(run, wandb, error, code):
     with (
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(error),
         metrics.Writer(run / "01_sft", tensorboard=False, wandb="ours"),
     ):
-        raise ZeroDivisionError
-    train(run / "01_sft")
-    assert wandb.exits == [1, 0]
+        raise error
+    assert wandb.exits == [code]
 
 
 def finish(folder, step, values):
