@@ -7,6 +7,7 @@ from typing import Any
 from rlhfjax.errors import UserError
 from rlhfjax.footprint import Net
 from rlhfjax.mesh import Layout
+from rlhfjax.metrics import about
 from rlhfjax.origins import Origins, roles_of
 from rlhfjax.paths import Path
 from rlhfjax.stages import find
@@ -27,10 +28,14 @@ def stages(folders: Mapping[str, Path], done: set[str]) -> None:
     log.info("stages: %s", ", ".join(names))
 
 
-def models(config: Any) -> list[Net]:
-    """Returns the models of a stage; [] if they are not known yet."""
+def models(config: Any, origins: Origins | None = None) -> list[Net]:
+    """Returns the models of a stage; [] if they are not known yet.
+
+    Args:
+      origins: describes models; default: those on disk.
+    """
     try:
-        return Origins({}).nets(roles_of(config), config.stage)
+        return (origins or Origins({})).nets(roles_of(config), config.stage)
     except UserError:  # the stage itself says what is missing
         return []
 
@@ -53,6 +58,25 @@ def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
         ]
         parts.append(_devices(layout))
     log.info("%s: %s", title, "; ".join(parts) or "it needs no device")
+
+
+def time_left(seconds: Mapping[str, float | None]) -> None:
+    """Logs how long the stages that are left take, if that is known of any of them.
+
+    Args:
+      seconds: by name of the stage; None: unknown.
+    """
+    known = {name: value for name, value in seconds.items() if value is not None}
+    if not known:
+        return
+    unknown = [name for name in seconds if name not in known]
+    sign, rest = "about", ""
+    if unknown:
+        sign = "more than"
+        rest = f"; not measured on this machine yet: {', '.join(unknown)}"
+    parts = [f"{name} {about(value)}" for name, value in known.items()]
+    total = about(sum(known.values()))
+    log.info("time left: %s %s (%s%s)", sign, total, ", ".join(parts), rest)
 
 
 def cached(title: str, done: Mapping[str, Any]) -> None:

@@ -283,6 +283,14 @@ def parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield f"{place}[{i}]", part
 
 
+def leaves(value: Any, place: str = "") -> dict[str, Any]:
+    """Returns {place: leaf} of a JSON value: `a.b[0].c` is a place, an empty array a leaf."""
+    found: dict[str, Any] = {}
+    for inner, part in parts(value, place):
+        found |= leaves(part, inner)
+    return found or {place: value}
+
+
 def null_nonfinite(value: Any) -> Any:
     """Returns a JSON value with None in place of every number that is NaN or infinite."""
     if isinstance(value, Mapping):

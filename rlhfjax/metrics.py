@@ -4,14 +4,13 @@ A metric is a pair `(sum, weight)` until it is written. Pairs add up exactly ove
 steps and hosts, whereas means would have to be re-weighted. `finalize` divides, once.
 """
 
-import hashlib
-import importlib
+import contextlib
 import io
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NotRequired
 
 import numpy as np
@@ -19,8 +18,8 @@ import rich.console
 import rich.progress
 from typing_extensions import TypedDict
 
-from rlhfjax import hosts, json_text, paths
-from rlhfjax.errors import ConfigError
+from rlhfjax import hosts, json_text, paths, trackers
+from rlhfjax.errors import Preempted
 from rlhfjax.jsonl import REMEDY, read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count
@@ -154,7 +153,7 @@ class Writer:
         resume_step: int | None = None,
         *,
         tensorboard: bool = True,
-        wandb: Mapping[str, Any] | None = None,
+        wandb: str = "",
         primary: bool | None = None,
     ):
         """Opens the files of a workdir.
@@ -164,15 +163,15 @@ class Writer:
           resume_step: the step of the checkpoint that the run resumes from. Lines of later steps
             are dropped, because they will be written again. None starts from empty files.
           tensorboard: whether to write `tb/` as well.
-          wandb: keyword arguments of `wandb.init` ({} for its defaults); None turns wandb off.
+          wandb: project in Weights & Biases; empty: off.
           primary: whether this process writes at all; None: only the first host does.
 
         Raises:
-          ConfigError: wandb is requested and not installed.
+          ConfigError: wandb is requested, and is not installed or does not start.
         """
         self._files: dict[str, IO[str]] = {}
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._wandb: trackers.Wandb | None = None
         self._mirror: paths.Mirror | None = None
         if not (hosts.first() if primary is None else primary):
             return
@@ -180,14 +179,14 @@ class Writer:
         workdir = paths.path(workdir)
         self._mirror = paths.Mirror(workdir, names)
         folder = self._mirror.folder
-        if wandb is not None:
-            self._wandb = _start_wandb(folder, workdir, wandb)
+        if wandb:
+            self._wandb = trackers.Wandb(workdir, wandb)
         paths.make_folder(folder)
         for name in names:
             _drop_lines_after(folder / name, resume_step)
             self._files[name] = (folder / name).open("a", encoding="utf-8")
         if tensorboard:
-            self._tensorboard = _start_tensorboard(folder, resume_step)
+            self._tensorboard = trackers.tensorboard(folder, workdir, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Real]) -> None:
         """Writes one line of metrics. A step may have several lines (training, evaluation)."""
@@ -206,7 +205,7 @@ class Writer:
             for name, value in sorted(values.items()):
                 self._tensorboard.add_scalar(name, float(value), int(step))
         if self._wandb:
-            self._wandb.log(dict(values), step=int(step))
+            self._wandb.log(int(step), values)
         self._mirror.sync(UPLOAD_EVERY)
 
     def flush(self) -> None:
@@ -216,18 +215,24 @@ class Writer:
             os.fsync(file.fileno())
         if self._tensorboard:
             self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.sync()
         if self._mirror:
             self._mirror.sync()
 
-    def close(self) -> None:
-        """Flushes and closes everything. A second call does nothing."""
+    def close(self, failed: bool = False) -> None:
+        """Flushes and closes everything. A second call does nothing.
+
+        Args:
+          failed: wandb marks the run as failed.
+        """
         self.flush()
         for file in self._files.values():
             file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.close(failed)
         if self._mirror:
             self._mirror.close()
         self._files = {}
@@ -236,29 +241,8 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _start_tensorboard(folder: Path, resume_step: int | None) -> Any:
-    # Imported here because it takes half a second, which `--help` should not.
-    from tensorboardX import SummaryWriter
-
-    first_step = 0 if resume_step is None else resume_step + 1
-    return SummaryWriter(str(folder / "tb"), purge_step=first_step, flush_secs=10)
-
-
-def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise ConfigError(
-            "log.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it empty"
-        ) from None
-    # One workdir is one wandb run, however often it is resumed.
-    digest = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()
-    defaults = {"dir": str(folder), "id": digest[:16], "resume": "allow"}
-    return wandb.init(**{**defaults, **options})
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.close(failed=kind is not None and not issubclass(kind, Preempted))
 
 
 # ------------------------------------------------------------------ progress
@@ -276,6 +260,18 @@ def duration(seconds: Real) -> str:
     return f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+# (seconds below which, seconds to a multiple of which) an estimate is rounded.
+_ROUNDED_TO = ((60, 5), (300, 10), (3600, 60), (math.inf, 600))
+
+
+def about(seconds: Real) -> str:
+    """Returns an estimate for people: `20s`, `1m30s`, `7m`, `2h10m`."""
+    step = next(step for limit, step in _ROUNDED_TO if seconds < limit)
+    rounded = max(5, step * round(seconds / step))
+    text = duration(rounded)
+    return text.removesuffix("00s") if rounded >= 60 else text
+
+
 def headline(metrics: Mapping[str, Real]) -> str:
     """Returns `reward VALUE` if there is a reward, else `loss VALUE`, else an empty text."""
     for wanted in ("reward", "loss"):
@@ -283,6 +279,17 @@ def headline(metrics: Mapping[str, Real]) -> str:
             if name.rsplit("/", 1)[-1] == wanted:
                 return f"{wanted} {value:.4g}"
     return ""
+
+
+@contextlib.contextmanager
+def followed_by(seconds: float | None) -> Iterator[None]:
+    """Tells every `Progress` inside of the block how long the recipe's later stages take."""
+    before = Progress.seconds_after
+    Progress.seconds_after = seconds
+    try:
+        yield
+    finally:
+        Progress.seconds_after = before
 
 
 class _Discard(io.TextIOBase):
@@ -297,7 +304,12 @@ class Progress:
 
     On a terminal the line is updated in place (rich). Elsewhere, as in a log file, a plain line is
     printed at most every `interval` seconds, and always at the last step.
+
+    In a recipe the line also has the time that the recipe still takes, if that is known.
     """
+
+    seconds_after: float | None = None
+    """What the recipe's later stages take, in seconds; None: unknown, or no recipe."""
 
     def __init__(
         self,
@@ -373,6 +385,9 @@ class Progress:
             seconds_per_step = elapsed / (step - first_step)
             remaining = seconds_per_step * (self._total - step)
             parts.append(f"ETA {duration(remaining)}")
+            if self.seconds_after:
+                left = about(remaining + self.seconds_after)
+                parts.append(f"recipe about {left} left")
         else:
             parts.append("ETA -")
         text = "  ".join(filter(None, parts))

@@ -21,11 +21,13 @@ from rlhfjax import (
     footprint,
     hosts,
     json_text,
+    pace,
     paths,
     profile,
     provenance,
     references,
     stages,
+    trackers,
     train,
     workdirs,
 )
@@ -86,15 +88,18 @@ def run(
         }
         hosts.share(lambda: provenance.record(workdir, seeds=seeds))
     metrics: dict[str, float] = {}
+    names = list(folders)
+    to_run = {name: typed[name] for name in names[: names.index(last or names[-1]) + 1]}
     for i, (name, stage_values) in enumerate(resolved.items(), start=1):
         title = f"[{i}/{len(folders)}] {name}"
-        metrics |= run_stage(
-            stage_values,
-            folders[name],
-            record=values[name],
-            title=title,
-            cache=stage_cache,
-        )
+        with pace.announced(name, to_run, folders):
+            metrics |= run_stage(
+                stage_values,
+                folders[name],
+                record=values[name],
+                title=title,
+                cache=stage_cache,
+            )
         hosts.share(lambda: collect_metrics(workdir, folders))
         if name == last:
             break
@@ -148,6 +153,7 @@ def run_stage(
             hosts.share(lambda: write_json(workdir / CONFIG, record))
             done = hosts.share(lambda: read_done(workdir)) or {}
             announce.cached(title, done)
+            hosts.share(lambda: trackers.log_finished_stage(workdir))
             return done["metrics"]
         metrics = _compute(configs[name], workdir, title)
         hosts.share(lambda: cache.store(key, workdir))
@@ -180,7 +186,10 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
         "seconds": round(time.time() - start, 1),
         "metrics": json_text.null_nonfinite(metrics),
     }
+    if hasattr(module, "run"):
+        hosts.share(lambda: trackers.log_finished_stage(workdir))
     hosts.share(lambda: write_json(workdir / DONE, done))
+    pace.keep(config, nets, clock)
     return metrics
 
 
@@ -442,8 +451,8 @@ class _Options:
     """The options of a config by their places; `all` has those that are absent too."""
 
     def __init__(self, config: Mapping[str, Any]):
-        self._present = _flatten(config)
-        self.all = _flatten(with_defaults(config))
+        self._present = json_text.leaves(config)
+        self.all = json_text.leaves(with_defaults(config))
 
     def show(self, place: str) -> str:
         if place in self._present:
@@ -473,14 +482,6 @@ def _has_only_configs(workdir: Path) -> bool:
 
 
 _ABSENT = object()
-
-
-def _flatten(value: Any, place: str = "") -> dict[str, Any]:
-    """Returns {place: leaf} of a JSON value: `a.b[0].c` is a place, an empty array a leaf."""
-    leaves: dict[str, Any] = {}
-    for inner, part in json_text.parts(value, place):
-        leaves |= _flatten(part, inner)
-    return leaves or {place: value}
 
 
 def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, json_text, paths, recipe
+from rlhfjax import hosts, json_text, paths, recipe, trackers
 from rlhfjax.config import to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
@@ -116,4 +116,5 @@ def _move_away(folders: Collection[Path], workdir: Path) -> None:
         number += 1
     for folder in present:
         paths.move(folder, target / folder.name)
+    trackers.forget_wandb(workdir, target)
     log.info("moved to %s: %s", target, ", ".join(folder.name for folder in present))

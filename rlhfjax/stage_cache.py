@@ -37,7 +37,7 @@ from typing import Any
 
 import jax
 
-from rlhfjax import hosts, json_text, paths, stages
+from rlhfjax import hosts, json_text, paths, stages, trackers
 from rlhfjax.config import fill_defaults
 from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
@@ -118,7 +118,10 @@ class Cache:
         """Copies the files of a finished stage into the cache."""
         folder = self._folder / digest(content)
         with paths.replacing(folder, KEY_FILE) as temporary:
-            shutil.copytree(paths.local(workdir), temporary / STAGE_FOLDER)
+            # A stage that runs alone has the id of its wandb run, which is no other's.
+            ignore = shutil.ignore_patterns(*trackers.WANDB_FILES)
+            target = temporary / STAGE_FOLDER
+            shutil.copytree(paths.local(workdir), target, ignore=ignore)
             text = json_text.encode(content, KEY_FILE, indent=2, sort_keys=True)
             paths.write(temporary / KEY_FILE, text + "\n")
 

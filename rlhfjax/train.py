@@ -157,7 +157,7 @@ def _open_writer(
         workdir,
         resumed_step,
         tensorboard=config.log.tensorboard,
-        wandb={"project": config.log.wandb} if config.log.wandb else None,
+        wandb=config.log.wandb,
     )
 
 

@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Small programs are compiled by the hundred and run once or twice: optimizing them costs more than
 # it gives.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["RLHFJAX_RATES"] = "off"  # what tests measure says nothing about runs
 compilation_cache.use()
 
 import filelock

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhfjax import metrics
-from rlhfjax.errors import ConfigError
 
 
 def test_finalize_divides_once_and_omits_what_was_not_observed():
@@ -164,40 +162,6 @@ def test_tensorboard_has_metrics_and_timings_and_purges_on_resume(tmp_path):
     assert starts == [4]  # TensorBoard forgets what it was told of step 4 and after
 
 
-def test_wandb_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[wandb\]'"):
-        metrics.Writer(tmp_path / "w", wandb={})
-    assert not (tmp_path / "w").exists()
-
-
-def test_wandb_gets_one_run_per_workdir_and_every_line(tmp_path, monkeypatch):
-    class Fake:
-        calls: list = []  # noqa: RUF012
-
-        def init(self, **kwargs):
-            self.calls.append(kwargs)
-            return self
-
-        def log(self, values, step):
-            self.calls.append((step, values))
-
-        def finish(self):
-            self.calls.append("finish")
-
-    monkeypatch.setitem(sys.modules, "wandb", Fake())
-    for resume in (None, 1):
-        with metrics.Writer(tmp_path, resume, wandb={"project": "p"}) as w:
-            w.write(2, {"loss": 1.0})
-    first, logged, end, second, *_ = Fake.calls
-    assert (first["project"], first["resume"], first["id"]) == (
-        "p",
-        "allow",
-        second["id"],
-    )
-    assert (logged, end) == ((2, {"loss": 1.0}), "finish")
-
-
 class Clock:
     def __init__(self):
         self.now = 0.0
@@ -229,6 +193,20 @@ def test_progress_of_a_resumed_run_does_not_count_the_steps_before():
         clock.now += 2.0
         p.update(step)
     assert stream.getvalue().splitlines()[-1] == "92/100  92%  0 tokens/s  ETA 16s"
+
+
+def test_progress_of_a_recipe_has_the_time_of_later_stages_if_it_is_known():
+    stream, clock = io.StringIO(), Clock()
+    with metrics.followed_by(100.0):
+        p = metrics.Progress(100, stream=stream, interval=0, clock=clock)
+        for step in (1, 2):
+            clock.now += 1.0
+            p.update(step)
+    p.update(3)
+    lines = stream.getvalue().splitlines()
+    # 98 s of this stage and 100 s of those after it.
+    assert lines[1].endswith("ETA 1m38s  recipe about 3m20s left")
+    assert "recipe" not in lines[0] + lines[2]
 
 
 def test_progress_on_a_terminal_stays_on_one_line():

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from rlhfjax import recipe, stage_cache
+from rlhfjax import recipe, stage_cache, trackers
 from rlhfjax.stage_cache import Cache
 from tests.test_recipe import jobs, two
 
@@ -70,6 +70,15 @@ def test_inputs_count_by_their_content(tmp_path, ran):
     (tmp_path / "data.txt").write_text("two")
     recipe.run(sources(tmp_path), tmp_path / "z", cache=cache)
     assert ran == ["00_a", "01_b", "01_b"]
+
+
+def test_the_cache_keeps_no_wandb_run(tmp_path):
+    (tmp_path / "w" / "wandb").mkdir(parents=True)
+    for name in (trackers.ID, "wandb/run.log", "metrics.jsonl"):
+        (tmp_path / "w" / name).write_text("")
+    Cache(tmp_path / "cache").store({}, tmp_path / "w")
+    kept = tmp_path / "cache" / stage_cache.digest({}) / stage_cache.STAGE_FOLDER
+    assert [file.name for file in kept.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_changed_stage_changes_the_keys_of_those_that_read_from_it(tmp_path, ran):

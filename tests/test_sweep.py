@@ -18,6 +18,7 @@ import pytest
 
 from launch.shell import slug
 from rlhfjax import main as command_line
+from rlhfjax import trackers
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, Preempted
 from rlhfjax.report import figures
@@ -219,6 +220,8 @@ def test_slices_in_turn_keep_their_tpus_and_delete_them_at_the_end(
     ]
     assert all(" --zone=z --spot --keep -- rlhfjax train " in log for log in logs)
     assert {log.split()[1] for log in logs} == {"--name=kl-0", "--name=kl-1"}
+    runs = json.loads((tmp_path / "kl" / trackers.SWEEP).read_text())["runs"]
+    assert runs == [f"vocab_size={n}" for n in (280, 290, 300)]
     out = capsys.readouterr().out
     assert (
         all(f"down --name=kl-{slot} --zone=z\n" in out for slot in (0, 1))

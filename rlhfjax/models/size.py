@@ -1,4 +1,4 @@
-"""Sizes of a model by arithmetic: parameters, activations, the key/value cache."""
+"""Sizes of a model by arithmetic: parameters, FLOPs, activations, the key/value cache."""
 
 from rlhfjax.models.config import TransformerConfig
 
@@ -41,6 +41,17 @@ def parameters(config: TransformerConfig, head: str = "lm") -> int:
     elif not config.tie_embeddings:
         total += embedding
     return total
+
+
+def token_flops(parameters: Number, c: TransformerConfig, time: int) -> Number:
+    """Returns PaLM's FLOPs of training one token: 6 N + 12 L H Q T.
+
+    Q is the width of a head and T the sequence length. Recomputation does not count, so that the
+    utilization predicted from it is MFU, not hardware utilization.
+
+    Source: Chowdhery et al. 2022, appendix B.
+    """
+    return 6 * parameters + 12 * c.n_layers * c.n_heads * c.head_dim * time
 
 
 def layer_activations(

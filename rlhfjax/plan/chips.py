@@ -3,7 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-from rlhfjax.models.config import TransformerConfig
 from rlhfjax.models.size import Number
 
 GIB = 2.0**30
@@ -96,17 +95,6 @@ def training_flops(parameters: Number, tokens: Number) -> Number:
     Source: Kaplan et al. 2020, table 1.
     """
     return 6 * parameters * tokens
-
-
-def token_flops(parameters: Number, c: TransformerConfig, time: int) -> Number:
-    """Returns PaLM's FLOPs of training one token: 6 N + 12 L H Q T.
-
-    Q is the width of a head and T the sequence length. Recomputation does not count, so that the
-    utilization predicted from it is MFU, not hardware utilization.
-
-    Source: Chowdhery et al. 2022, appendix B.
-    """
-    return 6 * parameters + 12 * c.n_layers * c.n_heads * c.head_dim * time
 
 
 def mfu(model_flops: Number, seconds: Number, chips: Number, chip: Chip) -> Number:

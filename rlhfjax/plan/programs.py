@@ -10,16 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlhfjax import footprint, stages
+from rlhfjax import footprint, pace, stages
 from rlhfjax import state as states
 from rlhfjax.footprint import Net
 from rlhfjax.mesh import Layout, make_layout
-from rlhfjax.models.size import parameters
-from rlhfjax.plan import chips
 from rlhfjax.plan.shapes import Subject, hold
 from rlhfjax.plan.topology import Target
 from rlhfjax.programs import Call, Held, Recorder, placed
-from rlhfjax.roles import Pass
 
 
 class PlannedProgram(NamedTuple):
@@ -29,7 +26,7 @@ class PlannedProgram(NamedTuple):
     lower: Callable[[], Any]  # returns a jax.stages.Lowered
     inputs: list[jax.ShapeDtypeStruct]  # with shardings
     devices: int  # of its mesh
-    model_flops: float  # of all devices, see `chips.token_flops`
+    model_flops: float  # of all devices, see `models.size.token_flops`
     flops_ratio: float = 1.0  # computed FLOPs over model_flops, see `flops_ratio`
 
 
@@ -117,35 +114,12 @@ def flops_ratio(trained: list[Net]) -> float:
     return min(ratios)
 
 
-def model_passes(subject: Subject, completions: int = 2) -> Iterator[tuple[Pass, Net]]:
-    """Yields the passes of a step with their models.
-
-    A reward of several models has a pass for each of them, in a program of its own.
-    """
-    for model_pass in subject.workload(completions).passes:
-        for net in subject.nets:
-            if not f"{net.name}_".startswith(f"{model_pass.role}_"):
-                continue
-            suffix = net.name.removeprefix(model_pass.role)
-            yield model_pass._replace(program=model_pass.program + suffix), net
-
-
 def training_programs(subject: Subject, completions: int = 2) -> set[str]:
     """Returns the names of the programs that compute gradients."""
-    passes = model_passes(subject, completions)
+    passes = pace.model_passes(subject.nets, subject.workload(completions))
     return {model_pass.program for model_pass, _ in passes if model_pass.trains}
 
 
 def step_flops(subject: Subject, completions: int = 2) -> dict[str, float]:
-    """Returns the model FLOPs of a step on all devices, by program, as PaLM counts them.
-
-    A forward pass alone is a third of a training step.
-    """
-    flops: dict[str, float] = {}
-    for model_pass, net in model_passes(subject, completions):
-        size = parameters(net.config, net.role.head)
-        per_token = float(chips.token_flops(size, net.config, model_pass.length))
-        share = 1.0 if model_pass.trains else 1 / 3
-        name = model_pass.program
-        flops[name] = flops.get(name, 0.0) + model_pass.tokens * per_token * share
-    return flops
+    """Returns the model FLOPs of a step on all devices, by program, as PaLM counts them."""
+    return pace.step_flops(subject.nets, subject.workload(completions))

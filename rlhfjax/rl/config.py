@@ -1,6 +1,8 @@
 """The options that all policy stages have in common: what they mean, imply, and exclude."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 from rlhfjax.config import TrainConfig
@@ -268,9 +270,32 @@ def policy_workload(
     )
 
 
-def sampling_workload(config: SamplingConfig, completions: int = 1) -> Workload:
-    """Returns what a batch of a job that samples computes."""
-    return job_workload(config.batch_size, config.prompt_length + config.max_new_tokens)
+def sampling_workload(
+    config: SamplingConfig, completions: int = 1, scored: Sequence[tuple[str, str]] = ()
+) -> Workload:
+    """Returns what a batch of a job that samples computes.
+
+    Args:
+      completions: responses per row of a batch.
+      scored: (program, role) of every forward pass over all prompts and responses.
+    """
+    length = config.prompt_length + config.max_new_tokens
+    responses = config.batch_size * completions
+    passes = [Pass(name, role, responses * length, length) for name, role in scored]
+    batch = job_workload(config.batch_size, length)
+    return batch._replace(
+        units=responses * config.max_new_tokens,
+        passes=tuple(passes),
+        decoded=responses,
+        sampled=config.max_new_tokens,
+    )
+
+
+def batches_of(batch_size: int, *prompts: PromptConfig) -> int | None:
+    """Returns the number of batches of prompts; None if only the data tells."""
+    if not all(config.limit for config in prompts):
+        return None
+    return sum(math.ceil(config.limit / batch_size) for config in prompts)
 
 
 # ------------------------------------------------------------------ validation

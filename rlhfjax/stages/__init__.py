@@ -7,6 +7,7 @@ It may also have:
   `roles(config) -> {name: Role}`: the models that take part; the first is the model that the stage
     leaves or works on;
   `workload(config, completions) -> Workload`: what a step, or a job's batch, computes;
+  `batches(config)`: the number of batches of a job, None if only its data tells;
   `validate(config, layout, model_config)`: raises ConfigError before any stage of a recipe begins;
     `model_config` is that of the first role, None if it is not known;
   `describe(config)`: the contents of the reward.json that the stage leaves;

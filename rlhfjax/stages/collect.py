@@ -26,6 +26,7 @@ from rlhfjax.rewards.load import LabelerSource, label, load_labeler
 from rlhfjax.rl.config import (
     PromptConfig,
     TruncateConfig,
+    batches_of,
     sampling_workload,
     validate_sampling,
     validate_truncate,
@@ -37,7 +38,7 @@ from rlhfjax.rl.responses import (
     sample_responses,
     validate_buckets,
 )
-from rlhfjax.roles import Role, scorers
+from rlhfjax.roles import Role, Workload, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 
 FOLDER = "preferences"
@@ -81,7 +82,13 @@ def roles(config: Config) -> dict[str, Role]:
     return {"policy": Role(config.init_from), **labelers}
 
 
-workload = sampling_workload
+def workload(config: Config, completions: int = 1) -> Workload:
+    labelers = [("label", role) for role in roles(config) if role != "policy"]
+    return sampling_workload(config, config.samples_per_prompt, labelers)
+
+
+def batches(config: Config) -> int | None:
+    return batches_of(config.batch_size, config.prompts, config.eval_prompts)
 
 
 def validate(

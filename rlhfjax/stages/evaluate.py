@@ -32,11 +32,16 @@ from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Tokens
 from rlhfjax.rewards.load import RewardSource, label, load_reward
 from rlhfjax.rewards.responses import texts
-from rlhfjax.rl.config import PromptConfig, sampling_workload, validate_sampling
+from rlhfjax.rl.config import (
+    PromptConfig,
+    batches_of,
+    sampling_workload,
+    validate_sampling,
+)
 from rlhfjax.rl.prompts import open_prompts
 from rlhfjax.rl.responses import PromptBatching, sample_responses, validate_buckets
 from rlhfjax.rl.rewards import reference_kl
-from rlhfjax.roles import Role, scorers
+from rlhfjax.roles import Role, Workload, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 
 SAMPLES = "samples.jsonl"
@@ -72,7 +77,16 @@ def roles(config: Config) -> dict[str, Role]:
     return {"policy": Role(config.policy), "baseline": Role(config.baseline), **rewards}
 
 
-workload = sampling_workload
+def workload(config: Config, completions: int = 1) -> Workload:
+    """Returns what a batch computes. Both models respond to its prompts."""
+    passes = [("score", "gold"), ("score", "proxy")]
+    if config.temperature:
+        passes.append(("kl", "baseline"))
+    return sampling_workload(config, 2, passes)
+
+
+def batches(config: Config) -> int | None:
+    return batches_of(config.batch_size, config.prompts)
 
 
 def validate(

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhfjax import paths
+from rlhfjax import paths, trackers
+from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError, Preempted, UserError
 from rlhfjax.paths import Path
 from rlhfjax.redact import redact
@@ -110,6 +111,8 @@ def sweep(
         return
     finished = len(runs) - len(commands)
     logs = workdir / pool.LOGS
+    paths.make_folder(workdir)
+    write_json(workdir / trackers.SWEEP, {"runs": [run.name for run in runs]})
     print(f"{len(runs)} runs, {finished} of them finished; logs in {logs}")
     down = [shlex.join(words) for words in down_commands(options, len(commands))]
     try:

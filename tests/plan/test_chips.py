@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhfjax.models import size
 from rlhfjax.models.presets import preset
 from rlhfjax.plan import chips
 from rlhfjax.plan.chips import CHIPS, Chip, Work
@@ -40,7 +41,7 @@ def test_palms_own_mfu():
     c = preset("gpt3-125m", n_layers=118, n_heads=48, d_head=256)
     v4, seconds = CHIPS["v4"], 1 / 238.3e3
     without = chips.mfu(chips.training_flops(540.35e9, 1), seconds, 6144, v4)
-    with_attention = chips.mfu(chips.token_flops(540.35e9, c, 2048), seconds, 6144, v4)
+    with_attention = chips.mfu(size.token_flops(540.35e9, c, 2048), seconds, 6144, v4)
     assert round(100 * without, 1) == 45.7
     assert round(100 * with_attention, 1) == 46.2
 

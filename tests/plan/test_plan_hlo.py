@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhfjax.models import size
 from rlhfjax.models.presets import preset
 from rlhfjax.models.transformer import Model
-from rlhfjax.plan import chips, hlo
+from rlhfjax.plan import hlo
 from rlhfjax.plan.hlo import Module, group_size
 from rlhfjax.plan.hlo_cost import module_cost, sent_bytes
 
@@ -195,7 +196,7 @@ def test_a_real_models_products_are_those_of_the_formula(scan):
     text = jax.jit(forward).lower(params, tokens).compile().as_text()
     cost = module_cost(Module(text))
     multiplied = 3 * (4 * 64 * 64 + 3 * 64 * 96) + 64 * 256
-    assert cost.flops == 2 * 32 * chips.token_flops(multiplied, c, 32) / 3
+    assert cost.flops == 2 * 32 * size.token_flops(multiplied, c, 32) / 3
     assert cost.unknown_loops == 0 and cost.hbm > 4 * multiplied
 
 
