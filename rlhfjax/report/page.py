@@ -13,8 +13,10 @@ from markupsafe import Markup
 from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 from rlhfjax.report import figures, tables
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
+from rlhfjax.workdirs import Calibration
 
 # Samples that are shown, and samples in all, the others being folded.
 FEW, MANY = 8, 40
@@ -60,7 +62,7 @@ def environment() -> jinja2.Environment:
 def _json(value: Any) -> str:
     """Returns indented JSON; a number that is not finite becomes null."""
     finite = json_text.null_nonfinite(value)
-    return json_text.encode(finite, REPORT, indent=2, default=str)
+    return redact(json_text.encode(finite, REPORT, indent=2, default=str), {})
 
 
 def render(run: Run) -> str:
@@ -69,8 +71,8 @@ def render(run: Run) -> str:
     seconds = sum(stage.seconds or 0 for stage in run.stages)
     comparisons = [stage for stage in run.stages if compares(stage)]
     others = [stage for stage in run.stages if stage.samples and not compares(stage)]
-    page = environment().get_template("page.html")
-    return page.render(
+    template = environment().get_template("page.html")
+    page = template.render(
         run=run,
         finished=all(stage.status == "done" for stage in run.stages),
         total_time=duration(seconds) if seconds else "",
@@ -87,6 +89,12 @@ def render(run: Run) -> str:
         comparisons=[(s, s.samples[:FEW], s.samples[FEW:MANY]) for s in comparisons],
         examples=[(stage, stage.samples[:FEW]) for stage in others],
     )
+    return encodable(page)
+
+
+def encodable(page: str) -> str:
+    """Returns a page with escapes for what UTF-8 lacks: bytes of a file's name in another code."""
+    return page.encode(errors="backslashreplace").decode()
 
 
 def turns(prompt: str) -> list[tuple[str, str]]:
@@ -187,7 +195,7 @@ def _end(run: Run, key: str) -> Curve | None:
     return [0.0, kl], [baseline, policy]
 
 
-def calibrations(run: Run) -> list[tuple[str, dict, Markup]]:
+def calibrations(run: Run) -> list[tuple[str, Calibration, Markup]]:
     """Returns (stage, calibration, figure) of the reward models whose calibration was measured."""
     return [
         (stage.name, stage.calibration, Markup(figures.reliability(stage.calibration)))

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -17,7 +18,7 @@ from rlhfjax import json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, tables
-from rlhfjax.report.page import REPORT, environment
+from rlhfjax.report.page import REPORT, encodable, environment
 from rlhfjax.report.workdir import read_run
 
 RUNS, GROUPS, PAGE = "sweep.csv", "sweep_groups.csv", "sweep.html"
@@ -83,7 +84,7 @@ def read_result(
         status="done" if is_done else "unfinished",
         metrics=metrics,
         telling=telling,
-        page=f"{name}/{REPORT}" if (workdir / REPORT).exists() else "",
+        page=quote(f"{name}/{REPORT}") if (workdir / REPORT).exists() else "",
     )
 
 
@@ -178,8 +179,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str:
     """Returns the page as HTML."""
-    page = environment().get_template("sweep.html")
-    return page.render(
+    template = environment().get_template("sweep.html")
+    page = template.render(
         title=title,
         results=results,
         done=sum(result.status == "done" for result in results),
@@ -188,6 +189,7 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
         sizes={group: len(members) for group, members in groups(results).items()},
         panels=[(name, _figure(results, name)) for name in metrics],
     )
+    return encodable(page)
 
 
 def _figure(results: Sequence[Result], metric: str) -> Markup:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from rlhfjax.metrics import duration
 from rlhfjax.report.workdir import Run, Stage
@@ -157,14 +158,15 @@ def goodput_row(stage: Stage) -> dict[str, str]:
 
     The column `start` is everything before the first step except compilation.
     """
-    seconds = dict(stage.goodput["seconds"])
+    record: Any = stage.goodput
+    seconds = dict(record["seconds"])
     start_parts = ("imports", "build", "restore")
     seconds["start"] = sum(seconds.pop(part) for part in start_parts)
     times = {name: duration(value) for name, value in seconds.items()}
     return {
         "name": stage.name,
-        "goodput": number(stage.goodput["goodput"], percent=True),
-        "starts": str(stage.goodput["starts"]),
+        "goodput": number(record["goodput"], percent=True),
+        "starts": str(record["starts"]),
         **times,
     }
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhfjax import paths
+from rlhfjax.redact import printable
 from rlhfjax.report import tables
 from rlhfjax.report.workdir import read_run
 
@@ -25,7 +26,7 @@ def summary_table(workdir: str | os.PathLike) -> Group:
         stages.add_column(column, justify="right" if is_number else "left")
     for stage in run.stages:
         row = tables.stage_row(stage)
-        stages.add_row(*(Text(row[column]) for column in STAGE_COLUMNS))
+        stages.add_row(*(_cell(row[column]) for column in STAGE_COLUMNS))
     headlines = tables.headlines(run)
     if not headlines:
         return Group(stages)
@@ -36,8 +37,13 @@ def summary_table(workdir: str | os.PathLike) -> Group:
     result.add_column("")
     for row in headlines:
         cells = (row.label, row.baseline, row.policy, row.note)
-        result.add_row(*map(Text, cells))
+        result.add_row(*map(_cell, cells))
     return Group(stages, Text(), result)
+
+
+def _cell(text: str) -> Text:
+    """Returns a text in which neither markup nor an escape of the terminal has an effect."""
+    return Text(printable(text))
 
 
 def _table(title: str) -> Table:
