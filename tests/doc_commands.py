@@ -5,6 +5,7 @@ A page can mark its blocks of code with a comment on a line before the block:
     <!-- file: recipe.py -->         the block is the content of a file that the reader writes
     <!-- nightly -->                 the nightly tests really run the commands of the block
     <!-- nightly: --config.x=1 -->   the same, with arguments that make a run of them small
+    <!-- mistake -->                 the command of the block is an error, which the block shows
 
 A reader's commands run in the folder of the repository, or in an empty folder if a page has files.
 """
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "docs", "experiments", "experiments/*", "launch", "benchmarks")
-_MARK = re.compile(r"<!-- (file|nightly)(?:: (.*))? -->")
+_MARK = re.compile(r"<!-- (file|nightly|mistake)(?:: (.*))? -->")
 _VARIABLE = re.compile(r"[A-Z_]+=\S*")
+_OPERATOR = re.compile(r"[;&|<>]+")
 _INLINE = re.compile(r"`([^`]+)`")
 PROGRAMS = ("rlhfjax", "python", "pytest", "pip", "bash", "tensorboard")
 
@@ -29,7 +31,7 @@ class Block(NamedTuple):
     page: str  # path in the repository
     line: int  # of its first line, from 1
     text: str
-    mark: str = ""  # file, nightly or nothing
+    mark: str = ""  # file, nightly, mistake or nothing
     argument: str = ""  # of the mark
 
 
@@ -134,15 +136,19 @@ def _inline(page: str) -> Iterator[Command]:
 
 def split(line: str) -> Iterator[tuple[str, ...]]:
     """Yields the words of each of our commands in a line of a shell."""
+    lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=";&|<>")
+    lexer.whitespace_split = True
     try:
-        words = shlex.split(line.removeprefix("$ "), comments=True)
+        words = list(lexer)
     except ValueError:  # no line of a shell
         return
     command: list[str] = []
-    for word in [*words, "&&"]:
-        if word not in ("&&", "|", ";"):
+    for word in [*words, ";"]:
+        if not _OPERATOR.fullmatch(word):
             command.append(word)
             continue
+        if word == ">" and command and command[-1] == "2":  # 2> FILE
+            command.pop()
         while command and _VARIABLE.fullmatch(command[0]):
             command = command[1:]
         if command and command[0] in PROGRAMS:

