@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax import __version__
 from rlhfjax.data.sources import open_source
 from rlhfjax.stages import group
 from tests import doc_commands
@@ -59,6 +60,12 @@ def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     plain = [re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings]
     return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_the_citation_has_the_version():
+    text = (doc_commands.ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): (.+)$", text, re.MULTILINE))
+    assert fields["version"] == __version__ and fields["license"] == "Apache-2.0"
 
 
 def test_the_rule_of_the_tutorial(written):
