@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import logging
 import math
 
 import pytest
@@ -124,7 +125,8 @@ def test_the_terminal_shows_texts_and_obeys_none(tmp_path):
         assert printable(text.rpartition("/")[2]) in shown
 
 
-def test_a_name_that_is_not_unicode_has_a_page(tmp_path):
+def test_a_name_that_is_not_unicode_has_a_page(tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL, "rlhfjax")  # xdist cannot send the name in a log
     folder = tmp_path / "caf\udce9"  # a byte of Latin-1, as Python shows it
     make_stage(folder, "sft", 1, [(1, {"loss": 1})])
     assert write_report(folder).read_bytes().decode()
