@@ -20,7 +20,7 @@ import rich.progress
 from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, install
 from rlhfjax.jsonl import REMEDY, read_jsonl, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count
@@ -253,7 +253,7 @@ def _start_wandb(folder: Path, workdir: Path, options: Mapping[str, Any]) -> Any
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise ConfigError(
-            "log.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it empty"
+            f"log.wandb: wandb is not installed; {install('wandb')}, or leave it empty"
         ) from None
     # One workdir is one wandb run, however often it is resumed.
     digest = hashlib.sha256(str(paths.absolute(workdir)).encode()).hexdigest()

@@ -26,7 +26,7 @@ import fsspec.config
 from etils import epath
 
 from rlhfjax import patterns
-from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
+from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line, install
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
@@ -54,9 +54,7 @@ def path(name: str | os.PathLike) -> Path:
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            f"{name}: gcsfs is not installed; pip install 'rlhfjax[gcs]'"
-        ) from None
+        raise ConfigError(f"{name}: gcsfs is not installed; {install('gcs')}") from None
     # epath reads buckets with TensorFlow if that is installed; we always use gcsfs. Listings are
     # not cached, because TensorStore and other processes write to the same folders.
     os.environ.setdefault("EPATH_USE_TF", "false")

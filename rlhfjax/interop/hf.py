@@ -9,6 +9,7 @@ time, straight into their shards. The tokenizer's files are read by `data.hf_tok
 """
 
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,6 @@ from safetensors.numpy import save_file
 
 from rlhfjax import paths, state
 from rlhfjax.config import write_json
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config, names
 from rlhfjax.interop.names import Row, Shape
@@ -73,7 +73,7 @@ def save_hf(
     dtype: str = "float32",
     *,
     special_ids: Mapping[str, int | None] | None = None,
-    tokenizer: Tokenizer | None = None,
+    write_others: Callable[[Path], None] | None = None,
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -91,7 +91,7 @@ def save_hf(
       params: on this process's devices or in its memory, layers stacked or not.
       dtype: float32, bfloat16 or float16.
       special_ids: ids of "pad", "bos" and "eos"; absent ones are written as null.
-      tokenizer: write its files too.
+      write_others: writes further files into the folder, such as the tokenizer's.
       shard_bytes: maximum size of a file, unless a single tensor is larger.
     Raises:
       ConfigError: no architecture expresses the model, an id is invalid, or a reward's constant
@@ -124,8 +124,8 @@ def save_hf(
             if len(shards) > 1:
                 write_json(temporary / INDEX, _index(shards, sizes))
             write_json(temporary / "config.json", description)
-            if tokenizer is not None:
-                tokenizer.save(temporary)
+            if write_others is not None:
+                write_others(temporary)
     except (OSError, SafetensorError) as error:
         why = first_line(error)
         raise CheckpointError(f"{folder} could not be written: {why}") from error
@@ -296,7 +296,7 @@ def _shards(
 
 
 def _write_shard(
-    file: Path, rows: list[Row], read: Callable[[str], np.ndarray], dtype: str
+    file: pathlib.Path, rows: list[Row], read: Callable[[str], np.ndarray], dtype: str
 ) -> None:
     tensors = {}
     for row in rows:
@@ -308,7 +308,11 @@ def _write_shard(
                 f"{', '.join(row.params)} ({row.name}): not all numbers are finite in {dtype}"
             )
         tensors[row.name] = tensor
+    # The library creates files that only their owner can read.
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _index(shards: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> dict[str, Any]:
