@@ -1,6 +1,6 @@
 """Errors for people: one line that says what is wrong, where, and what is accepted."""
 
-import pathlib
+import os
 
 
 def first_line(error: BaseException | str, *, kind: bool = False) -> str:
@@ -31,10 +31,10 @@ def install(extra: str) -> str:
 
     The package is not in an index. From another folder, the command names that of the clone.
     """
-    clone = pathlib.Path(__file__).resolve().parents[1]
-    if not (clone / "pyproject.toml").is_file():
+    clone = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    if not os.path.isfile(os.path.join(clone, "pyproject.toml")):
         return f"pip install -e '.[{extra}]' in a clone of rlhfjax"
-    place = "." if clone == pathlib.Path.cwd() else str(clone)
+    place = "." if clone == os.getcwd() else clone
     return f"pip install -e '{place}[{extra}]'"
 
 

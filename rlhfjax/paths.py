@@ -158,6 +158,13 @@ def _listed(source: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in entries.items() if entry["type"] == "file"}
 
 
+def size(file: Path) -> int:
+    """Returns the number of bytes of a file."""
+    if remote(file):
+        return _store().size(str(file))
+    return os.stat(file).st_size
+
+
 def glob(pattern: str) -> list[Path]:
     """Returns the files that match, sorted by name; `**` stands for any number of folders.
 
@@ -294,6 +301,16 @@ def write(path: Path, content: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def usual_mode(file: Path) -> Iterator[None]:
+    """Gives a local file, which the block writes, the mode of files that `open` creates."""
+    local_file = pathlib.Path(file)
+    local_file.touch()
+    mode = local_file.stat().st_mode
+    yield
+    local_file.chmod(mode)
 
 
 @contextlib.contextmanager

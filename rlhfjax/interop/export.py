@@ -1,7 +1,6 @@
 """Export of our models as Hugging Face folders."""
 
 import math
-import pathlib
 
 import jax
 
@@ -48,7 +47,7 @@ def export(
     }
     written: list[Exported] = []
 
-    def write_others(temporary: pathlib.Path) -> None:
+    def write_others(temporary: Path) -> None:
         tokenizer.export(temporary)
         if saved.model.head == "lm" and not foreign.find(name):
             settings = generation_config.of_ours(saved.model.config.max_length, ids)
@@ -67,7 +66,8 @@ def export(
         card = model_card.text(exported, model_card.origins(name))
         paths.write(temporary / _CARD, card)
         written.append(exported)
-        sizes.update(_sizes(temporary))
+        for file in paths.files(temporary):
+            sizes[file.name] = paths.size(file)
 
     sizes: dict[str, int] = {}
     save_hf(
@@ -84,11 +84,6 @@ def export(
 
 def _count(model: Model) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes()))
-
-
-def _sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Returns the bytes of each file."""
-    return {file.name: file.stat().st_size for file in paths.files(folder)}
 
 
 def _summary(exported: Exported, sizes: dict[str, int]) -> str:

@@ -9,7 +9,6 @@ time, straight into their shards. The tokenizer's files are read by `data.hf_tok
 """
 
 import math
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -296,7 +295,7 @@ def _shards(
 
 
 def _write_shard(
-    file: pathlib.Path, rows: list[Row], read: Callable[[str], np.ndarray], dtype: str
+    file: Path, rows: list[Row], read: Callable[[str], np.ndarray], dtype: str
 ) -> None:
     tensors = {}
     for row in rows:
@@ -309,10 +308,8 @@ def _write_shard(
             )
         tensors[row.name] = tensor
     # The library creates files that only their owner can read.
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
+    with paths.usual_mode(file):
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _index(shards: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> dict[str, Any]:
