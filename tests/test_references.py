@@ -27,7 +27,7 @@ def started(monkeypatch) -> list[str]:
     """The stages that a recipe starts, none of which computes anything."""
     names: list[str] = []
 
-    def run_stage(config: Any, workdir: Path, record: Any = None) -> dict[str, float]:
+    def run_stage(config: Any, workdir: Path, **_: Any) -> dict[str, float]:
         names.append(workdir.name)
         return {}
 
@@ -108,7 +108,7 @@ LM, SCALAR = "a language model", "a reward model"
         (
             "ppo.reward",
             "rule:no.such:f",
-            ("ppo.reward=rule:no.such:f: ", "can be imported"),
+            ("ppo.reward=rule:no.such:f: ", "no.such cannot be imported"),
         ),
         (
             "ppo.reward",
@@ -117,13 +117,18 @@ LM, SCALAR = "a language model", "a reward model"
         ),
         (
             "ppo.reward",
-            "rule:json:dumps?metadata=/no/x",
+            "rule:rlhfjax.rewards.tasks:score?metadata=/no/x",
             ("metadata=/no/x: metadata=/no/x: no file matches",),
         ),
         (
             "ppo.human.reward",
             "gold:foo",
             ("ppo.human.reward=gold:foo: gold.name='foo'",),
+        ),
+        (
+            "ppo.reward",
+            "gold:sentiment",
+            ('ppo.value="reward": gold:sentiment is no model to start from',),
         ),
         ("ppo.gold", "gold:foo", ("ppo.gold=gold:foo: gold.name='foo': expected",)),
         ("ppo.reference", "TMP/none", ("ppo.reference=TMP/none: no model here",)),
@@ -342,7 +347,10 @@ CLASSES = ({"option": "A", "reward": 1.0}, {"option": "B", "reward": 0.0})
         (
             "compose",
             {"members": ({"reward": "stage:reward", "where": "rule:json:nothing"},)},
-            ("compose.members[0].where=rule:json:nothing: rule", "can be imported"),
+            (
+                "compose.members[0].where=rule:json:nothing: rule",
+                "the module json has no 'nothing'",
+            ),
         ),
         (
             "select",
@@ -405,7 +413,7 @@ def test_the_parts_of_a_reward_on_disk_are_validated_too(config, tmp_path, start
     members = [{"reward": "gold:sentiment"}, {"reward": "scalar"}]
     inner = {"kind": "compose", "members": members, "combine": "sum"}
     (tmp_path / "empty" / "reward.json").write_text(json.dumps(inner))
-    config["ppo"]["reward"] = str(tmp_path / "empty")
+    config["ppo"] |= {"reward": str(tmp_path / "empty"), "value": "policy"}
     message = refused(config, tmp_path / "run", started)
     assert (
         f"ppo.reward={tmp_path}/empty: members[1].reward=scalar: there is no such"

@@ -235,7 +235,7 @@ def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
     if bias and not drop:
         raise ConfigError(
             f"the reward's constant, {bias:.6g}, has no place in a score without bias: "
-            "pass drop_bias=True to drop it"
+            "--drop_bias (in Python drop_bias=True) leaves it out"
         )
     return params, bias
 

@@ -11,6 +11,7 @@ import pytest
 from rlhfjax import json_text, provenance
 from rlhfjax.chat_settings import Options, choose_settings
 from rlhfjax.data import chat
+from rlhfjax.errors import CheckpointError
 from rlhfjax.interop import store
 from rlhfjax.interop.export import export
 from rlhfjax.main import main
@@ -109,6 +110,13 @@ def test_chat_samples_from_an_export_as_from_the_workdir(run, exported):
     assert not settings[1].notes
     assert settings[1].stop_ids == {settings[0].sampling.eos_id}
     assert not (exported.folder / "reward" / "generation_config.json").exists()
+
+
+def test_without_a_model_those_of_the_recipe_are_named(run):
+    (run / "03_evaluate").mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match="no model here") as error:
+        store.find(run / "03_evaluate")
+    assert str(error.value).endswith(f"models are in {run}/01_sft, {run}/02_reward")
 
 
 def test_the_command_prints_it(run, tmp_path, capsys):
