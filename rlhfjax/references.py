@@ -34,7 +34,7 @@ from rlhfjax.rewards.load import (
     label,
     validate_kind,
 )
-from rlhfjax.roles import Head, Role
+from rlhfjax.roles import Head
 
 HEADS: dict[str, str] = {"lm": "a language model", "scalar": "a reward model"}
 SPECS = "tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"
@@ -84,7 +84,8 @@ class _Stage(NamedTuple):
             if role.scores:
                 self._validate_reward(option, role.source, labels=role.labels)
                 if role.optim is not None:
-                    self._validate_trainable(f"{self.name}.{role_name}", role)
+                    start = f'{self.name}.{role_name}="{role.shares}"'
+                    self._validate_trainable(start, role.source)
             elif isinstance(role.source, str):
                 any_head = role.optim is not None and not role.keeps_head
                 self._validate_model(
@@ -140,13 +141,13 @@ class _Stage(NamedTuple):
             else:
                 self._validate_model(where + part.option, str(part.source), part.head)
 
-    def _validate_trainable(self, option: str, role: Role) -> None:
+    def _validate_trainable(self, start: str, source: RewardSource) -> None:
         """Validates that a reward from which training starts is a model."""
-        kind, _ = describe(role.source, self.origins)
+        kind, _ = describe(source, self.origins)
         if kind != "model":
             raise ConfigError(
-                f'{option}="{role.shares}": {label(role.source)} is no model to start from; '
-                f'another value such as {option}="policy" is needed'
+                f"{start}: {label(source)} is no model to start from; "
+                'another value, such as "policy", is needed'
             )
 
     def _validate_reward_model(self, option: str, name: str, labels: bool) -> None:
