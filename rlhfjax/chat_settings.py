@@ -14,8 +14,6 @@ from rlhfjax.sampling import Sampling
 # correctly with these settings, 46 with top_p=0.9, and 32 at temperature 0.7 without top_p; the
 # capital of France in 10, 7 and 3 of 10.
 FOREIGN = {"temperature": 0.2, "top_p": 0.5}
-OURS = {"temperature": 0.7, "top_p": 0.9}
-MAX_NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +46,10 @@ def choose_settings(path: str | Path, opened: store.Opened, options: Options) ->
       ConfigError: an option is out of its range.
     """
     scheme, _, folder = str(path).partition(":")
-    defaults = FOREIGN if is_foreign(path) else OURS
+    defaults = FOREIGN if is_foreign(path) else generation_config.OURS
     context = opened.model.config.max_length
     sampling = Sampling(
-        max_new_tokens=min(MAX_NEW_TOKENS, max(1, context // 4)),
+        max_new_tokens=generation_config.longest_response(context),
         eos_id=opened.tokenizer.eos_id,
         pad_id=opened.tokenizer.pad_id,
         temperature=defaults["temperature"],

@@ -1,5 +1,7 @@
 """Errors for people: one line that says what is wrong, where, and what is accepted."""
 
+import os
+
 
 def first_line(error: BaseException | str, *, kind: bool = False) -> str:
     """Returns the first line with text of an exception's message or of a process's output.
@@ -22,6 +24,18 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
 def cut(text: str, most: int = 100) -> str:
     """Returns a text, or its beginning and an ellipsis if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs an extra, for the message of a missing package.
+
+    The package is not in an index. From another folder, the command names that of the clone.
+    """
+    clone = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    if not os.path.isfile(os.path.join(clone, "pyproject.toml")):
+        return f"pip install -e '.[{extra}]' in a clone of rlhfjax"
+    place = "." if clone == os.getcwd() else clone
+    return f"pip install -e '{place}[{extra}]'"
 
 
 class UserError(Exception):

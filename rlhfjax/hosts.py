@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax import json_text
-from rlhfjax.errors import ConfigError, HostLost, first_line
+from rlhfjax.errors import ConfigError, HostLost, first_line, install
 from rlhfjax.types import PyTree
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ def validate_accelerators() -> None:
     allocated = _allocated_gpus()
     if allocated and _platforms() is None and jax.default_backend() == "cpu":
         raise ConfigError(
-            f"{allocated}: this job has GPUs, and JAX finds none: pip install 'rlhfjax[cuda12]' "
+            f"{allocated}: this job has GPUs, and JAX finds none: {install('cuda12')} "
             "(or cuda13); to train on CPUs set JAX_PLATFORMS=cpu"
         )
 

@@ -254,6 +254,11 @@ def encode(
         raise
 
 
+def unicode(name: str) -> str:
+    """Returns a name with U+FFFD in place of bytes that are not UTF-8, which JSON cannot hold."""
+    return name.encode(errors="surrogatepass").decode(errors="replace")
+
+
 def validate_finite(value: Any, context: Any) -> None:
     """Raises DataError if a number of a JSON value is NaN or infinite."""
     if found := first_nonfinite(value):

@@ -321,7 +321,7 @@ def export(fv: Flags) -> None:
     from rlhfjax.interop.export import export
 
     _need(fv, "workdir", "to")
-    export(fv.workdir, _path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias)
+    print(export(fv.workdir, _path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias))
 
 
 def plan(fv: Flags) -> None:

@@ -26,7 +26,7 @@ import fsspec.config
 from etils import epath
 
 from rlhfjax import network, patterns
-from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
+from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line, install
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
@@ -54,9 +54,7 @@ def path(name: str | os.PathLike) -> Path:
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            f"{name}: gcsfs is not installed; pip install 'rlhfjax[gcs]'"
-        ) from None
+        raise ConfigError(f"{name}: gcsfs is not installed; {install('gcs')}") from None
     # epath reads buckets with TensorFlow if that is installed; we always use gcsfs. Listings are
     # not cached, because TensorStore and other processes write to the same folders.
     os.environ.setdefault("EPATH_USE_TF", "false")
@@ -169,6 +167,13 @@ def _listed(source: Path) -> dict[str, dict[str, Any]]:
     """Returns {bucket/name: metadata} for a file, or for all files in a folder."""
     entries = _store().find(str(source), detail=True)
     return {name: entry for name, entry in entries.items() if entry["type"] == "file"}
+
+
+def size(file: Path) -> int:
+    """Returns the number of bytes of a file."""
+    if remote(file):
+        return _store().size(str(file))
+    return os.stat(file).st_size
 
 
 def glob(pattern: str) -> list[Path]:
@@ -310,6 +315,16 @@ def write(path: Path, content: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def usual_mode(file: Path) -> Iterator[None]:
+    """Gives a local file, which the block writes, the mode of files that `open` creates."""
+    local_file = pathlib.Path(file)
+    local_file.touch()
+    mode = local_file.stat().st_mode
+    yield
+    local_file.chmod(mode)
 
 
 @contextlib.contextmanager

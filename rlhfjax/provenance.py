@@ -68,7 +68,8 @@ def command() -> str:
     """Returns the command line of this process, without secrets."""
     program = os.path.basename(sys.argv[0])
     program = "rlhfjax" if program == "__main__.py" else program
-    return redact(shlex.join([program, *sys.argv[1:]]))
+    words = shlex.join([program, *sys.argv[1:]])
+    return redact(json_text.unicode(words))
 
 
 @functools.cache

@@ -180,7 +180,7 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
             stage = module.build(config, layout)
         metrics = train.run(stage, config, workdir, layout, clock)
     done = {
-        "stage": workdir.name,
+        "stage": json_text.unicode(workdir.name),
         "kind": config.stage,
         "steps": getattr(config, "steps", 0),
         "seconds": round(time.time() - start, 1),

@@ -7,7 +7,7 @@ types and names, which mean the same in every stage.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
@@ -45,7 +45,10 @@ REWARDS = (
 
 
 def validate(
-    configs: Mapping[str, Any], folders: Mapping[str, Path], done: str
+    configs: Mapping[str, Any],
+    folders: Mapping[str, Path],
+    done: str,
+    again: Collection[str] = (),
 ) -> None:
     """Validates the references of all stages of a recipe.
 
@@ -53,13 +56,14 @@ def validate(
       configs: typed configs by the names of the stages, in order.
       folders: workdirs by the names of the stages.
       done: name of the file that a finished stage has; a finished stage needs nothing any more.
+      again: names of finished stages that are to run again.
 
     Raises:
       ConfigError, CheckpointError, DataError: the message names the option and what is accepted.
     """
     earlier: dict[str, Any] = {}
     for name, config in configs.items():
-        if not (folders[name] / done).exists():
+        if name in again or not (folders[name] / done).exists():
             _Stage(name, config, Origins(earlier), tuple(earlier)).validate()
         earlier[str(folders[name])] = config
 
@@ -80,6 +84,9 @@ class _Stage(NamedTuple):
             option = _option_of(options, role_name, role.source)
             if role.scores:
                 self._validate_reward(option, role.source, labels=role.labels)
+                if role.optim is not None:
+                    start = f'{self.name}.{role_name}="{role.shares}"'
+                    self._validate_trainable(start, role.source)
             elif isinstance(role.source, str):
                 any_head = role.optim is not None and not role.keeps_head
                 self._validate_model(
@@ -144,6 +151,15 @@ class _Stage(NamedTuple):
                 self._validate_reward(where + part.option, part.source, around=within)
             else:
                 self._validate_model(where + part.option, str(part.source), part.head)
+
+    def _validate_trainable(self, start: str, source: RewardSource) -> None:
+        """Validates that a reward from which training starts is a model."""
+        kind, _ = describe(source, self.origins)
+        if kind != "model":
+            raise ConfigError(
+                f"{start}: {label(source)} is no model to start from; "
+                'another value, such as "policy", is needed'
+            )
 
     def _validate_reward_model(self, option: str, name: str, labels: bool) -> None:
         try:

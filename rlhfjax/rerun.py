@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlhfjax import hosts, json_text, paths, recipe, trackers
+from rlhfjax import hosts, json_text, paths, recipe, references, trackers
 from rlhfjax.config import to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
@@ -78,9 +78,19 @@ def _prepare(
     target = again if choice.flag == "from" else [choice.stage]
     finished = all((folders[name] / recipe.DONE).exists() for name in target)
     if changed or finished:
+        _validate(values, folders, again)
         _move_away([folders[name] for name in again], workdir)
     if changed:
         write_json(workdir / recipe.CONFIG, values)
+
+
+def _validate(
+    values: dict[str, Any], folders: Mapping[str, Path], again: Collection[str]
+) -> None:
+    """Validates the stages that run again, before their results are moved away."""
+    resolved = {name: recipe.resolve(values[name], folders, name) for name in folders}
+    typed = recipe.check_all(resolved, folders)
+    references.validate(typed, folders, recipe.DONE, again)
 
 
 def _chosen(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rlhfjax import json_text, paths, provenance, workdirs
-from rlhfjax.errors import ConfigError, DataError, first_line
+from rlhfjax.errors import ConfigError, DataError, first_line, install
 from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
 
@@ -261,6 +261,6 @@ def _import_wandb() -> Any:
         wandb = None
     if not hasattr(wandb, "init"):  # a folder `wandb` can be imported too
         raise ConfigError(
-            "log.wandb: wandb is not installed; pip install 'rlhfjax[wandb]', or leave it empty"
+            f"log.wandb: wandb is not installed; {install('wandb')}, or leave it empty"
         )
     return wandb

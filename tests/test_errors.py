@@ -1,10 +1,15 @@
 """Errors in one line, whatever is caught: with several lines, with none, from a process that said
 nothing."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
+import rlhfjax
 from rlhfjax import hosts
-from rlhfjax.errors import HostLost, first_line
+from rlhfjax.errors import HostLost, first_line, install
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,23 @@ def test_pitfall_43_a_host_that_is_lost_without_a_reason(monkeypatch):
     monkeypatch.setattr(hosts, "fail", fail)
     with pytest.raises(SystemExit, match=r"^75$"):
         hosts.fail_for_another(RuntimeError(""))
+
+
+def test_an_extra_is_installed_from_the_clone(monkeypatch, tmp_path):
+    clone = Path(rlhfjax.__file__).parents[1]
+    monkeypatch.chdir(clone)
+    assert install("gguf") == "pip install -e '.[gguf]'"
+    monkeypatch.chdir(tmp_path)
+    assert install("gguf") == f"pip install -e '{clone}[gguf]'"
+
+
+def test_extras_that_errors_name_exist():
+    package = Path(rlhfjax.__file__).parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    named = set()
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        assert "pip install 'rlhfjax[" not in text, f"{file}: use errors.install"
+        named |= set(re.findall(r"""\binstall\(["'](\w+)["']\)""", text))
+    assert {"gcs", "gguf", "wandb"} <= named
+    assert named <= project["project"]["optional-dependencies"].keys()

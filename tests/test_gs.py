@@ -308,7 +308,7 @@ def test_without_gcsfs_every_command_says_what_to_install(capsys, monkeypatch):
     ):
         said = refused(capsys, *args)
         assert said.startswith("rlhfjax: gs://b/x") and said.endswith(
-            "pip install 'rlhfjax[gcs]'"
+            "pip install -e '.[gcs]'"
         )
 
 

@@ -64,7 +64,7 @@ def test_without_gcsfs_a_bucket_is_one_line_that_says_what_to_install(monkeypatc
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         ConfigError,
-        match=r"^gs://bucket/x: gcsfs is not installed; pip install 'rlhfjax\[gcs\]'$",
+        match=r"^gs://bucket/x: gcsfs is not installed; pip install -e '\.\[gcs\]'$",
     ):
         paths.path("gs://bucket/x")
     assert paths.path("x") == pathlib.Path("x")

@@ -125,6 +125,11 @@ LM, SCALAR = "a language model", "a reward model"
             "gold:foo",
             ("ppo.human.reward=gold:foo: gold.name='foo'",),
         ),
+        (
+            "ppo.reward",
+            "gold:sentiment",
+            ('ppo.value="reward": gold:sentiment is no model to start from',),
+        ),
         ("ppo.gold", "gold:foo", ("ppo.gold=gold:foo: gold.name='foo': expected",)),
         ("ppo.reference", "TMP/none", ("ppo.reference=TMP/none: no model here",)),
         (
@@ -405,7 +410,7 @@ def test_the_parts_of_a_reward_on_disk_are_validated_too(config, tmp_path, start
     members = [{"reward": "gold:sentiment"}, {"reward": "scalar"}]
     inner = {"kind": "compose", "members": members, "combine": "sum"}
     (tmp_path / "empty" / "reward.json").write_text(json.dumps(inner))
-    config["ppo"]["reward"] = str(tmp_path / "empty")
+    config["ppo"] |= {"reward": str(tmp_path / "empty"), "value": "policy"}
     message = refused(config, tmp_path / "run", started)
     assert (
         f"ppo.reward={tmp_path}/empty: members[1].reward=scalar: there is no such"

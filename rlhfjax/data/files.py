@@ -78,8 +78,9 @@ class _Files(abc.ABC):
                 raise DataError(f"{name}: {error.strerror}") from None
         if not whole:
             self.hint = (
-                "; rows are split 90/5/5 by a hash of their text or first user turn, "
-                "put {split} into the glob to name files by split"
+                "; rows are split 90/5/5 by a hash of their text or first user turn, which "
+                "needs a few hundred different ones; "
+                "or put {split} into the glob to name files by split"
             )
 
     def _read(self, number: int, key: Key, split: str | None) -> None:

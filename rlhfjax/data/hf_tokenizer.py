@@ -197,6 +197,10 @@ class HuggingFaceTokenizer:
         paths.write(file, json_text.encode(config, file, indent=2) + "\n")
         paths.write(folder / FILE, self._json)
 
+    def export(self, folder: Path) -> None:
+        """Writes the files for AutoTokenizer, as `save` does."""
+        self.save(folder)
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text. A special token in it is encoded as ordinary characters."""
         return self._encode(self._backend, text)

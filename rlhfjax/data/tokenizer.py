@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from rlhfjax import paths, sums
-from rlhfjax.data import hf_tokenizer
+from rlhfjax.data import hf_tokenizer, sentencepiece_json
 from rlhfjax.data.template import OURS, Template
 from rlhfjax.data.tokenizer_files import FILES as HUGGING_FACE_FILES
 from rlhfjax.errors import ConfigError, DataError, first_line
@@ -24,7 +24,7 @@ from rlhfjax.paths import Path
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 MARKERS = (USER, ASSISTANT, SYSTEM)
-MODEL_FILE = "tokenizer.model"
+MODEL_FILE = sentencepiece_json.MODEL_FILE
 # All files that a tokenizer may consist of.
 FILES = (MODEL_FILE, *HUGGING_FACE_FILES)
 # SentencePiece spells a blank as this character, so a literal one has to be spelled in bytes.
@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Writes what transformers' AutoTokenizer reads, if that can give the same ids."""
+        ...
 
 
 class SentencePieceTokenizer:
@@ -118,6 +122,19 @@ class SentencePieceTokenizer:
     def save(self, folder: Path) -> None:
         """Writes the model file into a folder."""
         paths.write(folder / MODEL_FILE, self._model)
+
+    def export(self, folder: Path) -> None:
+        """Writes the model file, and tokenizer.json beside it if that can give the same ids."""
+        self.save(folder)
+        ids = {
+            "pad_token": self.pad_id,
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_id,
+            "unk_token": self.unk_id,
+        }
+        names = {name: self._sp.id_to_piece(i) for name, i in ids.items()}
+        if sentencepiece_json.obstacle(self._model) is None:
+            sentencepiece_json.convert(self._model, names, OURS).save(folder)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text. A chat marker in it is encoded as ordinary characters."""
@@ -248,6 +265,8 @@ def train_sentencepiece(
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Returns the tokenizer in a file or a folder: tokenizer.json, else a SentencePiece model.
 
+    A tokenizer.json that was converted from the SentencePiece model beside it is not read.
+
     Raises:
       DataError: there is neither, or it is damaged.
       CheckpointError: the folder has checksums, and a file differs from the one that was saved.
@@ -257,6 +276,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.name in FILES:
         sums.verify(folder, FILES, expected=False)
+    if path.is_dir() and sentencepiece_json.is_converted(path):
+        return SentencePieceTokenizer(path / MODEL_FILE)
     if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
         return hf_tokenizer.read_folder(folder)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)

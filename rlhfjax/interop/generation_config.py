@@ -5,6 +5,7 @@ Rules of transformers: `do_sample: true` alone means temperature 1, top_k 50 and
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlhfjax import json_text, paths
@@ -17,6 +18,9 @@ SETTINGS = {
     "min_p": float,
     "max_new_tokens": int,
 }
+# How `chat` samples from our own models.
+OURS = {"temperature": 0.7, "top_p": 0.9}
+MAX_NEW_TOKENS = 256
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 # Options that change what is sampled, with the values that change nothing.
 _NEUTRAL = {
@@ -76,6 +80,27 @@ def read(folder: str | os.PathLike) -> GenerationConfig:
         if given.get(name, neutral) not in (neutral, [], {}):
             ignored[name] = given[name]
     return GenerationConfig(settings, _ids(given.get("eos_token_id")), ignored)
+
+
+def longest_response(context: int) -> int:
+    """Returns the default of max_new_tokens for a model's context, in tokens."""
+    return min(MAX_NEW_TOKENS, max(1, context // 4))
+
+
+def of_ours(context: int, ids: Mapping[str, int]) -> dict[str, Any]:
+    """Returns a generation_config.json with which transformers samples as `chat` does.
+
+    Args:
+      context: the model's context, in tokens.
+      ids: ids of "pad", "bos" and "eos".
+    """
+    return {
+        **{f"{name}_token_id": i for name, i in ids.items()},
+        "do_sample": True,
+        **OURS,
+        "top_k": 0,  # transformers' default is 50
+        "max_new_tokens": longest_response(context),
+    }
 
 
 def _is_number(value: Any, kind: type) -> bool:

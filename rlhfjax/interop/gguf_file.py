@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhfjax import paths
-from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.errors import CheckpointError, ConfigError, install
 from rlhfjax.json_text import named, shown
 from rlhfjax.paths import Path
 
@@ -107,7 +107,7 @@ def package(path: str | Path) -> Any:
         import gguf
     except ImportError:
         raise ConfigError(
-            f"{path}: the gguf package is not installed; pip install 'rlhfjax[gguf]'"
+            f"{path}: the gguf package is not installed; {install('gguf')}"
         ) from None
     return gguf
 

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 from rlhfjax import paths, state
 from rlhfjax.config import write_json
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config, names
 from rlhfjax.interop.names import Row, Shape
@@ -73,7 +72,7 @@ def save_hf(
     dtype: str = "float32",
     *,
     special_ids: Mapping[str, int | None] | None = None,
-    tokenizer: Tokenizer | None = None,
+    write_others: Callable[[Path], None] | None = None,
     drop_bias: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -91,7 +90,7 @@ def save_hf(
       params: on this process's devices or in its memory, layers stacked or not.
       dtype: float32, bfloat16 or float16.
       special_ids: ids of "pad", "bos" and "eos"; absent ones are written as null.
-      tokenizer: write its files too.
+      write_others: writes further files into the folder, such as the tokenizer's.
       shard_bytes: maximum size of a file, unless a single tensor is larger.
     Raises:
       ConfigError: no architecture expresses the model, an id is invalid, or a reward's constant
@@ -124,8 +123,8 @@ def save_hf(
             if len(shards) > 1:
                 write_json(temporary / INDEX, _index(shards, sizes))
             write_json(temporary / "config.json", description)
-            if tokenizer is not None:
-                tokenizer.save(temporary)
+            if write_others is not None:
+                write_others(temporary)
     except (OSError, SafetensorError) as error:
         why = first_line(error)
         raise CheckpointError(f"{folder} could not be written: {why}") from error
@@ -236,7 +235,7 @@ def _without_bias(params: Params, drop: bool) -> tuple[Params, float]:
     if bias and not drop:
         raise ConfigError(
             f"the reward's constant, {bias:.6g}, has no place in a score without bias: "
-            "pass drop_bias=True to drop it"
+            "--drop_bias (in Python drop_bias=True) leaves it out"
         )
     return params, bias
 
@@ -308,7 +307,9 @@ def _write_shard(
                 f"{', '.join(row.params)} ({row.name}): not all numbers are finite in {dtype}"
             )
         tensors[row.name] = tensor
-    save_file(tensors, file, metadata={"format": "pt"})
+    # The library creates files that only their owner can read.
+    with paths.usual_mode(file):
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _index(shards: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> dict[str, Any]:

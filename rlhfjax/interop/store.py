@@ -270,6 +270,14 @@ def find(path: str | Path) -> Path:
     for folder in (path, path / FOLDER, *(stage / FOLDER for stage in stages)):
         if paths.exists(folder / CONFIG) and paths.exists(folder / "params"):
             return folder
+    # Stages of the same recipe that do have one: of this folder, or beside it.
+    beside = [
+        str(stage)
+        for stage in (*numbered(path), *numbered(path.parent))
+        if paths.exists(stage / FOLDER / CONFIG)
+    ]
+    others = f"; models are in {', '.join(beside)}" if beside else ""
     raise CheckpointError(
-        f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with params/"
+        f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with "
+        f"params/{others}"
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax.errors import ConfigError, first_line, install
 from rlhfjax.mesh import Devices
 from rlhfjax.plan.chips import CHIPS, Chip
 
@@ -65,7 +65,7 @@ def target(topology: str, slices: int = 1) -> Target:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            "plan: compiling for a TPU needs its compiler: pip install 'rlhfjax[plan]'"
+            f"plan: compiling for a TPU needs its compiler: {install('plan')}"
         )
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if family == "v4":  # as JAX itself does on v4: both cores of a chip are one device

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError, DataError, install
 from rlhfjax.evals.text import repeated_n, words
 
 REPEATED_WORDS_ALLOWED = 0.25
@@ -54,8 +54,8 @@ class Sentiment:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError:
             raise DataError(
-                "gold:sentiment: the vaderSentiment package is not installed;"
-                " pip install 'rlhfjax[quickstart]'"
+                "gold:sentiment: the vaderSentiment package is not installed; "
+                f"{install('quickstart')}"
             ) from None
         self._vader: Any = SentimentIntensityAnalyzer()
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import ConfigError, DataError, install
 
 RULE = "rlhfjax.rewards.tasks:score"
 
@@ -24,7 +24,7 @@ def gym() -> Any:
         import reasoning_gym
     except ImportError:
         raise DataError(
-            "tasks: reasoning-gym is not installed; pip install 'rlhfjax[tasks]'"
+            f"tasks: reasoning-gym is not installed; {install('tasks')}"
         ) from None
     return reasoning_gym
 

@@ -519,6 +519,6 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
         ConfigError,
-        match=r"x.gguf: the gguf package is not installed; pip install 'rlhfjax\[gguf\]'",
+        match=r"x.gguf: the gguf package is not installed; pip install -e '\.\[gguf\]'",
     ):
         load_gguf("x.gguf")

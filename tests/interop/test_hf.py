@@ -820,7 +820,7 @@ def test_a_rewards_constant_is_dropped_by_name_only_and_comes_back(tmp_path):
     ids = {"pad": 0}
     with pytest.raises(
         ConfigError,
-        match=rf"the reward's constant, {constant:.6g}, .* pass drop_bias=True",
+        match=rf"the reward's constant, {constant:.6g}, .* --drop_bias",
     ):
         save_hf(tmp_path / "x", model, params, special_ids=ids)
     with pytest.raises(ConfigError, match=r"special_ids\['pad'\] is missing"):

@@ -49,7 +49,7 @@ def make_stage(
         )
     if done:
         record = {
-            "stage": folder.name,
+            "stage": json_text.unicode(folder.name),
             "kind": kind,
             "steps": steps,
             "seconds": seconds,
