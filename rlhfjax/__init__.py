@@ -2,6 +2,6 @@
 
 import time
 
-BEGAN = (
-    time.time()
-)  # of this process, but for Python's own start: what start-up is measured from
+__version__ = "0.1.0"
+BEGAN = time.time()
+"""When this process began, after Python's own start: start-up is measured from here."""

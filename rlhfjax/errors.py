@@ -54,6 +54,12 @@ class Preempted(UserError):
     exit_code = 75  # EX_TEMPFAIL: launchers restart on it
 
 
+class Interrupted(Preempted):
+    """Ctrl-C was pressed and the state was saved (exit code 130): the same command resumes."""
+
+    exit_code = 130  # a shell's exit code after SIGINT
+
+
 class HostLost(UserError):
     """Another host is gone (exit code 75): all hosts have to be started again."""
 

@@ -1,12 +1,13 @@
 """The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from rlhfjax import arguments, process
+from rlhfjax import __version__, arguments, process
 from rlhfjax.errors import ConfigError, first_line
 
 Flags = flags.FlagValues
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    _greet(argv)
     parsed = parse(argv)
     if parsed is None:
         return
@@ -47,6 +49,19 @@ def _run(argv: list[str]) -> None:
             process.keep_compiled_programs(str(_path(fv.compilation_cache)))
         process.join_hosts(fv.host_timeout, fv.join_timeout)
     command.run(fv)
+
+
+def _greet(argv: list[str]) -> None:
+    """Prints what begins, before the seconds that importing jax takes."""
+    if len(argv) < 2 or argv[1] not in COMMANDS or not COMMANDS[argv[1]].goes_on:
+        return
+    given: dict[str, str] = {}
+    for argument in argv[2:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        given[name] = value
+    if given.get("config") and given.get("workdir"):
+        what = f"{given['config']} in {given['workdir']}"
+        process.log.info("rlhfjax %s: %s; loading", __version__, what)
 
 
 def parse(argv: list[str]) -> tuple[Command, Flags] | None:
@@ -159,22 +174,41 @@ def train(fv: Flags) -> None:
         raise ConfigError(
             "this config is a recipe: rlhfjax run --config=… runs its stages"
         )
-    recipe.run(fv.config, _path(fv.workdir))
+    recipe.run(fv.config, _path(fv.workdir), cache=_cache(fv))
+
+
+def _cache(fv: Flags) -> Any:
+    return _path(fv.cache) if fv.cache else None
 
 
 def run(fv: Flags) -> None:
     """Runs a recipe, stage by stage: rlhfjax run --config=experiments/quickstart/recipe.py
-    --workdir=DIR"""
-    from rlhfjax import hosts, recipe
+    --workdir=DIR [--from=STAGE | --only=STAGE]"""
+    from rlhfjax import hosts, recipe, rerun
 
     _need(fv, "config", "workdir")
     if "stages" not in fv.config:
         raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
-    recipe.run(fv.config, _path(fv.workdir))
+    if fv["from"].value and fv.only:
+        raise ConfigError("give --from or --only, not both")
+    if stage := fv["from"].value or fv.only:
+        choice = rerun.Choice("only" if fv.only else "from", stage)
+        rerun.run(fv.config, _path(fv.workdir), choice, _cache(fv))
+    else:
+        recipe.run(fv.config, _path(fv.workdir), cache=_cache(fv))
     if hosts.first():
         report(fv)
-        if recipe.can_talk(_path(fv.workdir)):
-            print(f"talk to it: rlhfjax chat --workdir={fv.workdir}")
+        _print_next_steps(_path(fv.workdir))
+
+
+def _print_next_steps(workdir: Any) -> None:
+    """Prints the commands that a finished recipe is usually followed by."""
+    from rlhfjax import recipe
+
+    name = shlex.quote(str(workdir))
+    if recipe.can_talk(workdir):
+        print(f"chat:   rlhfjax chat --workdir={name}")
+    print(f"curves: tensorboard --logdir={name}")
 
 
 def sweep(fv: Flags) -> None:
@@ -185,9 +219,14 @@ def sweep(fv: Flags) -> None:
     from rlhfjax.sweep import command
 
     _need(fv, "config", "workdir")
+    launcher = command.launcher(fv.launcher)
+    cache = fv.cache
+    if cache is None:
+        cache = command.default_cache(_path(fv.workdir), launcher)
     options = command.Options(
         parallel=fv.parallel,
-        launcher=command.launcher(fv.launcher),
+        launcher=launcher,
+        cache=cache,
         slices_in_turn=fv.slices_in_turn,
         dry_run=fv.dry_run,
         metrics=tuple(fv.metrics),
@@ -351,7 +390,34 @@ def _hosts_flags(fv: Flags) -> None:
     )
 
 
+def _cache_flag(fv: Flags, default: str = "") -> None:
+    flags.DEFINE_string(
+        "cache",
+        None,
+        "folder that keeps finished stages; one with the same config, inputs, code and hardware "
+        f"is copied from it instead of computed{default}",
+        flag_values=fv,
+    )
+
+
+def _run_flags(fv: Flags) -> None:
+    _cache_flag(fv)
+    flags.DEFINE_string(
+        "from",
+        None,
+        "run this stage and those after it again; the stages before it are taken as they are",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "only",
+        None,
+        "run this stage alone again; finished stages that depend on it are moved away too",
+        flag_values=fv,
+    )
+
+
 def _sweep_flags(fv: Flags) -> None:
+    _cache_flag(fv, "; default: cache/ in the sweep's folder; empty: none")
     flags.DEFINE_integer(
         "parallel",
         1,
@@ -514,8 +580,8 @@ def _options_flags(fv: Flags) -> None:
 
 
 COMMANDS = {
-    "train": Command(train, config=True, several_hosts=True, goes_on=True),
-    "run": Command(run, config=True, several_hosts=True, goes_on=True),
+    "train": Command(train, _cache_flag, config=True, several_hosts=True, goes_on=True),
+    "run": Command(run, _run_flags, config=True, several_hosts=True, goes_on=True),
     "sweep": Command(sweep, _sweep_flags, config=True),
     "eval": Command(evaluate, config=True, several_hosts=True),
     "chat": Command(chat, _chat_flags),

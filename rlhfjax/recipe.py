@@ -7,20 +7,23 @@ other text with `stage:` in it is text. The same command run again continues whe
 stopped.
 """
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlhfjax import (
+    announce,
     capacity,
     footprint,
     hosts,
     json_text,
     paths,
     profile,
+    provenance,
     references,
     stages,
     train,
@@ -36,6 +39,7 @@ from rlhfjax.metrics import METRICS_FILE, read_rows
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
+from rlhfjax.stage_cache import Cache
 from rlhfjax.workdirs import CONFIG, DONE
 
 MOST_STAGES = 100  # the folders of stages are numbered by two digits
@@ -44,8 +48,18 @@ _REFERENCE = re.compile(r"((?:\S*[:=])?)stage:([^\s/]*)((?:/.*)?)", re.DOTALL)
 _TEXTS = ("option", "template", "token")  # options that a model reads
 
 
-def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, float]:
+def run(
+    config: Mapping[str, Any] | ConfigDict,
+    workdir: Path,
+    *,
+    last: str = "",
+    cache: Path | None = None,
+) -> dict[str, float]:
     """Runs a recipe, or the one stage that the config describes.
+
+    Args:
+      last: the stage of the recipe after which to stop; default: the last one.
+      cache: folder of finished stages, see `stage_cache`; None: every stage is computed.
 
     Returns:
       The last value of every metric of every stage.
@@ -55,18 +69,35 @@ def run(config: Mapping[str, Any] | ConfigDict, workdir: Path) -> dict[str, floa
         that is not there, or differs from the workdir's.
     """
     values = to_dict(config)
+    stage_cache = Cache(cache) if cache is not None else None
     if "stages" not in values:
-        return run_stage(values, workdir)
+        return run_stage(values, workdir, cache=stage_cache)
     folders = stage_folders(values, workdir)
     resolved = {name: resolve(values[name], folders, name) for name in folders}
     typed = check_all(resolved, folders)
     hosts.share(lambda: references.validate(typed, folders, DONE))
     capacity.validate(typed, folders, DONE)
     hosts.share(lambda: claim(workdir, values))
+    done = {name for name, folder in folders.items() if (folder / DONE).exists()}
+    announce.stages(folders, done)
+    if len(done) < len(folders):
+        seeds = {
+            name: stage.seed for name, stage in typed.items() if hasattr(stage, "seed")
+        }
+        hosts.share(lambda: provenance.record(workdir, seeds=seeds))
     metrics: dict[str, float] = {}
-    for name, stage_values in resolved.items():
-        metrics |= run_stage(stage_values, folders[name], record=values[name])
+    for i, (name, stage_values) in enumerate(resolved.items(), start=1):
+        title = f"[{i}/{len(folders)}] {name}"
+        metrics |= run_stage(
+            stage_values,
+            folders[name],
+            record=values[name],
+            title=title,
+            cache=stage_cache,
+        )
         hosts.share(lambda: collect_metrics(workdir, folders))
+        if name == last:
+            break
     return metrics
 
 
@@ -85,38 +116,67 @@ def validate(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
 
 
 def run_stage(
-    config: dict[str, Any], workdir: Path, record: dict[str, Any] | None = None
+    config: dict[str, Any],
+    workdir: Path,
+    record: dict[str, Any] | None = None,
+    title: str = "",
+    cache: Cache | None = None,
 ) -> dict[str, float]:
     """Runs one stage and returns its metrics; of a finished stage only returns its metrics.
 
     Args:
       record: the workdir's config.json. In a recipe it is the config with its `stage:` references,
         so that the recipe's folder may be moved.
+      title: the stage's name for the log; default: the kind of stage.
+      cache: finished stages; a stage that is there is copied, not computed.
     """
-    module = stages.find(config.get("stage", ""))
+    stages.find(config.get("stage", ""))
     name = config["stage"]
+    title = title or name
     configs = check_all({name: config}, {name: workdir})
     hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
     capacity.validate(configs, {name: workdir}, DONE)
-    typed = configs[name]
-    hosts.share(lambda: claim(workdir, config if record is None else record))
+    record = config if record is None else record
+    hosts.share(lambda: claim(workdir, record))
+    key = hosts.share(lambda: cache.key(config, workdir)) if cache else None
     if done := hosts.share(lambda: read_done(workdir)):
         return done["metrics"]
+    if cache is None or key is None:
+        return _compute(configs[name], workdir, title)
+    with cache.locked(key, title) if hosts.first() else contextlib.nullcontext():
+        if hosts.share(lambda: cache.restore(key, workdir, DONE)):
+            hosts.share(lambda: write_json(workdir / CONFIG, record))
+            done = hosts.share(lambda: read_done(workdir)) or {}
+            announce.cached(title, done)
+            return done["metrics"]
+        metrics = _compute(configs[name], workdir, title)
+        hosts.share(lambda: cache.store(key, workdir))
+    return metrics
+
+
+def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
+    """Runs a stage that is not finished, writes its done.json, and returns its metrics."""
+    module = stages.find(config.stage)
     start = time.time()
-    layout = layout_of(typed, Origins({}))
+    layout = layout_of(config, Origins({}))
+    nets = announce.models(config)
+    announce.stage(config, title, nets, layout)
+    seeds = {config.stage: config.seed} if hasattr(config, "seed") else {}
+    sizes = {net.name: net.numbers for net in nets}
+    hosts.share(lambda: provenance.record(workdir, seeds=seeds, parameters=sizes))
     clock = Clock(workdir)
     if getattr(module, "ON_ONE_HOST", False):
-        metrics = hosts.share(lambda: module.run(typed, workdir, layout))
+        metrics = hosts.share(lambda: module.run(config, workdir, layout))
     elif hasattr(module, "run"):
-        metrics = module.run(typed, workdir, layout)
+        metrics = module.run(config, workdir, layout)
     else:
         with layout.use():
-            stage = module.build(typed, layout)
-        metrics = train.run(stage, typed, workdir, layout, clock)
+            stage = module.build(config, layout)
+        metrics = train.run(stage, config, workdir, layout, clock)
     done = {
         "stage": workdir.name,
-        "kind": typed.stage,
-        "steps": getattr(typed, "steps", 0),
+        "kind": config.stage,
+        "steps": getattr(config, "steps", 0),
         "seconds": round(time.time() - start, 1),
         "metrics": json_text.null_nonfinite(metrics),
     }
@@ -337,26 +397,45 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 def compare(workdir: Path, config: Mapping[str, Any]) -> None:
     """Validates that the workdir is free or was started with this config.
 
-    An absent option counts as its default, so that new options leave older workdirs usable.
-
     Raises:
       ConfigError: it belongs to another config; the message names the options that differ.
     """
+    if differ := differences(workdir, config):
+        texts = [f"{place}: {change}" for place, change in differ.items()]
+        more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
+        raise ConfigError(
+            f"{workdir} was started with another config ({'; '.join(texts[:5])}{more}); "
+            f"use a new --workdir{_from_first_changed(config, differ)}"
+        )
+
+
+def _from_first_changed(config: Mapping[str, Any], places: Iterable[str]) -> str:
+    """Returns the advice to run the changed stages again; "" if that is not possible."""
+    names = list(config.get("stages", ()))
+    changed = {place.partition(".")[0] for place in places}
+    if not changed <= set(names):
+        return ""
+    first = next(name for name in names if name in changed)
+    return f", or --from={first}, which runs {first} and the stages after it again"
+
+
+def differences(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns how a config differs from the workdir's: {place of an option: old -> new}.
+
+    An absent option counts as its default, so that new options leave older workdirs usable.
+    A workdir without results differs from nothing.
+    """
     path = workdir / CONFIG
     if not paths.exists(path) or _has_only_configs(workdir):
-        return
+        return {}
     before = _Options(workdirs.read_config(workdir) or {})
     now = _Options(json_text.parse(json_text.encode(config, path)))
-    options = sorted(before.all.keys() | now.all.keys())
-    differ = [
-        k for k in options if before.all.get(k, _ABSENT) != now.all.get(k, _ABSENT)
-    ]
-    if differ:
-        shown = "; ".join(f"{k}: {before.show(k)} -> {now.show(k)}" for k in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ConfigError(
-            f"{workdir} was started with another config ({shown}{more}); use a new --workdir"
-        )
+    places = sorted(before.all.keys() | now.all.keys())
+    return {
+        place: f"{before.show(place)} -> {now.show(place)}"
+        for place in places
+        if before.all.get(place, _ABSENT) != now.all.get(place, _ABSENT)
+    }
 
 
 class _Options:
@@ -389,7 +468,8 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _has_only_configs(workdir: Path) -> bool:
     """Returns whether a run stopped before its first result: its config may be corrected."""
-    return all(file.name == CONFIG for file in paths.files(workdir))
+    names = {file.name for file in paths.files(workdir)}
+    return names <= {CONFIG, provenance.FILE}
 
 
 _ABSENT = object()

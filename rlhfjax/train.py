@@ -16,16 +16,13 @@ an uninterrupted one.
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, NoReturn
 
 import jax
 
-from rlhfjax import hosts, sums
+from rlhfjax import hosts, process, sums
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
@@ -35,7 +32,6 @@ from rlhfjax.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteError,
-    Preempted,
     first_line,
 )
 from rlhfjax.interop import peft, store
@@ -45,6 +41,7 @@ from rlhfjax.profile import Profile
 from rlhfjax.stage import Stage
 from rlhfjax.types import Metrics, PyTree
 
+logger = logging.getLogger("rlhfjax")
 # What a host asks for at a step. The largest number among the hosts is what all of them do.
 _CONTINUE, _SAVE, _STOP = 0, 1, 2
 
@@ -62,7 +59,7 @@ def run(
       The last value of every metric.
     Raises:
       NonFiniteError: a loss or a gradient is NaN or infinite, and on_nonfinite is "error".
-      Preempted: SIGTERM was received and the state was saved.
+      Preempted: SIGTERM or Ctrl-C was received and the state was saved.
     """
     key = jax.random.key(config.seed)
     clock = clock or Clock(workdir)
@@ -70,12 +67,15 @@ def run(
     batches = stage.batches
     with (
         layout.use(),
-        _stop_on_sigterm() as stop_requested,
+        process.stop_requests() as stop_requested,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         with clock.part("restore"):
             state, resumed_step = _first_state(stage, key, layout, checkpoints)
         start = 0 if resumed_step is None else resumed_step
+        if start:
+            where = f"step {start} of {config.steps}"
+            logger.info("%s: resuming at %s", config.stage, where)
         with (
             _open_writer(config, workdir, resumed_step) as writer,
             metric.Progress(
@@ -114,12 +114,11 @@ def run(
                     save_timer.restart()
                     timings.write_clock(step)
                 if action == _STOP or (
-                    is_last and hosts.anywhere(stop_requested.is_set())
+                    is_last and hosts.anywhere(bool(stop_requested))
                 ):
                     checkpoints.wait()
-                    raise Preempted(
-                        f"{config.stage} stopped at step {step} and was saved; "
-                        "run the same command to resume"
+                    raise stop_requested.error(
+                        f"{config.stage} stopped at step {step} and was saved"
                     )
                 if is_last:
                     break
@@ -143,8 +142,10 @@ def is_due(step: int, every: int, is_last: bool) -> bool:
     return is_last or (every > 0 and step % every == 0 and step > 0)
 
 
-def _requested_action(stop_requested: threading.Event, save_timer: "_SaveTimer") -> int:
-    if stop_requested.is_set():
+def _requested_action(
+    stop_requested: process.StopRequests, save_timer: "_SaveTimer"
+) -> int:
+    if stop_requested:
         return _STOP
     return _SAVE if save_timer.is_due() else _CONTINUE
 
@@ -205,9 +206,7 @@ def _save_adapters(folder: Path, model: Any, adapters: PyTree, layout: Layout) -
     try:
         peft.save_peft(folder, model, on_host)
     except ConfigError as e:
-        logging.getLogger("rlhfjax").warning(
-            "%s is not written (the merged model is): %s", folder, e
-        )
+        logger.warning("%s is not written (the merged model is): %s", folder, e)
 
 
 class _SaveTimer:
@@ -256,20 +255,6 @@ def _first_state(
 
 def _abstract_state(stage: Stage, key: jax.Array, layout: Layout) -> PyTree:
     return states.abstract(jax.eval_shape(stage.init, key), stage.axes, layout)
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets. Only the main thread may handle signals."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
 
 
 class _MetricsLog:

@@ -310,7 +310,7 @@ def test_overrides_reach_the_stage_also_where_the_default_is_none(
     monkeypatch.setattr(
         recipe,
         "run",
-        lambda config, workdir: seen.update(config=config, workdir=workdir),
+        lambda config, workdir, cache: seen.update(config=config, workdir=workdir),
     )
     monkeypatch.setattr(command_line, "report", lambda fv: None)
     overrides = (

@@ -106,7 +106,9 @@ def test_an_absent_option_is_its_default_and_no_other_value(
     with pytest.raises(ConfigError) as caught:
         recipe.claim(workdir, changed)
     said = f"{workdir} was started with another config ({shown}: {before} -> {other})"
-    assert str(caught.value) == f"{said}; use a new --workdir"
+    advice = ", or --from=a, which runs a and the stages after it again"
+    said = f"{said}; use a new --workdir{advice if nested else ''}"
+    assert str(caught.value) == said
     assert (workdir / "config.json").read_bytes() == written
 
 

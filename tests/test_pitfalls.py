@@ -22,7 +22,7 @@ from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.config import CheckpointConfig, LogConfig, TrainConfig, to_dict
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.tokenizer import load_tokenizer
-from rlhfjax.errors import ConfigError, Preempted
+from rlhfjax.errors import ConfigError, Interrupted, Preempted
 from rlhfjax.mesh import make_layout
 from rlhfjax.metrics import finalize
 from rlhfjax.optim import OptimConfig
@@ -283,11 +283,14 @@ class Count:
 
 
 def small_stage(
-    taken: list, *, sigterm_at: int | None = None, head: list | None = None
+    taken: list,
+    *,
+    signal_at: tuple[int | None, int] = (None, 0),
+    head: list | None = None,
 ) -> Stage:
     """w, born as noise, follows what it sees; `taken` is what steps saw.
 
-    SIGTERM comes during one of the steps.
+    A signal comes during one of the steps.
     """
     tx = optax.sgd(0.5, momentum=0.9)
 
@@ -295,8 +298,8 @@ def small_stage(
         return TrainState.create({"w": jax.random.normal(key, (3,))}, tx)
 
     def step(state, batch, key):
-        if len(taken) == sigterm_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(taken) == signal_at[0]:
+            os.kill(os.getpid(), signal_at[1])
         taken.append(int(batch["x"][0, 0]))
         updates, opt_state = tx.update(
             {"w": state.params["w"] - batch["x"].mean()}, state.opt_state
@@ -347,22 +350,26 @@ def test_pitfall_25_fresh_parameters_are_drawn_from_the_seed(tmp_path):
     assert np.abs(born[0] - born[2]).min() > 1e-3
 
 
-@pytest.mark.parametrize("during", [0, 2, 3, 5])
+@pytest.mark.parametrize(
+    "during, number, kind",
+    [(i, signal.SIGTERM, Preempted) for i in (0, 2, 3, 5)]
+    + [(2, signal.SIGINT, Interrupted)],
+)
 def test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on(
-    tmp_path, during
+    tmp_path, during, number, kind
 ):
-    """In one process. SIGTERM in a step: that step is finished and saved, no other begun; then the
-    same bytes.
+    """In one process. A signal in a step: that step is finished and saved, and no other one begins.
+    Then the same bytes.
 
     Also where a checkpoint is due anyway (step 4) and where the step was the last one.
     """
     whole, before, after = [], [], []
     go(small_stage(whole), tmp_path / "whole")
     with pytest.raises(
-        Preempted,
+        kind,
         match=rf"stopped at step {during + 1} and was saved; run the same command",
     ):
-        go(small_stage(before, sigterm_at=during), tmp_path / "run")
+        go(small_stage(before, signal_at=(during, number)), tmp_path / "run")
     assert before == whole[: during + 1]
     with Checkpoints(tmp_path / "run", CheckpointConfig()) as checkpoints:
         assert checkpoints.steps()[-1] == during + 1

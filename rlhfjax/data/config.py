@@ -50,7 +50,9 @@ class SourceConfig:
             log.warning(
                 "source %r: %d malformed rows are left out", self.spec, source.skipped
             )
-        return Limited(source, self.limit) if self.limit else source
+        source = Limited(source, self.limit) if self.limit else source
+        log.info("data: %s, %s: %s rows", self.spec, self.split, f"{len(source):,}")
+        return source
 
 
 class Limited:

@@ -26,7 +26,7 @@ from rlhfjax.evals.text import distinct_n
 from rlhfjax.interop import store
 from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
-from rlhfjax.metrics import Writer
+from rlhfjax.metrics import Progress, Writer
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Seed, Size, Tokens
@@ -103,7 +103,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         rewards["proxy"] = load_reward(config.proxy, layout, tokenizer)
     with layout.use():
         results = {
-            name: _measure(config, saved, models["baseline"], rewards, layout)
+            name: _measure(config, name, saved, models["baseline"], rewards, layout)
             for name, saved in models.items()
         }
     for model, reward in itertools.product(results, rewards):
@@ -121,6 +121,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
 
 def _measure(
     config: Config,
+    name: str,
     saved: store.SavedModel,
     reference: store.SavedModel,
     rewards: dict[str, Any],
@@ -128,8 +129,9 @@ def _measure(
 ) -> dict[str, Any]:
     """Returns texts, scores, KL and lengths of one model's responses, per prompt."""
     tokenizer = saved.tokenizer
+    source = open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed)
     batches = sample_responses(
-        open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed),
+        source,
         saved,
         Sampling.from_config(config, tokenizer),
         PromptBatching(
@@ -141,24 +143,26 @@ def _measure(
         layout,
     )
     results: dict[str, list] = {}
-    for rollout, index, cut in batches:
-        rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
-        measured = {name: reward(*rows) for name, reward in rewards.items()}
-        if config.temperature > 0:
-            measured["kl"] = reference_kl(
-                config, reference.model, reference.params, rollout
+    with Progress(len(source), "prompts", title=f"evaluate {name}") as progress:
+        for rollout, index, cut in batches:
+            rows = (rollout.tokens, rollout.attention_mask, rollout.mask)
+            measured = {name: reward(*rows) for name, reward in rewards.items()}
+            if config.temperature > 0:
+                measured["kl"] = reference_kl(
+                    config, reference.model, reference.params, rollout
+                )
+            rollout, measured = hosts.whole((rollout, measured))
+            measured["prompt"], measured["response"] = texts(
+                tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
             )
-        rollout, measured = hosts.whole((rollout, measured))
-        measured["prompt"], measured["response"] = texts(
-            tokenizer, rollout.tokens, rollout.attention_mask, rollout.mask
-        )
-        is_eos = (rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)
-        measured["ended"] = is_eos.any(axis=1)
-        measured["length"] = rollout.mask.sum(1)
-        measured["cut"] = cut
-        is_prompt = np.flatnonzero(index >= 0)
-        for name, values in measured.items():
-            results.setdefault(name, []).extend(values[i] for i in is_prompt)
+            is_eos = (rollout.responses == tokenizer.eos_id) & (rollout.mask > 0)
+            measured["ended"] = is_eos.any(axis=1)
+            measured["length"] = rollout.mask.sum(1)
+            measured["cut"] = cut
+            is_prompt = np.flatnonzero(index >= 0)
+            for key, values in measured.items():
+                results.setdefault(key, []).extend(values[i] for i in is_prompt)
+            progress.update(len(results["cut"]), count=len(is_prompt))
     return {
         name: values if isinstance(values[0], str) else np.array(values, np.float64)
         for name, values in results.items()

@@ -5,6 +5,8 @@ workdir/tokenizer.model    the tokenizer
 
 import dataclasses
 import itertools
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from rlhfjax import sums
@@ -16,6 +18,7 @@ from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Tokens
 
+log = logging.getLogger("rlhfjax")
 ON_ONE_HOST = True
 MEASURED_TEXTS = 2000  # of which bytes per token are counted
 
@@ -39,8 +42,9 @@ class Config:
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     """Writes the tokenizer; returns its size and the bytes per token of the first texts."""
     source = open_sources(config.sources, "tokenizer.sources")
+    log.info("tokenizer: reading %s rows", f"{len(source):,}")
     tokenizer = train_sentencepiece(
-        texts(source),
+        _counted(texts(source), config),
         workdir,
         vocab_size=config.vocab_size,
         model_type=config.model_type,
@@ -56,3 +60,14 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
+
+
+def _counted(texts: Iterable[str], config: Config) -> Iterator[str]:
+    """Yields the texts; then logs their size, because training begins after the last one."""
+    n_bytes = 0
+    for text in texts:
+        n_bytes += len(text.encode())
+        yield text
+    size = f"{n_bytes / 1e6:.1f} MB of text"
+    pieces = f"{config.vocab_size:,} pieces, {config.model_type}"
+    log.info("tokenizer: training SentencePiece on %s (%s)", size, pieces)

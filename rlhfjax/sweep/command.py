@@ -43,6 +43,8 @@ class Options:
     """Number of TPUs that are created once and shared by the runs; 0: one TPU per run."""
     dry_run: bool = False
     """Whether to print the commands without running them."""
+    cache: str = ""
+    """Folder of finished stages that the runs share, see `stage_cache`; empty: none."""
     metrics: tuple[str, ...] = ()
     """Metrics on the page; empty: the most telling ones of the last stage."""
 
@@ -96,7 +98,7 @@ def sweep(
         options = in_turn(options, workdir)
     runs = expand(config, workdir, given)
     commands = {
-        run.name: whole_command(run, options.launcher)
+        run.name: whole_command(run, options.launcher, options.cache)
         for run in runs
         if not run.finished
     }
@@ -136,14 +138,25 @@ def _run_all(
     return queued.run_all(commands, jobs, states_command(options.launcher), workdir)
 
 
-def whole_command(run: Run, launcher: Sequence[str] = LOCAL) -> list[str]:
+def default_cache(workdir: Path, launcher: Sequence[str]) -> str:
+    """Returns the cache in a sweep's folder; "" if the runs do not see that folder."""
+    shared = tuple(launcher) == LOCAL or paths.remote(workdir)
+    return str(workdir / "cache") if shared else ""
+
+
+def whole_command(
+    run: Run, launcher: Sequence[str] = LOCAL, cache: str = ""
+) -> list[str]:
     """Returns the words that start a run: locally with this interpreter, or with a launcher."""
+    words = [*run.command]
+    if cache:
+        words.append(f"--cache={cache}")
     if tuple(launcher) == LOCAL:
-        return [sys.executable, "-m", "rlhfjax", *run.command]
+        return [sys.executable, "-m", "rlhfjax", *words]
     return [
         *(word.replace("{name}", run.name) for word in launcher),
         "rlhfjax",
-        *map(pool.Verbatim, run.command),
+        *map(pool.Verbatim, words),
     ]
 
 

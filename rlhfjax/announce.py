@@ -1,0 +1,88 @@
+"""What a run says about itself in its log: its stages, its models, its devices."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhfjax.errors import UserError
+from rlhfjax.footprint import Net
+from rlhfjax.mesh import Layout
+from rlhfjax.origins import Origins, roles_of
+from rlhfjax.paths import Path
+from rlhfjax.stages import find
+
+log = logging.getLogger("rlhfjax")
+
+
+def stages(folders: Mapping[str, Path], done: set[str]) -> None:
+    """Logs the stages of a recipe, and which of them are done.
+
+    Args:
+      done: names of the finished stages.
+    """
+    if len(done) == len(folders):
+        log.info("all %d stages are done: there is nothing to run", len(folders))
+        return
+    names = [f"{name} (done)" if name in done else name for name in folders]
+    log.info("stages: %s", ", ".join(names))
+
+
+def models(config: Any) -> list[Net]:
+    """Returns the models of a stage; [] if they are not known yet."""
+    try:
+        return Origins({}).nets(roles_of(config), config.stage)
+    except UserError:  # the stage itself says what is missing
+        return []
+
+
+def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
+    """Logs what a stage is about to do: its steps, models and devices.
+
+    Args:
+      config: the stage's typed config.
+      title: the stage's name and its number in the recipe, such as `[2/7] pretrain`.
+      nets: its models.
+    """
+    parts = []
+    if steps := getattr(config, "steps", 0):
+        parts.append(f"{steps:,} steps")
+    if not getattr(find(config.stage), "ON_ONE_HOST", False):
+        parts += [
+            f"{net.name} of {number(net.numbers)} parameters{_note(net)}"
+            for net in nets
+        ]
+        parts.append(_devices(layout))
+    log.info("%s: %s", title, "; ".join(parts) or "it needs no device")
+
+
+def cached(title: str, done: Mapping[str, Any]) -> None:
+    """Logs that a stage's files were copied from the cache.
+
+    Args:
+      done: content of the stage's done.json.
+    """
+    log.info("%s: taken from the cache (it took %s s)", title, done["seconds"])
+
+
+def _note(net: Net) -> str:
+    if net.role.shares:
+        return f", shared with {net.role.shares}"
+    if net.role.optim is None:
+        return ", frozen"
+    return f", {number(net.trained)} trained" if net.trained < net.numbers else ""
+
+
+def _devices(layout: Layout) -> str:
+    devices = layout.mesh.devices.flatten()
+    kind = devices[0].device_kind
+    axes = [f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1]
+    mesh = f" ({', '.join(axes)})" if axes else ""
+    return f"{len(devices)} x {kind}{mesh}"
+
+
+def number(count: int) -> str:
+    """Returns a count for people: `950`, `1.12 M`, `6.74 B`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return str(count)

@@ -1,0 +1,126 @@
+"""The cache of finished stages: what is taken from it, and what is not."""
+
+import logging
+
+import pytest
+
+from rlhfjax import recipe, stage_cache
+from rlhfjax.stage_cache import Cache
+from tests.test_recipe import jobs, two
+
+
+def contents(folder):
+    return {
+        file.relative_to(folder): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    stages: list[str] = []
+    jobs(monkeypatch, stages)
+    monkeypatch.setattr(recipe.references, "validate", lambda *_: None)
+    return stages
+
+
+def test_a_stage_that_was_computed_is_copied_bit_for_bit(tmp_path, ran, caplog):
+    cache = tmp_path / "cache"
+    first = recipe.run(two(), tmp_path / "x", cache=cache)
+    with caplog.at_level(logging.INFO, logger="rlhfjax"):
+        again = recipe.run(two(vocab_size=301), tmp_path / "y", cache=cache)
+    assert ran == ["00_a", "01_b", "01_b"]
+    assert first["00_a/x"] == again["00_a/x"] == 300.0
+    assert contents(tmp_path / "x/00_a") == contents(tmp_path / "y/00_a")
+    assert any("[1/2] a: taken from the cache" in text for text in caplog.messages)
+    recipe.run(two(vocab_size=301), tmp_path / "z", cache=cache)
+    assert ran == ["00_a", "01_b", "01_b"]
+
+
+def test_without_a_cache_everything_is_computed(tmp_path, ran):
+    recipe.run(two(), tmp_path / "x", cache=tmp_path / "cache")
+    recipe.run(two(), tmp_path / "y")
+    assert ran == ["00_a", "01_b"] * 2
+
+
+def test_a_result_that_was_not_copied_whole_is_computed_again(tmp_path, ran):
+    cache = tmp_path / "cache"
+    recipe.run(two(), tmp_path / "x", cache=cache)
+    for file in cache.glob("*/key.json"):
+        file.unlink()  # it is written last
+    recipe.run(two(), tmp_path / "y", cache=cache)
+    assert ran == ["00_a", "01_b"] * 2
+
+
+def sources(tmp_path, **changes) -> dict:
+    """A recipe whose stage b reads a file and what a has made."""
+    data = tmp_path / "data.txt"
+    specs = [{"spec": f"text:{data}"}, {"spec": "text:stage:a/*.txt"}]
+    return two(sources=specs) | changes
+
+
+def test_inputs_count_by_their_content(tmp_path, ran):
+    cache = tmp_path / "cache"
+    (tmp_path / "data.txt").write_text("one")
+    recipe.run(sources(tmp_path), tmp_path / "x", cache=cache)
+    (tmp_path / "data.txt").write_text("one")
+    recipe.run(sources(tmp_path), tmp_path / "y", cache=cache)
+    assert ran == ["00_a", "01_b"]
+    (tmp_path / "data.txt").write_text("two")
+    recipe.run(sources(tmp_path), tmp_path / "z", cache=cache)
+    assert ran == ["00_a", "01_b", "01_b"]
+
+
+def test_a_changed_stage_changes_the_keys_of_those_that_read_from_it(tmp_path, ran):
+    cache = tmp_path / "cache"
+    (tmp_path / "data.txt").write_text("one")
+    recipe.run(sources(tmp_path), tmp_path / "x", cache=cache)
+    changed = sources(tmp_path, a={"stage": "tokenizer", "vocab_size": 301})
+    recipe.run(changed, tmp_path / "y", cache=cache)
+    assert ran == ["00_a", "01_b"] * 2
+
+
+@pytest.mark.parametrize("part", ["code_digest", "versions", "machine"])
+def test_code_versions_and_hardware_are_part_of_the_key(
+    tmp_path, ran, monkeypatch, part
+):
+    cache = tmp_path / "cache"
+    recipe.run(two(), tmp_path / "x", cache=cache)
+    monkeypatch.setattr(stage_cache, part, lambda *_: {"other": 1})
+    recipe.run(two(), tmp_path / "y", cache=cache)
+    assert ran == ["00_a", "01_b"] * 2
+
+
+def test_jax_s_flags_are_part_of_the_machine(monkeypatch):
+    before = stage_cache.machine()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/tmp/x")
+    assert stage_cache.machine() == before
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert stage_cache.machine() != before
+
+
+def test_the_code_of_other_stages_is_not_part_of_the_key():
+    modules = stage_cache.imported(*stage_cache.ROOTS, "rlhfjax.stages.pretrain")
+    assert "rlhfjax.models.transformer" in modules and "rlhfjax.optim" in modules
+    assert "rlhfjax.data.loader" in modules and "rlhfjax.algos.masked" in modules
+    for other in ("stages.ppo", "rl.rollout", "algos.policy", "report.page"):
+        assert f"rlhfjax.{other}" not in modules
+    assert "rlhfjax.algos.policy" in stage_cache.imported("rlhfjax.stages.ppo")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"stage": "collect", "labeler": "rule:mine:f"},
+        {"stage": "collect", "labeler": {"kind": "rule", "function": "mine:f"}},
+        {"stage": "mine:Config"},
+    ],
+)
+def test_code_from_outside_has_no_key_nor_has_what_reads_from_it(tmp_path, config):
+    cache = Cache(tmp_path)
+    assert cache.key(config, tmp_path / "00_a") is None
+    config = {"stage": "tokenizer", "sources": [{"spec": f"text:{tmp_path}/00_a/x"}]}
+    assert cache.key(config, tmp_path / "01_b") is None
+    config = {"stage": "tokenizer", "vocab_size": 300}
+    assert cache.key(config, tmp_path / "02_c") is not None
