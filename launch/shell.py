@@ -221,7 +221,7 @@ def slug(name: str) -> str:
     """
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if made != name or len(made) > LONGEST:
-        digits = hashlib.sha256(name.encode()).hexdigest()[:6]
+        digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
         made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
@@ -309,7 +309,7 @@ def seconds(flag: str, text: str) -> float:
       flags.IllegalFlagValueError: it is not of that form; the message names the flag.
     """
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"([\d.]+)([dhms])", text)
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([dhms])", text)
     if text != "0" and (not parts or "".join(map("".join, parts)) != text):
         raise flags.IllegalFlagValueError(
             f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m"

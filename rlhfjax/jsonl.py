@@ -1,6 +1,8 @@
 """Reads and writes files of JSON lines: one JSON object per line."""
 
+import codecs
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +11,12 @@ from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
 REMEDY = "restore the file from a copy, or delete this line"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NOT_A_NUMBER = re.compile(rb"[:,\[]\s*-?(NaN|Infinity)\b")
+
+
+class NotAnObject(json_text.NotJson):
+    """The line is JSON, but not an object."""
 
 
 def read_jsonl(
@@ -52,22 +60,58 @@ def _objects(
     path: Path, content: bytes, unfinished: bool = False
 ) -> Iterator[tuple[str, dict]]:
     """Yields objects with their places; `unfinished`: the last line may be half-written."""
-    lines = content.splitlines()
+    lines = content.removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            row = json_text.parse(line)
+            row = parse_row(line, first=number == 1)
         except json_text.NotJson as mistake:
-            if unfinished and number == len(lines):
+            is_last = number == len(lines)
+            if unfinished and is_last and not isinstance(mistake, NotAnObject):
                 return
-            raise DataError(f"{place}: not a JSON object ({mistake})") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{place}: expected a JSON object, got {type(row).__name__}"
-            )
+            raise DataError(f"{place}: {mistake}") from None
         yield place, row
+
+
+def parse_row(line: bytes, *, first: bool) -> json_text.Object:
+    """Returns the object on one line of a file.
+
+    Args:
+      first: whether the line is the file's first, before which a byte-order mark may stand.
+    Raises:
+      NotJson: the line is not a JSON object.
+    """
+    if not first and line.startswith(codecs.BOM_UTF8):
+        raise json_text.NotJson("a byte-order mark in the middle of the file")
+    try:
+        row = json_text.parse(line)
+    except json_text.NotJson as mistake:
+        reason = _reason(line.strip(), str(mistake))
+        raise json_text.NotJson(f"not a JSON object ({reason})") from None
+    if not isinstance(row, dict):
+        hint = "; one object per line is expected" if first else ""
+        raise NotAnObject(f"expected a JSON object, got {type(row).__name__}{hint}")
+    return row
+
+
+def _reason(line: bytes, mistake: str) -> str:
+    """Returns why a line is not JSON, given the parser's message."""
+    if json_text.other_format(line):
+        return mistake
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"invalid UTF-8 at byte {error.start}"
+    mistake = mistake.replace(" at line 1 column ", " at column ")
+    if b"\r" in line:
+        return f"{mistake}; lines end in CR, expected LF"
+    if "hex escape" in mistake and _SURROGATE.search(line):
+        mistake += ", a lone surrogate"
+    elif _NOT_A_NUMBER.search(line):
+        mistake += "; JSON has no NaN and no infinity"
+    return f"{mistake}; expected one object per line"
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -25,6 +25,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
+from rlhfjax import patterns
 from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
@@ -160,14 +161,18 @@ def _listed(source: Path) -> dict[str, dict[str, Any]]:
 
 
 def glob(pattern: str) -> list[Path]:
-    """Returns the files that match, sorted by name; `**` stands for any number of folders."""
-    if remote(pattern):
-        path(pattern)  # raises if the scheme is unknown or gcsfs is not installed
-        entries = _store().glob(pattern, detail=True)
-        names = [name for name in sorted(entries) if entries[name]["type"] == "file"]
-        return [epath.Path(SCHEME + name) for name in names]
-    names = globs.glob(os.path.expanduser(pattern), recursive=True)
-    return [pathlib.Path(name) for name in sorted(names) if os.path.isfile(name)]
+    """Returns the files that match, sorted by name; `**` stands for any number of folders.
+
+    A name that exists is taken literally, see `patterns.matching_files`.
+    """
+    if not remote(pattern):
+        return [pathlib.Path(name) for name in patterns.matching_files(pattern)]
+    path(pattern)  # raises if the scheme is unknown or gcsfs is not installed
+    if globs.has_magic(pattern) and _store().isfile(pattern):
+        return [epath.Path(pattern)]
+    entries = _store().glob(pattern, detail=True)
+    names = [name for name in sorted(entries) if entries[name]["type"] == "file"]
+    return [epath.Path(SCHEME + name) for name in names]
 
 
 def relative(name: str, folder: Path) -> str:
@@ -247,7 +252,7 @@ def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
       FileNotFoundError: there is nothing of this name.
       UserError: of the given class: it is a folder, a device or a pipe.
     """
-    mode = path.stat().st_mode
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise error(f"{path}: is a folder; expected a file")
     if not stat.S_ISREG(mode):

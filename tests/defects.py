@@ -935,8 +935,14 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
         "data/preferences.py",
         'json_text.encode(row, f"{name}:{i}", default=_plain)',
         '__import__("json").dumps(row, default=_plain)',
-        "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
         "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
+    ),
+    d(
+        35,
+        "data/rows.py",
+        "not -_MOST_SCORE <= value <= _MOST_SCORE",
+        'not abs(value) < float("inf")',
+        "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
     ),
     # 35: a metric that is not finite ends the run, or is None where it is read
     d(

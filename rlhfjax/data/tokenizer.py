@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from rlhfjax import paths, sums
 from rlhfjax.data import hf_tokenizer
@@ -76,10 +78,11 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         """Reads the file, unless `model` has its content."""
         try:
-            self._model = _content(paths.path(path)) if model is None else model
+            self._model = paths.read(paths.path(path)) if model is None else model
+            _validate_whole(self._model)
             sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
             self._ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-        except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
             raise DataError(
                 f"{path}: not a SentencePiece model ({first_line(error)})"
             ) from error
@@ -166,11 +169,19 @@ class SentencePieceTokenizer:
         return len(piece.replace(_SPACE, " ").encode())
 
 
-def _content(path: Path) -> bytes:
-    content = paths.read_if_there(path)
-    if content is None:
-        raise FileNotFoundError(f"{path}: there is no such file")
-    return content
+def _validate_whole(model: bytes) -> None:
+    """Raises ValueError if a model's file is cut: its settings stand behind the pieces."""
+    try:
+        # Made at run time, which a type checker cannot see.
+        proto: Any = sentencepiece_model_pb2
+        content = proto.ModelProto.FromString(model)
+    except DecodeError:
+        raise ValueError("damaged, or another kind of file") from None
+    for part in ("trainer_spec", "normalizer_spec"):
+        if not content.HasField(part):
+            raise ValueError(f"it is cut: it has no {part}")
+    if not content.pieces:
+        raise ValueError("it has no pieces")
 
 
 def _is_marker(piece: str) -> bool:

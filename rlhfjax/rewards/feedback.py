@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax import paths
+from rlhfjax.data.files import read_text
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.ranges import Seed, Share, TokensOrNone
 from rlhfjax.rewards.judge import (
@@ -161,9 +162,9 @@ def read_lines(path: str) -> list[str]:
       DataError: the file cannot be read, or has no such line.
     """
     try:
-        text = paths.path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"principles: {path} cannot be read ({error})") from None
+        text = read_text(paths.path(path))
+    except DataError as error:
+        raise DataError(f"principles: {error}") from None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"principles: {path} is empty; expected one per line")

@@ -20,7 +20,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from rlhfjax import paths, user_code
+from rlhfjax import user_code
+from rlhfjax.data.files import matching
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
@@ -174,11 +175,8 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
     Raises:
       DataError: no file matches, a line is malformed, or a question has two different rows.
     """
-    files = paths.glob(pattern)
-    if not files:
-        raise DataError(f"rule metadata: no file matches {pattern}")
     metadata: dict[str, dict[str, Any]] = {}
-    for path in files:
+    for path in matching(pattern, "rule metadata"):
         for place, row in located_rows(path):
             try:
                 prompt = row.pop("prompt")
@@ -188,8 +186,12 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
                 raise DataError(
                     f"{place}: expected a JSON object with a 'prompt'"
                 ) from None
+            if not key:
+                raise DataError(f"{place}: the prompt is empty")
             if metadata.setdefault(key, row) != row:
                 raise DataError(
                     f"{place}: the prompt {key[:60]!r} stands twice with different metadata"
                 )
+    if not metadata:
+        raise DataError(f"rule metadata: {pattern} holds no row")
     return metadata
