@@ -172,19 +172,76 @@ def model(fv: Flags) -> None:
     )
 
 
+_OWN = "default: that of the model's generation_config.json, else "
+
+
 def chat(fv: Flags) -> None:
     model(fv)
-    flags.DEFINE_float("temperature", 0.7, "0 is greedy", 0.0, 1e4, flag_values=fv)
-    flags.DEFINE_integer(
-        "max_new_tokens",
-        64,
-        "longest response, in tokens",
-        lower_bound=1,
-        upper_bound=2**24,
+    flags.DEFINE_float(
+        "temperature",
+        None,
+        f"0 is greedy; {_OWN}0.7, and 0.2 for models from elsewhere",
+        0.0,
+        1e4,
         flag_values=fv,
     )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
+        "and 0.5 for models from elsewhere",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "top_k", None, f"keep the k most likely tokens; {_OWN}0 (off)", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "min_p",
+        None,
+        "keep tokens at least this many times as likely as the likeliest; "
+        f"{_OWN}0 (off)",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        f"longest response, in tokens; {_OWN}256, at most a quarter of the context",
+        1,
+        2**24,
+        flag_values=fv,
+    )
+    system(fv)
     flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+
+
+def system(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "system", "", "system message before the conversation", flag_values=fv
+    )
+
+
+def tokenize(fv: Flags) -> None:
+    flags.DEFINE_multi_string(
+        "model",
+        [],
+        "a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE; several may be "
+        "given",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "text",
+        None,
+        "the text; it may also stand without --text=; default: the standard input",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "chat",
+        False,
+        "render the text with the chat template: a user's message, or a JSON array of messages",
+        flag_values=fv,
+    )
+    system(fv)
 
 
 def import_model(fv: Flags) -> None:

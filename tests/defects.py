@@ -157,7 +157,7 @@ DEFECTS = [
     d(
         4,
         "sampling/choose.py",
-        "logits = keep_top_k(logits / sampling.temperature, sampling.top_k)\n        logits = keep_top_p(logits, sampling.top_p)\n        token = inverse_cdf(logits, u)",
+        "logits = keep_top_k(logits / sampling.temperature, sampling.top_k)\n        logits = keep_top_p(logits, sampling.top_p)\n        logits = keep_min_p(logits, sampling.min_p)\n        token = inverse_cdf(logits, u)",
         "logits = logits / sampling.temperature\n        token = inverse_cdf(keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p), u)",
         "sampling/test_generate.py::test_pitfall_04_truncated_logprobs_are_those_sampled_from",
     ),

@@ -23,29 +23,6 @@ FREE = {ROOT / "rlhfjax" / "data" / "sandbox.py"}
 LOADERS = ("load", "loads", "JSONDecoder")
 # Files that run where the package is not: beside gcloud or kubectl, and on a TPU VM.
 ALONE = {"launch/shell.py", "launch/tpu_worker.py"}
-# Files that have to be moved to `json_text`; none may be added.
-STILL_READING = {
-    "benchmarks/run.py",
-    "experiments/gao2022/curve.py",
-    "experiments/iterated/curve.py",
-    "experiments/quickstart/stages.py",
-    "launch/gke.py",
-    "launch/tpu_run.py",
-    "rlhfjax/clock.py",
-    "rlhfjax/data/corpora.py",
-    "rlhfjax/data/files.py",
-    "rlhfjax/data/hf_tokenizer.py",
-    "rlhfjax/data/loader.py",
-    "rlhfjax/data/rows.py",
-    "rlhfjax/hosts.py",
-    "rlhfjax/interop/hf.py",
-    "rlhfjax/interop/hf_config.py",
-    "rlhfjax/interop/peft.py",
-    "rlhfjax/interop/store.py",
-    "rlhfjax/recipe.py",
-    "rlhfjax/report/workdir.py",
-    "rlhfjax/sweep/queued.py",
-}
 
 
 def strict(text: str):
@@ -93,7 +70,7 @@ def test_only_json_text_reads_json(tmp_path):
     folders = ("rlhfjax", "launch", "benchmarks", "experiments")
     files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
     reading = {str(path.relative_to(ROOT)) for path in files if load_calls(path)}
-    assert reading - ALONE == STILL_READING, "read JSON with rlhfjax.json_text"
+    assert reading == ALONE, "read JSON with rlhfjax.json_text"
     other = tmp_path / "x.py"
     other.write_text("import json as j\nfrom json import loads as l\nj.load(f), l(x)")
     assert len(load_calls(other)) == 2

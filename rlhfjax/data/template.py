@@ -163,6 +163,11 @@ class Template:
         pieces = reversed(self._pieces(("user", "assistant"), False))
         return next(p.token for p in pieces if p.learned and p.token is not None)
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """The special tokens: text -> id."""
+        return self._specials
+
     @functools.cached_property
     def written(self) -> frozenset[int]:
         """The special tokens that the template writes."""
