@@ -47,7 +47,7 @@ def _explain(fv: flags.FlagValues, argv: Sequence[str], message: str) -> str:
         name = message.removeprefix(_MISSING)
         return f"{name}: a value is missing; expected {name}=VALUE"
     if unknown := _UNKNOWN.match(message):
-        hint = did_you_mean(unknown[1], fv)
+        hint = did_you_mean(unknown[1], fv).replace("mean ", "mean --")
         return f"--{_cut(unknown[1])}: there is no such flag{hint}"
     illegal = re.match(r"flag --([^=]+)=", message)
     if illegal and illegal[1] in fv:

@@ -214,6 +214,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
     str: _Text(),
     tuple: _Tuple(),
     object: _Anything(),
+    type(None): _Anything(),  # a dataclass or None, such as frozen_mesh
     ConfigDict: _Options(),
 }
 for _type, _parser in _PARSERS.items():

@@ -141,7 +141,8 @@ def _print_dry_run(
     left = [(run.config, run.workdir) for run in runs if run.name in commands]
     total = dry_run.total_seconds(left, shared)
     time = "" if total is None else f"; about {duration(total)}, one run at a time"
-    print(f"# {len(runs)} runs, {len(runs) - len(left)} of them finished{time}")
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"# {count}, {len(runs) - len(left)} of them finished{time}")
 
 
 def print_configs(
