@@ -24,6 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import renamed, user_code
+from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import defaults
 from rlhfjax.errors import ConfigError
 
@@ -48,6 +49,7 @@ def find(name: Any) -> ModuleType:
         raise ConfigError(
             f"stage {name!r} is unknown{renamed.hint(name, renamed.STAGES)};"
             f" known: {known}, or package.module:Config of your own"
+            f"{did_you_mean(name, names())}"
         )
     return importlib.import_module(f"rlhfjax.stages.{name}")
 
