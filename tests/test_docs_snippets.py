@@ -1,7 +1,8 @@
-"""The Python files that docs/ has a reader write: they do what the pages say."""
+"""The Python files that docs/ has a reader write do what the pages say; links lead somewhere."""
 
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax import __version__
 from rlhfjax.data.sources import open_source
 from rlhfjax.stages import group
 from tests import doc_commands
@@ -32,6 +34,38 @@ def written(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+LINK = re.compile(r"\]\(([^()\s]*)\)")
+
+
+@pytest.mark.parametrize("page", [*doc_commands.pages(), "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for link in LINK.findall((doc_commands.ROOT / page).read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (
+            (doc_commands.ROOT / page).parent / name
+            if name
+            else doc_commands.ROOT / page
+        )
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_the_citation_has_the_version():
+    text = (doc_commands.ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): (.+)$", text, re.MULTILINE))
+    assert fields["version"] == __version__ and fields["license"] == "Apache-2.0"
 
 
 def test_the_rule_of_the_tutorial(written):
