@@ -151,6 +151,11 @@ def split(line: str) -> Iterator[tuple[str, ...]]:
             command.pop()
         while command and _VARIABLE.fullmatch(command[0]):
             command = command[1:]
-        if command and command[0] in PROGRAMS:
+        if command and command[0] in PROGRAMS and not _is_output(command):
             yield tuple(command)
         command = []
+
+
+def _is_output(words: list[str]) -> bool:
+    """Returns whether a line is the greeting of a run, `rlhfjax 0.1.0: …`."""
+    return len(words) > 1 and re.fullmatch(r"[\d.]+:", words[1]) is not None
