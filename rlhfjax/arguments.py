@@ -3,14 +3,16 @@
 launch/ has this file by a link, because it runs where rlhfjax is not installed.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import flags
 
 LONGEST = 100  # characters of a value in a message
 _MISSING = "Missing value for flag "
+_UNKNOWN = re.compile("Unknown command line flag '([^']*)'")
 _NUMBERS = ((flags.IntegerParser, "int"), (flags.FloatParser, "float"))
 
 
@@ -44,6 +46,9 @@ def _explain(fv: flags.FlagValues, argv: Sequence[str], message: str) -> str:
     if message.startswith(_MISSING):
         name = message.removeprefix(_MISSING)
         return f"{name}: a value is missing; expected {name}=VALUE"
+    if unknown := _UNKNOWN.match(message):
+        hint = did_you_mean(unknown[1], fv).replace("mean ", "mean --")
+        return f"--{_cut(unknown[1])}: there is no such flag{hint}"
     illegal = re.match(r"flag --([^=]+)=", message)
     if illegal and illegal[1] in fv:
         rest = message[illegal.end() :]
@@ -51,6 +56,12 @@ def _explain(fv: flags.FlagValues, argv: Sequence[str], message: str) -> str:
         what = accepted(fv[illegal[1]].parser)
         return f"--{illegal[1]}={_cut(value)}: expected {what}"
     return _cut(" ".join(message.removeprefix("flag ").split()), 4 * LONGEST)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error about an unknown name; empty if no known one is close to it."""
+    close = difflib.get_close_matches(name.strip().lower(), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _cut(text: str, most: int = LONGEST) -> str:

@@ -83,12 +83,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps of complete checkpoints; a save in progress does not count."""
 
-        def complete_steps() -> list[int]:
-            folders = paths.children(self.directory)
-            numbered = [folder for folder in folders if _STEP.fullmatch(folder.name)]
-            return sorted(int(folder.name) for folder in numbered if _committed(folder))
-
-        return hosts.share(complete_steps)
+        return hosts.share(lambda: _complete_steps(self.directory))
 
     def save(self, step: int, state: PyTree, data: Any) -> None:
         """Starts to save; the checkpoint gets its name once it is on disk completely.
@@ -168,6 +163,18 @@ class Checkpoints:
 
         hosts.share(move)
         self._orbax.reload()
+
+
+def latest_step(workdir: Path) -> int | None:
+    """Returns the step of a workdir's latest checkpoint; None if there is none. Changes nothing."""
+    steps = _complete_steps(paths.absolute(workdir) / "checkpoints")
+    return steps[-1] if steps else None
+
+
+def _complete_steps(directory: Path) -> list[int]:
+    folders = paths.children(directory)
+    numbered = [folder for folder in folders if _STEP.fullmatch(folder.name)]
+    return sorted(int(folder.name) for folder in numbered if _committed(folder))
 
 
 def save_tree(path: Path, tree: PyTree) -> None:

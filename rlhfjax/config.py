@@ -18,6 +18,7 @@ import pydantic
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import hosts, json_text, options, paths, renamed
+from rlhfjax.arguments import did_you_mean
 from rlhfjax.errors import ConfigError, cut, first_line
 from rlhfjax.experiment_args import Argument as Argument
 from rlhfjax.experiment_args import parse_arg as parse_arg
@@ -247,7 +248,8 @@ def _no_such_option(cls: type, where: str, name: str) -> str:
     present = renamed.OPTIONS.get(name)
     if present in known:
         return f"{where}.{name}: no such option; it is now called {present}"
-    return f"{where}.{name}: no such option; {where} has {', '.join(known)}"
+    hint = did_you_mean(name, known)
+    return f"{where}.{name}: no such option; {where} has {', '.join(known)}{hint}"
 
 
 def _place(parent: str, part: str | int) -> str:

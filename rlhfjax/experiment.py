@@ -1,13 +1,13 @@
 """Experiment files: FILE.py[:ARGS] with get_config, and the overrides of its config."""
 
 import ast
-import difflib
 import inspect
 import os
 import re
+import shlex
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from rlhfjax import arguments, paths, renamed
-from rlhfjax.config import explain
+from rlhfjax.config import explain, to_dict
 from rlhfjax.errors import ConfigError, UserError, cut, first_line
 
 T = TypeVar("T")
@@ -214,6 +214,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
     str: _Text(),
     tuple: _Tuple(),
     object: _Anything(),
+    type(None): _Anything(),  # a dataclass or None, such as frozen_mesh
     ConfigDict: _Options(),
 }
 for _type, _parser in _PARSERS.items():
@@ -263,8 +264,29 @@ def validate_option(config: ConfigDict, option: str, flag: str) -> None:
 
 def _hint(name: str, node: Mapping[str, Any] | ConfigDict) -> str:
     present = renamed.hint(name, renamed.OPTIONS)
-    close = difflib.get_close_matches(name, map(str, node), n=1)
-    return present or (f"; did you mean {close[0]}?" if close else "")
+    return present or arguments.did_you_mean(name, map(str, node))
+
+
+def words_of(config: Any, place: str = "--config") -> Iterator[str]:
+    """Yields the overrides that set every option of a config, quoted for a shell, in order."""
+    values = to_dict(config)
+    if isinstance(values, dict) and values:
+        for name in sorted(values):
+            yield from words_of(values[name], f"{place}.{name}")
+    elif isinstance(values, list) and any(isinstance(x, dict | list) for x in values):
+        for i, value in enumerate(values):
+            yield from words_of(value, f"{place}[{i}]")
+    else:
+        yield shlex.quote(f"{place}={_text_of(values)}")
+
+
+def _text_of(value: Any) -> str:
+    """Returns a value as a flag takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return repr(tuple(value))
+    return value if isinstance(value, str) else repr(value)
 
 
 def overridden(config: ConfigDict, words: Sequence[str]) -> ConfigDict:

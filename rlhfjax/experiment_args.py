@@ -1,17 +1,17 @@
 """Arguments of experiment files: the ARGS of FILE.py:ARGS."""
 
 import dataclasses
-import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pydantic
 from ml_collections import ConfigDict
 
 from rlhfjax import json_text, options
+from rlhfjax.arguments import did_you_mean
 from rlhfjax.errors import ConfigError, cut
 
 
@@ -47,8 +47,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if name not in arguments:
             known = ", ".join(arguments) or "none"
             raise ConfigError(
-                f"config argument {cut(name)!r} is unknown{_close(name, arguments)};"
-                f" known: {known}"
+                f"config argument {cut(name)!r} is unknown; known: {known}"
+                f"{did_you_mean(name, arguments)}"
             )
         if name in given:
             raise ConfigError(f"config argument {name}: given twice")
@@ -99,11 +99,6 @@ def quote_arg(text: str) -> str:
     if "," in text or text.startswith('"'):
         return json_text.encode(text, "argument")
     return text
-
-
-def _close(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.strip().lower(), list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _argument(default: Any) -> Argument:

@@ -77,7 +77,7 @@ class _Stage(NamedTuple):
     earlier: Sequence[str]  # folders of the stages before it
 
     def validate(self) -> None:
-        options = list(_leaves(self.config, self.name))
+        options = list(leaves(self.config, self.name))
         for role_name, role in roles_of(self.config).items():
             if isinstance(role.source, TransformerConfig) or not role.source:
                 continue
@@ -98,7 +98,7 @@ class _Stage(NamedTuple):
         for option, value in options:
             if isinstance(value, SourceConfig):
                 self._validate_source(option, value)
-            validate_named = NAMED.get(_last_name(option))
+            validate_named = NAMED.get(last_name(option))
             if validate_named and isinstance(value, str) and not self._is_made(value):
                 validate_named(option, value)
 
@@ -184,19 +184,19 @@ class _Stage(NamedTuple):
             _validate_glob(f"{option}.spec", pattern, self._is_made)
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Yields the texts, sources and mappings of a config with their options."""
     if isinstance(value, str | SourceConfig | Mapping):
         yield place, value
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name), f"{place}.{field.name}")
+            yield from leaves(getattr(value, field.name), f"{place}.{field.name}")
     elif isinstance(value, tuple):
         for i, part in enumerate(value):
-            yield from _leaves(part, f"{place}[{i}]")
+            yield from leaves(part, f"{place}[{i}]")
 
 
-def _last_name(option: str) -> str:
+def last_name(option: str) -> str:
     """Returns `preferences` of `reward.preferences[0]`."""
     return option.rpartition(".")[2].partition("[")[0]
 
@@ -209,7 +209,7 @@ def _option_of(
     Of several with this value, the one that is called like the role, else the first.
     """
     places = [option for option, value in options if value == source]
-    named = [option for option in places if _last_name(option) == role]
+    named = [option for option in places if last_name(option) == role]
     return (named or places or [role])[0]
 
 

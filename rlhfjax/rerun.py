@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rlhfjax import hosts, json_text, paths, recipe, references, trackers
+from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import to_dict, write_json
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
@@ -57,16 +58,32 @@ def _prepare(
     values: dict[str, Any], folders: Mapping[str, Path], workdir: Path, choice: Choice
 ) -> None:
     """Moves away what runs again and records the config."""
+    moved, changed = to_move(values, folders, workdir, choice)
+    if moved:
+        _validate(values, folders, moved)
+    _move_away([folders[name] for name in moved], workdir)
+    if changed:
+        write_json(workdir / recipe.CONFIG, values)
+
+
+def to_move(
+    values: dict[str, Any], folders: Mapping[str, Path], workdir: Path, choice: Choice
+) -> tuple[list[str], bool]:
+    """Returns the stages whose results are moved away, and whether the config has changed.
+
+    Raises: as `run`.
+    """
     names = list(folders)
     if choice.stage not in names:
-        raise ConfigError(f"{choice}: the stages are {', '.join(names)}")
+        hint = did_you_mean(choice.stage, names)
+        raise ConfigError(f"{choice}: the stages are {', '.join(names)}{hint}")
     before = names[: names.index(choice.stage)]
     for name in before:
         if not (folders[name] / recipe.DONE).exists():
             raise ConfigError(
                 f"{choice}: {name} is not done in {workdir}; run without --{choice.flag}"
             )
-    again = _chosen(values, folders, choice)
+    again = chosen(values, folders, choice)
     changed = recipe.differences(workdir, values)
     kept = [name for name in names if name not in again]
     for place in changed:
@@ -77,11 +94,7 @@ def _prepare(
             )
     target = again if choice.flag == "from" else [choice.stage]
     finished = all((folders[name] / recipe.DONE).exists() for name in target)
-    if changed or finished:
-        _validate(values, folders, again)
-        _move_away([folders[name] for name in again], workdir)
-    if changed:
-        write_json(workdir / recipe.CONFIG, values)
+    return again if changed or finished else [], bool(changed)
 
 
 def _validate(
@@ -93,7 +106,7 @@ def _validate(
     references.validate(typed, folders, recipe.DONE, again)
 
 
-def _chosen(
+def chosen(
     values: dict[str, Any], folders: Mapping[str, Path], choice: Choice
 ) -> list[str]:
     """Returns the stages whose results are replaced: with `only`, also those that depend on it."""

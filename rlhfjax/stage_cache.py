@@ -100,16 +100,19 @@ class Cache:
             "machine": machine(),
         }
 
+    def has(self, content: Mapping[str, Any]) -> bool:
+        """Returns whether a finished stage with this key is there."""
+        return (self._folder / digest(content) / KEY_FILE).exists()
+
     def restore(self, content: Mapping[str, Any], workdir: Path, last: str) -> bool:
         """Copies a stage's files into its workdir; returns whether the cache had them.
 
         Args:
           last: the file without which the workdir counts as unfinished.
         """
-        folder = self._folder / digest(content)
-        if not (folder / KEY_FILE).exists():
+        if not self.has(content):
             return False
-        source = paths.local(folder / STAGE_FOLDER)
+        source = paths.local(self._folder / digest(content) / STAGE_FOLDER)
         with paths.replacing(workdir, last) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
         return True

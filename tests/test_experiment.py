@@ -49,7 +49,9 @@ def test_an_argument_holds_any_text_in_quotes_and_an_existing_path_without(tmp_p
         run('run="a,b')
     with pytest.raises(ConfigError, match="argument seed: given twice"):
         run("seed=1,seed=2")
-    with pytest.raises(ConfigError, match="'sead' is unknown; did you mean seed"):
+    with pytest.raises(
+        ConfigError, match="'sead' is unknown; known: run, seed; did you mean seed"
+    ):
         run("sead=1")
 
 

@@ -1,16 +1,19 @@
 """The command line: exit codes, and one line for every mistake."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rlhfjax import __version__, commands, recipe, stages
 from rlhfjax import main as command_line
-from rlhfjax import recipe
 
 ROOT = Path(__file__).parent.parent
+SFT = "experiments/stiennon2020/sft.py"
 TINY = f"--config={ROOT}/tests/tiny.py"
 
 
@@ -39,9 +42,34 @@ def test_help_of_every_command(command, capsys):
     for flag in ("--help", "-h"):
         code, out, err = call(capsys, command, flag)
         assert code == 0 and not err
-        assert command_line.COMMANDS[command].help in out
-        assert "--workdir" in out
+        assert out.startswith(f"usage: rlhfjax {command} ")
+        assert "\n  --workdir=DIR " in out
         assert ("--temperature" in out) == (command == "chat")
+        assert "absl" not in out and "flagfile" not in out
+    assert out == call(capsys, "help", command)[1]
+
+
+@pytest.mark.parametrize("command", list(command_line.COMMANDS))
+def test_the_examples_of_a_command_parse(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    examples = call(capsys, command, "--help")[1].partition("examples:\n")[2]
+    assert examples
+    for line in examples.splitlines():
+        program, name, *words = shlex.split(line)
+        words = [word.replace("my_sft.py", SFT) for word in words]
+        command_line.parse([program, name, *words])
+        assert name == command and len(line) <= 100
+
+
+def test_help_gives_defaults_and_the_values_of_a_flag(capsys):
+    _, out, _ = call(capsys, "sweep", "--help")
+    assert "--metrics=A,B,…" in out and "default: local" in out
+    assert "--dtype=float32|bfloat16|float16" in call(capsys, "export", "-h")[1]
+
+
+def test_the_version_names_jax_and_python(capsys):
+    out = call(capsys, "--version")[1]
+    assert out.startswith(f"rlhfjax {__version__} (jax ") and "Python 3." in out
 
 
 def test_help_lists_the_commands(capsys):
@@ -52,17 +80,25 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_options_prints_what_a_stage_takes(capsys):
-    code, out, _ = call(capsys, "options", "--stage=ppo")
-    lines = out.splitlines()
+    code, out, _ = call(capsys, "options", "ppo")
+    lines = [line.split(maxsplit=2) for line in out.splitlines()]
+    assert code == 0 and out == call(capsys, "options", "--stage=ppo")[1]
+    b1 = lines.index(["optim.b1", "0.9", "float >= 0 and < 1"])
+    meaning = "    Decay rate of the first moment; of sgd the momentum, 0 for none."
+    assert out.splitlines()[b1 + 1] == meaning
+    assert ["steps", "required", "int >= 1"] in lines
+    assert ["init_from", "required", "str"] in lines
+    assert ["optim", "OptimConfig"] in lines
+    assert max(map(len, out.splitlines())) <= 80
+    assert "stage 'bogus' is unknown" in refused(capsys, "options", "bogus")
+    assert refused(capsys, "options", "ppoo").endswith("did you mean ppo?")
+
+
+def test_options_alone_lists_the_stages(capsys):
+    code, out, _ = call(capsys, "options")
     assert code == 0
-    assert lines[lines.index("optim.b1: float >= 0 and < 1; default 0.9") + 1] == (
-        "    Decay rate of the first moment; of sgd the momentum, 0 for none."
-    )
-    assert "steps: int >= 1 and <= 2147483647; required" in lines
-    assert "init_from: str; required" in lines
-    assert "optim: OptimConfig" in lines
-    assert "stage 'bogus' is unknown" in refused(capsys, "options", "--stage=bogus")
-    assert "--stage is required" in refused(capsys, "options")
+    for name in stages.names():
+        assert re.search(rf"^  {name} +[A-Z]", out, re.MULTILINE)
 
 
 CONFIGS = {
@@ -98,7 +134,7 @@ def configs(tmp_path):
     [
         (
             ("bogus",),
-            "command 'bogus' is unknown; known: train, run, sweep, eval, chat, report",
+            "command 'bogus' is unknown; known: run, train, sweep, eval, chat, report",
         ),
         (("run",), "--config is required"),
         (("train",), "--config is required"),
@@ -121,8 +157,11 @@ def configs(tmp_path):
         (("run", TINY, "--workdir=W", "more"), "argument 'more' is not a flag"),
         (
             ("run", TINY, "--workdir=W", "--bogus=1"),
-            "Unknown command line flag 'bogus'",
+            "--bogus: there is no such flag",
         ),
+        (("run", TINY, "--wrokdir=W"), "no such flag; did you mean --workdir?"),
+        (("rum",), "; did you mean run?"),
+        (("run", "--config=", "--print_config"), "--config=: there is no such file"),
         (
             ("run", TINY + ":bogus=1", "--workdir=W"),
             "config argument 'bogus' is unknown; known: data, steps",
@@ -312,7 +351,7 @@ def test_overrides_reach_the_stage_also_where_the_default_is_none(
         "run",
         lambda config, workdir, **_: seen.update(config=config, workdir=workdir),
     )
-    monkeypatch.setattr(command_line, "report", lambda fv: None)
+    monkeypatch.setattr(commands, "report", lambda fv: None)
     overrides = (
         "--config.sft.init_from=there",  # a str or None
         "--config.pretrain.model.n_kv_heads=1",  # an int or None

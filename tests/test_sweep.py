@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from launch.shell import slug
+from rlhfjax import commands, trackers
 from rlhfjax import main as command_line
-from rlhfjax import trackers
 from rlhfjax.config import to_dict
 from rlhfjax.errors import ConfigError, Preempted
 from rlhfjax.report import figures
@@ -97,9 +97,11 @@ def test_a_command_leads_to_the_config_that_was_checked(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(
-        recipe, "run", lambda config, workdir: seen.append((to_dict(config), workdir))
+        recipe,
+        "run",
+        lambda config, workdir, cache: seen.append((to_dict(config), workdir)),
     )
-    monkeypatch.setattr(command_line, "report", lambda fv: None)
+    monkeypatch.setattr(commands, "report", lambda fv: None)
     file = tmp_path / "swept.py"
     file.write_text(
         "from rlhfjax.sweep import *\n"
@@ -159,7 +161,7 @@ def test_a_changed_experiment_is_not_mixed_with_finished_runs(tmp_path):
     (run,) = expand(file, tmp_path / "sweep")
     run.workdir.mkdir(parents=True)
     (run.workdir / "config.json").write_text(json.dumps(run.config))
-    (run.workdir / "done.json").write_text("{}")
+    (run.workdir / "done.json").write_text('{"metrics": {}}')
     assert expand(file, tmp_path / "sweep")[0].finished
     Path(file).write_text(Path(file).read_text().replace("vocab=270", "vocab=280"))
     with pytest.raises(
@@ -315,8 +317,9 @@ def test_a_sweep_from_the_command_line(conversations, tmp_path, capsys):
     command_line.main([*args, "--dry_run"])
     out = capsys.readouterr().out.splitlines()
     assert (
-        len(out) == 2
-        and all(" -m rlhfjax train --config=" in line for line in out)
+        len(out) == 3
+        and all(" -m rlhfjax train --config=" in line for line in out[:2])
+        and out[2] == "# 2 runs, 0 of them finished"
         and not workdir.exists()
     )
     with pytest.raises(SystemExit) as caught:
@@ -383,11 +386,12 @@ def test_a_launcher_takes_the_runs_command_after_its_own(
         f"--workdir={tmp_path}",
         "--dry_run",
     ]
-    command_line.main([*args, f"--launcher={launcher}"])
-    assert capsys.readouterr().out == (
+    command_line.main([*args, f"--launcher={launcher}", "--cache="])
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line == (
         words.replace("{}", "vocab_size=280")
         + f" rlhfjax train --config={file} --workdir={tmp_path}/vocab_size=280 "
-        "--config.vocab_size=280\n"
+        "--config.vocab_size=280"
     )
 
 

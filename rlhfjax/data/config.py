@@ -40,6 +40,12 @@ class SourceConfig:
     """Number of rows, the first ones; 0: all."""
 
     def open(self) -> Source:
+        """Returns the rows, and logs how many there are."""
+        source = self.read()
+        log.info("data: %s, %s: %s rows", self.spec, self.split, f"{len(source):,}")
+        return source
+
+    def read(self) -> Source:
         options = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
@@ -49,9 +55,7 @@ class SourceConfig:
             log.warning(
                 "source %r: %d malformed rows are left out", self.spec, source.skipped
             )
-        source = Limited(source, self.limit) if self.limit else source
-        log.info("data: %s, %s: %s rows", self.spec, self.split, f"{len(source):,}")
-        return source
+        return Limited(source, self.limit) if self.limit else source
 
 
 class Limited:

@@ -99,6 +99,31 @@ def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
     """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
     if corpora.is_dataset(name):
         return corpora.open_folder(paths.path(name))
+    folder = _data_dir(data_dir)
+    return corpora.prepare_for(folder, _named(spec, name, folder))
+
+
+def folder_to_prepare(spec: str, name: str, data_dir: Any) -> paths.Path | None:
+    """Returns the folder that opening a dataset would write; None if the dataset is there.
+
+    Raises:
+      DataError: there is no such dataset.
+    """
+    if corpora.is_dataset(name):
+        return None
+    folder = _data_dir(data_dir)
+    builder = _named(spec, name, folder)
+    target = folder / os.path.relpath(builder.data_dir, corpora.writable(folder))
+    return None if (target / corpora.INFO).exists() else target
+
+
+def _data_dir(given: Any) -> paths.Path:
+    default = tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]  # lazy
+    return paths.path(given or default)
+
+
+def _named(spec: str, name: str, data_dir: paths.Path) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a dataset of TFDS's catalogue, or of ours."""
     if name.startswith((os.sep, ".", "~")) or (os.sep in name and os.path.isdir(name)):
         raise DataError(
             f"source {spec!r}: there is no dataset: no {corpora.INFO} in such a folder"
@@ -107,11 +132,9 @@ def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
         reason = network.unreachable(["https://huggingface.co"])
         if reason:
             raise DataError(f"source {spec!r}: {reason}; {corpora.OFFLINE}")
-    default = tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]  # lazy
-    data_dir = paths.path(data_dir or default)
     make = corpora.BUILDERS.get(name) or functools.partial(tfds.builder, name)
     try:
-        builder = make(data_dir=os.fspath(corpora.writable(data_dir)))
+        return make(data_dir=os.fspath(corpora.writable(data_dir)))
     except (tfds.core.DatasetNotFoundError, ImportError) as error:
         names = ", ".join(corpora.BUILDERS)
         raise DataError(
@@ -124,4 +147,3 @@ def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
         raise DataError(
             f"source {spec!r}: TFDS cannot open it in {data_dir}: {why}"
         ) from error
-    return corpora.prepare_for(data_dir, builder)

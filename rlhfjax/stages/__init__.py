@@ -25,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import renamed, user_code
+from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import defaults
 from rlhfjax.errors import ConfigError
 
@@ -49,6 +50,7 @@ def find(name: Any) -> ModuleType:
         raise ConfigError(
             f"stage {name!r} is unknown{renamed.hint(name, renamed.STAGES)};"
             f" known: {known}, or package.module:Config of your own"
+            f"{did_you_mean(name, names())}"
         )
     return importlib.import_module(f"rlhfjax.stages.{name}")
 

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhfjax import paths, trackers
+from rlhfjax import dry_run, experiment, paths, trackers
 from rlhfjax.config import write_json
 from rlhfjax.errors import ConfigError, Preempted, UserError
+from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
 from rlhfjax.redact import redact
 from rlhfjax.report.sweep import read_result, write_sweep
@@ -104,10 +105,7 @@ def sweep(
         if not run.finished
     }
     if options.dry_run:
-        for run in runs:
-            command = commands.get(run.name)
-            line = shlex.join(command) if command else f"# {run.name} is finished"
-            print(redact(line))
+        _print_dry_run(runs, commands, shared=bool(options.cache))
         return
     finished = len(runs) - len(commands)
     logs = workdir / pool.LOGS
@@ -129,6 +127,39 @@ def sweep(
     if failed := [name for name, code in codes.items() if code]:
         reasons = "; ".join(why(codes, workdir, failed))
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: {reasons}")
+
+
+def _print_dry_run(
+    runs: Sequence[Run], commands: Mapping[str, Sequence[str]], shared: bool
+) -> None:
+    """Prints the commands and the total time, as comments and lines for a shell.
+
+    Args:
+      shared: whether the runs share the stages that are the same in them.
+    """
+    for run in runs:
+        command = commands.get(run.name)
+        line = shlex.join(command) if command else f"# {run.name} is finished"
+        print(redact(line))
+    left = [(run.config, run.workdir) for run in runs if run.name in commands]
+    total = dry_run.total_seconds(left, shared)
+    time = "" if total is None else f"; about {duration(total)}, one run at a time"
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"# {count}, {len(runs) - len(left)} of them finished{time}")
+
+
+def print_configs(
+    config: str, workdir: Path, given: Mapping[str, Any] | None = None
+) -> None:
+    """Prints the first run's config, and where the others differ from it; see `sweep`."""
+    first, *others = expand(config, workdir, given)
+    words = list(experiment.words_of(first.config))
+    print("\n".join([f"# {first.name}", *words]))
+    for run in others:
+        print(f"\n# {run.name}: what differs")
+        for word in experiment.words_of(run.config):
+            if word not in words:
+                print(word)
 
 
 def _run_all(

@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 
 from launch import shell
+from rlhfjax import commands as command_functions
 from rlhfjax import main
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def test_a_documented_sweep_parses_and_so_does_its_launcher(line, monkeypatch):
             "--config=experiments/quickstart/recipe.py",
         ]
     command, fv = main.parse(words)
-    assert command.run is main.sweep
+    assert command.run is command_functions.sweep
     name, *rest = shlex.split(fv.launcher)
     module, own = importlib.import_module(f"launch.{name}"), flags.FlagValues()
     shell.common_flags(own)

