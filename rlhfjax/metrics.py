@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from rlhfjax.types import Metric, Metrics
 
 Real = float | int
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
+SAMPLES_FILE = "samples_steps.jsonl"  # responses during training
 UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, beside those at checkpoints
 
 
@@ -111,7 +112,7 @@ class Writer:
     """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, both to TensorBoard (`tb/`).
 
     `metrics.jsonl` holds only what the run determines, so that a run that is killed and resumed
-    ends with the same bytes. Wall times go to `timing.jsonl`.
+    ends with the same bytes. So does `samples_steps.jsonl`. Wall times go to `timing.jsonl`.
 
     A line reaches the operating system as soon as it is written, and a bucket within UPLOAD_EVERY
     seconds. `flush` forces lines to the disk or the bucket. Call it before every checkpoint, so
@@ -123,6 +124,7 @@ class Writer:
         workdir: str | os.PathLike,
         resume_step: int | None = None,
         *,
+        samples: bool = False,
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
         primary: bool | None = None,
@@ -133,6 +135,7 @@ class Writer:
           workdir: created if missing.
           resume_step: the step of the checkpoint that the run resumes from. Lines of later steps
             are dropped, because they will be written again. None starts from empty files.
+          samples: whether to write `samples_steps.jsonl` as well.
           tensorboard: whether to write `tb/` as well.
           wandb: keyword arguments of `wandb.init` ({} for its defaults); None turns wandb off.
           primary: whether this process writes at all; None: only the first host does.
@@ -146,7 +149,9 @@ class Writer:
         self._mirror: paths.Mirror | None = None
         if not (hosts.first() if primary is None else primary):
             return
-        names = (METRICS_FILE, TIMING_FILE)
+        names = [METRICS_FILE, TIMING_FILE]
+        if samples:
+            names.append(SAMPLES_FILE)
         workdir = paths.path(workdir)
         self._mirror = paths.Mirror(workdir, names)
         folder = self._mirror.folder
@@ -166,6 +171,15 @@ class Writer:
     def timing(self, step: int, timings: Mapping[str, Real]) -> None:
         """Writes one line of wall times and rates, which differ from run to run."""
         self._write(TIMING_FILE, step, timings)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes responses of a step, one line each."""
+        if self._mirror is None:
+            return
+        for row in rows:
+            line = json_text.encode({"step": int(step), **row}, SAMPLES_FILE)
+            self._files[SAMPLES_FILE].write(line + "\n")
+        self._files[SAMPLES_FILE].flush()
 
     def _write(self, file: str, step: int, values: Mapping[str, Real]) -> None:
         if not values or self._mirror is None:

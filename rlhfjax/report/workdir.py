@@ -6,9 +6,10 @@ import math
 import statistics
 from typing import Any
 
-from rlhfjax import paths
+from rlhfjax import paths, provenance
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import read_jsonl
+from rlhfjax.metrics import SAMPLES_FILE
 from rlhfjax.paths import Path
 from rlhfjax.renamed import STAGES, config_with_present_names
 
@@ -30,6 +31,8 @@ class Stage:
     curves: dict[str, Curve]
     rates: dict[str, float]  # the median of every timing
     samples: list[dict]
+    rollouts: list[dict]  # responses during training, see `rl.samples`
+    provenance: list[dict]  # one line per start
     calibration: dict | None  # `Calibration.as_dict()`
     config: dict
     goodput: dict  # what `clock.Clock.save` wrote; {} if the stage does not train
@@ -41,6 +44,7 @@ class Run:
 
     name: str
     stages: list[Stage]
+    provenance: list[dict]  # one line per start of the whole run
 
     @property
     def comparisons(self) -> list[Stage]:
@@ -80,7 +84,8 @@ def read_run(workdir: Path) -> Run:
         raise ConfigError(
             f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl"
         )
-    return Run(paths.absolute(workdir).name, stages)
+    name = paths.absolute(workdir).name
+    return Run(name, stages, provenance.read(workdir))
 
 
 def read_stage(name: str, folder: Path, config: dict) -> Stage:
@@ -113,6 +118,8 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
             name: statistics.median(values) for name, (_, values) in timings.items()
         },
         samples=read_jsonl(folder / "samples.jsonl"),
+        rollouts=read_jsonl(folder / SAMPLES_FILE),
+        provenance=provenance.read(folder),
         calibration=_read_json(folder / "calibration.json") or done.get("calibration"),
         config=config,
         goodput=_read_json(folder / "goodput.json"),
