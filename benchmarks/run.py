@@ -8,7 +8,6 @@ one request for data to the next.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import resource
@@ -43,7 +42,7 @@ from rlhfjax.rl.rollout import sample
 from rlhfjax.sampling import Sampling
 from rlhfjax.stages import stage_config
 
-SPEC = json.loads((Path(__file__).parent / "workloads.json").read_text())
+SPEC = json_text.read(Path(__file__).parent / "workloads.json", json_text.Object)
 WORKLOAD = flags.DEFINE_enum(
     "workload", None, list(SPEC["workloads"]), "what to time", required=True
 )

@@ -26,6 +26,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -37,8 +38,10 @@ from launch.shell import (
     Shell,
     bucket_of,
     environment,
+    field,
     given,
     launch,
+    parsed,
     required,
     secrets,
     slug,
@@ -192,13 +195,13 @@ def states(
     shell: Shell, cluster: Cluster, names: Sequence[str], poll: float
 ) -> dict[str, str]:
     """The state of each job, in one call: Queued, Running, Completed, Failed or Missing."""
-    found = json.loads(
-        shell.ask(cluster.states([slug(name) for name in names]), "NotFound", poll)
-        or "{}"
-    )
+    words = cluster.states([slug(name) for name in names])
+    found = parsed(shell.ask(words, "NotFound", poll) or "{}", "kubectl")
     # One JobSet is printed as itself, several as a list.
-    items = found["items"] if found.get("kind") == "List" else [found] if found else []
-    by_name = {item["metadata"]["name"]: _state_of(item) for item in items}
+    items = [found] if found else []
+    if found.get("kind") == "List":
+        items = field(found, "items", list, "kubectl")
+    by_name = {_name_of(item): _state_of(item) for item in items}
     return {name: by_name.get(slug(name), "Missing") for name in names}
 
 
@@ -207,7 +210,15 @@ def _state_of(item: dict) -> str:
     end = item.get("status", {}).get("terminalState")
     if end:
         return end
-    return "Queued" if item["spec"].get("suspend") else "Running"
+    spec = field(item, "spec", dict, "kubectl")
+    return "Queued" if spec.get("suspend") else "Running"
+
+
+def _name_of(item: Any) -> str:
+    if not isinstance(item, dict):
+        raise LaunchError(f"kubectl: {item!r} in its answer; expected a JobSet")
+    metadata = field(item, "metadata", dict, "kubectl")
+    return field(metadata, "name", str, "kubectl")
 
 
 def act(fv: flags.FlagValues, words: Sequence[str], command: Sequence[str]) -> int:

@@ -226,7 +226,7 @@ def _container(job: Job) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": job.image,
-        "command": list(job.command),
+        "command": [_verbatim(word) for word in job.command],
         "env": _environment(job),
         "resources": {"requests": chips, "limits": chips},
         "ports": [{"containerPort": port} for port in PORTS],
@@ -238,6 +238,11 @@ def _container(job: Job) -> dict[str, Any]:
     return container
 
 
+def _verbatim(text: str) -> str:
+    """A text in which Kubernetes, which expands $(NAME), expands nothing."""
+    return text.replace("$", "$$")
+
+
 def _environment(job: Job) -> list[dict[str, Any]]:
     """RLHFJAX_JOIN, so that every pod joins whatever variables GKE sets.
 
@@ -245,7 +250,7 @@ def _environment(job: Job) -> list[dict[str, Any]]:
     """
     plain = {"RLHFJAX_JOIN": "1"} | dict(job.env)
     variables: list[dict[str, Any]] = [
-        {"name": name, "value": value} for name, value in plain.items()
+        {"name": name, "value": _verbatim(value)} for name, value in plain.items()
     ]
     for name, reference in job.secrets.items():
         secret, _, key = reference.partition(":")

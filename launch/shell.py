@@ -6,7 +6,7 @@ The value of a secret is never printed.
 import gzip
 import hashlib
 import itertools
-import os
+import json
 import re
 import shlex
 import signal
@@ -15,43 +15,21 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
+from launch import arguments
+from launch.redact import is_secret, printable, redact
+
 PREEMPTED = 75  # rlhfjax.errors.Preempted.exit_code: the state is saved, the same command goes on
 LOST = 255  # what ssh exits with when the connection, not the command, failed
-_WORDS = (
-    r"(?<![A-Za-z])"
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)"
-    r"(?![A-Za-z])"
-)
-SECRET = re.compile(_WORDS, re.IGNORECASE)  # in HF_TOKEN, not in `tokenizer`
-SHORTEST = 6  # characters of a secret; what is shorter would blacken half of a log
-HIDDEN = "***"
-_ASSIGNED = re.compile(
-    rf"(\b[\w.]*{_WORDS}\w*(?:=|: ?))[^\s\"'$]{{{SHORTEST},}}", re.IGNORECASE
-)  # $: a reference
 LONGEST = 40  # characters of a name: clouds take 63, with what they append
 SLUG = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 class LaunchError(Exception):
     """One line that says what is wrong, where, and what is accepted."""
-
-
-def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """The text without the value of any environment variable, or NAME=VALUE, whose name is that of
-    a secret.
-    """
-    environ = os.environ if environ is None else environ
-    values = [
-        value
-        for name, value in environ.items()
-        if SECRET.search(name) and len(value) >= SHORTEST
-    ]
-    for value in sorted(values, key=len, reverse=True):  # one may hold another
-        text = text.replace(value, HIDDEN)
-    return _ASSIGNED.sub(rf"\1{HIDDEN}", text)
 
 
 class Shell:
@@ -141,6 +119,31 @@ class Shell:
         return None if process.returncode else out
 
 
+def parsed(text: str, program: str) -> dict[str, Any]:
+    """Returns the JSON object that a program printed.
+
+    Raises:
+      LaunchError: it printed something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise LaunchError(f"{program}: its answer is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise LaunchError(f"{program}: its answer is {text[:40]!r}; expected an object")
+    return value
+
+
+def field(value: Mapping[str, Any], name: str, kind: type, program: str) -> Any:
+    """Returns a field of an answer. Raises LaunchError if it has another type."""
+    if not isinstance(value.get(name), kind):
+        found = repr(value.get(name))[:40]
+        raise LaunchError(
+            f"{program}: {name}={found} in its answer; expected {kind.__name__}"
+        )
+    return value[name]
+
+
 def last_line(output: str) -> str:
     """The last line with text of a command's output, where a tool says why it failed; "" if there
     is none."""
@@ -176,7 +179,7 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise LaunchError(f"--env={redact(pair)}: expected NAME=VALUE")
-        if SECRET.search(name) or redact(value) != value:
+        if is_secret(name, value) or redact(value) != value:
             raise LaunchError(
                 f"--env={name}=…: this looks like a secret; use --secret, or the machine's own "
                 "environment"
@@ -218,7 +221,7 @@ def slug(name: str) -> str:
     """
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if made != name or len(made) > LONGEST:
-        digits = hashlib.sha256(name.encode()).hexdigest()[:6]
+        digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
         made = f"{made[: LONGEST - 7].strip('-')}-{digits}"
     if not SLUG.fullmatch(made):
         raise LaunchError(
@@ -306,7 +309,7 @@ def seconds(flag: str, text: str) -> float:
       flags.IllegalFlagValueError: it is not of that form; the message names the flag.
     """
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"([\d.]+)([dhms])", text)
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([dhms])", text)
     if text != "0" and (not parts or "".join(map("".join, parts)) != text):
         raise flags.IllegalFlagValueError(
             f"--{flag}={text}: expected a time such as 90s, 15m or 1h30m"
@@ -357,14 +360,14 @@ def launch(
     common_flags(fv)
     define(fv)
     try:
-        words = fv(argv[:cut])[1:]
+        words = arguments.parse(fv, argv[:cut], once=False)[1:]
         if fv.help:
             print(f"{doc}\n{fv.get_help()}")
             return
         code = act(fv, words, argv[cut + 1 :])
     except (LaunchError, flags.Error) as e:
-        print(f"launch: {redact(str(e))}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, flags.Error) else 1)
+        print(f"launch: {printable(redact(str(e)))}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, LaunchError) else 2)
     except KeyboardInterrupt:
         print(
             "launch: interrupted; what runs elsewhere goes on running", file=sys.stderr

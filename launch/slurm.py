@@ -70,7 +70,7 @@ class Job:
 
 def minutes(time: str) -> int:
     """`[D-]HH:MM:SS`, as Slurm has it, in whole minutes."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", time)
+    found = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,6}):(\d{1,6}):(\d{1,6})", time)
     if not found:
         raise flags.IllegalFlagValueError(
             f"--time={time}: expected HH:MM:SS or D-HH:MM:SS"

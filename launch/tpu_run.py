@@ -111,11 +111,12 @@ class Runner:
         text = self.shell.ask(gcloud.describe(self.tpu), "NOT_FOUND", self.poll)
         if text is None:
             return Look(state=None, nodes={})
-        about = json.loads(text)["state"]
+        about = sh.field(sh.parsed(text, "gcloud"), "state", dict, "gcloud")
+        state = sh.field(about, "state", str, "gcloud")
         failed = about.get("failedData", {}).get("error", {})
-        nodes = self.tpu.nodes if about["state"] == "ACTIVE" else []
+        nodes = self.tpu.nodes if state == "ACTIVE" else []
         return Look(
-            state=about["state"],
+            state=state,
             nodes={node: self._node(node) for node in nodes},
             why=failed.get("message", "no reason is given"),
         )
@@ -127,10 +128,10 @@ class Runner:
         )
         if text is None:
             return "gone"
-        about = json.loads(text)
+        about = sh.parsed(text, "gcloud")
         networks = max(1, len(about.get("networkConfigs", [])))
         self.workers[node] = max(1, len(about.get("networkEndpoints", [])) // networks)
-        return about["state"]
+        return sh.field(about, "state", str, "gcloud")
 
     def settle(self) -> Look:
         """Waits until the machines are ready, taken away, or not there; hours, without capacity."""
@@ -236,7 +237,7 @@ class Runner:
     def wait_for_another(self, reports: dict[Worker, Report]) -> bool:
         """Whether another command ran there; it is followed to its end first."""
         lead = reports.get(LEAD, {})
-        if not _running(lead) or lead["run_id"] == self.job.run_id:
+        if not _running(lead) or lead.get("run_id") == self.job.run_id:
             return False
         self.say("another command runs there; this one waits for its end")
         self.follow()
@@ -316,7 +317,7 @@ class Runner:
             if not line.startswith(worker.MARK):
                 return False
             report = worker.parse(line.removeprefix(worker.MARK))
-            if "slice" not in report:
+            if not {"slice", "worker"} <= set(report):
                 return False
             reports[report["slice"], report["worker"]] = report
             return True
@@ -365,7 +366,7 @@ class Runner:
 
     def _started(self, report: Report) -> bool:
         ours = report.get("generation") == self.generation
-        return ours and (report["alive"] or report["phase"] == "ended")
+        return ours and (report.get("alive") or report["phase"] == "ended")
 
     def _side_by_side(self, act: Callable[[int], None], slices: Sequence[int]) -> None:
         """Calls `act` for several slices at once; in a dry run in turn."""
@@ -410,8 +411,8 @@ def worker_script(verb: str, slice_number: int, generation: str = "") -> str:
 
 
 def _running(report: Report) -> bool:
-    return bool(report.get("alive")) and report["phase"] != "ended"
+    return bool(report.get("alive")) and report.get("phase", "ended") != "ended"
 
 
 def _not_set_up(report: Report) -> bool:
-    return report["phase"] == "ended" and report["why"] == worker.SET_UP_FAILED
+    return report.get("phase") == "ended" and report["why"] == worker.SET_UP_FAILED

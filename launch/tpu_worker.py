@@ -45,6 +45,40 @@ INSTALLED = os.path.join(
 UNPACKED = os.path.join(FOLDER, "unpacked.json")  # the names of the archive's files
 
 
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_count(value):
+    return type(value) is int and value >= 0
+
+
+def is_process(value):
+    return type(value) is int and value > 1  # signals to 0, 1 and -1 are for others
+
+
+def is_number(value):
+    return type(value) in (int, float) and 0 <= value < 1e12
+
+
+# The fields of a status, and what each has to be.
+STATUS = {
+    "generation": is_text,
+    "id": is_text,
+    "run_id": is_text,
+    "phase": is_text,
+    "pid": is_process,
+    "boot": is_text,
+    "poll": is_number,
+    "offset": is_count,
+    "since": is_number,
+}
+# Those of a run that has ended, and those that some have.
+ENDED = {"code": lambda code: type(code) is int, "why": is_text}
+OTHERS = {"child": is_process, "slice": is_count, "worker": is_count}
+DESCRIBED = ("generation", "archive", "installed", "setup", "command", "poll")
+
+
 class Place:
     """A worker's numbers, and where its log and its status stand."""
 
@@ -91,7 +125,7 @@ def worker_number():
 
 def report(place):
     """Prints what is known of this worker, as one marked line."""
-    status = read_json(place.status)
+    status = read_status(place)
     status["alive"] = alive(status)
     status.update(slice=place.slice, worker=place.worker)
     print(MARK + json.dumps(status, sort_keys=True, allow_nan=False), flush=True)
@@ -102,23 +136,23 @@ def start(place, generation=None):
 
     generation: of the start that is meant; nothing is done where its description did not arrive.
     """
-    wanted = read_json(DESCRIPTION)
+    wanted = read_description()
     if not wanted or (generation and wanted["generation"] != generation):
         print("launch: the description of this start did not arrive")
         return
     with open(place.lock, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status = read_json(place.status)
+        status = read_status(place)
         if not attended(place, status, wanted):
             if not installed(wanted) and sha256(ARCHIVE) != wanted["archive"]:
                 print("launch: the archive did not arrive whole")
                 return
             replace(status, wanted["poll"])
             launch(place, wanted, lock)
-    status = read_json(place.status)
+    status = read_status(place)
     while status.get("phase") == "setup" and alive(status):
         time.sleep(tick(wanted))
-        status = read_json(place.status)
+        status = read_status(place)
     if status.get("why") == SET_UP_FAILED:
         show_last(place, 20)
     report(place)
@@ -172,7 +206,7 @@ def replace(status, poll):
 
 def stop(place):
     """SIGTERM to the command, on which a run saves and exits; it is not started again."""
-    status = read_json(place.status)
+    status = read_status(place)
     if alive(status):
         os.kill(status["pid"], signal.SIGUSR1)
     report(place)
@@ -192,7 +226,7 @@ def follow(place):
     out.flush()
     running = True
     while running:
-        status = read_json(place.status)
+        status = read_status(place)
         running = alive(status) and status["phase"] != "ended"
         shown = pass_on(place.log, shown, out)
         if running:
@@ -222,7 +256,7 @@ def pass_on(log, begin, out):
 
 def read_log(place, lines):
     """The last lines of this start's log, as bytes, and the offset of their end."""
-    begin = read_json(place.status).get("offset", 0)
+    begin = read_status(place).get("offset", 0)
     with open(place.log, "ab+") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(begin, size - 65536))
@@ -238,7 +272,7 @@ class Supervisor:
 
     def __init__(self, place, wanted):
         self.place, self.wanted = place, wanted
-        before = read_json(place.status)
+        before = read_status(place)
         same = before.get("generation") == wanted["generation"]
         self.before = before
         self.stopped = ""  # why the command is not started again
@@ -512,20 +546,47 @@ def say(text):
 
 
 def read_json(file):
-    """A file's JSON; {} where there is none."""
+    """A file's JSON; None where there is none."""
     try:
-        with open(file) as f:
-            return json.load(f)
-    except (OSError, ValueError):
-        return {}
+        with open(file, "rb") as f:
+            return json.loads(f.read())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_status(place):
+    """A worker's status; {} where there is none, or a damaged one."""
+    status = sound(read_json(place.status))
+    return status if set(STATUS) <= set(status) else {}
+
+
+def read_description():
+    """The described run; {} where its description did not arrive whole."""
+    wanted = read_json(DESCRIPTION)
+    whole = isinstance(wanted, dict) and all(name in wanted for name in DESCRIBED)
+    return wanted if whole else {}
 
 
 def parse(line):
-    """A line's JSON object; {} where it is none."""
+    """A line's status; {} where it is none."""
     try:
-        return json.loads(line)
-    except ValueError:
+        return sound(json.loads(line))
+    except (ValueError, RecursionError):
         return {}
+
+
+def sound(status):
+    """The status; {} where a field of it is missing or has another type."""
+    if not isinstance(status, dict):
+        return {}
+    needed = {"generation"} if "phase" in status else set()
+    if status.get("phase") == "ended" or "ended" in status:
+        needed |= set(ENDED)
+    kinds = dict(STATUS, **ENDED, **OTHERS)
+    for name, kind in kinds.items():
+        if name in status and not kind(status[name]):
+            return {}
+    return status if needed <= set(status) else {}
 
 
 def write(file, text):
@@ -607,7 +668,8 @@ def unpack():
     with tarfile.open(ARCHIVE) as tar:
         names = tar.getnames()
         tar.extractall(CODE)
-    for name in set(read_json(UNPACKED) or []) - set(names):
+    before = read_json(UNPACKED)
+    for name in set(before if isinstance(before, list) else []) - set(names):
         file = os.path.join(CODE, name)
         if os.path.lexists(file):
             os.remove(file)

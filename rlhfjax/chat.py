@@ -1,74 +1,227 @@
-"""A conversation with a model in the terminal: turns, streamed tokens, `/reset`, `/quit`."""
+"""A conversation with a model: turns, streamed responses, retry and undo.
 
-import io
-import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+`chat_terminal` is `rlhfjax chat`, which reads and prints them.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import capacity
+from rlhfjax.chat_settings import validate_length, validate_template
 from rlhfjax.data.chat import Message, render_prompt
 from rlhfjax.data.padding import pad_left
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop import store
-from rlhfjax.mesh import make_layout
-from rlhfjax.paths import Path
 from rlhfjax.sampling import Sampling, stream
 
-BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are compiled
-HELP = "/reset forgets the conversation, /quit ends it"
+BUCKET = (
+    32  # the shortest length that prompts are padded to; the others are its doubles
+)
+
+
+@dataclasses.dataclass
+class Response:
+    """How a response came about."""
+
+    tokens: int = 0
+    """Sampled tokens, the eos included."""
+    seconds: float = 0.0
+    """From the second token to the last: programs are compiled for the first two."""
+    end: str = "stopped"
+    """`eos`, `max_new_tokens`, or `stopped` from outside."""
+
+
+class Prompt(NamedTuple):
+    """What the model is given."""
+
+    ids: np.ndarray  # int32 [t]
+    dropped: int = 0  # oldest messages that are left out
+    is_cut: bool = False  # the last message lost its beginning too
 
 
 class Chat:
-    """A conversation: the messages so far, and the model that responds."""
+    """A conversation: the messages so far, and the model that responds.
 
-    def __init__(self, saved: store.SavedModel, sampling: Sampling, *, seed: int):
+    Args:
+      system: system message that stands before the conversation; "" for none.
+      stop_ids: tokens besides `eos_id` that end a response.
+      note: is called with what a user should know while a response is made.
+    Raises:
+      ConfigError: the model does not write text, or its context is too short for a response.
+      DataError: there is no chat template, or it takes no system message.
+    """
+
+    def __init__(
+        self,
+        saved: store.SavedModel,
+        sampling: Sampling,
+        *,
+        seed: int,
+        system: str = "",
+        stop_ids: Iterable[int] = (),
+        note: Callable[[str], None] = lambda text: None,
+    ):
         if saved.model.head != "lm":
             raise ConfigError(
                 f"chat: needs a language model, this one has a {saved.model.head} head"
             )
-        max_length = saved.model.config.max_length
-        if sampling.max_new_tokens >= max_length:
-            raise ConfigError(
-                f"--max_new_tokens={sampling.max_new_tokens}: "
-                f"must be less than the model's context of {max_length}"
-            )
         self.model, self.params = saved.model, saved.params
         self.tokenizer, self.sampling = saved.tokenizer, sampling
+        validate_length(self.context, sampling, "--")
+        cache = capacity.cache_bytes(saved.model.config, 1, sampling.max_new_tokens)
+        needed = {"the KV cache": cache}
+        capacity.validate_bytes("chat", needed, "--max_new_tokens")
         self._key, self._turns = jax.random.key(seed), 0
+        self._stop_ids = frozenset(stop_ids)
+        self._note = note
+        self._compiled: set[tuple[int, int]] = set()
         self.messages: list[Message] = []
+        self.system = ""
+        self.set_system(system)
+        self._dropped = 0
+        self.last = Response()
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its response have room for together."""
+        return self.model.config.max_length
 
     def reset(self) -> None:
+        """Forgets the conversation, but not the system message."""
         self.messages = []
+        self._dropped = 0
+
+    def set_system(self, text: str) -> None:
+        """Replaces the system message; "" removes it.
+
+        Raises:
+          DataError: the chat template takes no system message.
+        """
+        validate_template(self.tokenizer, text)
+        self.system = text
+
+    def set_sampling(self, **changes: int | float) -> None:
+        """Changes settings of the sampler.
+
+        Raises:
+          ConfigError: a setting is out of its range; nothing is changed.
+        """
+        sampling = dataclasses.replace(self.sampling, **changes)
+        validate_length(self.context, sampling)
+        self.sampling = sampling
+
+    def undo(self) -> str:
+        """Removes the last turn of the user and what follows it. Returns its text; "" if none."""
+        while self.messages:
+            message = self.messages.pop()
+            if message["role"] == "user":
+                return message["content"]
+        return ""
 
     def respond(self, text: str) -> Iterator[str]:
-        """Yields the pieces of the response as they come, and adds both turns to the messages."""
+        """Yields the pieces of the response as they come, and adds both turns to the messages.
+
+        When the generator is closed early, the pieces so far are the response; a turn without any
+        is removed again.
+
+        Raises:
+          DataError: the chat template does not take the messages, or there is no room for them.
+        """
         self.messages.append({"role": "user", "content": text})
-        tokens, attention_mask = self._prompt()
+        self.last = Response()
+        pieces: list[str] = []
+        try:
+            for piece in decode_stream(self.tokenizer, self._sampled()):
+                pieces.append(piece)
+                yield piece
+        finally:
+            if pieces or self.last.end == "eos":
+                content = "".join(pieces)
+                self.messages.append({"role": "assistant", "content": content})
+            else:
+                self.undo()
+
+    def _sampled(self) -> Iterator[int]:
+        """Yields the tokens of a response without the one that ends it; fills `self.last`."""
+        tokens, attention_mask = self._padded(self._noted_prompt())
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
-        ids = stream(
+        self._note_compiling(tokens.shape[1])
+        start = 0.0
+        for token in stream(
             self.model,
             self.params,
             jnp.asarray(tokens),
             jnp.asarray(attention_mask),
             key,
             self.sampling,
-        )
-        pieces = []
-        for piece in decode_stream(self.tokenizer, ids):
-            pieces.append(piece)
-            yield piece
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        ):
+            self.last.tokens += 1
+            if self.last.tokens == 2:
+                start = time.monotonic()
+            elif self.last.tokens > 2:
+                self.last.seconds = time.monotonic() - start
+            if token == self.sampling.eos_id or token in self._stop_ids:
+                self.last.end = "eos"
+                return
+            yield token
+        self.last.end = "max_new_tokens"
 
-    def _prompt(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the conversation, left-padded; the oldest turns go if it is too long."""
-        room = self.model.config.max_length - self.sampling.max_new_tokens
-        ids = render_prompt(self.tokenizer, self.messages, max_tokens=room)
-        length = min(room, -(-len(ids) // BUCKET) * BUCKET)
+    def _note_compiling(self, length: int) -> None:
+        program = (length, self.sampling.max_new_tokens)
+        if program not in self._compiled:
+            self._compiled.add(program)
+            self._note(f"compiling for prompts of up to {length} tokens…")
+
+    def prompt(self) -> Prompt:
+        """Returns the conversation as tokens; the oldest turns go if it is too long.
+
+        Raises:
+          DataError: the chat template does not take the messages, or there is no room for them.
+        """
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        room = self.context - self.sampling.max_new_tokens
+        ids = render_prompt(self.tokenizer, [*system, *self.messages], max_tokens=room)
+        starts = [i for i, turn in enumerate(self.messages) if turn["role"] == "user"]
+        for start in starts:
+            kept = [*system, *self.messages[start:]]
+            if np.array_equal(render_prompt(self.tokenizer, kept), ids):
+                return Prompt(ids, dropped=start)
+        if not starts:
+            return Prompt(ids)
+        return Prompt(ids, dropped=starts[-1], is_cut=True)
+
+    def _noted_prompt(self) -> np.ndarray:
+        """Returns the prompt; notes what is new of what it leaves out."""
+        prompt = self.prompt()
+        room = self.context - self.sampling.max_new_tokens
+        if prompt.dropped > self._dropped:
+            self._note(
+                f"the conversation is longer than the {room} tokens that there is room for: "
+                f"the oldest {prompt.dropped} messages are left out"
+            )
+        self._dropped = prompt.dropped
+        if prompt.is_cut:
+            self._note(
+                f"your message alone is longer than the {room} tokens that there is room for: "
+                "its beginning is left out"
+            )
+        return prompt.ids
+
+    def _padded(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a prompt left-padded to one of a few lengths, and its attention mask."""
+        room = self.context - self.sampling.max_new_tokens
+        length = BUCKET
+        while length < len(ids):
+            length *= 2
+        length = min(room, length)
         return pad_left([ids], length=length, pad_id=self.tokenizer.pad_id)
 
 
@@ -84,61 +237,3 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     rest = tokenizer.decode(seen)[shown:]
     if rest:
         yield rest
-
-
-def run(
-    path: str | Path,
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    int8: bool = False,
-    inputs: io.TextIOBase | None = None,
-    out: io.TextIOBase | None = None,
-) -> None:
-    """Responds to one line after the other, until the input ends.
-
-    Args:
-      path: a model's folder or workdir, or a foreign name (see `interop.foreign`).
-      int8: whether weights and cache are int8.
-    Raises:
-      CheckpointError: there is no model.
-    """
-    source: Any = inputs or sys.stdin
-    target: Any = out or sys.stdout
-    if source is sys.stdin and sys.stdin.isatty():
-        import readline  # noqa: F401  (line editing and history)
-    saved = store.load(path, make_layout())
-    saved = store.int8(saved) if int8 else saved
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        eos_id=saved.tokenizer.eos_id,
-        pad_id=saved.tokenizer.pad_id,
-        temperature=temperature,
-    )
-    chat = Chat(saved, sampling, seed=seed)
-    print(f"{store.found(path)}  ({HELP})", file=target)
-    for line in _lines(source, target):
-        if line == "/quit":
-            return
-        if line == "/reset":
-            chat.reset()
-            print("(a new conversation)", file=target)
-        elif line.startswith("/"):
-            print(f"({line} is unknown: {HELP})", file=target)
-        elif line:
-            for piece in chat.respond(line):
-                print(piece, end="", file=target, flush=True)
-            print(file=target)
-
-
-def _lines(source: Any, target: Any) -> Iterator[str]:
-    """Yields the lines of the input, with a prompt before each if it is a terminal."""
-    if source is sys.stdin:
-        try:
-            while True:
-                yield input("> ").strip()
-        except EOFError:
-            print(file=target)
-    else:
-        yield from (line.strip() for line in source)

@@ -1,28 +1,31 @@
 """Writes and reads checkpoints with Orbax v1. This is the only file that imports orbax.
 
 Saves are asynchronous, a checkpoint is visible only when it is complete, and it is verified when it
-is read. Its metadata have one 32-bit checksum per array. A checksum adds integers over the bits of
-an array, so it does not depend on the sharding; it detects files that were cut short or altered,
-whatever the storage does.
+is read. Its metadata have one 32-bit checksum per array, and one of the data position. The
+checksum of an array adds integers over its bits, so it does not depend on the sharding; it detects
+files that were cut short or altered, whatever the storage does.
 """
 
 import logging
 import re
-from typing import Any
+import zlib
+from typing import Any, NotRequired
 
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
+from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths
 from rlhfjax.config import CheckpointConfig
-from rlhfjax.errors import CheckpointError, first_line
+from rlhfjax.errors import CheckpointError, DataError, first_line
 from rlhfjax.paths import Path
 from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
 # Orbax writes this file last into a bucket, where it cannot rename a complete folder.
 COMMITTED = "commit_success.txt"
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of a checkpoint
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes per element
 
 
@@ -44,6 +47,22 @@ def checksums(tree: PyTree) -> list[int]:
     return [int(checksum) for checksum in jax.device_get(_checksums(tree))]
 
 
+def _data_checksum(data: Any) -> int:
+    """Returns the checksum of a data position, of JSON types."""
+    context = "data position"
+    as_read = json_text.parse(json_text.encode(data, context))
+    text = json_text.encode(as_read, context, sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+class _Metadata(TypedDict, extra_items=Any):
+    """What is saved beside the arrays. Only checkpoints of a run have a data position."""
+
+    checksums: list[int]
+    data: NotRequired[Any]
+    data_checksum: NotRequired[int]  # absent in older checkpoints
+
+
 class Checkpoints:
     """The checkpoints of one workdir, `checkpoints/<step>/`: the state and the data position."""
 
@@ -56,7 +75,7 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(config.keep_every))
         any_policy: Any = policies.AnyPreservationPolicy(keep)
         self._orbax = ocp.training.Checkpointer(
-            str(self.directory),
+            str(paths.without_patterns(self.directory)),
             preservation_policy=any_policy,
             cleanup_tmp_directories=True,
         )
@@ -66,7 +85,7 @@ class Checkpoints:
 
         def complete_steps() -> list[int]:
             folders = paths.children(self.directory)
-            numbered = [folder for folder in folders if folder.name.isdigit()]
+            numbered = [folder for folder in folders if _STEP.fullmatch(folder.name)]
             return sorted(int(folder.name) for folder in numbered if _committed(folder))
 
         return hosts.share(complete_steps)
@@ -81,7 +100,11 @@ class Checkpoints:
           DataError: `data` holds NaN or an infinity.
         """
         json_text.validate_finite(data, f"checkpoint {step}: the position of the data")
-        metadata: Any = {"data": data, "checksums": checksums(state)}
+        metadata: Any = {
+            "data": data,
+            "data_checksum": _data_checksum(data),
+            "checksums": checksums(state),
+        }
         # An error may also be that of the previous save, which Orbax waits for here.
         with _disk_errors(self.directory):
             self._orbax.save_checkpointables_async(
@@ -127,7 +150,7 @@ class Checkpoints:
                 )
                 self._move_aside(step)
             else:
-                return state, metadata["data"]
+                return state, metadata.get("data")
         if steps:
             raise CheckpointError(
                 f"{self.directory}: no checkpoint can be read; they were moved to "
@@ -153,7 +176,10 @@ def save_tree(path: Path, tree: PyTree) -> None:
     metadata: Any = {"checksums": checksums(tree)}
     with _disk_errors(path):
         ocp.save_checkpointables(
-            str(path), {"state": tree}, overwrite=True, custom_metadata=metadata
+            str(paths.without_patterns(path)),
+            {"state": tree},
+            overwrite=True,
+            custom_metadata=metadata,
         )
 
 
@@ -217,17 +243,19 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
       CheckpointError: its shapes differ from those of `abstract`.
       _Damaged: anything else is wrong.
     """
+    name = str(paths.without_patterns(path))
     try:
-        saved = ocp.metadata(str(path), checkpointable_name="state")
+        saved = ocp.metadata(name, checkpointable_name="state")
     except Exception as e:  # Orbax and TensorStore raise many types for damaged files
         raise _Damaged(_one_line(e)) from e
     metadata: Any = saved.custom_metadata
     if saved.metadata is None or not metadata:
         raise _Damaged("its metadata cannot be read")
+    _validate_metadata(metadata)
     _validate_shapes(path, saved.metadata, abstract)
     state, problem = None, ""
     try:
-        state = ocp.load_checkpointables(str(path), {"state": abstract})["state"]
+        state = ocp.load_checkpointables(name, {"state": abstract})["state"]
     except Exception as e:
         problem = _one_line(e)
     if hosts.anywhere(bool(problem)):
@@ -235,6 +263,17 @@ def _load(path: Path, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
     if checksums(state) != metadata["checksums"]:
         raise _Damaged("checksums differ")
     return state, metadata
+
+
+def _validate_metadata(metadata: Any) -> None:
+    """Raises _Damaged if the metadata or the data position in it were altered."""
+    try:
+        json_text.validate(metadata, "its metadata", _Metadata)
+    except DataError as e:
+        raise _Damaged(str(e)) from None
+    checksum = metadata.get("data_checksum")
+    if checksum not in (None, _data_checksum(metadata.get("data"))):
+        raise _Damaged("the checksum of its data position differs")
 
 
 def _validate_shapes(path: Path, saved: PyTree, abstract: PyTree) -> None:

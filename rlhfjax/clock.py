@@ -15,18 +15,25 @@ other         everything else
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import jax
+from annotated_types import Interval
+from typing_extensions import TypedDict
 
 import rlhfjax
-from rlhfjax import hosts
+from rlhfjax import hosts, workdirs
 from rlhfjax.config import write_json
 from rlhfjax.paths import Path
+from rlhfjax.ranges import PositiveCount, Share
+from rlhfjax.workdirs import Seconds
 
 FILE = "goodput.json"
+_REMEDY = (
+    "restore it from a copy, or delete it to count the wall time from this start on"
+)
 PARTS = (
     "step",
     "compile",
@@ -45,6 +52,27 @@ _COMPILE_EVENTS = (
 )
 
 
+class Record(TypedDict):
+    """What `Clock.save` writes. A part that is absent, in an older file, is 0."""
+
+    at: Annotated[float, Interval(ge=0, le=3.2e10)]  # seconds since 1970
+    starts: PositiveCount
+    goodput: Share
+    seconds: dict[str, Seconds]
+
+
+def read(workdir: Path) -> Record | None:
+    """Returns the wall time of a stage; None if it has not been saved.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    record = workdirs.read(workdir / FILE, Record, _REMEDY)
+    if record is not None:
+        record["seconds"] = dict.fromkeys(PARTS, 0.0) | record["seconds"]
+    return record
+
+
 class Clock:
     """Adds every second since the stage's first start to exactly one part.
 
@@ -56,13 +84,14 @@ class Clock:
 
     def __init__(self, workdir: Path):
         self._path = workdir / FILE
-        saved = hosts.share(
-            lambda: json.loads(self._path.read_text()) if self._path.exists() else {}
-        )
-        self.seconds = dict.fromkeys(PARTS, 0.0) | saved.get("seconds", {})
-        self.starts = saved.get("starts", 0) + 1
+        saved = hosts.share(lambda: read(workdir))
         started = time.time() if Clock._process_start_counted else rlhfjax.BEGAN
-        self.seconds["restart"] += max(0.0, started - saved.get("at", started))
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.starts = 1
+        if saved is not None:
+            self.seconds = dict(saved["seconds"])
+            self.seconds["restart"] += max(0.0, started - saved["at"])
+            self.starts += saved["starts"]
         self._seconds_before = dict(self.seconds)
         self._part, self._since = "imports", started
         self._switch("build")
@@ -111,8 +140,9 @@ class Clock:
         content = {
             "at": time.time(),
             "starts": self.starts,
-            "goodput": goodput,
-            "seconds": self.seconds,
+            # A part is negative if programs were compiled side by side.
+            "goodput": min(1.0, max(0.0, goodput)),
+            "seconds": {part: max(0.0, s) for part, s in self.seconds.items()},
         }
         write_json(self._path, content)
 

@@ -5,10 +5,10 @@ made by `stages.stage_config`, or a recipe: `stages`, a tuple of names, and the 
 """
 
 import dataclasses
+import enum
 import functools
 import itertools
 import os
-import re
 import traceback
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,13 @@ import pydantic
 from ml_collections import ConfigDict, config_dict
 
 from rlhfjax import hosts, json_text, options, paths, renamed
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, cut, first_line
+from rlhfjax.experiment_args import Argument as Argument
+from rlhfjax.experiment_args import parse_arg as parse_arg
 from rlhfjax.mesh import MeshConfig
 from rlhfjax.paths import Path
 from rlhfjax.ranges import Count, NonNegative, PositiveCount, Seed
+from rlhfjax.redact import has_form
 
 T = TypeVar("T")
 PLACE = "\0"
@@ -83,58 +86,6 @@ class TrainConfig:
     """When the training state is saved."""
     log: LogConfig = LogConfig()
     """What is logged, and where."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Argument:
-    """An argument of an experiment file: its default and the annotation of its values."""
-
-    default: Any
-    hint: Any
-
-
-_SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Returns the arguments of an experiment file, parsed from `"size=tiny,seed=3"`.
-
-    Args:
-      defaults: per argument its default, whose type its values have; a tuple of the accepted
-        values, the default first; or an `Argument` with a range.
-
-    Raises:
-      ConfigError: an unknown name, or a value that is not accepted.
-    """
-    arguments = {name: _argument(default) for name, default in defaults.items()}
-    parsed = {name: argument.default for name, argument in arguments.items()}
-    for item in filter(None, (arg or "").split(",")):
-        name, _, text = item.partition("=")
-        if name not in arguments:
-            known = ", ".join(arguments) or "none"
-            raise ConfigError(f"config argument {name!r} is unknown; known: {known}")
-        parsed[name] = _parse_value(arguments[name], name, text)
-    return ConfigDict(parsed)
-
-
-def _argument(default: Any) -> Argument:
-    if isinstance(default, Argument):
-        return default
-    if isinstance(default, tuple):
-        return Argument(default[0], Literal[default])
-    return Argument(default, type(default))
-
-
-def _parse_value(argument: Argument, name: str, text: str) -> Any:
-    kind = type(argument.default)
-    try:
-        value = _SWITCH[text.lower()] if kind is bool else kind(text)
-        return _adapter(argument.hint).validate_python(value)
-    except (ValueError, KeyError):
-        expected = options.describe(argument.hint)
-        raise ConfigError(
-            f"config argument {name}={text}: expected {expected}"
-        ) from None
 
 
 def defaults(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -240,12 +191,36 @@ def build(
     try:
         text = json_text.encode(values, where)
     except TypeError as e:
-        raise ConfigError(f"{where}: {e}") from None
+        raise ConfigError(f"{where}: {e}{_not_json(values, where)}") from None
+    validate_without_secrets(values, where)
     try:  # strict JSON has no tuples and no dataclasses: lists and objects stand for them
         return _adapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as e:
         mistakes = e.errors(include_url=False)
         raise ConfigError(_first_mistake(cls, mistakes, where)) from None
+
+
+def _not_json(values: Any, where: str) -> str:
+    """Returns the end of the message about a value of a type that JSON lacks: its place."""
+    for place, value in json_text.parts(values, where):
+        if isinstance(value, dict | list):
+            if inner := _not_json(value, place):
+                return inner
+        elif not isinstance(value, str | int | float | None):
+            return f" ({place}={json_text.shown(value)})"
+    return ""
+
+
+def validate_without_secrets(value: Any, where: str) -> None:
+    """Raises ConfigError if a text has the form of a secret, which config.json would show."""
+    if isinstance(value, str) and has_form(value):
+        raise ConfigError(
+            f"{where}=…: this is a secret, which config.json would show; expected it in the"
+            " environment of the process"
+        )
+    if isinstance(value, dict | list):
+        for place, part in json_text.parts(value, where):
+            validate_without_secrets(part, place)
 
 
 @functools.cache
@@ -298,18 +273,19 @@ def explain(error: BaseException, path: str, flags: Sequence[str] = ()) -> str:
     while link is not None:
         line = _last_line_in(path, link)
         if line:
-            return f"{path}:{line}: {type(link).__name__}: {_flat(link)}"
+            return f"{path}:{line}: {type(link).__name__}{_reason(link)}"
         link = link.__cause__ or link.__context__
     if isinstance(error, SyntaxError):
-        return f"{path}:{error.lineno}: {error.msg}"
-    if isinstance(error, KeyError | AttributeError):
-        name = re.search(r"\w+", str(error))  # ml_collections names only the last part
-        missing = name[0] if name else ""
-        for flag in flags:
-            if flag.startswith("--config.") and missing in flag.split("."):
-                hint = renamed.hint(missing, renamed.OPTIONS) or _did_you_mean(error)
-                return f"{flag}: the config has no option {missing!r}{hint}"
-    return _flat(error) or type(error).__name__
+        line = "" if error.lineno is None else f":{error.lineno}"
+        return f"{path}{line}: {error.msg}"
+    return f"{path}: {first_line(error, kind=True)}"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return ": a config file must not end the process"
+    reason = " ".join(str(error).split())
+    return f": {cut(reason, 400)}" if reason else ""
 
 
 def _last_line_in(path: str, error: BaseException) -> int | None:
@@ -322,24 +298,42 @@ def _last_line_in(path: str, error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _did_you_mean(error: BaseException) -> str:
-    close = re.search(r'Did you mean "(\w+)"', str(error))
-    return f"; did you mean {close[1]}?" if close else ""
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def to_dict(config: Any) -> Any:
-    """Returns ConfigDicts, dataclasses and tuples as plain dicts and lists, as JSON has them."""
+    """Returns ConfigDicts, dataclasses and tuples as plain dicts and lists, as JSON has them.
+
+    Numbers and texts of NumPy and JAX, enums and paths become Python's own.
+
+    Raises:
+      ConfigError: a required value of the config was not given.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return to_dict(dataclasses.asdict(config))
     if isinstance(config, Mapping | ConfigDict):
-        return {k: to_dict(v) for k, v in config.items()}
+        return {k: to_dict(_item(config, k)) for k in config}
     if isinstance(config, list | tuple):
         return [to_dict(v) for v in config]
-    return config
+    value = scalar(config)
+    return to_dict(value) if isinstance(value, list) else value
+
+
+def _item(config: Mapping[str, Any] | ConfigDict, key: str) -> Any:
+    try:
+        return config[key]
+    except config_dict.RequiredValueError:
+        raise ConfigError(f"{key}: a value is required") from None
+
+
+def scalar(value: Any) -> Any:
+    """Returns a number or text of NumPy or JAX, an enum's value, or a path, of Python's own types.
+
+    An array becomes a list. Anything else stays as it is.
+    """
+    if isinstance(value, enum.Enum):
+        return scalar(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_array = hasattr(value, "dtype") and hasattr(value, "tolist")
+    return value.tolist() if is_array else value
 
 
 def write_json(path: Path, value: Any) -> None:

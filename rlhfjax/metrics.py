@@ -12,16 +12,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any
+from typing import IO, Any, NotRequired
 
 import numpy as np
 import rich.console
 import rich.progress
+from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths
 from rlhfjax.errors import ConfigError
-from rlhfjax.jsonl import read_jsonl, write_jsonl
+from rlhfjax.jsonl import REMEDY, read_jsonl, write_jsonl
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Count
 from rlhfjax.types import Metric, Metrics
 
 Real = float | int
@@ -82,10 +84,44 @@ def _sum64(x: Any) -> float:
 # ------------------------------------------------------------------ files
 
 
+class Values(TypedDict, extra_items=float | None):
+    """Metrics by their names, in a recipe with the stage."""
+
+    stage: NotRequired[str]
+
+
+class Row(TypedDict, extra_items=float | None):
+    """A line of metrics.jsonl or timing.jsonl: a step, and metrics by their names."""
+
+    step: Count
+    stage: NotRequired[str]  # in the metrics.jsonl of a recipe
+
+
+class _OfStep(TypedDict, extra_items=Any):
+    """A line of any file that a resumed run continues."""
+
+    step: Count
+
+
+def read_rows(path: Path, hint: Any = Row) -> list[dict[str, Any]]:
+    """Returns the lines of a stage's metrics.jsonl or timing.jsonl; [] if there is no file.
+
+    A line has an int `step` and numbers by their names, None for one that was not finite. A
+    half-written last line is left out.
+
+    Args:
+      hint: the type of a line; `Values` if no step is needed.
+
+    Raises:
+      DataError: another line is damaged; the message names it and says what to do.
+    """
+    return read_jsonl(path, hint, REMEDY)
+
+
 def last_values(workdir: str | os.PathLike) -> dict[str, float]:
     """Returns the last value of every metric in a workdir's metrics.jsonl; null is read as NaN."""
     values: dict[str, float] = {}
-    for row in read_jsonl(paths.path(workdir) / METRICS_FILE):
+    for row in read_rows(paths.path(workdir) / METRICS_FILE):
         values |= row
     values.pop("step", None)
     return json_text.nan_for_null(values)
@@ -93,11 +129,11 @@ def last_values(workdir: str | os.PathLike) -> dict[str, float]:
 
 def _drop_lines_after(path: Path, step: int | None) -> None:
     """Rewrites a file, atomically, without the lines of later steps (None: without any line)."""
-    if not path.exists():
+    if not paths.exists(path):
         return
     kept = []
     if step is not None:
-        kept = [row for row in read_jsonl(path) if row["step"] <= step]
+        kept = [row for row in read_rows(path, _OfStep) if row["step"] <= step]
     write_jsonl(path, kept)
 
 
@@ -323,9 +359,9 @@ class Progress:
         console = rich.console.Console(file=output)
         if console.is_terminal:
             columns = (
-                "{task.description}",
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=None),
-                "{task.fields[text]}",
+                rich.progress.TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = rich.progress.Progress(*columns, console=console, expand=True)
             self._task = self._bar.add_task(

@@ -18,27 +18,34 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import fsspec
 import fsspec.config
 from etils import epath
 
-from rlhfjax.errors import ConfigError, DataError, UserError, first_line
+from rlhfjax import patterns
+from rlhfjax.errors import ConfigError, DataError, UserError, cut, first_line
 
 Path = pathlib.Path | epath.Path  # for annotations; `path` creates one
 SCHEME = "gs://"
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; of a path with the NUL that ends it
 
 
 def path(name: str | os.PathLike) -> Path:
-    """Returns the path of a name.
+    """Returns the path of a name. `~/` stands for the home folder, as in a shell.
 
     Raises:
-      ConfigError: the scheme is unknown, or the name is in a bucket and gcsfs is not installed.
+      ConfigError: the scheme is unknown, the name is in a bucket and gcsfs is not installed, or no
+        file can have this name.
     """
     name = os.fspath(name)
     if not remote(name):
+        _validate_name(name)
+        in_home = name == "~" or name.startswith("~/")
+        if in_home and not os.path.lexists(name):
+            name = os.path.expanduser(name)
         return pathlib.Path(name)
     if not name.startswith(SCHEME):
         raise ConfigError(
@@ -62,6 +69,56 @@ def remote(name: str | os.PathLike) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(name)) is not None
 
 
+def _validate_name(name: str) -> None:
+    """Raises ConfigError if no file can have a local name."""
+    if "\0" in name:
+        raise ConfigError(f"{cut(name)}: a file's name has no NUL character")
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{cut(name)}: the name is not Unicode") from None
+    longest = max(map(len, encoded.split(b"/")))
+    if len(encoded) >= LONGEST_PATH or longest > LONGEST_NAME:
+        raise ConfigError(
+            f"{cut(name)}: a path has at most {LONGEST_PATH - 1} bytes, and each name in it"
+            f" {LONGEST_NAME}"
+        )
+
+
+def lexists(name: str) -> bool:
+    """Returns whether a local name is there, be it a link that leads nowhere."""
+    try:
+        return os.path.lexists(name)
+    except ValueError:
+        return False
+
+
+def without_patterns(path: Path) -> Path:
+    """Returns a name of a local file or folder for libraries that take some characters otherwise.
+
+    Orbax takes `[` as the beginning of a pattern, TensorStore a backslash as a separator, and
+    epath a name that ends with a colon as a scheme. The parent folder is then reached by a link in
+    a folder of this process; it is created if missing.
+    """
+    if remote(path) or not re.search(r"[\[\\]|:(?=/)", str(path)):
+        return path
+    parent = os.path.abspath(path.parent)
+    make_folder(pathlib.Path(parent))
+    link = scratch() / f"to-{hashlib.sha256(os.fsencode(parent)).hexdigest()[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(parent)
+    return link / path.name
+
+
+def scheme(name: str, known: Collection[str]) -> str:
+    """Returns the known scheme that a name begins with, as in jsonl:REST; "" for a path.
+
+    A path may have colons in it, as a time has.
+    """
+    prefix, colon, _ = name.partition(":")
+    return prefix if colon and prefix in known else ""
+
+
 def absolute(path: Path) -> Path:
     """Returns an absolute path without symbolic links."""
     return path if remote(path) else path.resolve()
@@ -82,8 +139,12 @@ def children(folder: Path) -> list[Path]:
     """
     try:
         return sorted(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as problem:
+        raise DataError(f"{folder!s:.200}: {problem.strerror}") from None
+    except ValueError as problem:  # a name with NUL
+        raise DataError(f"{folder!s:.60}: {first_line(problem)}") from None
 
 
 def files(folder: Path) -> list[Path]:
@@ -100,14 +161,18 @@ def _listed(source: Path) -> dict[str, dict[str, Any]]:
 
 
 def glob(pattern: str) -> list[Path]:
-    """Returns the files that match, sorted by name; `**` stands for any number of folders."""
-    if remote(pattern):
-        path(pattern)  # raises if the scheme is unknown or gcsfs is not installed
-        entries = _store().glob(pattern, detail=True)
-        names = [name for name in sorted(entries) if entries[name]["type"] == "file"]
-        return [epath.Path(SCHEME + name) for name in names]
-    names = globs.glob(os.path.expanduser(pattern), recursive=True)
-    return [pathlib.Path(name) for name in sorted(names) if os.path.isfile(name)]
+    """Returns the files that match, sorted by name; `**` stands for any number of folders.
+
+    A name that exists is taken literally, see `patterns.matching_files`.
+    """
+    if not remote(pattern):
+        return [pathlib.Path(name) for name in patterns.matching_files(pattern)]
+    path(pattern)  # raises if the scheme is unknown or gcsfs is not installed
+    if globs.has_magic(pattern) and _store().isfile(pattern):
+        return [epath.Path(pattern)]
+    entries = _store().glob(pattern, detail=True)
+    names = [name for name in sorted(entries) if entries[name]["type"] == "file"]
+    return [epath.Path(SCHEME + name) for name in names]
 
 
 def relative(name: str, folder: Path) -> str:
@@ -161,6 +226,25 @@ def read_if_there(path: Path, error: type[UserError] = DataError) -> bytes | Non
         raise error(f"{path!s:.60}: {first_line(problem)}") from None
 
 
+def exists(path: Path, error: type[UserError] = DataError) -> bool:
+    """Returns whether there is a file or folder of this name.
+
+    Raises:
+      UserError: of the given class: the name leads to a loop of links, or no file can have it.
+    """
+    try:
+        if remote(path):
+            return path.exists()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as problem:
+        raise error(f"{path!s:.200}: {problem.strerror}") from None
+    except ValueError as problem:  # a name with NUL
+        raise error(f"{path!s:.60}: {first_line(problem)}") from None
+    return True
+
+
 def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
     """Raises an error if a local path is anything but a file: reading a pipe may never end.
 
@@ -168,7 +252,7 @@ def validate_regular(path: Path, error: type[UserError] = DataError) -> None:
       FileNotFoundError: there is nothing of this name.
       UserError: of the given class: it is a folder, a device or a pipe.
     """
-    mode = path.stat().st_mode
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise error(f"{path}: is a folder; expected a file")
     if not stat.S_ISREG(mode):
@@ -189,6 +273,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
     Raises:
       ConfigError: the bucket does not exist.
+      DataError: a folder has this name.
     """
     content = content.encode() if isinstance(content, str) else content
     if remote(path):
@@ -204,6 +289,10 @@ def write(path: Path, content: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except IsADirectoryError:
+        raise DataError(
+            f"{path}: is a folder; a file is written here: move it away"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return path

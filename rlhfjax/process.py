@@ -21,11 +21,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rlhfjax.errors import Interrupted, Preempted, UserError, first_line
+from rlhfjax.redact import printable, redact
 
 log = logging.getLogger("rlhfjax")
 _RESUME = "run the same command to resume"
-# Errors of the disk, which need no traceback.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# Errors of the disk or of names on it, which need no traceback.
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 def run(command: Callable[[], None]) -> None:
@@ -37,10 +47,13 @@ def run(command: Callable[[], None]) -> None:
             _hosts().leave()
     except UserError as e:
         _exit(str(e), e.exit_code)
+    except BrokenPipeError:  # such as `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit("its output was closed before the end", 1)
     except OSError as e:
-        if e.errno not in _DISK:
+        if e.errno not in _DISK and not e.filename:
             _exit_on_unexpected(e)
-        _exit(f"{e.strerror}: {e.filename or 'a file of the run'}", 1)
+        _exit(f"{e.strerror or first_line(e)}: {e.filename or 'a file of the run'}", 1)
     except KeyboardInterrupt:
         _exit(_interrupted(), Interrupted.exit_code)
     except Exception as e:
@@ -49,11 +62,20 @@ def run(command: Callable[[], None]) -> None:
 
 def _set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Redacting("%(message)s"))
     log.setLevel(logging.INFO)
     # Orbax and gcsfs log there what they also raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+class _Redacting(logging.Formatter):
+    """Formats messages without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 # ------------------------------------------------------------------ before the first call of jax
@@ -174,6 +196,7 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
     """Ends with the traceback of an unexpected error; ends the other hosts too."""
     paths = sys.modules.get("rlhfjax.paths")
     refusal = paths.refusal(error) if paths else None
+    refusal = refusal or out_of_memory(error)
     if refusal:
         _exit(refusal, 1)
     if not _has_peers():
@@ -186,8 +209,22 @@ def _exit_on_unexpected(error: BaseException) -> NoReturn:
     hosts.fail(first_line(error, kind=True), 1)
 
 
+def out_of_memory(error: BaseException) -> str:
+    """Returns what could not be allocated, in one line; "" for other errors."""
+    what = first_line(error)
+    if isinstance(error, MemoryError):
+        what = what.removeprefix("MemoryError")
+    elif "RESOURCE_EXHAUSTED" not in what:
+        return ""
+    detail = f" ({what})" if what else ""
+    return (
+        f"out of memory{detail}: make the model, batch_size or the lengths smaller, or use"
+        " more devices; rlhfjax plan tells what a stage needs"
+    )
+
+
 def _print_error(message: str) -> None:
-    print(f"rlhfjax: {message}", file=sys.stderr, flush=True)
+    print(f"rlhfjax: {printable(redact(message))}", file=sys.stderr, flush=True)
 
 
 def _has_peers() -> bool:

@@ -8,6 +8,7 @@ import jax
 from rlhfjax import hosts
 from rlhfjax.config import TrainConfig
 from rlhfjax.errors import ConfigError
+from rlhfjax.json_text import shown
 from rlhfjax.paths import Mirror, Path
 
 FOLDER = "profile"
@@ -26,10 +27,12 @@ def _traced_steps(text: str) -> range:
     """Returns the steps of "FIRST:LAST", both counted from 1 as in metrics.jsonl."""
     if not text:
         return range(0)
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
-        raise ConfigError(f"log.profile={text!r}: expected FIRST:LAST, such as 10:15")
+        raise ConfigError(
+            f"log.profile={shown(text)}: expected FIRST:LAST, such as 10:15"
+        )
     return range(first, last + 1)
 
 

@@ -21,6 +21,7 @@ import jax
 from rlhfjax import hosts, json_text, paths
 from rlhfjax.jsonl import read_jsonl
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 
 FILE = "provenance.jsonl"
 PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -64,10 +65,10 @@ def about_start() -> dict[str, Any]:
 
 
 def command() -> str:
-    """Returns the command line of this process, such as `rlhfjax run --config=…`."""
+    """Returns the command line of this process, without secrets."""
     program = os.path.basename(sys.argv[0])
     program = "rlhfjax" if program == "__main__.py" else program
-    return shlex.join([program, *sys.argv[1:]])
+    return redact(shlex.join([program, *sys.argv[1:]]))
 
 
 @functools.cache

@@ -1,12 +1,14 @@
 """Runs recipes: stages one after the other, each in its own folder.
 
 A recipe's config has `stages`, a tuple of names, and the config of each name. In these configs
-`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage. The same command
-run again continues where the recipe stopped.
+`"stage:NAME"` or `"stage:NAME/FILE"` stands for the folder of an earlier stage, also after a scheme
+(`"jsonl:stage:NAME/FILE"`) or a parameter (`"rule:MODULE:FUNCTION?metadata=stage:NAME/FILE"`). Any
+other text with `stage:` in it is text. The same command run again continues where the recipe
+stopped.
 """
 
 import contextlib
-import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 
 from rlhfjax import (
     announce,
+    capacity,
     footprint,
     hosts,
     json_text,
@@ -24,22 +27,25 @@ from rlhfjax import (
     references,
     stages,
     train,
+    workdirs,
 )
 from rlhfjax.clock import Clock
 from rlhfjax.config import TrainConfig, build, fill_defaults, to_dict, write_json
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
-from rlhfjax.jsonl import read_jsonl, write_jsonl
+from rlhfjax.jsonl import write_jsonl
 from rlhfjax.mesh import Layout, make_layout
+from rlhfjax.metrics import METRICS_FILE, read_rows
 from rlhfjax.models.config import TransformerConfig
 from rlhfjax.origins import Origins, Unknown, roles_of
 from rlhfjax.paths import Path
-from rlhfjax.renamed import config_with_present_names
 from rlhfjax.stage_cache import Cache
+from rlhfjax.workdirs import CONFIG, DONE
 
-DONE = "done.json"
-CONFIG = "config.json"
 MOST_STAGES = 100  # the folders of stages are numbered by two digits
+# (what stands before the reference, name of the stage, file)
+_REFERENCE = re.compile(r"((?:\S*[:=])?)stage:([^\s/]*)((?:/.*)?)", re.DOTALL)
+_TEXTS = ("option", "template", "token")  # options that a model reads
 
 
 def run(
@@ -70,6 +76,7 @@ def run(
     resolved = {name: resolve(values[name], folders, name) for name in folders}
     typed = check_all(resolved, folders)
     hosts.share(lambda: references.validate(typed, folders, DONE))
+    capacity.validate(typed, folders, DONE)
     hosts.share(lambda: claim(workdir, values))
     done = {name for name, folder in folders.items() if (folder / DONE).exists()}
     announce.stages(folders, done)
@@ -128,6 +135,7 @@ def run_stage(
     title = title or name
     configs = check_all({name: config}, {name: workdir})
     hosts.share(lambda: references.validate(configs, {name: workdir}, DONE))
+    capacity.validate(configs, {name: workdir}, DONE)
     record = config if record is None else record
     hosts.share(lambda: claim(workdir, record))
     key = hosts.share(lambda: cache.key(config, workdir)) if cache else None
@@ -178,10 +186,10 @@ def _compute(config: Any, workdir: Path, title: str) -> dict[str, float]:
 
 def read_done(workdir: Path) -> dict[str, Any] | None:
     """Returns a finished stage's done.json, NaN for metrics that are null; None if unfinished."""
-    if not (workdir / DONE).exists():
+    done = workdirs.read_done(workdir)
+    if done is None:
         return None
-    done = json.loads((workdir / DONE).read_text())
-    return done | {"metrics": json_text.nan_for_null(done["metrics"])}
+    return {**done, "metrics": json_text.nan_for_null(done["metrics"])}
 
 
 def evaluate(
@@ -198,11 +206,11 @@ def evaluate(
       CheckpointError: the stage has no checkpoint.
     """
     if config is None:
-        if not (workdir / CONFIG).exists():
+        config = workdirs.read_config(workdir)
+        if config is None:
             raise ConfigError(
                 f"{workdir}: no config.json here; expected the workdir of a stage"
             )
-        config = config_with_present_names(json.loads((workdir / CONFIG).read_text()))
     values = to_dict(config)
     if "stages" in values:
         raise ConfigError(
@@ -235,7 +243,13 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     Raises:
       ConfigError: a stage without a config, a config without a stage, or a name given twice.
     """
-    names = list(config["stages"])
+    names = config["stages"]
+    is_list = isinstance(names, list | tuple)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"recipe: stages={json_text.shown(names)}: expected the names of stages"
+        )
+    names = list(names)
     if not names:
         raise ConfigError("recipe: `stages` is empty; expected the names of stages")
     for name in names:
@@ -243,6 +257,7 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
             raise ConfigError(
                 f"recipe: stage {name!r} is in `stages` and has no config of its own"
             )
+        workdirs.validate_name(name, "recipe: stages", ConfigError)
     extra = sorted(set(config) - set(names) - {"stages"})
     if extra:
         raise ConfigError(
@@ -264,11 +279,11 @@ def finished(config: Mapping[str, Any], workdir: Path) -> bool:
     folders = [workdir]
     if "stages" in config:
         folders = list(stage_folders(config, workdir).values())
-    return all((folder / DONE).exists() for folder in folders)
+    return all(workdirs.read_done(folder) is not None for folder in folders)
 
 
 def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
-    """Returns a config with `stage:NAME[/FILE]` replaced by a path.
+    """Returns a config with references to stages replaced by paths.
 
     Args:
       name: the stage whose config it is; it can refer to the stages before it.
@@ -277,13 +292,16 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
       ConfigError: a reference to any other stage.
     """
     if isinstance(value, Mapping):
-        return {k: resolve(v, folders, name) for k, v in value.items()}
+        return {
+            key: part if key in _TEXTS else resolve(part, folders, name)
+            for key, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [resolve(v, folders, name) for v in value]
-    if not isinstance(value, str) or "stage:" not in value:
+    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if reference is None:
         return value
-    prefix, _, rest = value.partition("stage:")
-    target, slash, file = rest.partition("/")
+    prefix, target, file = reference.groups()
     names = list(folders)
     earlier = names[: names.index(name)] if name in folders else []
     if target not in earlier:
@@ -291,7 +309,7 @@ def resolve(value: Any, folders: Mapping[str, Path], name: str) -> Any:
         raise ConfigError(
             f"recipe: {name} refers to {value!r}; the stages before it are {known}"
         )
-    return f"{prefix}{folders[target]}{slash}{file}"
+    return f"{prefix}{folders[target]}{file}"
 
 
 def check(config: Mapping[str, Any], where: str) -> Any:
@@ -367,7 +385,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
       ConfigError: the workdir belongs to another config; the message names the options that differ.
     """
     compare(workdir, config)
-    if (workdir / CONFIG).exists() and not _has_only_configs(workdir):
+    if paths.exists(workdir / CONFIG) and not _has_only_configs(workdir):
         return
     try:
         paths.make_folder(workdir)
@@ -408,10 +426,10 @@ def differences(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     A workdir without results differs from nothing.
     """
     path = workdir / CONFIG
-    if not path.exists() or _has_only_configs(workdir):
+    if not paths.exists(path) or _has_only_configs(workdir):
         return {}
-    before = _Options(config_with_present_names(json.loads(path.read_text())))
-    now = _Options(json.loads(json_text.encode(config, path)))
+    before = _Options(workdirs.read_config(workdir) or {})
+    now = _Options(json_text.parse(json_text.encode(config, path)))
     places = sorted(before.all.keys() | now.all.keys())
     return {
         place: f"{before.show(place)} -> {now.show(place)}"
@@ -469,5 +487,5 @@ def collect_metrics(workdir: Path, folders: Mapping[str, Path]) -> None:
     """Writes the recipe's metrics.jsonl: all lines of its stages so far, with the stage's name."""
     rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
-        rows += [{"stage": name, **row} for row in read_jsonl(folder / "metrics.jsonl")]
-    write_jsonl(workdir / "metrics.jsonl", rows)
+        rows += [{"stage": name, **row} for row in read_rows(folder / METRICS_FILE)]
+    write_jsonl(workdir / METRICS_FILE, rows)

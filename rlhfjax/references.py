@@ -206,8 +206,9 @@ def _validate_tokenizer(option: str, name: str) -> None:
 
 def _validate_preferences(option: str, name: str) -> None:
     """Validates a folder with a dataset, or the spec of a source."""
-    scheme, colon, rest = name.partition(":")
-    if not colon or paths.remote(name):
+    scheme = paths.scheme(name, ("tfds", "jsonl", "text"))
+    rest = name.removeprefix(f"{scheme}:")
+    if not scheme:
         if not (paths.path(name) / corpora.INFO).is_file():
             raise DataError(
                 f"{option}={name}: expected a folder with a dataset, or jsonl:GLOB"

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from rlhfjax import hosts, process
+from rlhfjax import hosts, process, sums
 from rlhfjax import metrics as metric
 from rlhfjax import state as states
 from rlhfjax.checkpoint import Checkpoints
@@ -192,6 +192,8 @@ def _finish(
         store.save(workdir / name, model)
     for name, content in finished.files.items():
         write_json(workdir / name, content)
+    if finished.files:
+        sums.write(workdir, finished.files)
     for name, (model, adapters) in finished.adapters.items():
         _save_adapters(workdir / name, model, adapters, layout)
     return finished.metrics
@@ -246,7 +248,7 @@ def _first_state(
     state, position = restored
     try:
         stage.batches.set_state(position)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise CheckpointError(
             f"{checkpoints.directory}: its data position does not fit this data ({first_line(e)})"
         ) from e

@@ -157,7 +157,7 @@ DEFECTS = [
     d(
         4,
         "sampling/choose.py",
-        "logits = keep_top_k(logits / sampling.temperature, sampling.top_k)\n        logits = keep_top_p(logits, sampling.top_p)\n        token = inverse_cdf(logits, u)",
+        "logits = keep_top_k(logits / sampling.temperature, sampling.top_k)\n        logits = keep_top_p(logits, sampling.top_p)\n        logits = keep_min_p(logits, sampling.min_p)\n        token = inverse_cdf(logits, u)",
         "logits = logits / sampling.temperature\n        token = inverse_cdf(keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p), u)",
         "sampling/test_generate.py::test_pitfall_04_truncated_logprobs_are_those_sampled_from",
     ),
@@ -935,8 +935,14 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
         "data/preferences.py",
         'json_text.encode(row, f"{name}:{i}", default=_plain)',
         '__import__("json").dumps(row, default=_plain)',
-        "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
         "test_json_text.py::test_pitfall_35_no_encoder_lets_nan_pass",
+    ),
+    d(
+        35,
+        "data/rows.py",
+        "not -_MOST_SCORE <= value <= _MOST_SCORE",
+        'not abs(value) < float("inf")',
+        "data/test_preferences.py::test_pitfall_35_a_score_that_float32_cannot_hold_is_an_error",
     ),
     # 35: a metric that is not finite ends the run, or is None where it is read
     d(

@@ -2,20 +2,25 @@
 
 import dataclasses
 import io
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax import chat
+from rlhfjax import chat_terminal, json_text
 from rlhfjax.chat import Chat, decode_stream
+from rlhfjax.chat_settings import Options, choose_settings, shown_settings
+from rlhfjax.chat_terminal import Screen, Session
 from rlhfjax.data.chat import render_prompt
 from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import store
 from rlhfjax.mesh import make_layout
 from rlhfjax.rl.rollout import row_keys, sample
 from rlhfjax.sampling import Sampling, generate
+from rlhfjax.tokenize_text import visible
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ def talk_prompt(talk: Chat, text: str) -> tuple[np.ndarray, np.ndarray]:
         talk.messages,
         [*talk.messages, {"role": "user", "content": text}],
     )
-    tokens, segments = talk._prompt()
+    tokens, segments = talk._padded(talk.prompt().ids)
     talk.messages = kept
     return tokens[0], segments[0]
 
@@ -138,7 +143,7 @@ def test_a_long_conversation_loses_its_oldest_turns_whole(saved):
 def test_a_prompt_is_padded_on_the_left_to_a_few_lengths(saved, finished):
     talk = start(dataclasses.replace(saved, model=longer(saved.model)))
     lengths = {len(talk_prompt(talk, "tea " * n)[0]) for n in range(1, 40)}
-    assert lengths <= {32, 64, 96, 128, 160, 192, 224, 250}
+    assert lengths == {32, 64, 128}
     tokens, segments = talk_prompt(talk, "tea")
     assert segments[-1] == 1 and segments[0] == 0 and (np.diff(segments) >= 0).all()
     assert (tokens[segments == 0] == talk.tokenizer.pad_id).all()
@@ -173,20 +178,204 @@ def test_a_model_that_cannot_speak_is_refused(finished, saved):
 
 
 def test_the_terminal(saved, tmp_path):
-    """Commands are not said to the model."""
+    """Commands are not said to the model, and the output holds responses alone."""
     store.save(tmp_path / "model", saved)
-    out = io.StringIO()
-    typed = io.StringIO("rain today\n\n/reset\nrain today\n/bogus\n/quit\nnever read\n")
-    chat.run(tmp_path, temperature=0.0, max_new_tokens=6, seed=0, inputs=typed, out=out)
+    typed = "rain today\n\n/reset\nrain today\n/bogus\n/quit\nnever read\n"
+    out, notes = talk_in_terminal(tmp_path, typed, GREEDY)
     answer = say(start(saved), "rain today")
-    head, *lines = out.getvalue().splitlines()
-    assert str(tmp_path / "model") in head
-    assert lines == [
-        answer,
+    assert out == [answer, answer]
+    assert notes == [
+        "(temperature=0.0 top_p=0.9 max_new_tokens=6; /help lists the commands)",
+        "(compiling for prompts of up to 26 tokens…)",
+        CUT,
         "(a new conversation)",
-        answer,
-        f"(/bogus is unknown: {chat.HELP})",
+        CUT,
+        "(/bogus is unknown; /help lists the commands)",
     ]
+
+
+GREEDY = Options(temperature=0.0, max_new_tokens=6)
+CUT = "(cut at max_new_tokens=6; /max_new_tokens N allows more)"
+
+
+def talk_in_terminal(path, typed, options) -> tuple[list[str], list[str]]:
+    """Returns the lines of responses and of notes."""
+    out, notes = io.StringIO(), io.StringIO()
+    files = {"inputs": io.StringIO(typed), "out": out, "notes": notes}
+    chat_terminal.run(path, options, **files)
+    return out.getvalue().splitlines(), notes.getvalue().splitlines()
+
+
+def converse(talk: Chat, typed: str) -> tuple[list[str], list[str]]:
+    """Returns the lines of responses and of notes of a session with a chat at hand."""
+    out, notes = io.StringIO(), io.StringIO()
+    screen = Screen(io.StringIO(typed), out, notes)
+    Session(talk, screen).loop()
+    return out.getvalue().splitlines(), notes.getvalue().splitlines()
+
+
+def test_commands_change_the_sampler(saved):
+    talk = start(saved)
+    _, notes = converse(
+        talk, "/temperature 0.5\n/top_k 3\n/min_p 0.1\n/max_new_tokens 5\n/top_p\n"
+    )
+    assert notes[-1] == "(temperature=0.5 top_k=3 min_p=0.1 max_new_tokens=5)"
+    assert (talk.sampling.top_k, talk.sampling.temperature) == (3, 0.5)
+    before = talk.sampling
+    _, notes = converse(
+        talk, "/temperature -1\n/top_k 1.5\n/top_p x\n/max_new_tokens 32\n"
+    )
+    assert notes == [
+        "(temperature=-1.0: must be >= 0 (0: greedy))",
+        "(top_k=1.5: expected an integer)",
+        "(top_p=x: expected a number)",
+        "(max_new_tokens=32: must be less than the model's context of 32)",
+    ]
+    assert talk.sampling is before
+
+
+def test_retry_draws_anew_and_undo_forgets_a_turn(saved):
+    talk = start(saved, 1.0)
+    out, notes = converse(talk, "tea\n/retry\n")
+    assert len(set(out)) == 2 and not any("same response" in note for note in notes)
+    assert [m["content"] for m in talk.messages] == ["tea", out[1]]
+    _, notes = converse(talk, "/undo\n/undo\n/retry\n/tokens\n")
+    assert talk.messages == []
+    assert notes == ["(forgot: tea)", *["(there is no message yet)"] * 3]
+    _, notes = converse(start(saved), "tea\n/retry\n")
+    assert notes[-1] == (
+        "(the same response again: a higher temperature or top_p varies it)"
+    )
+
+
+def test_a_system_message_stands_first_and_survives_a_reset(saved):
+    talk = start(saved)
+    _, notes = converse(talk, "/system Be kind\n/reset\n/system\n")
+    assert notes[-1] == "(system message: Be kind)"
+    talk.messages.append({"role": "user", "content": "tea"})
+    system = {"role": "system", "content": "Be kind"}
+    want = render_prompt(talk.tokenizer, [system, *talk.messages])
+    assert talk.prompt().ids.tolist() == want.tolist()
+    converse(talk, "/system -\n")
+    assert talk.system == ""
+
+
+def test_lines_between_triple_quotes_are_one_message(saved):
+    talk = start(saved)
+    converse(talk, '"""\nrain\ntoday\n"""\n"""tea"""\n"""never ends\n')
+    heard = [m["content"] for m in talk.messages if m["role"] == "user"]
+    assert heard == ["rain\ntoday", "tea", "never ends"]
+
+
+def test_what_is_left_out_is_said(saved):
+    talk = start(saved)
+    notes: list[str] = []
+    talk._note = notes.append
+    for text in ("tea", "rain today", "dogs and rain", "tea " * 40):
+        say(talk, text)
+    left_out = [note for note in notes if "are left out" in note]
+    numbers = [int(re.search(r"oldest (\d+)", note)[1]) for note in left_out]
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 6
+    assert [note for note in notes if "its beginning is left out" in note] == notes[-1:]
+
+
+def test_a_stop_id_ends_a_response_and_is_not_part_of_it(saved):
+    whole = start(saved)
+    whole.messages = [{"role": "user", "content": "tea"}]
+    ids = list(whole._sampled())
+    assert len(ids) == 6 and whole.last.end == "max_new_tokens"
+    talk = start(saved)
+    talk._stop_ids = frozenset(ids[2:3])
+    first = ids.index(ids[2])
+    assert say(talk, "tea") == talk.tokenizer.decode(ids[:first])
+    assert (talk.last.end, talk.last.tokens) == ("eos", first + 1)
+
+
+def test_ctrl_c_stops_a_response_and_keeps_what_was_said(saved):
+    """The first piece is printed, then comes the interrupt; the next message is responded to."""
+    talk = start(saved, max_new_tokens=20)
+
+    class Interrupted(io.StringIO):
+        times = 0
+
+        def flush(self):
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+
+    out, notes = Interrupted(), io.StringIO()
+    screen = Screen(io.StringIO("tea\nrain\n"), out, notes)
+    screen.interactive = True
+    screen._read_line = lambda prompt: screen._inputs.readline() or None
+    Session(talk, screen).loop()
+    assert re.search(r"\(stopped after \d+ tokens\)", notes.getvalue())
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+    first, second = (m["content"] for m in talk.messages[1::2])
+    assert first and len(talk.tokenizer.encode(first)) < 20
+    assert visible(second) in out.getvalue()
+
+
+def test_ctrl_c_ends_a_chat_whose_input_is_a_file(saved, tmp_path, monkeypatch):
+    store.save(tmp_path / "model", saved)
+    monkeypatch.setattr(Screen, "read", interrupt)
+    with pytest.raises(SystemExit) as end:
+        talk_in_terminal(tmp_path, "", GREEDY)
+    assert end.value.code == 130
+
+
+def interrupt(screen):
+    raise KeyboardInterrupt
+
+
+def test_responses_cannot_command_the_terminal(saved):
+    out = io.StringIO()
+    Screen(io.StringIO(), out, out).write("a\x1b[2J\tb\n")
+    assert out.getvalue() == "a\\x1b[2J\tb\n"
+
+
+def test_tokens_shows_the_conversation_as_the_model_sees_it(saved):
+    talk = start(saved)
+    _, notes = converse(talk, "tea\n/tokens\n")
+    shown = json_text.parse(notes[1])
+    assert shown[:2] == ["<s>", "<|user|>"] and "tea" in "".join(shown)
+    assert re.fullmatch(r"\(\d+ tokens of a context of 32\)", notes[2])
+
+
+def test_a_reward_model_is_refused_in_one_line(finished, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        talk_in_terminal(finished / "04_reward", "", Options())
+    assert str(error.value) == (
+        f"{finished}/04_reward/model: is a reward model, which scores responses and writes none; "
+        f"chat needs a language model, such as --workdir={finished}/05_ppo"
+    )
+
+
+def test_defaults_are_the_models_own_settings_then_ours(saved, tmp_path):
+    opened = store.Opened(saved.model, saved.tokenizer, lambda: saved.params)
+    ours = choose_settings("runs/x", opened, Options())
+    assert shown_settings(ours.sampling) == "temperature=0.7 top_p=0.9 max_new_tokens=8"
+    foreign = choose_settings(f"hf:{tmp_path}", opened, Options(top_p=1.0))
+    assert shown_settings(foreign.sampling) == "temperature=0.2 max_new_tokens=8"
+    own = {
+        "temperature": 0.6,
+        "top_p": 0,
+        "max_new_tokens": 2048,
+        "repetition_penalty": 1.1,
+        "eos_token_id": [7, 2],
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    chosen = choose_settings(f"hf:{tmp_path}", opened, Options())
+    assert shown_settings(chosen.sampling) == (
+        "temperature=0.6 top_p=0.5 max_new_tokens=16"
+    )
+    assert chosen.stop_ids == {7, 2}
+    assert chosen.notes == [
+        "not applied of generation_config.json: repetition_penalty=1.1, top_p=0.0"
+    ]
+    with pytest.raises(ConfigError, match=r"^--top_p=2.0: must be > 0 and <= 1"):
+        choose_settings("runs/x", opened, Options(top_p=2.0))
+    with pytest.raises(ConfigError, match=r"^--max_new_tokens=32: must be less than"):
+        choose_settings("runs/x", opened, Options(max_new_tokens=32))
 
 
 def test_a_recipes_workdir_speaks_with_its_last_model(finished):
@@ -195,14 +384,7 @@ def test_a_recipes_workdir_speaks_with_its_last_model(finished):
 
 def test_a_workdir_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="no model here"):
-        chat.run(
-            tmp_path,
-            temperature=0.0,
-            max_new_tokens=4,
-            seed=0,
-            inputs=io.StringIO(),
-            out=io.StringIO(),
-        )
+        talk_in_terminal(tmp_path, "", Options())
 
 
 # ------------------------------------------------------------------ what sampling draws

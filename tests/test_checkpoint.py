@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhfjax import recipe
+from rlhfjax import checkpoint, recipe
 from rlhfjax.checkpoint import Checkpoints, checksums, load_tree, save_tree
 from rlhfjax.config import CheckpointConfig
 from rlhfjax.errors import CheckpointError, DataError
@@ -382,6 +382,19 @@ def test_save_tree_and_load_tree(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["params"]
 
 
+@pytest.mark.parametrize("name", ["10:00 [x]*?", "a\\b", "gs:"])
+def test_a_folder_may_have_any_name(name, tmp_path):
+    """Orbax and TensorStore take some characters for patterns, separators or schemes."""
+    save_tree(tmp_path / name / "params", tree(1))
+    assert same(load_tree(tmp_path / name / "params", shapes(tree())), tree(1))
+    with Checkpoints(tmp_path / name, CheckpointConfig()) as checkpoints:
+        checkpoints.save(3, tree(2), {"position": 1})
+        checkpoints.wait()
+        state, position = checkpoints.restore(shapes(tree())) or (None, None)
+    assert same(state, tree(2)) and position == {"position": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damaged_parameters_are_refused(damage, tmp_path):
     save_tree(tmp_path / "params", tree())
@@ -411,3 +424,30 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
     assert "checkpoints/4 is damaged" in caplog.text
     assert_same_stage(reference, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "done.json").read_text())["steps"] == 6
+
+
+POSITIONS = [
+    {"data": {"next": -5}, "checksums": [1], "data_checksum": 3},
+    {"data": {"next": 5}, "checksums": ["x"]},
+    {"data": {"next": 5}, "checksums": None},
+    {"checksums": [True]},
+    {"data": 3},
+    [],
+]
+
+
+@pytest.mark.parametrize("metadata", POSITIONS)
+def test_altered_metadata_are_damage(metadata):
+    with pytest.raises(checkpoint._Damaged):
+        checkpoint._validate_metadata(metadata)
+
+
+def test_a_position_keeps_its_checksum_when_it_is_read_back():
+    position = {"rows": (1, 2), 10: 0.1, 9: "é"}
+    as_read = {"rows": [1, 2], "10": 0.1, "9": "é"}
+    checksum = checkpoint._data_checksum(position)
+    assert checkpoint._data_checksum(as_read) == checksum
+    read = {"data": as_read, "checksums": [1], "data_checksum": checksum}
+    checkpoint._validate_metadata(read)
+    del read["data_checksum"]
+    checkpoint._validate_metadata(read)  # an older checkpoint

@@ -14,7 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from rlhfjax import chat, metrics, paths, recipe
+from rlhfjax import chat_terminal, metrics, paths, recipe
+from rlhfjax.chat_settings import Options
 from rlhfjax.checkpoint import COMMITTED, Checkpoints, load_tree, save_tree
 from rlhfjax.config import CheckpointConfig, to_dict
 from rlhfjax.data.sources import open_source
@@ -381,15 +382,10 @@ def test_a_run_leaves_there_what_it_leaves_here_and_what_reads_it_reads_it_there
 
     said = []
     for folder in (finished, run):
-        options = {
-            "temperature": 0.0,
-            "max_new_tokens": 6,
-            "seed": 0,
-            "inputs": io.StringIO("hello\n"),
-            "out": io.StringIO(),
-        }
-        chat.run(folder / "02_sft", **options)
-        said.append(options["out"].getvalue().splitlines()[1:])
+        options = Options(temperature=0.0, max_new_tokens=6)
+        typed, out = io.StringIO("hello\n"), io.StringIO()
+        chat_terminal.run(folder / "02_sft", options, inputs=typed, out=out)
+        said.append(out.getvalue().splitlines())
     assert said[0] == said[1] != []
 
     assert (

@@ -10,7 +10,7 @@ from tests.sources import tree
 
 ROOT = Path(rlhfjax.__file__).parent
 # They import what the user or an extra has.
-FOREIGN = {"rlhfjax.metrics", "rlhfjax.rewards.workers", "rlhfjax.stages"}
+FOREIGN = {"rlhfjax.metrics", "rlhfjax.user_code"}
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -20,6 +20,9 @@ from tests import sources
 ROOT = Path(__file__).parents[1]
 # Jinja's `tojson` in other people's chat templates, as transformers has it: it writes no file.
 FREE = {ROOT / "rlhfjax" / "data" / "sandbox.py"}
+LOADERS = ("load", "loads", "JSONDecoder")
+# Files that run where the package is not: beside gcloud or kubectl, and on a TPU VM.
+ALONE = {"launch/shell.py", "launch/tpu_worker.py"}
 
 
 def strict(text: str):
@@ -38,6 +41,39 @@ def dump_calls(path: Path) -> list[ast.Call]:
     ]
     names = [(ast.unparse(call.func), call) for call in calls]
     return [call for name, call in names if re.search(r"(?<!pickle\.)\bdumps?$", name)]
+
+
+def load_calls(path: Path) -> list[ast.Call]:
+    """The calls of json.load and json.loads in a file, whatever name json is imported under."""
+    modules = {"json"}
+    functions = set()
+    for node in ast.walk(sources.tree(path)):
+        if isinstance(node, ast.Import):
+            modules |= {
+                name.asname or name.name for name in node.names if name.name == "json"
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module == "json":
+            functions |= {
+                name.asname or name.name
+                for name in node.names
+                if name.name in ("load", "loads", "JSONDecoder")
+            }
+    names = {f"{module}.{name}" for module in modules for name in LOADERS} | functions
+    calls = [
+        node for node in ast.walk(sources.tree(path)) if isinstance(node, ast.Call)
+    ]
+    return [call for call in calls if ast.unparse(call.func) in names]
+
+
+def test_only_json_text_reads_json(tmp_path):
+    """NaN, huge numbers, deep nesting: `json.loads` has an exception, or an answer, for each."""
+    folders = ("rlhfjax", "launch", "benchmarks", "experiments")
+    files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
+    reading = {str(path.relative_to(ROOT)) for path in files if load_calls(path)}
+    assert reading == ALONE, "read JSON with rlhfjax.json_text"
+    other = tmp_path / "x.py"
+    other.write_text("import json as j\nfrom json import loads as l\nj.load(f), l(x)")
+    assert len(load_calls(other)) == 2
 
 
 def test_pitfall_35_no_encoder_lets_nan_pass():
@@ -124,8 +160,14 @@ def test_strict_json_is_read(text, value):
         ('"\\ud800"', "unexpected end of hex escape at line 1 column 8"),
         ('"\ud800"', "lone surrogate at character 1"),
         (b'"\xff"', "invalid unicode code point at line 1 column 2"),
-        ('{"a": 1}'.encode("utf-16"), "it is UTF-16; expected UTF-8 text"),
-        (gzip.compress(b"{}"), "it is compressed by gzip; expected UTF-8 text"),
+        (
+            '{"a": 1}'.encode("utf-16"),
+            "it is UTF-16 (iconv -f UTF-16 -t UTF-8 converts it); expected UTF-8 text",
+        ),
+        (
+            gzip.compress(b"{}"),
+            "it is compressed by gzip (gunzip decompresses it); expected UTF-8 text",
+        ),
         ("", "EOF while parsing a value at line 1 column 0"),
         ('{"a": 1', "EOF while parsing an object at line 1 column 7"),
         ("{} {}", "trailing characters at line 1 column 4"),
@@ -167,3 +209,18 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
         with pytest.raises(DataError, match=reason):
             json_text.read(path)
     assert json_text.read_if_there(tmp_path / "none") is None
+
+
+def test_an_object_is_an_object_and_a_name_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert json_text.read_object(path) == {"a": 1}
+    for text, value in (("[1]", r"\[1\]"), ("null", "None"), ('"a"', "'a'")):
+        path.write_text(text)
+        with pytest.raises(
+            DataError, match=rf"x.json: expected a JSON object, got {value}$"
+        ):
+            json_text.read_object(path)
+    assert json_text.named("blk.0.attn_q") == "blk.0.attn_q"
+    assert json_text.named("a\nb") == r"'a\nb'"
+    assert len(json_text.named("a" * 1000)) < 110

@@ -421,3 +421,38 @@ def test_what_the_cloud_refuses_is_one_line_whatever_it_is_wrapped_in():
         == "Google Cloud Storage: HttpError: nobody has no storage.objects.get"
     )
     assert paths.refusal(ValueError("ours")) == ""
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256, "x/" * 2048, "\ud800"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(ConfigError) as caught:
+        paths.path(name)
+    assert len(str(caught.value)) < 250
+
+
+def test_home_is_the_home_folder_unless_there_is_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(paths.path("~/a")) == "/home/me/a"
+    (tmp_path / "~").mkdir()
+    assert str(paths.path("~/a")) == "/home/me/a" and str(paths.path("~")) == "~"
+    (tmp_path / "~" / "a").touch()
+    assert str(paths.path("~/a")) == "~/a"
+
+
+def test_a_scheme_is_one_that_is_known():
+    known = ("jsonl", "text")
+    assert paths.scheme("jsonl:a", known) == "jsonl"
+    assert paths.scheme("runs/2026-11-29T10:00:00", known) == ""
+    assert paths.scheme("jsonl", known) == paths.scheme("/jsonl:a", known) == ""
+
+
+@pytest.mark.parametrize("name", ["runs[1]", "a\\b", "gs:"])
+def test_libraries_that_know_patterns_reach_any_folder(name, tmp_path):
+    target = tmp_path / name / "params"
+    plain = paths.without_patterns(target)
+    assert plain.name == "params" and not set("[\\") & set(str(plain))
+    plain.mkdir()
+    (plain / "x").touch()
+    assert (target / "x").exists()
+    assert paths.without_patterns(tmp_path / "a b:c") == tmp_path / "a b:c"

@@ -165,6 +165,49 @@ def test_references_are_paths_of_earlier_stages(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Judge this stage: is it good?",
+        "stage: the first of three",
+        "backstage:pass",
+        "Is it\nstage:\n{response}",
+        "on stage:a",
+        "http://host/stage:a",
+    ],
+)
+def test_text_that_is_no_reference_stays(tmp_path, text):
+    folders = recipe.stage_folders({"stages": ["a", "b"], "a": {}, "b": {}}, tmp_path)
+    value = {"x": [text], "y": {"template": "stage:{response}", "option": "stage:A"}}
+    assert recipe.resolve(value, folders, "b") == value
+
+
+@pytest.mark.parametrize(
+    ("reference", "path"),
+    [
+        ("stage:a", "TMP/00_a"),
+        ("stage:a/my file.json", "TMP/00_a/my file.json"),
+        ("text:stage:a/{split}/*.txt", "text:TMP/00_a/{split}/*.txt"),
+        ("rule:m.n:f?metadata=stage:a/*.jsonl", "rule:m.n:f?metadata=TMP/00_a/*.jsonl"),
+        ("stage:", None),
+        ("stage:aa", None),
+        ("stage:A", None),
+        ("jsonl:stage:pretrian/x", None),
+        ("rule:m:f?metadata=stage:pretrian/x", None),
+    ],
+)
+def test_references_stand_alone_or_after_a_scheme(tmp_path, reference, path):
+    folders = recipe.stage_folders({"stages": ["a", "b"], "a": {}, "b": {}}, tmp_path)
+    if path is None:
+        with pytest.raises(
+            ConfigError, match=r"b refers to .*; the stages before it are a"
+        ):
+            recipe.resolve({"init_from": reference}, folders, "b")
+        return
+    resolved = recipe.resolve({"init_from": reference}, folders, "b")
+    assert resolved == {"init_from": path.replace("TMP", str(tmp_path))}
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),

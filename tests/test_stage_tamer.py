@@ -250,6 +250,11 @@ def test_delays_out_of_order_are_refused(finished, data):
     [
         '{"prompt": "a", "response": "b"}',
         '{"prompt": "a", "response": "b", "feedback": []}',
+        '{"prompt": "a", "response": "b", "feedback": [[true, 1]]}',
+        '{"prompt": "a", "response": "b", "feedback": [["1", "2"]]}',
+        '{"prompt": "a", "response": "b", "feedback": [1, 2]}',
+        '{"prompt": "a", "response": "b", "feedback": [[1, 1e39]]}',
+        '{"prompt": "a", "response": 1, "feedback": [[1, 1]]}',
     ],
 )
 def test_malformed_feedback_is_named_by_line(line, finished, data, tmp_path):

@@ -9,14 +9,16 @@ Source: Gao et al. 2022, section 3. PPO's KL is measured on held-out responses; 
   log n - (n - 1) / n.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from rlhfjax import process
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.metrics import METRICS_FILE, Values, read_rows
 
 Point = dict[str, float]  # d, proxy, gold
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -32,10 +34,7 @@ def points(workdir: Path, stage: str) -> list[Point]:
     """
     prefix = "val_" if stage == "ppo" else ""
     names = {name: f"{stage}/{prefix}{name}" for name in ("kl", "proxy", "gold")}
-    rows = [
-        json.loads(line)
-        for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = read_rows(workdir / METRICS_FILE, Values)
     found = [{name: row.get(key) for name, key in names.items()} for row in rows]
     found = [row for row in found if None not in row.values()]
     return [
@@ -50,14 +49,11 @@ def points(workdir: Path, stage: str) -> list[Point]:
 
 def start(workdir: Path) -> Point | None:
     """Returns the point of the policy before PPO, as the evaluation measured it."""
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        row: dict[str, Any] = json.loads(line)
-        if "evaluate/gold_baseline" in row:
-            return {
-                "d": 0.0,
-                "proxy": row["evaluate/proxy_baseline"],
-                "gold": row["evaluate/gold_baseline"],
-            }
+    for row in read_rows(workdir / METRICS_FILE, Values):
+        gold = row.get("evaluate/gold_baseline")
+        proxy = row.get("evaluate/proxy_baseline")
+        if gold is not None and proxy is not None:
+            return {"d": 0.0, "proxy": proxy, "gold": gold}
     return None
 
 
@@ -80,17 +76,27 @@ def peak(alpha: float, beta: float, stage: str) -> float:
     """Returns the d at which the fitted curve is highest; infinity if it only rises."""
     if beta <= 0:
         return math.inf
-    return alpha / (2 * beta) if stage == "best_of_n" else math.exp(alpha / beta - 1)
+    if stage == "best_of_n":
+        return alpha / (2 * beta)
+    exponent = alpha / beta - 1
+    return math.exp(exponent) if exponent < 700 else math.inf  # float64 ends there
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        raise ConfigError("curve.py: expected one argument, the workdir")
     workdir = Path(sys.argv[1])
+    curves = {stage: points(workdir, stage) for stage in FORMS}
+    if not any(curves.values()):
+        raise DataError(f"{workdir}: no line of metrics.jsonl has KL, proxy and gold")
     for stage in FORMS:
-        curve = points(workdir, stage)
+        curve = curves[stage]
         first = curve[0] if stage == "best_of_n" else start(workdir)
         if not curve or first is None:
             continue
         later = [point for point in curve if point["d"] > 0]
+        if not later:
+            continue
         print(f"{stage}\n  sqrt(KL)     KL   proxy    gold")
         for point in [first, *later]:
             print(
@@ -110,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -3,9 +3,12 @@
 Round 0 is the policy of SFT, which every round is compared with on the same prompts and draws.
 """
 
-import json
 import sys
 from pathlib import Path
+
+from rlhfjax import process
+from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.metrics import METRICS_FILE, Values, read_rows
 
 # column: the metric of `evaluate` that it holds
 METRICS = {
@@ -24,33 +27,36 @@ def rounds(workdir: Path) -> list[dict[str, float]]:
     KL, the reward's accuracy; metrics that are missing or not finite are left out.
     """
     last: dict[str, dict[str, float]] = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        last.setdefault(values.pop("stage"), {}).update(values)
+    for values in read_rows(workdir / METRICS_FILE, Values):
+        last.setdefault(values.pop("stage", ""), {}).update(values)
     rows = []
     while (now := last.get(f"evaluate_{len(rows) + 1}")) is not None:
         k = len(rows) + 1
         row = {
             column: now.get(f"evaluate/{metric}") for column, metric in METRICS.items()
         }
-        row["reward_val_accuracy"] = last[f"reward_{k}"].get("reward/val_accuracy")
+        reward = last.get(f"reward_{k}", {})
+        row["reward_val_accuracy"] = reward.get("reward/val_accuracy")
         rows.append(
             {column: value for column, value in row.items() if value is not None}
         )
     if rows:
-        first = last["evaluate_1"]
-        start = {
-            "gold": first["evaluate/gold_baseline"],
-            "gold_win_rate": 0.5,
-            "kl": 0.0,
-        }
+        start = {"gold_win_rate": 0.5, "kl": 0.0}
+        gold = last["evaluate_1"].get("evaluate/gold_baseline")
+        if gold is not None:
+            start["gold"] = gold
         rows.insert(0, start)
     return rows
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        raise ConfigError("curve.py: expected one argument, the workdir")
+    rows = rounds(Path(sys.argv[1]))
+    if not rows:
+        raise DataError(f"{sys.argv[1]}: no round is evaluated here")
     print("round  " + "  ".join(COLUMNS))
-    for k, row in enumerate(rounds(Path(sys.argv[1]))):
+    for k, row in enumerate(rows):
         cells = [f"{row[name]:.3f}" if name in row else "" for name in COLUMNS]
         print(
             f"{k:5d}  "
@@ -62,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

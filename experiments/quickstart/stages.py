@@ -14,13 +14,12 @@ Data, lengths and models are those of the run. `data/` beside this file holds wh
 would write: principles, rankings by two labelers, feedback in time.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import recipe, stages
+from rlhfjax import recipe, stages, workdirs
 from rlhfjax.config import parse_arg
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages import stage_config
@@ -208,15 +207,9 @@ def smoke(run: Path) -> dict[str, dict[str, Any]]:
 
 def finished(run: Path) -> dict[str, Any]:
     """Returns the config of a finished quickstart, its `stage:` references resolved."""
-    config = (
-        json.loads((run / recipe.CONFIG).read_text())
-        if (run / recipe.CONFIG).is_file()
-        else {}
-    )
+    config = workdirs.read_config(run) or {}
     folders = recipe.stage_folders(config, run) if "stages" in config else {}
-    if not folders or not all(
-        (folder / recipe.DONE).is_file() for folder in folders.values()
-    ):
+    if not folders or not all(map(workdirs.read_done, folders.values())):
         raise ConfigError(
             f"run={run}: expected the workdir of a quickstart that has run to its end"
         )

@@ -74,6 +74,18 @@ def render_prompt(
     return np.array(_without_middle(tokens, before, limit), np.int32)
 
 
+def validate_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    """Validates that the chat template takes a prompt, and what is left of it when it is cut.
+
+    Raises:
+      DataError: it does not.
+    """
+    *_, last = kept = list(_without_oldest(messages))
+    tokenizer.template.validate(kept[0], cue=True)
+    if len(kept) > 1:
+        tokenizer.template.validate(last, cue=True)
+
+
 def shorten_prompt(
     tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int
 ) -> list[int]:
@@ -162,10 +174,20 @@ def _without_middle(ids: Sequence[int], head: int, max_tokens: int) -> list[int]
 
 def response_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the ids of a response to a prompt: its text and the end of the turn."""
-    question = {"role": "user", "content": "?"}
-    response = {"role": "assistant", "content": text}
-    tokens, mask = tokenizer.template.render([question, response])
+    tokens, mask = tokenizer.template.render(_exchange(text))
     return [token for token, learned in zip(tokens, mask, strict=True) if learned]
+
+
+def validate_response(tokenizer: Tokenizer, text: str) -> None:
+    """Validates that the chat template takes a response. Raises DataError."""
+    tokenizer.template.validate(_exchange(text))
+
+
+def _exchange(response: str) -> list[Message]:
+    return [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": response},
+    ]
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -5,11 +5,10 @@ import logging
 from collections.abc import Iterable
 from typing import Literal
 
-from rlhfjax import paths
 from rlhfjax.data.loader import Shards
 from rlhfjax.data.preferences import read_preferences
 from rlhfjax.data.rows import Row
-from rlhfjax.data.sources import Concatenated, Source, open_source
+from rlhfjax.data.sources import Concatenated, Source, is_spec, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.mesh import Layout
 from rlhfjax.ranges import Count
@@ -61,6 +60,7 @@ class Limited:
     def __init__(self, source: Source, limit: int):
         self.kind = source.kind
         self.skipped = source.skipped
+        self.on_bad_row = getattr(source, "on_bad_row", "error")
         self._source = source
         self._limit = limit
 
@@ -102,7 +102,7 @@ def open_preferences(
         )
     sources = []
     for name in names:
-        if ":" in name and not paths.remote(name):
+        if is_spec(name):
             sources.append(open_source(name, kind="preferences", split=split))
         else:
             sources.append(read_preferences(name, split))

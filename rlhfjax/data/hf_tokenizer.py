@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face's `tokenizers` library: tokenizer.json and the files beside it."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,14 +10,17 @@ import tokenizers
 
 from rlhfjax import json_text, paths
 from rlhfjax.data.template import BUILT_IN, MARKERS, Template
-from rlhfjax.errors import DataError, first_line
+from rlhfjax.data.tokenizer_files import (
+    CONFIG_FILE,
+    FILE,
+    NAMES,
+    read_backend,
+    read_config,
+    template_of,
+)
+from rlhfjax.errors import DataError
 from rlhfjax.paths import Path
 
-FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-MAP_FILE = "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Specials that can be the pad where none is named so: document end, and unknown.
 _PADS = ("<|endoftext|>", "<unk>")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -62,7 +64,7 @@ class HuggingFaceTokenizer:
     ):
         self._context = context
         self._config = dict(config)
-        source = BUILT_IN.get(template, template) or _template_of(config)
+        source = BUILT_IN.get(template, template) or template_of(config, context)
         names = {name: _content(config[name]) for name in NAMES if config.get(name)}
         data = _with_specials(backend, set(names.values()), source)
         self._json = json_text.encode(data, context)
@@ -276,16 +278,8 @@ def read_folder(folder: str | os.PathLike) -> HuggingFaceTokenizer:
     """
     folder = paths.path(folder)
     path = folder / FILE
-    try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except Exception as error:  # the library raises nothing more special
-        raise DataError(f"{path}: not a tokenizer ({first_line(error)})") from None
-    config = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
-    if (folder / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    return HuggingFaceTokenizer(backend, config, context=str(path))
+    backend = read_backend(path)
+    return HuggingFaceTokenizer(backend, read_config(folder), context=str(path))
 
 
 def _from_json(
@@ -293,23 +287,6 @@ def _from_json(
 ) -> HuggingFaceTokenizer:
     backend = tokenizers.Tokenizer.from_str(data)
     return HuggingFaceTokenizer(backend, config, template=template, context=context)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: expected a JSON object") from None
-
-
-def _template_of(config: Mapping[str, Any]) -> str:
-    """Returns the config's chat template; of several named ones the default."""
-    template = config.get("chat_template") or ""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template if isinstance(template, str) else template.get("default", "")
 
 
 def _content(token: Any) -> str:
@@ -323,7 +300,7 @@ def _with_specials(
 
     Special are also the tokens in `names`, and the markers of the chat template `source`.
     """
-    data = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    data = json_text.parse(backend.to_str()) | {"truncation": None, "padding": None}
     added = data["added_tokens"]
     for token in added:
         text = token["content"]
@@ -364,23 +341,30 @@ def _without_prefix(data: Mapping[str, Any], anywhere: bool = False) -> dict[str
         text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
         # The normalizer of older Llama 2 files.
         text = re.sub(r'"prepend": "[^"]*"', '"prepend": ""', text)
-    return {**data, **json.loads(text)}
+    return {**data, **json_text.parse(text)}
 
 
-def _decoder_types(decoder: Mapping[str, Any] | None) -> set[str]:
-    """Returns the types of a decoder and of its members."""
-    if not decoder:
+def _types(part: Mapping[str, Any] | None) -> set[str]:
+    """Returns the types of a decoder, pre-tokenizer or normalizer, and of its members."""
+    if not part:
         return set()
-    if "decoders" in decoder:
-        return set().union(*map(_decoder_types, decoder["decoders"]))
-    return {decoder["type"]}
+    for members in ("decoders", "pretokenizers", "normalizers"):
+        if members in part:
+            return set().union(*map(_types, part[members]))
+    return {part["type"]}
 
 
 def _over_bytes(data: Mapping[str, Any], context: str) -> bool:
     """Returns whether pieces are spelled in bytes; else in characters, with a fallback to bytes."""
     kind = data["model"]["type"]
-    decoders = _decoder_types(data["decoder"])
+    decoders = _types(data["decoder"])
     if kind == "BPE" and decoders & {"ByteLevel", "ByteFallback"}:
+        encoders = _types(data["pre_tokenizer"]) | _types(data["normalizer"])
+        if "ByteLevel" in decoders - encoders:
+            raise DataError(
+                f"{context}: a ByteLevel decoder, and no ByteLevel pre_tokenizer: "
+                "text would not come back as it was"
+            )
         return "ByteLevel" in decoders
     name = f"{kind} with decoder {'/'.join(sorted(decoders)) or 'none'}"
     raise DataError(

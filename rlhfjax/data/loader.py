@@ -17,7 +17,6 @@ j + 2 S, ... of the one shuffled order, packs them by itself, and fills the rows
 hosts.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,9 +24,18 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text
 from rlhfjax.data import chat, examples, packing
+from rlhfjax.data.accepted import (
+    Validate,
+    accepted,
+    validate_document,
+    validate_fine_tuning,
+    validate_preference,
+    validate_prompt,
+)
 from rlhfjax.data.batches import (
     PreferenceBatch,
     PromptBatch,
@@ -138,7 +146,7 @@ class Batches(Iterator[PyTree]):
         Raises:
           CheckpointError: the position was saved with other data or settings.
         """
-        _validate_identity(state["loader"], self._identity)
+        _validate_identity(state, self._identity)
         self._iterator = iter(self._rows)
         self._iterator.set_state(_as_tuples(state["rows"]))
 
@@ -217,7 +225,7 @@ class ShardedBatches(Joined):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a saved position, whichever processes ran the streams when it was saved."""
-        _validate_identity(state["loader"], self._identity)
+        _validate_identity(state, self._identity)
         for j, stream in self._streams.items():
             stream.set_state({"loader": state["loader"], "rows": state["rows"][j]})
 
@@ -270,6 +278,7 @@ def pretrain_batches(
         return rows.map(to_row)
 
     sources = _with_weights(source, ("text", "messages", "mixed"), length)
+    sources = _accepted(sources, tokenizer, validate_document)
     order = _Order(batch_size, seed, train, shards)
     identity = _identity("pretrain", sources, length, order)
     identity["cross_document"] = cross_document
@@ -295,6 +304,7 @@ def sft_batches(
       DataError: no conversation has an assistant turn.
     """
     sources = _with_weights(source, ("messages",), length)
+    sources = _accepted(sources, tokenizer, validate_fine_tuning)
     if not any(_has_response(each) for each, _ in sources):
         raise DataError("sft: no conversation has an assistant turn to learn")
 
@@ -363,6 +373,7 @@ def prompt_batches(
         return replace(row, index=np.int32(-1))
 
     sources = _with_weights(source, ("prompt",), length)
+    sources = _accepted(sources, tokenizer, validate_prompt)
     order = _Order(batch_size, seed, train)
     identity = _identity("prompts", sources, length, order)
     return _batches(sources, encode, _unpacked, filler, order, identity)
@@ -385,6 +396,8 @@ def preference_batches(
       k: the largest number of completions per prompt; None: the largest of the source.
     """
     sources = _with_weights(source, ("preferences",), length)
+    sources = _accepted(sources, tokenizer, validate_preference)
+    ((source, _),) = sources
     if k is None:
         k = max(len(source[i]["completions"]) for i in range(len(source)))
 
@@ -516,6 +529,13 @@ def _with_weights(
     return pairs
 
 
+def _accepted(
+    sources: list[tuple[Source, float]], tokenizer: Tokenizer, validate: Validate
+) -> list[tuple[Source, float]]:
+    """Returns the sources with the rows that the chat template takes."""
+    return [(accepted(each, tokenizer, validate), weight) for each, weight in sources]
+
+
 # ------------------------------------------------------------------ saved positions
 
 
@@ -536,9 +556,17 @@ def _identity(
     return identity
 
 
-def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+class _Position(TypedDict, extra_items=Any):
+    """A saved position: the settings, and where grain's iterator stands."""
+
+    loader: json_text.Object
+    rows: json_text.Object | list[json_text.Object]  # a list: one per stream
+
+
+def _validate_identity(state: Any, identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a position was saved with other data or settings."""
-    saved = {"data_shards": 1, **saved}
+    json_text.validate(state, "data iterator", _Position, error=CheckpointError)
+    saved = {"data_shards": 1, **state["loader"]}
     identity = {"data_shards": 1, **_as_json(identity)}
     for name, value in identity.items():
         if saved.get(name) != value:
@@ -549,7 +577,7 @@ def _validate_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) ->
 
 def _as_json(value: Any) -> Any:
     """Returns a value as JSON reads it back: with lists for tuples, and strings for keys."""
-    return json.loads(json_text.encode(value, "data iterator"))
+    return json_text.parse(json_text.encode(value, "data iterator"))
 
 
 def _as_tuples(value: Any) -> Any:

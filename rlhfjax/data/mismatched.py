@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from rlhfjax.data import examples
+from rlhfjax.data.accepted import validate_preference
 from rlhfjax.data.rows import Row
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Mismatched:
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         self.skipped = source.skipped
+        self.accepted_by = (tokenizer, validate_preference)  # if `source` was
         self._source = source
         self._tokenizer = tokenizer
         self._donors = _donors([_prompt_key(source[i]) for i in range(len(source))])
@@ -52,7 +54,7 @@ class Mismatched:
 
 def _prompt_key(row: Row) -> Hashable:
     """Returns a key that is equal for equal prompts, as text or as one user turn."""
-    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    messages = examples.prompt_of(row)
     return tuple((turn["role"], turn["content"]) for turn in messages)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rlhfjax import json_text, paths
-from rlhfjax.data.corpora import INFO, locked, write_quietly
+from rlhfjax.data.corpora import INFO, is_dataset, locked, write_quietly
 from rlhfjax.data.rows import BadRow, Row, normalize
 from rlhfjax.data.sources import Source, open_source
 from rlhfjax.errors import DataError
@@ -74,8 +74,10 @@ class RankedCompletions(tfds.core.GeneratorBasedBuilder):
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
     """Returns ranks from 1, the best. Equal scores share a rank, and no rank is left out."""
-    order = sorted(set(scores), reverse=True)
-    return [order.index(score) + 1 for score in scores]
+    ranks = {
+        score: rank for rank, score in enumerate(sorted(set(scores), reverse=True), 1)
+    }
+    return [ranks[score] for score in scores]
 
 
 def write_preferences(
@@ -129,7 +131,7 @@ def read_preferences(folder: str | os.PathLike, split: str = "train") -> Source:
     Raises:
       DataError: the folder holds no dataset, or the split no rows.
     """
-    if not (paths.path(folder) / INFO).is_file():
+    if not is_dataset(folder):
         raise DataError(
             f"preferences: {folder} holds no dataset; the collect stage writes one"
         )
@@ -147,8 +149,7 @@ def _row(row: Row, labeler: str, split: str, index: int) -> Row:
             f"preferences: split {split!r} row {index}: {reason}"
         ) from reason
     # Scores are rounded to float32, as ArrayRecord stores them, so that both files are equal.
-    with np.errstate(over="ignore"):  # writing the JSON lines rejects an infinity
-        scores = [float(np.float32(score)) for score in row["scores"]]
+    scores = [float(np.float32(score)) for score in row["scores"]]
     ranks = [int(rank) for rank in row.get("ranks", ranks_of(scores))]
     return {
         "prompt": row["prompt"],

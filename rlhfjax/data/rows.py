@@ -9,13 +9,14 @@ preferences  {"prompt": str, "completions": [str] * k, "scores": [float] * k}, k
 """
 
 import hashlib
-import json
-import math
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlhfjax import json_text
 from rlhfjax.data import chat
 from rlhfjax.errors import ConfigError
 from rlhfjax.renamed import row_with_present_names
@@ -41,6 +42,17 @@ _STORED = {
     ),
     "messages": ("prompt_tokens", "response_tokens"),
 }
+
+MOST_COMPLETIONS = 10_000
+"""Completions of a prompt; every row of a batch has room for as many as the largest row has."""
+_MOST_ID = int(np.iinfo(np.int32).max)
+# Types of whole numbers; a bool is none.
+_WHOLE = frozenset(
+    [int, *(kind for kind in np.sctypeDict.values() if issubclass(kind, np.integer))]
+)
+_MOST_SCORE = float(np.finfo(np.float32).max)
+# What a conversation as JSON begins with, and hardly any other text.
+_CONVERSATION = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
 
 
 class BadRow(Exception):
@@ -74,14 +86,23 @@ def opening(messages: Sequence[chat.Message]) -> str:
 
 
 def validate_kind(kind: str, columns: Mapping[str, str]) -> None:
-    """Raises ConfigError for an unknown kind, or for an empty column name."""
+    """Raises ConfigError for an unknown kind, or for a senseless name of a column."""
     if kind not in COLUMNS:
         raise ConfigError(f"source: kind {kind!r} is none of {', '.join(COLUMNS)}")
     for name, column in columns.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"source: columns: {name!r} must be one of our columns")
         if not isinstance(column, str) or not column:
             raise ConfigError(
                 f"source: columns[{name!r}] must be the name of a column, got {column!r}"
             )
+    twice = {"completions", "scores"} & set(columns) if "chosen" in columns else set()
+    if kind == "preferences" and twice:
+        raise ConfigError(
+            f"source: columns[{min(twice)!r}] follows from 'chosen' and 'rejected'"
+        )
+    if kind == "prompt" and "messages" in columns:
+        raise ConfigError("source: columns['messages'] follows from 'prompt'")
 
 
 def required_columns(kind: str, columns: Mapping[str, str]) -> list[str]:
@@ -100,16 +121,24 @@ def normalize(kind: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> 
     Raises:
       BadRow: a column is missing, of the wrong type or empty.
     """
+    if not isinstance(raw, Mapping):
+        raise BadRow(f"expected columns by name, got {type(raw).__name__}")
     raw = row_with_present_names(raw)
     for name in required_columns(kind, columns):
         if name not in raw:
-            found = ", ".join(map(str, raw)) or "none"
-            raise BadRow(f"no column {name!r}, found {found}")
+            raise BadRow(f"no column {name!r}, found {_names(raw)}")
     row = {name: _plain(raw[column]) for name, column in columns.items()}
     for name in (*COLUMNS[kind], *_STORED.get(kind, ())):
         if name not in row and name in raw:
             row[name] = _plain(raw[name])
     return _NORMALIZERS[kind](row)
+
+
+def _names(raw: Mapping[str, Any]) -> str:
+    """Returns the columns of a row for an error message."""
+    found = ", ".join(map(str, itertools.islice(raw, 20))) or "none"
+    found = found if found.isprintable() else repr(found)
+    return found if len(found) <= 200 else f"{found[:200]}…"
 
 
 def _normalize_text(row: Row) -> Row:
@@ -135,30 +164,38 @@ def _normalize_prompt(row: Row) -> Row:
 def _prompt_turns(value: Any) -> list[chat.Message]:
     """Returns a conversation, given as such or as JSON; any other text is one user turn."""
     if isinstance(value, str):
-        # Text may well begin with a bracket.
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = None
-        messages = parsed if isinstance(parsed, list) else []
-        if messages and all(isinstance(message, dict) for message in messages):
-            value = messages
+        if _CONVERSATION.match(value):
+            value = _parsed(value, "prompt")
         else:
-            value = [{"role": "user", "content": _string(value, "prompt")}]
+            value = _messages(value) or [
+                {"role": "user", "content": _string(value, "prompt")}
+            ]
     return _turns(value, "prompt")
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON list; [] for other text, which may begin with a bracket."""
+    if not text.lstrip().startswith("["):
+        return []
+    try:
+        parsed = json_text.parse(text)
+    except json_text.NotJson:
+        return []
+    return parsed if all(isinstance(part, dict) for part in parsed) else []
 
 
 def _normalize_preferences(row: Row) -> Row:
     if "chosen" in row:
         row["completions"] = [row.pop("chosen"), row.pop("rejected")]
         row["scores"] = [1.0, 0.0]
-    completions = [
-        _string(text, "completions", empty=True)
-        for text in _list(row["completions"], "completions")
-    ]
+    completions = _list(row["completions"], "completions")
+    if not 2 <= len(completions) <= MOST_COMPLETIONS:
+        raise BadRow(
+            f"a prompt needs at least 2 completions, got {len(completions)}"
+            + ("" if len(completions) < 2 else f"; at most {MOST_COMPLETIONS}")
+        )
+    completions = [_string(text, "completions", empty=True) for text in completions]
     scores = [_number(score) for score in _list(row["scores"], "scores")]
-    if len(completions) < 2:
-        raise BadRow(f"a prompt needs at least 2 completions, got {len(completions)}")
     if len(scores) != len(completions):
         raise BadRow(f"{len(completions)} completions but {len(scores)} scores")
     if not isinstance(row["prompt"], str):
@@ -167,14 +204,34 @@ def _normalize_preferences(row: Row) -> Row:
     row["prompt"] = _string(row["prompt"], "prompt")
     row["completions"] = completions
     row["scores"] = scores
+    _validate_ranking(row, len(completions))
     return row | _stored_tokens(row, len(completions))
+
+
+def _validate_ranking(row: Row, k: int) -> None:
+    """Validates the ranks of a row and its labeler, if they are stored."""
+    if "ranks" in row:
+        ranks = _ids(row["ranks"], "ranks")
+        if len(ranks) != k or ranks.min() < 1:
+            raise BadRow(
+                f"column 'ranks' must hold {k} whole numbers from 1, the best,"
+                f" got {json_text.shown(ranks.tolist())}"
+            )
+    if row.get("labeler") is not None:
+        row["labeler"] = _string(row["labeler"], "labeler", empty=True)
 
 
 def _stored_tokens(row: Row, k: int) -> Row:
     """Returns the stored ids of the prompt and of each completion; nothing if none are stored."""
+    _validate_together(row, "tokens", "token_counts")
     if "token_counts" in row:  # how ArrayRecord holds lists of unequal length
-        ends = np.cumsum(row.pop("token_counts"))
-        row["completion_tokens"] = np.split(np.asarray(row.pop("tokens")), ends[:-1])
+        counts = _ids(row.pop("token_counts"), "token_counts")
+        tokens = _ids(row.pop("tokens"), "tokens")
+        ends = np.cumsum(counts, dtype=np.int64)
+        total = ends[-1] if len(ends) else 0
+        if total != len(tokens):
+            raise BadRow(f"token_counts add up to {total} of {len(tokens)} tokens")
+        row["completion_tokens"] = np.split(tokens, ends[:-1])
     _validate_together(row, "prompt_tokens", "completion_tokens")
     if "prompt_tokens" not in row:
         return {}
@@ -198,11 +255,11 @@ def _parsed(value: Any, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return json_text.parse(value)
+    except json_text.NotJson as error:
         raise BadRow(
-            f"column {column!r} is neither a list of messages nor its JSON ({error.msg})"
-        ) from error
+            f"column {column!r} is neither a list of messages nor its JSON ({error})"
+        ) from None
 
 
 def _turns(value: Any, column: str) -> list[chat.Message]:
@@ -210,6 +267,10 @@ def _turns(value: Any, column: str) -> list[chat.Message]:
     if _is_message(value):  # TFDS reads a sequence of dicts as a dict of sequences
         roles = _list(value["role"], column)
         contents = _list(value["content"], column)
+        if len(roles) != len(contents):
+            raise BadRow(
+                f"column {column!r} has {len(roles)} roles for {len(contents)} contents"
+            )
         value = [
             {"role": role, "content": content}
             for role, content in zip(roles, contents, strict=True)
@@ -221,18 +282,20 @@ def _turns(value: Any, column: str) -> list[chat.Message]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"role", "content"} <= set(value)
+    return isinstance(value, Mapping) and "role" in value and "content" in value
 
 
 def _message(value: Any, column: str) -> chat.Message:
     if not _is_message(value):
         raise BadRow(
-            f"column {column!r}: a message needs 'role' and 'content', got {str(value)[:60]!r}"
+            f"column {column!r}: a message needs 'role' and 'content',"
+            f" got {json_text.shown(value)}"
         )
     role = _string(value["role"], "role")
     if role not in chat.ROLES:
         raise BadRow(
-            f"column {column!r}: role {role!r} is none of {', '.join(chat.ROLES)}"
+            f"column {column!r}: role {json_text.shown(role)} is none of "
+            + ", ".join(chat.ROLES)
         )
     return {"role": role, "content": _string(value["content"], "content")}
 
@@ -248,7 +311,8 @@ def _plain(value: Any) -> Any:
 
 
 def _string(value: Any, column: str, empty: bool = False) -> str:
-    value = _plain(value)
+    if type(value) is not str:
+        value = _plain(value)
     if not isinstance(value, str):
         raise BadRow(f"column {column!r} must be text, got {type(value).__name__}")
     if not empty and not value.strip():
@@ -263,25 +327,42 @@ def _string(value: Any, column: str, empty: bool = False) -> str:
 
 
 def _list(value: Any, column: str) -> list:
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+    is_list = isinstance(value, list | tuple)
+    if not is_list and not (isinstance(value, np.ndarray) and value.ndim):
         raise BadRow(f"column {column!r} must be a list, got {type(value).__name__}")
     return list(value)
 
 
 def _number(value: Any) -> float:
     numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not numeric or not math.isfinite(value):
-        raise BadRow(f"column 'scores' must hold finite numbers, got {value!r}")
+    # False for NaN too.
+    if not numeric or not -_MOST_SCORE <= value <= _MOST_SCORE:
+        raise BadRow(
+            "column 'scores' must hold finite numbers in the range of float32,"
+            f" got {json_text.shown(value)}"
+        )
     return float(value)
 
 
 def _ids(value: Any, column: str) -> np.ndarray:
-    array = np.asarray(value if hasattr(value, "__len__") else None)
-    if array.size and (
-        array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0
-    ):
-        raise BadRow(f"column {column!r} must hold non-negative integers")
-    return array.astype(np.int32).reshape(-1)
+    """Returns whole numbers as int32 [n]."""
+    low, high = 0, 0
+    if isinstance(value, np.ndarray):
+        # NumPy gives an empty list the type of floats.
+        whole = value.ndim == 1 and (value.dtype.kind in "iu" or not value.size)
+        if whole and value.size:
+            low, high = value.min(), value.max()
+    else:
+        value = _list(value, column)
+        whole = _WHOLE.issuperset(map(type, value))
+        if whole and value:
+            low, high = min(value), max(value)
+    if not whole or low < 0 or high > _MOST_ID:
+        raise BadRow(
+            f"column {column!r} must hold non-negative integers of 32 bits,"
+            f" got {json_text.shown(value)}"
+        )
+    return np.array(value, np.int32)
 
 
 _NORMALIZERS: dict[str, Callable[[Row], Row]] = {

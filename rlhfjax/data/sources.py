@@ -8,7 +8,6 @@
 All rows are read when a source is opened, so that a malformed one stops a run before it trains.
 """
 
-import functools
 import itertools
 import os
 from array import array
@@ -16,10 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import tensorflow_datasets as tfds
-
-from rlhfjax import paths
-from rlhfjax.data import corpora, files
+from rlhfjax.data import corpora, files, tfds_records
 from rlhfjax.data.rows import (
     BadRow,
     Row,
@@ -29,6 +25,13 @@ from rlhfjax.data.rows import (
     validate_kind,
 )
 from rlhfjax.errors import ConfigError, DataError
+
+SCHEMES = ("tfds", "jsonl", "text")
+
+
+def is_spec(name: str) -> bool:
+    """Returns whether a name is that of a source; a folder's name may have a colon, too."""
+    return name.startswith(tuple(f"{scheme}:" for scheme in SCHEMES))
 
 
 @runtime_checkable
@@ -82,8 +85,8 @@ def open_source(
       ConfigError: the spec or an argument is invalid.
       DataError: nothing is found, or a row is malformed: `file:line: why`.
     """
-    scheme, _, rest = spec.partition(":")
-    if scheme not in ("tfds", "jsonl", "text") or not rest:
+    scheme, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    if scheme not in SCHEMES or not rest:
         raise ConfigError(
             f"source {spec!r}: expected tfds:NAME[/CONFIG], jsonl:GLOB or text:GLOB"
         )
@@ -105,7 +108,9 @@ def open_source(
 
     if scheme == "tfds":
         needed = required_columns(kind, columns)
-        records: files.Records = _open_tfds(spec, rest, split, data_dir, needed)
+        records: files.Records = tfds_records.open_records(
+            spec, rest, split, data_dir, needed
+        )
     elif scheme == "jsonl":
         records = files.JsonLines(spec, rest, split, key)
     else:
@@ -129,6 +134,7 @@ class CheckedSource:
     def __init__(self, records: files.Records, kind: str, columns: Mapping[str, str]):
         self.kind = kind
         self.skipped = 0
+        self.on_bad_row = "error"
         self._records = records
         self._columns = columns
         self._indices: Sequence[int] = range(len(records))
@@ -139,6 +145,7 @@ class CheckedSource:
         Args:
           skip: leave out malformed rows instead of raising DataError.
         """
+        self.on_bad_row = "skip" if skip else "error"
         indices = array("q")
         for i in range(len(self)):
             try:
@@ -208,14 +215,14 @@ class Concatenated:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        source, local = self._find(index)
+        source, local = self.find(index)
         return source[local]
 
     def locate(self, index: int) -> str:
-        source, local = self._find(index)
+        source, local = self.find(index)
         return source.locate(local)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def find(self, index: int) -> tuple[Source, int]:
         """Returns the source of a row, and the row's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -237,66 +244,3 @@ def texts(*sources: Source) -> Iterator[str]:
             elif row["prompt"]:
                 yield row["prompt"]
             yield from filter(None, row.get("completions", ()))
-
-
-class _TfdsRecords:
-    """A split of a TFDS dataset as records."""
-
-    hint = ""
-
-    def __init__(self, name: str, data: Sequence[Mapping[str, Any]]):
-        self._name = name
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._data[index]
-
-    def locate(self, index: int) -> str:
-        return f"{self._name} record {index}"
-
-
-def _open_tfds(
-    spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]
-) -> _TfdsRecords:
-    builder = _tfds_builder(spec, name, data_dir)
-    # A FeaturesDict, which TFDS's annotation does not say.
-    features: Any = builder.info.features
-    for column in needed:
-        if column not in features:
-            raise DataError(
-                f"source {spec!r}: no column {column!r}, found {', '.join(features)}; "
-                "map it with columns="
-            )
-    try:
-        # TFDS decorates the method, which hides its parameters.
-        data = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
-    except NotImplementedError as error:
-        raise DataError(
-            f"source {spec!r}: {builder.data_dir} is not in array_record format; remove it"
-        ) from error
-    except (ValueError, KeyError) as error:
-        found = ", ".join(builder.info.splits)
-        raise DataError(
-            f"source {spec!r}: no split {split!r}, found {found}"
-        ) from error
-    return _TfdsRecords(f"tfds:{builder.name}[{split}]", data)
-
-
-def _tfds_builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
-    if (paths.path(name) / corpora.INFO).is_file():
-        return tfds.builder_from_directory(paths.local(paths.path(name)))
-    default = tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]  # lazy
-    data_dir = paths.path(data_dir or default)
-    make = corpora.BUILDERS.get(name) or functools.partial(tfds.builder, name)
-    try:
-        builder = make(data_dir=os.fspath(corpora.writable(data_dir)))
-    except (tfds.core.DatasetNotFoundError, ImportError) as error:
-        names = ", ".join(corpora.BUILDERS)
-        raise DataError(
-            f"source {spec!r}: no such TFDS dataset or folder (our own: {names})"
-        ) from error
-    return corpora.prepare_for(data_dir, builder)

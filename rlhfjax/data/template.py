@@ -16,8 +16,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from rlhfjax.data.sandbox import compile_template
-from rlhfjax.errors import DataError, first_line
+from rlhfjax import json_text, paths
+from rlhfjax.data.sandbox import Program, explain
+from rlhfjax.data.template_cost import LIMIT, too_much
+from rlhfjax.errors import DataError
+from rlhfjax.paths import Path
 
 Message = Mapping[str, str]
 ROLES = ("user", "assistant", "system")
@@ -69,6 +72,7 @@ MARKERS = {
 _OPEN, _CLOSE, _RESPONSE = "\ud800", "\ud801", "\ud802"
 _FIRST_SPECIAL = 0xD810
 _EDGE = "\u2003"  # a blank that trimming removes and that no template writes
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTENT = f"{_EDGE}?{_OPEN}[0-9]+{_CLOSE}{_EDGE}?"
 
 
@@ -92,6 +96,26 @@ class Piece:
         content = messages[self.message]["content"]
         content = content.lstrip() if self.trim[0] else content
         return content.rstrip() if self.trim[1] else content
+
+
+def read_template(path: Path) -> str:
+    """Returns the source in a file, such as chat_template.jinja.
+
+    Raises:
+      DataError: there is no such file, or it is not UTF-8 text, or empty.
+    """
+    content = paths.read(path)
+    if other := json_text.other_format(content):
+        raise DataError(f"{path}: it is {other}; expected Jinja source in UTF-8")
+    try:
+        source = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: invalid UTF-8 at byte {error.start}; expected Jinja source"
+        ) from None
+    if not source.strip():
+        raise DataError(f"{path}: it is empty; expected Jinja source")
+    return source
 
 
 class Template:
@@ -128,7 +152,7 @@ class Template:
         # A conversation that is cut to length is rendered several times.
         self._encode = functools.lru_cache(1024)(encode)
         self._pieces = functools.lru_cache(4096)(self._cut)
-        self._jinja = compile_template(source, context)
+        self._jinja = Program(source, context)
         longest_first = sorted(self._specials, key=len, reverse=True)
         parts = [_RESPONSE, _CONTENT, *map(re.escape, longest_first)]
         self._splitter = re.compile(f"({'|'.join(parts)})")
@@ -138,6 +162,11 @@ class Template:
         """The special token that ends the assistant's turn."""
         pieces = reversed(self._pieces(("user", "assistant"), False))
         return next(p.token for p in pieces if p.learned and p.token is not None)
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """The special tokens: text -> id."""
+        return self._specials
 
     @functools.cached_property
     def written(self) -> frozenset[int]:
@@ -166,7 +195,7 @@ class Template:
                 **self._names,
             )
         except Exception as error:  # a template is a program and may raise anything
-            raise self._error(first_line(error)) from None
+            raise self._error(explain(error)) from None
 
     def render(
         self, messages: Sequence[Message], *, cue: bool = False
@@ -182,6 +211,12 @@ class Template:
         Raises:
           DataError: a role is unknown, or the template cannot be cut into turns.
         """
+        return self._tokens(self.validate(messages, cue=cue), messages)
+
+    def validate(
+        self, messages: Sequence[Message], *, cue: bool = False
+    ) -> tuple[Piece, ...]:
+        """Returns the pieces of a conversation. Raises as `render` does, and encodes nothing."""
         for message in messages:
             if message["role"] not in ROLES:
                 raise DataError(
@@ -190,10 +225,10 @@ class Template:
         pieces = self._pieces(_roles(messages), cue)
         # Our own template is known to write contents as they are, and is the most used.
         if self.source != OURS:
-            filled = "".join(piece.fill(messages) for piece in pieces)
+            filled = "".join([piece.fill(messages) for piece in pieces])
             if filled != self.text(messages, cue=cue):
                 raise self._error("it changes a message by more than trimming it")
-        return self._tokens(pieces, messages)
+        return pieces
 
     def edges(
         self, messages: Sequence[Message], message: int, *, cue: bool = False
@@ -234,7 +269,7 @@ class Template:
             else:
                 turns[-1]["content"] += content
         for turn in turns:
-            turn["content"] = re.sub("[\ud800-\udfff]", "", turn["content"])
+            turn["content"] = _SURROGATE.sub("", turn["content"])
         return turns
 
     def _cut(self, roles: tuple[str, ...], cue: bool) -> tuple[Piece, ...]:
@@ -257,6 +292,8 @@ class Template:
                 trim = (not part.startswith(_EDGE), not part.endswith(_EDGE))
                 pieces.append(Piece(message=contents[-1], trim=trim, learned=learned))
                 spoken = True
+            elif _SURROGATE.search(part):
+                raise self._error("it writes a lone surrogate")
             else:
                 pieces.append(Piece(part, learned=learned))
         if contents != list(range(len(roles))):
@@ -323,7 +360,10 @@ class Template:
         ordered longest first.
         """
         speakers: dict[tuple[Piece, ...], str | None] = {}
+        before = self._jinja.spent
         for roles, cue in itertools.product(_sequences(3), (True, False)):
+            if self._jinja.spent - before > LIMIT:  # renderings just below it add up
+                raise self._error(too_much(LIMIT))
             try:
                 pieces = self._pieces(roles, cue)
             except DataError:  # not every template takes every sequence

@@ -12,16 +12,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
-from rlhfjax import paths
+from rlhfjax import paths, sums
 from rlhfjax.data import hf_tokenizer
 from rlhfjax.data.template import OURS, Template
+from rlhfjax.data.tokenizer_files import FILES as HUGGING_FACE_FILES
 from rlhfjax.errors import ConfigError, DataError, first_line
 from rlhfjax.paths import Path
 
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 MARKERS = (USER, ASSISTANT, SYSTEM)
 MODEL_FILE = "tokenizer.model"
+# All files that a tokenizer may consist of.
+FILES = (MODEL_FILE, *HUGGING_FACE_FILES)
 # SentencePiece spells a blank as this character, so a literal one has to be spelled in bytes.
 _SPACE = "\u2581"
 # SentencePiece silently drops longer lines (its limit is 4,192).
@@ -73,9 +78,11 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         """Reads the file, unless `model` has its content."""
         try:
-            self._model = paths.path(path).read_bytes() if model is None else model
+            self._model = paths.read(paths.path(path)) if model is None else model
+            _validate_whole(self._model)
             sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (OSError, RuntimeError) as error:
+            self._ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+        except (RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
             raise DataError(
                 f"{path}: not a SentencePiece model ({first_line(error)})"
             ) from error
@@ -87,7 +94,6 @@ class SentencePieceTokenizer:
                 f"{path}: pad, bos, eos and unk must be four distinct ids, got {specials}"
             )
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = specials
-        self._ids = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         markers = list(filter(_is_marker, self._ids))
         self._guarded = re.compile("|".join(map(re.escape, [*markers, _SPACE])))
         # The id of a missing piece is that of unk.
@@ -163,6 +169,21 @@ class SentencePieceTokenizer:
         return len(piece.replace(_SPACE, " ").encode())
 
 
+def _validate_whole(model: bytes) -> None:
+    """Raises ValueError if a model's file is cut: its settings stand behind the pieces."""
+    try:
+        # Made at run time, which a type checker cannot see.
+        proto: Any = sentencepiece_model_pb2
+        content = proto.ModelProto.FromString(model)
+    except DecodeError:
+        raise ValueError("damaged, or another kind of file") from None
+    for part in ("trainer_spec", "normalizer_spec"):
+        if not content.HasField(part):
+            raise ValueError(f"it is cut: it has no {part}")
+    if not content.pieces:
+        raise ValueError("it has no pieces")
+
+
 def _is_marker(piece: str) -> bool:
     return re.fullmatch(r"<\|[^|]+\|>", piece) is not None
 
@@ -229,11 +250,21 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
       DataError: there is neither, or it is damaged.
+      CheckpointError: the folder has checksums, and a file differs from the one that was saved.
     """
     path = paths.path(path)
+    paths.exists(path)  # raises if no file can have this name
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or path.name in FILES:
+        sums.verify(folder, FILES, expected=False)
     if path.name == hf_tokenizer.FILE or (path / hf_tokenizer.FILE).is_file():
-        return hf_tokenizer.read_folder(path if path.is_dir() else path.parent)
+        return hf_tokenizer.read_folder(folder)
     return SentencePieceTokenizer(path / MODEL_FILE if path.is_dir() else path)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Returns the names of the files in a folder that `load_tokenizer` reads."""
+    return [name for name in FILES if paths.exists(folder / name)]
 
 
 def _validate_round_trip(

@@ -7,15 +7,17 @@ that our Transformer cannot express (a scaled RoPE, experts, biases) is an error
 `gguf_tokenizer` reads the tokenizer.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from rlhfjax import paths
-from rlhfjax.config import build
-from rlhfjax.errors import CheckpointError, ConfigError, first_line
+from rlhfjax.errors import CheckpointError
 from rlhfjax.interop import names
+from rlhfjax.interop.gguf_file import Tensor, open_gguf, package
+from rlhfjax.interop.names import build_config
+from rlhfjax.json_text import named, shown
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.paths import Path
 
@@ -36,6 +38,19 @@ KEYS = {
     "rope.freq_base": float,
     "vocab_size": int,
 }
+# Fields of TransformerConfig and their keys, for errors.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "d_model": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "d_ff": "feed_forward_length",
+    "max_length": "context_length",
+    "n_kv_heads": "attention.head_count_kv",
+    "d_head": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
 # llama.* keys that are accepted with these values, which change nothing. Others are errors.
 NEUTRAL = {
     "expert_count": 0,
@@ -51,8 +66,8 @@ HALF_SPLIT = {"attn_q.weight": "n_heads", "attn_k.weight": "kv_heads"}
 
 def describe_gguf(path: str | Path) -> TransformerConfig:
     """Returns the config of the model in a GGUF file. Raises the errors of `load_gguf`."""
-    reader, metadata = open_gguf(path)
-    return _config(path, metadata, _tensors(reader))
+    metadata, tensors = open_gguf(path)
+    return _config(path, metadata, tensors)
 
 
 def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
@@ -67,10 +82,10 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
         dequantized. The message names the file and the key or tensor.
       ConfigError: the gguf package is not installed.
     """
-    gguf = _package(path)
-    reader, metadata = open_gguf(path)
-    tensors = _tensors(reader)
+    gguf = package(path)
+    metadata, tensors = open_gguf(path)
     config = _config(path, metadata, tensors)
+    names.validate_depth(names.GGUF, "", config.n_layers, tensors, context=path)
     shapes = names.shapes_of(Model(config))
     rows = names.rows(names.GGUF, "lm", shapes)
     if "rope_freqs.weight" in tensors:
@@ -80,7 +95,7 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
         )
     names.validate_tensors(
         names.tensor_shapes(rows, shapes),
-        {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
         files=dict.fromkeys(tensors, path),
         context=path,
         source="the metadata",
@@ -89,9 +104,9 @@ def load_gguf(path: str | Path) -> tuple[TransformerConfig, Params]:
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
         try:
-            dequantized = gguf.dequantize(tensor.data, tensor.tensor_type)
+            dequantized = gguf.dequantize(tensor.data, tensor.kind)
         except NotImplementedError:
-            kind = tensor.tensor_type.name
+            kind = tensor.kind.name
             raise CheckpointError(
                 f"{path}: {name} is of type {kind}, which gguf cannot dequantize"
             ) from None
@@ -121,12 +136,8 @@ def half_split(
     )
 
 
-def _tensors(reader: Any) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in reader.tensors}
-
-
 def _config(
-    path: str | Path, metadata: dict[str, Any], tensors: dict[str, Any]
+    path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> TransformerConfig:
     """Returns the config that the metadata describe. Raises CheckpointError for anything else.
 
@@ -141,7 +152,7 @@ def _config(
         kind = KEYS[name]
         if type(found) is not kind:  # for example a list with one number per layer
             raise CheckpointError(
-                f"{path}: llama.{name} is {found!r}: expected one {kind.__name__}"
+                f"{path}: llama.{name} is {shown(found)}: expected one {kind.__name__}"
             )
         # Read the float32 as the decimal that was meant: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(found))) if kind is float else found
@@ -156,7 +167,7 @@ def _config(
                 f"{path}: llama.{name} is {width}, and the width of a head is {head_dim}"
             )
     fields = {
-        "vocab_size": value("vocab_size", metadata.get("tokenizer.ggml.tokens")),
+        "vocab_size": value("vocab_size", _vocabulary_size(metadata)),
         "d_model": d_model,
         "n_layers": value("block_count"),
         "n_heads": n_heads,
@@ -168,73 +179,36 @@ def _config(
         "norm_eps": value("attention.layer_norm_rms_epsilon"),
         "tie_embeddings": "output.weight" not in tensors,
     }
-    try:
-        return build(TransformerConfig, fields, "model")
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    spelled = {field: f"llama.{key}" for field, key in FIELDS.items()}
+    return build_config(fields, spelled, path)
 
 
-def _validate_metadata(path: str | Path, metadata: dict[str, Any]) -> None:
+def _vocabulary_size(metadata: Mapping[str, Any]) -> int | None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if isinstance(tokens, list) else None
+
+
+def _validate_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
     """Raises CheckpointError if the file holds something else than a Llama, whole."""
+    # The parts after the first say nothing but this.
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
+        raise CheckpointError(
+            f"{path}: split.count is {shown(parts)}: "
+            "merge the parts first (llama-gguf-split --merge FIRST-PART MERGED)"
+        )
     accepted = {"general.architecture": "llama", "general.type": "model"}
     # Old files have no type.
-    given = {"general.architecture": None, "general.type": "model"} | metadata
+    given = {"general.architecture": None, "general.type": "model", **metadata}
     for key, value in accepted.items():
         if given[key] != value:
             raise CheckpointError(
-                f"{path}: {key} is {given[key]!r}: accepted is {value!r}"
+                f"{path}: {key} is {shown(given[key])}: accepted is {value!r}"
             )
-    if (parts := metadata.get("split.count", 1)) > 1:
-        raise CheckpointError(
-            f"{path}: split.count is {parts}: merge the parts first (llama-gguf-split --merge)"
-        )
     for key, value in metadata.items():
         name = key.removeprefix("llama.")
         if key == name or name in KEYS:
             continue
         if name not in NEUTRAL or value != NEUTRAL[name]:
             raise CheckpointError(
-                f"{path}: our Transformer cannot do what {key} = {value!r} says"
+                f"{path}: our Transformer cannot do what {named(key)} = {shown(value)} says"
             )
-
-
-def open_gguf(
-    path: str | Path, *, tokenizer: bool = False
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the reader of a file and its metadata.
-
-    Args:
-      tokenizer: read the tokenizer's values too; else metadata has only their lengths.
-    Raises:
-      CheckpointError: the file is not a whole GGUF file in this machine's byte order.
-      ConfigError: the gguf package is not installed.
-    """
-    gguf = _package(path)
-    try:
-        reader = gguf.GGUFReader(paths.local(paths.path(path)))
-        metadata = {}
-        for key, field in reader.fields.items():
-            whole = tokenizer or not key.startswith("tokenizer.")
-            metadata[key] = field.contents() if whole else len(field.data)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    # The reader has no errors of its own.
-    except (OSError, ValueError, LookupError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole GGUF file: {first_line(error)}"
-        ) from None
-    if reader.byte_order != "I":
-        raise CheckpointError(
-            f"{path}: its bytes are in the other order than this machine's"
-        )
-    return reader, metadata
-
-
-def _package(path: str | Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError(
-            f"{path}: the gguf package is not installed; pip install 'rlhfjax[gguf]'"
-        ) from None
-    return gguf

@@ -8,16 +8,14 @@ Language models and reward models of the families GPT-2, GPT-1, Llama, Qwen2 and
 time, straight into their shards. The tokenizer's files are read by `data.hf_tokenizer`.
 """
 
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlhfjax import paths, state
@@ -26,14 +24,13 @@ from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import CheckpointError, ConfigError, first_line
 from rlhfjax.interop import hf_config, names
 from rlhfjax.interop.names import Row, Shape
+from rlhfjax.interop.safetensors_file import INDEX, WEIGHTS, Folder
 from rlhfjax.mesh import Layout
 from rlhfjax.models import Model
 from rlhfjax.paths import Path
 
 Params = dict[str, Any]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Our dtypes and what safetensors calls them.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9
@@ -55,9 +52,13 @@ def load_hf(folder: str | Path, layout: Layout | None = None) -> tuple[Model, Pa
     """
     folder = paths.path(folder)
     family, model, constant = hf_config.read(folder / "config.json")
+    files = Folder(folder)
+    table = names.TABLES[family]
+    prefix = _prefix(files, table)
+    n_layers = model.config.n_layers
+    names.validate_depth(table, prefix, n_layers, files.file, context=folder)
     shapes = names.shapes_of(model)
-    files = _Files(folder)
-    rows = _rows(files, names.TABLES[family], model, shapes)
+    rows = _rows(files, table, prefix, model, shapes)
     put = names.on_host if layout is None else _put_into_shards(model, layout)
     params = names.read_params(rows, shapes, files.read, put)
     if model.head == "scalar":
@@ -133,66 +134,20 @@ def save_hf(
 # ------------------------------------------------------------------ reading
 
 
-class _Files:
-    """The tensors of a folder by name, read on demand."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.file: dict[str, Path] = {}  # of each tensor
-        self._open: dict[Path, Any] = {}
-        index = {}
-        parts = {WEIGHTS}
-        if not (folder / WEIGHTS).exists():
-            if not (folder / INDEX).exists():
-                raise CheckpointError(
-                    f"{folder}: there is no {WEIGHTS} and no {INDEX}; other formats are not read"
-                )
-            index = _read_index(folder / INDEX)
-            parts = set(index.values())
-        for part in sorted(parts):
-            self._add(folder / part)
-        if index and (unmatched := self.file.keys() ^ index.keys()):
-            raise CheckpointError(
-                f"{folder / INDEX}: {min(unmatched)} is not in both the index and its files"
-            )
-
-    def _add(self, path: Path) -> None:
-        try:
-            self._open[path] = safe_open(paths.local(path), framework="numpy")
-        except (OSError, SafetensorError) as error:
-            why = first_line(error)
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file: {why}"
-            ) from None
-        self.file |= dict.fromkeys(self._open[path].keys(), path)
-
-    def slice(self, name: str) -> Any:
-        """Returns a tensor of which nothing is read yet."""
-        return self._open[self.file[name]].get_slice(name)
-
-    def read(self, name: str) -> np.ndarray:
-        return self._open[self.file[name]].get_tensor(name)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Returns the name of each tensor's file."""
-    try:
-        files = json.loads(path.read_text())["weight_map"]
-        if all(os.path.basename(file) == file for file in files.values()):
-            return files
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise CheckpointError(
-        f"{path}: expected a JSON object with weight_map: file names by tensor"
-    )
+def _prefix(files: Folder, table: names.Table) -> str:
+    """Returns the prefix of all names but the output's."""
+    bare = not any(name.startswith(table.prefix) for name in files.file)
+    return "" if bare else table.prefix
 
 
 def _rows(
-    files: _Files, table: names.Table, model: Model, shapes: Mapping[str, Shape]
+    files: Folder,
+    table: names.Table,
+    prefix: str,
+    model: Model,
+    shapes: Mapping[str, Shape],
 ) -> list[Row]:
     """Returns the rows of a model after validating that the files hold exactly their tensors."""
-    bare = not any(name.startswith(table.prefix) for name in files.file)
-    prefix = "" if bare else table.prefix
     rows = names.rows(table, model.head, shapes, prefix)
     expected = names.tensor_shapes(rows, shapes)
     # Files may repeat the output matrix although it is tied to the embedding.

@@ -5,13 +5,12 @@ the first family whose config.json, read back, means the same.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhfjax import paths
-from rlhfjax.config import build
+from rlhfjax import json_text, paths, ranges
 from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.interop import names
 from rlhfjax.interop.hf_families import (
     FAMILIES,
     KINDS,
@@ -20,12 +19,14 @@ from rlhfjax.interop.hf_families import (
     SILENT,
     Family,
 )
+from rlhfjax.json_text import named, shown
 from rlhfjax.models import Model, TransformerConfig
 from rlhfjax.paths import Path
 
 REQUIRED = object()
 # A key of ours: the constant of a reward that was dropped from its weights.
 REWARD_BIAS = "rlhfjax_reward_bias"
+QUANTIZATION = "quantization_config"
 
 
 def read(path: Path) -> tuple[str, Model, float]:
@@ -37,15 +38,7 @@ def read(path: Path) -> tuple[str, Model, float]:
     Raises:
       CheckpointError: our Transformer cannot express the model; names the file and the key.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        why = error.strerror or "there is no such file"
-        raise CheckpointError(f"{path}: {why}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+    content = json_text.read_object(path, error=CheckpointError)
     values = ConfigValues(path, content)
     name, head = _architecture(values)
     constant = 0.0
@@ -57,6 +50,8 @@ def read(path: Path) -> tuple[str, Model, float]:
                 "id2label", f"{labels} labels", "one, which is the reward"
             )
         constant = values.take(REWARD_BIAS, float, 0.0)
+        if abs(constant) > ranges.LARGEST:
+            raise values.invalid(REWARD_BIAS, constant, "a float32")
     return name, Model(_config(FAMILIES[name], values), head), constant
 
 
@@ -106,7 +101,7 @@ class ConfigValues:
             value = float(value)
         if value is not default and type(value) is not kind:
             raise CheckpointError(
-                f"{self.path}: {key} is {value!r}: expected {kind.__name__}"
+                f"{self.path}: {key} is {shown(value)}: expected {kind.__name__}"
             )
         return value
 
@@ -143,21 +138,39 @@ class ConfigValues:
     def finish(self, family: Family) -> None:
         """Raises CheckpointError for a key that is left, unless it changes nothing."""
         neutral = {**NEUTRAL, **family.neutral}
-        for key, value in self.left.items():
+        # The kind of a thing, such as "yarn", before its numbers.
+        for key in sorted(self.left, key=_is_detail):
+            value = self.left[key]
             if key in SILENT or (key in family.silent and type(value) is int):
                 continue
             accepted = neutral.get(key, ())
             # An empty list is one value.
             elements = value if isinstance(value, list) and value else [value]
-            if any(element not in accepted for element in elements):
+            if not all(_is_one_of(element, accepted) for element in elements):
                 raise self.invalid(key, value, " or ".join(map(repr, accepted)))
 
     def invalid(self, key: str, value: Any, accepted: str = "") -> CheckpointError:
         """Returns the error for a value that our Transformer cannot express."""
         accepted = f"; accepted is {accepted}" if accepted else ""
+        if key.startswith(f"{QUANTIZATION}."):
+            accepted = "; take the model's folder from before quantization"
+        told = f"{named(key)} = {shown(value)}"
         return CheckpointError(
-            f"{self.path}: our Transformer cannot do what {key} = {value!r} says{accepted}"
+            f"{self.path}: our Transformer cannot do what {told} says{accepted}"
         )
+
+
+def _is_detail(key: str) -> bool:
+    """Returns whether a key is none that names a kind of scaling or quantization."""
+    return key.rpartition(".")[2] not in ("rope_type", "type", "quant_method")
+
+
+def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
+    """Returns whether a value is accepted. In Python 0 == False; in JSON they differ."""
+    return any(
+        value == other and isinstance(value, bool) == isinstance(other, bool)
+        for other in accepted
+    )
 
 
 def _architecture(values: ConfigValues) -> tuple[str, str]:
@@ -167,7 +180,7 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
     for name, family in FAMILIES.items():
         known[family.causal] = name, "lm"
         known[family.classifier] = name, "scalar"
-    if len(given) != 1 or given[0] not in known:
+    if len(given) != 1 or not isinstance(given[0], str) or given[0] not in known:
         raise values.invalid("architectures", given, f"one of {', '.join(known)}")
     name, head = known[given[0]]
     if (kind := values.take("model_type", str, name)) != name:
@@ -176,6 +189,8 @@ def _architecture(values: ConfigValues) -> tuple[str, str]:
 
 
 def _config(family: Family, values: ConfigValues) -> TransformerConfig:
+    for key in ("rope_parameters", "rope_scaling", QUANTIZATION):
+        values.flatten(key)
     fields = dict(family.fixed)
     for field, keys in family.keys.items():
         default = family.defaults.get(field, REQUIRED)
@@ -188,10 +203,7 @@ def _config(family: Family, values: ConfigValues) -> TransformerConfig:
     if family.rope:
         fields |= _rope(family, values)
     values.finish(family)
-    try:
-        config = build(TransformerConfig, fields, "model")
-    except ConfigError as error:
-        raise CheckpointError(f"{values.path}: {error}") from None
+    config = names.build_config(fields, {**family.keys, **family.rope}, values.path)
     plain_heads = config.n_heads * config.head_dim == config.d_model
     return dataclasses.replace(
         config,
@@ -202,8 +214,8 @@ def _config(family: Family, values: ConfigValues) -> TransformerConfig:
 
 def _activation(family: Family, values: ConfigValues, name: str) -> str:
     """Returns our name of an activation."""
-    for mlp, names in family.activations.items():
-        if name in names:
+    for mlp, spellings in family.activations.items():
+        if name in spellings:
             return mlp
     accepted = sum(family.activations.values(), ())
     raise values.invalid(family.keys["mlp"], name, " or ".join(map(repr, accepted)))
@@ -214,13 +226,11 @@ def _rope(family: Family, values: ConfigValues) -> dict[str, float]:
 
     The kinds of RoPE other than the plain one are left for `finish` to reject.
     """
-    values.flatten("rope_parameters")
-    values.flatten("rope_scaling")
     defaults = {**ROPE_DEFAULTS, **family.defaults}
-    names = {"rope_theta": "rope_theta", "rope_fraction": "partial_rotary_factor"}
+    keys = {"rope_theta": "rope_theta", "rope_fraction": "partial_rotary_factor"}
     rope = {
         field: values.take_rope(key, family.rope.get(field, key), defaults[field])
-        for field, key in names.items()
+        for field, key in keys.items()
     }
     if "rope_fraction" not in family.rope and rope["rope_fraction"] != 1:
         raise values.invalid("partial_rotary_factor", rope["rope_fraction"], "1")
@@ -276,10 +286,12 @@ def _meaning(config: TransformerConfig) -> TransformerConfig:
 
 
 def _token_ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | None]:
-    names = ("pad", "bos", "eos")
+    accepted = ("pad", "bos", "eos")
     for name, value in ids.items():
-        if name not in names:
-            raise ConfigError(f"special_ids[{name!r}]: accepted are {', '.join(names)}")
+        if name not in accepted:
+            raise ConfigError(
+                f"special_ids[{name!r}]: accepted are {', '.join(accepted)}"
+            )
         if value is not None and not 0 <= value < model.config.vocab_size:
             raise ConfigError(
                 f"special_ids[{name!r}] is {value}: the vocabulary has "
@@ -295,4 +307,4 @@ def _token_ids(model: Model, ids: Mapping[str, int | None]) -> dict[str, int | N
             f"special_ids['pad'] is {pad}, bos or eos too: "
             "transformers would take that for padding"
         )
-    return {f"{name}_token_id": ids.get(name) for name in names}
+    return {f"{name}_token_id": ids.get(name) for name in accepted}

@@ -7,14 +7,17 @@ have no row, so one table serves Llama and Qwen2.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlhfjax.errors import CheckpointError
-from rlhfjax.models import Model
+from rlhfjax.config import build
+from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.json_text import named
+from rlhfjax.models import Model, TransformerConfig
 
 Shape = tuple[int, ...]
 
@@ -264,8 +267,46 @@ def validate_tensors(
             )
         if name not in expected:
             raise CheckpointError(
-                f"{files[name]}: our Transformer has no place for the tensor {name}"
+                f"{files[name]}: our Transformer has no place for the tensor {named(name)}"
             )
+
+
+def validate_depth(
+    table: Table, prefix: str, n_layers: int, found: Collection[str], *, context: Any
+) -> None:
+    """Validates that the last layer is there, before the shapes of 1000 layers are computed.
+
+    Args:
+      prefix: prefix of all names.
+      found: names of all tensors.
+    Raises:
+      CheckpointError: its first tensor is missing.
+    """
+    start = prefix + table.layers.format(i=n_layers - 1)
+    first = f"{start}{next(iter(table.layer))}.weight"
+    if first not in found:
+        raise CheckpointError(f"{context}: there is no tensor {first}")
+
+
+def build_config(
+    fields: Mapping[str, Any], keys: Mapping[str, str], context: Any
+) -> TransformerConfig:
+    """Returns the TransformerConfig that a file describes.
+
+    Args:
+      fields: values by field.
+      keys: names of fields in the file, for errors.
+      context: the file.
+    Raises:
+      CheckpointError: a value is out of range, or values do not fit together.
+    """
+    try:
+        return build(TransformerConfig, fields, "model")
+    except ConfigError as error:
+        named = dict.fromkeys(re.findall(r"model\.(\w+)", str(error)))
+        known = [f"model.{name} is {keys[name]}" for name in named if name in keys]
+        meant = f" ({', '.join(known)})" if known else ""
+        raise CheckpointError(f"{context}: {error}{meant}") from None
 
 
 def read_params(

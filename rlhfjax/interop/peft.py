@@ -10,20 +10,22 @@ rank r are one adapter of rank n r, exactly, with n times our alpha:
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+import pydantic
+from safetensors.numpy import save
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths, ranges
 from rlhfjax.config import build, write_json
-from rlhfjax.errors import CheckpointError, ConfigError, first_line
+from rlhfjax.errors import CheckpointError, ConfigError
 from rlhfjax.interop import hf, hf_config, names
 from rlhfjax.interop.names import Row, Shape
+from rlhfjax.interop.safetensors_file import open_safetensors
+from rlhfjax.json_text import named, shown
 from rlhfjax.models import Model, lora
 from rlhfjax.models.lora import LoraConfig
 from rlhfjax.models.transformer import stacked
@@ -33,13 +35,38 @@ Params = dict[str, Any]
 Adapter = tuple[np.ndarray, np.ndarray]  # lora_a [in..., r] and lora_b [r, out...]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = (*hf.DTYPES.values(), "F64")
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 LAYERS, KERNEL = "backbone/layers/", "/kernel"
 # In the weights' metadata: the constant of a reward, which PEFT's score cannot express.
 BIAS = "rlhfjax_reward_bias"
+PICKLED = "adapter_model.bin"
 # Options of PEFT with the one value that we read and write.
 PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "peft_type": "LORA"}
+# Options that change what an adapter computes; we read adapters without them and write none.
+ABSENT = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+_FLOAT32 = pydantic.TypeAdapter(ranges.Finite)
+
+
+# What is read of an adapter_config.json, and its types. Other options change nothing.
+READ = {
+    "r": ranges.Size,
+    "lora_alpha": ranges.Positive,
+    "lora_dropout": ranges.ShareBelow1 | None,
+    "rank_pattern": dict[str, ranges.Size] | None,
+    "alpha_pattern": dict[str, ranges.Positive] | None,
+    "modules_to_save": list[str] | None,
+}
 
 
 def save_peft(
@@ -90,25 +117,29 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
     config, tensors, bias = _read(folder)
     rank = config["r"]
     _, rows, shapes = _projections(model)
+    weights = folder / WEIGHTS
     by_kernel: dict[str, Adapter] = {}
     for row in rows:
         pair = [name for name in _tensor_names(row) if name in tensors]
         if len(pair) == 2:
             _validate_scale(folder, _module(row), config)
             a, b = (np.asarray(tensors.pop(name), np.float32) for name in pair)
-            by_kernel |= _split(row, a, b, rank, shapes)
+            _validate_shapes(weights, row, a, b, shapes)
+            by_kernel |= _split(weights, row, a, b, rank, shapes)
     head = {}
     if model.head == "scalar" and SCORE in tensors:
-        kernel = np.asarray(tensors.pop(SCORE), np.float32)[0]
-        head = {"head": {"kernel": kernel, "bias": np.float32(bias)}}
-    if tensors or not by_kernel:
-        name = next(iter(tensors), "no adapter")
-        raise CheckpointError(f"{folder / WEIGHTS}: this model has no place for {name}")
+        score = np.asarray(tensors.pop(SCORE), np.float32)
+        _validate_shape(weights, SCORE, score, (1, model.config.d_model))
+        head = {"head": {"kernel": score[0], "bias": np.float32(bias)}}
+    if tensors:
+        raise _no_place(weights, min(tensors), config)
+    if not by_kernel:
+        raise CheckpointError(f"{weights}: there is no adapter in it")
     options = {
         "rank": rank,
         "alpha": config["lora_alpha"],
         "targets": _targets(model, by_kernel),
-        "dropout": config.get("lora_dropout", 0.0),
+        "dropout": config.get("lora_dropout") or 0.0,
     }
     adapted = build(LoraConfig, options, str(folder / CONFIG))
     return dataclasses.replace(model, lora=adapted), _tree(model, by_kernel) | head
@@ -116,23 +147,55 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
     """Returns the config, the tensors by name, and the constant of a reward."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        config = {name: config[name] for name in ("r", "lora_alpha")} | config
-        weights = paths.local(folder / WEIGHTS)
-        tensors = load_file(weights)
-        with safe_open(weights, framework="numpy") as file:
-            bias = float((file.metadata() or {}).get(BIAS, 0.0))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():
         raise CheckpointError(
-            f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS} ({first_line(error)})",
-        ) from None
-    for key, value in PLAIN.items():
-        if config.get(key, value) != value:
+            f"{folder / PICKLED}: pickles are not read; in Python with peft: "
+            "PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
             raise CheckpointError(
-                f"{folder / CONFIG}: {key} is {config[key]!r}: accepted is {value!r}"
+                f"{folder}: no whole PEFT adapter, {CONFIG} and {WEIGHTS}: there is no {name}"
             )
-    return config, tensors, bias
+    config = _read_config(folder / CONFIG)
+    file = open_safetensors(folder / WEIGHTS)
+    tensors = {}
+    for name in list(file.keys()):
+        kind = file.get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            accepted = ", ".join(DTYPES)
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {named(name)} is of type {kind}: accepted are {accepted}"
+            )
+        tensors[name] = file.get_tensor(name)
+    bias = (file.metadata() or {}).get(BIAS, "0.0")
+    try:
+        constant = _FLOAT32.validate_strings(bias)
+    except pydantic.ValidationError:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {BIAS} is {shown(bias)}: expected a float32"
+        ) from None
+    return config, tensors, constant
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns an adapter_config.json of an adapter that ours can express."""
+    content = json_text.read_object(path, error=CheckpointError)
+    for key, value in (PLAIN | ABSENT).items():
+        given = content.get(key)
+        if given is not None and (given != value or type(given) is not type(value)):
+            raise CheckpointError(
+                f"{path}: {key} is {shown(given)}: accepted is {value!r}"
+            )
+    for key in ("r", "lora_alpha"):
+        if key not in content:
+            raise CheckpointError(f"{path}: there is no {key}")
+    return {
+        key: json_text.validate(
+            content.get(key), f"{path}: {key}", hint, error=CheckpointError
+        )
+        for key, hint in READ.items()
+    }
 
 
 def _projections(model: Model) -> tuple[str, list[Row], dict[str, Shape]]:
@@ -174,14 +237,52 @@ def _join(row: Row, parts: Sequence[Adapter | None]) -> Adapter:
     return np.ascontiguousarray(a), _b_row(row).join(blocks)
 
 
+def _validate_shapes(
+    path: Path, row: Row, a: np.ndarray, b: np.ndarray, shapes: Mapping[str, Shape]
+) -> None:
+    """Raises CheckpointError if the tensors are an adapter of another module."""
+    parts = [shapes[name] for name in row.params]
+    n_in = math.prod(parts[0][: row.inputs])
+    n_out = len(parts) * math.prod(parts[0][row.inputs :])
+    rank = len(a) if a.ndim else 0
+    name_a, name_b = _tensor_names(row)
+    _validate_shape(path, name_a, a, (max(rank, 1), n_in))
+    _validate_shape(path, name_b, b, (n_out, rank))
+
+
+def _validate_shape(path: Path, name: str, array: np.ndarray, shape: Shape) -> None:
+    if array.shape != shape:
+        raise CheckpointError(
+            f"{path}: {name} is {list(array.shape)}, and by the model {list(shape)}"
+        )
+
+
+def _no_place(path: Path, name: str, config: Mapping[str, Any]) -> CheckpointError:
+    """Returns the error for a tensor that is left."""
+    for module in config.get("modules_to_save") or ():
+        if f".{module}." in name:
+            return CheckpointError(
+                f"{path}: this model has no place for {named(name)}, which is there because "
+                f"modules_to_save has {module!r}: accepted is the score of a reward model"
+            )
+    return CheckpointError(f"{path}: this model has no place for {named(name)}")
+
+
 def _split(
-    row: Row, a: np.ndarray, b: np.ndarray, rank: int, shapes: Mapping[str, Shape]
+    file: Path,
+    row: Row,
+    a: np.ndarray,
+    b: np.ndarray,
+    rank: int,
+    shapes: Mapping[str, Shape],
 ) -> dict[str, Adapter]:
     """Returns the adapters in one module by the path of their kernel; the inverse of `_join`.
 
     An adapter of rank r on a whole fused module is an adapter of each of its projections.
     """
     total = len(a)
+    if total % rank:
+        raise _other_rank(file, row, total, rank)
     n = total // rank
     b_shapes = [(total, *shapes[path][row.inputs :]) for path in row.params]
     blocks = [
@@ -192,10 +293,8 @@ def _split(
     used = [[i for i in range(n) if block[i].any()] for block in blocks]
     if not any(used):  # fresh adapters, with B = 0
         used = [[i] for i in range(n)] if n == len(blocks) else [[0]] * len(blocks)
-    if total % rank or max(map(len, used)) > 1:
-        raise CheckpointError(
-            f"{_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
-        )
+    if max(map(len, used)) > 1:
+        raise _other_rank(file, row, total, rank)
     adapters = {}
     for path, block, indices in zip(row.params, blocks, used, strict=True):
         for i in indices:
@@ -203,6 +302,12 @@ def _split(
             inputs = shapes[path][: row.inputs]
             adapters[path] = part.T.reshape(*inputs, rank), block[i]
     return adapters
+
+
+def _other_rank(path: Path, row: Row, total: int, rank: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {_module(row)}: an adapter of rank {total} is not one of rank {rank} per part"
+    )
 
 
 def _b_row(row: Row) -> Row:

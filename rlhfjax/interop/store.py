@@ -1,19 +1,25 @@
-"""Our own models on disk: config.json (model_config and head), params/, the tokenizer's files."""
+"""Our own models on disk.
+
+config.json      model_config and head
+params/          the weights, with a checksum per array
+checksums.json   checksums of all other files
+…                the tokenizer's files
+"""
 
 import dataclasses
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+from typing_extensions import TypedDict
 
-from rlhfjax import checkpoint, hosts, paths, state
+from rlhfjax import checkpoint, hosts, json_text, paths, state, sums, workdirs
 from rlhfjax.config import build, write_json
-from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhfjax.errors import CheckpointError, ConfigError
+from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from rlhfjax.errors import CheckpointError, ConfigError, DataError
 from rlhfjax.interop import foreign
 from rlhfjax.interop.foreign import Foreign
 from rlhfjax.mesh import Layout
@@ -25,7 +31,7 @@ from rlhfjax.paths import Path
 from rlhfjax.types import PyTree
 
 log = logging.getLogger("rlhfjax")
-FOLDER = "model"
+FOLDER, CONFIG = "model", "config.json"
 # Written by a stage that describes a reward: {"kind": ..., ...}.
 REWARD = "reward.json"
 
@@ -44,7 +50,7 @@ def save(folder: Path, saved: SavedModel) -> None:
 
     def begin() -> None:
         paths.make_folder(folder)
-        (folder / "config.json").unlink(missing_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
 
     def end() -> None:
         saved.tokenizer.save(folder)
@@ -52,7 +58,8 @@ def save(folder: Path, saved: SavedModel) -> None:
             "head": saved.model.head,
             "transformer": dataclasses.asdict(saved.model.config),
         }
-        write_json(folder / "config.json", description)
+        sums.write(folder, tokenizer_files(folder), description)
+        write_json(folder / CONFIG, description)
 
     hosts.share(begin)
     checkpoint.save_tree(folder / "params", saved.params)
@@ -112,16 +119,59 @@ def _find(path: str | Path) -> Foreign:
     if imported := foreign.find(path):
         return imported
     folder = find(path)
-    file = folder / "config.json"
-    description = json.loads(file.read_text())
-    config = build(TransformerConfig, description["transformer"], str(file))
-    model = Model(config, description["head"])
+    model = _read_model(folder)
 
     def params(layout: Layout) -> PyTree:
         abstract = state.abstract(model.shapes(), model.axes(), layout)
         return checkpoint.load_tree(folder / "params", abstract)
 
     return Foreign(model, params, functools.partial(load_tokenizer, folder))
+
+
+class _Description(TypedDict):
+    """The content of a model's config.json."""
+
+    head: Literal["lm", "scalar"]
+    transformer: json_text.Object
+
+
+def _read_model(folder: Path) -> Model:
+    """Returns the model that config.json describes.
+
+    Raises:
+      CheckpointError: the file is damaged, or describes another model than was saved.
+    """
+    file = folder / CONFIG
+    try:
+        model = _model(json_text.read(file, json_text.Object), str(file))
+        saved = sums.read(folder)
+        if saved is None or "model" not in saved:
+            return model
+        expected = _model(saved["model"], f"{folder / sums.FILE}: model")
+        _validate_same(model, expected, file)
+    except (ConfigError, DataError) as error:
+        message = str(error)
+        if str(folder) not in message:  # two options that do not fit each other
+            message = f"{file}: {message}"
+        raise CheckpointError(f"{message}; {sums.RESTORE}") from None
+    return model
+
+
+def _model(description: json_text.Object, context: str) -> Model:
+    json_text.validate(description, context, _Description)
+    options = description["transformer"]
+    return Model(build(TransformerConfig, options, context), description["head"])
+
+
+def _validate_same(model: Model, expected: Model, file: Path) -> None:
+    """Raises DataError if two models differ, with the first option that does."""
+    options = {"head": model.head, **dataclasses.asdict(model.config)}
+    saved = {"head": expected.head, **dataclasses.asdict(expected.config)}
+    for name, value in options.items():
+        if value != saved[name]:
+            raise DataError(
+                f"{file}: {name} is {value!r}, and was {saved[name]!r} when the model was saved"
+            )
 
 
 def _with_available_kernel(model: Model, layout: Layout, path: str | Path) -> Model:
@@ -182,8 +232,12 @@ def describe(path: str | Path) -> Model:
 
 def described(path: str) -> dict[str, Any] | None:
     """Returns the content of a folder's `reward.json`; None if there is none."""
-    file = paths.path(path) / REWARD
-    return json.loads(file.read_text()) if file.is_file() else None
+    folder = paths.path(path)
+    remedy = "restore it from a copy, or run its stage again in a new --workdir"
+    description = workdirs.read(folder / REWARD, json_text.Object, remedy)
+    if description is not None:
+        sums.verify(folder, [REWARD], remedy)
+    return description
 
 
 # With the functions above this makes the module a `roles.Sources`.
@@ -214,7 +268,7 @@ def find(path: str | Path) -> Path:
     path = paths.path(path)
     stages = reversed(numbered(path))
     for folder in (path, path / FOLDER, *(stage / FOLDER for stage in stages)):
-        if (folder / "config.json").exists() and (folder / "params").exists():
+        if paths.exists(folder / CONFIG) and paths.exists(folder / "params"):
             return folder
     raise CheckpointError(
         f"{path}: no model here; expected a stage's workdir, a recipe's, or a folder with params/"

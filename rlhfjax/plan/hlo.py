@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from rlhfjax.errors import DataError
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -105,7 +107,11 @@ Instructions = dict[str, Instruction]
 
 
 class Module:
-    """A compiled program: its computations by name, each a dict of instructions by name."""
+    """A compiled program: its computations by name, each a dict of instructions by name.
+
+    Raises:
+      DataError: a line cannot be read, for example because a newer compiler writes it otherwise.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, Instructions] = {}
@@ -116,7 +122,13 @@ class Module:
                 instructions = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
             elif body := _INSTRUCTION.match(line):
-                instructions[body[1]] = _parse(body[1], body[2], instructions)
+                try:
+                    instructions[body[1]] = _parse(body[1], body[2], instructions)
+                except ValueError:
+                    raise DataError(
+                        f"the compiled program: {line.strip()[:60]!r}: "
+                        "expected NAME = TYPE OPERATION(OPERANDS)"
+                    ) from None
 
     def parameters(self, computation: str) -> list[Instruction]:
         """Returns the parameters of a computation, in the order of its arguments."""

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 
+from rlhfjax.errors import DataError, first_line
 from rlhfjax.plan.hlo import (
     COLLECTIVES,
     NO_MEMORY,
@@ -52,8 +53,19 @@ class Cost:
 
 
 def module_cost(module: Module) -> Cost:
-    """Returns the cost of one run of a program on one device."""
-    return _Counting(module).computation(module.entry)
+    """Returns the cost of one run of a program on one device.
+
+    Raises:
+      DataError: an instruction lacks an operand, an attribute or a computation that it needs.
+    """
+    try:
+        return _Counting(module).computation(module.entry)
+    except (LookupError, ValueError, OverflowError, RecursionError) as error:
+        reason = first_line(error, kind=True)
+        raise DataError(
+            f"the compiled program cannot be counted ({reason}); "
+            "expected the HLO text of one program, whole"
+        ) from None
 
 
 class _Counting:

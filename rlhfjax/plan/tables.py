@@ -46,7 +46,7 @@ def _gb(n: Number) -> str:
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
     """Returns an empty table; the columns in `left` are text, the others numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right")
     return table

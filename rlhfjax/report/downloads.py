@@ -39,19 +39,24 @@ class Drawing:
     @property
     def svg_link(self) -> str:
         """The figure as a file of its own, in a data: link."""
-        encoded = base64.b64encode(standalone(self.markup).encode()).decode()
-        return f"data:image/svg+xml;base64,{encoded}"
+        content = _encoded(standalone(self.markup))
+        return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 
     @property
     def csv_link(self) -> str:
         """The numbers as a CSV file, in a data: link."""
-        text = urllib.parse.quote(csv_text(self.columns))
+        text = urllib.parse.quote(_encoded(csv_text(self.columns)))
         return f"data:text/csv;charset=utf-8,{text}"
+
+
+def _encoded(text: str) -> bytes:
+    """Returns UTF-8, with escapes for what it lacks: bytes of a file's name in another code."""
+    return text.encode(errors="backslashreplace")
 
 
 def drawing(file: str, markup: str, columns: Mapping[str, Sequence[Any]]) -> Drawing:
     """Returns a figure whose files have a safe name."""
-    return Drawing(re.sub(r"[^\w.-]+", "_", file), markup, columns)
+    return Drawing(re.sub(r"[^\w.-]+", "_", file)[:80], markup, columns)
 
 
 def standalone(svg: str) -> str:

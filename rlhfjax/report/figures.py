@@ -6,6 +6,7 @@ Their colors are the page's CSS variables, so that one file is readable on light
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlhfjax.evals.stats import best_of_n_kl
+from rlhfjax.redact import printable
 from rlhfjax.report.workdir import Curve
+from rlhfjax.workdirs import Calibration
 
 # Placeholder colors for matplotlib, which `_svg` replaces by CSS variables.
 INK, MUTED, LINE, CARD, FIRST, SECOND = (f"#0a0b0{i}" for i in range(6))
@@ -31,6 +34,7 @@ _CSS = {
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhfjax",
+    "text.parse_math": False,  # a name with $ is a name
     "font.size": 8,
     "text.color": INK,
     "axes.edgecolor": LINE,
@@ -64,7 +68,8 @@ _DASHED = {
 }
 MARKERS = {"o": "●", "^": "▲", "D": "◆", "v": "▼"}  # matplotlib's name: the character
 MAX_POINTS = 400  # points drawn of a curve
-LABEL_LENGTH = 30  # maximum characters of a label beside a figure
+LABEL_LENGTH = 30  # maximum characters of a line of a label beside a figure
+MAX_LINES = 20  # of a label
 
 
 def curves(train: Curve | None, val: Curve | None) -> str:
@@ -205,7 +210,7 @@ def _apart(
     return kept
 
 
-def reliability(calibration: dict) -> str:
+def reliability(calibration: Calibration) -> str:
     """Returns a figure of accuracy against stated confidence, with the diagonal for reference.
 
     The bars are each bin's share of the pairs.
@@ -310,17 +315,19 @@ def spread(
                 axes.minorticks_off()
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.set_xticks(positions, [f"{x:g}" for x in positions])
-            axes.set_xlabel(next(iter(groups)).partition(" = ")[0])
+            axes.set_xlabel(_shortened(next(iter(groups)).partition(" = ")[0]))
         return _svg(figure)
 
 
 def _label(group: str) -> str:
     """Returns a group's name, one option per line; a long option keeps its end, which differs."""
-    options = group.split(", ")
-    return "\n".join(
-        option if len(option) <= LABEL_LENGTH else f"…{option[1 - LABEL_LENGTH :]}"
-        for option in options
-    )
+    options = group.split(", ")[:MAX_LINES]
+    return "\n".join(map(_shortened, options))
+
+
+def _shortened(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= LABEL_LENGTH else f"…{text[1 - LABEL_LENGTH :]}"
 
 
 def _group(axes: Axes, place: float, values: np.ndarray, across: bool) -> None:
@@ -357,7 +364,11 @@ def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.set_axisbelow(True)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    with (
+        warnings.catch_warnings()
+    ):  # of characters that matplotlib's font lacks; browsers have them
+        warnings.simplefilter("ignore")
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)

@@ -13,10 +13,12 @@ import numpy as np
 from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 from rlhfjax.report import figures, length, meanings, names, origin, tables
 from rlhfjax.report.downloads import Drawing, drawing
 from rlhfjax.report.rollouts import rollouts
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
+from rlhfjax.workdirs import Calibration
 
 # Samples that are shown, and samples in all, the others being folded.
 FEW, MANY = 8, 40
@@ -64,7 +66,7 @@ def environment() -> jinja2.Environment:
 def _json(value: Any) -> str:
     """Returns indented JSON; a number that is not finite becomes null."""
     finite = json_text.null_nonfinite(value)
-    return json_text.encode(finite, REPORT, indent=2, default=str)
+    return redact(json_text.encode(finite, REPORT, indent=2, default=str), {})
 
 
 def render(run: Run) -> str:
@@ -91,23 +93,26 @@ def render(run: Run) -> str:
         "origin": origin.rows(run),
         "times": [tables.goodput_row(s) for s in run.stages if s.goodput],
     }
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            run=run,
-            finished=all(stage.status == "done" for stage in run.stages),
-            total_time=duration(seconds) if seconds else "",
-            contents=contents(parts),
-            cards=tables.cards(headlines),
-            rewards_note=tables.rewards_note(run),
-            models=models,
-            rows=[(tables.stage_row(s), tables.last_values(s)) for s in run.stages],
-            policies=[(*figures.mark(i), s.name) for i, s in enumerate(policies(run))],
-            pools=[stage.name for stage in pools(run)],
-            **parts,
-        )
+    template = environment().get_template("page.html")
+    page = template.render(
+        run=run,
+        finished=all(stage.status == "done" for stage in run.stages),
+        total_time=duration(seconds) if seconds else "",
+        contents=contents(parts),
+        cards=tables.cards(headlines),
+        rewards_note=tables.rewards_note(run),
+        models=models,
+        rows=[(tables.stage_row(s), tables.last_values(s)) for s in run.stages],
+        policies=[(*figures.mark(i), s.name) for i, s in enumerate(policies(run))],
+        pools=[stage.name for stage in pools(run)],
+        **parts,
     )
+    return encodable(page)
+
+
+def encodable(page: str) -> str:
+    """Returns a page with escapes for what UTF-8 lacks: bytes of a file's name in another code."""
+    return page.encode(errors="backslashreplace").decode()
 
 
 # Anchors and titles of the page's sections, and which parts a section needs; none: always there.
@@ -268,7 +273,7 @@ def _end(run: Run, key: str) -> Curve | None:
     return [0.0, kl], [baseline, policy]
 
 
-def calibrations(run: Run) -> list[tuple[str, dict, Drawing]]:
+def calibrations(run: Run) -> list[tuple[str, Calibration, Drawing]]:
     """Returns (stage, calibration, figure) of the reward models whose calibration was measured."""
     found = []
     for stage in run.stages:

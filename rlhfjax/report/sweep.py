@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
 from rlhfjax.report import figures, meanings, origin, tables
 from rlhfjax.report.downloads import Drawing, drawing
-from rlhfjax.report.page import REPORT, environment
+from rlhfjax.report.page import REPORT, encodable, environment
 from rlhfjax.report.workdir import read_run
 
 RUNS, GROUPS, PAGE = "sweep.csv", "sweep_groups.csv", "sweep.html"
@@ -85,7 +86,7 @@ def read_result(
         status="done" if is_done else "unfinished",
         metrics=metrics,
         telling=telling,
-        page=f"{name}/{REPORT}" if (workdir / REPORT).exists() else "",
+        page=quote(f"{name}/{REPORT}") if (workdir / REPORT).exists() else "",
         starts=run.provenance,
         kinds={stage.name: stage.kind for stage in run.stages},
     )
@@ -182,7 +183,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str:
     """Returns the page as HTML."""
-    page = environment().get_template("sweep.html")
+    template = environment().get_template("sweep.html")
     origin_rows = origin.of_starts([row for result in results for row in result.starts])
     figures_shown = [(name, _figure(results, name)) for name in metrics]
     sections = {"groups": "Groups", "figures": "Figures", "runs": "Runs"}
@@ -190,7 +191,7 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
         del sections["figures"]
     if origin_rows:
         sections["origin"] = "Provenance"
-    return page.render(
+    page = template.render(
         title=title,
         results=results,
         done=sum(result.status == "done" for result in results),
@@ -202,6 +203,7 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
         origin=origin_rows,
         contents=sections.items(),
     )
+    return encodable(page)
 
 
 def _meaning(results: Sequence[Result], metric: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from rlhfjax.metrics import duration
 from rlhfjax.report import meanings, names
@@ -312,14 +313,15 @@ def goodput_row(stage: Stage) -> dict[str, str]:
 
     The column `start` is everything before the first step except compilation.
     """
-    seconds = dict(stage.goodput["seconds"])
+    record: Any = stage.goodput
+    seconds = dict(record["seconds"])
     start_parts = ("imports", "build", "restore")
     seconds["start"] = sum(seconds.pop(part) for part in start_parts)
     times = {name: duration(value) for name, value in seconds.items()}
     return {
         "name": stage.name,
-        "goodput": number(stage.goodput["goodput"], percent=True),
-        "starts": str(stage.goodput["starts"]),
+        "goodput": number(record["goodput"], percent=True),
+        "starts": str(record["starts"]),
         **times,
     }
 

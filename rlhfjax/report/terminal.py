@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhfjax import paths
+from rlhfjax.redact import printable
 from rlhfjax.report import names, tables
 from rlhfjax.report.workdir import read_run
 
@@ -26,7 +27,7 @@ def summary_table(workdir: str | os.PathLike) -> Group:
         stages.add_column(column, justify="right" if is_number else "left")
     for stage in run.stages:
         row = tables.stage_row(stage)
-        stages.add_row(*(Text(row[column]) for column in STAGE_COLUMNS))
+        stages.add_row(*(_cell(row[column]) for column in STAGE_COLUMNS))
     headlines = tables.headlines(run)
     if not headlines:
         return Group(stages)
@@ -39,7 +40,7 @@ def summary_table(workdir: str | os.PathLike) -> Group:
     result.add_column("interval")
     for row in headlines:
         cells = (row.label, row.baseline, row.policy, row.unit, row.note)
-        result.add_row(*map(Text, cells))
+        result.add_row(*map(_cell, cells))
     parts = [stages, Text(), result, Text(tables.rewards_note(run), style="dim")]
     if tax := tables.tax_rows(run):
         parts += [Text(), _tax_table(tax, models)]
@@ -53,12 +54,17 @@ def _tax_table(rows: list[tables.TaxRow], models: Mapping[str, str]) -> Table:
     roles = list(rows[0].values)
     change = f"{models['policy']} - {models['baseline']}"
     for title in (*(models[role] for role in roles), change):
-        table.add_column(Text(title), justify="right")
+        table.add_column(_cell(title), justify="right")
     table.add_column("unit")
     for row in rows:
         values = [row.values.get(role, "") for role in roles]
-        table.add_row(*map(Text, (row.label, *values, row.change, row.unit)))
+        table.add_row(*map(_cell, (row.label, *values, row.change, row.unit)))
     return table
+
+
+def _cell(text: str) -> Text:
+    """Returns a text in which neither markup nor an escape of the terminal has an effect."""
+    return Text(printable(text))
 
 
 def _table(title: str) -> Table:

@@ -1,20 +1,40 @@
 """Reads the files of a workdir: a recipe or a single stage, finished or not."""
 
 import dataclasses
-import json
 import math
 import statistics
-from typing import Any
+from typing import Any, NotRequired
 
-from rlhfjax import paths, provenance
-from rlhfjax.errors import ConfigError, DataError
-from rlhfjax.jsonl import read_jsonl
-from rlhfjax.metrics import SAMPLES_FILE
+from typing_extensions import TypedDict
+
+from rlhfjax import clock, paths, provenance, sums, workdirs
+from rlhfjax.errors import ConfigError
+from rlhfjax.jsonl import REMEDY, read_jsonl
+from rlhfjax.metrics import METRICS_FILE, SAMPLES_FILE, TIMING_FILE, read_rows
 from rlhfjax.paths import Path
-from rlhfjax.renamed import STAGES, config_with_present_names
+from rlhfjax.ranges import Count
+from rlhfjax.renamed import STAGES
+from rlhfjax.workdirs import CALIBRATION, Calibration
 
 Curve = tuple[list[float | int], list[float]]
 """Steps (or KLs), and values; NaN where a value is not finite."""
+
+
+Numbers = NotRequired[list[float | None]]
+
+
+class Rollout(TypedDict):
+    """A line of samples_steps.jsonl, see `rl.samples`."""
+
+    step: Count
+    prompt: str
+    response: str
+    score: float | None
+    pieces: list[str]
+    log_ratio: Numbers
+    reward: Numbers
+    advantage: Numbers
+    value: Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +53,9 @@ class Stage:
     samples: list[dict]
     rollouts: list[dict]  # responses during training, see `rl.samples`
     provenance: list[dict]  # one line per start
-    calibration: dict | None  # `Calibration.as_dict()`
+    calibration: Calibration | None
     config: dict
-    goodput: dict  # what `clock.Clock.save` wrote; {} if the stage does not train
+    goodput: clock.Record | None  # None if the stage does not train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +88,23 @@ def read_run(workdir: Path) -> Run:
 
     Raises:
       ConfigError: it does not exist, or holds no run.
-      DataError: a file in it is damaged; the message names the file and line.
+      DataError: a file in it is damaged; the message names the file, the place and what to do.
     """
-    if not workdir.exists():
+    if not paths.exists(workdir):
         raise ConfigError(f"workdir {workdir} does not exist")
-    config = config_with_present_names(_read_json(workdir / "config.json"))
+    config = workdirs.read_config(workdir)
+    if config is None and not paths.exists(workdir / METRICS_FILE):
+        raise ConfigError(
+            f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl"
+        )
+    config = config or {}
     if "stages" in config:
         stages = [
             read_stage(name, workdir / f"{i:02d}_{name}", config.get(name) or {})
             for i, name in enumerate(config["stages"])
         ]
-    elif (workdir / "config.json").exists() or (workdir / "metrics.jsonl").exists():
-        stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
     else:
-        raise ConfigError(
-            f"{workdir} is not the workdir of a run: it has neither config.json nor metrics.jsonl"
-        )
+        stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
     name = paths.absolute(workdir).name
     return Run(name, stages, provenance.read(workdir))
 
@@ -94,36 +115,46 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
     Args:
       config: the stage's config, used until the folder has a config.json.
     """
-    config = config_with_present_names(_read_json(folder / "config.json") or config)
-    done = _read_json(folder / "done.json")
-    kind = done.get("kind") or ""
-    rows = read_jsonl(folder / "metrics.jsonl")
+    config = workdirs.read_config(folder) or config
+    done = workdirs.read_done(folder)
+    ended: Any = done or {}
+    kind = ended.get("kind") or ""
+    rows = read_rows(folder / METRICS_FILE)
     curves = _curves(rows)
     last = {name: values[-1] for name, (_, values) in curves.items()}
-    timings = _curves(read_jsonl(folder / "timing.jsonl"))
-    if done:
+    timings = _curves(read_rows(folder / TIMING_FILE))
+    if done is not None:
         status = "done"
     else:
-        status = "unfinished" if folder.exists() else "waiting"
+        status = "unfinished" if paths.exists(folder) else "waiting"
     return Stage(
         name=name,
         kind=STAGES.get(kind, kind) or config.get("stage") or name,
         status=status,
-        steps=done.get("steps") or max((row["step"] for row in rows), default=0),
-        total=config.get("steps") or done.get("steps") or 0,
-        seconds=done.get("seconds"),
-        last=last | _numbers(done.get("metrics", {})),
+        steps=ended.get("steps") or max((row["step"] for row in rows), default=0),
+        total=config.get("steps") or ended.get("steps") or 0,
+        seconds=ended.get("seconds"),
+        last=last | _numbers(ended.get("metrics", {})),
         curves=curves,
         rates={
             name: statistics.median(values) for name, (_, values) in timings.items()
         },
-        samples=read_jsonl(folder / "samples.jsonl"),
-        rollouts=read_jsonl(folder / SAMPLES_FILE),
+        samples=read_jsonl(folder / "samples.jsonl", remedy=REMEDY),
+        rollouts=read_jsonl(folder / SAMPLES_FILE, Rollout, REMEDY),
         provenance=provenance.read(folder),
-        calibration=_read_json(folder / "calibration.json") or done.get("calibration"),
+        calibration=_calibration(folder) or ended.get("calibration"),
         config=config,
-        goodput=_read_json(folder / "goodput.json"),
+        goodput=clock.read(folder),
     )
+
+
+def _calibration(folder: Path) -> Calibration | None:
+    """Returns how well a reward model is calibrated; None if it was not measured."""
+    remedy = "restore it from a copy, or delete it to have a report without it"
+    calibration = workdirs.read(folder / CALIBRATION, Calibration, remedy)
+    if calibration is not None:
+        sums.verify(folder, [CALIBRATION], remedy)
+    return calibration
 
 
 def _curves(rows: list[dict]) -> dict[str, Curve]:
@@ -144,12 +175,3 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if value is None or isinstance(value, int | float)
     }
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e})") from None

@@ -9,6 +9,7 @@ import numpy as np
 from rlhfjax.algos.masked import masked_mean, masked_std
 from rlhfjax.algos.normalize import centring_bias, gain_and_bias
 from rlhfjax.data import chat, examples
+from rlhfjax.data.accepted import accepted, validate_demonstration
 from rlhfjax.data.batches import PreferenceBatch, in_batches
 from rlhfjax.data.sources import Source
 from rlhfjax.data.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ def demonstrations(
     Raises:
       DataError: no conversation has a response.
     """
+    source = accepted(source, tokenizer, validate_demonstration)
     rows = []
     for i in range(len(source)):
         row = _demonstration(source[i]["messages"], tokenizer, length)
@@ -81,14 +83,14 @@ def _demonstration(
     messages: list[chat.Message], tokenizer: Tokenizer, length: int
 ) -> PreferenceBatch | None:
     """Returns the last response to a user turn, as a row; None if there is none."""
-    roles = [message["role"] for message in messages]
-    for i in reversed(range(1, len(roles))):
-        if roles[i - 1 : i + 1] == ["user", "assistant"]:
-            response = chat.response_tokens(tokenizer, messages[i]["content"])
-            row = {
-                "prompt_tokens": chat.render_prompt(tokenizer, messages[:i]),
-                "completion_tokens": [np.array(response, np.int32)],
-                "scores": [0.0],
-            }
-            return examples.preference(tokenizer, row, k=1, length=length)
-    return None
+    found = examples.last_response(messages)
+    if found is None:
+        return None
+    prompt, text = found
+    response = chat.response_tokens(tokenizer, text)
+    row = {
+        "prompt_tokens": chat.render_prompt(tokenizer, prompt),
+        "completion_tokens": [np.array(response, np.int32)],
+        "scores": [0.0],
+    }
+    return examples.preference(tokenizer, row, k=1, length=length)

@@ -15,6 +15,7 @@ from rlhfjax.rewards.registry import Loader, Part, RewardSource, describe, label
 from rlhfjax.rewards.responses import (
     Reward,
     Scored,
+    TextReward,
     score,
     score_shapes,
     validate_reward_model,
@@ -140,14 +141,30 @@ class WeightedSum:
         """Returns the scores [n]."""
         return self.with_metrics(tokens, attention_mask, mask)[0]
 
-    def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
-        """Returns the scores [n] and the metrics of all members."""
+    def with_metrics(
+        self,
+        tokens: Rows,
+        attention_mask: Rows,
+        mask: Rows,
+        counts: Rows | None = None,
+    ) -> Scored:
+        """Returns the scores [n] and the metrics of all members.
+
+        Args:
+          counts: [n], 0 for responses whose score does not count; None: all count.
+        """
         rows = (tokens, attention_mask, mask)
-        scored = [score(reward, *rows) for reward, _ in self._members]
-        counts = [where and where(*rows) for _, where in self._members]
+        both = on_host(_both, lambda *given: given[1])
+        scored: list[Scored] = []
+        wheres: list[Rows | None] = []
+        for reward, where in self._members:
+            applied = None if where is None else where(*rows)
+            member_counts = both(counts, applied)
+            scored.append(_score(reward, rows, member_counts))
+            wheres.append(member_counts)
         shapes = score_shapes(*rows)
         add = on_host(self._sum, lambda *_: (shapes, {}))
-        return add(scored, counts, mask.shape[0])
+        return add(scored, wheres, mask.shape[0])
 
     def _sum(
         self, scored: list[Scored], counts: list[Any], n: int
@@ -165,9 +182,27 @@ class WeightedSum:
             for metric, value in own_metrics.items():
                 metrics[f"{metric}_{name}"] = value
             metrics[f"score_{name}"] = (np.float32(scores.sum()), weight)
-            if where is not None:
+            if member.where:
                 metrics[f"applied_{name}"] = (weight, np.float32(n))
         return total, metrics
+
+
+def _both(counts: Any, where: Any) -> np.ndarray | None:
+    """Returns where a member counts [n], within what counts of the whole; None: everywhere."""
+    applied = None if where is None else _on_host(where)
+    if counts is None:
+        return applied
+    counted = _on_host(counts) > 0
+    if applied is None:
+        return counted.astype(np.float32)
+    return np.where(counted, applied, 0)
+
+
+def _score(reward: Reward, rows: tuple[Rows, Rows, Rows], counts: Any) -> Scored:
+    """Returns the scores [n] and metrics of a member; text is only scored where it counts."""
+    if counts is not None and isinstance(reward, TextReward | WeightedSum):
+        return reward.with_metrics(*rows, counts)
+    return score(reward, *rows)
 
 
 def _on_host(x: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax import paths
+from rlhfjax.data.files import read_text
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.ranges import Seed, Share, TokensOrNone
 from rlhfjax.rewards.judge import (
@@ -29,6 +30,7 @@ from rlhfjax.rewards.judge import (
     ask,
     class_probabilities,
     readable,
+    validate_placeholders,
 )
 from rlhfjax.rewards.labelers import Answers
 from rlhfjax.rewards.registry import Loader
@@ -69,9 +71,12 @@ class FeedbackConfig:
             raise ConfigError(
                 f"feedback.clamp={self.clamp}: must be (x, 1 - x) with x below 1/2"
             )
-        for name in ("prompt", "a", "b"):
-            if f"{{{name}}}" not in self.template:
-                raise ConfigError(f"feedback.template: it has no {{{name}}}")
+        validate_placeholders(
+            "feedback.template",
+            self.template,
+            ("prompt", "principle", "a", "b"),
+            ("prompt", "a", "b"),
+        )
 
 
 class Feedback:
@@ -157,9 +162,9 @@ def read_lines(path: str) -> list[str]:
       DataError: the file cannot be read, or has no such line.
     """
     try:
-        text = paths.path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"principles: {path} cannot be read ({error})") from None
+        text = read_text(paths.path(path))
+    except DataError as error:
+        raise DataError(f"principles: {error}") from None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"principles: {path} is empty; expected one per line")

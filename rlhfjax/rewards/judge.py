@@ -19,7 +19,7 @@ from rlhfjax.data import chat
 from rlhfjax.data.examples import prompt_room
 from rlhfjax.data.padding import pad_left, pad_right
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.mesh import Layout
 from rlhfjax.models.transformer import Model
 from rlhfjax.ranges import Size, Tokens
@@ -64,9 +64,17 @@ class Judge:
             )
         layout.validate_batch(config.batch_size, "judge.batch_size")
         self.tokenizer: Tokenizer = saved.tokenizer
+        self._validate_template(config.model)
         self._config, self._layout = config, layout
         self._model, self._params = saved.model, saved.params
         self._score = jax.jit(functools.partial(span_logprobs, saved.model))
+
+    def _validate_template(self, model: str) -> None:
+        """Validates that the model's chat template takes a question. Raises DataError."""
+        try:
+            chat.validate_prompt(self.tokenizer, _question("?"))
+        except DataError as error:
+            raise DataError(f"judge.model={model}: {error}") from None
 
     def room(self, options: Sequence[str], thought: int = 0) -> int:
         """Returns how many tokens a question may have before a thought and the longest option."""
@@ -274,6 +282,37 @@ def _parts(
     if "prompt" in ids:
         parts["prompt"] = ids["prompt"][len(ids["prompt"]) - prompt :]
     return {name: chat.decode_part(tokenizer, part) for name, part in parts.items()}
+
+
+# `{name}`, also with what str.format takes after a name. LaTeX has a word, `^`, `_` or a brace
+# right before its braces; other braces in a text have a blank, a quote or a comma in them.
+_PLACEHOLDER = re.compile(r"(?<![\w^}\\{])\{(\w+)((?:[.!:\[][^{}\s]*)?)\}(?!\})")
+
+
+def validate_placeholders(
+    option: str, template: str, names: Sequence[str], required: Sequence[str]
+) -> None:
+    """Validates the placeholders of a template for `fill`.
+
+    Args:
+      option: its name, for errors.
+      names: the accepted placeholders.
+      required: those that must be there.
+
+    Raises:
+      ConfigError: one is missing, or unknown, or has a format.
+    """
+    for name in required:
+        if f"{{{name}}}" not in template:
+            raise ConfigError(f"{option}: it has no {{{name}}}")
+    accepted = ", ".join(f"{{{name}}}" for name in names)
+    for match in _PLACEHOLDER.finditer(template):
+        name, form = match.groups()
+        if name not in names or form:
+            raise ConfigError(
+                f"{option}: {match.group()[:60]} is no placeholder; accepted: {accepted}, "
+                f"and {{ {name} }} with blanks for text in braces"
+            )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ from rlhfjax.rewards.registry import (
     write,
 )
 from rlhfjax.rewards.responses import TextReward, validate_reward_model
-from rlhfjax.rewards.workers import find_function
+from rlhfjax.rewards.workers import validate_function
 
 __all__ = [
     "KINDS",
@@ -127,7 +127,7 @@ KINDS.update(
     rule=Kind(
         rules.RuleConfig,
         _load_rule,
-        check=lambda config: find_function(config.function),
+        check=lambda config: validate_function(config.function),
         parse=rules.parse,
         files=("metadata",),
     ),

@@ -12,15 +12,19 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhfjax import paths
+from rlhfjax import json_text
 from rlhfjax.data import chat
+from rlhfjax.data.files import matching
 from rlhfjax.data.preferences import ranks_of
+from rlhfjax.data.rows import BadRow, normalize
 from rlhfjax.errors import DataError
 from rlhfjax.jsonl import located_rows, write_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.renamed import row_with_present_names
 
 Prompt = str | list[chat.Message]
+MOST_RANKED = 1000
+"""Completions of a ranking; each is compared with each."""
 
 
 class Ranking(NamedTuple):
@@ -51,16 +55,13 @@ def read_rankings(pattern: str) -> list[Ranking]:
     Raises:
       DataError: no file matches, there is no ranking, or a line is malformed: `file:line: why`.
     """
-    files = paths.glob(pattern)
-    if not files:
-        raise DataError(f"rankings: no file matches {pattern}")
     rankings = []
-    for path in files:
+    for path in matching(pattern, "rankings"):
         for place, row in located_rows(path):
             try:
                 rankings.append(_parse(row))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{place}: {error}") from error
+            except (ValueError, BadRow) as error:
+                raise DataError(f"{place}: {error}") from None
     if not rankings:
         raise DataError(f"rankings: {pattern} holds no ranking")
     return rankings
@@ -106,24 +107,32 @@ def _parse(row: Mapping[str, Any]) -> Ranking:
     for name in ("prompt", "completions", "ranking"):
         if name not in row:
             found = ", ".join(row) or "nothing"
-            raise ValueError(f"no {name!r}, found {found}")
+            raise ValueError(f"no {name!r}, found {found:.200}")
     completions, ranks = _texts(row["completions"]), row["ranking"]
     is_list = isinstance(ranks, list)
     if not is_list or any(type(rank) is not int or rank < 1 for rank in ranks):
         raise ValueError(
-            f"'ranking' must be a list of whole numbers from 1, the best; got {ranks!r}"
+            "'ranking' must be a list of whole numbers from 1, the best;"
+            f" got {json_text.shown(ranks)}"
         )
-    if len(ranks) != len(completions) or len(ranks) < 2:
+    if len(ranks) != len(completions) or not 2 <= len(ranks) <= MOST_RANKED:
         raise ValueError(
             f"{len(completions)} completions and {len(ranks)} ranks;"
-            " expected at least 2, and one rank per completion"
+            f" expected at least 2, at most {MOST_RANKED}, and one rank per completion"
         )
-    labeler, time = row.get("labeler", ""), row.get("time", "")
-    if not isinstance(labeler, str):
-        raise ValueError(f"'labeler' must be text, got {labeler!r}")
+    if max(ranks) > MOST_RANKED:
+        raise ValueError(f"'ranking' must hold ranks up to {MOST_RANKED}")
+    labeler, time = (_text(row.get(name), name) for name in ("labeler", "time"))
     if time:
         datetime.datetime.fromisoformat(time)
     return Ranking(_prompt(row["prompt"]), completions, tuple(ranks), labeler, time)
+
+
+def _text(value: Any, name: str) -> str:
+    """Returns a text that may be left out."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name!r} must be text, got {json_text.shown(value)}")
+    return value or ""
 
 
 def _texts(values: Any) -> tuple[str, ...]:
@@ -136,20 +145,16 @@ def _texts(values: Any) -> tuple[str, ...]:
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return value
-    raise ValueError(
-        "'prompt' must be text or a list of messages with 'role' and 'content'"
-    )
+    if not isinstance(value, list) or not all(map(_is_message, value)):
+        raise ValueError(
+            "'prompt' must be text or a list of messages with 'role' and 'content'"
+        )
+    normalize("prompt", {"prompt": value}, {})  # raises for malformed messages
+    return value
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in chat.ROLES
-        and isinstance(value.get("content"), str)
-        and set(value) == {"role", "content"}
-    )
+    return isinstance(value, dict) and set(value) == {"role", "content"}
 
 
 def by_labeler(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:

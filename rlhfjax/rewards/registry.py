@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator
 
-from rlhfjax import paths
+from rlhfjax import paths, sums
 from rlhfjax.config import PLACE, build, to_dict, write_json
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
@@ -170,7 +170,13 @@ def describe(source: RewardSource, sources: Descriptions = DISK) -> Description:
     if values.get("kind") == "dense":  # the model is that of the folder itself
         values = values | {"model": source}
     reachable = _with_names(values, lambda name: _found(name, folder))
-    return _typed(reachable, str(folder / REWARD))
+    file = str(folder / REWARD)
+    try:
+        return _typed(reachable, file)
+    except ConfigError as error:
+        if file in str(error):
+            raise
+        raise ConfigError(f"{file}: {error}") from None  # options that do not fit
 
 
 def _parse_name(name: str) -> dict[str, Any] | None:
@@ -183,7 +189,7 @@ def _parse_name(name: str) -> dict[str, Any] | None:
 def _typed(values: Mapping[str, Any], context: str) -> Description:
     options = dict(values)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(map(repr, KINDS))
         raise ConfigError(f"{context}.kind={kind!r}: expected one of {known}")
     return Description(kind, build(KINDS[kind].config, options, context))
@@ -200,6 +206,7 @@ def write(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes reward.json. Its paths are relative to the folder, so that a workdir can be moved."""
     relative = _with_names(description, lambda name: paths.relative(name, folder))
     write_json(folder / REWARD, relative)
+    sums.write(folder, [REWARD])
 
 
 def _found(name: str, folder: Path) -> str:
@@ -213,8 +220,9 @@ def _with_names(
 ) -> Any:
     """Returns a description with `change` of every name in it; its parts are described too."""
     if isinstance(value, Mapping):
-        if value.get("kind") in KINDS:
-            names = KINDS[value["kind"]].sources + KINDS[value["kind"]].files
+        kind = value.get("kind")
+        if isinstance(kind, str) and kind in KINDS:
+            names = KINDS[kind].sources + KINDS[kind].files
         changed = {}
         for option, part in value.items():
             is_name = option in names and isinstance(part, str) and part

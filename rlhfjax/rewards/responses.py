@@ -79,18 +79,47 @@ class TextReward:
         """Returns the scores [n]."""
         return self.with_metrics(tokens, attention_mask, mask)[0]
 
-    def with_metrics(self, tokens: Rows, attention_mask: Rows, mask: Rows) -> Scored:
-        """Returns the scores [n] and the scorer's metrics, empty where it has none."""
-        scored = on_host(
-            self._scores_and_metrics, lambda *rows: (score_shapes(*rows), {})
-        )
-        return scored(tokens, attention_mask, mask)
+    def with_metrics(
+        self,
+        tokens: Rows,
+        attention_mask: Rows,
+        mask: Rows,
+        counts: Rows | None = None,
+    ) -> Scored:
+        """Returns the scores [n] and the scorer's metrics, empty where it has none.
 
-    def _scores_and_metrics(self, *arrays: jax.Array) -> Scored:
-        rows = [np.asarray(x) for x in hosts.whole(arrays)]
+        Args:
+          counts: [n], 0 for responses that are not scored; None: all are.
+        """
+        scored = on_host(
+            self._scores_and_metrics, lambda *rows: (score_shapes(*rows[:3]), {})
+        )
+        return scored(tokens, attention_mask, mask, counts)
+
+    def _scores_and_metrics(
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array,
+        mask: jax.Array,
+        counts: Any,
+    ) -> Scored:
+        arrays = hosts.whole((tokens, attention_mask, mask))
+        rows = [np.asarray(x) for x in arrays]
+        if counts is None:
+            return self._share_scores(rows)
+        # A rule may have no metadata where it does not count: there it must not fail.
+        chosen = np.flatnonzero(np.asarray(hosts.whole(counts)) > 0)
+        scores = np.zeros(len(rows[0]), np.float32)
+        if not len(chosen):
+            return scores, {}
+        scores[chosen], metrics = self._share_scores([x[chosen] for x in rows])
+        return scores, metrics
+
+    def _share_scores(self, rows: Sequence[np.ndarray]) -> tuple[Any, Metrics]:
+        """Returns the scores [n] and metrics of the first host."""
         prompts, responses = texts(self.tokenizer, *rows)
 
-        def scored() -> Scored:
+        def scored() -> tuple[Any, Metrics]:
             if isinstance(self.scorer, ScorerWithMetrics):
                 return self.scorer.with_metrics(prompts, responses)
             return self.scorer(prompts, responses), {}

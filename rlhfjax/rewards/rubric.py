@@ -19,6 +19,7 @@ from rlhfjax.rewards.judge import (
     ask,
     class_probabilities,
     readable,
+    validate_placeholders,
 )
 from rlhfjax.rewards.registry import Loader
 from rlhfjax.rewards.responses import TextReward
@@ -49,8 +50,9 @@ class RubricConfig:
     """the options, at least two"""
 
     def __post_init__(self):
-        if "{response}" not in self.template:
-            raise ConfigError("rubric.template: it has no {response}")
+        validate_placeholders(
+            "rubric.template", self.template, ("prompt", "response"), ("response",)
+        )
         if len(self.classes) < 2:
             raise ConfigError(
                 f"rubric.classes: a choice needs at least 2, got {len(self.classes)}"

@@ -5,8 +5,10 @@
 The prompt and the response are text; the prompt has our chat markers (`<|user|>…<|assistant|>`),
 whatever the model's chat template is. The function runs in processes beside the accelerator. A
 sample on which it fails gets the score `failed`; a metric and a warning say how many failed and
-why. `metadata` is a glob of JSON lines: the column `prompt` is the question, and the other columns
-are passed to the function. Without it, metadata is empty.
+why. The run stops if more than a tenth of a batch's samples fail (`max_failed`); in a batch of
+fewer than ten, a single one is more than a tenth. `metadata` is a glob of JSON lines: the column
+`prompt` is the question, and the other columns are passed to the function. Without it, metadata is
+empty.
 """
 
 import dataclasses
@@ -14,15 +16,16 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 import numpy as np
 
-from rlhfjax import paths
+from rlhfjax import user_code
+from rlhfjax.data.files import matching
 from rlhfjax.data.tokenizer import ASSISTANT, USER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
-from rlhfjax.ranges import Finite, Seconds, Workers
+from rlhfjax.ranges import Finite, Seconds, Share, Workers
 from rlhfjax.rewards.workers import TIMED_OUT, Outcome, Pool
 from rlhfjax.types import Metrics
 
@@ -34,7 +37,7 @@ class RuleConfig:
     """A rule and how it is run."""
 
     function: str
-    """package.module:function"""
+    """package.module:function, also of a module in the working directory"""
     timeout: Seconds = 5.0
     """seconds per sample"""
     failed: Finite = 0.0
@@ -43,33 +46,51 @@ class RuleConfig:
     """processes; 0: one per core, at most 8"""
     metadata: str = ""
     """glob of JSON lines; empty: no metadata"""
+    max_failed: Share = 0.1
+    """share of a batch's samples that may fail; if more do, the run stops with the first error"""
+
+    def __post_init__(self):
+        user_code.split(self.function, "rule", user_code.RULE)
 
 
 def parse(text: str) -> dict[str, Any]:
     """Returns the options in `module:function?option=value&…`, the name of a rule.
 
+    `%26` stands for `&` in a value, as in addresses.
+
     Raises:
-      ConfigError: a number cannot be read.
+      ConfigError: an option has no value or stands twice, or its number cannot be read.
     """
     function, _, query = text.partition("?")
-    values: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
-    for option, kind in (("timeout", float), ("failed", float), ("workers", int)):
-        if option not in values:
-            continue
-        try:
-            values[option] = kind(values[option])
-        except ValueError:
-            raise ConfigError(
-                f"rule:{text}: {option}={values[option]!r}: expected {kind.__name__}"
-            ) from None
+    values: dict[str, Any] = {}
+    for item in filter(None, query.split("&")):
+        option, equal, value = item.partition("=")
+        if not equal:
+            raise ConfigError(f"rule:{text}: {item!r}: expected option=value")
+        if option in values or option == "function":
+            raise ConfigError(f"rule:{text}: {option!r} stands twice")
+        values[option] = _number(text, option, unquote(value))
     return {"function": function, **values}
+
+
+NUMBERS = {"timeout": float, "failed": float, "max_failed": float, "workers": int}
+
+
+def _number(text: str, option: str, value: str) -> Any:
+    """Returns the value of an option, as a number where the option is one."""
+    kind = NUMBERS.get(option, str)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(
+            f"rule:{text}: {option}={value!r}: expected {kind.__name__}"
+        ) from None
 
 
 class Rule:
     """A rule as a scorer of texts; see the module.
 
     Raises:
-      ConfigError: the function cannot be imported.
       DataError: the metadata cannot be read, or has two different rows of one prompt.
     """
 
@@ -86,19 +107,16 @@ class Rule:
     def with_metrics(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> tuple[np.ndarray, Metrics]:
-        """Returns the scores [n] and the shares of samples that failed and that timed out."""
+        """Returns the scores [n] and the shares of samples that failed and that timed out.
+
+        Raises:
+          DataError: more than `max_failed` of the samples failed.
+        """
         outcomes = self.outcomes(prompts, responses)
         failed = [outcome for outcome in outcomes if outcome.value is None]
         timed_out = sum(outcome.error.startswith(TIMED_OUT) for outcome in failed)
         if failed:
-            log.warning(
-                "rule %s: %d of %d samples failed and score %g; the first: %s",
-                self._config.function,
-                len(failed),
-                len(outcomes),
-                self._config.failed,
-                failed[0].error,
-            )
+            self._report(failed, len(outcomes))
         scores = [
             self._config.failed if outcome.value is None else outcome.value
             for outcome in outcomes
@@ -108,6 +126,18 @@ class Rule:
             "rule_failed": (float(len(failed)), n),
             "rule_timed_out": (float(timed_out), n),
         }
+
+    def _report(self, failed: Sequence[Outcome], n: int) -> None:
+        """Warns of the samples of a batch of n that failed; raises DataError if it is too many."""
+        config = self._config
+        first = f"the first: {failed[0].error}"
+        what = f"rule {config.function}: {len(failed)} of {n} samples failed"
+        if len(failed) / n > config.max_failed:
+            raise DataError(
+                f"{what}, more than max_failed={config.max_failed:g}; {first};"
+                " correct the rule, or allow more with …?max_failed=1"
+            )
+        log.warning("%s and score %g; %s", what, config.failed, first)
 
     def outcomes(
         self, prompts: Sequence[str], responses: Sequence[str]
@@ -145,11 +175,8 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
     Raises:
       DataError: no file matches, a line is malformed, or a question has two different rows.
     """
-    files = paths.glob(pattern)
-    if not files:
-        raise DataError(f"rule metadata: no file matches {pattern}")
     metadata: dict[str, dict[str, Any]] = {}
-    for path in files:
+    for path in matching(pattern, "rule metadata"):
         for place, row in located_rows(path):
             try:
                 prompt = row.pop("prompt")
@@ -159,8 +186,12 @@ def read_metadata(pattern: str) -> dict[str, dict[str, Any]]:
                 raise DataError(
                     f"{place}: expected a JSON object with a 'prompt'"
                 ) from None
+            if not key:
+                raise DataError(f"{place}: the prompt is empty")
             if metadata.setdefault(key, row) != row:
                 raise DataError(
                     f"{place}: the prompt {key[:60]!r} stands twice with different metadata"
                 )
+    if not metadata:
+        raise DataError(f"rule metadata: {pattern} holds no row")
     return metadata

@@ -5,9 +5,9 @@ outcome that tells why. Its process is replaced if needed, and the other calls c
 is lost, and none can hang the run.
 """
 
-import importlib
-import math
+import contextlib
 import multiprocessing
+import os
 import signal
 import time
 import weakref
@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from rlhfjax.errors import ConfigError, DataError, first_line
+from rlhfjax import user_code
+from rlhfjax.errors import ConfigError
+from rlhfjax.ranges import LARGEST
 
 STARTING = 120.0  # seconds for a process to import the function
 TIMED_OUT = "timed out"
@@ -30,41 +32,60 @@ class Outcome(NamedTuple):
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """Returns the function `package.module:function`.
+    """Returns the rule `package.module:function`.
 
     Raises:
-      ConfigError: it cannot be imported, or is no function.
+      ConfigError: it cannot be imported, or is no function of (prompt, response, metadata).
     """
-    module, _, attribute = name.partition(":")
+    return user_code.validate_rule(user_code.load(name, "rule", user_code.RULE), name)
+
+
+def validate_function(name: str) -> None:
+    """Validates a rule in a process of its own, which the rule's module may hang or end.
+
+    Raises:
+      ConfigError: it cannot be imported, or is no function of (prompt, response, metadata).
+    """
+    user_code.split(name, "rule", user_code.RULE)
+    worker = _Worker(name)
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"rule {name!r}: expected package.module:function that can be imported"
-            f" ({first_line(error)})"
-        ) from None
-    if not callable(function):
-        kind = type(function).__name__
-        raise ConfigError(f"rule {name!r}: expected a function, got {kind}")
-    return function
+        worker.wait_until_ready()
+    finally:
+        worker.stop()
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Outcome:
     """Returns the outcome of one call in this process; True counts as 1 and False as 0."""
     try:
-        number = float(function(*arguments))
-    except Exception as error:
-        return Outcome(None, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    if not math.isfinite(number):
-        return Outcome(None, f"returned {number}")
+        value = function(*arguments)
+        if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0):
+            return Outcome(None, f"returned a {type(value).__name__}, not a number")
+        number = float(value)
+    except BaseException as error:  # sys.exit in a rule is its failure, not our end
+        return Outcome(None, user_code.describe(error))
+    if not abs(number) <= LARGEST:
+        return Outcome(None, f"returned {number:g}, not a finite float32")
     return Outcome(number)
 
 
 def _serve(connection: Connection, name: str) -> None:
-    """Runs a worker: sends None when it is ready, then an outcome per call until the end."""
+    """Runs a worker: sends "" when it is ready, then an outcome per call until the end.
+
+    If the function is invalid, it sends the reason and ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    function = find_function(name)
-    connection.send(None)
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # what a rule prints is not part of the command's output
+    _die_first_without_memory()
+    try:
+        function = find_function(name)
+    except ConfigError as error:
+        connection.send(str(error))
+        return
+    except BaseException as error:
+        connection.send(f"rule {name!r}: {user_code.describe(error)}")
+        return
+    connection.send("")
     try:
         while True:
             connection.send(call(function, connection.recv()))
@@ -72,10 +93,17 @@ def _serve(connection: Connection, name: str) -> None:
         pass
 
 
+def _die_first_without_memory() -> None:
+    """Makes Linux end this process, and not the run, when memory is short."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
 class _Worker:
     """A process, and the call that it is running."""
 
     def __init__(self, name: str):
+        self.name = name
         # A fork would share the accelerator's threads and locks.
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
@@ -88,6 +116,35 @@ class _Worker:
         self.ready = False
         self.deadline = time.monotonic() + STARTING
 
+    def wait_until_ready(self) -> None:
+        """Waits until the function is imported.
+
+        Raises:
+          ConfigError: it cannot be imported, or is no rule.
+        """
+        if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
+            raise ConfigError(self._not_started(f"within {STARTING:g} s"))
+        try:
+            problem = self.connection.recv()
+        except (EOFError, OSError):
+            raise ConfigError(self._not_started(f"({self.death()})")) from None
+        if problem:
+            raise ConfigError(problem)
+        self.ready = True
+
+    def _not_started(self, why: str) -> str:
+        return (
+            f"rule {self.name!r}: its module was not imported {why};"
+            f" expected {user_code.RULE}"
+        )
+
+    def death(self) -> str:
+        """Returns how the process ended."""
+        self.process.join(timeout=1.0)  # it may have closed its connection alone
+        code = self.process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"its process died, {how}"
+
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
@@ -98,7 +155,6 @@ class Pool:
     """Worker processes for one function. They start with the first calls and end with the pool."""
 
     def __init__(self, name: str, *, workers: int, timeout: float):
-        find_function(name)
         self._name, self._count, self._timeout = name, workers, timeout
         self._workers: list[_Worker] = []
         weakref.finalize(self, _stop_all, self._workers)
@@ -107,7 +163,7 @@ class Pool:
         """Returns the outcome of every call, in order.
 
         Raises:
-          DataError: a worker process does not start.
+          ConfigError: the function cannot be imported, or is no rule.
         """
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(calls)))
@@ -129,34 +185,26 @@ class Pool:
         connections = [worker.connection for worker in active]
         received = wait(connections, timeout=max(0.0, left))
         for worker in active:
-            if worker.connection in received:
+            if worker.connection in received or time.monotonic() > worker.deadline:
                 self._receive(worker, outcomes)
-            elif time.monotonic() > worker.deadline:
-                error = f"{TIMED_OUT} after {self._timeout:g} s"
-                self._replace(worker, outcomes, error)
 
     def _receive(self, worker: _Worker, outcomes: dict[int, Outcome]) -> None:
-        try:
-            outcome = worker.connection.recv()
-        except (EOFError, OSError):
-            self._replace(worker, outcomes, "its process died")
+        """Takes the result of a worker, and replaces one that died or is late."""
+        if worker.item is None:
+            worker.wait_until_ready()
             return
-        if worker.item is None:
-            worker.ready = True
-        else:
-            outcomes[worker.item] = outcome
-            worker.item = None
-
-    def _replace(
-        self, worker: _Worker, outcomes: dict[int, Outcome], error: str
-    ) -> None:
-        worker.stop()
-        if worker.item is None:
-            raise DataError(
-                f"rule {self._name!r}: a worker process did not start ({error})"
-            )
-        outcomes[worker.item] = Outcome(None, error)
-        self._workers[self._workers.index(worker)] = _Worker(self._name)
+        outcome = Outcome(None, f"{TIMED_OUT} after {self._timeout:g} s")
+        lost = not worker.connection.poll()
+        if not lost:
+            try:
+                outcome = worker.connection.recv()
+            except (EOFError, OSError):
+                outcome, lost = Outcome(None, worker.death()), True
+        outcomes[worker.item] = outcome
+        worker.item = None
+        if lost:
+            worker.stop()
+            self._workers[self._workers.index(worker)] = _Worker(self._name)
 
     def close(self) -> None:
         """Ends the processes; a pool may be used again afterwards."""

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from rlhfjax.data import loader
+from rlhfjax.data.accepted import accepted, validate_prompt
 from rlhfjax.data.batches import PolicyBatch, PromptBatch, TokenBatch, repeat, shapes
 from rlhfjax.data.config import Limited, open_sources, own_shards
 from rlhfjax.data.examples import Prompts
@@ -17,8 +18,15 @@ from rlhfjax.streams import PRETRAINING_MIX
 from rlhfjax.types import Metrics
 
 
-def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
-    """Opens the prompts of a config option. Raises ConfigError if it names no source."""
+def open_prompts(
+    config: PromptConfig, option: str, tokenizer: Tokenizer, seed: int = 0
+) -> Source:
+    """Returns the prompts of a config option that the tokenizer's chat template takes.
+
+    Raises:
+      ConfigError: the option names no source.
+      DataError: a row is malformed, or the template refuses it.
+    """
     if config.source is None:
         raise ConfigError(f"{option}.source: a value is required")
     source = config.source.open()
@@ -26,14 +34,15 @@ def open_prompts(config: PromptConfig, option: str, seed: int = 0) -> Source:
         takes_all = config.per_conversation == 0
         per_conversation = None if takes_all else config.per_conversation
         source = Prompts(source, per_conversation=per_conversation, seed=seed)
-    return Limited(source, config.limit) if config.limit else source
+    source = Limited(source, config.limit) if config.limit else source
+    return accepted(source, tokenizer, validate_prompt)
 
 
 def prompt_batches(
     config: PromptConfig, tokenizer: Tokenizer, stage: PolicyConfig
 ) -> loader.BatchStream:
     """Returns endless shuffled prompts for a stage with prompt_length, batch_size and seed."""
-    source = open_prompts(config, f"{stage.stage}.prompts")
+    source = open_prompts(config, f"{stage.stage}.prompts", tokenizer)
     return loader.prompt_batches(
         source,
         tokenizer,
@@ -48,7 +57,7 @@ def held_out_prompts(
     config: PromptConfig, tokenizer: Tokenizer, stage: PolicyConfig
 ) -> loader.BatchStream:
     """Returns one pass over held-out prompts, in order, in batches of at most `stage.episodes`."""
-    source = open_prompts(config, f"{stage.stage}.eval_prompts")
+    source = open_prompts(config, f"{stage.stage}.eval_prompts", tokenizer)
     # Few prompts make a smaller batch, in a multiple of 8 that devices can share.
     size = min(stage.episodes, -(-len(source) // 8) * 8)
     return loader.prompt_batches(

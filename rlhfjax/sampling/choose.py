@@ -1,4 +1,6 @@
-"""From logits to a token: temperature, top-k, top-p and a draw by inverse CDF."""
+"""From logits to a token: temperature, top-k, top-p, min-p and a draw by inverse CDF."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ def choose(
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """Draws a token per row and returns it with its logprob.
 
-    The logprob is under the distribution drawn from: temperature, then top-k, then top-p.
-    Temperature 0 takes the most likely token (the first of equals), with its logprob at
+    The logprob is under the distribution drawn from: temperature, then top-k, then top-p,
+    then min-p. Temperature 0 takes the most likely token (the first of equals), with its logprob at
     temperature 1.
     """
     if sampling.temperature == 0:
@@ -25,6 +27,7 @@ def choose(
     else:
         logits = keep_top_k(logits / sampling.temperature, sampling.top_k)
         logits = keep_top_p(logits, sampling.top_p)
+        logits = keep_min_p(logits, sampling.min_p)
         token = inverse_cdf(logits, u)
     picked = _pick(logits, token)
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
@@ -60,6 +63,17 @@ def keep_top_p(logits: Float[Array, "b v"], top_p: float) -> Float[Array, "b v"]
     above = reached - p
     kept = jnp.where(above < top_p, ordered, jnp.inf)
     least = kept.min(1, keepdims=True)
+    return jnp.where(logits < least, REMOVED, logits)
+
+
+def keep_min_p(logits: Float[Array, "b v"], min_p: float) -> Float[Array, "b v"]:
+    """Removes tokens less than min_p times as likely as the most likely one; 0 keeps all.
+
+    Source: Nguyen et al. 2024 (arXiv 2407.01082).
+    """
+    if min_p == 0:
+        return logits
+    least = logits.max(1, keepdims=True) + math.log(min_p)
     return jnp.where(logits < least, REMOVED, logits)
 
 

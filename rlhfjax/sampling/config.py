@@ -59,6 +59,8 @@ class Sampling:
     """Keep the k most likely tokens; 0 is off. Training rollouts must not truncate."""
     top_p: float = 1.0
     """Keep the most likely tokens up to this probability; 1 is off. As top_k."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest; 0 is off. As top_k."""
     samples_per_prompt: int = 1
     """K, the number of consecutive rows that share a prompt; it is prefilled once."""
     decode_batch: int = 0
@@ -80,6 +82,8 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k}: must be >= 0 (0: off)")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be > 0 and <= 1 (1: off)")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p}: must be >= 0 and <= 1 (0: off)")
         k = self.samples_per_prompt
         if k < 1:
             raise ConfigError(f"samples_per_prompt={k}: must be >= 1")

@@ -23,9 +23,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from rlhfjax import renamed
+from rlhfjax import renamed, user_code
 from rlhfjax.config import defaults
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax.errors import ConfigError
 
 
 def names() -> list[str]:
@@ -33,15 +33,16 @@ def names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
-def find(name: str) -> ModuleType:
+def find(name: Any) -> ModuleType:
     """Returns the module of a stage.
 
     Raises:
       ConfigError: there is no stage of that name.
     """
-    module, colon, _ = name.partition(":")
-    if colon:
-        return _outside(name, module)
+    if not isinstance(name, str):
+        raise ConfigError(f"stage={name!r}: expected the name of a stage")
+    if ":" in name:
+        return _outside(name)
     if name not in names():
         known = ", ".join(names())
         raise ConfigError(
@@ -51,14 +52,10 @@ def find(name: str) -> ModuleType:
     return importlib.import_module(f"rlhfjax.stages.{name}")
 
 
-def _outside(name: str, module: str) -> ModuleType:
+def _outside(name: str) -> ModuleType:
     """Returns the module of a stage outside of this package."""
-    try:
-        outside = importlib.import_module(module)
-    except Exception as e:
-        raise ConfigError(
-            f"stage {name!r}: {module} cannot be imported ({first_line(e, kind=True)})"
-        ) from e
+    module, _ = user_code.split(name, "stage", user_code.STAGE)
+    outside = user_code.load_module(module, f"stage {name!r}", user_code.STAGE)
     if not (hasattr(outside, "build") or hasattr(outside, "run")):
         raise ConfigError(
             f"stage {name!r}: {module} has neither build nor run;"
@@ -67,10 +64,11 @@ def _outside(name: str, module: str) -> ModuleType:
     return outside
 
 
-def config_class(name: str) -> type:
+def config_class(name: Any) -> type:
     """Returns the config dataclass of a stage."""
+    found = find(name)
     module, _, attribute = name.partition(":")
-    cls = getattr(find(name), attribute or "Config", None)
+    cls = getattr(found, attribute or "Config", None)
     if not isinstance(cls, type):
         raise ConfigError(f"stage {name!r}: {module} has no class {attribute!r}")
     return cls

@@ -180,7 +180,9 @@ def _pools(
     layout: Layout,
 ) -> tuple[list[str], list[list[str]], Pool]:
     """Returns the texts of prompts [p] and of their responses [p][N], and the pools."""
-    source = open_prompts(config.prompts, "best_of_n.prompts", seed=config.seed)
+    source = open_prompts(
+        config.prompts, "best_of_n.prompts", policy.tokenizer, config.seed
+    )
     encoded = next(
         loader.prompt_batches(
             source,

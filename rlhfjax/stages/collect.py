@@ -141,8 +141,8 @@ def _labeled_rows(
     layout: Layout,
 ) -> list[dict[str, Any]]:
     """Returns the rows of a split: prompts with their responses and labels."""
-    source = open_prompts(prompts, "collect.prompts", seed=config.seed)
     k, tokenizer = config.samples_per_prompt, policy.tokenizer
+    source = open_prompts(prompts, "collect.prompts", tokenizer, config.seed)
     sampling = Sampling.from_config(config, tokenizer, k)
     batching = PromptBatching(
         batch_size=config.batch_size,

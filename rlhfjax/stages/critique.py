@@ -15,7 +15,9 @@ from typing import Any
 
 from rlhfjax import paths
 from rlhfjax.data import chat
-from rlhfjax.data.rows import opening, split_of
+from rlhfjax.data.accepted import accepted
+from rlhfjax.data.rows import Row, opening, split_of
+from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows, write_jsonl
 from rlhfjax.mesh import Layout, MeshConfig
@@ -97,7 +99,10 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     critic = policy
     if config.critic is not None:
         critic = _open_model(config, config.critic, layout)
-    source = open_prompts(config.prompts, "critique.prompts", seed=config.seed)
+    source = open_prompts(
+        config.prompts, "critique.prompts", policy.tokenizer, config.seed
+    )
+    source = accepted(source, critic.tokenizer, validate_revision)
     prompts: list[Conversation] = [source[i]["messages"] for i in range(len(source))]
     cut: set[int] = set()
 
@@ -135,6 +140,13 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     with Writer(workdir) as writer:
         writer.write(0, metrics)
     return metrics
+
+
+def validate_revision(tokenizer: Tokenizer, row: Row) -> None:
+    """Validates that the critic's chat template takes a prompt and the turns that follow it."""
+    asked = [_turn("assistant", "?"), _turn("user", "?")]
+    for turns in (asked, asked + asked):
+        chat.validate_prompt(tokenizer, [*row["messages"], *turns])
 
 
 def read_principles(path: str) -> list[Principle]:

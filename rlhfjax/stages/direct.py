@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhfjax import hosts
 from rlhfjax.algos.direct import kto_kl
+from rlhfjax.data.accepted import accepted, validate_preference
 from rlhfjax.data.batches import DirectBatch, concatenate, shapes, take
 from rlhfjax.data.config import open_preferences, own_shards
 from rlhfjax.data.loader import BatchStream, Joined, preference_batches
@@ -226,6 +227,7 @@ def direct_batches(
     Args:
       options: of `loader.preference_batches`.
     """
+    source = accepted(source, tokenizer, validate_preference)
     batches_of = functools.partial(
         preference_batches,
         tokenizer=tokenizer,

@@ -180,7 +180,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Returns texts, scores, KL and lengths of one model's responses, per prompt."""
     tokenizer = saved.tokenizer
-    source = open_prompts(config.prompts, "evaluate.prompts", seed=config.seed)
+    source = open_prompts(config.prompts, "evaluate.prompts", tokenizer, config.seed)
     batches = sample_responses(
         source,
         saved,

@@ -13,9 +13,10 @@ import jax
 
 from rlhfjax import paths
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
-from rlhfjax.data.template import BUILT_IN
+from rlhfjax.data.sandbox import Program
+from rlhfjax.data.template import BUILT_IN, read_template
 from rlhfjax.data.tokenizer import Tokenizer
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.interop import store
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
@@ -60,6 +61,9 @@ def validate(
             f"import_model.chat_template={name!r}:"
             f" accepted are {accepted}, or a .jinja file that is there"
         )
+    Program(
+        read_template(paths.path(name)), name
+    )  # validates it before the model is read
 
 
 def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
@@ -86,5 +90,8 @@ def _with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
             f"import_model.chat_template={name!r}:"
             " a SentencePiece tokenizer has the markers it was trained with"
         )
-    template = name if name in BUILT_IN else paths.path(name).read_text()
-    return tokenizer.with_template(template)
+    template = name if name in BUILT_IN else read_template(paths.path(name))
+    try:
+        return tokenizer.with_template(template)
+    except DataError as error:
+        raise DataError(f"import_model.chat_template={name}: {error}") from None

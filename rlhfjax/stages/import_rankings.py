@@ -63,7 +63,13 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         prompt = ranking.prompt
         key = prompt if isinstance(prompt, str) else opening(prompt)
         split = split_of(key, validation=config.validation, test=0.0)
-        splits[split].append(_row(ranking, tokenizer, sampled))
+        try:
+            row = _row(ranking, tokenizer, sampled)
+        except DataError as error:
+            raise DataError(
+                f"{config.rankings}: prompt {ranking.key[:60]!r}: {error}"
+            ) from None
+        splits[split].append(row)
     for split, rows in splits.items():
         if not rows:
             raise DataError(

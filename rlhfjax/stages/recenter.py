@@ -149,7 +149,7 @@ def _score_responses(
         raise ConfigError("recenter.policy: must have the reward model's tokenizer")
     reward = ModelReward(saved.model, saved.params)
     batches = sample_responses(
-        open_prompts(config.prompts, "recenter.prompts", seed=config.seed),
+        open_prompts(config.prompts, "recenter.prompts", policy.tokenizer, config.seed),
         policy,
         Sampling.from_config(config, policy.tokenizer),
         PromptBatching(batch_size=config.batch_size, length=config.prompt_length),

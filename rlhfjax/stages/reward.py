@@ -21,7 +21,6 @@ from rlhfjax import hosts
 from rlhfjax.data.batches import PreferenceBatch, concatenate, shapes
 from rlhfjax.data.config import SourceConfig, open_preferences, open_sources, own_shards
 from rlhfjax.data.loader import BatchStream, preference_batches
-from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError
 from rlhfjax.evals import stats
 from rlhfjax.mesh import Layout
@@ -48,6 +47,7 @@ from rlhfjax.supervised import (
     validate_streams,
 )
 from rlhfjax.types import Loss, Metrics, PyTree
+from rlhfjax.workdirs import CALIBRATION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,21 +127,32 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
             )
         return state.replace(params=params)
 
+    @functools.cache
+    def open_demonstrations() -> list[PreferenceBatch]:
+        source = open_sources(config.demonstrations, "reward.demonstrations")
+        return center.demonstrations(
+            source, tokenizer, batch_size=config.batch_size, length=config.length
+        )
+
     def open_data() -> Data:
         source = open_preferences(config.preferences, "train")
         shards = own_shards(config.data_shards, config.batch_size, layout)
         train = batches(source, seed=config.seed, shards=shards)
         open_held_out()
+        if config.demonstrations:  # so that a bad row is found before training
+            open_demonstrations()
 
         def evals(state: TrainState) -> Metrics:
             return held_out_metrics(score_held_out(state.params), loss)
 
         def finish(state: TrainState) -> Finished:
             scored = score_held_out(state.params)
-            params, metrics = _normalize(config, tokenizer, state.params, scored, score)
+            params, metrics = _normalize(
+                config, open_demonstrations, state.params, scored, score
+            )
             calibration = stats.calibration(_margins(scored)).as_dict()
             return finished_model(loaded, params)._replace(
-                metrics=metrics, files={"calibration.json": calibration}
+                metrics=metrics, files={CALIBRATION: calibration}
             )
 
         return Data(train, evals, finish)
@@ -245,7 +256,7 @@ def held_out_metrics(scored: Scored, loss: RewardLoss) -> Metrics:
 
 def _normalize(
     config: Config,
-    tokenizer: Tokenizer,
+    demonstrations: Callable[[], list[PreferenceBatch]],
     params: PyTree,
     scored: Scored,
     score: Callable[[PyTree, Iterable[PreferenceBatch]], Scored],
@@ -255,11 +266,7 @@ def _normalize(
     if config.normalize != "demonstrations":
         return center.normalize(params, rewards, valid, config.normalize)
     _, metrics = center.normalize(params, rewards, valid, "none")
-    source = open_sources(config.demonstrations, "reward.demonstrations")
-    batches = center.demonstrations(
-        source, tokenizer, batch_size=config.batch_size, length=config.length
-    )
-    shown = score(params, batches)
+    shown = score(params, demonstrations())
     params, moments = center.normalize(params, shown.rewards, shown.batch.valid, "mean")
     cut = truncation_metrics(shown.batch)["rows_cut"]
     metrics["demonstration_mean"] = moments["reference_mean"]

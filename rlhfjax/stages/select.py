@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.data import chat, examples
+from rlhfjax.data.accepted import accepted, validate_preference
 from rlhfjax.data.config import open_preferences
 from rlhfjax.data.rows import Row
 from rlhfjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,6 +55,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for split in SPLITS:
         source = open_preferences(config.preferences, split, "select")
+        source = accepted(source, tokenizer, validate_preference)
         rows = [source[i] for i in range(len(source))]
         chosen = [
             best(row, keep=config.keep, min_score=config.min_score) for row in rows

@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax import paths
+from rlhfjax import json_text, paths
 from rlhfjax.algos import tamer
 from rlhfjax.algos.masked import divide
 from rlhfjax.data import chat, examples
 from rlhfjax.data.batches import TamerBatch, in_batches, shapes, stack
 from rlhfjax.data.padding import pad_right
+from rlhfjax.data.rows import BadRow, normalize
 from rlhfjax.data.tokenizer import Tokenizer
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.jsonl import located_rows
@@ -55,6 +56,9 @@ from rlhfjax.supervised import (
     validate_training,
 )
 from rlhfjax.types import Loss, Metrics, PyTree
+
+MOST = float(np.finfo(np.float32).max)
+"""The largest number of a feedback file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,20 +250,42 @@ def _read_line(
 ) -> tuple[list[int], list[int], np.ndarray]:
     """Returns the ids of prompt and response, and the feedback, float32 [f, 2]."""
     try:
-        feedback = np.array(line["feedback"], np.float32).reshape(-1, 2)
-        prompt = line["prompt"]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        response = chat.response_tokens(tokenizer, line["response"])
-        prompt = chat.render_prompt(tokenizer, prompt).tolist()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        feedback = _feedback(line.get("feedback"))
+        prompt, text = line.get("prompt"), line.get("response")
+        if not isinstance(text, str):
+            raise BadRow("'response' must be text")
+        is_text = isinstance(prompt, str) and prompt.strip()
+        messages: Any = [{"role": "user", "content": prompt}] if is_text else prompt
+        normalize("prompt", {"prompt": messages}, {})  # raises for malformed messages
+        response = chat.response_tokens(tokenizer, text)
+        ids = chat.render_prompt(tokenizer, messages).tolist()
+    except BadRow as error:
         expected = '{"prompt", "response", "feedback": [[seconds, value], ...]}'
         raise DataError(f"{context}: expected {expected} ({error})") from None
-    if not len(feedback) or not np.all(np.isfinite(feedback)):
-        raise DataError(
-            f"{context}: 'feedback' must hold at least one pair of finite numbers"
-        )
-    return prompt, response, feedback
+    except DataError as error:  # the chat template does not take the messages
+        raise DataError(f"{context}: {error}") from None
+    return ids, response, feedback
+
+
+def _feedback(pairs: Any) -> np.ndarray:
+    """Returns feedback as float32 [f, 2]. Raises BadRow."""
+    if not isinstance(pairs, list) or not pairs:
+        raise BadRow("'feedback' must hold at least one pair of finite numbers")
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or any(type(number) not in (int, float) for number in pair):
+            raise BadRow(
+                "'feedback' must hold pairs of finite numbers,"
+                f" got {json_text.shown(pair)}"
+            )
+        if any(abs(number) > MOST for number in pair):
+            raise BadRow(
+                "'feedback' must hold pairs of finite numbers in the range of float32,"
+                f" got {json_text.shown(pair)}"
+            )
+        if pair[0] < 0:
+            raise BadRow(f"'feedback' must have seconds ≥ 0, got {pair[0]}")
+    return np.array(pairs, np.float32)
 
 
 def _to_row(

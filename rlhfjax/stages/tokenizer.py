@@ -9,9 +9,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from rlhfjax import sums
 from rlhfjax.data.config import SourceConfig, open_sources
 from rlhfjax.data.sources import texts
-from rlhfjax.data.tokenizer import train_sentencepiece
+from rlhfjax.data.tokenizer import MODEL_FILE, train_sentencepiece
 from rlhfjax.mesh import Layout, MeshConfig
 from rlhfjax.metrics import Writer
 from rlhfjax.paths import Path
@@ -48,6 +49,7 @@ def run(config: Config, workdir: Path, layout: Layout) -> dict[str, float]:
         vocab_size=config.vocab_size,
         model_type=config.model_type,
     )
+    sums.write(workdir, [MODEL_FILE])
     sample = list(itertools.islice(texts(source), MEASURED_TEXTS))
     n_bytes = sum(len(text.encode()) for text in sample)
     n_tokens = sum(len(tokenizer.encode(text)) for text in sample)

@@ -11,6 +11,7 @@ from typing import Any
 from rlhfjax import paths
 from rlhfjax.errors import ConfigError, Preempted, UserError
 from rlhfjax.paths import Path
+from rlhfjax.redact import redact
 from rlhfjax.report.sweep import read_result, write_sweep
 from rlhfjax.sweep import is_seed, pool, queued
 from rlhfjax.sweep.expand import Run, expand
@@ -104,7 +105,8 @@ def sweep(
     if options.dry_run:
         for run in runs:
             command = commands.get(run.name)
-            print(shlex.join(command) if command else f"# {run.name} is finished")
+            line = shlex.join(command) if command else f"# {run.name} is finished"
+            print(redact(line))
         return
     finished = len(runs) - len(commands)
     logs = workdir / pool.LOGS
@@ -154,7 +156,7 @@ def whole_command(
     return [
         *(word.replace("{name}", run.name) for word in launcher),
         "rlhfjax",
-        *words,
+        *map(pool.Verbatim, words),
     ]
 
 

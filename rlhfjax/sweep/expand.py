@@ -1,22 +1,27 @@
 """Expands an experiment file's `sweep(add)` to named runs and validates each of them."""
 
+import contextlib
 import dataclasses
 import hashlib
+import math
 import re
-import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhfjax import recipe
-from rlhfjax.config import explain, to_dict
-from rlhfjax.errors import ConfigError, UserError
+from rlhfjax import experiment, recipe
+from rlhfjax.config import scalar, to_dict
+from rlhfjax.errors import ConfigError, cut
+from rlhfjax.experiment import Experiment
+from rlhfjax.experiment_args import quote_arg, split_arg
+from rlhfjax.json_text import shown
 from rlhfjax.paths import Path
 from rlhfjax.sweep import Overrides
 
 ARG = "arg."
-NAME_LENGTH = 120  # maximum characters of a run's name
+NAME_LENGTH = 120  # maximum bytes of a run's name, before its hash
+LONGEST_TEXT = 100_000  # bytes; Linux takes 131,071 per argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,35 +51,50 @@ def expand(
       ConfigError: the file has no `sweep`; two runs are equal; or an override names an unknown
         option, has a wrong type, sets a given option, or leads to an invalid config.
     """
-    file, _, arg = config.partition(":")
-    loaded = _guarded(file, lambda: runpy.run_path(file))
-    if not callable(loaded.get("sweep")):
-        raise ConfigError(f"{file}: it has no sweep(add), which says what to run")
-    found: list[Overrides] = []
-    _guarded(
-        file, lambda: loaded["sweep"](lambda overrides: found.append(dict(overrides)))
-    )
+    loaded = experiment.load(config)
+    add_all = loaded.names.get("sweep")
+    if not callable(add_all):
+        raise ConfigError(
+            f"{loaded.file}: it has no sweep(add), which says what to run"
+        )
+    found: list[Any] = []
+    experiment.guarded(loaded.file, lambda: add_all(found.append))
     if not found:
-        raise ConfigError(f"{file}: its sweep(add) added nothing")
+        raise ConfigError(f"{loaded.file}: its sweep(add) added nothing")
     runs = [
-        _run(file, loaded["get_config"], arg, given or {}, overrides, workdir)
-        for overrides in found
+        _run(loaded, given or {}, _overrides(loaded.file, added), workdir)
+        for added in found
     ]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"{file}: its sweep adds {twice[0]} twice")
+        raise ConfigError(f"{loaded.file}: its sweep adds {twice[0]} twice")
     for run in runs:
         recipe.compare(run.workdir, run.config)
     return runs
 
 
+def _overrides(file: str, added: Any) -> Overrides:
+    """Returns what was passed to `add`, its values plain.
+
+    Raises:
+      ConfigError: it is no mapping of options, or a command line cannot hold a value.
+    """
+    try:
+        overrides = dict(added)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{file}: add({shown(added)}): expected a dict {{option: value}}"
+        ) from None
+    for option in overrides:
+        if not isinstance(option, str) or not re.fullmatch(r"[^\s=]+", option):
+            raise ConfigError(
+                f"{file}: add: {shown(option)}: expected an option's name"
+            )
+    return {option: plain(option, value) for option, value in overrides.items()}
+
+
 def _run(
-    file: str,
-    get_config: Callable[..., ConfigDict],
-    arg: str,
-    given: Mapping[str, Any],
-    overrides: Overrides,
-    workdir: Path,
+    loaded: Experiment, given: Mapping[str, Any], overrides: Overrides, workdir: Path
 ) -> Run:
     name = name_of(overrides)
     arguments = {
@@ -87,35 +107,75 @@ def _run(
     }
     if both := sorted(options.keys() & given.keys()):
         raise ConfigError(f"--config.{both[0]}: this option is what the sweep varies")
-    options = dict(given) | options
-    text = with_arguments(arg, arguments)
-    config = _guarded(file, lambda: get_config(text) if text else get_config())
-    values = to_dict(overlay(config, options))
-    for stage in recipe.stage_folders(values, workdir) if "stages" in values else ():
-        recipe.check(values[stage], stage)
-    if "stages" not in values:
-        recipe.check(values, values.get("stage", "config"))
-    source = f"--config={file}:{text}" if text else f"--config={file}"
-    options = [
-        f"--config.{key}={literal(key, value)}" for key, value in options.items()
-    ]
+    options = {key: plain(key, value) for key, value in given.items()} | options
+    text = with_arguments(loaded.arg or "", arguments)
+    config, words = with_options(lambda: loaded.config(text or None), options)
+    values = to_dict(config)
+    with _naming_nulls(options):
+        for stage in (
+            recipe.stage_folders(values, workdir) if "stages" in values else ()
+        ):
+            recipe.check(values[stage], stage)
+        if "stages" not in values:
+            recipe.check(values, values.get("stage", "config"))
+    source = f"--config={loaded.file}:{text}" if text else f"--config={loaded.file}"
     command = (
         "run" if "stages" in values else "train",
         source,
         f"--workdir={workdir / name}",
-        *options,
+        *words,
     )
     return Run(name, overrides, workdir / name, command, values)
 
 
-def _guarded(file: str, call: Callable[[], Any]) -> Any:
-    """Returns the call's result; an error of an experiment file becomes one line with its place."""
+@contextlib.contextmanager
+def _naming_nulls(options: Mapping[str, Any]) -> Iterator[None]:
+    """Says of a None that the option does not take that a sweep has it."""
     try:
-        return call()
-    except UserError:
+        yield
+    except ConfigError as e:
+        for key, value in options.items():
+            if value is None and f"{key}=None" in str(e):
+                raise ConfigError(
+                    f"sweep: {key}=None: expected a number or a text ({e})"
+                ) from None
         raise
-    except Exception as e:
-        raise ConfigError(explain(e, file)) from e
+
+
+def with_options(
+    get_config: Callable[[], ConfigDict], options: Mapping[str, Any]
+) -> tuple[ConfigDict, list[str]]:
+    """Returns the config with options, and the words of a command line that lead to it.
+
+    Raises:
+      ConfigError: an unknown option, a value of another type, or one that no word leads to.
+    """
+    wanted = overlay(get_config(), options)
+    texts = {key: literal(key, value) for key, value in options.items()}
+    for spell in (repr, None):  # a text that looks like a literal is quoted
+        words = [f"--config.{key}={text}" for key, text in texts.items()]
+        config = experiment.overridden(get_config(), words)
+        wrong = [key for key in texts if not _equal(config, wanted, key)]
+        if not wrong:
+            return config, words
+        if spell is not None:
+            texts |= {key: spell(options[key]) for key in wrong}
+    key = wrong[0]
+    raise ConfigError(
+        f"sweep: {key}={shown(options[key])}: the command line cannot pass this value"
+    )
+
+
+def _equal(config: ConfigDict, wanted: ConfigDict, option: str) -> bool:
+    one, other = (to_dict(_at(values, option)) for values in (config, wanted))
+    return type(one) is type(other) and one == other
+
+
+def _at(config: ConfigDict, option: str) -> Any:
+    node: Any = config
+    for part in option.split("."):
+        node = node[part]
+    return node
 
 
 def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
@@ -124,22 +184,23 @@ def with_arguments(arg: str, arguments: Mapping[str, Any]) -> str:
     Raises:
       ConfigError: an argument is in both.
     """
-    for item in filter(None, arg.split(",")):
-        if item.partition("=")[0] in arguments:
+    for name, text in split_arg(arg):
+        if name in arguments:
             raise ConfigError(
-                f"--config=…:{item}: this argument is what the sweep varies"
+                f"--config=…:{name}={cut(text)}: this argument is what the sweep varies"
             )
-    items = [f"{key}={literal(key, value)}" for key, value in arguments.items()]
+    items = [
+        f"{name}={quote_arg(literal(name, value))}" for name, value in arguments.items()
+    ]
     return ",".join(filter(None, [arg, *items]))
 
 
 def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Returns a copy of the config with the overrides applied, strictly.
+    """Applies overrides to the config, strictly, and returns it.
 
     Raises:
       ConfigError: an option that there is not, or a value of another type.
     """
-    config = config.copy_and_resolve_references()
     for key, value in overrides.items():
         *path, last = key.split(".")
         node: Any = config
@@ -149,26 +210,60 @@ def overlay(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
             raise ConfigError(f"sweep: the config has no option {key!r}")
         try:
             node[last] = value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(
-                f"sweep: {key}={value!r} is not of type {type(node[last]).__name__}"
+                f"sweep: {key}={shown(value)} is not of type {type(node[last]).__name__}"
             ) from None
     return config
 
 
-def literal(key: str, value: Any) -> str:
+def plain(option: str, value: Any) -> Any:
+    """Returns a swept value as Python's own number, text, bool, None, tuple or dict of them.
+
+    Raises:
+      ConfigError: it is something else, or the command line cannot hold it.
+    """
+    value = scalar(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping | ConfigDict):
+        return {key: plain(f"{option}.{key}", value[key]) for key in value}
+    if isinstance(value, list | tuple):
+        return tuple(plain(f"{option}[{i}]", part) for i, part in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"sweep: {option}={value}: expected a finite number")
+    if isinstance(value, str):
+        _validate_text(option, value)
+    elif not isinstance(value, bool | int | float | None):
+        raise ConfigError(
+            f"sweep: {option}={shown(value)}: expected a number, a text, a bool, None, or a tuple"
+            " or dict of them"
+        )
+    return value
+
+
+def _validate_text(option: str, text: str) -> None:
+    """Raises ConfigError if an argument of a process cannot be this text."""
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigError(f"sweep: {option}={shown(text)}: not Unicode") from None
+    if "\0" in text or length > LONGEST_TEXT:
+        raise ConfigError(
+            f"sweep: {option}={shown(text)}: expected at most {LONGEST_TEXT} bytes without NUL"
+        )
+
+
+def literal(option: str, value: Any) -> str:
     """Formats a value for the command line.
 
     Raises:
       ConfigError: the command line cannot hold such a value.
     """
+    value = plain(option, value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float | str | tuple):
-        return value if isinstance(value, str) else repr(value)
-    raise ConfigError(
-        f"sweep: {key}={value!r}: expected a number, a text, a bool or a tuple of them"
-    )
+    return value if isinstance(value, str) else repr(value)
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:
@@ -178,12 +273,19 @@ def name_of(overrides: Mapping[str, Any]) -> str:
     are replaced and a long name is cut; then a hash of the full name keeps it unique.
     """
     items = [
-        f"{key.removeprefix(ARG)}={literal(key, value)}"
+        f"{key.removeprefix(ARG)}={_name_of_value(key, value)}"
         for key, value in overrides.items()
     ]
     full_name = ",".join(items) or "base"
-    name = re.sub(r"[^\w.=,+-]+", "-", full_name)
-    if name == full_name and len(name) <= NAME_LENGTH and not name.startswith("."):
-        return name
+    name = re.sub(r"[^\w.=,+-]+", "-", full_name).lstrip(".")
+    cut_name = name.encode()[:NAME_LENGTH].decode(errors="ignore")
+    if cut_name == full_name:
+        return full_name
     digest = hashlib.sha256(full_name.encode()).hexdigest()
-    return f"{name.lstrip('.')[:NAME_LENGTH]}-{digest[:8]}"
+    return f"{cut_name}-{digest[:8]}"
+
+
+def _name_of_value(option: str, value: Any) -> str:
+    """Returns a value's text; quoted, which no name is, if several options could have it."""
+    text = literal(option, value)
+    return repr(text) if re.search(",.*=", text, re.DOTALL) else text

@@ -74,7 +74,7 @@ def run_all(
                 while waiting and len(running) < parallel:
                     name = waiting.popleft()
                     slot = slots.pop(0)
-                    command = [word.replace(SLOT, str(slot)) for word in commands[name]]
+                    command = [_with_slot(word, slot) for word in commands[name]]
                     process = _start(command, log_of(here.folder, name), lock)
                     running[name] = _Running(process, slot, time.monotonic())
         finally:
@@ -89,6 +89,14 @@ def run_all(
             raise KeyboardInterrupt
         raise Preempted("the sweep stopped; run the same command to resume")
     return codes
+
+
+class Verbatim(str):
+    """A word of a command in which `{slot}` stands for itself."""
+
+
+def _with_slot(word: str, slot: int) -> str:
+    return word if isinstance(word, Verbatim) else word.replace(SLOT, str(slot))
 
 
 def log_of(folder: Path, name: str) -> Path:

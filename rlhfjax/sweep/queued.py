@@ -1,12 +1,11 @@
 """Submits all runs to a cluster's queue and waits for their jobs together."""
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from rlhfjax import paths
-from rlhfjax.errors import first_line
+from rlhfjax import json_text, paths
+from rlhfjax.errors import DataError, first_line
 from rlhfjax.paths import Path
 from rlhfjax.sweep import pool
 
@@ -79,11 +78,15 @@ def _submit(
 def _ask(states: Sequence[str], jobs: Sequence[str]) -> tuple[dict[str, str], str]:
     """Returns ({job: state}, ""), or ({}, the reason why the cluster did not answer)."""
     done = subprocess.run(
-        [*states, *jobs], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*states, *jobs],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
+    if done.returncode != 0:
+        return {}, first_line(done.stderr)
     try:
-        if done.returncode == 0:
-            return json.loads(done.stdout), ""
-    except ValueError as e:
-        return {}, f"its answer is no JSON: {first_line(e)}"
-    return {}, first_line(done.stderr)
+        return json_text.decode(done.stdout, "its answer", dict[str, str]), ""
+    except DataError as e:
+        return {}, str(e)

@@ -344,7 +344,7 @@ def test_errors_are_one_line(smollm, tmp_path):
     with pytest.raises(DataError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
     smollm.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("[]x")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(
         DataError, match=r"tokenizer_config\.json: expected a JSON object"
     ):
@@ -374,6 +374,126 @@ def test_errors_are_one_line(smollm, tmp_path):
         DataError, match=r"'<\|im_start\|>' of its chat template swallows the blanks"
     ):
         HuggingFaceTokenizer(swallowing, CONFIG, template="chatml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((), [], r"tokenizer\.json: expected a JSON object, got \[\]"),
+        (("normalizer",), ["x"], r"normalizer is \['x'\]: expected a JSON object"),
+        (
+            ("pre_tokenizer",),
+            None,
+            "a ByteLevel decoder, and no ByteLevel pre_tokenizer",
+        ),
+        (("decoder",), "x", "decoder is 'x': expected a JSON object"),
+        (("model",), None, "not a tokenizer"),
+        (("model", "vocab"), {}, "not a tokenizer"),
+        (("model", "vocab", "!"), 5, "both have the id 5"),
+        (("model", "vocab", "!"), -1, "not a tokenizer"),
+        (("model", "vocab", "!"), 2**31, "! has the id 2147483648: must be < 16777216"),
+        (("model", "vocab", "!"), 10**30, "not a tokenizer"),
+        (("model", "merges"), ["a b c"], "not a tokenizer"),
+        (("model", "dropout"), 0.5, "model.dropout is 0.5: accepted is null"),
+        (("model", "unk_token"), "<u>", "model.unk_token '<u>' is none of its tokens"),
+        # The library panics, with a traceback of its own.
+        (
+            ("model", "continuing_subword_prefix"),
+            "##",
+            "prefix is '##': accepted is null",
+        ),
+        (("model", "end_of_word_suffix"), "</w>", "suffix is '</w>': accepted is null"),
+        (("added_tokens", 3, "id"), 7000, "<repo_name>' has the id 7000, where 3 is"),
+        (("added_tokens", 3, "special"), 1, "not a tokenizer"),
+        (("added_tokens", 3), 1, "not a tokenizer"),
+    ],
+)
+def test_a_tokenizer_json_that_is_none_is_one_line(
+    smollm, tmp_path, path, value, message
+):
+    smollm.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = part = json.loads(file.read_text())
+    for key in path[:-1]:
+        part = part[key]
+    if path:
+        part[path[-1]] = value
+    file.write_text(json.dumps(data if path else value))
+    with pytest.raises(DataError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"null", "expected a JSON object, got None"),
+        (b"", "not JSON: "),
+        (b"\xff\xfe{\0}\0", "not JSON: it is UTF-16.*expected UTF-8"),
+        (
+            b'{"bos_token": 1}',
+            "bos_token is 1: expected text, or an object with content",
+        ),
+        (b'{"eos_token": {}}', "eos_token is {}: expected text, or an object"),
+        (b'{"pad_token": ["x"]}', r"pad_token is \['x'\]: expected text"),
+        (
+            b'{"unk_token": {"content": null}}',
+            "unk_token is {'content': None}: expected",
+        ),
+        (
+            b'{"chat_template": false}',
+            "chat_template is False: expected text, or several",
+        ),
+        (b'{"chat_template": []}', r"chat_template is \[\]: expected text, or several"),
+        (b'{"chat_template": ["x"]}', r"chat_template\[0\]: input should be a valid d"),
+        (
+            b'{"chat_template": [{"name": "x"}]}',
+            r"chat_template\[0\]: expected an object",
+        ),
+        (
+            b'{"chat_template": {"tools": "x"}}',
+            ".*several with the name 'default' among",
+        ),
+        (
+            b'{"chat_template": {"default": 1}}',
+            ".*several with the name 'default' among",
+        ),
+    ],
+)
+def test_a_config_of_a_tokenizer_that_is_none_is_one_line(
+    smollm, tmp_path, name, content, message
+):
+    smollm.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: {message}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "invalid UTF-8 at byte 0; expected Jinja source"),
+        ("x".encode("utf-16"), "it is UTF-16; expected Jinja source in UTF-8"),
+        (None, "is a folder; expected a file"),
+    ],
+)
+def test_a_template_file_that_is_no_text_is_one_line(
+    smollm, tmp_path, content, message
+):
+    smollm.save(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"chat_template\.jinja: {message}"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_content(smollm, tmp_path):
+    smollm.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(tmp_path) == smollm
 
 
 def test_a_sentencepiece_model_is_still_one(tokenizer, tmp_path):

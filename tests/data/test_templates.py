@@ -1,8 +1,10 @@
 """Chat templates: rendered by hand, cut into turns, safe against injection, and read back."""
 
+import gzip
 import itertools
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rlhfjax.data import chat, examples
 from rlhfjax.data.hf_tokenizer import HuggingFaceTokenizer
-from rlhfjax.data.template import BUILT_IN
+from rlhfjax.data.template import BUILT_IN, read_template
 from rlhfjax.errors import DataError
 from tests.needs import needs
 
@@ -413,6 +415,65 @@ def test_generation_blocks_and_todays_date_are_understood():
     assert [spelled(tokenizer, run) for run in runs(tokens, mask)] == LEARNED["chatml"][
         :1
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "there is no such file"),
+        ("folder", "is a folder; expected a file"),
+        (b"", "it is empty; expected Jinja source"),
+        (b"\xef\xbb\xbf \n", "it is empty"),
+        (b"a\xff", "invalid UTF-8 at byte 1"),
+        ("a".encode("utf-16"), "it is UTF-16; expected Jinja source in UTF-8"),
+        (gzip.compress(b"a"), "it is compressed by gzip"),
+        (b"\xef\xbb\xbfa", ""),
+    ],
+)
+def test_a_file_with_a_template_is_utf8_text(tmp_path, content, why):
+    path = tmp_path / "chat_template.jinja"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    if not why:
+        assert read_template(path) == "a"
+        return
+    with pytest.raises(DataError) as error:
+        read_template(path)
+    assert str(error.value).startswith(f"{path}: ") and why in str(error.value)
+
+
+@pytest.mark.parametrize("value", [5, [5], [{"name": "default"}], {"default": 5}, True])
+def test_a_chat_template_in_a_config_is_text(value):
+    config = {"eos_token": "<|im_end|>", "chat_template": value}
+    with pytest.raises(DataError, match=r"tokenizer: chat_template=.*: expected Jinja"):
+        HuggingFaceTokenizer(byte_bpe(SPECIALS["chatml"]), config)
+
+
+BODY = "{% for m in messages %}" + TURN + "{% endfor %}" + CUE
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # All that is rendered to load a tokenizer shares one limit.
+        "{% if messages|length == 3 %}{% for i in range(10**5) %}{% endfor %}{% endif %}",
+        "{% if messages|length == 3 %}{% for i in range(20000) %}{% endfor %}{% endif %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_tokenizer_with_a_slow_template_is_an_error_at_once(source):
+    start = time.process_time()
+    with pytest.raises(DataError, match="exceeds the limit on time and output"):
+        make("chatml", source + BODY)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("mark", ["\\ud805", "\\ud802", "\\ud800' ~ '0' ~ '\\ud801"])
+def test_a_template_cannot_forge_the_marks_of_its_pieces(mark):
+    with pytest.raises(DataError, match="cannot be used"):
+        make("chatml", f"{{{{ '{mark}' }}}}" + BODY)
 
 
 @needs("transformers", extra="transformers")

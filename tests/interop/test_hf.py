@@ -5,6 +5,7 @@ test_hf_against.py compares with `transformers`.
 
 import dataclasses
 import json
+import os
 import tracemalloc
 
 import jax
@@ -402,8 +403,42 @@ def test_transformers_5_has_ropes_parameters_in_one_place(tmp_path):
         (
             SMOLLM2,
             {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config = ",
+            "quantization_config.quant_method = 'gptq' says; take the model",
         ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"factor": 4.0, "type": "yarn"}},
+            "rope_scaling.type = 'yarn'",
+        ),
+        (
+            SMOLLM2,
+            {"rope_scaling": {"short_factor": [1.0], "rope_type": "longrope"}},
+            "rope_scaling.rope_type = 'longrope'",
+        ),
+        (SMOLLM2, {"rope_scaling": "yarn"}, "rope_scaling is 'yarn': expected dict"),
+        (GPT2, {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.type = 'dynamic'"),
+        (
+            SMOLLM2,
+            {"quantization_config": {"bits": 4, "quant_method": "awq"}},
+            "quantization_config.quant_method = 'awq'",
+        ),
+        (SMOLLM2, {"architectures": [["x"]]}, "architectures = .* accepted is one of"),
+        (SMOLLM2, {"attention_dropout": False}, "attention_dropout = False"),
+        (QWEN, {"use_sliding_window": 0}, "use_sliding_window = 0 "),
+        (
+            SMOLLM2,
+            {"tie_word_embeddings": 1},
+            "tie_word_embeddings is 1: expected bool",
+        ),
+        (SMOLLM2, {"hidden_size": True}, "hidden_size is True: expected int"),
+        (SMOLLM2, {"hidden_size": 0.5}, "hidden_size is 0.5: expected int"),
+        (SMOLLM2, {"hidden_size": 10**30}, r"model.d_model=10+: .*is hidden_size\)"),
+        (SMOLLM2, {"num_hidden_layers": 0}, r"=0: .*n_layers is num_hidden_layers\)"),
+        (SMOLLM2, {"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        (SMOLLM2, {"vocab_size": -1}, "model.vocab_size=-1: expected int >= 1"),
+        (SMOLLM2, {"rope_theta": 0}, "model.rope_theta=0.0: .*is rope_theta"),
+        (SMOLLM2, {"rms_norm_eps": 10**300}, "model.norm_eps=1e.300: .*rms_norm_eps"),
+        (SMOLLM2, {"x\ny": 1}, r"do what 'x\\ny' = 1 says"),
         (SMOLLM2, {"auto_map": {"AutoModelForCausalLM": "x.py"}}, "auto_map = "),
         (SMOLLM2, {"sliding_window": 4096}, "sliding_window = 4096"),
         (SMOLLM2, {"hidden_size": None}, "there is no hidden_size"),
@@ -562,7 +597,7 @@ def test_gpt2_as_it_was_released_has_bare_names_and_masks(tmp_path):
 def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     model, params = small[1:]
     folder = tmp_path / "x"
-    with pytest.raises(CheckpointError, match=r"x/config.json: No such file"):
+    with pytest.raises(CheckpointError, match=r"x/config.json: there is no such file"):
         load_hf(folder, None)
     save_hf(folder, model, params, shard_bytes=8000)
     with pytest.raises(CheckpointError, match=r"x exists already"):
@@ -579,14 +614,19 @@ def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     part.unlink()
     with pytest.raises(
         CheckpointError,
-        match=rf"{part.name}: not a whole safetensors file: No such file",
+        match=rf"{part.name}: there is no such file, which {index.name} names",
     ):
         load_hf(folder, None)
     part.write_bytes(whole)
     for text in (
         "[]",
-        "{",
+        "{}",
         '{"weight_map": {"a": "../secret.safetensors"}}',
+        '{"weight_map": {"a": "/secret.safetensors"}}',
+        '{"weight_map": {"a": "secret\\u0000.safetensors"}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {}}',
         '{"weight_map": 3}',
     ):
         index.write_text(text)
@@ -611,6 +651,115 @@ def test_directories_that_are_not_whole_are_refused(small, tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config.json: expected a JSON object"):
         load_hf(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON: "),
+        (b"null", "expected a JSON object, got None"),
+        (b'{"vocab_size": NaN}', "not JSON: "),
+        (
+            b'{"vocab_size": ' + b"9" * 400 + b"}",
+            "not JSON: vocab_size is beyond the range",
+        ),
+        (b'{"vocab_size": 1e999}', "not JSON: vocab_size is beyond the range"),
+        (b"[" * 200_000, "not JSON: recursion limit exceeded"),
+        (b'{"model_type": "\\ud800"}', "not JSON: "),
+        (b"\xff", "not JSON: "),
+        ("{}".encode("utf-16"), "not JSON: it is UTF-16.*expected UTF-8"),
+        (b"\x1f\x8b\x08", "not JSON: it is compressed by gzip"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_damaged_json_is_one_line(tmp_path, name, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    (tmp_path / name).write_bytes(content)
+    if name != "config.json" and content == b"null":
+        message = "expected a JSON object with weight_map"
+    with pytest.raises(CheckpointError, match=f"{name}: {message}") as caught:
+        load_hf(tmp_path)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def shard(header, data=b"", size=None) -> bytes:
+    """Returns a safetensors file with a header of any content."""
+    size = len(header) if size is None else size
+    return size.to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole safetensors file: "),
+        (shard(b"{}", size=2**63), "not a whole safetensors file: .*too large"),
+        (shard(b"{}", size=10**7), "not a whole safetensors file: .*header length"),
+        (shard(b"{}", bytes(10**7), size=9 * 10**6), "its header has 9000000 bytes"),
+        (shard(b"{"), "not a whole safetensors file: "),
+        (shard(b"[" * 100_000), "not a whole safetensors file: "),
+        (shard(b"\xff\xff"), "not a whole safetensors file: "),
+        (
+            shard(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)),
+            "not a whole safetensors file: ",
+        ),
+        (
+            shard(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}', bytes(4)),
+            "not a whole safetensors file: ",
+        ),
+        (
+            shard(
+                b'{"a\\nb":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+            ),
+            "there is no tensor layers.29.input_layernorm.weight",
+        ),
+        (None, "is a folder; expected a file"),
+        ("pipe", "is a device or a pipe; expected a file"),
+    ],
+)
+def test_damaged_safetensors_are_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    file = tmp_path / "model.safetensors"
+    if content is None:
+        file.mkdir()
+    elif content == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_hf(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_in_two_shards_and_layers_that_are_not_there(small, tmp_path):
+    model, params = small[1:]
+    folder = tmp_path / "x"
+    save_hf(folder, model, params, shard_bytes=8000)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    tensors = load_file(second)
+    save_file(tensors | load_file(first), second)
+    with pytest.raises(
+        CheckpointError, match=rf"{second.name}: \S+ is in {first.name} too"
+    ):
+        load_hf(folder)
+    save_file(tensors, second)
+    index = folder / "model.safetensors.index.json"
+    listed = index.read_text()
+    name = next(iter(tensors))
+    swapped = json.loads(listed)
+    swapped["weight_map"][name] = first.name
+    index.write_text(json.dumps(swapped))
+    with pytest.raises(
+        CheckpointError, match=f"{name} is in {second.name}, not in {first.name}"
+    ):
+        load_hf(folder)
+    index.write_text(listed)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 1024})
+    )
+    # The shapes of 1024 layers take a minute; this is an error before.
+    with pytest.raises(CheckpointError, match=r"no tensor \S*layers.1023.input_layern"):
+        load_hf(folder)
 
 
 def test_what_cannot_be_written_leaves_nothing(small, tmp_path):

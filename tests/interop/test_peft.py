@@ -161,6 +161,123 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
         save_peft(tmp_path / "odd", odd, random_adapters(odd))
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Returns a model, and the config and the tensors of its adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = Model(FAMILIES["gpt2"], lora=SOME)
+    save_peft(folder, model, random_adapters(model))
+    return (
+        model,
+        json.loads((folder / CONFIG).read_text()),
+        load_file(folder / WEIGHTS),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", 0, "r: input should be greater than or equal to 1, got 0"),
+        ("r", -1, "r: input should be greater"),
+        ("r", 2.0, "r: input should be a valid integer, got 2.0"),
+        ("r", True, "r: input should be a valid integer, got True"),
+        ("r", None, "r: input should be a valid integer, got None"),
+        ("r", 10**30, "r: input should be less"),
+        ("r", 3, "h.0.attn.c_attn has a scale of its own"),
+        ("lora_alpha", 0, "lora_alpha: input should be greater"),
+        ("lora_alpha", "5", "lora_alpha: input should be a valid number, got '5'"),
+        ("lora_dropout", 1, "lora_dropout: input should be less than 1"),
+        ("rank_pattern", [1], "rank_pattern: input should be a valid dictionary"),
+        (
+            "rank_pattern",
+            {"c_attn": 0},
+            "rank_pattern: c_attn: input should be greater",
+        ),
+        (
+            "alpha_pattern",
+            {"c_attn": None},
+            "alpha_pattern: c_attn: input should be a v",
+        ),
+        ("modules_to_save", "score", "modules_to_save: input should be a valid list"),
+        ("bias", "all", "bias is 'all': accepted is 'none'"),
+        ("use_dora", 0, "use_dora is 0: accepted is False"),
+        ("use_rslora", "no", "use_rslora is 'no': accepted is False"),
+        ("peft_type", "IA3", "peft_type is 'IA3': accepted is 'LORA'"),
+        ("lora_bias", True, "lora_bias is True: accepted is False"),
+        ("layer_replication", [[0, 2]], "layer_replication is .*: accepted is None"),
+    ],
+)
+def test_options_of_other_adapters_are_one_line(adapter, tmp_path, key, value, message):
+    model, config, tensors = adapter
+    (tmp_path / CONFIG).write_text(json.dumps(config | {key: value}))
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=message):
+        load_peft(tmp_path, model)
+
+
+A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({A: (4, 48)}, rf"{A} is \[4, 48\], and by the model \[4, 24\]"),
+        ({A: (5, 24)}, rf"{B} is \[72, 4\], and by the model \[72, 5\]"),
+        (
+            {A: (5, 24), B: (72, 5)},
+            "an adapter of rank 5 is not one of rank 2 per part",
+        ),
+        ({A: (), B: (72,)}, rf"{A} is \[\]"),
+        ({A: (0, 24), B: (72, 0)}, rf"{A} is \[0, 24\]"),
+        ({B: (24, 4)}, rf"{B} is \[24, 4\], and by the model \[72, 4\]"),
+        ({B: None}, f"has no place for {A}"),
+        (
+            {"base_model.model.lm_head.weight": (2,)},
+            "because modules_to_save has 'lm_h",
+        ),
+        ({"score": (2,)}, "has no place for score"),
+    ],
+)
+def test_adapters_of_another_base_are_one_line(adapter, tmp_path, changes, message):
+    model, config, tensors = adapter
+    tensors = dict(tensors)
+    for name, shape in changes.items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = np.ones(shape, np.float32)
+    config = config | {"modules_to_save": ["lm_head"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"^\S*{WEIGHTS}: .*{message}"):
+        load_peft(tmp_path, model)
+
+
+def test_adapters_that_are_not_whole_are_one_line(adapter, tmp_path):
+    model, config, tensors = adapter
+
+    def error():
+        with pytest.raises(CheckpointError) as caught:
+            load_peft(tmp_path, model)
+        return str(caught.value)
+
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert f"there is no {WEIGHTS}" in error()
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    assert "adapter_model.bin: pickles are not read; in Python with peft" in error()
+    save_file(
+        {name: x.astype(np.int8) for name, x in tensors.items()}, tmp_path / WEIGHTS
+    )
+    assert "is of type I8: accepted are F32, F16, BF16, F64" in error()
+    for constant in ("nan", "x", "1e39"):
+        save_file(tensors, tmp_path / WEIGHTS, {"rlhfjax_reward_bias": constant})
+        assert f"rlhfjax_reward_bias is '{constant}': expected a float32" in error()
+    (tmp_path / WEIGHTS).write_bytes(b"{}")
+    assert f"{WEIGHTS}: not a whole safetensors file" in error()
+    (tmp_path / CONFIG).write_text("[]")
+    assert f"{CONFIG}: expected a JSON object, got []" in error()
+
+
 # ------------------------------------------------------------------ against PEFT
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.chat import Chat
+from rlhfjax.chat_settings import Options, choose_settings
 from rlhfjax.data import chat
 from rlhfjax.interop import store
 from rlhfjax.interop.export import export
@@ -57,6 +58,14 @@ def test_it_knows_the_capital_of_france_and_says_so_word_by_word(smollm2):
     assert "Rome" in "".join(
         talk.respond("And of Italy?")
     )  # it knows what was asked before
+
+
+def test_the_defaults_of_a_chat_answer_well_at_any_seed(smollm2):
+    opened = store.Opened(smollm2.model, smollm2.tokenizer, lambda: smollm2.params)
+    chosen = choose_settings(NAME, opened, Options(max_new_tokens=16))
+    for seed in range(10):
+        talk = Chat(smollm2, chosen.sampling, seed=seed)
+        assert "Paris" in "".join(talk.respond("What is the capital of France?"))
 
 
 def nats(saved, text):

@@ -2,6 +2,7 @@
 kubectl.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -147,6 +148,17 @@ def test_preemption_restarts_without_limit_and_a_failure_ends_it():
         "onJobFailureReasons"
     ] == ["PodFailurePolicy"]
     assert spec["failurePolicy"]["maxRestarts"] == 0
+
+
+def test_kubernetes_expands_nothing_in_a_command():
+    """It would take $(HOME) for the variable, and $$ for $."""
+    words = ("rlhfjax", "--config.x=$(HOME) $$5 $y")
+    job = dataclasses.replace(PLAIN, command=words, env={"A": "$(B)"})
+    (slices,) = manifests.manifest(job)["spec"]["replicatedJobs"]
+    pod = slices["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["rlhfjax", "--config.x=$$(HOME) $$$$5 $$y"]
+    assert {"name": "A", "value": "$$(B)"} in container["env"]
 
 
 def test_a_secret_is_a_reference():

@@ -138,6 +138,39 @@ def test_secrets_are_hidden_and_other_words_are_not():
         assert shell.redact(said, {}) == said
 
 
+@pytest.mark.parametrize(
+    ("pair", "fine"),
+    [
+        ("OPENAI_KEY=sk-abc123def456ghi7", False),
+        ("OPENAI_KEY=abcdefgh", False),
+        ("OTHER=hf_" + "aB" * 12, False),
+        ("PROXY=http://me:pass@host", False),
+        ("XLA_FLAGS=--xla_x=1", True),
+        ("MAX_TOKENS=100000", True),
+        ("JAX_TRACEBACK_FILTERING=off", True),
+    ],
+)
+def test_an_environment_has_no_secrets(pair, fine):
+    name, _, value = pair.partition("=")
+    if fine:
+        assert shell.environment([pair]) == {name: value}
+        return
+    with pytest.raises(shell.LaunchError, match="looks like a secret") as caught:
+        shell.environment([pair])
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["13", "\n", ".", "<|endoftext|>", "endofsentence"])
+def test_an_option_of_ours_is_no_secret_by_its_name(value):
+    command = ["rlhfjax", "run", f"--config.ppo.truncate.token={value}"]
+    assert shell.given(command) == command
+
+
+def test_launch_and_rlhfjax_share_files_by_links():
+    for name in ("arguments.py", "redact.py"):
+        assert (ROOT / "launch" / name).samefile(ROOT / "rlhfjax" / name)
+
+
 def test_what_a_command_prints_is_redacted_too(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf-secret-value")
     lines = []

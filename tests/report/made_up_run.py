@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhfjax.clock import PARTS
 from rlhfjax.evals.stats import calibration
+from rlhfjax.json_text import null_nonfinite
 from rlhfjax.metrics import Writer
 
 NASTY = '<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }} $x^2$'
@@ -52,7 +53,7 @@ def make_stage(
             "kind": kind,
             "steps": steps,
             "seconds": seconds,
-            "metrics": last,
+            "metrics": null_nonfinite(last),
         }
         (folder / "done.json").write_text(json.dumps(record | (extra or {})))
 

@@ -27,6 +27,7 @@ from rlhfjax.rewards.judge import Judge, JudgeConfig, fill, readable
 from rlhfjax.rewards.labelers import Answers
 from rlhfjax.rewards.load import load_labeler, load_reward
 from rlhfjax.rewards.responses import score
+from rlhfjax.rewards.rubric import ClassConfig, RubricConfig
 from rlhfjax.stages import critique as critique_module
 from rlhfjax.stages import stage_config
 from rlhfjax.stages.critique import Config, _write
@@ -608,3 +609,36 @@ def test_texts_for_judges():
     ) == ("System: be nice\nUser: hi\nyou\nAssistant: yes\nUser: so?")
     assert readable("plain") == "plain"
     assert fill("{a} {b} {c}", {"a": "{b}", "b": "x"}) == "{b} x {c}"
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("{response} {respnse}", "{respnse}"),
+        ("{response} {0}", "{0}"),
+        ("{response.__class__} {response}", "{response.__class__}"),
+        ("{response!r} {response}", "{response!r}"),
+        ("{response:>1000000000} {response}", "{response:>1000000000}"),
+        ("{response[0]} {response}", "{response[0]}"),
+        ("Q: {question}\n{response}", "{question}"),
+        ("{prompt}", "it has no {response}"),
+        ("{ response }", "it has no {response}"),
+        ("{response", "it has no {response}"),
+        ('{response} {"a": 1} {} {a, b} \\frac{1}{2} x^{2} {{x}} { name } } {', None),
+    ],
+)
+def test_a_placeholder_of_a_template_is_known(text, unknown):
+    classes = (ClassConfig(option="A", reward=1.0), ClassConfig(option="B", reward=0.0))
+    judge = JudgeConfig(model="x", length=8)
+    if unknown is None:
+        assert (
+            RubricConfig(judge=judge, template=text, classes=classes).template == text
+        )
+        assert fill(text, {"response": "r"}) == text.replace("{response}", "r")
+        return
+    with pytest.raises(ConfigError) as error:
+        RubricConfig(judge=judge, template=text, classes=classes)
+    assert str(error.value).startswith(f"rubric.template: {unknown}")
+    text = text.replace("{response}", "{prompt} {a} {b}")
+    with pytest.raises(ConfigError, match=r"^feedback.template: "):
+        FeedbackConfig(judge=judge, principles="p", template=text)

@@ -10,7 +10,13 @@ import pytest
 from rlhfjax.errors import ConfigError
 from rlhfjax.sampling import Sampling
 from rlhfjax.sampling import choose as module
-from rlhfjax.sampling.choose import choose, inverse_cdf, keep_top_k, keep_top_p
+from rlhfjax.sampling.choose import (
+    choose,
+    inverse_cdf,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+)
 
 cdf = jax.jit(inverse_cdf)
 
@@ -155,3 +161,24 @@ def test_greedy_is_the_first_largest_with_its_plain_logprob():
 def test_impossible_settings_say_why(settings, words):
     with pytest.raises(ConfigError, match=words):
         sampling(**settings)
+
+
+def test_min_p_keeps_what_is_at_least_so_many_times_as_likely():
+    p = np.array([[0.5, 0.25, 0.15, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    kept = np.isfinite(keep_min_p(jnp.log(p), 0.3))
+    assert kept.tolist() == [[True, True, True, False], [True] * 4]
+    logits = jnp.log(p)
+    assert keep_min_p(logits, 0.0) is logits
+    only = np.isfinite(keep_min_p(logits, 1.0))
+    assert only[0].tolist() == [True, False, False, False]
+
+
+def test_min_p_counts_after_temperature_and_in_the_logprob():
+    """At temperature 2 the odds of 0.8 to 0.1 are sqrt(8) to 1, and min_p 0.3 keeps them."""
+    logits = jnp.asarray(rows(np.log([0.8, 0.1, 0.1]), 3))
+    u = jnp.array([0.1, 0.7, 0.9])
+    tokens, logprobs = choose(logits, u, sampling(temperature=2.0, min_p=0.3))
+    assert tokens.tolist() == [0, 1, 2]
+    weights = np.sqrt([0.8, 0.1, 0.1])
+    picked = np.log(weights / weights.sum())
+    np.testing.assert_allclose(logprobs, picked, rtol=1e-5)

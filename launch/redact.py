@@ -1,0 +1,1 @@
+../rlhfjax/redact.py

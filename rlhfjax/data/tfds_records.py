@@ -1,0 +1,127 @@
+"""Records of TFDS datasets: by name, or in a folder that TFDS wrote."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from rlhfjax import paths
+from rlhfjax.data import corpora, network
+from rlhfjax.errors import DataError, UserError, first_line
+
+HUGGING_FACE = "huggingface:"
+
+
+class TfdsRecords:
+    """A split of a TFDS dataset as records."""
+
+    hint = ""
+
+    def __init__(self, name: str, data: Sequence[Mapping[str, Any]]):
+        self._name = name
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return _read(self.locate(index), lambda: self._data[index])
+
+    def locate(self, index: int) -> str:
+        return f"{self._name} record {index}"
+
+
+def open_records(
+    spec: str, name: str, split: str, data_dir: Any, needed: Sequence[str]
+) -> TfdsRecords:
+    """Returns a split of a dataset.
+
+    Args:
+      spec: the source, for errors.
+      name: NAME[/CONFIG] or a folder.
+      data_dir: as `sources.open_source` takes it.
+      needed: columns that the dataset must have.
+    Raises:
+      DataError: there is no such dataset, split or column, or a file is damaged or missing.
+    """
+    builder = _builder(spec, name, data_dir)
+    # A FeaturesDict, which TFDS's annotation does not say.
+    features: Any = builder.info.features
+    for column in needed:
+        if column not in features:
+            raise DataError(
+                f"source {spec!r}: no column {column!r}, found {', '.join(features)}; "
+                "map it with columns="
+            )
+    try:
+        # TFDS decorates the method, which hides its parameters.
+        data = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+    except NotImplementedError as error:
+        raise DataError(
+            f"source {spec!r}: {builder.data_dir} is not in array_record format; remove it"
+        ) from error
+    except (ValueError, KeyError) as error:
+        found = ", ".join(builder.info.splits)
+        raise DataError(
+            f"source {spec!r}: no split {split!r}, found {found} ({first_line(error)})"
+        ) from error
+    context = f"source {spec!r}"
+    for info in builder.info.splits.values():
+        for file in info.filepaths:
+            _validate_there(file, context)
+    _read(context, lambda: data[0] if len(data) else None)  # opens the first file
+    return TfdsRecords(f"tfds:{builder.name}[{split}]", data)
+
+
+def _validate_there(file: os.PathLike, context: str) -> None:
+    try:
+        paths.validate_regular(paths.path(file))
+    except FileNotFoundError:
+        raise DataError(f"{context}: {file} is missing") from None
+
+
+def _read(context: str, read: Callable[[], Any]) -> Any:
+    """Returns what `read` reads out of files of ArrayRecord."""
+    try:
+        return read()
+    except (IndexError, UserError):
+        raise
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(
+            f"{context}: not a whole file of ArrayRecord ({why})"
+        ) from error
+
+
+def _builder(spec: str, name: str, data_dir: Any) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a dataset by name, or of a folder that TFDS wrote."""
+    if corpora.is_dataset(name):
+        return corpora.open_folder(paths.path(name))
+    if name.startswith((os.sep, ".", "~")) or (os.sep in name and os.path.isdir(name)):
+        raise DataError(
+            f"source {spec!r}: there is no dataset: no {corpora.INFO} in such a folder"
+        )
+    if name.startswith(HUGGING_FACE):
+        reason = network.unreachable(["https://huggingface.co"])
+        if reason:
+            raise DataError(f"source {spec!r}: {reason}; {corpora.OFFLINE}")
+    default = tfds.core.constants.DATA_DIR  # pyright: ignore[reportAttributeAccessIssue]  # lazy
+    data_dir = paths.path(data_dir or default)
+    make = corpora.BUILDERS.get(name) or functools.partial(tfds.builder, name)
+    try:
+        builder = make(data_dir=os.fspath(corpora.writable(data_dir)))
+    except (tfds.core.DatasetNotFoundError, ImportError) as error:
+        names = ", ".join(corpora.BUILDERS)
+        raise DataError(
+            f"source {spec!r}: no such TFDS dataset or folder (our own: {names})"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error, kind=True)
+        raise DataError(
+            f"source {spec!r}: TFDS cannot open it in {data_dir}: {why}"
+        ) from error
+    return corpora.prepare_for(data_dir, builder)
