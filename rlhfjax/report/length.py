@@ -28,7 +28,8 @@ def scatters(
         ]
         if min(len(lengths) for lengths, _ in points) < 4:
             continue
-        svg = figures.scatter(*points, f"{key} reward")
+        of_baseline, of_policy = points
+        svg = figures.scatter(of_baseline, of_policy, f"{key} reward")
         texts = [
             f"{models[role]} {_correlation(*both)}"
             for role, both in zip(COMPARED, points, strict=True)

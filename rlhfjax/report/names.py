@@ -3,35 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rlhfjax import stages
 from rlhfjax.report.workdir import Run, Stage
 
 ROLES = ("baseline", "policy", "pretrained")
-# Names by the kind of the stage that trained a model.
-KINDS = {
-    "pretrain": "pretrained",
-    "sft": "SFT",
-    "ppo": "PPO",
-    "reinforce_pp": "REINFORCE++",
-}
-# Kinds whose algorithm an option names.
-ESTIMATORS = {
-    "rloo": "RLOO",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "dapo": "DAPO",
-    "reinforce": "REINFORCE",
-}
 
 
 def of_stage(stage: Stage) -> str:
     """Returns the name of the model that a stage leaves; the stage's own if it has no other."""
-    config = stage.config
-    if stage.kind == "group":
-        return ESTIMATORS.get(config.get("estimator", ""), stage.name)
-    if stage.kind == "direct":
-        loss = config.get("loss") or {}
-        return str(loss.get("name", stage.name)).upper()
-    return KINDS.get(stage.kind, stage.name)
+    return stages.model_name(stage.config) or stage.name
 
 
 def of_models(run: Run, comparison: Stage | None) -> dict[str, str]:
@@ -64,8 +44,8 @@ def possessive(name: str) -> str:
 
 def _source(config: Mapping[str, Any], role: str) -> str:
     """Returns what a comparison's config names as one of its models; "" if nothing."""
-    options = config if role != "pretrained" else config.get("tax") or {}
-    return str(options.get(role) or "")
+    options = config if role != "pretrained" else config.get("tax")
+    return str(options.get(role) or "") if isinstance(options, Mapping) else ""
 
 
 def _maker(run: Run, source: str) -> Stage | None:

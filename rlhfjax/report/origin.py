@@ -57,10 +57,10 @@ def hardware(start: Mapping[str, Any]) -> str:
     about = start.get("hardware", {})
     if not about:
         return ""
-    hosts = int(about.get("hosts", 1))
+    hosts = about.get("hosts", 1)
     parts = [
         str(about.get("devices", "")),
-        f"{hosts} hosts" if hosts > 1 else "1 host",
+        "1 host" if hosts == 1 else f"{hosts} hosts",
         f"{about.get('cores')} cores",
         str(about.get("system", "")),
     ]

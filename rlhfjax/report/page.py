@@ -120,7 +120,7 @@ SECTIONS = (
     ("result", "Result", ("headlines",)),
     ("stages", "Stages", ()),
     ("times", "Where the time went", ("times",)),
-    ("reward", "Reward and KL", ("frontiers", "over_steps")),
+    ("reward_and_kl", "Reward and KL", ("frontiers", "over_steps")),
     ("length", "Reward and length", ("scatters",)),
     ("tax", "Alignment tax", ("tax",)),
     ("reward_model", "Reward model", ("calibrations", "histograms")),

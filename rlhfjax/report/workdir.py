@@ -20,7 +20,7 @@ Curve = tuple[list[float | int], list[float]]
 """Steps (or KLs), and values; NaN where a value is not finite."""
 
 
-Numbers = NotRequired[list[float | None]]
+Numbers = list[float | None]
 
 
 class Rollout(TypedDict):
@@ -31,10 +31,10 @@ class Rollout(TypedDict):
     response: str
     score: float | None
     pieces: list[str]
-    log_ratio: Numbers
-    reward: Numbers
-    advantage: Numbers
-    value: Numbers
+    log_ratio: NotRequired[Numbers]
+    reward: NotRequired[Numbers]
+    advantage: NotRequired[Numbers]
+    value: NotRequired[Numbers]
 
 
 @dataclasses.dataclass(frozen=True)

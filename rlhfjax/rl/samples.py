@@ -77,25 +77,14 @@ class StepSamples:
 
     def rows(self, kept: Any, count: int) -> list[dict[str, Any]]:
         """Returns the first `count` responses of what `take` returned; all hosts call it."""
-        arrays = hosts.whole(kept)
-        firsts = {
-            name: np.asarray(x)[:count]
-            for name, x in arrays.items()
-            if name not in ("rollout", "beta") and x is not None
+        arrays: dict[str, Any] = {
+            name: x for name, x in hosts.whole(kept).items() if x is not None
         }
-        rollout = Rollout(*(np.asarray(x)[:count] for x in arrays["rollout"]))
-        mask, beta = rollout.mask, float(arrays["beta"]) * self._beta_in_reward
-        log_ratio = (firsts["logprobs"] - firsts["ref_logprobs"]) * mask
-        advantages = firsts["advantages"]
-        if advantages.ndim == 1:
-            advantages = np.broadcast_to(advantages[:, None], mask.shape)
-        per_token = {
-            "log_ratio": log_ratio,
-            "reward": token_rewards(firsts["scores"], log_ratio, mask, beta),
-            "advantage": advantages,
-        }
-        if "values" in firsts:
-            per_token["value"] = firsts["values"]
+        beta = float(arrays.pop("beta")) * self._beta_in_reward
+        rollout: Any = Rollout(*(x[:count] for x in arrays.pop("rollout")))
+        firsts = {name: np.asarray(x)[:count] for name, x in arrays.items()}
+        mask = np.asarray(rollout.mask)
+        per_token = _per_token(firsts, mask, beta)
         rows = (rollout.tokens, rollout.attention_mask, mask)
         prompts, responses = texts(self._tokenizer, *rows)
         return [
@@ -108,6 +97,24 @@ class StepSamples:
             }
             for i in range(len(responses))
         ]
+
+
+def _per_token(
+    arrays: Mapping[str, np.ndarray], mask: np.ndarray, beta: float
+) -> dict[str, np.ndarray]:
+    """Returns the numbers of tokens [n, r] by name."""
+    log_ratio = (arrays["logprobs"] - arrays["ref_logprobs"]) * mask
+    advantages = arrays["advantages"]
+    if advantages.ndim == 1:
+        advantages = np.broadcast_to(advantages[:, None], mask.shape)
+    per_token = {
+        "log_ratio": log_ratio,
+        "reward": token_rewards(arrays["scores"], log_ratio, mask, beta),
+        "advantage": advantages,
+    }
+    if "values" in arrays:
+        per_token["value"] = arrays["values"]
+    return per_token
 
 
 def token_rewards(

@@ -10,7 +10,7 @@ Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO)
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -172,6 +172,12 @@ ESTIMATORS = {
     "dapo": Estimator(group.grpo_advantages, _dapo, ("k1", "k2", "k3")),
     "reinforce": Estimator(None, _reinforce, ("sequence",)),
 }
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """Returns the name of the estimator."""
+    name = str(config.get("estimator", "group"))
+    return "Dr. GRPO" if name == "dr_grpo" else name.upper()
 
 
 roles = policy_roles

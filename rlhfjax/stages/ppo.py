@@ -100,6 +100,9 @@ class Config(PolicyConfig):
     """Optimizer of the value function."""
 
 
+MODEL_NAME = "PPO"
+
+
 def roles(config: Config) -> dict[str, Role]:
     """Returns the roles of every policy stage, and the value function."""
     is_shared = config.value == "shared"

@@ -71,6 +71,7 @@ class Config(PolicyConfig):
     """Probability ratios are clipped to [1 - clip, 1 + clip]."""
 
 
+MODEL_NAME = "REINFORCE++"
 roles = policy_roles
 workload = policy_workload
 
