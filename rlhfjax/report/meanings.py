@@ -22,7 +22,7 @@ What metrics.jsonl, the report and TensorBoard name, by topic. A stage writes it
   `wilson` (shares), `bca` or `t` (means, bootstrap or Student's), or `wald` (regressions).
 - A bad value is one that usually means trouble. Thresholds are rules of thumb, not tests.
 
-This page is made by `python -m rlhfjax.report.meanings` from `rlhfjax/report/metrics.toml`.
+This page is made of `rlhfjax/report/metrics.toml`; see `tests/report/test_meanings.py`.
 """
 
 
@@ -99,7 +99,3 @@ def markdown() -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -150,9 +150,12 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
     """
     found: list[str] = []
     done = ""
-    for end in range(1, min(len(ids), MOST_TOKENS) + 1):
+    count = min(len(ids), MOST_TOKENS)
+    for end in range(1, count + 1):
         text = tokenizer.decode([int(i) for i in ids[:end]])
-        is_whole = not text.endswith("\ufffd") and text.startswith(done)
+        # The next token may complete the last character, unless there is no next one.
+        is_open = text.endswith("\ufffd") and end < count
+        is_whole = not is_open and text.startswith(done)
         found.append(text[len(done) :] if is_whole else "")
         done = text if is_whole else done
     return found

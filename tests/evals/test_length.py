@@ -57,7 +57,12 @@ def test_where_length_decides_everything_the_models_are_equal():
 
 @pytest.mark.parametrize(
     ("policy", "longer"),
-    [([1, 1, 1], [1, 2, 3]), ([0, 0, 0], [1, 2, 3]), ([1, 0, 1], [4, 4, 4]), ([1], [2])],
+    [
+        ([1, 1, 1], [1, 2, 3]),
+        ([0, 0, 0], [1, 2, 3]),
+        ([1, 0, 1], [4, 4, 4]),
+        ([1], [2]),
+    ],
 )
 def test_without_anything_to_regress_it_is_the_win_rate(policy, longer):
     scores = np.array(policy), np.full(len(policy), 0.5)
