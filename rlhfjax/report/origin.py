@@ -9,21 +9,26 @@ from rlhfjax.report.workdir import Run
 def rows(run: Run) -> list[tuple[str, str]]:
     """Returns (name, text) pairs about a run; [] for workdirs of older versions."""
     starts = run.provenance or [row for s in run.stages for row in s.provenance]
-    seeds = _merged(starts, "seeds")
-    for stage in run.stages:
-        seeds |= _merged(stage.provenance, "seeds") if not seeds else {}
-    found = of_starts(starts)
-    if seeds:
-        found.append(("Seeds", _pairs(seeds)))
-    sizes = {
-        stage.name: _merged(stage.provenance[-1:], "parameters")
+    return of_starts(starts) + of_sizes([sizes(run)])
+
+
+def sizes(run: Run) -> dict[str, str]:
+    """Returns the numbers of parameters of each stage's models, by stage."""
+    texts = {
+        stage.name: _numbers(stage.provenance[-1].get("parameters", {}))
         for stage in run.stages
         if stage.provenance
     }
-    for name, parameters in sizes.items():
-        if parameters:
-            found.append((f"Parameters, {name}", _sizes(parameters)))
-    return found
+    return {name: text for name, text in texts.items() if text}
+
+
+def of_sizes(runs: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Returns a pair per stage, with the sizes of all runs where they differ."""
+    stages = dict.fromkeys(name for run in runs for name in run)
+    return [
+        (f"Parameters, {name}", _distinct(run.get(name, "") for run in runs))
+        for name in stages
+    ]
 
 
 def of_starts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -37,6 +42,7 @@ def of_starts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("Command", _distinct(start.get("command", "") for start in starts)),
         ("Commit", _distinct(map(commit, starts))),
         ("Date", f"{when}, {number}"),
+        ("Seeds", _distinct(_pairs(start.get("seeds", {})) for start in starts)),
         ("Hardware", _distinct(map(hardware, starts))),
         ("Versions", _distinct(_pairs(start.get("versions", {})) for start in starts)),
     ]
@@ -67,19 +73,12 @@ def hardware(start: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _sizes(parameters: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+def _numbers(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in values.items())
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _merged(starts: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for start in starts:
-        merged |= start.get(name, {})
-    return merged
 
 
 def _distinct(texts: Iterable[str], most: int = 3) -> str:

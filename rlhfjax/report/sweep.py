@@ -37,6 +37,7 @@ class Result:
     telling: tuple[str, ...] = ()  # metrics of the last stage, most telling first
     page: str = ""  # its report, relative to the sweep's folder
     starts: Sequence[Mapping[str, Any]] = ()  # of its provenance.jsonl
+    sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of models
     kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of stages
 
     @property
@@ -87,7 +88,8 @@ def read_result(
         metrics=metrics,
         telling=telling,
         page=quote(f"{name}/{REPORT}") if (workdir / REPORT).exists() else "",
-        starts=run.provenance,
+        starts=run.provenance or [row for s in run.stages for row in s.provenance],
+        sizes=origin.sizes(run),
         kinds={stage.name: stage.kind for stage in run.stages},
     )
 
@@ -185,6 +187,7 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
     """Returns the page as HTML."""
     template = environment().get_template("sweep.html")
     origin_rows = origin.of_starts([row for result in results for row in result.starts])
+    origin_rows += origin.of_sizes([result.sizes for result in results])
     figures_shown = [(name, _figure(results, name)) for name in metrics]
     sections = {"groups": "Groups", "figures": "Figures", "runs": "Runs"}
     if not figures_shown:
