@@ -199,15 +199,19 @@ def _intervals(
 ) -> str:
     """Returns `Wilson 95 %: LOW to HIGH`, or `BCa 95 %: SFT LOW to HIGH, PPO LOW to HIGH`."""
     if single := _interval(name, metrics, name in PERCENT):
-        return "{} 95 %: {}".format(*single)
+        return _named_interval(*single)
     found: dict[str, list[str]] = {}
     for role in names.ROLES:
         if interval := _interval(f"{name}_{role}", metrics, name in PERCENT):
             method, ends = interval
             found.setdefault(method, []).append(f"{models[role]} {ends}")
     return "; ".join(
-        f"{method} 95 %: {', '.join(ends)}" for method, ends in found.items()
+        _named_interval(method, ", ".join(ends)) for method, ends in found.items()
     )
+
+
+def _named_interval(label: str, ends: str) -> str:
+    return f"{label} 95 %: {ends}"
 
 
 def _interval(
