@@ -52,6 +52,11 @@ class LogConfig:
 
     every: PositiveCount = 10
     """Steps between two lines of metrics.jsonl."""
+    samples_every: Count = 10
+    """Steps between responses in samples_steps.jsonl, after those of step 1; 0: none. Policy stages
+    have them."""
+    samples: PositiveCount = 4
+    """Responses that are written there, the first ones of the step's batch."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
     wandb: str = ""

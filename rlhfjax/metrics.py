@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, NotRequired
 
 import numpy as np
@@ -27,6 +27,7 @@ from rlhfjax.types import Metric, Metrics
 
 Real = float | int
 METRICS_FILE, TIMING_FILE = "metrics.jsonl", "timing.jsonl"
+SAMPLES_FILE = "samples_steps.jsonl"  # responses during training
 UPLOAD_EVERY = 30.0  # seconds between uploads to a bucket, beside those at checkpoints
 
 
@@ -95,6 +96,12 @@ class Row(TypedDict, extra_items=float | None):
     stage: NotRequired[str]  # in the metrics.jsonl of a recipe
 
 
+class _OfStep(TypedDict, extra_items=Any):
+    """A line of any file that a resumed run continues."""
+
+    step: Count
+
+
 def read_rows(path: Path, hint: Any = Row) -> list[dict[str, Any]]:
     """Returns the lines of a stage's metrics.jsonl or timing.jsonl; [] if there is no file.
 
@@ -125,7 +132,7 @@ def _drop_lines_after(path: Path, step: int | None) -> None:
         return
     kept = []
     if step is not None:
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        kept = [row for row in read_rows(path, _OfStep) if row["step"] <= step]
     write_jsonl(path, kept)
 
 
@@ -140,7 +147,7 @@ class Writer:
     """Writes metrics to `metrics.jsonl`, timings to `timing.jsonl`, both to TensorBoard (`tb/`).
 
     `metrics.jsonl` holds only what the run determines, so that a run that is killed and resumed
-    ends with the same bytes. Wall times go to `timing.jsonl`.
+    ends with the same bytes. So does `samples_steps.jsonl`. Wall times go to `timing.jsonl`.
 
     A line reaches the operating system as soon as it is written, and a bucket within UPLOAD_EVERY
     seconds. `flush` forces lines to the disk or the bucket. Call it before every checkpoint, so
@@ -152,6 +159,7 @@ class Writer:
         workdir: str | os.PathLike,
         resume_step: int | None = None,
         *,
+        samples: bool = False,
         tensorboard: bool = True,
         wandb: str = "",
         primary: bool | None = None,
@@ -162,6 +170,7 @@ class Writer:
           workdir: created if missing.
           resume_step: the step of the checkpoint that the run resumes from. Lines of later steps
             are dropped, because they will be written again. None starts from empty files.
+          samples: whether to write `samples_steps.jsonl` as well.
           tensorboard: whether to write `tb/` as well.
           wandb: project in Weights & Biases; empty: off.
           primary: whether this process writes at all; None: only the first host does.
@@ -175,7 +184,9 @@ class Writer:
         self._mirror: paths.Mirror | None = None
         if not (hosts.first() if primary is None else primary):
             return
-        names = (METRICS_FILE, TIMING_FILE)
+        names = [METRICS_FILE, TIMING_FILE]
+        if samples:
+            names.append(SAMPLES_FILE)
         workdir = paths.path(workdir)
         self._mirror = paths.Mirror(workdir, names)
         folder = self._mirror.folder
@@ -195,6 +206,15 @@ class Writer:
     def timing(self, step: int, timings: Mapping[str, Real]) -> None:
         """Writes one line of wall times and rates, which differ from run to run."""
         self._write(TIMING_FILE, step, timings)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes responses of a step, one line each."""
+        if self._mirror is None:
+            return
+        for row in rows:
+            line = json_text.encode({"step": int(step), **row}, SAMPLES_FILE)
+            self._files[SAMPLES_FILE].write(line + "\n")
+        self._files[SAMPLES_FILE].flush()
 
     def _write(self, file: str, step: int, values: Mapping[str, Real]) -> None:
         if not values or self._mirror is None:

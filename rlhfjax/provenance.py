@@ -14,12 +14,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired
 
 import jax
+from typing_extensions import TypedDict
 
 from rlhfjax import hosts, json_text, paths
-from rlhfjax.jsonl import read_jsonl
+from rlhfjax.jsonl import REMEDY, read_jsonl
 from rlhfjax.paths import Path
 from rlhfjax.redact import redact
 
@@ -47,9 +48,26 @@ def record(
     paths.write(workdir / FILE, "".join(lines))
 
 
+class Start(TypedDict, extra_items=Any):
+    """A line of provenance.jsonl."""
+
+    date: NotRequired[str]
+    command: NotRequired[str]
+    commit: NotRequired[str | None]
+    clean: NotRequired[bool | None]
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[dict[str, Any]]
+    seeds: NotRequired[dict[str, int]]
+    parameters: NotRequired[dict[str, int]]
+
+
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the starts of a workdir, in order; [] for workdirs of older versions."""
-    return read_jsonl(workdir / FILE)
+    """Returns the starts of a workdir, in order; [] for workdirs of older versions.
+
+    Raises:
+      DataError: a line is damaged; the message names it and says what to do.
+    """
+    return read_jsonl(workdir / FILE, Start, REMEDY)
 
 
 def about_start() -> dict[str, Any]:

@@ -25,6 +25,22 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+@runtime_checkable
+class Samples(Protocol):
+    """Keeps some of what a step samples, for people to read."""
+
+    wanted: bool
+    """Whether the next step keeps its samples."""
+
+    def take(self) -> Any:
+        """Returns what the step kept, still on the devices; None if nothing."""
+        ...
+
+    def rows(self, kept: Any, count: int) -> list[dict[str, Any]]:
+        """Returns `count` samples as rows of a JSONL file."""
+        ...
+
+
 class Finished(NamedTuple):
     """What a stage writes into its workdir, and its last metrics."""
 
@@ -56,6 +72,7 @@ class Stage:
     open: opens the datasets.
     units: number of units, such as tokens, that a step consumes, for the rate.
     unit: name of the unit.
+    samples: what a step samples; None if it samples nothing.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -66,6 +83,7 @@ class Stage:
     open: Callable[[], Data]
     units: int
     unit: str = "tokens"
+    samples: Samples | None = None
 
     @functools.cached_property
     def data(self) -> Data:

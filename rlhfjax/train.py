@@ -77,7 +77,7 @@ def run(
             where = f"step {start} of {config.steps}"
             logger.info("%s: resuming at %s", config.stage, where)
         with (
-            _open_writer(config, workdir, resumed_step) as writer,
+            _open_writer(stage, config, workdir, resumed_step) as writer,
             metric.Progress(
                 config.steps, stage.unit, title=config.stage, start=start
             ) as progress,
@@ -129,6 +129,7 @@ def run(
                     batch = layout.put(next(batches))
                 with clock.part("step"):
                     step_key = jax.random.fold_in(key, step)
+                    log.before_step(step + 1)
                     state, metrics = stage.step(state, batch, step_key)
                 profile.after_step(step + 1, state)
 
@@ -151,11 +152,12 @@ def _requested_action(
 
 
 def _open_writer(
-    config: TrainConfig, workdir: Path, resumed_step: int | None
+    stage: Stage, config: TrainConfig, workdir: Path, resumed_step: int | None
 ) -> metric.Writer:
     return metric.Writer(
         workdir,
         resumed_step,
+        samples=stage.samples is not None and config.log.samples_every > 0,
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
     )
@@ -279,17 +281,25 @@ class _MetricsLog:
         self._progress = progress
         self._guard = guard
         self._timings = timings
-        self._pending: tuple[int, Metrics] | None = None
+        # Step, metrics, and samples if there are any.
+        self._pending: tuple[int, Metrics, Any] | None = None
+
+    def before_step(self, step: int) -> None:
+        if self._stage.samples is not None:
+            every = self._config.log.samples_every
+            due = every > 0 and (step == 1 or step % every == 0)
+            self._stage.samples.wanted = due
 
     def later(self, step: int, metrics: Metrics) -> None:
         self.flush()
-        self._pending = (step, metrics)
+        kept = self._stage.samples.take() if self._stage.samples is not None else None
+        self._pending = (step, metrics, kept)
 
     def flush(self) -> None:
         """Reads the pending metrics from the devices, checks and writes them."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, kept = self._pending
         self._pending = None
         with self._timings.clock.part("step"):  # waits for the devices
             values = self._read(step, metrics)
@@ -300,6 +310,9 @@ class _MetricsLog:
         if step % self._config.log.every == 0 or step == self._config.steps:
             self._writer.write(step, values)
             self._timings.write_speed(step)
+        if kept is not None and self._stage.samples is not None:
+            rows = self._stage.samples.rows(kept, self._config.log.samples)
+            self._writer.samples(step, rows)
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
         """Checks and writes the metrics of an evaluation; its time does not count as training."""

@@ -1055,8 +1055,8 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         36,
         "report/tables.py",
-        'return f"{label} 95 %: {low} to {high}"',
-        'return f"95 % interval {low} to {high}"',
+        'return f"{label} 95 %: {ends}"',
+        'return f"95 % interval {ends}"',
         "report/test_report.py::test_pitfall_36_an_interval_is_named",
     ),
     d(

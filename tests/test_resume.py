@@ -55,6 +55,7 @@ def assert_same_stage(a: Path, b: Path) -> None:
     )
     for file in (
         "samples.jsonl",
+        "samples_steps.jsonl",
         "preferences/train.jsonl",
         "preferences/validation.jsonl",
         "tokenizer.model",

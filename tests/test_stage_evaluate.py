@@ -8,6 +8,7 @@ import scipy.stats
 
 from rlhfjax import recipe
 from rlhfjax.errors import DataError
+from rlhfjax.metrics import last_values
 from rlhfjax.report import tables, write_report
 from rlhfjax.report.workdir import read_run
 from rlhfjax.stages import evaluate
@@ -108,3 +109,67 @@ def test_pitfall_36_a_response_scored_nan_is_named(
         == f"{context}: the score of prompt 9 is nan; expected a finite number"
     )
     assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_without_a_reward_there_is_no_win_rate_and_the_report_says_so(
+    conversations, finished, tmp_path
+):
+    """A user has no gold reward. The losses on held-out text are those that SFT measured."""
+    held_out = {
+        "spec": f"jsonl:{conversations}/validation.jsonl",
+        "kind": "messages",
+        "split": "all",
+    }
+    tax = {"chats": (held_out,), "texts": (held_out,), "length": 32, "batches": 0}
+    pretrained = str(finished / "01_pretrain")
+    metrics = evaluated(
+        conversations,
+        finished,
+        tmp_path / "run",
+        gold=None,
+        proxy=None,
+        tax=tax | {"pretrained": pretrained},
+    )
+    assert not [name for name in metrics if "gold" in name or "proxy" in name]
+    for stage, loss in (
+        ("02_sft", "chat_loss_baseline"),
+        ("01_pretrain", "text_loss_pretrained"),
+    ):
+        values = last_values(finished / stage)
+        measured = next(x for name, x in values.items() if name.endswith("/val_loss"))
+        assert metrics[f"evaluate/{loss}"] == pytest.approx(measured, rel=1e-5), stage
+    run = read_run(tmp_path / "run")
+    assert len(tables.tax_rows(run)) == 4
+    page = write_report(tmp_path / "run").read_text()
+    assert (
+        "Neither a gold nor a proxy reward was given, so there is no win rate" in page
+    )
+    assert "Alignment tax" in page
+
+
+def test_without_a_gold_reward_the_proxy_decides():
+    n = 8
+    told = {
+        "response": ["a b"] * n,
+        "length": np.arange(n) % 3,
+        "ended": np.ones(n),
+        "cut": np.zeros(n),
+    }
+    results = {
+        "policy": told | {"proxy": np.arange(n) % 2},
+        "baseline": told | {"proxy": np.full(n, 0.5)},
+    }
+    metrics = evaluate.summarize(results)
+    assert metrics["evaluate/proxy_win_rate"] == 0.5
+    assert metrics["evaluate/proxy_difference"] == 0
+    assert not [name for name in metrics if "gold" in name]
+    rows = evaluate.sample_rows(["p"] * n, results["policy"], results["baseline"])
+    assert rows[1] == {
+        "prompt": "p",
+        "policy": "a b",
+        "baseline": "a b",
+        "proxy_policy": 1.0,
+        "proxy_baseline": 0.5,
+        "length_policy": 1.0,
+        "length_baseline": 1.0,
+    }

@@ -13,6 +13,7 @@ from tests.sources import tree
 ROOT = Path(rlhfjax.__file__).parent
 # Words that are stages' names as well, by file.
 OTHER_MEANINGS = {
+    "report/rollouts.py": {"reward"},  # a number per token
     "report/sweep.html": {"group"},  # runs that differ by their seeds alone
     "report/sweep.py": {"group"},
     "report/tables.py": {"reward"},  # a metric

@@ -124,7 +124,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=6 if smoke else 40,
         eval_every=3 if smoke else 4,
         checkpoint={"every": 3 if smoke else 8},
-        log={"every": 1},
+        log={"every": 1, "samples_every": 3 if smoke else 8},
         seed=arg.seed,
         optim={
             "learning_rate": 2e-4,
@@ -147,6 +147,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         gold="gold:sentiment",
         proxy="stage:reward",
         prompts={"source": chats("test"), "limit": 64 if smoke else 256},
+        tax={
+            "chats": (chats("validation"),),
+            "texts": ({"spec": "tfds:kjv", "split": "validation"},),
+            "pretrained": "stage:pretrain",
+            "length": 128,
+            "batches": 2,
+        },
         batch_size=64,
         seed=arg.seed + 1000,
         **sampling,

@@ -21,13 +21,16 @@ BCA_LEAST = 20  # values; with fewer, BCa covers a mean less often than Student'
 ELEMENTS = 2**22  # numbers of resamples in memory at a time
 
 
+METHODS = ("wilson", "bca", "t", "wald")  # of intervals, as metrics name them
+
+
 class Interval(NamedTuple):
     """An estimate with its confidence interval."""
 
     value: float  # the estimate
     low: float
     high: float
-    method: str  # "Wilson", "BCa" or "t"
+    method: str  # "Wilson", "BCa", "t", "Wald" or "Fisher"
 
 
 def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:

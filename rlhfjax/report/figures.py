@@ -243,6 +243,49 @@ def distributions(
         return _svg(figure)
 
 
+def proxy_and_gold(proxy: Curve | None, gold: Curve | None) -> str:
+    """Returns a figure of held-out proxy and gold reward over steps, each with its own axis.
+
+    The proxy is at the left and the gold reward at the right: their units differ.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, left = _axes(3.9, 2.3)
+        left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        left.set_xlabel("step")
+        right = left.twinx() if proxy is not None and gold is not None else left
+        right.grid(right is left)
+        sides = (
+            (left, proxy, "proxy reward", FIRST, "o"),
+            (right, gold, "gold reward", SECOND, "D"),
+        )
+        for axes, curve, label, color, marker in sides:
+            if curve is not None:
+                axes.plot(*_finite(curve), color=color, marker=marker, ms=3, **_SOLID)
+                axes.set_ylabel(label, color=color)
+                axes.tick_params(axis="y", labelcolor=color)
+                axes.yaxis.set_major_locator(MaxNLocator(5))
+        return _svg(figure)
+
+
+def scatter(
+    baseline: tuple[Sequence[float], Sequence[float]],
+    policy: tuple[Sequence[float], Sequence[float]],
+    label: str,
+) -> str:
+    """Returns a figure of reward against length: the policy filled, the baseline as rings.
+
+    Args:
+      baseline, policy: lengths and rewards.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.9, 2.6)
+        rings = {"mfc": "none", "mec": MUTED, "mew": 0.7}
+        axes.plot(*baseline, "o", ms=3.4, ls="", **rings)
+        axes.plot(*policy, "o", ms=3.2, ls="", color=FIRST, mew=0, alpha=0.7)
+        axes.set(xlabel="tokens per response", ylabel=label)
+        return _svg(figure)
+
+
 def spread(
     groups: Mapping[str, Sequence[float]], places: Sequence[float] | None = None
 ) -> str:

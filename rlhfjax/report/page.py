@@ -4,17 +4,19 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from rlhfjax import json_text, paths
 from rlhfjax.metrics import duration
 from rlhfjax.paths import Path
 from rlhfjax.redact import redact
-from rlhfjax.report import figures, tables
+from rlhfjax.report import figures, length, meanings, names, origin, tables
+from rlhfjax.report.downloads import Drawing, drawing
+from rlhfjax.report.rollouts import rollouts
 from rlhfjax.report.workdir import Curve, Run, Stage, read_run
 from rlhfjax.workdirs import Calibration
 
@@ -25,12 +27,14 @@ REPORT = "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One small figure of a stage: a metric, its last values, and the SVG."""
+    """One small figure of a stage: a metric, its last values, and the figure."""
 
     name: str
     train: str
     val: str
-    svg: Markup
+    unit: str
+    hint: str
+    drawing: Drawing
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
@@ -71,23 +75,37 @@ def render(run: Run) -> str:
     seconds = sum(stage.seconds or 0 for stage in run.stages)
     comparisons = [stage for stage in run.stages if compares(stage)]
     others = [stage for stage in run.stages if stage.samples and not compares(stage)]
+    comparison = run.comparisons[-1] if run.comparisons else None
+    models = names.of_models(run, comparison)
+    samples = comparison.samples if comparison and compares(comparison) else []
+    parts: dict[str, Any] = {
+        "headlines": headlines,
+        "frontiers": frontiers(run),
+        "over_steps": over_steps(run),
+        "scatters": length.scatters(samples, models),
+        "tax": tables.tax_rows(run),
+        "calibrations": calibrations(run),
+        "histograms": histograms(run),
+        "comparisons": [(s, s.samples[:FEW], s.samples[FEW:MANY]) for s in comparisons],
+        "rollouts": [r for stage in run.stages if (r := rollouts(stage))],
+        "panels": {stage.name: panels(stage) for stage in run.stages if stage.curves},
+        "examples": [(stage, stage.samples[:FEW]) for stage in others],
+        "origin": origin.rows(run),
+        "times": [tables.goodput_row(s) for s in run.stages if s.goodput],
+    }
     template = environment().get_template("page.html")
     page = template.render(
         run=run,
         finished=all(stage.status == "done" for stage in run.stages),
         total_time=duration(seconds) if seconds else "",
-        headlines=headlines,
-        cards=[row for row in headlines if row.name in tables.CARDS and row.policy],
-        rows=[tables.stage_row(stage) for stage in run.stages],
-        times=[tables.goodput_row(stage) for stage in run.stages if stage.goodput],
-        panels={stage.name: panels(stage) for stage in run.stages if stage.curves},
-        frontiers=frontiers(run),
+        contents=contents(parts),
+        cards=tables.cards(headlines),
+        rewards_note=tables.rewards_note(run),
+        models=models,
+        rows=[(tables.stage_row(s), tables.last_values(s)) for s in run.stages],
         policies=[(*figures.mark(i), s.name) for i, s in enumerate(policies(run))],
         pools=[stage.name for stage in pools(run)],
-        calibrations=calibrations(run),
-        histograms=histograms(run),
-        comparisons=[(s, s.samples[:FEW], s.samples[FEW:MANY]) for s in comparisons],
-        examples=[(stage, stage.samples[:FEW]) for stage in others],
+        **parts,
     )
     return encodable(page)
 
@@ -95,6 +113,33 @@ def render(run: Run) -> str:
 def encodable(page: str) -> str:
     """Returns a page with escapes for what UTF-8 lacks: bytes of a file's name in another code."""
     return page.encode(errors="backslashreplace").decode()
+
+
+# Anchors and titles of the page's sections, and which parts a section needs; none: always there.
+SECTIONS = (
+    ("result", "Result", ("headlines",)),
+    ("stages", "Stages", ()),
+    ("times", "Where the time went", ("times",)),
+    ("reward_and_kl", "Reward and KL", ("frontiers", "over_steps")),
+    ("length", "Reward and length", ("scatters",)),
+    ("tax", "Alignment tax", ("tax",)),
+    ("reward_model", "Reward model", ("calibrations", "histograms")),
+    ("samples", "Samples", ("comparisons",)),
+    ("rollouts", "Samples over training", ("rollouts",)),
+    ("curves", "Curves", ("panels",)),
+    ("examples", "Examples from the stages", ("examples",)),
+    ("origin", "Provenance", ("origin",)),
+    ("configuration", "Configuration", ()),
+)
+
+
+def contents(parts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the table of contents: anchors and titles of the sections that there are."""
+    return [
+        (anchor, title)
+        for anchor, title, needed in SECTIONS
+        if not needed or any(parts[part] for part in needed)
+    ]
 
 
 def turns(prompt: str) -> list[tuple[str, str]]:
@@ -117,20 +162,44 @@ def panels(stage: Stage) -> list[Panel]:
         name: curve for name, curve in stage.curves.items() if len(set(curve[0])) > 1
     }
     telling = [name for name in tables.TELLING if name in curves]
-    names = dict.fromkeys([*telling, *sorted(curves)])
-    bases = dict.fromkeys(name.removeprefix("val_") for name in names)
-    return [_panel(base, curves) for base in bases]
+    ordered = dict.fromkeys([*telling, *sorted(curves)])
+    bases = dict.fromkeys(name.removeprefix("val_") for name in ordered)
+    return [_panel(stage, base, curves) for base in bases]
 
 
-def _panel(base: str, curves: dict[str, Curve]) -> Panel:
+def _panel(stage: Stage, base: str, curves: dict[str, Curve]) -> Panel:
     train = curves.get(base)
     val = curves.get(f"val_{base}")
+    columns = _columns(base, train) | _columns(f"val_{base}", val)
+    svg = figures.curves(train, val)
+    meaning = meanings.find(base, stage.kind)
     return Panel(
         name=base,
         train=_last_value(train),
         val=_last_value(val),
-        svg=Markup(figures.curves(train, val)),
+        unit=meaning.unit if meaning else "",
+        hint=meanings.hint(base, stage.kind),
+        drawing=drawing(f"{stage.name}_{base}", svg, columns),
     )
+
+
+def _columns(name: str, curve: Curve | None) -> dict[str, list]:
+    """Returns the columns of a curve for a CSV file; {} without one."""
+    if curve is None:
+        return {}
+    steps, values = curve
+    return {f"step_{name}": steps, name: values}
+
+
+def over_steps(run: Run) -> list[tuple[str, Drawing]]:
+    """Returns (stage, figure) of held-out proxy and gold reward over steps, of policy stages."""
+    found = []
+    for stage in policies(run):
+        proxy, gold = (stage.curves.get(f"val_{key}") for key in ("proxy", "gold"))
+        columns = _columns("proxy", proxy) | _columns("gold", gold)
+        svg = figures.proxy_and_gold(proxy, gold)
+        found.append((stage.name, drawing(f"{stage.name}_rewards", svg, columns)))
+    return found
 
 
 def _last_value(curve: Curve | None) -> str:
@@ -140,19 +209,28 @@ def _last_value(curve: Curve | None) -> str:
     return tables.number(values[-1])
 
 
-def frontiers(run: Run) -> list[Markup]:
+def frontiers(run: Run) -> list[Drawing]:
     """Returns the figures of proxy and gold reward against KL, those that have any data.
 
     They show validations of policies, best-of-n sampling and the last comparison.
     """
-    svgs = []
+    drawings = []
     for key in ("proxy", "gold"):
-        paths = [_path(stage, key) for stage in policies(run)]
-        best_of_n = [_path(stage, key, "") for stage in pools(run)]
+        paths = {stage.name: _path(stage, key) for stage in policies(run)}
+        best_of_n = {stage.name: _path(stage, key, "") for stage in pools(run)}
         end = _end(run, key)
-        if any(paths) or any(best_of_n) or end:
-            svgs.append(Markup(figures.frontier(key, paths, end, best_of_n)))
-    return svgs
+        if not (any(paths.values()) or any(best_of_n.values()) or end):
+            continue
+        svg = figures.frontier(key, list(paths.values()), end, list(best_of_n.values()))
+        columns = {
+            f"{stage} {column}": values
+            for stage, path in (paths | best_of_n).items()
+            for column, values in path.items()
+        }
+        if end is not None:
+            columns |= {"comparison kl": end[0], f"comparison {key}": end[1]}
+        drawings.append(drawing(f"{key}_and_kl", svg, columns))
+    return drawings
 
 
 def policies(run: Run) -> list[Stage]:
@@ -195,13 +273,18 @@ def _end(run: Run, key: str) -> Curve | None:
     return [0.0, kl], [baseline, policy]
 
 
-def calibrations(run: Run) -> list[tuple[str, Calibration, Markup]]:
+def calibrations(run: Run) -> list[tuple[str, Calibration, Drawing]]:
     """Returns (stage, calibration, figure) of the reward models whose calibration was measured."""
-    return [
-        (stage.name, stage.calibration, Markup(figures.reliability(stage.calibration)))
-        for stage in run.stages
-        if stage.calibration and stage.calibration.get("count")
-    ]
+    found = []
+    for stage in run.stages:
+        calibration = stage.calibration
+        if calibration and calibration.get("count"):
+            bins = ("confidence", "accuracy", "count")
+            columns = {name: calibration[name] for name in bins}
+            svg = figures.reliability(calibration)
+            figure = drawing(f"{stage.name}_calibration", svg, columns)
+            found.append((stage.name, calibration, figure))
+    return found
 
 
 def compares(stage: Stage) -> bool:
@@ -210,7 +293,7 @@ def compares(stage: Stage) -> bool:
     return bool(stage.samples) and all(columns <= row.keys() for row in stage.samples)
 
 
-def histograms(run: Run) -> list[tuple[str, Markup]]:
+def histograms(run: Run) -> list[tuple[str, Drawing]]:
     """Returns the distributions of both models' rewards over the last comparison's samples."""
     stages = [stage for stage in run.comparisons if compares(stage)]
     samples = stages[-1].samples if stages else []
@@ -222,8 +305,10 @@ def histograms(run: Run) -> list[tuple[str, Markup]]:
         baseline = [float(row[f"{key}_baseline"]) for row in rows]
         policy = [float(row[f"{key}_policy"]) for row in rows]
         label = f"{key} reward of a response"
-        svg = Markup(figures.distributions(baseline, policy, label))
-        out.append((f"{key} reward", svg))
+        svg = figures.distributions(baseline, policy, label)
+        columns = {"baseline": baseline, "policy": policy}
+        name = f"{key} reward"
+        out.append((name, drawing(f"{key}_distribution", svg, columns)))
     return out
 
 

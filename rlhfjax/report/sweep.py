@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from markupsafe import Markup
 
 from rlhfjax import json_text, paths
 from rlhfjax.errors import ConfigError
 from rlhfjax.paths import Path
-from rlhfjax.report import figures, tables
+from rlhfjax.report import figures, meanings, origin, tables
+from rlhfjax.report.downloads import Drawing, drawing
 from rlhfjax.report.page import REPORT, encodable, environment
 from rlhfjax.report.workdir import read_run
 
@@ -36,6 +36,9 @@ class Result:
     metrics: dict[str, float]  # the last values; in a recipe named STAGE/METRIC
     telling: tuple[str, ...] = ()  # metrics of the last stage, most telling first
     page: str = ""  # its report, relative to the sweep's folder
+    starts: Sequence[Mapping[str, Any]] = ()  # of its provenance.jsonl
+    sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of models
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of stages
 
     @property
     def group(self) -> str:
@@ -85,6 +88,9 @@ def read_result(
         metrics=metrics,
         telling=telling,
         page=quote(f"{name}/{REPORT}") if (workdir / REPORT).exists() else "",
+        starts=run.provenance or [row for s in run.stages for row in s.provenance],
+        sizes=origin.sizes(run),
+        kinds={stage.name: stage.kind for stage in run.stages},
     )
 
 
@@ -180,6 +186,14 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str:
     """Returns the page as HTML."""
     template = environment().get_template("sweep.html")
+    origin_rows = origin.of_starts([row for result in results for row in result.starts])
+    origin_rows += origin.of_sizes([result.sizes for result in results])
+    figures_shown = [(name, _figure(results, name)) for name in metrics]
+    sections = {"groups": "Groups", "figures": "Figures", "runs": "Runs"}
+    if not figures_shown:
+        del sections["figures"]
+    if origin_rows:
+        sections["origin"] = "Provenance"
     page = template.render(
         title=title,
         results=results,
@@ -187,14 +201,28 @@ def render(title: str, results: Sequence[Result], metrics: Sequence[str]) -> str
         metrics=metrics,
         rows=summary(results),
         sizes={group: len(members) for group, members in groups(results).items()},
-        panels=[(name, _figure(results, name)) for name in metrics],
+        panels=figures_shown,
+        meanings={name: _meaning(results, name) for name in metrics},
+        origin=origin_rows,
+        contents=sections.items(),
     )
     return encodable(page)
 
 
-def _figure(results: Sequence[Result], metric: str) -> Markup:
+def _meaning(results: Sequence[Result], metric: str) -> dict[str, str]:
+    """Returns unit and hint of a metric, which a recipe calls STAGE/NAME."""
+    stage, _, name = metric.rpartition("/")
+    kinds = {name: kind for result in results for name, kind in result.kinds.items()}
+    kind = kinds.get(stage) or next(iter(kinds.values()), "")
+    meaning = meanings.find(name, kind)
+    unit = meaning.unit if meaning else ""
+    return {"unit": unit, "hint": meanings.hint(name, kind)}
+
+
+def _figure(results: Sequence[Result], metric: str) -> Drawing:
     values, places = points(results, metric)
-    return Markup(figures.spread(values, places))
+    svg = figures.spread(values, places)
+    return drawing(metric, svg, values)
 
 
 def points(

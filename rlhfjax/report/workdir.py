@@ -3,18 +3,38 @@
 import dataclasses
 import math
 import statistics
-from typing import Any
+from typing import Any, NotRequired
 
-from rlhfjax import clock, paths, sums, workdirs
+from typing_extensions import TypedDict
+
+from rlhfjax import clock, paths, provenance, sums, workdirs
 from rlhfjax.errors import ConfigError
 from rlhfjax.jsonl import REMEDY, read_jsonl
-from rlhfjax.metrics import METRICS_FILE, TIMING_FILE, read_rows
+from rlhfjax.metrics import METRICS_FILE, SAMPLES_FILE, TIMING_FILE, read_rows
 from rlhfjax.paths import Path
+from rlhfjax.ranges import Count
 from rlhfjax.renamed import STAGES
 from rlhfjax.workdirs import CALIBRATION, Calibration
 
 Curve = tuple[list[float | int], list[float]]
 """Steps (or KLs), and values; NaN where a value is not finite."""
+
+
+Numbers = list[float | None]
+
+
+class Rollout(TypedDict):
+    """A line of samples_steps.jsonl, see `rl.samples`."""
+
+    step: Count
+    prompt: str
+    response: str
+    score: float | None
+    pieces: list[str]
+    log_ratio: NotRequired[Numbers]
+    reward: NotRequired[Numbers]
+    advantage: NotRequired[Numbers]
+    value: NotRequired[Numbers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +51,8 @@ class Stage:
     curves: dict[str, Curve]
     rates: dict[str, float]  # the median of every timing
     samples: list[dict]
+    rollouts: list[dict]  # responses during training, see `rl.samples`
+    provenance: list[dict]  # one line per start
     calibration: Calibration | None
     config: dict
     goodput: clock.Record | None  # None if the stage does not train
@@ -42,6 +64,7 @@ class Run:
 
     name: str
     stages: list[Stage]
+    provenance: list[dict]  # one line per start of the whole run
 
     @property
     def comparisons(self) -> list[Stage]:
@@ -82,7 +105,8 @@ def read_run(workdir: Path) -> Run:
         ]
     else:
         stages = [read_stage(config.get("stage", workdir.name), workdir, config)]
-    return Run(paths.absolute(workdir).name, stages)
+    name = paths.absolute(workdir).name
+    return Run(name, stages, provenance.read(workdir))
 
 
 def read_stage(name: str, folder: Path, config: dict) -> Stage:
@@ -116,6 +140,8 @@ def read_stage(name: str, folder: Path, config: dict) -> Stage:
             name: statistics.median(values) for name, (_, values) in timings.items()
         },
         samples=read_jsonl(folder / "samples.jsonl", remedy=REMEDY),
+        rollouts=read_jsonl(folder / SAMPLES_FILE, Rollout, REMEDY),
+        provenance=provenance.read(folder),
         calibration=_calibration(folder) or ended.get("calibration"),
         config=config,
         goodput=clock.read(folder),

@@ -84,6 +84,7 @@ def policy_stage(
         batch=lambda _: shapes,
         open=open_data,
         units=episodes * config.max_new_tokens,
+        samples=task.samples,
     )
 
 

@@ -14,6 +14,7 @@ from rlhfjax.rl.config import PolicyConfig
 from rlhfjax.rl.iteration import ForwardOutputs, Programs
 from rlhfjax.rl.rewards import add_human_reward
 from rlhfjax.rl.rollout import Rollout, TokenIds, find_token_ids
+from rlhfjax.rl.samples import StepSamples
 from rlhfjax.roles import Loaded, Models, Roles, Sources
 from rlhfjax.types import Metrics, PyTree
 
@@ -28,6 +29,7 @@ class Task(NamedTuple):
     layout: Layout  # the training mesh
     frozen_layout: Layout | None  # the mesh of rewards and reference, if it is another
     reward: Reward
+    samples: StepSamples
     human: Reward | None = None  # added to the reward, with an annealed weight
     gold: Reward | None = None  # measures held-out responses
 
@@ -65,6 +67,26 @@ class Task(NamedTuple):
             scores, human_metrics = add_human_reward(config.human, scores, human, step)
             metrics = {**metrics, **human_metrics}
         return self.layout.put_rows(scores), metrics
+
+    def keep_samples(
+        self,
+        rollout: Rollout,
+        outputs: ForwardOutputs,
+        scores: Any,
+        advantages: Any,
+        metrics: Metrics,
+    ) -> None:
+        """Keeps arrays of this step for samples_steps.jsonl, if the loop wants them."""
+        beta, _ = metrics["kl_coefficient"]
+        self.samples.keep(
+            rollout,
+            scores=scores,
+            logprobs=outputs.logprobs,
+            ref_logprobs=outputs.ref_logprobs,
+            advantages=advantages,
+            beta=beta,
+            values=outputs.values,
+        )
 
     def on_frozen(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function of rows that runs on the mesh of rewards and reference."""
@@ -105,6 +127,7 @@ def open_task(
         layout=layout,
         frozen_layout=frozen_layout,
         reward=load(config.reward, reward_layout, "score"),
+        samples=StepSamples(tokenizer, config.kl.place == "reward"),
         human=load(human, reward_layout, "human") if human else None,
         gold=load(config.gold, layout, "gold") if config.gold else None,
     )

@@ -11,6 +11,8 @@ It may also have:
   `validate(config, layout, model_config)`: raises ConfigError before any stage of a recipe begins;
     `model_config` is that of the first role, None if it is not known;
   `describe(config)`: the contents of the reward.json that the stage leaves;
+  `MODEL_NAME`, or `model_name(config)` of the config as config.json has it: what people call the
+    model that the stage leaves;
   `ON_ONE_HOST = True` of a job that uses no device: `run` is called on the first host only;
   `LEAVES_MODEL = True` of a job that leaves a model in its workdir.
 
@@ -19,6 +21,7 @@ A stage may live outside of this package: `stage="package.module:Name"`, Name be
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +30,7 @@ from ml_collections import ConfigDict, config_dict
 from rlhfjax import renamed, user_code
 from rlhfjax.arguments import did_you_mean
 from rlhfjax.config import defaults
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, UserError
 
 
 def names() -> list[str]:
@@ -75,6 +78,21 @@ def config_class(name: Any) -> type:
     if not isinstance(cls, type):
         raise ConfigError(f"stage {name!r}: {module} has no class {attribute!r}")
     return cls
+
+
+def model_name(config: Mapping[str, Any]) -> str | None:
+    """Returns what people call the model that a stage leaves, such as PPO; None if it has no name.
+
+    Args:
+      config: as config.json has it; of a stage that is not known, there is no name.
+    """
+    try:
+        module = find(config.get("stage"))
+    except UserError:
+        return None
+    if hasattr(module, "model_name"):
+        return module.model_name(config)
+    return getattr(module, "MODEL_NAME", None)
 
 
 def stage_config(stage: str, **values: Any) -> ConfigDict:

@@ -10,7 +10,7 @@ All pairs of a prompt are in one microbatch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -80,6 +80,13 @@ class Config(StreamConfig):
     """Workdir of the reference model; None: the model of `init_from`."""
     reference_logprobs: Literal["live", "precomputed"] = "live"
     """When the reference scores completions: in every step, or in one pass before training."""
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """Returns the name of the loss."""
+    loss = config.get("loss")
+    name = loss.get("name", "") if isinstance(loss, Mapping) else ""
+    return str(name).upper() or "direct"
 
 
 def roles(config: Config) -> dict[str, Role]:

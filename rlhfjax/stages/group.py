@@ -10,7 +10,7 @@ Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO); Liu et al. 2025 (Dr. GRPO)
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -174,6 +174,12 @@ ESTIMATORS = {
 }
 
 
+def model_name(config: Mapping[str, Any]) -> str:
+    """Returns the name of the estimator."""
+    name = str(config.get("estimator", "group"))
+    return "Dr. GRPO" if name == "dr_grpo" else name.upper()
+
+
 roles = policy_roles
 workload = policy_workload
 
@@ -242,6 +248,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
         update_key = stream_key(key, UPDATE)
         state, update_metrics = jitted.update(
             state, experience, batch.text, metrics, update_key, frozen

@@ -100,6 +100,9 @@ class Config(PolicyConfig):
     """Optimizer of the value function."""
 
 
+MODEL_NAME = "PPO"
+
+
 def roles(config: Config) -> dict[str, Role]:
     """Returns the roles of every policy stage, and the value function."""
     is_shared = config.value == "shared"
@@ -177,6 +180,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
         update_key = stream_key(key, UPDATE)
         state, update_metrics = jitted.update(
             state, experience, batch.text, metrics, update_key, frozen

@@ -32,6 +32,7 @@ class Config(LanguageConfig):
     """Let a token attend to earlier documents of its row, as GPT-3 does (appendix B)."""
 
 
+MODEL_NAME = "pretrained"
 roles = language_roles
 workload = language_workload
 validate = validate_streams

@@ -71,6 +71,7 @@ class Config(PolicyConfig):
     """Probability ratios are clipped to [1 - clip, 1 + clip]."""
 
 
+MODEL_NAME = "REINFORCE++"
 roles = policy_roles
 workload = policy_workload
 
@@ -119,6 +120,7 @@ def build(config: Config, layout: Layout, sources: Sources = DISK) -> Stage:
         outputs = forward(params, rollout)
         scores, reward_metrics = task.score(config, scored, state.step)
         experience, metrics = jitted.make_experience(state, outputs, rollout, scores)
+        task.keep_samples(rollout, outputs, scores, experience.advantages, metrics)
         update_key = stream_key(key, UPDATE)
         state, update_metrics = jitted.update(
             state, experience, batch.text, metrics, update_key, frozen

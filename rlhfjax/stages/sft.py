@@ -32,6 +32,7 @@ class Config(LanguageConfig):
     """Name of the stage."""
 
 
+MODEL_NAME = "SFT"
 roles = language_roles
 workload = language_workload
 validate = validate_streams

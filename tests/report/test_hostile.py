@@ -46,7 +46,11 @@ class Structure(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         names = [name for name, _ in attrs]
-        links = [v for k, v in attrs if k in ("href", "src") and not v.startswith("#")]
+        links = [
+            v.partition(",")[0] if v.startswith("data:") else v
+            for k, v in attrs
+            if k in ("href", "src") and not v.startswith("#")
+        ]
         if tag not in ("path", "use", "defs", "g", "text", "clippath", "rect", "svg"):
             self.elements.append((tag, names, links))
         assert not [name for name in names if name.startswith("on")]
