@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhfjax.clock import PARTS
 from rlhfjax.evals.stats import calibration
-from rlhfjax.json_text import null_nonfinite
+from rlhfjax.json_text import null_nonfinite, unicode
 from rlhfjax.metrics import Writer
 
 NASTY = '<script>alert("x")</script> & <b>bold</b> {{ 7 * 7 }} $x^2$'
@@ -49,7 +49,7 @@ def make_stage(
         )
     if done:
         record = {
-            "stage": json_text.unicode(folder.name),
+            "stage": unicode(folder.name),
             "kind": kind,
             "steps": steps,
             "seconds": seconds,
