@@ -22,9 +22,11 @@ def run(fv: Flags) -> None:
     rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart --from=ppo
     """
     if "stages" not in _config(fv):
-        raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
+        raise ConfigError(
+            "this config is a single stage; rlhfjax train --config=… trains it"
+        )
     if fv["from"].value and fv.only:
-        raise ConfigError("give --from or --only, not both")
+        raise ConfigError("--from and --only: give one of them, not both")
     _run(fv)
 
 
@@ -38,7 +40,7 @@ def train(fv: Flags) -> None:
     """
     if "stages" in _config(fv):
         raise ConfigError(
-            "this config is a recipe: rlhfjax run --config=… runs its stages"
+            "this config is a recipe; rlhfjax run --config=… runs its stages"
         )
     _run(fv)
 
@@ -147,7 +149,7 @@ def chat(fv: Flags) -> None:
     """
     if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
-        raise ConfigError(f"chat: give --workdir (a run's) or {model}")
+        raise ConfigError(f"chat: give either --workdir (of a run) or {model}")
     # Said before the seconds that importing jax takes.
     process.log.info("loading %s", fv.model or fv.workdir)
     from rlhfjax import chat_settings, chat_terminal
@@ -179,7 +181,7 @@ def tokenize(fv: Flags) -> None:
     if not names:
         raise ConfigError(
             "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
-            "pip:PACKAGE), once or more often"
+            "pip:PACKAGE), once or several times"
         )
     text = sys.stdin.read() if fv.text is None else fv.text
     tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
@@ -196,6 +198,7 @@ def report(fv: Flags) -> None:
 
     _need(fv, "workdir")
     workdir = path(fv.workdir)
+    process.log.info("writing %s", workdir / "report.html")
     page = write_report(workdir)
     rich.print(summary_table(workdir))
     print(f"report: {page}")

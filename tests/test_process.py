@@ -25,7 +25,7 @@ def command():
 process.exit_on_sigterm()
 process.run(command)
 """
-SAVING = "rlhfjax: Ctrl-C: saving after this step; once more to leave at once\n"
+SAVING = "rlhfjax: Ctrl-C: saving after this step; press it again to quit at once\n"
 SAVED = (
     "rlhfjax: small stopped at step 3 and was saved; run the same command to resume\n"
 )

@@ -404,7 +404,7 @@ def test_a_launcher_takes_the_runs_command_after_its_own(
         ("env 'a", "no closing quotation"),
         (
             "tpu --zone=z",
-            "launch/tpu.py is not in this folder; expected to run in the repository's",
+            "launch/tpu.py is not in this folder; run this in the repository's folder",
         ),
     ],
 )

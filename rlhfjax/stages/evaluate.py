@@ -14,6 +14,7 @@ over them is a KL. A score that is NaN or infinite is an error.
 
 import dataclasses
 import itertools
+import logging
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from rlhfjax.rl.rewards import reference_kl
 from rlhfjax.roles import Role, scorers
 from rlhfjax.sampling.config import Sampling, SamplingConfig
 
+log = logging.getLogger("rlhfjax")
 SAMPLES = "samples.jsonl"
 
 
@@ -142,6 +144,7 @@ def _measure(
         jax.random.key(config.seed),
         layout,
     )
+    log.info("evaluate: sampling and scoring the responses of the %s", name)
     results: dict[str, list] = {}
     with Progress(len(source), "prompts", title=f"evaluate {name}") as progress:
         for rollout, index, cut in batches:
