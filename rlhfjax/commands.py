@@ -25,9 +25,11 @@ def run(fv: Flags) -> None:
         raise ConfigError(
             "this config is a single stage; rlhfjax train --config=… trains it"
         )
-    if fv["from"].value and fv.only:
+    given = {"from": fv["from"].value, "only": fv.only}
+    chosen = [(flag, stage) for flag, stage in given.items() if stage]
+    if len(chosen) > 1:
         raise ConfigError("--from and --only: give one of them, not both")
-    _run(fv)
+    _run(fv, chosen[0] if chosen else None)
 
 
 def train(fv: Flags) -> None:
@@ -50,8 +52,12 @@ def _config(fv: Flags) -> Any:
     return fv.config
 
 
-def _run(fv: Flags) -> None:
-    """Runs a recipe or a stage, or prints what its flags ask for instead."""
+def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
+    """Runs a recipe or a stage, or prints what its flags ask for instead.
+
+    Args:
+      chosen: `from` or `only`, and the stage of it.
+    """
     from rlhfjax import dry_run, experiment, hosts, recipe, rerun
 
     if fv.print_config:
@@ -61,10 +67,7 @@ def _run(fv: Flags) -> None:
     _need(fv, "workdir")
     workdir = path(fv.workdir)
     cache = path(fv.cache) if fv.cache else None
-    choice = None
-    if "stages" in fv.config and (fv["from"].value or fv.only):
-        stage = fv["from"].value or fv.only
-        choice = rerun.Choice("only" if fv.only else "from", stage)
+    choice = rerun.Choice(*chosen) if chosen else None
     if fv.dry_run:
         dry_run.show(fv.config, workdir, choice, cache)
         return

@@ -210,7 +210,7 @@ def test_references_stand_alone_or_after_a_scheme(tmp_path, reference, path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),
+        ({"stages": ["a"]}, "stage 'a' is in `stages` but has no config"),
         ({"stages": ["a"], "a": {}, "b": {}}, "'b' is not in `stages`: a"),
         ({"stages": ["a", "a"], "a": {}}, "a name appears twice"),
         (

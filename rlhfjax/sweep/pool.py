@@ -78,7 +78,8 @@ def run_all(
         finally:
             if running:
                 say(
-                    f"stopping {len(running)} of {len(commands)} runs; press Ctrl-C again to kill them"
+                    f"stopping {len(running)} of {len(commands)} runs; "
+                    "press Ctrl-C again to kill them"
                 )
             _stop([run.process for run in running.values()], received)
             here.close()
