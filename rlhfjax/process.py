@@ -160,7 +160,7 @@ def _watch_keyboard(receiver: socket.socket) -> None:
     while numbers := receiver.recv(64):  # one byte per signal
         presses += numbers.count(signal.SIGINT)
         if presses > 1:
-            _exit_at_once(_interrupted(), Interrupted.exit_code)
+            _exit_at_once(f"interrupted; {_RESUME}", Interrupted.exit_code)
         if presses:
             _print_error(
                 "Ctrl-C: saving after this step; press it again to quit at once"
