@@ -133,9 +133,10 @@ def evaluate(fv: Flags) -> None:
     rlhfjax eval --workdir=runs/quickstart/05_ppo
     rlhfjax eval --workdir=runs/sft --config=my_sft.py --config.eval_batches=100
     """
+    _need(fv, "workdir")
+    process.log.info("evaluating %s; loading JAX", fv.workdir)
     from rlhfjax import hosts, json_text, recipe
 
-    _need(fv, "workdir")
     metrics = recipe.evaluate(fv.config, path(fv.workdir))
     if hosts.first():
         finite = json_text.null_nonfinite(metrics)
@@ -262,6 +263,7 @@ def plan(fv: Flags) -> None:
         rich.print(tables.search_tables(result))
     else:
         topology = target(fv.topology, fv.slices)
+        process.log.info("compiling %s, topology %s", chosen.name, fv.topology)
         result = predict.make_plan(chosen, topology, fv.completions, only=fv.programs)
         rich.print(tables.plan_tables(result))
     if fv.json:
