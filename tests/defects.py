@@ -888,8 +888,8 @@ sample = Program("rollout", _stale_sample, _rollout_shapes)""",
     d(
         32,
         "train.py",
-        "if action == _STOP or (\n                    is_last and hosts.anywhere(stop_requested.is_set())\n                ):",
-        "if is_last and hosts.anywhere(stop_requested.is_set()):",
+        "if action == _STOP or (\n                    is_last and hosts.anywhere(bool(stop_requested))\n                ):",
+        "if is_last and hosts.anywhere(bool(stop_requested)):",
         "test_pitfalls.py::test_pitfall_32_a_preempted_run_ends_after_its_step_saved_and_the_same_command_goes_on",
     ),
     d(
