@@ -22,7 +22,7 @@ def stages(folders: Mapping[str, Path], done: set[str]) -> None:
       done: names of the finished stages.
     """
     if len(done) == len(folders):
-        log.info("all %d stages are done: there is nothing to run", len(folders))
+        log.info("all %d stages are done; there is nothing to run", len(folders))
         return
     names = [f"{name} (done)" if name in done else name for name in folders]
     log.info("stages: %s", ", ".join(names))
@@ -57,7 +57,7 @@ def stage(config: Any, title: str, nets: Sequence[Net], layout: Layout) -> None:
             for net in nets
         ]
         parts.append(_devices(layout))
-    log.info("%s: %s", title, "; ".join(parts) or "it needs no device")
+    log.info("%s: %s", title, "; ".join(parts) or "needs no device")
 
 
 def time_left(seconds: Mapping[str, float | None]) -> None:
@@ -85,7 +85,9 @@ def cached(title: str, done: Mapping[str, Any]) -> None:
     Args:
       done: content of the stage's done.json.
     """
-    log.info("%s: taken from the cache (it took %s s)", title, done["seconds"])
+    log.info(
+        "%s: taken from the cache (computing it took %s s)", title, done["seconds"]
+    )
 
 
 def _note(net: Net) -> str:

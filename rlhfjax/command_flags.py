@@ -67,7 +67,7 @@ def hosts(fv: Flags) -> None:
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "folder that keeps compiled programs for the next start",
+        "folder in which compiled programs are kept for the next start",
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -93,7 +93,7 @@ def cache(fv: Flags, default: str = "") -> None:
     flags.DEFINE_string(
         "cache",
         None,
-        "folder that keeps finished stages; one with the same config, inputs, code and hardware "
+        "folder of finished stages; one with the same config, inputs, code and hardware "
         f"is copied from it instead of computed{default}",
         flag_values=fv,
     )
@@ -110,13 +110,13 @@ def run(fv: Flags) -> None:
     flags.DEFINE_string(
         "from",
         None,
-        "run this stage and those after it again; the stages before it are taken as they are",
+        "run this stage and those after it again; the stages before it are kept",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "only",
         None,
-        "run this stage alone again; finished stages that depend on it are moved away too",
+        "run only this stage again; finished stages that depend on it are moved away",
         flag_values=fv,
     )
 
@@ -314,20 +314,20 @@ def plan(fv: Flags) -> None:
     flags.DEFINE_string(
         "model",
         "",
-        "model_config of an init_from that is not there: PRESET[:field=value,...]; without "
-        "--config: print its arithmetic",
+        "model_config of an init_from that does not exist yet: PRESET[:field=value,...]; "
+        "without --config: print its sizes and FLOPs",
         flag_values=fv,
     )
     flags.DEFINE_string(
         "reward_model",
         "",
-        "model_config of a reward that is not there",
+        "model_config of a reward that does not exist yet",
         flag_values=fv,
     )
     flags.DEFINE_integer(
         "completions",
         2,
-        "completions per prompt, if the data decides it",
+        "completions per prompt, if the data determines it",
         2,
         2**20,
         flag_values=fv,

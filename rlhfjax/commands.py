@@ -22,10 +22,14 @@ def run(fv: Flags) -> None:
     rlhfjax run --config=experiments/quickstart/recipe.py --workdir=runs/quickstart --from=ppo
     """
     if "stages" not in _config(fv):
-        raise ConfigError("this config is one stage: rlhfjax train --config=… runs it")
-    if fv["from"].value and fv.only:
-        raise ConfigError("give --from or --only, not both")
-    _run(fv)
+        raise ConfigError(
+            "this config is a single stage; rlhfjax train --config=… trains it"
+        )
+    given = {"from": fv["from"].value, "only": fv.only}
+    chosen = [(flag, stage) for flag, stage in given.items() if stage]
+    if len(chosen) > 1:
+        raise ConfigError("--from and --only: give one of them, not both")
+    _run(fv, chosen[0] if chosen else None)
 
 
 def train(fv: Flags) -> None:
@@ -38,7 +42,7 @@ def train(fv: Flags) -> None:
     """
     if "stages" in _config(fv):
         raise ConfigError(
-            "this config is a recipe: rlhfjax run --config=… runs its stages"
+            "this config is a recipe; rlhfjax run --config=… runs its stages"
         )
     _run(fv)
 
@@ -48,8 +52,12 @@ def _config(fv: Flags) -> Any:
     return fv.config
 
 
-def _run(fv: Flags) -> None:
-    """Runs a recipe or a stage, or prints what its flags ask for instead."""
+def _run(fv: Flags, chosen: tuple[str, str] | None = None) -> None:
+    """Runs a recipe or a stage, or prints what its flags ask for instead.
+
+    Args:
+      chosen: `from` or `only`, and the stage of it.
+    """
     from rlhfjax import dry_run, experiment, hosts, recipe, rerun
 
     if fv.print_config:
@@ -59,10 +67,7 @@ def _run(fv: Flags) -> None:
     _need(fv, "workdir")
     workdir = path(fv.workdir)
     cache = path(fv.cache) if fv.cache else None
-    choice = None
-    if "stages" in fv.config and (fv["from"].value or fv.only):
-        stage = fv["from"].value or fv.only
-        choice = rerun.Choice("only" if fv.only else "from", stage)
+    choice = rerun.Choice(*chosen) if chosen else None
     if fv.dry_run:
         dry_run.show(fv.config, workdir, choice, cache)
         return
@@ -128,9 +133,10 @@ def evaluate(fv: Flags) -> None:
     rlhfjax eval --workdir=runs/quickstart/05_ppo
     rlhfjax eval --workdir=runs/sft --config=my_sft.py --config.eval_batches=100
     """
+    _need(fv, "workdir")
+    process.log.info("evaluating %s; loading JAX", fv.workdir)
     from rlhfjax import hosts, json_text, recipe
 
-    _need(fv, "workdir")
     metrics = recipe.evaluate(fv.config, path(fv.workdir))
     if hosts.first():
         finite = json_text.null_nonfinite(metrics)
@@ -147,7 +153,7 @@ def chat(fv: Flags) -> None:
     """
     if bool(fv.workdir) == bool(fv.model):
         model = "--model (a folder, hf:FOLDER, gguf:FILE or pip:PACKAGE)"
-        raise ConfigError(f"chat: give --workdir (a run's) or {model}")
+        raise ConfigError(f"chat: give either --workdir (of a run) or {model}")
     # Said before the seconds that importing jax takes.
     process.log.info("loading %s", fv.model or fv.workdir)
     from rlhfjax import chat_settings, chat_terminal
@@ -179,7 +185,7 @@ def tokenize(fv: Flags) -> None:
     if not names:
         raise ConfigError(
             "tokenize: give --model (a workdir, a tokenizer's folder, hf:FOLDER, gguf:FILE or "
-            "pip:PACKAGE), once or more often"
+            "pip:PACKAGE), once or several times"
         )
     text = sys.stdin.read() if fv.text is None else fv.text
     tokenize_text.run(names, text, chat=fv.chat, system=fv.system)
@@ -196,6 +202,7 @@ def report(fv: Flags) -> None:
 
     _need(fv, "workdir")
     workdir = path(fv.workdir)
+    process.log.info("writing %s", workdir / "report.html")
     page = write_report(workdir)
     rich.print(summary_table(workdir))
     print(f"report: {page}")
@@ -256,6 +263,7 @@ def plan(fv: Flags) -> None:
         rich.print(tables.search_tables(result))
     else:
         topology = target(fv.topology, fv.slices)
+        process.log.info("compiling %s, topology %s", chosen.name, fv.topology)
         result = predict.make_plan(chosen, topology, fv.completions, only=fv.programs)
         rich.print(tables.plan_tables(result))
     if fv.json:

@@ -172,7 +172,7 @@ def _stages(
             name=name,
             action=actions[name] + _steps(config, actions[name]),
             runs=runs,
-            models=", ".join(_model(net) for net in nets),
+            models="\n".join(_model(net) for net in nets),
             memory=_memory(config, nets, origins) if nets else None,
             seconds=seconds.get(name) if runs else None,
         )
@@ -303,4 +303,5 @@ def _table(columns: Sequence[str]) -> Table:
 
 
 def _cell(text: str) -> Text:
-    return Text(printable(text))
+    """Returns the lines of a cell, without escapes of the terminal."""
+    return Text("\n".join(map(printable, text.split("\n"))))

@@ -238,7 +238,7 @@ def define_config(
         )
     except config_flags.config_flags.FlagOrderError as e:
         pair = sorted(set(re.findall(r"--config\.[^\s,]+", str(e))))
-        raise ConfigError(f"{' and '.join(pair)}: one holds the other") from None
+        raise ConfigError(f"{' and '.join(pair)}: one contains the other") from None
     except (flags.Error, ValueError, TypeError, LookupError) as e:
         raise ConfigError(f"--config: {first_line(e)}") from None
 

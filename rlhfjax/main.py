@@ -106,7 +106,7 @@ def _greet(argv: list[str]) -> None:
         given[name] = value
     if given.get("config") and given.get("workdir"):
         what = f"{given['config']} in {given['workdir']}"
-        process.log.info("rlhfjax %s: %s; loading", __version__, what)
+        process.log.info("rlhfjax %s: %s; loading JAX", __version__, what)
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Flags] | None:

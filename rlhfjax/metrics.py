@@ -132,7 +132,8 @@ def _drop_lines_after(path: Path, step: int | None) -> None:
         return
     kept = []
     if step is not None:
-        kept = [row for row in read_rows(path, _OfStep) if row["step"] <= step]
+        hint = _OfStep if path.name == SAMPLES_FILE else Row
+        kept = [row for row in read_rows(path, hint) if row["step"] <= step]
     write_jsonl(path, kept)
 
 

@@ -49,7 +49,7 @@ def run(command: Callable[[], None]) -> None:
         _exit(str(e), e.exit_code)
     except BrokenPipeError:  # such as `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _exit("its output was closed before the end", 1)
+        _exit("standard output was closed before the end", 1)
     except OSError as e:
         if e.errno not in _DISK and not e.filename:
             _exit_on_unexpected(e)
@@ -160,9 +160,11 @@ def _watch_keyboard(receiver: socket.socket) -> None:
     while numbers := receiver.recv(64):  # one byte per signal
         presses += numbers.count(signal.SIGINT)
         if presses > 1:
-            _exit_at_once(_interrupted(), Interrupted.exit_code)
+            _exit_at_once(f"interrupted; {_RESUME}", Interrupted.exit_code)
         if presses:
-            _print_error("Ctrl-C: saving after this step; once more to leave at once")
+            _print_error(
+                "Ctrl-C: saving after this step; press it again to quit at once"
+            )
 
 
 def join_hosts(heartbeat_timeout: int, join_timeout: int) -> None:
@@ -219,7 +221,7 @@ def out_of_memory(error: BaseException) -> str:
     detail = f" ({what})" if what else ""
     return (
         f"out of memory{detail}: make the model, batch_size or the lengths smaller, or use"
-        " more devices; rlhfjax plan tells what a stage needs"
+        " more devices; rlhfjax plan shows what a stage needs"
     )
 
 

@@ -223,12 +223,12 @@ def evaluate(
     values = to_dict(config)
     if "stages" in values:
         raise ConfigError(
-            f"{workdir} holds a recipe; name one of its stages: {workdir}/NN_name"
+            f"{workdir} is the workdir of a recipe; name one of its stages: {workdir}/NN_name"
         )
     module = stages.find(values.get("stage", ""))
     if not hasattr(module, "build"):
         raise ConfigError(
-            f"{workdir}: a {values['stage']} has no checkpoint to evaluate;"
+            f"{workdir}: the stage {values['stage']} has no checkpoint to evaluate;"
             " name a stage that trains"
         )
     siblings = {folder.name[3:]: folder for folder in store.numbered(workdir.parent)}
@@ -264,7 +264,7 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     for name in names:
         if not isinstance(config.get(name), Mapping):
             raise ConfigError(
-                f"recipe: stage {name!r} is in `stages` and has no config of its own"
+                f"recipe: stage {name!r} is in `stages` but has no config"
             )
         workdirs.validate_name(name, "recipe: stages", ConfigError)
     extra = sorted(set(config) - set(names) - {"stages"})
@@ -278,7 +278,7 @@ def stage_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
         )
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"recipe: a name stands twice in `stages`: {', '.join(names)}"
+            f"recipe: a name appears twice in `stages`: {', '.join(names)}"
         )
     return {name: workdir / f"{i:02d}_{name}" for i, name in enumerate(names)}
 

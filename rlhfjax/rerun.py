@@ -47,7 +47,7 @@ def run(
     """
     values = to_dict(config)
     if "stages" not in values:
-        raise ConfigError(f"{choice}: this config is one stage, not a recipe")
+        raise ConfigError(f"{choice}: this config is a single stage, not a recipe")
     folders = recipe.stage_folders(values, workdir)
     hosts.share(lambda: _prepare(values, folders, workdir, choice))
     last = choice.stage if choice.flag == "only" else ""
@@ -81,7 +81,7 @@ def to_move(
     for name in before:
         if not (folders[name] / recipe.DONE).exists():
             raise ConfigError(
-                f"{choice}: {name} is not done in {workdir}; run without --{choice.flag}"
+                f"{choice}: {name} is not finished in {workdir}; run without --{choice.flag} first"
             )
     again = chosen(values, folders, choice)
     changed = recipe.differences(workdir, values)

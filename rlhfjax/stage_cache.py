@@ -137,7 +137,9 @@ class Cache:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("%s: another run computes the same; waiting for it", name)
+                log.info(
+                    "%s: another run is computing the same stage; waiting for it", name
+                )
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -86,6 +86,7 @@ def run(
             guard = _FiniteGuard(config, checkpoints)
             timings = _TimingsLog(config, stage, writer, clock, start)
             log = _MetricsLog(config, stage, writer, progress, guard, timings)
+            logger.info("%s: compiling; the first step takes longest", config.stage)
             clock.end_build()
             clock.save()
             vote = hosts.Vote()  # all hosts save and stop at the same step

@@ -50,7 +50,8 @@ def test_a_new_recipe(config, tmp_path, capsys):
     rows = show(config, tmp_path / "run", capsys)
     assert rows["tokenizer"] == "runs"
     assert rows["pretrain"].startswith("runs, 6 steps  model ")
-    assert "reference" in rows["ppo"] and "iB" in rows["ppo"]
+    assert "policy" in rows["ppo"] and "iB" in rows["ppo"]
+    assert "  reference " in rows[""]
     assert "made by collect" in rows[""] and "rows" in rows[""]
     assert "memory: " in rows[""] and "nothing was computed or written" in rows[""]
     assert not (tmp_path / "run").exists()

@@ -134,7 +134,7 @@ def test_overrides_that_contradict_are_refused(file):
     config = experiment.load(str(file)).config
     with pytest.raises(ConfigError, match=r"--config.seed: given 2 times"):
         experiment.overridden(config(), ["--config.seed=1", "--config.seed=2"])
-    with pytest.raises(ConfigError, match="one holds the other"):
+    with pytest.raises(ConfigError, match="one contains the other"):
         words = ["--config.kl.coefficient=1", "--config.kl={'coefficient': 2}"]
         experiment.overridden(config(), words)
     none = experiment.overridden(config(), ["--config.text=None", "--noconfig.on"])

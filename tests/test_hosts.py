@@ -198,7 +198,7 @@ def test_a_job_that_was_given_gpus_does_not_train_on_cpus(
         jax.config.update("jax_platforms", None)
         if given:
             with pytest.raises(
-                ConfigError, match=re.escape(given) + ".*rlhfjax.cuda12"
+                ConfigError, match=re.escape(given) + ".*cuda12"
             ):
                 hosts.validate_accelerators()
         else:

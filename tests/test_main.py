@@ -143,7 +143,7 @@ def configs(tmp_path):
         (("sweep", TINY, "--workdir=W"), "it has no sweep(add)"),
         (("sweep", TINY, "--workdir=W", "--parallel=0"), "--parallel=0"),
         (("eval",), "--workdir is required"),
-        (("chat",), "chat: give --workdir"),
+        (("chat",), "chat: give either --workdir"),
         (("report",), "--workdir is required"),
         (
             ("run", "--config=nowhere.py", "--workdir=W"),
@@ -191,10 +191,10 @@ def configs(tmp_path):
             ("run", TINY, "--workdir=W", "--config.ppo.kl.estimator=k9"),
             "ppo.kl.estimator='k9': expected one of 'k1'",
         ),
-        (("train", TINY, "--workdir=W"), "this config is a recipe: rlhfjax run"),
+        (("train", TINY, "--workdir=W"), "this config is a recipe; rlhfjax run"),
         (
             ("run", "--config=C/stage.py", "--workdir=W"),
-            "this config is one stage: rlhfjax train",
+            "this config is a single stage; rlhfjax train",
         ),
         (("train", "--config=C/syntax.py", "--workdir=W"), "syntax.py:1: "),
         (
@@ -232,7 +232,7 @@ def configs(tmp_path):
         (("run", "--flagfile=/no/such"), "--flagfile: "),
         (("eval", "--host_timeout=x"), "--host_timeout=x: expected int >= 1"),
         (("eval", "--host_timeout=" + "9" * 20), "expected int >= 1 and <= 2147483647"),
-        (("chat", "--model="), "chat: give --workdir"),
+        (("chat", "--model="), "chat: give either --workdir"),
         (("chat", "--temperature=nan"), "--temperature=nan: expected a finite float"),
         (("chat", "--int8=maybe"), "--int8=maybe: expected true or false"),
         (("export", "--dtype=f8"), "--dtype=f8: expected one of float32, bfloat16"),

@@ -210,9 +210,9 @@ def test_references_stand_alone_or_after_a_scheme(tmp_path, reference, path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"stages": ["a"]}, "stage 'a' is in `stages` and has no config"),
+        ({"stages": ["a"]}, "stage 'a' is in `stages` but has no config"),
         ({"stages": ["a"], "a": {}, "b": {}}, "'b' is not in `stages`: a"),
-        ({"stages": ["a", "a"], "a": {}}, "a name stands twice"),
+        ({"stages": ["a", "a"], "a": {}}, "a name appears twice"),
         (
             {"stages": ["a"], "a": {"stage": "bogus"}},
             "stage 'bogus' is unknown; known: ",
@@ -237,8 +237,8 @@ def test_eval_says_again_what_the_run_said_last(finished):
 
 def test_eval_of_what_has_no_checkpoint(finished, tmp_path):
     for folder, said in (
-        (finished, "holds a recipe; name one of its stages"),
-        (finished / "00_tokenizer", "a tokenizer has no checkpoint"),
+        (finished, "is the workdir of a recipe; name one of its stages"),
+        (finished / "00_tokenizer", "the stage tokenizer has no checkpoint"),
         (tmp_path, "no config.json here"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -89,9 +89,9 @@ def test_what_cannot_be_run_again_is_an_error_that_changes_nothing(
 
 def test_stages_before_must_be_done(tmp_path, ran):
     (tmp_path / "00_a" / "done.json").unlink()
-    with pytest.raises(ConfigError, match="--only=b: a is not done in"):
+    with pytest.raises(ConfigError, match="--only=b: a is not finished in"):
         rerun.run(three(), tmp_path, Choice("only", "b"))
-    with pytest.raises(ConfigError, match="this config is one stage"):
+    with pytest.raises(ConfigError, match="this config is a single stage"):
         rerun.run({"stage": "tokenizer"}, tmp_path, Choice("from", "a"))
 
 

@@ -118,7 +118,7 @@ def test_the_sampler_is_compiled_once_a_bucket_and_says_so(finished, caplog):
         True,
         False,
     ]
-    said = [line for line in caplog.messages if "the sampler is compiled" in line]
+    said = [line for line in caplog.messages if "compiling the sampler" in line]
     assert [line.split("prompts of ")[1].split(" tokens")[0] for line in said] == [
         "12",
         "24",

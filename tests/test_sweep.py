@@ -406,7 +406,7 @@ def test_a_launcher_takes_the_runs_command_after_its_own(
         ("env 'a", "no closing quotation"),
         (
             "tpu --zone=z",
-            "launch/tpu.py is not in this folder; expected to run in the repository's",
+            "launch/tpu.py is not in this folder; run this in the repository's folder",
         ),
     ],
 )
@@ -495,7 +495,7 @@ def test_gke_orders_a_sweep_and_no_process_waits_for_a_run(
         and "1 of 2 runs failed: vocab_size=290 (exit code 1" in err
     )
     assert "2 of 2 runs are submitted" in out and "vocab_size=280: Completed" in out
-    assert "does not answer, and is asked again" in out
+    assert "does not answer; asking again" in out
     looks = [
         line
         for line in (tmp_path / "calls").read_text().splitlines()

@@ -75,7 +75,7 @@ def train(folder, resume=None, steps=(1, 2), name="sft/loss"):
 @pytest.mark.parametrize("module", [None, types.ModuleType("wandb")])
 def test_wandb_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
         metrics.Writer(tmp_path / "w", wandb="ours")
     assert not (tmp_path / "w").exists()
 

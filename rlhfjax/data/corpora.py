@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ from rlhfjax.data.rows import SPLITS, split_of
 from rlhfjax.errors import DataError, UserError, first_line, install
 from rlhfjax.paths import Path
 
+log = logging.getLogger("rlhfjax")
 Example = tuple[str, dict[str, Any]]  # key, features
 
 
@@ -257,7 +259,8 @@ def write_quietly(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _write(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes ours, which take seconds, silently; a download by TFDS shows its progress."""
+    """Writes ours, which take seconds, without progress; a download by TFDS shows its own."""
+    log.info("preparing tfds:%s in %s, once", builder.name, builder.data_dir)
     if isinstance(builder, _PackageCorpus):
         write_quietly(builder)
     else:

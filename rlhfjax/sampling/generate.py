@@ -54,7 +54,7 @@ def generate(
     # Under jit this line runs once per compiled program.
     if isinstance(tokens, core.Tracer):
         log.info(
-            "the sampler is compiled for %d prompts of %d tokens, %d responses of %d",
+            "compiling the sampler: %d prompts of %d tokens, %d responses of %d",
             b,
             p,
             n,

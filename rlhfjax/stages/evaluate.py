@@ -19,6 +19,7 @@ them is a KL. A score that is NaN or infinite is an error.
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ from rlhfjax.supervised import (
 )
 from rlhfjax.types import Metrics
 
+log = logging.getLogger("rlhfjax")
 SAMPLES = "samples.jsonl"
 COMPARED = ("policy", "baseline")
 MODELS = (*COMPARED, "pretrained")
@@ -207,6 +209,7 @@ def _measure(
         jax.random.key(config.seed),
         layout,
     )
+    log.info("evaluate: sampling and scoring the responses of the %s", name)
     results: dict[str, list] = {}
     with Progress(len(source), "prompts", title=f"evaluate {name}") as progress:
         for rollout, index, cut in batches:

@@ -70,7 +70,7 @@ def launcher(text: str) -> tuple[str, ...]:
         if not file.is_file():
             raise ConfigError(
                 f"--launcher={first}: {file} is not in this folder; "
-                "expected to run in the repository's"
+                "run this in the repository's folder"
             )
         flags = flags[:-1] if flags[-1:] == ["--"] else flags
         module = (sys.executable, "-m", f"launch.{first}")
@@ -120,7 +120,7 @@ def sweep(
             subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL)
     except (KeyboardInterrupt, Preempted):
         for command in down:
-            print(f"a TPU is left, on which its run goes on; to delete it: {command}")
+            print(f"a TPU is still running its run; to delete it: {command}")
         raise
     finally:
         print(f"table: {collect(runs, workdir, options.metrics)}")

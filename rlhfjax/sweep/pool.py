@@ -59,9 +59,7 @@ def run_all(
                 for name, code, slot, seconds in _ended(running):
                     slots.append(slot)
                     if code == Preempted.exit_code:
-                        say(
-                            f"{name}: preempted after {duration(seconds)}; it starts again"
-                        )
+                        say(f"{name}: preempted after {duration(seconds)}; restarting")
                         waiting.append(name)
                         continue
                     codes[name] = code
@@ -80,7 +78,8 @@ def run_all(
         finally:
             if running:
                 say(
-                    f"stopping {len(running)} of {len(commands)} runs; once more to kill them"
+                    f"stopping {len(running)} of {len(commands)} runs; "
+                    "press Ctrl-C again to kill them"
                 )
             _stop([run.process for run in running.values()], received)
             here.close()

@@ -38,7 +38,7 @@ def run_all(
     while waiting := [name for name in commands if name not in codes]:
         found, error = _ask(states, [jobs[name] for name in waiting])
         if error and error != unknown:
-            say(f"the cluster does not answer, and is asked again: {error}")
+            say(f"the cluster does not answer; asking again: {error}")
         unknown = error
         for name in waiting:
             state = found.get(jobs[name], "")

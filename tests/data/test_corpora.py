@@ -97,7 +97,7 @@ def test_the_bible_is_cut_into_its_1189_chapters(data_dir):
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        DataError, match=r"chitchat_dataset .* pip install 'rlhfjax\[quickstart\]'"
+        DataError, match=r"chitchat_dataset .* pip install -e '\.\[quickstart\]'"
     ):
         corpora.package_file("chitchat_dataset", "dataset.json")
 
@@ -156,6 +156,6 @@ def test_two_processes_may_prepare_at_once(tmp_path):
 
 def test_a_corpus_without_its_package_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'rlhfjax\[quickstart\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[quickstart\]'"):
         open_source("tfds:kjv", data_dir=tmp_path)
     assert not (tmp_path / "kjv" / "1.0.0").exists()

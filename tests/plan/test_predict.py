@@ -116,7 +116,7 @@ def test_topologies_that_there_are_not(name, message):
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlhfjax\[plan\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[plan\]'"):
         topology.target("v5e:2x2")
 
 

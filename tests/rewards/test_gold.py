@@ -123,5 +123,5 @@ def test_gold_scorers_have_names():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(DataError, match=r"pip install 'rlhfjax\[quickstart\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[quickstart\]'"):
         Sentiment()

@@ -430,6 +430,6 @@ def test_every_shape_is_compiled_once_and_logged(caplog):
         jitted(params, *left_padded(lengths, width), keys(4))
     said = [r.getMessage() for r in caplog.records if "sampler" in r.getMessage()]
     assert said == [
-        f"the sampler is compiled for 4 prompts of {p} tokens, 4 responses of 1"
+        f"compiling the sampler: 4 prompts of {p} tokens, 4 responses of 1"
         for p in (7, 9)
     ]
