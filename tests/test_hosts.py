@@ -197,9 +197,7 @@ def test_a_job_that_was_given_gpus_does_not_train_on_cpus(
     try:
         jax.config.update("jax_platforms", None)
         if given:
-            with pytest.raises(
-                ConfigError, match=re.escape(given) + ".*cuda12"
-            ):
+            with pytest.raises(ConfigError, match=re.escape(given) + ".*cuda12"):
                 hosts.validate_accelerators()
         else:
             hosts.validate_accelerators()

@@ -1,6 +1,7 @@
 """A policy stage's step: what each part is given, by parts that keep it."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,10 @@ def test_a_reference_may_be_another_model_than_the_policy(configured, finished):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+EXPERIENCE = types.SimpleNamespace(advantages=jnp.zeros(2))
+PREPARED = {"prepared": (1.0, 1.0), "kl_coefficient": (0.1, 1.0)}
+
+
 class Told:
     """The programs of a stage and its sampler, which keep what they are given, in order."""
 
@@ -85,7 +90,7 @@ class Told:
 
     def make_experience(self, *args):
         self.calls.append(("make_experience", args))
-        return "experience", {"prepared": (1.0, 1.0)}
+        return EXPERIENCE, PREPARED
 
     def update(self, *args):
         self.calls.append(("update", args))
@@ -166,7 +171,7 @@ def test_what_a_step_hands_to_its_parts(configured, monkeypatch):
     )
     np.testing.assert_allclose(given["make_experience"][3], [1 + 4 / 32, 2 - 4 / 32])
     experience, given_text, prepared, update_key, parts = given["update"][1:]
-    assert (experience, prepared) == ("experience", {"prepared": (1.0, 1.0)})
+    assert (experience, prepared) == (EXPERIENCE, PREPARED)
     assert given_text is text
     assert parts == frozen and int(state.step) == 3
     assert not np.array_equal(jax.random.key_data(update_key), jax.random.key_data(KEY))

@@ -442,7 +442,7 @@ def test_a_finished_stage_needs_nothing_any_more(config, tmp_path, started):
     assert "no file matches" in refused(config, workdir, started)
     for i, name in enumerate(tiny.STAGES[:3]):
         (workdir / f"{i:02d}_{name}").mkdir(parents=True)
-        (workdir / f"{i:02d}_{name}" / "done.json").write_text("{}")
+        (workdir / f"{i:02d}_{name}" / "done.json").write_text('{"metrics": {}}')
     recipe.run(config, workdir)
 
 

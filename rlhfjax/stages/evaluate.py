@@ -242,7 +242,9 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Returns the losses of all models on held-out text, per token and per byte."""
     tax, tokenizer = config.tax, models["policy"].tokenizer
-    length = tax.length or config.prompt_length + config.max_new_tokens
+    length = config.prompt_length + config.max_new_tokens
+    if tax.length:
+        length = tax.length
     kinds = {
         "chat": (loader.sft_batches, tax.chats),
         "text": (loader.pretrain_batches, tax.texts),
