@@ -308,10 +308,11 @@ def test_ctrl_c_stops_a_response_and_keeps_what_was_said(saved):
     screen.interactive = True
     screen._read_line = lambda prompt: screen._inputs.readline() or None
     Session(talk, screen).loop()
-    assert re.search(r"\(stopped after \d+ tokens\)", notes.getvalue())
+    stopped = re.search(r"\(stopped after (\d+) tokens\)", notes.getvalue())
+    assert stopped and 1 <= int(stopped[1]) <= 20
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
     first, second = (m["content"] for m in talk.messages[1::2])
-    assert first and len(talk.tokenizer.encode(first)) < 20
+    assert first
     assert visible(second) in out.getvalue()
 
 
