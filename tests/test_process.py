@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# The children of a shell's job in the background ignore SIGINT.
+NOT_IGNORED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 LOOP = """
 import hashlib, sys
 from rlhfjax import process
@@ -34,13 +39,11 @@ SAVED = (
 def start(script: str, *args: str) -> subprocess.Popen:
     """Returns a process that has printed its first line."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *args],
+        [sys.executable, "-c", NOT_IGNORED + script, *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's job in the background ignores SIGINT, and its children do.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline()
     return process
