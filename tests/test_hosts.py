@@ -313,7 +313,9 @@ def pretraining(
     count: int, workdir: Path, tokenizer: Path, data: Path, *flags: str, **options
 ) -> Job:
     """24 steps of pretraining on 4 streams, a checkpoint every fourth."""
-    flags = ("--config.steps=24", "--config.checkpoint.every=4", *flags)
+    if not any(flag.startswith("--config.checkpoint.every=") for flag in flags):
+        flags = ("--config.checkpoint.every=4", *flags)
+    flags = ("--config.steps=24", *flags)
     arg = f",only=pretrain,tokenizer={tokenizer}"
     return Job(count, workdir, data, *flags, command="train", arg=arg, **options)
 
