@@ -2,7 +2,8 @@
 
 A stage takes a fixed time (reading, compiling, evaluating, saving) and the time of its work: the
 FLOPs of its passes, and the tokens that it decodes, which take longer than their FLOPs say. A stage
-that ends is kept in ~/.cache/rlhfjax/rates.json with its work and its seconds. An estimate takes
+that ends is kept in ~/.cache/rlhfjax/rates.json with its work and its seconds, unless it was too
+short to tell a rate. An estimate takes
 
   the last stage of the same kind whose model has about the same size, and scales its work; or
   the FLOP/s of a stage that decodes nothing, and the tokens/s of one that decodes, each the one
@@ -31,6 +32,9 @@ from rlhfjax.paths import Path
 from rlhfjax.roles import Pass, Workload
 
 MOST_KEPT = 200
+# Seconds, and steps of training, from which a rate can be told: first steps are slow.
+SHORTEST = 3.0
+FEWEST = 10
 _FILE = "~/.cache/rlhfjax/rates.json"
 _ROLLOUT = "rollout"  # the program whose passes are counted as decoded tokens
 
@@ -65,6 +69,7 @@ class Measured(TypedDict):
     decoded: float
     programs: int
     trains: bool
+    steps: int
     seconds: float  # of the work
     fixed: float  # seconds of everything else
 
@@ -162,7 +167,7 @@ def estimate(
       folders: their workdirs.
     """
     measured, device = kept(), device_name()
-    measured = [one for one in measured if one["device"] == device]
+    measured = [one for one in measured if one["device"] == device and _tells(one)]
     earlier: dict[str, Any] = {}
     result: dict[str, float | None] = {}
     for name, config in configs.items():
@@ -230,6 +235,15 @@ def _fixed(work: Work, measured: Sequence[Measured]) -> float:
     return model["fixed"] * (1 + work.programs) / (1 + model["programs"])
 
 
+def _tells(one: Measured) -> bool:
+    """Returns whether a stage worked for long enough; one without work tells its fixed seconds."""
+    if not work_of(one).load:
+        return True
+    only_trains = one["trains"] and not one["decoded"]
+    enough_steps = one["steps"] >= FEWEST or not only_trains
+    return one["seconds"] >= SHORTEST and enough_steps
+
+
 def _only_passes(one: Measured) -> bool:
     return one["flops"] > 0 and not one["decoded"]
 
@@ -269,9 +283,12 @@ def keep(config: Any, nets: Sequence[Net], clock: Clock) -> None:
         "kind": config.stage,
         "device": device_name(),
         **stage_work._asdict(),  # pyright: ignore[reportAssignmentType]
+        "steps": _number_of_steps(stages.find(config.stage), config) or 0,
         "seconds": busy,
         "fixed": total - busy,
     }
+    if not _tells(row):
+        return  # it would replace what a longer run has measured
     key = ("kind", "device", "parameters")
     others = [one for one in kept() if any(one[name] != row[name] for name in key)]
     rows = [*others, row][-MOST_KEPT:]

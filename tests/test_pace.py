@@ -17,6 +17,7 @@ SFT = {
     "decoded": 0.0,
     "programs": 1,
     "trains": True,
+    "steps": 40,
     "seconds": 3.0,
     "fixed": 10.0,
 }
@@ -27,6 +28,7 @@ COLLECT = SFT | {
     "decoded": 500.0,
     "programs": 2,
     "trains": False,
+    "steps": 6,
     "seconds": 6.5,
     "fixed": 4.0,
 }
@@ -176,3 +178,17 @@ def test_the_file_is_in_the_home_or_nowhere(monkeypatch):
 )
 def test_an_estimate_is_rounded(seconds, text):
     assert metrics.about(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "changes, tells",
+    [
+        ({}, True),
+        ({"seconds": 2.9}, False),
+        ({"steps": 2, "seconds": 60.0}, False),  # the first steps were slow
+        ({"steps": 2, "seconds": 60.0, "decoded": 100.0}, True),
+        ({"steps": 0, "seconds": 0.0, "flops": 0.0, "decoded": 0.0}, True),
+    ],
+)
+def test_a_stage_that_was_too_short_tells_no_rate(changes, tells):
+    assert pace._tells(SFT | changes) == tells
