@@ -29,6 +29,14 @@ def parse(fv: flags.FlagValues, argv: Sequence[str], *, once: bool = True) -> li
         rest = fv(list(argv))
     except flags.Error as e:
         raise flags.IllegalFlagValueError(_explain(fv, argv, str(e))) from None
+    except RecursionError:  # absl looks for names that are like a long one
+        longest = max(argv, key=len)
+        raise flags.IllegalFlagValueError(
+            f"{_cut(longest)}: there is no such flag"
+        ) from None
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        # An override of a place that the config, with the overrides before it, does not have.
+        raise flags.IllegalFlagValueError(_cut(str(e).strip("\"'"), 200)) from None
     for flag in {id(fv[name]): fv[name] for name in fv}.values():
         if once and flag.present > 1 and not isinstance(flag, flags.MultiFlag):
             raise flags.IllegalFlagValueError(

@@ -272,6 +272,8 @@ def name_of(overrides: Mapping[str, Any]) -> str:
     The name depends on this run's overrides alone, so that a sweep may grow. Unsuitable characters
     are replaced and a long name is cut; then a hash of the full name keeps it unique.
     """
+    for key in overrides:
+        _validate_text(key, key)
     items = [
         f"{key.removeprefix(ARG)}={_name_of_value(key, value)}"
         for key, value in overrides.items()
