@@ -107,7 +107,7 @@ def least(nets: Sequence[Net], workload: Workload) -> dict[str, Number]:
 
 
 def cache_bytes(config: TransformerConfig, rows: int, tokens: int) -> Number:
-    """Returns the bytes of the keys and values of so many rows and tokens."""
+    """Returns the bytes of the keys and values of `tokens` tokens in each of `rows` rows."""
     return kv_cache_bytes(config, rows, tokens, number_bytes(config))
 
 

@@ -93,7 +93,7 @@ def _print_next_steps(workdir: Any) -> None:
 def sweep(fv: Flags) -> None:
     """Runs variants of an experiment and compares them.
 
-    The sweep(add) of the experiment's file says which. Each has a folder of its own; a table and a
+    The sweep(add) of the experiment's file says which. Each has its own folder; a table and a
     page compare them. The same command, given again, runs what is not finished.
 
     rlhfjax sweep --config=experiments/quickstart/recipe.py --workdir=runs/kl

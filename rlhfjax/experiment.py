@@ -250,7 +250,7 @@ def validate_option(config: ConfigDict, option: str, flag: str) -> None:
     for part in option.split("."):
         name, *indices = re.split(r"\[(\d+)\]", part)
         if not isinstance(node, Mapping | ConfigDict):
-            raise ConfigError(f"{flag}: {place} has no options of its own")
+            raise ConfigError(f"{flag}: {place} has no options")
         if name not in node:
             raise ConfigError(
                 f"{flag}: the config has no option {name!r}{_hint(name, node)}"

@@ -23,7 +23,7 @@ import pydantic
 import pydantic_core
 
 from rlhfjax import paths
-from rlhfjax.errors import DataError, UserError
+from rlhfjax.errors import DataError, UserError, cut
 from rlhfjax.paths import Path
 
 Object = dict[str, Any]
@@ -187,8 +187,7 @@ def _adapter(hint: Any) -> pydantic.TypeAdapter:
 
 def shown(value: Any, most: int = 60) -> str:
     """Returns a value for an error message: its repr, cut to a length."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
+    return cut(repr(value), most)
 
 
 def named(name: str, most: int = 100) -> str:

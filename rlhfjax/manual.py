@@ -194,7 +194,7 @@ def _wrap(text: str, indent: str = "") -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Returns two columns; a long name has a line of its own."""
+    """Returns two columns; a long name has a separate line."""
     fitting = [len(name) for name, _ in rows if len(name) <= 28]
     column = max(fitting, default=0) + 4
     lines: list[str] = []

@@ -84,7 +84,7 @@ def work_of(measured: Measured) -> Work:
 def model_passes(nets: Sequence[Net], workload: Workload) -> Iterator[tuple[Pass, Net]]:
     """Yields the passes of a step with their models.
 
-    A reward of several models has a pass for each of them, in a program of its own.
+    A reward of several models has a pass for each of them, in a separate program.
     """
     for model_pass in workload.passes:
         for net in nets:

@@ -7,7 +7,7 @@ A value is a secret by its form, which its issuer documents, or by the name that
     OPENAI_KEY=sk-…               by both
     x = "Bearer abc…"             by its form
     HF_TOKEN=abcdefgh             by its name
-    ppo.truncate.token=<|end|>    no secret: an option of ours, whose value has no secret's form
+    ppo.truncate.token=<|end|>    no secret: our option, whose value has no secret's form
 """
 
 import math

@@ -157,7 +157,9 @@ def _identified(value: Any, keys: Mapping[str, str | NoKey]) -> Any:
     """Returns a config with keys and contents in the place of files and folders."""
     if isinstance(value, Mapping):
         if value.get("kind") == "rule":
-            raise NoKey(f"a rule runs code of its own: {value.get('function')}")
+            raise NoKey(
+                f"a rule runs code from outside of rlhfjax: {value.get('function')}"
+            )
         return {name: _identified(part, keys) for name, part in value.items()}
     if isinstance(value, list):
         return [_identified(part, keys) for part in value]
@@ -166,7 +168,7 @@ def _identified(value: Any, keys: Mapping[str, str | NoKey]) -> Any:
 
 def _identified_text(text: str, keys: Mapping[str, str | NoKey]) -> Any:
     if text.startswith("rule:"):
-        raise NoKey(f"a rule runs code of its own: {text}")
+        raise NoKey(f"a rule runs code from outside of rlhfjax: {text}")
     for folder, key in keys.items():
         if folder in text:
             if isinstance(key, NoKey):

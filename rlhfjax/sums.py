@@ -1,6 +1,6 @@
 """Checksums of the small files that a folder's reader depends on: checksums.json.
 
-Weights have checksums of their own, see `checkpoint`. The config of a model is kept as a copy
+Weights have separate checksums, see `checkpoint`. The config of a model is kept as a copy
 instead, because it is the same with an option at its default and without it.
 """
 

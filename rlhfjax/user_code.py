@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rlhfjax.errors import ConfigError, first_line
+from rlhfjax.errors import ConfigError, cut, first_line
 
 SIGNATURE = "def f(prompt: str, response: str, metadata: dict) -> float"
 RULE = f"package.module:function with {SIGNATURE}"
@@ -66,7 +66,7 @@ def load(name: str, kind: str, expected: str) -> Any:
     loaded = load_module(module, f"{kind} {_shown(name)}", expected)
     try:
         return getattr(loaded, attribute)
-    except Exception:  # a module may have a __getattr__ of its own
+    except Exception:  # a module may have its own __getattr__
         raise ConfigError(
             f"{kind} {_shown(name)}: the module {module} has no {attribute!r};"
             f" expected {expected}"
@@ -161,4 +161,4 @@ def _shown(name: str) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+    return cut(text, MOST_SHOWN)

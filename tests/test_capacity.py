@@ -81,12 +81,19 @@ def test_what_needs_more_than_there_is_names_both(
 
 
 def test_what_is_finished_needs_nothing(laptop, tmp_path):
+    changes = {"batch_size": 2**20, "length": 2**10}
+    with pytest.raises(ConfigError, match=r"^pretrain: needs at least"):
+        validate(tmp_path, "pretrain", changes)
     (tmp_path / "01_pretrain").mkdir()
     (tmp_path / "01_pretrain" / recipe.DONE).write_text("{}")
-    validate(tmp_path, "pretrain", {"batch_size": 2**20, "length": 2**10})
+    validate(tmp_path, "pretrain", changes)
 
 
-def test_recipes_that_fit_pass(laptop, tmp_path):
+def test_a_recipe_passes_where_there_is_enough_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(capacity, "devices_memory", lambda: 1e5)
+    with pytest.raises(ConfigError, match=r"^pretrain: needs at least"):
+        validate(tmp_path, "pretrain", {})
+    monkeypatch.setattr(capacity, "devices_memory", lambda: 4 * GIB)
     validate(tmp_path, "pretrain", {})
 
 

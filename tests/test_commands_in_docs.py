@@ -1,6 +1,6 @@
 """Every command in README, docs and the cards of experiments: a reader can type it.
 
-A command of ours is parsed by the command line itself, with the config file and its overrides, and
+An rlhfjax command is parsed by the command line itself, with the config file and its overrides, and
 the resulting config is validated. What stands for a value of the reader, such as DIR or `…`, is
 left out. Commands that a page marks are run by the nightly tests, see `doc_commands.py`.
 """

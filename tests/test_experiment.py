@@ -108,7 +108,7 @@ OVERRIDES = {
     "seed=": "--config.seed=: expected int",
     "seed": "--config.seed: a value is missing; expected --config.seed=VALUE",
     "sead=1": "the config has no option 'sead'; did you mean seed?",
-    "seed.x=1": "--config.seed.x: seed has no options of its own",
+    "seed.x=1": "--config.seed.x: seed has no options",
     "=1": "the config has no option ''",
     "kl..coefficient=1": "the config has no option ''",
     "kl.coefficient=x": "--config.kl.coefficient=x: expected float",

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a training loop and outside of it, in a process of their own."""
+"""Ctrl-C and SIGTERM in a training loop and outside of it, in separate processes."""
 
 import signal
 import subprocess

@@ -4,7 +4,7 @@ Chat templates are programs that come with other people's models. Jinja's sandbo
 everything but their arguments. It does not keep them from running for ever or from filling memory,
 so every rendering has a `Budget`, see `template_cost`.
 
-The limit is counted in this process. A process of its own for each template could be stopped from
+The limit is counted in this process. A separate process for each template could be stopped from
 outside, but rendering is done once per conversation, and a message to another process takes longer
 than a rendering. A clock would make the result depend on the machine, and no clock interrupts
 `10**10**8`. What a template does can be counted in advance, because all that it can do is in
@@ -223,7 +223,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if args:
                 args = tuple(_materialized(args))
             self.budget.spend(template_cost.method(self.budget, owner, name, args))
-            for name in _INTERNAL:  # which Jinja adds for functions of its own
+            for name in _INTERNAL:  # which Jinja adds for its own functions
                 kwargs.pop(name, None)
             return function(*args, **kwargs)
         cost = CALL + ITEM * len(args)

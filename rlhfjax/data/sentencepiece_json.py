@@ -1,4 +1,4 @@
-"""A SentencePiece model of ours as a tokenizer.json that gives the same ids.
+"""Our SentencePiece model as a tokenizer.json that gives the same ids.
 
 SentencePiece                            tokenizer.json
 --------------------------------------   --------------------------------------------------------
@@ -26,7 +26,7 @@ from rlhfjax.data.tokenizer_files import CONFIG_FILE, FILE, read_config
 from rlhfjax.paths import Path
 
 MODEL_FILE = "tokenizer.model"
-# A key of ours in tokenizer_config.json: the file that tokenizer.json was converted from.
+# Our key in tokenizer_config.json: the file that tokenizer.json was converted from.
 CONVERTED_FROM = "rlhfjax_converted_from"
 _SPACE = "\u2581"  # how SentencePiece spells a blank
 _BPE = 2  # of TrainerSpec.ModelType

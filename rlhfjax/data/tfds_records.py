@@ -123,7 +123,7 @@ def _data_dir(given: Any) -> paths.Path:
 
 
 def _named(spec: str, name: str, data_dir: paths.Path) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a dataset of TFDS's catalogue, or of ours."""
+    """Returns the builder of a dataset of TFDS's catalogue, or one of our datasets."""
     if name.startswith((os.sep, ".", "~")) or (os.sep in name and os.path.isdir(name)):
         raise DataError(
             f"source {spec!r}: there is no dataset: no {corpora.INFO} in such a folder"

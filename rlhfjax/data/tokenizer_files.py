@@ -1,7 +1,7 @@
 """Reads the files of a Hugging Face tokenizer, and validates what the library does not.
 
 The library takes an added token's id for a wish, ids of 2^32 for a vocabulary, and panics on some
-options: then it prints a traceback of its own.
+options: then it prints its own traceback.
 """
 
 import codecs

@@ -4,12 +4,11 @@ Numpy, float64.
 """
 
 import math
-import statistics
 
 import numpy as np
 from jaxtyping import Float, Num
 
-from rlhfjax.evals.stats import Interval, win_rate
+from rlhfjax.evals.stats import Interval, normal_quantile, win_rate
 
 
 def length_controlled_win_rate(
@@ -50,13 +49,17 @@ def length_controlled_win_rate(
         return plain
     difference = policy.astype(np.float64) - baseline.astype(np.float64)
     outcome = (np.sign(difference) + 1) / 2
-    features = np.stack([np.ones(len(outcome)), np.tanh(longer / spread)], axis=1)
+    intercept = np.ones(len(outcome))
+    features = np.stack([intercept, np.tanh(longer / spread)], axis=1)
     weights, covariance = _logistic(features, outcome, np.array([0.0, ridge]))
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    half = z * math.sqrt(covariance[0, 0])
     theta = float(weights[0])
-    low, value, high = (_sigmoid(x) for x in (theta - half, theta, theta + half))
-    return Interval(value, low, high, "Wald")
+    half = normal_quantile(level) * math.sqrt(covariance[0, 0])
+    return Interval(
+        _sigmoid(theta),
+        _sigmoid(theta - half),
+        _sigmoid(theta + half),
+        "Wald",
+    )
 
 
 def _logistic(
@@ -70,12 +73,14 @@ def _logistic(
     for _ in range(100):
         p = 1 / (1 + np.exp(-features @ weights))
         gradient = features.T @ (p - outcome) + ridge * weights
-        curvature = features.T * (p * (1 - p)) @ features + np.diag(ridge)
+        variance = p * (1 - p)
+        curvature = (features.T * variance) @ features + np.diag(ridge)
         covariance = np.linalg.inv(curvature)
         step = covariance @ gradient
+        longest = float(np.abs(step).max())
         # A full step overshoots where the sigmoids are saturated.
-        weights = weights - step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-10:
+        weights = weights - step / max(1.0, longest)
+        if longest < 1e-10:
             break
     return weights, covariance
 
@@ -95,10 +100,12 @@ def correlation(
     """
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    r = float(np.corrcoef(x.astype(np.float64), y.astype(np.float64))[0, 1])
-    r = min(max(r, -1.0), 1.0)
+    matrix = np.corrcoef(x.astype(np.float64), y.astype(np.float64))
+    r = min(max(float(matrix[0, 1]), -1.0), 1.0)  # rounding may leave [-1, 1]
     if abs(r) == 1:
         return Interval(r, r, r, "Fisher")
-    half = statistics.NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(len(x) - 3)
+    half = normal_quantile(level) / math.sqrt(len(x) - 3)
     center = math.atanh(r)
-    return Interval(r, math.tanh(center - half), math.tanh(center + half), "Fisher")
+    low = math.tanh(center - half)
+    high = math.tanh(center + half)
+    return Interval(r, low, high, "Fisher")

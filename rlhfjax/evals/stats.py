@@ -58,7 +58,7 @@ def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:
             f"{wins} wins of {n}: expected at least one comparison, and no more wins"
         )
     p = wins / n
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    z = normal_quantile(level)
     center = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -66,6 +66,11 @@ def wilson(wins: float | int, n: int, *, level: float = 0.95) -> Interval:
     low = 0.0 if wins == 0 else (center - half) / scale
     high = 1.0 if wins == n else (center + half) / scale
     return Interval(p, low, high, "Wilson")
+
+
+def normal_quantile(level: float) -> float:
+    """Returns z such that a standard normal variable is in [-z, z] with probability `level`."""
+    return statistics.NormalDist().inv_cdf((1 + level) / 2)
 
 
 def win_rate(

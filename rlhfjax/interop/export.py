@@ -94,7 +94,7 @@ def _summary(exported: Exported, sizes: dict[str, int]) -> str:
     if MODEL_FILE in sizes and TOKENIZER_JSON not in sizes:
         lines.append(
             f"no {TOKENIZER_JSON}, so AutoTokenizer cannot read it: "
-            f"only BPE tokenizers of ours are converted; {MODEL_FILE} is for SentencePiece"
+            f"only our BPE tokenizers are converted; {MODEL_FILE} is for SentencePiece"
         )
     lines.append(f"{_CARD}: add the license and the data before you publish it")
     lines.append("load it in Python:")

@@ -355,7 +355,7 @@ def _validate_scale(folder: Path, module: str, config: Mapping[str, Any]) -> Non
     scale = pattern("alpha_pattern", "lora_alpha") / pattern("rank_pattern", "r")
     if not np.isclose(scale, config["lora_alpha"] / config["r"]):
         raise CheckpointError(
-            f"{folder / CONFIG}: {module} has a scale of its own, {scale}, "
+            f"{folder / CONFIG}: {module} has its own scale, {scale}, "
             "where ours have one for all"
         )
 

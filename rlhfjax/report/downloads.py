@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-# Colors of a file of its own, by the page's CSS variables: those of the light page.
+# Colors of a separate file, by the page's CSS variables: those of the light page.
 LIGHT = {
     "--ink": "#1c1d20",
     "--muted": "#6b6e76",
@@ -38,7 +38,7 @@ class Drawing:
 
     @property
     def svg_link(self) -> str:
-        """The figure as a file of its own, in a data: link."""
+        """The figure as a separate file, in a data: link."""
         content = _encoded(standalone(self.markup))
         return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 

@@ -107,5 +107,5 @@ def _token(row: dict, i: int, scales: dict[str, float]) -> Token:
         hints.append(f"{label} {tables.number(x)}")
     text = row["pieces"][i]
     if not text and i + 1 == len(row["pieces"]):
-        text = "\u2205"  # an end of sequence has no text of its own, and still a reward
+        text = "\u2205"  # an end of sequence has no text, but it has a reward
     return Token(text, ";".join(styles), ", ".join(hints))

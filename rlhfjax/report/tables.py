@@ -39,7 +39,7 @@ PERCENT = {
     "empty",
     "prompts_cut",
 }
-# Losses on held-out text, which have a table of their own.
+# Losses on held-out text, which have a separate table.
 TAX = {
     "chat_loss": "Held-out conversations",
     "chat_nats_per_byte": "Held-out conversations",

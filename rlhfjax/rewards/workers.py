@@ -41,7 +41,7 @@ def find_function(name: str) -> Callable[..., Any]:
 
 
 def validate_function(name: str) -> None:
-    """Validates a rule in a process of its own, which the rule's module may hang or end.
+    """Validates a rule in a separate process, which the rule's module may hang or end.
 
     Raises:
       ConfigError: it cannot be imported, or is no function of (prompt, response, metadata).

@@ -396,7 +396,7 @@ def test_errors_are_one_line(smollm, tmp_path):
         (("model", "merges"), ["a b c"], "not a tokenizer"),
         (("model", "dropout"), 0.5, "model.dropout is 0.5: accepted is null"),
         (("model", "unk_token"), "<u>", "model.unk_token '<u>' is none of its tokens"),
-        # The library panics, with a traceback of its own.
+        # The library panics, with its own traceback.
         (
             ("model", "continuing_subword_prefix"),
             "##",

@@ -6,6 +6,6 @@
     python -m tests.fuzz READER --input=FILE        one input; without a finding prints the outcome
 
 `readers` is the table of readers, `inputs` makes bytes from good ones, `watch` judges one call, and
-`explore` gives a reader a process of its own. `found/READER/` has inputs that once failed; the
+`explore` gives a reader a separate process. `found/READER/` has inputs that once failed; the
 default tests try them again.
 """

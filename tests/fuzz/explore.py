@@ -1,4 +1,4 @@
-"""Gives a reader a process of its own, many inputs, and collects what fails."""
+"""Gives a reader a separate process and many inputs, and collects what fails."""
 
 import contextlib
 import multiprocessing
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 def explore(
     name: str, seconds: float | None = None, start: int | None = None
 ) -> list[Found]:
-    """Returns what a reader gets wrong, by inputs made in processes of its own.
+    """Returns what a reader gets wrong, by inputs made in separate processes.
 
     Args:
       seconds: time to spend; None: the reader's fixed number of examples, always the same.
@@ -70,7 +70,7 @@ def _explore_once(
 
 
 def judge(name: str, content: bytes) -> Finding | None:
-    """Returns what is wrong with one input, tried in a process of its own."""
+    """Returns what is wrong with one input, tried in a separate process."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         answer = _run(_judge_here, name, Path(folder), content)
         return _died(answer) if isinstance(answer, int) else answer
@@ -88,7 +88,7 @@ def _died(code: int) -> Finding:
 
 
 def _run(work: Any, *arguments: Any) -> Any:
-    """Returns what a function returns in a process of its own, or that process's exit code.
+    """Returns what a function returns in a separate process, or that process's exit code.
 
     The processes are forked from a server that has imported the readers and started nothing.
     """

@@ -13,7 +13,7 @@ from tests.fuzz import inputs, watch
 from tests.fuzz.explore import explore, give_examples, judge, recorded
 from tests.fuzz.readers import READERS
 
-# Set: random inputs for so many seconds over all readers. Not set: always the same inputs.
+# Set: random inputs for this number of seconds, over all readers. Not set: always the same inputs.
 SECONDS = float(os.environ.get("RLHFJAX_FUZZ_SECONDS", "0"))
 RECORDED = [(name, file.name) for name in READERS for file in recorded(name)]
 

@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     """What is wrong with a call."""
 
     kind: str  # the exception's class, or "slow", "memory", "printed", "warnings"
-    place: str  # the last line of ours that the exception passed through
+    place: str  # the last line of our code that the exception passed through
     message: str
 
     @property
@@ -83,7 +83,7 @@ def _finding(error: BaseException) -> Finding:
 
 
 def _hidden(error: BaseException) -> Finding | None:
-    """Returns a MemoryError that the reader has made an error of ours."""
+    """Returns a MemoryError that the reader has turned into one of our errors."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):

@@ -139,7 +139,7 @@ def test_what_ours_cannot_be_is_one_line(tmp_path):
     refused("use_dora is True: accepted is False", {"use_dora": True})
     refused("use_rslora is True", {"use_rslora": True})
     refused(
-        r"transformer.h.0.attn.c_attn has a scale of its own, 4.0",
+        r"transformer.h.0.attn.c_attn has its own scale, 4.0",
         {"alpha_pattern": {"c_attn": 16.0}},
     )
     fused = "base_model.model.transformer.h.1.attn.c_attn.lora_"
@@ -183,7 +183,7 @@ def adapter(tmp_path_factory):
         ("r", True, "r: input should be a valid integer, got True"),
         ("r", None, "r: input should be a valid integer, got None"),
         ("r", 10**30, "r: input should be less"),
-        ("r", 3, "h.0.attn.c_attn has a scale of its own"),
+        ("r", 3, "h.0.attn.c_attn has its own scale"),
         ("lora_alpha", 0, "lora_alpha: input should be greater"),
         ("lora_alpha", "5", "lora_alpha: input should be a valid number, got '5'"),
         ("lora_dropout", 1, "lora_dropout: input should be less than 1"),

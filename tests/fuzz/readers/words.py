@@ -337,7 +337,7 @@ TABLE["experiment_file"] = Reader(_experiment, 80)
 
 
 def _sweep_values(folder: Path) -> Trial:
-    """Values of any JSON type: an error of ours, or a command line that leads to the value."""
+    """Values of any JSON type: one of our errors, or a command line that leads to the value."""
     (folder / "x.py").write_text(FILE)
     values = {"vocab_size": 340, "model_type": "bpe", "arg.seed": 1, "stage": "x"}
     seeds = dumped(values, {"vocab_size": 350})
